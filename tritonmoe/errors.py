@@ -1,0 +1,15 @@
+"""The failures that have a name of their own; bad arguments are plain ValueError and TypeError."""
+
+__all__ = ["CountMismatch", "NonFiniteScores", "TransportError"]
+
+
+class TransportError(RuntimeError):
+    """An exchange failed, timed out, or a peer reported an error; the message names rank, peer and splits."""
+
+
+class CountMismatch(TransportError):
+    """The ranks' plans for one call disagree; the message names the ranks and the values."""
+
+
+class NonFiniteScores(RuntimeError):
+    """Router scores were NaN or infinite; the message says on which rank and for how many tokens."""

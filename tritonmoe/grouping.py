@@ -1,0 +1,100 @@
+"""Grouping: the order in which a rank's routed pairs are stored, and the ways back.
+
+Worked example, one chunk, E=3 experts, K=2, four rows, -1 marks a skipped pair:
+
+    topk_ids        = [[1, 0], [1, 2], [-1, 0], [1, 1]]       flat pair ids 0..7, row = pair // K
+    pair_index      = [1, 5, 0, 2, 6, 7, 3]                   expert 0: pairs 1, 5; expert 1: 0, 2, 6, 7; expert 2: 3
+    expert_offsets  = [0, 2, 6, 7]                            expert e has positions offsets[e] .. offsets[e+1]
+    inverse         = [[2, 0], [3, 6], [-1, 1], [4, 5]]       where each pair is stored
+
+With several chunks the storage order is (chunk, expert, source rank, token), so that one chunk is one contiguous
+range that can be computed as soon as its rows have arrived. `source_order` lists the same positions by
+(expert, source rank, token): an order that does not depend on the chunks, in which weight gradients are summed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+__all__ = ["Grouping"]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The stored order of N pairs taken from R rows of K slots; made by the `group` op.
+
+    N may be larger than the number of pairs that do work (an upper bound that needs no host read); then
+    positions from expert_offsets[-1] on are padding: pair_index is -1 there and no op reads or writes them.
+    """
+
+    pair_index: torch.Tensor
+    """(N,) int32: storage position -> flat pair id, row * K + slot; rows count from the layer's first row."""
+    expert_offsets: torch.Tensor
+    """(E+1,) int32, leading zero: where each expert's pairs start in source order (one chunk: also in storage)."""
+    inverse: torch.Tensor
+    """(R, K) int32: pair -> storage position *relative to the start of its row's chunk*, -1 where skipped."""
+    source_order: torch.Tensor | None
+    """(N,) int32: storage positions by (expert, source rank, token); None where that is the storage order."""
+    chunk_expert_offsets: torch.Tensor
+    """(C, E+1) int32: expert offsets of each chunk, relative to the chunk's first position."""
+    chunk_row_offsets: tuple[int, ...]
+    """(C+1) host integers: chunk c holds rows chunk_row_offsets[c] .. chunk_row_offsets[c+1]."""
+    chunk_pair_offsets: tuple[int, ...]
+    """(C+1) host integers: chunk c holds storage positions chunk_pair_offsets[c] .. [c+1]."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        """N, padding included."""
+        return self.pair_index.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.inverse.shape[1]
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_row_offsets) - 1
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        """(N,) int32: storage position -> row (padding gives -1)."""
+        return torch.div(self.pair_index, self.top_k, rounding_mode="floor")
+
+    @cached_property
+    def host_expert_offsets(self) -> list[int]:
+        """expert_offsets as Python integers (a host read where the tensor is on a device)."""
+        return self.expert_offsets.tolist()
+
+    def chunk(self, index: int) -> "Grouping":
+        """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
+
+        Row numbers in pair_index still count from the layer's first row.
+        """
+        if self.num_chunks == 1:
+            return self
+        first_row, last_row = self.chunk_row_offsets[index : index + 2]
+        first_pair, last_pair = self.chunk_pair_offsets[index : index + 2]
+        return Grouping(
+            pair_index=self.pair_index[first_pair:last_pair],
+            expert_offsets=self.chunk_expert_offsets[index],
+            inverse=self.inverse[first_row:last_row],
+            source_order=None,
+            chunk_expert_offsets=self.chunk_expert_offsets[index : index + 1],
+            chunk_row_offsets=(first_row, last_row),
+            chunk_pair_offsets=(0, last_pair - first_pair),
+        )
+
+    def pairs_to_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Bring one value per stored pair, (N,), back to (R, K); skipped pairs get exactly zero.
+
+        Only for a Grouping of one chunk (inverse is relative to the chunk).
+        """
+        if values.shape[0] == 0:
+            return values.new_zeros(self.inverse.shape)
+        gathered = values[self.inverse.clamp(min=0)]
+        return torch.where(self.inverse >= 0, gathered, gathered.new_zeros(()))

@@ -1,0 +1,113 @@
+"""Transport: moves rows between ranks and knows nothing of experts; PendingExchange: rows under way."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["PendingExchange", "Transport", "as_wire", "check_exchange", "describe"]
+
+WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
+"""Dtypes that every transport moves as they are; the rest travels as bytes."""
+
+
+class PendingExchange(ABC):
+    """Rows under way; the sender must leave `rows` alone until wait() has returned."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """Give the received rows, in the order of the ranks that sent them.
+
+        On a CPU this blocks until they are there. On CUDA it orders the current stream behind them (and blocks the
+        host only where the transport needs it). Calling it again gives the same tensor.
+
+        Raises:
+            TransportError: the exchange failed or took longer than the transport's timeout.
+        """
+
+    def finished_at(self) -> float | None:
+        """Give the time.perf_counter() at which the rows had arrived, None where nobody knows."""
+        return None
+
+
+class Transport(ABC):
+    """The two calls that communicate; every rank makes the same ones in the same order."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        """Start sending rows to every rank and receiving rows from every rank; returns at once.
+
+        Args:
+            rows: (sum of input_splits, ...), contiguous, any dtype; those for rank 0 first.
+            input_splits: W row counts, input_splits[k] go to rank k (this rank included).
+            output_splits: W row counts, output_splits[k] come from rank k.
+            out: (sum of output_splits, ...), contiguous, same dtype; allocated where None.
+        Raises:
+            ValueError, TypeError: splits and tensors disagree; raised before anything is sent.
+        """
+
+    @abstractmethod
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        """Send row k of counts (W, L) int64 on the CPU to rank k; give the rows received, (W, L). Blocks.
+
+        L must be the same on every rank.
+        """
+
+    def close(self) -> None:
+        """Release what the transport holds; using it afterwards raises TransportError."""
+
+
+def check_exchange(
+    transport: Transport,
+    rows: Tensor,
+    input_splits: Sequence[int],
+    output_splits: Sequence[int],
+    out: Tensor | None,
+) -> Tensor:
+    """Check an exchange's arguments and give the tensor it fills."""
+    where = f"rank {transport.rank} of {transport.size}"
+    for name, splits in (("input_splits", input_splits), ("output_splits", output_splits)):
+        if len(splits) != transport.size:
+            raise ValueError(f"{name} must have one count per rank ({transport.size}), got {len(splits)} ({where})")
+        if any(count < 0 for count in splits):
+            raise ValueError(f"{name} must not be negative, got {list(splits)} ({where})")
+    if rows.dim() < 1 or rows.shape[0] != sum(input_splits):
+        raise ValueError(f"rows {tuple(rows.shape)} must have sum(input_splits) = {sum(input_splits)} rows ({where})")
+    if not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous, got strides {rows.stride()}: call .contiguous() ({where})")
+    shape = (sum(output_splits), *rows.shape[1:])
+    if out is None:
+        return rows.new_empty(shape)
+    if tuple(out.shape) != shape or out.dtype != rows.dtype or out.device != rows.device:
+        raise ValueError(
+            f"out {tuple(out.shape)} {out.dtype} on {out.device} must be {shape} {rows.dtype} on {rows.device} ({where})"
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()} ({where})")
+    return out
+
+
+def as_wire(tensor: Tensor) -> Tensor:
+    """Give a view of `tensor` in a dtype that every transport moves: its own, or bytes."""
+    return tensor if tensor.dtype in WIRE_DTYPES else tensor.view(torch.uint8)
+
+
+def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:
+    """Give the words that a TransportError says of its exchange."""
+    return (
+        f"rank {transport.rank} of {transport.size}, input_splits {list(input_splits)}, "
+        f"output_splits {list(output_splits)}"
+    )
+
+
