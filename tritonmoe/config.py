@@ -154,8 +154,7 @@ class MoEConfig:
             raise ValueError("softmax_after_topk=True needs score_function='softmax'")
         if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
             raise ValueError(
-                f"num_experts ({self.num_experts}) must be divisible by "
-                f"num_expert_groups ({self.num_expert_groups})"
+                f"num_experts ({self.num_experts}) must be divisible by num_expert_groups ({self.num_expert_groups})"
             )
         if not 1 <= self.top_k_groups <= self.num_expert_groups:
             raise ValueError(

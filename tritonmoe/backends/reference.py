@@ -9,6 +9,7 @@ out_t = sum of s*y over the token's pairs), given dout:
     dW2 = sum dout_t (s*a)    db2 = sum s*dout_t        dW1 = sum dh x_t       db1 = sum dh       dx_t = sum dh W1
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,7 @@ def group(
     if chunk_row_offsets is None:
         chunk_row_offsets = (0, num_rows)
     num_chunks = len(chunk_row_offsets) - 1
-    chunk_of_row = [
-        c for c in range(num_chunks) for _ in range(chunk_row_offsets[c + 1] - chunk_row_offsets[c])
-    ]
+    chunk_of_row = [c for c in range(num_chunks) for _ in range(chunk_row_offsets[c + 1] - chunk_row_offsets[c])]
     sources = [0] * num_rows if row_source is None else row_source.tolist()
     ids = topk_ids.tolist()
     pairs = [(r, k) for r in range(num_rows) for k in range(top_k) if 0 <= ids[r][k] < num_experts]
@@ -171,9 +170,7 @@ def up(
     return h, apply_activation(h.to(acc), layout, activation).to(x.dtype)
 
 
-def down(
-    a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout
-) -> Tensor:
+def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout) -> Tensor:
     """Multiply each pair's activation by its expert's down-projection and add the bias.
 
     Args:
@@ -332,4 +329,4 @@ def weight_grad(
 
 def _ranges(grouping: Grouping) -> list[tuple[int, int]]:
     offsets = grouping.host_expert_offsets
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(pairwise(offsets))

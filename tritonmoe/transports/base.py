@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 __all__ = ["PendingExchange", "Transport", "as_wire", "check_exchange", "describe"]
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
@@ -109,5 +108,3 @@ def describe(transport: Transport, input_splits: Sequence[int], output_splits: S
         f"rank {transport.rank} of {transport.size}, input_splits {list(input_splits)}, "
         f"output_splits {list(output_splits)}"
     )
-
-
