@@ -143,6 +143,7 @@ def up(
     activation: FusedActivation | None,
     *,
     out_h: Tensor | None = None,
+    out_a: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gather each pair's row, multiply by its expert's up-projection, add the bias, apply the activation.
 
@@ -152,7 +153,7 @@ def up(
         gate_up_bias: (E, 2F) or None.
         grouping: one chunk.
         activation: a fused activation, or None for h alone.
-        out_h: (N, 2F) where h is written.
+        out_h, out_a: (N, 2F) and (N, F) where h and a are written.
     Returns:
         h (N, 2F) in x.dtype, rounded once, and a = act(h) (N, F) computed from the rounded h, or None.
     """
@@ -176,11 +177,12 @@ def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Group
     Args:
         a: (N, F) in storage order of `grouping` (one chunk).
         down_proj: (E, D, F), or (E, F, D) transposed. down_bias: (E, D) or None.
+        out: (N, D) where y is written.
     Returns:
         y (N, D) in a.dtype, storage order.
     """
     acc = accumulation_dtype(a.dtype)
-    y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1])
+    y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
         product = a[first:last].to(acc) @ _in_out(down_proj[e], layout).to(acc)
         if down_bias is not None:
@@ -270,10 +272,12 @@ def down_grad(
     return dh, scaled_a, dweights
 
 
-def up_grad(dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def up_grad(
+    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+) -> Tensor:
     """Carry dh (N, 2F) back through the up-projection: dx of each pair, (N, D), storage order of one chunk."""
     acc = accumulation_dtype(dh.dtype)
-    dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2])
+    dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
         dx[first:last] = (dh[first:last].to(acc) @ _in_out(gate_up_proj[e], layout).to(acc).T).to(dh.dtype)
     return dx

@@ -1,0 +1,347 @@
+"""The seven operations in fast PyTorch, on any device: the CPU's default. See reference.py for their contracts.
+
+Works expert by expert in blocks of rows that stay in cache: the gathered rows, the product and the activation of a
+block are read back while they are warm, instead of one pass over all pairs per step. Products go through torch.mm
+with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation
+from ..grouping import Grouping
+from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
+
+__all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
+
+BLOCK_ROWS = 512
+
+
+def _blocks(grouping: Grouping) -> Iterator[tuple[int, int, int]]:
+    """Give (expert, first, last) positions: each expert's pairs in even blocks of at most BLOCK_ROWS."""
+    offsets = grouping.host_expert_offsets
+    for e in range(grouping.num_experts):
+        count = offsets[e + 1] - offsets[e]
+        num_blocks = -(-count // BLOCK_ROWS)
+        for b in range(num_blocks):
+            yield e, offsets[e] + count * b // num_blocks, offsets[e] + count * (b + 1) // num_blocks
+
+
+def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
+    return weight if layout.transposed else weight.mT
+
+
+def _block_buffer(grouping: Grouping, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    rows = max((last - first for _, first, last in _blocks(grouping)), default=0)
+    return torch.empty(rows, width, dtype=dtype or like.dtype, device=like.device)
+
+
+def group(
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    chunk_row_offsets: tuple[int, ...] | None = None,
+    chunk_pair_offsets: tuple[int, ...] | None = None,
+    row_source: Tensor | None = None,
+) -> Grouping:
+    num_rows, top_k = topk_ids.shape
+    device = topk_ids.device
+    if chunk_row_offsets is None:
+        chunk_row_offsets = (0, num_rows)
+    num_chunks = len(chunk_row_offsets) - 1
+    skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+    key = topk_ids.to(torch.int32)
+    row_starts = torch.tensor(chunk_row_offsets[1:-1], dtype=torch.int32, device=device)
+    if num_chunks > 1:
+        chunk_of_row = torch.bucketize(torch.arange(num_rows, dtype=torch.int32, device=device), row_starts, right=True)
+        key = key + (chunk_of_row * num_experts).to(torch.int32)[:, None]
+    key = key.masked_fill(skipped, num_chunks * num_experts).flatten()
+    sorted_key, order = torch.sort(key, stable=True)
+    boundaries = torch.arange(num_chunks * num_experts + 1, dtype=torch.int32, device=device)
+    starts = torch.searchsorted(sorted_key, boundaries, out_int32=True)
+    # (C, E+1): row c holds the absolute starts of chunk c's experts and its end.
+    ends = starts[num_experts::num_experts].unsqueeze(1)
+    absolute = torch.cat([starts[:-1].view(num_chunks, num_experts), ends], dim=1)
+    chunk_expert_offsets = absolute - absolute[:, :1]
+    pair_offsets = [0, *ends.flatten().tolist()]
+    num_pairs = pair_offsets[-1]
+    stored = order[:num_pairs]
+    inverse = torch.full((num_rows * top_k,), -1, dtype=torch.int32, device=device)
+    positions = torch.arange(num_pairs, dtype=torch.int32, device=device)
+    if num_chunks > 1:
+        chunk_starts = torch.tensor(pair_offsets[:-1], dtype=torch.int32, device=device)
+        lengths = torch.tensor(pair_offsets, device=device).diff()
+        inverse[stored] = positions - chunk_starts.repeat_interleave(lengths)
+    else:
+        inverse[stored] = positions
+    source_order = None
+    expert_offsets = chunk_expert_offsets[0]
+    if num_chunks > 1:
+        assert row_source is not None
+        # Stored positions sorted by (expert, source): storage already has ascending tokens within a source.
+        expert_of_pair = (sorted_key[:num_pairs] % num_experts).long()
+        source_of_pair = row_source.to(torch.int64)[stored // top_k]
+        num_sources = row_source.max() + 1 if num_rows else 1
+        source_order = torch.sort(expert_of_pair * num_sources + source_of_pair, stable=True)[1].to(torch.int32)
+        expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)
+    return Grouping(
+        pair_index=stored.to(torch.int32),
+        expert_offsets=expert_offsets,
+        inverse=inverse.view(num_rows, top_k),
+        source_order=source_order,
+        chunk_expert_offsets=chunk_expert_offsets,
+        chunk_row_offsets=tuple(chunk_row_offsets),
+        chunk_pair_offsets=tuple(pair_offsets),
+    )
+
+
+def up(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    activation: FusedActivation | None,
+    *,
+    out_h: Tensor | None = None,
+    out_a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
+    a = out_a
+    if activation is not None and a is None:
+        a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
+    rows = _block_buffer(grouping, x, x.shape[1])
+    acc = accumulation_dtype(x.dtype)
+    for e, first, last in _blocks(grouping):
+        block = rows[: last - first]
+        torch.index_select(x, 0, grouping.row_index[first:last], out=block)
+        _product(
+            block, _in_out(gate_up_proj[e], layout), None if gate_up_bias is None else gate_up_bias[e], h[first:last]
+        )
+        if a is not None and activation is not None:
+            _activate(h[first:last].to(acc), layout, activation, a[first:last])
+    return h, a
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.addmm(bias, rows, weight, out=out)
+
+
+def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor) -> None:
+    if activation == "silu" and layout.gated and out.dtype == h.dtype:
+        gate, up_half = split_gate(h, layout)
+        torch.mul(F.silu(gate), up_half, out=out)
+    else:
+        out.copy_(apply_activation(h, layout, activation))
+
+
+def down(
+    a: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
+    for e, first, last in _blocks(grouping):
+        bias = None if down_bias is None else down_bias[e]
+        _product(a[first:last], _in_out(down_proj[e], layout), bias, y[first:last])
+    return y
+
+
+def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    num_rows, num_slots = index.shape
+    if y.shape[0] == 0 or num_rows == 0 or num_slots == 0:
+        result = y.new_zeros(num_rows, y.shape[1])
+        return result if out is None else out.copy_(result)
+    present = index >= 0
+    flat = index.flatten()
+    if y.dtype == torch.float32 and y.device.type == "cpu":
+        # embedding_bag is the one gather-sum that PyTorch fuses on a CPU; it adds in slot order, in fp32.
+        counts = present.sum(1)
+        starts = torch.cumsum(counts, 0) - counts
+        kept = present.flatten()
+        scale = None if weights is None else weights.to(torch.float32).flatten()[kept]
+        result = F.embedding_bag(flat[kept], y, starts.to(flat.dtype), mode="sum", per_sample_weights=scale)
+        return result if out is None else out.copy_(result)
+    acc = accumulation_dtype(y.dtype)
+    result = y.new_empty(num_rows, y.shape[1]) if out is None else out
+    for first in range(0, num_rows, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, num_rows)
+        total = torch.zeros(last - first, y.shape[1], dtype=acc, device=y.device)
+        for j in range(num_slots):
+            here = present[first:last, j, None]
+            term = y.index_select(0, index[first:last, j].clamp(min=0)).to(acc)
+            if weights is not None:
+                term *= weights[first:last, j, None].to(acc)
+            total += term.masked_fill_(~here, 0)
+        result[first:last] = total
+    return result
+
+
+def down_grad(
+    dout: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    hidden: Tensor,
+    topk_weights: Tensor,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    activation: FusedActivation | None,
+    *,
+    out_dh: Tensor | None = None,
+    out_scaled_a: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(dout.dtype)
+    inner = down_proj.shape[1 if layout.transposed else 2]
+    dh = torch.empty_like(hidden) if out_dh is None else out_dh
+    scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
+    dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
+    scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
+    rows = _block_buffer(grouping, dout, dout.shape[1])
+    products = _block_buffer(grouping, dout, inner)
+    for e, first, last in _blocks(grouping):
+        block = rows[: last - first]
+        torch.index_select(dout, 0, grouping.row_index[first:last], out=block)
+        torch.mm(block, _in_out(down_proj[e], layout).mT, out=products[: last - first])
+        g = products[: last - first].to(acc)
+        scale = scales[first:last]
+        da = g * scale
+        if activation is None:
+            a = hidden[first:last].to(acc)
+            dh[first:last] = da
+        else:
+            a = _activation_backward(hidden[first:last].to(acc), da, layout, activation, dh[first:last])
+            if a.dtype != dout.dtype:
+                a = a.to(dout.dtype).to(acc)
+        torch.sum(g.mul_(a), 1, out=dweights[first:last])
+        if down_bias is not None:
+            dweights[first:last] += block.to(acc) @ down_bias[e].to(acc)
+        scaled_a[first:last] = a.mul_(scale)
+    return dh, scaled_a, dweights
+
+
+def _activation_backward(
+    h: Tensor, da: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor
+) -> Tensor:
+    """Write dh for da into `out` and give a = act(h), both from h (n, 2F) in the accumulation dtype."""
+    if isinstance(activation, ClampedSwiGLU):
+        raw_gate, raw_up = split_gate(h, layout)
+        out_gate, out_up = split_gate(out, layout)
+        gate = raw_gate.clamp(max=activation.limit)
+        up_half = raw_up.clamp(-activation.limit, activation.limit)
+        sigmoid = torch.sigmoid(activation.alpha * gate)
+        act = gate * sigmoid
+        shifted = up_half + activation.up_offset
+        out_up.copy_((da * act).masked_fill_(raw_up.abs() > activation.limit, 0))
+        slope = sigmoid + activation.alpha * act * (1 - sigmoid)
+        out_gate.copy_((da * shifted).mul_(slope).masked_fill_(raw_gate > activation.limit, 0))
+        return act * shifted
+    if not layout.gated:
+        out.copy_(_gate_backward(da, h, activation))
+        return apply_activation(h, layout, activation)
+    gate, up_half = split_gate(h, layout)
+    out_gate, out_up = split_gate(out, layout)
+    act = apply_activation(gate, ExpertLayout(gated=False), activation)
+    if out.dtype == h.dtype:
+        torch.mul(da, act, out=out_up)
+    else:
+        out_up.copy_(da * act)
+    out_gate.copy_(_gate_backward(da.mul_(up_half), gate, activation))
+    return act.mul_(up_half)
+
+
+def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> Tensor:
+    """Give grad * act'(gate)."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, gate)
+    if activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+    if activation == "relu":
+        return grad * (gate > 0)
+    assert activation == "relu2"
+    return grad * (2 * F.relu(gate))
+
+
+def up_grad(
+    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+) -> Tensor:
+    dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
+    for e, first, last in _blocks(grouping):
+        torch.mm(dh[first:last], _in_out(gate_up_proj[e], layout).mT, out=dx[first:last])
+    return dx
+
+
+def weight_grad(
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    x: Tensor | None = None,
+    dh: Tensor | None = None,
+    dout: Tensor | None = None,
+    scaled_a: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    gate_up_bias: bool = False,
+    down_bias: bool = False,
+) -> WeightGrads:
+    order = grouping.source_order
+    rows = grouping.row_index if order is None else grouping.row_index.index_select(0, order)
+
+    def pairs_of(values: Tensor, first: int, last: int) -> Tensor:
+        return values[first:last] if order is None else values.index_select(0, order[first:last])
+
+    offsets = grouping.host_expert_offsets
+    num_experts = grouping.num_experts
+    dw1 = db1 = dw2 = db2 = None
+    if x is not None and dh is not None:
+        shape = (x.shape[1], dh.shape[1]) if layout.transposed else (dh.shape[1], x.shape[1])
+        dw1 = dh.new_empty(num_experts, *shape)
+    if dh is not None and gate_up_bias:
+        db1 = dh.new_empty(num_experts, dh.shape[1])
+    if dout is not None and scaled_a is not None:
+        shape = (scaled_a.shape[1], dout.shape[1]) if layout.transposed else (dout.shape[1], scaled_a.shape[1])
+        dw2 = dout.new_empty(num_experts, *shape)
+    if dout is not None and topk_weights is not None and down_bias:
+        db2 = dout.new_empty(num_experts, dout.shape[1])
+        pair_index = grouping.pair_index if order is None else grouping.pair_index.index_select(0, order)
+        scales = topk_weights.flatten().index_select(0, pair_index).unsqueeze(1)
+    for e in range(num_experts):
+        first, last = offsets[e], offsets[e + 1]
+        if first == last:
+            for grad in (dw1, db1, dw2, db2):
+                if grad is not None:
+                    grad[e].zero_()
+            continue
+        if dh is not None and (dw1 is not None or db1 is not None):
+            dh_rows = pairs_of(dh, first, last)
+            if dw1 is not None and x is not None:
+                x_rows = x.index_select(0, rows[first:last])
+                _outer_sum(dh_rows, x_rows, not layout.transposed, dw1[e])
+            if db1 is not None:
+                db1[e] = dh_rows.sum(0, dtype=accumulation_dtype(dh.dtype))
+        if dout is not None and (dw2 is not None or db2 is not None):
+            dout_rows = dout.index_select(0, rows[first:last])
+            if dw2 is not None and scaled_a is not None:
+                _outer_sum(pairs_of(scaled_a, first, last), dout_rows, layout.transposed, dw2[e])
+            if db2 is not None:
+                acc = accumulation_dtype(dout.dtype)
+                db2[e] = (dout_rows.to(acc) * scales[first:last].to(acc)).sum(0)
+    return WeightGrads(dw1, db1, dw2, db2)
+
+
+def _outer_sum(pairs: Tensor, rows: Tensor, pairs_first: bool, out: Tensor) -> None:
+    """Write the sum over n of outer(pairs[n], rows[n]), or of outer(rows[n], pairs[n]), into `out`."""
+    if pairs_first:
+        torch.mm(pairs.mT, rows, out=out)
+    else:
+        torch.mm(rows.mT, pairs, out=out)
