@@ -171,7 +171,15 @@ def up(
     return h, apply_activation(h.to(acc), layout, activation).to(x.dtype)
 
 
-def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def down(
+    a: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """Multiply each pair's activation by its expert's down-projection and add the bias.
 
     Args:
