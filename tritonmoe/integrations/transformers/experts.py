@@ -1,0 +1,82 @@
+"""The experts function that transformers calls; its contract is in transformers/integrations/moe.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import Activation, is_fused
+from ...experts import moe_mlp
+from .gates import choose_activation
+
+__all__ = ["experts_forward"]
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run the experts of a transformers module on hidden_states (T, D); gives (T, D) in their dtype.
+
+    Args:
+        self: the experts module, made by transformers' `use_experts_implementation`.
+        top_k_index: (T, K); ids of `self.num_experts` and above are routes to other ranks, and skipped.
+        top_k_weights: (T, K).
+
+    Under autocast everything is computed in the autocast dtype, else in that of the expert weights.
+    """
+    has_gate = getattr(self, "has_gate", True)
+    has_bias = getattr(self, "has_bias", False)
+    up_name = "gate_up_proj" if has_gate else "up_proj"
+    up: Tensor = getattr(self, up_name)
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dtype = up.dtype
+
+    def cast(name: str) -> Tensor:
+        return getattr(self, name).to(dtype)
+
+    activation, is_interleaved = choose_activation(self)
+    settings: dict[str, Any] = {
+        "activation": activation if is_fused(activation) else _keep_dtype(activation),
+        "gated": has_gate,
+        "interleaved": is_interleaved,
+        "transposed": getattr(self, "is_transposed", False),
+        "gate_up_bias": cast(f"{up_name}_bias") if has_bias else None,
+        "down_bias": cast("down_proj_bias") if has_bias else None,
+    }
+    weights = cast(up_name), cast("down_proj")
+    rows = hidden_states.to(dtype)
+    # the casts are done: autocast would now only round the fp32 sums inside
+    with torch.autocast(device_type, enabled=False):
+        if getattr(self, "has_post_expert_norm", False):
+            out = _normed_experts(self.post_expert_norm, rows, top_k_index, top_k_weights, weights, settings)
+        else:
+            out = moe_mlp(rows, top_k_index, top_k_weights, *weights, **settings)
+    return out.to(hidden_states.dtype)
+
+
+def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """Wrap a gate that computes in another dtype than its rows."""
+    assert callable(activation)
+    return lambda rows: activation(rows).to(rows.dtype)
+
+
+def _normed_experts(
+    norm: nn.Module,
+    rows: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: tuple[Tensor, Tensor],
+    settings: dict[str, Any],
+) -> Tensor:
+    """Norm each expert's output before it is weighted (muse_spark): K=1 on T*K rows, then the sum here."""
+    num_experts, (num_tokens, top_k) = weights[0].shape[0], topk_ids.shape
+    is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
+    pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)
+    unit_weights = torch.ones(num_tokens * top_k, 1, device=rows.device)
+    pairs = norm(moe_mlp(pair_rows, topk_ids.reshape(-1, 1), unit_weights, *weights, **settings))
+    pairs = torch.where(is_routed.unsqueeze(2), pairs.view(num_tokens, top_k, rows.shape[1]), 0.0)
+    pair_weights = torch.where(is_routed, topk_weights, 0.0)
+    pair_weights = pair_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))
+    return (pairs * pair_weights.unsqueeze(2)).sum(dim=1)  # in fp32

@@ -1,0 +1,80 @@
+"""Which activation an experts module of transformers has: one that the kernels know, or its own method.
+
+Most families have the library's default gate, `act_fn(gate) * up`. About ten override `_apply_gate`; the clamped ones
+are listed here, and a test compares each with the class's own code. Everything else runs as a callable between the
+two grouped products: always right, not fused.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from ...config import Activation, ClampedSwiGLU
+
+__all__ = ["CLAMPED_GATES", "choose_activation", "fused_name"]
+
+DEFAULT_GATE = "_default_apply_gate"
+
+CLAMPED_GATES: dict[str, tuple[str, str | None, bool]] = {
+    "GptOssExperts": ("limit", "alpha", True),
+    "OpenAIPrivacyFilterExperts": ("limit", "alpha", False),
+    "MiniMaxM3VLExperts": ("swiglu_limit", "swiglu_alpha", False),
+    "DeepseekV4Experts": ("limit", None, False),
+    "Glm5NextTextExperts": ("swiglu_limit", None, False),
+    "HYV4Experts": ("swiglu_limit", None, False),
+    "HYV4VLExperts": ("swiglu_limit", None, False),
+}
+"""Class that defines `_apply_gate` -> its attributes for limit and alpha, and whether columns are interleaved.
+
+With an alpha, the gate is gpt-oss's: `g * sigmoid(alpha * g) * (u + 1)`; without, it is `silu(g) * u` or, where the
+module has one, `act_fn(g) * u`. Both clamp.
+"""
+
+_FUSED_NAMES = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "silu": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "relu": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+"""Name of an activation's class, or of a plain function, in torch and transformers -> our name."""
+
+
+def fused_name(act_fn: Any) -> str | None:
+    """Give the kernels' name for an activation module or function of torch or transformers; None if it has none."""
+    kind: Any = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
+    if getattr(kind, "__module__", "").split(".")[0] not in ("torch", "transformers"):
+        return None
+    if isinstance(act_fn, nn.GELU):
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+    return _FUSED_NAMES.get(getattr(kind, "__name__", ""))
+
+
+def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
+    """Give the activation of an experts module, and whether its gate and up columns are interleaved.
+
+    A callable takes the rows in the weights' own column order, so there the second value is False.
+    """
+    act_fn: Any = getattr(experts, "act_fn", None)
+    if not getattr(experts, "has_gate", True):
+        return fused_name(act_fn) or act_fn, False
+    apply_gate: Any = experts._apply_gate
+    name = getattr(apply_gate, "__qualname__", "")
+    is_theirs = getattr(apply_gate, "__module__", "").split(".")[0] == "transformers"
+    if "_apply_gate" in vars(experts) or not is_theirs:  # replaced on this module, or a class from elsewhere
+        return apply_gate, False
+    if name == DEFAULT_GATE and getattr(experts, "is_concatenated", True):
+        return fused_name(act_fn) or apply_gate, False
+    owner = name.removesuffix("._apply_gate")
+    if owner in CLAMPED_GATES:
+        limit_name, alpha_name, is_interleaved = CLAMPED_GATES[owner]
+        limit = getattr(experts, limit_name, None)
+        if limit is not None and alpha_name is not None:
+            return ClampedSwiGLU(float(limit), alpha=float(getattr(experts, alpha_name)), up_offset=1.0), is_interleaved
+        if limit is not None and (act_fn is None or fused_name(act_fn) == "silu"):
+            return ClampedSwiGLU(float(limit)), is_interleaved
+    return apply_gate, False
