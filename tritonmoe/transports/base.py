@@ -1,12 +1,13 @@
 """Transport: moves rows between ranks and knows nothing of experts; PendingExchange: rows under way."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["PendingExchange", "Transport", "as_wire", "check_exchange", "describe"]
+__all__ = ["PendingExchange", "Transport", "as_counts", "as_wire", "check_counts", "check_exchange", "describe"]
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 """Dtypes that every transport moves as they are; the rest travels as bytes."""
@@ -61,6 +62,10 @@ class Transport(ABC):
         """Send row k of counts (W, L) int64 on the CPU to rank k; give the rows received, (W, L). Blocks.
 
         L must be the same on every rank.
+
+        Raises:
+            ValueError: counts is not (W, L) int64 on the CPU.
+            TransportError: the exchange failed or took longer than the transport's timeout.
         """
 
     def close(self) -> None:
@@ -81,6 +86,12 @@ def check_exchange(
             raise ValueError(f"{name} must have one count per rank ({transport.size}), got {len(splits)} ({where})")
         if any(count < 0 for count in splits):
             raise ValueError(f"{name} must not be negative, got {list(splits)} ({where})")
+    sent, received = input_splits[transport.rank], output_splits[transport.rank]
+    if sent != received:
+        raise ValueError(
+            f"a rank receives the rows that it sends to itself: input_splits[{transport.rank}] = {sent} and "
+            f"output_splits[{transport.rank}] = {received} must be equal ({where})"
+        )
     if rows.dim() < 1 or rows.shape[0] != sum(input_splits):
         raise ValueError(f"rows {tuple(rows.shape)} must have sum(input_splits) = {sum(input_splits)} rows ({where})")
     if not rows.is_contiguous():
@@ -90,16 +101,39 @@ def check_exchange(
         return rows.new_empty(shape)
     if tuple(out.shape) != shape or out.dtype != rows.dtype or out.device != rows.device:
         raise ValueError(
-            f"out {tuple(out.shape)} {out.dtype} on {out.device} must be {shape} {rows.dtype} on {rows.device} ({where})"
+            f"out {tuple(out.shape)} {out.dtype} on {out.device} must be {shape} {rows.dtype} on {rows.device}, "
+            f"as the rows are ({where})"
         )
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} ({where})")
     return out
 
 
+def check_counts(transport: Transport, counts: Tensor) -> None:
+    """Check the argument of exchange_counts."""
+    if counts.dim() != 2 or counts.shape[0] != transport.size:
+        raise ValueError(f"counts must be ({transport.size}, L), one row per rank, got {tuple(counts.shape)}")
+    if counts.dtype != torch.int64 or counts.device.type != "cpu":
+        raise ValueError(f"counts must be int64 on the CPU, got {counts.dtype} on {counts.device}")
+
+
+def as_counts(splits: Sequence[int]) -> list[int]:
+    """Give the splits as plain integers, whatever kind of integer they were.
+
+    Raises:
+        TypeError: a count is not an integer.
+    """
+    return [operator.index(count) for count in splits]
+
+
 def as_wire(tensor: Tensor) -> Tensor:
-    """Give a view of `tensor` in a dtype that every transport moves: its own, or bytes."""
-    return tensor if tensor.dtype in WIRE_DTYPES else tensor.view(torch.uint8)
+    """Give a view of `tensor` in a dtype that every transport moves: its own, or bytes.
+
+    Dimension 0 still counts the rows: int32 (R,) becomes uint8 (R, 4), int32 (R, D) becomes uint8 (R, 4*D).
+    """
+    if tensor.dtype in WIRE_DTYPES:
+        return tensor
+    return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).view(torch.uint8)
 
 
 def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:

@@ -1,0 +1,178 @@
+"""ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import TransportError
+from tritonmoe.transports.base import (
+    PendingExchange,
+    Transport,
+    as_counts,
+    as_wire,
+    check_counts,
+    check_exchange,
+    describe,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["ProcessGroupTransport"]
+
+
+class ProcessGroupExchange(PendingExchange):
+    """An asynchronous all_to_all_single and the two tensors that it uses."""
+
+    def __init__(
+        self, work: Any, rows: Tensor, out: Tensor, timeout: timedelta | None, is_host_work: bool, what: str
+    ) -> None:
+        self._work = work
+        self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
+        self._out = out
+        self._timeout = timeout
+        self._what = what
+        self._posted_at = time.perf_counter()
+        self._finished: list[float] = []
+        if is_host_work:
+            # The callback runs on gloo's own thread. It holds the list, not self: a cycle through C++ is never freed.
+            finished = self._finished
+            work.get_future().add_done_callback(lambda _: finished.append(time.perf_counter()))
+
+    def wait(self) -> Tensor:
+        # NCCL: wait() only orders the current stream, so it is repeated for a caller on another stream.
+        try:
+            if self._timeout is None:
+                self._work.wait()
+            else:
+                self._work.wait(self._timeout)
+        except RuntimeError as error:
+            elapsed = time.perf_counter() - self._posted_at
+            raise TransportError(
+                f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
+            ) from error
+        if self._out.is_cuda:
+            stream = torch.cuda.current_stream(self._out.device)
+            self._out.record_stream(stream)
+            if self._rows is not None:
+                self._rows.record_stream(stream)
+        self._rows = None
+        return self._out
+
+    def finished_at(self) -> float | None:
+        return self._finished[0] if self._finished else None
+
+
+class ProcessGroupTransport(Transport):
+    """Rows between the processes of a torch.distributed group.
+
+    CPU tensors travel on the group's CPU backend (gloo), CUDA tensors on its CUDA backend (NCCL), so a group of
+    "cpu:gloo,cuda:nccl" serves both. The group stays its maker's: close() doesn't destroy it.
+    Splits are not compared between ranks here: NCCL hangs and gloo reads untouched memory or aborts the process where
+    they disagree, so callers agree on them through exchange_counts first.
+
+    Args:
+        group: a ProcessGroup that this process belongs to; None is the default group.
+        timeout_s: how long wait() and exchange_counts() wait for gloo before they raise; None is the group's own
+            timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the process.
+    Raises:
+        ValueError: torch.distributed is not available or not initialised, or this process is not in the group.
+    """
+
+    def __init__(self, group: "ProcessGroup | None" = None, *, timeout_s: float | None = None) -> None:
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
+        if not torch.distributed.is_available():
+            raise ValueError("this torch was built without torch.distributed: use LocalTransport()")
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise ValueError(
+                "torch.distributed is not initialised: call torch.distributed.init_process_group() first, "
+                "or use LocalTransport()"
+            )
+        if group is None:
+            group = dist.group.WORLD
+        self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("this process is not a member of the group: make the transport on the members only")
+        self.size = dist.get_world_size(group)
+        self._group = group
+        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        # get_backend_config gives "cpu:gloo,cuda:nccl"
+        self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
+        self._staging: dict[int, tuple[Tensor, Tensor]] = {}
+        self._counts_stream: torch.cuda.Stream | None = None
+        self._is_closed = False
+
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        self._check_open()
+        input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
+        out = check_exchange(self, rows, input_splits, output_splits, out)
+        backend = self._backends.get(rows.device.type)
+        if backend is None:
+            raise ValueError(
+                f"this group has no backend for tensors on {rows.device}, only {self._backends}: "
+                f'initialise it with backend="cpu:gloo,cuda:nccl", or move the rows'
+            )
+        is_host_work = rows.device.type == "cpu" or backend == "gloo"
+        what = f"{backend}, {describe(self, input_splits, output_splits)}"
+        work = self._post(out, rows, output_splits, input_splits, what)
+        return ProcessGroupExchange(work, rows, out, self._timeout if is_host_work else None, is_host_work, what)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        self._check_open()
+        check_counts(self, counts)
+        if "cpu" not in self._backends:
+            return self._exchange_counts_on_device(counts)
+        ones = [1] * self.size
+        return self.exchange(counts.contiguous(), ones, ones).wait()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._staging.clear()
+        self._counts_stream = None
+
+    def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> Any:
+        import torch.distributed as dist
+
+        wire_out, wire_rows = as_wire(out.detach()), as_wire(rows.detach())
+        try:
+            return dist.all_to_all_single(
+                wire_out, wire_rows, output_splits, input_splits, group=self._group, async_op=True
+            )
+        except RuntimeError as error:
+            raise TransportError(f"exchange could not be posted ({what}): {error}") from error
+
+    def _exchange_counts_on_device(self, counts: Tensor) -> Tensor:
+        """Send counts through a group that has only NCCL: pinned memory to the device, and back."""
+        if self._counts_stream is None:
+            self._counts_stream = torch.cuda.Stream()
+        length = counts.shape[1]
+        if length not in self._staging:
+            pinned = torch.empty(2, self.size, length, dtype=torch.int64, pin_memory=True)
+            self._staging[length] = (pinned[0], pinned[1])
+        pinned_in, pinned_out = self._staging[length]
+        pinned_in.copy_(counts)
+        ones = [1] * self.size
+        # A stream of its own: on the current one the host would wait for all compute that is queued there.
+        with torch.cuda.stream(self._counts_stream):
+            sent = pinned_in.to(self._counts_stream.device, non_blocking=True)
+            received = self.exchange(sent, ones, ones).wait()
+            pinned_out.copy_(received, non_blocking=True)
+        self._counts_stream.synchronize()
+        return pinned_out.clone()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TransportError("this ProcessGroupTransport is closed: make a new one")
