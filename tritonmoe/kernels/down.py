@@ -1,0 +1,139 @@
+"""Grouped products of rows in storage order: the down-projection, and dh carried back through the up-projection."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import ExpertLayout
+from ..grouping import Grouping
+from .launch import (
+    contiguous_columns,
+    dot,
+    dot_options,
+    grouped_matmul_config,
+    launch,
+    num_tile_slots,
+    output,
+    slot_and_column_tile,
+    tile_of_slot,
+)
+
+__all__ = ["down", "up_grad"]
+
+
+@triton.jit
+def _grouped_matmul_kernel(
+    values,  # (N, depth)
+    weight,  # (E, depth, width) in any layout, through its strides
+    bias,  # (E, width) or None
+    expert_offsets,  # (E+1,) int32
+    out,  # (N, width), dtype of values
+    depth_size,
+    width,
+    E,
+    num_slots,
+    num_column_tiles,
+    stride_values_row,
+    stride_values_column,
+    stride_weight_expert,
+    stride_weight_in,
+    stride_weight_out,
+    stride_bias_expert,
+    stride_bias_column,
+    stride_out_row,
+    EVEN_DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
+    expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
+    if first >= end:
+        return
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < width
+    positions = first + tl.arange(0, BLOCK_M)
+    valid = positions < end
+    rows = tl.minimum(positions, end - 1).to(tl.int64)
+    depth = tl.arange(0, BLOCK_K)
+    value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
+    weight_pointers = (
+        weight
+        + expert.to(tl.int64) * stride_weight_expert
+        + depth[:, None] * stride_weight_in
+        + columns[None, :] * stride_weight_out
+    )
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth_size, BLOCK_K):
+        if EVEN_DEPTH:
+            value_tile = tl.load(value_pointers)
+            weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+        else:
+            depth_mask = depth < depth_size - start
+            value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
+            weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+        accumulator = dot(value_tile, weight_tile, accumulator, PRECISION, UPCAST)
+        value_pointers += BLOCK_K * stride_values_column
+        weight_pointers += BLOCK_K * stride_weight_in
+    if bias is not None:
+        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
+        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    out_pointers = out + positions.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
+    tl.store(out_pointers, accumulator.to(out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :])
+
+
+def _grouped_matmul(values: Tensor, weight: Tensor, in_axis: int, bias: Tensor | None, grouping: Grouping) -> Tensor:
+    """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
+    out_axis = 3 - in_axis
+    num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
+    out = output(values, grouping.num_pairs, width)
+    values = contiguous_columns(values)
+    config = grouped_matmul_config("down", values, width, depth, num_experts, grouping.top_k)
+    num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
+    num_column_tiles = triton.cdiv(width, config.block_n)
+    launch(
+        _grouped_matmul_kernel,
+        (num_slots * num_column_tiles,),
+        values,
+        weight,
+        bias,
+        grouping.expert_offsets,
+        out,
+        depth,
+        width,
+        num_experts,
+        num_slots,
+        num_column_tiles,
+        values.stride(0),
+        values.stride(1),
+        weight.stride(0),
+        weight.stride(in_axis),
+        weight.stride(out_axis),
+        0 if bias is None else bias.stride(0),
+        0 if bias is None else bias.stride(1),
+        out.stride(0),
+        EVEN_DEPTH=depth % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **dot_options(values.dtype),
+    )
+    return out
+
+
+def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+    """Launch the down-projection: see `backends.reference.down`."""
+    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping)
+
+
+def up_grad(dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+    """Launch dh x W1, one sum over all 2F columns: see `backends.reference.up_grad`."""
+    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping)

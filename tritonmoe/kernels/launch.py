@@ -1,0 +1,256 @@
+"""How kernels are launched: tile sizes, options that every launch pins, the lock around the interpreter.
+
+A layer has one tile configuration, chosen from dtype, D, F, E and K alone: never from the number of rows, so that a
+row's bits don't depend on the chunk it is in.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "TileConfig",
+    "contiguous_columns",
+    "dot_options",
+    "grouped_matmul_config",
+    "launch",
+    "num_tile_slots",
+    "output",
+    "recording",
+]
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+_interpreter_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One program's tile: block_m pairs by block_n columns, in steps of block_k, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    """Row tiles that run side by side over all column tiles, so that their weights stay in L2."""
+    subtiles: int = 1
+    """Pieces in which the epilogue handles the columns: fewer live registers."""
+
+    def clipped(self, width: int, depth: int) -> "TileConfig":
+        """Shrink the tile to a product with `width` columns summed over `depth`."""
+        block_n = min(self.block_n, max(16, triton.next_power_of_2(width)))
+        return dataclasses.replace(
+            self,
+            block_n=block_n,
+            block_k=min(self.block_k, max(16, triton.next_power_of_2(depth))),
+            subtiles=max(1, min(self.subtiles, block_n // 16)),
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that `recording` caught instead of running it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    target: GPUTarget
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(target: GPUTarget) -> Iterator[list[Launch]]:
+    """Collect launches, as `target` would get them, instead of running them (works on meta tensors)."""
+    global _recording
+    _recording = _Recording(target, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+@functools.cache
+def _device_target(index: int) -> GPUTarget:
+    if torch.version.hip is not None:
+        properties = torch.cuda.get_device_properties(index)
+        return GPUTarget("hip", properties.gcnArchName.split(":")[0], 64)
+    major, minor = torch.cuda.get_device_capability(index)
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def _target(device: torch.device) -> GPUTarget | None:
+    """Give what kernels on `device` are compiled for; None for the interpreter."""
+    if _recording is not None:
+        return _recording.target
+    if INTERPRETED:
+        return None
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _pinned_options() -> dict[str, Any]:
+    """Give options that every launch fixes: Triton's default for FP fusion changes between versions."""
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError:
+        return {}
+    fields = {field.name for field in dataclasses.fields(CUDAOptions)}
+    return {"enable_fp_fusion": True} if "enable_fp_fusion" in fields else {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constexprs: Any,
+) -> None:
+    """Run `kernel` over `grid`; an empty grid is nothing to do.
+
+    The interpreter patches module globals while it runs, so its launches take turns.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, **_pinned_options()}
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, args, constexprs, options))
+    elif INTERPRETED:
+        with _interpreter_lock:
+            kernel[grid](*args, **constexprs)
+    else:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constexprs, **options)
+
+
+def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
+    """Bound the row tiles of a grouped product without reading expert_offsets: see `tile_of_slot`."""
+    return num_pairs // block_m + num_experts if num_pairs else 0
+
+
+@triton.jit
+def tile_of_slot(
+    slot,
+    expert_offsets,  # (E+1,) int32
+    E,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Give the expert, first position and end position of row tile `slot`; first >= end: nothing to do.
+
+    Expert e owns the slots from expert_offsets[e] // BLOCK_M + e on: always enough for its rows, and known without
+    a scan over the experts before it.
+    """
+    experts = tl.arange(0, BLOCK_E)
+    starts = tl.load(expert_offsets + experts, mask=experts < E, other=0) // BLOCK_M + experts
+    expert = tl.sum(((starts <= slot) & (experts < E)).to(tl.int32), 0) - 1
+    begin = tl.load(expert_offsets + expert)
+    end = tl.load(expert_offsets + expert + 1)
+    first = begin + (slot - (begin // BLOCK_M + expert)) * BLOCK_M
+    return expert, first, end
+
+
+@triton.jit
+def slot_and_column_tile(program, num_slots, num_column_tiles, GROUP_M: tl.constexpr):
+    """Give the (row slot, column tile) of a program: GROUP_M slots go through all column tiles together."""
+    programs_per_group = GROUP_M * num_column_tiles
+    first_slot = program // programs_per_group * GROUP_M
+    slots = min(num_slots - first_slot, GROUP_M)
+    within = program % programs_per_group
+    return first_slot + within % slots, within // slots
+
+
+@triton.jit
+def dot(left, right, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Add left @ right in fp32. UPCAST: the interpreter reads bf16 operands of tl.dot as integers."""
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Give the constexprs of `dot` for operands of `dtype`; tf32 only if the torch setting asks for it."""
+    allow_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+    }
+
+
+def contiguous_columns(tensor: Tensor) -> Tensor:
+    """Give `tensor` (n, width) with columns side by side or expanded; rows may have any stride."""
+    return tensor if tensor.stride(1) in (0, 1) or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def output(like: Tensor, num_rows: int, num_columns: int, out: Tensor | None = None) -> Tensor:
+    """Give `out`, whose rows must be contiguous, or new memory with the dtype and device of `like`."""
+    if out is None:
+        return like.new_empty(num_rows, num_columns)
+    assert out.shape == (num_rows, num_columns), f"out is {tuple(out.shape)}, not {(num_rows, num_columns)}"
+    assert num_columns == 1 or out.stride(1) == 1, f"rows of out must be contiguous, strides are {out.stride()}"
+    return out
+
+
+def grouped_matmul_config(
+    operation: str, like: Tensor, width: int, depth: int, num_experts: int, top_k: int
+) -> TileConfig:
+    """Choose the tile of one grouped product.
+
+    Args:
+        operation: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
+            or "weight_grad" (block_m and block_n are columns, block_k pairs).
+        like: a tensor of the product's dtype and device.
+        width, depth: output columns, and the length of the sum (for weight_grad: output rows).
+    """
+    target = _target(like.device)
+    if target is None:
+        config = TileConfig(32, 32, 32, num_warps=4, num_stages=1, group_m=2, subtiles=2)
+    elif like.dtype == torch.float32:
+        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
+    else:
+        config = _half_precision_config(target, operation, sparse=num_experts > 16 * top_k)
+    if operation == "weight_grad":
+        block_m = min(config.block_m, max(16, triton.next_power_of_2(depth)))
+        return dataclasses.replace(config.clipped(width, config.block_k), block_m=block_m)
+    return config.clipped(width, depth)
+
+
+def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> TileConfig:
+    """Choose for fp16 and bf16. `sparse`: few tokens for each expert, so that tall tiles would be mostly empty."""
+    block_m = 64 if sparse and operation != "weight_grad" else 128
+    if target.backend == "hip":
+        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2)
+    elif target.arch // 10 in (9, 10):
+        wide = {"up": 128, "up_ungated": 256, "down": 256, "weight_grad": 256, "down_grad": 128}[operation]
+        return TileConfig(block_m, wide, 64, num_warps=8, num_stages=3, subtiles=4)
+    elif target.arch >= 110:  # 99 KB of shared memory
+        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2, subtiles=4)
+    else:
+        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=3, subtiles=4)
+    return dataclasses.replace(config, block_n=64) if operation == "up" else config

@@ -1,0 +1,212 @@
+"""The up-projection: rows gathered through the pairs, bias and activation fused behind the product."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import ExpertLayout, FusedActivation
+from ..grouping import Grouping
+from .activations import activate, activation_options
+from .launch import (
+    contiguous_columns,
+    dot,
+    dot_options,
+    grouped_matmul_config,
+    launch,
+    num_tile_slots,
+    output,
+    slot_and_column_tile,
+    tile_of_slot,
+)
+
+__all__ = ["split_pairs_of_columns", "up"]
+
+
+@triton.jit
+def split_pairs_of_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Split (BLOCK_M, 2*BLOCK_N) in two: left and right half (HALVES), or even and odd columns."""
+    if HALVES:
+        pairs = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+    else:
+        pairs = tl.reshape(tile, (BLOCK_M, BLOCK_N, 2))
+    return tl.split(pairs)
+
+
+@triton.jit
+def _up_kernel(
+    x,  # (R, D)
+    weight,  # (E, 2F, D) in any layout, through its strides; F instead of 2F when ungated
+    bias,  # (E, 2F) or None
+    pair_index,  # (N,) int32
+    expert_offsets,  # (E+1,) int32
+    h,  # (N, 2F), dtype of x
+    a,  # (N, F), dtype of x, or None
+    D,
+    F,
+    E,
+    K,
+    num_slots,
+    num_column_tiles,
+    stride_x_row,
+    stride_x_column,
+    stride_weight_expert,
+    stride_weight_out,
+    stride_weight_in,
+    stride_bias_expert,
+    stride_bias_column,
+    stride_h_row,
+    stride_a_row,
+    limit,
+    alpha,
+    up_offset,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HALVES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
+    expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
+    if first >= end:
+        return
+
+    # Gate and up columns of a unit share one accumulator: side by side, or as two halves of the tile.
+    units = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    if GATED:
+        lanes = tl.arange(0, WIDTH)
+        if INTERLEAVED:
+            columns = column_tile * WIDTH + lanes
+            column_mask = columns < 2 * F
+        elif HALVES:
+            column_units = column_tile * BLOCK_N + lanes % BLOCK_N
+            columns = lanes // BLOCK_N * F + column_units
+            column_mask = column_units < F
+        else:
+            column_units = column_tile * BLOCK_N + lanes // 2
+            columns = lanes % 2 * F + column_units
+            column_mask = column_units < F
+    else:
+        columns = units
+        column_mask = units < F
+
+    positions = first + tl.arange(0, BLOCK_M)
+    valid = positions < end
+    # Rows past the expert's end are some other row's numbers: computed and not stored.
+    rows = tl.load(pair_index + positions, mask=valid, other=0) // K
+    depth = tl.arange(0, BLOCK_K)
+    x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
+    weight_pointers = (
+        weight
+        + expert.to(tl.int64) * stride_weight_expert
+        + depth[:, None] * stride_weight_in
+        + columns[None, :] * stride_weight_out
+    )
+    accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if EVEN_D:
+            x_tile = tl.load(x_pointers)
+            weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+        else:
+            depth_mask = depth < D - start
+            x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
+            weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+        accumulator = dot(x_tile, weight_tile, accumulator, PRECISION, UPCAST)
+        x_pointers += BLOCK_K * stride_x_column
+        weight_pointers += BLOCK_K * stride_weight_in
+
+    if bias is not None:
+        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
+        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    h_tile = accumulator.to(h.dtype.element_ty)
+    h_rows = h + positions.to(tl.int64)[:, None] * stride_h_row
+    unit_mask = valid[:, None] & (units < F)[None, :]
+    if GATED:
+        gate, up_half = split_pairs_of_columns(h_tile, BLOCK_M, BLOCK_N, HALVES)
+        if INTERLEAVED:
+            tl.store(h_rows + columns[None, :], h_tile, mask=valid[:, None] & column_mask[None, :])
+        else:
+            tl.store(h_rows + units[None, :], gate, mask=unit_mask)
+            tl.store(h_rows + F + units[None, :], up_half, mask=unit_mask)
+    else:
+        gate = h_tile
+        up_half = h_tile
+        tl.store(h_rows + units[None, :], h_tile, mask=unit_mask)
+    if ACTIVATION != "none":
+        a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
+        a_pointers = a + positions.to(tl.int64)[:, None] * stride_a_row + units[None, :]
+        tl.store(a_pointers, a_tile.to(a.dtype.element_ty), mask=unit_mask)
+
+
+def up(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    activation: FusedActivation | None,
+    *,
+    out_h: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the up-projection: see `backends.reference.up`."""
+    out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
+    num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
+    num_units = layout.intermediate_size(width)
+    h = output(x, grouping.num_pairs, width, out_h)
+    a = None if activation is None else output(x, grouping.num_pairs, num_units)
+    name, scalars = activation_options(activation)
+    config = grouped_matmul_config(
+        "up" if layout.gated else "up_ungated", x, num_units, depth, num_experts, grouping.top_k
+    )
+    num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
+    num_column_tiles = triton.cdiv(num_units, config.block_n)
+    x = contiguous_columns(x)
+    launch(
+        _up_kernel,
+        (num_slots * num_column_tiles,),
+        x,
+        gate_up_proj,
+        gate_up_bias,
+        grouping.pair_index,
+        grouping.expert_offsets,
+        h,
+        a,
+        depth,
+        num_units,
+        num_experts,
+        grouping.top_k,
+        num_slots,
+        num_column_tiles,
+        x.stride(0),
+        x.stride(1),
+        gate_up_proj.stride(0),
+        gate_up_proj.stride(out_axis),
+        gate_up_proj.stride(in_axis),
+        0 if gate_up_bias is None else gate_up_bias.stride(0),
+        0 if gate_up_bias is None else gate_up_bias.stride(1),
+        h.stride(0),
+        0 if a is None else a.stride(0),
+        *scalars,
+        GATED=layout.gated,
+        INTERLEAVED=layout.interleaved,
+        # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
+        HALVES=layout.gated and not layout.interleaved and gate_up_proj.stride(out_axis) == 1,
+        ACTIVATION=name,
+        EVEN_D=depth % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **dot_options(x.dtype),
+    )
+    return h, a
