@@ -5,7 +5,7 @@ block are read back while they are warm, instead of one pass over all pairs per 
 with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +20,38 @@ __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_gra
 BLOCK_ROWS = 512
 
 
-def _blocks(grouping: Grouping) -> Iterator[tuple[int, int, int]]:
-    """Give (expert, first, last) positions: each expert's pairs in even blocks of at most BLOCK_ROWS."""
+class _Block(NamedTuple):
+    """Positions first..last, which are few enough to stay in cache, and the experts' parts of them."""
+
+    first: int
+    last: int
+    parts: list[tuple[int, slice, slice]]
+    """(expert, its positions, the same counted from the block's first)."""
+
+
+def _blocks(grouping: Grouping) -> list[_Block]:
+    """Cut the pairs into blocks of at most BLOCK_ROWS: several small experts, or an even share of a large one."""
     offsets = grouping.host_expert_offsets
+    blocks: list[_Block] = []
     for e in range(grouping.num_experts):
-        count = offsets[e + 1] - offsets[e]
-        num_blocks = -(-count // BLOCK_ROWS)
-        for b in range(num_blocks):
-            yield e, offsets[e] + count * b // num_blocks, offsets[e] + count * (b + 1) // num_blocks
+        start, count = offsets[e], offsets[e + 1] - offsets[e]
+        num_parts = -(-count // BLOCK_ROWS)
+        for i in range(num_parts):
+            first, last = start + count * i // num_parts, start + count * (i + 1) // num_parts
+            if not blocks or last - blocks[-1].first > BLOCK_ROWS:
+                blocks.append(_Block(first, last, []))
+            block = blocks[-1]._replace(last=last)
+            block.parts.append((e, slice(first, last), slice(first - block.first, last - block.first)))
+            blocks[-1] = block
+    return blocks
 
 
 def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
     return weight if layout.transposed else weight.mT
 
 
-def _block_buffer(grouping: Grouping, like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    rows = max((last - first for _, first, last in _blocks(grouping)), default=0)
-    return torch.empty(rows, width, dtype=dtype or like.dtype, device=like.device)
+def _block_buffer(blocks: list[_Block], width: int, like: Tensor) -> Tensor:
+    return like.new_empty(max((block.last - block.first for block in blocks), default=0), width)
 
 
 def group(
@@ -152,9 +167,12 @@ def down(
     out: Tensor | None = None,
 ) -> Tensor:
     y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
-    for e, first, last in _blocks(grouping):
-        bias = None if down_bias is None else down_bias[e]
-        _product(a[first:last], _in_out(down_proj[e], layout), bias, y[first:last])
+    offsets = grouping.host_expert_offsets
+    for e in range(grouping.num_experts):
+        positions = slice(offsets[e], offsets[e + 1])
+        if positions.start < positions.stop:
+            bias = None if down_bias is None else down_bias[e]
+            _product(a[positions], _in_out(down_proj[e], layout), bias, y[positions])
     return y
 
 
@@ -207,13 +225,15 @@ def down_grad(
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
-    rows = _block_buffer(grouping, dout, dout.shape[1])
-    products = _block_buffer(grouping, dout, inner)
-    for e, first, last in _blocks(grouping):
-        block = rows[: last - first]
-        torch.index_select(dout, 0, grouping.row_index[first:last], out=block)
-        torch.mm(block, _in_out(down_proj[e], layout).mT, out=products[: last - first])
-        g = products[: last - first].to(acc)
+    blocks = _blocks(grouping)
+    row_buffer = _block_buffer(blocks, dout.shape[1], dout)
+    product_buffer = _block_buffer(blocks, inner, dout)
+    for first, last, parts in blocks:
+        rows, products = row_buffer[: last - first], product_buffer[: last - first]
+        torch.index_select(dout, 0, grouping.row_index[first:last], out=rows)
+        for e, _, local in parts:
+            torch.mm(rows[local], _in_out(down_proj[e], layout).mT, out=products[local])
+        g = products.to(acc)
         scale = scales[first:last]
         da = g * scale
         if activation is None:
@@ -225,8 +245,12 @@ def down_grad(
                 a = a.to(dout.dtype).to(acc)
         torch.sum(g.mul_(a), 1, out=dweights[first:last])
         if down_bias is not None:
-            dweights[first:last] += block.to(acc) @ down_bias[e].to(acc)
-        scaled_a[first:last] = a.mul_(scale)
+            for e, positions, local in parts:
+                dweights[positions] += rows[local].to(acc) @ down_bias[e].to(acc)
+        if a.dtype == dout.dtype:
+            torch.mul(a, scale, out=scaled_a[first:last])
+        else:
+            scaled_a[first:last] = a * scale
     return dh, scaled_a, dweights
 
 
@@ -277,8 +301,11 @@ def up_grad(
     dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
 ) -> Tensor:
     dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
-    for e, first, last in _blocks(grouping):
-        torch.mm(dh[first:last], _in_out(gate_up_proj[e], layout).mT, out=dx[first:last])
+    offsets = grouping.host_expert_offsets
+    for e in range(grouping.num_experts):
+        positions = slice(offsets[e], offsets[e + 1])
+        if positions.start < positions.stop:
+            torch.mm(dh[positions], _in_out(gate_up_proj[e], layout).mT, out=dx[positions])
     return dx
 
 
