@@ -129,14 +129,15 @@ def up(
     a = out_a
     if activation is not None and a is None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
-    rows = _block_buffer(grouping, x, x.shape[1])
     acc = accumulation_dtype(x.dtype)
-    for e, first, last in _blocks(grouping):
-        block = rows[: last - first]
-        torch.index_select(x, 0, grouping.row_index[first:last], out=block)
-        _product(
-            block, _in_out(gate_up_proj[e], layout), None if gate_up_bias is None else gate_up_bias[e], h[first:last]
-        )
+    blocks = _blocks(grouping)
+    buffer = _block_buffer(blocks, x.shape[1], x)
+    for first, last, parts in blocks:
+        rows = buffer[: last - first]
+        torch.index_select(x, 0, grouping.row_index[first:last], out=rows)
+        for e, positions, local in parts:
+            bias = None if gate_up_bias is None else gate_up_bias[e]
+            _product(rows[local], _in_out(gate_up_proj[e], layout), bias, h[positions])
         if a is not None and activation is not None:
             _activate(h[first:last].to(acc), layout, activation, a[first:last])
     return h, a
