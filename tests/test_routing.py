@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config, GptOssConfig, GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
-from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -71,9 +71,12 @@ QWEN_SIZES = {"num_experts": 12, "num_experts_per_tok": 3, "hidden_size": 16}
             id="gpt_oss",
         ),
         pytest.param(
-            lambda: GraniteMoeTopKRouter(GraniteMoeConfig(**SIZES)),
+            lambda: modeling_granitemoe.GraniteMoeTopKRouter(GraniteMoeConfig(**SIZES)),
             {"softmax_after_topk": True},
             id="granitemoe",
+            marks=pytest.mark.skipif(
+                not hasattr(modeling_granitemoe, "GraniteMoeTopKRouter"), reason="came after transformers 5.7"
+            ),
         ),
     ],
 )
@@ -119,6 +122,8 @@ def test_deepseek_v3_router_of_transformers(renormalize, num_groups, top_k_group
         router.e_score_correction_bias.uniform_(-0.2, 0.2)
     theirs.load_state_dict(router.state_dict(), strict=True)
     x = torch.randn(200, 16)
+    if isinstance(theirs(x), torch.Tensor):
+        pytest.skip("this transformers chooses the experts outside its router")
     logits, weights, ids = theirs(x)
     routing = router(x)
     assert torch.equal(routing.logits, logits)

@@ -271,16 +271,19 @@ def test_bf16_experts(name):
     assert_as_good_as(ours, plain, truth)
 
 
-@pytest.mark.parametrize("name", ["MixtralExperts", "MuseSparkExperts"])
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "MuseSparkExperts"])
 def test_routes_to_other_ranks_are_skipped(name):
     experts = find_class(name)
     x, ids, weights = make_expert_inputs()
-    ids[0], ids[1, 2], ids[5, 0] = 6, 6, 6
-    expected = run_experts(experts, "eager", (x, ids, weights))
-    ids[0, 1] = -1  # the same thing to us, though not to eager
-    actual = run_experts(experts, "tritonmoe", (x, ids, weights))
+    is_skipped = torch.zeros_like(ids, dtype=torch.bool)
+    is_skipped[0] = is_skipped[1, 2] = is_skipped[5, 0] = True
+    expected = run_experts(experts, "eager", (x, ids, weights.masked_fill(is_skipped, 0.0)))
+    expected["weights"].masked_fill_(is_skipped, 0.0)
+    foreign_ids = ids.masked_fill(is_skipped, 6)
+    foreign_ids[0, 1] = -1
+    actual = run_experts(experts, "tritonmoe", (x, foreign_ids, weights))
     assert_same(actual, expected)
-    assert (actual["weights"][ids == 6] == 0).all()
+    assert (actual["weights"][is_skipped] == 0).all()
     assert (actual["x"][0] == 0).all()
 
 
@@ -298,7 +301,7 @@ def test_no_tokens(name):
 # Choosing the activation
 
 
-def test_a_replaced_gate_is_called_and_not_guessed():
+def test_a_replaced_gate_is_called_and_not_guessed(monkeypatch):
     inputs = make_expert_inputs()
     experts = find_class("MixtralExperts")
     experts._apply_gate = lambda gate_up: gate_up[:, :12] * 2.0
@@ -313,6 +316,10 @@ def test_a_replaced_gate_is_called_and_not_guessed():
 
     halved = Halved(SmallConfig())
     assert choose_activation(halved)[0] == halved._apply_gate
+
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda self, gate_up: gate_up[:, 12:])
+    patched = find_class("MixtralExperts")
+    assert choose_activation(patched)[0] == patched._apply_gate
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,12 @@ def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
     if not getattr(experts, "has_gate", True):
         return fused_name(act_fn) or act_fn, False
     apply_gate: Any = experts._apply_gate
-    name = getattr(apply_gate, "__qualname__", "")
-    is_theirs = getattr(apply_gate, "__module__", "").split(".")[0] == "transformers"
-    if "_apply_gate" in vars(experts) or not is_theirs:  # replaced on this module, or a class from elsewhere
-        return apply_gate, False
-    if name == DEFAULT_GATE and getattr(experts, "is_concatenated", True):
+    method: Any = getattr(type(experts), "_apply_gate", None)
+    if "_apply_gate" in experts.__dict__ or not getattr(method, "__module__", "").startswith("transformers."):
+        return apply_gate, False  # replaced on this module, or not transformers' own code
+    if method.__name__ == DEFAULT_GATE and getattr(experts, "is_concatenated", True):
         return fused_name(act_fn) or apply_gate, False
-    owner = name.removesuffix("._apply_gate")
+    owner = next(cls.__name__ for cls in type(experts).__mro__ if "_apply_gate" in cls.__dict__)
     if owner in CLAMPED_GATES:
         limit_name, alpha_name, is_interleaved = CLAMPED_GATES[owner]
         limit = getattr(experts, limit_name, None)
