@@ -1,0 +1,293 @@
+"""What every transport must do, as functions that each rank runs; test_contract.py runs them on all transports.
+
+Run as a script it is one process of a gloo group: contract_cases.py RANK SIZE FOLDER.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import TransportError
+from tritonmoe.transports import ProcessGroupTransport, Transport
+
+CASES: dict[str, Callable[[Transport], None]] = {}
+LATE_S = 0.3
+GLOO_TIMEOUT_S = 1.0
+
+
+def case(function: Callable[[Transport], None]) -> Callable[[Transport], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def uneven(size: int, step: int = 0) -> list[list[int]]:
+    """Give splits[i][k], the rows from rank i to rank k: all different, with zeros among them."""
+    return [[(3 * i + 2 * k + step) % 5 for k in range(size)] for i in range(size)]
+
+
+def message(sender: int, receiver: int, count: int, tail: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Give `count` rows whose small integers tell sender, receiver, row and column."""
+    columns = torch.arange(math.prod(tail))
+    codes = 31 * sender + 7 * receiver + 3 * torch.arange(count)[:, None] + columns
+    return (codes % (2 if dtype == torch.bool else 13)).reshape(count, *tail).to(dtype)
+
+
+def sent_rows(rank: int, splits: list[list[int]], tail: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.cat([message(rank, k, count, tail, dtype) for k, count in enumerate(splits[rank])])
+
+
+def expected_rows(
+    rank: int, splits: list[list[int]], tail: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.cat([message(i, rank, splits[i][rank], tail, dtype) for i in range(len(splits))])
+
+
+def column(splits: list[list[int]], rank: int) -> list[int]:
+    return [row[rank] for row in splits]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert actual.is_contiguous()
+    assert actual.tolist() == expected.tolist()
+
+
+def check_round(
+    transport: Transport, splits: list[list[int]], tail: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32
+) -> None:
+    rank = transport.rank
+    rows = sent_rows(rank, splits, tail, dtype)
+    pending = transport.exchange(rows, splits[rank], column(splits, rank))
+    assert_same(pending.wait(), expected_rows(rank, splits, tail, dtype))
+
+
+@case
+def uneven_splits(transport: Transport) -> None:
+    for step in range(5):
+        check_round(transport, uneven(transport.size, step))
+
+
+@case
+def ranks_without_rows(transport: Transport) -> None:
+    size = transport.size
+    check_round(transport, [[2 if i == 0 else 0] * size for i in range(size)])  # one sender
+    check_round(transport, [[2 if k == 0 else 0 for k in range(size)] for _ in range(size)])  # one receiver
+    check_round(transport, [[3 if i == k else 0 for k in range(size)] for i in range(size)])  # all stay at home
+
+
+@case
+def no_rows_at_all(transport: Transport) -> None:
+    check_round(transport, [[0] * transport.size for _ in range(transport.size)])
+    check_round(transport, [[0] * transport.size for _ in range(transport.size)], tail=(), dtype=torch.int32)
+    check_round(transport, uneven(transport.size), tail=(0,))
+
+
+@case
+def several_in_flight_waited_in_any_order(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    pending = []
+    for step in range(4):
+        splits = uneven(size, step)
+        pending.append(transport.exchange(sent_rows(rank, splits, (2,)), splits[rank], column(splits, rank)))
+    order = [2, 0, 3, 1] if rank % 2 else [3, 1, 0, 2]
+    for step in order:
+        received = pending[step].wait()
+        assert_same(received, expected_rows(rank, uneven(size, step), (2,)))
+        assert pending[step].wait() is received
+        finished_at = pending[step].finished_at()
+        assert finished_at is None or finished_at <= time.perf_counter()
+
+
+@case
+def a_late_peer_holds_up_only_wait(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    splits = uneven(size, 1)
+    rows = sent_rows(rank, splits, (3,))
+    transport.exchange_counts(torch.zeros(size, 1, dtype=torch.int64))  # all ranks start together
+    if size > 1 and rank == size - 1:
+        time.sleep(LATE_S)
+    before = time.perf_counter()
+    pending = transport.exchange(rows, splits[rank], column(splits, rank))
+    assert time.perf_counter() - before < 0.5 * LATE_S
+    assert_same(pending.wait(), expected_rows(rank, splits, (3,)))
+    if size > 1 and rank != size - 1:
+        assert time.perf_counter() - before > 0.5 * LATE_S
+
+
+@case
+def every_dtype(transport: Transport) -> None:
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+        torch.float8_e4m3fn,
+    ):
+        for tail in ((), (3,), (2, 3)):
+            check_round(transport, uneven(transport.size, 2), tail, dtype)
+
+
+@case
+def into_a_slice_of_a_larger_buffer(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    for dtype in (torch.float32, torch.int32):
+        splits = uneven(size, 3)
+        expected = expected_rows(rank, splits, (4,), dtype)
+        buffer = torch.full((len(expected) + 5, 4), 99, dtype=dtype)
+        out = buffer[2 : 2 + len(expected)]
+        pending = transport.exchange(sent_rows(rank, splits, (4,), dtype), splits[rank], column(splits, rank), out)
+        assert pending.wait() is out
+        assert_same(buffer[2:-3], expected)
+        assert (buffer[:2] == 99).all()
+        assert (buffer[-3:] == 99).all()
+
+
+@case
+def buffers_are_reused_over_steps(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    splits = [[4] * size for _ in range(size)]
+    rows, out = torch.empty(4 * size, 8), torch.empty(4 * size, 8)
+    for step in range(6):
+        rows.copy_(torch.arange(4 * size).repeat_interleave(8).reshape(-1, 8) + 100 * rank + 1000 * step)
+        received = transport.exchange(rows, splits[rank], column(splits, rank), out).wait()
+        rows.fill_(-1)  # wait() has given the send buffer back
+        for sender in range(size):
+            expected = torch.arange(4 * rank, 4 * rank + 4) + 100 * sender + 1000 * step
+            assert received[4 * sender : 4 * sender + 4, 0].tolist() == expected.tolist()
+
+
+@case
+def swapped_splits_bring_the_rows_home(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    splits = uneven(size, 4)
+    there, back = splits[rank], column(splits, rank)
+    rows = sent_rows(rank, splits, (3,), torch.bfloat16)
+    away = transport.exchange(rows, there, back).wait()
+    assert_same(transport.exchange(away, back, there).wait(), rows)
+
+
+@case
+def counts(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    for length in (1, 5, 0):
+        sent = 100 * rank + 10 * torch.arange(size)[:, None] + torch.arange(length)
+        received = transport.exchange_counts(sent)
+        expected = 100 * torch.arange(size)[:, None] + 10 * rank + torch.arange(length)
+        assert_same(received, expected)
+    transposed = (torch.arange(2 * size).reshape(2, size) + 100 * rank).T
+    assert transport.exchange_counts(transposed)[:, 0].tolist() == [100 * sender + rank for sender in range(size)]
+
+
+@case
+def rows_of_a_graph_and_of_inference_mode(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    splits = uneven(size, 1)
+    expected = expected_rows(rank, splits, (2,))
+    rows = sent_rows(rank, splits, (2,)).requires_grad_() * 1
+    assert_same(transport.exchange(rows, splits[rank], column(splits, rank)).wait().detach(), expected)
+    with torch.inference_mode():
+        rows = sent_rows(rank, splits, (2,))
+        assert_same(transport.exchange(rows, splits[rank], column(splits, rank)).wait(), expected)
+        out = torch.empty_like(expected)
+        transport.exchange(rows, splits[rank], column(splits, rank), out).wait()
+        assert_same(out, expected)
+
+
+@case
+def bad_arguments_send_nothing(transport: Transport) -> None:
+    size = transport.size
+    good = [1] * size
+    rows = torch.zeros(size, 2)
+    bad: list[tuple[str, Callable[[], object]]] = [
+        ("one count per rank", lambda: transport.exchange(rows, [*good, 0], good)),
+        ("one count per rank", lambda: transport.exchange(rows, good, good[1:])),
+        ("must not be negative", lambda: transport.exchange(rows, [-1] * size, good)),
+        ("sends to itself", lambda: transport.exchange(rows, good, [2] * size)),
+        ("must have sum", lambda: transport.exchange(torch.zeros(size + 1, 2), good, good)),
+        ("rows must be contiguous", lambda: transport.exchange(torch.zeros(size, 4)[:, ::2], good, good)),
+        ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size + 1, 2))),
+        ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size, 2, dtype=torch.int64))),
+        ("out must be contiguous", lambda: transport.exchange(rows, good, good, torch.zeros(size, 4)[:, ::2])),
+        ("one row per rank", lambda: transport.exchange_counts(torch.zeros(size + 1, 2, dtype=torch.int64))),
+        ("int64", lambda: transport.exchange_counts(torch.zeros(size, 2))),
+    ]
+    for words, call in bad:
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="integer"):
+        transport.exchange(rows, [1.0] * size, good)  # type: ignore[list-item]
+    check_round(transport, uneven(size))
+
+
+# What only processes can show: a peer that stays away, then is gone.
+
+
+def a_peer_that_never_calls(transport: Transport, folder: Path) -> None:
+    assert_survivor_raises(transport, at_least_s=0.9 * GLOO_TIMEOUT_S)
+
+
+def a_peer_that_died(transport: Transport, folder: Path) -> None:
+    (folder / f"survivor{transport.rank}").touch()
+    time.sleep(0.5)  # the last rank sees the files of all others and ends
+    assert_survivor_raises(transport, at_least_s=0.0)
+
+
+def assert_survivor_raises(transport: Transport, at_least_s: float) -> None:
+    size = transport.size
+    before = time.perf_counter()
+    words = re.escape(f"rank {transport.rank} of {size}, input_splits {[2] * size}")
+    with pytest.raises(TransportError, match=words):
+        transport.exchange(torch.zeros(2 * size, 2), [2] * size, [2] * size).wait()
+    assert at_least_s <= time.perf_counter() - before < 3 * GLOO_TIMEOUT_S
+
+
+FATAL_CASES = {function.__name__: function for function in (a_peer_that_never_calls, a_peer_that_died)}
+
+
+def run_one_process(rank: int, size: int, folder: Path) -> None:
+    """Run every case and write what failed to FOLDER/RANK.json."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+    )
+    results: dict[str, str | None] = {}
+    try:
+        transport = ProcessGroupTransport(timeout_s=20.0)
+        for name, function in CASES.items():
+            results[name] = "did not finish"
+            function(transport)
+            results[name] = None
+        if rank == size - 1:
+            while len(list(folder.glob("survivor*"))) < size - 1:
+                time.sleep(0.02)
+            return
+        transport = ProcessGroupTransport(timeout_s=GLOO_TIMEOUT_S)
+        for name, fatal in FATAL_CASES.items():
+            results[name] = "did not finish"
+            fatal(transport, folder)
+            results[name] = None
+    except BaseException:
+        results[next(reversed(results), "start")] = traceback.format_exc()
+    finally:
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+        os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
+
+
+if __name__ == "__main__":
+    run_one_process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
