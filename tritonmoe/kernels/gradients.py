@@ -18,9 +18,10 @@ from .launch import (
     num_tile_slots,
     output,
     slot_and_column_tile,
+    split_column_pairs,
+    split_columns,
     tile_of_slot,
 )
-from .up import split_pairs_of_columns
 
 __all__ = ["bias_grad", "down_grad", "outer_sums"]
 
@@ -64,7 +65,7 @@ def _down_grad_epilogue(
                 columns = 2 * first_unit + tl.arange(0, 2 * SUB_N)
                 column_mask = valid[:, None] & (columns < 2 * F)[None, :]
                 both = tl.load(hidden_rows + columns[None, :], mask=column_mask, other=0.0)
-                gate, up = split_pairs_of_columns(both, BLOCK_M, SUB_N, False)
+                gate, up = split_column_pairs(both, BLOCK_M, SUB_N, False)
             else:
                 gate = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0)
                 up = tl.load(hidden_rows + F + units[None, :], mask=mask, other=0.0)
@@ -171,16 +172,7 @@ def _down_grad_kernel(
     scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
     long_positions = positions.to(tl.int64)
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-    if SUBTILES == 1:
-        subtiles = (g,)
-    elif SUBTILES == 2:
-        subtiles = split_pairs_of_columns(g, BLOCK_M, SUB_N, True)
-    else:
-        tl.static_assert(SUBTILES == 4)
-        left, right = split_pairs_of_columns(g, BLOCK_M, 2 * SUB_N, True)
-        subtiles = split_pairs_of_columns(left, BLOCK_M, SUB_N, True) + split_pairs_of_columns(
-            right, BLOCK_M, SUB_N, True
-        )
+    subtiles = split_columns(g, BLOCK_M, BLOCK_N, SUBTILES)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(SUBTILES):
         total += _down_grad_epilogue(

@@ -23,12 +23,17 @@ __all__ = [
     "Launch",
     "TileConfig",
     "contiguous_columns",
+    "dot",
     "dot_options",
     "grouped_matmul_config",
     "launch",
     "num_tile_slots",
     "output",
     "recording",
+    "slot_and_column_tile",
+    "split_column_pairs",
+    "split_columns",
+    "tile_of_slot",
 ]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -194,6 +199,32 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr)
     return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
+@triton.jit
+def split_column_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Split (BLOCK_M, 2*BLOCK_N) in two: left and right half (HALVES), or even and odd columns."""
+    if HALVES:
+        pairs = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+    else:
+        pairs = tl.reshape(tile, (BLOCK_M, BLOCK_N, 2))
+    return tl.split(pairs)
+
+
+@triton.jit
+def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Cut (BLOCK_M, WIDTH) into a tuple of 1, 2 or 4 tiles, from left to right."""
+    if PARTS == 1:
+        parts = (tile,)
+    elif PARTS == 2:
+        parts = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
+    else:
+        tl.static_assert(PARTS == 4)
+        left, right = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
+        first, second = split_column_pairs(left, BLOCK_M, WIDTH // 4, True)
+        third, fourth = split_column_pairs(right, BLOCK_M, WIDTH // 4, True)
+        parts = (first, second, third, fourth)
+    return parts
+
+
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:
     """Give the constexprs of `dot` for operands of `dtype`; tf32 only if the torch setting asks for it."""
     allow_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
@@ -231,7 +262,7 @@ def grouped_matmul_config(
     target = _target(like.device)
     if target is None:
         config = TileConfig(32, 32, 32, num_warps=4, num_stages=1, group_m=2, subtiles=2)
-    elif like.dtype == torch.float32:
+    elif like.dtype == torch.float32 or width % 8 or depth % 8:
         config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
     else:
         config = _half_precision_config(target, operation, sparse=num_experts > 16 * top_k)
@@ -245,12 +276,12 @@ def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> T
     """Choose for fp16 and bf16. `sparse`: few tokens for each expert, so that tall tiles would be mostly empty."""
     block_m = 64 if sparse and operation != "weight_grad" else 128
     if target.backend == "hip":
-        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2)
+        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2, subtiles=4)
     elif target.arch // 10 in (9, 10):
         wide = {"up": 128, "up_ungated": 256, "down": 256, "weight_grad": 256, "down_grad": 128}[operation]
         return TileConfig(block_m, wide, 64, num_warps=8, num_stages=3, subtiles=4)
-    elif target.arch >= 110:  # 99 KB of shared memory
-        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2, subtiles=4)
     else:
-        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=3, subtiles=4)
+        # Of these only sm_80 has more than 99 KB of shared memory.
+        num_stages = 4 if target.arch == 80 else 2 if target.arch >= 110 else 3
+        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=num_stages, subtiles=4)
     return dataclasses.replace(config, block_n=64) if operation == "up" else config

@@ -16,20 +16,99 @@ from .launch import (
     num_tile_slots,
     output,
     slot_and_column_tile,
+    split_column_pairs,
+    split_columns,
     tile_of_slot,
 )
 
-__all__ = ["split_pairs_of_columns", "up"]
+__all__ = ["up"]
 
 
 @triton.jit
-def split_pairs_of_columns(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
-    """Split (BLOCK_M, 2*BLOCK_N) in two: left and right half (HALVES), or even and odd columns."""
-    if HALVES:
-        pairs = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+def _up_epilogue(
+    accumulator,  # (BLOCK_M, 2*SUB_N) fp32: gate and up columns of SUB_N units; (BLOCK_M, SUB_N) ungated
+    lanes,  # (2*SUB_N,): where these columns lie in the program's tile
+    first_unit,
+    column_tile,
+    expert,
+    positions,  # (BLOCK_M,) int64
+    valid,  # (BLOCK_M,)
+    bias,  # (E, 2F) or None
+    h,  # (N, 2F)
+    a,  # (N, F) or None
+    F,
+    stride_bias_expert,
+    stride_bias_column,
+    stride_h_row,
+    stride_a_row,
+    limit,
+    alpha,
+    up_offset,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HALVES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB_N: tl.constexpr,
+):
+    """Add the bias, round and store h, then store the activation of the rounded h."""
+    columns, column_mask = _tile_columns(column_tile, lanes, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N)
+    if bias is not None:
+        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
+        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    h_tile = accumulator.to(h.dtype.element_ty)
+    h_rows = h + positions[:, None] * stride_h_row
+    units = first_unit + tl.arange(0, SUB_N)
+    mask = valid[:, None] & (units < F)[None, :]
+    if GATED:
+        gate, up_half = split_column_pairs(h_tile, BLOCK_M, SUB_N, HALVES)
+        if INTERLEAVED:
+            tl.store(h_rows + columns[None, :], h_tile, mask=valid[:, None] & column_mask[None, :])
+        else:
+            tl.store(h_rows + units[None, :], gate, mask=mask)
+            tl.store(h_rows + F + units[None, :], up_half, mask=mask)
     else:
-        pairs = tl.reshape(tile, (BLOCK_M, BLOCK_N, 2))
-    return tl.split(pairs)
+        gate = h_tile
+        up_half = h_tile
+        tl.store(h_rows + units[None, :], h_tile, mask=mask)
+    if ACTIVATION != "none":
+        a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
+        a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
+        tl.store(a_pointers, a_tile.to(a.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_columns(
+    column_tile,
+    lanes,
+    F,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB_N: tl.constexpr,
+):
+    """Give the weight's column for each lane of a program's tile, and whether it exists.
+
+    A subtile of 2*SUB_N lanes holds gate and up of SUB_N units: alternating, or one half after the other (HALVES).
+    """
+    if GATED:
+        if INTERLEAVED:
+            columns = column_tile * (2 * BLOCK_N) + lanes
+            mask = columns < 2 * F
+        elif HALVES:
+            units = column_tile * BLOCK_N + lanes // (2 * SUB_N) * SUB_N + lanes % SUB_N
+            columns = lanes // SUB_N % 2 * F + units
+            mask = units < F
+        else:
+            units = column_tile * BLOCK_N + lanes // 2
+            columns = lanes % 2 * F + units
+            mask = units < F
+    else:
+        columns = column_tile * BLOCK_N + lanes
+        mask = columns < F
+    return columns, mask
 
 
 @triton.jit
@@ -69,6 +148,7 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -77,26 +157,13 @@ def _up_kernel(
     if first >= end:
         return
 
-    # Gate and up columns of a unit share one accumulator: side by side, or as two halves of the tile.
-    units = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-    if GATED:
-        lanes = tl.arange(0, WIDTH)
-        if INTERLEAVED:
-            columns = column_tile * WIDTH + lanes
-            column_mask = columns < 2 * F
-        elif HALVES:
-            column_units = column_tile * BLOCK_N + lanes % BLOCK_N
-            columns = lanes // BLOCK_N * F + column_units
-            column_mask = column_units < F
-        else:
-            column_units = column_tile * BLOCK_N + lanes // 2
-            columns = lanes % 2 * F + column_units
-            column_mask = column_units < F
-    else:
-        columns = units
-        column_mask = units < F
-
+    SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+    SUB_WIDTH: tl.constexpr = WIDTH // SUBTILES
+    columns, column_mask = _tile_columns(
+        column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
+    )
     positions = first + tl.arange(0, BLOCK_M)
     valid = positions < end
     # Rows past the expert's end are some other row's numbers: computed and not stored.
@@ -122,27 +189,35 @@ def _up_kernel(
         x_pointers += BLOCK_K * stride_x_column
         weight_pointers += BLOCK_K * stride_weight_in
 
-    if bias is not None:
-        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
-        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    h_tile = accumulator.to(h.dtype.element_ty)
-    h_rows = h + positions.to(tl.int64)[:, None] * stride_h_row
-    unit_mask = valid[:, None] & (units < F)[None, :]
-    if GATED:
-        gate, up_half = split_pairs_of_columns(h_tile, BLOCK_M, BLOCK_N, HALVES)
-        if INTERLEAVED:
-            tl.store(h_rows + columns[None, :], h_tile, mask=valid[:, None] & column_mask[None, :])
-        else:
-            tl.store(h_rows + units[None, :], gate, mask=unit_mask)
-            tl.store(h_rows + F + units[None, :], up_half, mask=unit_mask)
-    else:
-        gate = h_tile
-        up_half = h_tile
-        tl.store(h_rows + units[None, :], h_tile, mask=unit_mask)
-    if ACTIVATION != "none":
-        a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
-        a_pointers = a + positions.to(tl.int64)[:, None] * stride_a_row + units[None, :]
-        tl.store(a_pointers, a_tile.to(a.dtype.element_ty), mask=unit_mask)
+    subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
+    for part in tl.static_range(SUBTILES):
+        _up_epilogue(
+            subtiles[part],
+            part * SUB_WIDTH + tl.arange(0, SUB_WIDTH),
+            column_tile * BLOCK_N + part * SUB_N,
+            column_tile,
+            expert,
+            positions.to(tl.int64),
+            valid,
+            bias,
+            h,
+            a,
+            F,
+            stride_bias_expert,
+            stride_bias_column,
+            stride_h_row,
+            stride_a_row,
+            limit,
+            alpha,
+            up_offset,
+            GATED,
+            INTERLEAVED,
+            HALVES,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N,
+            SUB_N,
+        )
 
 
 def up(
@@ -205,6 +280,7 @@ def up(
         BLOCK_K=config.block_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
         GROUP_M=config.group_m,
+        SUBTILES=config.subtiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dot_options(x.dtype),
