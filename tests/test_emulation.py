@@ -498,6 +498,31 @@ def test_wait_waits() -> None:
     run_on_emulated_ranks(fn, 2, link=LinkModel(None, 5_000))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_wait_orders_the_stream_on_cuda() -> None:
+    """The rows are written late, on the sender's stream, and the send buffer is used again behind wait()."""
+
+    def fn(transport: Transport) -> None:
+        rank = transport.rank
+        assert torch.cuda.current_stream() != torch.cuda.default_stream()
+        rows, out = torch.empty(2, 4096, device="cuda"), torch.empty(2, 4096, device="cuda")
+        received = []
+        for step in range(5):
+            torch.cuda._sleep(20_000_000 * (rank + 1))
+            rows.fill_(10 * step + rank)
+            out.fill_(-1)
+            before = time.perf_counter()
+            pending = transport.exchange(rows, [1, 1], [1, 1], out)
+            assert time.perf_counter() - before < 0.1
+            received.append(pending.wait().clone())
+            rows.fill_(-2)
+        for step, one in enumerate(received):
+            assert one.amin(1).tolist() == one.amax(1).tolist() == [10 * step, 10 * step + 1]
+
+    run_on_emulated_ranks(fn, 2, device="cuda")
+
+
 # Values
 
 

@@ -1,6 +1,6 @@
 """What every transport must do, as functions that each rank runs; test_contract.py runs them on all transports.
 
-Run as a script it is one process of a gloo group: contract_cases.py RANK SIZE FOLDER.
+Run as a script it is one process of a group: contract_cases.py RANK SIZE FOLDER BACKEND DEVICE.
 """
 
 import json
@@ -115,7 +115,7 @@ def a_late_peer_holds_up_only_wait(transport: Transport) -> None:
     rank, size = transport.rank, transport.size
     splits = uneven(size, 1)
     rows = sent_rows(rank, splits, (3,))
-    transport.exchange_counts(torch.zeros(size, 1, dtype=torch.int64))  # all ranks start together
+    transport.exchange_counts(torch.zeros(size, 1, dtype=torch.int64, device="cpu"))  # all ranks start together
     if size > 1 and rank == size - 1:
         time.sleep(LATE_S)
     before = time.perf_counter()
@@ -186,11 +186,10 @@ def swapped_splits_bring_the_rows_home(transport: Transport) -> None:
 def counts(transport: Transport) -> None:
     rank, size = transport.rank, transport.size
     for length in (1, 5, 0):
-        sent = 100 * rank + 10 * torch.arange(size)[:, None] + torch.arange(length)
-        received = transport.exchange_counts(sent)
-        expected = 100 * torch.arange(size)[:, None] + 10 * rank + torch.arange(length)
-        assert_same(received, expected)
-    transposed = (torch.arange(2 * size).reshape(2, size) + 100 * rank).T
+        peers, columns = torch.arange(size, device="cpu")[:, None], torch.arange(length, device="cpu")
+        received = transport.exchange_counts(100 * rank + 10 * peers + columns)
+        assert_same(received, 100 * peers + 10 * rank + columns)
+    transposed = (torch.arange(2 * size, device="cpu").reshape(2, size) + 100 * rank).T
     assert transport.exchange_counts(transposed)[:, 0].tolist() == [100 * sender + rank for sender in range(size)]
 
 
@@ -224,7 +223,10 @@ def bad_arguments_send_nothing(transport: Transport) -> None:
         ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size + 1, 2))),
         ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size, 2, dtype=torch.int64))),
         ("out must be contiguous", lambda: transport.exchange(rows, good, good, torch.zeros(size, 4)[:, ::2])),
-        ("one row per rank", lambda: transport.exchange_counts(torch.zeros(size + 1, 2, dtype=torch.int64))),
+        (
+            "one row per rank",
+            lambda: transport.exchange_counts(torch.zeros(size + 1, 2, dtype=torch.int64, device="cpu")),
+        ),
         ("int64", lambda: transport.exchange_counts(torch.zeros(size, 2))),
     ]
     for words, call in bad:
@@ -260,12 +262,13 @@ def assert_survivor_raises(transport: Transport, at_least_s: float) -> None:
 FATAL_CASES = {function.__name__: function for function in (a_peer_that_never_calls, a_peer_that_died)}
 
 
-def run_one_process(rank: int, size: int, folder: Path) -> None:
+def run_one_process(rank: int, size: int, folder: Path, backend: str, device: str) -> None:
     """Run every case and write what failed to FOLDER/RANK.json."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )
+    torch.set_default_device(device)
     results: dict[str, str | None] = {}
     try:
         transport = ProcessGroupTransport(timeout_s=20.0)
@@ -290,4 +293,4 @@ def run_one_process(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_one_process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    run_one_process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])

@@ -25,15 +25,18 @@ EMULATED = {
 }
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @functools.cache
-def gloo_results(size: int) -> dict[str, dict[str, str | None]]:
+def process_results(size: int, backend: str = "gloo", device: str = "cpu") -> dict[str, dict[str, str | None]]:
     """Run all cases in `size` processes; gives what failed, by rank and case. One start for all tests of a size."""
     package_folder = str(Path(tritonmoe.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": package_folder, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
-                [sys.executable, contract_cases.__file__, str(rank), str(size), folder],
+                [sys.executable, contract_cases.__file__, str(rank), str(size), folder, backend, device],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -54,8 +57,8 @@ def gloo_results(size: int) -> dict[str, dict[str, str | None]]:
     return results
 
 
-def check_gloo(name: str, size: int, ranks: range) -> None:
-    results = gloo_results(size)
+def check_processes(name: str, ranks: range, size: int, backend: str = "gloo", device: str = "cpu") -> None:
+    results = process_results(size, backend, device)
     for rank in ranks:
         failure = results[str(rank)].get(name, "was not reached")
         assert failure is None, f"rank {rank} of {size}: {failure}\nall results: {results}"
@@ -76,13 +79,34 @@ def test_emulated(name: str, where: str) -> None:
 @pytest.mark.parametrize("size", GLOO_SIZES)
 @pytest.mark.parametrize("name", contract_cases.CASES)
 def test_gloo(name: str, size: int) -> None:
-    check_gloo(name, size, range(size))
+    check_processes(name, range(size), size)
 
 
 @pytest.mark.parametrize("size", GLOO_SIZES)
 @pytest.mark.parametrize("name", contract_cases.FATAL_CASES)
 def test_gloo_survivors(name: str, size: int) -> None:
-    check_gloo(name, size, range(size - 1))
+    check_processes(name, range(size - 1), size)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("where", EMULATED)
+@pytest.mark.parametrize("name", contract_cases.CASES)
+def test_emulated_on_cuda(name: str, where: str) -> None:
+    def fn(transport: Transport) -> None:
+        with torch.device("cuda"):
+            contract_cases.CASES[name](transport)
+
+    size, link = EMULATED[where]
+    run_on_emulated_ranks(fn, size, device="cuda", link=link, timeout_s=10)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+@pytest.mark.parametrize("name", contract_cases.CASES)
+def test_nccl_with_one_rank(name: str, backend: str) -> None:
+    check_processes(name, range(1), 1, backend, "cuda")
 
 
 @pytest.mark.parametrize("size", [1, 2])
