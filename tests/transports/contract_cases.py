@@ -213,6 +213,7 @@ def bad_arguments_send_nothing(transport: Transport) -> None:
     size = transport.size
     good = [1] * size
     rows = torch.zeros(size, 2)
+    too_many_counts = torch.zeros(size + 1, 2, dtype=torch.int64, device="cpu")
     bad: list[tuple[str, Callable[[], object]]] = [
         ("one count per rank", lambda: transport.exchange(rows, [*good, 0], good)),
         ("one count per rank", lambda: transport.exchange(rows, good, good[1:])),
@@ -223,10 +224,7 @@ def bad_arguments_send_nothing(transport: Transport) -> None:
         ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size + 1, 2))),
         ("out .* must be", lambda: transport.exchange(rows, good, good, torch.zeros(size, 2, dtype=torch.int64))),
         ("out must be contiguous", lambda: transport.exchange(rows, good, good, torch.zeros(size, 4)[:, ::2])),
-        (
-            "one row per rank",
-            lambda: transport.exchange_counts(torch.zeros(size + 1, 2, dtype=torch.int64, device="cpu")),
-        ),
+        ("one row per rank", lambda: transport.exchange_counts(too_many_counts)),
         ("int64", lambda: transport.exchange_counts(torch.zeros(size, 2))),
     ]
     for words, call in bad:

@@ -1,5 +1,8 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
 from tritonmoe.transports.local import LocalTransport
@@ -15,4 +18,28 @@ __all__ = [
     "PendingExchange",
     "ProcessGroupTransport",
     "Transport",
+    "as_transport",
 ]
+
+_of_groups: "WeakKeyDictionary[Any, ProcessGroupTransport]" = WeakKeyDictionary()
+
+
+def as_transport(ranks: Any) -> Transport:
+    """Give the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
+
+    Raises:
+        TypeError: `ranks` is none of these. ValueError: a DeviceMesh of more than one dimension.
+    """
+    if isinstance(ranks, Transport):
+        return ranks
+    if hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names"):
+        if ranks.ndim != 1:
+            raise ValueError(f"a DeviceMesh must have one dimension, got {ranks.ndim}: pass mesh['the expert axis']")
+        ranks = ranks.get_group()
+    import torch.distributed
+
+    if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
+        raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}")
+    if ranks not in _of_groups:
+        _of_groups[ranks] = ProcessGroupTransport(ranks)
+    return _of_groups[ranks]
