@@ -1,3 +1,32 @@
-"""Mixture-of-Experts layers with Triton kernels and compute/communication overlap."""
+"""Mixture-of-Experts layers with Triton kernels and compute/communication overlap.
+
+Importing this touches no device, patches nothing, and works where triton is not installed.
+"""
+
+from . import transports
+from .config import ClampedSwiGLU, MoEConfig, OverlapConfig
+from .emulation import run_on_emulated_ranks
+from .errors import CountMismatch, NonFiniteScores, TransportError
+from .experts import moe_mlp
+from .layer import GroupedExperts, MoELayer, expert_parallel_mlp
+from .routing import TopKRouter
+from .transports import LinkModel
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClampedSwiGLU",
+    "CountMismatch",
+    "GroupedExperts",
+    "LinkModel",
+    "MoEConfig",
+    "MoELayer",
+    "NonFiniteScores",
+    "OverlapConfig",
+    "TopKRouter",
+    "TransportError",
+    "expert_parallel_mlp",
+    "moe_mlp",
+    "run_on_emulated_ranks",
+    "transports",
+]

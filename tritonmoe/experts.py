@@ -62,8 +62,12 @@ class ExpertsRun:
     scaled_a: Tensor | None = None
     activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
-    activation_grads: dict[Tensor, Tensor] = field(default_factory=dict)
-    """Callable activations: parameter -> gradient so far."""
+    activation_parameters: list[Tensor] = field(default_factory=list)
+    activation_grads: list[Tensor | None] = field(default_factory=list)
+    """Callable activations: the gradients of activation_parameters so far."""
+
+    def __post_init__(self) -> None:
+        self.activation_grads = [None] * len(self.activation_parameters)
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
@@ -163,12 +167,15 @@ class ExpertsRun:
     def _activation_backward(self, chunk: int, da: Tensor) -> Tensor:
         leaf, a = self.activation_graphs[chunk]
         zero_padding(da, self.grouping.chunk(chunk))
-        parameters = list(self.activation_grads)
+        inputs = [leaf, *(p for p in self.activation_parameters if p.requires_grad)]
         # retain_graph: the layer's own backward may run twice, and this graph goes when the layer's does.
-        grads = torch.autograd.grad(a, [leaf, *parameters], da, retain_graph=True, allow_unused=True)
-        for parameter, grad in zip(parameters, grads[1:], strict=True):
+        grads = torch.autograd.grad(a, inputs, da, retain_graph=True, allow_unused=True)
+        remaining = iter(grads[1:])
+        for i, parameter in enumerate(self.activation_parameters):
+            grad = next(remaining) if parameter.requires_grad else None
             if grad is not None:
-                self.activation_grads[parameter] = self.activation_grads[parameter] + grad
+                so_far = self.activation_grads[i]
+                self.activation_grads[i] = grad if so_far is None else so_far + grad
         return torch.zeros_like(leaf) if grads[0] is None else grads[0]
 
     def _new_pairs(self, width: int) -> Tensor:
@@ -198,7 +205,29 @@ def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
             f"the activation callable must turn {tuple(h.shape)} {h.dtype} into {expected} {h.dtype}, "
             f"got {tuple(a.shape)} {a.dtype}"
         )
-    return a
+    return a.contiguous()
+
+
+def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
+    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph."""
+    assert callable(activation)
+    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    with torch.enable_grad():
+        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
+        out = activation(empty)
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    nodes = [] if out.grad_fn is None else [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not empty:
+            found[id(leaf)] = leaf
+        nodes.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
+    return list(found.values())
 
 
 def check_arguments(

@@ -7,7 +7,10 @@ import logging
 import os
 from types import ModuleType
 
-import torch
+# Not `import torch`: importing the submodule of that name would rebind it.
+from torch import device as Device
+from torch import dtype as DType
+from torch import float64
 
 __all__ = ["BACKENDS", "choose", "triton_unusable_reason"]
 
@@ -15,7 +18,7 @@ BACKENDS = ("triton", "torch", "reference")
 log = logging.getLogger("tritonmoe")
 
 
-def triton_unusable_reason(device: torch.device) -> str | None:
+def triton_unusable_reason(device: Device) -> str | None:
     """Say why the Triton kernels can't run on `device`; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
@@ -32,7 +35,7 @@ def _log_once(message: str) -> None:
     log.info(message)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def choose(backend: str, device: Device, dtype: DType) -> ModuleType:
     """Give the module of ops for `backend` ("auto", "triton", "torch" or "reference").
 
     "auto" is triton on a GPU and torch elsewhere; the choice and its reason are logged once.
@@ -43,7 +46,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = triton_unusable_reason(device)
-    if reason is None and dtype == torch.float64:
+    if reason is None and dtype == float64:
         reason = "the kernels compute in fp32, fp16 and bf16, not in fp64"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")

@@ -213,6 +213,7 @@ def variants(every_layout: bool) -> dict[str, Variant]:
             ),
             "bf16 odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
             "bf16 sparse": Variant(num_experts=256),
+            "bf16 tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
         }
     return chosen
 

@@ -213,16 +213,15 @@ def split_column_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVE
 def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Cut (BLOCK_M, WIDTH) into a tuple of 1, 2 or 4 tiles, from left to right."""
     if PARTS == 1:
-        parts = (tile,)
+        return (tile,)
     elif PARTS == 2:
-        parts = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
+        return split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
     else:
         tl.static_assert(PARTS == 4)
         left, right = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
         first, second = split_column_pairs(left, BLOCK_M, WIDTH // 4, True)
         third, fourth = split_column_pairs(right, BLOCK_M, WIDTH // 4, True)
-        parts = (first, second, third, fourth)
-    return parts
+        return (first, second, third, fourth)
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""S_ik: which tokens of this rank travel to which rank, in which chunk, and where every row lies on both sides.
+
+S_ik is the set of tokens of rank i that need any expert of rank k: a token that needs three experts of one rank
+travels there once. Two buffers mirror each other. The *home* buffer has a row for each (token, rank that needs it) of
+this rank, the *receive* buffer a row for each token that came here. Both are stored by (segment, rank, token): with
+local_first, segment 0 holds the rows that never leave this rank and segment c + 1 the rows of chunk c; otherwise
+segment c is chunk c and this rank's own rows travel in the chunks like all others.
+
+Example: W=2, E=4 (rank 0 owns experts 0 and 1), on rank 0 two tokens with topk_ids [[0, 1], [1, 3]], one chunk,
+local_first: token 0 needs rank 0, token 1 needs both. Home rows are token 0 and token 1 (local), then token 1 (to
+rank 1); home_index is [[0, -1], [1, 2]].
+
+Before any row moves, one exchange of a fixed size tells every rank the counts and that all ranks mean the same call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .config import MAX_CHUNKS
+from .errors import CountMismatch, NonFiniteScores, TransportError
+from .transports import Transport
+
+__all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse_call"]
+
+MAGIC = 0x7417_0E
+MAX_PAIRS = 2**31 - 1
+DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+
+
+@dataclass(frozen=True)
+class CallHeader:
+    """What one rank says of one layer call; every rank sees every rank's. All are integers on the wire."""
+
+    magic: int
+    sequence: int
+    """How many layer calls this transport has seen."""
+    num_chunks: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: int
+    """A code from DTYPE_CODES."""
+    local_first: int
+    serial: int
+    grad_enabled: int
+    needs_any: int
+    """Whether this rank needs any gradient of the call ..."""
+    needs_x: int
+    needs_topk_weights: int
+    error: int
+    """Whether this rank's arguments were refused."""
+    nonfinite_rows: int
+    """Tokens whose router scores were not finite."""
+    vote: int
+    """The number of chunks that this rank wishes for the next call, 0 for no wish."""
+
+
+HEADER_SIZE = len(fields(CallHeader))
+MUST_AGREE = ("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype", "local_first", "serial")
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """The sender's half of a plan, known without any exchange."""
+
+    token_bounds: tuple[int, ...]
+    """(C+1): chunk c has this rank's tokens token_bounds[c] .. token_bounds[c+1]."""
+    home_tokens: Tensor
+    """(S,) int32: the token of each home row."""
+    home_index: Tensor
+    """(T, W) int32: the home row of each token for each rank, -1 where it does not go there."""
+    home_ranks: Tensor
+    """(S,) int64: the rank of each home row."""
+    rows: list[list[int]]
+    """[segment][rank] home rows."""
+    pairs: list[list[int]]
+    """[segment][rank] routed pairs of those rows."""
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Every size and offset of one layer call; backward uses it again, with no exchange of its own."""
+
+    rank: int
+    size: int
+    num_chunks: int
+    local_first: bool
+    tokens: TokenPlan
+    receive_rows: list[list[int]]
+    """[segment][rank] rows that come from each rank (segment 0 of local_first: from this one)."""
+    home_offsets: tuple[int, ...]
+    """Where each segment starts in the home buffer, and its end."""
+    receive_offsets: tuple[int, ...]
+    """The same in the receive buffer."""
+    pair_offsets: tuple[int, ...]
+    """The same for the pairs that this rank's experts compute."""
+    traffic: Tensor
+    """(W, W) int64 on the CPU: the size of S_ik for every i (row) and k."""
+    needs_any: bool
+    needs_x: bool
+    needs_topk_weights: bool
+    """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
+    votes: list[int]
+
+    def segment(self, chunk: int) -> int:
+        """Give the segment of an exchanged chunk, or of the local rows (chunk -1 with local_first)."""
+        return chunk + self.local_first
+
+    def home_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.home_offsets[segment : segment + 2])
+
+    def receive_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.receive_offsets[segment : segment + 2])
+
+    def token_slice(self, chunk: int) -> slice:
+        return slice(*self.tokens.token_bounds[chunk : chunk + 2])
+
+    def send_splits(self, chunk: int) -> list[int]:
+        return self.tokens.rows[self.segment(chunk)]
+
+    def receive_splits(self, chunk: int) -> list[int]:
+        return self.receive_rows[self.segment(chunk)]
+
+    @property
+    def num_local(self) -> int:
+        """Rows that are not exchanged: both buffers start with them."""
+        return self.home_offsets[1] if self.local_first else 0
+
+    @property
+    def num_home(self) -> int:
+        return self.home_offsets[-1]
+
+    @property
+    def num_received(self) -> int:
+        return self.receive_offsets[-1]
+
+    @property
+    def all_send_splits(self) -> list[int]:
+        """Rows to each rank over all chunks."""
+        return [sum(column) for column in zip(*self.tokens.rows[self.local_first :], strict=True)]
+
+    @property
+    def all_receive_splits(self) -> list[int]:
+        return [sum(column) for column in zip(*self.receive_rows[self.local_first :], strict=True)]
+
+    def send_order(self) -> Tensor:
+        """(S - local,) int64: exchanged home rows by (rank, chunk, token), the order of whole-layer exchanges."""
+        ranks = self.tokens.home_ranks[self.num_local :]
+        return torch.sort(ranks, stable=True)[1] + self.num_local
+
+    def receive_order(self) -> Tensor:
+        """(R - local,) int64: where the rows of a whole-layer exchange, by (rank, chunk, token), belong."""
+        sources = self.row_source()[self.num_local :]
+        return torch.sort(sources, stable=True)[1] + self.num_local
+
+    def row_source(self) -> Tensor:
+        """(R,) int64: the rank that sent each received row."""
+        device = self.tokens.home_index.device
+        counts = torch.tensor(self.receive_rows, dtype=torch.int64).flatten()
+        ranks = torch.arange(self.size).repeat(len(self.receive_rows))
+        return torch.repeat_interleave(ranks, counts).to(device, non_blocking=True)
+
+
+def chunk_bounds(num_tokens: int, num_chunks: int) -> tuple[int, ...]:
+    """Cut num_tokens into num_chunks contiguous ranges that differ by at most one token."""
+    return tuple(num_tokens * c // num_chunks for c in range(num_chunks + 1))
+
+
+def plan_tokens(
+    topk_ids: Tensor, num_experts: int, rank: int, size: int, num_chunks: int, *, local_first: bool
+) -> TokenPlan:
+    """Decide which token goes where and when, from this rank's ids (T, K) alone.
+
+    Rank k owns the experts k * E / W .. (k + 1) * E / W. Reads the counts on the host once.
+    """
+    num_tokens = topk_ids.shape[0]
+    device = topk_ids.device
+    bounds = chunk_bounds(num_tokens, num_chunks)
+    num_segments = num_chunks + local_first
+    skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+    owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64).masked_fill(skipped, size)
+    needs = torch.zeros(num_tokens, size + 1, dtype=torch.bool, device=device).scatter_(1, owner, True)
+    starts = torch.tensor(bounds[1:-1], device=device)
+    chunk_of_token = torch.bucketize(torch.arange(num_tokens, device=device), starts, right=True)
+    # A home row's key is segment * W + rank; keys of (token, rank) pairs that don't travel come last.
+    keys = (chunk_of_token + local_first)[:, None] * size + torch.arange(size + 1, device=device)
+    if local_first:
+        keys[:, rank] = rank
+    absent = num_segments * size
+    keys[:, size] = absent
+    pair_keys = keys.gather(1, owner).flatten()
+    row_keys = keys[:, :size].masked_fill(~needs[:, :size], absent).flatten()
+    ones = torch.ones((), dtype=torch.int64, device=device)
+    counts = torch.zeros(2, absent + 1, dtype=torch.int64, device=device)
+    counts[0].scatter_add_(0, row_keys, ones.expand(row_keys.shape))
+    counts[1].scatter_add_(0, pair_keys, ones.expand(pair_keys.shape))
+    rows, pairs = counts[:, :absent].view(2, num_segments, size).tolist()
+    num_home = sum(map(sum, rows))
+    order = torch.sort(row_keys, stable=True)[1][:num_home]
+    home_index = torch.full((num_tokens * size,), -1, dtype=torch.int32, device=device)
+    home_index[order] = torch.arange(num_home, dtype=torch.int32, device=device)
+    return TokenPlan(
+        token_bounds=bounds,
+        home_tokens=torch.div(order, size, rounding_mode="floor").to(torch.int32),
+        home_index=home_index.view(num_tokens, size),
+        home_ranks=order % size,
+        rows=rows,
+        pairs=pairs,
+    )
+
+
+def _message_size(size: int) -> int:
+    return HEADER_SIZE + size + 2 * MAX_CHUNKS
+
+
+def refuse_call(transport: Transport, sequence: int) -> None:
+    """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
+    counts = torch.zeros(transport.size, _message_size(transport.size), dtype=torch.int64)
+    names = [field.name for field in fields(CallHeader)]
+    counts[:, names.index("magic")] = MAGIC
+    counts[:, names.index("sequence")] = sequence
+    counts[:, names.index("error")] = 1
+    transport.exchange_counts(counts)
+
+
+def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan) -> DispatchPlan:
+    """Run the one count exchange of a layer call and give the plan that all ranks agree on.
+
+    Raises, on every rank alike:
+        TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ.
+        NonFiniteScores: a rank's router scores were not finite.
+        ValueError: a rank would receive more pairs than int32 positions can number.
+    """
+    rank, size = transport.rank, transport.size
+    local_first, num_chunks = bool(header.local_first), header.num_chunks
+    exchanged_rows, exchanged_pairs = tokens.rows[local_first:], tokens.pairs[local_first:]
+    totals = [sum(column) for column in zip(*tokens.rows, strict=True)]
+    message = torch.zeros(size, _message_size(size), dtype=torch.int64)
+    message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
+    message[:, HEADER_SIZE : HEADER_SIZE + size] = torch.tensor(totals)
+    first = HEADER_SIZE + size
+    message[:, first : first + num_chunks] = torch.tensor(exchanged_rows).T
+    message[:, first + MAX_CHUNKS : first + MAX_CHUNKS + num_chunks] = torch.tensor(exchanged_pairs).T
+    received = transport.exchange_counts(message)
+    headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
+    check_headers(headers)
+    traffic = received[:, HEADER_SIZE : HEADER_SIZE + size].clone()
+    check_sizes(traffic.sum(0).tolist(), header.top_k)
+    receive_rows = received[:, first : first + num_chunks].T.tolist()
+    receive_pairs = received[:, first + MAX_CHUNKS : first + MAX_CHUNKS + num_chunks].T.tolist()
+    if local_first:
+        receive_rows.insert(0, tokens.rows[0])
+        receive_pairs.insert(0, tokens.pairs[0])
+    return DispatchPlan(
+        rank=rank,
+        size=size,
+        num_chunks=num_chunks,
+        local_first=local_first,
+        tokens=tokens,
+        receive_rows=receive_rows,
+        home_offsets=_offsets(tokens.rows),
+        receive_offsets=_offsets(receive_rows),
+        pair_offsets=_offsets(receive_pairs),
+        traffic=traffic,
+        needs_any=any(h.needs_any for h in headers),
+        needs_x=any(h.needs_x for h in headers),
+        needs_topk_weights=any(h.needs_topk_weights for h in headers),
+        votes=[h.vote for h in headers],
+    )
+
+
+def _offsets(counts: list[list[int]]) -> tuple[int, ...]:
+    return (0, *accumulate(map(sum, counts)))
+
+
+def check_headers(headers: Sequence[CallHeader]) -> None:
+    """Raise the same error on every rank unless all ranks make the same call."""
+    strangers = [rank for rank, h in enumerate(headers) if h.magic != MAGIC]
+    if strangers:
+        raise CountMismatch(
+            f"ranks {strangers} sent something that is not a layer call: every rank must make the same "
+            "expert-parallel calls, in the same order, on this transport"
+        )
+    refused = [rank for rank, h in enumerate(headers) if h.error]
+    if refused:
+        raise TransportError(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
+    for name in MUST_AGREE:
+        values = [getattr(h, name) for h in headers]
+        if len(set(values)) > 1:
+            said = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise CountMismatch(
+                f"the ranks disagree on {name} of this layer call ({said}): give every rank the same configuration "
+                "and make the same calls in the same order"
+            )
+    if any(h.needs_any for h in headers) and not all(h.grad_enabled for h in headers):
+        without = [rank for rank, h in enumerate(headers) if not h.grad_enabled]
+        raise CountMismatch(
+            f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
+            "every rank must run its backward, so use one grad mode on all"
+        )
+    bad = {rank: h.nonfinite_rows for rank, h in enumerate(headers) if h.nonfinite_rows}
+    if bad:
+        said = ", ".join(f"rank {rank}: {count}" for rank, count in bad.items())
+        raise NonFiniteScores(
+            f"router scores or weights of some tokens are NaN or infinite ({said}): "
+            "look for an overflow in the activations before the router"
+        )
+
+
+def check_sizes(received: Sequence[int], top_k: int) -> None:
+    """Raise ValueError where some rank would receive more pairs than int32 positions can number."""
+    for rank, rows in enumerate(received):
+        if rows * top_k > MAX_PAIRS:
+            raise ValueError(
+                f"rank {rank} would receive {rows} rows of {top_k} pairs, more than {MAX_PAIRS} in all, the range of "
+                "the int32 positions: use smaller batches or more ranks"
+            )

@@ -1,0 +1,460 @@
+"""The layer: route, then run the experts on one device or, through the scheduler, on many ranks."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .config import Activation, ExpertLayout, MoEConfig, OverlapConfig, is_fused
+from .dispatch import DTYPE_CODES, MAGIC, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
+from .errors import NonFiniteScores
+from .experts import (
+    ExpertSettings,
+    ExpertsRun,
+    ExpertWeights,
+    activation_parameters,
+    check_arguments,
+    make_settings,
+    moe_mlp,
+)
+from .overlap.executor import LayerPass, LayerReport
+from .overlap.tuner import ChunkChooser
+from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
+from .transports import Transport, as_transport
+
+__all__ = ["GroupedExperts", "MoELayer", "expert_parallel_mlp"]
+
+
+@dataclass
+class _TransportState:
+    """What lives as long as a transport: how many layer calls it has seen, and what "auto" has learnt."""
+
+    num_calls: int = 0
+    choosers: dict[tuple, ChunkChooser] = field(default_factory=dict)
+
+
+_states: "WeakKeyDictionary[Transport, _TransportState]" = WeakKeyDictionary()
+
+
+@dataclass
+class _Call:
+    """One expert-parallel call, from the plan to the end of its backward."""
+
+    settings: ExpertSettings
+    transport: Transport
+    plan: DispatchPlan
+    serial: bool
+    first_expert: int
+    report: LayerReport | None = None
+
+
+class _ExpertParallelMLP(torch.autograd.Function):
+    """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        topk_ids: Tensor,
+        x: Tensor,
+        topk_weights: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        down_proj: Tensor,
+        down_bias: Tensor | None,
+        anchor: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        settings, plan = call.settings, call.plan
+        weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
+        keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
+
+        def make_experts(rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
+            grouping = settings.ops.group(
+                ids - call.first_expert,
+                gate_up_proj.shape[0],
+                chunk_row_offsets=plan.receive_offsets,
+                chunk_pair_offsets=plan.pair_offsets,
+                row_source=plan.row_source(),
+            )
+            return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
+
+        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, call.serial)
+        out, timings = layer_pass.forward(x, topk_ids, topk_weights)
+        run = layer_pass.experts
+        assert isinstance(run, ExpertsRun)
+        call.report = LayerReport(
+            plan.rank, plan.traffic, x.shape[1] * x.element_size(), plan.num_chunks, forward=timings
+        )
+        ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs
+        ctx.num_parameters = len(parameters)
+        ctx.weights_dtype = topk_weights.dtype
+        if plan.needs_any:
+            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        rows, received_weights, w1, b1, w2, b2, h, *parameters = ctx.saved_tensors
+        run = ExpertsRun(
+            call.settings,
+            ExpertWeights(w1, b1, w2, b2),
+            rows,
+            received_weights,
+            ctx.grouping,
+            False,
+            h,
+            activation_graphs=ctx.activation_graphs,
+            activation_parameters=parameters,
+        )
+        layer_pass = LayerPass(
+            call.plan,
+            call.transport,
+            call.settings.ops.combine,
+            make_experts=None,
+            serial=call.serial,
+            experts=run,
+            received_weights=received_weights,
+        )
+        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
+        assert call.report is not None
+        call.report.backward = timings
+        if dtopk_weights is not None:
+            dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
+        return None, None, dx, dtopk_weights, *grads, None, *run.activation_grads
+
+
+def expert_parallel_mlp(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    num_experts: int,
+    transport: Transport,
+    overlap: OverlapConfig | None = None,
+    activation: Activation = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    backend: str = "auto",
+    save: Literal["hidden", "input"] = "hidden",
+) -> Tensor:
+    """Do what moe_mlp does with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
+
+    Rank k holds the experts k * E / W .. (k + 1) * E / W. Every rank makes every call, forward and backward; T may
+    differ between ranks, zero included. Expert gradients are the sum over all ranks' losses: where dense gradients
+    are averaged over W ranks, divide these by W.
+
+    Args:
+        x: this rank's tokens (T, D). topk_ids: (T, K) global expert ids. topk_weights: (T, K), used in fp32.
+        gate_up_proj, down_proj, gate_up_bias, down_bias: this rank's E / W experts, shapes as in moe_mlp.
+        num_experts: E over all ranks, divisible by transport.size.
+        overlap: the chunks; the same on every rank. None is OverlapConfig().
+    Returns:
+        (T, D) in x.dtype.
+    Raises:
+        ValueError, TypeError: on the rank whose arguments don't fit; the others raise TransportError. Nothing moves.
+        CountMismatch: the ranks make different calls. NonFiniteScores: a rank's topk_weights are not finite.
+        TransportError: an exchange failed or timed out.
+    """
+    y, _ = _run_expert_parallel(
+        x,
+        topk_ids,
+        topk_weights,
+        ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias),
+        num_experts=num_experts,
+        transport=transport,
+        overlap=overlap or OverlapConfig(),
+        layout=ExpertLayout(gated, interleaved, transposed),
+        activation=activation,
+        backend=backend,
+        save=save,
+    )
+    return y
+
+
+def _run_expert_parallel(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    *,
+    num_experts: int,
+    transport: Transport,
+    overlap: OverlapConfig,
+    layout: ExpertLayout,
+    activation: Activation,
+    backend: str,
+    save: Literal["hidden", "input"],
+    num_nonfinite_rows: Tensor | None = None,
+) -> tuple[Tensor, LayerReport]:
+    rank, size = transport.rank, transport.size
+    state = _states.setdefault(transport, _TransportState())
+    sequence = state.num_calls
+    state.num_calls += 1
+    try:
+        check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
+        check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size)
+        if x.dtype not in DTYPE_CODES:
+            raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
+        settings = make_settings(x, layout, activation, backend, save)
+        parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
+    except (ValueError, TypeError):
+        refuse_call(transport, sequence)
+        raise
+    grad_enabled = torch.is_grad_enabled()
+    tensors = [x, topk_weights, *(w for w in weights if w is not None), *parameters]
+    needs_any = grad_enabled and any(t.requires_grad for t in tensors)
+    inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
+    key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, needs_any)
+    chooser = state.choosers.setdefault(key, ChunkChooser())
+    num_chunks = chooser.num_chunks(overlap, size)
+    with torch.no_grad():
+        if num_nonfinite_rows is None:
+            num_nonfinite_rows = (~torch.isfinite(topk_weights)).any(dim=1).sum()
+        tokens = plan_tokens(topk_ids, num_experts, rank, size, num_chunks, local_first=overlap.local_first)
+        header = CallHeader(
+            magic=MAGIC,
+            sequence=sequence,
+            num_chunks=num_chunks,
+            num_experts=num_experts,
+            top_k=topk_ids.shape[1],
+            hidden_size=x.shape[1],
+            dtype=DTYPE_CODES[x.dtype],
+            local_first=int(overlap.local_first),
+            serial=int(overlap.serial),
+            grad_enabled=int(grad_enabled),
+            needs_any=int(needs_any),
+            needs_x=int(grad_enabled and x.requires_grad),
+            needs_topk_weights=int(grad_enabled and topk_weights.requires_grad),
+            error=0,
+            nonfinite_rows=int(num_nonfinite_rows),
+            vote=chooser.vote(),
+        )
+        plan = exchange_plan(transport, header, tokens)
+    call = _Call(settings, transport, plan, overlap.serial, first_expert=rank * (num_experts // size))
+    # A rank that needs no gradient itself still takes part in the others' backward.
+    anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
+    y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
+    assert call.report is not None
+    if overlap.num_chunks == "auto":
+        chooser.observe(plan.votes, call.report.forward)
+    return y, call.report
+
+
+def check_expert_parallel(num_local_experts: int, num_experts: int, size: int) -> None:
+    """Raise ValueError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    if num_experts < 1 or num_experts % size:
+        sizes = [w for w in range(1, num_experts + 1) if num_experts % w == 0]
+        raise ValueError(
+            f"num_experts ({num_experts}) must be divisible by the number of ranks ({size}); "
+            f"choose one of {', '.join(map(str, sizes))} ranks"
+        )
+    if num_local_experts != num_experts // size:
+        raise ValueError(
+            f"each of {size} ranks holds num_experts / ranks = {num_experts // size} experts, but this rank's "
+            f"gate_up_proj has {num_local_experts}: pass only this rank's experts"
+        )
+
+
+class GroupedExperts(nn.Module):
+    """The experts of one rank as parameters, named and shaped as in transformers; runs moe_mlp, or its parallel twin.
+
+    Parameters: gate_up_proj (E/W, 2F, D), down_proj (E/W, D, F), and with config.bias gate_up_proj_bias (E/W, 2F) and
+    down_proj_bias (E/W, D); F instead of 2F when ungated, axes swapped when transposed.
+
+    Args:
+        config: shapes and activation.
+        transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension.
+        overlap: how the exchanges overlap; the same on every rank.
+        generator: draws the weights; the same seed gives the same experts for every number of ranks. None draws
+            from torch's global generator, which must then be in the same state on every rank.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        transport: Any = None,
+        overlap: OverlapConfig | None = None,
+        *,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.transport = None if transport is None else as_transport(transport)
+        self.overlap = overlap or OverlapConfig()
+        self.backend = backend
+        self.last_report: LayerReport | None = None
+        size = 1 if self.transport is None else self.transport.size
+        rank = 0 if self.transport is None else self.transport.rank
+        num_local = config.num_experts // size
+        check_expert_parallel(num_local, config.num_experts, size)
+        self.first_expert = rank * num_local
+        layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
+        width = 2 * inner if layout.gated else inner
+        up_shape = (model_width, width) if layout.transposed else (width, model_width)
+        down_shape = (inner, model_width) if layout.transposed else (model_width, inner)
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_local, *shape, device=device, dtype=dtype))
+
+        self.gate_up_proj = empty(*up_shape)
+        self.down_proj = empty(*down_shape)
+        self.gate_up_proj_bias = empty(width) if config.bias else None
+        self.down_proj_bias = empty(model_width) if config.bias else None
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        for local in range(self.gate_up_proj.shape[0]):
+            own = torch.Generator().manual_seed(seed + self.first_expert + local)
+            for weight, fan_in in (
+                (self.gate_up_proj[local], self.config.hidden_size),
+                (self.down_proj[local], self.config.intermediate_size),
+            ):
+                bound = 1 / math.sqrt(fan_in)
+                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=own))
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                bias.zero_()
+
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, num_nonfinite_rows: Tensor | None = None
+    ) -> Tensor:
+        """Give (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
+
+        num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
+        """
+        config = self.config
+        if self.transport is None:
+            return moe_mlp(
+                x,
+                topk_ids,
+                topk_weights,
+                self.gate_up_proj,
+                self.down_proj,
+                activation=config.activation,
+                gated=config.gated,
+                interleaved=config.interleaved,
+                transposed=config.transposed,
+                gate_up_bias=self.gate_up_proj_bias,
+                down_bias=self.down_proj_bias,
+                backend=self.backend,
+            )
+        y, self.last_report = _run_expert_parallel(
+            x,
+            topk_ids,
+            topk_weights,
+            ExpertWeights(self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias),
+            num_experts=config.num_experts,
+            transport=self.transport,
+            overlap=self.overlap,
+            layout=config.layout,
+            activation=config.activation,
+            backend=self.backend,
+            save="hidden",
+            num_nonfinite_rows=num_nonfinite_rows,
+        )
+        return y
+
+
+class MoELayer(nn.Module):
+    """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
+
+    After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
+    `statistics()` of this rank's tokens, and with a transport `last_report`.
+
+    The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
+    Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        transport: Any = None,
+        overlap: OverlapConfig | None = None,
+        *,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router = TopKRouter(config, device=device, dtype=dtype)
+        with torch.no_grad():
+            bound = 1 / math.sqrt(config.hidden_size)
+            drawn = torch.empty(self.router.weight.shape).uniform_(-bound, bound, generator=generator)
+            self.router.weight.copy_(drawn)
+        self.experts = GroupedExperts(
+            config, transport, overlap, backend=backend, generator=generator, device=device, dtype=dtype
+        )
+        self.aux_loss: Tensor | None = None
+        self.last_routing: Routing | None = None
+        self._reported_nonfinite: Tensor | None = None
+
+    @property
+    def last_report(self) -> LayerReport | None:
+        """Traffic and timings of the last expert-parallel call; None on one device."""
+        return self.experts.last_report
+
+    def statistics(self) -> RoutingStatistics:
+        """Give the routing statistics of the last forward's tokens on this rank."""
+        if self.last_routing is None:
+            raise RuntimeError("there are no statistics before the first forward")
+        return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
+        one_device = self.experts.transport is None
+        if one_device:
+            self._raise_earlier_nonfinite()
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.router(flat)
+        y = self.experts(flat, routing.topk_ids, routing.topk_weights, num_nonfinite_rows=routing.num_nonfinite_rows)
+        if one_device:
+            self._remember_nonfinite(routing.num_nonfinite_rows)
+        self.last_routing = routing
+        aux_loss = routing.topk_weights.new_zeros(())
+        if self.config.load_balance_loss_weight:
+            aux_loss = aux_loss + self.config.load_balance_loss_weight * load_balance_loss(
+                routing, self.config.num_experts
+            )
+        if self.config.z_loss_weight:
+            aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
+        self.aux_loss = aux_loss
+        return y.view(x.shape)
+
+    def _remember_nonfinite(self, count: Tensor) -> None:
+        """Start copying the flag to the host; the next call reads it, so that this one waits for nothing."""
+        if not count.is_cuda:
+            self._reported_nonfinite = count
+            return
+        if self._reported_nonfinite is None or not self._reported_nonfinite.is_pinned():
+            self._reported_nonfinite = torch.zeros((), dtype=count.dtype, pin_memory=True)
+        self._reported_nonfinite.copy_(count, non_blocking=True)
+
+    def _raise_earlier_nonfinite(self) -> None:
+        if self._reported_nonfinite is not None and int(self._reported_nonfinite):
+            count = int(self._reported_nonfinite)
+            self._reported_nonfinite = None
+            raise NonFiniteScores(
+                f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer (those "
+                "tokens went to no expert): look for an overflow in the activations before the router"
+            )

@@ -1,0 +1,371 @@
+"""Runs a schedule: computes what is on the compute lane, posts what is on the comm lane, waits where a step needs it.
+
+The same loop serves every transport and device: the only place where it meets communication is
+PendingExchange.wait(). What a step does is in LayerPass, which walks one layer call forward and backward.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import WeightGrads
+from ..dispatch import DispatchPlan
+from ..transports import PendingExchange, Transport
+from .schedule import LOCAL, Schedule, Step, build_backward, build_forward
+
+__all__ = ["ExpertsPass", "LayerPass", "LayerReport", "PassReport", "StepTiming", "execute"]
+
+
+def _mark(device: torch.device) -> "float | torch.cuda.Event":
+    """A moment on the lane that computes: the host's clock, or an event of the current stream."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """When one step ran, in seconds from the start of its pass."""
+
+    step: Step
+    start_s: float
+    end_s: float
+    """For an exchange: when its rows had arrived, as far as known (else when it was waited for)."""
+    wait_s: float
+    """For an exchange: how long the compute lane stood still for it."""
+
+
+class PassReport:
+    """The timings of one pass over a layer; read lazily, since on CUDA that waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._origin = _mark(device)
+        self._end = self._origin
+        self._compute: list[tuple[Step, object, object]] = []
+        self._exchanges: list[tuple[Step, object, object, object, PendingExchange]] = []
+        self._steps: list[StepTiming] | None = None
+
+    def _seconds(self, mark: object) -> float:
+        if isinstance(mark, float):
+            assert isinstance(self._origin, float)
+            return mark - self._origin
+        return self._origin.elapsed_time(mark) / 1e3  # type: ignore[union-attr, arg-type]
+
+    @property
+    def steps(self) -> list[StepTiming]:
+        """Every step, in issue order of its lane."""
+        if self._steps is None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            steps = [
+                StepTiming(step, self._seconds(first), self._seconds(last), 0.0) for step, first, last in self._compute
+            ]
+            for step, posted, before, after, pending in self._exchanges:
+                finished = pending.finished_at() if self._device.type == "cpu" else None
+                steps.append(
+                    StepTiming(
+                        step,
+                        self._seconds(posted),
+                        self._seconds(after if finished is None else finished),
+                        self._seconds(after) - self._seconds(before),
+                    )
+                )
+            self._steps = steps
+            self._exchanges = [(step, p, b, a, _DONE) for step, p, b, a, _ in self._exchanges]
+        return self._steps
+
+    @property
+    def total_s(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._seconds(self._end)
+
+    @property
+    def exposed_communication_s(self) -> float:
+        """How long the compute lane stood still for exchanges."""
+        return sum(timing.wait_s for timing in self.steps)
+
+    def lane_s(self, *kinds: str) -> float:
+        """Give the summed duration of the steps of these kinds."""
+        return sum(timing.end_s - timing.start_s for timing in self.steps if timing.step.kind in kinds)
+
+    @property
+    def compute_s(self) -> float:
+        return sum(t.end_s - t.start_s for t in self.steps if t.step.lane == "compute")
+
+    @property
+    def communication_s(self) -> float:
+        """Give the time during which at least one exchange was under way."""
+        spans = sorted((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm")
+        busy, reached = 0.0, 0.0
+        for start, end in spans:
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return busy
+
+
+class _Finished(PendingExchange):
+    """Stands in for an exchange whose times have been read, so that its buffers can go."""
+
+    def wait(self) -> Tensor:
+        raise AssertionError("this exchange is over")
+
+
+_DONE = _Finished()
+
+
+@dataclass
+class LayerReport:
+    """What the last call of a layer did: traffic, and the time of every step."""
+
+    rank: int
+    traffic_rows: Tensor
+    """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column)."""
+    row_bytes: int
+    """Bytes of one travelling row (D columns of the layer's dtype)."""
+    num_chunks: int
+    forward: PassReport
+    backward: PassReport | None = None
+
+    @property
+    def traffic_bytes(self) -> Tensor:
+        """(W, W) int64: bytes that rank i sends to rank k for one dispatch (combine sends them back); own rows: 0."""
+        off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64)
+        return self.traffic_rows * off_diagonal * self.row_bytes
+
+
+def execute(
+    schedule: Schedule, actions: Mapping[str, Callable[[int | None], PendingExchange | None]], device: torch.device
+) -> PassReport:
+    """Run the steps in order; actions[kind](chunk) computes, or posts an exchange and gives it back."""
+    report = PassReport(device)
+    posted: dict[int, tuple[object, PendingExchange]] = {}
+    for position, step in enumerate(schedule):
+        for earlier in step.after:
+            if earlier in posted:
+                posted_at, pending = posted.pop(earlier)
+                before = _mark(device)
+                pending.wait()
+                report._exchanges.append((schedule[earlier], posted_at, before, _mark(device), pending))
+        started = _mark(device)
+        pending_or_none = actions[step.kind](step.chunk)
+        if step.lane == "comm":
+            assert pending_or_none is not None
+            posted[position] = (started, pending_or_none)
+        else:
+            report._compute.append((step, started, _mark(device)))
+    report._end = _mark(device)
+    return report
+
+
+class ExpertsPass(Protocol):
+    """What the executor needs of the experts of one call (experts.ExpertsRun, or a stand-in of fixed duration)."""
+
+    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor: ...
+
+    def backward(
+        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]: ...
+
+    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads: ...
+
+
+MakeExperts = Callable[[Tensor, Tensor, Tensor], ExpertsPass]
+"""(rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32) -> the experts of one call."""
+
+Combine = Callable[..., Tensor]
+"""The combine op of the layer's backend."""
+
+
+@dataclass
+class LayerPass:
+    """One layer call on one rank: the buffers, and what each kind of step does with them.
+
+    forward() and backward() may be used on different objects, as long as the second is given the first one's
+    `experts`, `rows` and `received_weights`.
+    """
+
+    plan: DispatchPlan
+    transport: Transport
+    combine: Combine
+    make_experts: MakeExperts | None
+    serial: bool
+    experts: ExpertsPass | None = None
+    rows: Tensor | None = None
+    """(R, D) received rows."""
+    received_weights: Tensor | None = None
+    """(R, K) fp32."""
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, PassReport]:
+        """Give y (T, D) of x (T, D), and the timings."""
+        plan, tokens = self.plan, self.plan.tokens
+        width = x.shape[1]
+        self.rows = rows = x.new_empty(plan.num_received, width)
+        home = x.new_empty(plan.num_home, width)
+        out = x.new_empty(x.shape[0], width)
+        metadata_in: list[Tensor] = []
+
+        def metadata(_: int | None) -> PendingExchange:
+            pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, tokens.home_tokens)
+            metadata_in.append(pairs.new_empty(plan.num_received, pairs.shape[1]))
+            metadata_in[0][: plan.num_local] = pairs[: plan.num_local]
+            return self._exchange_all(pairs.index_select(0, plan.send_order()), metadata_in)
+
+        def dispatch(chunk: int | None) -> PendingExchange:
+            assert chunk is not None
+            return self._send_chunk(x, chunk, rows)
+
+        def group(_: int | None) -> None:
+            torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
+            metadata_in[0][plan.receive_order()] = metadata_in[1]
+            ids, self.received_weights = _unpack_metadata(metadata_in[0], topk_ids.shape[1])
+            assert self.make_experts is not None
+            self.experts = self.make_experts(rows, ids, self.received_weights)
+
+        partials: dict[int, Tensor] = {}
+
+        def experts(chunk: int | None) -> None:
+            assert self.experts is not None
+            assert chunk is not None
+            if chunk == LOCAL:
+                self.experts.forward(0, out=home[: plan.num_local])
+            else:
+                partials[chunk] = self.experts.forward(plan.segment(chunk))
+
+        def combine(chunk: int | None) -> PendingExchange:
+            assert chunk is not None
+            return self._return_chunk(partials.pop(chunk), chunk, home)
+
+        def reduce(chunk: int | None) -> None:
+            assert chunk is not None
+            self._sum_at_home(home, chunk, out)
+
+        schedule = build_forward(plan.num_chunks, local_first=plan.local_first, serial=self.serial)
+        actions = {
+            "metadata": metadata,
+            "dispatch": dispatch,
+            "group": group,
+            "experts": experts,
+            "combine": combine,
+            "reduce": reduce,
+        }
+        return out, execute(schedule, actions, x.device)
+
+    def backward(
+        self, dout: Tensor, needs_weights: tuple[bool, bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, WeightGrads, PassReport]:
+        """Give dx (T, D) and dtopk_weights (T, K) fp32, where some rank needs them, the weight gradients, timings."""
+        plan, tokens, experts_pass = self.plan, self.plan.tokens, self.experts
+        assert experts_pass is not None
+        assert self.received_weights is not None
+        width = dout.shape[1]
+        dout_rows = dout.new_empty(plan.num_received, width)
+        home = dout.new_empty(plan.num_home, width)
+        dx = dout.new_empty(dout.shape[0], width) if plan.needs_x else None
+        dweights = torch.zeros_like(self.received_weights)
+        dweights_home: list[Tensor] = []
+        dtopk_weights: list[Tensor] = []
+        weight_grads: list[WeightGrads] = []
+        partials: dict[int, Tensor] = {}
+
+        def combine_backward(chunk: int | None) -> PendingExchange:
+            assert chunk is not None
+            return self._send_chunk(dout, chunk, dout_rows)
+
+        def experts_backward(chunk: int | None) -> None:
+            assert chunk is not None
+            if chunk == LOCAL:
+                local = tokens.home_tokens[: plan.num_local]
+                torch.index_select(dout, 0, local, out=dout_rows[: plan.num_local])
+                _, dweights[: plan.num_local] = experts_pass.backward(
+                    0, dout_rows, plan.needs_x, out=home[: plan.num_local] if plan.needs_x else None
+                )
+                return
+            segment = plan.segment(chunk)
+            partial, dweights[plan.receive_slice(chunk)] = experts_pass.backward(segment, dout_rows, plan.needs_x)
+            if partial is not None:
+                partials[chunk] = partial
+
+        def dispatch_backward(chunk: int | None) -> PendingExchange:
+            assert chunk is not None
+            return self._return_chunk(partials.pop(chunk), chunk, home)
+
+        def routing_backward(_: int | None) -> PendingExchange:
+            grads = dweights.new_empty(plan.num_home, dweights.shape[1])
+            grads[: plan.num_local] = dweights[: plan.num_local]
+            dweights_home.append(grads)
+            return self._exchange_all(dweights.index_select(0, plan.receive_order()), dweights_home, is_return=True)
+
+        def weight_grad(_: int | None) -> None:
+            weight_grads.append(experts_pass.weight_grad(dout_rows, needs_weights))
+
+        def reduce_backward(chunk: int | None) -> None:
+            assert chunk is not None
+            assert dx is not None
+            self._sum_at_home(home, chunk, dx)
+
+        def reduce_routing_backward(_: int | None) -> None:
+            dweights_home[0][plan.send_order()] = dweights_home[1]
+            # Every pair is computed by one rank only: the other ranks' terms are zero.
+            dtopk_weights.append(self.combine(dweights_home[0], tokens.home_index))
+
+        schedule = build_backward(
+            plan.num_chunks,
+            local_first=plan.local_first,
+            serial=self.serial,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+        )
+        actions = {
+            "combine_backward": combine_backward,
+            "experts_backward": experts_backward,
+            "dispatch_backward": dispatch_backward,
+            "routing_backward": routing_backward,
+            "weight_grad": weight_grad,
+            "reduce_backward": reduce_backward,
+            "reduce_routing_backward": reduce_routing_backward,
+        }
+        report = execute(schedule, actions, dout.device)
+        return dx, dtopk_weights[0] if dtopk_weights else None, weight_grads[0], report
+
+    def _send_chunk(self, values: Tensor, chunk: int, received: Tensor) -> PendingExchange:
+        """Replicate rows of values (T, D) to every rank that needs them: dispatch, and the adjoint of combine."""
+        plan = self.plan
+        packed = values.index_select(0, plan.tokens.home_tokens[plan.home_slice(chunk)])
+        out = received[plan.receive_slice(chunk)]
+        return self.transport.exchange(packed, plan.send_splits(chunk), plan.receive_splits(chunk), out)
+
+    def _return_chunk(self, partial: Tensor, chunk: int, home: Tensor) -> PendingExchange:
+        """Bring one row per received row home: combine, and the adjoint of dispatch."""
+        plan = self.plan
+        out = home[plan.home_slice(chunk)]
+        return self.transport.exchange(partial, plan.receive_splits(chunk), plan.send_splits(chunk), out)
+
+    def _sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
+        """Sum the partial rows of the chunk's tokens, in rank order, in fp32."""
+        tokens = self.plan.token_slice(chunk)
+        self.combine(home, self.plan.tokens.home_index[tokens], out=out[tokens])
+
+    def _exchange_all(self, packed: Tensor, received: list[Tensor], is_return: bool = False) -> PendingExchange:
+        """Exchange rows of all chunks at once, by (rank, chunk, token); what arrives is appended to `received`."""
+        splits = self.plan.all_send_splits, self.plan.all_receive_splits
+        if is_return:
+            splits = splits[1], splits[0]
+        received.append(packed.new_empty(sum(splits[1]), packed.shape[1]))
+        return self.transport.exchange(packed, *splits, received[-1])
+
+
+def _pack_metadata(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """(T, 2K) int32: ids, then the bits of the fp32 weights."""
+    return torch.cat([topk_ids.to(torch.int32), topk_weights.to(torch.float32).view(torch.int32)], dim=1)
+
+
+def _unpack_metadata(packed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return packed[:, :top_k], packed[:, top_k:].contiguous().view(torch.float32)
