@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, contiguous_columns, launch, output
+from .launch import INTERPRETED, contiguous_columns, launch, output, round_to
 
 __all__ = ["combine"]
 
@@ -45,7 +45,7 @@ def _combine_kernel(
             term *= tl.load(weight_pointers, mask=present, other=0.0).to(tl.float32)[:, None]
         total += term
     out_pointers = out + tokens[:, None] * stride_out_row + columns[None, :]
-    tl.store(out_pointers, total.to(out.dtype.element_ty), mask=token_mask[:, None] & column_mask[None, :])
+    tl.store(out_pointers, round_to(total, out.dtype.element_ty), mask=token_mask[:, None] & column_mask[None, :])
 
 
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

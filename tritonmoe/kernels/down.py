@@ -9,11 +9,12 @@ from ..grouping import Grouping
 from .launch import (
     contiguous_columns,
     dot,
-    dot_options,
+    dot_precision,
     grouped_matmul_config,
     launch,
     num_tile_slots,
     output,
+    round_to,
     slot_and_column_tile,
     tile_of_slot,
 )
@@ -48,7 +49,6 @@ def _grouped_matmul_kernel(
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
     expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
@@ -76,14 +76,14 @@ def _grouped_matmul_kernel(
             depth_mask = depth < depth_size - start
             value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
             weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
-        accumulator = dot(value_tile, weight_tile, accumulator, PRECISION, UPCAST)
+        accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
         value_pointers += BLOCK_K * stride_values_column
         weight_pointers += BLOCK_K * stride_weight_in
     if bias is not None:
         bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
         accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     out_pointers = out + positions.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
-    tl.store(out_pointers, accumulator.to(out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :])
+    tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :])
 
 
 def _grouped_matmul(values: Tensor, weight: Tensor, in_axis: int, bias: Tensor | None, grouping: Grouping) -> Tensor:
@@ -124,7 +124,7 @@ def _grouped_matmul(values: Tensor, weight: Tensor, in_axis: int, bias: Tensor |
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dot_options(values.dtype),
+        PRECISION=dot_precision(values.dtype),
     )
     return out
 

@@ -12,11 +12,12 @@ from .launch import (
     INTERPRETED,
     contiguous_columns,
     dot,
-    dot_options,
+    dot_precision,
     grouped_matmul_config,
     launch,
     num_tile_slots,
     output,
+    round_to,
     slot_and_column_tile,
     split_column_pairs,
     split_columns,
@@ -58,7 +59,7 @@ def _down_grad_epilogue(
     da = scale[:, None] * g
     if ACTIVATION == "none":
         a = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(dhidden_rows + units[None, :], da.to(dtype), mask=mask)
+        tl.store(dhidden_rows + units[None, :], round_to(da, dtype), mask=mask)
     else:
         if GATED:
             if INTERLEAVED:
@@ -75,10 +76,10 @@ def _down_grad_epilogue(
         exact_a, slope_gate, slope_up = activate_with_slopes(
             gate.to(tl.float32), up.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION
         )
-        a = exact_a.to(dtype).to(tl.float32)
-        dgate = (slope_gate * da).to(dtype)
+        a = round_to(exact_a, dtype).to(tl.float32)
+        dgate = round_to(slope_gate * da, dtype)
         if GATED:
-            dup = (slope_up * da).to(dtype)
+            dup = round_to(slope_up * da, dtype)
             if INTERLEAVED:
                 both = tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * SUB_N))
                 tl.store(dhidden_rows + columns[None, :], both, mask=column_mask)
@@ -88,7 +89,7 @@ def _down_grad_epilogue(
         else:
             tl.store(dhidden_rows + units[None, :], dgate, mask=mask)
     scaled_a_pointers = scaled_a + positions[:, None] * stride_scaled_a_row + units[None, :]
-    tl.store(scaled_a_pointers, (scale[:, None] * a).to(dtype), mask=mask)
+    tl.store(scaled_a_pointers, round_to(scale[:, None] * a, dtype), mask=mask)
     return tl.sum(g * a, 1)
 
 
@@ -134,7 +135,6 @@ def _down_grad_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
     expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
@@ -163,7 +163,7 @@ def _down_grad_kernel(
             depth_mask = depth < D - start
             dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
             weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & unit_mask[None, :], other=0.0)
-        g = dot(dout_tile, weight_tile, g, PRECISION, UPCAST)
+        g = dot(dout_tile, weight_tile, g, PRECISION)
         dout_pointers += BLOCK_K * stride_dout_column
         weight_pointers += BLOCK_K * stride_weight_out
 
@@ -316,7 +316,7 @@ def down_grad(
         SUBTILES=config.subtiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dot_options(dout.dtype),
+        PRECISION=dot_precision(dout.dtype),
     )
     block_m = 32
     launch(
@@ -369,7 +369,6 @@ def _outer_sums_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tiles_per_expert = num_p_tiles * num_q_tiles
     expert = tl.program_id(0) // tiles_per_expert
@@ -392,10 +391,10 @@ def _outer_sums_kernel(
         # Zero on both sides: what lies behind the expert's last pair may be NaN.
         left = tl.load(left_pointers, mask=valid[:, None] & (p < P)[None, :], other=0.0)
         right = tl.load(right_pointers, mask=valid[:, None] & (q < Q)[None, :], other=0.0)
-        accumulator = dot(tl.trans(left), right, accumulator, PRECISION, UPCAST)
+        accumulator = dot(tl.trans(left), right, accumulator, PRECISION)
     out_pointers = out + expert.to(tl.int64) * stride_out_expert + p[:, None] * stride_out_p + q[None, :] * stride_out_q
     mask = (p < P)[:, None] & (q < Q)[None, :]
-    tl.store(out_pointers, accumulator.to(out.dtype.element_ty), mask=mask)
+    tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=mask)
 
 
 def outer_sums(
@@ -441,7 +440,7 @@ def outer_sums(
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dot_options(pair_values.dtype),
+        PRECISION=dot_precision(pair_values.dtype),
     )
     return out
 
@@ -485,7 +484,7 @@ def _bias_grad_kernel(
             block *= tl.load(scale_pointers, mask=valid, other=0.0).to(tl.float32)[:, None]
         sums += block
     out_pointers = out + expert.to(tl.int64) * width + columns
-    tl.store(out_pointers, tl.sum(sums, 0).to(out.dtype.element_ty), mask=columns < width)
+    tl.store(out_pointers, round_to(tl.sum(sums, 0), out.dtype.element_ty), mask=columns < width)
 
 
 def bias_grad(values: Tensor, grouping: Grouping, index: Tensor | None, scale: Tensor | None = None) -> Tensor:

@@ -24,12 +24,13 @@ __all__ = [
     "TileConfig",
     "contiguous_columns",
     "dot",
-    "dot_options",
+    "dot_precision",
     "grouped_matmul_config",
     "launch",
     "num_tile_slots",
     "output",
     "recording",
+    "round_to",
     "slot_and_column_tile",
     "split_column_pairs",
     "split_columns",
@@ -39,6 +40,7 @@ __all__ = [
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
+_IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
 
 
@@ -191,12 +193,24 @@ def slot_and_column_tile(program, num_slots, num_column_tiles, GROUP_M: tl.const
 
 
 @triton.jit
-def dot(left, right, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Add left @ right in fp32. UPCAST: the interpreter reads bf16 operands of tl.dot as integers."""
-    if UPCAST:
+def dot(left, right, accumulator, PRECISION: tl.constexpr):
+    """Add left @ right in fp32."""
+    if _IN_INTERPRETER and left.dtype == tl.bfloat16:
+        # The interpreter reads bf16 operands of tl.dot as integers.
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """Round fp32 to a stored dtype, to nearest even."""
+    if _IN_INTERPRETER and dtype == tl.bfloat16:
+        # The interpreter cuts the low bits off: leave none to cut.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -224,13 +238,9 @@ def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.co
         return (first, second, third, fourth)
 
 
-def dot_options(dtype: torch.dtype) -> dict[str, Any]:
-    """Give the constexprs of `dot` for operands of `dtype`; tf32 only if the torch setting asks for it."""
-    allow_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-    }
+def dot_precision(dtype: torch.dtype) -> str:
+    """Give the PRECISION of `dot`: tf32 only for fp32 and only if the torch setting asks for it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def contiguous_columns(tensor: Tensor) -> Tensor:

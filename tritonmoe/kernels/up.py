@@ -10,11 +10,12 @@ from .activations import activate, activation_options
 from .launch import (
     contiguous_columns,
     dot,
-    dot_options,
+    dot_precision,
     grouped_matmul_config,
     launch,
     num_tile_slots,
     output,
+    round_to,
     slot_and_column_tile,
     split_column_pairs,
     split_columns,
@@ -57,7 +58,7 @@ def _up_epilogue(
     if bias is not None:
         bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
         accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    h_tile = accumulator.to(h.dtype.element_ty)
+    h_tile = round_to(accumulator, h.dtype.element_ty)
     h_rows = h + positions[:, None] * stride_h_row
     units = first_unit + tl.arange(0, SUB_N)
     mask = valid[:, None] & (units < F)[None, :]
@@ -75,7 +76,7 @@ def _up_epilogue(
     if ACTIVATION != "none":
         a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
         a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
-        tl.store(a_pointers, a_tile.to(a.dtype.element_ty), mask=mask)
+        tl.store(a_pointers, round_to(a_tile, a.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -150,7 +151,6 @@ def _up_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
     expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
@@ -185,7 +185,7 @@ def _up_kernel(
             depth_mask = depth < D - start
             x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
             weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
-        accumulator = dot(x_tile, weight_tile, accumulator, PRECISION, UPCAST)
+        accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
         x_pointers += BLOCK_K * stride_x_column
         weight_pointers += BLOCK_K * stride_weight_in
 
@@ -283,6 +283,6 @@ def up(
         SUBTILES=config.subtiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dot_options(x.dtype),
+        PRECISION=dot_precision(x.dtype),
     )
     return h, a

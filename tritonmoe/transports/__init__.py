@@ -1,7 +1,7 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
@@ -21,7 +21,7 @@ __all__ = [
     "as_transport",
 ]
 
-_of_groups: "WeakKeyDictionary[Any, ProcessGroupTransport]" = WeakKeyDictionary()
+_of_groups: "WeakValueDictionary[Any, ProcessGroupTransport]" = WeakValueDictionary()
 
 
 def as_transport(ranks: Any) -> Transport:
@@ -40,6 +40,7 @@ def as_transport(ranks: Any) -> Transport:
 
     if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
         raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}")
-    if ranks not in _of_groups:
-        _of_groups[ranks] = ProcessGroupTransport(ranks)
-    return _of_groups[ranks]
+    transport = _of_groups.get(ranks)
+    if transport is None:
+        transport = _of_groups[ranks] = ProcessGroupTransport(ranks)
+    return transport
