@@ -25,18 +25,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..backends import triton as operations
-from ..config import ExpertLayout, FusedActivation
+from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation
 from . import launch
 
 __all__ = ["TARGETS", "Compiled", "compile_all", "main"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-SHARED_MEMORY_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_MEMORY_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
 TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -188,30 +200,28 @@ def compile_one(name: str, item: launch.Launch, target_name: str) -> Compiled:
     return Compiled(name, target_name, registers, spills, compiled.metadata.shared)
 
 
-def variants(every_layout: bool) -> dict[str, Variant]:
+def _variants(every_layout: bool) -> dict[str, Variant]:
     """Give the default variants (bf16, fp32), or the other layouts and activations too."""
     chosen = {"bf16": Variant(), "fp32": Variant(dtype=torch.float32)}
     if every_layout:
-        from ..config import ClampedSwiGLU
-
+        clamped = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
         chosen |= {
             "fp16": Variant(dtype=torch.float16),
             "bf16 gelu": Variant(activation="gelu"),
             "bf16 gelu_tanh": Variant(activation="gelu_tanh"),
             "bf16 transposed": Variant(layout=ExpertLayout(transposed=True)),
             "bf16 ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
-            "bf16 interleaved": Variant(
-                layout=ExpertLayout(interleaved=True), activation=ClampedSwiGLU(7.0, 1.702, 1.0)
-            ),
+            "bf16 interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=clamped),
             "bf16 gpt-oss": Variant(
                 layout=ExpertLayout(interleaved=True, transposed=True),
-                activation=ClampedSwiGLU(7.0, 1.702, 1.0),
+                activation=clamped,
                 hidden_size=2880,
                 intermediate_size=2880,
                 num_experts=32,
                 top_k=4,
             ),
             "bf16 odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
+            "fp32 odd": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
             "bf16 sparse": Variant(num_experts=256),
             "bf16 tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
         }
@@ -219,7 +229,7 @@ def variants(every_layout: bool) -> dict[str, Variant]:
 
 
 def _jobs(target_names: list[str], every_layout: bool) -> Iterator[tuple[str, str, str, bool]]:
-    for label, variant in variants(every_layout).items():
+    for label, variant in _variants(every_layout).items():
         for target in target_names:
             if variant.dtype == torch.float32 and target != "sm_90":
                 continue
@@ -231,7 +241,7 @@ def _jobs(target_names: list[str], every_layout: bool) -> Iterator[tuple[str, st
 
 def _run(job: tuple[str, str, str, bool]) -> Compiled:
     label, target, name, every_layout = job
-    item = record_launches(variants(every_layout)[label], TARGETS[target])[name]
+    item = record_launches(_variants(every_layout)[label], TARGETS[target])[name]
     return compile_one(f"{label} {name}", item, target)
 
 
@@ -268,7 +278,7 @@ def print_table(results: list[Compiled]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print and say (as an exit status) whether every kernel is fit to run."""
     parser = argparse.ArgumentParser(prog="python -m tritonmoe.kernels.aot", description=__doc__)
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(DEFAULT_TARGETS))
     parser.add_argument("--all", action="store_true", help="also the other layouts, activations and shapes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--workers", type=int, default=2)

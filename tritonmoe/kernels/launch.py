@@ -271,8 +271,13 @@ def grouped_matmul_config(
     target = _target(like.device)
     if target is None:
         config = TileConfig(32, 32, 32, num_warps=4, num_stages=1, group_m=2, subtiles=2)
-    elif like.dtype == torch.float32 or width % 8 or depth % 8:
+    elif width % 8 or depth % 8:
+        # No vector load fits such rows, so every element's address takes registers.
         config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
+        if like.dtype == torch.float32:
+            config = dataclasses.replace(config, block_k=16)
+    elif like.dtype == torch.float32:
+        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
     else:
         config = _half_precision_config(target, operation, sparse=num_experts > 16 * top_k)
     if operation == "weight_grad":
