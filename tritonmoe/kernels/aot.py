@@ -148,7 +148,8 @@ def source_of(item: launch.Launch) -> ASTSource:
     values = dict(zip(item.kernel.arg_names, item.args, strict=False)) | item.constexprs
     for index, argument in enumerate(item.kernel.arg_names):
         value = values[argument]
-        if argument in item.constexprs or value is None or (type(value) is int and value == 1):
+        specialize = not item.kernel.params[index].do_not_specialize
+        if argument in item.constexprs or value is None or (specialize and type(value) is int and value == 1):
             signature[argument] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, Tensor):
@@ -158,7 +159,7 @@ def source_of(item: launch.Launch) -> ASTSource:
             signature[argument] = "fp32"
         else:
             signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialize and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(item.kernel, signature, constants, attributes)
 

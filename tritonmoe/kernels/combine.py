@@ -9,7 +9,7 @@ from .launch import INTERPRETED, contiguous_columns, launch, output, round_to
 __all__ = ["combine"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _combine_kernel(
     y,  # (N, D)
     index,  # (T, J) integers, -1 where there is nothing to add

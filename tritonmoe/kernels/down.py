@@ -22,7 +22,7 @@ from .launch import (
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _grouped_matmul_kernel(
     values,  # (N, depth)
     weight,  # (E, depth, width) in any layout, through its strides

@@ -93,7 +93,7 @@ def _down_grad_epilogue(
     return tl.sum(g * a, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_slots"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides
@@ -200,7 +200,7 @@ def _down_grad_kernel(
     tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_partials_kernel(
     partial_sums,  # (num_column_tiles, N) fp32
     dout,  # (R, D)
@@ -384,14 +384,15 @@ def _outer_sums_kernel(
         rows = (tl.load(pair_index + positions, mask=valid, other=0) // K).to(tl.int64)
         if order is not None:
             positions = tl.load(order + positions, mask=valid, other=0)
+        # Already (P, pairs): a transpose in registers would keep these loads out of the pipeline on sm_80.
         left_pointers = (
-            pair_values + positions.to(tl.int64)[:, None] * stride_pair_row + p[None, :] * stride_pair_column
+            pair_values + positions.to(tl.int64)[None, :] * stride_pair_row + p[:, None] * stride_pair_column
         )
         right_pointers = row_values + rows[:, None] * stride_row_row + q[None, :] * stride_row_column
         # Zero on both sides: what lies behind the expert's last pair may be NaN.
-        left = tl.load(left_pointers, mask=valid[:, None] & (p < P)[None, :], other=0.0)
+        left = tl.load(left_pointers, mask=valid[None, :] & (p < P)[:, None], other=0.0)
         right = tl.load(right_pointers, mask=valid[:, None] & (q < Q)[None, :], other=0.0)
-        accumulator = dot(tl.trans(left), right, accumulator, PRECISION)
+        accumulator = dot(left, right, accumulator, PRECISION)
     out_pointers = out + expert.to(tl.int64) * stride_out_expert + p[:, None] * stride_out_p + q[None, :] * stride_out_q
     mask = (p < P)[:, None] & (q < Q)[None, :]
     tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=mask)

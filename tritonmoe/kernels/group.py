@@ -71,7 +71,7 @@ def _load_experts(
     return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(
     topk_ids,  # (R, K) integers
     row_order,  # (R,) int64 or None
@@ -99,7 +99,7 @@ def _count_kernel(
     tl.store(starts + tile.to(tl.int64) * (E + 1) + bins, exclusive, mask=bins <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _scan_kernel(
     starts,  # (num_tiles, E+1) int32
     chunk_table,  # (3, C+1) int32 or None
@@ -138,7 +138,7 @@ def _scan_kernel(
         earlier += tl.sum(counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_positions"])
 def _place_kernel(
     topk_ids,  # (R, K) integers
     row_order,  # (R,) int64 or None
@@ -233,7 +233,7 @@ def sort_pairs(
         topk_ids.stride(0),
         topk_ids.stride(1),
         BLOCK_C=table.block_c,
-        BLOCK_E=max(128, triton.next_power_of_2(num_experts + 1)),
+        BLOCK_E=max(256, triton.next_power_of_2(num_experts + 1)),
         TILE=PAIRS_PER_TILE,
     )
     block_e = 128 if INTERPRETED else 16

@@ -1,7 +1,8 @@
 """How kernels are launched: tile sizes, options that every launch pins, the lock around the interpreter.
 
 A layer has one tile configuration, chosen from dtype, D, F, E and K alone: never from the number of rows, so that a
-row's bits don't depend on the chunk it is in.
+row's bits don't depend on the chunk it is in. Kernel arguments that grow with the number of rows are never specialised:
+each new value would cost a compilation in the middle of training.
 """
 
 import contextlib
@@ -240,7 +241,9 @@ def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.co
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Give the PRECISION of `dot`: tf32 only for fp32 and only if the torch setting asks for it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # allow_tf32 raises where the newer setting has been used; fp32_precision reflects both.
+    wants_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and wants_tf32 else "ieee"
 
 
 def contiguous_columns(tensor: Tensor) -> Tensor:
@@ -289,13 +292,16 @@ def grouped_matmul_config(
 def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> TileConfig:
     """Choose for fp16 and bf16. `sparse`: few tokens for each expert, so that tall tiles would be mostly empty."""
     block_m = 64 if sparse and operation != "weight_grad" else 128
+    block_n, num_stages = 64 if operation == "up" else 128, 3
     if target.backend == "hip":
-        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=2, subtiles=4)
+        num_stages = 2
     elif target.arch // 10 in (9, 10):
-        wide = {"up": 128, "up_ungated": 256, "down": 256, "weight_grad": 256, "down_grad": 128}[operation]
-        return TileConfig(block_m, wide, 64, num_warps=8, num_stages=3, subtiles=4)
-    else:
-        # Of these only sm_80 has more than 99 KB of shared memory.
-        num_stages = 4 if target.arch == 80 else 2 if target.arch >= 110 else 3
-        config = TileConfig(block_m, 128, 64, num_warps=8, num_stages=num_stages, subtiles=4)
-    return dataclasses.replace(config, block_n=64) if operation == "up" else config
+        block_n = {"up": 128, "down_grad": 128}.get(operation, 256)
+    elif target.arch == 80:
+        num_stages = 4
+    elif target.arch >= 110:  # 99 KB of shared memory, as sm_86 and sm_89
+        num_stages = 2
+    if operation == "weight_grad" and target.backend == "cuda":
+        # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
+        num_stages = 7 if target.arch == 80 else 5
+    return TileConfig(block_m, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)

@@ -112,7 +112,7 @@ def _tile_columns(
     return columns, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _up_kernel(
     x,  # (R, D)
     weight,  # (E, 2F, D) in any layout, through its strides; F instead of 2F when ungated
