@@ -3,7 +3,10 @@
 Knows nothing of ranks, streams or transports. One device is the case of one chunk.
 """
 
+import threading
+import weakref
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +42,28 @@ class ExpertSettings(NamedTuple):
     save: Literal["hidden", "input"] = "hidden"
 
 
+class _CPUScratch(threading.local):
+    """CPU memory, used again, for what does not outlive one pass: fresh pages cost more than the work on them.
+
+    A buffer goes back to its thread's pool when its ExpertsRun goes, so that nested runs never share one.
+    """
+
+    def __init__(self) -> None:
+        self.free: dict[str, list[Tensor]] = {}
+
+    def take(self, owner: object, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        num_bytes = num_rows * width * dtype.itemsize
+        pool = self.free.setdefault(name, [])
+        buffer = pool.pop() if pool else torch.empty(0, dtype=torch.uint8)
+        if buffer.shape[0] < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        weakref.finalize(owner, pool.append, buffer).atexit = False
+        return buffer[:num_bytes].view(dtype).view(num_rows, width)
+
+
+_cpu_scratch = _CPUScratch()
+
+
 @dataclass
 class ExpertsRun:
     """One call of this rank's experts, chunk by chunk, forward and backward.
@@ -62,6 +87,8 @@ class ExpertsRun:
     scaled_a: Tensor | None = None
     activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
+    chunk_buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that every chunk uses again."""
     activation_parameters: list[Tensor] = field(default_factory=list)
     activation_grads: list[Tensor | None] = field(default_factory=list)
     """Callable activations: the gradients of activation_parameters so far."""
@@ -74,19 +101,24 @@ class ExpertsRun:
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
         if self.keep_hidden and self.h is None:
-            self.h = self._new_pairs(self.weights.gate_up_proj.shape[2 if layout.transposed else 1])
+            self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
+        width, model_width = self._hidden_width, self.rows.shape[1]
+        fused = is_fused(activation)
         h, a = ops.up(
             self.rows,
             self.weights.gate_up_proj,
             self.weights.gate_up_bias,
             grouping,
             layout,
-            activation if is_fused(activation) else None,
+            activation if fused else None,
+            needs_h=not fused,
             out_h=None if self.h is None else self.h[self._pairs(chunk)],
+            out_a=self._chunk_scratch("a", grouping, layout.intermediate_size(width)) if fused else None,
         )
-        if a is None:
+        if not fused:
             a = self._call_activation(chunk, h, grouping)
-        y = ops.down(a, self.weights.down_proj, self.weights.down_bias, grouping, layout)
+        y = self._chunk_scratch("y", grouping, model_width)
+        ops.down(a, self.weights.down_proj, self.weights.down_bias, grouping, layout, out=y)
         return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
 
     def backward(
@@ -101,9 +133,9 @@ class ExpertsRun:
         pairs = self._pairs(chunk)
         fused = is_fused(activation)
         if self.dh is None or self.scaled_a is None:
-            width = self.weights.gate_up_proj.shape[2 if layout.transposed else 1]
-            self.dh = self._new_pairs(width)
-            self.scaled_a = self._new_pairs(layout.intermediate_size(width))
+            self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
+            inner = layout.intermediate_size(self._hidden_width)
+            self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
         if fused:
             hidden = self._hidden(chunk, grouping)
         else:
@@ -124,9 +156,9 @@ class ExpertsRun:
             self.dh[pairs] = self._activation_backward(chunk, dhidden)
         dx = None
         if needs_dx:
-            dx = ops.combine(
-                ops.up_grad(self.dh[pairs], self.weights.gate_up_proj, grouping, layout), grouping.inverse, out=out
-            )
+            dx_pairs = self._chunk_scratch("y", grouping, self.rows.shape[1])
+            ops.up_grad(self.dh[pairs], self.weights.gate_up_proj, grouping, layout, out=dx_pairs)
+            dx = ops.combine(dx_pairs, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(dweights)
 
     def weight_grad(self, dout: Tensor, needs: ExpertWeights | tuple[bool, bool, bool, bool]) -> WeightGrads:
@@ -178,8 +210,23 @@ class ExpertsRun:
                 self.activation_grads[i] = grad if so_far is None else so_far + grad
         return torch.zeros_like(leaf) if grads[0] is None else grads[0]
 
-    def _new_pairs(self, width: int) -> Tensor:
-        return self.rows.new_empty(self.grouping.num_pairs, width)
+    @property
+    def _hidden_width(self) -> int:
+        """2F, or F when ungated."""
+        return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
+
+    def _scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this run."""
+        if self.rows.device.type != "cpu":
+            return self.rows.new_empty(num_pairs, width)
+        return _cpu_scratch.take(self, name, num_pairs, width, self.rows.dtype)
+
+    def _chunk_scratch(self, name: str, grouping: Grouping, width: int) -> Tensor:
+        """Give (pairs of this chunk, width) of memory that is not needed after this chunk."""
+        if name not in self.chunk_buffers:
+            largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
+            self.chunk_buffers[name] = self._scratch(name, largest, width)
+        return self.chunk_buffers[name][: grouping.num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])

@@ -60,7 +60,10 @@ def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivatio
         gate = gate.clamp(max=activation.limit)
         up_half = up_half.clamp(-activation.limit, activation.limit)
         return gate * torch.sigmoid(activation.alpha * gate) * (up_half + activation.up_offset)
-    gate, up_half = split_gate(h, layout) if layout.gated else (h, None)
+    up_half: Tensor | None = None
+    gate = h
+    if layout.gated:
+        gate, up_half = split_gate(h, layout)
     if activation == "silu":
         out = F.silu(gate)
     elif activation == "gelu":
@@ -142,9 +145,10 @@ def up(
     layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
+    needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Gather each pair's row, multiply by its expert's up-projection, add the bias, apply the activation.
 
     Args:
@@ -153,6 +157,7 @@ def up(
         gate_up_bias: (E, 2F) or None.
         grouping: one chunk.
         activation: a fused activation, or None for h alone.
+        needs_h: False, with an activation and no out_h: h is not kept, and None is given for it (inference).
         out_h, out_a: (N, 2F) and (N, F) where h and a are written.
     Returns:
         h (N, 2F) in x.dtype, rounded once, and a = act(h) (N, F) computed from the rounded h, or None.

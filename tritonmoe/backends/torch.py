@@ -5,6 +5,8 @@ block are read back while they are warm, instead of one pass over all pairs per 
 with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,8 +27,9 @@ class _Block(NamedTuple):
 
     first: int
     last: int
-    parts: list[tuple[int, slice, slice]]
-    """(expert, its positions, the same counted from the block's first)."""
+    experts: list[int]
+    counts: list[int]
+    """Pairs of each of `experts`, in the order of the positions."""
 
 
 def _blocks(grouping: Grouping) -> list[_Block]:
@@ -39,19 +42,52 @@ def _blocks(grouping: Grouping) -> list[_Block]:
         for i in range(num_parts):
             first, last = start + count * i // num_parts, start + count * (i + 1) // num_parts
             if not blocks or last - blocks[-1].first > BLOCK_ROWS:
-                blocks.append(_Block(first, last, []))
-            block = blocks[-1]._replace(last=last)
-            block.parts.append((e, slice(first, last), slice(first - block.first, last - block.first)))
-            blocks[-1] = block
+                blocks.append(_Block(first, last, [], []))
+            blocks[-1].experts.append(e)
+            blocks[-1].counts.append(last - first)
+            blocks[-1] = blocks[-1]._replace(last=last)
     return blocks
 
 
-def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
-    return weight if layout.transposed else weight.mT
+def _in_out(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
+    """Each expert's weight as (in, out)."""
+    return (weight if layout.transposed else weight.mT).unbind(0)
+
+
+def _out_in(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
+    return (weight.mT if layout.transposed else weight).unbind(0)
 
 
 def _block_buffer(blocks: list[_Block], width: int, like: Tensor) -> Tensor:
     return like.new_empty(max((block.last - block.first for block in blocks), default=0), width)
+
+
+def _products(
+    rows: Tensor,
+    weights: tuple[Tensor, ...],
+    bias: Tensor | None,
+    experts: Sequence[int],
+    counts: list[int],
+    out: Tensor,
+) -> None:
+    """Multiply each expert's rows, counts[i] of experts[i], by its weight, and add its bias."""
+    for e, part, target in zip(experts, rows.split(counts), out.split(counts), strict=True):
+        if bias is None:
+            torch.mm(part, weights[e], out=target)
+        else:
+            torch.addmm(bias[e], part, weights[e], out=target)
+
+
+def _all_products(
+    values: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, grouping: Grouping, out: Tensor
+) -> Tensor:
+    """Multiply all pairs' values (N, in) by their experts' weights."""
+    offsets = grouping.host_expert_offsets
+    counts = [last - first for first, last in pairwise(offsets)]
+    experts = [e for e, count in enumerate(counts) if count]
+    used = [counts[e] for e in experts]
+    _products(values[: offsets[-1]], weights, bias, experts, used, out[: offsets[-1]])
+    return out
 
 
 def group(
@@ -121,33 +157,30 @@ def up(
     layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
+    needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
-    h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
+    blocks = _blocks(grouping)
+    h = out_h
+    if h is None and needs_h:
+        h = x.new_empty(grouping.num_pairs, width)
     a = out_a
-    if activation is not None and a is None:
+    if a is None and activation is not None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
     acc = accumulation_dtype(x.dtype)
-    blocks = _blocks(grouping)
-    buffer = _block_buffer(blocks, x.shape[1], x)
-    for first, last, parts in blocks:
-        rows = buffer[: last - first]
+    row_buffer = _block_buffer(blocks, x.shape[1], x)
+    hidden_buffer = _block_buffer(blocks, width, x) if h is None else x
+    weights = _in_out(gate_up_proj, layout)
+    for first, last, experts, counts in blocks:
+        rows = row_buffer[: last - first]
         torch.index_select(x, 0, grouping.row_index[first:last], out=rows)
-        for e, positions, local in parts:
-            bias = None if gate_up_bias is None else gate_up_bias[e]
-            _product(rows[local], _in_out(gate_up_proj[e], layout), bias, h[positions])
+        hidden = hidden_buffer[: last - first] if h is None else h[first:last]
+        _products(rows, weights, gate_up_bias, experts, counts, hidden)
         if a is not None and activation is not None:
-            _activate(h[first:last].to(acc), layout, activation, a[first:last])
+            _activate(hidden.to(acc), layout, activation, a[first:last])
     return h, a
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight, out=out)
-    else:
-        torch.addmm(bias, rows, weight, out=out)
 
 
 def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor) -> None:
@@ -168,13 +201,7 @@ def down(
     out: Tensor | None = None,
 ) -> Tensor:
     y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
-    offsets = grouping.host_expert_offsets
-    for e in range(grouping.num_experts):
-        positions = slice(offsets[e], offsets[e + 1])
-        if positions.start < positions.stop:
-            bias = None if down_bias is None else down_bias[e]
-            _product(a[positions], _in_out(down_proj[e], layout), bias, y[positions])
-    return y
+    return _all_products(a, _in_out(down_proj, layout), down_bias, grouping, y)
 
 
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -229,11 +256,11 @@ def down_grad(
     blocks = _blocks(grouping)
     row_buffer = _block_buffer(blocks, dout.shape[1], dout)
     product_buffer = _block_buffer(blocks, inner, dout)
-    for first, last, parts in blocks:
+    weights = _out_in(down_proj, layout)
+    for first, last, experts, counts in blocks:
         rows, products = row_buffer[: last - first], product_buffer[: last - first]
         torch.index_select(dout, 0, grouping.row_index[first:last], out=rows)
-        for e, _, local in parts:
-            torch.mm(rows[local], _in_out(down_proj[e], layout).mT, out=products[local])
+        _products(rows, weights, None, experts, counts, products)
         g = products.to(acc)
         scale = scales[first:last]
         da = g * scale
@@ -242,12 +269,11 @@ def down_grad(
             dh[first:last] = da
         else:
             a = _activation_backward(hidden[first:last].to(acc), da, layout, activation, dh[first:last])
-            if a.dtype != dout.dtype:
-                a = a.to(dout.dtype).to(acc)
         torch.sum(g.mul_(a), 1, out=dweights[first:last])
         if down_bias is not None:
-            for e, positions, local in parts:
-                dweights[positions] += rows[local].to(acc) @ down_bias[e].to(acc)
+            parts = zip(experts, rows.split(counts), dweights[first:last].split(counts), strict=True)
+            for e, part, target in parts:
+                target += part.to(acc) @ down_bias[e].to(acc)
         if a.dtype == dout.dtype:
             torch.mul(a, scale, out=scaled_a[first:last])
         else:
@@ -302,12 +328,7 @@ def up_grad(
     dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
 ) -> Tensor:
     dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
-    offsets = grouping.host_expert_offsets
-    for e in range(grouping.num_experts):
-        positions = slice(offsets[e], offsets[e + 1])
-        if positions.start < positions.stop:
-            torch.mm(dh[positions], _in_out(gate_up_proj[e], layout).mT, out=dx[positions])
-    return dx
+    return _all_products(dh, _out_in(gate_up_proj, layout), None, grouping, dx)
 
 
 def weight_grad(

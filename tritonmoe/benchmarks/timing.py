@@ -1,0 +1,96 @@
+"""How every benchmark here measures: variants in turn, round by round, in one process; medians and quartiles."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Samples", "add_arguments", "environment", "interleave", "write_json"]
+
+Samples = dict[str, list[float]]
+
+
+def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Samples:
+    """Run every variant once a round, in turn, and give the seconds of each; the first `warmup` rounds are dropped.
+
+    On a machine whose speed drifts, only variants of the same rounds may be compared.
+    """
+    samples: Samples = {name: [] for name in variants}
+    for number in range(warmup + rounds):
+        for name, run in variants.items():
+            _synchronize()
+            started = time.perf_counter()
+            run()
+            _synchronize()
+            if number >= warmup:
+                samples[name].append(time.perf_counter() - started)
+    return samples
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def summarize(seconds: list[float]) -> dict[str, float]:
+    """Give median and quartiles in milliseconds."""
+    ordered = sorted(seconds)
+    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    return {
+        "median_ms": round(statistics.median(ordered) * 1e3, 3),
+        "lower_quartile_ms": round(quartiles[0] * 1e3, 3),
+        "upper_quartile_ms": round(quartiles[2] * 1e3, 3),
+        "samples": len(ordered),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Give the machine and the versions that a figure belongs to."""
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "triton", "transformers", "tritonmoe"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the arguments that every benchmark has."""
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds (default {rounds})")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def write_json(path: Path | None, name: str, results: Any) -> None:
+    """Write the results with the machine and versions, if a path was given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"benchmark": name, "environment": environment(), "results": results}, indent=1))
+        print(f"wrote {path}")
