@@ -60,10 +60,7 @@ def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivatio
         gate = gate.clamp(max=activation.limit)
         up_half = up_half.clamp(-activation.limit, activation.limit)
         return gate * torch.sigmoid(activation.alpha * gate) * (up_half + activation.up_offset)
-    up_half: Tensor | None = None
-    gate = h
-    if layout.gated:
-        gate, up_half = split_gate(h, layout)
+    gate, factor = split_gate(h, layout) if layout.gated else (h, h)
     if activation == "silu":
         out = F.silu(gate)
     elif activation == "gelu":
@@ -76,7 +73,7 @@ def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivatio
         out = F.relu(gate).square()
     else:
         raise ValueError(f"activation {activation!r} is not known")
-    return out if up_half is None else out * up_half
+    return out * factor if layout.gated else out
 
 
 def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:

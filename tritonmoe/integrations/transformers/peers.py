@@ -26,5 +26,4 @@ def experts_function(
         module = MixtralExperts(config)
     module.gate_up_proj, module.down_proj = gate_up_proj, down_proj
     config._experts_implementation = implementation
-    module.config = config
     return module
