@@ -1,6 +1,7 @@
 """The Triton kernels against the reference operations; in the interpreter where there is no GPU."""
 
 import contextlib
+import inspect
 import itertools
 import threading
 
@@ -23,6 +24,7 @@ LAYOUTS = {
     "ungated": ExpertLayout(gated=False),
     "ungated-transposed": ExpertLayout(gated=False, transposed=True),
 }
+OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", GPT_OSS)
 
@@ -187,6 +189,11 @@ def assert_same_grouping(actual, expected):
         assert actual.chunk_pair_offsets == expected.chunk_pair_offsets
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_signatures_are_those_of_the_reference(operation):
+    assert inspect.signature(getattr(kernels, operation)) == inspect.signature(getattr(reference, operation))
+
+
 def test_group_worked_example():
     ids = torch.tensor([[1, 0], [1, 2], [-1, 0], [1, 1]], device=DEVICE)
     grouping = kernels.group(ids, 3)
@@ -197,7 +204,7 @@ def test_group_worked_example():
     assert grouping.source_order is None
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     num_rows=st.integers(0, 150),
     top_k=st.integers(1, 16),
@@ -212,7 +219,7 @@ def test_group_matches_reference(num_rows, top_k, num_experts, skip, seed):
     assert_same_grouping(actual, reference.group(ids, num_experts))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     num_rows=st.integers(0, 100),
     top_k=st.integers(1, 5),
@@ -341,6 +348,18 @@ def test_out_arguments():
     assert (wide[:2] == -7).all()
     assert (wide[num_active + 2 :] == -7).all()
     assert (wide[:, 24:] == -7).all()
+
+    out_a, out_y, out_dx = torch.empty_like(a), torch.empty_like(y), torch.empty_like(y)
+    up_arguments = (layer.x, layer.w1, layer.b1, grouping, layout, "silu")
+    no_h, same_a = kernels.up(*up_arguments, needs_h=False, out_a=out_a)
+    assert no_h is None
+    assert same_a is out_a
+    assert torch.equal(out_a[:num_active], a[:num_active])
+    assert kernels.up(*up_arguments, needs_h=False, out_h=out_h)[0] is out_h
+    assert kernels.down(a, layer.w2, layer.b2, grouping, layout, out=out_y) is out_y
+    assert torch.equal(out_y[:num_active], y[:num_active])
+    assert kernels.up_grad(dh, layer.w1, grouping, layout, out=out_dx) is out_dx
+    assert torch.equal(out_dx[:num_active], kernels.up_grad(dh, layer.w1, grouping, layout)[:num_active])
 
     out = torch.empty(11, 20, device=DEVICE)
     assert kernels.combine(y, grouping.inverse, layer.weights, out=out) is out

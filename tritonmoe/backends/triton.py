@@ -79,15 +79,27 @@ def up(
     layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
+    needs_h: bool = True,
     out_h: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    out_a: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Gather, product, bias and activation in one kernel."""
-    return up_kernels.up(x, gate_up_proj, gate_up_bias, grouping, layout, activation, out_h=out_h)
+    return up_kernels.up(
+        x, gate_up_proj, gate_up_bias, grouping, layout, activation, needs_h=needs_h, out_h=out_h, out_a=out_a
+    )
 
 
-def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def down(
+    a: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """One grouped product."""
-    return down_kernels.down(a, down_proj, down_bias, grouping, layout)
+    return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out)
 
 
 def combine(
@@ -129,9 +141,11 @@ def down_grad(
     )
 
 
-def up_grad(dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def up_grad(
+    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+) -> Tensor:
     """One grouped product over all 2F columns."""
-    return down_kernels.up_grad(dh, gate_up_proj, grouping, layout)
+    return down_kernels.up_grad(dh, gate_up_proj, grouping, layout, out=out)
 
 
 def weight_grad(

@@ -124,6 +124,7 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
         name("group")
         h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation)
         name("up")
+        assert h is not None
         assert a is not None
         y = operations.down(a, w2, b2, grouping, v.layout)
         name("down")

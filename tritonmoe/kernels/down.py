@@ -86,11 +86,13 @@ def _grouped_matmul_kernel(
     tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :])
 
 
-def _grouped_matmul(values: Tensor, weight: Tensor, in_axis: int, bias: Tensor | None, grouping: Grouping) -> Tensor:
+def _grouped_matmul(
+    values: Tensor, weight: Tensor, in_axis: int, bias: Tensor | None, grouping: Grouping, out: Tensor | None
+) -> Tensor:
     """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
     out_axis = 3 - in_axis
     num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
-    out = output(values, grouping.num_pairs, width)
+    out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
     config = grouped_matmul_config("down", values, width, depth, num_experts, grouping.top_k)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
@@ -129,11 +131,21 @@ def _grouped_matmul(values: Tensor, weight: Tensor, in_axis: int, bias: Tensor |
     return out
 
 
-def down(a: Tensor, down_proj: Tensor, down_bias: Tensor | None, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def down(
+    a: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """Launch the down-projection: see `backends.reference.down`."""
-    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping)
+    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out)
 
 
-def up_grad(dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout) -> Tensor:
+def up_grad(
+    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+) -> Tensor:
     """Launch dh x W1, one sum over all 2F columns: see `backends.reference.up_grad`."""
-    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping)
+    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out)

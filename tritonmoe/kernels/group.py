@@ -2,7 +2,7 @@
 
 Tiles of flat pairs never straddle two chunks. Per tile the first kernel stores the exclusive running count over the
 experts; the second sums these down the tiles of a chunk (sums of exclusive running counts are the chunk's expert
-offsets); the third sorts each tile in registers and stores every pair in its place.
+offsets); the third ranks the pairs of a tile by comparing them and stores every pair in its place.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from .launch import INTERPRETED, launch
 
 __all__ = ["ChunkTable", "place_pairs", "sort_pairs"]
 
-PAIRS_PER_TILE = 128 if INTERPRETED else 1024
+PAIRS_PER_TILE = 256 if INTERPRETED else 512
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _scan_kernel(
     starts,  # (num_tiles, E+1) int32
     chunk_table,  # (3, C+1) int32 or None
     chunk_expert_offsets,  # (C, E+1) int32
-    shifts,  # (num_tiles, E) int32: position in the chunk minus rank in the sorted tile
+    shifts,  # (num_tiles, E) int32: position in the chunk minus rank in the tile's sorted pairs
     num_tiles,
     E,
     BLOCK_E: tl.constexpr,
@@ -138,6 +138,27 @@ def _scan_kernel(
         earlier += tl.sum(counts, 0)
 
 
+@triton.jit
+def _load_keys(
+    first,
+    offsets,
+    end,
+    topk_ids,  # (R, K) integers
+    row_order,  # (R,) int64 or None
+    E,
+    K,
+    stride_ids_row,
+    stride_ids_slot,
+    TILE: tl.constexpr,
+):
+    """Give validity, pair id, expert and sort key of some pairs of a tile; keys are unique and stable."""
+    flat = first + offsets
+    valid = flat < end
+    row, slot = _pair_of_flat(flat, valid, row_order, K)
+    experts = _load_experts(row, slot, valid, topk_ids, stride_ids_row, stride_ids_slot, E)
+    return valid, row * K + slot, experts, experts * TILE + offsets
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_positions"])
 def _place_kernel(
     topk_ids,  # (R, K) integers
@@ -157,20 +178,21 @@ def _place_kernel(
     stride_ids_slot,
     BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     first, end, first_position = _tile_range(tile, chunk_table, num_pairs, num_chunks, BLOCK_C, TILE)
-    rank = tl.arange(0, TILE)
-    valid = first + rank < end
-    row, slot = _pair_of_flat(first + rank, valid, row_order, K)
-    experts = _load_experts(row, slot, valid, topk_ids, stride_ids_row, stride_ids_slot, E)
-    # The low digits keep pairs of one expert in their order: the sort is stable.
-    keys = tl.sort(experts * TILE + rank)
-    experts = keys // TILE
-    flat = first + keys % TILE
-    valid = flat < end
-    row, slot = _pair_of_flat(flat, valid, row_order, K)
-    pair = row * K + slot
+    valid, pair, experts, keys = _load_keys(
+        first, tl.arange(0, TILE), end, topk_ids, row_order, E, K, stride_ids_row, stride_ids_slot, TILE
+    )
+    # The rank in the sorted tile is the number of smaller keys.
+    rank = tl.zeros((TILE,), tl.int32)
+    for start in range(0, TILE, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        _, _, _, other_keys = _load_keys(
+            first, others, end, topk_ids, row_order, E, K, stride_ids_row, stride_ids_slot, TILE
+        )
+        rank += tl.sum((other_keys[None, :] < keys[:, None]).to(tl.int32), 1)
     active = experts < E
     shift = tl.load(shifts + tile.to(tl.int64) * E + experts, mask=active, other=0)
     position = tl.where(active, shift + rank, -1)
@@ -285,5 +307,6 @@ def place_pairs(
         topk_ids.stride(1),
         BLOCK_C=table.block_c,
         TILE=PAIRS_PER_TILE,
+        BLOCK_OTHERS=PAIRS_PER_TILE if INTERPRETED else 32,
     )
     return sorted_pairs

@@ -35,7 +35,7 @@ def _up_epilogue(
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
     bias,  # (E, 2F) or None
-    h,  # (N, 2F)
+    h,  # (N, 2F) or None
     a,  # (N, F) or None
     F,
     stride_bias_expert,
@@ -45,6 +45,7 @@ def _up_epilogue(
     limit,
     alpha,
     up_offset,
+    dtype: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALVES: tl.constexpr,
@@ -58,25 +59,26 @@ def _up_epilogue(
     if bias is not None:
         bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
         accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    h_tile = round_to(accumulator, h.dtype.element_ty)
-    h_rows = h + positions[:, None] * stride_h_row
+    h_tile = round_to(accumulator, dtype)
     units = first_unit + tl.arange(0, SUB_N)
     mask = valid[:, None] & (units < F)[None, :]
     if GATED:
         gate, up_half = split_column_pairs(h_tile, BLOCK_M, SUB_N, HALVES)
+    else:
+        gate = h_tile
+        up_half = h_tile
+    if h is not None:
+        h_rows = h + positions[:, None] * stride_h_row
         if INTERLEAVED:
             tl.store(h_rows + columns[None, :], h_tile, mask=valid[:, None] & column_mask[None, :])
         else:
             tl.store(h_rows + units[None, :], gate, mask=mask)
-            tl.store(h_rows + F + units[None, :], up_half, mask=mask)
-    else:
-        gate = h_tile
-        up_half = h_tile
-        tl.store(h_rows + units[None, :], h_tile, mask=mask)
+            if GATED:
+                tl.store(h_rows + F + units[None, :], up_half, mask=mask)
     if ACTIVATION != "none":
         a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
         a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
-        tl.store(a_pointers, round_to(a_tile, a.dtype.element_ty), mask=mask)
+        tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
 
 
 @triton.jit
@@ -119,7 +121,7 @@ def _up_kernel(
     bias,  # (E, 2F) or None
     pair_index,  # (N,) int32
     expert_offsets,  # (E+1,) int32
-    h,  # (N, 2F), dtype of x
+    h,  # (N, 2F), dtype of x, or None
     a,  # (N, F), dtype of x, or None
     D,
     F,
@@ -210,6 +212,7 @@ def _up_kernel(
             limit,
             alpha,
             up_offset,
+            x.dtype.element_ty,
             GATED,
             INTERLEAVED,
             HALVES,
@@ -228,14 +231,17 @@ def up(
     layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
+    needs_h: bool = True,
     out_h: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    out_a: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Launch the up-projection: see `backends.reference.up`."""
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)
-    h = output(x, grouping.num_pairs, width, out_h)
-    a = None if activation is None else output(x, grouping.num_pairs, num_units)
+    keeps_h = needs_h or out_h is not None or activation is None
+    h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
+    a = None if activation is None else output(x, grouping.num_pairs, num_units, out_a)
     name, scalars = activation_options(activation)
     config = grouped_matmul_config(
         "up" if layout.gated else "up_ungated", x, num_units, depth, num_experts, grouping.top_k
@@ -266,7 +272,7 @@ def up(
         gate_up_proj.stride(in_axis),
         0 if gate_up_bias is None else gate_up_bias.stride(0),
         0 if gate_up_bias is None else gate_up_bias.stride(1),
-        h.stride(0),
+        0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
         *scalars,
         GATED=layout.gated,
