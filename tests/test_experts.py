@@ -471,6 +471,46 @@ def test_every_run_gives_the_same_bits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["silu", "callable"])
+def test_results_are_the_callers_own(activation: str, backend: str) -> None:
+    """Later calls, also nested ones, write to none of the results of an earlier call, nor to what it saved."""
+    case = Case(activation=torch.sin if activation == "callable" else activation, gated=False)
+    leaves = differentiable(case.inputs(torch.float32))
+    out = run_moe_mlp(case, leaves, backend=backend)
+    first = gradients(out, leaves, retain_graph=True)
+    copies = {name: value.clone() for name, value in first.items()}
+    for seed in (1, 2):
+        others = differentiable(case.inputs(torch.float32, seed))
+        gradients(run_moe_mlp(case, others, backend=backend), others)
+    assert all(torch.equal(first[name], copies[name]) for name in first)
+    again = gradients(out, leaves)
+    assert all(torch.equal(again[name], copies[name]) for name in again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_inside_an_activation(backend: str) -> None:
+    """The callable of one layer is itself a layer."""
+    inner = Case(num_experts=3, top_k=2, hidden=6, intermediate=4, gated=False, bias=False)
+    given_inputs = inner.inputs()
+
+    def activation(run, h: Tensor) -> Tensor:
+        count = torch.arange(h.shape[0])
+        ids, weights = torch.stack([count % 3, count % 2], 1), torch.full((h.shape[0], 2), 0.5, dtype=h.dtype)
+        return run(inner, {**given_inputs, "x": h, "topk_ids": ids, "topk_weights": weights})
+
+    case = Case(activation=lambda h: activation(lambda *a: run_moe_mlp(*a, backend=backend), h), gated=False)
+    plain = replace(case, activation=lambda h: activation(plain_moe, h))
+    leaves, plain_leaves = differentiable(case.inputs()), differentiable(case.inputs())
+    # The inner ids go by storage order: the plain loop must call it once, on all pairs, so one expert is enough.
+    for some in (leaves, plain_leaves):
+        some["topk_ids"] = torch.full_like(some["topk_ids"][:, :1], 1)
+        some["topk_weights"] = some["topk_weights"][:, :1].detach().requires_grad_()
+    expected = gradients(plain_moe(replace(plain, num_experts=2), plain_leaves), plain_leaves)
+    for name, value in gradients(run_moe_mlp(case, leaves, backend=backend), leaves).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_skipped_pair_may_have_any_weight(backend: str) -> None:
     case = Case()
     inputs = case.inputs(torch.float32)

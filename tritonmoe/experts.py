@@ -100,7 +100,7 @@ class ExpertsRun:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
-        if self.keep_hidden and self.h is None:
+        if self.keep_hidden and is_fused(activation) and self.h is None:
             self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
         width, model_width = self._hidden_width, self.rows.shape[1]
         fused = is_fused(activation)

@@ -364,7 +364,8 @@ class LayerPass:
 
 def _pack_metadata(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """(T, 2K) int32: ids, then the bits of the fp32 weights."""
-    return torch.cat([topk_ids.to(torch.int32), topk_weights.to(torch.float32).view(torch.int32)], dim=1)
+    ids = topk_ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
+    return torch.cat([ids, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
 
 
 def _unpack_metadata(packed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
