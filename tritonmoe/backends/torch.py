@@ -206,31 +206,34 @@ def down(
 
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     num_rows, num_slots = index.shape
-    if y.shape[0] == 0 or num_rows == 0 or num_slots == 0:
-        result = y.new_zeros(num_rows, y.shape[1])
-        return result if out is None else out.copy_(result)
-    present = index >= 0
-    flat = index.flatten()
-    if y.dtype == torch.float32 and y.device.type == "cpu":
-        # embedding_bag is the one gather-sum that PyTorch fuses on a CPU; it adds in slot order, in fp32.
-        counts = present.sum(1)
-        starts = torch.cumsum(counts, 0) - counts
-        kept = present.flatten()
-        scale = None if weights is None else weights.to(torch.float32).flatten()[kept]
-        result = F.embedding_bag(flat[kept], y, starts.to(flat.dtype), mode="sum", per_sample_weights=scale)
-        return result if out is None else out.copy_(result)
-    acc = accumulation_dtype(y.dtype)
     result = y.new_empty(num_rows, y.shape[1]) if out is None else out
-    for first in range(0, num_rows, BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, num_rows)
-        total = torch.zeros(last - first, y.shape[1], dtype=acc, device=y.device)
-        for j in range(num_slots):
-            here = present[first:last, j, None]
-            term = y.index_select(0, index[first:last, j].clamp(min=0)).to(acc)
-            if weights is not None:
-                term *= weights[first:last, j, None].to(acc)
-            total += term.masked_fill_(~here, 0)
-        result[first:last] = total
+    acc = accumulation_dtype(y.dtype)
+    present = index >= 0
+    terms = index[present]
+    scales = None if weights is None else weights[present].to(acc)
+    ends = torch.cumsum(present.sum(1), 0)
+    starts = torch.cat([ends.new_zeros(1), ends])[:-1]
+    # embedding_bag is PyTorch's fused gather-sum: in slot order, accumulated in its operand's dtype.
+    if y.dtype == acc:
+        if y.shape[0] == 0:
+            return result.zero_()
+        return result.copy_(F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales))
+    rows_per_block = max(1, BLOCK_ROWS // max(1, num_slots))
+    bounds = [0, *ends.tolist()]
+    for first in range(0, num_rows, rows_per_block):
+        last = min(first + rows_per_block, num_rows)
+        low, high = bounds[first], bounds[last]
+        if low == high:
+            result[first:last] = 0
+            continue
+        rows = y.index_select(0, terms[low:high]).to(acc)
+        result[first:last] = F.embedding_bag(
+            torch.arange(high - low, device=y.device),
+            rows,
+            starts[first:last] - low,
+            mode="sum",
+            per_sample_weights=None if scales is None else scales[low:high],
+        )
     return result
 
 
