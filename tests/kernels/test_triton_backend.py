@@ -252,6 +252,21 @@ def test_group_limits(num_experts, top_k):
     assert_same_grouping(kernels.group(ids.T.contiguous().T, num_experts), expected)
 
 
+def test_group_of_many_tiles():
+    ids = random_ids(400, 16, 40).to(DEVICE)
+    assert_same_grouping(kernels.group(ids, 40), reference.group(ids, 40))
+    row_offsets, sources = (0, 10, 390, 400), torch.arange(400, device=DEVICE) // 200
+    expected = reference.group(ids, 40, chunk_row_offsets=row_offsets, row_source=sources)
+    actual = kernels.group(
+        ids,
+        40,
+        chunk_row_offsets=row_offsets,
+        chunk_pair_offsets=expected.chunk_pair_offsets,
+        row_source=sources,
+    )
+    assert_same_grouping(actual, expected)
+
+
 def test_group_wants_pair_offsets_and_sources_for_chunks():
     ids = random_ids(6, 2, 3).to(DEVICE)
     with pytest.raises(ValueError, match="chunk_pair_offsets"):
