@@ -216,7 +216,7 @@ def _run_expert_parallel(
     tensors = [x, topk_weights, *(w for w in weights if w is not None), *parameters]
     needs_any = grad_enabled and any(t.requires_grad for t in tensors)
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
-    key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, needs_any)
+    key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
     chooser = state.choosers.setdefault(key, ChunkChooser())
     num_chunks = chooser.num_chunks(overlap, size)
     with torch.no_grad():

@@ -1,0 +1,225 @@
+"""S_ik, the plan of a call and its agreement, against sets built token by token."""
+
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe import dispatch
+from tritonmoe.dispatch import CallHeader, DispatchPlan, check_headers, exchange_plan, plan_tokens
+from tritonmoe.transports import Transport
+
+
+def owners(row: list[int], num_experts: int, size: int) -> list[int]:
+    return [e // (num_experts // size) for e in row if 0 <= e < num_experts]
+
+
+def s_ik(ids: list[list[int]], num_experts: int, size: int) -> list[set[int]]:
+    """The tokens that need any expert of each rank."""
+    return [{t for t, row in enumerate(ids) if k in owners(row, num_experts, size)} for k in range(size)]
+
+
+def header(num_chunks: int = 1, num_experts: int = 4, top_k: int = 2, **changes: int) -> CallHeader:
+    common = CallHeader(
+        magic=dispatch.MAGIC,
+        sequence=0,
+        num_chunks=num_chunks,
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=8,
+        dtype=1,
+        local_first=1,
+        serial=0,
+        grad_enabled=1,
+        needs_any=0,
+        needs_x=0,
+        needs_topk_weights=0,
+        error=0,
+        nonfinite_rows=0,
+        vote=0,
+    )
+    return replace(common, **changes)
+
+
+def test_worked_example() -> None:
+    """The one in the docstring of dispatch.py."""
+    tokens = plan_tokens(torch.tensor([[0, 1], [1, 3]]), 4, 0, 2, 1, local_first=True)
+    assert tokens.home_tokens.tolist() == [0, 1, 1]
+    assert tokens.home_index.tolist() == [[0, -1], [1, 2]]
+    assert tokens.home_ranks.tolist() == [0, 0, 1]
+    assert tokens.rows == [[2, 0], [0, 1]]
+    assert tokens.pairs == [[3, 0], [0, 1]]
+    assert tokens.token_bounds == (0, 2)
+
+
+def test_two_chunks_without_local_first() -> None:
+    """W=2, E=2. Tokens: both ranks | rank 1 twice || rank 0 | nowhere; storage is by (chunk, rank, token)."""
+    tokens = plan_tokens(torch.tensor([[0, 1], [1, 1], [0, -1], [2, -1]]), 2, 1, 2, 2, local_first=False)
+    assert tokens.token_bounds == (0, 2, 4)
+    assert tokens.home_tokens.tolist() == [0, 0, 1, 2]
+    assert tokens.home_ranks.tolist() == [0, 1, 1, 0]
+    assert tokens.home_index.tolist() == [[0, 1], [-1, 2], [3, -1], [-1, -1]]
+    assert tokens.rows == [[1, 2], [1, 0]]
+    assert tokens.pairs == [[1, 3], [1, 0]]
+
+
+@st.composite
+def routings(draw):
+    """Ids of every rank, uneven, some ranks without tokens."""
+    size = draw(st.integers(1, 4))
+    num_experts, top_k = size * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    counts = draw(st.lists(st.integers(0, 7), min_size=size, max_size=size))
+    rows = st.lists(st.integers(-1, num_experts), min_size=top_k, max_size=top_k)
+    ids = [draw(st.lists(rows, min_size=count, max_size=count)) for count in counts]
+    return ids, num_experts, size, top_k, draw(st.integers(1, 6)), draw(st.booleans())
+
+
+def as_ids(rows: list[list[int]], top_k: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), top_k)
+
+
+@settings(max_examples=100, deadline=None)
+@given(drawn=routings())
+def test_tokens_of_any_routing(drawn) -> None:
+    ids, num_experts, size, top_k, num_chunks, local_first = drawn
+    for rank, rows in enumerate(ids):
+        plan = plan_tokens(as_ids(rows, top_k), num_experts, rank, size, num_chunks, local_first=local_first)
+        sets = s_ik(rows, num_experts, size)
+        bounds = plan.token_bounds
+        assert (bounds[0], bounds[-1], len(bounds)) == (0, len(rows), num_chunks + 1)
+        widths = [b - a for a, b in pairwise(bounds)]
+        assert max(widths) - min(widths) <= 1
+        chunk_of = [next(c for c in range(num_chunks) if bounds[c] <= t < bounds[c + 1]) for t in range(len(rows))]
+
+        def segment(token: int, to: int, rank=rank, chunk_of=chunk_of) -> int:
+            if local_first:
+                return 0 if to == rank else chunk_of[token] + 1
+            return chunk_of[token]
+
+        # A token stands once for each rank that needs it, in order of (segment, rank, token).
+        home = sorted((segment(t, k), k, t) for k in range(size) for t in sets[k])
+        assert list(zip(plan.home_ranks.tolist(), plan.home_tokens.tolist(), strict=True)) == [
+            (k, t) for _, k, t in home
+        ]
+        expected = [
+            [home.index((segment(t, k), k, t)) if t in sets[k] else -1 for k in range(size)] for t in range(len(rows))
+        ]
+        assert plan.home_index.tolist() == expected
+        for s in range(num_chunks + local_first):
+            assert plan.rows[s] == [sum((h[0], h[1]) == (s, k) for h in home) for k in range(size)]
+            assert plan.pairs[s] == [
+                sum(owners(rows[t], num_experts, size).count(k) for seg, to, t in home if (seg, to) == (s, k))
+                for k in range(size)
+            ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(drawn=routings())
+def test_plans_of_any_routing(drawn) -> None:
+    """What one rank sends is what the other expects; orders of whole-layer exchanges are inverse to storage."""
+    ids, num_experts, size, top_k, num_chunks, local_first = drawn
+
+    def on_rank(transport: Transport) -> DispatchPlan:
+        own = as_ids(ids[transport.rank], top_k)
+        tokens = plan_tokens(own, num_experts, transport.rank, size, num_chunks, local_first=local_first)
+        return exchange_plan(transport, header(num_chunks, num_experts, top_k, local_first=int(local_first)), tokens)
+
+    plans = tm.run_on_emulated_ranks(on_rank, size, timeout_s=10)
+    traffic = [[len(tokens) for tokens in s_ik(rows, num_experts, size)] for rows in ids]
+    for k, plan in enumerate(plans):
+        assert plan.traffic.tolist() == traffic
+        assert plan.num_home == sum(traffic[k])
+        assert plan.num_received == sum(row[k] for row in traffic)
+        assert plan.pair_offsets[-1] == sum(owners(row, num_experts, size).count(k) for rows in ids for row in rows)
+        assert plan.num_local == (traffic[k][k] if local_first else 0)
+        for c in range(num_chunks):
+            assert plan.receive_splits(c) == [plans[i].send_splits(c)[k] for i in range(size)]
+            for slices, splits in (
+                (plan.home_slice(c), plan.send_splits(c)),
+                (plan.receive_slice(c), plan.receive_splits(c)),
+            ):
+                assert slices.stop - slices.start == sum(splits)
+        assert plan.all_receive_splits == [plans[i].all_send_splits[k] for i in range(size)]
+        sources = plan.row_source().tolist()
+        assert [sources.count(i) for i in range(size)] == [row[k] for row in traffic]
+        for order, ranks in (
+            (plan.send_order().tolist(), plan.tokens.home_ranks.tolist()),
+            (plan.receive_order().tolist(), sources),
+        ):
+            moved = range(plan.num_local, len(ranks))
+            assert order == sorted(moved, key=lambda row, ranks=ranks: (ranks[row], row))
+
+
+@pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])
+def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
+    """Count the rows of D columns that a call really sends: |S_ik| there, |S_ik| back, whatever K."""
+    num_experts, hidden, sent = 4, 3, [[], []]
+    ids = [torch.tensor([[0, 1, 2, 3], [2, 3, 2, 3], [0, 0, 1, 1], [-1, 4, -1, 4]]), torch.tensor([[1, 1, 1, 0]])]
+    w1, w2 = torch.ones(num_experts, 2 * hidden, hidden), torch.ones(num_experts, hidden, hidden)
+
+    def on_rank(transport: Transport) -> None:
+        rank, exchange = transport.rank, transport.exchange
+
+        def recorded(rows: Tensor, input_splits, output_splits, out=None):
+            if rows.dtype == torch.float32 and rows.shape[1] == hidden:
+                sent[rank].append(list(input_splits))
+            return exchange(rows, input_splits, output_splits, out)
+
+        transport.exchange = recorded
+        x = torch.ones(len(ids[rank]), hidden, requires_grad=True)
+        mine = slice(2 * rank, 2 * rank + 2)
+        tm.expert_parallel_mlp(
+            x,
+            ids[rank],
+            torch.ones(ids[rank].shape),
+            w1[mine],
+            w2[mine],
+            num_experts=num_experts,
+            transport=transport,
+            overlap=tm.OverlapConfig(2, local_first),
+        ).sum().backward()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=10)
+    traffic = torch.tensor([[len(tokens) for tokens in s_ik(rows.tolist(), num_experts, 2)] for rows in ids])
+    assert traffic.tolist() == [[2, 2], [1, 0]]
+    if local_first:
+        traffic.fill_diagonal_(0)
+    # Dispatch, combine, and the same two in backward; in and out of a rank differ.
+    for rank in range(2):
+        total = torch.tensor(sent[rank]).sum(0)
+        assert torch.equal(total, 2 * traffic[rank] + 2 * traffic[:, rank])
+
+
+MISMATCHES = [f.name for f in fields(CallHeader) if f.name in dispatch.MUST_AGREE]
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_headers_must_agree(name: str) -> None:
+    headers = [header(), header(), replace(header(), **{name: 7})]
+    value = getattr(header(), name)
+    with pytest.raises(tm.CountMismatch, match=f"disagree on {name}.*rank 0: {value}, rank 1: {value}, rank 2: 7"):
+        check_headers(headers)
+
+
+def test_headers_that_stop_a_call() -> None:
+    check_headers([header(), header(vote=3, needs_any=1)])
+    with pytest.raises(tm.CountMismatch, match=r"ranks \[1\] sent something that is not a layer call"):
+        check_headers([header(), header(magic=5)])
+    with pytest.raises(tm.TransportError, match=r"ranks \[0\] refused the arguments"):
+        check_headers([header(error=1), header()])
+    with pytest.raises(tm.NonFiniteScores, match="rank 1: 3"):
+        check_headers([header(), header(nonfinite_rows=3)])
+    with pytest.raises(tm.CountMismatch, match=r"ranks \[1\] run under torch.no_grad"):
+        check_headers([header(needs_any=1), header(grad_enabled=0)])
+
+
+def test_an_error_is_reported_before_a_mismatch() -> None:
+    """A rank that refuses its arguments sends an empty header: that is not a disagreement."""
+    with pytest.raises(tm.TransportError, match="refused") as caught:
+        check_headers([header(), header(error=1, num_experts=0)])
+    assert not isinstance(caught.value, tm.CountMismatch)
