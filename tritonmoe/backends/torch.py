@@ -207,30 +207,36 @@ def down(
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     num_rows, num_slots = index.shape
     result = y.new_empty(num_rows, y.shape[1]) if out is None else out
+    if index.numel() == 0:
+        return result.zero_()
     acc = accumulation_dtype(y.dtype)
-    present = index >= 0
-    terms = index[present]
-    scales = None if weights is None else weights[present].to(acc)
-    ends = torch.cumsum(present.sum(1), 0)
-    starts = torch.cat([ends.new_zeros(1), ends])[:-1]
+    scales = None if weights is None else weights.to(acc)
+    if y.device.type == "cpu" and int(index.min()) >= 0:
+        # Nothing is skipped: every row has num_slots terms.
+        terms, starts = index.flatten(), torch.arange(0, index.numel(), num_slots)
+        scales = None if scales is None else scales.flatten()
+    else:
+        present = index >= 0
+        terms = index[present]
+        scales = None if scales is None else scales[present]
+        ends = torch.cumsum(present.sum(1), 0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        if terms.shape[0] == 0:
+            return result.zero_()
     # embedding_bag is PyTorch's fused gather-sum: in slot order, accumulated in its operand's dtype.
     if y.dtype == acc:
-        if y.shape[0] == 0:
-            return result.zero_()
         return result.copy_(F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales))
-    rows_per_block = max(1, BLOCK_ROWS // max(1, num_slots))
-    bounds = [0, *ends.tolist()]
-    for first in range(0, num_rows, rows_per_block):
-        last = min(first + rows_per_block, num_rows)
-        low, high = bounds[first], bounds[last]
+    rows_per_block = max(1, BLOCK_ROWS // num_slots)
+    bounds = [*starts[::rows_per_block].tolist(), terms.shape[0]]
+    for block, (low, high) in enumerate(pairwise(bounds)):
+        tokens = slice(block * rows_per_block, (block + 1) * rows_per_block)
         if low == high:
-            result[first:last] = 0
+            result[tokens] = 0
             continue
-        rows = y.index_select(0, terms[low:high]).to(acc)
-        result[first:last] = F.embedding_bag(
+        result[tokens] = F.embedding_bag(
             torch.arange(high - low, device=y.device),
-            rows,
-            starts[first:last] - low,
+            y.index_select(0, terms[low:high]).to(acc),
+            starts[tokens] - low,
             mode="sum",
             per_sample_weights=None if scales is None else scales[low:high],
         )
