@@ -1,0 +1,22 @@
+"""The command `tritonmoe`: one subcommand a file, each with add_parser() and run()."""
+
+import argparse
+from collections.abc import Sequence
+
+from . import demo, env
+
+__all__ = ["main"]
+
+SUBCOMMANDS = (demo, env)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and give the exit status: 0, 1 where it found something wrong, 2 where it can't run."""
+    parser = argparse.ArgumentParser(
+        prog="tritonmoe", description="Mixture-of-Experts layers with Triton kernels and compute/communication overlap."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in SUBCOMMANDS:
+        module.add_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)

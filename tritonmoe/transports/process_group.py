@@ -1,5 +1,6 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
+import importlib.util
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -22,7 +23,27 @@ from tritonmoe.transports.base import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ProcessGroupTransport"]
+__all__ = ["ProcessGroupTransport", "available"]
+
+
+def available() -> dict[str, str | None]:
+    """Say of gloo, nccl and mpi why ranks in several processes can't use it here; None where they can."""
+    reasons: dict[str, str | None]
+    if not torch.distributed.is_available():
+        built_without = "this torch was built without torch.distributed"
+        reasons = {"gloo": built_without, "nccl": built_without}
+    else:
+        import torch.distributed as dist
+
+        nccl = None
+        if not dist.is_nccl_available():
+            nccl = "this torch was built without NCCL"
+        elif not torch.cuda.is_available():
+            nccl = "there is no CUDA device"
+        reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
+    is_installed = importlib.util.find_spec("mpi4py") is not None
+    reasons["mpi"] = None if is_installed else "the package mpi4py is not installed (pip install 'tritonmoe[mpi]')"
+    return reasons
 
 
 class ProcessGroupExchange(PendingExchange):

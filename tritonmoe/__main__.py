@@ -1,0 +1,8 @@
+"""`python -m tritonmoe`: the same as the command tritonmoe."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""One picture of a layer's communication: the traffic between ranks, and the lanes of one rank over time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..overlap.schedule import LOCAL
+from .terminal import SHORT_NAMES
+from .timeline import LANES, Span, Timeline
+
+__all__ = ["write_png"]
+
+COLORS = {
+    "dispatch": "#4c78a8",
+    "combine": "#f58518",
+    "experts": "#54a24b",
+    "weight gradients": "#2f6b2a",
+    "routing data, sums": "#bab0ac",
+}
+GROUP_OF_SHORT_NAME = {"d": "dispatch", "c": "combine", "e": "experts", "w": "weight gradients"}
+
+
+def _group(span: Span) -> str:
+    """Give the legend entry of a step; a backward's exchange has that of the forward's in the same direction."""
+    return GROUP_OF_SHORT_NAME.get(SHORT_NAMES.get(span.kind, ""), "routing data, sums")
+
+
+def write_png(
+    path: Path, traffic_rows: Sequence[Sequence[int]], timelines: Sequence[Timeline], *, title: str, note: str = ""
+) -> None:
+    """Draw the (W, W) traffic as a heat map and every timeline to one scale, and write the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
+        ) from error
+    # Not pyplot: it keeps global state and may look for a screen.
+    figure = Figure(figsize=(14, 2.0 + 1.7 * max(2, len(timelines))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=12)
+    grid = figure.add_gridspec(max(1, len(timelines)), 2, width_ratios=(1, 2.6))
+    _draw_heat_map(figure.add_subplot(grid[:, 0]), traffic_rows)
+    longest_ms = max((timeline.total_s for timeline in timelines), default=0.0) * 1e3
+    for number, timeline in enumerate(timelines):
+        axes = figure.add_subplot(grid[number, 1])
+        _draw_lanes(axes, timeline, longest_ms)
+        if number == len(timelines) - 1:
+            axes.set_xlabel("milliseconds")
+            handles = [axes.barh([0], [0], color=color, label=name) for name, color in COLORS.items()]
+            figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=9, frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _draw_heat_map(axes: Any, traffic_rows: Sequence[Sequence[int]]) -> None:
+    num_ranks = len(traffic_rows)
+    largest = max((value for values in traffic_rows for value in values), default=0)
+    axes.imshow(traffic_rows, cmap="viridis", vmin=0, vmax=max(1, largest))
+    axes.set_title("tokens of rank i that need rank k", fontsize=11)
+    axes.set_xlabel("to rank k")
+    axes.set_ylabel("from rank i")
+    step = max(1, num_ranks // 16)
+    axes.set_xticks(range(0, num_ranks, step))
+    axes.set_yticks(range(0, num_ranks, step))
+    if num_ranks <= 16:
+        for i, values in enumerate(traffic_rows):
+            for k, value in enumerate(values):
+                color = "black" if largest and value > 0.6 * largest else "white"
+                axes.text(k, i, str(value), ha="center", va="center", color=color, fontsize=11)
+
+
+def _draw_lanes(axes: Any, timeline: Timeline, longest_ms: float) -> None:
+    axes.set_title(f"{timeline.name}: {timeline.total_s * 1e3:.0f} ms (rank {timeline.rank})", fontsize=11, loc="left")
+    for span in timeline.spans:
+        group = _group(span)
+        start_ms, width_ms = span.start_s * 1e3, (span.end_s - span.start_s) * 1e3
+        axes.barh(
+            LANES.index(span.lane), width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6
+        )
+        if width_ms > 0.018 * longest_ms and group != "routing data, sums":
+            label = "w" if span.chunk is None else "L" if span.chunk == LOCAL else str(span.chunk)
+            middle = (start_ms + width_ms / 2, LANES.index(span.lane))
+            axes.text(*middle, label, ha="center", va="center", color="white", fontsize=8)
+    forward_ms = timeline.forward.total_s * 1e3
+    axes.axvline(forward_ms, color="#333333", lw=1, ls="--")
+    axes.text(forward_ms, -0.62, " backward", ha="left", va="bottom", fontsize=8, color="#333333")
+    axes.text(forward_ms, -0.62, "forward ", ha="right", va="bottom", fontsize=8, color="#333333")
+    axes.set_yticks(range(len(LANES)), LANES)
+    axes.set_ylim(len(LANES) - 0.4, -0.85)
+    axes.set_xlim(0, max(longest_ms * 1.01, 1e-6))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,179 @@
+"""Heat maps, lane timelines and sparklines as text: with colour on a terminal, plain where output is piped."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from ..overlap.schedule import LOCAL
+from .timeline import LANES, Span, Timeline
+
+__all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "sparkline", "text_style"]
+
+MIN_COLUMNS, MAX_COLUMNS = 40, 160
+
+SHORT_NAMES = {
+    "metadata": "m",
+    "dispatch": "d",
+    "group": "g",
+    "experts": "e",
+    "combine": "c",
+    "reduce": "r",
+    "combine_backward": "d",
+    "experts_backward": "e",
+    "dispatch_backward": "c",
+    "routing_backward": "m",
+    "weight_grad": "w",
+    "reduce_backward": "r",
+    "reduce_routing_backward": "r",
+}
+TIMELINE_LEGEND = (
+    "d dispatch (backward: output gradients to the experts), c combine (backward: input gradients home),",
+    "e experts, w weight gradients, g grouping, r sums at home, m routing data; 0 1 2 .. chunk, L local rows",
+)
+
+# 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.
+HEAT_COLORS = (17, 18, 54, 90, 126, 162, 167, 173, 179, 186)
+LANE_COLORS = {"compute": (28, 34), "comm": (25, 32)}
+
+
+@dataclass(frozen=True)
+class TextStyle:
+    """What the reader's screen can show."""
+
+    columns: int = 80
+    color: bool = False
+    unicode: bool = True
+
+
+def text_style(stream: TextIO) -> TextStyle:
+    """Give the style for a stream: colour only on a terminal and without NO_COLOR, Unicode where it can be encoded.
+
+    The width is that of the terminal or of the variable COLUMNS, and 80 where neither is known.
+    """
+    columns = shutil.get_terminal_size((80, 24)).columns
+    color = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    try:
+        "░▒▓█▁·│".encode(stream.encoding or "ascii")
+        can_encode = True
+    except (UnicodeEncodeError, LookupError):
+        can_encode = False
+    return TextStyle(max(MIN_COLUMNS, min(columns, MAX_COLUMNS)), color, can_encode)
+
+
+def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *, row: str, column: str) -> str:
+    """Draw a matrix of counts with one shaded cell each: darkest is zero, brightest the largest count.
+
+    Args:
+        matrix: rows of non-negative integers, all of one length.
+        row, column: what a row and a column stand for: "from", "to".
+    Raises:
+        ValueError: the rows differ in length.
+    """
+    style = style or TextStyle()
+    width = len(matrix[0]) if matrix else 0
+    if any(len(values) != width for values in matrix):
+        raise ValueError(f"a heat map's rows must have one length, got {[len(values) for values in matrix]}")
+    largest = max((value for values in matrix for value in values), default=0)
+    digits = max([len(str(largest)), *(len(str(index)) for index in range(width))])
+    labels = [f"{row} {index}" for index in range(len(matrix))]
+    label_width = max((len(label) for label in labels), default=0)
+    shades = " ░▒▓█" if style.unicode else " .:+#"
+    # A cell is " 123 " on a coloured ground, or shade, number, space; where that is too wide, shade only.
+    cell_width = digits + 4
+    has_numbers = label_width + 1 + width * cell_width <= style.columns
+    if not has_numbers:
+        cell_width = 2
+
+    def cell(value: int) -> str:
+        level = value / largest if largest else 0.0
+        if style.color:
+            index = round(level * (len(HEAT_COLORS) - 1))
+            text = f"{value:>{cell_width - 1}} " if has_numbers else " " * cell_width
+            return f"\x1b[48;5;{HEAT_COLORS[index]};38;5;{231 if index < 7 else 16}m{text}\x1b[0m"
+        shade = shades[round(level * (len(shades) - 1))]
+        return f"{shade * 2} {value:>{digits}} " if has_numbers else shade * 2
+
+    lines = []
+    if has_numbers:
+        # The label stands over the first column's numbers, the index over each column.
+        names = "".join(f"{index:>{cell_width - 1}} " for index in range(width))
+        lines.append(f"{column:>{label_width}} {names}".rstrip())
+    for label, values in zip(labels, matrix, strict=True):
+        lines.append(f"{label:>{label_width}} {''.join(cell(value) for value in values)}".rstrip())
+    return "\n".join(lines)
+
+
+def _label(span: Span) -> str:
+    """Give two or three characters for a step: "d0", "eL", "w"."""
+    name = SHORT_NAMES.get(span.kind, "?")
+    if span.chunk is None:
+        return name
+    return name + ("L" if span.chunk == LOCAL else str(span.chunk))
+
+
+def _lane(spans: Sequence[Span], lane: str, end_s: float, scale_s: float, style: TextStyle) -> str:
+    """Draw one lane up to end_s, one character per `scale_s` seconds."""
+    idle = "·" if style.unicode else "."
+    fill = {"compute": "█", "comm": "▒"} if style.unicode else {"compute": "#", "comm": "="}
+    used = round(end_s / scale_s)
+    characters = [idle] * used
+    colors: list[int | None] = [None] * used
+    for number, span in enumerate(span for span in spans if span.lane == lane):
+        first = round(span.start_s / scale_s)
+        last = min(round(span.end_s / scale_s), used)
+        if first >= last:
+            continue
+        ground = " " if style.color else fill[lane]
+        characters[first:last] = _label(span)[: last - first].ljust(last - first, ground)
+        shade = LANE_COLORS[lane][(number if span.chunk is None else span.chunk) % 2]
+        colors[first:last] = [shade] * (last - first)
+    if not style.color:
+        return "".join(characters)
+    pieces: list[str] = []
+    current: int | None = None
+    for character, color in zip(characters, colors, strict=True):
+        if color != current:
+            pieces.append("\x1b[0m" if color is None else f"\x1b[48;5;{color};38;5;231m")
+            current = color
+        pieces.append(character)
+    return "".join(pieces) + "\x1b[0m"
+
+
+def lane_timelines(timelines: Sequence[Timeline], style: TextStyle | None = None) -> str:
+    """Draw the compute and the comm lane of several runs, forward then backward, everything to one scale."""
+    style = style or TextStyle()
+    passes = [("forward", [timeline.forward for timeline in timelines])]
+    if any(timeline.backward.spans for timeline in timelines):
+        passes.append(("backward", [timeline.backward for timeline in timelines]))
+    name_width = max((len(timeline.name) for timeline in timelines), default=0)
+    name_width = max(name_width, len("1000.0 ms"))
+    lane_width = max(len(lane) for lane in LANES)
+    cells = style.columns - name_width - lane_width - 3
+    longest_s = max((part.total_s for _, parts in passes for part in parts), default=0.0)
+    scale_s = longest_s / cells if longest_s > 0 else 1.0
+    lines = []
+    for title, parts in passes:
+        lines.append(f"{title}, one character is {scale_s * 1e3:.2f} ms")
+        for timeline, part in zip(timelines, parts, strict=True):
+            for label, lane in zip((timeline.name, f"{part.total_s * 1e3:.1f} ms"), LANES, strict=True):
+                drawn = _lane(part.spans, lane, part.total_s, scale_s, style)
+                lines.append(f" {label:<{name_width}} {lane:<{lane_width}} {drawn}".rstrip())
+    return "\n".join(lines)
+
+
+def sparkline(values: Sequence[float], style: TextStyle | None = None, *, width: int = 60) -> str:
+    """Draw values as one line of bars, lowest value lowest; more values than `width` are averaged in groups.
+
+    Example:
+        sparkline([0, 7]) gives "▁█".
+    """
+    style = style or TextStyle()
+    bars = "▁▂▃▄▅▆▇█" if style.unicode else "_.-=+*%#"
+    count = min(len(values), width)
+    groups = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    means = [sum(group) / len(group) for group in groups]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    span = high - low
+    return "".join(bars[round((mean - low) / span * (len(bars) - 1)) if span > 0 else 0] for mean in means)

@@ -1,0 +1,85 @@
+"""When each step of one layer call ran on one rank, as plain spans that every kind of report draws."""
+
+from dataclasses import dataclass, replace
+
+from ..overlap.executor import LayerReport, PassReport
+
+__all__ = ["LANES", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline"]
+
+LANES = ("compute", "comm")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One step on one lane, in seconds."""
+
+    name: str
+    """As the schedule says it: "dispatch 1", "experts local", "weight_grad"."""
+    kind: str
+    chunk: int | None
+    lane: str
+    start_s: float
+    """For an exchange: when the lane turned to it, which is when the exchange before it had ended."""
+    end_s: float
+    posted_s: float
+    """When the step was issued; for a step on the compute lane that is its start."""
+
+    def shifted(self, offset_s: float) -> "Span":
+        """Give the same span so many seconds later."""
+        return replace(
+            self,
+            start_s=self.start_s + offset_s,
+            end_s=self.end_s + offset_s,
+            posted_s=self.posted_s + offset_s,
+        )
+
+
+@dataclass(frozen=True)
+class PassTimeline:
+    """One pass; its spans count from its own start."""
+
+    spans: tuple[Span, ...]
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The forward and the backward of one layer call on one rank, drawn one after the other."""
+
+    name: str
+    rank: int
+    forward: PassTimeline
+    backward: PassTimeline
+
+    @property
+    def total_s(self) -> float:
+        return self.forward.total_s + self.backward.total_s
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans of both passes, from the start of the forward."""
+        offset_s = self.forward.total_s
+        return [*self.forward.spans, *(span.shifted(offset_s) for span in self.backward.spans)]
+
+
+def pass_timeline(report: PassReport) -> PassTimeline:
+    """Give the steps of one pass, lane by lane, each lane in the order of time and without overlaps.
+
+    An exchange is posted early and then stands in the queue of its link: its span begins where the one before ended.
+    """
+    spans = []
+    for lane in LANES:
+        reached_s = 0.0
+        timings = sorted((t for t in report.steps if t.step.lane == lane), key=lambda timing: timing.start_s)
+        for timing in timings:
+            start_s = min(max(timing.start_s, reached_s), timing.end_s)
+            reached_s = max(reached_s, timing.end_s)
+            step = timing.step
+            spans.append(Span(str(step), step.kind, step.chunk, lane, start_s, timing.end_s, timing.start_s))
+    return PassTimeline(tuple(spans), report.total_s)
+
+
+def layer_timeline(name: str, report: LayerReport) -> Timeline:
+    """Give the timeline of a layer's last call; without a backward that part is empty."""
+    backward = PassTimeline((), 0.0) if report.backward is None else pass_timeline(report.backward)
+    return Timeline(name, report.rank, pass_timeline(report.forward), backward)
