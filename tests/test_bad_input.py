@@ -1,0 +1,486 @@
+"""Bad input gives an error with the rule and the values, on every rank, and nothing hangs."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe import dispatch, experts
+from tritonmoe.transports import LocalTransport, Transport
+
+LIMIT_S = 5.0
+"""What no test here comes near unless it hangs."""
+TIMEOUT_S = 0.5
+
+
+def arguments(num_experts: int = 4, num_tokens: int = 3, top_k: int = 2, hidden: int = 8, inner: int = 4) -> dict:
+    return {
+        "x": torch.ones(num_tokens, hidden),
+        "topk_ids": torch.arange(num_tokens * top_k).view(num_tokens, top_k) % num_experts,
+        "topk_weights": torch.ones(num_tokens, top_k),
+        "gate_up_proj": torch.ones(num_experts, 2 * inner, hidden),
+        "down_proj": torch.ones(num_experts, hidden, inner),
+    }
+
+
+def full(*shape: int, **options) -> Callable[[], Tensor]:
+    return lambda: torch.ones(*shape, **options)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
+    "x-1d": ({"x": full(8)}, ValueError, r"x must be \(T, D\), got shape \(8,\)"),
+    "x-3d": ({"x": full(1, 3, 8)}, ValueError, r"x must be \(T, D\), got shape \(1, 3, 8\)"),
+    "x-integer": ({"x": full(3, 8, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
+    "x-width": ({"x": full(3, 9)}, ValueError, r"gate_up_proj must be .*\(4, 8, 9\) with D = 9 from x"),
+    "ids-float": ({"topk_ids": full(3, 2)}, TypeError, "topk_ids must be int32 or int64, got torch.float32"),
+    "ids-int16": ({"topk_ids": full(3, 2, dtype=torch.int16)}, TypeError, "int32 or int64, got torch.int16"),
+    "ids-bool": ({"topk_ids": full(3, 2, dtype=torch.bool)}, TypeError, "int32 or int64, got torch.bool"),
+    "ids-1d": ({"topk_ids": full(3, dtype=torch.int64)}, ValueError, r"topk_ids must be \(T, K\) with T = 3"),
+    "ids-T": ({"topk_ids": full(4, 2, dtype=torch.int64)}, ValueError, r"T = 3 as in x, got \(4, 2\)"),
+    "weights-shape": ({"topk_weights": full(3, 1)}, ValueError, r"topk_weights \(3, 1\) must have the shape.*\(3, 2\)"),
+    "weights-integer": ({"topk_weights": full(3, 2, dtype=torch.int64)}, TypeError, "topk_weights must be floating"),
+    "up-2d": ({"gate_up_proj": full(8, 8)}, ValueError, "must have 3 axes"),
+    "up-odd": ({"gate_up_proj": full(4, 7, 8)}, ValueError, r"needs an even 2F axis, got \(4, 7, 8\)"),
+    "up-transposed": ({"transposed": True}, ValueError, "transposed=True, gated=True; got"),
+    "up-ungated": ({"gated": False}, ValueError, r"down_proj must be \(E, D, F\) = \(4, 8, 8\).*gated=False"),
+    "down-F": (
+        {"down_proj": full(4, 8, 5)},
+        ValueError,
+        r"down_proj must be .* = \(4, 8, 4\).*got \(4, 8, 5\)",
+    ),
+    "down-E": ({"down_proj": full(3, 8, 4)}, ValueError, r"got \(3, 8, 4\)"),
+    "up-dtype": (
+        {"gate_up_proj": full(4, 8, 8, dtype=torch.float64)},
+        TypeError,
+        "gate_up_proj is torch.float64 and x",
+    ),
+    "x-dtype": ({"x": full(3, 8, dtype=torch.bfloat16)}, TypeError, "x is torch.bfloat16: cast one"),
+    "up-bias": ({"gate_up_bias": full(4, 4)}, ValueError, r"gate_up_bias must be \(E, 2F\) = \(4, 8\)"),
+    "down-bias": ({"down_bias": full(8)}, ValueError, r"down_bias must be \(E, D\) = \(4, 8\)"),
+    "bias-dtype": ({"down_bias": full(4, 8, dtype=torch.float16)}, TypeError, "down_bias is torch.float16"),
+    "x-device": ({"x": full(3, 8, device="meta")}, ValueError, "is on cpu and x on meta: move them to one device"),
+    "ids-device": (
+        {"topk_ids": full(3, 2, dtype=torch.int64, device="meta")},
+        ValueError,
+        "topk_ids is on meta and x on cpu",
+    ),
+    "down-device": ({"down_proj": full(4, 8, 4, device="meta")}, ValueError, "down_proj is on meta and x on cpu"),
+    "activation-name": ({"activation": "swish"}, ValueError, "'swish' is not known: choose one of silu, gelu"),
+    "activation-type": (
+        {"activation": 3},
+        TypeError,
+        "must be a name, a ClampedSwiGLU or a callable, got <class 'int'>",
+    ),
+    "clamped-ungated": (
+        {"activation": tm.ClampedSwiGLU(1.0), "gated": False, "down_proj": full(4, 8, 8)},
+        ValueError,
+        "needs a gate and an up half",
+    ),
+    "callable-shape": ({"activation": lambda h: h}, ValueError, r"must turn \(\d+, 8\) torch.float32 into \(\d+, 4\)"),
+    "callable-dtype": (
+        {"activation": lambda h: h[:, :4].double()},
+        ValueError,
+        r"into \(\d+, 4\) torch.float32, got \(\d+, 4\) torch.float64",
+    ),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference, got 'cuda'"),
+    "save": ({"save": "nothing"}, ValueError, "save must be 'hidden' or 'input', got 'nothing'"),
+    "interleaved-ungated": (
+        {"gated": False, "interleaved": True, "down_proj": full(4, 8, 8)},
+        ValueError,
+        "it needs gated=True",
+    ),
+}
+SEEN_BEFORE_THE_CALL = {
+    name: case
+    for name, case in WRONG.items()
+    if name not in ("callable-shape", "callable-dtype", "interleaved-ungated")
+}
+cases_of_wrong = pytest.mark.parametrize(("changes", "error", "match"), WRONG.values(), ids=WRONG)
+
+
+def made(changes: dict[str, Any]) -> dict[str, Any]:
+    return {n: v() if callable(v) and n != "activation" else v for n, v in changes.items()}
+
+
+@cases_of_wrong
+def test_moe_mlp(changes: dict, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        tm.moe_mlp(**{**arguments(), **made(changes)})
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "training"])
+def test_callable_of_wrong_shape_in_any_mode(mode: str) -> None:
+    given = arguments()
+    given["x"].requires_grad_(mode == "training")
+    with pytest.raises(ValueError, match="the activation callable must turn"):
+        tm.moe_mlp(**given, activation=lambda h: h[:1, :4])
+
+
+def test_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "MAX_PAIRS", 5)
+    with pytest.raises(ValueError, match=r"T\*K = 6 pairs exceed 5.*split the batch"):
+        tm.moe_mlp(**arguments())
+
+
+def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the kernels compute in fp32, fp16 and bf16, not in fp64"):
+        tm.moe_mlp(**{n: v.double() if v.is_floating_point() else v for n, v in arguments().items()}, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend='triton' can't run here: tensors are on cpu.*Use backend='auto'"):
+        tm.moe_mlp(**arguments(), backend="triton")
+    assert tm.moe_mlp(**arguments(), backend="auto").shape == (3, 8)
+
+
+# One rank of several
+
+
+Call = Callable[[Transport], object]
+
+
+def errors_of(fn: Call, num_ranks: int = 2, timeout_s: float = TIMEOUT_S) -> list[Exception | None]:
+    """Run fn on every rank and give what each raised; no rank ends before all are through."""
+
+    def on_rank(transport: Transport) -> Exception | None:
+        try:
+            fn(transport)
+        except Exception as error:
+            return error
+        return None
+
+    before = time.perf_counter()
+    errors = tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=timeout_s)
+    elapsed = time.perf_counter() - before
+    assert elapsed < LIMIT_S, f"took {elapsed:.1f} s"
+    return errors
+
+
+def parallel(transport: Transport, overlap: tm.OverlapConfig | None = None, grad: bool = False, **changes) -> Tensor:
+    """A call that fits, up to `changes`; W ranks hold 4 W experts."""
+    given = {**arguments(num_experts=4), **made(changes)}
+    num_experts = given.pop("num_experts", 4 * transport.size)
+    if grad:
+        given["x"].requires_grad_()
+    return tm.expert_parallel_mlp(
+        **given, num_experts=num_experts, transport=transport, overlap=overlap or tm.OverlapConfig(1)
+    )
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize(("changes", "error", "match"), SEEN_BEFORE_THE_CALL.values(), ids=SEEN_BEFORE_THE_CALL)
+def test_one_rank_has_bad_arguments(changes: dict, error: type, match: str, bad_rank: int) -> None:
+    """That rank says why, the others say which rank, and the next call works."""
+
+    def fn(transport: Transport) -> None:
+        expected = (
+            (error, match) if transport.rank == bad_rank else (tm.TransportError, rf"ranks \[{bad_rank}\] refused")
+        )
+        with pytest.raises(expected[0], match=expected[1]):
+            parallel(transport, **(changes if transport.rank == bad_rank else {}))
+        out = parallel(transport, grad=True)
+        out.sum().backward()
+        assert out.isfinite().all()
+
+    assert errors_of(fn) == [None, None]
+
+
+def test_number_of_experts() -> None:
+    def fn(transport: Transport) -> None:
+        with pytest.raises(ValueError, match=r"num_experts \(7\) must be divisible by the number of ranks \(3\)"):
+            parallel(transport, num_experts=7)
+        with pytest.raises(ValueError, match=r"each of 3 ranks holds num_experts / ranks = 2 experts.*has 4"):
+            parallel(transport, num_experts=6)
+        with pytest.raises(ValueError, match=r"num_experts \(0\) must be divisible"):
+            parallel(transport, num_experts=0)
+        parallel(transport)
+
+    assert errors_of(fn, 3) == [None] * 3
+
+
+DISAGREEMENTS = {
+    "num_chunks": lambda rank: {"overlap": tm.OverlapConfig(1 + rank)},
+    "local_first": lambda rank: {"overlap": tm.OverlapConfig(1, local_first=bool(rank))},
+    "serial": lambda rank: {"overlap": tm.OverlapConfig(1, serial=bool(rank))},
+    "top_k": lambda rank: {
+        "topk_ids": full(3, 1 + rank, dtype=torch.int64),
+        "topk_weights": full(3, 1 + rank),
+    },
+    "hidden_size": lambda rank: {
+        "x": full(3, 8 + rank),
+        "gate_up_proj": full(4, 8, 8 + rank),
+        "down_proj": full(4, 8 + rank, 4),
+    },
+    "dtype": lambda rank: {
+        name: full(*arguments()[name].shape, dtype=(torch.float32, torch.bfloat16)[rank])
+        for name in ("x", "gate_up_proj", "down_proj")
+    },
+    "num_experts": lambda rank: {
+        "num_experts": 8 + 2 * rank,
+        "gate_up_proj": full(4 + rank, 8, 8),
+        "down_proj": full(4 + rank, 8, 4),
+    },
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_disagree(name: str) -> None:
+    """Every rank gets the same words; the next call works."""
+
+    def fn(transport: Transport) -> None:
+        with pytest.raises(tm.CountMismatch, match=f"the ranks disagree on {name} .*rank 0: .*rank 1: "):
+            parallel(transport, **DISAGREEMENTS[name](transport.rank))
+        parallel(transport, grad=True).sum().backward()
+
+    assert errors_of(fn) == [None, None]
+
+
+def test_one_rank_without_gradients() -> None:
+    def fn(transport: Transport) -> None:
+        with (
+            torch.set_grad_enabled(transport.rank == 1),
+            pytest.raises(tm.CountMismatch, match=r"ranks \[0\] run under torch.no_grad\(\) while other ranks need"),
+        ):
+            parallel(transport, grad=True)
+        with torch.set_grad_enabled(transport.rank == 1):
+            parallel(transport)  # nobody needs a gradient
+
+    assert errors_of(fn) == [None, None]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_weights_that_are_not_finite(value: float) -> None:
+    def fn(transport: Transport) -> None:
+        weights = torch.ones(3, 2)
+        if transport.rank == 1:
+            weights[1] = value
+        with pytest.raises(tm.NonFiniteScores, match=r"NaN or infinite \(rank 1: 1\)"):
+            parallel(transport, topk_weights=lambda: weights)
+        parallel(transport)
+
+    assert errors_of(fn, 3) == [None] * 3
+
+
+def test_more_pairs_than_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's own pairs fit, what one of them would receive does not: all of them say so."""
+    monkeypatch.setattr(dispatch, "MAX_PAIRS", 11)
+
+    def fn(transport: Transport) -> None:
+        ids = torch.full((3, 2), 4)
+        with pytest.raises(ValueError, match="rank 1 would receive 6 rows of 2 pairs, more than 11"):
+            parallel(transport, topk_ids=lambda: ids)
+
+    assert errors_of(fn) == [None, None]
+    monkeypatch.setattr(dispatch, "MAX_PAIRS", 12)
+    assert errors_of(lambda t: parallel(t, topk_ids=lambda: torch.full((3, 2), 4))) == [None, None]
+
+
+def test_one_rank_has_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "MAX_PAIRS", 6)
+
+    def fn(transport: Transport) -> None:
+        num_tokens = 3 + transport.rank
+        given = {"x": full(num_tokens, 8), "topk_weights": full(num_tokens, 2)}
+        parallel(transport, topk_ids=full(num_tokens, 2, dtype=torch.int64), **given)
+
+    refused, too_many = errors_of(fn)
+    assert isinstance(too_many, ValueError)
+    assert "T*K = 8 pairs exceed 6" in str(too_many)
+    assert isinstance(refused, tm.TransportError)
+
+
+def test_a_rank_raises_in_its_own_code() -> None:
+    """The caller gets that error; the ranks that waited for it end at once."""
+
+    def fn(transport: Transport) -> None:
+        if transport.rank == 1:
+            raise KeyError("own code")
+        parallel(transport)
+
+    before = time.perf_counter()
+    with pytest.raises(KeyError, match="own code") as caught:
+        tm.run_on_emulated_ranks(fn, 3, timeout_s=30)
+    assert caught.value.emulated_rank == 1
+    assert time.perf_counter() - before < LIMIT_S
+
+
+def test_an_activation_raises_in_its_own_code() -> None:
+    """An error that is no argument error, between two exchanges."""
+
+    def fails(h: Tensor) -> Tensor:
+        if h.shape[0]:
+            raise ZeroDivisionError("in the activation")
+        return h[:, :4]
+
+    before = time.perf_counter()
+    with pytest.raises(ZeroDivisionError, match="in the activation"):
+        tm.run_on_emulated_ranks(lambda t: parallel(t, activation=fails if t.rank == 0 else "silu"), 2, timeout_s=30)
+    assert time.perf_counter() - before < LIMIT_S
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_never_calls(where: str) -> None:
+    """It lives on, but does something else for longer than the timeout."""
+
+    def fn(transport: Transport) -> None:
+        out = parallel(transport, grad=True) if where == "backward" else None
+        if transport.rank == 1:
+            time.sleep(3 * TIMEOUT_S)
+        elif out is None:
+            parallel(transport)
+        else:
+            out.sum().backward()
+
+    waited, busy = errors_of(fn)
+    assert busy is None
+    assert isinstance(waited, tm.TransportError)
+    assert "has not heard from ranks [1]" in str(waited)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_makes_one_call_more(where: str) -> None:
+    def fn(transport: Transport) -> None:
+        out = parallel(transport, grad=True)
+        if transport.rank == 0:
+            if where == "forward":
+                parallel(transport)
+            else:
+                out.sum().backward()
+
+    more, normal = errors_of(fn)
+    assert normal is None
+    assert isinstance(more, tm.TransportError)
+
+
+def test_ranks_run_their_calls_in_another_order() -> None:
+    """Two calls of other shapes: seen at the first."""
+
+    def fn(transport: Transport) -> None:
+        wide = {"topk_ids": full(3, 3, dtype=torch.int64), "topk_weights": full(3, 3)}
+        for changes in ({}, wide) if transport.rank == 0 else (wide, {}):
+            parallel(transport, **changes)
+
+    for error in errors_of(fn):
+        assert isinstance(error, tm.CountMismatch)
+        assert "top_k" in str(error)
+
+
+def test_a_backward_is_skipped_on_one_rank() -> None:
+    """Rank 0 runs backward, rank 1 the next forward: not one of them goes on with wrong rows."""
+
+    def fn(transport: Transport) -> None:
+        out = parallel(transport, grad=True)
+        if transport.rank == 0:
+            out.sum().backward()
+        else:
+            parallel(transport)
+
+    for error in errors_of(fn):
+        assert isinstance(error, tm.TransportError)
+
+
+def test_a_closed_transport() -> None:
+    transport = LocalTransport()
+    parallel(transport)
+    transport.close()
+    with pytest.raises(tm.TransportError, match="closed"):
+        parallel(transport)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("num_chunks", [0, 33, -1, 1.5, "many", None], ids=repr)
+def test_num_chunks(num_chunks: object) -> None:
+    with pytest.raises(ValueError, match=rf"num_chunks must be 'auto' or 1\.\.32, got {num_chunks!r}"):
+        tm.OverlapConfig(num_chunks)
+
+
+def test_limits_of_num_chunks() -> None:
+    for num_chunks in (1, 32, "auto"):
+        assert tm.OverlapConfig(num_chunks).num_chunks == num_chunks
+    assert (
+        errors_of(lambda t: parallel(t, tm.OverlapConfig(32), grad=True).sum().backward(), timeout_s=20) == [None] * 2
+    )
+
+
+CONFIGS = {
+    "K-above-E": ({"num_experts": 4, "top_k": 5}, r"top_k \(5\) must not exceed num_experts \(4\)"),
+    "K-above-16": ({"num_experts": 64, "top_k": 17}, "top_k must be at most 16, got 17"),
+    "K-zero": ({"top_k": 0}, "top_k must be a positive integer, got 0"),
+    "E-above-1024": ({"num_experts": 1025}, "num_experts must be at most 1024, got 1025"),
+    "D-zero": ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+    "D-float": ({"hidden_size": 8.0}, r"hidden_size must be a positive integer, got 8\.0"),
+    "F-negative": ({"intermediate_size": -4}, "intermediate_size must be a positive integer, got -4"),
+    "activation": ({"activation": "mish"}, "'mish' is not known"),
+    "interleaved-ungated": ({"interleaved": True, "gated": False}, "it needs gated=True"),
+    "clamped-ungated": ({"activation": tm.ClampedSwiGLU(1.0), "gated": False}, "use gated=True"),
+    "score": ({"score_function": "tanh"}, "score_function must be 'softmax' or 'sigmoid', got 'tanh'"),
+    "softmax-after-sigmoid": (
+        {"score_function": "sigmoid", "softmax_after_topk": True},
+        "needs score_function='softmax'",
+    ),
+    "groups": ({"num_expert_groups": 3}, r"num_experts \(8\) must be divisible by num_expert_groups \(3\)"),
+    "top-groups": ({"num_expert_groups": 2, "top_k_groups": 3}, r"top_k_groups \(3\) must lie between 1 and"),
+    "K-above-groups": ({"num_expert_groups": 8, "top_k_groups": 1}, r"top_k \(2\) exceeds the 1 experts"),
+}
+
+
+@pytest.mark.parametrize(("changes", "match"), CONFIGS.values(), ids=CONFIGS)
+def test_configs(changes: dict, match: str) -> None:
+    good = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "top_k": 2}
+    tm.MoEConfig(**good)
+    with pytest.raises(ValueError, match=match):
+        tm.MoEConfig(**{**good, **changes})
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
+def test_clamped_swiglu(limit: float) -> None:
+    with pytest.raises(ValueError, match="limit must be positive"):
+        tm.ClampedSwiGLU(limit)
+
+
+# The layer
+
+
+CONFIG = tm.MoEConfig(8, 4, 8, 2)
+
+
+def test_layer_input() -> None:
+    layer = tm.MoELayer(CONFIG)
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., D\) with D = 8, got \(3, 9\)"):
+        layer(torch.ones(3, 9))
+    with pytest.raises(RuntimeError, match="no statistics before the first forward"):
+        layer.statistics()
+    with pytest.raises(TypeError, match="must be a Transport, a ProcessGroup or a DeviceMesh, got <class 'int'>"):
+        tm.MoELayer(CONFIG, transport=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_scores_that_are_not_finite_on_one_device(value: float) -> None:
+    """The step itself reads nothing; the next call says it, once."""
+    layer = tm.MoELayer(CONFIG)
+    x = torch.ones(5, 8)
+    x[[1, 3]] = value
+    out = layer(x)
+    assert (out[[1, 3]] == 0).all()
+    assert out.isfinite().all()
+    with pytest.raises(tm.NonFiniteScores, match="scores of 2 tokens were NaN or infinite in an earlier forward"):
+        layer(torch.ones(5, 8))
+    layer(torch.ones(5, 8))
+    layer(torch.ones(5, 8))
+
+
+def test_scores_that_are_not_finite_on_one_rank() -> None:
+    def fn(transport: Transport) -> None:
+        layer = tm.MoELayer(CONFIG, transport, generator=torch.Generator().manual_seed(0))
+        x = torch.ones(5, 8)
+        if transport.rank == 0:
+            x[2, 3] = float("nan")
+        with pytest.raises(tm.NonFiniteScores, match=r"\(rank 0: 1\)"):
+            layer(x)
+        layer(torch.ones(5, 8)).sum().backward()
+
+    assert errors_of(fn) == [None, None]
