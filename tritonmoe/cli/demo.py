@@ -29,8 +29,8 @@ from .env import cpu_name, versions
 
 __all__ = ["add_parser"]
 
-DEFAULT_STEPS = 80
-TRAINING_TIME_LIMIT_S = 18.0
+DEFAULT_STEPS = 60
+TRAINING_TIME_LIMIT_S = 20.0
 """Without --steps, training on a slow machine ends here."""
 MEASURING_TIME_LIMIT_S = 8.0
 MEASURING_ROUNDS = 10
@@ -158,7 +158,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> _Results:
     write_png(
         png,
         overlapped[0].traffic_rows,
-        [layer.timelines["serial"][0], layer.timelines["overlapped"][0]],
+        layer.timelines_of(layer.slowest_rank),
         title=f"One MoE layer on {num_ranks} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as serial",
         note=f"emulated link of {_rate(layer.bandwidth_gb_per_s)}; traffic of the trained model's first MoE layer",
     )
@@ -218,12 +218,8 @@ def _machine(device: torch.device) -> str:
 
 
 def _sharing(results: _Results) -> str:
-    if results.device.type == "cuda":
-        return f"The {results.num_ranks} ranks share one GPU, so their compute slows each other down."
-    return (
-        f"The {results.num_ranks} ranks are threads that share {os.cpu_count()} cores, so their compute slows each "
-        "other down."
-    )
+    what = "one GPU" if results.device.type == "cuda" else f"{os.cpu_count()} cores"
+    return f"The ranks share {what}."
 
 
 def _expert_load(results: _Results) -> list[int]:
@@ -253,14 +249,14 @@ def _text_of_model(results: _Results) -> str:
             f"Text     {text.num_works} plays of Shakespeare, {text.training.numel():,} bytes to train on,",
             f"         {text.held_out.numel():,} held out ({text.held_out_work})",
             f"Model    {shape.num_blocks} blocks, D={shape.hidden_size}, {shape.num_experts} experts of "
-            f"F={shape.intermediate_size}, K={shape.top_k}: {total / 1e6:.2f} M parameters, "
-            f"{100 * experts / total:.0f} % in experts",
+            f"F={shape.intermediate_size}, K={shape.top_k}: {total / 1e6:.2f} M parameters,",
+            f"         {100 * experts / total:.0f} % of them in experts",
             f"Ranks    {results.num_ranks} emulated, {shape.num_experts // results.num_ranks} experts each; "
             f"{shape.batch} x {shape.context} bytes per rank and step",
             f"Link     emulated: {_rate(results.link.bandwidth_gb_per_s or 0.0)} per rank and direction, "
-            f"{results.link.latency_us:.0f} us;",
-            "         chosen so that a layer's exchanges take as long as its forward and backward",
-            f"         do where rows travel at once ({results.calibrated_layer_s * 1e3:.0f} ms, measured first)",
+            f"{results.link.latency_us:.0f} us; chosen so that a",
+            "         layer's exchanges take as long as its forward and backward do where",
+            f"         rows travel at once ({results.calibrated_layer_s * 1e3:.0f} ms, measured first)",
         ]
     )
 
@@ -274,39 +270,38 @@ def _text_of_training(results: _Results, style: TextStyle) -> str:
     for step in shown:
         lines.append(f"  step {step + 1:>4} {losses[step]:>7.3f} nats {_bits(losses[step]):>7.3f} bits per byte")
     if held_out:
-        lines.append(
-            f"  held out: {held_out[0]:.3f} nats before, {held_out[-1]:.3f} after ({_bits(held_out[-1]):.3f} bits per byte)"
-        )
+        before, after = held_out[0], held_out[-1]
+        lines.append(f"  held out: {before:.3f} nats before, {after:.3f} after ({_bits(after):.3f} bits per byte)")
     load = _expert_load(results)
     lines.append(f"  pairs per expert in the last step: {' '.join(map(str, load))}")
     count = results.num_compared_steps
     if results.is_bit_equal:
-        lines.append(
-            f"  serial and overlapped give the same loss bit for bit: {count} steps, all ranks, compared with =="
-        )
+        lines.append("  serial and overlapped schedule give the same losses bit for bit:")
+        lines.append(f"  the first {count} steps, trained with both, on every rank, compared with ==")
     else:
         lines.append(f"  WRONG: serial and overlapped give different losses in the first {count} steps")
     return "\n".join(lines)
 
 
 def _text_of_traffic(results: _Results, style: TextStyle) -> str:
-    matrix = results.training[0].traffic_rows
+    drawn = heat_map(results.training[0].traffic_rows, style, row="from", column="to")
     return (
-        "Traffic of the first MoE layer, last step: tokens of rank i that need an expert of rank k\n"
-        f"(each travels once; the diagonal stays at home)\n{heat_map(matrix, style, row='from', column='to')}"
+        "Traffic of the first MoE layer in the last step: tokens of rank i (from) that\n"
+        f"need an expert of rank k (to); each travels once, the diagonal stays at home\n{drawn}"
     )
 
 
 def _text_of_layer(results: _Results, style: TextStyle) -> str:
     layer, shape = results.layer, results.layer.shape
-    timelines = [layer.timelines["serial"][0], layer.timelines["overlapped"][0]]
     num_rounds = len(layer.total_s["serial"])
     lines = [
-        f"One MoE layer, emulated link of {_rate(layer.bandwidth_gb_per_s)}: {shape.num_tokens} tokens per rank, "
+        f"One MoE layer: {shape.num_tokens} tokens per rank, "
         f"D={shape.hidden_size}, F={shape.intermediate_size}, E={shape.num_experts}, K={shape.top_k}",
-        _sharing(results),
+        f"Emulated link of {_rate(layer.bandwidth_gb_per_s)}: its exchanges take as long as forward and backward",
+        f"do where rows travel at once ({layer.free_link_s * 1e3:.0f} ms). {_sharing(results)}",
         "",
-        lane_timelines(timelines, style),
+        f"Rank {layer.slowest_rank} in the round of the median speed-up",
+        lane_timelines(layer.timelines_of(layer.slowest_rank), style),
         "",
         *TIMELINE_LEGEND,
         "",

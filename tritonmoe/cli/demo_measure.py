@@ -68,6 +68,15 @@ class LayerMeasurement:
     timelines: dict[str, list[Timeline]]
     """By variant: every rank in the round whose speed-up is the median."""
 
+    @property
+    def slowest_rank(self) -> int:
+        """The rank that the overlapped timelines were longest on."""
+        return max(self.timelines["overlapped"], key=lambda timeline: timeline.total_s).rank
+
+    def timelines_of(self, rank: int) -> list[Timeline]:
+        """Give one rank's serial and overlapped timeline."""
+        return [self.timelines["serial"][rank], self.timelines["overlapped"][rank]]
+
     def median_s(self, variant: str) -> float:
         return statistics.median(self.total_s[variant])
 
@@ -200,4 +209,6 @@ def _longest_s(ranks: list[_Reports], variant: str) -> list[float]:
 def _exposed_share(ranks: list[_Reports], variant: str) -> float:
     passes = [p for reports in ranks for report in reports[variant] for p in _passes(report)]
     communication_s = sum(p.communication_s for p in passes)
-    return sum(p.exposed_communication_s for p in passes) / communication_s if communication_s else 0.0
+    # A thread that is woken late, on busy cores, has waited for longer than its exchange took.
+    exposed_s = sum(min(p.exposed_communication_s, p.communication_s) for p in passes)
+    return exposed_s / communication_s if communication_s else 0.0

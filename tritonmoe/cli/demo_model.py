@@ -69,7 +69,7 @@ class ModelShape:
             self.intermediate_size,
             self.num_experts,
             self.top_k,
-            load_balance_loss_weight=0.01,
+            load_balance_loss_weight=0.05,
             z_loss_weight=0.001,
         )
 
@@ -137,7 +137,8 @@ class ByteModel(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Give the mean loss in nats per byte and the routers' auxiliary loss, of (B, L) bytes and those after them."""
-        x = F.embedding(inputs, self.embedding) + self.position
+        # The head wants a small embedding and the residual path one that the blocks' outputs don't drown.
+        x = F.embedding(inputs, self.embedding) * self.embedding.shape[1] ** 0.5 + self.position
         for block in self.blocks:
             x = block(x, self.mask)
         logits = F.linear(self.norm(x), self.embedding)

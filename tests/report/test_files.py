@@ -1,0 +1,124 @@
+"""Timelines of a real layer call, and the files that are made of them."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import tritonmoe as tm
+from tritonmoe.overlap.executor import PassReport
+from tritonmoe.overlap.schedule import Step
+from tritonmoe.report.perfetto import chrome_trace, write_chrome_trace
+from tritonmoe.report.png import write_png
+from tritonmoe.report.timeline import LANES, PassTimeline, Span, Timeline, layer_timeline, pass_timeline
+
+TIMELINE = Timeline(
+    "serial",
+    1,
+    PassTimeline(
+        (
+            Span("experts 1", "experts", 1, "compute", 0.003, 0.005, 0.003),
+            Span("dispatch 1", "dispatch", 1, "comm", 0.001, 0.003, 0.0),
+        ),
+        0.005,
+    ),
+    PassTimeline((Span("weight_grad", "weight_grad", None, "compute", 0.0, 0.002, 0.0),), 0.002),
+)
+
+
+class _Finished(tm.transports.PendingExchange):
+    """An exchange whose rows had arrived at a given moment."""
+
+    def __init__(self, finished_s):
+        self._finished_s = finished_s
+
+    def wait(self):
+        raise AssertionError("a report does not wait")
+
+    def finished_at(self):
+        return self._finished_s
+
+
+def test_exchanges_that_queue_follow_one_another():
+    report = PassReport(torch.device("cpu"))
+    start = report._origin
+    # Both are posted at 1 ms; the first arrives at 5 ms, the second at 8 ms. They are waited for in the other order.
+    for chunk, finished in ((1, 0.008), (0, 0.005)):
+        step = Step("dispatch", chunk, "comm")
+        posted = start + 0.001 + 0.0001 * chunk
+        report._exchanges.append((step, posted, start + 0.008, start + 0.009, _Finished(start + finished)))
+    spans = pass_timeline(report).spans
+    assert [span.name for span in spans] == ["dispatch 0", "dispatch 1"]
+    assert [(span.start_s, span.end_s) for span in spans] == [
+        (pytest.approx(0.001), pytest.approx(0.005)),
+        (pytest.approx(0.005), pytest.approx(0.008)),
+    ]
+    assert spans[1].posted_s == pytest.approx(0.0011)
+
+
+def test_timeline_of_a_layer():
+    config = tm.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+
+    def run(transport):
+        generator = torch.Generator().manual_seed(0)
+        layer = tm.MoELayer(config, transport, tm.OverlapConfig(num_chunks=2), generator=generator)
+        layer(torch.ones(6, 16, requires_grad=True)).sum().backward()
+        return layer_timeline("run", layer.last_report)
+
+    for rank, timeline in enumerate(tm.run_on_emulated_ranks(run, 2, link=tm.LinkModel(0.01))):
+        assert timeline.rank == rank
+        names = [span.name for span in timeline.spans]
+        assert {"dispatch 0", "dispatch 1", "experts local", "combine 1", "weight_grad"} <= set(names)
+        for lane in LANES:
+            spans = [span for span in timeline.spans if span.lane == lane]
+            edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
+            assert edges == sorted(edges)
+            assert edges[-1] <= timeline.total_s
+
+
+def test_chrome_trace_of_two_runs(tmp_path):
+    runs = {"serial": [TIMELINE], "overlapped": [TIMELINE]}
+    path = tmp_path / "trace.json"
+    write_chrome_trace(path, runs)
+    trace = json.loads(path.read_text())
+    assert trace == chrome_trace(runs)
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert [(e["name"], e["pid"], e["tid"], e["ts"], e["dur"]) for e in events] == [
+        ("experts 1", 1, 0, 3000.0, 2000.0),
+        ("weight_grad", 1, 0, 5000.0, 2000.0),
+        ("dispatch 1", 1, 1, 1000.0, 2000.0),
+        ("experts 1", 1, 2, 3000.0, 2000.0),
+        ("weight_grad", 1, 2, 5000.0, 2000.0),
+        ("dispatch 1", 1, 3, 1000.0, 2000.0),
+    ]
+    assert events[2]["args"] == {"chunk": 1, "kind": "dispatch", "run": "serial", "posted_us": 0.0}
+    names = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in trace["traceEvents"]
+        if event["name"] == "thread_name"
+    }
+    assert names == {
+        (1, 0): "serial: compute",
+        (1, 1): "serial: comm",
+        (1, 2): "overlapped: compute",
+        (1, 3): "overlapped: comm",
+    }
+    processes = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
+    assert processes == ["rank 1"]
+
+
+def test_png_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.png"
+    write_png(path, [[1, 2], [3, 0]], [TIMELINE, TIMELINE], title="title", note="emulated link")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data[12:16] == b"IHDR"
+    assert int.from_bytes(data[16:20], "big") > 800
+
+
+def test_png_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'tritonmoe\[demo\]'"):
+        write_png(tmp_path / "picture.png", [[1]], [TIMELINE], title="title")
