@@ -1,0 +1,100 @@
+"""Importing tritonmoe is cheap, touches no device, and needs no optional package."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SECONDS_MORE_THAN_TORCH = 0.3
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter and give what it printed."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+BLOCK = """
+    import sys
+
+    class NotInstalled:
+        def __init__(self, finder):
+            self.finder = finder
+
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {blocked!r}:
+                return None
+            return self.finder.find_spec(name, path, target)
+
+        def __getattr__(self, name):
+            return getattr(self.finder, name)
+
+    sys.meta_path[:] = [NotInstalled(finder) for finder in sys.meta_path]
+"""
+
+
+def test_nothing_is_initialised_or_imported_early() -> None:
+    out = python(
+        """
+        import sys
+        import torch
+        patched = torch.nn.Module.forward, torch.autograd.Function.apply
+        threads = torch.get_num_threads()
+        import tritonmoe
+        early = [name for name in ("triton", "transformers", "matplotlib", "numba", "mpi4py") if name in sys.modules]
+        assert not early, early
+        assert not torch.cuda.is_initialized()
+        assert not torch.distributed.is_initialized()
+        assert patched == (torch.nn.Module.forward, torch.autograd.Function.apply)
+        assert torch.get_num_threads() == threads
+        assert torch.get_default_dtype() == torch.float32
+        print("fine")
+        """
+    )
+    assert out == "fine"
+
+
+def test_every_public_name_is_there() -> None:
+    out = python(
+        "import tritonmoe; print(all(hasattr(tritonmoe, n) for n in tritonmoe.__all__), tritonmoe.__version__)"
+    )
+    assert out.split()[0] == "True"
+    assert out.split()[1][0].isdigit()
+
+
+@pytest.mark.parametrize(
+    "blocked", [("triton",), ("triton", "transformers", "matplotlib", "numpy", "mpi4py")], ids=["triton", "all"]
+)
+def test_works_without_optional_packages(blocked: tuple[str, ...]) -> None:
+    code = textwrap.dedent(BLOCK.format(blocked=blocked)) + textwrap.dedent(
+        """
+        import torch
+        import tritonmoe as tm
+
+        layer = tm.MoELayer(tm.MoEConfig(8, 4, 4, 2))
+        layer(torch.ones(3, 8)).sum().backward()
+        assert layer.experts.gate_up_proj.grad is not None
+        tm.run_on_emulated_ranks(lambda t: tm.MoELayer(layer.config, t)(torch.ones(3, 8)), 2)
+        try:
+            tm.MoELayer(layer.config, backend="triton")(torch.ones(3, 8))
+        except ValueError as error:
+            print(error)
+        """
+    )
+    out = python(code)
+    assert "backend='triton' can't run here: " in out
+    assert "not installed" in out
+
+
+def test_import_takes_little_more_than_torch() -> None:
+    code = """
+        import time
+        start = time.perf_counter()
+        import torch
+        with_torch = time.perf_counter()
+        import tritonmoe
+        print(time.perf_counter() - with_torch)
+    """
+    assert min(float(python(code)) for _ in range(3)) < SECONDS_MORE_THAN_TORCH

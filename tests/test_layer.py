@@ -1,0 +1,311 @@
+"""MoELayer and GroupedExperts: the same experts for every number of ranks, reports, losses, training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tritonmoe as tm
+from tritonmoe.routing import load_balance_loss, z_loss
+from tritonmoe.transports import LocalTransport, Transport
+
+CONFIG = tm.MoEConfig(8, 6, 12, 3)
+FORMS = {
+    "concatenated": CONFIG,
+    "transposed": replace(CONFIG, transposed=True),
+    "ungated": replace(CONFIG, gated=False, activation="relu2"),
+    "bias": replace(CONFIG, bias=True, interleaved=True),
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomise_biases(experts: tm.GroupedExperts) -> None:
+    """Give every expert biases that depend on its global number alone."""
+    for bias in (experts.gate_up_proj_bias, experts.down_proj_bias):
+        if bias is not None:
+            for local in range(len(bias)):
+                bias.data[local].normal_(generator=seeded(experts.first_expert + local))
+
+
+def batch(rank: int = 0, step: int = 0, num_tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    num_tokens = 5 + 4 * rank if num_tokens is None else num_tokens
+    return torch.randn(num_tokens, CONFIG.hidden_size, generator=seeded(100 * step + rank)).to(dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters(form: str) -> None:
+    """Names and shapes are those of transformers."""
+    config = FORMS[form]
+    expected = {
+        "concatenated": {"gate_up_proj": (12, 12, 8), "down_proj": (12, 8, 6)},
+        "transposed": {"gate_up_proj": (12, 8, 12), "down_proj": (12, 6, 8)},
+        "ungated": {"gate_up_proj": (12, 6, 8), "down_proj": (12, 8, 6)},
+        "bias": {
+            "gate_up_proj": (12, 12, 8),
+            "down_proj": (12, 8, 6),
+            "gate_up_proj_bias": (12, 12),
+            "down_proj_bias": (12, 8),
+        },
+    }[form]
+    experts = tm.GroupedExperts(config)
+    assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == expected
+    layer = tm.MoELayer(config)
+    assert {name for name, _ in layer.named_parameters()} == {
+        "router.weight",
+        *(f"experts.{name}" for name in expected),
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12], ids="W{}".format)
+def test_a_seed_gives_the_same_experts_for_every_number_of_ranks(num_ranks: int) -> None:
+    whole = tm.MoELayer(CONFIG, generator=seeded())
+    parts = tm.run_on_emulated_ranks(lambda t: tm.MoELayer(CONFIG, t, generator=seeded()), num_ranks)
+    for part in parts:
+        assert torch.equal(part.router.weight, whole.router.weight)
+    for name in ("gate_up_proj", "down_proj"):
+        joined = torch.cat([getattr(part.experts, name) for part in parts])
+        assert torch.equal(joined, getattr(whole.experts, name)), name
+    assert [part.experts.first_expert for part in parts] == [12 // num_ranks * rank for rank in range(num_ranks)]
+
+
+def test_experts_differ_and_a_new_seed_gives_others() -> None:
+    experts = tm.GroupedExperts(CONFIG, generator=seeded())
+    assert len({tuple(w.flatten().tolist()) for w in experts.gate_up_proj}) == 12
+    others = tm.GroupedExperts(CONFIG, generator=seeded(1))
+    assert not torch.equal(experts.gate_up_proj, others.gate_up_proj)
+    before = experts.gate_up_proj.detach().clone()
+    experts.reset_parameters(seeded())
+    assert torch.equal(experts.gate_up_proj, before)
+
+
+def test_global_generator() -> None:
+    torch.manual_seed(3)
+    first = tm.MoELayer(CONFIG)
+    torch.manual_seed(3)
+    second = tm.MoELayer(CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtype(dtype: torch.dtype) -> None:
+    layer = tm.MoELayer(CONFIG, dtype=dtype, generator=seeded())
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    y = layer(batch(dtype=dtype).requires_grad_())
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("transport", [None, LocalTransport()], ids=["one-device", "local"])
+def test_leading_dimensions(transport: Transport | None, shape: tuple[int, ...]) -> None:
+    layer = tm.MoELayer(CONFIG, transport, generator=seeded())
+    x = torch.randn(*shape, 8, generator=seeded()).requires_grad_()
+    y = layer(x)
+    assert y.shape == x.shape
+    flat = layer(x.reshape(-1, 8))
+    assert torch.equal(y.reshape(-1, 8), flat)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_strided_input() -> None:
+    layer = tm.MoELayer(CONFIG, generator=seeded())
+    x = torch.randn(3, 8, 4, generator=seeded())
+    assert torch.equal(layer(x.mT), layer(x.mT.contiguous()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_ranks", [2, 3], ids="W{}".format)
+def test_equals_one_device(num_ranks: int, form: str) -> None:
+    config = FORMS[form]
+    whole = tm.MoELayer(config, generator=seeded(), dtype=torch.float64)
+    randomise_biases(whole.experts)
+    xs = [batch(rank, dtype=torch.float64) for rank in range(num_ranks)]
+    expected = whole(torch.cat(xs))
+    expected.square().sum().backward()
+
+    def on_rank(transport: Transport) -> tuple[Tensor, tm.MoELayer]:
+        layer = tm.MoELayer(config, transport, tm.OverlapConfig(2), generator=seeded(), dtype=torch.float64)
+        randomise_biases(layer.experts)
+        y = layer(xs[transport.rank])
+        y.square().sum().backward()
+        return y.detach(), layer
+
+    outs, layers = zip(*tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20), strict=True)
+    # The gate weights travel in fp32.
+    torch.testing.assert_close(torch.cat(outs), expected.detach(), rtol=1e-5, atol=1e-6)
+    router_grad = sum(layer.router.weight.grad for layer in layers)
+    torch.testing.assert_close(router_grad, whole.router.weight.grad, rtol=1e-5, atol=1e-6)
+    for name, parameter in whole.experts.named_parameters():
+        joined = torch.cat([getattr(layer.experts, name).grad for layer in layers])
+        torch.testing.assert_close(joined, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_aux_loss_is_attached_and_right() -> None:
+    config = replace(CONFIG, load_balance_loss_weight=0.5, z_loss_weight=0.25)
+    layer = tm.MoELayer(config, generator=seeded())
+    assert layer.aux_loss is None
+    layer(batch())
+    routing = layer.router(batch())
+    expected = 0.5 * load_balance_loss(routing, 12) + 0.25 * z_loss(routing.logits)
+    assert torch.equal(layer.aux_loss, expected)
+    layer.aux_loss.backward()
+    (grad,) = torch.autograd.grad(expected, layer.router.weight)
+    assert torch.equal(layer.router.weight.grad, grad)
+    assert layer.experts.gate_up_proj.grad is None
+    balanced = tm.MoELayer(CONFIG)
+    y = balanced(batch())
+    assert balanced.aux_loss.item() == 0
+    (y.sum() + balanced.aux_loss).backward()
+
+
+def test_statistics() -> None:
+    layer = tm.MoELayer(CONFIG, generator=seeded())
+    layer(batch(num_tokens=50))
+    statistics = layer.statistics()
+    assert statistics.num_routed_pairs == 150
+    ids = layer.last_routing.topk_ids
+    assert statistics.load.tolist() == [int((ids == e).sum()) for e in range(12)]
+    layer(batch(num_tokens=2))
+    assert layer.statistics().num_routed_pairs == 6
+
+
+def test_statistics_are_those_of_this_rank() -> None:
+    def on_rank(transport: Transport) -> int:
+        layer = tm.MoELayer(CONFIG, transport, generator=seeded())
+        layer(batch(transport.rank))
+        return layer.statistics().num_routed_pairs
+
+    assert tm.run_on_emulated_ranks(on_rank, 3) == [15, 27, 39]
+
+
+@pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])
+def test_last_report(local_first: bool) -> None:
+    def on_rank(transport: Transport):
+        layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(2, local_first), generator=seeded())
+        assert layer.last_report is None
+        y = layer(batch(transport.rank))
+        assert layer.last_report.backward is None
+        y.sum().backward()
+        return layer.last_report, layer.last_routing.topk_ids
+
+    reports, ids = zip(*tm.run_on_emulated_ranks(on_rank, 3, link=tm.LinkModel(1.0, latency_us=300)), strict=True)
+    traffic = [[int((rows // 4 == k).any(1).sum()) for k in range(3)] for rows in ids]
+    for rank, report in enumerate(reports):
+        assert (report.rank, report.num_chunks, report.row_bytes) == (rank, 2, 32)
+        assert report.traffic_rows.tolist() == traffic
+        expected = [[32 * n if i != k else 0 for k, n in enumerate(row)] for i, row in enumerate(traffic)]
+        assert report.traffic_bytes.tolist() == expected
+        kinds = {t.step.kind for t in report.forward.steps}
+        assert kinds == {"metadata", "dispatch", "group", "experts", "combine", "reduce"}
+        assert {t.step.kind for t in report.backward.steps} >= {"combine_backward", "experts_backward", "weight_grad"}
+        for timings in (report.forward, report.backward):
+            assert 0 <= timings.exposed_communication_s <= timings.total_s
+            assert 0 < timings.compute_s <= timings.total_s
+            assert 0.0003 <= timings.communication_s <= timings.total_s
+            assert all(0 <= t.start_s <= t.end_s <= timings.total_s for t in timings.steps)
+
+
+def test_one_device_has_no_report() -> None:
+    layer = tm.MoELayer(CONFIG)
+    layer(batch())
+    assert layer.last_report is None
+
+
+def train(layer: nn.Module, xs: list[Tensor], num_ranks: int = 1, reduce=None, num_steps: int = 4) -> list[float]:
+    """Plain SGD on a mean over all ranks' tokens; give the losses of this rank's share."""
+    losses = []
+    num_tokens = sum(len(x) for x in xs)
+    for _ in range(num_steps):
+        loss = torch.zeros((), dtype=torch.float64)
+        for x in xs if reduce is None else xs[reduce[0] : reduce[0] + 1]:
+            loss = loss + (layer(x) - x.flip(1)).square().sum() / num_tokens
+        # Data parallel: each rank's loss counts W times, dense gradients are averaged, expert gradients divided by W.
+        (loss * num_ranks).backward()
+        with torch.no_grad():
+            if reduce is not None:
+                layer.router.weight.grad = reduce[1](layer.router.weight.grad) / num_ranks
+                for parameter in layer.experts.parameters():
+                    parameter.grad /= num_ranks
+            for parameter in layer.parameters():
+                parameter -= 0.5 * parameter.grad
+                parameter.grad = None
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("num_chunks", [2, "auto"], ids=str)
+def test_training_on_two_ranks_is_training_on_one(num_chunks) -> None:
+    xs = [batch(rank, dtype=torch.float64) for rank in range(2)]
+    whole = tm.MoELayer(CONFIG, generator=seeded(), dtype=torch.float64)
+    expected = train(whole, xs)
+    assert expected[-1] < expected[0]
+
+    def on_rank(transport: Transport) -> list[float]:
+        layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(num_chunks), generator=seeded(), dtype=torch.float64)
+
+        def sum_over_ranks(grad: Tensor) -> Tensor:
+            both = transport.exchange(torch.cat([grad, grad]), [len(grad)] * 2, [len(grad)] * 2).wait()
+            return both[: len(grad)] + both[len(grad) :]
+
+        return train(layer, xs, 2, (transport.rank, sum_over_ranks))
+
+    shares = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert [sum(step) for step in zip(*shares, strict=True)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    config = replace(CONFIG, load_balance_loss_weight=0.1, selection_bias=True)
+    results = []
+    for checkpointed in (False, True):
+        layer = tm.MoELayer(config, generator=seeded())
+        x = batch().requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=use_reentrant) if checkpointed else layer(x)
+        loss = y.square().sum() + (0 if use_reentrant else layer.aux_loss)
+        loss.backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        assert int(layer.router.load.sum()) == x.shape[0] * 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_activation_checkpointing_on_two_ranks() -> None:
+    """The recompute is a call like any other: every rank makes it, in the order of the backwards."""
+
+    def on_rank(transport: Transport) -> bool:
+        results = []
+        for checkpointed in (False, True):
+            layers = [tm.MoELayer(CONFIG, transport, tm.OverlapConfig(2), generator=seeded(s)) for s in range(2)]
+            x = batch(transport.rank).requires_grad_()
+            y = x
+            for layer in layers:
+                y = y + (checkpoint(layer, y, use_reentrant=False) if checkpointed else layer(y))
+            y.square().sum().backward()
+            results.append([y.detach(), x.grad, *(p.grad for layer in layers for p in layer.parameters())])
+        return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [True, True]
+
+
+def test_state_dict_of_one_device_loads_on_ranks_by_slicing() -> None:
+    whole = tm.MoELayer(replace(CONFIG, bias=True), generator=seeded())
+    state = whole.state_dict()
+
+    def on_rank(transport: Transport) -> bool:
+        layer = tm.MoELayer(replace(CONFIG, bias=True), transport, generator=seeded(5))
+        mine = {
+            name: value[6 * transport.rank : 6 * transport.rank + 6] if name.startswith("experts.") else value
+            for name, value in state.items()
+        }
+        layer.load_state_dict(mine)
+        x = batch()
+        return torch.allclose(layer(x), whole(x), atol=1e-6)
+
+    with torch.no_grad():
+        assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [True, True]
