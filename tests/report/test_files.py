@@ -43,17 +43,15 @@ class _Finished(tm.transports.PendingExchange):
 def test_exchanges_that_queue_follow_one_another():
     report = PassReport(torch.device("cpu"))
     start = report._origin
-    # Both are posted at 1 ms; the first arrives at 5 ms, the second at 8 ms. They are waited for in the other order.
-    for chunk, finished in ((1, 0.008), (0, 0.005)):
+    # Posted at 1.0, 1.1 and 1.2 ms; arrived at 5, 8 and 7 ms; waited for in another order.
+    for chunk, finished in ((1, 0.008), (0, 0.005), (2, 0.007)):
         step = Step("dispatch", chunk, "comm")
         posted = start + 0.001 + 0.0001 * chunk
         report._exchanges.append((step, posted, start + 0.008, start + 0.009, _Finished(start + finished)))
     spans = pass_timeline(report).spans
-    assert [span.name for span in spans] == ["dispatch 0", "dispatch 1"]
-    assert [(span.start_s, span.end_s) for span in spans] == [
-        (pytest.approx(0.001), pytest.approx(0.005)),
-        (pytest.approx(0.005), pytest.approx(0.008)),
-    ]
+    assert [span.name for span in spans] == ["dispatch 0", "dispatch 1", "dispatch 2"]
+    edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
+    assert edges == pytest.approx([0.001, 0.005, 0.005, 0.008, 0.008, 0.008])
     assert spans[1].posted_s == pytest.approx(0.0011)
 
 

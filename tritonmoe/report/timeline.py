@@ -72,10 +72,11 @@ def pass_timeline(report: PassReport) -> PassTimeline:
         reached_s = 0.0
         timings = sorted((t for t in report.steps if t.step.lane == lane), key=lambda timing: timing.start_s)
         for timing in timings:
-            start_s = min(max(timing.start_s, reached_s), timing.end_s)
-            reached_s = max(reached_s, timing.end_s)
+            start_s = max(timing.start_s, reached_s)
+            # A small exchange may arrive just before the one that it was posted after: it is shown as a point.
+            reached_s = max(start_s, timing.end_s)
             step = timing.step
-            spans.append(Span(str(step), step.kind, step.chunk, lane, start_s, timing.end_s, timing.start_s))
+            spans.append(Span(str(step), step.kind, step.chunk, lane, start_s, reached_s, timing.start_s))
     return PassTimeline(tuple(spans), report.total_s)
 
 
