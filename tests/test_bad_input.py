@@ -127,6 +127,7 @@ def test_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="the kernels compute in fp32, fp16 and bf16, not in fp64"):
         tm.moe_mlp(**{n: v.double() if v.is_floating_point() else v for n, v in arguments().items()}, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

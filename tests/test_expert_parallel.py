@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tritonmoe as tm
 from tritonmoe.transports import Delay, LocalTransport, Transport
 
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INTERMEDIATE = 6, 5
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 NAMES = ("x", "topk_weights", *WEIGHTS)
@@ -28,25 +29,27 @@ class Batch:
     top_k: int
     dtype: torch.dtype = torch.float64
     options: dict = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         gated, transposed = self.options.get("gated", True), self.options.get("transposed", False)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
         counts, num_experts, top_k = NUM_TOKENS[self.num_ranks], self.num_experts, self.top_k
         self.ids = [torch.randint(-1, num_experts + 1, (t, top_k), generator=generator) for t in counts]
         hot = torch.rand(self.ids[0].shape, generator=generator) < 0.5
         self.ids[0] = torch.where(hot, 1, self.ids[0])
+        self.ids = [ids.to(self.device) for ids in self.ids]
         width = 2 * INTERMEDIATE if gated else INTERMEDIATE
         up, down = (width, HIDDEN), (HIDDEN, INTERMEDIATE)
         if transposed:
             up, down = up[::-1], down[::-1]
         self.tokens = {
             "x": [random(t, HIDDEN) for t in counts],
-            "topk_weights": [torch.rand(t, top_k, generator=generator) for t in counts],
+            "topk_weights": [torch.rand(t, top_k, generator=generator).to(self.device) for t in counts],
             "dout": [random(t, HIDDEN) for t in counts],
         }
         self.weights = {
@@ -91,7 +94,9 @@ class Batch:
                 grads = torch.autograd.grad(out, list(leaves.values()), self.tokens["dout"][transport.rank])
             return [out.detach(), *grads]
 
-        results = tm.run_on_emulated_ranks(on_rank, self.num_ranks, timeout_s=20, faults=faults, link=link)
+        results = tm.run_on_emulated_ranks(
+            on_rank, self.num_ranks, device=self.device, timeout_s=20, faults=faults, link=link
+        )
         return {name: torch.cat(parts) for name, parts in zip(("out", *NAMES), zip(*results, strict=True), strict=True)}
 
 
@@ -191,7 +196,7 @@ def test_recompute_and_late_ranks_keep_the_bits(save: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3], ids="W{}".format)
 def test_bits_of_the_kernels_do_not_depend_on_the_chunks(num_ranks: int) -> None:
-    batch = Batch(num_ranks, 6, 2, torch.float32)
+    batch = Batch(num_ranks, 6, 2, torch.float32, device=KERNEL_DEVICE)
     expected = None
     for num_chunks, local_first in itertools.product((1, 2, 5), (True, False)):
         actual = batch.in_parallel(tm.OverlapConfig(num_chunks, local_first), backend="triton")
@@ -204,7 +209,7 @@ def test_bits_of_the_kernels_do_not_depend_on_the_chunks(num_ranks: int) -> None
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_one_rank_has_the_bits_of_one_device(backend: str) -> None:
-    batch = Batch(1, 6, 2, torch.float32)
+    batch = Batch(1, 6, 2, torch.float32, device=KERNEL_DEVICE if backend == "triton" else "cpu")
     leaves = {name: value.requires_grad_() for name, value in batch.of_rank(0).items()}
     out = batch.call(LocalTransport(), leaves, tm.OverlapConfig(1), backend=backend)
     grads = torch.autograd.grad(out, list(leaves.values()), batch.tokens["dout"][0])

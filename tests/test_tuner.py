@@ -64,7 +64,7 @@ def test_two_ranks_that_measured_differently_agree_on_the_larger_wish() -> None:
         chosen.append(counts[0])
         votes = [chooser.vote() for chooser in choosers]
         for rank, chooser in enumerate(choosers):
-            chooser.observe(votes, Report(0.010 + (call == 2) * 0.000150 * (1 + 3 * rank), 0.008))
+            chooser.observe(votes, Report(0.010 + (call == 2) * 0.000150 * (4 - 3 * rank), 0.008))
     assert chosen == [*PLAN, PLAN[-1], 7, 7]
     assert [chooser.vote() for chooser in choosers] == [0, 0]
 
