@@ -5,7 +5,7 @@ block are read back while they are warm, instead of one pass over all pairs per 
 with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,7 +19,10 @@ from .reference import WeightGrads, accumulation_dtype, apply_activation, split_
 
 __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 768
+"""Rows of a block: enough for an efficient product, few enough that its result is still in cache."""
+ELEMENTWISE_SIZE = 2**17
+"""Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
 
 
 class _Block(NamedTuple):
@@ -100,51 +103,43 @@ def group(
 ) -> Grouping:
     num_rows, top_k = topk_ids.shape
     device = topk_ids.device
-    if chunk_row_offsets is None:
-        chunk_row_offsets = (0, num_rows)
-    num_chunks = len(chunk_row_offsets) - 1
-    skipped = (topk_ids < 0) | (topk_ids >= num_experts)
-    key = topk_ids.to(torch.int32)
-    row_starts = torch.tensor(chunk_row_offsets[1:-1], dtype=torch.int32, device=device)
+    row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
+    num_chunks = len(row_offsets) - 1
+    num_keys = num_chunks * num_experts  # a pair's key is chunk * E + expert; skipped pairs come last
+    keys = topk_ids
+    skipped = (keys < 0) | (keys >= num_experts)
     if num_chunks > 1:
-        chunk_of_row = torch.bucketize(torch.arange(num_rows, dtype=torch.int32, device=device), row_starts, right=True)
-        key = key + (chunk_of_row * num_experts).to(torch.int32)[:, None]
-    key = key.masked_fill(skipped, num_chunks * num_experts).flatten()
-    sorted_key, order = torch.sort(key, stable=True)
-    boundaries = torch.arange(num_chunks * num_experts + 1, dtype=torch.int32, device=device)
-    starts = torch.searchsorted(sorted_key, boundaries, out_int32=True)
-    # (C, E+1): row c holds the absolute starts of chunk c's experts and its end.
-    ends = starts[num_experts::num_experts].unsqueeze(1)
-    absolute = torch.cat([starts[:-1].view(num_chunks, num_experts), ends], dim=1)
-    chunk_expert_offsets = absolute - absolute[:, :1]
-    pair_offsets = [0, *ends.flatten().tolist()]
+        row_starts = torch.tensor(row_offsets[1:-1], device=device)
+        chunk_of_row = torch.bucketize(torch.arange(num_rows, device=device), row_starts, right=True)
+        keys = keys + (chunk_of_row * num_experts)[:, None]
+    sorted_keys, order = torch.sort(keys.masked_fill(skipped, num_keys).flatten(), stable=True)
+    starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=device), out_int32=True)
+    pair_offsets = [0, *starts[num_experts::num_experts].tolist()]
     num_pairs = pair_offsets[-1]
     stored = order[:num_pairs]
-    inverse = torch.full((num_rows * top_k,), -1, dtype=torch.int32, device=device)
+    # (C, E+1) windows of starts that share their borders, each from its own zero.
+    chunk_expert_offsets = starts.unfold(0, num_experts + 1, num_experts) - starts[:-1:num_experts, None]
     positions = torch.arange(num_pairs, dtype=torch.int32, device=device)
-    if num_chunks > 1:
-        chunk_starts = torch.tensor(pair_offsets[:-1], dtype=torch.int32, device=device)
-        lengths = torch.tensor(pair_offsets, device=device).diff()
-        inverse[stored] = positions - chunk_starts.repeat_interleave(lengths)
-    else:
-        inverse[stored] = positions
     source_order = None
     expert_offsets = chunk_expert_offsets[0]
     if num_chunks > 1:
         assert row_source is not None
-        # Stored positions sorted by (expert, source): storage already has ascending tokens within a source.
-        expert_of_pair = (sorted_key[:num_pairs] % num_experts).long()
-        source_of_pair = row_source.to(torch.int64)[stored // top_k]
+        for first, last in pairwise(pair_offsets):
+            positions[first:last] -= first
+        # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
         num_sources = row_source.max() + 1 if num_rows else 1
-        source_order = torch.sort(expert_of_pair * num_sources + source_of_pair, stable=True)[1].to(torch.int32)
+        by_source = sorted_keys[:num_pairs] % num_experts * num_sources + row_source[stored // top_k]
+        source_order = torch.sort(by_source, stable=True)[1].to(torch.int32)
         expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)
+    inverse = torch.full((num_rows * top_k,), -1, dtype=torch.int32, device=device)
+    inverse[stored] = positions
     return Grouping(
         pair_index=stored.to(torch.int32),
         expert_offsets=expert_offsets,
         inverse=inverse.view(num_rows, top_k),
         source_order=source_order,
         chunk_expert_offsets=chunk_expert_offsets,
-        chunk_row_offsets=tuple(chunk_row_offsets),
+        chunk_row_offsets=row_offsets,
         chunk_pair_offsets=tuple(pair_offsets),
     )
 
@@ -179,8 +174,16 @@ def up(
         hidden = hidden_buffer[: last - first] if h is None else h[first:last]
         _products(rows, weights, gate_up_bias, experts, counts, hidden)
         if a is not None and activation is not None:
-            _activate(hidden.to(acc), layout, activation, a[first:last])
+            for part in _row_slices(last - first, width):
+                _activate(hidden[part].to(acc), layout, activation, a[first:last][part])
     return h, a
+
+
+def _row_slices(num_rows: int, width: int) -> Iterator[slice]:
+    """Cut rows into slices of about ELEMENTWISE_SIZE elements."""
+    step = max(1, ELEMENTWISE_SIZE // width)
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
 
 
 def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor) -> None:
@@ -270,23 +273,24 @@ def down_grad(
         rows, products = row_buffer[: last - first], product_buffer[: last - first]
         torch.index_select(dout, 0, grouping.row_index[first:last], out=rows)
         _products(rows, weights, None, experts, counts, products)
-        g = products.to(acc)
-        scale = scales[first:last]
-        da = g * scale
-        if activation is None:
-            a = hidden[first:last].to(acc)
-            dh[first:last] = da
-        else:
-            a = _activation_backward(hidden[first:last].to(acc), da, layout, activation, dh[first:last])
-        torch.sum(g.mul_(a), 1, out=dweights[first:last])
+        for part in _row_slices(last - first, inner):
+            positions = slice(first + part.start, first + part.stop)
+            scale, g = scales[positions], products[part].to(acc)
+            da = g * scale
+            if activation is None:
+                a = hidden[positions].to(acc)
+                dh[positions] = da
+            else:
+                a = _activation_backward(hidden[positions].to(acc), da, layout, activation, dh[positions])
+            torch.sum(g.mul_(a), 1, out=dweights[positions])
+            if a.dtype == dout.dtype:
+                torch.mul(a, scale, out=scaled_a[positions])
+            else:
+                scaled_a[positions] = a * scale
         if down_bias is not None:
             parts = zip(experts, rows.split(counts), dweights[first:last].split(counts), strict=True)
             for e, part, target in parts:
                 target += part.to(acc) @ down_bias[e].to(acc)
-        if a.dtype == dout.dtype:
-            torch.mul(a, scale, out=scaled_a[first:last])
-        else:
-            scaled_a[first:last] = a * scale
     return dh, scaled_a, dweights
 
 
