@@ -94,11 +94,7 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
         "it needs gated=True",
     ),
 }
-SEEN_BEFORE_THE_CALL = {
-    name: case
-    for name, case in WRONG.items()
-    if name not in ("callable-shape", "callable-dtype", "interleaved-ungated")
-}
+
 cases_of_wrong = pytest.mark.parametrize(("changes", "error", "match"), WRONG.values(), ids=WRONG)
 
 
@@ -171,7 +167,7 @@ def parallel(transport: Transport, overlap: tm.OverlapConfig | None = None, grad
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize(("changes", "error", "match"), SEEN_BEFORE_THE_CALL.values(), ids=SEEN_BEFORE_THE_CALL)
+@cases_of_wrong
 def test_one_rank_has_bad_arguments(changes: dict, error: type, match: str, bad_rank: int) -> None:
     """That rank says why, the others say which rank, and the next call works."""
 
@@ -483,5 +479,17 @@ def test_scores_that_are_not_finite_on_one_rank() -> None:
         with pytest.raises(tm.NonFiniteScores, match=r"\(rank 0: 1\)"):
             layer(x)
         layer(torch.ones(5, 8)).sum().backward()
+
+    assert errors_of(fn) == [None, None]
+
+
+def test_layer_input_of_one_rank() -> None:
+    """A shape that the layer itself refuses: the other ranks hear of it and the next call works."""
+
+    def fn(transport: Transport) -> None:
+        layer = tm.MoELayer(CONFIG, transport, generator=torch.Generator().manual_seed(0))
+        with pytest.raises((ValueError, tm.TransportError)):
+            layer(torch.ones(3, 9 if transport.rank == 1 else 8))
+        layer(torch.ones(3, 8)).sum().backward()
 
     assert errors_of(fn) == [None, None]

@@ -190,5 +190,6 @@ class OverlapConfig:
     def __post_init__(self) -> None:
         if self.num_chunks == "auto":
             return
-        if not isinstance(self.num_chunks, int) or not 1 <= self.num_chunks <= MAX_CHUNKS:
+        is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
+        if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
             raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {self.num_chunks!r}")

@@ -192,7 +192,7 @@ class ExpertsRun:
                 return checked_activation(self.settings, h)
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
-            a = checked_activation(self.settings, leaf)
+            a = checked_activation(self.settings, leaf.clone())  # cloned: a callable may work in place
         self.activation_graphs[chunk] = (leaf, a)
         return a.detach()
 
@@ -217,7 +217,7 @@ class ExpertsRun:
 
     def _scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this run."""
-        if self.rows.device.type != "cpu":
+        if self.rows.device.type != "cpu" or torch.compiler.is_compiling():
             return self.rows.new_empty(num_pairs, width)
         return _cpu_scratch.take(self, name, num_pairs, width, self.rows.dtype)
 
@@ -244,24 +244,31 @@ def zero_padding(values: Tensor, grouping: Grouping) -> None:
 
 def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
     """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
-    assert callable(settings.activation)
-    a = settings.activation(h)
-    expected = (h.shape[0], settings.layout.intermediate_size(h.shape[1]))
+    return _call_checked(settings.activation, settings.layout, h)
+
+
+def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:
+    assert callable(activation)
+    shape = tuple(h.shape)
+    a = activation(h)
+    expected = (shape[0], layout.intermediate_size(shape[1]))
     if tuple(a.shape) != expected or a.dtype != h.dtype:
         raise ValueError(
-            f"the activation callable must turn {tuple(h.shape)} {h.dtype} into {expected} {h.dtype}, "
+            f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, "
             f"got {tuple(a.shape)} {a.dtype}"
         )
     return a.contiguous()
 
 
 def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
-    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph."""
-    assert callable(activation)
+    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
+
+    Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
+    """
     width = gate_up_proj.shape[2 if layout.transposed else 1]
     with torch.enable_grad():
         empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
-        out = activation(empty)
+        out = _call_checked(activation, layout, empty.clone())
     found: dict[int, Tensor] = {}
     seen: set[Any] = set()
     nodes = [] if out.grad_fn is None else [out.grad_fn]
@@ -310,6 +317,8 @@ def check_arguments(
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width = w1.shape[0], x.shape[1]
+    if num_experts < 1:
+        raise ValueError(f"there must be at least one expert, got gate_up_proj {tuple(w1.shape)}")
     width = w1.shape[2 if layout.transposed else 1]
     if layout.gated and width % 2:
         raise ValueError(f"a gated gate_up_proj needs an even 2F axis, got {tuple(w1.shape)}")

@@ -175,12 +175,19 @@ def expert_parallel_mlp(
         num_experts=num_experts,
         transport=transport,
         overlap=overlap or OverlapConfig(),
-        layout=ExpertLayout(gated, interleaved, transposed),
+        layout_flags=(gated, interleaved, transposed),
         activation=activation,
         backend=backend,
         save=save,
     )
     return y
+
+
+def _refuse(transport: Transport) -> None:
+    """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
+    state = _states.setdefault(transport, _TransportState())
+    state.num_calls += 1
+    refuse_call(transport, state.num_calls - 1)
 
 
 def _run_expert_parallel(
@@ -192,26 +199,27 @@ def _run_expert_parallel(
     num_experts: int,
     transport: Transport,
     overlap: OverlapConfig,
-    layout: ExpertLayout,
+    layout_flags: tuple[bool, bool, bool],
     activation: Activation,
     backend: str,
     save: Literal["hidden", "input"],
     num_nonfinite_rows: Tensor | None = None,
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
-    state = _states.setdefault(transport, _TransportState())
-    sequence = state.num_calls
-    state.num_calls += 1
     try:
+        layout = ExpertLayout(*layout_flags)
         check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
         check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size)
         if x.dtype not in DTYPE_CODES:
             raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
         settings = make_settings(x, layout, activation, backend, save)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
-    except (ValueError, TypeError):
-        refuse_call(transport, sequence)
+    except Exception:
+        _refuse(transport)
         raise
+    state = _states.setdefault(transport, _TransportState())
+    sequence = state.num_calls
+    state.num_calls += 1
     grad_enabled = torch.is_grad_enabled()
     tensors = [x, topk_weights, *(w for w in weights if w is not None), *parameters]
     needs_any = grad_enabled and any(t.requires_grad for t in tensors)
@@ -221,7 +229,8 @@ def _run_expert_parallel(
     num_chunks = chooser.num_chunks(overlap, size)
     with torch.no_grad():
         if num_nonfinite_rows is None:
-            num_nonfinite_rows = (~torch.isfinite(topk_weights)).any(dim=1).sum()
+            skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+            num_nonfinite_rows = (~(torch.isfinite(topk_weights) | skipped)).any(dim=1).sum()
         tokens = plan_tokens(topk_ids, num_experts, rank, size, num_chunks, local_first=overlap.local_first)
         header = CallHeader(
             magic=MAGIC,
@@ -317,6 +326,9 @@ class GroupedExperts(nn.Module):
         self.down_proj_bias = empty(model_width) if config.bias else None
         self.reset_parameters(generator)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_report": None}
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
@@ -364,7 +376,7 @@ class GroupedExperts(nn.Module):
             num_experts=config.num_experts,
             transport=self.transport,
             overlap=self.overlap,
-            layout=config.layout,
+            layout_flags=(config.gated, config.interleaved, config.transposed),
             activation=config.activation,
             backend=self.backend,
             save="hidden",
@@ -420,13 +432,18 @@ class MoELayer(nn.Module):
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
         one_device = self.experts.transport is None
-        if one_device:
-            self._raise_earlier_nonfinite()
-        flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat)
+        try:
+            if x.shape[-1] != self.config.hidden_size:
+                raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
+            if one_device:
+                self._raise_earlier_nonfinite()
+            flat = x.reshape(-1, x.shape[-1])
+            routing = self.router(flat)
+        except Exception:
+            if self.experts.transport is not None:
+                _refuse(self.experts.transport)
+            raise
         y = self.experts(flat, routing.topk_ids, routing.topk_weights, num_nonfinite_rows=routing.num_nonfinite_rows)
         if one_device:
             self._remember_nonfinite(routing.num_nonfinite_rows)
@@ -440,6 +457,10 @@ class MoELayer(nn.Module):
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
         self.aux_loss = aux_loss
         return y.view(x.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last call left is no part of a copy: it hangs on that call's graph.
+        return {**self.__dict__, "aux_loss": None, "last_routing": None, "_reported_nonfinite": None}
 
     def _remember_nonfinite(self, count: Tensor) -> None:
         """Start copying the flag to the host; the next call reads it, so that this one waits for nothing."""

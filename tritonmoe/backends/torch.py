@@ -290,7 +290,7 @@ def down_grad(
         if down_bias is not None:
             parts = zip(experts, rows.split(counts), dweights[first:last].split(counts), strict=True)
             for e, part, target in parts:
-                target += part.to(acc) @ down_bias[e].to(acc)
+                target += (part.to(acc) * down_bias[e].to(acc)).sum(1)  # not @, which autocast would narrow
     return dh, scaled_a, dweights
 
 

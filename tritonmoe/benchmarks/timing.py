@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,17 +19,22 @@ __all__ = ["Samples", "add_arguments", "environment", "interleave", "write_json"
 Samples = dict[str, list[float]]
 
 
-def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Samples:
-    """Run every variant once a round, in turn, and give the seconds of each; the first `warmup` rounds are dropped.
+def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> Samples:
+    """Run every variant once a round, in an order drawn anew, and give the seconds of each, round by round.
 
-    On a machine whose speed drifts, only variants of the same rounds may be compared.
+    Each timed run follows an untimed one of the same variant, so that none pays for the caches and the memory that
+    another left behind. On a machine whose speed drifts, only variants of the same rounds may be compared. The first
+    `warmup` rounds are dropped.
     """
     samples: Samples = {name: [] for name in variants}
+    order, shuffle = list(variants), random.Random(0).shuffle
     for number in range(warmup + rounds):
-        for name, run in variants.items():
+        shuffle(order)
+        for name in order:
+            variants[name]()
             _synchronize()
             started = time.perf_counter()
-            run()
+            variants[name]()
             _synchronize()
             if number >= warmup:
                 samples[name].append(time.perf_counter() - started)

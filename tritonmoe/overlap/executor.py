@@ -49,7 +49,7 @@ class PassReport:
         self._origin = _mark(device)
         self._end = self._origin
         self._compute: list[tuple[Step, object, object]] = []
-        self._exchanges: list[tuple[Step, object, object, object, PendingExchange]] = []
+        self._exchanges: list[tuple[Step, object, object, object, float | None]] = []
         self._steps: list[StepTiming] | None = None
 
     def _seconds(self, mark: object) -> float:
@@ -60,25 +60,18 @@ class PassReport:
 
     @property
     def steps(self) -> list[StepTiming]:
-        """Every step, in issue order of its lane."""
+        """Every step, by the time at which it started or was posted."""
         if self._steps is None:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             steps = [
                 StepTiming(step, self._seconds(first), self._seconds(last), 0.0) for step, first, last in self._compute
             ]
-            for step, posted, before, after, pending in self._exchanges:
-                finished = pending.finished_at() if self._device.type == "cpu" else None
-                steps.append(
-                    StepTiming(
-                        step,
-                        self._seconds(posted),
-                        self._seconds(after if finished is None else finished),
-                        self._seconds(after) - self._seconds(before),
-                    )
-                )
-            self._steps = steps
-            self._exchanges = [(step, p, b, a, _DONE) for step, p, b, a, _ in self._exchanges]
+            for step, posted, before, after, finished in self._exchanges:
+                waited = self._seconds(after) - self._seconds(before)
+                end = self._seconds(after if finished is None else finished)
+                steps.append(StepTiming(step, self._seconds(posted), end, waited))
+            self._steps = sorted(steps, key=lambda timing: timing.start_s)
         return self._steps
 
     @property
@@ -109,16 +102,6 @@ class PassReport:
             busy += max(0.0, end - max(start, reached))
             reached = max(reached, end)
         return busy
-
-
-class _Finished(PendingExchange):
-    """Stands in for an exchange whose times have been read, so that its buffers can go."""
-
-    def wait(self) -> Tensor:
-        raise AssertionError("this exchange is over")
-
-
-_DONE = _Finished()
 
 
 @dataclass
@@ -153,7 +136,10 @@ def execute(
                 posted_at, pending = posted.pop(earlier)
                 before = _mark(device)
                 pending.wait()
-                report._exchanges.append((schedule[earlier], posted_at, before, _mark(device), pending))
+                after = _mark(device)
+                # Only the time is kept: the exchange itself would keep its buffers.
+                finished = pending.finished_at() if device.type == "cpu" else None
+                report._exchanges.append((schedule[earlier], posted_at, before, after, finished))
         started = _mark(device)
         pending_or_none = actions[step.kind](step.chunk)
         if step.lane == "comm":

@@ -68,6 +68,10 @@ class Transport(ABC):
             TransportError: the exchange failed or took longer than the transport's timeout.
         """
 
+    def __deepcopy__(self, memo: dict) -> "Transport":
+        # A connection, not a value: the copy of a layer talks over the same one.
+        return self
+
     def close(self) -> None:
         """Release what the transport holds; using it afterwards raises TransportError."""
 
