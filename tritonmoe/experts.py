@@ -22,6 +22,8 @@ from .grouping import Grouping
 __all__ = ["ExpertSettings", "ExpertWeights", "ExpertsRun", "check_arguments", "moe_mlp"]
 
 MAX_PAIRS = 2**31 - 1
+SMALLEST_SCRATCH_BYTES = 2**20
+"""Smaller pieces come fast enough from the allocator."""
 
 
 class ExpertWeights(NamedTuple):
@@ -53,6 +55,8 @@ class _CPUScratch(threading.local):
 
     def take(self, owner: object, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         num_bytes = num_rows * width * dtype.itemsize
+        if num_bytes < SMALLEST_SCRATCH_BYTES:
+            return torch.empty(num_rows, width, dtype=dtype)
         pool = self.free.setdefault(name, [])
         buffer = pool.pop() if pool else torch.empty(0, dtype=torch.uint8)
         if buffer.shape[0] < num_bytes:

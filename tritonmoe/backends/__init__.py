@@ -18,9 +18,14 @@ BACKENDS = ("triton", "torch", "reference")
 log = logging.getLogger("tritonmoe")
 
 
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def triton_unusable_reason(device: Device) -> str | None:
     """Say why the Triton kernels can't run on `device`; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "the package triton is not installed (pip install triton)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None

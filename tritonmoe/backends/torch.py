@@ -6,6 +6,7 @@ with `out=`, since fresh memory costs a CPU more (page faults) than the arithmet
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,44 +53,71 @@ def _blocks(grouping: Grouping) -> list[_Block]:
     return blocks
 
 
-def _in_out(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
-    """Each expert's weight as (in, out)."""
-    return (weight if layout.transposed else weight.mT).unbind(0)
+class _Matrices:
+    """The experts' weights as (E, in, out)."""
+
+    def __init__(self, stacked: Tensor) -> None:
+        self.stacked = stacked
+
+    @cached_property
+    def each(self) -> tuple[Tensor, ...]:
+        return self.stacked.unbind(0)
 
 
-def _out_in(weight: Tensor, layout: ExpertLayout) -> tuple[Tensor, ...]:
-    return (weight.mT if layout.transposed else weight).unbind(0)
+def _in_out(weight: Tensor, layout: ExpertLayout) -> _Matrices:
+    return _Matrices(weight if layout.transposed else weight.mT)
+
+
+def _out_in(weight: Tensor, layout: ExpertLayout) -> _Matrices:
+    return _Matrices(weight.mT if layout.transposed else weight)
 
 
 def _block_buffer(blocks: list[_Block], width: int, like: Tensor) -> Tensor:
     return like.new_empty(max((block.last - block.first for block in blocks), default=0), width)
 
 
+def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
+    """Say whether all pairs make one block that PyTorch's grouped_mm takes.
+
+    Its loop over the experts costs less than ours, which shows where the products are short; it allocates its result,
+    which would show where they are long. It takes rows of whole 16 bytes.
+    """
+    return grouping.host_expert_offsets[-1] <= BLOCK_ROWS and all(
+        operand.device.type == "cpu"
+        and operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and operand.data_ptr() % 16 == 0
+        and all(size * operand.itemsize % 16 == 0 for size in operand.shape[-1:])
+        and all(stride == 1 or stride * operand.itemsize % 16 == 0 for stride in operand.stride())
+        for operand in operands
+    )
+
+
 def _products(
     rows: Tensor,
-    weights: tuple[Tensor, ...],
+    matrices: _Matrices,
     bias: Tensor | None,
     experts: Sequence[int],
     counts: list[int],
     out: Tensor,
 ) -> None:
-    """Multiply each expert's rows, counts[i] of experts[i], by its weight, and add its bias."""
+    """Multiply each expert's rows, counts[i] of experts[i], by its matrix, and add its bias."""
     for e, part, target in zip(experts, rows.split(counts), out.split(counts), strict=True):
         if bias is None:
-            torch.mm(part, weights[e], out=target)
+            torch.mm(part, matrices.each[e], out=target)
         else:
-            torch.addmm(bias[e], part, weights[e], out=target)
+            torch.addmm(bias[e], part, matrices.each[e], out=target)
 
 
-def _all_products(
-    values: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, grouping: Grouping, out: Tensor
-) -> Tensor:
-    """Multiply all pairs' values (N, in) by their experts' weights."""
+def _all_products(values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor) -> Tensor:
+    """Multiply all pairs' values (N, in) by their experts' matrices."""
     offsets = grouping.host_expert_offsets
+    values, target = values[: offsets[-1]], out[: offsets[-1]]
+    if bias is None and _is_small(grouping, values, matrices.stacked, target):
+        target.copy_(F.grouped_mm(values, matrices.stacked, offs=grouping.expert_offsets[1:]))
+        return out
     counts = [last - first for first, last in pairwise(offsets)]
     experts = [e for e, count in enumerate(counts) if count]
-    used = [counts[e] for e in experts]
-    _products(values[: offsets[-1]], weights, bias, experts, used, out[: offsets[-1]])
+    _products(values, matrices, bias, experts, [counts[e] for e in experts], target)
     return out
 
 
@@ -167,12 +195,15 @@ def up(
     acc = accumulation_dtype(x.dtype)
     row_buffer = _block_buffer(blocks, x.shape[1], x)
     hidden_buffer = _block_buffer(blocks, width, x) if h is None else x
-    weights = _in_out(gate_up_proj, layout)
+    matrices = _in_out(gate_up_proj, layout)
     for first, last, experts, counts in blocks:
         rows = row_buffer[: last - first]
         torch.index_select(x, 0, grouping.row_index[first:last], out=rows)
         hidden = hidden_buffer[: last - first] if h is None else h[first:last]
-        _products(rows, weights, gate_up_bias, experts, counts, hidden)
+        if len(blocks) == 1:
+            _all_products(rows, matrices, gate_up_bias, grouping, hidden)
+        else:
+            _products(rows, matrices, gate_up_bias, experts, counts, hidden)
         if a is not None and activation is not None:
             for part in _row_slices(last - first, width):
                 _activate(hidden[part].to(acc), layout, activation, a[first:last][part])
@@ -187,9 +218,12 @@ def _row_slices(num_rows: int, width: int) -> Iterator[slice]:
 
 
 def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor) -> None:
-    if activation == "silu" and layout.gated and out.dtype == h.dtype:
+    if activation == "silu" and layout.gated:
         gate, up_half = split_gate(h, layout)
-        torch.mul(F.silu(gate), up_half, out=out)
+        if out.dtype == h.dtype:
+            torch.mul(F.silu(gate), up_half, out=out)
+        else:
+            out.copy_(F.silu(gate).mul_(up_half))
     else:
         out.copy_(apply_activation(h, layout, activation))
 
@@ -268,11 +302,14 @@ def down_grad(
     blocks = _blocks(grouping)
     row_buffer = _block_buffer(blocks, dout.shape[1], dout)
     product_buffer = _block_buffer(blocks, inner, dout)
-    weights = _out_in(down_proj, layout)
+    matrices = _out_in(down_proj, layout)
     for first, last, experts, counts in blocks:
         rows, products = row_buffer[: last - first], product_buffer[: last - first]
         torch.index_select(dout, 0, grouping.row_index[first:last], out=rows)
-        _products(rows, weights, None, experts, counts, products)
+        if len(blocks) == 1:
+            _all_products(rows, matrices, None, grouping, products)
+        else:
+            _products(rows, matrices, None, experts, counts, products)
         for part in _row_slices(last - first, inner):
             positions = slice(first + part.start, first + part.stop)
             scale, g = scales[positions], products[part].to(acc)
@@ -357,53 +394,56 @@ def weight_grad(
     down_bias: bool = False,
 ) -> WeightGrads:
     order = grouping.source_order
-    rows = grouping.row_index if order is None else grouping.row_index.index_select(0, order)
-
-    def pairs_of(values: Tensor, first: int, last: int) -> Tensor:
-        return values[first:last] if order is None else values.index_select(0, order[first:last])
-
-    offsets = grouping.host_expert_offsets
-    num_experts = grouping.num_experts
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
-        shape = (x.shape[1], dh.shape[1]) if layout.transposed else (dh.shape[1], x.shape[1])
-        dw1 = dh.new_empty(num_experts, *shape)
-    if dh is not None and gate_up_bias:
-        db1 = dh.new_empty(num_experts, dh.shape[1])
+        dw1 = _outer_sums(dh, x, grouping, pairs_first=not layout.transposed)
     if dout is not None and scaled_a is not None:
-        shape = (scaled_a.shape[1], dout.shape[1]) if layout.transposed else (dout.shape[1], scaled_a.shape[1])
-        dw2 = dout.new_empty(num_experts, *shape)
+        dw2 = _outer_sums(scaled_a, dout, grouping, pairs_first=layout.transposed)
+    if dh is not None and gate_up_bias:
+        db1 = dh.new_zeros(grouping.num_experts, dh.shape[1])
+        for e, positions in _expert_slices(grouping):
+            values = dh[positions] if order is None else dh.index_select(0, order[positions])
+            db1[e] = values.sum(0, dtype=accumulation_dtype(dh.dtype))
     if dout is not None and topk_weights is not None and down_bias:
-        db2 = dout.new_empty(num_experts, dout.shape[1])
+        acc = accumulation_dtype(dout.dtype)
+        db2 = dout.new_zeros(grouping.num_experts, dout.shape[1])
         pair_index = grouping.pair_index if order is None else grouping.pair_index.index_select(0, order)
-        scales = topk_weights.flatten().index_select(0, pair_index).unsqueeze(1)
-    for e in range(num_experts):
-        first, last = offsets[e], offsets[e + 1]
-        if first == last:
-            for grad in (dw1, db1, dw2, db2):
-                if grad is not None:
-                    grad[e].zero_()
-            continue
-        if dh is not None and (dw1 is not None or db1 is not None):
-            dh_rows = pairs_of(dh, first, last)
-            if dw1 is not None and x is not None:
-                x_rows = x.index_select(0, rows[first:last])
-                _outer_sum(dh_rows, x_rows, not layout.transposed, dw1[e])
-            if db1 is not None:
-                db1[e] = dh_rows.sum(0, dtype=accumulation_dtype(dh.dtype))
-        if dout is not None and (dw2 is not None or db2 is not None):
-            dout_rows = dout.index_select(0, rows[first:last])
-            if dw2 is not None and scaled_a is not None:
-                _outer_sum(pairs_of(scaled_a, first, last), dout_rows, layout.transposed, dw2[e])
-            if db2 is not None:
-                acc = accumulation_dtype(dout.dtype)
-                db2[e] = (dout_rows.to(acc) * scales[first:last].to(acc)).sum(0)
+        scales = topk_weights.flatten().index_select(0, pair_index).to(acc).unsqueeze(1)
+        rows = torch.div(pair_index, grouping.top_k, rounding_mode="floor")
+        for e, positions in _expert_slices(grouping):
+            db2[e] = (dout.index_select(0, rows[positions]).to(acc) * scales[positions]).sum(0)
     return WeightGrads(dw1, db1, dw2, db2)
 
 
-def _outer_sum(pairs: Tensor, rows: Tensor, pairs_first: bool, out: Tensor) -> None:
-    """Write the sum over n of outer(pairs[n], rows[n]), or of outer(rows[n], pairs[n]), into `out`."""
-    if pairs_first:
-        torch.mm(pairs.mT, rows, out=out)
-    else:
-        torch.mm(rows.mT, pairs, out=out)
+def _expert_slices(grouping: Grouping) -> Iterator[tuple[int, slice]]:
+    """Give (expert, its positions in source order) for the experts that have pairs."""
+    for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+        if first < last:
+            yield e, slice(first, last)
+
+
+def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pairs_first: bool) -> Tensor:
+    """Sum outer(pair_values[n], row_values[row of n]) over each expert's pairs, or with the factors swapped."""
+    order, row_index = grouping.source_order, grouping.row_index
+
+    def factors(positions: slice) -> tuple[Tensor, Tensor]:
+        if order is None:
+            pairs, rows = pair_values[positions], row_index[positions]
+        else:
+            stored = order[positions]
+            pairs, rows = pair_values.index_select(0, stored), row_index.index_select(0, stored)
+        gathered = row_values.index_select(0, rows)
+        return (pairs.mT, gathered) if pairs_first else (gathered.mT, pairs)
+
+    if _is_small(grouping, pair_values, row_values) and grouping.num_pairs:
+        left, right = factors(slice(grouping.num_pairs))
+        return F.grouped_mm(left, right, offs=grouping.expert_offsets[1:])
+    shape = (pair_values.shape[1], row_values.shape[1])
+    out = pair_values.new_empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]))
+    offsets = grouping.host_expert_offsets
+    for e, target in enumerate(out.unbind(0)):
+        if offsets[e] < offsets[e + 1]:
+            torch.mm(*factors(slice(offsets[e], offsets[e + 1])), out=target)
+        else:
+            target.zero_()
+    return out
