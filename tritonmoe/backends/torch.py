@@ -135,12 +135,15 @@ def group(
     num_chunks = len(row_offsets) - 1
     num_keys = num_chunks * num_experts  # a pair's key is chunk * E + expert; skipped pairs come last
     keys = topk_ids
-    skipped = (keys < 0) | (keys >= num_experts)
+    lowest, highest = topk_ids.aminmax() if topk_ids.numel() else (0, 0)
+    skips = int(lowest) < 0 or int(highest) >= num_experts
     if num_chunks > 1:
         row_starts = torch.tensor(row_offsets[1:-1], device=device)
         chunk_of_row = torch.bucketize(torch.arange(num_rows, device=device), row_starts, right=True)
         keys = keys + (chunk_of_row * num_experts)[:, None]
-    sorted_keys, order = torch.sort(keys.masked_fill(skipped, num_keys).flatten(), stable=True)
+    if skips:
+        keys = keys.masked_fill((topk_ids < 0) | (topk_ids >= num_experts), num_keys)
+    sorted_keys, order = torch.sort(keys.flatten(), stable=True)
     starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=device), out_int32=True)
     pair_offsets = [0, *starts[num_experts::num_experts].tolist()]
     num_pairs = pair_offsets[-1]
@@ -247,36 +250,36 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
     if index.numel() == 0:
         return result.zero_()
     acc = accumulation_dtype(y.dtype)
-    scales = None if weights is None else weights.to(acc)
-    if y.device.type == "cpu" and int(index.min()) >= 0:
-        # Nothing is skipped: every row has num_slots terms.
-        terms, starts = index.flatten(), torch.arange(0, index.numel(), num_slots)
-        scales = None if scales is None else scales.flatten()
-    else:
-        present = index >= 0
-        terms = index[present]
-        scales = None if scales is None else scales[present]
-        ends = torch.cumsum(present.sum(1), 0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        if terms.shape[0] == 0:
-            return result.zero_()
-    # embedding_bag is PyTorch's fused gather-sum: in slot order, accumulated in its operand's dtype.
+    skips = int(index.min()) < 0
+    if weights is not None:
+        weights = weights.to(acc)
     if y.dtype == acc:
+        # embedding_bag is PyTorch's fused gather-sum, in slot order.
+        terms, starts = index.flatten(), torch.arange(0, index.numel(), num_slots, device=y.device)
+        if skips:
+            present = index >= 0
+            terms = index[present]
+            weights = None if weights is None else weights[present]
+            ends = torch.cumsum(present.sum(1), 0)
+            starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+            if terms.shape[0] == 0:
+                return result.zero_()
+        scales = None if weights is None else weights.flatten()
         return result.copy_(F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales))
+    if y.shape[0] == 0:
+        return result.zero_()
+    # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
     rows_per_block = max(1, BLOCK_ROWS // num_slots)
-    bounds = [*starts[::rows_per_block].tolist(), terms.shape[0]]
-    for block, (low, high) in enumerate(pairwise(bounds)):
-        tokens = slice(block * rows_per_block, (block + 1) * rows_per_block)
-        if low == high:
-            result[tokens] = 0
-            continue
-        result[tokens] = F.embedding_bag(
-            torch.arange(high - low, device=y.device),
-            y.index_select(0, terms[low:high]).to(acc),
-            starts[tokens] - low,
-            mode="sum",
-            per_sample_weights=None if scales is None else scales[low:high],
-        )
+    for first in range(0, num_rows, rows_per_block):
+        block = index[first : first + rows_per_block]
+        rows = y.index_select(0, (block.clamp(min=0) if skips else block).flatten()).to(acc).view(*block.shape, -1)
+        if skips:
+            rows.masked_fill_((block < 0).unsqueeze(2), 0)
+        if weights is None:
+            total = rows.sum(1)
+        else:
+            total = torch.bmm(weights[first : first + rows_per_block].unsqueeze(1), rows).squeeze(1)
+        result[first : first + rows_per_block] = total
     return result
 
 
