@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.grouping import Grouping
+from tritonmoe.grouping import Grouping, GroupingBlock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": reference, "torch": torch_backend, "triton": triton_backend}
@@ -244,3 +244,39 @@ def test_source_order_does_not_depend_on_the_chunks(drawn, pieces: int) -> None:
         stored = grouping.pair_index.tolist()
         orders.append([(rows[stored[n] // ids.shape[1]], stored[n] % ids.shape[1]) for n in order])
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("max_pairs", [1, 2, 4, 7, 8, 100])
+def test_blocks_cover_every_pair_once(max_pairs: int) -> None:
+    topk_ids = torch.tensor([[2, 0], [2, 1], [-1, 2], [0, 2], [2, 4]])
+    grouping = torch_backend.group(topk_ids, 5)
+    blocks = grouping.blocks(max_pairs)
+    covered = [(n, e) for block in blocks for n, e in pairs_of_block(block)]
+    offsets = grouping.host_expert_offsets
+    assert covered == [(n, e) for e in range(5) for n in range(offsets[e], offsets[e + 1])]
+    for block in blocks:
+        assert 0 < block.grouping.num_pairs <= max_pairs
+        assert block.grouping.pair_index.tolist() == grouping.pair_index[block.positions].tolist()
+
+
+def pairs_of_block(block: GroupingBlock) -> list[tuple[int, int]]:
+    """(storage position, expert) of each pair of a block, as the block tells it."""
+    offsets = block.grouping.host_expert_offsets
+    experts = range(block.experts.start, block.experts.stop)
+    assert len(experts) == block.grouping.num_experts
+    return [
+        (block.positions.start + n, e)
+        for e, first, last in zip(experts, offsets[:-1], offsets[1:], strict=True)
+        for n in range(first, last)
+    ]
+
+
+def test_blocks_of_hand_written_offsets() -> None:
+    """The example of Grouping.blocks."""
+    grouping = torch_backend.group(torch.tensor([[0], [0], [1], [2], [2], [2], [2], [2]]), 3)
+    assert [(b.positions, b.experts) for b in grouping.blocks(4)] == [
+        (slice(0, 3), slice(0, 2)),
+        (slice(3, 5), slice(2, 3)),
+        (slice(5, 8), slice(2, 3)),
+    ]
+    assert [b.grouping for b in grouping.blocks(None)] == [grouping]

@@ -157,7 +157,7 @@ def check(operands: Operands, activation) -> None:
 
 @pytest.fixture
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(torch_backend, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(torch_backend, "MAX_BLOCK_PAIRS", request.param)
     return request.param
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import backends
 from .backends.reference import WeightGrads
 from .config import Activation, ExpertLayout, check_activation, is_fused
-from .grouping import Grouping
+from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertSettings", "ExpertWeights", "ExpertsRun", "check_arguments", "moe_mlp"]
 
@@ -91,8 +91,8 @@ class ExpertsRun:
     scaled_a: Tensor | None = None
     activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
-    chunk_buffers: dict[str, Tensor] = field(default_factory=dict)
-    """Memory that every chunk uses again."""
+    reused: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that every chunk, or every block, uses again."""
     activation_parameters: list[Tensor] = field(default_factory=list)
     activation_grads: list[Tensor | None] = field(default_factory=list)
     """Callable activations: the gradients of activation_parameters so far."""
@@ -104,26 +104,28 @@ class ExpertsRun:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
-        if self.keep_hidden and is_fused(activation) and self.h is None:
-            self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
-        width, model_width = self._hidden_width, self.rows.shape[1]
-        fused = is_fused(activation)
-        h, a = ops.up(
-            self.rows,
-            self.weights.gate_up_proj,
-            self.weights.gate_up_bias,
-            grouping,
-            layout,
-            activation if fused else None,
-            needs_h=not fused,
-            out_h=None if self.h is None else self.h[self._pairs(chunk)],
-            out_a=self._chunk_scratch("a", grouping, layout.intermediate_size(width)) if fused else None,
-        )
-        if not fused:
-            a = self._call_activation(chunk, h, grouping)
-        y = self._chunk_scratch("y", grouping, model_width)
-        ops.down(a, self.weights.down_proj, self.weights.down_bias, grouping, layout, out=y)
+        y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+        if is_fused(activation):
+            if self.keep_hidden and self.h is None:
+                self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
+            h = None if self.h is None else self.h[self._pairs(chunk)]
+            for block in grouping.blocks(ops.MAX_BLOCK_PAIRS):
+                self._forward_block(block, None if h is None else h[block.positions], y[block.positions])
+        else:
+            w1, b1, w2, b2 = self.weights
+            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None)
+            ops.down(self._call_activation(chunk, h, grouping), w2, b2, grouping, layout, out=y)
         return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
+
+    def _forward_block(self, block: GroupingBlock, out_h: Tensor | None, out_y: Tensor) -> None:
+        ops, layout, activation, _ = self.settings
+        w1, b1, w2, b2 = self._block_weights(block)
+        num_pairs = block.grouping.num_pairs
+        out_a = self._block_scratch("a", num_pairs, layout.intermediate_size(self._hidden_width))
+        if out_h is None and ops.MAX_BLOCK_PAIRS is not None:
+            out_h = self._block_scratch("h", num_pairs, self._hidden_width)
+        _, a = ops.up(self.rows, w1, b1, block.grouping, layout, activation, needs_h=False, out_h=out_h, out_a=out_a)
+        ops.down(a, w2, b2, block.grouping, layout, out=out_y)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -135,35 +137,70 @@ class ExpertsRun:
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
-        fused = is_fused(activation)
         if self.dh is None or self.scaled_a is None:
             self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
             inner = layout.intermediate_size(self._hidden_width)
             self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
-        if fused:
-            hidden = self._hidden(chunk, grouping)
+        dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
+        dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if needs_dx else None
+        if is_fused(activation):
+            h = None if self.h is None else self.h[pairs]
+            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            parts = [self._backward_block(block, dout, h, dh, scaled_a, dx_pairs) for block in blocks]
+            dweights = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
-            hidden = self.activation_graphs[chunk][1].detach()
-        dhidden, _, dweights = ops.down_grad(
+            w1, _, w2, b2 = self.weights
+            a = self.activation_graphs[chunk][1].detach()
+            da, _, dweights = ops.down_grad(
+                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a
+            )
+            dh.copy_(self._activation_backward(chunk, da))
+            if dx_pairs is not None:
+                ops.up_grad(dh, w1, grouping, layout, out=dx_pairs)
+        dx = None if dx_pairs is None else ops.combine(dx_pairs, grouping.inverse, out=out)
+        return dx, grouping.pairs_to_rows(dweights)
+
+    def _backward_block(
+        self,
+        block: GroupingBlock,
+        dout: Tensor,
+        h: Tensor | None,
+        dh: Tensor,
+        scaled_a: Tensor,
+        dx_pairs: Tensor | None,
+    ) -> Tensor:
+        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights."""
+        ops, layout, activation, _ = self.settings
+        w1, b1, w2, b2 = self._block_weights(block)
+        positions = block.positions
+        if h is None:
+            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None)
+        else:
+            hidden = h[positions]
+        _, _, dweights = ops.down_grad(
             dout,
-            self.weights.down_proj,
-            self.weights.down_bias,
+            w2,
+            b2,
             hidden,
             self.topk_weights,
-            grouping,
+            block.grouping,
             layout,
-            activation if fused else None,
-            out_dh=self.dh[pairs] if fused else None,
-            out_scaled_a=self.scaled_a[pairs],
+            activation,
+            out_dh=dh[positions],
+            out_scaled_a=scaled_a[positions],
         )
-        if not fused:
-            self.dh[pairs] = self._activation_backward(chunk, dhidden)
-        dx = None
-        if needs_dx:
-            dx_pairs = self._chunk_scratch("y", grouping, self.rows.shape[1])
-            ops.up_grad(self.dh[pairs], self.weights.gate_up_proj, grouping, layout, out=dx_pairs)
-            dx = ops.combine(dx_pairs, grouping.inverse, out=out)
-        return dx, grouping.pairs_to_rows(dweights)
+        if dx_pairs is not None:
+            ops.up_grad(dh[positions], w1, block.grouping, layout, out=dx_pairs[positions])
+        return dweights
+
+    def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
+        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
+            return self.weights
+        w1, b1, w2, b2 = self.weights
+        experts = block.experts
+        return ExpertWeights(
+            w1[experts], None if b1 is None else b1[experts], w2[experts], None if b2 is None else b2[experts]
+        )
 
     def weight_grad(self, dout: Tensor, needs: ExpertWeights | tuple[bool, bool, bool, bool]) -> WeightGrads:
         """Give the gradients of the weights; needs says which, in the order of ExpertWeights."""
@@ -181,12 +218,6 @@ class ExpertsRun:
             gate_up_bias=bool(needs_b1),
             down_bias=bool(needs_b2),
         )
-
-    def _hidden(self, chunk: int, grouping: Grouping) -> Tensor:
-        if self.h is not None:
-            return self.h[self._pairs(chunk)]
-        ops, layout, _, _ = self.settings
-        return ops.up(self.rows, self.weights.gate_up_proj, self.weights.gate_up_bias, grouping, layout, None)[0]
 
     def _call_activation(self, chunk: int, h: Tensor, grouping: Grouping) -> Tensor:
         """Run a callable activation; under keep_hidden its graph is kept for backward."""
@@ -225,12 +256,21 @@ class ExpertsRun:
             return self.rows.new_empty(num_pairs, width)
         return _cpu_scratch.take(self, name, num_pairs, width, self.rows.dtype)
 
-    def _chunk_scratch(self, name: str, grouping: Grouping, width: int) -> Tensor:
-        """Give (pairs of this chunk, width) of memory that is not needed after this chunk."""
-        if name not in self.chunk_buffers:
+    def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this chunk."""
+        if name not in self.reused:
             largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
-            self.chunk_buffers[name] = self._scratch(name, largest, width)
-        return self.chunk_buffers[name][: grouping.num_pairs]
+            self.reused[name] = self._scratch(name, largest, width)
+        return self.reused[name][:num_pairs]
+
+    def _block_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this block."""
+        largest = self.settings.ops.MAX_BLOCK_PAIRS
+        if largest is None:
+            return self.rows.new_empty(num_pairs, width)
+        if name not in self.reused:
+            self.reused[name] = self._scratch(name, min(largest, self.grouping.num_pairs), width)
+        return self.reused[name][:num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
@@ -363,11 +403,18 @@ class _MoEMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: ExpertSettings, topk_ids: Tensor, x: Tensor, topk_weights: Tensor, *weights: Tensor | None
+        ctx: Any,
+        settings: ExpertSettings,
+        grad_enabled: bool,
+        topk_ids: Tensor,
+        x: Tensor,
+        topk_weights: Tensor,
+        *weights: Tensor | None,
     ) -> Tensor:
         assert weights[0] is not None
         experts = ExpertWeights(*weights)  # type: ignore[arg-type]
-        keep = any(ctx.needs_input_grad) and settings.save == "hidden"
+        # needs_input_grad knows nothing of no_grad, and in here gradients are always off: hence grad_enabled.
+        keep = grad_enabled and any(ctx.needs_input_grad) and settings.save == "hidden"
         grouping = settings.ops.group(topk_ids, weights[0].shape[0])
         run = ExpertsRun(settings, experts, x, topk_weights, grouping, keep)
         out = run.forward(0)
@@ -379,11 +426,11 @@ class _MoEMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, topk_weights, *weights, h = ctx.saved_tensors
-        _, _, needs_x, needs_topk_weights, *needs = ctx.needs_input_grad
+        _, _, _, needs_x, needs_topk_weights, *needs = ctx.needs_input_grad
         run = ExpertsRun(ctx.settings, ExpertWeights(*weights), x, topk_weights, ctx.grouping, False, h)
         dx, dweights = run.backward(0, dout, needs_x)
         grads = run.weight_grad(dout, tuple(needs))
-        return None, None, dx, dweights.to(topk_weights.dtype) if needs_topk_weights else None, *grads
+        return None, None, None, dx, dweights.to(topk_weights.dtype) if needs_topk_weights else None, *grads
 
 
 class _UpHalf(torch.autograd.Function):
@@ -495,7 +542,7 @@ def moe_mlp(
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
     settings = make_settings(x, layout, activation, backend, save)
     if is_fused(activation):
-        return _MoEMLP.apply(settings, topk_ids, x, topk_weights, *weights)
+        return _MoEMLP.apply(settings, torch.is_grad_enabled(), topk_ids, x, topk_weights, *weights)
     grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
     h = _UpHalf.apply(settings, grouping, x, gate_up_proj, gate_up_bias)
     a = checked_activation(settings, h)

@@ -12,12 +12,12 @@ range that can be computed as soon as its rows have arrived. `source_order` list
 (expert, source rank, token): an order that does not depend on the chunks, in which weight gradients are summed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-__all__ = ["Grouping"]
+__all__ = ["Grouping", "GroupingBlock"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,45 @@ class Grouping:
             chunk_pair_offsets=(0, last_pair - first_pair),
         )
 
+    def blocks(self, max_pairs: int | None) -> list["GroupingBlock"]:
+        """Cut one chunk's pairs into blocks of at most max_pairs: several small experts, or a part of a large one.
+
+        None gives one block, with no host read.
+        Example:
+            expert_offsets [0, 2, 3, 8] with max_pairs=4 gives the positions 0..3 (experts 0 and 1), then 3..5 and
+            5..8 (both of expert 2).
+        """
+        if max_pairs is None or self.num_pairs <= max_pairs:
+            return [GroupingBlock(slice(0, self.num_pairs), slice(0, self.num_experts), self)]
+        offsets = self.host_expert_offsets
+        cuts: list[tuple[int, int, int]] = []  # (first position, its expert, last expert)
+        for e in range(self.num_experts):
+            start, count = offsets[e], offsets[e + 1] - offsets[e]
+            num_parts = -(-count // max_pairs)
+            for part in range(num_parts):
+                first, last = start + count * part // num_parts, start + count * (part + 1) // num_parts
+                if cuts and last - cuts[-1][0] <= max_pairs:
+                    cuts[-1] = (*cuts[-1][:2], e)
+                else:
+                    cuts.append((first, e, e))
+        ends = [first for first, _, _ in cuts[1:]] + [offsets[-1]]
+        return [self._block(first, end, *experts) for (first, *experts), end in zip(cuts, ends, strict=True)]
+
+    def _block(self, first: int, last: int, first_expert: int, last_expert: int) -> "GroupingBlock":
+        experts = slice(first_expert, last_expert + 1)
+        inside = [
+            min(max(offset, first), last) - first for offset in self.host_expert_offsets[first_expert : last_expert + 2]
+        ]
+        expert_offsets = torch.tensor(inside, dtype=torch.int32, device=self.expert_offsets.device)
+        grouping = replace(
+            self,
+            pair_index=self.pair_index[first:last],
+            expert_offsets=expert_offsets,
+            chunk_expert_offsets=expert_offsets.unsqueeze(0),
+            chunk_pair_offsets=(0, last - first),
+        )
+        return GroupingBlock(slice(first, last), experts, grouping)
+
     def pairs_to_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Bring one value per stored pair, (N,), back to (R, K); skipped pairs get exactly zero.
 
@@ -98,3 +137,14 @@ class Grouping:
             return values.new_zeros(self.inverse.shape)
         gathered = values[self.inverse.clamp(min=0)]
         return torch.where(self.inverse >= 0, gathered, gathered.new_zeros(()))
+
+
+@dataclass(frozen=True)
+class GroupingBlock:
+    """Some of one chunk's pairs, for operations that go pair by pair (not for combine: `inverse` is the chunk's)."""
+
+    positions: slice
+    """Where they are stored in the chunk."""
+    experts: slice
+    """The experts that they belong to; `grouping` counts its experts from the first of these."""
+    grouping: Grouping

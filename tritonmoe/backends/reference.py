@@ -30,6 +30,9 @@ __all__ = [
     "weight_grad",
 ]
 
+MAX_BLOCK_PAIRS: int | None = None
+"""How many pairs callers hand over at a time; None for all."""
+
 
 class WeightGrads(NamedTuple):
     """Gradients of the expert weights; None where they were not asked for."""

@@ -5,10 +5,9 @@ block are read back while they are warm, instead of one pass over all pairs per 
 with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +19,12 @@ from .reference import WeightGrads, accumulation_dtype, apply_activation, split_
 
 __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
 
-BLOCK_ROWS = 768
-"""Rows of a block: enough for an efficient product, few enough that its result is still in cache."""
-ELEMENTWISE_SIZE = 2**17
+MAX_BLOCK_PAIRS: int | None = 768
+"""Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""
+SMALL_PAIRS_PER_EXPERT = 32
+COMBINE_BLOCK_TERMS = 768
+ELEMENTWISE_SIZE = 2**18
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
-
-
-class _Block(NamedTuple):
-    """Positions first..last, which are few enough to stay in cache, and the experts' parts of them."""
-
-    first: int
-    last: int
-    experts: list[int]
-    counts: list[int]
-    """Pairs of each of `experts`, in the order of the positions."""
-
-
-def _blocks(grouping: Grouping) -> list[_Block]:
-    """Cut the pairs into blocks of at most BLOCK_ROWS: several small experts, or an even share of a large one."""
-    offsets = grouping.host_expert_offsets
-    blocks: list[_Block] = []
-    for e in range(grouping.num_experts):
-        start, count = offsets[e], offsets[e + 1] - offsets[e]
-        num_parts = -(-count // BLOCK_ROWS)
-        for i in range(num_parts):
-            first, last = start + count * i // num_parts, start + count * (i + 1) // num_parts
-            if not blocks or last - blocks[-1].first > BLOCK_ROWS:
-                blocks.append(_Block(first, last, [], []))
-            blocks[-1].experts.append(e)
-            blocks[-1].counts.append(last - first)
-            blocks[-1] = blocks[-1]._replace(last=last)
-    return blocks
 
 
 class _Matrices:
@@ -72,17 +46,14 @@ def _out_in(weight: Tensor, layout: ExpertLayout) -> _Matrices:
     return _Matrices(weight.mT if layout.transposed else weight)
 
 
-def _block_buffer(blocks: list[_Block], width: int, like: Tensor) -> Tensor:
-    return like.new_empty(max((block.last - block.first for block in blocks), default=0), width)
-
-
 def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
-    """Say whether all pairs make one block that PyTorch's grouped_mm takes.
+    """Say whether the experts have so few pairs each that PyTorch's grouped_mm pays, and whether it takes these.
 
     Its loop over the experts costs less than ours, which shows where the products are short; it allocates its result,
     which would show where they are long. It takes rows of whole 16 bytes.
     """
-    return grouping.host_expert_offsets[-1] <= BLOCK_ROWS and all(
+    num_pairs = grouping.host_expert_offsets[-1]
+    return 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts and all(
         operand.device.type == "cpu"
         and operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and operand.data_ptr() % 16 == 0
@@ -92,32 +63,21 @@ def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
     )
 
 
-def _products(
-    rows: Tensor,
-    matrices: _Matrices,
-    bias: Tensor | None,
-    experts: Sequence[int],
-    counts: list[int],
-    out: Tensor,
-) -> None:
-    """Multiply each expert's rows, counts[i] of experts[i], by its matrix, and add its bias."""
-    for e, part, target in zip(experts, rows.split(counts), out.split(counts), strict=True):
-        if bias is None:
-            torch.mm(part, matrices.each[e], out=target)
-        else:
-            torch.addmm(bias[e], part, matrices.each[e], out=target)
-
-
-def _all_products(values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor) -> Tensor:
-    """Multiply all pairs' values (N, in) by their experts' matrices."""
+def _products(values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor) -> Tensor:
+    """Multiply all pairs' values (N, in) by their experts' matrices, and add the experts' bias."""
     offsets = grouping.host_expert_offsets
     values, target = values[: offsets[-1]], out[: offsets[-1]]
     if bias is None and _is_small(grouping, values, matrices.stacked, target):
         target.copy_(F.grouped_mm(values, matrices.stacked, offs=grouping.expert_offsets[1:]))
         return out
     counts = [last - first for first, last in pairwise(offsets)]
-    experts = [e for e, count in enumerate(counts) if count]
-    _products(values, matrices, bias, experts, [counts[e] for e in experts], target)
+    for e, (part, product) in enumerate(zip(values.split(counts), target.split(counts), strict=True)):
+        if counts[e] == 0:
+            continue
+        if bias is None:
+            torch.mm(part, matrices.each[e], out=product)
+        else:
+            torch.addmm(bias[e], part, matrices.each[e], out=product)
     return out
 
 
@@ -188,29 +148,17 @@ def up(
     out_a: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
-    blocks = _blocks(grouping)
-    h = out_h
-    if h is None and needs_h:
-        h = x.new_empty(grouping.num_pairs, width)
+    h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
     a = out_a
     if a is None and activation is not None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
     acc = accumulation_dtype(x.dtype)
-    row_buffer = _block_buffer(blocks, x.shape[1], x)
-    hidden_buffer = _block_buffer(blocks, width, x) if h is None else x
-    matrices = _in_out(gate_up_proj, layout)
-    for first, last, experts, counts in blocks:
-        rows = row_buffer[: last - first]
-        torch.index_select(x, 0, grouping.row_index[first:last], out=rows)
-        hidden = hidden_buffer[: last - first] if h is None else h[first:last]
-        if len(blocks) == 1:
-            _all_products(rows, matrices, gate_up_bias, grouping, hidden)
-        else:
-            _products(rows, matrices, gate_up_bias, experts, counts, hidden)
-        if a is not None and activation is not None:
-            for part in _row_slices(last - first, width):
-                _activate(hidden[part].to(acc), layout, activation, a[first:last][part])
-    return h, a
+    rows = x.index_select(0, grouping.row_index)
+    _products(rows, _in_out(gate_up_proj, layout), gate_up_bias, grouping, h)
+    if a is not None and activation is not None:
+        for part in _row_slices(h.shape[0], width):
+            _activate(h[part].to(acc), layout, activation, a[part])
+    return (h if needs_h or out_h is not None or activation is None else None), a
 
 
 def _row_slices(num_rows: int, width: int) -> Iterator[slice]:
@@ -241,7 +189,7 @@ def down(
     out: Tensor | None = None,
 ) -> Tensor:
     y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
-    return _all_products(a, _in_out(down_proj, layout), down_bias, grouping, y)
+    return _products(a, _in_out(down_proj, layout), down_bias, grouping, y)
 
 
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -269,7 +217,7 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
     if y.shape[0] == 0:
         return result.zero_()
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
-    rows_per_block = max(1, BLOCK_ROWS // num_slots)
+    rows_per_block = max(1, COMBINE_BLOCK_TERMS // num_slots)
     for first in range(0, num_rows, rows_per_block):
         block = index[first : first + rows_per_block]
         rows = y.index_select(0, (block.clamp(min=0) if skips else block).flatten()).to(acc).view(*block.shape, -1)
@@ -302,35 +250,25 @@ def down_grad(
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
-    blocks = _blocks(grouping)
-    row_buffer = _block_buffer(blocks, dout.shape[1], dout)
-    product_buffer = _block_buffer(blocks, inner, dout)
-    matrices = _out_in(down_proj, layout)
-    for first, last, experts, counts in blocks:
-        rows, products = row_buffer[: last - first], product_buffer[: last - first]
-        torch.index_select(dout, 0, grouping.row_index[first:last], out=rows)
-        if len(blocks) == 1:
-            _all_products(rows, matrices, None, grouping, products)
+    rows = dout.index_select(0, grouping.row_index)
+    products = _products(rows, _out_in(down_proj, layout), None, grouping, dout.new_empty(grouping.num_pairs, inner))
+    for part in _row_slices(grouping.num_pairs, inner):
+        scale, g = scales[part], products[part].to(acc)
+        da = g * scale
+        if activation is None:
+            a = hidden[part].to(acc)
+            dh[part] = da
         else:
-            _products(rows, matrices, None, experts, counts, products)
-        for part in _row_slices(last - first, inner):
-            positions = slice(first + part.start, first + part.stop)
-            scale, g = scales[positions], products[part].to(acc)
-            da = g * scale
-            if activation is None:
-                a = hidden[positions].to(acc)
-                dh[positions] = da
-            else:
-                a = _activation_backward(hidden[positions].to(acc), da, layout, activation, dh[positions])
-            torch.sum(g.mul_(a), 1, out=dweights[positions])
-            if a.dtype == dout.dtype:
-                torch.mul(a, scale, out=scaled_a[positions])
-            else:
-                scaled_a[positions] = a * scale
-        if down_bias is not None:
-            parts = zip(experts, rows.split(counts), dweights[first:last].split(counts), strict=True)
-            for e, part, target in parts:
-                target += (part.to(acc) * down_bias[e].to(acc)).sum(1)  # not @, which autocast would narrow
+            a = _activation_backward(hidden[part].to(acc), da, layout, activation, dh[part])
+        torch.sum(g.mul_(a), 1, out=dweights[part])
+        if a.dtype == dout.dtype:
+            torch.mul(a, scale, out=scaled_a[part])
+        else:
+            scaled_a[part] = a * scale
+    if down_bias is not None:
+        for e, positions in _expert_slices(grouping):
+            # not @, which autocast would narrow
+            dweights[positions] += (rows[positions].to(acc) * down_bias[e].to(acc)).sum(1)
     return dh, scaled_a, dweights
 
 
@@ -381,7 +319,7 @@ def up_grad(
     dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
 ) -> Tensor:
     dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
-    return _all_products(dh, _out_in(gate_up_proj, layout), None, grouping, dx)
+    return _products(dh, _out_in(gate_up_proj, layout), None, grouping, dx)
 
 
 def weight_grad(
@@ -438,7 +376,7 @@ def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pai
         gathered = row_values.index_select(0, rows)
         return (pairs.mT, gathered) if pairs_first else (gathered.mT, pairs)
 
-    if _is_small(grouping, pair_values, row_values) and grouping.num_pairs:
+    if _is_small(grouping, pair_values, row_values):
         left, right = factors(slice(grouping.num_pairs))
         return F.grouped_mm(left, right, offs=grouping.expert_offsets[1:])
     shape = (pair_values.shape[1], row_values.shape[1])

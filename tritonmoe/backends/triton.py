@@ -23,6 +23,9 @@ __all__ = [
     "weight_grad",
 ]
 
+MAX_BLOCK_PAIRS: int | None = None
+"""How many pairs callers hand over at a time; None for all."""
+
 
 def group(
     topk_ids: Tensor,
