@@ -104,28 +104,40 @@ class ExpertsRun:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
-        y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
         if is_fused(activation):
             if self.keep_hidden and self.h is None:
                 self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
             h = None if self.h is None else self.h[self._pairs(chunk)]
-            for block in grouping.blocks(ops.MAX_BLOCK_PAIRS):
-                self._forward_block(block, None if h is None else h[block.positions], y[block.positions])
+            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            if len(blocks) == 1:
+                y = self._forward_block(blocks[0], out_h=h)
+            else:
+                width, inner = self._hidden_width, layout.intermediate_size(self._hidden_width)
+                y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+                for block in blocks:
+                    self._forward_block(
+                        block,
+                        out_h=self._block_scratch("h", block, width) if h is None else h[block.positions],
+                        out_a=self._block_scratch("a", block, inner),
+                        out_y=y[block.positions],
+                    )
         else:
             w1, b1, w2, b2 = self.weights
             h, _ = ops.up(self.rows, w1, b1, grouping, layout, None)
-            ops.down(self._call_activation(chunk, h, grouping), w2, b2, grouping, layout, out=y)
+            y = ops.down(self._call_activation(chunk, h, grouping), w2, b2, grouping, layout)
         return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
 
-    def _forward_block(self, block: GroupingBlock, out_h: Tensor | None, out_y: Tensor) -> None:
+    def _forward_block(
+        self,
+        block: GroupingBlock,
+        out_h: Tensor | None = None,
+        out_a: Tensor | None = None,
+        out_y: Tensor | None = None,
+    ) -> Tensor:
         ops, layout, activation, _ = self.settings
         w1, b1, w2, b2 = self._block_weights(block)
-        num_pairs = block.grouping.num_pairs
-        out_a = self._block_scratch("a", num_pairs, layout.intermediate_size(self._hidden_width))
-        if out_h is None and ops.MAX_BLOCK_PAIRS is not None:
-            out_h = self._block_scratch("h", num_pairs, self._hidden_width)
         _, a = ops.up(self.rows, w1, b1, block.grouping, layout, activation, needs_h=False, out_h=out_h, out_a=out_a)
-        ops.down(a, w2, b2, block.grouping, layout, out=out_y)
+        return ops.down(a, w2, b2, block.grouping, layout, out=out_y)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -263,14 +275,11 @@ class ExpertsRun:
             self.reused[name] = self._scratch(name, largest, width)
         return self.reused[name][:num_pairs]
 
-    def _block_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
-        """Give (num_pairs, width) of memory that is not needed after this block."""
-        largest = self.settings.ops.MAX_BLOCK_PAIRS
-        if largest is None:
-            return self.rows.new_empty(num_pairs, width)
+    def _block_scratch(self, name: str, block: GroupingBlock, width: int) -> Tensor:
+        """Give (pairs of the block, width) of memory that is not needed after this block."""
         if name not in self.reused:
-            self.reused[name] = self._scratch(name, min(largest, self.grouping.num_pairs), width)
-        return self.reused[name][:num_pairs]
+            self.reused[name] = self._scratch(name, self.settings.ops.MAX_BLOCK_PAIRS, width)
+        return self.reused[name][: block.grouping.num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])

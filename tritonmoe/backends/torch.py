@@ -63,21 +63,23 @@ def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
     )
 
 
-def _products(values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor) -> Tensor:
-    """Multiply all pairs' values (N, in) by their experts' matrices, and add the experts' bias."""
-    offsets = grouping.host_expert_offsets
-    values, target = values[: offsets[-1]], out[: offsets[-1]]
-    if bias is None and _is_small(grouping, values, matrices.stacked, target):
-        target.copy_(F.grouped_mm(values, matrices.stacked, offs=grouping.expert_offsets[1:]))
-        return out
-    counts = [last - first for first, last in pairwise(offsets)]
-    for e, (part, product) in enumerate(zip(values.split(counts), target.split(counts), strict=True)):
+def _products(
+    values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor | None
+) -> Tensor:
+    """Multiply all pairs' values (N, in) by their experts' matrices, and add the experts' bias: (N, out)."""
+    if bias is None and _is_small(grouping, values, matrices.stacked):
+        product = F.grouped_mm(values, matrices.stacked, offs=grouping.expert_offsets[1:])
+        return product if out is None else out.copy_(product)
+    if out is None:
+        out = values.new_empty(values.shape[0], matrices.stacked.shape[2])
+    counts = [last - first for first, last in pairwise(grouping.host_expert_offsets)]
+    for e, (part, target) in enumerate(zip(values.split(counts), out.split(counts), strict=True)):
         if counts[e] == 0:
             continue
         if bias is None:
-            torch.mm(part, matrices.each[e], out=product)
+            torch.mm(part, matrices.each[e], out=target)
         else:
-            torch.addmm(bias[e], part, matrices.each[e], out=product)
+            torch.addmm(bias[e], part, matrices.each[e], out=target)
     return out
 
 
@@ -108,13 +110,13 @@ def group(
     pair_offsets = [0, *starts[num_experts::num_experts].tolist()]
     num_pairs = pair_offsets[-1]
     stored = order[:num_pairs]
-    # (C, E+1) windows of starts that share their borders, each from its own zero.
-    chunk_expert_offsets = starts.unfold(0, num_experts + 1, num_experts) - starts[:-1:num_experts, None]
     positions = torch.arange(num_pairs, dtype=torch.int32, device=device)
     source_order = None
-    expert_offsets = chunk_expert_offsets[0]
+    expert_offsets, chunk_expert_offsets = starts, starts.unsqueeze(0)
     if num_chunks > 1:
         assert row_source is not None
+        # (C, E+1) windows of starts that share their borders, each from its own zero.
+        chunk_expert_offsets = starts.unfold(0, num_experts + 1, num_experts) - starts[:-1:num_experts, None]
         for first, last in pairwise(pair_offsets):
             positions[first:last] -= first
         # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
@@ -148,13 +150,12 @@ def up(
     out_a: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
-    h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
     a = out_a
     if a is None and activation is not None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
     acc = accumulation_dtype(x.dtype)
     rows = x.index_select(0, grouping.row_index)
-    _products(rows, _in_out(gate_up_proj, layout), gate_up_bias, grouping, h)
+    h = _products(rows, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
     if a is not None and activation is not None:
         for part in _row_slices(h.shape[0], width):
             _activate(h[part].to(acc), layout, activation, a[part])
@@ -174,7 +175,7 @@ def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out:
         if out.dtype == h.dtype:
             torch.mul(F.silu(gate), up_half, out=out)
         else:
-            out.copy_(F.silu(gate).mul_(up_half))
+            out.copy_(F.silu(gate, inplace=True).mul_(up_half))  # h is a widened copy of what the caller has
     else:
         out.copy_(apply_activation(h, layout, activation))
 
@@ -188,8 +189,7 @@ def down(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
-    return _products(a, _in_out(down_proj, layout), down_bias, grouping, y)
+    return _products(a, _in_out(down_proj, layout), down_bias, grouping, out)
 
 
 def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -251,7 +251,7 @@ def down_grad(
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
     rows = dout.index_select(0, grouping.row_index)
-    products = _products(rows, _out_in(down_proj, layout), None, grouping, dout.new_empty(grouping.num_pairs, inner))
+    products = _products(rows, _out_in(down_proj, layout), None, grouping, None)
     for part in _row_slices(grouping.num_pairs, inner):
         scale, g = scales[part], products[part].to(acc)
         da = g * scale
@@ -318,8 +318,7 @@ def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> T
 def up_grad(
     dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
 ) -> Tensor:
-    dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
-    return _products(dh, _out_in(gate_up_proj, layout), None, grouping, dx)
+    return _products(dh, _out_in(gate_up_proj, layout), None, grouping, out)
 
 
 def weight_grad(
