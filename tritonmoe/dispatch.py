@@ -133,6 +133,11 @@ class DispatchPlan:
         return self.home_offsets[1] if self.local_first else 0
 
     @property
+    def is_identity(self) -> bool:
+        """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
+        return self.size == 1 and self.local_first and self.num_home == self.tokens.token_bounds[-1]
+
+    @property
     def num_home(self) -> int:
         return self.home_offsets[-1]
 

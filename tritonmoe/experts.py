@@ -104,6 +104,8 @@ class ExpertsRun:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
         ops, layout, activation, _ = self.settings
         grouping = self.grouping.chunk(chunk)
+        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+            return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
         if is_fused(activation):
             if self.keep_hidden and self.h is None:
                 self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
@@ -153,6 +155,9 @@ class ExpertsRun:
             self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
             inner = layout.intermediate_size(self._hidden_width)
             self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
+        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+            empty = self.rows.new_empty(0, self.rows.shape[1]) if needs_dx and out is None else out
+            return empty, self.topk_weights.new_empty(0, grouping.top_k)
         dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
         dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if needs_dx else None
         if is_fused(activation):

@@ -89,6 +89,20 @@ class Grouping:
             chunk_pair_offsets=(0, last_pair - first_pair),
         )
 
+    def among_empty_chunks(
+        self, index: int, chunk_row_offsets: tuple[int, ...], chunk_pair_offsets: tuple[int, ...]
+    ) -> "Grouping":
+        """Give this one chunk as chunk `index` of several of which it is the only one with rows."""
+        num_chunks = len(chunk_row_offsets) - 1
+        chunk_expert_offsets = self.expert_offsets.new_zeros(num_chunks, self.num_experts + 1)
+        chunk_expert_offsets[index] = self.expert_offsets
+        return replace(
+            self,
+            chunk_expert_offsets=chunk_expert_offsets,
+            chunk_row_offsets=chunk_row_offsets,
+            chunk_pair_offsets=chunk_pair_offsets,
+        )
+
     def blocks(self, max_pairs: int | None) -> list["GroupingBlock"]:
         """Cut one chunk's pairs into blocks of at most max_pairs: several small experts, or a part of a large one.
 

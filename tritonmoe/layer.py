@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -74,13 +75,24 @@ class _ExpertParallelMLP(torch.autograd.Function):
         keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
 
         def make_experts(rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
-            grouping = settings.ops.group(
-                ids - call.first_expert,
-                gate_up_proj.shape[0],
-                chunk_row_offsets=plan.receive_offsets,
-                chunk_pair_offsets=plan.pair_offsets,
-                row_source=plan.row_source(),
-            )
+            local_ids, num_local_experts = ids - call.first_expert, gate_up_proj.shape[0]
+            busy = [c for c, (first, last) in enumerate(pairwise(plan.receive_offsets)) if first < last]
+            if len(busy) > 1:
+                grouping = settings.ops.group(
+                    local_ids,
+                    num_local_experts,
+                    chunk_row_offsets=plan.receive_offsets,
+                    chunk_pair_offsets=plan.pair_offsets,
+                    row_source=plan.row_source(),
+                )
+            else:
+                # All rows in one chunk are stored in source order already.
+                grouping = settings.ops.group(
+                    local_ids,
+                    num_local_experts,
+                    chunk_row_offsets=(0, plan.num_received),
+                    chunk_pair_offsets=(0, plan.pair_offsets[-1]),
+                ).among_empty_chunks(busy[0] if busy else 0, plan.receive_offsets, plan.pair_offsets)
             return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
 
         layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, call.serial)

@@ -12,10 +12,6 @@ from tritonmoe.cli import demo, main
 from tritonmoe.cli.demo_measure import LayerShape
 from tritonmoe.cli.demo_training import all_reduce_mean
 
-needs_extras = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in demo.EXTRAS), reason="needs tritonmoe[demo]"
-)
-
 
 @pytest.fixture
 def short(monkeypatch):
@@ -26,7 +22,6 @@ def short(monkeypatch):
     monkeypatch.setattr(LayerShape, "of_device", classmethod(lambda cls, device: cls(64, 32, 64)))
 
 
-@needs_extras
 def test_json(tmp_path, capsys, short):
     arguments = ["demo", "--steps", "8", "--ranks", "2", "--device", "cpu", "--out", str(tmp_path / "new"), "--json"]
     assert main(arguments) == 0
@@ -57,7 +52,6 @@ def test_json(tmp_path, capsys, short):
     assert any(event["name"] == "dispatch 1" and event["args"]["chunk"] == 1 for event in events)
 
 
-@needs_extras
 def test_text_is_plain_and_fits_80_columns(tmp_path, capsys, short, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["demo", "--steps", "3", "--ranks", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0

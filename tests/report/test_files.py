@@ -107,7 +107,6 @@ def test_chrome_trace_of_two_runs(tmp_path):
 
 
 def test_png_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
     path = tmp_path / "picture.png"
     write_png(path, [[1, 2], [3, 0]], [TIMELINE, TIMELINE], title="title", note="emulated link")
     data = path.read_bytes()

@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Samples", "add_arguments", "environment", "interleave", "write_json"]
+__all__ = [
+    "Samples",
+    "add_arguments",
+    "cpu_name",
+    "environment",
+    "interleave",
+    "package_versions",
+    "summarize",
+    "write_json",
+]
 
 Samples = dict[str, list[float]]
 
@@ -60,24 +69,30 @@ def summarize(seconds: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """Give the machine and the versions that a figure belongs to."""
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "transformers", "tritonmoe"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "device": device,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": package_versions("torch", "triton", "transformers", "tritonmoe"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _cpu_name() -> str:
+def package_versions(*packages: str) -> dict[str, str | None]:
+    """Give the installed version of every package, None where there is none."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def cpu_name() -> str:
+    """Give the processor's name as the system knows it."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

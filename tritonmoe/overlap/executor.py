@@ -193,9 +193,9 @@ class LayerPass:
         """Give y (T, D) of x (T, D), and the timings."""
         plan, tokens = self.plan, self.plan.tokens
         width = x.shape[1]
-        self.rows = rows = x.new_empty(plan.num_received, width)
+        self.rows = rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
         home = x.new_empty(plan.num_home, width)
-        out = x.new_empty(x.shape[0], width)
+        out = home if plan.is_identity else x.new_empty(x.shape[0], width)
         metadata_in: list[Tensor] = []
 
         def metadata(_: int | None) -> PendingExchange:
@@ -209,7 +209,8 @@ class LayerPass:
             return self._send_chunk(x, chunk, rows)
 
         def group(_: int | None) -> None:
-            torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
+            if not plan.is_identity:
+                torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
             metadata_in[0][plan.receive_order()] = metadata_in[1]
             ids, self.received_weights = _unpack_metadata(metadata_in[0], topk_ids.shape[1])
             assert self.make_experts is not None
@@ -252,9 +253,11 @@ class LayerPass:
         assert experts_pass is not None
         assert self.received_weights is not None
         width = dout.shape[1]
-        dout_rows = dout.new_empty(plan.num_received, width)
+        dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
         home = dout.new_empty(plan.num_home, width)
-        dx = dout.new_empty(dout.shape[0], width) if plan.needs_x else None
+        dx = None
+        if plan.needs_x:
+            dx = home if plan.is_identity else dout.new_empty(dout.shape[0], width)
         dweights = torch.zeros_like(self.received_weights)
         dweights_home: list[Tensor] = []
         dtopk_weights: list[Tensor] = []
@@ -268,8 +271,9 @@ class LayerPass:
         def experts_backward(chunk: int | None) -> None:
             assert chunk is not None
             if chunk == LOCAL:
-                local = tokens.home_tokens[: plan.num_local]
-                torch.index_select(dout, 0, local, out=dout_rows[: plan.num_local])
+                if not plan.is_identity:
+                    local = tokens.home_tokens[: plan.num_local]
+                    torch.index_select(dout, 0, local, out=dout_rows[: plan.num_local])
                 _, dweights[: plan.num_local] = experts_pass.backward(
                     0, dout_rows, plan.needs_x, out=home[: plan.num_local] if plan.needs_x else None
                 )
@@ -325,7 +329,7 @@ class LayerPass:
         """Replicate rows of values (T, D) to every rank that needs them: dispatch, and the adjoint of combine."""
         plan = self.plan
         packed = values.index_select(0, plan.tokens.home_tokens[plan.home_slice(chunk)])
-        out = received[plan.receive_slice(chunk)]
+        out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
         return self.transport.exchange(packed, plan.send_splits(chunk), plan.receive_splits(chunk), out)
 
     def _return_chunk(self, partial: Tensor, chunk: int, home: Tensor) -> PendingExchange:
@@ -336,6 +340,8 @@ class LayerPass:
 
     def _sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
         """Sum the partial rows of the chunk's tokens, in rank order, in fp32."""
+        if self.plan.is_identity:
+            return
         tokens = self.plan.token_slice(chunk)
         self.combine(home, self.plan.tokens.home_index[tokens], out=out[tokens])
 

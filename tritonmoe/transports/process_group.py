@@ -1,6 +1,5 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -27,7 +26,7 @@ __all__ = ["ProcessGroupTransport", "available"]
 
 
 def available() -> dict[str, str | None]:
-    """Say of gloo, nccl and mpi why ranks in several processes can't use it here; None where they can."""
+    """Say of gloo and nccl why ranks in several processes can't use it here; None where they can."""
     reasons: dict[str, str | None]
     if not torch.distributed.is_available():
         built_without = "this torch was built without torch.distributed"
@@ -41,8 +40,6 @@ def available() -> dict[str, str | None]:
         elif not torch.cuda.is_available():
             nccl = "there is no CUDA device"
         reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
-    is_installed = importlib.util.find_spec("mpi4py") is not None
-    reasons["mpi"] = None if is_installed else "the package mpi4py is not installed (pip install 'tritonmoe[mpi]')"
     return reasons
 
 
