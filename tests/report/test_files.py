@@ -27,19 +27,6 @@ TIMELINE = Timeline(
 )
 
 
-class _Finished(tm.transports.PendingExchange):
-    """An exchange whose rows had arrived at a given moment."""
-
-    def __init__(self, finished_s):
-        self._finished_s = finished_s
-
-    def wait(self):
-        raise AssertionError("a report does not wait")
-
-    def finished_at(self):
-        return self._finished_s
-
-
 def test_exchanges_that_queue_follow_one_another():
     report = PassReport(torch.device("cpu"))
     start = report._origin
@@ -47,7 +34,7 @@ def test_exchanges_that_queue_follow_one_another():
     for chunk, finished in ((1, 0.008), (0, 0.005), (2, 0.007)):
         step = Step("dispatch", chunk, "comm")
         posted = start + 0.001 + 0.0001 * chunk
-        report._exchanges.append((step, posted, start + 0.008, start + 0.009, _Finished(start + finished)))
+        report._exchanges.append((step, posted, start + 0.008, start + 0.009, start + finished))
     spans = pass_timeline(report).spans
     assert [span.name for span in spans] == ["dispatch 0", "dispatch 1", "dispatch 2"]
     edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
