@@ -1,5 +1,6 @@
 """MoELayer and GroupedExperts: the same experts for every number of ranks, reports, losses, training."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -309,3 +310,25 @@ def test_state_dict_of_one_device_loads_on_ranks_by_slicing() -> None:
 
     with torch.no_grad():
         assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [True, True]
+
+
+def test_compiled_layer_gives_the_same_numbers() -> None:
+    """torch.compile breaks its graph inside, and must not change a value."""
+    layer = tm.MoELayer(tm.MoEConfig(hidden_size=32, intermediate_size=16, num_experts=6, top_k=2))
+    x = torch.randn(21, 32, requires_grad=True)
+    expected = layer(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    compiled = torch.compile(layer, backend="aot_eager")
+    for _ in range(2):
+        y = compiled(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_copy_of_a_layer_after_a_step() -> None:
+    layer = tm.MoELayer(tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=2, top_k=1))
+    x = torch.randn(5, 8)
+    layer(x).sum().backward()
+    duplicate = copy.deepcopy(layer)
+    torch.testing.assert_close(duplicate(x), layer(x), rtol=0, atol=0)
