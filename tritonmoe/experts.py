@@ -419,7 +419,6 @@ class _MoEMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         settings: ExpertSettings,
-        grad_enabled: bool,
         topk_ids: Tensor,
         x: Tensor,
         topk_weights: Tensor,
@@ -427,10 +426,8 @@ class _MoEMLP(torch.autograd.Function):
     ) -> Tensor:
         assert weights[0] is not None
         experts = ExpertWeights(*weights)  # type: ignore[arg-type]
-        # needs_input_grad knows nothing of no_grad, and in here gradients are always off: hence grad_enabled.
-        keep = grad_enabled and any(ctx.needs_input_grad) and settings.save == "hidden"
         grouping = settings.ops.group(topk_ids, weights[0].shape[0])
-        run = ExpertsRun(settings, experts, x, topk_weights, grouping, keep)
+        run = ExpertsRun(settings, experts, x, topk_weights, grouping, keep_hidden=settings.save == "hidden")
         out = run.forward(0)
         ctx.settings, ctx.grouping = settings, grouping
         ctx.save_for_backward(x, topk_weights, *weights, run.h)
@@ -440,11 +437,11 @@ class _MoEMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, topk_weights, *weights, h = ctx.saved_tensors
-        _, _, _, needs_x, needs_topk_weights, *needs = ctx.needs_input_grad
+        _, _, needs_x, needs_topk_weights, *needs = ctx.needs_input_grad
         run = ExpertsRun(ctx.settings, ExpertWeights(*weights), x, topk_weights, ctx.grouping, False, h)
         dx, dweights = run.backward(0, dout, needs_x)
         grads = run.weight_grad(dout, tuple(needs))
-        return None, None, None, dx, dweights.to(topk_weights.dtype) if needs_topk_weights else None, *grads
+        return None, None, dx, dweights.to(topk_weights.dtype) if needs_topk_weights else None, *grads
 
 
 class _UpHalf(torch.autograd.Function):
@@ -556,7 +553,13 @@ def moe_mlp(
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
     settings = make_settings(x, layout, activation, backend, save)
     if is_fused(activation):
-        return _MoEMLP.apply(settings, torch.is_grad_enabled(), topk_ids, x, topk_weights, *weights)
+        needs_grad = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (x, topk_weights, *weights)
+        )
+        if needs_grad:
+            return _MoEMLP.apply(settings, topk_ids, x, topk_weights, *weights)
+        grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
+        return ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden=False).forward(0)
     grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
     h = _UpHalf.apply(settings, grouping, x, gate_up_proj, gate_up_bias)
     a = checked_activation(settings, h)
