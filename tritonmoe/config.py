@@ -13,6 +13,7 @@ import torch
 __all__ = [
     "ACTIVATION_NAMES",
     "MAX_CHUNKS",
+    "MAX_PAIRS",
     "Activation",
     "ClampedSwiGLU",
     "ExpertLayout",
@@ -26,6 +27,8 @@ __all__ = [
 MAX_CHUNKS = 32
 MAX_TOP_K = 16
 MAX_EXPERTS = 1024
+MAX_PAIRS = 2**31 - 1
+"""Positions of pairs are int32."""
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 

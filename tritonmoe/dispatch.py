@@ -20,14 +20,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .config import MAX_CHUNKS
+from .config import MAX_CHUNKS, MAX_PAIRS
 from .errors import CountMismatch, NonFiniteScores, TransportError
 from .transports import Transport
 
 __all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse_call"]
 
 MAGIC = 0x7417_0E
-MAX_PAIRS = 2**31 - 1
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 

@@ -16,12 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends.reference import WeightGrads
-from .config import Activation, ExpertLayout, check_activation, is_fused
+from .config import MAX_PAIRS, Activation, ExpertLayout, check_activation, is_fused
 from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertSettings", "ExpertWeights", "ExpertsRun", "check_arguments", "moe_mlp"]
 
-MAX_PAIRS = 2**31 - 1
 SMALLEST_SCRATCH_BYTES = 2**20
 """Smaller pieces come fast enough from the allocator."""
 

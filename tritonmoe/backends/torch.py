@@ -1,8 +1,8 @@
 """The seven operations in fast PyTorch, on any device: the CPU's default. See reference.py for their contracts.
 
-Works expert by expert in blocks of rows that stay in cache: the gathered rows, the product and the activation of a
-block are read back while they are warm, instead of one pass over all pairs per step. Products go through torch.mm
-with `out=`, since fresh memory costs a CPU more (page faults) than the arithmetic on it.
+Made for callers that hand over a block of pairs at a time (Grouping.blocks with MAX_BLOCK_PAIRS): the gathered rows,
+the product and the activation of a block are read back while they are warm in cache, instead of one pass over all pairs
+per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,9 @@ __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_gra
 MAX_BLOCK_PAIRS: int | None = 768
 """Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""
 SMALL_PAIRS_PER_EXPERT = 32
+"""Up to so many pairs per expert, products go through PyTorch's grouped_mm."""
 COMBINE_BLOCK_TERMS = 768
+"""Rows of a narrow dtype that combine widens at a time."""
 ELEMENTWISE_SIZE = 2**18
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
 
@@ -59,7 +61,7 @@ def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
         operand.device.type == "cpu"
         and operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and operand.data_ptr() % 16 == 0
-        and all(size * operand.itemsize % 16 == 0 for size in operand.shape[-1:])
+        and operand.shape[-1] * operand.itemsize % 16 == 0
         and all(stride == 1 or stride * operand.itemsize % 16 == 0 for stride in operand.stride())
         for operand in operands
     )
