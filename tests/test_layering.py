@@ -9,7 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    *("errors", "config", "grouping", "kernels", "backends", "routing", "experts", "transports", "dispatch", "overlap"),
+    *(
+        "errors",
+        "cpu_memory",
+        "config",
+        "grouping",
+        "kernels",
+        "backends",
+        "routing",
+        "experts",
+        "transports",
+        "dispatch",
+        "overlap",
+    ),
     *("layer", "emulation", "integrations", "planner", "benchmarks", "report", "cli"),
 )
 """A file imports from its own layer and from those that stand before it."""

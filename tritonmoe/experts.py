@@ -3,8 +3,6 @@
 Knows nothing of ranks, streams or transports. One device is the case of one chunk.
 """
 
-import threading
-import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
@@ -14,15 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import backends, cpu_memory
 from .backends.reference import WeightGrads
 from .config import MAX_PAIRS, Activation, ExpertLayout, check_activation, is_fused
 from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertSettings", "ExpertWeights", "ExpertsRun", "check_arguments", "moe_mlp"]
-
-SMALLEST_SCRATCH_BYTES = 2**20
-"""Smaller pieces come fast enough from the allocator."""
 
 
 class ExpertWeights(NamedTuple):
@@ -41,30 +36,6 @@ class ExpertSettings(NamedTuple):
     layout: ExpertLayout
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"
-
-
-class _CPUScratch(threading.local):
-    """CPU memory, used again, for what does not outlive one pass: fresh pages cost more than the work on them.
-
-    A buffer goes back to its thread's pool when its ExpertsRun goes, so that nested runs never share one.
-    """
-
-    def __init__(self) -> None:
-        self.free: dict[str, list[Tensor]] = {}
-
-    def take(self, owner: object, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        num_bytes = num_rows * width * dtype.itemsize
-        if num_bytes < SMALLEST_SCRATCH_BYTES:
-            return torch.empty(num_rows, width, dtype=dtype)
-        pool = self.free.setdefault(name, [])
-        buffer = pool.pop() if pool else torch.empty(0, dtype=torch.uint8)
-        if buffer.shape[0] < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        weakref.finalize(owner, pool.append, buffer).atexit = False
-        return buffer[:num_bytes].view(dtype).view(num_rows, width)
-
-
-_cpu_scratch = _CPUScratch()
 
 
 @dataclass
@@ -107,7 +78,7 @@ class ExpertsRun:
             return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
         if is_fused(activation):
             if self.keep_hidden and self.h is None:
-                self.h = self.rows.new_empty(self.grouping.num_pairs, self._hidden_width)
+                self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             h = None if self.h is None else self.h[self._pairs(chunk)]
             blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
             if len(blocks) == 1:
@@ -270,7 +241,7 @@ class ExpertsRun:
         """Give (num_pairs, width) of memory that is not needed after this run."""
         if self.rows.device.type != "cpu" or torch.compiler.is_compiling():
             return self.rows.new_empty(num_pairs, width)
-        return _cpu_scratch.take(self, name, num_pairs, width, self.rows.dtype)
+        return cpu_memory.scratch.take(self, name, num_pairs, width, self.rows.dtype)
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this chunk."""

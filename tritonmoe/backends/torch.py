@@ -5,7 +5,7 @@ the product and the activation of a block are read back while they are warm in c
 per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cpu_memory
 from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation
 from ..grouping import Grouping
 from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
@@ -25,7 +26,7 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, products go through PyTorch's grouped_mm."""
 COMBINE_BLOCK_TERMS = 768
 """Rows of a narrow dtype that combine widens at a time."""
-ELEMENTWISE_SIZE = 2**18
+ELEMENTWISE_SIZE = 2**20
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
 
 
@@ -57,14 +58,17 @@ def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
     if torch.compiler.is_compiling():  # torch.compile takes grouped_mm in bf16 only
         return False
     num_pairs = grouping.host_expert_offsets[-1]
-    return 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts and all(
-        operand.device.type == "cpu"
-        and operand.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and operand.data_ptr() % 16 == 0
-        and operand.shape[-1] * operand.itemsize % 16 == 0
-        and all(stride == 1 or stride * operand.itemsize % 16 == 0 for stride in operand.stride())
-        for operand in operands
-    )
+    if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
+        return False
+    for operand in operands:
+        size = operand.itemsize
+        if operand.device.type != "cpu" or operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return False
+        if operand.data_ptr() % 16 or operand.shape[-1] * size % 16:
+            return False
+        if any(stride != 1 and stride * size % 16 for stride in operand.stride()):
+            return False
+    return True
 
 
 def _products(
@@ -376,18 +380,22 @@ def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pai
         else:
             stored = order[positions]
             pairs, rows = pair_values.index_select(0, stored), row_index.index_select(0, stored)
-        gathered = row_values.index_select(0, rows)
-        return (pairs.mT, gathered) if pairs_first else (gathered.mT, pairs)
+        return pairs, row_values.index_select(0, rows)
 
-    if _is_small(grouping, pair_values, row_values):
-        left, right = factors(slice(grouping.num_pairs))
-        return F.grouped_mm(left, right, offs=grouping.expert_offsets[1:])
     shape = (pair_values.shape[1], row_values.shape[1])
-    out = pair_values.new_empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]))
+    out = cpu_memory.empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]), like=pair_values)
     offsets = grouping.host_expert_offsets
-    for e, target in enumerate(out.unbind(0)):
-        if offsets[e] < offsets[e + 1]:
-            torch.mm(*factors(slice(offsets[e], offsets[e + 1])), out=target)
-        else:
+    counts = [last - first for first, last in pairwise(offsets)]
+    if offsets[-1] <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
+        pairs, rows = factors(slice(offsets[-1]))
+        parts: Iterable[tuple[Tensor, Tensor]] = zip(pairs.split(counts), rows.split(counts), strict=True)
+    else:
+        parts = (factors(slice(first, last)) for first, last in pairwise(offsets))
+    for target, count, (pairs, rows) in zip(out.unbind(0), counts, parts, strict=True):
+        if count == 0:
             target.zero_()
+        elif pairs_first:
+            torch.mm(pairs.mT, rows, out=target)
+        else:
+            torch.mm(rows.mT, pairs, out=target)
     return out

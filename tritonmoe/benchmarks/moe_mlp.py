@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
                     if num_tokens <= BATCHED_MM_LARGEST_T:
                         peers.append("batched_mm")
                     variants = build(SHAPES[name], num_tokens, getattr(torch, dtype), ["tritonmoe", *peers], backward)
-                    samples = interleave(variants, arguments.rounds)
+                    samples = interleave(variants, arguments.rounds, seconds=arguments.seconds)
                     best = min(peers, key=lambda peer: statistics.median(samples[peer]))
                     ratio = statistics.median(
                         other / ours for other, ours in zip(samples[best], samples["tritonmoe"], strict=True)

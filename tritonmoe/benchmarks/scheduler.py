@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for name, shape in SHAPES.items():
         for backward in (False, True):
-            samples = interleave(build(shape, arguments.tokens, backward), arguments.rounds)
+            variants = build(shape, arguments.tokens, backward)
+            samples = interleave(variants, arguments.rounds, seconds=arguments.seconds)
             ratios = [e / b for e, b in zip(samples["executor"], samples["bare"], strict=True)]
             overhead = statistics.median(ratios) - 1
             case: dict[str, Any] = {

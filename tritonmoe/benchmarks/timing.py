@@ -26,18 +26,23 @@ __all__ = [
 ]
 
 Samples = dict[str, list[float]]
+OUTSIDER_ROUNDS = 5
 
 
-def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> Samples:
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, seconds: float = 0.0
+) -> Samples:
     """Run every variant once a round, in an order drawn anew, and give the seconds of each, round by round.
 
     Each timed run follows an untimed one of the same variant, so that none pays for the caches and the memory that
     another left behind. On a machine whose speed drifts, only variants of the same rounds may be compared. The first
-    `warmup` rounds are dropped.
+    `warmup` rounds are dropped. Short variants get more rounds: as many as fit in `seconds`, at least `rounds`. One
+    that takes more than twice as long as the fastest leaves after OUTSIDER_ROUNDS rounds, with the samples it has.
     """
     samples: Samples = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
-    for number in range(warmup + rounds):
+    started_all, number = time.perf_counter(), 0
+    while number < warmup + rounds or time.perf_counter() - started_all < seconds:
         shuffle(order)
         for name in order:
             variants[name]()
@@ -47,6 +52,10 @@ def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: i
             _synchronize()
             if number >= warmup:
                 samples[name].append(time.perf_counter() - started)
+        number += 1
+        if number == warmup + OUTSIDER_ROUNDS:
+            medians = {name: statistics.median(times) for name, times in samples.items()}
+            order = [name for name in order if medians[name] <= 2 * min(medians.values())]
     return samples
 
 
@@ -106,6 +115,7 @@ def cpu_name() -> str:
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the arguments that every benchmark has."""
     parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds (default {rounds})")
+    parser.add_argument("--seconds", type=float, default=0.0, help="go on with short cases for so long (default 0)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
