@@ -214,6 +214,8 @@ def test_combine_of_nothing(num_rows: int, num_slots: int, num_pairs: int, dtype
         given = torch.full((num_rows, 4), torch.nan, dtype=dtype)
         backend.combine(y, index, weights, out=given)
         assert torch.equal(given, out)
+        add = torch.arange(num_rows * 4).view(num_rows, 4).to(dtype)
+        assert torch.equal(backend.combine(y, index, weights, add), add)
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
@@ -224,6 +226,20 @@ def test_combine_sums_in_fp32_and_in_slot_order(backend: ModuleType) -> None:
     y = torch.tensor([[2.0**25], [1.0], [-(2.0**25)]])
     assert backend.combine(y, torch.tensor([[0, 1, 2]], dtype=torch.int32)).tolist() == [[0.0]]
     assert backend.combine(y, torch.tensor([[0, 2, 1]], dtype=torch.int32)).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_combine_adds_before_it_rounds(dtype: torch.dtype, backend: ModuleType) -> None:
+    y, index = torch.tensor([[256.0], [1.0]], dtype=dtype), torch.tensor([[0, 1], [1, -1], [-1, -1]], dtype=torch.int32)
+    add = torch.tensor([[-256.0], [2.0], [torch.inf]], dtype=dtype)
+    given = torch.empty(3, 1, dtype=dtype)
+    for weights in (None, torch.ones(3, 2)):
+        assert backend.combine(y, index, weights, add).tolist() == [[1.0], [3.0], [torch.inf]]
+        assert backend.combine(y, index, weights, add.expand(3, 1), out=given) is given
+        assert given.tolist() == [[1.0], [3.0], [torch.inf]]
+    wide = torch.zeros(3, 2, dtype=dtype)[:, ::2]
+    assert backend.combine(y, index[1:2], None, wide[:1]).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])

@@ -208,18 +208,21 @@ def combine(
     y: Tensor,
     index: Tensor,
     weights: Tensor | None = None,
+    add: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Sum rows of y per token, in slot order: out[t] = sum over j of weights[t, j] * y[index[t, j]].
+    """Sum rows of y per token, in slot order: out[t] = sum over j of weights[t, j] * y[index[t, j]], plus add[t].
 
     Args:
         y: (N, D). index: (T, J) int32, -1 where there is nothing to add. weights: (T, J) or None (all one).
+        add: (T, D) floating point, added last (the output of a shared expert), or None.
         out: (T, D) where the sums are written.
     Returns:
         (T, D) in y.dtype; the sum is kept in fp32 (fp64 for fp64) and rounded once. A row with no terms is zero.
     Example:
-        y = [[1], [2], [4]], index = [[0, 2], [-1, 1], [-1, -1]] gives [[5], [2], [0]].
+        y = [[1], [2], [4]], index = [[0, 2], [-1, 1], [-1, -1]] gives [[5], [2], [0]]; with
+        add = [[10], [20], [30]] it gives [[15], [22], [30]].
     """
     acc = accumulation_dtype(y.dtype)
     total = torch.zeros(index.shape[0], y.shape[1], dtype=acc, device=y.device)
@@ -229,6 +232,8 @@ def combine(
         if weights is not None:
             term = term * weights[present, j, None].to(acc)
         total[present] += term
+    if add is not None:
+        total += add.to(acc)
     result = total.to(y.dtype)
     return result if out is None else out.copy_(result)
 

@@ -200,11 +200,13 @@ def down(
     return _products(a, _in_out(down_proj, layout), down_bias, grouping, out)
 
 
-def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def combine(
+    y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     num_rows, num_slots = index.shape
     result = y.new_empty(num_rows, y.shape[1]) if out is None else out
     if index.numel() == 0:
-        return result.zero_()
+        return result.zero_() if add is None else result.copy_(add)
     acc = accumulation_dtype(y.dtype)
     skips = int(index.min()) < 0
     if weights is not None:
@@ -219,11 +221,12 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
             ends = torch.cumsum(present.sum(1), 0)
             starts = torch.cat([ends.new_zeros(1), ends[:-1]])
             if terms.shape[0] == 0:
-                return result.zero_()
+                return result.zero_() if add is None else result.copy_(add)
         scales = None if weights is None else weights.flatten()
-        return result.copy_(F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales))
+        sums = F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales)
+        return result.copy_(sums if add is None else sums.add_(add))
     if y.shape[0] == 0:
-        return result.zero_()
+        return result.zero_() if add is None else result.copy_(add)
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
     rows_per_block = max(1, COMBINE_BLOCK_TERMS // num_slots)
     for first in range(0, num_rows, rows_per_block):
@@ -235,6 +238,8 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
             total = rows.sum(1)
         else:
             total = torch.bmm(weights[first : first + rows_per_block].unsqueeze(1), rows).squeeze(1)
+        if add is not None:
+            total.add_(add[first : first + rows_per_block])
         result[first : first + rows_per_block] = total
     return result
 

@@ -109,11 +109,12 @@ def combine(
     y: Tensor,
     index: Tensor,
     weights: Tensor | None = None,
+    add: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
     """One gather-sum in slot order."""
-    return combine_kernels.combine(y, index, weights, out=out)
+    return combine_kernels.combine(y, index, weights, add, out=out)
 
 
 def down_grad(

@@ -14,6 +14,7 @@ def _combine_kernel(
     y,  # (N, D)
     index,  # (T, J) integers, -1 where there is nothing to add
     weights,  # (T, J) or None
+    add,  # (T, D) or None
     out,  # (T, D)
     T,
     D,
@@ -23,6 +24,8 @@ def _combine_kernel(
     stride_index_slot,
     stride_weights_row,
     stride_weights_slot,
+    stride_add_row,
+    stride_add_column,
     stride_out_row,
     J: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -44,11 +47,17 @@ def _combine_kernel(
             # A skipped pair's weight may be NaN.
             term *= tl.load(weight_pointers, mask=present, other=0.0).to(tl.float32)[:, None]
         total += term
+    mask = token_mask[:, None] & column_mask[None, :]
+    if add is not None:
+        add_pointers = add + tokens[:, None] * stride_add_row + columns[None, :] * stride_add_column
+        total += tl.load(add_pointers, mask=mask, other=0.0).to(tl.float32)
     out_pointers = out + tokens[:, None] * stride_out_row + columns[None, :]
-    tl.store(out_pointers, round_to(total, out.dtype.element_ty), mask=token_mask[:, None] & column_mask[None, :])
+    tl.store(out_pointers, round_to(total, out.dtype.element_ty), mask=mask)
 
 
-def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def combine(
+    y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Launch the gather-sum: see `backends.reference.combine`."""
     num_tokens, width = index.shape[0], y.shape[1]
     out = output(y, num_tokens, width, out)
@@ -60,6 +69,7 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
         y,
         index,
         weights,
+        add,
         out,
         num_tokens,
         width,
@@ -69,6 +79,8 @@ def combine(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Ten
         index.stride(1),
         0 if weights is None else weights.stride(0),
         0 if weights is None else weights.stride(1),
+        0 if add is None else add.stride(0),
+        0 if add is None else add.stride(1),
         out.stride(0),
         J=index.shape[1],
         BLOCK_T=block_t,
