@@ -6,7 +6,7 @@ rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received r
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ __all__ = [
     "ClampedSwiGLU",
     "ExpertLayout",
     "FusedActivation",
+    "KernelOptions",
     "MoEConfig",
     "OverlapConfig",
     "check_activation",
@@ -96,6 +97,28 @@ class ExpertLayout:
     def intermediate_size(self, hidden_width: int) -> int:
         """Give F from the width of h (2F when gated, F when not)."""
         return hidden_width // 2 if self.gated else hidden_width
+
+
+class KernelOptions(NamedTuple):
+    """How the operations run, whatever they compute; the same for every operation of a layer.
+
+    Shapes, dtypes and values of results don't depend on it beyond the rounding of sums.
+    """
+
+    num_sms: int | None = None
+    """On a GPU: how many multiprocessors persistent kernels take, the rest stays free (for exchanges, say); None: all.
+    """
+    batch_invariant: bool = False
+    """A row's bits in every result that has rows don't depend on what else is in the batch."""
+
+    def check(self) -> "KernelOptions":
+        """Raise TypeError or ValueError unless the fields can be used; give itself."""
+        is_integer = isinstance(self.num_sms, int) and not isinstance(self.num_sms, bool)
+        if self.num_sms is not None and (not is_integer or self.num_sms < 1):
+            raise ValueError(f"num_sms must be None (all) or an integer of at least 1, got {self.num_sms!r}")
+        if not isinstance(self.batch_invariant, bool):
+            raise TypeError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends, cpu_memory
 from .backends.reference import WeightGrads
-from .config import MAX_PAIRS, Activation, ExpertLayout, check_activation, is_fused
+from .config import MAX_PAIRS, Activation, ExpertLayout, KernelOptions, check_activation, is_fused
 from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertSettings", "ExpertWeights", "ExpertsRun", "check_arguments", "moe_mlp"]
@@ -30,12 +30,13 @@ class ExpertWeights(NamedTuple):
 
 
 class ExpertSettings(NamedTuple):
-    """What stays the same from call to call: the ops, the layout of the weights, the activation, what is saved."""
+    """What stays the same from call to call: the ops and how they run, the layout, the activation, what is saved."""
 
     ops: ModuleType
     layout: ExpertLayout
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"
+    options: KernelOptions = KernelOptions()
 
 
 @dataclass
@@ -72,7 +73,8 @@ class ExpertsRun:
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
-        ops, layout, activation, _ = self.settings
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
         grouping = self.grouping.chunk(chunk)
         if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
             return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
@@ -95,8 +97,9 @@ class ExpertsRun:
                     )
         else:
             w1, b1, w2, b2 = self.weights
-            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None)
-            y = ops.down(self._call_activation(chunk, h, grouping), w2, b2, grouping, layout)
+            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
+            a = self._call_activation(chunk, h, grouping)
+            y = ops.down(a, w2, b2, grouping, layout, options=options)
         return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
 
     def _forward_block(
@@ -106,10 +109,22 @@ class ExpertsRun:
         out_a: Tensor | None = None,
         out_y: Tensor | None = None,
     ) -> Tensor:
-        ops, layout, activation, _ = self.settings
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
         w1, b1, w2, b2 = self._block_weights(block)
-        _, a = ops.up(self.rows, w1, b1, block.grouping, layout, activation, needs_h=False, out_h=out_h, out_a=out_a)
-        return ops.down(a, w2, b2, block.grouping, layout, out=out_y)
+        _, a = ops.up(
+            self.rows,
+            w1,
+            b1,
+            block.grouping,
+            layout,
+            activation,
+            needs_h=False,
+            out_h=out_h,
+            out_a=out_a,
+            options=options,
+        )
+        return ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -118,7 +133,8 @@ class ExpertsRun:
 
         dout: (R, D) of all chunks.
         """
-        ops, layout, activation, _ = self.settings
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
@@ -139,11 +155,11 @@ class ExpertsRun:
             w1, _, w2, b2 = self.weights
             a = self.activation_graphs[chunk][1].detach()
             da, _, dweights = ops.down_grad(
-                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a
+                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
             )
             dh.copy_(self._activation_backward(chunk, da))
             if dx_pairs is not None:
-                ops.up_grad(dh, w1, grouping, layout, out=dx_pairs)
+                ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
         dx = None if dx_pairs is None else ops.combine(dx_pairs, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(dweights)
 
@@ -157,11 +173,12 @@ class ExpertsRun:
         dx_pairs: Tensor | None,
     ) -> Tensor:
         """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights."""
-        ops, layout, activation, _ = self.settings
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
         w1, b1, w2, b2 = self._block_weights(block)
         positions = block.positions
         if h is None:
-            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None)
+            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None, options=options)
         else:
             hidden = h[positions]
         _, _, dweights = ops.down_grad(
@@ -175,9 +192,10 @@ class ExpertsRun:
             activation,
             out_dh=dh[positions],
             out_scaled_a=scaled_a[positions],
+            options=options,
         )
         if dx_pairs is not None:
-            ops.up_grad(dh[positions], w1, block.grouping, layout, out=dx_pairs[positions])
+            ops.up_grad(dh[positions], w1, block.grouping, layout, out=dx_pairs[positions], options=options)
         return dweights
 
     def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
@@ -204,6 +222,7 @@ class ExpertsRun:
             topk_weights=self.topk_weights if needs_b2 else None,
             gate_up_bias=bool(needs_b1),
             down_bias=bool(needs_b2),
+            options=self.settings.options,
         )
 
     def _call_activation(self, chunk: int, h: Tensor, grouping: Grouping) -> Tensor:
@@ -421,7 +440,7 @@ class _UpHalf(torch.autograd.Function):
     def forward(
         ctx: Any, settings: ExpertSettings, grouping: Grouping, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        h, _ = settings.ops.up(x, weight, bias, grouping, settings.layout, None)
+        h, _ = settings.ops.up(x, weight, bias, grouping, settings.layout, None, options=settings.options)
         zero_padding(h, grouping)
         ctx.settings, ctx.grouping = settings, grouping
         ctx.save_for_backward(x, weight)
@@ -431,11 +450,15 @@ class _UpHalf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), grouping = ctx.saved_tensors, ctx.grouping
-        ops, layout = ctx.settings.ops, ctx.settings.layout
+        ops, layout, options = ctx.settings.ops, ctx.settings.layout, ctx.settings.options
         _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dh = dh.contiguous()
-        dx = ops.combine(ops.up_grad(dh, weight, grouping, layout), grouping.inverse) if needs_x else None
-        grads = ops.weight_grad(grouping, layout, x=x if needs_weight else None, dh=dh, gate_up_bias=needs_bias)
+        dx = None
+        if needs_x:
+            dx = ops.combine(ops.up_grad(dh, weight, grouping, layout, options=options), grouping.inverse)
+        grads = ops.weight_grad(
+            grouping, layout, x=x if needs_weight else None, dh=dh, gate_up_bias=needs_bias, options=options
+        )
         return None, None, dx, grads.gate_up_proj, grads.gate_up_bias
 
 
@@ -452,7 +475,7 @@ class _DownHalf(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        y = settings.ops.down(a, weight, bias, grouping, settings.layout)
+        y = settings.ops.down(a, weight, bias, grouping, settings.layout, options=settings.options)
         ctx.settings, ctx.grouping = settings, grouping
         ctx.save_for_backward(a, topk_weights, weight, bias)
         return settings.ops.combine(y, grouping.inverse, topk_weights)
@@ -461,9 +484,11 @@ class _DownHalf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         a, topk_weights, weight, bias = ctx.saved_tensors
-        ops, layout, grouping = ctx.settings.ops, ctx.settings.layout, ctx.grouping
+        ops, layout, options, grouping = ctx.settings.ops, ctx.settings.layout, ctx.settings.options, ctx.grouping
         _, _, _, needs_topk_weights, needs_weight, needs_bias = ctx.needs_input_grad
-        da, scaled_a, dweights = ops.down_grad(dout, weight, bias, a, topk_weights, grouping, layout, None)
+        da, scaled_a, dweights = ops.down_grad(
+            dout, weight, bias, a, topk_weights, grouping, layout, None, options=options
+        )
         zero_padding(da, grouping)
         grads = ops.weight_grad(
             grouping,
@@ -472,6 +497,7 @@ class _DownHalf(torch.autograd.Function):
             scaled_a=scaled_a if needs_weight else None,
             topk_weights=topk_weights,
             down_bias=needs_bias,
+            options=options,
         )
         dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs_topk_weights else None
         return None, None, da, dtopk_weights, grads.down_proj, grads.down_bias
@@ -492,6 +518,8 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Run every token through its K chosen experts and give the weighted sum, on one device.
 
@@ -510,6 +538,8 @@ def moe_mlp(
         gate_up_bias: (E, 2F) or None. down_bias: (E, D) or None.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
+        num_sms: how many of a GPU's multiprocessors the kernels take; None: all.
+        batch_invariant: a token's bits, and its gradients', don't depend on the other tokens of the call.
     Returns:
         (T, D) in x.dtype.
     Raises:
@@ -521,7 +551,7 @@ def moe_mlp(
     layout = ExpertLayout(gated, interleaved, transposed)
     weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
-    settings = make_settings(x, layout, activation, backend, save)
+    settings = make_settings(x, layout, activation, backend, save, KernelOptions(num_sms, batch_invariant))
     if is_fused(activation):
         needs_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, topk_weights, *weights)
@@ -537,9 +567,14 @@ def moe_mlp(
 
 
 def make_settings(
-    x: Tensor, layout: ExpertLayout, activation: Activation, backend: str, save: Literal["hidden", "input"]
+    x: Tensor,
+    layout: ExpertLayout,
+    activation: Activation,
+    backend: str,
+    save: Literal["hidden", "input"],
+    options: KernelOptions,
 ) -> ExpertSettings:
-    """Choose the backend for x's device and dtype and check `save`."""
+    """Choose the backend for x's device and dtype and check `save` and `options`."""
     if save not in ("hidden", "input"):
         raise ValueError(f"save must be 'hidden' or 'input', got {save!r}")
-    return ExpertSettings(backends.choose(backend, x.device, x.dtype), layout, activation, save)
+    return ExpertSettings(backends.choose(backend, x.device, x.dtype), layout, activation, save, options.check())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import Activation, ExpertLayout, MoEConfig, OverlapConfig, is_fused
+from .config import Activation, ExpertLayout, KernelOptions, MoEConfig, OverlapConfig, is_fused
 from .dispatch import DTYPE_CODES, MAGIC, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .errors import NonFiniteScores
 from .experts import (
@@ -160,6 +160,8 @@ def expert_parallel_mlp(
     down_bias: Tensor | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Do what moe_mlp does with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
 
@@ -191,6 +193,7 @@ def expert_parallel_mlp(
         activation=activation,
         backend=backend,
         save=save,
+        options=KernelOptions(num_sms, batch_invariant),
     )
     return y
 
@@ -215,6 +218,7 @@ def _run_expert_parallel(
     activation: Activation,
     backend: str,
     save: Literal["hidden", "input"],
+    options: KernelOptions,
     num_nonfinite_rows: Tensor | None = None,
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
@@ -224,7 +228,7 @@ def _run_expert_parallel(
         check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size)
         if x.dtype not in DTYPE_CODES:
             raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
-        settings = make_settings(x, layout, activation, backend, save)
+        settings = make_settings(x, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
         _refuse(transport)
@@ -298,6 +302,7 @@ class GroupedExperts(nn.Module):
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension.
         overlap: how the exchanges overlap; the same on every rank.
+        backend, num_sms, batch_invariant: as in moe_mlp.
         generator: draws the weights; the same seed gives the same experts for every number of ranks. None draws
             from torch's global generator, which must then be in the same state on every rank.
     """
@@ -309,6 +314,8 @@ class GroupedExperts(nn.Module):
         overlap: OverlapConfig | None = None,
         *,
         backend: str = "auto",
+        num_sms: int | None = None,
+        batch_invariant: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -318,6 +325,7 @@ class GroupedExperts(nn.Module):
         self.transport = None if transport is None else as_transport(transport)
         self.overlap = overlap or OverlapConfig()
         self.backend = backend
+        self.options = KernelOptions(num_sms, batch_invariant).check()
         self.last_report: LayerReport | None = None
         size = 1 if self.transport is None else self.transport.size
         rank = 0 if self.transport is None else self.transport.rank
@@ -379,6 +387,8 @@ class GroupedExperts(nn.Module):
                 gate_up_bias=self.gate_up_proj_bias,
                 down_bias=self.down_proj_bias,
                 backend=self.backend,
+                num_sms=self.options.num_sms,
+                batch_invariant=self.options.batch_invariant,
             )
         y, self.last_report = _run_expert_parallel(
             x,
@@ -392,6 +402,7 @@ class GroupedExperts(nn.Module):
             activation=config.activation,
             backend=self.backend,
             save="hidden",
+            options=self.options,
             num_nonfinite_rows=num_nonfinite_rows,
         )
         return y
@@ -414,6 +425,8 @@ class MoELayer(nn.Module):
         overlap: OverlapConfig | None = None,
         *,
         backend: str = "auto",
+        num_sms: int | None = None,
+        batch_invariant: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -426,7 +439,15 @@ class MoELayer(nn.Module):
             drawn = torch.empty(self.router.weight.shape).uniform_(-bound, bound, generator=generator)
             self.router.weight.copy_(drawn)
         self.experts = GroupedExperts(
-            config, transport, overlap, backend=backend, generator=generator, device=device, dtype=dtype
+            config,
+            transport,
+            overlap,
+            backend=backend,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+            generator=generator,
+            device=device,
+            dtype=dtype,
         )
         self.aux_loss: Tensor | None = None
         self.last_routing: Routing | None = None

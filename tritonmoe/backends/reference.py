@@ -3,6 +3,8 @@
 Every backend module has these functions with these signatures; docstrings stand here, once. Arithmetic is done in
 fp32 for narrower dtypes (fp64 stays fp64), and each stored tensor is rounded once to the dtype of the rows.
 
+Every product takes `options`: how it runs on a GPU. It never changes what is computed, and does nothing here.
+
 Backward, for a pair p of token t with gate weight s and expert e (h = x_t W1 + b1, a = act(h), y = a W2 + b2,
 out_t = sum of s*y over the token's pairs), given dout:
     g  = dout_t W2^T          d(weight) = <g, a> + <dout_t, b2>        da = s*g          dh = act'(h) * da
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation
+from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
 
 __all__ = [
@@ -148,6 +150,7 @@ def up(
     needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gather each pair's row, multiply by its expert's up-projection, add the bias, apply the activation.
 
@@ -184,6 +187,7 @@ def down(
     layout: ExpertLayout,
     *,
     out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Multiply each pair's activation by its expert's down-projection and add the bias.
 
@@ -250,6 +254,7 @@ def down_grad(
     *,
     out_dh: Tensor | None = None,
     out_scaled_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry dout back through combine, the down-projection and the activation.
 
@@ -291,7 +296,13 @@ def down_grad(
 
 
 def up_grad(
-    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+    dh: Tensor,
+    gate_up_proj: Tensor,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Carry dh (N, 2F) back through the up-projection: dx of each pair, (N, D), storage order of one chunk."""
     acc = accumulation_dtype(dh.dtype)
@@ -312,6 +323,7 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """Sum the weight gradients over all pairs of the layer, in source order; empty experts get zeros.
 

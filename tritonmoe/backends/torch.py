@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cpu_memory
-from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation
+from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
 from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
 
@@ -156,6 +156,7 @@ def up(
     needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
     a = out_a
@@ -196,6 +197,7 @@ def down(
     layout: ExpertLayout,
     *,
     out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     return _products(a, _in_out(down_proj, layout), down_bias, grouping, out)
 
@@ -256,6 +258,7 @@ def down_grad(
     *,
     out_dh: Tensor | None = None,
     out_scaled_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(dout.dtype)
     inner = down_proj.shape[1 if layout.transposed else 2]
@@ -329,7 +332,13 @@ def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> T
 
 
 def up_grad(
-    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+    dh: Tensor,
+    gate_up_proj: Tensor,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     return _products(dh, _out_in(gate_up_proj, layout), None, grouping, out)
 
@@ -345,6 +354,7 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     order = grouping.source_order
     dw1 = db1 = dw2 = db2 = None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..config import ExpertLayout, FusedActivation
+from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
 from ..kernels import combine as combine_kernels
 from ..kernels import down as down_kernels
@@ -85,6 +85,7 @@ def up(
     needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gather, product, bias and activation in one kernel."""
     return up_kernels.up(
@@ -100,6 +101,7 @@ def down(
     layout: ExpertLayout,
     *,
     out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """One grouped product."""
     return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out)
@@ -129,6 +131,7 @@ def down_grad(
     *,
     out_dh: Tensor | None = None,
     out_scaled_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One kernel for the product and the activation's backward, a second sums the weights' gradients."""
     return gradient_kernels.down_grad(
@@ -146,7 +149,13 @@ def down_grad(
 
 
 def up_grad(
-    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+    dh: Tensor,
+    gate_up_proj: Tensor,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """One grouped product over all 2F columns."""
     return down_kernels.up_grad(dh, gate_up_proj, grouping, layout, out=out)
@@ -163,6 +172,7 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """One grouped product with a ragged sum for each weight, one column sum for each bias."""
     order = grouping.source_order
