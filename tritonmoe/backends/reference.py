@@ -323,6 +323,8 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    accumulate_gate_up: Tensor | None = None,
+    accumulate_down: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """Sum the weight gradients over all pairs of the layer, in source order; empty experts get zeros.
@@ -331,29 +333,41 @@ def weight_grad(
         grouping: the whole layer, all chunks.
         x, dh: (R, D) and (N, 2F): given together for dW1. dout, scaled_a: (R, D) and (N, F): together for dW2.
         gate_up_bias: also sum db1 from dh. down_bias: also sum db2 from dout and topk_weights (R, K).
+        accumulate_gate_up, accumulate_down: shaped like the weights, any floating dtype and strides; where given, the
+            gradient is added into it, in fp32 or wider and rounded once to its dtype, and None is given back
+            (Megatron-LM's `weight.main_grad`, mostly fp32 for bf16 weights; the training loop owns and zeroes it).
     Returns:
         WeightGrads in the layout and dtype of the weights' rows; biases are (E, 2F) and (E, D).
+    Example:
+        One expert, D = F = 1, ungated, x = [[2]], dh = [[3]]: dW1 is [[[6]]]; with accumulate_gate_up = [[[10]]]
+        that becomes [[[16]]] and dW1 is None.
     """
     order = slice(None) if grouping.source_order is None else grouping.source_order.long()
     rows = grouping.row_index.long()[order]
 
-    def outer_sums(pair_values: Tensor, row_values: Tensor, pairs_first: bool) -> Tensor:
+    def outer_sums(
+        pair_values: Tensor, row_values: Tensor, pairs_first: bool, accumulate: Tensor | None
+    ) -> Tensor | None:
         acc = accumulation_dtype(pair_values.dtype)
         left, right = pair_values[order].to(acc), row_values[rows].to(acc)
         if not pairs_first:
             left, right = right, left
-        return torch.stack([left[i:j].T @ right[i:j] for i, j in _ranges(grouping)]).to(pair_values.dtype)
+        sums = torch.stack([left[i:j].T @ right[i:j] for i, j in _ranges(grouping)])
+        if accumulate is None:
+            return sums.to(pair_values.dtype)
+        accumulate.copy_(accumulate.to(torch.promote_types(acc, accumulate.dtype)) + sums)
+        return None
 
     def sums(values: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.stack([values[i:j].sum(0) for i, j in _ranges(grouping)]).to(dtype)
 
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
-        dw1 = outer_sums(dh, x, pairs_first=not layout.transposed)
+        dw1 = outer_sums(dh, x, not layout.transposed, accumulate_gate_up)
     if dh is not None and gate_up_bias:
         db1 = sums(dh[order].to(accumulation_dtype(dh.dtype)), dh.dtype)
     if dout is not None and scaled_a is not None:
-        dw2 = outer_sums(scaled_a, dout, pairs_first=layout.transposed)
+        dw2 = outer_sums(scaled_a, dout, layout.transposed, accumulate_down)
     if dout is not None and topk_weights is not None and down_bias:
         acc = accumulation_dtype(dout.dtype)
         scale = topk_weights.flatten()[grouping.pair_index.long()[order]].to(acc)

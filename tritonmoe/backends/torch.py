@@ -354,14 +354,16 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    accumulate_gate_up: Tensor | None = None,
+    accumulate_down: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     order = grouping.source_order
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
-        dw1 = _outer_sums(dh, x, grouping, pairs_first=not layout.transposed)
+        dw1 = _outer_sums(dh, x, grouping, not layout.transposed, accumulate_gate_up)
     if dout is not None and scaled_a is not None:
-        dw2 = _outer_sums(scaled_a, dout, grouping, pairs_first=layout.transposed)
+        dw2 = _outer_sums(scaled_a, dout, grouping, layout.transposed, accumulate_down)
     if dh is not None and gate_up_bias:
         db1 = dh.new_zeros(grouping.num_experts, dh.shape[1])
         for e, positions in _expert_slices(grouping):
@@ -385,8 +387,13 @@ def _expert_slices(grouping: Grouping) -> Iterator[tuple[int, slice]]:
             yield e, slice(first, last)
 
 
-def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pairs_first: bool) -> Tensor:
-    """Sum outer(pair_values[n], row_values[row of n]) over each expert's pairs, or with the factors swapped."""
+def _outer_sums(
+    pair_values: Tensor, row_values: Tensor, grouping: Grouping, pairs_first: bool, accumulate: Tensor | None
+) -> Tensor | None:
+    """Sum outer(pair_values[n], row_values[row of n]) over each expert's pairs, or with the factors swapped.
+
+    Into `accumulate` where it is given.
+    """
     order, row_index = grouping.source_order, grouping.row_index
 
     def factors(positions: slice) -> tuple[Tensor, Tensor]:
@@ -398,7 +405,9 @@ def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pai
         return pairs, row_values.index_select(0, rows)
 
     shape = (pair_values.shape[1], row_values.shape[1])
-    out = cpu_memory.empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]), like=pair_values)
+    out = accumulate
+    if out is None:
+        out = cpu_memory.empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]), like=pair_values)
     offsets = grouping.host_expert_offsets
     counts = [last - first for first, last in pairwise(offsets)]
     if offsets[-1] <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
@@ -407,10 +416,22 @@ def _outer_sums(pair_values: Tensor, row_values: Tensor, grouping: Grouping, pai
     else:
         parts = (factors(slice(first, last)) for first, last in pairwise(offsets))
     for target, count, (pairs, rows) in zip(out.unbind(0), counts, parts, strict=True):
-        if count == 0:
+        left, right = (pairs, rows) if pairs_first else (rows, pairs)
+        if accumulate is not None:
+            if count:
+                _accumulate_product(target, left.mT, right)
+        elif count == 0:
             target.zero_()
-        elif pairs_first:
-            torch.mm(pairs.mT, rows, out=target)
         else:
-            torch.mm(rows.mT, pairs, out=target)
-    return out
+            torch.mm(left.mT, right, out=target)
+    return out if accumulate is None else None
+
+
+def _accumulate_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right into `target` in fp32 or wider, rounding once."""
+    acc = accumulation_dtype(left.dtype)
+    if target.dtype == acc:
+        target.addmm_(left.to(acc), right.to(acc))
+    else:
+        product = torch.mm(left.to(acc), right.to(acc))
+        target.copy_(target.to(torch.promote_types(acc, target.dtype)).add_(product))

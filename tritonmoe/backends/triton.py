@@ -172,6 +172,8 @@ def weight_grad(
     topk_weights: Tensor | None = None,
     gate_up_bias: bool = False,
     down_bias: bool = False,
+    accumulate_gate_up: Tensor | None = None,
+    accumulate_down: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """One grouped product with a ragged sum for each weight, one column sum for each bias."""
@@ -179,11 +181,12 @@ def weight_grad(
     pairs = grouping.pair_index if order is None else grouping.pair_index.index_select(0, order)
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
-        dw1 = gradient_kernels.outer_sums(dh, x, grouping, pairs, pairs_first=not layout.transposed)
+        pairs_first = not layout.transposed
+        dw1 = gradient_kernels.outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up)
     if dh is not None and gate_up_bias:
         db1 = gradient_kernels.bias_grad(dh, grouping, order)
     if dout is not None and scaled_a is not None:
-        dw2 = gradient_kernels.outer_sums(scaled_a, dout, grouping, pairs, pairs_first=layout.transposed)
+        dw2 = gradient_kernels.outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down)
     if dout is not None and topk_weights is not None and down_bias:
         db2 = gradient_kernels.bias_grad(dout, grouping, pairs, topk_weights)
     return WeightGrads(dw1, db1, dw2, db2)

@@ -368,6 +368,7 @@ def _outer_sums_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles_per_expert = num_p_tiles * num_q_tiles
@@ -395,23 +396,34 @@ def _outer_sums_kernel(
         accumulator = dot(left, right, accumulator, PRECISION)
     out_pointers = out + expert.to(tl.int64) * stride_out_expert + p[:, None] * stride_out_p + q[None, :] * stride_out_q
     mask = (p < P)[:, None] & (q < Q)[None, :]
+    if ACCUMULATE:
+        # fp32, or fp64 where that is what is added to.
+        wide: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+        accumulator = accumulator.to(wide) + tl.load(out_pointers, mask=mask, other=0.0).to(wide)
     tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=mask)
 
 
 def outer_sums(
-    pair_values: Tensor, row_values: Tensor, grouping: Grouping, pair_index: Tensor, *, pairs_first: bool
-) -> Tensor:
+    pair_values: Tensor,
+    row_values: Tensor,
+    grouping: Grouping,
+    pair_index: Tensor,
+    pairs_first: bool,
+    accumulate: Tensor | None = None,
+) -> Tensor | None:
     """Give sum over each expert's pairs of the outer product of its pair values and its row's values.
 
     Args:
         pair_values: (N, P) by storage position. row_values: (R, Q) by row.
         pair_index: (N,) flat pair ids in source order.
         pairs_first: whether the result is (E, P, Q) or (E, Q, P).
+        accumulate: where the result is added, of that shape; None is given back then.
     """
     pair_values, row_values = contiguous_columns(pair_values), contiguous_columns(row_values)
     num_experts, p_size, q_size = grouping.num_experts, pair_values.shape[1], row_values.shape[1]
     shape = (p_size, q_size) if pairs_first else (q_size, p_size)
-    out = pair_values.new_empty(num_experts, *shape)
+    out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
+    assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
     config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, num_experts, grouping.top_k)
     num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
     launch(
@@ -439,11 +451,12 @@ def outer_sums(
         BLOCK_Q=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        ACCUMULATE=accumulate is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         PRECISION=dot_precision(pair_values.dtype),
     )
-    return out
+    return out if accumulate is None else None
 
 
 @triton.jit
