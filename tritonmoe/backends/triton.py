@@ -47,25 +47,32 @@ def group(
         raise ValueError("chunk_pair_offsets is required with several chunks: counting pairs would need a host read")
     if num_chunks > 1 and row_source is None:
         raise ValueError("row_source is required with several chunks")
-    device = topk_ids.device
-    table = group_kernels.ChunkTable(row_offsets, pair_offsets, top_k, device)
-    inverse = torch.empty(num_rows, top_k, dtype=torch.int32, device=device)
-    storage = None if num_chunks == 1 else torch.empty_like(inverse)
-    chunk_expert_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, table)
-    pair_index = group_kernels.place_pairs(topk_ids, num_experts, table, shifts, inverse=inverse, storage=storage)
-    expert_offsets, source_order = chunk_expert_offsets[0], None
-    if row_source is not None and num_chunks > 1:
-        # The same sort once more, over all chunks, walking the rows by their source.
-        layer = group_kernels.ChunkTable((0, num_rows), (0, pair_offsets[-1]), top_k, device)
-        row_order = torch.argsort(row_source, stable=True)
-        layer_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, layer, row_order)
-        expert_offsets = layer_offsets[0]
-        source_order = group_kernels.place_pairs(
-            topk_ids, num_experts, layer, shifts, row_order=row_order, pair_values=storage
+    expert_offsets = source_order = None
+    if num_chunks == 1 and topk_ids.numel() <= group_kernels.MAX_FEW_PAIRS:
+        pair_index, chunk_expert_offsets, inverse = group_kernels.group_few_pairs(
+            topk_ids, num_experts, pair_offsets[-1]
         )
+    else:
+        device = topk_ids.device
+        table = group_kernels.ChunkTable(row_offsets, pair_offsets, top_k, device)
+        inverse = torch.empty(num_rows, top_k, dtype=torch.int32, device=device)
+        storage = None if num_chunks == 1 else torch.empty_like(inverse)
+        chunk_expert_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, table)
+        pair_index = group_kernels.place_pairs(
+            topk_ids, num_experts, table, chunk_expert_offsets, shifts, inverse=inverse, storage=storage
+        )
+        if row_source is not None and num_chunks > 1:
+            # The same sort once more, over all chunks, walking the rows by their source.
+            layer = group_kernels.ChunkTable((0, num_rows), (0, pair_offsets[-1]), top_k, device)
+            row_order = torch.argsort(row_source, stable=True)
+            layer_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, layer, row_order)
+            expert_offsets = layer_offsets[0]
+            source_order = group_kernels.place_pairs(
+                topk_ids, num_experts, layer, layer_offsets, shifts, row_order=row_order, pair_values=storage
+            )
     return Grouping(
         pair_index=pair_index,
-        expert_offsets=expert_offsets,
+        expert_offsets=chunk_expert_offsets[0] if expert_offsets is None else expert_offsets,
         inverse=inverse,
         source_order=source_order,
         chunk_expert_offsets=chunk_expert_offsets,

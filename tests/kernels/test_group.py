@@ -1,0 +1,120 @@
+"""Grouping by Triton kernels: the same integers as the reference, in few launches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, assert_same_grouping, chunked_rows, garbage_memory, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritonmoe.backends import reference
+from tritonmoe.backends import triton as kernels
+from tritonmoe.kernels import aot, launch
+
+
+def test_group_worked_example():
+    ids = torch.tensor([[1, 0], [1, 2], [-1, 0], [1, 1]], device=DEVICE)
+    grouping = kernels.group(ids, 3)
+    assert grouping.pair_index.tolist() == [1, 5, 0, 2, 6, 7, 3, -1]
+    assert grouping.expert_offsets.tolist() == [0, 2, 6, 7]
+    assert grouping.inverse.tolist() == [[2, 0], [3, 6], [-1, 1], [4, 5]]
+    assert grouping.chunk_pair_offsets == (0, 8)
+    assert grouping.source_order is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(0, 150),
+    top_k=st.integers(1, 16),
+    num_experts=st.integers(1, 200),
+    skip=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_group_matches_reference(num_rows, top_k, num_experts, skip, seed):
+    ids = random_ids(num_rows, top_k, num_experts, skip=skip, seed=seed).to(DEVICE)
+    with garbage_memory():
+        actual = kernels.group(ids, num_experts)
+    assert_same_grouping(actual, reference.group(ids, num_experts))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_rows=st.integers(0, 100),
+    top_k=st.integers(1, 5),
+    num_experts=st.integers(1, 60),
+    num_chunks=st.integers(2, 7),
+    num_sources=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chunks, num_sources, seed):
+    ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
+    row_offsets, sources = chunked_rows(num_rows, num_chunks, num_sources, seed)
+    expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_source=sources)
+    with garbage_memory():
+        actual = kernels.group(
+            ids,
+            num_experts,
+            chunk_row_offsets=row_offsets,
+            chunk_pair_offsets=expected.chunk_pair_offsets,
+            row_source=sources,
+        )
+    assert_same_grouping(actual, expected)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1024, 16), (1, 1), (127, 10), (128, 2)])
+def test_group_limits(num_experts, top_k):
+    ids = random_ids(37, top_k, num_experts).to(DEVICE)
+    expected = reference.group(ids, num_experts)
+    assert_same_grouping(kernels.group(ids, num_experts), expected)
+    assert_same_grouping(kernels.group(ids.to(torch.int32), num_experts), expected)
+    assert_same_grouping(kernels.group(ids.T.contiguous().T, num_experts), expected)
+
+
+def test_group_of_many_tiles():
+    ids = random_ids(400, 16, 40).to(DEVICE)
+    assert_same_grouping(kernels.group(ids, 40), reference.group(ids, 40))
+    row_offsets, sources = (0, 10, 390, 400), torch.arange(400, device=DEVICE) // 200
+    expected = reference.group(ids, 40, chunk_row_offsets=row_offsets, row_source=sources)
+    actual = kernels.group(
+        ids,
+        40,
+        chunk_row_offsets=row_offsets,
+        chunk_pair_offsets=expected.chunk_pair_offsets,
+        row_source=sources,
+    )
+    assert_same_grouping(actual, expected)
+
+
+def test_group_wants_pair_offsets_and_sources_for_chunks():
+    ids = random_ids(6, 2, 3).to(DEVICE)
+    with pytest.raises(ValueError, match="chunk_pair_offsets"):
+        kernels.group(ids, 3, chunk_row_offsets=(0, 2, 6))
+    with pytest.raises(ValueError, match="row_source"):
+        kernels.group(ids, 3, chunk_row_offsets=(0, 2, 6), chunk_pair_offsets=(0, 4, 12))
+
+
+class OnlyAllocations(TorchDispatchMode):
+    """Fail on any PyTorch operation that is more than memory or a view: it would be a launch or a host read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name in ("empty", "empty_like", "new_empty", "empty_strided", "select"), f"{name} while grouping"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("num_rows", "num_launches"), [(0, 1), (1, 1), (64, 1), (65, 3), (100_000, 3)])
+@pytest.mark.parametrize("num_experts", [1, 60, 1024])
+def test_group_takes_at_most_three_launches(num_rows, num_launches, num_experts):
+    """N = 1024 pairs of K = 16 still fit one program."""
+    ids = torch.empty(num_rows, 16, dtype=torch.int64, device="meta")
+    with launch.recording(aot.TARGETS["sm_90"]) as launches, OnlyAllocations():
+        kernels.group(ids, num_experts)
+    assert len(launches) == num_launches
+    assert num_launches > 1 or launches[0].grid == (1,)
+
+
+@pytest.mark.parametrize("num_rows", [7, 8, 9, 63, 64, 65])
+def test_group_around_one_program(num_rows):
+    ids = random_ids(num_rows, 16, 300).to(DEVICE)
+    with garbage_memory():
+        assert_same_grouping(kernels.group(ids, 300), reference.group(ids, 300))
