@@ -18,6 +18,7 @@ LAYERS = (
         "backends",
         "routing",
         "experts",
+        "wire",
         "transports",
         "dispatch",
         "overlap",
