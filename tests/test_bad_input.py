@@ -201,6 +201,10 @@ DISAGREEMENTS = {
     "num_chunks": lambda rank: {"overlap": tm.OverlapConfig(1 + rank)},
     "local_first": lambda rank: {"overlap": tm.OverlapConfig(1, local_first=bool(rank))},
     "serial": lambda rank: {"overlap": tm.OverlapConfig(1, serial=bool(rank))},
+    "chunk_sizes": lambda rank: {"overlap": tm.OverlapConfig(shape=(1, 2 + rank, 1))},
+    "local_start": lambda rank: {"overlap": tm.OverlapPlan((1,), local_start=5 + rank)},
+    "window": lambda rank: {"overlap": tm.OverlapPlan((1, 1), window=1 + rank)},
+    "backward_window": lambda rank: {"overlap": tm.OverlapPlan((1, 1), backward_window=1 + rank)},
     "top_k": lambda rank: {
         "topk_ids": full(3, 1 + rank, dtype=torch.int64),
         "topk_weights": full(3, 1 + rank),

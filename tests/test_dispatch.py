@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe import dispatch
+from tritonmoe.config import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch import CallHeader, DispatchPlan, check_headers, exchange_plan, plan_tokens
 from tritonmoe.transports import Transport
 
@@ -24,17 +25,14 @@ def s_ik(ids: list[list[int]], num_experts: int, size: int) -> list[set[int]]:
     return [{t for t, row in enumerate(ids) if k in owners(row, num_experts, size)} for k in range(size)]
 
 
-def header(num_chunks: int = 1, num_experts: int = 4, top_k: int = 2, **changes: int) -> CallHeader:
-    common = CallHeader(
-        magic=dispatch.MAGIC,
+def header(overlap: OverlapPlan | None = None, num_experts: int = 4, top_k: int = 2, **changes: int) -> CallHeader:
+    common = CallHeader.of(
+        overlap or OverlapPlan(),
         sequence=0,
-        num_chunks=num_chunks,
         num_experts=num_experts,
         top_k=top_k,
         hidden_size=8,
         dtype=1,
-        local_first=1,
-        serial=0,
         grad_enabled=1,
         needs_any=0,
         needs_x=0,
@@ -48,18 +46,20 @@ def header(num_chunks: int = 1, num_experts: int = 4, top_k: int = 2, **changes:
 
 def test_worked_example() -> None:
     """The one in the docstring of dispatch.py."""
-    tokens = plan_tokens(torch.tensor([[0, 1], [1, 3]]), 4, 0, 2, 1, local_first=True)
+    tokens = plan_tokens(torch.tensor([[0, 1], [1, 3]]), 4, 0, 2, OverlapPlan())
     assert tokens.home_tokens.tolist() == [0, 1, 1]
     assert tokens.home_index.tolist() == [[0, -1], [1, 2]]
     assert tokens.home_ranks.tolist() == [0, 0, 1]
-    assert tokens.rows == [[2, 0], [0, 1]]
-    assert tokens.pairs == [[3, 0], [0, 1]]
+    assert tokens.rows == [[1, 0], [1, 0], [0, 1]]
+    assert tokens.pairs == [[2, 0], [1, 0], [0, 1]]
     assert tokens.token_bounds == (0, 2)
 
 
 def test_two_chunks_without_local_first() -> None:
     """W=2, E=2. Tokens: both ranks | rank 1 twice || rank 0 | nowhere; storage is by (chunk, rank, token)."""
-    tokens = plan_tokens(torch.tensor([[0, 1], [1, 1], [0, -1], [2, -1]]), 2, 1, 2, 2, local_first=False)
+    tokens = plan_tokens(
+        torch.tensor([[0, 1], [1, 1], [0, -1], [2, -1]]), 2, 1, 2, OverlapPlan((1, 1), local_first=False)
+    )
     assert tokens.token_bounds == (0, 2, 4)
     assert tokens.home_tokens.tolist() == [0, 0, 1, 2]
     assert tokens.home_ranks.tolist() == [0, 1, 1, 0]
@@ -76,7 +76,12 @@ def routings(draw):
     counts = draw(st.lists(st.integers(0, 7), min_size=size, max_size=size))
     rows = st.lists(st.integers(-1, num_experts), min_size=top_k, max_size=top_k)
     ids = [draw(st.lists(rows, min_size=count, max_size=count)) for count in counts]
-    return ids, num_experts, size, top_k, draw(st.integers(1, 6)), draw(st.booleans())
+    num_chunks = draw(st.integers(1, 6))
+    sizes = draw(
+        st.sampled_from([equal_sizes(num_chunks), ramp_sizes(num_chunks)])
+        | st.lists(st.integers(1, 4), min_size=1, max_size=6).map(tuple)
+    )
+    return ids, num_experts, size, top_k, OverlapPlan(sizes, draw(st.booleans()), draw(st.integers(0, 16)))
 
 
 def as_ids(rows: list[list[int]], top_k: int) -> Tensor:
@@ -86,19 +91,22 @@ def as_ids(rows: list[list[int]], top_k: int) -> Tensor:
 @settings(max_examples=100, deadline=None)
 @given(drawn=routings())
 def test_tokens_of_any_routing(drawn) -> None:
-    ids, num_experts, size, top_k, num_chunks, local_first = drawn
+    ids, num_experts, size, top_k, overlap = drawn
+    num_chunks, local_first = overlap.num_chunks, overlap.local_first
     for rank, rows in enumerate(ids):
-        plan = plan_tokens(as_ids(rows, top_k), num_experts, rank, size, num_chunks, local_first=local_first)
+        plan = plan_tokens(as_ids(rows, top_k), num_experts, rank, size, overlap)
         sets = s_ik(rows, num_experts, size)
         bounds = plan.token_bounds
         assert (bounds[0], bounds[-1], len(bounds)) == (0, len(rows), num_chunks + 1)
-        widths = [b - a for a, b in pairwise(bounds)]
-        assert max(widths) - min(widths) <= 1
+        total = sum(overlap.chunk_sizes)
+        for (first, last), share in zip(pairwise(bounds), overlap.chunk_sizes, strict=True):
+            assert abs((last - first) - len(rows) * share / total) < 1
+        num_first = len(rows) * overlap.local_start // 16
         chunk_of = [next(c for c in range(num_chunks) if bounds[c] <= t < bounds[c + 1]) for t in range(len(rows))]
 
-        def segment(token: int, to: int, rank=rank, chunk_of=chunk_of) -> int:
+        def segment(token: int, to: int, rank=rank, chunk_of=chunk_of, num_first=num_first) -> int:
             if local_first:
-                return 0 if to == rank else chunk_of[token] + 1
+                return int(token >= num_first) if to == rank else chunk_of[token] + 2
             return chunk_of[token]
 
         # A token stands once for each rank that needs it, in order of (segment, rank, token).
@@ -110,7 +118,7 @@ def test_tokens_of_any_routing(drawn) -> None:
             [home.index((segment(t, k), k, t)) if t in sets[k] else -1 for k in range(size)] for t in range(len(rows))
         ]
         assert plan.home_index.tolist() == expected
-        for s in range(num_chunks + local_first):
+        for s in range(num_chunks + 2 * local_first):
             assert plan.rows[s] == [sum((h[0], h[1]) == (s, k) for h in home) for k in range(size)]
             assert plan.pairs[s] == [
                 sum(owners(rows[t], num_experts, size).count(k) for seg, to, t in home if (seg, to) == (s, k))
@@ -122,12 +130,13 @@ def test_tokens_of_any_routing(drawn) -> None:
 @given(drawn=routings())
 def test_plans_of_any_routing(drawn) -> None:
     """What one rank sends is what the other expects; orders of whole-layer exchanges are inverse to storage."""
-    ids, num_experts, size, top_k, num_chunks, local_first = drawn
+    ids, num_experts, size, top_k, overlap = drawn
+    num_chunks, local_first = overlap.num_chunks, overlap.local_first
 
     def on_rank(transport: Transport) -> DispatchPlan:
         own = as_ids(ids[transport.rank], top_k)
-        tokens = plan_tokens(own, num_experts, transport.rank, size, num_chunks, local_first=local_first)
-        return exchange_plan(transport, header(num_chunks, num_experts, top_k, local_first=int(local_first)), tokens)
+        tokens = plan_tokens(own, num_experts, transport.rank, size, overlap)
+        return exchange_plan(transport, header(overlap, num_experts, top_k), tokens, overlap)
 
     plans = tm.run_on_emulated_ranks(on_rank, size, timeout_s=10)
     traffic = [[len(tokens) for tokens in s_ik(rows, num_experts, size)] for rows in ids]

@@ -9,12 +9,15 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.backends.reference import WeightGrads, combine
-from tritonmoe.dispatch import MAGIC, CallHeader, exchange_plan, plan_tokens
+from tritonmoe.config import OverlapPlan, equal_sizes
+from tritonmoe.dispatch import CallHeader, exchange_plan, plan_tokens
 from tritonmoe.overlap.executor import LayerPass, PassReport, execute
-from tritonmoe.overlap.schedule import LOCAL, Step, build_backward, build_forward
+from tritonmoe.overlap.schedule import Step, build_backward, build_forward
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")
+HEADER = {"num_experts": 2, "top_k": 1, "dtype": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
+HEADER |= {"needs_topk_weights": 1, "error": 0, "nonfinite_rows": 0, "vote": 0}
 
 
 class LateExchange(PendingExchange):
@@ -29,9 +32,10 @@ class LateExchange(PendingExchange):
         return self.out.fill_(self.value)
 
 
-def run_late(num_chunks: int, serial: bool, num_steps: int = 3) -> list[str]:
+def run_late(plan: OverlapPlan, num_steps: int = 3) -> list[str]:
     """A forward of `num_steps` steps over the same buffers; stale or missing rows come out as wrong sums."""
     log: list[str] = []
+    num_chunks = plan.num_chunks
     received, home = torch.full((num_chunks,), torch.nan), torch.full((num_chunks,), torch.nan)
     for step in range(num_steps):
         partials: dict[int, float] = {}
@@ -43,7 +47,7 @@ def run_late(num_chunks: int, serial: bool, num_steps: int = 3) -> list[str]:
             return LateExchange(received[chunk : chunk + 1], 10.0 * step + chunk, log, f"dispatch {chunk}")
 
         def experts(chunk, partials=partials):
-            if chunk != LOCAL:
+            if chunk >= 0:
                 log.append(f"experts {chunk}")
                 partials[chunk] = received[chunk].item() * 2
 
@@ -62,7 +66,7 @@ def run_late(num_chunks: int, serial: bool, num_steps: int = 3) -> list[str]:
             "combine": combine_,
             "reduce": reduce,
         }
-        execute(build_forward(num_chunks, local_first=True, serial=serial), actions, CPU)
+        execute(build_forward(plan), actions, CPU)
         assert results == {c: 2 * (10.0 * step + c) for c in range(num_chunks)}
     return log
 
@@ -70,13 +74,24 @@ def run_late(num_chunks: int, serial: bool, num_steps: int = 3) -> list[str]:
 @pytest.mark.parametrize("num_chunks", [1, 2, 5], ids="C{}".format)
 @pytest.mark.parametrize("serial", [False, True], ids=["overlapped", "serial"])
 def test_late_rows_are_waited_for(serial: bool, num_chunks: int) -> None:
-    log = run_late(num_chunks, serial)
+    log = run_late(OverlapPlan(equal_sizes(num_chunks), serial=serial))
     for name in {entry.split(" ", 1)[1] for entry in log if entry.startswith("post")}:
         posts, waits = ([n for n, e in enumerate(log) if e == f"{word} {name}"] for word in ("post", "wait"))
         assert len(posts) == len(waits) == 3
         assert all(post < wait for post, wait in zip(posts, waits, strict=True))
     if not serial and num_chunks > 1:
         assert log.index("post dispatch 1") < log.index("wait dispatch 0")
+
+
+def test_a_window_holds_back_exchanges() -> None:
+    log = run_late(OverlapPlan(equal_sizes(4), window=2), num_steps=1)
+    posts_and_waits = [entry for entry in log if entry.split()[1] == "dispatch"]
+    assert posts_and_waits == [
+        *("post dispatch 0", "post dispatch 1", "wait dispatch 0", "post dispatch 2"),
+        *("wait dispatch 1", "post dispatch 3", "wait dispatch 2", "wait dispatch 3"),
+    ]
+    assert log.index("post dispatch 2") < log.index("experts 0")
+    assert log.index("wait combine 0") < log.index("post combine 2") < log.index("wait combine 1")
 
 
 def test_every_exchange_is_waited_for_once_even_if_two_steps_need_it() -> None:
@@ -130,12 +145,13 @@ def run_sleeping(
         for step in range(num_steps):
             generator = torch.Generator().manual_seed(10 * step + transport.rank)
             x, dout = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
-            tokens = plan_tokens(ids, 2, transport.rank, 2, num_chunks, local_first=False)
-            header = CallHeader(MAGIC, step, num_chunks, 2, 1, width, 1, 0, int(serial), 1, 1, 1, 1, 0, 0, 0)
-            plan = exchange_plan(transport, header, tokens)
+            overlap = OverlapPlan(equal_sizes(num_chunks), local_first=False, serial=serial)
+            tokens = plan_tokens(ids, 2, transport.rank, 2, overlap)
+            header = CallHeader.of(overlap, **(HEADER | {"sequence": step, "hidden_size": width}))
+            plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
             layer_pass = LayerPass(
-                plan, transport, combine, lambda rows, i, w, s=slices: SleepingExperts(rows, s, seconds), serial
+                plan, transport, combine, lambda rows, i, w, s=slices: SleepingExperts(rows, s, seconds)
             )
             with torch.no_grad():
                 y, forward = layer_pass.forward(x, ids, torch.ones(num_tokens, 1))
@@ -173,10 +189,11 @@ def test_overlap_hides_communication() -> None:
 
 
 def test_report_of_a_pass() -> None:
+    plan = OverlapPlan(equal_sizes(3), local_first=False)
     _, _, forward, backward = run_sleeping(3, False, 0.003)[0]
     for report, schedule in (
-        (forward, build_forward(3, local_first=False, serial=False)),
-        (backward, build_backward(3, local_first=False, serial=False, needs_x=True, needs_topk_weights=True)),
+        (forward, build_forward(plan)),
+        (backward, build_backward(plan, needs_x=True, needs_topk_weights=True)),
     ):
         steps = report.steps
         assert sorted(str(t.step) for t in steps) == sorted(map(str, schedule))

@@ -1,7 +1,7 @@
 """Expert parallelism equals one device: outputs and every gradient, on emulated ranks."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from tritonmoe.transports import Delay, LocalTransport, Transport
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INTERMEDIATE = 6, 5
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+Overlap = tm.OverlapConfig | tm.OverlapPlan
 NAMES = ("x", "topk_weights", *WEIGHTS)
 NUM_TOKENS = {1: (9,), 2: (7, 0), 3: (7, 0, 5), 4: (7, 0, 5, 3)}
 """Uneven, and rank 1 has none."""
@@ -72,7 +73,7 @@ class Batch:
         mine = {name: self.tokens[name][rank].clone() for name in ("x", "topk_weights")}
         return mine | {name: w[rank * local : (rank + 1) * local].clone() for name, w in self.weights.items()}
 
-    def call(self, transport: Transport, leaves: dict[str, Tensor], overlap: tm.OverlapConfig, **options) -> Tensor:
+    def call(self, transport: Transport, leaves: dict[str, Tensor], overlap: Overlap, **options) -> Tensor:
         return tm.expert_parallel_mlp(
             topk_ids=self.ids[transport.rank],
             num_experts=self.num_experts,
@@ -83,7 +84,13 @@ class Batch:
         )
 
     def in_parallel(
-        self, overlap: tm.OverlapConfig, *, faults: tuple = (), link=None, num_calls: int = 1, **options
+        self,
+        overlap: tm.OverlapConfig | tm.OverlapPlan,
+        *,
+        faults: tuple = (),
+        link=None,
+        num_calls: int = 1,
+        **options,
     ) -> dict[str, Tensor]:
         """Run forward and backward on every rank; token results one rank after the other, weights' by expert."""
 
@@ -136,6 +143,31 @@ def test_equals_one_device(num_ranks: int, num_experts: int) -> None:
             assert (overlapped["topk_weights"][is_skipped] == 0).all(), where
             serial = batch.in_parallel(tm.OverlapConfig(num_chunks, local_first, serial=True))
             assert_same_bits(overlapped, serial, where)
+
+
+PLANS = {
+    "ramp": tm.OverlapPlan((1, 2, 1)),
+    "growing": tm.OverlapPlan((1, 2, 5), local_start=16, window=2, backward_window=1),
+    "one-token-and-the-rest": tm.OverlapPlan((1, 6), local_start=0),
+    "window-of-one": tm.OverlapPlan((1, 1, 1, 1), local_start=3, window=1, backward_window=2),
+    "all-travel-windowed": tm.OverlapPlan((3, 1, 2), local_first=False, window=1, backward_window=1),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4], ids="W{}".format)
+def test_unequal_chunks_local_slices_and_windows(num_ranks: int, plan: str) -> None:
+    batch = Batch(num_ranks, 12, 2)
+    overlapped = batch.in_parallel(PLANS[plan])
+    assert_equals_one_device(overlapped, batch.on_one_device())
+    assert_same_bits(overlapped, batch.in_parallel(replace(PLANS[plan], serial=True)))
+
+
+def test_shapes_of_the_configuration() -> None:
+    batch = Batch(2, 6, 2)
+    expected = batch.on_one_device()
+    for config in (tm.OverlapConfig(5, shape="ramp"), tm.OverlapConfig(shape=(1, 3, 2))):
+        assert_equals_one_device(batch.in_parallel(config), expected)
 
 
 OPTIONS = {
@@ -198,10 +230,11 @@ def test_recompute_and_late_ranks_keep_the_bits(save: str) -> None:
 def test_bits_of_the_kernels_do_not_depend_on_the_chunks(num_ranks: int) -> None:
     batch = Batch(num_ranks, 6, 2, torch.float32, device=KERNEL_DEVICE)
     expected = None
-    for num_chunks, local_first in itertools.product((1, 2, 5), (True, False)):
-        actual = batch.in_parallel(tm.OverlapConfig(num_chunks, local_first), backend="triton")
+    configs = [tm.OverlapConfig(c, local_first) for c, local_first in itertools.product((1, 2, 5), (True, False))]
+    for overlap in (*configs, tm.OverlapPlan((1, 3, 2), local_start=5)):
+        actual = batch.in_parallel(overlap, backend="triton")
         expected = expected or actual
-        assert_same_bits(actual, expected, f"C{num_chunks}-{local_first}")
+        assert_same_bits(actual, expected, str(overlap))
     one_device = batch.on_one_device()
     for name, value in expected.items():
         torch.testing.assert_close(value, one_device[name], msg=lambda m, name=name: f"{name}: {m}")

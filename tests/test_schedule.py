@@ -4,33 +4,41 @@ import itertools
 
 import pytest
 
-from tritonmoe.overlap.schedule import LOCAL, Schedule, Step, build_backward, build_forward, check_schedule
+from tritonmoe.config import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.overlap.schedule import (
+    LOCAL_END,
+    LOCAL_START,
+    Schedule,
+    Step,
+    build_backward,
+    build_forward,
+    check_schedule,
+)
 
 CHUNKS = (1, 2, 3, 32)
-FLAGS = list(itertools.product(CHUNKS, (True, False), (True, False)))
+LOCAL_STARTS = {"travel": None, "start": LOCAL_PARTS, "end": 0, "both": LOCAL_PARTS // 2}
+WINDOWS = (1, 2, 32)
+
+
+def plans() -> list[tuple[OverlapPlan, str]]:
+    found = []
+    for num_chunks, (name, local_start) in itertools.product(CHUNKS, LOCAL_STARTS.items()):
+        local = {"local_first": False} if local_start is None else {"local_start": local_start}
+        for window in WINDOWS:
+            plan = OverlapPlan(equal_sizes(num_chunks), **local, window=window, backward_window=window)
+            found.append((plan, f"C{num_chunks}-{name}-window{window}"))
+        found.append((OverlapPlan(equal_sizes(num_chunks), **local, serial=True), f"C{num_chunks}-{name}-serial"))
+    return found
 
 
 def forwards() -> list:
-    return [
-        pytest.param(
-            build_forward(c, local_first=local, serial=serial),
-            c,
-            serial,
-            id=f"forward-C{c}-{'local' if local else 'travel'}-{'serial' if serial else 'overlap'}",
-        )
-        for c, local, serial in FLAGS
-    ]
+    return [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
 
 
 def backwards() -> list:
     return [
-        pytest.param(
-            build_backward(c, local_first=local, serial=serial, needs_x=x, needs_topk_weights=w),
-            c,
-            serial,
-            id=f"backward-C{c}-{'local' if local else 'travel'}-{'serial' if serial else 'overlap'}-x{x:d}-w{w:d}",
-        )
-        for (c, local, serial), x, w in itertools.product(FLAGS, (True, False), (True, False))
+        pytest.param(build_backward(plan, needs_x=x, needs_topk_weights=w), plan, id=f"backward-{name}-x{x:d}-w{w:d}")
+        for (plan, name), x, w in itertools.product(plans(), (True, False), (True, False))
     ]
 
 
@@ -43,10 +51,19 @@ def position(schedule: Schedule, kind: str, chunk: int | None) -> int:
 
 
 def test_two_chunks_written_out() -> None:
-    schedule = build_forward(2, local_first=True, serial=False)
+    plan = OverlapPlan((1, 2))
+    schedule = build_forward(plan)
     assert kinds(schedule, "comm") == ["metadata", "dispatch 0", "dispatch 1", "combine 0", "combine 1"]
-    assert kinds(schedule, "compute") == ["group", "experts local", "experts 0", "experts 1", "reduce 0", "reduce 1"]
-    backward = build_backward(2, local_first=True, serial=False, needs_x=True, needs_topk_weights=True)
+    assert kinds(schedule, "compute") == [
+        "group",
+        "experts local",
+        "experts 0",
+        "experts 1",
+        "experts local end",
+        "reduce 0",
+        "reduce 1",
+    ]
+    backward = build_backward(plan, needs_x=True, needs_topk_weights=True)
     assert kinds(backward, "comm") == [
         "combine_backward 0",
         "combine_backward 1",
@@ -56,6 +73,7 @@ def test_two_chunks_written_out() -> None:
     ]
     assert kinds(backward, "compute") == [
         "experts_backward local",
+        "experts_backward local end",
         "experts_backward 0",
         "experts_backward 1",
         "weight_grad",
@@ -65,67 +83,97 @@ def test_two_chunks_written_out() -> None:
     ]
 
 
-@pytest.mark.parametrize(("schedule", "num_chunks", "serial"), [*forwards(), *backwards()])
-def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, num_chunks: int, serial: bool) -> None:
+def test_a_window_of_one_written_out() -> None:
+    """Dispatch 1 goes out when dispatch 0 has arrived, and combine 1 when combine 0 has."""
+    schedule = build_forward(OverlapPlan((1, 1), local_start=LOCAL_PARTS, window=1))
+    assert [(str(step), [str(schedule[n]) for n in step.after]) for step in schedule] == [
+        ("metadata", []),
+        ("dispatch 0", []),
+        ("group", ["metadata"]),
+        ("experts local", ["group"]),
+        ("dispatch 1", ["dispatch 0"]),
+        ("experts 0", ["dispatch 0", "group"]),
+        ("combine 0", ["experts 0"]),
+        ("experts 1", ["dispatch 1", "group"]),
+        ("combine 1", ["experts 1", "combine 0"]),
+        ("reduce 0", ["combine 0", "experts local"]),
+        ("reduce 1", ["combine 1", "experts local"]),
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
+def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, plan: OverlapPlan) -> None:
     check_schedule(schedule)
     assert len(set(kinds(schedule))) == len(schedule)
     for n, step in enumerate(schedule):
         if step.lane == "comm":
             assert any(n in later.after for later in schedule[n + 1 :]), step
     for kind in {step.kind for step in schedule if step.chunk is not None}:
-        chunks = [step.chunk for step in schedule if step.kind == kind and step.chunk != LOCAL]
-        assert chunks == list(range(num_chunks)), kind
+        chunks = [step.chunk for step in schedule if step.kind == kind and step.chunk >= 0]
+        assert chunks == list(range(plan.num_chunks)), kind
 
 
-@pytest.mark.parametrize(("schedule", "num_chunks", "serial"), [*forwards(), *backwards()])
-def test_a_serial_schedule_has_one_exchange_in_flight(schedule: Schedule, num_chunks: int, serial: bool) -> None:
-    in_flight: set[int] = set()
-    most = 0
+@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
+def test_exchanges_under_way(schedule: Schedule, plan: OverlapPlan) -> None:
+    """A serial schedule has one; a window bounds the dispatches and the combines, and is used up."""
+    under_way: dict[int, str] = {}
+    most = {"any": 0}
     for n, step in enumerate(schedule):
-        in_flight -= set(step.after)
+        for earlier in step.after:
+            under_way.pop(earlier, None)
         if step.lane == "comm":
-            in_flight.add(n)
-        most = max(most, len(in_flight))
-    assert not in_flight
-    if serial:
-        assert most == 1
-    elif num_chunks > 1:
-        assert most >= num_chunks
+            under_way[n] = step.kind
+            most["any"] = max(most["any"], len(under_way))
+            kind_count = sum(kind == step.kind for kind in under_way.values())
+            most[step.kind] = max(most.get(step.kind, 0), kind_count)
+    assert not under_way
+    if plan.serial:
+        assert most["any"] == 1
+        return
+    is_forward = "dispatch" in most
+    window = min(plan.window if is_forward else plan.backward_window, plan.num_chunks)
+    assert most["dispatch" if is_forward else "combine_backward"] == window
+    assert most["combine" if is_forward else "combine_backward"] == window
+    assert most.get("dispatch_backward", window) == window
 
 
-@pytest.mark.parametrize(("schedule", "num_chunks", "serial"), forwards())
-def test_data_flow_of_forward(schedule: Schedule, num_chunks: int, serial: bool) -> None:
+@pytest.mark.parametrize(("schedule", "plan"), forwards())
+def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
     group = position(schedule, "group", None)
     assert position(schedule, "metadata", None) in schedule[group].after
-    has_local = ("experts", LOCAL) in {(s.kind, s.chunk) for s in schedule}
-    for c in range(num_chunks):
+    local = [n for n, step in enumerate(schedule) if step.kind == "experts" and step.chunk < 0]
+    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
+    assert [schedule[n].chunk for n in local] == (expected if plan.local_first else [])
+    assert all(group in schedule[n].after for n in local)
+    for c in range(plan.num_chunks):
         experts = position(schedule, "experts", c)
         assert {position(schedule, "dispatch", c), group} <= set(schedule[experts].after)
         combine = position(schedule, "combine", c)
         assert experts in schedule[combine].after
-        reduce = position(schedule, "reduce", c)
-        assert combine in schedule[reduce].after
-        if has_local:
-            assert position(schedule, "experts", LOCAL) in schedule[reduce].after
-            assert group in schedule[position(schedule, "experts", LOCAL)].after
+        assert {combine, *local} <= set(schedule[position(schedule, "reduce", c)].after)
+        if not plan.serial:
+            for n in local:
+                # The first slice hides the first dispatch, the last one the last combine.
+                first = position(schedule, "dispatch", 0) < n < position(schedule, "experts", 0)
+                last = combine < n < position(schedule, "reduce", c)
+                assert first if schedule[n].chunk == LOCAL_START else last
 
 
-@pytest.mark.parametrize(("schedule", "num_chunks", "serial"), backwards())
-def test_data_flow_of_backward(schedule: Schedule, num_chunks: int, serial: bool) -> None:
+@pytest.mark.parametrize(("schedule", "plan"), backwards())
+def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
     present = {(s.kind, s.chunk) for s in schedule}
     weight_grad = position(schedule, "weight_grad", None)
-    experts = [position(schedule, "experts_backward", c) for c in range(num_chunks)]
-    if ("experts_backward", LOCAL) in present:
-        experts.append(position(schedule, "experts_backward", LOCAL))
+    experts = [n for n, step in enumerate(schedule) if step.kind == "experts_backward"]
     assert weight_grad > max(experts)
     assert set(experts) <= set(schedule[weight_grad].after)
-    for c in range(num_chunks):
-        assert position(schedule, "combine_backward", c) in schedule[experts[c]].after
+    for c in range(plan.num_chunks):
+        own = position(schedule, "experts_backward", c)
+        assert position(schedule, "combine_backward", c) in schedule[own].after
         if ("dispatch_backward", c) in present:
             home = position(schedule, "dispatch_backward", c)
-            assert experts[c] in schedule[home].after
+            assert own in schedule[home].after
             assert home in schedule[position(schedule, "reduce_backward", c)].after
-            if not serial:
+            if not plan.serial:
                 # The last exchanges go home behind the weight gradients.
                 assert home < weight_grad < position(schedule, "reduce_backward", c)
     if ("routing_backward", None) in present:
@@ -135,26 +183,56 @@ def test_data_flow_of_backward(schedule: Schedule, num_chunks: int, serial: bool
 
 
 def test_gradients_that_no_rank_needs_are_left_out() -> None:
-    schedule = build_backward(3, local_first=True, serial=False, needs_x=False, needs_topk_weights=False)
+    plan = OverlapPlan(equal_sizes(3))
+    schedule = build_backward(plan, needs_x=False, needs_topk_weights=False)
     assert {s.kind for s in schedule} == {"combine_backward", "experts_backward", "weight_grad"}
-    only_x = build_backward(3, local_first=True, serial=False, needs_x=True, needs_topk_weights=False)
+    only_x = build_backward(plan, needs_x=True, needs_topk_weights=False)
     assert not any("routing" in s.kind for s in only_x)
-    only_weights = build_backward(3, local_first=True, serial=False, needs_x=False, needs_topk_weights=True)
+    only_weights = build_backward(plan, needs_x=False, needs_topk_weights=True)
     assert not any(s.kind in ("dispatch_backward", "reduce_backward") for s in only_weights)
 
 
-@pytest.mark.parametrize("local_first", [True, False])
-def test_overlap_and_serial_hold_the_same_steps(local_first: bool) -> None:
+@pytest.mark.parametrize("local_start", [0, 5, LOCAL_PARTS, None])
+def test_overlap_and_serial_hold_the_same_steps(local_start: int | None) -> None:
     """The exchanges are the same ones; only when each is waited for differs."""
-    pairs = [
-        [build_forward(3, local_first=local_first, serial=serial) for serial in (True, False)],
-        [
-            build_backward(3, local_first=local_first, serial=serial, needs_x=True, needs_topk_weights=True)
-            for serial in (True, False)
-        ],
-    ]
-    for serial, overlapped in pairs:
-        assert sorted(kinds(serial)) == sorted(kinds(overlapped))
+    local = {"local_first": False} if local_start is None else {"local_start": local_start}
+    overlapped = [OverlapPlan((1, 2, 1), **local, window=w, backward_window=w) for w in (1, 2, 3)]
+    serial = OverlapPlan((1, 2, 1), **local, serial=True)
+    for plan in overlapped:
+        assert sorted(kinds(build_forward(plan))) == sorted(kinds(build_forward(serial)))
+        backwards = [build_backward(p, needs_x=True, needs_topk_weights=True) for p in (plan, serial)]
+        assert sorted(kinds(backwards[0])) == sorted(kinds(backwards[1]))
+
+
+def test_sizes() -> None:
+    assert [ramp_sizes(c) for c in (1, 2, 3, 5, 6)] == [(1,), (1, 1), (1, 2, 1), (1, 2, 3, 2, 1), (1, 2, 3, 3, 2, 1)]
+    assert OverlapPlan((1, 2)).token_bounds(9) == (0, 3, 9)
+    assert OverlapPlan((1, 2, 4, 2, 1)).token_bounds(10) == (0, 1, 3, 7, 9, 10)
+    assert OverlapPlan(equal_sizes(3)).token_bounds(2) == (0, 0, 1, 2)
+    assert [OverlapPlan((1,), local_start=n).local_bound(9) for n in (0, 8, 16)] == [0, 4, 9]
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (1, -1), (1.0, 2), (True,), (1001,), (1,) * 33], ids=str)
+def test_sizes_that_are_refused(sizes: tuple) -> None:
+    with pytest.raises(ValueError, match="chunk sizes must be"):
+        OverlapPlan(sizes)
+
+
+@pytest.mark.parametrize("field", ["window", "backward_window", "local_start"])
+def test_numbers_that_are_refused(field: str) -> None:
+    for value in (-1, 33):
+        with pytest.raises(ValueError, match=f"{field} must be"):
+            OverlapPlan((1,), **{field: value})
+
+
+def test_a_plan_prints_itself() -> None:
+    assert str(OverlapPlan((1, 1, 1))) == "3 equal chunks, 8/16 of the local pairs first"
+    plan = OverlapPlan((1, 2, 1), local_first=False, window=2, backward_window=1)
+    assert str(plan) == (
+        "3 chunks of relative sizes 1, 2, 1, 2 exchanges of a kind under way in forward, "
+        "1 exchanges of a kind under way in backward"
+    )
+    assert str(OverlapPlan(local_first=False, serial=True)) == "1 chunk, not overlapped"
 
 
 def test_wrong_schedules_are_refused() -> None:

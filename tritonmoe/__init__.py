@@ -4,7 +4,7 @@ Importing this touches no device, patches nothing, and works where triton is not
 """
 
 from . import transports
-from .config import ClampedSwiGLU, MoEConfig, OverlapConfig
+from .config import ClampedSwiGLU, MoEConfig, OverlapConfig, OverlapPlan
 from .emulation import run_on_emulated_ranks
 from .errors import CountMismatch, NonFiniteScores, TransportError
 from .experts import moe_mlp
@@ -23,6 +23,7 @@ __all__ = [
     "MoELayer",
     "NonFiniteScores",
     "OverlapConfig",
+    "OverlapPlan",
     "TopKRouter",
     "TransportError",
     "expert_parallel_mlp",

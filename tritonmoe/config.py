@@ -6,12 +6,14 @@ rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received r
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 
 __all__ = [
     "ACTIVATION_NAMES",
+    "LOCAL_PARTS",
     "MAX_CHUNKS",
     "MAX_PAIRS",
     "Activation",
@@ -21,11 +23,18 @@ __all__ = [
     "KernelOptions",
     "MoEConfig",
     "OverlapConfig",
+    "OverlapPlan",
     "check_activation",
+    "check_chunk_sizes",
+    "equal_sizes",
     "is_fused",
+    "ramp_sizes",
 ]
 
 MAX_CHUNKS = 32
+MAX_CHUNK_SIZE = 1000
+LOCAL_PARTS = 16
+"""Local pairs are split by sixteenths."""
 MAX_TOP_K = 16
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1
@@ -201,21 +210,120 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """How a batch is cut into chunks and how the chunks' exchanges meet the compute.
+    """What a layer may choose from when it cuts a batch into chunks and hides their exchanges behind compute.
 
-    Raises ValueError for a chunk count outside 1..32.
+    Raises ValueError for a chunk count outside 1..32, or a shape that doesn't fit it.
     """
 
     num_chunks: int | Literal["auto"] = "auto"
-    """Chunks of tokens per call; "auto" measures the first calls and then uses the closed form."""
+    """Chunks of tokens per call; "auto" measures the first calls and chooses (see overlap/tuner.py)."""
     local_first: bool = True
-    """Run the pairs that this rank owns itself while the first exchange is under way."""
+    """Run the pairs that this rank owns itself as filler, while the first and the last exchange are under way."""
     serial: bool = False
     """Wait for every exchange where it is posted: the non-overlapped baseline of the same chunks."""
+    shape: Literal["auto", "equal", "ramp"] | tuple[int, ...] = "auto"
+    """Chunks of one size ("equal"), growing then shrinking ("ramp"), or their relative sizes: (1, 2, 4, 2, 1) gives a
+    tenth of the tokens to the first and the last of five chunks. "auto" is the tuner's choice with num_chunks="auto",
+    and "equal" otherwise."""
 
     def __post_init__(self) -> None:
-        if self.num_chunks == "auto":
-            return
-        is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
-        if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
-            raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {self.num_chunks!r}")
+        if self.num_chunks != "auto":
+            is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
+            if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
+                raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {self.num_chunks!r}")
+        if isinstance(self.shape, tuple):
+            check_chunk_sizes(self.shape)
+            if self.num_chunks not in ("auto", len(self.shape)):
+                raise ValueError(
+                    f"shape gives {len(self.shape)} chunk sizes and num_chunks is {self.num_chunks}: leave num_chunks "
+                    "out, or give as many sizes"
+                )
+        elif self.shape not in ("auto", "equal", "ramp"):
+            raise ValueError(
+                f"shape must be 'auto', 'equal', 'ramp' or a tuple of relative chunk sizes, got {self.shape!r}"
+            )
+
+
+def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
+    """Raise ValueError unless these are the relative sizes of 1..32 chunks."""
+    if not 1 <= len(sizes) <= MAX_CHUNKS or not all(
+        isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_CHUNK_SIZE for size in sizes
+    ):
+        raise ValueError(
+            f"chunk sizes must be 1..{MAX_CHUNKS} whole numbers of 1..{MAX_CHUNK_SIZE}, relative to each other, "
+            f"got {sizes!r}"
+        )
+
+
+def equal_sizes(num_chunks: int) -> tuple[int, ...]:
+    """Give the relative sizes of chunks of one size."""
+    return (1,) * num_chunks
+
+
+def ramp_sizes(num_chunks: int) -> tuple[int, ...]:
+    """Give the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 3, 2, 1).
+
+    The first dispatch and the last combine, which nothing hides, are then short.
+    """
+    return tuple(min(c, num_chunks - 1 - c) + 1 for c in range(num_chunks))
+
+
+@dataclass(frozen=True)
+class OverlapPlan:
+    """One way to run a layer call: what the tuner chooses, the executor runs and the simulator prices.
+
+    Give one as a layer's `overlap` to run it as it is: `layer.last_report.overlap` of an earlier run, say. It must be
+    the same on every rank.
+    """
+
+    chunk_sizes: tuple[int, ...] = (1,)
+    """Relative sizes of the chunks; each is that share of every rank's own tokens."""
+    local_first: bool = True
+    """Whether this rank's own pairs stay out of the exchanges and are filler."""
+    local_start: int = LOCAL_PARTS // 2
+    """Sixteenths of those pairs that run before the first chunk's experts; the rest runs behind the last's."""
+    window: int = MAX_CHUNKS
+    """Forward: at most so many dispatches, and so many combines, are under way at once."""
+    backward_window: int = MAX_CHUNKS
+    serial: bool = False
+
+    def __post_init__(self) -> None:
+        check_chunk_sizes(self.chunk_sizes)
+        if not 0 <= self.local_start <= LOCAL_PARTS:
+            raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
+        for name in ("window", "backward_window"):
+            if not 1 <= getattr(self, name) <= MAX_CHUNKS:
+                raise ValueError(f"{name} must be 1..{MAX_CHUNKS}, got {getattr(self, name)!r}")
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_sizes)
+
+    @property
+    def num_local_slices(self) -> int:
+        """How many segments of rows stand before the chunks: two with local_first, at the start and at the end."""
+        return 2 if self.local_first else 0
+
+    def token_bounds(self, num_tokens: int) -> tuple[int, ...]:
+        """Give the (C+1) bounds of the chunks of a rank with num_tokens tokens: sizes (1, 2) cut 9 at 0, 3, 9."""
+        total, reached = sum(self.chunk_sizes), (0, *accumulate(self.chunk_sizes))
+        return tuple(num_tokens * size // total for size in reached)
+
+    def local_bound(self, num_tokens: int) -> int:
+        """Give the first token whose local pairs run at the end."""
+        return num_tokens * self.local_start // LOCAL_PARTS
+
+    def __str__(self) -> str:
+        sizes = self.chunk_sizes
+        if len(set(sizes)) == 1:
+            words = f"{len(sizes)} equal chunks" if len(sizes) > 1 else "1 chunk"
+        else:
+            words = f"{len(sizes)} chunks of relative sizes {', '.join(map(str, sizes))}"
+        if self.serial:
+            words += ", not overlapped"
+        if self.local_first:
+            words += f", {self.local_start}/{LOCAL_PARTS} of the local pairs first"
+        for name, window in (("forward", self.window), ("backward", self.backward_window)):
+            if window < len(sizes):
+                words += f", {window} exchanges of a kind under way in {name}"
+        return words

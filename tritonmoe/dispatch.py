@@ -3,16 +3,17 @@
 S_ik is the set of tokens of rank i that need any expert of rank k: a token that needs three experts of one rank
 travels there once. Two buffers mirror each other. The *home* buffer has a row for each (token, rank that needs it) of
 this rank, the *receive* buffer a row for each token that came here. Both are stored by (segment, rank, token): with
-local_first, segment 0 holds the rows that never leave this rank and segment c + 1 the rows of chunk c; otherwise
-segment c is chunk c and this rank's own rows travel in the chunks like all others.
+local_first, segments 0 and 1 hold the rows that never leave this rank (those that run first, and the rest) and segment
+c + 2 the rows of chunk c; otherwise segment c is chunk c and this rank's own rows travel in the chunks like all others.
 
 Example: W=2, E=4 (rank 0 owns experts 0 and 1), on rank 0 two tokens with topk_ids [[0, 1], [1, 3]], one chunk,
-local_first: token 0 needs rank 0, token 1 needs both. Home rows are token 0 and token 1 (local), then token 1 (to
-rank 1); home_index is [[0, -1], [1, 2]].
+local_first, half of the local rows first: token 0 needs rank 0, token 1 needs both. Home rows are token 0 (local,
+first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1], [1, 2]].
 
 Before any row moves, one exchange of a fixed size tells every rank the counts and that all ranks mean the same call.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -20,7 +21,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .config import MAX_CHUNKS, MAX_PAIRS
+from .config import MAX_CHUNKS, MAX_PAIRS, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
 from .transports import Transport
 
@@ -43,7 +44,12 @@ class CallHeader:
     hidden_size: int
     dtype: int
     """A code from DTYPE_CODES."""
+    chunk_sizes: int
+    """A checksum of the chunks' relative sizes."""
     local_first: int
+    local_start: int
+    window: int
+    backward_window: int
     serial: int
     grad_enabled: int
     needs_any: int
@@ -57,9 +63,27 @@ class CallHeader:
     vote: int
     """The number of chunks that this rank wishes for the next call, 0 for no wish."""
 
+    @classmethod
+    def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
+        """Give the header of a call that runs this plan; `others` are the fields that don't follow from it."""
+        return cls(
+            magic=MAGIC,
+            num_chunks=overlap.num_chunks,
+            chunk_sizes=zlib.crc32(str(overlap.chunk_sizes).encode()),
+            local_first=int(overlap.local_first),
+            local_start=overlap.local_start,
+            window=overlap.window,
+            backward_window=overlap.backward_window,
+            serial=int(overlap.serial),
+            **others,
+        )
+
 
 HEADER_SIZE = len(fields(CallHeader))
-MUST_AGREE = ("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype", "local_first", "serial")
+MUST_AGREE = (
+    *("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype"),
+    *("chunk_sizes", "local_first", "local_start", "window", "backward_window", "serial"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +110,10 @@ class DispatchPlan:
 
     rank: int
     size: int
-    num_chunks: int
-    local_first: bool
+    overlap: OverlapPlan
     tokens: TokenPlan
     receive_rows: list[list[int]]
-    """[segment][rank] rows that come from each rank (segment 0 of local_first: from this one)."""
+    """[segment][rank] rows that come from each rank (local segments: from this one)."""
     home_offsets: tuple[int, ...]
     """Where each segment starts in the home buffer, and its end."""
     receive_offsets: tuple[int, ...]
@@ -105,9 +128,13 @@ class DispatchPlan:
     """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
     votes: list[int]
 
+    @property
+    def num_chunks(self) -> int:
+        return self.overlap.num_chunks
+
     def segment(self, chunk: int) -> int:
-        """Give the segment of an exchanged chunk, or of the local rows (chunk -1 with local_first)."""
-        return chunk + self.local_first
+        """Give the segment of an exchanged chunk, or with local_first of the local rows (chunks -2 and -1)."""
+        return chunk + self.overlap.num_local_slices
 
     def home_slice(self, chunk: int) -> slice:
         segment = self.segment(chunk)
@@ -129,12 +156,12 @@ class DispatchPlan:
     @property
     def num_local(self) -> int:
         """Rows that are not exchanged: both buffers start with them."""
-        return self.home_offsets[1] if self.local_first else 0
+        return self.home_offsets[self.overlap.num_local_slices]
 
     @property
     def is_identity(self) -> bool:
         """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
-        return self.size == 1 and self.local_first and self.num_home == self.tokens.token_bounds[-1]
+        return self.size == 1 and self.overlap.local_first and self.num_home == self.tokens.token_bounds[-1]
 
     @property
     def num_home(self) -> int:
@@ -147,11 +174,11 @@ class DispatchPlan:
     @property
     def all_send_splits(self) -> list[int]:
         """Rows to each rank over all chunks."""
-        return [sum(column) for column in zip(*self.tokens.rows[self.local_first :], strict=True)]
+        return [sum(column) for column in zip(*self.tokens.rows[self.overlap.num_local_slices :], strict=True)]
 
     @property
     def all_receive_splits(self) -> list[int]:
-        return [sum(column) for column in zip(*self.receive_rows[self.local_first :], strict=True)]
+        return [sum(column) for column in zip(*self.receive_rows[self.overlap.num_local_slices :], strict=True)]
 
     def send_order(self) -> Tensor:
         """(S - local,) int64: exchanged home rows by (rank, chunk, token), the order of whole-layer exchanges."""
@@ -171,31 +198,25 @@ class DispatchPlan:
         return torch.repeat_interleave(ranks, counts).to(device, non_blocking=True)
 
 
-def chunk_bounds(num_tokens: int, num_chunks: int) -> tuple[int, ...]:
-    """Cut num_tokens into num_chunks contiguous ranges that differ by at most one token."""
-    return tuple(num_tokens * c // num_chunks for c in range(num_chunks + 1))
-
-
-def plan_tokens(
-    topk_ids: Tensor, num_experts: int, rank: int, size: int, num_chunks: int, *, local_first: bool
-) -> TokenPlan:
+def plan_tokens(topk_ids: Tensor, num_experts: int, rank: int, size: int, overlap: OverlapPlan) -> TokenPlan:
     """Decide which token goes where and when, from this rank's ids (T, K) alone.
 
     Rank k owns the experts k * E / W .. (k + 1) * E / W. Reads the counts on the host once.
     """
     num_tokens = topk_ids.shape[0]
     device = topk_ids.device
-    bounds = chunk_bounds(num_tokens, num_chunks)
-    num_segments = num_chunks + local_first
+    bounds = overlap.token_bounds(num_tokens)
+    num_segments = overlap.num_chunks + overlap.num_local_slices
     skipped = (topk_ids < 0) | (topk_ids >= num_experts)
     owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64).masked_fill(skipped, size)
     needs = torch.zeros(num_tokens, size + 1, dtype=torch.bool, device=device).scatter_(1, owner, True)
     starts = torch.tensor(bounds[1:-1], device=device)
-    chunk_of_token = torch.bucketize(torch.arange(num_tokens, device=device), starts, right=True)
+    positions = torch.arange(num_tokens, device=device)
+    chunk_of_token = torch.bucketize(positions, starts, right=True)
     # A home row's key is segment * W + rank; keys of (token, rank) pairs that don't travel come last.
-    keys = (chunk_of_token + local_first)[:, None] * size + torch.arange(size + 1, device=device)
-    if local_first:
-        keys[:, rank] = rank
+    keys = (chunk_of_token + overlap.num_local_slices)[:, None] * size + torch.arange(size + 1, device=device)
+    if overlap.local_first:
+        keys[:, rank] = torch.where(positions < overlap.local_bound(num_tokens), rank, size + rank)
     absent = num_segments * size
     keys[:, size] = absent
     pair_keys = keys.gather(1, owner).flatten()
@@ -233,7 +254,7 @@ def refuse_call(transport: Transport, sequence: int) -> None:
     transport.exchange_counts(counts)
 
 
-def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan) -> DispatchPlan:
+def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:
     """Run the one count exchange of a layer call and give the plan that all ranks agree on.
 
     Raises, on every rank alike:
@@ -242,8 +263,8 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan) -
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
     rank, size = transport.rank, transport.size
-    local_first, num_chunks = bool(header.local_first), header.num_chunks
-    exchanged_rows, exchanged_pairs = tokens.rows[local_first:], tokens.pairs[local_first:]
+    num_local, num_chunks = overlap.num_local_slices, overlap.num_chunks
+    exchanged_rows, exchanged_pairs = tokens.rows[num_local:], tokens.pairs[num_local:]
     totals = [sum(column) for column in zip(*tokens.rows, strict=True)]
     message = torch.zeros(size, _message_size(size), dtype=torch.int64)
     message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
@@ -258,14 +279,12 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan) -
     check_sizes(traffic.sum(0).tolist(), header.top_k)
     receive_rows = received[:, first : first + num_chunks].T.tolist()
     receive_pairs = received[:, first + MAX_CHUNKS : first + MAX_CHUNKS + num_chunks].T.tolist()
-    if local_first:
-        receive_rows.insert(0, tokens.rows[0])
-        receive_pairs.insert(0, tokens.pairs[0])
+    receive_rows = tokens.rows[:num_local] + receive_rows
+    receive_pairs = tokens.pairs[:num_local] + receive_pairs
     return DispatchPlan(
         rank=rank,
         size=size,
-        num_chunks=num_chunks,
-        local_first=local_first,
+        overlap=overlap,
         tokens=tokens,
         receive_rows=receive_rows,
         home_offsets=_offsets(tokens.rows),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import Activation, ExpertLayout, KernelOptions, MoEConfig, OverlapConfig, is_fused
-from .dispatch import DTYPE_CODES, MAGIC, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
+from .config import Activation, ExpertLayout, KernelOptions, MoEConfig, OverlapConfig, OverlapPlan, is_fused
+from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .errors import NonFiniteScores
 from .experts import (
     ExpertSettings,
@@ -48,7 +48,6 @@ class _Call:
     settings: ExpertSettings
     transport: Transport
     plan: DispatchPlan
-    serial: bool
     first_expert: int
     report: LayerReport | None = None
 
@@ -95,13 +94,11 @@ class _ExpertParallelMLP(torch.autograd.Function):
                 ).among_empty_chunks(busy[0] if busy else 0, plan.receive_offsets, plan.pair_offsets)
             return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
 
-        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, call.serial)
+        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts)
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         run = layer_pass.experts
         assert isinstance(run, ExpertsRun)
-        call.report = LayerReport(
-            plan.rank, plan.traffic, x.shape[1] * x.element_size(), plan.num_chunks, forward=timings
-        )
+        call.report = LayerReport(plan.rank, plan.traffic, x.shape[1] * x.element_size(), plan.overlap, forward=timings)
         ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs
         ctx.num_parameters = len(parameters)
         ctx.weights_dtype = topk_weights.dtype
@@ -130,7 +127,6 @@ class _ExpertParallelMLP(torch.autograd.Function):
             call.transport,
             call.settings.ops.combine,
             make_experts=None,
-            serial=call.serial,
             experts=run,
             received_weights=received_weights,
         )
@@ -151,7 +147,7 @@ def expert_parallel_mlp(
     *,
     num_experts: int,
     transport: Transport,
-    overlap: OverlapConfig | None = None,
+    overlap: OverlapConfig | OverlapPlan | None = None,
     activation: Activation = "silu",
     gated: bool = True,
     interleaved: bool = False,
@@ -173,7 +169,8 @@ def expert_parallel_mlp(
         x: this rank's tokens (T, D). topk_ids: (T, K) global expert ids. topk_weights: (T, K), used in fp32.
         gate_up_proj, down_proj, gate_up_bias, down_bias: this rank's E / W experts, shapes as in moe_mlp.
         num_experts: E over all ranks, divisible by transport.size.
-        overlap: the chunks; the same on every rank. None is OverlapConfig().
+        overlap: what to choose the chunks from, or the OverlapPlan to run; the same on every rank. None is
+            OverlapConfig().
     Returns:
         (T, D) in x.dtype.
     Raises:
@@ -213,7 +210,7 @@ def _run_expert_parallel(
     *,
     num_experts: int,
     transport: Transport,
-    overlap: OverlapConfig,
+    overlap: OverlapConfig | OverlapPlan,
     layout_flags: tuple[bool, bool, bool],
     activation: Activation,
     backend: str,
@@ -242,22 +239,19 @@ def _run_expert_parallel(
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
     key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
     chooser = state.choosers.setdefault(key, ChunkChooser())
-    num_chunks = chooser.num_chunks(overlap, size)
+    chosen = overlap if isinstance(overlap, OverlapPlan) else chooser.plan(overlap, size)
     with torch.no_grad():
         if num_nonfinite_rows is None:
             skipped = (topk_ids < 0) | (topk_ids >= num_experts)
             num_nonfinite_rows = (~(torch.isfinite(topk_weights) | skipped)).any(dim=1).sum()
-        tokens = plan_tokens(topk_ids, num_experts, rank, size, num_chunks, local_first=overlap.local_first)
-        header = CallHeader(
-            magic=MAGIC,
+        tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen)
+        header = CallHeader.of(
+            chosen,
             sequence=sequence,
-            num_chunks=num_chunks,
             num_experts=num_experts,
             top_k=topk_ids.shape[1],
             hidden_size=x.shape[1],
             dtype=DTYPE_CODES[x.dtype],
-            local_first=int(overlap.local_first),
-            serial=int(overlap.serial),
             grad_enabled=int(grad_enabled),
             needs_any=int(needs_any),
             needs_x=int(grad_enabled and x.requires_grad),
@@ -266,13 +260,13 @@ def _run_expert_parallel(
             nonfinite_rows=int(num_nonfinite_rows),
             vote=chooser.vote(),
         )
-        plan = exchange_plan(transport, header, tokens)
-    call = _Call(settings, transport, plan, overlap.serial, first_expert=rank * (num_experts // size))
+        plan = exchange_plan(transport, header, tokens, chosen)
+    call = _Call(settings, transport, plan, first_expert=rank * (num_experts // size))
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
     y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
     assert call.report is not None
-    if overlap.num_chunks == "auto":
+    if isinstance(overlap, OverlapConfig) and overlap.num_chunks == "auto":
         chooser.observe(plan.votes, call.report.forward)
     return y, call.report
 
@@ -311,7 +305,7 @@ class GroupedExperts(nn.Module):
         self,
         config: MoEConfig,
         transport: Any = None,
-        overlap: OverlapConfig | None = None,
+        overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         backend: str = "auto",
         num_sms: int | None = None,
@@ -422,7 +416,7 @@ class MoELayer(nn.Module):
         self,
         config: MoEConfig,
         transport: Any = None,
-        overlap: OverlapConfig | None = None,
+        overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         backend: str = "auto",
         num_sms: int | None = None,

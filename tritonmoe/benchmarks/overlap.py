@@ -15,9 +15,10 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import WeightGrads
 from ..config import OverlapConfig
-from ..dispatch import DTYPE_CODES, MAGIC, CallHeader, exchange_plan, plan_tokens
+from ..dispatch import DTYPE_CODES, CallHeader, exchange_plan, plan_tokens
 from ..emulation import run_on_emulated_ranks
 from ..overlap.executor import LayerPass
+from ..overlap.tuner import fixed_plan
 from ..transports import LinkModel, Transport
 from .timing import Samples, add_arguments, summarize, write_json
 
@@ -56,19 +57,15 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
     generator = torch.Generator().manual_seed(transport.rank)
     topk_ids = torch.randint(NUM_EXPERTS, (NUM_TOKENS, 1), generator=generator)
     x = torch.randn(NUM_TOKENS, MODEL_WIDTH, generator=generator)
-    tokens = plan_tokens(
-        topk_ids, NUM_EXPERTS, transport.rank, transport.size, config.num_chunks, local_first=config.local_first
-    )
-    header = CallHeader(
-        magic=MAGIC,
+    overlap = fixed_plan(config, config.num_chunks, transport.size)
+    tokens = plan_tokens(topk_ids, NUM_EXPERTS, transport.rank, transport.size, overlap)
+    header = CallHeader.of(
+        overlap,
         sequence=0,
-        num_chunks=config.num_chunks,
         num_experts=NUM_EXPERTS,
         top_k=1,
         hidden_size=MODEL_WIDTH,
         dtype=DTYPE_CODES[x.dtype],
-        local_first=int(config.local_first),
-        serial=int(config.serial),
         grad_enabled=0,
         needs_any=0,
         needs_x=0,
@@ -77,13 +74,12 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
         nonfinite_rows=0,
         vote=0,
     )
-    plan = exchange_plan(transport, header, tokens)
+    plan = exchange_plan(transport, header, tokens, overlap)
     layer_pass = LayerPass(
         plan,
         transport,
         reference.combine,
         lambda rows, ids, weights: FixedExperts(experts_s, plan.receive_offsets, rows),
-        config.serial,
     )
     transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))  # a barrier
     _, timings = layer_pass.forward(x, topk_ids, torch.ones(NUM_TOKENS, 1))

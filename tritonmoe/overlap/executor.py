@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import WeightGrads
+from ..config import OverlapPlan
 from ..dispatch import DispatchPlan
 from ..transports import PendingExchange, Transport
-from .schedule import LOCAL, Schedule, Step, build_backward, build_forward
+from .schedule import Schedule, Step, build_backward, build_forward
 
 __all__ = ["ExpertsPass", "LayerPass", "LayerReport", "PassReport", "StepTiming", "execute"]
 
@@ -113,9 +114,14 @@ class LayerReport:
     """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column)."""
     row_bytes: int
     """Bytes of one travelling row (D columns of the layer's dtype)."""
-    num_chunks: int
+    overlap: OverlapPlan
+    """What ran; give it as a layer's `overlap` to run the same again."""
     forward: PassReport
     backward: PassReport | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        return self.overlap.num_chunks
 
     @property
     def traffic_bytes(self) -> Tensor:
@@ -182,7 +188,6 @@ class LayerPass:
     transport: Transport
     combine: Combine
     make_experts: MakeExperts | None
-    serial: bool
     experts: ExpertsPass | None = None
     rows: Tensor | None = None
     """(R, D) received rows."""
@@ -221,8 +226,8 @@ class LayerPass:
         def experts(chunk: int | None) -> None:
             assert self.experts is not None
             assert chunk is not None
-            if chunk == LOCAL:
-                self.experts.forward(0, out=home[: plan.num_local])
+            if chunk < 0:
+                self.experts.forward(plan.segment(chunk), out=home[plan.home_slice(chunk)])
             else:
                 partials[chunk] = self.experts.forward(plan.segment(chunk))
 
@@ -234,7 +239,7 @@ class LayerPass:
             assert chunk is not None
             self._sum_at_home(home, chunk, out)
 
-        schedule = build_forward(plan.num_chunks, local_first=plan.local_first, serial=self.serial)
+        schedule = build_forward(plan.overlap)
         actions = {
             "metadata": metadata,
             "dispatch": dispatch,
@@ -270,12 +275,12 @@ class LayerPass:
 
         def experts_backward(chunk: int | None) -> None:
             assert chunk is not None
-            if chunk == LOCAL:
+            if chunk < 0:
+                stays = plan.home_slice(chunk)  # both buffers start with these rows
                 if not plan.is_identity:
-                    local = tokens.home_tokens[: plan.num_local]
-                    torch.index_select(dout, 0, local, out=dout_rows[: plan.num_local])
-                _, dweights[: plan.num_local] = experts_pass.backward(
-                    0, dout_rows, plan.needs_x, out=home[: plan.num_local] if plan.needs_x else None
+                    torch.index_select(dout, 0, tokens.home_tokens[stays], out=dout_rows[stays])
+                _, dweights[stays] = experts_pass.backward(
+                    plan.segment(chunk), dout_rows, plan.needs_x, out=home[stays] if plan.needs_x else None
                 )
                 return
             segment = plan.segment(chunk)
@@ -306,13 +311,7 @@ class LayerPass:
             # Every pair is computed by one rank only: the other ranks' terms are zero.
             dtopk_weights.append(self.combine(dweights_home[0], tokens.home_index))
 
-        schedule = build_backward(
-            plan.num_chunks,
-            local_first=plan.local_first,
-            serial=self.serial,
-            needs_x=plan.needs_x,
-            needs_topk_weights=plan.needs_topk_weights,
-        )
+        schedule = build_backward(plan.overlap, needs_x=plan.needs_x, needs_topk_weights=plan.needs_topk_weights)
         actions = {
             "combine_backward": combine_backward,
             "experts_backward": experts_backward,

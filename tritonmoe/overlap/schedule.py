@@ -1,23 +1,38 @@
-"""The order of a layer's steps, as pure data: the executor runs it, reports show it, nothing else orders anything.
+"""The order of a layer's steps, as pure data: the executor runs it, the simulator prices it, reports show it.
 
 A schedule is a tuple of Steps in issue order. A step on the compute lane runs when it is reached; a step on the comm
 lane is only posted there, and ends when a later step names it in `after`. The comm lane has the same order on every
-rank, since exchanges are matched by it. Forward, two chunks, local rows first (time runs to the right):
+rank, since exchanges are matched by it. Forward, two chunks, local rows at both ends (time runs to the right):
 
     comm     metadata | dispatch 0 | dispatch 1            | combine 0     | combine 1
-    compute             group      | experts local | experts 0     | experts 1     | reduce 0 | reduce 1
+    compute             group      | experts first | experts 0     | experts 1     | experts last | reduce 0 | reduce 1
+
+All dispatches come before the first combine, unless the plan's window is smaller: then dispatch c + window is posted
+when dispatch c has arrived, and combine c + window when combine c has.
 
 Backward has the adjoint of combine first (gradients of the output go to where the experts are), and the weight
-gradients after the last data gradient, so that they hide the last exchanges.
+gradients after the last data gradient, so that they hide the last exchanges; there, local rows all run at the start.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LOCAL", "Schedule", "Step", "build_backward", "build_forward", "check_schedule"]
+from ..config import LOCAL_PARTS, OverlapPlan
 
-LOCAL = -1
-"""The chunk number of the rows that never leave their rank."""
+__all__ = [
+    "LOCAL_END",
+    "LOCAL_NAMES",
+    "LOCAL_START",
+    "Schedule",
+    "Step",
+    "build_backward",
+    "build_forward",
+    "check_schedule",
+]
+
+LOCAL_START, LOCAL_END = -2, -1
+"""The chunk numbers of the rows that never leave their rank: those that run first, and the rest."""
+LOCAL_NAMES = {LOCAL_START: "local", LOCAL_END: "local end"}
 
 Lane = Literal["compute", "comm"]
 
@@ -33,7 +48,7 @@ class Step:
 
     kind: str
     chunk: int | None
-    """Chunk number, LOCAL, or None for a step of the whole layer."""
+    """Chunk number, LOCAL_START, LOCAL_END, or None for a step of the whole layer."""
     lane: Lane
     after: tuple[int, ...] = ()
     """Positions of the earlier steps whose results this one uses."""
@@ -41,7 +56,7 @@ class Step:
     def __str__(self) -> str:
         if self.chunk is None:
             return self.kind
-        return f"{self.kind} {'local' if self.chunk == LOCAL else self.chunk}"
+        return f"{self.kind} {LOCAL_NAMES.get(self.chunk, self.chunk)}"
 
 
 Schedule = tuple[Step, ...]
@@ -74,48 +89,64 @@ def check_schedule(schedule: Schedule) -> None:
             raise ValueError(f"no step waits for the exchange of step {position} ({step})")
 
 
-def build_forward(num_chunks: int, *, local_first: bool, serial: bool) -> Schedule:
-    """Give the forward's steps; serial=True waits for each exchange before anything else is started."""
+def local_slices(plan: OverlapPlan) -> list[int]:
+    """Give the local slices that have a share of the rows."""
+    if not plan.local_first:
+        return []
+    return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
+
+
+def build_forward(plan: OverlapPlan) -> Schedule:
+    """Give the forward's steps; a serial plan waits for each exchange before anything else is started."""
     builder = _Builder()
+    num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add("metadata", None, "comm")
-    dispatches = [] if serial else [builder.add("dispatch", c, "comm") for c in range(num_chunks)]
+    dispatches = [builder.add("dispatch", c, "comm") for c in range(min(window, num_chunks))]
     group = builder.add("group", None, "compute", metadata)
-    local = [builder.add("experts", LOCAL, "compute", group)] if local_first else []
-    combines = []
+    slices = local_slices(plan)
+    local = [builder.add("experts", c, "compute", group) for c in slices if plan.serial or c == LOCAL_START]
+    combines: list[int] = []
     for c in range(num_chunks):
-        dispatch = builder.add("dispatch", c, "comm") if serial else dispatches[c]
-        experts = builder.add("experts", c, "compute", dispatch, group)
-        combine = builder.add("combine", c, "comm", experts)
-        if serial:
-            builder.add("reduce", c, "compute", combine, *local)
-        combines.append(combine)
-    if not serial:
+        if plan.serial:
+            dispatches.append(builder.add("dispatch", c, "comm"))
+        elif c + window < num_chunks:
+            dispatches.append(builder.add("dispatch", c + window, "comm", dispatches[c]))
+        experts = builder.add("experts", c, "compute", dispatches[c], group)
+        earlier = combines[c - window : c - window + 1] if 0 < window <= c else []
+        combines.append(builder.add("combine", c, "comm", experts, *earlier))
+        if plan.serial:
+            builder.add("reduce", c, "compute", combines[c], *local)
+    if not plan.serial:
+        local += [builder.add("experts", c, "compute", group) for c in slices if c == LOCAL_END]
         for c, combine in enumerate(combines):
             builder.add("reduce", c, "compute", combine, *local)
     return builder.build()
 
 
-def build_backward(
-    num_chunks: int, *, local_first: bool, serial: bool, needs_x: bool, needs_topk_weights: bool
-) -> Schedule:
+def build_backward(plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool) -> Schedule:
     """Give the backward's steps; exchanges whose gradient no rank needs are left out."""
     builder = _Builder()
-    sends = [] if serial else [builder.add("combine_backward", c, "comm") for c in range(num_chunks)]
-    last = [builder.add("experts_backward", LOCAL, "compute")] if local_first else []
+    num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
+    sends = [builder.add("combine_backward", c, "comm") for c in range(min(window, num_chunks))]
+    computed = [builder.add("experts_backward", c, "compute") for c in local_slices(plan)]
     returns: list[int] = []
     for c in range(num_chunks):
-        send = builder.add("combine_backward", c, "comm") if serial else sends[c]
-        experts = builder.add("experts_backward", c, "compute", send)
-        last.append(experts)
+        if plan.serial:
+            sends.append(builder.add("combine_backward", c, "comm"))
+        elif c + window < num_chunks:
+            sends.append(builder.add("combine_backward", c + window, "comm", sends[c]))
+        experts = builder.add("experts_backward", c, "compute", sends[c])
+        computed.append(experts)
         if needs_x:
-            returns.append(builder.add("dispatch_backward", c, "comm", experts))
-            if serial:
-                builder.add("reduce_backward", c, "compute", returns[-1])
-    routing = builder.add("routing_backward", None, "comm", *last) if needs_topk_weights else None
-    if serial and routing is not None:
+            earlier = returns[c - window : c - window + 1] if 0 < window <= c else []
+            returns.append(builder.add("dispatch_backward", c, "comm", experts, *earlier))
+            if plan.serial:
+                builder.add("reduce_backward", c, "compute", returns[c])
+    routing = builder.add("routing_backward", None, "comm", *computed) if needs_topk_weights else None
+    if plan.serial and routing is not None:
         builder.add("reduce_routing_backward", None, "compute", routing)
-    builder.add("weight_grad", None, "compute", *last)
-    if not serial:
+    builder.add("weight_grad", None, "compute", *computed)
+    if not plan.serial:
         for c, home in enumerate(returns):
             builder.add("reduce_backward", c, "compute", home)
         if routing is not None:

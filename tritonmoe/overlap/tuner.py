@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..config import MAX_CHUNKS, OverlapConfig
+from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from .executor import PassReport
 
 __all__ = ["ChunkChooser", "closed_form_num_chunks"]
@@ -39,6 +39,16 @@ def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: floa
     return max(1, min(MAX_CHUNKS, round(math.sqrt(communication_s / eps_s))))
 
 
+def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
+    """Give the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
+    if isinstance(config.shape, tuple):
+        sizes = config.shape
+    else:
+        sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
+    local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
+    return OverlapPlan(sizes, config.local_first, local_start, serial=config.serial)
+
+
 @dataclass
 class ChunkChooser:
     """The state of "auto" for one transport and one kind of call; the same on every rank at every call."""
@@ -57,6 +67,10 @@ class ChunkChooser:
         if self.agreed is not None:
             return self.agreed
         return PLAN[min(len(self.reports), len(PLAN) - 1)]
+
+    def plan(self, config: OverlapConfig, size: int) -> OverlapPlan:
+        """Give the plan of the next call."""
+        return fixed_plan(config, self.num_chunks(config, size), size)
 
     def vote(self) -> int:
         """Give this rank's wish: 0 until all of PLAN is measured, and again once the ranks have agreed."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..overlap.schedule import LOCAL
 from .terminal import SHORT_NAMES
 from .timeline import LANES, Span, Timeline
 
@@ -83,7 +82,7 @@ def _draw_lanes(axes: Any, timeline: Timeline, longest_ms: float) -> None:
             LANES.index(span.lane), width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6
         )
         if width_ms > 0.018 * longest_ms and group != "routing data, sums":
-            label = "w" if span.chunk is None else "L" if span.chunk == LOCAL else str(span.chunk)
+            label = "w" if span.chunk is None else "L" if span.chunk < 0 else str(span.chunk)
             middle = (start_ms + width_ms / 2, LANES.index(span.lane))
             axes.text(*middle, label, ha="center", va="center", color="white", fontsize=8)
     forward_ms = timeline.forward.total_s * 1e3

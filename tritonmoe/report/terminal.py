@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from ..overlap.schedule import LOCAL
 from .timeline import LANES, Span, Timeline
 
 __all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "sparkline", "text_style"]
@@ -111,7 +110,7 @@ def _label(span: Span) -> str:
     name = SHORT_NAMES.get(span.kind, "?")
     if span.chunk is None:
         return name
-    return name + ("L" if span.chunk == LOCAL else str(span.chunk))
+    return name + ("L" if span.chunk < 0 else str(span.chunk))
 
 
 def _lane(spans: Sequence[Span], lane: str, end_s: float, scale_s: float, style: TextStyle) -> str:
