@@ -18,7 +18,7 @@ def test_json(capsys):
     assert found["versions"]["tritonmoe"] is not None
     assert found["backends"]["torch"] is None
     assert found["transports"]["emulated"] is None
-    assert set(found["transports"]) == {"local", "emulated", "gloo", "nccl"}
+    assert set(found["transports"]) == {"local", "emulated", "gloo", "nccl", "mpi"}
     assert len(found["cuda"]["devices"]) == torch.cuda.device_count()
 
 

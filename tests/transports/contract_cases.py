@@ -1,6 +1,7 @@
 """What every transport must do, as functions that each rank runs; test_contract.py runs them on all transports.
 
-Run as a script it is one process of a group: contract_cases.py RANK SIZE FOLDER BACKEND DEVICE.
+Run as a script it is one process of a group: contract_cases.py FOLDER BACKEND DEVICE RANK SIZE, or, started by mpiexec,
+contract_cases.py FOLDER mpi.
 """
 
 import json
@@ -10,7 +11,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports import ProcessGroupTransport, Transport
+from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
 
 CASES: dict[str, Callable[[Transport], None]] = {}
 LATE_S = 0.3
-GLOO_TIMEOUT_S = 1.0
+TIMEOUT_S = 1.0
 
 
 def case(function: Callable[[Transport], None]) -> Callable[[Transport], None]:
@@ -239,7 +241,7 @@ def bad_arguments_send_nothing(transport: Transport) -> None:
 
 
 def a_peer_that_never_calls(transport: Transport, folder: Path) -> None:
-    assert_survivor_raises(transport, at_least_s=0.9 * GLOO_TIMEOUT_S)
+    assert_survivor_raises(transport, at_least_s=0.9 * TIMEOUT_S)
 
 
 def a_peer_that_died(transport: Transport, folder: Path) -> None:
@@ -254,41 +256,98 @@ def assert_survivor_raises(transport: Transport, at_least_s: float) -> None:
     words = re.escape(f"rank {transport.rank} of {size}, input_splits {[2] * size}")
     with pytest.raises(TransportError, match=words):
         transport.exchange(torch.zeros(2 * size, 2), [2] * size, [2] * size).wait()
-    assert at_least_s <= time.perf_counter() - before < 3 * GLOO_TIMEOUT_S
+    assert at_least_s <= time.perf_counter() - before < 3 * TIMEOUT_S
 
 
 FATAL_CASES = {function.__name__: function for function in (a_peer_that_never_calls, a_peer_that_died)}
 
 
-def run_one_process(rank: int, size: int, folder: Path, backend: str, device: str) -> None:
-    """Run every case and write what failed to FOLDER/RANK.json."""
+MPI_FATAL_CASES = ("a_message_too_short", "a_message_too_long", "a_peer_that_never_calls")
+
+
+def a_message_too_short(transport: Transport) -> None:
+    check_wrong_splits(transport, 1, 2, r"rank \d sent 8 bytes where 2 rows of 8 were expected")
+
+
+def a_message_too_long(transport: Transport) -> None:
+    check_wrong_splits(transport, 2, 1, "(?i)truncated")
+
+
+def check_wrong_splits(transport: Transport, sent: int, expected: int, words: str) -> None:
+    """All ranks send and expect different numbers of rows; MPI is of no use afterwards."""
+    rank, size = transport.rank, transport.size
+    input_splits, output_splits = [sent] * size, [expected] * size
+    output_splits[rank] = sent
+    with pytest.raises(TransportError, match=words):
+        transport.exchange(torch.zeros(sent * size, 2), input_splits, output_splits).wait()
+    with pytest.raises(TransportError, match="no use after an earlier failure"):
+        check_round(transport, uneven(size))
+
+
+@contextmanager
+def results_in(file: Path) -> Iterator[dict[str, str | None]]:
+    """Write to the file what each case in the dictionary said: None where it was right."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        backend, init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
-    )
-    torch.set_default_device(device)
     results: dict[str, str | None] = {}
     try:
-        transport = ProcessGroupTransport(timeout_s=20.0)
-        for name, function in CASES.items():
-            results[name] = "did not finish"
-            function(transport)
-            results[name] = None
-        if rank == size - 1:
-            while len(list(folder.glob("survivor*"))) < size - 1:
-                time.sleep(0.02)
-            return
-        transport = ProcessGroupTransport(timeout_s=GLOO_TIMEOUT_S)
-        for name, fatal in FATAL_CASES.items():
-            results[name] = "did not finish"
-            fatal(transport, folder)
-            results[name] = None
+        yield results
     except BaseException:
         results[next(reversed(results), "start")] = traceback.format_exc()
     finally:
-        (folder / f"{rank}.json").write_text(json.dumps(results))
-        os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(results))
+        unfinished.rename(file)
+
+
+def run_case(results: dict[str, str | None], function: Callable[..., None], *arguments: object) -> None:
+    results[function.__name__] = "did not finish"
+    function(*arguments)
+    results[function.__name__] = None
+
+
+def wait_for_files(folder: Path, pattern: str, number: int) -> None:
+    while len(list(folder.glob(pattern))) < number:
+        time.sleep(0.02)
+
+
+def run_one_process(folder: Path, backend: str, device: str, rank: int, size: int) -> None:
+    """Run every case, in one process of a group."""
+    with results_in(folder / f"{rank}.json") as results:
+        torch.distributed.init_process_group(
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        )
+        torch.set_default_device(device)
+        transport = ProcessGroupTransport(timeout_s=20.0)
+        for function in CASES.values():
+            run_case(results, function, transport)
+        if rank == size - 1:
+            wait_for_files(folder, "survivor*", size - 1)
+        else:
+            transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
+            for fatal in FATAL_CASES.values():
+                run_case(results, fatal, transport, folder)
+    os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
+
+
+def run_one_mpi_process(folder: Path) -> None:
+    """Run every case, in one process that mpiexec started; its end is MPI_Abort."""
+    from mpi4py import MPI
+
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    with results_in(folder / f"{rank}.json") as results:
+        transport = MPITransport(MPI.COMM_WORLD, timeout_s=20.0)
+        for function in CASES.values():
+            run_case(results, function, transport)
+        for fatal in (a_message_too_short, a_message_too_long):
+            run_case(results, fatal, MPITransport(MPI.COMM_WORLD, timeout_s=20.0))
+        transport = MPITransport(MPI.COMM_WORLD, timeout_s=TIMEOUT_S)
+        if rank < size - 1:
+            run_case(results, a_peer_that_never_calls, transport, folder)
+    wait_for_files(folder, "*.json", size)
 
 
 if __name__ == "__main__":
-    run_one_process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+    if sys.argv[2] == "mpi":
+        run_one_mpi_process(Path(sys.argv[1]))
+    else:
+        run_one_process(Path(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:]))

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,13 +10,13 @@ from pathlib import Path
 import contract_cases
 import pytest
 import torch
+from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
-import tritonmoe
 from tritonmoe.emulation import run_on_emulated_ranks
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport
 
-GLOO_SIZES = (2, 3)
+GLOO_SIZES = MPI_SIZES = (2, 3)
 LINK = LinkModel(bandwidth_gb_per_s=0.001, latency_us=500)
 EMULATED = {
     **{f"W{size}": (size, None) for size in (1, 2, 3, 4)},
@@ -29,31 +28,15 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @functools.cache
-def process_results(size: int, backend: str = "gloo", device: str = "cpu") -> dict[str, dict[str, str | None]]:
+def process_results(size: int, backend: str, device: str) -> dict[str, dict[str, str | None]]:
     """Run all cases in `size` processes; gives what failed, by rank and case. One start for all tests of a size."""
-    package_folder = str(Path(tritonmoe.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": package_folder, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, contract_cases.__file__, str(rank), str(size), folder, backend, device],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+        ended = run_processes(size, backend, contract_cases.__file__, folder, backend, device)
         results: dict[str, dict[str, str | None]] = {}
-        try:
-            for rank, process in enumerate(processes):
-                output, _ = process.communicate(timeout=60)
-                file = Path(folder) / f"{rank}.json"
-                results[str(rank)] = json.loads(file.read_text()) if file.exists() else {"start": output}
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        for rank in range(size):
+            file = Path(folder) / f"{rank}.json"
+            results[str(rank)] = json.loads(file.read_text()) if file.exists() else {"start": ended.output}
+        results["all"] = {"output": ended.output, "statuses": str(ended.statuses)}
     return results
 
 
@@ -86,6 +69,30 @@ def test_gloo(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", contract_cases.FATAL_CASES)
 def test_gloo_survivors(name: str, size: int) -> None:
     check_processes(name, range(size - 1), size)
+
+
+@NEEDS_MPI
+@pytest.mark.parametrize("size", MPI_SIZES)
+@pytest.mark.parametrize("name", contract_cases.CASES)
+def test_mpi(name: str, size: int) -> None:
+    check_processes(name, range(size), size, "mpi")
+
+
+@NEEDS_MPI
+@pytest.mark.parametrize("size", MPI_SIZES)
+@pytest.mark.parametrize("name", contract_cases.MPI_FATAL_CASES)
+def test_mpi_survivors(name: str, size: int) -> None:
+    check_processes(name, range(size if "message" in name else size - 1), size, "mpi")
+
+
+@NEEDS_MPI
+@pytest.mark.parametrize("size", MPI_SIZES)
+def test_mpi_is_aborted_after_a_failure(size: int) -> None:
+    """MPI_Finalize would wait for ever; the reason has been logged before."""
+    everybody = process_results(size, "mpi", "cpu")["all"]
+    assert everybody["statuses"] != "[0]"
+    assert "MPI_Abort when this process ends: exchange 0 failed" in str(everybody["output"])
+    assert "took longer than timeout_s = 1.0" in str(everybody["output"])
 
 
 @pytest.mark.gpu
@@ -134,8 +141,60 @@ def test_process_group_needs_a_group() -> None:
         ProcessGroupTransport(timeout_s=0)
 
 
+@pytest.mark.slow
+@NEEDS_MPI
+def test_mpi_message_beyond_int32(tmp_path: Path) -> None:
+    """Two rows of more than 2 GiB in all, which take 5 GB of memory."""
+    script = tmp_path / "script.py"
+    script.write_text("""if True:
+        import torch
+        from mpi4py import MPI
+        from tritonmoe.transports import MPITransport
+
+        transport = MPITransport(MPI.COMM_WORLD)
+        is_sender = transport.rank == 0
+        rows = torch.zeros(2 if is_sender else 0, 2**30 + 1, dtype=torch.uint8)
+        rows[:, -1] = torch.tensor([3, 7])[: len(rows)]
+        splits = ([0, 2], [0, 0]) if is_sender else ([0, 0], [2, 0])
+        received = transport.exchange(rows, *splits).wait()
+        print(received[:, -1].tolist())
+    """)
+    assert "[3, 7]" in run_processes(2, "mpi", str(script), timeout_s=120).output
+
+
+@NEEDS_MPI
+def test_mpi_arguments() -> None:
+    code = """if True:
+        import mpi4py
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+        from tritonmoe.transports import MPITransport
+        for timeout_s in (0, 1.0):
+            try:
+                MPITransport(MPI.COMM_WORLD, timeout_s=timeout_s)
+            except ValueError as error:
+                print(error)
+    """
+    said = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "timeout_s must be positive, got 0" in said.stdout
+    assert "initialised without MPI_THREAD_MULTIPLE" in said.stdout
+
+
+@NEEDS_MPI
+def test_closed_mpi() -> None:
+    code = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from mpi4py import MPI
+        from test_contract import check_closed
+        from tritonmoe.transports import MPITransport
+        check_closed(MPITransport(MPI.COMM_WORLD))
+    """
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env=ENVIRONMENT, check=True)
+
+
 def test_importing_the_transports_leaves_torch_distributed_alone() -> None:
     code = "import sys, torch; before = set(sys.modules); import tritonmoe.transports, tritonmoe.emulation; "
-    code += "new = set(sys.modules) - before; assert not any(m.startswith('torch.distributed') for m in new), new"
-    environment = {**os.environ, "PYTHONPATH": str(Path(tritonmoe.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    code += "new = set(sys.modules) - before; "
+    code += "assert not any(m.startswith(('torch.distributed', 'mpi4py')) for m in new), new"
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)

