@@ -52,7 +52,8 @@ def test_fp8_is_within_half_a_step_of_every_value(num_rows, width, dtype, magnit
         largest = block.abs().amax(1, keepdim=True) if num_rows else block.new_zeros(0, 1)
         # e4m3: 3 fraction bits, and steps of 2^-9 below 2^-6; then one rounding to the rows' own dtype.
         step = torch.maximum(block.abs() * 2.0**-4, largest / LARGEST_FINITE * 2.0**-10)
-        assert ((got - block).abs() <= step * 1.01 + block.abs() * torch.finfo(dtype).eps + 1e-7 * magnitude).all()
+        eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+        assert ((got - block).abs() <= step + eps * (block.abs() + smallest)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
