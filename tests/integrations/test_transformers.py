@@ -7,7 +7,7 @@ import inspect
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, M
 from tritonmoe.config import ClampedSwiGLU
 from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
+from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, choose_activation, fused_name
 
 register()
@@ -191,16 +192,6 @@ class SmallConfig:
         self._experts_implementation = "eager"
 
 
-def experts_classes() -> Iterator[tuple[str, str]]:
-    """Module and name of every class under transformers' decorator, found in the sources."""
-    for path in sorted((pathlib.Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines):
-            if line.startswith("@use_experts_implementation"):
-                head = next(line for line in lines[number:] if line.startswith("class "))
-                yield f"transformers.models.{path.parent.name}.{path.stem}", head.split("(")[0].removeprefix("class ")
-
-
 def make_experts(module_name: str, class_name: str) -> nn.Module:
     module = getattr(importlib.import_module(module_name), class_name)(SmallConfig())
     torch.manual_seed(0)
@@ -230,19 +221,37 @@ def make_expert_inputs(num_tokens: int = 11, top_k: int = 3) -> tuple[Tensor, Te
     return x, ids, torch.rand(num_tokens, top_k, generator=generator)
 
 
-ALL_CLASSES = list(experts_classes())
+ALL_CLASSES = [(found.module_name, found.name) for found in experts_classes()]
 OVERRIDDEN = [pair for pair in ALL_CLASSES if pair[1] in CLAMPED_GATES]
 
 
 @pytest.mark.parametrize(("module_name", "class_name"), ALL_CLASSES, ids=[name for _, name in ALL_CLASSES])
 def test_every_experts_class_equals_eager(module_name, class_name):
     experts = make_experts(module_name, class_name)
+    assert is_experts(experts)
     inputs = make_expert_inputs()
     assert_same(run_experts(experts, "tritonmoe", inputs), run_experts(experts, "eager", inputs))
 
 
 def test_the_sweep_finds_the_classes():
-    assert len(ALL_CLASSES) >= 30
+    models = pathlib.Path(transformers.__file__).parent / "models"
+    marks = sum(path.read_text().count("\n@use_experts_impl") for path in models.glob("*/modeling_*.py"))
+    assert len(ALL_CLASSES) == marks >= 30
+
+
+@pytest.mark.parametrize("found", experts_classes(), ids=lambda found: found.name)
+def test_what_the_sources_say_of_a_class_is_what_it_does(found):
+    experts = make_experts(found.module_name, found.name)
+    assert found.is_gated == experts.has_gate
+    assert found.is_transposed == experts.is_transposed
+    assert found.has_bias == experts.has_bias
+    assert found.is_interleaved == (not getattr(experts, "is_concatenated", found.name != "GptOssExperts"))
+    assert found.has_post_expert_norm == getattr(experts, "has_post_expert_norm", False)
+    activation, _ = choose_activation(experts)
+    assert found.activation.endswith("fused") == isinstance(activation, (str, ClampedSwiGLU))
+
+
+def test_the_sweep_covers_every_kind_of_class():
     assert {"MixtralExperts", "Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts"} <= {n for _, n in ALL_CLASSES}
 
 
@@ -271,9 +280,9 @@ def test_bf16_experts(name):
     assert_as_good_as(ours, plain, truth)
 
 
-@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "MuseSparkExperts"])
-def test_routes_to_other_ranks_are_skipped(name):
-    experts = find_class(name)
+@pytest.mark.parametrize(("module_name", "class_name"), ALL_CLASSES, ids=[name for _, name in ALL_CLASSES])
+def test_routes_to_other_ranks_are_skipped(module_name, class_name):
+    experts = make_experts(module_name, class_name)
     x, ids, weights = make_expert_inputs()
     is_skipped = torch.zeros_like(ids, dtype=torch.bool)
     is_skipped[0] = is_skipped[1, 2] = is_skipped[5, 0] = True

@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from . import demo, env
+from . import demo, env, models
 
 __all__ = ["main"]
 
-SUBCOMMANDS = (demo, env)
+SUBCOMMANDS = (demo, env, models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

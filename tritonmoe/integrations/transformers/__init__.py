@@ -5,7 +5,9 @@ Importing this package imports no transformers; register() does.
 
 import importlib.metadata
 
-__all__ = ["EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "register"]
+from .patching import PatchReport, patch
+
+__all__ = ["EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "PatchReport", "patch", "register"]
 
 EXPERTS_IMPLEMENTATION = "tritonmoe"
 MINIMUM_TRANSFORMERS = (5, 7)

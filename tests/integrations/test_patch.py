@@ -1,0 +1,158 @@
+"""patch(): what is switched is counted and named; where nothing can be, it says so and changes nothing."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from tritonmoe.integrations.transformers import experts as experts_module
+from tritonmoe.integrations.transformers import patch
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(transformers.MixtralConfig(**SIZES, num_local_experts=6))
+
+
+@pytest.fixture
+def num_calls(monkeypatch) -> list[int]:
+    """Grows by one for each call of tritonmoe's experts."""
+    calls = []
+    moe_mlp = experts_module.moe_mlp
+    monkeypatch.setattr(experts_module, "moe_mlp", lambda *args, **kw: calls.append(1) or moe_mlp(*args, **kw))
+    return calls
+
+
+def test_it_switches_counts_and_can_be_undone(num_calls):
+    model, ids = mixtral(), torch.arange(2, 12)[None]
+    expected, names = model(ids).logits, list(model.state_dict())
+    report = patch(model)
+    assert report.switched == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert (report.num_switched, report.left) == (2, ())
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(num_calls) == 2
+    assert list(model.state_dict()) == names
+    assert patch(model) == report
+    model.set_experts_implementation("eager")
+    model(ids)
+    assert len(num_calls) == 2
+
+
+def test_a_model_inside_another_module(num_calls):
+    wrapped = nn.Sequential(mixtral(), nn.Identity())
+    assert patch(wrapped).switched[0] == "0.model.layers.0.mlp.experts"
+    wrapped[0](torch.arange(2, 12)[None])
+    assert len(num_calls) == 2
+
+
+def test_experts_of_custom_code_are_switched_too(num_calls):
+    # transformers looks for its decorator in the source of the model's own file, and would pass this one over
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class OwnModel(transformers.PreTrainedModel):
+        config_class = transformers.MixtralConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.experts = MixtralExperts(config)
+            self.post_init()
+
+    model = OwnModel(transformers.MixtralConfig(**SIZES, num_local_experts=6))
+    assert patch(model).switched == ("experts",)
+    model.experts(torch.randn(3, 32), torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
+    assert len(num_calls) == 1
+
+
+def llama() -> nn.Module:
+    return AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES))
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def llama4() -> nn.Module:
+    config = transformers.Llama4TextConfig(**SIZES, num_local_experts=4, interleave_moe_layer_step=1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def jetmoe() -> nn.Module:
+    sizes = {key: value for key, value in SIZES.items() if key != "num_attention_heads"}
+    return AutoModelForCausalLM.from_config(
+        transformers.JetMoeConfig(**sizes, kv_channels=8, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+def switch() -> nn.Module:
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2,
+    )  # fmt: skip
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def dbrx() -> nn.Module:
+    # the model itself needs a rope setting that its own configuration lacks in some releases
+    from transformers.models.dbrx.modeling_dbrx import DbrxFFN
+
+    config = transformers.DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64)
+    config.ffn_config.hidden_size, config.ffn_config.ffn_hidden_size = 32, 24
+    return nn.Sequential(DbrxFFN(config))
+
+
+REFUSED = {
+    llama: r"LlamaForCausalLM: it has no experts, only dense .*model\.layers\.0\.mlp \(LlamaMLP\)",
+    gpt2: r"GPT2LMHeadModel: it has no experts, only dense .*transformer\.h\.0\.mlp \(GPT2MLP\)",
+    llama4: r"model\.layers\.0\.feed_forward \(Llama4TextMoe\).*do not ask transformers' experts registry",
+    jetmoe: r"model\.layers\.0\.mlp \(JetMoeMoE\).* and \d+ more do not ask",
+    switch: r"encoder\.block\.0\.layer\.1\.mlp \(SwitchTransformersSparseMLP\).*do not ask",
+    dbrx: r"\(DbrxExperts\).*do not ask",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_where_nothing_can_be_switched_the_modules_are_named(make):
+    model = make()
+    config = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    with pytest.raises(ValueError, match=REFUSED[make]):
+        patch(model)
+    assert getattr(config, "_experts_implementation", None) == before
+
+
+def test_quantised_experts_are_refused_and_nothing_is_changed():
+    model = mixtral()
+    before = model.config._experts_implementation
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts \(MixtralExperts\) are quantised"):
+        patch(model)
+    assert model.config._experts_implementation == before
+
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=6, hidden_act="silu")
+    with pytest.raises(ValueError, match=r"0 \(FP8Experts\) are quantised"):
+        patch(nn.Sequential(FP8Experts(config, block_size=(8, 8))))
+
+
+def test_experts_that_are_left_are_reported(caplog):
+    both = nn.ModuleDict({"mixtral": mixtral(), "llama4": llama4()})
+    with caplog.at_level(logging.WARNING, logger="tritonmoe"):
+        report = patch(both)
+    assert report.num_switched == 2
+    assert report.left == ("llama4.model.layers.0.feed_forward", "llama4.model.layers.1.feed_forward")
+    assert "left llama4.model.layers.0.feed_forward (Llama4TextMoe)" in caplog.text

@@ -1,0 +1,71 @@
+"""`tritonmoe models`: which model families of the installed transformers run through tritonmoe, and how."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..benchmarks.timing import package_versions
+from ..integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
+
+__all__ = ["add_parser"]
+
+COLUMNS = ("model type", "experts class", "weights", "activation")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser("models", help="list the model families that are supported", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        supported, others = experts_classes(), unsupported_classes()
+    except ImportError as error:
+        print(f"tritonmoe models: {error}", file=sys.stderr)
+        return 2
+    version = package_versions("transformers")["transformers"]
+    if arguments.json:
+        found = {
+            "transformers": version,
+            "supported": [dataclasses.asdict(one) | {"activation": one.activation} for one in supported],
+            "unsupported": [dataclasses.asdict(one) for one in others],
+        }
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [(one.model_type, one.name, _weights(one), one.activation) for one in supported]
+    print("\n".join(_markdown(rows) if arguments.markdown else _plain(rows)))
+    families = len({one.model_type for one in supported})
+    print(f"\n{len(supported)} experts classes in {families} model types of transformers {version}.")
+    names: dict[str, list[str]] = {}
+    for other in others:
+        names.setdefault(other.model_type, []).append(other.name)
+    print("Not supported, since their experts ask no registry of transformers:")
+    print("\n".join(f"- {model_type}: {', '.join(classes)}" for model_type, classes in names.items()))
+    return 0
+
+
+def _weights(one: ExpertsClass) -> str:
+    shape = ("(E, D, 2F)" if one.is_transposed else "(E, 2F, D)").replace("2F", "2F" if one.is_gated else "F")
+    traits = {
+        "interleaved": one.is_interleaved,
+        "biases": one.has_bias,
+        "norm before weighting": one.has_post_expert_norm,
+    }
+    return ", ".join([shape, *(trait for trait, is_there in traits.items() if is_there)])
+
+
+def _plain(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = (COLUMNS, tuple("-" * width for width in widths), *rows)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _markdown(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    lines = (COLUMNS, ("---",) * len(COLUMNS), *rows)
+    return [f"| {' | '.join(line)} |" for line in lines]

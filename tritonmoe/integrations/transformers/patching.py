@@ -1,0 +1,104 @@
+"""patch(): switch an existing model to tritonmoe's experts, or say why nothing can be switched."""
+
+import logging
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .discovery import UNSUPPORTED_NAMES, experts_modules
+
+__all__ = ["PatchReport", "patch"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FEED_FORWARD = re.compile(r"(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate)$")
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What patch() did, as names of modules."""
+
+    switched: tuple[str, ...]
+    """Experts that now run through tritonmoe."""
+    left: tuple[str, ...]
+    """Modules that hold experts, to judge by their class names, but ask no registry: they run as before."""
+
+    @property
+    def num_switched(self) -> int:
+        return len(self.switched)
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Make every experts module of `model` run through tritonmoe, in place; parameters and their names stay.
+
+    `model` is a model of transformers, or any module that contains one (a PEFT model, a wrapper). Patching again
+    changes nothing; `model.set_experts_implementation("eager")` goes back.
+
+    Raises:
+        ValueError: nothing can be switched (a dense model, or a family whose experts ask no registry: llama4, dbrx,
+            jetmoe, switch_transformers, ...), or experts are quantised. The modules are named, and nothing is changed.
+        ImportError: transformers is missing or older than 5.7.
+    """
+    from . import EXPERTS_IMPLEMENTATION, register
+
+    register()
+    from transformers import PreTrainedModel
+
+    found = experts_modules(model)
+    left = _other_experts(model, found)
+    _check(model, found, left)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
+        experts.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+    if left:
+        logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
+    return PatchReport(tuple(found), tuple(left))
+
+
+def _other_experts(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Give the outermost modules that are called experts, neither holding nor held by any that were found."""
+    others: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # a module comes before those inside it
+        inside_known = any(name == other or name.startswith(f"{other}.") for other in (*found, *others))
+        holds_found = any(other.startswith(f"{name}." if name else "") for other in found)
+        if UNSUPPORTED_NAMES.search(type(module).__name__) and not inside_known and not holds_found:
+            others[name] = module
+    return others
+
+
+def _check(model: nn.Module, found: dict[str, nn.Module], left: dict[str, nn.Module]) -> None:
+    quantised = {name: module for name, module in (found | left).items() if _is_quantised(module)}
+    if quantised:
+        raise ValueError(
+            f"the weights of {_list(quantised)} are quantised, and tritonmoe has no quantised arithmetic: load the "
+            "model without quantization_config, or dequantize it"
+        )
+    if found:
+        return
+    if left:
+        raise ValueError(
+            f"nothing to switch in {type(model).__name__}: {_list(left)} do not ask transformers' experts registry; "
+            "`tritonmoe models` lists the families that do"
+        )
+    dense = {name: module for name, module in model.named_modules() if FEED_FORWARD.search(type(module).__name__)}
+    blocks = f", only dense feed-forward blocks: {_list(dense)}" if dense else ""
+    raise ValueError(
+        f"nothing to switch in {type(model).__name__}: it has no experts{blocks}; `tritonmoe models` lists the "
+        "families that have some"
+    )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return any(weight.dim() >= 2 and weight.dtype not in WEIGHT_DTYPES for weight in module.parameters())
+
+
+def _list(modules: dict[str, nn.Module]) -> str:
+    named = [f"{name or 'the model itself'} ({type(module).__name__})" for name, module in modules.items()]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more
