@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ def patch(model: nn.Module) -> PatchReport:
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
-        experts.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+        config: Any = experts.config
+        config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))
