@@ -16,6 +16,7 @@ __all__ = [
     "LOCAL_PARTS",
     "MAX_CHUNKS",
     "MAX_PAIRS",
+    "WIRE_DTYPES",
     "Activation",
     "ClampedSwiGLU",
     "ExpertLayout",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 MAX_CHUNKS = 32
+WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
+"""What rows may travel as; see wire.py."""
 MAX_CHUNK_SIZE = 1000
 LOCAL_PARTS = 16
 """Local pairs are split by sixteenths."""
@@ -225,8 +228,13 @@ class OverlapConfig:
     """Chunks of one size ("equal"), growing then shrinking ("ramp"), or their relative sizes: (1, 2, 4, 2, 1) gives a
     tenth of the tokens to the first and the last of five chunks. "auto" is the tuner's choice with num_chunks="auto",
     and "equal" otherwise."""
+    wire_dtype: torch.dtype | None = None
+    """How rows travel: None as they are; torch.bfloat16 (fp32 layers) everywhere; torch.float8_e4m3fn in the forward
+    dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
+    arrived, rows that stay on their rank are not touched."""
 
     def __post_init__(self) -> None:
+        check_wire_dtype(self.wire_dtype)
         if self.num_chunks != "auto":
             is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
             if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
@@ -242,6 +250,12 @@ class OverlapConfig:
             raise ValueError(
                 f"shape must be 'auto', 'equal', 'ramp' or a tuple of relative chunk sizes, got {self.shape!r}"
             )
+
+
+def check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless rows can travel as this."""
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}, got {wire_dtype!r}")
 
 
 def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
@@ -286,8 +300,11 @@ class OverlapPlan:
     """Forward: at most so many dispatches, and so many combines, are under way at once."""
     backward_window: int = MAX_CHUNKS
     serial: bool = False
+    wire_dtype: torch.dtype | None = None
+    """As in OverlapConfig."""
 
     def __post_init__(self) -> None:
+        check_wire_dtype(self.wire_dtype)
         check_chunk_sizes(self.chunk_sizes)
         if not 0 <= self.local_start <= LOCAL_PARTS:
             raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
@@ -326,4 +343,6 @@ class OverlapPlan:
         for name, window in (("forward", self.window), ("backward", self.backward_window)):
             if window < len(sizes):
                 words += f", {window} exchanges of a kind under way in {name}"
+        if self.wire_dtype is not None:
+            words += f", rows sent as {str(self.wire_dtype).removeprefix('torch.')}"
         return words

@@ -21,7 +21,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .config import MAX_CHUNKS, MAX_PAIRS, OverlapPlan
+from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
 from .transports import Transport
 
@@ -51,6 +51,8 @@ class CallHeader:
     window: int
     backward_window: int
     serial: int
+    wire_dtype: int
+    """A place in WIRE_DTYPES."""
     grad_enabled: int
     needs_any: int
     """Whether this rank needs any gradient of the call ..."""
@@ -75,6 +77,7 @@ class CallHeader:
             window=overlap.window,
             backward_window=overlap.backward_window,
             serial=int(overlap.serial),
+            wire_dtype=WIRE_DTYPES.index(overlap.wire_dtype),
             **others,
         )
 
@@ -82,7 +85,7 @@ class CallHeader:
 HEADER_SIZE = len(fields(CallHeader))
 MUST_AGREE = (
     *("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype"),
-    *("chunk_sizes", "local_first", "local_start", "window", "backward_window", "serial"),
+    *("chunk_sizes", "local_first", "local_start", "window", "backward_window", "serial", "wire_dtype"),
 )
 
 

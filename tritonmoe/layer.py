@@ -1,7 +1,7 @@
 """The layer: route, then run the experts on one device or, through the scheduler, on many ranks."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from .overlap.executor import LayerPass, LayerReport
 from .overlap.tuner import ChunkChooser
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .transports import Transport, as_transport
+from .wire import WireFormat
 
 __all__ = ["GroupedExperts", "MoELayer", "expert_parallel_mlp"]
 
@@ -98,7 +99,14 @@ class _ExpertParallelMLP(torch.autograd.Function):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         run = layer_pass.experts
         assert isinstance(run, ExpertsRun)
-        call.report = LayerReport(plan.rank, plan.traffic, x.shape[1] * x.element_size(), plan.overlap, forward=timings)
+        call.report = LayerReport(
+            plan.rank,
+            plan.traffic,
+            WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
+            plan.overlap,
+            forward=timings,
+            wire_squares=layer_pass.wire_squares,
+        )
         ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs
         ctx.num_parameters = len(parameters)
         ctx.weights_dtype = topk_weights.dtype
@@ -225,6 +233,7 @@ def _run_expert_parallel(
         check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size)
         if x.dtype not in DTYPE_CODES:
             raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
+        WireFormat(x.dtype, overlap.wire_dtype)
         settings = make_settings(x, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
@@ -240,6 +249,7 @@ def _run_expert_parallel(
     key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
     chooser = state.choosers.setdefault(key, ChunkChooser())
     chosen = overlap if isinstance(overlap, OverlapPlan) else chooser.plan(overlap, size)
+    chosen = replace(chosen, wire_dtype=overlap.wire_dtype)
     with torch.no_grad():
         if num_nonfinite_rows is None:
             skipped = (topk_ids < 0) | (topk_ids >= num_experts)

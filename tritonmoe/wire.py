@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WIRE_DTYPES", "WireFormat"]
+from .transports import PendingExchange
 
-WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
+__all__ = ["DecodedExchange", "WireFormat"]
+
 BLOCK_COLUMNS = 128
 LARGEST_FINITE = 416.0
 """The number below 448, e4m3's largest, whose code means infinity here."""
@@ -40,8 +41,6 @@ class WireFormat:
             torch.bfloat16: (torch.float32,),
             torch.float8_e4m3fn: (torch.float32, torch.bfloat16, torch.float16),
         }
-        if self.wire_dtype not in takes:
-            raise TypeError(f"wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}, got {self.wire_dtype}")
         if self.dtype not in takes[self.wire_dtype]:
             allowed = ", ".join(map(str, takes[self.wire_dtype]))
             raise TypeError(f"wire_dtype={self.wire_dtype} takes rows of {allowed}, got {self.dtype}")
@@ -66,11 +65,18 @@ class WireFormat:
         values, scales = _quantize(rows)
         return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], dim=1)
 
-    def empty(self, num_rows: int, width: int, like: Tensor) -> Tensor:
+    def squares(self, rows: Tensor, encoded: Tensor) -> Tensor:
+        """Give (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
+        arrived = torch.empty_like(rows)
+        self.decode(encoded, arrived)
+        wide = rows.to(torch.float32)
+        return torch.stack([(arrived.to(torch.float32) - wide).square().sum(), wide.square().sum()])
+
+    def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Give memory for `num_rows` received rows of `width` columns, as they travel."""
         if self.wire_dtype == torch.float8_e4m3fn:
-            return torch.empty(num_rows, self.row_bytes(width), dtype=torch.uint8, device=like.device)
-        return torch.empty(num_rows, width, dtype=self.wire_dtype or self.dtype, device=like.device)
+            return torch.empty(num_rows, self.row_bytes(width), dtype=torch.uint8, device=device)
+        return torch.empty(num_rows, width, dtype=self.wire_dtype or self.dtype, device=device)
 
     def decode(self, received: Tensor, out: Tensor) -> None:
         """Write the rows that `received` stands for into out (n, D)."""
@@ -80,6 +86,24 @@ class WireFormat:
             _dequantize(received[:, scale_bytes:].view(torch.float8_e4m3fn), scales, out)
         else:
             out.copy_(received)
+
+
+class DecodedExchange(PendingExchange):
+    """An exchange of encoded rows that gives the rows they stand for: they are decoded where they are waited for."""
+
+    def __init__(self, pending: PendingExchange, wire: WireFormat, out: Tensor) -> None:
+        self._pending, self._wire, self._out = pending, wire, out
+        self._done = False
+
+    def wait(self) -> Tensor:
+        received = self._pending.wait()
+        if not self._done:
+            self._wire.decode(received, self._out)
+            self._done = True
+        return self._out
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
 
 
 def num_blocks(width: int) -> int:

@@ -16,6 +16,7 @@ from ..backends.reference import WeightGrads
 from ..config import OverlapPlan
 from ..dispatch import DispatchPlan
 from ..transports import PendingExchange, Transport
+from ..wire import DecodedExchange, WireFormat
 from .schedule import Schedule, Step, build_backward, build_forward
 
 __all__ = ["ExpertsPass", "LayerPass", "LayerReport", "PassReport", "StepTiming", "execute"]
@@ -113,11 +114,24 @@ class LayerReport:
     traffic_rows: Tensor
     """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column)."""
     row_bytes: int
-    """Bytes of one travelling row (D columns of the layer's dtype)."""
+    """Bytes of one row of the forward's dispatch (D columns of the layer's dtype, or of its wire format)."""
     overlap: OverlapPlan
     """What ran; give it as a layer's `overlap` to run the same again."""
     forward: PassReport
     backward: PassReport | None = None
+    wire_squares: Tensor | None = None
+    """(2,) fp32: summed squares of what the wire format changed in the dispatched rows, and of the rows."""
+
+    @property
+    def wire_error(self) -> float:
+        """Give the relative error (root mean square) that the wire format made in the dispatched rows; 0 without one.
+
+        Reads the device.
+        """
+        if self.wire_squares is None:
+            return 0.0
+        changed, total = self.wire_squares.tolist()
+        return (changed / total) ** 0.5 if total else 0.0
 
     @property
     def num_chunks(self) -> int:
@@ -125,7 +139,7 @@ class LayerReport:
 
     @property
     def traffic_bytes(self) -> Tensor:
-        """(W, W) int64: bytes that rank i sends to rank k for one dispatch (combine sends them back); own rows: 0."""
+        """(W, W) int64: bytes that rank i sends to rank k in the forward's dispatch; own rows: 0."""
         off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64)
         return self.traffic_rows * off_diagonal * self.row_bytes
 
@@ -193,6 +207,8 @@ class LayerPass:
     """(R, D) received rows."""
     received_weights: Tensor | None = None
     """(R, K) fp32."""
+    wire_squares: Tensor | None = None
+    """As in LayerReport."""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, PassReport]:
         """Give y (T, D) of x (T, D), and the timings."""
@@ -202,6 +218,9 @@ class LayerPass:
         home = x.new_empty(plan.num_home, width)
         out = home if plan.is_identity else x.new_empty(x.shape[0], width)
         metadata_in: list[Tensor] = []
+        dispatch_wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
+        if not dispatch_wire.is_exact:
+            self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
 
         def metadata(_: int | None) -> PendingExchange:
             pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, tokens.home_tokens)
@@ -211,7 +230,7 @@ class LayerPass:
 
         def dispatch(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._send_chunk(x, chunk, rows)
+            return self._send_chunk(x, chunk, rows, dispatch_wire, self.wire_squares)
 
         def group(_: int | None) -> None:
             if not plan.is_identity:
@@ -271,7 +290,7 @@ class LayerPass:
 
         def combine_backward(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._send_chunk(dout, chunk, dout_rows)
+            return self._send_chunk(dout, chunk, dout_rows, self._wire(dout.dtype))
 
         def experts_backward(chunk: int | None) -> None:
             assert chunk is not None
@@ -324,18 +343,42 @@ class LayerPass:
         report = execute(schedule, actions, dout.device)
         return dx, dtopk_weights[0] if dtopk_weights else None, weight_grads[0], report
 
-    def _send_chunk(self, values: Tensor, chunk: int, received: Tensor) -> PendingExchange:
+    def _wire(self, dtype: torch.dtype) -> WireFormat:
+        """Give how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
+        wire_dtype = self.plan.overlap.wire_dtype
+        return WireFormat(dtype, None if wire_dtype == torch.float8_e4m3fn else wire_dtype)
+
+    def _exchange_rows(
+        self,
+        rows: Tensor,
+        splits: tuple[list[int], list[int]],
+        out: Tensor,
+        wire: WireFormat,
+        squares: Tensor | None = None,
+    ) -> PendingExchange:
+        if wire.is_exact:
+            return self.transport.exchange(rows, *splits, out)
+        encoded = wire.encode(rows)
+        if squares is not None:
+            squares += wire.squares(rows, encoded)
+        arriving = wire.empty(out.shape[0], out.shape[1], out.device)
+        return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)
+
+    def _send_chunk(
+        self, values: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
+    ) -> PendingExchange:
         """Replicate rows of values (T, D) to every rank that needs them: dispatch, and the adjoint of combine."""
         plan = self.plan
         packed = values.index_select(0, plan.tokens.home_tokens[plan.home_slice(chunk)])
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
-        return self.transport.exchange(packed, plan.send_splits(chunk), plan.receive_splits(chunk), out)
+        return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
 
     def _return_chunk(self, partial: Tensor, chunk: int, home: Tensor) -> PendingExchange:
         """Bring one row per received row home: combine, and the adjoint of dispatch."""
         plan = self.plan
         out = home[plan.home_slice(chunk)]
-        return self.transport.exchange(partial, plan.receive_splits(chunk), plan.send_splits(chunk), out)
+        splits = plan.receive_splits(chunk), plan.send_splits(chunk)
+        return self._exchange_rows(partial, splits, out, self._wire(partial.dtype))
 
     def _sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
         """Sum the partial rows of the chunk's tokens, in rank order, in fp32."""
