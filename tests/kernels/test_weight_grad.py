@@ -1,15 +1,24 @@
 """The weight gradients of every backend: accumulation, hot experts, bits."""
 
+from itertools import accumulate
 from types import ModuleType
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from backward_cases import DEVICE, LAYOUTS, Operands, garbage_memory, random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerance import assert_close_to_exact
+from torch import Tensor
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
+from tritonmoe.config import KernelOptions
+from tritonmoe.kernels import bias_grad, launch, spans, weight_grad
+from tritonmoe.kernels.spans import span_of_slot
 
 BACKENDS = pytest.mark.parametrize(
     "backend", [reference, torch_backend, triton_backend], ids=["reference", "torch", "triton"]
@@ -19,10 +28,10 @@ BACKENDS = pytest.mark.parametrize(
 @BACKENDS
 @pytest.mark.parametrize("into", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["concatenated", "transposed", "ungated"])
+@pytest.mark.parametrize("layout", ["concatenated", "transposed"])
 def test_gradients_are_added_in_place(layout: str, dtype: torch.dtype, into: torch.dtype, backend: ModuleType) -> None:
     """Twice, as two micro-batches would, and rounded once: from bf16 rows into fp32 no bf16 sum is in between."""
-    operands = Operands(random_ids(30, 2, 4), 5, LAYOUTS[layout], dtype)  # expert 4 is empty
+    operands = Operands(random_ids(18, 2, 4), 5, LAYOUTS[layout], dtype)  # expert 4 is empty
     grouping = operands.group()
     exact = operands.double().weight_grad(reference, grouping)
     start = [torch.randn_like(exact.gate_up_proj).to(into), torch.randn_like(exact.down_proj).to(into)]
@@ -74,3 +83,150 @@ def test_only_one_of_the_gradients_is_added(backend: ModuleType) -> None:
     assert grads.down_proj is None
     assert torch.equal(grads.gate_up_proj, expected.gate_up_proj)
     torch.testing.assert_close(down, 1 + expected.down_proj)
+
+
+@triton.jit
+def _spans_kernel(found, expert_offsets, E, span, BLOCK_E: tl.constexpr, SPLIT: tl.constexpr):
+    slot = tl.program_id(0)
+    expert, first, end, row = span_of_slot(slot, expert_offsets, E, span, BLOCK_E, SPLIT)
+    tl.store(found + 4 * slot + 0, expert)
+    tl.store(found + 4 * slot + 1, first)
+    tl.store(found + 4 * slot + 2, end)
+    tl.store(found + 4 * slot + 3, row)
+
+
+def spans_of(counts: list[int], span: int, padding: int = 0) -> list[tuple[int, int, int, int]]:
+    """Give (expert, first, end, workspace row) of every slot that has something to do."""
+    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=DEVICE)
+    num_pairs, num_experts = sum(counts) + padding, len(counts)
+    num_slots = spans.num_span_slots(num_pairs, num_experts, span)
+    found = torch.empty(num_slots, 4, dtype=torch.int32, device=DEVICE)
+    launch.launch(
+        _spans_kernel,
+        (num_slots,),
+        found,
+        offsets,
+        num_experts,
+        span,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        SPLIT=spans.num_workspace_rows(num_pairs, span) > 0,
+    )
+    return [tuple(row) for row in found.tolist() if row[0] >= 0]
+
+
+def test_spans_worked_example() -> None:
+    assert spans_of([3, 11, 5], 4) == [(0, 0, 3, -1), (1, 3, 7, 0), (1, 7, 14, 1), (2, 14, 19, -1)]
+    assert spans_of([3, 11, 5], 10) == [(0, 0, 3, -1), (1, 3, 14, -1), (2, 14, 19, -1)]
+    assert spans_of([0, 0], 4) == [(0, 0, 0, -1), (1, 0, 0, -1)]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=9),
+    span=st.integers(1, 12),
+    padding=st.integers(0, 30),
+)
+def test_spans_cover_every_pair_once(counts: list[int], span: int, padding: int) -> None:
+    """Whatever the counts: no gap, no overlap, no expert without a span, no workspace row twice or out of bounds."""
+    found = spans_of(counts, span, padding)
+    assert [expert for expert, *_ in found] == sorted(expert for expert, *_ in found)
+    assert {expert for expert, *_ in found} == set(range(len(counts)))
+    position = 0
+    for _, first, end, _ in found:
+        assert first == position
+        position = end
+    assert position == sum(counts)
+    rows = [row for *_, row in found if row >= 0]
+    assert len(set(rows)) == len(rows)
+    assert all(row < spans.num_workspace_rows(sum(counts) + padding, span) for row in rows)
+    for expert, count in enumerate(counts):
+        own = [(end - first, row) for e, first, end, row in found if e == expert]
+        if count < 2 * span:
+            assert own == [(count, -1)]
+        else:
+            assert [length for length, _ in own[:-1]] == [span] * (count // span - 1)
+            assert [row for _, row in own] == list(range(own[0][1], own[0][1] + len(own)))
+
+
+@pytest.mark.parametrize("tiles", [1, 6, 96, 511, 3584])
+@pytest.mark.parametrize("num_pairs", [0, 8191, 8192, 2**18, 2**24])
+def test_workspace_is_bounded(num_pairs: int, tiles: int) -> None:
+    """No expert is cut for less than MIN_SPAN pairs a span, nor where its own tiles keep a GPU busy."""
+    span = weight_grad.span_length(num_pairs, tiles)
+    rows = spans.num_workspace_rows(num_pairs, span)
+    assert rows * tiles < weight_grad.ENOUGH_TILES + tiles
+    assert rows * weight_grad.MIN_SPAN <= num_pairs
+    assert rows == 0 or tiles < weight_grad.ENOUGH_TILES
+    assert rows > 0 or num_pairs < 2 * weight_grad.MIN_SPAN or tiles >= weight_grad.ENOUGH_TILES
+
+
+@pytest.fixture
+def tiny_spans(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Cut experts of 32 pairs and more; give, for each sum that was asked for, whether there was a workspace."""
+    were_cut: list[bool] = []
+
+    def spied(workspace, *args) -> None:
+        were_cut.append(workspace is not None)
+        spans.sum_spans(workspace, *args)
+
+    monkeypatch.setattr(weight_grad, "span_length", lambda *_: 16)
+    monkeypatch.setattr(bias_grad, "SPAN", 16)
+    monkeypatch.setattr(weight_grad, "sum_spans", spied)
+    monkeypatch.setattr(bias_grad, "sum_spans", spied)
+    return were_cut
+
+
+def hot_ids() -> Tensor:
+    """Expert 1 has most of the pairs, 3 two spans, 2 and 4 have none."""
+    ids = random_ids(90, 2, 6)
+    ids[:60, 0] = 1
+    ids[60:, 0] = 3
+    ids[(ids == 2) | (ids == 4)] = 0
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["concatenated", "transposed"])
+def test_hot_experts_are_cut(tiny_spans: list[bool], layout: str, dtype: torch.dtype) -> None:
+    operands = Operands(hot_ids(), 6, LAYOUTS[layout], dtype, hidden=40)
+    grouping = operands.group()
+    with garbage_memory():
+        actual = operands.weight_grad(triton_backend, grouping)
+        added = [torch.ones_like(actual.gate_up_proj), torch.ones_like(actual.down_proj, dtype=torch.float32)]
+        operands.weight_grad(triton_backend, grouping, accumulate_gate_up=added[0], accumulate_down=added[1])
+    assert tiny_spans == [True] * 8
+    plain, exact = operands.weight_grad(reference, grouping), operands.double().weight_grad(reference, grouping)
+    for name in plain._fields:
+        assert_close_to_exact(name, getattr(actual, name), getattr(plain, name), getattr(exact, name))
+        assert not getattr(actual, name)[[2, 4]].any()
+    assert_close_to_exact("gate_up_proj", added[0], 1 + plain.gate_up_proj, 1 + exact.gate_up_proj)
+    assert_close_to_exact("down_proj", added[1], 1 + plain.down_proj.float(), 1 + exact.down_proj)
+
+
+def test_bits_do_not_depend_on_programs_or_chunks(tiny_spans: list[bool]) -> None:
+    """Three ranks' rows in one buffer sorted by rank, or in three chunks of unequal size; any number of programs."""
+    operands = Operands(hot_ids(), 6, LAYOUTS["concatenated"], torch.float16)
+    whole = operands.group()
+    expected = operands.weight_grad(triton_backend, whole)
+    for num_sms in (1, 3, 1000):
+        again = operands.weight_grad(triton_backend, whole, options=KernelOptions(num_sms=num_sms))
+        for name in expected._fields:
+            assert torch.equal(getattr(again, name), getattr(expected, name)), (name, num_sms)
+
+    chunk_of_row = torch.tensor([0] * 3 + [1] * 20 + [2] * 7).repeat(3)
+    to_chunks = torch.argsort(chunk_of_row, stable=True)
+    chunked = object.__new__(Operands)
+    vars(chunked).update(vars(operands))
+    for name in ("ids", "x", "dout", "weights"):
+        setattr(chunked, name, getattr(operands, name)[to_chunks.to(DEVICE)])
+    grouping = reference.group(
+        chunked.ids, 6, chunk_row_offsets=(0, 9, 69, 90), row_source=torch.arange(90)[to_chunks] // 30
+    )
+    assert grouping.source_order is not None
+    rows = to_chunks.to(DEVICE)[grouping.row_index.long()]
+    stored_before = whole.inverse[rows, grouping.pair_index.long() % 2].long()
+    chunked.dh, chunked.scaled_a = operands.dh[stored_before], operands.scaled_a[stored_before]
+    reached = chunked.weight_grad(triton_backend, grouping)
+    for name in expected._fields:
+        assert torch.equal(getattr(reached, name), getattr(expected, name)), name
+    assert all(tiny_spans)

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
+from ..kernels import bias_grad as bias_grad_kernels
 from ..kernels import combine as combine_kernels
 from ..kernels import down as down_kernels
-from ..kernels import gradients as gradient_kernels
+from ..kernels import down_grad as down_grad_kernels
 from ..kernels import group as group_kernels
 from ..kernels import up as up_kernels
+from ..kernels import weight_grad as weight_grad_kernels
 from .reference import WeightGrads
 
 __all__ = [
@@ -141,7 +143,7 @@ def down_grad(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One kernel for the product and the activation's backward, a second sums the weights' gradients."""
-    return gradient_kernels.down_grad(
+    return down_grad_kernels.down_grad(
         dout,
         down_proj,
         down_bias,
@@ -152,6 +154,7 @@ def down_grad(
         activation,
         out_dh=out_dh,
         out_scaled_a=out_scaled_a,
+        options=options,
     )
 
 
@@ -189,11 +192,13 @@ def weight_grad(
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
         pairs_first = not layout.transposed
-        dw1 = gradient_kernels.outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up)
+        dw1 = weight_grad_kernels.outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up, options)
     if dh is not None and gate_up_bias:
-        db1 = gradient_kernels.bias_grad(dh, grouping, order)
+        db1 = bias_grad_kernels.bias_grad(dh, grouping, order)
     if dout is not None and scaled_a is not None:
-        dw2 = gradient_kernels.outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down)
+        dw2 = weight_grad_kernels.outer_sums(
+            scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down, options
+        )
     if dout is not None and topk_weights is not None and down_bias:
-        db2 = gradient_kernels.bias_grad(dout, grouping, pairs, topk_weights)
+        db2 = bias_grad_kernels.bias_grad(dout, grouping, pairs, topk_weights)
     return WeightGrads(dw1, db1, dw2, db2)

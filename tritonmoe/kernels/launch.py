@@ -303,4 +303,7 @@ def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> T
     if operation == "weight_grad" and target.backend == "cuda":
         # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
         num_stages = 7 if target.arch == 80 else 5
-    return TileConfig(block_m, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
+    # Cutting a tile of weight_grad only pays where accumulators live outside the registers.
+    in_registers = operation == "weight_grad" and (target.backend != "cuda" or target.arch // 10 != 10)
+    subtiles = 1 if in_registers else 4
+    return TileConfig(block_m, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)

@@ -1,0 +1,192 @@
+"""Weight gradients: a grouped product summed over each expert's pairs, its operands gathered in the kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import KernelOptions
+from ..grouping import Grouping
+from .launch import (
+    contiguous_columns,
+    dot,
+    dot_precision,
+    grouped_matmul_config,
+    launch,
+    round_to,
+    slot_and_column_tile,
+    split_columns,
+)
+from .spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
+
+__all__ = ["outer_sums", "span_length"]
+
+MIN_SPAN = 4096
+"""Pairs below which a piece of an expert would cost more in its second pass than it gains."""
+ENOUGH_TILES = 512
+"""Tiles that keep any GPU busy to the end."""
+
+
+def span_length(num_pairs: int, tiles_per_expert: int) -> int:
+    """Give the pairs of a span, from what the whole layer has: an expert of two spans or more is cut.
+
+    At most ENOUGH_TILES / tiles_per_expert spans, rounded up: if one expert has all the pairs, its tiles still keep
+    the GPU busy, and the workspace has the size of ENOUGH_TILES accumulators (128 MiB of 128 x 256).
+    """
+    return max(MIN_SPAN, triton.cdiv(num_pairs, triton.cdiv(ENOUGH_TILES, tiles_per_expert)))
+
+
+@triton.jit(do_not_specialize=["span", "num_tiles"])
+def _outer_sums_kernel(
+    pair_values,  # (N, P), by storage position
+    row_values,  # (R, Q), by row
+    order,  # (N,) int32: storage positions in source order; None where they are the same
+    pair_index,  # (N,) int32: flat pair ids in source order
+    expert_offsets,  # (E+1,) int32
+    out,  # (E, P, Q) in any layout, through its strides
+    workspace,  # (N // span, P, Q) fp32 in any layout, through its strides; unless SPLIT, None
+    P,
+    Q,
+    E,
+    K,
+    span,
+    num_tiles,
+    num_p_tiles,
+    num_q_tiles,
+    stride_pair_row,
+    stride_pair_column,
+    stride_row_row,
+    stride_row_column,
+    stride_out_expert,
+    stride_out_p,
+    stride_out_q,
+    stride_workspace_row,
+    stride_workspace_p,
+    stride_workspace_q,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_per_slot = num_p_tiles * num_q_tiles
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first, end, workspace_row = span_of_slot(
+            tile // tiles_per_slot, expert_offsets, E, span, BLOCK_E, SPLIT
+        )
+        if ACCUMULATE:
+            is_work = (expert >= 0) & (first < end)
+        else:
+            is_work = expert >= 0
+        if is_work:
+            p_tile, q_tile = slot_and_column_tile(tile % tiles_per_slot, num_p_tiles, num_q_tiles, GROUP_M)
+            p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            q = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            accumulator = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+            for start in range(first, end, BLOCK_K):
+                positions = start + tl.arange(0, BLOCK_K)
+                valid = positions < end
+                rows = (tl.load(pair_index + positions, mask=valid, other=0) // K).to(tl.int64)
+                if order is not None:
+                    positions = tl.load(order + positions, mask=valid, other=0)
+                # Already (P, pairs): a transpose in registers would keep these loads out of the pipeline on sm_80.
+                left_pointers = (
+                    pair_values + positions.to(tl.int64)[None, :] * stride_pair_row + p[:, None] * stride_pair_column
+                )
+                right_pointers = row_values + rows[:, None] * stride_row_row + q[None, :] * stride_row_column
+                # Zero on both sides: what lies behind the expert's last pair may be NaN.
+                left = tl.load(left_pointers, mask=valid[None, :] & (p < P)[:, None], other=0.0)
+                right = tl.load(right_pointers, mask=valid[:, None] & (q < Q)[None, :], other=0.0)
+                accumulator = dot(left, right, accumulator, PRECISION)
+            SUB_Q: tl.constexpr = BLOCK_Q // SUBTILES
+            subtiles = split_columns(accumulator, BLOCK_P, BLOCK_Q, SUBTILES)
+            for part in tl.static_range(SUBTILES):
+                p = (p_tile * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+                q = (q_tile * BLOCK_Q + part * SUB_Q + tl.arange(0, SUB_Q)).to(tl.int64)[None, :]
+                mask = (p < P) & (q < Q)
+                sums = subtiles[part]
+                if SPLIT and workspace_row >= 0:
+                    piece = workspace + workspace_row.to(tl.int64) * stride_workspace_row
+                    tl.store(piece + p * stride_workspace_p + q * stride_workspace_q, sums, mask=mask)
+                else:
+                    pointers = out + expert.to(tl.int64) * stride_out_expert + p * stride_out_p + q * stride_out_q
+                    if ACCUMULATE:
+                        sums = add_to(sums, pointers, mask)
+                    tl.store(pointers, round_to(sums, out.dtype.element_ty), mask=mask)
+
+
+def outer_sums(
+    pair_values: Tensor,
+    row_values: Tensor,
+    grouping: Grouping,
+    pair_index: Tensor,
+    pairs_first: bool,
+    accumulate: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
+) -> Tensor | None:
+    """Give sum over each expert's pairs of the outer product of its pair values and its row's values.
+
+    Args:
+        pair_values: (N, P) by storage position. row_values: (R, Q) by row.
+        pair_index: (N,) flat pair ids in source order.
+        pairs_first: whether the result is (E, P, Q) or (E, Q, P).
+        accumulate: where the result is added, of that shape; None is given back then.
+    """
+    pair_values, row_values = contiguous_columns(pair_values), contiguous_columns(row_values)
+    num_experts, p_size, q_size = grouping.num_experts, pair_values.shape[1], row_values.shape[1]
+    shape = (p_size, q_size) if pairs_first else (q_size, p_size)
+    out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
+    assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
+    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, num_experts, grouping.top_k)
+    num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
+    span = span_length(grouping.num_pairs, num_p_tiles * num_q_tiles)
+    num_rows = num_workspace_rows(grouping.num_pairs, span)
+    workspace = out.new_empty(num_rows, *shape, dtype=torch.float32) if num_rows else None
+    num_tiles = num_span_slots(grouping.num_pairs, num_experts, span) * num_p_tiles * num_q_tiles
+    p_axis, q_axis = (1, 2) if pairs_first else (2, 1)
+    launch(
+        _outer_sums_kernel,
+        (min(options.num_sms or num_tiles, num_tiles),),
+        pair_values,
+        row_values,
+        grouping.source_order,
+        pair_index,
+        grouping.expert_offsets,
+        out,
+        workspace,
+        p_size,
+        q_size,
+        num_experts,
+        grouping.top_k,
+        span,
+        num_tiles,
+        num_p_tiles,
+        num_q_tiles,
+        pair_values.stride(0),
+        pair_values.stride(1),
+        row_values.stride(0),
+        row_values.stride(1),
+        out.stride(0),
+        out.stride(p_axis),
+        out.stride(q_axis),
+        0 if workspace is None else workspace.stride(0),
+        0 if workspace is None else workspace.stride(p_axis),
+        0 if workspace is None else workspace.stride(q_axis),
+        BLOCK_P=config.block_m,
+        BLOCK_Q=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        GROUP_M=config.group_m,
+        SUBTILES=config.subtiles,
+        SPLIT=workspace is not None,
+        ACCUMULATE=accumulate is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        PRECISION=dot_precision(pair_values.dtype),
+    )
+    sum_spans(workspace, grouping.expert_offsets, out, span, accumulate is not None)
+    return out if accumulate is None else None
