@@ -30,7 +30,7 @@ def randomise_biases(experts: tm.GroupedExperts) -> None:
     for bias in (experts.gate_up_proj_bias, experts.down_proj_bias):
         if bias is not None:
             for local in range(len(bias)):
-                bias.data[local].normal_(generator=seeded(experts.first_expert + local))
+                bias.data[local].normal_(generator=seeded(experts.expert_ids[local]))
 
 
 def batch(rank: int = 0, step: int = 0, num_tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,7 +71,7 @@ def test_a_seed_gives_the_same_experts_for_every_number_of_ranks(num_ranks: int)
     for name in ("gate_up_proj", "down_proj"):
         joined = torch.cat([getattr(part.experts, name) for part in parts])
         assert torch.equal(joined, getattr(whole.experts, name)), name
-    assert [part.experts.first_expert for part in parts] == [12 // num_ranks * rank for rank in range(num_ranks)]
+    assert [part.experts.expert_ids[0] for part in parts] == [12 // num_ranks * rank for rank in range(num_ranks)]
 
 
 def test_experts_differ_and_a_new_seed_gives_others() -> None:

@@ -18,6 +18,7 @@ LAYERS = (
         "backends",
         "routing",
         "experts",
+        "placement",
         "transports",
         "wire",
         "dispatch",

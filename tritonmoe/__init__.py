@@ -9,6 +9,7 @@ from .emulation import run_on_emulated_ranks
 from .errors import CountMismatch, NonFiniteScores, TransportError
 from .experts import moe_mlp
 from .layer import GroupedExperts, MoELayer, expert_parallel_mlp
+from .placement import ExpertPlacement
 from .routing import TopKRouter
 from .transports import LinkModel
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClampedSwiGLU",
     "CountMismatch",
+    "ExpertPlacement",
     "GroupedExperts",
     "LinkModel",
     "MoEConfig",

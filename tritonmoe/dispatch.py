@@ -64,6 +64,10 @@ class CallHeader:
     """Tokens whose router scores were not finite."""
     vote: int
     """The number of chunks that this rank wishes for the next call, 0 for no wish."""
+    placement: int = 0
+    """A checksum of which rank holds which experts, 0 for the contiguous placement."""
+    replica_grads: int = 0
+    """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
@@ -85,7 +89,17 @@ class CallHeader:
 HEADER_SIZE = len(fields(CallHeader))
 MUST_AGREE = (
     *("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype"),
-    *("chunk_sizes", "local_first", "local_start", "window", "backward_window", "serial", "wire_dtype"),
+    *(
+        "chunk_sizes",
+        "local_first",
+        "local_start",
+        "window",
+        "backward_window",
+        "serial",
+        "wire_dtype",
+        "placement",
+        "replica_grads",
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """The layer: route, then run the experts on one device or, through the scheduler, on many ranks."""
 
 import math
+import zlib
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from .experts import (
 )
 from .overlap.executor import LayerPass, LayerReport
 from .overlap.tuner import ChunkChooser
+from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .transports import Transport, as_transport
 from .wire import WireFormat
@@ -50,6 +52,8 @@ class _Call:
     transport: Transport
     plan: DispatchPlan
     first_expert: int
+    """The first slot of this rank, where slots are experts unless there is a placement."""
+    placement: ExpertPlacement | None = None
     report: LayerReport | None = None
 
 
@@ -137,6 +141,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
             make_experts=None,
             experts=run,
             received_weights=received_weights,
+            placement=call.placement,
         )
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
         assert call.report is not None
@@ -156,6 +161,7 @@ def expert_parallel_mlp(
     num_experts: int,
     transport: Transport,
     overlap: OverlapConfig | OverlapPlan | None = None,
+    placement: ExpertPlacement | None = None,
     activation: Activation = "silu",
     gated: bool = True,
     interleaved: bool = False,
@@ -179,6 +185,8 @@ def expert_parallel_mlp(
         num_experts: E over all ranks, divisible by transport.size.
         overlap: what to choose the chunks from, or the OverlapPlan to run; the same on every rank. None is
             OverlapConfig().
+        placement: which experts this rank's weights are, where not the contiguous ones: gate_up_proj is then
+            (slots, 2F, D), and so on. Gradients of replicas are summed over their owners, so that they stay equal.
     Returns:
         (T, D) in x.dtype.
     Raises:
@@ -194,6 +202,7 @@ def expert_parallel_mlp(
         num_experts=num_experts,
         transport=transport,
         overlap=overlap or OverlapConfig(),
+        placement=placement,
         layout_flags=(gated, interleaved, transposed),
         activation=activation,
         backend=backend,
@@ -219,6 +228,7 @@ def _run_expert_parallel(
     num_experts: int,
     transport: Transport,
     overlap: OverlapConfig | OverlapPlan,
+    placement: ExpertPlacement | None,
     layout_flags: tuple[bool, bool, bool],
     activation: Activation,
     backend: str,
@@ -230,7 +240,7 @@ def _run_expert_parallel(
     try:
         layout = ExpertLayout(*layout_flags)
         check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
-        check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size)
+        check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size, placement)
         if x.dtype not in DTYPE_CODES:
             raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
         WireFormat(x.dtype, overlap.wire_dtype)
@@ -245,12 +255,17 @@ def _run_expert_parallel(
     grad_enabled = torch.is_grad_enabled()
     tensors = [x, topk_weights, *(w for w in weights if w is not None), *parameters]
     needs_any = grad_enabled and any(t.requires_grad for t in tensors)
+    replica_grads = 0
+    if placement is not None and placement.has_replicas and grad_enabled:
+        replica_grads = sum(2**i for i, w in enumerate(weights) if w is not None and w.requires_grad)
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
     key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
     chooser = state.choosers.setdefault(key, ChunkChooser())
     chosen = overlap if isinstance(overlap, OverlapPlan) else chooser.plan(overlap, size)
     chosen = replace(chosen, wire_dtype=overlap.wire_dtype)
     with torch.no_grad():
+        if placement is not None:
+            topk_ids, num_experts = placement.slots(topk_ids, rank), size * placement.num_slots
         if num_nonfinite_rows is None:
             skipped = (topk_ids < 0) | (topk_ids >= num_experts)
             num_nonfinite_rows = (~(torch.isfinite(topk_weights) | skipped)).any(dim=1).sum()
@@ -268,10 +283,12 @@ def _run_expert_parallel(
             needs_topk_weights=int(grad_enabled and topk_weights.requires_grad),
             error=0,
             nonfinite_rows=int(num_nonfinite_rows),
+            placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
+            replica_grads=replica_grads,
             vote=chooser.vote(),
         )
         plan = exchange_plan(transport, header, tokens, chosen)
-    call = _Call(settings, transport, plan, first_expert=rank * (num_experts // size))
+    call = _Call(settings, transport, plan, first_expert=rank * (num_experts // size), placement=placement)
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
     y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
@@ -281,8 +298,22 @@ def _run_expert_parallel(
     return y, call.report
 
 
-def check_expert_parallel(num_local_experts: int, num_experts: int, size: int) -> None:
+def check_expert_parallel(
+    num_local_experts: int, num_experts: int, size: int, placement: ExpertPlacement | None = None
+) -> None:
     """Raise ValueError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    if placement is not None:
+        if (placement.size, placement.num_experts) != (size, num_experts):
+            raise ValueError(
+                f"placement is for {placement.num_experts} experts on {placement.size} ranks, the layer has "
+                f"{num_experts} experts on {size} ranks"
+            )
+        if num_local_experts != placement.num_slots:
+            raise ValueError(
+                f"placement gives each rank {placement.num_slots} slots, but this rank's gate_up_proj has "
+                f"{num_local_experts} experts: pass the experts of placement.experts_of_rank[rank], in that order"
+            )
+        return
     if num_experts < 1 or num_experts % size:
         sizes = [w for w in range(1, num_experts + 1) if num_experts % w == 0]
         raise ValueError(
@@ -306,6 +337,7 @@ class GroupedExperts(nn.Module):
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension.
         overlap: how the exchanges overlap; the same on every rank.
+        placement: which rank holds which experts; None for E / W contiguous ones each.
         backend, num_sms, batch_invariant: as in moe_mlp.
         generator: draws the weights; the same seed gives the same experts for every number of ranks. None draws
             from torch's global generator, which must then be in the same state on every rank.
@@ -317,6 +349,7 @@ class GroupedExperts(nn.Module):
         transport: Any = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
+        placement: ExpertPlacement | None = None,
         backend: str = "auto",
         num_sms: int | None = None,
         batch_invariant: bool = False,
@@ -333,9 +366,16 @@ class GroupedExperts(nn.Module):
         self.last_report: LayerReport | None = None
         size = 1 if self.transport is None else self.transport.size
         rank = 0 if self.transport is None else self.transport.rank
-        num_local = config.num_experts // size
-        check_expert_parallel(num_local, config.num_experts, size)
-        self.first_expert = rank * num_local
+        if placement is not None and self.transport is None:
+            raise ValueError("placement says which rank holds which experts: it needs a transport")
+        self.placement = placement
+        num_local = config.num_experts // size if placement is None else placement.num_slots
+        check_expert_parallel(num_local, config.num_experts, size, placement)
+        first = rank * num_local
+        self.expert_ids = tuple(range(first, first + num_local))
+        """The experts of this rank, in the order of its weights."""
+        if placement is not None:
+            self.expert_ids = placement.experts_of_rank[rank]
         layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
         width = 2 * inner if layout.gated else inner
         up_shape = (model_width, width) if layout.transposed else (width, model_width)
@@ -357,8 +397,8 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        for local in range(self.gate_up_proj.shape[0]):
-            own = torch.Generator().manual_seed(seed + self.first_expert + local)
+        for local, expert in enumerate(self.expert_ids):
+            own = torch.Generator().manual_seed(seed + expert)
             for weight, fan_in in (
                 (self.gate_up_proj[local], self.config.hidden_size),
                 (self.down_proj[local], self.config.intermediate_size),
@@ -402,6 +442,7 @@ class GroupedExperts(nn.Module):
             num_experts=config.num_experts,
             transport=self.transport,
             overlap=self.overlap,
+            placement=self.placement,
             layout_flags=(config.gated, config.interleaved, config.transposed),
             activation=config.activation,
             backend=self.backend,
@@ -428,6 +469,7 @@ class MoELayer(nn.Module):
         transport: Any = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
+        placement: ExpertPlacement | None = None,
         backend: str = "auto",
         num_sms: int | None = None,
         batch_invariant: bool = False,
@@ -446,6 +488,7 @@ class MoELayer(nn.Module):
             config,
             transport,
             overlap,
+            placement=placement,
             backend=backend,
             num_sms=num_sms,
             batch_invariant=batch_invariant,

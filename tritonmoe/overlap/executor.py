@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends.reference import WeightGrads
 from ..config import OverlapPlan
 from ..dispatch import DispatchPlan
+from ..placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from ..transports import PendingExchange, Transport
 from ..wire import DecodedExchange, WireFormat
 from .schedule import Schedule, Step, build_backward, build_forward
@@ -209,6 +210,8 @@ class LayerPass:
     """(R, K) fp32."""
     wire_squares: Tensor | None = None
     """As in LayerReport."""
+    placement: ExpertPlacement | None = None
+    """Where replicas are, whose gradients backward sums."""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, PassReport]:
         """Give y (T, D) of x (T, D), and the timings."""
@@ -286,6 +289,7 @@ class LayerPass:
         dweights_home: list[Tensor] = []
         dtopk_weights: list[Tensor] = []
         weight_grads: list[WeightGrads] = []
+        replica_grads: list[Tensor] = []
         partials: dict[int, Tensor] = {}
 
         def combine_backward(chunk: int | None) -> PendingExchange:
@@ -330,7 +334,22 @@ class LayerPass:
             # Every pair is computed by one rank only: the other ranks' terms are zero.
             dtopk_weights.append(self.combine(dweights_home[0], tokens.home_index))
 
-        schedule = build_backward(plan.overlap, needs_x=plan.needs_x, needs_topk_weights=plan.needs_topk_weights)
+        def replica_backward(_: int | None) -> PendingExchange:
+            assert self.placement is not None
+            packed, splits = pack_replica_grads(weight_grads[0], self.placement, plan.rank)
+            replica_grads.append(torch.empty_like(packed))
+            return self.transport.exchange(packed, splits, splits, replica_grads[0])
+
+        def reduce_replica_backward(_: int | None) -> None:
+            assert self.placement is not None
+            weight_grads[0] = sum_replica_grads(weight_grads[0], replica_grads[0], self.placement, plan.rank)
+
+        schedule = build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=self.placement is not None and self.placement.has_replicas and any(needs_weights),
+        )
         actions = {
             "combine_backward": combine_backward,
             "experts_backward": experts_backward,
@@ -339,6 +358,8 @@ class LayerPass:
             "weight_grad": weight_grad,
             "reduce_backward": reduce_backward,
             "reduce_routing_backward": reduce_routing_backward,
+            "replica_backward": replica_backward,
+            "reduce_replica_backward": reduce_replica_backward,
         }
         report = execute(schedule, actions, dout.device)
         return dx, dtopk_weights[0] if dtopk_weights else None, weight_grads[0], report

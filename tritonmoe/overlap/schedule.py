@@ -43,7 +43,8 @@ class Step:
 
     Kinds of a forward: metadata, dispatch, group, experts, combine, reduce. Of a backward: combine_backward,
     experts_backward, dispatch_backward, routing_backward (the exchange of the gate weights' gradients), weight_grad,
-    reduce_backward, reduce_routing_backward.
+    reduce_backward, reduce_routing_backward, replica_backward (the exchange of replicated experts' gradients) and
+    reduce_replica_backward.
     """
 
     kind: str
@@ -123,7 +124,9 @@ def build_forward(plan: OverlapPlan) -> Schedule:
     return builder.build()
 
 
-def build_backward(plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool) -> Schedule:
+def build_backward(
+    plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool, sums_replicas: bool = False
+) -> Schedule:
     """Give the backward's steps; exchanges whose gradient no rank needs are left out."""
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
@@ -145,10 +148,13 @@ def build_backward(plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool
     routing = builder.add("routing_backward", None, "comm", *computed) if needs_topk_weights else None
     if plan.serial and routing is not None:
         builder.add("reduce_routing_backward", None, "compute", routing)
-    builder.add("weight_grad", None, "compute", *computed)
+    weight_grad = builder.add("weight_grad", None, "compute", *computed)
+    replicas = builder.add("replica_backward", None, "comm", weight_grad) if sums_replicas else None
     if not plan.serial:
         for c, home in enumerate(returns):
             builder.add("reduce_backward", c, "compute", home)
         if routing is not None:
             builder.add("reduce_routing_backward", None, "compute", routing)
+    if replicas is not None:
+        builder.add("reduce_replica_backward", None, "compute", replicas)
     return builder.build()
