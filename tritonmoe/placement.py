@@ -20,7 +20,7 @@ __all__ = ["ExpertPlacement", "pack_replica_grads", "sum_replica_grads"]
 class ExpertPlacement:
     """The experts of every rank, by slot; the same object on every rank.
 
-    Raises ValueError unless all ranks have the same number of slots, every expert has one, and none has two on one rank.
+    Raises ValueError unless all ranks have as many slots, every expert has one, and none has two on one rank.
     Example:
         ExpertPlacement(((0, 1, 2), (3, 2, 0))) spreads E=4 experts over two ranks of three slots; experts 0 and 2 have
         a replica on each. owners(2) is (0, 1) and first_owner(2) is 0.
