@@ -42,6 +42,8 @@ class Grouping:
     """(C+1) host integers: chunk c holds rows chunk_row_offsets[c] .. chunk_row_offsets[c+1]."""
     chunk_pair_offsets: tuple[int, ...]
     """(C+1) host integers: chunk c holds storage positions chunk_pair_offsets[c] .. [c+1]."""
+    layer_rows: int | None = None
+    """The rows of the layer that this is a chunk of; None: this is the layer."""
 
     @property
     def num_experts(self) -> int:
@@ -55,6 +57,12 @@ class Grouping:
     @property
     def top_k(self) -> int:
         return self.inverse.shape[1]
+
+    @property
+    def pairs_per_expert(self) -> float:
+        """The layer's pairs (skipped ones too) per expert: known without a host read, the same in every chunk."""
+        num_rows = self.chunk_row_offsets[-1] if self.layer_rows is None else self.layer_rows
+        return num_rows * self.top_k / self.num_experts
 
     @property
     def num_chunks(self) -> int:
@@ -87,6 +95,7 @@ class Grouping:
             chunk_expert_offsets=self.chunk_expert_offsets[index : index + 1],
             chunk_row_offsets=(first_row, last_row),
             chunk_pair_offsets=(0, last_pair - first_pair),
+            layer_rows=self.chunk_row_offsets[-1],
         )
 
     def among_empty_chunks(

@@ -98,7 +98,16 @@ def up(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gather, product, bias and activation in one kernel."""
     return up_kernels.up(
-        x, gate_up_proj, gate_up_bias, grouping, layout, activation, needs_h=needs_h, out_h=out_h, out_a=out_a
+        x,
+        gate_up_proj,
+        gate_up_bias,
+        grouping,
+        layout,
+        activation,
+        needs_h=needs_h,
+        out_h=out_h,
+        out_a=out_a,
+        options=options,
     )
 
 
@@ -113,7 +122,7 @@ def down(
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """One grouped product."""
-    return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out)
+    return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out, options=options)
 
 
 def combine(
@@ -168,7 +177,7 @@ def up_grad(
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """One grouped product over all 2F columns."""
-    return down_kernels.up_grad(dh, gate_up_proj, grouping, layout, out=out)
+    return down_kernels.up_grad(dh, gate_up_proj, grouping, layout, out=out, options=options)
 
 
 def weight_grad(

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import ExpertLayout
+from ..config import ExpertLayout, KernelOptions
 from ..grouping import Grouping
 from .launch import (
     contiguous_columns,
@@ -12,6 +12,7 @@ from .launch import (
     dot_precision,
     grouped_matmul_config,
     launch,
+    num_programs,
     num_tile_slots,
     output,
     round_to,
@@ -50,56 +51,64 @@ def _grouped_matmul_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
-    expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
-    if first >= end:
-        return
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < width
-    positions = first + tl.arange(0, BLOCK_M)
-    valid = positions < end
-    rows = tl.minimum(positions, end - 1).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K)
-    value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
-    weight_pointers = (
-        weight
-        + expert.to(tl.int64) * stride_weight_expert
-        + depth[:, None] * stride_weight_in
-        + columns[None, :] * stride_weight_out
-    )
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, depth_size, BLOCK_K):
-        if EVEN_DEPTH:
-            value_tile = tl.load(value_pointers)
-            weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
-        else:
-            depth_mask = depth < depth_size - start
-            value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
-            weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
-        accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
-        value_pointers += BLOCK_K * stride_values_column
-        weight_pointers += BLOCK_K * stride_weight_in
-    if bias is not None:
-        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
-        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    out_pointers = out + positions.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
-    tl.store(out_pointers, round_to(accumulator, out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :])
+    for tile in range(tl.program_id(0), num_slots * num_column_tiles, tl.num_programs(0)):
+        slot, column_tile = slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
+        if first < end:
+            columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            column_mask = columns < width
+            positions = first + tl.arange(0, BLOCK_M)
+            valid = positions < end
+            rows = tl.minimum(positions, end - 1).to(tl.int64)
+            depth = tl.arange(0, BLOCK_K)
+            value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
+            weight_pointers = (
+                weight
+                + expert.to(tl.int64) * stride_weight_expert
+                + depth[:, None] * stride_weight_in
+                + columns[None, :] * stride_weight_out
+            )
+            accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, depth_size, BLOCK_K):
+                if EVEN_DEPTH:
+                    value_tile = tl.load(value_pointers)
+                    weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+                else:
+                    depth_mask = depth < depth_size - start
+                    value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
+                    weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+                accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
+                value_pointers += BLOCK_K * stride_values_column
+                weight_pointers += BLOCK_K * stride_weight_in
+            if bias is not None:
+                bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
+                accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            out_pointers = out + positions.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
+            tl.store(
+                out_pointers, round_to(accumulator, out.dtype.element_ty), mask=valid[:, None] & column_mask[None, :]
+            )
 
 
 def _grouped_matmul(
-    values: Tensor, weight: Tensor, in_axis: int, bias: Tensor | None, grouping: Grouping, out: Tensor | None
+    values: Tensor,
+    weight: Tensor,
+    in_axis: int,
+    bias: Tensor | None,
+    grouping: Grouping,
+    out: Tensor | None,
+    options: KernelOptions,
 ) -> Tensor:
     """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
     out_axis = 3 - in_axis
     num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
-    config = grouped_matmul_config("down", values, width, depth, num_experts, grouping.top_k)
+    config = grouped_matmul_config("down", values, width, depth, grouping, options)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(width, config.block_n)
     launch(
         _grouped_matmul_kernel,
-        (num_slots * num_column_tiles,),
+        (num_programs(num_slots * num_column_tiles, options),),
         values,
         weight,
         bias,
@@ -139,13 +148,20 @@ def down(
     layout: ExpertLayout,
     *,
     out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Launch the down-projection: see `backends.reference.down`."""
-    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out)
+    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out, options)
 
 
 def up_grad(
-    dh: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, *, out: Tensor | None = None
+    dh: Tensor,
+    gate_up_proj: Tensor,
+    grouping: Grouping,
+    layout: ExpertLayout,
+    *,
+    out: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Launch dh x W1, one sum over all 2F columns: see `backends.reference.up_grad`."""
-    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out)
+    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out, options)

@@ -14,6 +14,7 @@ from .launch import (
     dot_precision,
     grouped_matmul_config,
     launch,
+    num_programs,
     num_tile_slots,
     output,
     round_to,
@@ -271,7 +272,7 @@ def down_grad(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config("down_grad", dout, num_units, depth, num_experts, grouping.top_k)
+    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options)
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     num_tiles = num_slots * num_column_tiles
@@ -279,7 +280,7 @@ def down_grad(
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     launch(
         _down_grad_kernel,
-        (min(options.num_sms or num_tiles, num_tiles),),
+        (num_programs(num_tiles, options),),
         dout,
         down_proj,
         hidden,

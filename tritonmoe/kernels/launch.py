@@ -1,7 +1,8 @@
 """How kernels are launched: tile sizes, options that every launch pins, the lock around the interpreter.
 
-A layer has one tile configuration, chosen from dtype, D, F, E and K alone: never from the number of rows, so that a
-row's bits don't depend on the chunk it is in. Kernel arguments that grow with the number of rows are never specialised:
+A layer has one tile configuration, chosen from dtype, D, F, E, K and a coarse class of the layer's pairs per expert:
+never from a chunk's rows, so that a row's bits don't depend on the chunk it is in; with `batch_invariant` not from the
+layer's rows either. Kernel arguments that grow with the number of rows are never specialised:
 each new value would cost a compilation in the middle of training.
 """
 
@@ -19,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..config import KernelOptions
+from ..grouping import Grouping
+
 __all__ = [
     "INTERPRETED",
     "Launch",
@@ -28,10 +32,12 @@ __all__ = [
     "dot_precision",
     "grouped_matmul_config",
     "launch",
+    "num_programs",
     "num_tile_slots",
     "output",
     "recording",
     "round_to",
+    "row_tile",
     "slot_and_column_tile",
     "split_column_pairs",
     "split_columns",
@@ -157,8 +163,16 @@ def launch(
 
 
 def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """Bound the row tiles of a grouped product without reading expert_offsets: see `tile_of_slot`."""
-    return num_pairs // block_m + num_experts if num_pairs else 0
+    """Bound the row tiles of a grouped product without reading expert_offsets: see `tile_of_slot`.
+
+    An expert with pairs has at most one tile that is not full.
+    """
+    return num_pairs // block_m + min(num_experts, num_pairs)
+
+
+def num_programs(num_tiles: int, options: KernelOptions) -> int:
+    """Give the grid of a kernel whose programs walk all tiles: one for each tile, or one for each SM it may take."""
+    return num_tiles if options.num_sms is None else min(options.num_sms, num_tiles)
 
 
 @triton.jit
@@ -171,16 +185,18 @@ def tile_of_slot(
 ):
     """Give the expert, first position and end position of row tile `slot`; first >= end: nothing to do.
 
-    Expert e owns the slots from expert_offsets[e] // BLOCK_M + e on: always enough for its rows, and known without
-    a scan over the experts before it.
+    The tiles of expert 0 come first, then those of expert 1, and so on; slots past the last tile have nothing to do.
     """
     experts = tl.arange(0, BLOCK_E)
-    starts = tl.load(expert_offsets + experts, mask=experts < E, other=0) // BLOCK_M + experts
-    expert = tl.sum(((starts <= slot) & (experts < E)).to(tl.int32), 0) - 1
+    begins = tl.load(expert_offsets + experts, mask=experts < E, other=0)
+    tiles = tl.cdiv(tl.load(expert_offsets + experts + 1, mask=experts < E, other=0) - begins, BLOCK_M)
+    earlier = tl.cumsum(tiles, 0) <= slot
+    # Past the last tile this is E, which begins and ends at expert_offsets[E].
+    expert = tl.minimum(tl.sum(earlier.to(tl.int32), 0), E)
+    tile = slot - tl.sum(tl.where(earlier, tiles, 0), 0)
     begin = tl.load(expert_offsets + expert)
-    end = tl.load(expert_offsets + expert + 1)
-    first = begin + (slot - (begin // BLOCK_M + expert)) * BLOCK_M
-    return expert, first, end
+    end = tl.load(expert_offsets + tl.minimum(expert + 1, E))
+    return expert, begin + tile * BLOCK_M, end
 
 
 @triton.jit
@@ -260,8 +276,19 @@ def output(like: Tensor, num_rows: int, num_columns: int, out: Tensor | None = N
     return out
 
 
+def row_tile(grouping: Grouping, options: KernelOptions) -> int | None:
+    """Give the class of the layer's pairs per expert, as the height of its tiles: 16, 32, 64 or 128.
+
+    Tiles taller than an expert's share would be mostly empty. None with `batch_invariant`: unknown on purpose.
+    """
+    if options.batch_invariant:
+        return None
+    pairs = grouping.pairs_per_expert
+    return 16 if pairs < 24 else 32 if pairs < 48 else 64 if pairs < 96 else 128
+
+
 def grouped_matmul_config(
-    operation: str, like: Tensor, width: int, depth: int, num_experts: int, top_k: int
+    operation: str, like: Tensor, width: int, depth: int, grouping: Grouping, options: KernelOptions
 ) -> TileConfig:
     """Choose the tile of one grouped product.
 
@@ -272,8 +299,13 @@ def grouped_matmul_config(
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
     """
     target = _target(like.device)
+    block_m = row_tile(grouping, options)
+    if operation == "weight_grad":
+        block_m = 128
+    elif block_m is None:
+        block_m = 64 if grouping.num_experts > 16 * grouping.top_k else 128
     if target is None:
-        config = TileConfig(32, 32, 32, num_warps=4, num_stages=1, group_m=2, subtiles=2)
+        config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
     elif width % 8 or depth % 8:
         # No vector load fits such rows, so every element's address takes registers.
         config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
@@ -281,17 +313,28 @@ def grouped_matmul_config(
             config = dataclasses.replace(config, block_k=16)
     elif like.dtype == torch.float32:
         config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
+    elif block_m < 64:
+        config = _few_rows_config(target, operation)
     else:
-        config = _half_precision_config(target, operation, sparse=num_experts > 16 * top_k)
+        config = _half_precision_config(target, operation)
+    config = dataclasses.replace(config, block_m=min(config.block_m, block_m))
     if operation == "weight_grad":
-        block_m = min(config.block_m, max(16, triton.next_power_of_2(depth)))
-        return dataclasses.replace(config.clipped(width, config.block_k), block_m=block_m)
+        return dataclasses.replace(
+            config.clipped(width, config.block_k), block_m=min(config.block_m, max(16, triton.next_power_of_2(depth)))
+        )
     return config.clipped(width, depth)
 
 
-def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> TileConfig:
-    """Choose for fp16 and bf16. `sparse`: few tokens for each expert, so that tall tiles would be mostly empty."""
-    block_m = 64 if sparse and operation != "weight_grad" else 128
+def _few_rows_config(target: GPUTarget, operation: str) -> TileConfig:
+    """Choose for fp16 and bf16 where reading the weights is all the work: narrow tiles, so that many SMs read."""
+    block_n = 32 if operation == "up" else 64
+    if target.backend == "hip":
+        return TileConfig(32, block_n, 64, num_warps=4, num_stages=2)
+    return TileConfig(32, block_n, 128, num_warps=4, num_stages=4 if target.arch // 10 in (9, 10) else 3)
+
+
+def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
+    """Choose for fp16 and bf16 where the arithmetic is the work."""
     # Three stages fit the 99 KB of shared memory of sm_86, sm_89 and sm_120.
     block_n, num_stages = 64 if operation == "up" else 128, 3
     if target.backend == "hip":
@@ -306,4 +349,4 @@ def _half_precision_config(target: GPUTarget, operation: str, sparse: bool) -> T
     # Cutting a tile of weight_grad only pays where accumulators live outside the registers.
     in_registers = operation == "weight_grad" and (target.backend != "cuda" or target.arch // 10 != 10)
     subtiles = 1 if in_registers else 4
-    return TileConfig(block_m, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)
+    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)

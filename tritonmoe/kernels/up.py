@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import ExpertLayout, FusedActivation
+from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
 from .activations import activate, activation_options
 from .launch import (
@@ -13,6 +13,7 @@ from .launch import (
     dot_precision,
     grouped_matmul_config,
     launch,
+    num_programs,
     num_tile_slots,
     output,
     round_to,
@@ -154,73 +155,72 @@ def _up_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slot, column_tile = slot_and_column_tile(tl.program_id(0), num_slots, num_column_tiles, GROUP_M)
-    expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
-    if first >= end:
-        return
-
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
     SUB_WIDTH: tl.constexpr = WIDTH // SUBTILES
-    columns, column_mask = _tile_columns(
-        column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
-    )
-    positions = first + tl.arange(0, BLOCK_M)
-    valid = positions < end
-    # Rows past the expert's end are some other row's numbers: computed and not stored.
-    rows = tl.load(pair_index + positions, mask=valid, other=0) // K
-    depth = tl.arange(0, BLOCK_K)
-    x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
-    weight_pointers = (
-        weight
-        + expert.to(tl.int64) * stride_weight_expert
-        + depth[:, None] * stride_weight_in
-        + columns[None, :] * stride_weight_out
-    )
-    accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if EVEN_D:
-            x_tile = tl.load(x_pointers)
-            weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
-        else:
-            depth_mask = depth < D - start
-            x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
-            weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
-        accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
-        x_pointers += BLOCK_K * stride_x_column
-        weight_pointers += BLOCK_K * stride_weight_in
+    for tile in range(tl.program_id(0), num_slots * num_column_tiles, tl.num_programs(0)):
+        slot, column_tile = slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
+        if first < end:
+            columns, column_mask = _tile_columns(
+                column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
+            )
+            positions = first + tl.arange(0, BLOCK_M)
+            valid = positions < end
+            # Rows past the expert's end are some other row's numbers: computed and not stored.
+            rows = tl.load(pair_index + positions, mask=valid, other=0) // K
+            depth = tl.arange(0, BLOCK_K)
+            x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
+            weight_pointers = (
+                weight
+                + expert.to(tl.int64) * stride_weight_expert
+                + depth[:, None] * stride_weight_in
+                + columns[None, :] * stride_weight_out
+            )
+            accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+            for start in range(0, D, BLOCK_K):
+                if EVEN_D:
+                    x_tile = tl.load(x_pointers)
+                    weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+                else:
+                    depth_mask = depth < D - start
+                    x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
+                    weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+                accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
+                x_pointers += BLOCK_K * stride_x_column
+                weight_pointers += BLOCK_K * stride_weight_in
 
-    subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
-    for part in tl.static_range(SUBTILES):
-        _up_epilogue(
-            subtiles[part],
-            part * SUB_WIDTH + tl.arange(0, SUB_WIDTH),
-            column_tile * BLOCK_N + part * SUB_N,
-            column_tile,
-            expert,
-            positions.to(tl.int64),
-            valid,
-            bias,
-            h,
-            a,
-            F,
-            stride_bias_expert,
-            stride_bias_column,
-            stride_h_row,
-            stride_a_row,
-            limit,
-            alpha,
-            up_offset,
-            x.dtype.element_ty,
-            GATED,
-            INTERLEAVED,
-            HALVES,
-            ACTIVATION,
-            BLOCK_M,
-            BLOCK_N,
-            SUB_N,
-        )
+            subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
+            for part in tl.static_range(SUBTILES):
+                _up_epilogue(
+                    subtiles[part],
+                    part * SUB_WIDTH + tl.arange(0, SUB_WIDTH),
+                    column_tile * BLOCK_N + part * SUB_N,
+                    column_tile,
+                    expert,
+                    positions.to(tl.int64),
+                    valid,
+                    bias,
+                    h,
+                    a,
+                    F,
+                    stride_bias_expert,
+                    stride_bias_column,
+                    stride_h_row,
+                    stride_a_row,
+                    limit,
+                    alpha,
+                    up_offset,
+                    x.dtype.element_ty,
+                    GATED,
+                    INTERLEAVED,
+                    HALVES,
+                    ACTIVATION,
+                    BLOCK_M,
+                    BLOCK_N,
+                    SUB_N,
+                )
 
 
 def up(
@@ -234,6 +234,7 @@ def up(
     needs_h: bool = True,
     out_h: Tensor | None = None,
     out_a: Tensor | None = None,
+    options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the up-projection: see `backends.reference.up`."""
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
@@ -243,15 +244,13 @@ def up(
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
     a = None if activation is None else output(x, grouping.num_pairs, num_units, out_a)
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config(
-        "up" if layout.gated else "up_ungated", x, num_units, depth, num_experts, grouping.top_k
-    )
+    config = grouped_matmul_config("up" if layout.gated else "up_ungated", x, num_units, depth, grouping, options)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     x = contiguous_columns(x)
     launch(
         _up_kernel,
-        (num_slots * num_column_tiles,),
+        (num_programs(num_slots * num_column_tiles, options),),
         x,
         gate_up_proj,
         gate_up_bias,

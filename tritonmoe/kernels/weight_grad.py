@@ -13,6 +13,7 @@ from .launch import (
     dot_precision,
     grouped_matmul_config,
     launch,
+    num_programs,
     round_to,
     slot_and_column_tile,
     split_columns,
@@ -141,7 +142,7 @@ def outer_sums(
     shape = (p_size, q_size) if pairs_first else (q_size, p_size)
     out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
-    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, num_experts, grouping.top_k)
+    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options)
     num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
     span = span_length(grouping.num_pairs, num_p_tiles * num_q_tiles)
     num_rows = num_workspace_rows(grouping.num_pairs, span)
@@ -150,7 +151,7 @@ def outer_sums(
     p_axis, q_axis = (1, 2) if pairs_first else (2, 1)
     launch(
         _outer_sums_kernel,
-        (min(options.num_sms or num_tiles, num_tiles),),
+        (num_programs(num_tiles, options),),
         pair_values,
         row_values,
         grouping.source_order,

@@ -1,0 +1,158 @@
+"""num_sms and batch_invariant, and the tiles that follow from them and from a layer's pairs per expert."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids, run_operations
+
+from tritonmoe.backends import triton as kernels
+from tritonmoe.config import KernelOptions
+from tritonmoe.kernels import aot, launch
+
+
+class WithOptions:
+    """The operations of the Triton backend under given options."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def __getattr__(self, name):
+        operation = getattr(kernels, name)
+        if name in ("group", "combine"):
+            return operation
+        return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 1000])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+def test_bits_do_not_depend_on_num_sms(layout, num_sms):
+    """Several tiles for each program, with experts that are empty or end in the middle of a tile."""
+    layer = Layer(random_ids(50, 2, 4), 6, LAYOUTS[layout], hidden=70, intermediate=50)
+    grouping = kernels.group(layer.ids, 6)
+    expected = run_operations(kernels, layer, grouping, "silu")
+    actual = run_operations(WithOptions(KernelOptions(num_sms=num_sms)), layer, grouping, "silu")
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_num_sms_bounds_the_grid():
+    variant, options = aot.Variant(), KernelOptions(num_sms=100)
+    x = torch.empty(4096, variant.hidden_size, dtype=torch.bfloat16, device="meta")
+    w1 = torch.empty(64, 2 * 768, 2048, dtype=torch.bfloat16, device="meta")
+    w2 = torch.empty(64, 2048, 768, dtype=torch.bfloat16, device="meta")
+    with launch.recording(aot.TARGETS["sm_90"]) as launches:
+        grouping = kernels.group(torch.empty(4096, 8, dtype=torch.int64, device="meta"), 64)
+        launches.clear()
+        h, a = kernels.up(x, w1, None, grouping, LAYOUTS["concatenated"], "silu", options=options)
+        kernels.down(a, w2, None, grouping, LAYOUTS["concatenated"], options=options)
+        kernels.up_grad(h, w1, grouping, LAYOUTS["concatenated"], options=options)
+        assert [item.grid for item in launches] == [(100,)] * 3
+        launches.clear()
+        kernels.down(a, w2, None, grouping, LAYOUTS["concatenated"])
+    assert launches[0].grid[0] > 100
+
+
+@triton.jit
+def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    slot = tl.program_id(0)
+    expert, first, end = launch.tile_of_slot(slot, offsets, E, BLOCK_E, BLOCK_M)
+    tl.store(found + slot, expert)
+    tl.store(found + stride + slot, first)
+    tl.store(found + 2 * stride + slot, end)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
+    block_m=st.sampled_from([16, 32, 64]),
+    padding=st.integers(0, 50),
+)
+def test_slots_cover_every_pair_once(counts, block_m, padding):
+    """What tile_of_slot gives, in order, is the list of all experts' tiles; the slots behind it are empty."""
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(torch.int32)
+    num_slots = launch.num_tile_slots(int(offsets[-1]) + padding, len(counts), block_m)
+    found = torch.full((3, num_slots), -1, device=DEVICE)
+    launch.launch(
+        tiles_of_slots, (num_slots,), offsets.to(DEVICE), found, len(counts), num_slots, BLOCK_E=16, BLOCK_M=block_m
+    )
+    expected = [
+        (e, first, int(offsets[e + 1]))
+        for e in range(len(counts))
+        for first in range(int(offsets[e]), int(offsets[e + 1]), block_m)
+    ]
+    reached = [tuple(column) for column in found.T.tolist()]
+    assert reached[: len(expected)] == expected
+    assert all(first >= end for _, first, end in reached[len(expected) :])
+
+
+def rows_of_layer(layer, options):
+    """Run forward and backward and give everything that has a row for each token."""
+    backend, layout = WithOptions(options), layer.layout
+    grouping = kernels.group(layer.ids, layer.num_experts)
+    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layout, "silu")
+    y = backend.down(a, layer.w2, layer.b2, grouping, layout)
+    dh, _, dweights = backend.down_grad(layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, "silu")
+    dx = backend.up_grad(dh, layer.w1, grouping, layout)
+    return {
+        "out": kernels.combine(y, grouping.inverse, layer.weights),
+        "dx": kernels.combine(dx, grouping.inverse),
+        "dweights": grouping.pairs_to_rows(dweights),
+    }
+
+
+def some_rows(layer, rows):
+    """Give a batch of these rows only."""
+    batch = object.__new__(Layer)
+    vars(batch).update(vars(layer))
+    for name in ("ids", "x", "dout", "weights"):
+        setattr(batch, name, getattr(layer, name)[rows])
+    return batch
+
+
+def test_batch_invariant_rows_have_the_same_bits_in_any_batch():
+    layer = Layer(random_ids(90, 2, 3), 3, LAYOUTS["concatenated"], hidden=70, intermediate=40)
+    options = KernelOptions(batch_invariant=True)
+    reached = rows_of_layer(layer, options)
+    for rows in (slice(0, 1), slice(57, 58), slice(40, 75)):
+        alone = rows_of_layer(some_rows(layer, rows), options)
+        for name, value in alone.items():
+            assert torch.equal(value, reached[name][rows]), (name, rows)
+
+
+def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="sm_90", chunk=None):
+    """Give the tile of the up-projection of a layer with so many rows."""
+    with launch.recording(aot.TARGETS[target]):
+        ids = torch.empty(num_rows, top_k, dtype=torch.int64, device="meta")
+        if chunk is None:
+            grouping = kernels.group(ids, num_experts)
+        else:
+            cuts = (0, chunk, num_rows)
+            grouping = kernels.group(
+                ids,
+                num_experts,
+                chunk_row_offsets=cuts,
+                chunk_pair_offsets=tuple(top_k * cut for cut in cuts),
+                row_source=torch.empty(num_rows, dtype=torch.int64, device="meta"),
+            ).chunk(0)
+        like = torch.empty(num_rows, 2048, dtype=torch.bfloat16, device="meta")
+        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options)
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_tiles_follow_the_pairs_per_expert(target):
+    """8 pairs of 64 experts for each row: 24, 48 and 96 pairs per expert are 192, 384 and 768 rows."""
+    heights = {rows: tile(rows, target=target).block_m for rows in (1, 191, 192, 383, 384, 767, 768, 100_000)}
+    assert heights == {1: 16, 191: 16, 192: 32, 383: 32, 384: 64, 767: 64, 768: 128, 100_000: 128}
+    assert len({tile(rows, target=target) for rows in (768, 769, 4096, 100_000)}) == 1
+
+
+def test_tiles_are_those_of_the_layer_whatever_the_chunk():
+    assert {tile(4096, chunk=rows) for rows in (1, 100, 4095)} == {tile(4096)}
+
+
+def test_batch_invariant_tiles_do_not_depend_on_the_rows():
+    options = KernelOptions(batch_invariant=True)
+    assert len({tile(rows, options) for rows in (0, 1, 100, 100_000)}) == 1
