@@ -6,8 +6,24 @@ Importing this package imports no transformers; register() does.
 import importlib.metadata
 
 from .patching import PatchReport, patch
+from .upcycle import UpcycleReport, upcycle, verify_upcycle
+from .upcycle_checkpoint import upcycle_checkpoint
+from .upcycle_inplace import aux_loss
+from .upcycle_saved import load_upcycled
 
-__all__ = ["EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "PatchReport", "patch", "register"]
+__all__ = [
+    "EXPERTS_IMPLEMENTATION",
+    "MINIMUM_TRANSFORMERS",
+    "PatchReport",
+    "UpcycleReport",
+    "aux_loss",
+    "load_upcycled",
+    "patch",
+    "register",
+    "upcycle",
+    "upcycle_checkpoint",
+    "verify_upcycle",
+]
 
 EXPERTS_IMPLEMENTATION = "tritonmoe"
 MINIMUM_TRANSFORMERS = (5, 7)

@@ -1,0 +1,65 @@
+"""`tritonmoe upcycle IN OUT`: a dense checkpoint of transformers becomes a Mixture-of-Experts checkpoint."""
+
+import argparse
+import sys
+from typing import Any
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser(
+        "upcycle",
+        help="turn a dense checkpoint into a Mixture-of-Experts checkpoint that computes the same",
+        description="Turn a dense checkpoint of transformers (config.json and safetensors shards) into a "
+        "Mixture-of-Experts checkpoint, one block at a time, so that neither model has to fit in memory. With --init "
+        "copy the result computes what the dense model does.",
+    )
+    parser.add_argument("source", metavar="IN", help="directory of the dense checkpoint, which is not changed")
+    parser.add_argument("destination", metavar="OUT", help="directory to write, which must not exist or be empty")
+    parser.add_argument("--num-experts", type=int, required=True)
+    parser.add_argument("--top-k", type=int, required=True, help="experts per token, a multiple of --granularity")
+    parser.add_argument("--granularity", type=int, default=1, help="an expert is 1/G of the dense block (default 1)")
+    parser.add_argument("--init", choices=("copy", "noise", "drop"), default="copy", help="only copy is exact")
+    parser.add_argument("--shared-expert", action="store_true", help="add an expert that every token reaches")
+    parser.add_argument("--target", default="auto", help="auto, a model type such as mixtral, or inplace")
+    parser.add_argument("--layers", type=_layers, default="all", help="such as 0,2,4-7 (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-shard-size", default="5GB", help="of an output file (default 5GB)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..integrations.transformers import upcycle_checkpoint
+
+    try:
+        made = upcycle_checkpoint(
+            arguments.source,
+            arguments.destination,
+            num_experts=arguments.num_experts,
+            top_k=arguments.top_k,
+            granularity=arguments.granularity,
+            init=arguments.init,
+            shared_expert=arguments.shared_expert,
+            target=arguments.target,
+            layers=arguments.layers,
+            seed=arguments.seed,
+            max_shard_size=arguments.max_shard_size,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"tritonmoe upcycle: {error}", file=sys.stderr)
+        return 2
+    loader = "tritonmoe.integrations.transformers.load_upcycled" if made == "inplace" else "from_pretrained"
+    print(f"{arguments.destination}: {made}, load it with {loader}")
+    return 0
+
+
+def _layers(text: str) -> str | list[int]:
+    if text == "all":
+        return text
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen

@@ -1,0 +1,179 @@
+"""Upcycle a checkpoint directory into another, a tensor at a time, for models larger than half of the memory."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
+from .expert_init import UpcycleSettings
+from .ffn_blocks import LayerChoice
+from .upcycle import make_conversion
+from .upcycle_inplace import InplaceConversion
+from .upcycle_native import NativeConversion, build_model
+from .upcycle_saved import WEIGHTS_STEM, write_description
+
+__all__ = ["upcycle_checkpoint"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+Progress = Callable[[int, int], None]
+
+
+def upcycle_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    target: str = "auto",
+    layers: LayerChoice = "all",
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> str:
+    """Do what upcycle() does from a safetensors checkpoint directory to a new one, without holding either model.
+
+    At most one block, its experts, and one shard of the output are in memory. The tensors are those of upcycle() with
+    the same settings, bit for bit. Other small files, such as the tokenizer's, are copied. The destination appears
+    when it is whole; after an error there is none, and `source` is never changed.
+
+    Args:
+        source: a directory with config.json and model.safetensors, or shards and their index.
+        destination: a directory that does not exist or is empty.
+        progress: called with bytes written and bytes in all; None prints to stderr where that is a terminal.
+        settings: num_experts, top_k, granularity, init, shared_expert and seed, as in upcycle().
+    Returns:
+        The model type of what was written, or "inplace": then load it with load_upcycled, else with from_pretrained.
+    Raises:
+        ValueError: the checkpoint is not whole or can't be upcycled this way. OSError: the disk is full.
+    """
+    source, shard_bytes = Path(source), parse_size(max_shard_size)
+    checked = UpcycleSettings(**settings)
+    reader = CheckpointReader(source)
+    dense = _dense_skeleton(source, reader)
+    names = _match_names(dense, reader, source)
+    conversion = make_conversion(dense, checked, target=target, layers=layers)
+    itemsize = next(dense.parameters()).element_size()
+    replaced = {name for block in conversion.blocks for name in block.parameter_names}
+    sizes = {name: tensor.numel() * itemsize for name, tensor in dense.state_dict().items() if name in names}
+    experts = checked.num_experts // checked.granularity + checked.shared_expert
+    total = sum(size * (experts if name in replaced else 1) for name, size in sizes.items())
+    destination = check_destination(destination, total)
+    show = progress or _progress_on_stderr
+    native = isinstance(conversion, NativeConversion)
+    with unpublished(destination) as directory:
+        writer = ShardWriter(directory, shard_bytes, "model" if native else WEIGHTS_STEM)
+        for name, tensor in _converted(conversion, names, reader, replaced):
+            writer.add(name, tensor)
+            show(min(writer.num_bytes, total), total)
+        writer.close()
+        _copy_small_files(source, directory)
+        if isinstance(conversion, InplaceConversion):
+            write_description(directory, type(dense).__name__, dense.config, conversion)
+        else:
+            conversion.config.architectures = [conversion.model_class.__name__]
+            conversion.config.dtype = conversion.dtype
+            conversion.config.save_pretrained(directory)
+        show(total, total)
+    return conversion.target.model_type if isinstance(conversion, NativeConversion) else "inplace"
+
+
+def _dense_skeleton(source: Path, reader: CheckpointReader) -> Any:
+    import transformers
+
+    if not (source / "config.json").exists():
+        raise ValueError(f"{source} has no config.json: is it a checkpoint of transformers, wholly written?")
+    config = transformers.AutoConfig.from_pretrained(source)
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(f"{source / 'config.json'} names no architecture that transformers knows, but {names}")
+    dtypes = {reader.dtype(name) for name in reader.keys()}  # noqa: SIM118
+    floating = sorted((d for d in dtypes if d.is_floating_point), key=lambda d: -d.itemsize)
+    return build_model(model_class, config, floating[0] if floating else torch.float32, "meta")
+
+
+def _match_names(dense: Any, reader: CheckpointReader, source: Path) -> dict[str, str]:
+    """Give checkpoint names by state dict names; a base model's prefix may stand on one side only."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    wanted = dense.state_dict()
+    prefix = f"{dense.base_model_prefix}."
+    transforms = get_model_conversion_mapping(dense)
+    names: dict[str, str] = {}
+    unknown = []
+    for stored in reader.keys():  # noqa: SIM118
+        candidates = [stored, _renamed(stored, transforms)]
+        candidates += [prefix + name for name in candidates] + [name.removeprefix(prefix) for name in candidates]
+        own = next((name for name in candidates if name in wanted), None)
+        if own is None:
+            unknown.append(stored)
+        else:
+            names[own] = stored
+    tied = getattr(dense, "all_tied_weights_keys", {})
+    missing = sorted(wanted.keys() - names.keys() - tied.keys())
+    if missing or unknown:
+        differing = [*(f"{name} is missing" for name in missing), *(f"{name} is not known" for name in unknown)]
+        raise ValueError(
+            f"{source} does not hold the tensors of {type(dense).__name__}: {', '.join(differing[:4])} "
+            f"({len(differing)} in all). If from_pretrained loads it all the same, call upcycle() on the model"
+        )
+    return {name: names[name] for name in wanted if name in names}
+
+
+def _renamed(stored: str, transforms: list[Any]) -> str:
+    """Give the state dict name that from_pretrained gives a stored tensor, where it only renames."""
+    from transformers.core_model_loading import WeightConverter
+
+    name = stored
+    for transform in transforms:
+        renamed, pattern = transform.rename_source_key(name)
+        if pattern is not None and isinstance(transform, WeightConverter):
+            return stored
+        name = renamed
+    return name
+
+
+def _converted(
+    conversion: NativeConversion | InplaceConversion,
+    names: dict[str, str],
+    reader: CheckpointReader,
+    replaced: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Give names and tensors of the result, as its checkpoint has them, in the order of the dense model."""
+    first_names = {block.parameter_names[0]: block for block in conversion.blocks}
+    for name, stored in names.items():
+        if name in first_names:
+            block = first_names[name]
+            state = conversion.block_state(block, lambda own: reader[names[own]])
+        elif name not in replaced:
+            state = {name: reader[stored]}
+        else:
+            continue
+        if isinstance(conversion, NativeConversion):
+            state = _as_saved(conversion.skeleton, state)
+        yield from state.items()
+
+
+def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and split tensors as save_pretrained does (most families keep one tensor an expert on disk)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def _copy_small_files(source: Path, directory: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copy2(path, directory / path.name)
+
+
+def _progress_on_stderr(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        width = 40 * done // max(total, 1)
+        end = "\n" if done >= total else ""
+        bar = "#" * width + "." * (40 - width)
+        print(f"\rupcycling [{bar}] {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,125 @@
+"""Save and load models upcycled in place, which from_pretrained can't rebuild."""
+
+import json
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
+from .expert_init import UpcycleSettings
+from .ffn_blocks import find_blocks, select_blocks
+from .upcycle_inplace import InplaceConversion, replace_blocks
+from .upcycle_native import build_model
+
+__all__ = ["DESCRIPTION_FILE", "WEIGHTS_STEM", "load_upcycled", "remember_conversion", "write_description"]
+
+DESCRIPTION_FILE = "tritonmoe_upcycling.json"
+WEIGHTS_STEM = "upcycled"
+"""Not "model": from_pretrained must fail on such a directory, not build the dense model with blocks drawn at random."""
+FORMAT = 1
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model's config, its weights and the description of its conversion; all of it or nothing.
+
+    Bound to a model upcycled in place as its save_pretrained. Load with load_upcycled().
+
+    Raises:
+        FileExistsError: the directory is there and not empty.
+    """
+    if not is_main_process:
+        return
+    state = model.state_dict() if state_dict is None else state_dict
+    tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if name in state}
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    destination = check_destination(save_directory, size)
+    with unpublished(destination) as directory:
+        writer = ShardWriter(directory, parse_size(max_shard_size), WEIGHTS_STEM)
+        for name, tensor in state.items():
+            writer.add(name, tensor)
+        writer.close()
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(directory)
+        _write(directory, type(model).__name__, model.config, model.upcycling)
+
+
+def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
+    """Let the model know how it was made, and save itself that way."""
+    model.upcycling = _describe(conversion)
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def write_description(directory: Path, class_name: str, config: Any, conversion: InplaceConversion) -> None:
+    """Write config.json and the description; last, since a directory without them does not load."""
+    _write(directory, class_name, config, _describe(conversion))
+
+
+def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Module:
+    """Load a model that was upcycled in place: the dense architecture is built, converted again, and filled.
+
+    Args:
+        directory: what save_pretrained of such a model, or upcycle_checkpoint(target="inplace"), wrote.
+        dtype: None keeps that of the checkpoint.
+    Raises:
+        ValueError: it is no such directory, is not whole, or this transformers finds other blocks in the model.
+    """
+    import transformers
+
+    directory = Path(directory)
+    path = directory / DESCRIPTION_FILE
+    if not path.exists():
+        raise ValueError(
+            f"{directory} has no {DESCRIPTION_FILE}: it holds no model upcycled in place, or is half written. Natively "
+            "upcycled models load with from_pretrained"
+        )
+    found = json.loads(path.read_text())
+    if found["format"] != FORMAT:
+        raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
+    reader = CheckpointReader(directory, WEIGHTS_STEM)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model_class = getattr(transformers, found["model_class"])
+    settings = UpcycleSettings(**found["settings"])
+    first_router = f"{next(iter(found['blocks'].values()))}.router.weight"
+    stored_dtype = reader.dtype(first_router)
+    model: Any = build_model(model_class, config, stored_dtype, "cpu")
+    blocks = select_blocks(find_blocks(model), [int(index) for index in found["blocks"]])
+    differing = [block.path for block in blocks if found["blocks"][str(block.index)] != block.path]
+    if differing:
+        raise ValueError(f"{path} names other blocks than this transformers finds ({', '.join(differing[:4])})")
+    replace_blocks(model, settings, blocks, stored_dtype)
+    state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    lost = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", {})))
+    if lost or unexpected:
+        raise ValueError(
+            f"{directory} does not fit {found['model_class']}: missing {lost[:4]}, unknown {unexpected[:4]}"
+        )
+    model.tie_weights()
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    remember_conversion(model, InplaceConversion(model, settings, blocks, blocks))
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _describe(conversion: InplaceConversion) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "settings": conversion.settings.as_dict(),
+        "blocks": {str(block.index): block.path for block in conversion.blocks},
+    }
+
+
+def _write(directory: Path, class_name: str, config: Any, description: dict[str, Any]) -> None:
+    config.save_pretrained(directory)
+    text = json.dumps({"model_class": class_name, **description}, indent=2)
+    (directory / DESCRIPTION_FILE).write_text(text + "\n")
