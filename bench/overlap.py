@@ -1,6 +1,8 @@
-"""`python -m bench.overlap`: the schedule against max(compute, communication), emulated."""
+"""`python -m bench.overlap`: compute and communication alone, in series and overlapped, on emulated or real links."""
+
+import sys
 
 from tritonmoe.benchmarks.overlap import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

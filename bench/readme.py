@@ -43,11 +43,11 @@ def moe_mlp_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def overlap_table(name: str) -> str:
+def fixed_experts_table(name: str) -> str:
     data = load(name)
     lines = [
-        f"`python -m bench.overlap` on {where(data['environment'])}: 2 **emulated** ranks, emulated link, experts of a "
-        f"fixed duration. Milliseconds, median (quartiles) of {data['results'][0]['samples']} interleaved rounds.",
+        f"`python -m bench.fixed_experts` on {where(data['environment'])}: 2 **emulated** ranks and link, experts of "
+        f"a fixed duration. Milliseconds, median (quartiles) of {data['results'][0]['samples']} interleaved rounds.",
         "",
         "| variant | time | multiple of max(compute, communication) |",
         "| --- | --- | --- |",
@@ -73,7 +73,7 @@ def scheduler_table(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"moe_mlp": moe_mlp_table, "overlap": overlap_table, "scheduler": scheduler_table}
+TABLES = {"moe_mlp": moe_mlp_table, "fixed_experts": fixed_experts_table, "scheduler": scheduler_table}
 
 
 def render(text: str) -> str:

@@ -24,7 +24,7 @@ LAYERS = (
         "dispatch",
         "overlap",
     ),
-    *("layer", "emulation", "integrations", "planner", "benchmarks", "report", "cli"),
+    *("layer", "emulation", "integrations", "planner", "report", "benchmarks", "cli"),
 )
 """A file imports from its own layer and from those that stand before it."""
 FENCES = {

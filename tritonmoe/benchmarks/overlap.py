@@ -1,134 +1,272 @@
-"""How close the schedule comes to max(compute, communication), with experts of a fixed duration on emulated ranks.
+"""How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
 
-Experts that sleep in proportion to their rows take the same time alone and under an exchange, so what is measured is
-the schedule and the executor, not how cores or memory are shared. The link is emulated in wall time.
+On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
+--netns makes on this machine. On an emulated link, in one process: --emulate.
 """
 
 import argparse
-import statistics
-import time
-from functools import partial
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..backends import reference
-from ..backends.reference import WeightGrads
-from ..config import OverlapConfig
-from ..dispatch import DTYPE_CODES, CallHeader, exchange_plan, plan_tokens
 from ..emulation import run_on_emulated_ranks
-from ..overlap.executor import LayerPass
-from ..overlap.tuner import fixed_plan
-from ..transports import LinkModel, Transport
-from .timing import Samples, add_arguments, summarize, write_json
+from ..report.perfetto import write_chrome_trace
+from ..report.png import write_overlap_png
+from ..report.timeline import Timeline, layer_timeline
+from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
+from ..transports.process_group import torchrun_ranks
+from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
+from .overlap_rank import Link, RankMeasurement, gather, measure_rank, variants_of
+from .overlap_report import as_table, summarize_overlap
+from .timing import summarize, write_json
+from .workload import DTYPES, MODELS, Workload
 
-__all__ = ["FixedExperts", "main"]
+__all__ = ["main"]
 
-NUM_EXPERTS, NUM_TOKENS, MODEL_WIDTH = 8, 2048, 256
-
-
-class FixedExperts:
-    """Experts that take a given time for all rows of a call, each row its share, and compute nothing."""
-
-    def __init__(self, total_s: float, row_offsets: tuple[int, ...], rows: Tensor) -> None:
-        self.total_s = total_s
-        self.row_offsets = row_offsets
-        self.rows = rows
-
-    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
-        first, last = self.row_offsets[chunk : chunk + 2]
-        if self.total_s:
-            time.sleep(self.total_s * (last - first) / max(1, self.row_offsets[-1]))
-        values = self.rows[first:last]
-        return values if out is None else out.copy_(values)
-
-    def backward(
-        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        raise NotImplementedError("this benchmark measures the forward")
-
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
-        raise NotImplementedError("this benchmark measures the forward")
+DESCRIPTION = "LINK_DESCRIPTION"
 
 
-def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfig) -> float:
-    """Time one forward on this rank, all ranks starting together; every token needs one of the W ranks."""
-    assert isinstance(config.num_chunks, int)
-    generator = torch.Generator().manual_seed(transport.rank)
-    topk_ids = torch.randint(NUM_EXPERTS, (NUM_TOKENS, 1), generator=generator)
-    x = torch.randn(NUM_TOKENS, MODEL_WIDTH, generator=generator)
-    overlap = fixed_plan(config, config.num_chunks, transport.size)
-    tokens = plan_tokens(topk_ids, NUM_EXPERTS, transport.rank, transport.size, overlap)
-    header = CallHeader.of(
-        overlap,
-        sequence=0,
-        num_experts=NUM_EXPERTS,
-        top_k=1,
-        hidden_size=MODEL_WIDTH,
-        dtype=DTYPE_CODES[x.dtype],
-        grad_enabled=0,
-        needs_any=0,
-        needs_x=0,
-        needs_topk_weights=0,
-        error=0,
-        nonfinite_rows=0,
-        vote=0,
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tritonmoe bench overlap", description=__doc__)
+    where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
+    where.add_argument("--emulate", type=int, metavar="N", help="N ranks in this process, emulated link")
+    where.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
+    where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
+    where.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
+    where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
+    where.add_argument(
+        "--compute-ratio",
+        type=float,
+        metavar="X",
+        help="choose the rate instead: compute takes X times as long as communication",
     )
-    plan = exchange_plan(transport, header, tokens, overlap)
-    layer_pass = LayerPass(
-        plan,
-        transport,
-        reference.combine,
-        lambda rows, ids, weights: FixedExperts(experts_s, plan.receive_offsets, rows),
+    what = parser.add_argument_group("layer")
+    what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
+    what.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
+    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument(
+        "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
     )
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))  # a barrier
-    _, timings = layer_pass.forward(x, topk_ids, torch.ones(NUM_TOKENS, 1))
-    return timings.total_s
+    what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
+    what.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--seed", type=int, default=0)
+    output = parser.add_argument_group("output, beside the table")
+    output.add_argument("--json", type=Path, help="all figures")
+    output.add_argument("--png", type=Path, help="lanes of the best serial and overlapped schedule, and the sweep")
+    output.add_argument("--trace", type=Path, help="the same lanes of every rank for Perfetto")
+    return parser
 
 
-def measure(experts_s: float, communication_s: float, chunks: list[int], rounds: int) -> Samples:
-    """Give the seconds of every variant, the slowest rank's, round by round."""
-    exchanged_bytes = NUM_TOKENS // 2 * MODEL_WIDTH * 4
-    link = LinkModel(bandwidth_gb_per_s=2 * exchanged_bytes / communication_s / 1e9)
-    free = LinkModel(bandwidth_gb_per_s=None)
-    variants = {
-        "compute alone": (free, experts_s, OverlapConfig(num_chunks=1)),
-        "communication alone": (link, 0.0, OverlapConfig(num_chunks=2)),
-    }
-    for num_chunks in chunks:
-        variants[f"serial C={num_chunks}"] = (link, experts_s, OverlapConfig(num_chunks, serial=True))
-        variants[f"overlapped C={num_chunks}"] = (link, experts_s, OverlapConfig(num_chunks))
-        variants[f"overlapped C={num_chunks}, no local rows first"] = (
-            link,
-            experts_s,
-            OverlapConfig(num_chunks, local_first=False),
-        )
-    samples: Samples = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, (model, seconds, config) in variants.items():
-            run = partial(forward_seconds, experts_s=seconds, config=config)
-            samples[name].append(max(run_on_emulated_ranks(run, 2, link=model)))
-    return samples
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print every variant's median, and its multiple of max(compute, communication)."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=__doc__)
-    parser.add_argument("--experts-ms", type=float, default=100.0, help="time of a rank's experts (default 100)")
-    parser.add_argument("--communication-ms", type=float, default=100.0, help="dispatch + combine (default 100)")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8])
-    add_arguments(parser, rounds=11)
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write; gives the exit status."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
-    samples = measure(arguments.experts_ms / 1e3, arguments.communication_ms / 1e3, arguments.chunks, arguments.rounds)
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    bound = max(medians["compute alone"], medians["communication alone"])
-    results = []
-    print("2 emulated ranks, emulated link, experts of fixed duration; ms, slowest rank")
-    for name, times in samples.items():
-        summary = summarize(times)
-        results.append({"variant": name, **summary, "multiple_of_bound": round(medians[name] / bound, 3)})
-        print(
-            f"{name:42} {summary['median_ms']:8.1f}  ({summary['lower_quartile_ms']:.1f} .. "
-            f"{summary['upper_quartile_ms']:.1f})  {medians[name] / bound:.2f} x bound"
+    try:
+        return _run(arguments, sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        print(f"tritonmoe bench overlap: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    _check(arguments)
+    workload = Workload(
+        arguments.model,
+        arguments.tokens,
+        arguments.routing,
+        arguments.dtype,
+        not arguments.forward_only,
+        arguments.seed,
+    )
+    if arguments.emulate is not None:
+        rate = parse_rate(arguments.rate)
+        description = f"{arguments.emulate} emulated ranks in one process, emulated link"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+        def on_rank(transport: Transport) -> dict[str, Any]:
+            assert isinstance(transport, EmulatedTransport)
+            link = Link(set_rate=lambda bits: setattr(transport.world, "link", LinkModel(bits / 8e9)))
+            return _measure(transport, arguments, workload, link, description, device)
+
+        results = run_on_emulated_ranks(
+            on_rank, arguments.emulate, device=device, link=LinkModel(rate / 8e9), timeout_s=arguments.timeout_s
         )
-    write_json(arguments.json, "overlap", results)
+        _write(arguments, results[0])
+        return 0
+    if arguments.netns is not None and "RANK" not in os.environ:
+        return _run_namespaces(arguments, argv)
+    if arguments.mpi:
+        from mpi4py import MPI
+
+        torch.set_num_threads(1)
+        transport = MPITransport(MPI.COMM_WORLD, timeout_s=arguments.timeout_s)
+        results_of_rank = _measure(transport, arguments, workload, Link(), f"{transport.size} processes, MPI", "cpu")
+        if transport.rank == 0:
+            _write(arguments, results_of_rank)
+        transport.close()
+        return 0
+    with torchrun_ranks(timeout_s=arguments.timeout_s) as group:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        link, description = Link(), f"{group.size} processes, {'NCCL' if device != 'cpu' else 'gloo'}"
+        if arguments.netns is not None:
+            device, description = "cpu", os.environ[DESCRIPTION]
+            torch.set_num_threads(1)
+            link = _link_of_namespaces(group.rank)
+        results_of_rank = _measure(group, arguments, workload, link, description, device)
+        if group.rank == 0:
+            _write(arguments, results_of_rank)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    parse_rate(arguments.rate)
+    modes = [name for name in ("emulate", "netns", "mpi") if getattr(arguments, name)]
+    if len(modes) > 1 or (not modes and "RANK" not in os.environ):
+        raise ValueError(
+            "choose one of --emulate N, --netns N and --mpi (under mpiexec), or start it under torchrun: "
+            "torchrun --nproc-per-node 2 -m tritonmoe bench overlap"
+        )
+    if arguments.compute_ratio is not None:
+        if not 0 < arguments.compute_ratio < 1000:
+            raise ValueError(f"--compute-ratio must lie between 0 and 1000, got {arguments.compute_ratio}")
+        if modes not in (["emulate"], ["netns"]):
+            raise ValueError("--compute-ratio chooses the link's rate: it needs --emulate or --netns")
+    num_ranks = arguments.emulate if arguments.emulate is not None else arguments.netns
+    if num_ranks is not None:
+        num_experts = MODELS[arguments.model][0]
+        if num_ranks < 2 or num_experts % num_ranks:
+            raise ValueError(
+                f"the number of ranks must be 2 or more and divide the {num_experts} experts of "
+                f"{arguments.model}, got {num_ranks}"
+            )
+    if (arguments.node_size is None) != (arguments.inter_rate is None):
+        raise ValueError("--node-size and --inter-rate belong together")
+    if arguments.node_size is not None:
+        parse_rate(arguments.inter_rate)
+        if arguments.netns is None or not 1 <= arguments.node_size < arguments.netns:
+            raise ValueError("--node-size needs --netns with more ranks than one node has")
+        if arguments.netns % arguments.node_size:
+            raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
+    if arguments.rounds < 1 or arguments.tokens < 1 or not all(1 <= chunks <= 32 for chunks in arguments.chunks):
+        raise ValueError("--rounds and --tokens must be positive and --chunks lie between 1 and 32")
+
+
+def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
+    inter_rate = None if arguments.inter_rate is None else parse_rate(arguments.inter_rate)
+    description = f"{arguments.netns} network namespaces, gloo, {arguments.rate} a link"
+    if arguments.node_size is not None:
+        description += f", nodes of {arguments.node_size} with an uplink of {arguments.inter_rate}"
+    os.environ[DESCRIPTION] = description
+    command = [sys.executable, "-m", "tritonmoe", "bench", "overlap", *argv]
+    with Namespaces(
+        command,
+        arguments.netns,
+        parse_rate(arguments.rate),
+        node_size=arguments.node_size,
+        inter_rate=inter_rate,
+    ) as namespaces:
+
+        def set_rate(bits: str) -> str:
+            namespaces.set_rate(float(bits))
+            return "done"
+
+        answers: dict[str, Callable[[str], str]] = {
+            "rate": set_rate,
+            "uplinks": lambda _: json.dumps(namespaces.uplink_bytes()),
+        }
+        return namespaces.run(answers, arguments.timeout_s)
+
+
+def _link_of_namespaces(rank: int) -> Link:
+    def set_rate(bits: float) -> None:
+        ask(f"rate {bits}")
+
+    def read_uplinks() -> list[int]:
+        return json.loads(ask("uplinks") or "[]")
+
+    return Link(set_rate, lambda: interface_bytes(INTERFACE), read_uplinks if rank == 0 else None)
+
+
+def _measure(
+    transport: Transport,
+    arguments: argparse.Namespace,
+    workload: Workload,
+    link: Link,
+    description: str,
+    device: str,
+) -> dict[str, Any]:
+    """Measure on this rank and give everything that is shown, with every rank's timelines; the same on every rank."""
+    measured = measure_rank(
+        transport,
+        workload,
+        arguments.chunks,
+        arguments.rounds,
+        link=link,
+        compute_ratio=arguments.compute_ratio,
+        device=device,
+    )
+    summary = summarize_overlap(measured)
+    shown = {kind: summary[f"T_{kind}"]["variant"] for kind in ("serial", "overlapped")}
+    own = {
+        "timelines": {name: _typical_timeline(measured, name) for name in shown.values()},
+        "sent_bytes": measured.sent_bytes,
+        "contention": {kind: summary[kind].pop("contention") for kind in ("overlapped", "auto")},
+    }
+    ranks = gather(transport, own)
+    for kind in ("overlapped", "auto"):
+        summary[kind]["contention"] = max((r["contention"][kind] for r in ranks), key=lambda one: one["median"])
+    if measured.rate is not None:
+        description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
+    return {
+        "link": description,
+        "emulated": arguments.emulate is not None,
+        "ranks": transport.size,
+        "rate_bits_per_s": measured.rate if measured.rate is not None else parse_rate(arguments.rate),
+        "model": workload.model,
+        "E_K_D_F": list(workload.shape),
+        "tokens": workload.num_tokens,
+        "dtype": workload.dtype,
+        "routing": workload.routing,
+        "pass": "forward+backward" if workload.backward else "forward",
+        "rounds": arguments.rounds,
+        "traffic_rows": measured.traffic_rows,
+        "row_bytes": measured.row_bytes,
+        "variants": {name: summarize(times) for name, times in measured.seconds.items()},
+        "sweep": [
+            {"name": str(v), "series": v.series, "num_chunks": v.num_chunks}
+            for v in variants_of(arguments.chunks)
+            if v.kind not in ("compute", "auto")
+        ],
+        "summary": summary,
+        "sent_bytes": None if measured.sent_bytes is None else [r["sent_bytes"] for r in ranks],
+        "uplink_bytes": measured.uplink_bytes,
+        "timelines": {name: [r["timelines"][name] for r in ranks] for name in shown.values()},
+    }
+
+
+def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
+    """Give the timeline of the round whose time is the median."""
+    seconds = measured.seconds[name]
+    typical = sorted(range(len(seconds)), key=seconds.__getitem__)[len(seconds) // 2]
+    return layer_timeline(name, measured.reports[name][typical])
+
+
+def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    timelines: dict[str, list[Timeline]] = results.pop("timelines")
+    print(as_table(results))
+    if arguments.json is not None:
+        write_json(arguments.json, "overlap", results)
+    if arguments.trace is not None:
+        write_chrome_trace(arguments.trace, timelines)
+        print(f"wrote {arguments.trace}: open it in https://ui.perfetto.dev")
+    if arguments.png is not None:
+        write_overlap_png(arguments.png, [one[0] for one in timelines.values()], results)
+        print(f"wrote {arguments.png}")

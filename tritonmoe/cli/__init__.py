@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from . import demo, env, models, upcycle
+from . import bench, demo, env, models, upcycle
 
 __all__ = ["main"]
 
-SUBCOMMANDS = (demo, env, models, upcycle)
+SUBCOMMANDS = (demo, bench, env, models, upcycle)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

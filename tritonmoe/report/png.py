@@ -1,13 +1,13 @@
 """One picture of a layer's communication: the traffic between ranks, and the lanes of one rank over time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .terminal import SHORT_NAMES
 from .timeline import LANES, Span, Timeline
 
-__all__ = ["write_png"]
+__all__ = ["write_overlap_png", "write_png"]
 
 COLORS = {
     "dispatch": "#4c78a8",
@@ -32,6 +32,35 @@ def write_png(
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figure = _make_figure(14, 2.0 + 1.7 * max(2, len(timelines)))
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=12)
+    grid = figure.add_gridspec(max(1, len(timelines)), 2, width_ratios=(1, 2.6))
+    _draw_heat_map(figure.add_subplot(grid[:, 0]), traffic_rows)
+    _draw_timelines(figure, [grid[number, 1] for number in range(len(timelines))], timelines)
+    figure.savefig(path, format="png")
+
+
+def write_overlap_png(path: Path, timelines: Sequence[Timeline], results: Mapping[str, Any]) -> None:
+    """Draw the timelines to one scale and the time of every schedule over the number of chunks.
+
+    results: what the overlap benchmark gives: link, model, tokens, routing, pass, variants, summary.
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _make_figure(14, 4.4 + 1.7 * len(timelines))
+    bound = results["summary"]["bound_ratio_of_medians"]
+    figure.suptitle(
+        f"{results['model']}, T={results['tokens']} on each of {results['ranks']} ranks, {results['routing']} routing, "
+        f"{results['pass']}: {bound:.2f} x max(compute, communication)\n{results['link']}",
+        fontsize=12,
+    )
+    grid = figure.add_gridspec(len(timelines) + 1, 1, height_ratios=[1.0] * len(timelines) + [2.2])
+    _draw_timelines(figure, [grid[number, 0] for number in range(len(timelines))], timelines)
+    _draw_sweep(figure.add_subplot(grid[len(timelines), 0]), results)
+    figure.savefig(path, format="png")
+
+
+def _make_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -40,20 +69,40 @@ def write_png(
             "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
         ) from error
     # Not pyplot: it keeps global state and may look for a screen.
-    figure = Figure(figsize=(14, 2.0 + 1.7 * max(2, len(timelines))), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=12)
-    grid = figure.add_gridspec(max(1, len(timelines)), 2, width_ratios=(1, 2.6))
-    _draw_heat_map(figure.add_subplot(grid[:, 0]), traffic_rows)
+    return figure
+
+
+def _draw_timelines(figure: Any, cells: Sequence[Any], timelines: Sequence[Timeline]) -> None:
     longest_ms = max((timeline.total_s for timeline in timelines), default=0.0) * 1e3
     for number, timeline in enumerate(timelines):
-        axes = figure.add_subplot(grid[number, 1])
+        axes = figure.add_subplot(cells[number])
         _draw_lanes(axes, timeline, longest_ms)
         if number == len(timelines) - 1:
             axes.set_xlabel("milliseconds")
             handles = [axes.barh([0], [0], color=color, label=name) for name, color in COLORS.items()]
             figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+
+
+def _draw_sweep(axes: Any, results: Mapping[str, Any]) -> None:
+    series: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
+    for variant in results["sweep"]:
+        series.setdefault(variant["series"], []).append((variant["num_chunks"], results["variants"][variant["name"]]))
+    for name, points in series.items():
+        chunks = [num_chunks for num_chunks, _ in points]
+        medians = [times["median_ms"] for _, times in points]
+        below = [times["median_ms"] - times["lower_quartile_ms"] for _, times in points]
+        above = [times["upper_quartile_ms"] - times["median_ms"] for _, times in points]
+        axes.errorbar(chunks, medians, yerr=[below, above], marker="o", capsize=3, label=name)
+    for kind in ("compute", "communication"):
+        time_ms = results["summary"][f"T_{kind}"]["median_ms"]
+        axes.axhline(time_ms, color="#333333", lw=1, ls="--" if kind == "compute" else ":", label=f"{kind} alone")
+    axes.axhline(results["summary"]["auto"]["median_ms"], color="#e45756", lw=1, label="auto")
+    axes.set_xlabel("number of chunks")
+    axes.set_ylabel("milliseconds")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=9, ncols=2)
 
 
 def _draw_heat_map(axes: Any, traffic_rows: Sequence[Sequence[int]]) -> None:

@@ -1,7 +1,8 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from tritonmoe.transports.base import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ProcessGroupTransport", "available"]
+__all__ = ["ProcessGroupTransport", "available", "torchrun_ranks"]
 
 
 def available() -> dict[str, str | None]:
@@ -41,6 +42,21 @@ def available() -> dict[str, str | None]:
             nccl = "there is no CUDA device"
         reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
     return reasons
+
+
+@contextmanager
+def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
+    """Join the processes that torchrun has started: gloo for the CPU and, with a CUDA device, NCCL for that.
+
+    The group ends with the context; after an exception it is left as it is, for the process to end.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s)
+    )
+    yield ProcessGroupTransport(timeout_s=timeout_s)
+    dist.destroy_process_group()
 
 
 class ProcessGroupExchange(PendingExchange):

@@ -1,0 +1,243 @@
+"""`tritonmoe bench overlap`: its routings, its controls, what it writes, and that nothing of it stays behind."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritonmoe as tm
+from tritonmoe.benchmarks import BENCHMARKS, load
+from tritonmoe.benchmarks.namespaces import parse_rate, unusable_reason
+from tritonmoe.benchmarks.overlap import main
+from tritonmoe.benchmarks.overlap_rank import variants_of
+from tritonmoe.benchmarks.stand_ins import ReplayTransport
+from tritonmoe.benchmarks.workload import MODELS, Workload, draw_ids
+from tritonmoe.transports import Transport
+
+ROOT = Path(tm.__file__).parents[1]
+REASON = unusable_reason()
+NEEDS_NAMESPACES = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+QUICK = ["--model", "tiny", "--rounds", "2", "--chunks", "1", "3"]
+
+
+def test_routings() -> None:
+    num_experts, top_k, _, _ = MODELS["fine"]
+    for routing in ("uniform", "zipf:1.2", "remote"):
+        ids = draw_ids(Workload("fine", 300, routing), rank=1, size=4)
+        assert ids.shape == (300, top_k)
+        assert all(len(set(row)) == top_k for row in ids.tolist())
+        assert ids.min() >= 0
+        assert ids.max() < num_experts
+        counts = torch.bincount(ids.flatten(), minlength=num_experts).sort(descending=True).values
+        share = float(counts[: num_experts // 8].sum() / counts.sum())
+        # zipf:1.2 gives the first 8 of 64 experts 64 % of the first choices, and less of 8 choices without return.
+        assert (0.3 < share < 0.65) if routing == "zipf:1.2" else share < 0.25
+        if routing == "remote":
+            assert not ((ids >= 16) & (ids < 32)).any()
+    assert not torch.equal(draw_ids(Workload("fine", 9), 0, 2), draw_ids(Workload("fine", 9), 1, 2))
+
+
+def test_routing_files(tmp_path: Path) -> None:
+    ids = torch.arange(12).view(6, 2) % 8
+    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
+    torch.save(ids.to(torch.int32), tmp_path / "ids.pt")
+    for name in ("ids.json", "ids.pt"):
+        drawn = draw_ids(Workload("tiny", 3, str(tmp_path / name)), rank=1, size=2)
+        assert drawn.dtype == torch.int64
+        assert drawn.tolist() == ids[3:].tolist()
+    with pytest.raises(ValueError, match=r"at least W \* T = 2 \* 4 rows of K = 2 ids, got \(6, 2\)"):
+        draw_ids(Workload("tiny", 4, str(tmp_path / "ids.json")), 0, 2)
+    for routing, words in (
+        ("none", "uniform, remote, zipf:S or a file"),
+        ("zipf:x", "exponent S"),
+        ("zipf:nan", "exponent S"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            draw_ids(Workload("tiny", 4, routing), 0, 2)
+    with pytest.raises(ValueError, match=r"needs top_k \(2\) experts on other ranks, and there are 0"):
+        draw_ids(Workload("tiny", 4, "remote"), 0, 1)
+
+
+@pytest.mark.parametrize(("text", "bits"), [("1gbit", 1e9), ("2.5mbit", 2.5e6), ("7kbit", 7e3), ("8bit", 8.0)])
+def test_rates(text: str, bits: float) -> None:
+    assert parse_rate(text) == bits
+
+
+@pytest.mark.parametrize("text", ["", "1", "gbit", "-1gbit", "0bit", "1gb", "nanbit"])
+def test_bad_rates(text: str) -> None:
+    with pytest.raises(ValueError, match="a rate is a positive number with bit, kbit, mbit or gbit"):
+        parse_rate(text)
+
+
+def test_a_replayed_call_has_the_same_results_and_needs_no_peer() -> None:
+    config = tm.MoEConfig(8, 4, 4, 2)
+
+    def fn(transport: Transport) -> None:
+        layer = tm.MoELayer(config, transport, tm.OverlapConfig(2), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(transport.rank))
+
+        def step() -> list[torch.Tensor]:
+            leaf = x.clone().requires_grad_()
+            out = layer(leaf)
+            grads = torch.autograd.grad(out, [leaf, *layer.parameters()], torch.ones_like(out))
+            return [out.detach(), *grads]
+
+        expected = step()
+        replay = ReplayTransport(transport)
+        layer.experts.transport = replay
+        for number in range(3):
+            if number and transport.rank:
+                break  # rank 0 goes on alone
+            replay.rewind()
+            for actual, wanted in zip(step(), expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+    tm.run_on_emulated_ranks(fn, 2, timeout_s=5)
+
+
+def test_every_kind_is_measured_for_every_number_of_chunks() -> None:
+    names = [str(variant) for variant in variants_of([1, 4])]
+    assert len(set(names)) == len(names)
+    for kind in ("communication", "serial", "overlapped", "free transport"):
+        assert {f"{kind} C=1", f"{kind} C=4"} <= set(names)
+    assert {"compute", "auto", "overlapped C=4 ramp"} <= set(names)
+
+
+def check_results(path: Path, num_ranks: int) -> dict:
+    written = json.loads(path.read_text())
+    assert written["benchmark"] == "overlap"
+    results = written["results"]
+    assert results["ranks"] == num_ranks
+    assert set(results["variants"]) == {str(variant) for variant in variants_of([1, 3])}
+    assert {point["name"] for point in results["sweep"]} <= set(results["variants"])
+    for times in results["variants"].values():
+        assert times["samples"] == 2
+        assert times["median_ms"] > 0
+    summary = results["summary"]
+    for kind in ("compute", "communication", "serial", "overlapped"):
+        fastest = min(t["median_ms"] for name, t in results["variants"].items() if name.startswith(kind))
+        assert summary[f"T_{kind}"]["median_ms"] == fastest
+    for kind in ("overlapped", "auto"):
+        for merit in ("hidden_share", "exposed_ms", "bound_ratio", "speed_up", "contention"):
+            figure = summary[kind][merit]
+            assert figure["lower_quartile"] <= figure["median"] <= figure["upper_quartile"]
+            assert all(math.isfinite(value) for value in figure.values())
+    return results
+
+
+def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(tmp_path / name) for name in ("r.json", "r.png", "r.trace")]
+    arguments = ["--emulate", "2", "--tokens", "40", *QUICK, "--compute-ratio", "1"]
+    assert main([*arguments, "--json", files[0], "--png", files[1], "--trace", files[2]]) == 0
+    results = check_results(tmp_path / "r.json", 2)
+    assert results["emulated"] is True
+    assert results["rate_bits_per_s"] != 1e9
+    assert results["sent_bytes"] is None
+    assert sum(map(sum, results["traffic_rows"])) > 80
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    events = json.loads((tmp_path / "r.trace").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    said = capsys.readouterr().out
+    assert "emulated link" in said
+    assert "x max(compute, communication)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "choose one of --emulate N, --netns N and --mpi"),
+        (["--emulate", "2", "--netns", "2"], "choose one of"),
+        (["--emulate", "3"], "divide the 8 experts of coarse, got 3"),
+        (["--emulate", "2", "--rate", "fast"], "a rate is a positive number"),
+        (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),
+        (["--netns", "4", "--node-size", "2"], "belong together"),
+        (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
+        (["--emulate", "2", "--chunks", "33"], "between 1 and 32"),
+        (["--emulate", "2", "--routing", "somewhere"], "uniform, remote, zipf:S or a file"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_registry() -> None:
+    for name in BENCHMARKS:
+        assert callable(load(name))
+
+
+# Network namespaces
+
+
+def python(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **options)
+
+
+@NEEDS_NAMESPACES
+def test_two_namespaces(tmp_path: Path) -> None:
+    arguments = ["--netns", "2", "--rate", "500mbit", "--tokens", "512", *QUICK, "--json", str(tmp_path / "r.json")]
+    process = python(
+        "-m", "tritonmoe", "bench", "overlap", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    results = check_results(tmp_path / "r.json", 2)
+    assert results["link"] == "2 network namespaces, gloo, 500mbit a link"
+    for sent in results["sent_bytes"]:
+        computed = sent["rows"] + sent["metadata"]
+        assert 0 <= sent["measured"] / computed - 1 < 0.03
+
+
+STARTS_SLEEPERS = """if True:
+    import sys
+    from tritonmoe.benchmarks.namespaces import Namespaces
+    with Namespaces(["sh", "-c", sys.argv[1]], 4, 1e9, node_size=2, inter_rate=1e8) as namespaces:
+        pids = [process.pid for process in [*namespaces._processes, namespaces._hub]]
+        print(*pids, flush=True)
+        sys.exit(namespaces.run({}, timeout_s=0.2))
+"""
+
+
+@NEEDS_NAMESPACES
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
+def test_nothing_is_left_of_a_run_that_was_ended(end: signal.Signals) -> None:
+    process = python("-c", STARTS_SLEEPERS, "exec sleep 60", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    pids = process.stdout.readline().split()
+    namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
+    assert len(namespaces) == 5
+    assert os.readlink("/proc/self/ns/net") not in namespaces
+    process.send_signal(end)
+    process.wait(timeout=10)
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.02)
+    assert not namespaces & {link for entry in Path("/proc").glob("[0-9]*/ns/net") if (link := readlink(entry))}
+
+
+def readlink(path: Path) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:  # it has ended in the meantime
+        return None
+
+
+@NEEDS_NAMESPACES
+def test_a_rank_that_fails_ends_the_run() -> None:
+    fails = 'test "$RANK" = 2 && exit 3; exec sleep 60'
+    process = python("-c", STARTS_SLEEPERS, fails, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.communicate(timeout=20)
+    assert process.returncode == 3

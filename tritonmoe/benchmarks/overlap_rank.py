@@ -1,0 +1,295 @@
+"""What one rank does in the overlap benchmark: every variant once a round, all ranks starting together."""
+
+import io
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig, OverlapConfig
+from ..layer import GroupedExperts
+from ..overlap.executor import LayerReport
+from ..overlap.tuner import fixed_plan
+from ..transports import Transport
+from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
+from .timing import Samples
+from .workload import Workload, draw_ids
+
+__all__ = ["Link", "RankMeasurement", "Variant", "gather", "measure_rank", "variants_of"]
+
+AUTO_WARM_UP = 12
+"""Calls after which "auto" has settled."""
+CALIBRATION_ROUNDS = 5
+COUNTED_CALLS = 4
+SETTLE_S = 0.3
+"""Until what a socket has taken has passed the interface's counters."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the layer call."""
+
+    kind: str
+    """"compute": one chunk, rows there at once. "free transport": the overlapped schedule with rows there at once.
+    "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto"."""
+    num_chunks: int | None = None
+    shape: str = "equal"
+
+    def __str__(self) -> str:
+        words = self.kind if self.num_chunks is None or self.kind == "compute" else f"{self.kind} C={self.num_chunks}"
+        return f"{words} {self.shape}" if self.shape != "equal" else words
+
+    @property
+    def series(self) -> str:
+        """What a sweep over chunk counts calls it."""
+        return self.kind if self.shape == "equal" else f"{self.kind} {self.shape}"
+
+    def config(self) -> OverlapConfig:
+        if self.kind == "auto":
+            return OverlapConfig()
+        assert self.num_chunks is not None
+        shape: Any = self.shape
+        return OverlapConfig(self.num_chunks, serial=self.kind in ("serial", "compute"), shape=shape)
+
+
+@dataclass
+class Link:
+    """What rank 0 can do with the link, and what every rank knows of it."""
+
+    set_rate: Callable[[float], None] | None = None
+    """Give every rank's link so many bits per second."""
+    read_bytes: Callable[[], tuple[int, int]] | None = None
+    """This rank's interface counters: bytes received, bytes sent."""
+    read_uplinks: Callable[[], list[int]] | None = None
+
+
+@dataclass
+class RankMeasurement:
+    """What every rank knows after the rounds."""
+
+    seconds: Samples
+    """By variant, round by round, the slowest rank's."""
+    traffic_rows: list[list[int]]
+    row_bytes: int
+    reports: dict[str, list[LayerReport]]
+    """This rank's, by variant that ran the layer itself, round by round."""
+    rate: float | None
+    """Bits per second that the link was given for the wished compute ratio."""
+    sent_bytes: dict[str, float] | None
+    """Of one serial call of this rank: computed, and measured by the interface's counters."""
+    uplink_bytes: list[float] | None
+    """Of one serial call, by node."""
+
+
+class _Rank:
+    """This rank's layer, batch and the ways to run them."""
+
+    def __init__(self, transport: Transport, workload: Workload, device: torch.device) -> None:
+        num_experts, top_k, model_width, inner = workload.shape
+        rank, size = transport.rank, transport.size
+        self.transport, self.workload, self.device = transport, workload, device
+        self.num_experts = num_experts
+        dtype = workload.torch_dtype
+        self.experts = GroupedExperts(
+            MoEConfig(model_width, inner, num_experts, top_k),
+            transport,
+            generator=torch.Generator().manual_seed(workload.seed),
+            device=device,
+            dtype=dtype,
+        ).requires_grad_(workload.backward)
+        generator = torch.Generator().manual_seed(1000 * workload.seed + rank + 1)
+        tokens = (workload.num_tokens, model_width)
+        self.x = torch.randn(tokens, generator=generator).to(device, dtype)
+        self.dout = torch.randn(tokens, generator=generator).to(device, dtype)
+        self.topk_ids = draw_ids(workload, rank, size).to(device)
+        self.topk_weights = torch.rand(self.topk_ids.shape, generator=generator).to(device)
+        for leaf in (self.x, self.topk_weights):
+            leaf.requires_grad_(workload.backward)
+        self._replays: dict[Variant, ReplayTransport] = {}
+
+    def barrier(self) -> None:
+        self.transport.exchange_counts(torch.zeros(self.transport.size, 1, dtype=torch.int64))
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def run(self, variant: Variant) -> LayerReport | None:
+        """Run one variant, forward and, with the workload's backward, backward."""
+        if variant.kind == "communication":
+            self._communicate(variant)
+            return None
+        transport = self.transport
+        if variant.kind in ("compute", "free transport"):
+            replay = self._replays.setdefault(variant, ReplayTransport(transport))
+            replay.rewind()
+            transport = replay
+        experts = self.experts
+        experts.transport, experts.overlap = transport, variant.config()
+        if self.workload.backward:
+            experts(self.x, self.topk_ids, self.topk_weights).backward(self.dout)
+            experts.zero_grad(set_to_none=True)
+            self.x.grad = self.topk_weights.grad = None
+        else:
+            with torch.no_grad():
+                experts(self.x, self.topk_ids, self.topk_weights)
+        return experts.last_report
+
+    def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
+        """Run a variant when all ranks are ready, and give this rank's seconds."""
+        self.synchronize()
+        self.barrier()
+        started = time.perf_counter()
+        report = self.run(variant)
+        self.synchronize()
+        seconds = time.perf_counter() - started
+        if report is not None:
+            for layer_pass in (report.forward, report.backward):
+                if layer_pass is not None:
+                    _ = layer_pass.steps  # read now: until then they hold on to the device's events
+        return seconds, report
+
+    def median_s(self, variant: Variant) -> float:
+        """Give the slowest rank's median over a few runs."""
+        self.run(variant)
+        samples = self.slowest([self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
+        return statistics.median(samples)
+
+    def slowest(self, seconds: list[float]) -> list[float]:
+        """Give, for every one of this rank's times, the longest of all ranks."""
+        own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64)
+        everybody = self.transport.exchange_counts(own.expand(self.transport.size, -1))
+        return (everybody.amax(0).double() / 1e9).tolist()
+
+    @torch.no_grad()
+    def _communicate(self, variant: Variant) -> None:
+        run_layer_pass(
+            self.transport,
+            fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size),
+            self.x,
+            self.topk_ids,
+            self.topk_weights,
+            self.num_experts,
+            lambda rows, plan: FixedExperts(0.0, plan.receive_offsets, rows, self.topk_ids.shape[1]),
+            self.dout if self.workload.backward else None,
+        )
+
+
+def variants_of(chunks: list[int]) -> list[Variant]:
+    """Give everything that is measured for these chunk counts."""
+    variants = [Variant("compute", 1), Variant("auto")]
+    for num_chunks in chunks:
+        variants += [Variant(kind, num_chunks) for kind in ("communication", "serial", "overlapped", "free transport")]
+        if num_chunks > 2:
+            variants.append(Variant("overlapped", num_chunks, "ramp"))
+    return variants
+
+
+def measure_rank(
+    transport: Transport,
+    workload: Workload,
+    chunks: list[int],
+    rounds: int,
+    *,
+    link: Link,
+    compute_ratio: float | None = None,
+    device: torch.device | str = "cpu",
+) -> RankMeasurement:
+    """Measure every variant in `rounds` interleaved rounds; every rank makes the same call.
+
+    compute_ratio: give the link the rate at which compute takes so many times as long as communication.
+    """
+    rank = _Rank(transport, workload, torch.device(device))
+    report = rank.run(Variant("serial", 1))
+    assert report is not None
+    rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
+    variants = variants_of(chunks)
+    for variant in variants:
+        for _ in range(AUTO_WARM_UP if variant.kind == "auto" else 1):
+            rank.run(variant)
+    seconds: Samples = {str(variant): [] for variant in variants}
+    reports: dict[str, list[LayerReport]] = {}
+    shuffle = random.Random(workload.seed).shuffle  # the same order on every rank
+    for _ in range(rounds):
+        shuffle(variants)
+        for variant in variants:
+            elapsed, variant_report = rank.timed(variant)
+            seconds[str(variant)].append(elapsed)
+            if variant_report is not None:
+                reports.setdefault(str(variant), []).append(variant_report)
+    sent_bytes, uplink_bytes = _count_bytes(rank, report, link)
+    return RankMeasurement(
+        seconds={name: rank.slowest(values) for name, values in seconds.items()},
+        traffic_rows=report.traffic_rows.tolist(),
+        row_bytes=report.row_bytes,
+        reports=reports,
+        rate=rate,
+        sent_bytes=sent_bytes,
+        uplink_bytes=uplink_bytes,
+    )
+
+
+def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: Link) -> float:
+    """Set the rate from compute alone and the bytes of the busiest port, then correct it by what that rate gives."""
+    wished_s = rank.median_s(Variant("compute", 1)) / compute_ratio
+    exchanges = 4 if rank.workload.backward else 2
+    bytes_between = report.traffic_bytes
+    busiest = max(int(bytes_between.sum(0).max()), int(bytes_between.sum(1).max()))
+    if busiest == 0:
+        raise ValueError("no rows travel between the ranks: a compute ratio needs a routing that sends some")
+    rate = 8 * exchanges * busiest / wished_s
+    for correct in (True, False):
+        if rank.transport.rank == 0:
+            assert link.set_rate is not None
+            link.set_rate(rate)
+        rank.barrier()
+        if correct:
+            rate *= min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4)) / wished_s
+    return rate
+
+
+def _count_bytes(rank: _Rank, report: LayerReport, link: Link) -> tuple[dict[str, float] | None, list[float] | None]:
+    """Count the bytes of one serial call; computed are rows, ids, weights, gradients of weights and counts."""
+    if link.read_bytes is None:
+        return None, None
+    variant = Variant("serial", 2)
+
+    def counters() -> tuple[int, list[int]]:
+        rank.barrier()
+        time.sleep(SETTLE_S)
+        assert link.read_bytes is not None
+        return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
+
+    sent, uplinks = counters()
+    for _ in range(COUNTED_CALLS):
+        rank.run(variant)
+    sent_after, uplinks_after = counters()
+    own = rank.transport.rank
+    rows = report.traffic_rows.clone().fill_diagonal_(0)
+    to_others, from_others = int(rows[own].sum()), int(rows[:, own].sum())
+    top_k = rank.topk_ids.shape[1]
+    row_bytes = (to_others + from_others) * report.row_bytes  # dispatch there, combine back
+    metadata_bytes = 8 * top_k * to_others
+    if rank.workload.backward:
+        row_bytes *= 2
+        metadata_bytes += 4 * top_k * from_others
+    measured = (sent_after - sent) / COUNTED_CALLS
+    sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
+    uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]
+    return sent_bytes, uplink_bytes or None
+
+
+def gather(transport: Transport, value: Any) -> list[Any]:
+    """Give every rank's value, on every rank, in rank order."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    own = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    size = transport.size
+    lengths = transport.exchange_counts(torch.full((size, 1), len(own), dtype=torch.int64))[:, 0].tolist()
+    received: Tensor = transport.exchange(own.repeat(size), [len(own)] * size, lengths).wait()
+    return [torch.load(io.BytesIO(piece.numpy().tobytes()), weights_only=False) for piece in received.split(lengths)]

@@ -1,0 +1,141 @@
+"""What stands in for one half of a layer while the other is measured: experts that compute nothing, a free link."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..backends.reference import WeightGrads
+from ..config import OverlapPlan
+from ..dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens
+from ..overlap.executor import ExpertsPass, LayerPass, PassReport
+from ..transports import PendingExchange, Transport
+
+__all__ = ["FixedExperts", "ReplayTransport", "run_layer_pass"]
+
+
+class FixedExperts:
+    """Experts that take a given time for all rows of a call, each row its share, and compute nothing.
+
+    Args:
+        total_s: of a forward; a backward takes no time.
+        row_offsets: where each segment starts in `rows`, and its end.
+    """
+
+    def __init__(self, total_s: float, row_offsets: tuple[int, ...], rows: Tensor, top_k: int) -> None:
+        self.total_s = total_s
+        self.row_offsets = row_offsets
+        self.rows = rows
+        self.top_k = top_k
+
+    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
+        first, last = self.row_offsets[chunk : chunk + 2]
+        if self.total_s:
+            time.sleep(self.total_s * (last - first) / max(1, self.row_offsets[-1]))
+        return self.rows[first:last] if out is None else out.zero_()
+
+    def backward(
+        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        first, last = self.row_offsets[chunk : chunk + 2]
+        dweights = torch.zeros(last - first, self.top_k, dtype=torch.float32, device=dout.device)
+        if not needs_dx:
+            return None, dweights
+        return dout[first:last] if out is None else out.zero_(), dweights
+
+    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
+        return WeightGrads(None, None, None, None)
+
+
+def run_layer_pass(
+    transport: Transport,
+    overlap: OverlapPlan,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    make_experts: Callable[[Tensor, DispatchPlan], ExpertsPass],
+    dout: Tensor | None = None,
+) -> list[PassReport]:
+    """Run a layer call with other experts, and with dout (T, D) its backward too; gives the reports of the passes.
+
+    make_experts: (rows (R, D), the plan) -> the experts.
+    """
+    needs = int(dout is not None)
+    tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
+    header = CallHeader.of(
+        overlap,
+        sequence=0,
+        num_experts=num_experts,
+        top_k=topk_ids.shape[1],
+        hidden_size=x.shape[1],
+        dtype=DTYPE_CODES[x.dtype],
+        grad_enabled=needs,
+        needs_any=needs,
+        needs_x=needs,
+        needs_topk_weights=needs,
+        error=0,
+        nonfinite_rows=0,
+        vote=0,
+    )
+    plan = exchange_plan(transport, header, tokens, overlap)
+    ops = choose("auto", x.device, x.dtype)
+    layer_pass = LayerPass(plan, transport, ops.combine, lambda rows, ids, weights: make_experts(rows, plan))
+    reports = [layer_pass.forward(x, topk_ids, topk_weights)[1]]
+    if dout is not None:
+        reports.append(layer_pass.backward(dout, (False, False, False, False))[3])
+    return reports
+
+
+class ReplayExchange(PendingExchange):
+    """Rows of an earlier exchange, there at once."""
+
+    def __init__(self, received: Tensor) -> None:
+        self._received = received
+        self._posted_at = time.perf_counter()
+
+    def wait(self) -> Tensor:
+        return self._received
+
+    def finished_at(self) -> float | None:
+        return None if self._received.is_cuda else self._posted_at
+
+
+class ReplayTransport(Transport):
+    """A free link: in the first call it passes everything on and remembers what came; from then on it gives that.
+
+    Call rewind() before each call. What remains of the link is one copy of the rows.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.rank, self.size = transport.rank, transport.size
+        self._transport = transport
+        self._received: list[Tensor] = []
+        self._position: int | None = None
+
+    def rewind(self) -> None:
+        """Begin a call: the first one, which is passed on, or another one like it."""
+        self._position = 0 if self._received else None
+
+    def exchange(
+        self, rows: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
+    ) -> PendingExchange:
+        if self._position is None:
+            received = self._transport.exchange(rows, input_splits, output_splits, out).wait()
+            self._received.append(received.detach().clone())
+            return ReplayExchange(received)
+        earlier = self._next()
+        return ReplayExchange(earlier.clone() if out is None else out.copy_(earlier))
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        if self._position is None:
+            self._received.append(self._transport.exchange_counts(counts))
+            return self._received[-1].clone()
+        return self._next().clone()
+
+    def _next(self) -> Tensor:
+        assert self._position is not None
+        self._position += 1
+        return self._received[self._position - 1]

@@ -1,0 +1,20 @@
+"""`tritonmoe bench NAME ...`: run one of the benchmarks; the arguments behind NAME are its own."""
+
+import argparse
+from typing import Any
+
+from ..benchmarks import BENCHMARKS, load
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser("bench", help="measure: overlap on real links, experts, scheduler", add_help=False)
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return load(arguments.name)(arguments.rest) or 0
