@@ -5,7 +5,11 @@ Importing this package imports no transformers; register() does.
 
 import importlib.metadata
 
+import torch
+
+from ...config import OverlapConfig
 from .patching import PatchReport, patch
+from .sharding import parallelize
 from .upcycle import UpcycleReport, upcycle, verify_upcycle
 from .upcycle_checkpoint import upcycle_checkpoint
 from .upcycle_inplace import aux_loss
@@ -18,6 +22,7 @@ __all__ = [
     "UpcycleReport",
     "aux_loss",
     "load_upcycled",
+    "parallelize",
     "patch",
     "register",
     "upcycle",
@@ -28,27 +33,48 @@ __all__ = [
 EXPERTS_IMPLEMENTATION = "tritonmoe"
 MINIMUM_TRANSFORMERS = (5, 7)
 """Earlier releases accept only their own names for experts_implementation."""
+EP_REGISTRY_SINCE = (5, 23)
 
 
-def register() -> None:
+def register(overlap: OverlapConfig | None = None) -> None:
     """Give transformers' MoE models the experts implementation "tritonmoe"; calling it again changes nothing.
 
+    From transformers 5.23 on it also gives `DistributedConfig` the expert-parallel implementation "tritonmoe", whose
+    exchanges overlap with the experts; earlier releases have parallelize().
+
+    Args:
+        overlap: the chunks of ep_implementation="tritonmoe" from now on; the same on every rank. None leaves them.
     Raises:
         ImportError: transformers is missing or older than 5.7.
     Example:
         register()
         model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tritonmoe")
         model.set_experts_implementation("eager")      # and back: model.set_experts_implementation("tritonmoe")
+        expert_parallel = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="tritonmoe")
+        model = AutoModelForCausalLM.from_pretrained(name, distributed_config=expert_parallel)
     """
-    _check_version()
+    version = _check_version()
     from transformers.integrations.moe import ExpertsInterface
 
     from .experts import experts_forward
 
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    if version >= EP_REGISTRY_SINCE and torch.distributed.is_available():
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+
+        from .ep_implementation import OverlappedEP
+
+        if overlap is not None:
+            OverlappedEP.overlap = overlap
+        EPImplementationInterface.register(EXPERTS_IMPLEMENTATION, OverlappedEP)
+    elif overlap is not None:
+        raise ImportError(
+            f"register(overlap=...) is for an expert-parallel implementation, which transformers "
+            f"{'.'.join(map(str, version))} doesn't know (5.23 and later do): use parallelize(model, group, overlap)"
+        )
 
 
-def _check_version() -> None:
+def _check_version() -> tuple[int, ...]:
     needed = ".".join(str(number) for number in MINIMUM_TRANSFORMERS)
     try:
         version = importlib.metadata.version("transformers")
@@ -56,8 +82,10 @@ def _check_version() -> None:
         raise ImportError(
             f"transformers is not installed: pip install 'transformers>={needed}', or 'tritonmoe[hf]'"
         ) from error
-    if tuple(int(number) for number in version.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+    numbers = tuple(int(number) for number in version.split(".")[:2])
+    if numbers < MINIMUM_TRANSFORMERS:
         raise ImportError(
             f"transformers {version} is too old: experts_implementation={EXPERTS_IMPLEMENTATION!r} needs {needed} "
             f"or later. pip install -U 'transformers>={needed}'"
         )
+    return numbers

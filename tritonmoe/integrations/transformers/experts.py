@@ -1,5 +1,6 @@
 """The experts function that transformers calls; its contract is in transformers/integrations/moe.py."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from ...config import Activation, is_fused
 from ...experts import moe_mlp
 from .gates import choose_activation
+from .sharding import expert_parallel_state
 
-__all__ = ["experts_forward"]
+__all__ = ["experts_forward", "run_experts"]
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -21,38 +23,62 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_index: (T, K); ids of `self.num_experts` and above are routes to other ranks, and skipped.
         top_k_weights: (T, K).
 
-    Under autocast everything is computed in the autocast dtype, else in that of the expert weights.
+    Under autocast everything is computed in the autocast dtype, else in that of the expert weights. Experts that
+    `parallelize` has spread over ranks exchange their rows here.
     """
-    has_gate = getattr(self, "has_gate", True)
-    has_bias = getattr(self, "has_bias", False)
+    state = expert_parallel_state(self)
+    if state is None:
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, moe_mlp, self.down_proj.shape[0])
+    return run_experts(
+        self, hidden_states, top_k_index, top_k_weights, state.mlp, state.num_experts, state.local_parameter
+    )
+
+
+def run_experts(
+    experts: Any,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    mlp: Callable[..., Tensor],
+    num_experts: int,
+    as_local: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> Tensor:
+    """Call `mlp` (moe_mlp, or expert_parallel_mlp with its ranks bound) with the weights and gate of `experts`.
+
+    Args:
+        num_experts: E of the ids, over all ranks.
+        as_local: makes the tensor to compute with from a parameter.
+    """
+    has_gate = getattr(experts, "has_gate", True)
+    has_bias = getattr(experts, "has_bias", False)
     up_name = "gate_up_proj" if has_gate else "up_proj"
-    up: Tensor = getattr(self, up_name)
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     else:
-        dtype = up.dtype
+        dtype = getattr(experts, up_name).dtype
 
     def cast(name: str) -> Tensor:
-        return getattr(self, name).to(dtype)
+        return as_local(getattr(experts, name)).to(dtype)
 
-    activation, is_interleaved = choose_activation(self)
-    settings: dict[str, Any] = {
-        "activation": activation if is_fused(activation) else _keep_dtype(activation),
-        "gated": has_gate,
-        "interleaved": is_interleaved,
-        "transposed": getattr(self, "is_transposed", False),
-        "gate_up_bias": cast(f"{up_name}_bias") if has_bias else None,
-        "down_bias": cast("down_proj_bias") if has_bias else None,
-    }
+    activation, is_interleaved = choose_activation(experts)
+    run = functools.partial(
+        mlp,
+        activation=activation if is_fused(activation) else _keep_dtype(activation),
+        gated=has_gate,
+        interleaved=is_interleaved,
+        transposed=getattr(experts, "is_transposed", False),
+        gate_up_bias=cast(f"{up_name}_bias") if has_bias else None,
+        down_bias=cast("down_proj_bias") if has_bias else None,
+    )
     weights = cast(up_name), cast("down_proj")
     rows = hidden_states.to(dtype)
     # the casts are done: autocast would now only round the fp32 sums inside
     with torch.autocast(device_type, enabled=False):
-        if getattr(self, "has_post_expert_norm", False):
-            out = _normed_experts(self.post_expert_norm, rows, top_k_index, top_k_weights, weights, settings)
+        if getattr(experts, "has_post_expert_norm", False):
+            out = _normed_experts(run, experts.post_expert_norm, rows, topk_ids, topk_weights, weights, num_experts)
         else:
-            out = moe_mlp(rows, top_k_index, top_k_weights, *weights, **settings)
+            out = run(rows, topk_ids, topk_weights, *weights)
     return out.to(hidden_states.dtype)
 
 
@@ -63,19 +89,20 @@ def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 
 def _normed_experts(
+    run: Callable[..., Tensor],
     norm: nn.Module,
     rows: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
     weights: tuple[Tensor, Tensor],
-    settings: dict[str, Any],
+    num_experts: int,
 ) -> Tensor:
     """Norm each expert's output before it is weighted (muse_spark): K=1 on T*K rows, then the sum here."""
-    num_experts, (num_tokens, top_k) = weights[0].shape[0], topk_ids.shape
+    num_tokens, top_k = topk_ids.shape
     is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
     pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)
     unit_weights = torch.ones(num_tokens * top_k, 1, device=rows.device)
-    pairs = norm(moe_mlp(pair_rows, topk_ids.reshape(-1, 1), unit_weights, *weights, **settings))
+    pairs = norm(run(pair_rows, topk_ids.reshape(-1, 1), unit_weights, *weights))
     pairs = torch.where(is_routed.unsqueeze(2), pairs.view(num_tokens, top_k, rows.shape[1]), 0.0)
     pair_weights = torch.where(is_routed, topk_weights, 0.0)
     pair_weights = pair_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))

@@ -1,0 +1,322 @@
+"""What every rank of the expert-parallel tests runs: `torchrun expert_parallel_worker.py DIRECTORY CASE...`.
+
+Each case compares with one process on the whole batch, computed here by transformers' own "eager"; an assertion ends
+the rank, and with it the test.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import tritonmoe as tm
+from tritonmoe.integrations import transformers as tmt
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+CONFIGS = {
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=8),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=12),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=8),
+}
+OVERLAP = tm.OverlapConfig(num_chunks=3)
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def make_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    errors = {
+        name: ((actual[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)).item()
+        for name in expected
+    }
+    assert max(errors.values()) < 2e-5, errors
+
+
+def batch(num_rows: int = 4) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(2, 64, (num_rows, 9))
+
+
+def reference(name: str, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits and every gradient of one process on the whole batch, and its greedy continuation."""
+    model = make_model(name)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    tokens = model.eval().generate(ids[:, :4], max_new_tokens=6, do_sample=False)
+    return {"logits": output.logits.detach(), **gradients(model)}, tokens
+
+
+def same_everywhere(logits: Tensor) -> Tensor:
+    """Every rank's logits, one below the other."""
+    parts = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(parts, logits.contiguous())
+    return torch.cat(parts)
+
+
+def average_dense_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size
+
+
+def run_parallelized(name: str, directory: Path) -> None:
+    ids = batch()
+    expected, tokens = reference(name, ids)
+    own = slice(rank * 2, rank * 2 + 2)
+    model = make_model(name)
+    names = list(model.state_dict())
+    assert tmt.parallelize(model, dist.group.WORLD, OVERLAP) == 2
+    assert list(model.state_dict()) == names
+    output = model(input_ids=ids[own], labels=ids[own])
+    output.loss.backward()
+    average_dense_gradients(model)
+    assert_close({"logits": same_everywhere(output.logits.detach()), **gradients(model)}, expected)
+    generated = model.eval().generate(ids[own, :4], max_new_tokens=6, do_sample=False)
+    assert torch.equal(generated, tokens[own])
+    # a rank without a single token takes part all the same
+    experts = model.model.layers[0].mlp.experts
+    rows = 3 if rank == 0 else 0
+    x = torch.randn(rows, 32, requires_grad=True)
+    y = experts(x, torch.arange(rows * 2).view(rows, 2) % 8, torch.ones(rows, 2))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (rows, 32)
+
+    model.save_pretrained(directory / name)
+    loaded = AutoModelForCausalLM.from_pretrained(directory / name, experts_implementation="eager")
+    fresh = make_model(name).state_dict()
+    assert all(torch.equal(loaded.state_dict()[key], fresh[key]) for key in fresh)
+
+
+def run_checkpointed(name: str, directory: Path) -> None:
+    ids = batch()
+    own = slice(rank * 2, rank * 2 + 2)
+    results = []
+    for use_checkpoints in (False, True):
+        model = make_model(name).train()
+        tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+        if use_checkpoints:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        model(input_ids=ids[own], labels=ids[own]).loss.backward()
+        results.append(gradients(model))
+    assert_close(results[1], results[0])
+
+
+def run_ep_implementation(name: str, directory: Path, layout: str) -> None:
+    from transformers.distributed import DistributedConfig
+
+    ids = batch()
+    expected, tokens = reference(name, ids)
+    if rank == 0:
+        make_model(name).save_pretrained(directory / f"whole-{name}")
+    dist.barrier()
+    tmt.register(OVERLAP)
+    sizes = {"tp_size": size} if layout == "tp" else {"fsdp_size": size}
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / f"whole-{name}",
+        experts_implementation="tritonmoe",
+        distributed_config=DistributedConfig(**sizes, ep_size=size, ep_implementation="tritonmoe"),
+    )
+    implementation = type(next(iter(ep_implementations(model))))
+    assert implementation.__name__ == "OverlappedEP", implementation
+    own = slice(0, 4) if layout == "tp" else slice(rank * 2, rank * 2 + 2)
+    output = model(input_ids=ids[own], labels=ids[own])
+    output.loss.backward()
+    logits = whole(output.logits).detach()
+    actual = {"logits": logits if layout == "tp" else same_everywhere(logits), **gradients(model)}
+    assert_close(actual, expected)
+    generated = model.eval().generate(ids[own, :4], max_new_tokens=6, do_sample=False)
+    assert torch.equal(generated, tokens[own]), (generated, tokens)
+    # one sequence: in decode a TP-shared token is one rank's, and the others have none
+    alone = model.generate(ids[own][:1, :4], max_new_tokens=6, do_sample=False)
+    assert torch.equal(alone, tokens[own][:1])
+
+
+def ep_implementations(model: nn.Module):
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        for cell in getattr(forward, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "ep_mesh"):
+                yield cell.cell_contents
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    ids = batch()
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        average_dense_gradients(model)  # else a parameter's last bits are each rank's own
+        optimizer.step()
+
+
+def checkpoint_model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = make_model("mixtral")
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    experts = [p for p in model.parameters() if isinstance(p, DTensor)]
+    others = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    return model, torch.optim.AdamW([{"params": others}, {"params": experts}], lr=1e-2)
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, Tensor):
+            flat[prefix + key] = whole(value)
+    return flat
+
+
+def run_save(name: str, directory: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = checkpoint_model()
+    train_steps(model, optimizer, 2)
+    saved = state(model, optimizer)
+    dcp.save(saved, checkpoint_id=str(directory / "dcp"))
+    flat = flatten(saved)
+    if rank == 0:
+        torch.save(flat, directory / "whole.pt")
+
+
+def run_load(name: str, directory: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, optimizer = checkpoint_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    loaded = state(model, optimizer)  # also gives the optimizer its empty moments
+    dcp.load(loaded, checkpoint_id=str(directory / "dcp"))
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    actual, expected = flatten(state(model, optimizer)), torch.load(directory / "whole.pt")
+    assert actual.keys() == expected.keys()
+    moments = [key for key in expected if "exp_avg" in key and "experts" in key]
+    assert len(moments) == 8, moments
+    for key in expected:
+        assert torch.equal(actual[key], expected[key]), key
+
+
+def run_normed(name: str, directory: Path) -> None:
+    """muse_spark, whose experts' outputs go through a norm before they are weighted."""
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=8)
+    own_names = {"num_experts": 8, "moe_hidden_size": 32, "moe_intermediate_size": 12, "post_norm_eps": 1e-6}
+    for name, value in own_names.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    x, dout = torch.randn(10, 32), torch.randn(10, 32)
+    ids, weights = torch.rand(10, 8).topk(3).indices, torch.rand(10, 3)
+    results = []
+    for own in (slice(0, 10), slice(0, 3) if rank == 0 else slice(3, 10)):
+        torch.manual_seed(0)
+        experts = MuseSparkExperts(config)
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        config._experts_implementation = "eager"
+        if results:
+            tmt.parallelize(nn.Sequential(experts), dist.group.WORLD, OVERLAP, expert_gradients="sum")
+        rows = x[own].requires_grad_()
+        out = experts(rows, ids[own], weights[own])
+        out.backward(dout[own])
+        grads = gradients(experts)
+        if results:
+            dist.all_reduce(grads["post_expert_norm.weight"])
+        results.append(({"out": out.detach(), "x": rows.grad}, grads))
+        x = x.detach()
+    assert_close(results[1][0], {key: value[own] for key, value in results[0][0].items()})
+    assert_close(results[1][1], results[0][1])
+
+
+def run_refused(name: str, directory: Path) -> None:
+    import pytest
+
+    odd = AutoModelForCausalLM.from_config(transformers.MixtralConfig(**SIZES, num_local_experts=7))
+    with pytest.raises(ValueError, match=r"num_experts \(7\) must be divisible by the number of ranks \(2\)"):
+        tmt.parallelize(odd, dist.group.WORLD)
+    assert not any(isinstance(parameter, DTensor) for parameter in odd.parameters())
+    with pytest.raises(ValueError, match="it has no experts"):
+        tmt.parallelize(AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)), dist.group.WORLD)
+    model = make_model("mixtral")
+    tmt.parallelize(model, dist.group.WORLD)
+    with pytest.raises(ValueError, match="spread over ranks already"):
+        tmt.parallelize(model, dist.group.WORLD)
+    (directory / "file").touch()
+    with pytest.raises((tm.TransportError, OSError)):
+        model.save_pretrained(directory / "file" / "inside")
+
+
+CASES = {
+    "parallelize": run_parallelized,
+    "checkpointed": run_checkpointed,
+    "tp": lambda name, directory: run_ep_implementation(name, directory, "tp"),
+    "fsdp": lambda name, directory: run_ep_implementation(name, directory, "fsdp"),
+    "save": run_save,
+    "load": run_load,
+    "normed": run_normed,
+    "refused": run_refused,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    directory = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        kind, _, name = case.partition(":")
+        CASES[kind](name, directory)
+        dist.barrier()
+        if rank == 0:
+            print(f"passed {case}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Models spread over gloo processes against one process: logits, every gradient, greedy text, checkpoints."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritonmoe.integrations.transformers import register
+from tritonmoe.integrations.transformers.sharding import _ScaledGradient
+
+WORKER = Path(__file__).parent / "expert_parallel_worker.py"
+VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
+HAS_EP_REGISTRY = VERSION >= (5, 23)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("expert_parallel")
+
+
+def run(num_processes: int, directory: Path, *cases: str) -> None:
+    """Run the cases, in this order, on so many processes; all must pass."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    result = subprocess.run(
+        [*command, str(WORKER), str(directory), *cases],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    passed = [line.removeprefix("passed ") for line in result.stdout.splitlines() if line.startswith("passed ")]
+    assert result.returncode == 0, (passed, result.stderr[-6000:])
+    assert passed == list(cases)
+
+
+def test_models_on_two_processes_equal_one(directory):
+    cases = ["parallelize:mixtral", "parallelize:gpt_oss", "checkpointed:mixtral", "refused:"]
+    if VERSION >= (5, 20):
+        cases.append("normed:")
+    if HAS_EP_REGISTRY:
+        cases += ["tp:mixtral", "fsdp:mixtral"]
+    run(2, directory, *cases, "save:", "load:")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_EP_REGISTRY, reason="EPImplementationInterface came in 5.23")
+def test_ep_implementation_with_other_models(directory):
+    run(2, directory, "tp:gpt_oss", "fsdp:gpt_oss", "tp:qwen3_moe", "fsdp:qwen3_moe")
+
+
+@pytest.mark.slow
+def test_checkpoints_go_over_any_number_of_ranks(directory):
+    # model and optimizer written by two ranks, read bit for bit by one and four
+    run(2, directory, "save:")
+    run(1, directory, "load:")
+    run(4, directory, "load:")
+
+
+def test_overlap_of_the_ep_implementation_needs_its_registry(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.17.0")
+    from tritonmoe import OverlapConfig
+
+    with pytest.raises(ImportError, match=r"transformers 5\.17 doesn't know .*use parallelize"):
+        register(OverlapConfig(num_chunks=2))
+
+
+def test_scaled_gradient():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = _ScaledGradient.apply(x, 0.25)
+    y.backward(torch.tensor([4.0, 8.0]))
+    assert torch.equal(y, x)
+    assert torch.equal(x.grad, torch.tensor([1.0, 2.0]))

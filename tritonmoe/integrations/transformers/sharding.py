@@ -1,0 +1,144 @@
+"""parallelize(): spread the experts of a model over ranks; what its experts then need to know."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...config import OverlapConfig
+from ...errors import TransportError
+from ...layer import check_expert_parallel, expert_parallel_mlp
+from ...transports import Transport, as_transport
+from .discovery import experts_modules
+from .patching import patch
+
+__all__ = ["ExpertParallelState", "expert_parallel_state", "parallelize"]
+
+STATE = "_tritonmoe_expert_parallel"
+
+
+@dataclass(frozen=True)
+class ExpertParallelState:
+    """Who holds the other experts of a module, and how rows go there."""
+
+    num_experts: int
+    """E, over all ranks."""
+    transport: Transport
+    overlap: OverlapConfig
+    gradient_scale: float
+    """What the gradients of expert weights, sums over the ranks' losses, are multiplied with."""
+
+    def mlp(self, *arguments: Tensor, **settings: Any) -> Tensor:
+        """Run expert_parallel_mlp over these ranks."""
+        return expert_parallel_mlp(
+            *arguments, num_experts=self.num_experts, transport=self.transport, overlap=self.overlap, **settings
+        )
+
+    def local_parameter(self, parameter: Any) -> Tensor:
+        """Give this rank's experts of a DTensor parameter; differentiable."""
+        # FSDP2's hooks hand over gathered parameters: a DTensor where the experts are spread besides, else a tensor
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        return local if self.gradient_scale == 1.0 else _ScaledGradient.apply(local, self.gradient_scale)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The tensor itself; its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def expert_parallel_state(experts: nn.Module) -> ExpertParallelState | None:
+    """Give what parallelize() left on an experts module; None where its experts are all here."""
+    return experts.__dict__.get(STATE)
+
+
+def parallelize(
+    model: nn.Module,
+    group_or_mesh: Any,
+    overlap: OverlapConfig | None = None,
+    *,
+    expert_gradients: Literal["mean", "sum"] = "mean",
+) -> int:
+    """Spread the experts of a transformers model over ranks, in place; give the number of experts modules.
+
+    Every rank calls it with the same weights, and then runs its own batch through the whole model, its own experts and,
+    by overlapped exchanges, those of the others. All ranks make the same calls, forward and backward; batches may
+    differ in size. Every expert parameter becomes a DTensor, Shard(0) over the ranks, with its name unchanged: make
+    the optimizer afterwards (a parameter group of their own, where its fused implementations mix no DTensors with
+    tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
+    `model.save_pretrained` gathers, so every rank must call it; rank 0 writes. Ranks whose texts end at different
+    lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel leaves expert parameters alone.
+
+    Args:
+        group_or_mesh: a torch ProcessGroup or a DeviceMesh of one dimension.
+        overlap: the chunks; the same on every rank. None is OverlapConfig().
+        expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
+            the ranks' losses.
+    Raises:
+        ValueError: as patch(); the experts of a module can't be divided by the number of ranks, or are spread
+            already. Nothing is changed.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    if expert_gradients not in ("mean", "sum"):
+        raise ValueError(f'expert_gradients must be "mean" or "sum", got {expert_gradients!r}')
+    transport = as_transport(group_or_mesh)
+    found: dict[str, Any] = experts_modules(model)
+    for name, experts in found.items():
+        if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
+            raise ValueError(f"the experts of {name} are spread over ranks already: parallelize a model once")
+        num_experts = experts.down_proj.shape[0]
+        check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
+    patch(model)
+    mesh = group_or_mesh
+    if not isinstance(mesh, DeviceMesh):
+        mesh = DeviceMesh.from_group(group_or_mesh, next(model.parameters()).device.type)
+    scale = 1 / transport.size if expert_gradients == "mean" else 1.0
+    sharded = []
+    for name, experts in found.items():
+        num_experts = experts.down_proj.shape[0]
+        for own_name, parameter in list(experts.named_parameters(recurse=False)):
+            if parameter.shape[0] != num_experts:  # no stack of one per expert
+                continue
+            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(experts, own_name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+            sharded.append(f"{name}.{own_name}")
+        state = ExpertParallelState(num_experts, transport, overlap or OverlapConfig(), scale)
+        setattr(experts, STATE, state)
+    added: dict[str, Any] = {
+        "_ddp_params_and_buffers_to_ignore": [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *sharded],
+        "save_pretrained": functools.partial(_save_gathered, model, transport),
+    }
+    for attribute, value in added.items():
+        setattr(model, attribute, value)
+    return len(found)
+
+
+def _save_gathered(model: Any, transport: Transport, save_directory: Any, **settings: Any) -> None:
+    """Save with every DTensor gathered: all ranks call, rank 0 writes, all raise where it could not."""
+    state_dict = settings.pop("state_dict", None) or model.state_dict()
+    gathered = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state_dict.items()
+    }
+    error: Exception | None = None
+    if transport.rank == 0:
+        try:
+            type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
+        except Exception as caught:
+            error = caught
+    failed = torch.full((transport.size, 1), int(error is not None), dtype=torch.int64)
+    any_failed = bool(transport.exchange_counts(failed).any())  # also a barrier: nobody reads a half-written directory
+    if error is not None:
+        raise error
+    if any_failed:
+        raise TransportError(f"rank 0 could not save to {save_directory}: its own error says why")
