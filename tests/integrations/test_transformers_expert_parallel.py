@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tritonmoe import OverlapConfig
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.sharding import _ScaledGradient
 
@@ -62,9 +63,8 @@ def test_checkpoints_go_over_any_number_of_ranks(directory):
 
 
 def test_overlap_of_the_ep_implementation_needs_its_registry(monkeypatch):
+    register()  # imports transformers, which asks for versions too
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.17.0")
-    from tritonmoe import OverlapConfig
-
     with pytest.raises(ImportError, match=r"transformers 5\.17 doesn't know .*use parallelize"):
         register(OverlapConfig(num_chunks=2))
 
