@@ -10,6 +10,7 @@ import torch
 from ...config import OverlapConfig
 from .patching import PatchReport, patch
 from .sharding import parallelize
+from .statistics import ModelStatistics, collect_statistics
 from .upcycle import UpcycleReport, upcycle, verify_upcycle
 from .upcycle_checkpoint import upcycle_checkpoint
 from .upcycle_inplace import aux_loss
@@ -18,9 +19,11 @@ from .upcycle_saved import load_upcycled
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "MINIMUM_TRANSFORMERS",
+    "ModelStatistics",
     "PatchReport",
     "UpcycleReport",
     "aux_loss",
+    "collect_statistics",
     "load_upcycled",
     "parallelize",
     "patch",
