@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target, without a GPU, without spills, within its shared memory."""
+"""Every kernel compiles for every target, without a GPU: no spills, within its limits, with its matrix instruction."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
+from tritonmoe.kernels.aot import ARCHITECTURES, Compiled
+from tritonmoe.kernels.aot.machine_code import read_amd
 
 MODULE = [sys.executable, "-m", "tritonmoe.kernels.aot"]
 
@@ -21,8 +24,83 @@ def test_kernels_compile_and_fit(tmp_path):
     pytest.importorskip("triton.backends.nvidia.compiler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    result = subprocess.run([*MODULE, "--json"], env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run([*MODULE, "--json"], env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     compiled = json.loads(result.stdout)
-    assert {item["target"] for item in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert all(item["registers"] > 0 for item in compiled)
+    assert {item["target"] for item in compiled} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
+    assert all(item["registers"] > 0 and item["occupancy"] > 0 for item in compiled)
+    for operation in ("up", "down", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2"):
+        for target, matrix in (("sm_90", "wgmma"), ("sm_100", "tcgen05")):
+            loops = [
+                item["loop"]
+                for item in compiled
+                if item["kernel"].startswith(f"{operation} ") and item["target"] == target and item["matrix"] == matrix
+            ]
+            assert loops, f"{operation} on {target}"
+            assert all(0 < loop[matrix] < loop["all"] for loop in loops)
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared_kb", "num_warps", "programs"),
+    [
+        ("sm_90", 128, 0, 8, 2),  # 16 warps of 128 registers
+        ("sm_90", 129, 0, 8, 1),  # registers are given out in eights
+        ("sm_90", 168, 100, 4, 2),  # 12 warps, but 101 KB of 228 each
+        ("sm_90", 16, 0, 4, 16),  # 64 warps
+        ("sm_90", 255, 228, 8, 0),
+        ("sm_120", 16, 0, 4, 12),  # 48 warps
+        ("gfx942", 128, 32, 8, 2),
+        ("gfx942", 256, 64, 4, 1),
+        ("gfx950", 256, 64, 4, 2),
+    ],
+)
+def test_occupancy(target, registers, shared_kb, num_warps, programs):
+    assert ARCHITECTURES[target].occupancy(registers, shared_kb * 1024, num_warps) == programs
+
+
+def test_tensor_memory_limits_occupancy():
+    assert ARCHITECTURES["sm_100"].occupancy(64, 1024, 4) == 8
+    assert ARCHITECTURES["sm_100"].occupancy(64, 1024, 4, tensor_memory_columns=256) == 2
+
+
+AMD_ASSEMBLY = """
+_kernel:
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_2:
+\tds_read_b128 v[0:3], v4
+\ts_barrier
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\ts_cbranch_scc1 .LBB0_2
+\tglobal_store_dwordx4 v[4:5], v[0:3], off
+\ts_cbranch_vccnz .LBB0_1
+    .max_flat_workgroup_size: 512
+    .vgpr_count:     118
+    .vgpr_spill_count: 3
+    .wavefront_size: 64
+"""
+
+
+def test_the_innermost_loop_is_counted():
+    code = read_amd(AMD_ASSEMBLY)
+    assert (code.registers, code.spills, code.num_warps, code.matrix) == (118, 3, 8, "mfma")
+    assert code.loop == {"all": 4, "mfma": 1, "shared": 1, "barrier": 1}
+
+
+@pytest.mark.parametrize(
+    ("measured", "problem"),
+    [
+        ({}, ""),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 228 * 1024}, "needs 233472 bytes of shared memory, there are 232448"),
+        ({"occupancy": 0}, "no program fits: 128 registers, 8 warps"),
+        ({"matrix": "mma.sync"}, "its loop has mma.sync, not wgmma"),
+        ({"matrix": ""}, "its loop has no matrix instruction, not wgmma"),
+        ({"expects_tma": True}, "its tensor descriptors don't become TMA loads"),
+        ({"error": "PTXASError: no"}, "PTXASError: no"),
+    ],
+)
+def test_what_is_unfit(measured, problem):
+    fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
+    assert Compiled("bf16", "up", "sm_90", **(fit | measured)).problem == problem

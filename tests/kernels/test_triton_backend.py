@@ -260,7 +260,8 @@ def test_launches_from_several_threads():
 @pytest.mark.parametrize("target", list(aot.TARGETS))
 def test_operations_never_read_the_device(target):
     """Meta tensors have no values: any host read of one raises."""
-    assert len(aot.record_launches(aot.Variant(), aot.TARGETS[target])) == 16
+    launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
+    assert {name.split()[0] for name in launches} == set(OPERATIONS)
     with launch.recording(aot.TARGETS[target]):
         grouping = kernels.group(
             torch.empty(8, 2, dtype=torch.int64, device="meta"),

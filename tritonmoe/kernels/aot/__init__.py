@@ -1,0 +1,24 @@
+"""Compile every kernel ahead of time, without a GPU, and check that it fits: python -m tritonmoe.kernels.aot
+
+The backend's own operations run on meta tensors while `launch.recording` collects their launches, so what is
+compiled here, argument specialisation included, is what a GPU would get.
+"""
+
+from .architectures import ARCHITECTURES, Architecture
+from .compilation import Compiled, compile_all, compile_one
+from .launches import VARIANTS, Variant, record_launches, source_of
+
+__all__ = [
+    "ARCHITECTURES",
+    "TARGETS",
+    "VARIANTS",
+    "Architecture",
+    "Compiled",
+    "Variant",
+    "compile_all",
+    "compile_one",
+    "record_launches",
+    "source_of",
+]
+
+TARGETS = {name: architecture.target for name, architecture in ARCHITECTURES.items()}

@@ -1,0 +1,95 @@
+"""The GPUs that kernels are compiled for: what a program may use of them, and how many programs fit side by side.
+
+NVIDIA's limits are those of the CUDA programming guide's table of compute capabilities, AMD's those of the CDNA 3 and
+CDNA 4 instruction set manuals.
+"""
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+__all__ = ["ARCHITECTURES", "Architecture"]
+
+KB = 1024
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one multiprocessor (NVIDIA) or compute unit (AMD) has."""
+
+    target: GPUTarget
+    matrix_instruction: str
+    """What tiles of at least 64 rows are multiplied with."""
+    shared_bytes_per_program: int
+    shared_bytes: int
+    reserved_shared_bytes: int
+    """Taken from shared_bytes for every program, beside what the program asks for."""
+    registers: int
+    """32-bit registers of a thread's lane in one of the four schedulers' files, all warps together."""
+    register_granule: int
+    warps: int
+    """That can be resident, in all four schedulers."""
+    programs: int
+    has_tma: bool = False
+    tensor_memory_columns: int = 0
+
+    def occupancy(self, registers: int, shared_bytes: int, num_warps: int, tensor_memory_columns: int = 0) -> int:
+        """Give how many programs fit side by side.
+
+        Args:
+            registers: of one thread. shared_bytes, num_warps: of one program.
+            tensor_memory_columns: of one program (sm_100).
+
+        Example:
+            sm_90, 168 registers, 100 KB, 8 warps: registers allow 3 warps in each of four schedulers, so one program.
+        """
+        granules = -(-max(registers, 1) // self.register_granule) * self.register_granule
+        warps = min(4 * (self.registers // granules), self.warps)
+        programs = min(warps // num_warps, self.programs)
+        if shared_bytes:
+            programs = min(programs, self.shared_bytes // (shared_bytes + self.reserved_shared_bytes))
+        if tensor_memory_columns:
+            programs = min(programs, self.tensor_memory_columns // tensor_memory_columns)
+        return programs
+
+
+def _nvidia(
+    capability: int, matrix_instruction: str, *, shared_kb: int, warps: int, programs: int, **more
+) -> Architecture:
+    # A scheduler's 16384 registers are given out to warps of 32 threads, 256 at a time.
+    return Architecture(
+        GPUTarget("cuda", capability, 32),
+        matrix_instruction,
+        shared_bytes_per_program=(shared_kb - 1) * KB,
+        shared_bytes=shared_kb * KB,
+        reserved_shared_bytes=KB,
+        registers=16384 // 32,
+        register_granule=8,
+        warps=warps,
+        programs=programs,
+        **more,
+    )
+
+
+def _amd(name: str, shared_kb: int) -> Architecture:
+    return Architecture(
+        GPUTarget("hip", name, 64),
+        "mfma",
+        shared_bytes_per_program=shared_kb * KB,
+        shared_bytes=shared_kb * KB,
+        reserved_shared_bytes=0,
+        registers=512,
+        register_granule=8,
+        warps=32,
+        programs=32,
+    )
+
+
+ARCHITECTURES = {
+    "sm_80": _nvidia(80, "mma.sync", shared_kb=164, warps=64, programs=32),
+    "sm_90": _nvidia(90, "wgmma", shared_kb=228, warps=64, programs=32, has_tma=True),
+    "sm_100": _nvidia(100, "tcgen05", shared_kb=228, warps=64, programs=32, has_tma=True, tensor_memory_columns=512),
+    "sm_120": _nvidia(120, "mma.sync", shared_kb=100, warps=48, programs=24, has_tma=True),
+    "gfx942": _amd("gfx942", shared_kb=64),
+    "gfx950": _amd("gfx950", shared_kb=160),
+}

@@ -1,0 +1,138 @@
+"""Compile launches, several processes at a time, and judge what came out."""
+
+import concurrent.futures
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import triton
+
+from .. import launch
+from .architectures import ARCHITECTURES
+from .launches import VARIANTS, record_launches, source_of
+from .machine_code import MachineCode, read_amd, read_nvidia
+
+__all__ = ["Compiled", "compile_all", "compile_one"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs on one target."""
+
+    variant: str
+    kernel: str
+    target: str
+    registers: int = 0
+    """A thread's registers (vector registers on AMD)."""
+    spills: int = 0
+    """Bytes of stack a thread uses on NVIDIA, spilled vector registers on AMD."""
+    shared_bytes: int = 0
+    num_warps: int = 0
+    occupancy: int = 0
+    """Programs that fit side by side on a multiprocessor (AMD: a compute unit)."""
+    matrix: str = ""
+    """The matrix instruction in the loop."""
+    expected_matrix: str = ""
+    """The one that must be there; empty where the kernel has no product in half precision."""
+    uses_tma: bool = False
+    expects_tma: bool = False
+    loop: dict[str, int] = field(default_factory=dict)
+    """Instructions by kind in the innermost loop around the matrix instruction."""
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Say what is wrong; empty when the kernel is fit to run."""
+        architecture = ARCHITECTURES[self.target]
+        limit = architecture.shared_bytes_per_program
+        if self.error:
+            return self.error
+        if self.spills:
+            return f"spills {self.spills} {'bytes' if self.target.startswith('sm_') else 'registers'}"
+        if self.shared_bytes > limit:
+            return f"needs {self.shared_bytes} bytes of shared memory, there are {limit}"
+        if self.occupancy < 1:
+            return f"no program fits: {self.registers} registers, {self.num_warps} warps"
+        if self.expected_matrix and self.matrix != self.expected_matrix:
+            return f"its loop has {self.matrix or 'no matrix instruction'}, not {self.expected_matrix}"
+        if self.expects_tma and not self.uses_tma:
+            return "its tensor descriptors don't become TMA loads"
+        return ""
+
+
+def _product_rows(ttir: str) -> int | None:
+    """Give the rows of the tiles that a kernel multiplies in fp16 or bf16; None where it multiplies none."""
+    rows = [
+        int(match[2]) for match in re.finditer(r"tt\.dot .*?tensor<[\dx]+x(bf16|f16)\S*> \* .*-> tensor<(\d+)x", ttir)
+    ]
+    return max(rows, default=None)
+
+
+def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str) -> Compiled:
+    """Compile one launch for one target."""
+    architecture = ARCHITECTURES[target_name]
+    try:
+        source = source_of(item, architecture.target)
+        compiled = triton.compile(source, target=architecture.target, options=item.options)
+        assembly = compiled.asm
+        code: MachineCode = (
+            read_nvidia(assembly["cubin"], assembly["ptx"]) if "cubin" in assembly else read_amd(assembly["amdgcn"])
+        )
+    except Exception as error:
+        return Compiled(variant, kernel, target_name, error=f"{type(error).__name__}: {error}"[:2000])
+    rows = _product_rows(assembly["ttir"])
+    if rows is None:
+        expected = ""
+    elif architecture.target.backend == "cuda" and rows < 64:
+        expected = "mma.sync"  # wgmma and tcgen05 multiply 64 rows at least
+    else:
+        expected = architecture.matrix_instruction
+    shared = compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    return Compiled(
+        variant,
+        kernel,
+        target_name,
+        registers=code.registers,
+        spills=code.spills,
+        shared_bytes=shared,
+        num_warps=code.num_warps,
+        occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),
+        matrix=code.matrix,
+        expected_matrix=expected,
+        uses_tma=code.uses_tma,
+        expects_tma=architecture.has_tma and "tt.descriptor_load" in assembly["ttir"],
+        loop=code.loop,
+    )
+
+
+def _run(job: tuple[str, str, str]) -> Compiled:
+    variant, target, kernel = job
+    launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+    return compile_one(variant, kernel, launches[kernel], target)
+
+
+def compile_all(
+    targets: Iterable[str],
+    variants: Iterable[str],
+    num_workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Compiled]:
+    """Compile the kernels of the given variants for the given targets; what launches alike is compiled once."""
+    jobs, seen = [], set()
+    for variant in variants:
+        for target in targets:
+            for kernel, item in record_launches(VARIANTS[variant], ARCHITECTURES[target].target).items():
+                source = source_of(item, ARCHITECTURES[target].target)
+                key = (target, source.hash(), str(item.options))
+                if key not in seen:
+                    seen.add(key)
+                    jobs.append((variant, target, kernel))
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        for result in pool.map(_run, jobs):
+            results.append(result)
+            progress(len(results), len(jobs))
+    return results

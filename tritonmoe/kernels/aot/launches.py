@@ -1,0 +1,142 @@
+"""The launches of one layer, forward and backward, as a GPU would get them: caught on meta tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from ...backends import triton as operations
+from ...config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from .. import launch
+
+__all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One layer whose kernels are compiled; the default is Qwen3-30B-A3B's."""
+
+    dtype: torch.dtype = torch.bfloat16
+    layout: ExpertLayout = field(default_factory=ExpertLayout)
+    activation: FusedActivation = "silu"
+    hidden_size: int = 2048
+    intermediate_size: int = 768
+    num_experts: int = 128
+    top_k: int = 8
+    bias: bool = True
+    num_rows: int = 16384
+    options: KernelOptions = KernelOptions()
+
+
+_CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
+VARIANTS = {
+    "bf16": Variant(),
+    "fp32": Variant(dtype=torch.float32),
+    "fp16": Variant(dtype=torch.float16),
+    "no bias": Variant(bias=False),
+    "gelu": Variant(activation="gelu"),
+    "gelu_tanh": Variant(activation="gelu_tanh"),
+    "transposed": Variant(layout=ExpertLayout(transposed=True)),
+    "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
+    "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
+    "decode": Variant(num_rows=1),
+    "small batch": Variant(num_rows=256),
+    "medium batch": Variant(num_rows=2048),
+    "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
+    "batch invariant decode": Variant(num_rows=1, options=KernelOptions(batch_invariant=True)),
+    "Mixtral": Variant(hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, bias=False),
+    "Qwen3-Next": Variant(hidden_size=2048, intermediate_size=512, num_experts=512, top_k=10, bias=False),
+    "DeepSeek-V3": Variant(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, bias=False),
+    "gpt-oss": Variant(
+        layout=ExpertLayout(interleaved=True, transposed=True),
+        activation=_CLAMPED,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_experts=128,
+        top_k=4,
+    ),
+    "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
+    "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
+    "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
+}
+DEFAULT_VARIANTS = ("bf16",)
+
+
+def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Launch]:
+    """Run forward and backward of one layer on meta tensors and give its launches by operation and kernel."""
+    v, rows = variant, variant.num_rows
+    width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
+    w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
+    if v.layout.transposed:
+        w1_shape, w2_shape = w1_shape[::-1], w2_shape[::-1]
+
+    def empty(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, dout = empty(rows, v.hidden_size), empty(rows, v.hidden_size)
+    w1, w2 = empty(v.num_experts, *w1_shape), empty(v.num_experts, *w2_shape)
+    b1 = empty(v.num_experts, width) if v.bias else None
+    b2 = empty(v.num_experts, v.hidden_size) if v.bias else None
+    ids = empty(rows, v.top_k, dtype=torch.int64)
+    weights = empty(rows, v.top_k, dtype=torch.float32)
+    found: dict[str, launch.Launch] = {}
+
+    with launch.recording(target) as launches:
+
+        def name(operation: str) -> None:
+            for item in launches:
+                found[f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"] = item
+            launches.clear()
+
+        grouping = operations.group(ids, v.num_experts)
+        name("group")
+        operations.group(ids[:8], v.num_experts)
+        name("group few pairs")
+        operations.up(x, w1, b1, grouping, v.layout, v.activation, needs_h=False, options=v.options)
+        name("up inference")
+        h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation, options=v.options)
+        name("up")
+        assert h is not None
+        assert a is not None
+        y = operations.down(a, w2, b2, grouping, v.layout, options=v.options)
+        name("down")
+        operations.combine(y, grouping.inverse, weights)
+        name("combine")
+        operations.combine(y, grouping.inverse, weights, x)
+        name("combine with a shared expert")
+        dh, scaled_a, _ = operations.down_grad(
+            dout, w2, b2, h, weights, grouping, v.layout, v.activation, options=v.options
+        )
+        name("down_grad")
+        operations.up_grad(dh, w1, grouping, v.layout, options=v.options)
+        name("up_grad")
+        operations.weight_grad(grouping, v.layout, x=x, dh=dh, gate_up_bias=v.bias, options=v.options)
+        name("weight_grad W1")
+        main_grad = empty(*w1.shape, dtype=torch.float32)
+        operations.weight_grad(grouping, v.layout, x=x, dh=dh, accumulate_gate_up=main_grad, options=v.options)
+        name("weight_grad W1 main_grad")
+        operations.weight_grad(
+            grouping,
+            v.layout,
+            dout=dout,
+            scaled_a=scaled_a,
+            topk_weights=weights,
+            down_bias=v.bias,
+            options=v.options,
+        )
+        name("weight_grad W2")
+    return found
+
+
+def source_of(item: launch.Launch, target: GPUTarget) -> ASTSource:
+    """Describe a launch with the just-in-time compiler's own binder: 1 and None constant, multiples of 16 known."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(item.kernel.signature, item.kernel.params, backend)
+    keywords: dict[str, Any] = {**item.constexprs, **item.options}
+    arguments, specialization, _ = bind(*item.args, **keywords)
+    _, signature, constants, attributes = item.kernel._pack_args(backend, keywords, arguments, specialization, {})
+    return ASTSource(item.kernel, signature, constants, attributes)
