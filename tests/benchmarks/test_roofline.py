@@ -1,0 +1,64 @@
+"""Bytes, operations and bounds of the kernels, against sums worked out by hand."""
+
+import pytest
+
+from tritonmoe.benchmarks.roofline import H100, Work, backward_flops, forward_flops, kernel_work
+from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape
+from tritonmoe.config import ExpertLayout
+
+SHAPE = LayerShape("small", num_experts=4, top_k=2, hidden_size=8, intermediate_size=3)
+
+
+def test_bytes_by_hand():
+    """T = 5 tokens, N = 10 pairs, D = 8, F = 3, all 4 experts hit, 2 bytes an element."""
+    work = kernel_work(SHAPE, 5)
+    x, pairs, h, a = 5 * 8 * 2, 10 * 8 * 2, 10 * 6 * 2, 10 * 3 * 2
+    w1, w2, index = 4 * 6 * 8 * 2, 4 * 3 * 8 * 2, 10 * 4
+    assert work["up"] == Work(2 * 10 * 8 * 6, x + index + w1 + h + a)
+    assert work["down"] == Work(2 * 10 * 8 * 3, a + w2 + pairs)
+    assert work["combine"].num_bytes == pairs + index + 40 + x
+    assert work["down_grad"].num_bytes == x + index + 40 + w2 + h + h + a + 40
+    assert work["up_grad"] == Work(2 * 10 * 8 * 6, h + w1 + pairs)
+    assert work["weight_grad W1"].num_bytes == x + index + h + w1
+    assert work["weight_grad W2"].num_bytes == x + index + a + w2
+
+
+def test_empty_experts_cost_their_gradient_only():
+    work = kernel_work(SHAPE, 1)  # 2 pairs, at most 2 of 4 experts
+    assert work["down"].num_bytes == 2 * 3 * 2 + 2 * 3 * 8 * 2 + 2 * 8 * 2
+    assert work["weight_grad W2"].num_bytes == 8 * 2 + 2 * 3 * 2 + 2 * 4 + 4 * 3 * 8 * 2
+
+
+@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
+def test_products_add_up_to_the_layer(shape):
+    """6*N*D*F forward and 12*N*D*F backward."""
+    work = kernel_work(shape, 100)
+    n = 100 * shape.top_k
+    assert forward_flops(shape, 100) == 6 * n * shape.hidden_size * shape.intermediate_size
+    assert backward_flops(shape, 100) == 12 * n * shape.hidden_size * shape.intermediate_size
+    assert work["up"].flops + work["down"].flops == forward_flops(shape, 100)
+    backward = ("down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
+    assert sum(work[name].flops for name in backward) == backward_flops(shape, 100)
+
+
+def test_without_a_gate():
+    shape = LayerShape("ungated", 4, 2, 8, 3, "relu2", ExpertLayout(gated=False))
+    assert forward_flops(shape, 5) == 4 * 10 * 8 * 3
+    assert sum(kernel_work(shape, 5)[name].flops for name in ("up", "down")) == forward_flops(shape, 5)
+
+
+def test_bounds():
+    assert Work(989_400_000_000_000, 1).seconds(H100) == pytest.approx(1.0)
+    assert Work(0, 3_350_000_000_000).seconds(H100) == pytest.approx(1.0)
+    assert Work(989_400_000_000_000, 3_350_000_000_000).attainable_tflops(H100) == pytest.approx(989.4)
+    ridge = 989.4 / 3.35
+    assert Work(round(ridge * 1e6) + 1, 10**6).bound(H100) == "compute"
+    assert Work(round(ridge * 1e6) - 1, 10**6).bound(H100) == "memory"
+    assert (Work(1, 2) + Work(3, 4)).intensity == pytest.approx(4 / 6)
+
+
+def test_training_is_compute_bound_and_decode_is_not():
+    shape = GPU_SHAPES["Qwen3-30B-A3B"]
+    assert kernel_work(shape, 32768)["up"].bound(H100) == "compute"
+    assert kernel_work(shape, 1)["up"].bound(H100) == "memory"
+    assert kernel_work(shape, 32768)["combine"].bound(H100) == "memory"

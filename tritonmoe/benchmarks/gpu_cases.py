@@ -1,0 +1,292 @@
+"""The cases of `python -m bench.gpu`: correctness against fp64, single kernels, and the layer beside its peers."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..experts import moe_mlp
+from ..integrations.transformers import peers
+from .roofline import backward_flops, forward_flops, kernel_work
+from .shapes import LayerInputs, LayerShape, draw_inputs
+from .timing import Samples, interleave, summarize
+
+__all__ = ["Setting", "check", "measure_kernels", "measure_layer"]
+
+MOST_CHECKED_PARAMETERS = 1_700_000_000
+"""In fp64, with their gradients, these take 27 GB."""
+BATCHED_MM_LARGEST_PAIRS = 64
+"""batched_mm copies the weights for every pair."""
+EAGER_LARGEST_EXPERTS = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for every case of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    rounds: int
+    batch_s: float
+    """A timed batch of calls lasts about so long."""
+
+
+def check(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+    """Compare y and every gradient with fp64; allowed is twice the error of plain PyTorch in the same dtype.
+
+    Experts are left out where fp64 weights would not fit; results["num_experts"] says how many remained.
+    """
+    per_expert = shape.num_parameters // shape.num_experts
+    shape = replace(shape, num_experts=max(shape.top_k, min(shape.num_experts, MOST_CHECKED_PARAMETERS // per_expert)))
+    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
+    ours = _values(inputs, setting.backend, setting.dtype)
+    plain = _values(inputs, "reference", setting.dtype)
+    exact = _values(inputs, "reference", torch.float64)
+    errors = {}
+    for name, value in exact.items():
+        error, plain_error = (float((found[name].double() - value).abs().max()) for found in (ours, plain))
+        floor = 4 * torch.finfo(setting.dtype).eps * max(1.0, float(value.abs().max()))
+        errors[name] = {
+            "error": error,
+            "plain_error": plain_error,
+            "allowed": 2 * plain_error + floor,
+            "passed": error <= 2 * plain_error + floor,  # NaN is no pass
+        }
+    return {"num_experts": shape.num_experts, "errors": errors, "passed": all(e["passed"] for e in errors.values())}
+
+
+def _values(inputs: LayerInputs, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Give y and the gradient of every leaf, computed in `dtype`; the gate weights stay in fp32 or better."""
+    leaves = {
+        name: leaf.detach().to(torch.promote_types(leaf.dtype, dtype)).requires_grad_()
+        for name, leaf in inputs.leaves.items()
+    }
+    arguments = {**inputs.arguments, **{name: leaves[name] for name in inputs.weights}}
+    y = moe_mlp(leaves["x"], inputs.topk_ids, leaves["topk_weights"], **arguments, backend=backend)
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dout.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def measure_layer(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+    """Time moe_mlp, its peers and dense products of the same FLOPs in the same rounds; memory and grouping too."""
+    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
+    functions, left_out = _implementations(inputs, setting)
+    results: dict[str, Any] = {}
+    for backward in (False, True):
+        flops = forward_flops(shape, num_tokens) + (backward_flops(shape, num_tokens) if backward else 0)
+        variants = {name: _step(inputs, function, backward) for name, function in functions.items()}
+        variants["dense products"] = _dense_products(inputs, backward)
+        times, failed = _time(variants, setting)
+        left_out |= failed
+        results["forward+backward" if backward else "forward"] = _rates(times, flops)
+    results["memory"] = _memory(inputs, functions["tritonmoe"])
+    ops = backends.choose(setting.backend, setting.device, setting.dtype)
+    times, _ = _time({"group": lambda: ops.group(inputs.topk_ids, shape.num_experts)}, setting)
+    results["group_us"] = round(1e6 * statistics.median(times["group"]), 2)
+    results["left_out"] = left_out
+    return results
+
+
+def _implementations(inputs: LayerInputs, setting: Setting) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Give tritonmoe and every peer that can run, as functions of the very same tensors, and why others can't."""
+    shape, x, ids, gates = inputs.shape, inputs.x, inputs.topk_ids, inputs.topk_weights
+    functions: dict[str, Callable[[], Tensor]] = {
+        "tritonmoe": lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend=setting.backend)
+    }
+    left_out: dict[str, str] = {}
+    for peer in peers.PEERS:
+        reason = peers.peer_unusable_reason(peer, setting.device, plain=shape.is_plain)
+        if reason is None and peer == "batched_mm" and ids.numel() > BATCHED_MM_LARGEST_PAIRS:
+            reason = f"it copies the weights for every pair: only up to {BATCHED_MM_LARGEST_PAIRS} pairs"
+        if reason is None and peer == "eager" and shape.num_experts > EAGER_LARGEST_EXPERTS:
+            reason = f"it loops over the experts: only up to {EAGER_LARGEST_EXPERTS}"
+        if reason is not None:
+            left_out[peer] = reason
+            continue
+        w = inputs.weights
+        if peer == "liger":
+            function = peers.liger_function(w["gate_up_proj"], w["down_proj"])
+        elif shape.is_plain:
+            function = peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
+        else:
+            function = peers.gpt_oss_experts_function(
+                peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"]
+            )
+        # transformers multiplies rows by the weights in their own dtype: give it the rows' one.
+        functions[peer] = lambda function=function: function(x, ids, gates.to(x.dtype))  # type: ignore[misc]
+    return functions, left_out
+
+
+def _step(inputs: LayerInputs, function: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
+    def forward_only() -> None:
+        with torch.no_grad():
+            function()
+
+    def both() -> None:
+        torch.autograd.grad(function(), list(inputs.leaves.values()), inputs.dout)
+
+    return both if backward else forward_only
+
+
+def _dense_products(inputs: LayerInputs, backward: bool) -> Callable[[], None]:
+    """Give matrix products of the layer's FLOPs: N rows, no experts, gather, activation or sum."""
+    shape, x = inputs.shape, inputs.x.detach()
+    n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
+    width = 2 * f if shape.layout.gated else f
+    rows, hidden, inner = (x.new_empty(n, columns).normal_() for columns in (d, width, f))
+    w1, w2 = x.new_empty(d, width).normal_(), x.new_empty(f, d).normal_()
+
+    def run() -> None:
+        rows @ w1
+        inner @ w2
+        if backward:
+            rows @ w2.mT
+            hidden @ w1.mT
+            hidden.mT @ rows
+            inner.mT @ rows
+
+    return run
+
+
+def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Samples, dict[str, str]]:
+    """Time all variants in the same rounds, in batches of calls; one that fails is left out, with its error."""
+    batches: dict[str, Callable[[], None]] = {}
+    counts: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for name, run in variants.items():
+        try:
+            run()
+            _synchronize(setting.device)
+            started = time.perf_counter()
+            run()
+            _synchronize(setting.device)
+        except Exception as error:
+            if name == "tritonmoe":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            gc.collect()
+            continue
+        count = max(1, min(200, round(setting.batch_s / (time.perf_counter() - started))))
+
+        def batch(run: Callable[[], Any] = run, count: int = count) -> None:
+            for _ in range(count):
+                run()
+
+        batches[name], counts[name] = batch, count
+    samples = interleave(batches, setting.rounds)
+    return {name: [seconds / counts[name] for seconds in times] for name, times in samples.items()}, failed
+
+
+def _rates(times: Samples, flops: int) -> dict[str, Any]:
+    """Give each variant's times and TFLOP/s, and its fraction of the dense products' rate: medians of same rounds."""
+    rates: dict[str, Any] = {}
+    dense_s = statistics.median(times["dense products"]) if "dense products" in times else None
+    for name, seconds in times.items():
+        median_s = statistics.median(seconds)
+        rates[name] = {**summarize(seconds), "tflops": round(flops / median_s / 1e12, 3)}
+        if dense_s is not None and name != "dense products":
+            rates[name]["fraction_of_dense"] = round(dense_s / median_s, 3)
+    return rates
+
+
+def _memory(inputs: LayerInputs, function: Callable[[], Tensor]) -> dict[str, int | None]:
+    """Give the bytes that a forward keeps for backward beside x and the weights, and the step's peak."""
+    known = {leaf.untyped_storage().data_ptr() for leaf in inputs.leaves.values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    cuda = inputs.x.is_cuda
+    before = 0
+    if cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function()
+    kept = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes() if cuda else None
+    grads = torch.autograd.grad(y, list(inputs.leaves.values()), inputs.dout)
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    del grads
+    return {"saved_tensor_bytes": sum(saved.values()), "kept_bytes": kept, "peak_bytes": peak}
+
+
+def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+    """Time each operation beside a dense product of its FLOPs, where it has one."""
+    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
+    ops, layout = backends.choose(setting.backend, setting.device, setting.dtype), shape.layout
+    x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
+    w = {name: weight.detach() for name, weight in inputs.weights.items()}
+    w1, w2, b1, b2 = w["gate_up_proj"], w["down_proj"], w.get("gate_up_bias"), w.get("down_bias")
+    activation = shape.activation
+    grouping = ops.group(inputs.topk_ids, shape.num_experts)
+    h, a = ops.up(x, w1, b1, grouping, layout, activation)
+    y = ops.down(a, w2, b2, grouping, layout)
+    dh, scaled_a, _ = ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation)
+    dx = ops.up_grad(dh, w1, grouping, layout)
+    runs: dict[str, Callable[[], Any]] = {
+        "group": lambda: ops.group(inputs.topk_ids, shape.num_experts),
+        "up": lambda: ops.up(x, w1, b1, grouping, layout, activation),
+        "up, inference": lambda: ops.up(x, w1, b1, grouping, layout, activation, needs_h=False),
+        "down": lambda: ops.down(a, w2, b2, grouping, layout),
+        "combine": lambda: ops.combine(y, grouping.inverse, gates),
+        "down_grad": lambda: ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation),
+        "up_grad": lambda: ops.up_grad(dh, w1, grouping, layout),
+        "combine_grad": lambda: ops.combine(dx, grouping.inverse),
+        "weight_grad W1": lambda: ops.weight_grad(grouping, layout, x=x, dh=dh),
+        "weight_grad W2": lambda: ops.weight_grad(grouping, layout, dout=dout, scaled_a=scaled_a),
+    }
+    works = kernel_work(shape, num_tokens, element_bytes=x.element_size())
+    works["up, inference"] = works["up"]
+    dense = _dense_by_kernel(inputs)
+    results: dict[str, Any] = {}
+    for name, run in runs.items():
+        variants = {"kernel": run} | ({"dense product": dense[name]} if name in dense else {})
+        times, failed = _time(variants, setting)
+        if failed:
+            raise RuntimeError(f"{name}: {failed}")
+        summary = summarize(times["kernel"])
+        seconds = statistics.median(times["kernel"])
+        results[name] = {
+            **summary,
+            "us": round(seconds * 1e6, 2),
+            "tflops": round(works[name].flops / seconds / 1e12, 3),
+            "gb_per_s": round(works[name].num_bytes / seconds / 1e9, 1),
+        }
+        if name in dense:
+            results[name]["fraction_of_dense"] = round(statistics.median(times["dense product"]) / seconds, 3)
+    return results
+
+
+def _dense_by_kernel(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:
+    """Give for every kernel with a product one dense product of the same FLOPs."""
+    shape, x = inputs.shape, inputs.x.detach()
+    n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
+    width = 2 * f if shape.layout.gated else f
+    rows, hidden, inner = (x.new_empty(n, columns).normal_() for columns in (d, width, f))
+    w1, w2 = x.new_empty(width, d).normal_(), x.new_empty(d, f).normal_()
+    return {
+        "up": lambda: rows @ w1.mT,
+        "up, inference": lambda: rows @ w1.mT,
+        "down": lambda: inner @ w2.mT,
+        "down_grad": lambda: rows @ w2,
+        "up_grad": lambda: hidden @ w1,
+        "weight_grad W1": lambda: hidden.mT @ rows,
+        "weight_grad W2": lambda: rows.mT @ inner,
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,101 @@
+"""What each kernel must compute and move, and the shortest time in which a card could do it."""
+
+from dataclasses import dataclass
+
+from .shapes import LayerShape
+
+__all__ = ["H100", "Card", "Work", "backward_flops", "forward_flops", "kernel_work"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peak rates of one card."""
+
+    name: str
+    tflops: float
+    """Dense bf16 products, 10^12 floating-point operations a second."""
+    tb_per_s: float
+    """Device memory, 10^12 bytes a second."""
+    source: str
+
+
+H100 = Card(
+    "H100 SXM",
+    tflops=989.4,
+    tb_per_s=3.35,
+    source="NVIDIA H100 data sheet: 1979 TFLOP/s bf16 with sparsity, half of it dense; 3.35 TB/s",
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations and the fewest bytes of device memory of one kernel."""
+
+    flops: int
+    num_bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.num_bytes + other.num_bytes)
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations per byte."""
+        return self.flops / self.num_bytes if self.num_bytes else 0.0
+
+    def seconds(self, card: Card) -> float:
+        """Give the longer of the time for arithmetic and the time for memory, both at the card's peak."""
+        return max(self.flops / (card.tflops * 1e12), self.num_bytes / (card.tb_per_s * 1e12))
+
+    def bound(self, card: Card) -> str:
+        """Say which of the two is longer: "compute" or "memory"."""
+        return "compute" if self.flops / (card.tflops * 1e12) >= self.num_bytes / (card.tb_per_s * 1e12) else "memory"
+
+    def attainable_tflops(self, card: Card) -> float:
+        """Give the rate, 10^12 operations a second, at that shortest time."""
+        seconds = self.seconds(card)
+        return self.flops / seconds / 1e12 if seconds else 0.0
+
+
+def forward_flops(shape: LayerShape, num_tokens: int) -> int:
+    """Give 6*N*D*F for gated experts (two products of 2F and F columns), 4*N*D*F without a gate; N = T*K."""
+    width = 3 if shape.layout.gated else 2
+    return 2 * width * num_tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
+
+
+def backward_flops(shape: LayerShape, num_tokens: int) -> int:
+    """Give twice the forward's: every product has one gradient for its rows and one for its weights."""
+    return 2 * forward_flops(shape, num_tokens)
+
+
+def kernel_work(
+    shape: LayerShape, num_tokens: int, *, element_bytes: int = 2, experts_hit: int | None = None
+) -> dict[str, Work]:
+    """Give every kernel's operations and bytes, forward and backward, when each tensor is read or written once.
+
+    Rows that several experts read (x, dout) and weights count once, as if the L2 cache kept them: the fewest bytes
+    that a kernel can move, so the time that follows is a bound and no prediction.
+
+    Args:
+        experts_hit: how many experts have at least one token; by default min(E, N).
+    """
+    t, k, d, f = num_tokens, shape.top_k, shape.hidden_size, shape.intermediate_size
+    n = t * k
+    gates = 2 if shape.layout.gated else 1
+    experts = min(shape.num_experts, n) if experts_hit is None else experts_hit
+    b = element_bytes
+    x, pairs, hidden, inner = t * d * b, n * d * b, n * gates * f * b, n * f * b
+    w1, w2 = experts * gates * f * d * b, experts * f * d * b
+    all_w1, all_w2 = (shape.num_experts * width * f * d * b for width in (gates, 1))
+    index, gate_weights = 4 * n, 4 * n
+    up_flops, down_flops = 2 * n * d * gates * f, 2 * n * d * f
+    return {
+        "group": Work(0, 8 * n + 2 * index),
+        "up": Work(up_flops, x + w1 + index + hidden + inner),
+        "down": Work(down_flops, inner + w2 + pairs),
+        "combine": Work(2 * n * d, pairs + index + gate_weights + x),
+        "down_grad": Work(down_flops, x + w2 + hidden + index + gate_weights + hidden + inner + 4 * n),
+        "up_grad": Work(up_flops, hidden + w1 + pairs),
+        "combine_grad": Work(n * d, pairs + index + x),
+        "weight_grad W1": Work(up_flops, x + hidden + index + all_w1),
+        "weight_grad W2": Work(down_flops, x + inner + index + all_w2),
+    }
