@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from tritonmoe.benchmarks.shapes import GPU_SHAPES
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
@@ -73,7 +75,83 @@ def scheduler_table(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"moe_mlp": moe_mlp_table, "fixed_experts": fixed_experts_table, "scheduler": scheduler_table}
+def codegen_table(name: str) -> str:
+    """The default variant under the newest Triton; every variant's rows count in the sentence above it."""
+    data = load(name)
+    *older, newest = data["triton_versions"]
+    rows = data["results"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
+    problems = sum(bool(row["problem"]) for row in rows)
+    lines = [
+        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
+        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill, too much "
+        f"shared memory, a missing matrix instruction). Below: {variants[0]}, Triton {newest}. A cell has registers, "
+        "KB of shared memory, programs side by side on a multiprocessor, and the matrix instruction in the loop.",
+        "",
+        f"| kernel | {' | '.join(targets)} |",
+        f"| --- |{' --- |' * len(targets)}",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in shown):
+        cells = {row["target"]: codegen_cell(row) for row in shown if row["kernel"] == kernel}
+        lines.append(f"| {kernel} | {' | '.join(cells.get(target, '-') for target in targets)} |")
+    return "\n".join(lines)
+
+
+def codegen_cell(row: dict) -> str:
+    if row["error"]:
+        return "error"
+    sizes = f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}, {row['occupancy']}"
+    return ", ".join(filter(None, (sizes, row["matrix"], "TMA" if row["uses_tma"] else "")))
+
+
+GPU_TOKENS = (32768, 4096, 64, 1)
+
+
+def gpu_table(name: str) -> str:
+    """Forward and forward + backward of every shape; cells of what no file has say so."""
+    data = load(name) if (RESULTS / f"{name}.json").exists() else {"results": []}
+    layers = {
+        (case["shape"], case["T"]): case
+        for case in data["results"]
+        if case["kind"] == "layer" and case["routing"] == "uniform"
+    }
+    device = data["environment"]["device"] if layers else "a GPU: not measured yet"
+    lines = [
+        f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
+        "FLOPs in the same rounds, and how many times as fast as the fastest peer; uniform routing.",
+        "",
+        "| shape | T | forward | forward + backward |",
+        "| --- | --- | --- | --- |",
+    ]
+    for shape in GPU_SHAPES:
+        for num_tokens in GPU_TOKENS:
+            case = layers.get((shape, num_tokens), {})
+            cells = [gpu_cell(case, run) for run in ("forward", "forward+backward")]
+            lines.append(f"| {shape} | {num_tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_cell(case: dict, run: str) -> str:
+    if "out_of_memory" in case:
+        return "out of memory"
+    if run not in case:
+        return "not measured yet"
+    measured = case[run]
+    ours = measured["tritonmoe"]
+    others = [times["median_ms"] for name, times in measured.items() if name not in ("tritonmoe", "dense products")]
+    ratio = f", {min(others) / ours['median_ms']:.2f}x" if others else ""
+    return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
+
+
+TABLES = {
+    "moe_mlp": moe_mlp_table,
+    "fixed_experts": fixed_experts_table,
+    "scheduler": scheduler_table,
+    "codegen": codegen_table,
+    "gpu": gpu_table,
+}
 
 
 def render(text: str) -> str:

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     variants = list(VARIANTS) if options.all else options.variants
     results = compile_all(options.targets, variants, options.workers, progress)
     if options.json:
-        print(json.dumps([asdict(result) for result in results], indent=1))
+        print(json.dumps([{**asdict(result), "problem": result.problem} for result in results], indent=1))
     else:
         _print_tables(results)
     problems = [result for result in results if result.problem]

@@ -116,6 +116,9 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
         name("up_grad")
         operations.weight_grad(grouping, v.layout, x=x, dh=dh, gate_up_bias=v.bias, options=v.options)
         name("weight_grad W1")
+        main_grad = empty(*w1.shape, dtype=torch.float32)
+        operations.weight_grad(grouping, v.layout, x=x, dh=dh, accumulate_gate_up=main_grad, options=v.options)
+        name("weight_grad W1 main_grad")
         operations.weight_grad(
             grouping,
             v.layout,
