@@ -1,4 +1,4 @@
-"""`python -m bench.readme [--check]`: write the README's tables from bench/results/*.json, or check that they match."""
+"""`python -m bench.readme [--check]`: write the tables of README and docs, or check that they match bench/results."""
 
 import argparse
 import json
@@ -6,10 +6,11 @@ import re
 import sys
 from pathlib import Path
 
+from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -106,7 +107,7 @@ def codegen_cell(row: dict) -> str:
     return ", ".join(filter(None, (sizes, row["matrix"], "TMA" if row["uses_tma"] else "")))
 
 
-GPU_TOKENS = (32768, 4096, 64, 1)
+GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
 
 
 def gpu_table(name: str) -> str:
@@ -122,14 +123,12 @@ def gpu_table(name: str) -> str:
         f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
         "FLOPs in the same rounds, and how many times as fast as the fastest peer; uniform routing.",
         "",
-        "| shape | T | forward | forward + backward |",
-        "| --- | --- | --- | --- |",
+        f"| shape | {' | '.join(f'T = {num_tokens}, {run}' for num_tokens, run in GPU_COLUMNS)} |",
+        f"| --- |{' --- |' * len(GPU_COLUMNS)}",
     ]
     for shape in GPU_SHAPES:
-        for num_tokens in GPU_TOKENS:
-            case = layers.get((shape, num_tokens), {})
-            cells = [gpu_cell(case, run) for run in ("forward", "forward+backward")]
-            lines.append(f"| {shape} | {num_tokens} | {' | '.join(cells)} |")
+        cells = [gpu_cell(layers.get((shape, num_tokens), {}), run) for num_tokens, run in GPU_COLUMNS]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -145,7 +144,36 @@ def gpu_cell(case: dict, run: str) -> str:
     return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
 
 
+BOUND_KERNELS = ("up", "down", "combine", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
+
+
+def bounds_table(num_tokens: str) -> str:
+    """What a card's peak rates allow; needs no measurement."""
+    lines = [
+        f"T = {num_tokens}, bf16, {H100.name} at its peak of {H100.tflops:.0f} TFLOP/s and {H100.tb_per_s} TB/s "
+        f"({H100.source}). Cells: FLOP per byte, shortest time in microseconds, and m where memory sets it.",
+        "",
+        f"| shape | {' | '.join(BOUND_KERNELS)} | forward | forward + backward |",
+        f"| --- |{' --- |' * len(BOUND_KERNELS)} --- | --- |",
+    ]
+    for shape in GPU_SHAPES.values():
+        work = kernel_work(shape, int(num_tokens))
+        cells = [
+            f"{work[name].intensity:.0f}, {work[name].seconds(H100) * 1e6:.0f}"
+            f"{' m' if work[name].bound(H100) == 'memory' else ''}"
+            for name in BOUND_KERNELS
+        ]
+        forward_s = sum(work[name].seconds(H100) for name in ("group", "up", "down", "combine"))
+        both_s = sum(item.seconds(H100) for item in work.values())
+        forward = forward_flops(shape, int(num_tokens))
+        both = forward + backward_flops(shape, int(num_tokens))
+        rates = [f"{flops / seconds / 1e12:.0f} TFLOP/s" for flops, seconds in ((forward, forward_s), (both, both_s))]
+        lines.append(f"| {shape.name} | {' | '.join([*cells, *rates])} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "bounds": bounds_table,
     "moe_mlp": moe_mlp_table,
     "fixed_experts": fixed_experts_table,
     "scheduler": scheduler_table,
@@ -155,7 +183,7 @@ TABLES = {
 
 
 def render(text: str) -> str:
-    """Give the README with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    """Give a page with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
 
     def table(match: re.Match) -> str:
         kind, name = match.group(1), match.group(2)
@@ -168,11 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where the README is not what would be written")
     arguments = parser.parse_args()
-    text = README.read_text()
-    rendered = render(text)
+    rendered = {page: render(page.read_text()) for page in PAGES}
+    stale = [page.name for page, text in rendered.items() if page.read_text() != text]
     if arguments.check:
-        sys.exit(None if rendered == text else "README.md is stale: run python -m bench.readme")
-    README.write_text(rendered)
+        sys.exit(f"{', '.join(stale)}: stale, run python -m bench.readme" if stale else None)
+    for page, text in rendered.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
