@@ -1,17 +1,30 @@
-"""num_chunks="auto": the closed form, and ranks that agree on it."""
+"""num_chunks="auto": the closed form, the search, the trials, and ranks that agree on all of it."""
+
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config import MAX_CHUNKS
+from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
+from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.schedule import Step
 from tritonmoe.overlap.tuner import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
     DETERMINISTIC_NUM_CHUNKS,
-    PLAN,
-    ChunkChooser,
+    DRIFT_CALLS,
+    MEASURED_NUM_CHUNKS,
+    NUM_VOTES,
+    SETTLING_CALLS,
+    TRIAL_ROUNDS,
+    Message,
+    PlanChooser,
     closed_form_num_chunks,
+    link_costs,
+    pack,
+    search,
+    unpack,
 )
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -45,37 +58,227 @@ def test_closed_form_stays_within_the_limit() -> None:
                 assert 1 <= closed_form_num_chunks(experts_s, experts_s * ratio, eps_s) <= MAX_CHUNKS
 
 
-class Report:
-    """A PassReport with chosen times."""
+@dataclass
+class Timing:
+    step: Step
+    start_s: float
+    end_s: float
+    post_s: float = 0.0
 
-    def __init__(self, experts_s: float, communication_s: float) -> None:
-        self.times = {"experts": experts_s, "dispatch": communication_s / 2, "combine": communication_s / 2}
+
+class Pass:
+    """A PassReport with chosen times: exchanges one after the other, then the experts."""
+
+    is_over = True
+
+    def __init__(self, num_chunks: int, experts_s: float, dispatch_s: float, total_s: float, chunk_s: float) -> None:
+        self.total_s = total_s
+        self.steps = []
+        for n in range(num_chunks):
+            first, last = (dispatch_s * part / num_chunks for part in (n, n + 1))
+            self.steps.append(Timing(Step("dispatch", n, "comm"), 0.0, last))
+            self.steps.append(Timing(Step("experts", n, "compute"), first, first + experts_s / num_chunks + chunk_s))
 
     def lane_s(self, *kinds: str) -> float:
-        return sum(self.times[kind] for kind in kinds)
+        return sum(t.end_s - t.start_s for t in self.steps if t.step.kind in kinds)
 
 
-def test_two_ranks_that_measured_differently_agree_on_the_larger_wish() -> None:
-    choosers = [ChunkChooser(), ChunkChooser()]
+class Report:
+    """A LayerReport of two ranks whose 1000 rows of 1 kB all travel, in equal chunks."""
+
+    row_bytes, top_k, backward, choice = 1000, 1, None, ""
+
+    def __init__(
+        self, plan: tm.OverlapPlan, experts_s: float, dispatch_s: float, total_s: float = 0.0, chunk_s: float = 0.0
+    ) -> None:
+        self.overlap, self.num_chunks = plan, plan.num_chunks
+        self.traffic_rows = torch.tensor([[0, 1000], [1000, 0]])
+        bounds = tuple(1000 * n // plan.num_chunks for n in range(plan.num_chunks + 1))
+        self.home_offsets = self.receive_offsets = self.pair_offsets = (0,) * plan.num_local_slices + bounds
+        self.forward = Pass(plan.num_chunks, experts_s, dispatch_s, total_s, chunk_s)
+
+
+def test_search_finds_what_hand_computed_cases_ask_for() -> None:
+    rows = torch.tensor([[0, 100], [100, 0]])
+    layer = LayerWork.of(rows, 1.0, 1, 0)
+    experts = StepCosts({}, {"experts": 1.0})
+
+    def found(costs: StepCosts, link: LinkCosts, config: tm.OverlapConfig = AUTO) -> list[tuple[float, tm.OverlapPlan]]:
+        return search(config, layer, costs, link, backward=False)
+
+    # A chunk costs as much as all there is to hide: one chunk.
+    seconds, plan = found(StepCosts({"experts": 60.0}, {"experts": 1.0}), LinkCosts(0.0, 4.0))[0]
+    assert (plan.num_chunks, seconds) == (1, 25 + 160 + 25)
+    # Chunks are free and compute is the longer side: many chunks, and a ramp.
+    seconds, plan = found(experts, LinkCosts(0.0, 4.0))[0]
+    assert plan.chunk_sizes == ramp_sizes(16)
+    assert seconds == pytest.approx(100 + 50 / sum(ramp_sizes(16)))
+    # Every plan is there, the fastest first, and "equal" leaves out ramps.
+    plans = found(experts, LinkCosts(0.0, 4.0), tm.OverlapConfig(shape="equal"))
+    assert [s for s, _ in plans] == sorted(s for s, _ in plans)
+    assert {len(set(plan.chunk_sizes)) for _, plan in plans} == {1}
+    assert any(plan.num_chunks == 1 for _, plan in plans)
+    # A link that is shared wants its dispatches to take turns.
+    _, plan = found(experts, LinkCosts(0.0, 2.0, is_shared=True))[0]
+    assert plan.window < plan.num_chunks
+
+
+def test_local_pairs_are_split_as_the_ends_need() -> None:
+    """Twice as many local pairs as hide both ends: half first is as fast as it gets."""
+    layer = LayerWork.of(torch.full((2, 2), 100), 1.0, 1, 0)
+    seconds, plan = search(AUTO, layer, StepCosts({}, {"experts": 1.0}), LinkCosts(0.0, 1.0), backward=False)[0]
+    assert seconds == pytest.approx(200)
+    assert 4 <= plan.local_start <= 12
+
+
+def test_a_budget_leaves_out_plans() -> None:
+    layer = LayerWork.of(torch.full((2, 2), 100), 1.0, 1, 0)
+    costs, link = StepCosts({}, {"experts": 1.0}), LinkCosts(0.0, 1.0)
+    found = search(AUTO, layer, costs, link, backward=True, fits=lambda plan: plan.num_chunks >= 6)
+    assert min(plan.num_chunks for _, plan in found) == 6
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_link_costs_of_measured_calls(is_shared: bool) -> None:
+    """1000 rows of 1 kB in 2 s, or 1.5 s where two exchanges together are faster; the shortest time of two counts."""
+    plans = [tm.OverlapPlan(equal_sizes(n), local_start=0) for n in (1, 2, 1, 2)]
+    whole = 1.5 if is_shared else 2.0
+    reports = [Report(plan, 1.0, s) for plan, s in zip(plans, (3.0, 2.5, 2.0, whole), strict=True)]
+    link = link_costs(reports, is_shared)
+    assert link.is_shared == is_shared
+    assert link.alone_share == (0.75 if is_shared else 1.0)
+    assert link.bytes_per_s == pytest.approx(1e6 / whole)
+    assert link.latency_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_plans_travel_as_one_integer() -> None:
+    for sizes in (equal_sizes(1), equal_sizes(32), ramp_sizes(16), ramp_sizes(3)):
+        for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
+            plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window)
+            assert unpack(pack(plan), local_first=False) == plan
+            assert 0 < pack(plan) < 2**63
+
+
+def run_choosers(
+    num_calls: int,
+    total_s,
+    *,
+    experts_s: float = 0.4,
+    dispatch_s: float = 0.2,
+    chunk_s: float = 0.0,
+    num_ranks: int = 2,
+) -> tuple[list[tm.OverlapPlan], list[PlanChooser]]:
+    """Run choosers of ranks that measure differently; total_s(call, rank, plan) is what each measures of a call."""
+    choosers = [PlanChooser(AUTO, num_ranks) for _ in range(num_ranks)]
     chosen = []
-    for call in range(6):
-        counts = [chooser.num_chunks(AUTO, 2) for chooser in choosers]
-        assert len(set(counts)) == 1
-        chosen.append(counts[0])
-        votes = [chooser.vote() for chooser in choosers]
+    for call in range(num_calls):
+        plans = [chooser.plan() for chooser in choosers]
+        assert len(set(plans)) == 1, call
+        messages = [chooser.message() for chooser in choosers]
+        assert len({message.measured_call for message in messages}) == 1
         for rank, chooser in enumerate(choosers):
-            chooser.observe(votes, Report(0.010 + (call == 2) * 0.000150 * (4 - 3 * rank), 0.008))
-    assert chosen == [*PLAN, PLAN[-1], 7, 7]
-    assert [chooser.vote() for chooser in choosers] == [0, 0]
+            slower = 1 + rank
+            report = Report(plans[0], experts_s * slower, dispatch_s * slower, total_s(call, rank, plans[0]), chunk_s)
+            chooser.observe(messages, report, has_backward=False)
+        chosen.append(plans[0])
+    return chosen, choosers
+
+
+def fewer_is_slower(call: int, rank: int, plan: tm.OverlapPlan) -> float:
+    """Chunks pay: one takes 1 s, others less; rank 1 is the slower one of even calls."""
+    return (1.0 if plan.num_chunks == 1 else 0.7) * (1.1 if rank == call % 2 else 1.0)
+
+
+def test_ranks_that_measure_differently_agree_at_every_call() -> None:
+    chosen, choosers = run_choosers(40, fewer_is_slower)
+    assert [plan.num_chunks for plan in chosen[: len(MEASURED_NUM_CHUNKS)]] == list(MEASURED_NUM_CHUNKS)
+    tried = chosen[len(MEASURED_NUM_CHUNKS) + 1 : SETTLING_CALLS - 1]
+    assert len(set(tried)) == 1 + NUM_VOTES
+    for first in range(0, len(tried), 1 + NUM_VOTES):  # every plan once a round
+        assert set(tried[first : first + 1 + NUM_VOTES]) == set(tried)
+    # The order shifts, so that a stack of layers doesn't always try the same plan in the same layer.
+    assert tried[:3] != tried[3:6]
+    assert len(set(chosen[SETTLING_CALLS:])) == 1
+    assert chosen[-1].num_chunks > 1
+    for rank, chooser in enumerate(choosers):
+        assert chooser.chosen == chosen[-1]
+        assert f"30% faster than one chunk, median of 3 rounds (experts {400 * (1 + rank)}.00 ms" in chooser.choice
+
+
+def test_the_fastest_measured_plan_is_chosen_whatever_was_predicted() -> None:
+    chosen, _ = run_choosers(30, fewer_is_slower)
+    second = sorted(set(chosen[len(MEASURED_NUM_CHUNKS) + 1 :]), key=pack)
+    for favourite in second:
+
+        def total_s(call: int, rank: int, plan: tm.OverlapPlan, favourite=favourite) -> float:
+            return 0.5 if plan == favourite else 1.0
+
+        found, choosers = run_choosers(30, total_s)
+        assert found[-1] == favourite
+        assert ("faster than one chunk" in choosers[0].choice) == (favourite.num_chunks > 1)
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(0.975, False), (0.95, True)])
+def test_one_chunk_unless_others_gain_three_per_cent(seconds: float, pays: bool) -> None:
+    chosen, choosers = run_choosers(30, lambda call, rank, plan: 1.0 if plan.num_chunks == 1 else seconds)
+    assert (chosen[-1].num_chunks > 1) == pays
+    assert ("gained less than 3%" in choosers[0].choice) != pays
+
+
+def test_one_disturbed_round_does_not_decide() -> None:
+    def total_s(call: int, rank: int, plan: tm.OverlapPlan) -> float:
+        disturbed = len(MEASURED_NUM_CHUNKS) + 1 <= call <= len(MEASURED_NUM_CHUNKS) + 3
+        return (1.0 if plan.num_chunks == 1 else 0.7) * (5.0 if disturbed and plan.num_chunks > 1 else 1.0)
+
+    assert run_choosers(30, total_s)[0][-1].num_chunks > 1
+
+
+def test_nothing_is_tried_where_every_other_plan_is_predicted_to_be_far_slower() -> None:
+    chosen, choosers = run_choosers(12, lambda *_: 1.0, experts_s=1.0, dispatch_s=1e-4, chunk_s=0.5)
+    assert all(plan.num_chunks <= 2 for plan in chosen)
+    assert choosers[0].chosen == chosen[-1]
+
+
+def test_drift_starts_all_again_and_noise_does_not() -> None:
+    def drifts_at_50(call: int, rank: int, plan: tm.OverlapPlan) -> float:
+        return fewer_is_slower(call, rank, plan) * (1.3 if call >= 50 else 1.0)
+
+    def noisy(call: int, rank: int, plan: tm.OverlapPlan) -> float:
+        return fewer_is_slower(call, rank, plan) * (1.08 if call % 3 else 1.0)
+
+    before = run_choosers(50, drifts_at_50)[1]
+    assert before[0].num_searches == 1
+    chosen, choosers = run_choosers(50 + 2 * DRIFT_CALLS + SETTLING_CALLS + 2, drifts_at_50)
+    assert choosers[0].num_searches == 2
+    assert [plan.num_chunks for plan in chosen[50:]].count(1) >= 2 + TRIAL_ROUNDS
+    assert run_choosers(100, noisy)[1][0].num_searches == 1
+
+
+def test_calls_without_a_backward_do_not_hold_up_the_choice() -> None:
+    chooser = PlanChooser(AUTO, 2)
+    for _ in range(100):
+        plan, message = chooser.plan(), chooser.message()
+        chooser.observe([message, message], Report(plan, 0.4, 0.2), has_backward=True)
+    assert chooser.chosen is not None
+    assert "too few whole calls" in chooser.choice
 
 
 def test_a_given_number_is_used_as_it_is() -> None:
-    assert ChunkChooser().num_chunks(tm.OverlapConfig(num_chunks=5), 4) == 5
-    assert ChunkChooser().num_chunks(tm.OverlapConfig(num_chunks=5), 1) == 5
+    for size in (1, 4):
+        chooser = PlanChooser(tm.OverlapConfig(num_chunks=5), size)
+        assert chooser.plan().chunk_sizes == equal_sizes(5)
+        assert chooser.message() == Message()
+        assert chooser.choice == "as configured"
+    ramp = tm.OverlapConfig(num_chunks=5, shape="ramp")
+    assert PlanChooser(ramp, 2).plan().chunk_sizes == (1, 2, 3, 2, 1)
+    assert PlanChooser(tm.OverlapConfig(shape=(3, 1)), 2).plan().chunk_sizes == (3, 1)
 
 
 def test_one_rank_has_nothing_to_hide() -> None:
-    assert ChunkChooser().num_chunks(AUTO, 1) == 1
+    chooser = PlanChooser(AUTO, 1)
+    assert chooser.plan() == tm.OverlapPlan((1,), local_start=16)
+    assert chooser.choice == "one rank has no exchange to hide"
+    assert PlanChooser(replace(AUTO, serial=True), 2).plan().num_chunks == 1
 
 
 def batch(rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,11 +307,11 @@ def chunks_of_calls(num_calls: int, num_ranks: int = 2, link: tm.LinkModel | Non
     "link", [None, tm.LinkModel(0.001), tm.LinkModel(None, latency_us=3000)], ids=["memory", "slow", "late"]
 )
 @pytest.mark.parametrize("num_ranks", [2, 4], ids="W{}".format)
-def test_ranks_agree_and_settle_within_six_calls(num_ranks: int, link: tm.LinkModel | None) -> None:
-    chosen = chunks_of_calls(9, num_ranks, link)
+def test_ranks_agree_and_settle(num_ranks: int, link: tm.LinkModel | None) -> None:
+    chosen = chunks_of_calls(SETTLING_CALLS + 3, num_ranks, link)
     assert all(counts == chosen[0] for counts in chosen)
-    assert chosen[0][: len(PLAN)] == list(PLAN)
-    assert len(set(chosen[0][5:])) == 1
+    assert chosen[0][: len(MEASURED_NUM_CHUNKS)] == list(MEASURED_NUM_CHUNKS)
+    assert len(set(chosen[0][SETTLING_CALLS:])) == 1
     assert 1 <= chosen[0][-1] <= MAX_CHUNKS
 
 
@@ -127,7 +330,7 @@ def test_one_transport_settles_every_kind_of_call_by_itself() -> None:
     def on_rank(transport: Transport) -> list[list[int]]:
         layers = [tm.GroupedExperts(tm.MoEConfig(8, inner, 4, 2), transport) for inner in (4, 6)]
         counts: list[list[int]] = [[], [], []]
-        for call in range(7):
+        for call in range(SETTLING_CALLS + 2):
             for n, layer in enumerate(layers):
                 layer(*batch(transport.rank, call)).sum().backward()
                 counts[n].append(layer.last_report.num_chunks)
@@ -139,24 +342,44 @@ def test_one_transport_settles_every_kind_of_call_by_itself() -> None:
     per_rank = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert per_rank[0] == per_rank[1]
     for counts in per_rank[0]:
-        assert counts[: len(PLAN)] == list(PLAN)
-        assert len(set(counts[5:])) == 1
+        assert counts[: len(MEASURED_NUM_CHUNKS)] == list(MEASURED_NUM_CHUNKS)
+        assert len(set(counts[SETTLING_CALLS:])) == 1
 
 
 def test_layers_of_one_shape_settle_together() -> None:
     """State belongs to the transport: the second layer of a stack measures nothing anew."""
 
     def on_rank(transport: Transport) -> list[int]:
-        layers = [tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport) for _ in range(4)]
+        layers = [tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport) for _ in range(SETTLING_CALLS + 2)]
         counts = []
         for layer in layers:
-            layer(*batch(transport.rank))
+            layer(*batch(transport.rank)).sum().backward()
             counts.append(layer.last_report.num_chunks)
         return counts
 
     first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert first == second
-    assert first[: len(PLAN)] == list(PLAN)
+    assert first[: len(MEASURED_NUM_CHUNKS)] == list(MEASURED_NUM_CHUNKS)
+    assert len(set(first[SETTLING_CALLS:])) == 1
+
+
+def test_a_stack_whose_backwards_come_last() -> None:
+    """Four layers forward, then four backward: times arrive later, and the ranks still agree."""
+
+    def on_rank(transport: Transport) -> list[tm.OverlapPlan]:
+        layers = [tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport) for _ in range(4)]
+        plans = []
+        for step in range(8):
+            x, ids, weights = batch(transport.rank, step)
+            for layer in layers:
+                x = x + layer(x, ids, weights)
+                plans.append(layer.last_report.overlap)
+            x.sum().backward()
+        return plans
+
+    first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert first == second
+    assert len(set(first[SETTLING_CALLS + 4 :])) == 1
 
 
 def test_auto_on_a_local_transport() -> None:
@@ -173,7 +396,7 @@ def test_ranks_that_need_gradients_at_different_times() -> None:
     def on_rank(transport: Transport) -> list[int]:
         experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport).requires_grad_(False)
         counts = []
-        for call in range(7):
+        for call in range(SETTLING_CALLS + 1):
             x, ids, weights = batch(transport.rank, call)
             x.requires_grad_(transport.rank == 0 or call % 2 == 0)
             experts(x, ids, weights).sum().backward()

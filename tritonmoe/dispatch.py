@@ -58,12 +58,16 @@ class CallHeader:
     """Whether this rank needs any gradient of the call ..."""
     needs_x: int
     needs_topk_weights: int
-    error: int
+    error: int = 0
     """Whether this rank's arguments were refused."""
-    nonfinite_rows: int
+    nonfinite_rows: int = 0
     """Tokens whose router scores were not finite."""
-    vote: int
-    """The number of chunks that this rank wishes for the next call, 0 for no wish."""
+    vote: int = 0
+    """What this rank tells the other ranks' tuners: see Message in overlap/tuner.py."""
+    second_vote: int = 0
+    predicted_ns: int = 0
+    measured_call: int = -1
+    measured_ns: int = 0
     placement: int = 0
     """A checksum of which rank holds which experts, 0 for the contiguous placement."""
     replica_grads: int = 0
@@ -143,7 +147,8 @@ class DispatchPlan:
     needs_x: bool
     needs_topk_weights: bool
     """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
-    votes: list[int]
+    headers: list[CallHeader]
+    """What every rank said."""
 
     @property
     def num_chunks(self) -> int:
@@ -311,7 +316,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         needs_any=any(h.needs_any for h in headers),
         needs_x=any(h.needs_x for h in headers),
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
-        votes=[h.vote for h in headers],
+        headers=headers,
     )
 
 

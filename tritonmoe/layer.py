@@ -24,7 +24,7 @@ from .experts import (
     moe_mlp,
 )
 from .overlap.executor import LayerPass, LayerReport
-from .overlap.tuner import ChunkChooser
+from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .transports import Transport, as_transport
@@ -38,7 +38,7 @@ class _TransportState:
     """What lives as long as a transport: how many layer calls it has seen, and what "auto" has learnt."""
 
     num_calls: int = 0
-    choosers: dict[tuple, ChunkChooser] = field(default_factory=dict)
+    choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
 
 
 _states: "WeakKeyDictionary[Transport, _TransportState]" = WeakKeyDictionary()
@@ -108,6 +108,10 @@ class _ExpertParallelMLP(torch.autograd.Function):
             plan.traffic,
             WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
             plan.overlap,
+            topk_ids.shape[1],
+            plan.home_offsets,
+            plan.receive_offsets,
+            plan.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
         )
@@ -259,9 +263,15 @@ def _run_expert_parallel(
     if placement is not None and placement.has_replicas and grad_enabled:
         replica_grads = sum(2**i for i, w in enumerate(weights) if w is not None and w.requires_grad)
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
-    key = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
-    chooser = state.choosers.setdefault(key, ChunkChooser())
-    chosen = overlap if isinstance(overlap, OverlapPlan) else chooser.plan(overlap, size)
+    chooser = None
+    if isinstance(overlap, OverlapConfig):
+        kind = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
+        chooser = state.choosers.setdefault(
+            (*kind, overlap), PlanChooser(overlap, size, transport.shares_link(x.device))
+        )
+        chosen, message = chooser.plan(), chooser.message()
+    else:
+        chosen, message = overlap, Message()
     chosen = replace(chosen, wire_dtype=overlap.wire_dtype)
     with torch.no_grad():
         if placement is not None:
@@ -281,11 +291,10 @@ def _run_expert_parallel(
             needs_any=int(needs_any),
             needs_x=int(grad_enabled and x.requires_grad),
             needs_topk_weights=int(grad_enabled and topk_weights.requires_grad),
-            error=0,
             nonfinite_rows=int(num_nonfinite_rows),
             placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
             replica_grads=replica_grads,
-            vote=chooser.vote(),
+            **message._asdict(),
         )
         plan = exchange_plan(transport, header, tokens, chosen)
     call = _Call(settings, transport, plan, first_expert=rank * (num_experts // size), placement=placement)
@@ -293,8 +302,8 @@ def _run_expert_parallel(
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
     y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
     assert call.report is not None
-    if isinstance(overlap, OverlapConfig) and overlap.num_chunks == "auto":
-        chooser.observe(plan.votes, call.report.forward)
+    if chooser is not None:
+        chooser.observe([Message.of(header) for header in plan.headers], call.report, plan.needs_any)
     return y, call.report
 
 

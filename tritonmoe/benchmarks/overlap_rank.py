@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
 from ..overlap.executor import LayerReport
-from ..overlap.tuner import fixed_plan
+from ..overlap.tuner import SETTLING_CALLS, fixed_plan
 from ..transports import Transport
 from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
 from .timing import Samples
@@ -22,8 +22,6 @@ from .workload import Workload, draw_ids
 
 __all__ = ["Link", "RankMeasurement", "Variant", "gather", "measure_rank", "variants_of"]
 
-AUTO_WARM_UP = 12
-"""Calls after which "auto" has settled."""
 CALIBRATION_ROUNDS = 5
 COUNTED_CALLS = 4
 SETTLE_S = 0.3
@@ -210,7 +208,7 @@ def measure_rank(
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
     variants = variants_of(chunks)
     for variant in variants:
-        for _ in range(AUTO_WARM_UP if variant.kind == "auto" else 1):
+        for _ in range(SETTLING_CALLS if variant.kind == "auto" else 1):
             rank.run(variant)
     seconds: Samples = {str(variant): [] for variant in variants}
     reports: dict[str, list[LayerReport]] = {}

@@ -78,7 +78,6 @@ def run_layer_pass(
         needs_topk_weights=needs,
         error=0,
         nonfinite_rows=0,
-        vote=0,
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     ops = choose("auto", x.device, x.dtype)

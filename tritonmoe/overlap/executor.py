@@ -42,6 +42,8 @@ class StepTiming:
     """For an exchange: when its rows had arrived, as far as known (else when it was waited for)."""
     wait_s: float
     """For an exchange: how long the compute lane stood still for it."""
+    post_s: float = 0.0
+    """For an exchange: how long packing and posting it took, on the compute lane."""
 
 
 class PassReport:
@@ -52,7 +54,7 @@ class PassReport:
         self._origin = _mark(device)
         self._end = self._origin
         self._compute: list[tuple[Step, object, object]] = []
-        self._exchanges: list[tuple[Step, object, object, object, float | None]] = []
+        self._exchanges: list[tuple[Step, object, object, object, object, float | None]] = []
         self._steps: list[StepTiming] | None = None
 
     def _seconds(self, mark: object) -> float:
@@ -70,12 +72,18 @@ class PassReport:
             steps = [
                 StepTiming(step, self._seconds(first), self._seconds(last), 0.0) for step, first, last in self._compute
             ]
-            for step, posted, before, after, finished in self._exchanges:
+            for step, started, posted, before, after, finished in self._exchanges:
                 waited = self._seconds(after) - self._seconds(before)
+                posting = self._seconds(posted) - self._seconds(started)
                 end = self._seconds(after if finished is None else finished)
-                steps.append(StepTiming(step, self._seconds(posted), end, waited))
+                steps.append(StepTiming(step, self._seconds(started), end, waited, posting))
             self._steps = sorted(steps, key=lambda timing: timing.start_s)
         return self._steps
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the pass has ended, so that reading it waits for nothing."""
+        return isinstance(self._end, float) or self._end.query()
 
     @property
     def total_s(self) -> float:
@@ -118,8 +126,17 @@ class LayerReport:
     """Bytes of one row of the forward's dispatch (D columns of the layer's dtype, or of its wire format)."""
     overlap: OverlapPlan
     """What ran; give it as a layer's `overlap` to run the same again."""
+    top_k: int
+    home_offsets: tuple[int, ...]
+    """Where this rank's tokens for each segment (local rows, then chunks) start, and the end; see DispatchPlan."""
+    receive_offsets: tuple[int, ...]
+    """The same for the rows that came here."""
+    pair_offsets: tuple[int, ...]
+    """The same for their routed pairs."""
     forward: PassReport
     backward: PassReport | None = None
+    choice: str = "as given"
+    """Why this plan was chosen, in one sentence."""
     wire_squares: Tensor | None = None
     """(2,) fp32: summed squares of what the wire format changed in the dispatched rows, and of the rows."""
 
@@ -150,22 +167,22 @@ def execute(
 ) -> PassReport:
     """Run the steps in order; actions[kind](chunk) computes, or posts an exchange and gives it back."""
     report = PassReport(device)
-    posted: dict[int, tuple[object, PendingExchange]] = {}
+    posted: dict[int, tuple[object, object, PendingExchange]] = {}
     for position, step in enumerate(schedule):
         for earlier in step.after:
             if earlier in posted:
-                posted_at, pending = posted.pop(earlier)
+                started, posted_at, pending = posted.pop(earlier)
                 before = _mark(device)
                 pending.wait()
                 after = _mark(device)
                 # Only the time is kept: the exchange itself would keep its buffers.
                 finished = pending.finished_at() if device.type == "cpu" else None
-                report._exchanges.append((schedule[earlier], posted_at, before, after, finished))
+                report._exchanges.append((schedule[earlier], started, posted_at, before, after, finished))
         started = _mark(device)
         pending_or_none = actions[step.kind](step.chunk)
         if step.lane == "comm":
             assert pending_or_none is not None
-            posted[position] = (started, pending_or_none)
+            posted[position] = (started, _mark(device), pending_or_none)
         else:
             report._compute.append((step, started, _mark(device)))
     report._end = _mark(device)

@@ -1,25 +1,73 @@
-"""num_chunks="auto": measure the first calls, then use the closed form; the ranks agree through the count header.
+"""num_chunks="auto": measure a few calls, search in the simulator, try the best plans, keep the fastest.
 
-With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time
-of C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
-Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency.
+The calls of one kind go through three stages, the same on every rank at every call:
+1. Four calls with one and two chunks in turn, nothing computed before the first rows arrive: they give the costs of
+   every step and of the link. Each rank searches the simulator for its best plans and votes for them.
+2. The votes of the rank that predicts the longest time are tried in turn, one chunk among them, three rounds of real
+   calls. What counts is the slowest rank, per row of the busiest one, the median of the rounds.
+3. The fastest plan stays, or one chunk unless that plan is at least 3 % faster. Where calls of the same size later take
+   10 % longer or shorter, all starts again.
+
+Everything that ranks must agree on is an integer in the count header that every rank has seen (`Message`).
+
+With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time of
+C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
+Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. This closed
+form is where the search starts.
 """
 
 import math
-from dataclasses import dataclass, field
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
-from .executor import PassReport
+from ..dispatch import CallHeader
+from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
+from .executor import LayerReport
+from .schedule import Step
+from .simulator import simulate_layer
 
-__all__ = ["ChunkChooser", "closed_form_num_chunks"]
+__all__ = [
+    "SETTLING_CALLS",
+    "Message",
+    "PlanChooser",
+    "closed_form_num_chunks",
+    "fixed_plan",
+    "layer_costs",
+    "layer_work",
+    "link_costs",
+    "search",
+]
 
-PLAN = (1, 1, 2)
-"""Chunks of the measured calls: one to warm up, one for A and B, one for eps."""
+MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
+"""Chunks of the measured calls: two sizes to tell apart what a chunk and what a pair costs, twice, since the shorter of
+two times is the one that nothing disturbed."""
+NUM_VOTES = 2
+TRIAL_ROUNDS = 3
+SETTLING_CALLS = len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
+"""Calls of one kind until the plan is chosen, where each call's backward comes before the next call."""
+MAX_TRIAL_CALLS = 64
+"""After so many calls without enough measured ones (no backward ever comes, say), the best predicted plan is taken."""
+SMALLEST_GAIN = 0.03
+TRIED_EXCESS = 0.10
+"""A plan is tried unless it is predicted to be slower than one chunk by more than this: predictions are no better."""
+DRIFT = 0.10
+DRIFT_CALLS = 16
+SAME_SIZE = 0.10
+"""Calls are compared with the tried ones where their busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
 COMMUNICATION_BOUND_NUM_CHUNKS = 3
 SMALLEST_EPS_S = 50e-6
+SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
+SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
+SEARCHED_WINDOWS = (2, 3)
+SMALLEST_ALONE_SHARE = 0.4
 
 
 def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
@@ -49,41 +97,360 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
     return OverlapPlan(sizes, config.local_first, local_start, serial=config.serial)
 
 
+def layer_work(report: LayerReport) -> LayerWork:
+    """Give what all ranks did in a call, their pairs per row as on this rank."""
+    pairs_per_row = report.pair_offsets[-1] / max(1, report.receive_offsets[-1])
+    return LayerWork.of(report.traffic_rows, pairs_per_row, report.row_bytes, report.top_k)
+
+
+def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
+    """Fit the costs of every kind of step to what this rank measured, forward and backward.
+
+    Of calls with equal plans, each step's shortest time counts.
+    """
+    shortest: dict[tuple[OverlapPlan, Step], tuple[float, float]] = {}
+    for report in reports:
+        sizes = [
+            [float(last - first) for first, last in pairwise(offsets)]
+            for offsets in (report.home_offsets, report.receive_offsets, report.pair_offsets)
+        ]
+        timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
+        for timing in timings:
+            step = timing.step
+            seconds = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
+            units = step_units(step, report.overlap.num_local_slices, *sizes)
+            key = (report.overlap, step)
+            if key not in shortest or seconds < shortest[key][1]:
+                shortest[key] = units, seconds
+    return StepCosts.fit((step.kind, units, seconds) for (_, step), (units, seconds) in shortest.items())
+
+
+def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
+    """Fit the link to the metadata and dispatches of calls with one and two chunks.
+
+    is_shared: whether exchanges that are under way together share the link.
+    """
+    alone: dict[tuple[int, str], tuple[float, float]] = {}  # (bytes, shortest seconds) of exchanges on an idle link
+    together: dict[int, float] = {}  # by number of chunks: the shortest time of all dispatches
+    for report in reports:
+        work = layer_work(report)
+        busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
+        exchanges = [t for t in report.forward.steps if t.step.kind in ("metadata", "dispatch")]
+        free_at = 0.0
+        for timing in exchanges:
+            began = max(timing.start_s + timing.post_s, free_at)
+            free_at = timing.end_s
+            if is_shared and timing.step.chunk is not None and report.num_chunks > 1:
+                continue
+            share = 1.0 if timing.step.chunk is None else 1 / report.num_chunks
+            num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
+            key, seconds = (report.num_chunks, str(timing.step)), max(0.0, timing.end_s - began)
+            alone[key] = num_bytes, min(seconds, alone.get(key, (0.0, seconds))[1])
+        dispatches = [t for t in exchanges if t.step.kind == "dispatch"]
+        whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
+        together[report.num_chunks] = min(whole_s, together.get(report.num_chunks, whole_s))
+    latency_s, byte_s = fit_line(list(alone.values()))
+    alone_share = 1.0
+    if is_shared and together[1] > 0:
+        alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[2] / together[1]))
+    return LinkCosts(latency_s, 1 / max(byte_s * alone_share, 1e-18), is_shared, alone_share)
+
+
+def search(
+    config: OverlapConfig,
+    work: LayerWork,
+    costs: StepCosts,
+    link: LinkCosts,
+    *,
+    backward: bool,
+    fits: Callable[[OverlapPlan], bool] = lambda plan: True,
+) -> list[tuple[float, OverlapPlan]]:
+    """Give predicted seconds and plan, the fastest first: chunks and shapes, then local split, then windows.
+
+    fits: says whether a plan may be used (a memory budget).
+    """
+    predicted: dict[OverlapPlan, list[float]] = {}
+
+    def seconds(plan: OverlapPlan) -> float:
+        if plan not in predicted:
+            passes = simulate_layer(plan, work, costs, link, backward=backward)
+            predicted[plan] = [simulation.total_s for simulation in passes]
+        return sum(predicted[plan])
+
+    def best(count: int) -> list[OverlapPlan]:
+        return sorted(predicted, key=seconds)[:count]
+
+    def tries(plan: OverlapPlan) -> None:
+        if fits(plan):
+            seconds(plan)
+
+    one = simulate_layer(OverlapPlan((1,), config.local_first), work, costs, link, backward=False)[0]
+    steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
+    experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
+    communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
+    seed = closed_form_num_chunks(experts_s, communication_s, costs.fixed_s.get("experts", 0.0))
+    shapes = {"equal": [equal_sizes], "ramp": [ramp_sizes]}.get(str(config.shape), [equal_sizes, ramp_sizes])
+    for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
+        for sizes in shapes:
+            tries(OverlapPlan(sizes(num_chunks), config.local_first))
+    if config.local_first:
+        for plan in best(2):
+            for local_start in SEARCHED_LOCAL_STARTS:
+                tries(replace(plan, local_start=local_start))
+    for plan in best(2):
+        for window in SEARCHED_WINDOWS:
+            if window < plan.num_chunks:
+                tries(replace(plan, window=window))
+                if backward:
+                    tries(replace(plan, backward_window=window))
+                    tries(replace(plan, window=window, backward_window=window))
+    return [(seconds(plan), plan) for plan in best(len(predicted))]
+
+
+class Message(NamedTuple):
+    """What a rank's count header says to the other ranks' choosers: integers, the same meaning on every rank."""
+
+    vote: int = 0
+    """The plan that this rank predicts to be fastest, packed; 0 for no wish."""
+    second_vote: int = 0
+    predicted_ns: int = 0
+    """The time that it predicts for it."""
+    measured_call: int = -1
+    """Which of the tried calls `measured_ns` is of; -1 for none."""
+    measured_ns: int = 0
+
+    @classmethod
+    def of(cls, header: CallHeader) -> "Message":
+        return cls(*(getattr(header, name) for name in cls._fields))
+
+    @property
+    def votes(self) -> list[int]:
+        return [vote for vote in (self.vote, self.second_vote) if vote]
+
+
+def pack(plan: OverlapPlan) -> int:
+    """Give a searched plan as one positive integer; unpack() reads it."""
+    is_ramp = int(len(set(plan.chunk_sizes)) > 1)
+    value = plan.num_chunks
+    for part in (is_ramp, plan.local_start, plan.window, plan.backward_window):
+        value = value * 64 + part
+    return value
+
+
+def unpack(value: int, local_first: bool) -> OverlapPlan:
+    parts = []
+    for _ in range(4):
+        value, part = divmod(value, 64)
+        parts.append(part)
+    backward_window, window, local_start, is_ramp = parts
+    sizes = (ramp_sizes if is_ramp else equal_sizes)(value)
+    return OverlapPlan(sizes, local_first, local_start, window, backward_window)
+
+
 @dataclass
-class ChunkChooser:
+class _TriedCall:
+    number: int
+    rows: int
+    """Received by the busiest rank."""
+    report: LayerReport
+    has_backward: bool
+
+    def nanoseconds(self) -> int | None:
+        """Give the time of the whole call on this rank, None as long as it isn't over."""
+        passes = [self.report.forward]
+        if self.has_backward:
+            if self.report.backward is None:
+                return None
+            passes.append(self.report.backward)
+        if not all(layer_pass.is_over for layer_pass in passes):
+            return None
+        return max(1, int(sum(layer_pass.total_s for layer_pass in passes) * 1e9))
+
+
+@dataclass
+class PlanChooser:
     """The state of "auto" for one transport and one kind of call; the same on every rank at every call."""
 
-    reports: list[PassReport] = field(default_factory=list)
-    agreed: int | None = None
+    config: OverlapConfig
+    size: int
+    is_shared: bool = False
+    """Whether the transport's exchanges share the link."""
+    choice: str = "nothing is measured yet"
+    """Why the present plan was chosen, in one sentence."""
+    measured: list[LayerReport] = field(default_factory=list)
+    candidates: list[OverlapPlan] = field(default_factory=list)
+    """What is tried, one chunk first; empty before the votes."""
+    chosen: OverlapPlan | None = None
+    num_tried: int = 0
+    """Calls since the candidates were known."""
+    tried: deque[_TriedCall] = field(default_factory=deque)
+    """Calls whose times have not been told to the other ranks yet."""
+    times: dict[int, list[float]] = field(default_factory=dict)
+    """By candidate: nanoseconds per row of the busiest rank."""
+    usual: tuple[float, float] | None = None
+    """Nanoseconds per row, and rows, of the chosen plan when it was tried."""
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    num_searches: int = 0
+    sides: str = ""
+    """The predicted experts' and exchanges' times, for `choice`."""
 
-    def num_chunks(self, config: OverlapConfig, size: int) -> int:
-        """Give the number of chunks of the next call."""
-        if config.num_chunks != "auto":
-            return config.num_chunks
-        if size == 1:
-            return 1
-        if torch.are_deterministic_algorithms_enabled():
-            return DETERMINISTIC_NUM_CHUNKS
-        if self.agreed is not None:
-            return self.agreed
-        return PLAN[min(len(self.reports), len(PLAN) - 1)]
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is anything to choose."""
+        config = self.config
+        return (
+            config.num_chunks == "auto"
+            and not isinstance(config.shape, tuple)
+            and not config.serial
+            and self.size > 1
+            and not torch.are_deterministic_algorithms_enabled()
+        )
 
-    def plan(self, config: OverlapConfig, size: int) -> OverlapPlan:
+    def plan(self) -> OverlapPlan:
         """Give the plan of the next call."""
-        return fixed_plan(config, self.num_chunks(config, size), size)
+        config = self.config
+        if not self.is_tuned:
+            return self._untuned_plan()
+        if self.chosen is not None:
+            return self.chosen
+        if self.candidates:
+            return self.candidates[self._candidate_of(self.num_tried)]
+        number = len(self.measured)
+        if number == len(MEASURED_NUM_CHUNKS):
+            self.choice = "the ranks vote in this call for the plans to try"
+            return fixed_plan(config, MEASURED_NUM_CHUNKS[-1], self.size)
+        self.choice = f"measuring: call {number + 1} of {len(MEASURED_NUM_CHUNKS)} before the search"
+        return OverlapPlan(equal_sizes(MEASURED_NUM_CHUNKS[number]), config.local_first, local_start=0)
 
-    def vote(self) -> int:
-        """Give this rank's wish: 0 until all of PLAN is measured, and again once the ranks have agreed."""
-        if self.agreed is not None or len(self.reports) < len(PLAN):
-            return 0
-        _, one, two = self.reports[: len(PLAN)]
-        experts_s = one.lane_s("experts")
-        communication_s = one.lane_s("dispatch") + one.lane_s("combine")
-        return closed_form_num_chunks(experts_s, communication_s, two.lane_s("experts") - experts_s)
+    def _untuned_plan(self) -> OverlapPlan:
+        config = self.config
+        if config.num_chunks != "auto" or isinstance(config.shape, tuple):
+            num_chunks, self.choice = config.num_chunks, "as configured"
+        elif self.size == 1:
+            num_chunks, self.choice = 1, "one rank has no exchange to hide"
+        elif config.serial:
+            num_chunks, self.choice = 1, "without overlap, chunks only cost time"
+        else:
+            num_chunks = DETERMINISTIC_NUM_CHUNKS
+            self.choice = "torch.use_deterministic_algorithms: a choice that depends on no time"
+        return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
 
-    def observe(self, votes: list[int], report: PassReport) -> None:
-        """Take in one call: its report while measuring, then the votes that every rank has seen."""
-        if len(self.reports) < len(PLAN):
-            self.reports.append(report)
-        elif self.agreed is None and all(votes):
-            self.agreed = max(votes)
+    def _candidate_of(self, number: int) -> int:
+        """Give which candidate a tried call runs: each once a round, in an order that shifts from round to round."""
+        count = len(self.candidates)
+        return (number + number // count) % count
+
+    def message(self) -> Message:
+        """Give what this rank tells the others in the next call's header."""
+        if not self.is_tuned:
+            return Message()
+        if not self.candidates:
+            return Message() if len(self.measured) < len(MEASURED_NUM_CHUNKS) else self._vote()
+        if not self.tried:
+            return Message()
+        oldest = self.tried[0]
+        nanoseconds = oldest.nanoseconds()
+        if nanoseconds is None:
+            return Message()
+        return Message(measured_call=oldest.number, measured_ns=nanoseconds)
+
+    def _vote(self) -> Message:
+        """Search in the simulator for the plans that this rank wishes to try."""
+        one = self.measured[2]
+        work, costs, link = layer_work(one), layer_costs(self.measured), link_costs(self.measured, self.is_shared)
+        has_backward = one.backward is not None
+        found = search(self.config, work, costs, link, backward=has_backward)
+        one_chunk_s = next(seconds for seconds, plan in found if plan.num_chunks == 1)
+        limit_s = (1 + TRIED_EXCESS) * one_chunk_s
+        best = [plan for seconds, plan in found if plan.num_chunks > 1 and seconds < limit_s]
+        votes = [pack(plan) for plan in best[:NUM_VOTES]]
+        steps = one.forward
+        self.sides = (
+            f"experts {steps.lane_s('experts') * 1e3:.2f} ms, "
+            f"exchanges {steps.lane_s('dispatch', 'combine') * 1e3:.2f} ms in one chunk"
+        )
+        votes += [0] * (NUM_VOTES - len(votes))
+        return Message(votes[0], votes[1], predicted_ns=max(1, int(found[0][0] * 1e9)))
+
+    def observe(self, messages: Sequence[Message], report: LayerReport, has_backward: bool) -> None:
+        """Take in one call: what every rank's header said, and this rank's report."""
+        report.choice = self.choice
+        if not self.is_tuned:
+            return
+        if not self.candidates:
+            if len(self.measured) < len(MEASURED_NUM_CHUNKS):
+                self.measured.append(report)
+            else:
+                self._count_votes(messages)
+            return
+        self._hear_times(messages)
+        if self.chosen is None or len(self.tried) < DRIFT_CALLS:
+            rows = int(report.traffic_rows.sum(0).max())
+            self.tried.append(_TriedCall(self.num_tried, rows, report, has_backward))
+        self.num_tried += 1
+        if self.chosen is None:
+            self._choose_if_tried()
+        else:
+            self._search_again_if_drifted()
+
+    def _count_votes(self, messages: Sequence[Message]) -> None:
+        if not all(message.predicted_ns for message in messages):
+            return
+        # The slowest rank sets the pace of all; among equals the first one.
+        votes = max(messages, key=lambda message: message.predicted_ns).votes
+        one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
+        self.candidates = [one, *(unpack(vote, self.config.local_first) for vote in votes)]
+        self.num_tried, self.times = 0, {n: [] for n in range(len(self.candidates))}
+        self.measured.clear()
+        self.tried.clear()
+        self.choice = f"trying {len(self.candidates)} plans in turn"
+        if len(self.candidates) == 1:
+            self.chosen = one
+            self.choice = (
+                f"{one}: every other plan was predicted to be slower by over {TRIED_EXCESS:.0%} ({self.sides})"
+            )
+
+    def _hear_times(self, messages: Sequence[Message]) -> None:
+        """Take in the time of one call, where all ranks tell that of the same one."""
+        numbers = {message.measured_call for message in messages}
+        if len(numbers) > 1 or not self.tried or numbers != {self.tried[0].number}:
+            return
+        call = self.tried.popleft()
+        per_row = max(message.measured_ns for message in messages) / max(1, call.rows)
+        if self.chosen is None:
+            self.times[self._candidate_of(call.number)].append(per_row)
+            self.usual = (per_row, call.rows) if self.usual is None else self.usual
+        elif self.usual is not None and abs(call.rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
+            self.recent.append(per_row)
+
+    def _choose_if_tried(self) -> None:
+        is_enough = all(len(times) >= TRIAL_ROUNDS for times in self.times.values())
+        if not is_enough and self.num_tried < MAX_TRIAL_CALLS:
+            return
+        rows = self.usual[1] if self.usual else 0
+        self.tried.clear()
+        self.num_searches += 1
+        if not is_enough:
+            self.chosen, self.usual = self.candidates[1], None
+            self.choice = f"{self.chosen}: predicted to be fastest; too few whole calls to try it ({self.sides})"
+            return
+        medians = {n: statistics.median(times) for n, times in self.times.items()}
+        best = min(medians, key=lambda n: medians[n])
+        gain = 1 - medians[best] / medians[0]
+        fastest = self.candidates[best]
+        if gain < SMALLEST_GAIN:
+            best = 0
+            words = f"{self.candidates[0]}: the fastest other plan gained less than {SMALLEST_GAIN:.0%}"
+        else:
+            words = f"{fastest}: {gain:.0%} faster than one chunk"
+        self.chosen, self.usual = self.candidates[best], (medians[best], rows)
+        self.choice = f"{words}, median of {TRIAL_ROUNDS} rounds ({self.sides})"
+
+    def _search_again_if_drifted(self) -> None:
+        if self.usual is None or len(self.recent) < DRIFT_CALLS:
+            return
+        recent = statistics.median(self.recent)
+        self.recent.clear()
+        if abs(recent / self.usual[0] - 1) > DRIFT * self.num_searches:
+            self.chosen, self.candidates, self.usual = None, [], None
+            self.tried.clear()

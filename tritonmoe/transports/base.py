@@ -68,6 +68,13 @@ class Transport(ABC):
             TransportError: the exchange failed or took longer than the transport's timeout.
         """
 
+    def shares_link(self, device: torch.device) -> bool:
+        """Say whether exchanges of rows on this device that are under way together share the link (gloo over TCP).
+
+        Where they take their turn, as on one stream of NCCL, the first one posted is the first to arrive.
+        """
+        return False
+
     def __deepcopy__(self, memo: dict) -> "Transport":
         # A connection, not a value: the copy of a layer talks over the same one.
         return self

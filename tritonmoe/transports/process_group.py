@@ -172,6 +172,9 @@ class ProcessGroupTransport(Transport):
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones).wait()
 
+    def shares_link(self, device: torch.device) -> bool:
+        return self._backends.get(device.type) == "gloo"
+
     def close(self) -> None:
         self._is_closed = True
         self._staging.clear()
