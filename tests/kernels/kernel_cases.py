@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from tolerance import assert_close_to_exact
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
@@ -39,18 +40,6 @@ def garbage_memory():
         patch.setattr(torch, "empty_like", spoil(torch.empty_like))
         patch.setattr(torch.Tensor, "new_empty", spoil(torch.Tensor.new_empty))
         yield
-
-
-def assert_close(name, actual, same_dtype, exact):
-    """Allow twice the error of plain PyTorch in the same dtype, plus a small floor."""
-    assert actual.dtype == same_dtype.dtype, name
-    assert actual.shape == same_dtype.shape, name
-    if actual.numel() == 0:
-        return
-    error = (actual.double() - exact).abs().max().item()
-    plain_error = (same_dtype.double() - exact).abs().max().item()
-    floor = torch.finfo(actual.dtype).eps * max(1.0, exact.abs().max().item())
-    assert error <= 2 * plain_error + floor, f"{name}: error {error}, plain PyTorch {plain_error}"
 
 
 class Layer:
@@ -144,7 +133,7 @@ def check_operations(layer, activation):
         actual = run_operations(kernels, layer, grouping, activation, expected)
     assert actual.keys() == expected.keys()
     for name in actual:
-        assert_close(name, actual[name], expected[name], exact[name])
+        assert_close_to_exact(name, actual[name], expected[name], exact[name])
     return actual
 
 
