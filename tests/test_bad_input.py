@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe import dispatch, experts
+from tritonmoe import backends, dispatch, experts
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0
@@ -130,6 +130,26 @@ def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backend='triton' can't run here: tensors are on cpu.*Use backend='auto'"):
         tm.moe_mlp(**arguments(), backend="triton")
     assert tm.moe_mlp(**arguments(), backend="auto").shape == (3, 8)
+
+
+def test_triton_or_device_too_old_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "_triton_version", lambda: "3.5.1")
+    with pytest.raises(ValueError, match=r"triton 3\.5\.1 is too old, the kernels need at least 3\.6"):
+        tm.moe_mlp(**arguments(), backend="triton")
+    for enough in ("3.6.0", "3.10.0+git1", "4.0", None):
+        monkeypatch.setattr(backends, "_triton_version", lambda enough=enough: enough)
+        assert backends.triton_unusable_reason(torch.device("cpu")) is None
+    monkeypatch.setattr(backends, "_compute_capability", lambda index: (7, 5))
+    reason = backends.triton_unusable_reason(torch.device("cuda", 1))
+    assert reason == "cuda:1 has compute capability 7.5, the kernels need at least 8.0 (Ampere)"
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton", "reference"])
+def test_dtypes_that_nothing_computes_in(backend: str) -> None:
+    given = {n: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for n, v in arguments().items()}
+    with pytest.raises(TypeError, match=r"float32, bfloat16, float16 or float64, got torch.float8_e4m3fn.*quantised"):
+        tm.moe_mlp(**given, backend=backend)
 
 
 # One rank of several

@@ -2,19 +2,25 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 from types import ModuleType
 
 # Not `import torch`: importing the submodule of that name would rebind it.
+from torch import bfloat16, cuda, float16, float32, float64, version
 from torch import device as Device
 from torch import dtype as DType
-from torch import float64
 
 __all__ = ["BACKENDS", "choose", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
+DTYPES = (float32, bfloat16, float16, float64)
+MIN_TRITON = (3, 6)
+MIN_COMPUTE_CAPABILITY = (8, 0)
+TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 log = logging.getLogger("tritonmoe")
 
 
@@ -23,10 +29,39 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@functools.cache
+def _triton_version() -> str | None:
+    """Give the installed version without importing triton; None where no package says."""
+    for package in TRITON_PACKAGES:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+@functools.cache
+def _compute_capability(index: int | None) -> tuple[int, int] | None:
+    """Give an NVIDIA device's compute capability; None where there is no such device."""
+    if version.hip is not None or not cuda.is_available():
+        return None
+    return cuda.get_device_capability(index)
+
+
 def triton_unusable_reason(device: Device) -> str | None:
     """Say why the Triton kernels can't run on `device`; None where they can."""
     if not _is_installed("triton"):
         return "the package triton is not installed (pip install triton)"
+    installed = _triton_version()
+    numbers = None if installed is None else re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < MIN_TRITON:
+        return f"triton {installed} is too old, the kernels need at least {MIN_TRITON[0]}.{MIN_TRITON[1]} (upgrade it)"
+    capability = _compute_capability(device.index) if device.type == "cuda" else None
+    if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
+        return (
+            f"{device} has compute capability {capability[0]}.{capability[1]}, "
+            f"the kernels need at least {MIN_COMPUTE_CAPABILITY[0]}.{MIN_COMPUTE_CAPABILITY[1]} (Ampere)"
+        )
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return (
@@ -47,9 +82,15 @@ def choose(backend: str, device: Device, dtype: DType) -> ModuleType:
 
     Raises:
         ValueError: the name is not known, or the backend can't run these tensors.
+        TypeError: no backend computes in this dtype.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"experts compute in float32, bfloat16, float16 or float64, got {dtype}: cast x and the weights "
+            "(quantised weights are not supported, and never dequantised on the quiet)"
+        )
     reason = triton_unusable_reason(device)
     if reason is None and dtype == float64:
         reason = "the kernels compute in fp32, fp16 and bf16, not in fp64"

@@ -38,6 +38,7 @@ def group(
     row_source: Tensor | None = None,
 ) -> Grouping:
     """Order the pairs by counting sort; one chunk without pair offsets is padded to R*K positions."""
+    group_kernels.check_limits(num_experts, topk_ids.shape[1])
     num_rows, top_k = topk_ids.shape
     row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
     num_chunks = len(row_offsets) - 1

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..config import MAX_EXPERTS, MAX_TOP_K
 from .group_steps import count_tile, place_tile, scan_tiles
 from .launch import INTERPRETED, launch
 
-__all__ = ["MAX_FEW_PAIRS", "ChunkTable", "group_few_pairs", "place_pairs", "sort_pairs"]
+__all__ = ["MAX_FEW_PAIRS", "ChunkTable", "check_limits", "group_few_pairs", "place_pairs", "sort_pairs"]
 
 PAIRS_PER_TILE = 256 if INTERPRETED else 512
 MAX_FEW_PAIRS = 1024
@@ -181,6 +182,15 @@ def _group_few_kernel(
             TILE,
             BLOCK_OTHERS,
         )
+
+
+def check_limits(num_experts: int, top_k: int) -> None:
+    """Raise ValueError for more experts or more slots of a token than the kernels take."""
+    for name, value, limit in (("E (experts)", num_experts, MAX_EXPERTS), ("K (experts per token)", top_k, MAX_TOP_K)):
+        if value > limit:
+            raise ValueError(
+                f"{name} is {value}, the Triton kernels take at most {limit}: use backend='torch', which has no limit"
+            )
 
 
 class ChunkTable:
