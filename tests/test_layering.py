@@ -22,6 +22,7 @@ LAYERS = (
         "transports",
         "wire",
         "dispatch",
+        "two_level",
         "overlap",
     ),
     *("layer", "emulation", "integrations", "planner", "report", "benchmarks", "cli"),

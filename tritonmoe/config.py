@@ -321,6 +321,10 @@ class OverlapPlan:
         """How many segments of rows stand before the chunks: two with local_first, at the start and at the end."""
         return 2 if self.local_first else 0
 
+    @property
+    def num_segments(self) -> int:
+        return self.num_local_slices + self.num_chunks
+
     def token_bounds(self, num_tokens: int) -> tuple[int, ...]:
         """Give the (C+1) bounds of the chunks of a rank with num_tokens tokens: sizes (1, 2) cut 9 at 0, 3, 9."""
         total, reached = sum(self.chunk_sizes), (0, *accumulate(self.chunk_sizes))

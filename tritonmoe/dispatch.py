@@ -23,11 +23,13 @@ from torch import Tensor
 
 from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
-from .transports import Transport
+from .transports import Transport, TwoLevelTransport
 
 __all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse_call"]
 
 MAGIC = 0x7417_0E
+MAX_SEGMENTS = MAX_CHUNKS + 2
+"""Chunks, and the two local slices before them."""
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 
@@ -202,6 +204,11 @@ class DispatchPlan:
     def all_receive_splits(self) -> list[int]:
         return [sum(column) for column in zip(*self.receive_rows[self.overlap.num_local_slices :], strict=True)]
 
+    @property
+    def rows_to_itself(self) -> int:
+        """Exchanged rows that this rank sends to itself: none with local_first."""
+        return self.all_send_splits[self.rank]
+
     def send_order(self) -> Tensor:
         """(S - local,) int64: exchanged home rows by (rank, chunk, token), the order of whole-layer exchanges."""
         ranks = self.tokens.home_ranks[self.num_local :]
@@ -225,50 +232,73 @@ def plan_tokens(topk_ids: Tensor, num_experts: int, rank: int, size: int, overla
 
     Rank k owns the experts k * E / W .. (k + 1) * E / W. Reads the counts on the host once.
     """
-    num_tokens = topk_ids.shape[0]
-    device = topk_ids.device
-    bounds = overlap.token_bounds(num_tokens)
-    num_segments = overlap.num_chunks + overlap.num_local_slices
+    segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
+    row_keys, counts = count_rows(owners(topk_ids, num_experts, size), segments, overlap.num_segments)
+    rows, pairs = counts.tolist()
+    return TokenPlan(overlap.token_bounds(topk_ids.shape[0]), *order_rows(row_keys, size, rows), rows, pairs)
+
+
+def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
+    """Give the rank (T, K) int64 that owns each pair's expert, `size` for a skipped pair."""
     skipped = (topk_ids < 0) | (topk_ids >= num_experts)
-    owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64).masked_fill(skipped, size)
-    needs = torch.zeros(num_tokens, size + 1, dtype=torch.bool, device=device).scatter_(1, owner, True)
-    starts = torch.tensor(bounds[1:-1], device=device)
+    owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64)
+    return owner.masked_fill(skipped, size)
+
+
+def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
+    """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
     positions = torch.arange(num_tokens, device=device)
-    chunk_of_token = torch.bucketize(positions, starts, right=True)
-    # A home row's key is segment * W + rank; keys of (token, rank) pairs that don't travel come last.
-    keys = (chunk_of_token + overlap.num_local_slices)[:, None] * size + torch.arange(size + 1, device=device)
+    starts = torch.tensor(overlap.token_bounds(num_tokens)[1:-1], device=device)
+    chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
+    segments = chunks[:, None].repeat(1, size)
     if overlap.local_first:
-        keys[:, rank] = torch.where(positions < overlap.local_bound(num_tokens), rank, size + rank)
+        segments[:, rank] = (positions >= overlap.local_bound(num_tokens)).to(torch.int64)
+    return segments
+
+
+def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Count the home rows and their pairs by (segment, rank).
+
+    Args:
+        owner: (T, K) int64, W for a skipped pair. segments: (T, W) int64.
+    Returns:
+        The key of each (token, rank), (T * W,) int64: segment * W + rank, num_segments * W where it does not travel;
+        and the counts of rows and of pairs, (2, num_segments, W) int64.
+    """
+    num_tokens, size = segments.shape
     absent = num_segments * size
-    keys[:, size] = absent
+    keys = segments.new_full((num_tokens, size + 1), absent)
+    keys[:, :size] = segments * size + torch.arange(size, device=segments.device)
+    needs = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, owner, True)[:, :size]
+    row_keys = keys[:, :size].masked_fill(~needs, absent).flatten()
     pair_keys = keys.gather(1, owner).flatten()
-    row_keys = keys[:, :size].masked_fill(~needs[:, :size], absent).flatten()
-    ones = torch.ones((), dtype=torch.int64, device=device)
-    counts = torch.zeros(2, absent + 1, dtype=torch.int64, device=device)
-    counts[0].scatter_add_(0, row_keys, ones.expand(row_keys.shape))
-    counts[1].scatter_add_(0, pair_keys, ones.expand(pair_keys.shape))
-    rows, pairs = counts[:, :absent].view(2, num_segments, size).tolist()
+    counts = keys.new_zeros(2, absent + 1)
+    one = keys.new_ones(())
+    counts[0].scatter_add_(0, row_keys, one.expand(row_keys.shape))
+    counts[1].scatter_add_(0, pair_keys, one.expand(pair_keys.shape))
+    return row_keys, counts[:, :absent].view(2, num_segments, size)
+
+
+def order_rows(row_keys: Tensor, size: int, rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Give home_tokens, home_index and home_ranks of a TokenPlan from count_rows's keys and its rows on the host."""
     num_home = sum(map(sum, rows))
     order = torch.sort(row_keys, stable=True)[1][:num_home]
-    home_index = torch.full((num_tokens * size,), -1, dtype=torch.int32, device=device)
-    home_index[order] = torch.arange(num_home, dtype=torch.int32, device=device)
-    return TokenPlan(
-        token_bounds=bounds,
-        home_tokens=torch.div(order, size, rounding_mode="floor").to(torch.int32),
-        home_index=home_index.view(num_tokens, size),
-        home_ranks=order % size,
-        rows=rows,
-        pairs=pairs,
-    )
+    home_index = torch.full(row_keys.shape, -1, dtype=torch.int32, device=row_keys.device)
+    home_index[order] = torch.arange(num_home, dtype=torch.int32, device=row_keys.device)
+    home_tokens = torch.div(order, size, rounding_mode="floor").to(torch.int32)
+    return home_tokens, home_index.view(-1, size), order % size
 
 
-def _message_size(size: int) -> int:
-    return HEADER_SIZE + size + 2 * MAX_CHUNKS
+def _message_size(transport: Transport) -> int:
+    size = transport.size
+    if isinstance(transport, TwoLevelTransport):
+        return HEADER_SIZE + size + MAX_SEGMENTS * (3 + transport.node_size)
+    return HEADER_SIZE + size + 2 * MAX_SEGMENTS
 
 
 def refuse_call(transport: Transport, sequence: int) -> None:
     """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
-    counts = torch.zeros(transport.size, _message_size(transport.size), dtype=torch.int64)
+    counts = torch.zeros(transport.size, _message_size(transport), dtype=torch.int64)
     names = [field.name for field in fields(CallHeader)]
     counts[:, names.index("magic")] = MAGIC
     counts[:, names.index("sequence")] = sequence
@@ -284,34 +314,18 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         NonFiniteScores: a rank's router scores were not finite.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
-    rank, size = transport.rank, transport.size
-    num_local, num_chunks = overlap.num_local_slices, overlap.num_chunks
-    exchanged_rows, exchanged_pairs = tokens.rows[num_local:], tokens.pairs[num_local:]
-    totals = [sum(column) for column in zip(*tokens.rows, strict=True)]
-    message = torch.zeros(size, _message_size(size), dtype=torch.int64)
-    message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
-    message[:, HEADER_SIZE : HEADER_SIZE + size] = torch.tensor(totals)
-    first = HEADER_SIZE + size
-    message[:, first : first + num_chunks] = torch.tensor(exchanged_rows).T
-    message[:, first + MAX_CHUNKS : first + MAX_CHUNKS + num_chunks] = torch.tensor(exchanged_pairs).T
-    received = transport.exchange_counts(message)
-    headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
-    check_headers(headers)
-    traffic = received[:, HEADER_SIZE : HEADER_SIZE + size].clone()
-    check_sizes(traffic.sum(0).tolist(), header.top_k)
-    receive_rows = received[:, first : first + num_chunks].T.tolist()
-    receive_pairs = received[:, first + MAX_CHUNKS : first + MAX_CHUNKS + num_chunks].T.tolist()
-    receive_rows = tokens.rows[:num_local] + receive_rows
-    receive_pairs = tokens.pairs[:num_local] + receive_pairs
+    counts = torch.tensor([tokens.rows, tokens.pairs])  # (2, segments, W)
+    headers, traffic, received = exchange_counts(transport, header, counts)
+    receive_rows, receive_pairs = received.tolist()
     return DispatchPlan(
-        rank=rank,
-        size=size,
+        rank=transport.rank,
+        size=transport.size,
         overlap=overlap,
         tokens=tokens,
         receive_rows=receive_rows,
-        home_offsets=_offsets(tokens.rows),
-        receive_offsets=_offsets(receive_rows),
-        pair_offsets=_offsets(receive_pairs),
+        home_offsets=offsets(tokens.rows),
+        receive_offsets=offsets(receive_rows),
+        pair_offsets=offsets(receive_pairs),
         traffic=traffic,
         needs_any=any(h.needs_any for h in headers),
         needs_x=any(h.needs_x for h in headers),
@@ -320,7 +334,33 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     )
 
 
-def _offsets(counts: list[list[int]]) -> tuple[int, ...]:
+def exchange_counts(
+    transport: Transport, header: CallHeader, counts: Tensor
+) -> tuple[list[CallHeader], Tensor, Tensor]:
+    """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
+
+    Args:
+        counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent.
+    Returns:
+        Every rank's header, the S_ik matrix (W, W), and the counts that each rank told this one, shaped as `counts`.
+    """
+    num_kinds, num_segments, size = counts.shape
+    message = torch.zeros(size, _message_size(transport), dtype=torch.int64)
+    message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
+    first = HEADER_SIZE + size
+    message[:, HEADER_SIZE:first] = counts[0].sum(0)
+    message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
+    received = transport.exchange_counts(message)
+    headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
+    check_headers(headers)
+    traffic = received[:, HEADER_SIZE:first].clone()
+    check_sizes(traffic.sum(0).tolist(), header.top_k)
+    told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments]
+    return headers, traffic, told.permute(1, 2, 0)
+
+
+def offsets(counts: list[list[int]]) -> tuple[int, ...]:
+    """Give where each segment starts, and the end of the last, from its counts by rank."""
     return (0, *accumulate(map(sum, counts)))
 
 

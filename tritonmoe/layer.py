@@ -3,6 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -23,11 +24,13 @@ from .experts import (
     make_settings,
     moe_mlp,
 )
-from .overlap.executor import LayerPass, LayerReport
+from .overlap.executor import ExpertsPass, LayerPass, LayerReport
+from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
-from .transports import Transport, as_transport
+from .transports import Transport, TwoLevelTransport, as_transport
+from .two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
 from .wire import WireFormat
 
 __all__ = ["GroupedExperts", "MoELayer", "expert_parallel_mlp"]
@@ -49,11 +52,16 @@ class _Call:
     """One expert-parallel call, from the plan to the end of its backward."""
 
     settings: ExpertSettings
+    rank: int
     transport: Transport
+    """What the plan's rows go over: of all ranks, or between nodes."""
     plan: DispatchPlan
     first_expert: int
     """The first slot of this rank, where slots are experts unless there is a placement."""
     placement: ExpertPlacement | None = None
+    two_level: TwoLevelPlan | None = None
+    """On a TwoLevelTransport: both levels; `plan` is the outer one."""
+    inside_node: Transport | None = None
     report: LayerReport | None = None
 
 
@@ -78,42 +86,57 @@ class _ExpertParallelMLP(torch.autograd.Function):
         weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
         keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
 
-        def make_experts(rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
+        def make_run(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
+            """Make the experts of the rows that plan `at` brings here."""
             local_ids, num_local_experts = ids - call.first_expert, gate_up_proj.shape[0]
-            busy = [c for c, (first, last) in enumerate(pairwise(plan.receive_offsets)) if first < last]
-            if len(busy) > 1:
+            busy = [c for c, (first, last) in enumerate(pairwise(at.receive_offsets)) if first < last]
+            source = at.row_source() if call.two_level is None else call.two_level.row_source(ids.device)
+            if len(busy) > 1 or call.two_level is not None:
                 grouping = settings.ops.group(
                     local_ids,
                     num_local_experts,
-                    chunk_row_offsets=plan.receive_offsets,
-                    chunk_pair_offsets=plan.pair_offsets,
-                    row_source=plan.row_source(),
+                    chunk_row_offsets=at.receive_offsets,
+                    chunk_pair_offsets=at.pair_offsets,
+                    row_source=source,
                 )
             else:
                 # All rows in one chunk are stored in source order already.
                 grouping = settings.ops.group(
                     local_ids,
                     num_local_experts,
-                    chunk_row_offsets=(0, plan.num_received),
-                    chunk_pair_offsets=(0, plan.pair_offsets[-1]),
-                ).among_empty_chunks(busy[0] if busy else 0, plan.receive_offsets, plan.pair_offsets)
+                    chunk_row_offsets=(0, at.num_received),
+                    chunk_pair_offsets=(0, at.pair_offsets[-1]),
+                ).among_empty_chunks(busy[0] if busy else 0, at.receive_offsets, at.pair_offsets)
             return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
+
+        def make_experts(rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsPass:
+            if call.two_level is None:
+                return make_run(plan, rows, ids, received_weights)
+            inner, inside_node = call.two_level.inner(ids), call.inside_node
+            assert inside_node is not None
+            return NodePass.receive(
+                inner, inside_node, settings.ops.combine, rows, ids, received_weights, partial(make_run, inner)
+            )
 
         layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts)
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         run = layer_pass.experts
+        ctx.inner_plan = None
+        if isinstance(run, NodePass):
+            ctx.inner_plan, run = run.plan, run.experts
         assert isinstance(run, ExpertsRun)
         call.report = LayerReport(
-            plan.rank,
+            call.rank,
             plan.traffic,
             WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
             plan.overlap,
             topk_ids.shape[1],
             plan.home_offsets,
             plan.receive_offsets,
-            plan.pair_offsets,
+            plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
+            rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
         )
         ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs
         ctx.num_parameters = len(parameters)
@@ -138,12 +161,18 @@ class _ExpertParallelMLP(torch.autograd.Function):
             activation_graphs=ctx.activation_graphs,
             activation_parameters=parameters,
         )
+        experts: ExpertsPass = run
+        if ctx.inner_plan is not None:
+            assert call.inside_node is not None
+            combine = call.settings.ops.combine
+            experts = NodePass(ctx.inner_plan, call.inside_node, combine, rows.new_empty(0), run, rows)
+            received_weights = received_weights.new_empty(call.plan.num_received, received_weights.shape[1])
         layer_pass = LayerPass(
             call.plan,
             call.transport,
             call.settings.ops.combine,
             make_experts=None,
-            experts=run,
+            experts=experts,
             received_weights=received_weights,
             placement=call.placement,
         )
@@ -248,6 +277,8 @@ def _run_expert_parallel(
         if x.dtype not in DTYPE_CODES:
             raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
         WireFormat(x.dtype, overlap.wire_dtype)
+        if isinstance(transport, TwoLevelTransport):
+            check_two_level(overlap, placement)
         settings = make_settings(x, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
@@ -279,7 +310,6 @@ def _run_expert_parallel(
         if num_nonfinite_rows is None:
             skipped = (topk_ids < 0) | (topk_ids >= num_experts)
             num_nonfinite_rows = (~(torch.isfinite(topk_weights) | skipped)).any(dim=1).sum()
-        tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen)
         header = CallHeader.of(
             chosen,
             sequence=sequence,
@@ -296,8 +326,14 @@ def _run_expert_parallel(
             replica_grads=replica_grads,
             **message._asdict(),
         )
-        plan = exchange_plan(transport, header, tokens, chosen)
-    call = _Call(settings, transport, plan, first_expert=rank * (num_experts // size), placement=placement)
+        two_level, inside_node, row_transport = None, None, transport
+        if isinstance(transport, TwoLevelTransport):
+            two_level = exchange_two_level_plan(transport, header, topk_ids, num_experts, chosen)
+            plan, row_transport, inside_node = two_level.outer, transport.between_nodes, transport.inside_node
+        else:
+            plan = exchange_plan(transport, header, plan_tokens(topk_ids, num_experts, rank, size, chosen), chosen)
+    first_expert = rank * (num_experts // size)
+    call = _Call(settings, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
     y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
@@ -344,7 +380,8 @@ class GroupedExperts(nn.Module):
 
     Args:
         config: shapes and activation.
-        transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension.
+        transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
+            two: nodes and ranks of a node (a TwoLevelTransport).
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
         backend, num_sms, batch_invariant: as in moe_mlp.

@@ -14,7 +14,7 @@ from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
 from tritonmoe.emulation import run_on_emulated_ranks
 from tritonmoe.errors import TransportError
-from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport
+from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
 
 GLOO_SIZES = MPI_SIZES = (2, 3)
 LINK = LinkModel(bandwidth_gb_per_s=0.001, latency_us=500)
@@ -57,6 +57,20 @@ def test_local(name: str) -> None:
 def test_emulated(name: str, where: str) -> None:
     size, link = EMULATED[where]
     run_on_emulated_ranks(contract_cases.CASES[name], size, link=link, timeout_s=10)
+
+
+@pytest.mark.parametrize("view", ["between_nodes", "inside_node"])
+@pytest.mark.parametrize("name", contract_cases.CASES)
+def test_views_of_two_levels(name: str, view: str) -> None:
+    def fn(world: Transport) -> None:
+        contract_cases.CASES[name](getattr(TwoLevelTransport(world, 2), view))
+
+    run_on_emulated_ranks(fn, 4, timeout_s=10)
+
+
+@pytest.mark.parametrize("name", contract_cases.CASES)
+def test_two_levels(name: str) -> None:
+    run_on_emulated_ranks(lambda world: contract_cases.CASES[name](TwoLevelTransport(world, 2)), 4, timeout_s=10)
 
 
 @pytest.mark.parametrize("size", GLOO_SIZES)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -12,7 +13,7 @@ if __name__ == "__main__":
 from test_expert_parallel import NAMES, Batch, assert_equals_one_device
 
 import tritonmoe as tm
-from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
+from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport, TwoLevelTransport, as_transport
 
 OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3))
 
@@ -41,8 +42,11 @@ def main(folder: str, backend: str, rank: int = -1, size: int = -1) -> None:
 
         transport = MPITransport(MPI.COMM_WORLD, timeout_s=20)
     else:
-        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         transport = ProcessGroupTransport(timeout_s=20)
+        if backend == "gloo two levels":
+            transport = as_transport(DeviceMesh("cpu", torch.arange(size).view(-1, 2)))
+            assert isinstance(transport, TwoLevelTransport)
     torch.save(run_rank(transport), f"{folder}/{transport.rank}.pt")
     transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
     transport.close()
@@ -55,8 +59,16 @@ if __name__ == "__main__":
 else:
     from processes import NEEDS_MPI, run_processes
 
-    @pytest.mark.parametrize("size", [2, 4])
-    @pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", marks=NEEDS_MPI)])
+    @pytest.mark.parametrize(
+        ("backend", "size"),
+        [
+            ("gloo", 2),
+            ("gloo", 4),
+            ("gloo two levels", 4),
+            pytest.param("mpi", 2, marks=NEEDS_MPI),
+            pytest.param("mpi", 4, marks=NEEDS_MPI),
+        ],
+    )
     def test_equals_one_device(backend: str, size: int, tmp_path: Path) -> None:
         ended = run_processes(size, backend, __file__, str(tmp_path), backend)
         assert not any(ended.statuses), ended.output

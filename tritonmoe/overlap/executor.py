@@ -139,6 +139,8 @@ class LayerReport:
     """Why this plan was chosen, in one sentence."""
     wire_squares: Tensor | None = None
     """(2,) fp32: summed squares of what the wire format changed in the dispatched rows, and of the rows."""
+    rows_between_nodes: int | None = None
+    """On a TwoLevelTransport: the rows that this rank sends to other nodes in the forward's dispatch."""
 
     @property
     def wire_error(self) -> float:
@@ -237,26 +239,24 @@ class LayerPass:
         self.rows = rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
         home = x.new_empty(plan.num_home, width)
         out = home if plan.is_identity else x.new_empty(x.shape[0], width)
-        metadata_in: list[Tensor] = []
+        metadata_in: list[list[Tensor]] = []
         dispatch_wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
         if not dispatch_wire.is_exact:
             self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
 
         def metadata(_: int | None) -> PendingExchange:
-            pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, tokens.home_tokens)
-            metadata_in.append(pairs.new_empty(plan.num_received, pairs.shape[1]))
-            metadata_in[0][: plan.num_local] = pairs[: plan.num_local]
-            return self._exchange_all(pairs.index_select(0, plan.send_order()), metadata_in)
+            pending, received = self.send_metadata(topk_ids, topk_weights)
+            metadata_in.append(received)
+            return pending
 
         def dispatch(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._send_chunk(x, chunk, rows, dispatch_wire, self.wire_squares)
+            return self.send_chunk(x, chunk, rows, dispatch_wire, self.wire_squares)
 
         def group(_: int | None) -> None:
             if not plan.is_identity:
                 torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
-            metadata_in[0][plan.receive_order()] = metadata_in[1]
-            ids, self.received_weights = _unpack_metadata(metadata_in[0], topk_ids.shape[1])
+            ids, self.received_weights = self.receive_metadata(metadata_in[0], topk_ids.shape[1])
             assert self.make_experts is not None
             self.experts = self.make_experts(rows, ids, self.received_weights)
 
@@ -272,7 +272,7 @@ class LayerPass:
 
         def combine(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._return_chunk(partials.pop(chunk), chunk, home)
+            return self.return_chunk(partials.pop(chunk), chunk, home, self._wire(home.dtype))
 
         def reduce(chunk: int | None) -> None:
             assert chunk is not None
@@ -311,7 +311,7 @@ class LayerPass:
 
         def combine_backward(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._send_chunk(dout, chunk, dout_rows, self._wire(dout.dtype))
+            return self.send_chunk(dout, chunk, dout_rows, self._wire(dout.dtype))
 
         def experts_backward(chunk: int | None) -> None:
             assert chunk is not None
@@ -330,7 +330,7 @@ class LayerPass:
 
         def dispatch_backward(chunk: int | None) -> PendingExchange:
             assert chunk is not None
-            return self._return_chunk(partials.pop(chunk), chunk, home)
+            return self.return_chunk(partials.pop(chunk), chunk, home, self._wire(home.dtype))
 
         def routing_backward(_: int | None) -> PendingExchange:
             grads = dweights.new_empty(plan.num_home, dweights.shape[1])
@@ -381,6 +381,19 @@ class LayerPass:
         report = execute(schedule, actions, dout.device)
         return dx, dtopk_weights[0] if dtopk_weights else None, weight_grads[0], report
 
+    def send_metadata(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[PendingExchange, list[Tensor]]:
+        """Send the ids (T, K) and weights (T, K) of all chunks; what arrives is for receive_metadata."""
+        plan = self.plan
+        pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, plan.tokens.home_tokens)
+        received = [pairs.new_empty(plan.num_received, pairs.shape[1])]
+        received[0][: plan.num_local] = pairs[: plan.num_local]
+        return self._exchange_all(pairs.index_select(0, plan.send_order()), received), received
+
+    def receive_metadata(self, received: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
+        """Give the ids (R, K) int32 and weights (R, K) fp32 of the received rows, once the exchange has ended."""
+        received[0][self.plan.receive_order()] = received[1]
+        return _unpack_metadata(received[0], top_k)
+
     def _wire(self, dtype: torch.dtype) -> WireFormat:
         """Give how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
         wire_dtype = self.plan.overlap.wire_dtype
@@ -402,7 +415,7 @@ class LayerPass:
         arriving = wire.empty(out.shape[0], out.shape[1], out.device)
         return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)
 
-    def _send_chunk(
+    def send_chunk(
         self, values: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
     ) -> PendingExchange:
         """Replicate rows of values (T, D) to every rank that needs them: dispatch, and the adjoint of combine."""
@@ -411,12 +424,12 @@ class LayerPass:
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
         return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
 
-    def _return_chunk(self, partial: Tensor, chunk: int, home: Tensor) -> PendingExchange:
+    def return_chunk(self, partial: Tensor, chunk: int, home: Tensor, wire: WireFormat) -> PendingExchange:
         """Bring one row per received row home: combine, and the adjoint of dispatch."""
         plan = self.plan
         out = home[plan.home_slice(chunk)]
         splits = plan.receive_splits(chunk), plan.send_splits(chunk)
-        return self._exchange_rows(partial, splits, out, self._wire(partial.dtype))
+        return self._exchange_rows(partial, splits, out, wire)
 
     def _sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
         """Sum the partial rows of the chunk's tokens, in rank order, in fp32."""

@@ -1,13 +1,14 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport
+from tritonmoe.transports.two_level import TwoLevelTransport
 
 __all__ = [
     "Death",
@@ -20,9 +21,11 @@ __all__ = [
     "PendingExchange",
     "ProcessGroupTransport",
     "Transport",
+    "TwoLevelTransport",
     "as_transport",
 ]
 
+_of_meshes: "WeakKeyDictionary[Any, TwoLevelTransport]" = WeakKeyDictionary()
 _of_groups: "WeakValueDictionary[Any, ProcessGroupTransport]" = WeakValueDictionary()
 
 
@@ -30,13 +33,21 @@ def as_transport(ranks: Any) -> Transport:
     """Give the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
 
     Raises:
-        TypeError: `ranks` is none of these. ValueError: a DeviceMesh of more than one dimension.
+        TypeError: `ranks` is none of these. ValueError: a DeviceMesh of more than two dimensions, or one of two (nodes,
+            ranks of a node: a TwoLevelTransport) that is not all ranks in their order.
     """
     if isinstance(ranks, Transport):
         return ranks
     if hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names"):
+        if ranks.ndim == 2:
+            if ranks not in _of_meshes:
+                _of_meshes[ranks] = _two_level(ranks)
+            return _of_meshes[ranks]
         if ranks.ndim != 1:
-            raise ValueError(f"a DeviceMesh must have one dimension, got {ranks.ndim}: pass mesh['the expert axis']")
+            raise ValueError(
+                "a DeviceMesh must have one dimension, or two for two levels (nodes, ranks of a node), got "
+                f"{ranks.ndim}: pass mesh['the expert axis']"
+            )
         ranks = ranks.get_group()
     import torch.distributed
 
@@ -46,3 +57,19 @@ def as_transport(ranks: Any) -> Transport:
     if transport is None:
         transport = _of_groups[ranks] = ProcessGroupTransport(ranks)
     return transport
+
+
+def _two_level(mesh: Any) -> TwoLevelTransport:
+    import torch.distributed
+
+    if mesh.mesh.flatten().tolist() != list(range(torch.distributed.get_world_size())):
+        raise ValueError(
+            f"a DeviceMesh of two dimensions must hold all {torch.distributed.get_world_size()} ranks in their order, "
+            f"got {mesh.mesh.tolist()}: make a TwoLevelTransport of the transports of your own groups"
+        )
+    return TwoLevelTransport(
+        as_transport(torch.distributed.group.WORLD),
+        mesh.size(1),
+        between_nodes=as_transport(mesh.get_group(0)),
+        inside_node=as_transport(mesh.get_group(1)),
+    )

@@ -1,0 +1,111 @@
+"""TwoLevelTransport: ranks grouped into nodes, so that rows can cross the slow link between nodes once each."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
+
+__all__ = ["GroupView", "TwoLevelTransport"]
+
+
+class GroupView(Transport):
+    """Some ranks of a transport as a transport of their own: the others send each other nothing at the same time.
+
+    Every rank of the world makes the call, in the view that it belongs to.
+
+    Args:
+        world: the transport of all ranks. ranks: those of this view, in their order here, this rank among them.
+    """
+
+    def __init__(self, world: Transport, ranks: Sequence[int]) -> None:
+        self._world = world
+        self._ranks = tuple(ranks)
+        self.rank, self.size = self._ranks.index(world.rank), len(self._ranks)
+
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
+        out = check_exchange(self, rows, input_splits, output_splits, out)
+        return self._world.exchange(rows, self._of_world(input_splits), self._of_world(output_splits), out)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        check_counts(self, counts)
+        of_world = counts.new_zeros(self._world.size, counts.shape[1])
+        of_world[list(self._ranks)] = counts
+        return self._world.exchange_counts(of_world)[list(self._ranks)]
+
+    def _of_world(self, splits: Sequence[int]) -> list[int]:
+        of_world = [0] * self._world.size
+        for rank, count in zip(self._ranks, splits, strict=True):
+            of_world[rank] = count
+        return of_world
+
+
+class TwoLevelTransport(Transport):
+    """The ranks of `world`, node by node: rank n * node_size + i is rank i of node n.
+
+    A layer on it sends a token once to every other node that needs it, to the rank with this rank's place in that
+    node, and from there to the ranks that need it: fewer bytes between nodes, one more step inside them. The idea is
+    that of DeepEP's and HierMoE's (arXiv 2508.09591) two-level dispatch.
+
+    Args:
+        world: the transport of all ranks. node_size: ranks per node.
+        between_nodes: the transport of the ranks with this one's place in their nodes, inside_node: that of this node's
+            ranks. None is a view of `world`, which serves tests; with processes give each a group of its own, since
+            a group's exchanges queue behind each other.
+    Raises:
+        ValueError: the ranks don't make at least two whole nodes of at least two ranks.
+    Example:
+        World of 4, node_size 2: rank 1 has between_nodes of ranks 1 and 3, inside_node of ranks 0 and 1.
+    """
+
+    def __init__(
+        self,
+        world: Transport,
+        node_size: int,
+        *,
+        between_nodes: Transport | None = None,
+        inside_node: Transport | None = None,
+    ) -> None:
+        if node_size < 2 or world.size % node_size or world.size == node_size:
+            raise ValueError(
+                f"{world.size} ranks can't be two or more nodes of node_size = {node_size} >= 2 ranks: choose a "
+                "node_size that divides the ranks, or use the transport of all ranks itself"
+            )
+        self.world = world
+        self.rank, self.size, self.node_size = world.rank, world.size, node_size
+        self.num_nodes = world.size // node_size
+        node, place = divmod(world.rank, node_size)
+        self.between_nodes = between_nodes or GroupView(world, range(place, world.size, node_size))
+        self.inside_node = inside_node or GroupView(world, range(node * node_size, (node + 1) * node_size))
+        for name, part, rank, size in (
+            ("between_nodes", self.between_nodes, node, self.num_nodes),
+            ("inside_node", self.inside_node, place, node_size),
+        ):
+            if (part.rank, part.size) != (rank, size):
+                raise ValueError(
+                    f"{name} must be rank {rank} of {size} on rank {world.rank} of {world.size} with node_size = "
+                    f"{node_size}, got rank {part.rank} of {part.size}"
+                )
+
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        return self.world.exchange(rows, input_splits, output_splits, out)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        return self.world.exchange_counts(counts)
+
+    def close(self) -> None:
+        for transport in (self.between_nodes, self.inside_node, self.world):
+            transport.close()
