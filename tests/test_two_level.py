@@ -8,6 +8,7 @@ from test_expert_parallel import NAMES, WEIGHTS, Batch
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.overlap.tuner import SETTLING_CALLS
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports import emulated as emulated_module
 
@@ -179,6 +180,21 @@ def test_a_layer_reports_the_rows_that_cross():
         assert two.rows_between_nodes == int((nodes == other).any(1).sum())
         assert torch.equal(one.traffic_rows, two.traffic_rows)
         assert two.rows_between_nodes < int(one.traffic_rows[rank, 2 * other : 2 * other + 2].sum())
+
+
+def test_auto_settles_on_two_levels():
+    config = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=12, top_k=3)
+
+    def rank_call(world):
+        layer = tm.MoELayer(config, TwoLevelTransport(world, 2), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(20, 8, generator=torch.Generator().manual_seed(world.rank))
+        for _ in range(SETTLING_CALLS + 2):
+            layer(x).sum().backward()
+        return layer.last_report.overlap, layer.last_report.choice
+
+    plans = tm.run_on_emulated_ranks(rank_call, num_ranks=4)
+    assert len({plan for plan, _ in plans}) == 1
+    assert "measur" not in plans[0][1]
 
 
 def test_what_two_levels_can_not_do_is_refused():

@@ -189,6 +189,7 @@ def search(
     experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
     communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
     seed = closed_form_num_chunks(experts_s, communication_s, costs.fixed_s.get("experts", 0.0))
+    seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
     shapes = {"equal": [equal_sizes], "ramp": [ramp_sizes]}.get(str(config.shape), [equal_sizes, ramp_sizes])
     for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
         for sizes in shapes:
