@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe import backends, dispatch, experts
+from tritonmoe import arguments as argument_checks
+from tritonmoe import backends, dispatch
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0
@@ -117,7 +118,7 @@ def test_callable_of_wrong_shape_in_any_mode(mode: str) -> None:
 
 
 def test_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "MAX_PAIRS", 5)
+    monkeypatch.setattr(argument_checks, "MAX_PAIRS", 5)
     with pytest.raises(ValueError, match=r"T\*K = 6 pairs exceed 5.*split the batch"):
         tm.moe_mlp(**arguments())
 
@@ -299,7 +300,7 @@ def test_more_pairs_than_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_rank_has_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "MAX_PAIRS", 6)
+    monkeypatch.setattr(argument_checks, "MAX_PAIRS", 6)
 
     def fn(transport: Transport) -> None:
         num_tokens = 3 + transport.rank

@@ -38,7 +38,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     """
     tensor = like.new_empty(*shape)
     num_bytes = tensor.numel() * tensor.itemsize
-    if tensor.device.type != "cpu" or num_bytes < SMALLEST_ADVISED_BYTES or torch.compiler.is_compiling():
+    if tensor.device.type != "cpu" or num_bytes < SMALLEST_ADVISED_BYTES:
         return tensor
     madvise = _madvise()
     if madvise is not None:

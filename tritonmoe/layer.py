@@ -10,20 +10,21 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .arguments import (
+    ExpertSettings,
+    ExpertWeights,
+    cast_for_autocast,
+    check_arguments,
+    find_main_grads,
+    make_settings,
+)
+from .autograd import once_differentiable, outside_graphs, without_autocast
 from .config import Activation, ExpertLayout, KernelOptions, MoEConfig, OverlapConfig, OverlapPlan, is_fused
 from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .errors import NonFiniteScores
-from .experts import (
-    ExpertSettings,
-    ExpertsRun,
-    ExpertWeights,
-    activation_parameters,
-    check_arguments,
-    make_settings,
-    moe_mlp,
-)
+from .experts import moe_mlp
+from .experts_run import ExpertsRun, activation_parameters
 from .overlap.executor import ExpertsPass, LayerPass, LayerReport
 from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
@@ -52,6 +53,8 @@ class _Call:
     """One expert-parallel call, from the plan to the end of its backward."""
 
     settings: ExpertSettings
+    owners: ExpertWeights
+    """The weights as the user holds them, where a main_grad hangs."""
     rank: int
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
@@ -160,6 +163,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
             h,
             activation_graphs=ctx.activation_graphs,
             activation_parameters=parameters,
+            main_grads=find_main_grads(call.owners),
         )
         experts: ExpertsPass = run
         if ctx.inner_plan is not None:
@@ -252,7 +256,13 @@ def _refuse(transport: Transport) -> None:
     refuse_call(transport, state.num_calls - 1)
 
 
-def _run_expert_parallel(
+def _run_expert_parallel(*arguments: Any, **options: Any) -> tuple[Tensor, LayerReport]:
+    """Run one layer call, outside the graph where torch.compile sees it: the plan is made of exchanged counts."""
+    run = _call_outside_graphs if torch.compiler.is_compiling() else _run_eagerly
+    return run(*arguments, **options)
+
+
+def _run_eagerly(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -270,7 +280,10 @@ def _run_expert_parallel(
     num_nonfinite_rows: Tensor | None = None,
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
+    owners = weights
     try:
+        x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
+        find_main_grads(owners)  # refuses bad ones here, before anything is sent
         layout = ExpertLayout(*layout_flags)
         check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
         check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size, placement)
@@ -333,14 +346,18 @@ def _run_expert_parallel(
         else:
             plan = exchange_plan(transport, header, plan_tokens(topk_ids, num_experts, rank, size, chosen), chosen)
     first_expert = rank * (num_experts // size)
-    call = _Call(settings, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
+    call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
-    y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
+    with without_autocast(x.device):
+        y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
     assert call.report is not None
     if chooser is not None:
         chooser.observe([Message.of(header) for header in plan.headers], call.report, plan.needs_any)
     return y, call.report
+
+
+_call_outside_graphs = outside_graphs(_run_eagerly)
 
 
 def check_expert_parallel(
@@ -562,7 +579,7 @@ class MoELayer(nn.Module):
         try:
             if x.shape[-1] != self.config.hidden_size:
                 raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
-            if one_device:
+            if one_device and not torch.compiler.is_compiling():
                 self._raise_earlier_nonfinite()
             flat = x.reshape(-1, x.shape[-1])
             routing = self.router(flat)
@@ -571,7 +588,7 @@ class MoELayer(nn.Module):
                 _refuse(self.experts.transport)
             raise
         y = self.experts(flat, routing.topk_ids, routing.topk_weights, num_nonfinite_rows=routing.num_nonfinite_rows)
-        if one_device:
+        if one_device and not torch.compiler.is_compiling():
             self._remember_nonfinite(routing.num_nonfinite_rows)
         self.last_routing = routing
         aux_loss = routing.topk_weights.new_zeros(())

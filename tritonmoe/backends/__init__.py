@@ -14,6 +14,8 @@ from torch import bfloat16, cuda, float16, float32, float64, version
 from torch import device as Device
 from torch import dtype as DType
 
+from ..config import KernelOptions
+
 __all__ = ["BACKENDS", "choose", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
@@ -75,13 +77,15 @@ def _log_once(message: str) -> None:
     log.info(message)
 
 
-def choose(backend: str, device: Device, dtype: DType) -> ModuleType:
+def choose(backend: str, device: Device, dtype: DType, options: KernelOptions = KernelOptions()) -> ModuleType:
     """Give the module of ops for `backend` ("auto", "triton", "torch" or "reference").
 
-    "auto" is triton on a GPU and torch elsewhere; the choice and its reason are logged once.
+    "auto" is triton on a GPU and torch elsewhere; the choice and its reason are logged once. Only triton can be batch
+    invariant: the libraries behind PyTorch's products choose their code by the number of rows, and round a row
+    differently with its neighbours.
 
     Raises:
-        ValueError: the name is not known, or the backend can't run these tensors.
+        ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
     """
     if backend not in ("auto", *BACKENDS):
@@ -102,4 +106,10 @@ def choose(backend: str, device: Device, dtype: DType) -> ModuleType:
         else:
             backend = "torch"
             _log_once(f"backend 'auto' chose torch: {reason or 'the interpreter is for tests only'}")
+    if options.batch_invariant and backend != "triton":
+        raise ValueError(
+            f"batch_invariant=True needs backend='triton', and this call runs on {backend!r} "
+            f"({reason or 'as it asked for'}): PyTorch's matrix products round a row differently with its neighbours. "
+            "Use batch_invariant=False here"
+        )
     return importlib.import_module(f"{__name__}.{backend}")

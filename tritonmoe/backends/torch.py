@@ -55,8 +55,6 @@ def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
     Its loop over the experts costs less than ours, which shows where the products are short; it allocates its result,
     which would show where they are long. It takes rows of whole 16 bytes.
     """
-    if torch.compiler.is_compiling():  # torch.compile takes grouped_mm in bf16 only
-        return False
     num_pairs = grouping.host_expert_offsets[-1]
     if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
         return False

@@ -1,0 +1,356 @@
+"""ExpertsRun: the experts of one rank, a chunk at a time, forward and backward.
+
+Knows nothing of ranks, streams or transports. One device is the case of one chunk.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu_memory
+from .arguments import ExpertSettings, ExpertWeights, MainGrads
+from .backends.reference import WeightGrads
+from .config import Activation, ExpertLayout, is_fused
+from .grouping import Grouping, GroupingBlock
+
+__all__ = ["ExpertsRun", "activation_parameters", "checked_activation", "weight_gradients", "zero_padding"]
+
+
+@dataclass
+class ExpertsRun:
+    """One call of this rank's experts, chunk by chunk, forward and backward.
+
+    forward(c) needs the rows of chunk c to be in `rows`; backward(c) the same of `dout`. weight_grad() comes after
+    the last backward. Tensors that outlive a chunk (h, dh, s*a) are allocated once for the whole layer.
+    """
+
+    settings: ExpertSettings
+    weights: ExpertWeights
+    rows: Tensor
+    """(R, D) received rows of all chunks."""
+    topk_weights: Tensor
+    """(R, K)."""
+    grouping: Grouping
+    keep_hidden: bool
+    """Whether h is kept for a backward; False in inference and with save="input"."""
+    h: Tensor | None = None
+    """(N, 2F), filled by forward, or given back to a run that only does backward."""
+    main_grads: MainGrads | None = None
+    """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
+    dh: Tensor | None = None
+    scaled_a: Tensor | None = None
+    activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
+    reused: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that every chunk, or every block, uses again."""
+    activation_parameters: list[Tensor] = field(default_factory=list)
+    activation_grads: list[Tensor | None] = field(default_factory=list)
+    """Callable activations: the gradients of activation_parameters so far."""
+
+    def __post_init__(self) -> None:
+        self.activation_grads = [None] * len(self.activation_parameters)
+
+    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
+        """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        grouping = self.grouping.chunk(chunk)
+        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+            return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
+        if is_fused(activation):
+            if self.keep_hidden and self.h is None:
+                self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
+            h = None if self.h is None else self.h[self._pairs(chunk)]
+            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            if len(blocks) == 1:
+                y = self._forward_block(blocks[0], out_h=h)
+            else:
+                width, inner = self._hidden_width, layout.intermediate_size(self._hidden_width)
+                y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+                for block in blocks:
+                    self._forward_block(
+                        block,
+                        out_h=self._block_scratch("h", block, width) if h is None else h[block.positions],
+                        out_a=self._block_scratch("a", block, inner),
+                        out_y=y[block.positions],
+                    )
+        else:
+            w1, b1, w2, b2 = self.weights
+            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
+            a = self._call_activation(chunk, h, grouping)
+            y = ops.down(a, w2, b2, grouping, layout, options=options)
+        return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
+
+    def _forward_block(
+        self,
+        block: GroupingBlock,
+        out_h: Tensor | None = None,
+        out_a: Tensor | None = None,
+        out_y: Tensor | None = None,
+    ) -> Tensor:
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        w1, b1, w2, b2 = self._block_weights(block)
+        _, a = ops.up(
+            self.rows,
+            w1,
+            b1,
+            block.grouping,
+            layout,
+            activation,
+            needs_h=False,
+            out_h=out_h,
+            out_a=out_a,
+            options=options,
+        )
+        return ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
+
+    def backward(
+        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Give dx (R_c, D), None unless needed, and the gradient of topk_weights (R_c, K) in fp32 for one chunk.
+
+        dout: (R, D) of all chunks.
+        """
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        grouping = self.grouping.chunk(chunk)
+        pairs = self._pairs(chunk)
+        if self.dh is None or self.scaled_a is None:
+            self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
+            inner = layout.intermediate_size(self._hidden_width)
+            self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
+        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+            empty = self.rows.new_empty(0, self.rows.shape[1]) if needs_dx and out is None else out
+            return empty, self.topk_weights.new_empty(0, grouping.top_k)
+        dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
+        dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if needs_dx else None
+        if is_fused(activation):
+            h = None if self.h is None else self.h[pairs]
+            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            parts = [self._backward_block(block, dout, h, dh, scaled_a, dx_pairs) for block in blocks]
+            dweights = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            w1, _, w2, b2 = self.weights
+            a = self.activation_graphs[chunk][1].detach()
+            da, _, dweights = ops.down_grad(
+                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
+            )
+            dh.copy_(self._activation_backward(chunk, da))
+            if dx_pairs is not None:
+                ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
+        dx = None if dx_pairs is None else ops.combine(dx_pairs, grouping.inverse, out=out)
+        return dx, grouping.pairs_to_rows(dweights)
+
+    def _backward_block(
+        self,
+        block: GroupingBlock,
+        dout: Tensor,
+        h: Tensor | None,
+        dh: Tensor,
+        scaled_a: Tensor,
+        dx_pairs: Tensor | None,
+    ) -> Tensor:
+        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights."""
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        w1, b1, w2, b2 = self._block_weights(block)
+        positions = block.positions
+        if h is None:
+            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None, options=options)
+        else:
+            hidden = h[positions]
+        _, _, dweights = ops.down_grad(
+            dout,
+            w2,
+            b2,
+            hidden,
+            self.topk_weights,
+            block.grouping,
+            layout,
+            activation,
+            out_dh=dh[positions],
+            out_scaled_a=scaled_a[positions],
+            options=options,
+        )
+        if dx_pairs is not None:
+            ops.up_grad(dh[positions], w1, block.grouping, layout, out=dx_pairs[positions], options=options)
+        return dweights
+
+    def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
+        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
+            return self.weights
+        w1, b1, w2, b2 = self.weights
+        experts = block.experts
+        return ExpertWeights(
+            w1[experts], None if b1 is None else b1[experts], w2[experts], None if b2 is None else b2[experts]
+        )
+
+    def weight_grad(self, dout: Tensor, needs: ExpertWeights | tuple[bool, bool, bool, bool]) -> WeightGrads:
+        """Give the gradients of the weights; needs says which, in the order of ExpertWeights.
+
+        None where not needed, and where the gradient was added to one of main_grads.
+        """
+        return weight_gradients(
+            self.settings,
+            self.grouping,
+            needs,
+            self.main_grads,
+            x=self.rows,
+            dh=self.dh,
+            dout=dout,
+            scaled_a=self.scaled_a,
+            topk_weights=self.topk_weights,
+        )
+
+    def _call_activation(self, chunk: int, h: Tensor, grouping: Grouping) -> Tensor:
+        """Run a callable activation; under keep_hidden its graph is kept for backward."""
+        zero_padding(h, grouping)
+        if not self.keep_hidden:
+            with torch.no_grad():
+                return checked_activation(self.settings, h)
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            a = checked_activation(self.settings, leaf.clone())  # cloned: a callable may work in place
+        self.activation_graphs[chunk] = (leaf, a)
+        return a.detach()
+
+    def _activation_backward(self, chunk: int, da: Tensor) -> Tensor:
+        leaf, a = self.activation_graphs[chunk]
+        zero_padding(da, self.grouping.chunk(chunk))
+        inputs = [leaf, *(p for p in self.activation_parameters if p.requires_grad)]
+        # retain_graph: the layer's own backward may run twice, and this graph goes when the layer's does.
+        grads = torch.autograd.grad(a, inputs, da, retain_graph=True, allow_unused=True)
+        remaining = iter(grads[1:])
+        for i, parameter in enumerate(self.activation_parameters):
+            grad = next(remaining) if parameter.requires_grad else None
+            if grad is not None:
+                so_far = self.activation_grads[i]
+                self.activation_grads[i] = grad if so_far is None else so_far + grad
+        return torch.zeros_like(leaf) if grads[0] is None else grads[0]
+
+    @property
+    def _hidden_width(self) -> int:
+        """2F, or F when ungated."""
+        return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
+
+    def _scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this run."""
+        if self.rows.device.type != "cpu":
+            return self.rows.new_empty(num_pairs, width)
+        return cpu_memory.scratch.take(self, name, num_pairs, width, self.rows.dtype)
+
+    def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this chunk."""
+        if name not in self.reused:
+            largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
+            self.reused[name] = self._scratch(name, largest, width)
+        return self.reused[name][:num_pairs]
+
+    def _block_scratch(self, name: str, block: GroupingBlock, width: int) -> Tensor:
+        """Give (pairs of the block, width) of memory that is not needed after this block."""
+        if name not in self.reused:
+            self.reused[name] = self._scratch(name, self.settings.ops.MAX_BLOCK_PAIRS, width)
+        return self.reused[name][: block.grouping.num_pairs]
+
+    def _pairs(self, chunk: int) -> slice:
+        return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
+
+    def _row_range(self, chunk: int) -> slice:
+        return slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+
+
+def weight_gradients(
+    settings: ExpertSettings,
+    grouping: Grouping,
+    needs: ExpertWeights | tuple[bool, bool, bool, bool],
+    main_grads: MainGrads | None,
+    *,
+    x: Tensor | None = None,
+    dh: Tensor | None = None,
+    dout: Tensor | None = None,
+    scaled_a: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+) -> WeightGrads:
+    """Call the weight_grad op for the weights that need it, and add to main_grads where there are such."""
+    needs_w1, needs_b1, needs_w2, needs_b2 = needs
+    if not any(needs):
+        return WeightGrads(None, None, None, None)
+    main = main_grads or MainGrads(None, None, None, None)
+    grads = settings.ops.weight_grad(
+        grouping,
+        settings.layout,
+        x=x if needs_w1 else None,
+        dh=dh if needs_w1 or needs_b1 else None,
+        dout=dout if needs_w2 or needs_b2 else None,
+        scaled_a=scaled_a if needs_w2 else None,
+        topk_weights=topk_weights if needs_b2 else None,
+        gate_up_bias=bool(needs_b1),
+        down_bias=bool(needs_b2),
+        accumulate_gate_up=main.gate_up_proj if needs_w1 else None,
+        accumulate_down=main.down_proj if needs_w2 else None,
+        options=settings.options,
+    )
+    return grads._replace(
+        gate_up_bias=_added(grads.gate_up_bias, main.gate_up_bias),
+        down_bias=_added(grads.down_bias, main.down_bias),
+    )
+
+
+def _added(grad: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+    if grad is None or main_grad is None:
+        return grad
+    main_grad.add_(grad)
+    return None
+
+
+def zero_padding(values: Tensor, grouping: Grouping) -> None:
+    """Zero the positions past the last pair, which the kernels never write, before a callable reads them."""
+    if values.is_cuda:
+        padding = torch.arange(values.shape[0], device=values.device) >= grouping.expert_offsets[-1]
+        values.masked_fill_(padding[:, None], 0)
+
+
+def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
+    """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
+    return _call_checked(settings.activation, settings.layout, h)
+
+
+def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:
+    assert callable(activation)
+    shape = tuple(h.shape)
+    a = activation(h)
+    expected = (shape[0], layout.intermediate_size(shape[1]))
+    if tuple(a.shape) != expected or a.dtype != h.dtype:
+        raise ValueError(
+            f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, "
+            f"got {tuple(a.shape)} {a.dtype}"
+        )
+    return a.contiguous()
+
+
+def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
+    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
+
+    Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
+    """
+    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    with torch.enable_grad():
+        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
+        out = _call_checked(activation, layout, empty.clone())
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    nodes = [] if out.grad_fn is None else [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not empty:
+            found[id(leaf)] = leaf
+        nodes.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
+    return list(found.values())
