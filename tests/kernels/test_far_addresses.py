@@ -1,0 +1,127 @@
+"""Offsets past 2^31: rows, experts and pairs so far apart that int32 arithmetic on them would wrap.
+
+The memory is sparse files, of which only a few pages exist. A wrapped address is not mapped: another process takes the
+crash.
+"""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+STRIDE = 2**30 + 16
+"""Between rows, or between experts: twice this is past 2^31, and the stride itself still is an int32."""
+
+
+class FarMemory:
+    """Tensors whose outermost stride is STRIDE."""
+
+    def __init__(self, folder):
+        self.folder, self.num_files = folder, 0
+
+    def like(self, tensor):
+        """Give a far tensor of the same shape and dtype, all zeros."""
+        self.num_files += 1
+        size = STRIDE * (tensor.shape[0] - 1) + tensor[0].numel()
+        path = os.path.join(self.folder, str(self.num_files))
+        storage = torch.from_file(path, shared=True, size=size, dtype=tensor.dtype)
+        return storage.as_strided(tensor.shape, (STRIDE, *tensor[0].contiguous().stride()))
+
+    def copy(self, tensor):
+        """Give a far tensor with the same values."""
+        return self.like(tensor).copy_(tensor)
+
+
+def check(folder):
+    """Run every operation on operands that are far apart and on ones that are not: the bits must be the same."""
+    from kernel_cases import LAYOUTS, Layer
+
+    from tritonmoe.backends import triton as kernels
+
+    far, ids = FarMemory(folder), torch.tensor([[2], [0], [1]], dtype=torch.int32)
+    near = Layer(ids, 3, LAYOUTS["concatenated"], torch.float16)
+    layer = Layer(ids, 3, LAYOUTS["concatenated"], torch.float16)
+    for name in ("ids", "x", "dout", "weights", "w1", "w2", "b1", "b2"):
+        setattr(layer, name, far.copy(getattr(near, name)))
+
+    def same(name, actual, expected):
+        assert torch.equal(actual, expected), name
+
+    layout = layer.layout
+    grouping, expected_grouping = kernels.group(layer.ids, 3), kernels.group(near.ids, 3)
+    same("pair_index", grouping.pair_index, expected_grouping.pair_index)
+    chunks = {"chunk_row_offsets": (0, 1, 3), "chunk_pair_offsets": (0, 1, 3), "row_source": torch.zeros(3)}
+    in_chunks = [kernels.group(operands.ids, 3, **chunks).source_order for operands in (layer, near)]
+    same("source_order", *in_chunks)
+    h, a = kernels.up(near.x, near.w1, near.b1, grouping, layout, "silu")
+    out_h, out_a = kernels.up(
+        layer.x, layer.w1, layer.b1, grouping, layout, "silu", out_h=far.like(h), out_a=far.like(a)
+    )
+    same("h", out_h, h)
+    same("a", out_a, a)
+    y = kernels.down(a, near.w2, near.b2, grouping, layout)
+    out_y = kernels.down(out_a, layer.w2, layer.b2, grouping, layout, out=far.like(y))
+    same("y", out_y, y)
+    index, far_index = grouping.inverse, far.copy(grouping.inverse)
+    out = kernels.combine(y, index, near.weights, near.dout)
+    far_out = kernels.combine(out_y, far_index, layer.weights, layer.dout, out=far.like(out))
+    same("out", far_out, out)
+    dh, scaled_a, dweights = kernels.down_grad(near.dout, near.w2, near.b2, h, near.weights, grouping, layout, "silu")
+    out_dh, out_scaled_a, out_dweights = kernels.down_grad(
+        layer.dout,
+        layer.w2,
+        layer.b2,
+        out_h,
+        layer.weights,
+        grouping,
+        layout,
+        "silu",
+        out_dh=far.like(dh),
+        out_scaled_a=far.like(scaled_a),
+    )
+    same("dh", out_dh, dh)
+    same("scaled_a", out_scaled_a, scaled_a)
+    same("dweights", out_dweights, dweights)
+    dx = kernels.up_grad(dh, near.w1, grouping, layout)
+    same("dx", kernels.up_grad(out_dh, layer.w1, grouping, layout, out=far.like(dx)), dx)
+    near_w1, near_w2 = torch.zeros_like(near.w1), torch.zeros_like(near.w2)
+    far_w1, far_w2 = far.like(near.w1), far.like(near.w2)
+    grads = [
+        kernels.weight_grad(
+            grouping,
+            layout,
+            x=operands.x,
+            dh=pairs_dh,
+            dout=operands.dout,
+            scaled_a=pairs_a,
+            topk_weights=operands.weights,
+            gate_up_bias=True,
+            down_bias=True,
+            accumulate_gate_up=w1,
+            accumulate_down=w2,
+        )
+        for operands, pairs_dh, pairs_a, w1, w2 in (
+            (near, dh, scaled_a, near_w1, near_w2),
+            (layer, out_dh, out_scaled_a, far_w1, far_w2),
+        )
+    ]
+    same("gate_up_proj", far_w1, near_w1)
+    same("down_proj", far_w2, near_w2)
+    same("gate_up_bias", grads[1].gate_up_bias, grads[0].gate_up_bias)
+    same("down_bias", grads[1].down_bias, grads[0].down_bias)
+    print("every operation reached", far.num_files)
+
+
+def test_addresses_past_two_to_the_31(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    result = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "every operation reached" in result.stdout
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])
