@@ -74,6 +74,8 @@ class CallHeader:
     """A checksum of which rank holds which experts, 0 for the contiguous placement."""
     replica_grads: int = 0
     """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
+    layer: int = -1
+    """Which of the layers made on this transport calls, in the order in which they were made; -1: a function call."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
@@ -105,6 +107,7 @@ MUST_AGREE = (
         "wire_dtype",
         "placement",
         "replica_grads",
+        "layer",
     ),
 )
 
@@ -310,7 +313,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     """Run the one count exchange of a layer call and give the plan that all ranks agree on.
 
     Raises, on every rank alike:
-        TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ.
+        TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
         NonFiniteScores: a rank's router scores were not finite.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
@@ -350,13 +353,17 @@ def exchange_counts(
     first = HEADER_SIZE + size
     message[:, HEADER_SIZE:first] = counts[0].sum(0)
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
-    received = transport.exchange_counts(message)
+    try:
+        received = transport.exchange_counts(message)
+    except TransportError as error:
+        raise TransportError(f"count exchange of layer call {header.sequence}, before any chunk: {error}") from error
     headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
     check_headers(headers)
     traffic = received[:, HEADER_SIZE:first].clone()
     check_sizes(traffic.sum(0).tolist(), header.top_k)
-    told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments]
-    return headers, traffic, told.permute(1, 2, 0)
+    told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
+    check_counts(told[0].tolist(), told[1].tolist(), traffic[:, transport.rank].tolist(), header.top_k, transport.rank)
+    return headers, traffic, told
 
 
 def offsets(counts: list[list[int]]) -> tuple[int, ...]:
@@ -396,6 +403,27 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
             f"router scores or weights of some tokens are NaN or infinite ({said}): "
             "look for an overflow in the activations before the router"
         )
+
+
+def check_counts(
+    rows: Sequence[Sequence[int]], pairs: Sequence[Sequence[int]], totals: Sequence[int], top_k: int, rank: int
+) -> None:
+    """Raise CountMismatch unless what every rank says of its segments is what it says of the whole call.
+
+    Some transports would read memory that was never written, or abort, where counts are wrong.
+
+    Args:
+        rows, pairs: [segment][rank] that come to this rank. totals: of rows, by rank.
+    """
+    for sender, total in enumerate(totals):
+        row_counts, pair_counts = ([segment[sender] for segment in counts] for counts in (rows, pairs))
+        if sum(row_counts) != total or not all(
+            0 <= r <= p <= top_k * r for r, p in zip(row_counts, pair_counts, strict=True)
+        ):
+            raise CountMismatch(
+                f"rank {rank} got counts of rank {sender} that contradict each other: {total} rows in all, by segment "
+                f"{row_counts} rows with {pair_counts} pairs of at most {top_k} a row: they were damaged on their way"
+            )
 
 
 def check_sizes(received: Sequence[int], top_k: int) -> None:

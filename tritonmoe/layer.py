@@ -42,6 +42,7 @@ class _TransportState:
     """What lives as long as a transport: how many layer calls it has seen, and what "auto" has learnt."""
 
     num_calls: int = 0
+    num_layers: int = 0
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
 
 
@@ -277,6 +278,7 @@ def _run_eagerly(
     backend: str,
     save: Literal["hidden", "input"],
     options: KernelOptions,
+    layer: int = -1,
     num_nonfinite_rows: Tensor | None = None,
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
@@ -337,6 +339,7 @@ def _run_eagerly(
             nonfinite_rows=int(num_nonfinite_rows),
             placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
             replica_grads=replica_grads,
+            layer=layer,
             **message._asdict(),
         )
         two_level, inside_node, row_transport = None, None, transport
@@ -432,6 +435,11 @@ class GroupedExperts(nn.Module):
         if placement is not None and self.transport is None:
             raise ValueError("placement says which rank holds which experts: it needs a transport")
         self.placement = placement
+        self._layer = -1  # its place among this transport's layers, by which the ranks know that they call the same one
+        if self.transport is not None:
+            state = _states.setdefault(self.transport, _TransportState())
+            self._layer = state.num_layers
+            state.num_layers += 1
         num_local = config.num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, config.num_experts, size, placement)
         first = rank * num_local
@@ -511,6 +519,7 @@ class GroupedExperts(nn.Module):
             backend=self.backend,
             save="hidden",
             options=self.options,
+            layer=self._layer,
             num_nonfinite_rows=num_nonfinite_rows,
         )
         return y

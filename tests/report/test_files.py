@@ -1,7 +1,10 @@
 """Timelines of a real layer call, and the files that are made of them."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +94,29 @@ def test_chrome_trace_of_two_runs(tmp_path):
     }
     processes = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert processes == ["rank 1"]
+
+
+def test_a_full_disk_under_the_trace(tmp_path):
+    with pytest.raises(OSError, match="the trace could not be written: No space left on device") as raised:
+        write_chrome_trace(Path("/dev/full"), {"run": [TIMELINE]})
+    assert raised.value.filename == "/dev/full"
+
+
+def test_no_part_of_a_trace_is_left(tmp_path):
+    """A file that must not grow beyond 100 bytes stands for a disk that fills up on the way."""
+    path = tmp_path / "trace.json"
+    code = f"""if True:
+        import pathlib, resource, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_files import TIMELINE, write_chrome_trace
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        write_chrome_trace(pathlib.Path({str(path)!r}), {{"run": [TIMELINE]}})
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(tm.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "the trace could not be written: File too large" in ended.stderr
+    assert not path.exists()
 
 
 def test_png_is_a_png(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends.reference import WeightGrads
 from ..config import OverlapPlan
 from ..dispatch import DispatchPlan
+from ..errors import TransportError
 from ..placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from ..transports import PendingExchange, Transport
 from ..wire import DecodedExchange, WireFormat
@@ -175,13 +176,19 @@ def execute(
             if earlier in posted:
                 started, posted_at, pending = posted.pop(earlier)
                 before = _mark(device)
-                pending.wait()
+                try:
+                    pending.wait()
+                except TransportError as error:
+                    raise _at_step(schedule[earlier], error) from error
                 after = _mark(device)
                 # Only the time is kept: the exchange itself would keep its buffers.
                 finished = pending.finished_at() if device.type == "cpu" else None
                 report._exchanges.append((schedule[earlier], started, posted_at, before, after, finished))
         started = _mark(device)
-        pending_or_none = actions[step.kind](step.chunk)
+        try:
+            pending_or_none = actions[step.kind](step.chunk)
+        except TransportError as error:
+            raise _at_step(step, error) from error
         if step.lane == "comm":
             assert pending_or_none is not None
             posted[position] = (started, _mark(device), pending_or_none)
@@ -189,6 +196,12 @@ def execute(
             report._compute.append((step, started, _mark(device)))
     report._end = _mark(device)
     return report
+
+
+def _at_step(step: Step, error: TransportError) -> TransportError:
+    """Say where in the layer an exchange failed; the error itself says on which rank."""
+    where = "all chunks" if step.chunk is None else f"chunk {step.chunk}"
+    return TransportError(f"step {step.kind}, {where}: {error}")
 
 
 class ExpertsPass(Protocol):

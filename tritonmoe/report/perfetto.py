@@ -51,8 +51,17 @@ def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]:
 
 
 def write_chrome_trace(path: Path, runs: Mapping[str, Sequence[Timeline]]) -> None:
-    """Write chrome_trace(runs) as JSON."""
-    path.write_text(json.dumps(chrome_trace(runs)))
+    """Write chrome_trace(runs) as JSON.
+
+    Raises:
+        OSError: it could not be written, on a full disk for example; then no part of it is left.
+    """
+    try:
+        path.write_text(json.dumps(chrome_trace(runs)))
+    except OSError as error:
+        if path.is_file():
+            path.unlink()
+        raise OSError(error.errno, f"the trace could not be written: {error.strerror}", str(path)) from error
 
 
 def _microseconds(seconds: float) -> float:

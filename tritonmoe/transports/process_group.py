@@ -1,10 +1,11 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,32 +64,36 @@ class ProcessGroupExchange(PendingExchange):
     """An asynchronous all_to_all_single and the two tensors that it uses."""
 
     def __init__(
-        self, work: Any, rows: Tensor, out: Tensor, timeout: timedelta | None, is_host_work: bool, what: str
+        self, work: Any, rows: Tensor, out: Tensor, timeout_s: float | None, is_host_work: bool, what: str
     ) -> None:
         self._work = work
         self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
         self._out = out
-        self._timeout = timeout
+        self._timeout_s = timeout_s
         self._what = what
         self._posted_at = time.perf_counter()
         self._finished: list[float] = []
+        self._has_ended: threading.Event | None = None
         if is_host_work:
-            # The callback runs on gloo's own thread. It holds the list, not self: a cycle through C++ is never freed.
-            finished = self._finished
-            work.get_future().add_done_callback(lambda _: finished.append(time.perf_counter()))
+            # The callback runs on gloo's own thread. It doesn't hold self: a cycle through C++ is never freed.
+            finished, has_ended = self._finished, threading.Event()
+            self._has_ended = has_ended
+
+            def note(_: Any) -> None:
+                finished.append(time.perf_counter())
+                has_ended.set()
+
+            work.get_future().add_done_callback(note)
 
     def wait(self) -> Tensor:
-        # NCCL: wait() only orders the current stream, so it is repeated for a caller on another stream.
+        # Not in gloo's own wait(), from which Ctrl-C can't call a process back.
+        if self._has_ended is not None and not self._has_ended.wait(self._timeout_s):
+            self._fail(f"nothing was heard for timeout_s = {self._timeout_s}")
         try:
-            if self._timeout is None:
-                self._work.wait()
-            else:
-                self._work.wait(self._timeout)
+            # NCCL: wait() only orders the current stream, so it is repeated for a caller on another stream.
+            self._work.wait()
         except RuntimeError as error:
-            elapsed = time.perf_counter() - self._posted_at
-            raise TransportError(
-                f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
-            ) from error
+            self._fail(str(error), error)
         if self._out.is_cuda:
             stream = torch.cuda.current_stream(self._out.device)
             self._out.record_stream(stream)
@@ -99,6 +104,10 @@ class ProcessGroupExchange(PendingExchange):
 
     def finished_at(self) -> float | None:
         return self._finished[0] if self._finished else None
+
+    def _fail(self, reason: str, error: Exception | None = None) -> NoReturn:
+        elapsed = time.perf_counter() - self._posted_at
+        raise TransportError(f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {reason}") from error
 
 
 class ProcessGroupTransport(Transport):
@@ -136,7 +145,7 @@ class ProcessGroupTransport(Transport):
             raise ValueError("this process is not a member of the group: make the transport on the members only")
         self.size = dist.get_world_size(group)
         self._group = group
-        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self._timeout_s = timeout_s
         # get_backend_config gives "cpu:gloo,cuda:nccl"
         self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
         self._staging: dict[int, tuple[Tensor, Tensor]] = {}
@@ -162,7 +171,7 @@ class ProcessGroupTransport(Transport):
         is_host_work = rows.device.type == "cpu" or backend == "gloo"
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
         work = self._post(out, rows, output_splits, input_splits, what)
-        return ProcessGroupExchange(work, rows, out, self._timeout if is_host_work else None, is_host_work, what)
+        return ProcessGroupExchange(work, rows, out, self._timeout_s, is_host_work, what)
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         self._check_open()
