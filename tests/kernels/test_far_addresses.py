@@ -51,9 +51,11 @@ def check(folder):
     layout = layer.layout
     grouping, expected_grouping = kernels.group(layer.ids, 3), kernels.group(near.ids, 3)
     same("pair_index", grouping.pair_index, expected_grouping.pair_index)
+    same("expert_offsets", grouping.expert_offsets, expected_grouping.expert_offsets)
     chunks = {"chunk_row_offsets": (0, 1, 3), "chunk_pair_offsets": (0, 1, 3), "row_source": torch.zeros(3)}
-    in_chunks = [kernels.group(operands.ids, 3, **chunks).source_order for operands in (layer, near)]
-    same("source_order", *in_chunks)
+    in_chunks = [kernels.group(operands.ids, 3, **chunks) for operands in (layer, near)]
+    same("source_order", *(each.source_order for each in in_chunks))
+    same("chunk_expert_offsets", *(each.chunk_expert_offsets for each in in_chunks))
     h, a = kernels.up(near.x, near.w1, near.b1, grouping, layout, "silu")
     out_h, out_a = kernels.up(
         layer.x, layer.w1, layer.b1, grouping, layout, "silu", out_h=far.like(h), out_a=far.like(a)
