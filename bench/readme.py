@@ -172,7 +172,29 @@ def bounds_table(num_tokens: str) -> str:
     return "\n".join(lines)
 
 
+def transformers_table(name: str) -> str:
+    data = load(name)
+    layers, width, inner, experts, top_k = data["results"][0]["layers_D_F_E_K"]
+    lines = [
+        f"`python -m bench.transformers` on {where(data['environment'])}. A Qwen3-MoE-like model ({layers} layers, "
+        f"D={width}, F={inner}, E={experts}, K={top_k}) and its first MoE block, all in one process and in turn. "
+        "Milliseconds, median (quartiles); decode is batch 1; ratio is the best other implementation's time over ours.",
+        "",
+        "| | pass | T | dtype | routing (MaxVio) | tritonmoe | best of transformers | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in data["results"]:
+        best = case["best_other"]
+        lines.append(
+            f"| {case['subject']} | {case['pass']} | {case['T']} | {case['dtype']} | "
+            f"{case['routing']} ({case['max_violation']:.1f}) | {spread(case['times']['tritonmoe'])} | "
+            f"{best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "transformers": transformers_table,
     "bounds": bounds_table,
     "moe_mlp": moe_mlp_table,
     "fixed_experts": fixed_experts_table,

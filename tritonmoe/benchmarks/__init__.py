@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 __all__ = ["BENCHMARKS", "load"]
 
-BENCHMARKS = ("overlap", "fixed_experts", "simulator", "moe_mlp", "scheduler")
+BENCHMARKS = ("overlap", "fixed_experts", "simulator", "moe_mlp", "scheduler", "transformers")
 
 
 def load(name: str) -> Callable[[list[str]], int | None]:

@@ -1,0 +1,243 @@
+"""A Qwen3-MoE-like model and one of its blocks under tritonmoe and under transformers' own experts implementations.
+
+Everything runs in one process, in turn, with the same weights; only experts_implementation changes.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..integrations.transformers import collect_statistics
+from ..integrations.transformers.bench_model import qwen3_moe_model
+from ..integrations.transformers.peers import peer_unusable_reason
+from .timing import Samples, add_arguments, interleave, summarize, write_json
+
+__all__ = ["main"]
+
+OURS = "tritonmoe"
+PEERS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
+BATCHED_MM_LARGEST_T = 64
+"""batched_mm copies the weights for every pair."""
+ROUTINGS = {"uniform": 0.0, "skewed": 1.0}
+PASSES = ("training", "prefill", "decode")
+
+
+class Subject:
+    """The model or its first MoE block, and its three passes; every variant sets its implementation first."""
+
+    def __init__(self, model: Any, is_block: bool, num_tokens: int, new_tokens: int) -> None:
+        self.model, self.new_tokens = model, new_tokens
+        self.block = model.model.layers[0].mlp if is_block else None
+        device = model.device
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(2, model.config.vocab_size, (1, num_tokens), generator=generator).to(device)
+        width = model.config.hidden_size
+        self.rows = torch.randn(1, num_tokens, width, generator=generator).to(device, model.dtype)
+        self.rows.requires_grad_()
+
+    def training(self) -> None:
+        """Forward and backward; no optimizer step, which no implementation changes."""
+        self.forward_with_graph().backward()
+        self.model.zero_grad(set_to_none=True)
+        self.rows.grad = None
+
+    def forward_with_graph(self) -> torch.Tensor:
+        if self.block is None:
+            return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        return _first(self.block(self.rows)).float().square().mean()
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        if self.block is None:
+            self.model(input_ids=self.ids, use_cache=False)
+        else:
+            self.block(self.rows)
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        """Greedy generation of new_tokens at batch 1 behind 16 tokens; of a block, as many calls with one token."""
+        if self.block is None:
+            self.model.generate(
+                self.ids[:, :16], max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens, do_sample=False
+            )
+        else:
+            for _ in range(self.new_tokens):
+                self.block(self.rows[:, :1])
+
+    def kept_for_backward_mb(self) -> float:
+        """Give the megabytes (1e6 bytes) of tensors, parameters aside, that the forward keeps for backward."""
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.forward_with_graph()  # alive while they are summed: no address is used twice
+            total = sum(kept.values())
+        del loss
+        return round(total / 1e6, 3)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def peers_that_run(subject: Subject, kind: str, num_tokens: int) -> tuple[list[str], dict[str, str]]:
+    """Give the implementations that can do this pass here, and why the others can't."""
+    usable, reasons = [], {}
+    for name in PEERS:
+        reason = peer_unusable_reason(name, subject.model.device, plain=True)
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        if name == "batched_mm" and kind != "decode" and num_tokens > BATCHED_MM_LARGEST_T:
+            reasons[name] = f"copies the weights for every pair: not tried above {BATCHED_MM_LARGEST_T} tokens"
+            continue
+        try:
+            variant(subject, kind, name)()
+            usable.append(name)
+        except Exception as error:
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return usable, reasons
+
+
+def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], None]:
+    run = getattr(subject, kind)
+
+    def set_and_run() -> None:
+        subject.model.set_experts_implementation(implementation)
+        run()
+
+    return set_and_run
+
+
+def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Give times of every implementation, the best other one and the median ratio of its times to ours."""
+    peers, reasons = peers_that_run(subject, kind, num_tokens)
+    names = [OURS, *peers]
+    samples = interleave({name: variant(subject, kind, name) for name in names}, rounds, seconds=seconds)
+    best = min(peers, key=lambda name: statistics.median(samples[name]))
+    case: dict[str, Any] = {
+        "times": {name: summarize(times) for name, times in samples.items()},
+        "best_other": best,
+        "ratio": round(_ratio(samples, best), 3),
+        "not_run": reasons,
+    }
+    if kind == "training":
+        case["kept_for_backward_mb"] = {}
+        for name in names:
+            subject.model.set_experts_implementation(name)
+            case["kept_for_backward_mb"][name] = subject.kept_for_backward_mb()
+    return case
+
+
+def _ratio(samples: Samples, best: str) -> float:
+    """Give the median over rounds of best / ours; a variant that left early has fewer rounds."""
+    return statistics.median(other / ours for other, ours in zip(samples[best], samples[OURS], strict=False))
+
+
+def largest_violation(subject: Subject) -> float:
+    """Give the mean over layers of MaxVio, to say how skewed the routing is."""
+    with collect_statistics(subject.model) as collected:
+        subject.prefill()
+    layers = collected.layers.values()
+    return round(sum(layer.max_violation for layer in layers) / len(layers), 3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one line per case; ratio is the best other implementation's time over ours, per round, median."""
+    parser = argparse.ArgumentParser(prog="tritonmoe bench transformers", description=__doc__)
+    parser.add_argument("--subjects", nargs="+", default=["block", "model"], choices=["block", "model"])
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
+    parser.add_argument("--routings", nargs="+", default=list(ROUTINGS), choices=list(ROUTINGS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=int, default=1024, help="T of training and prefill (default 1024)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens that decode generates (default 16)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--intermediate-size", type=int, default=256)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--png", type=Path, help="also draw the figures")
+    add_arguments(parser, rounds=7)
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    for dtype in arguments.dtypes:
+        for routing in arguments.routings:
+            model = qwen3_moe_model(
+                num_layers=arguments.layers,
+                hidden_size=arguments.hidden_size,
+                intermediate_size=arguments.intermediate_size,
+                num_experts=arguments.experts,
+                top_k=arguments.top_k,
+                dtype=getattr(torch, dtype),
+                device=device,
+                skew=ROUTINGS[routing],
+            )
+            for name in arguments.subjects:
+                subject = Subject(model, name == "block", arguments.tokens, arguments.new_tokens)
+                max_violation = largest_violation(subject)
+                for kind in arguments.passes:
+                    case = {
+                        "subject": name,
+                        "layers_D_F_E_K": [
+                            *(arguments.layers, arguments.hidden_size, arguments.intermediate_size),
+                            *(arguments.experts, arguments.top_k),
+                        ],
+                        "T": 1 if kind == "decode" else arguments.tokens,
+                        "dtype": dtype,
+                        "routing": routing,
+                        "max_violation": max_violation,
+                        "pass": kind,
+                        **measure(subject, kind, arguments.tokens, arguments.rounds, arguments.seconds),
+                    }
+                    results.append(case)
+                    print(_line(case), flush=True)
+    for peer, reason in {peer: why for case in results for peer, why in case["not_run"].items()}.items():
+        print(f"not run somewhere: {peer} ({reason})")
+    write_json(arguments.json, "transformers", results)
+    if arguments.png is not None:
+        write_png(arguments.png, results)
+        print(f"wrote {arguments.png}")
+
+
+def _line(case: dict[str, Any]) -> str:
+    times = "  ".join(f"{name} {value['median_ms']:.1f}" for name, value in case["times"].items())
+    kept = case.get("kept_for_backward_mb", {})
+    memory = f"  kept MB: {'  '.join(f'{name} {value:.1f}' for name, value in kept.items())}" if kept else ""
+    return (
+        f"{case['subject']} {case['pass']} {case['dtype']} {case['routing']}: ratio {case['ratio']:.2f} over "
+        f"{case['best_other']}  (ms: {times}){memory}"
+    )
+
+
+def write_png(path: Path, results: list[dict[str, Any]]) -> None:
+    """Draw a bar for every implementation of every case, as a multiple of tritonmoe's median time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.2 + 0.55 * len(results)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = [OURS, *(peer for peer in PEERS if any(peer in case["times"] for case in results))]
+    height = 0.8 / len(names)
+    for position, name in enumerate(names):
+        here = [(line, case) for line, case in enumerate(results) if name in case["times"]]
+        medians = [case["times"][name]["median_ms"] / case["times"][OURS]["median_ms"] for _, case in here]
+        axes.barh([line + position * height for line, _ in here], medians, height=height, label=name)
+    labels = [f"{case['subject']}, {case['pass']}, {case['dtype']}, {case['routing']}" for case in results]
+    axes.set_yticks([line + 0.4 - height / 2 for line in range(len(results))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#333333", lw=1)
+    axes.set_xlabel("multiple of tritonmoe's time")
+    axes.legend()
+    figure.savefig(path, format="png")

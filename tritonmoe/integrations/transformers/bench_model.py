@@ -1,0 +1,71 @@
+"""A random model that spends its time in its experts, for benchmarks."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["qwen3_moe_model"]
+
+
+def qwen3_moe_model(
+    *,
+    num_layers: int = 4,
+    hidden_size: int = 512,
+    intermediate_size: int = 256,
+    num_experts: int = 64,
+    top_k: int = 8,
+    vocab_size: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    skew: float = 0.0,
+) -> Any:
+    """Give a random Qwen3-MoE language model with a small vocabulary, so that its experts are most of its work.
+
+    Args:
+        skew: 0 routes almost uniformly; above, -skew * log(e + 1) is added to the logit of expert e, a Zipf
+            distribution's.
+    """
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    from . import register
+
+    register()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"head_dim": hidden_size // 8}  # the annotations of its class leave it out
+    config = Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        moe_intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.normal_(std=hidden_size**-0.5)
+    if skew:
+        head_start = -skew * torch.arange(1, num_experts + 1, device=device).log()
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(functools.partial(_skewed, head_start, top_k))
+    return model
+
+
+def _skewed(head_start: Tensor, top_k: int, gate: Any, arguments: tuple, output: tuple) -> tuple[Tensor, ...]:
+    """Route again with a head start for some experts; router outputs are (logits, weights, ids)."""
+    rows = arguments[0].reshape(-1, gate.weight.shape[1])
+    logits = torch.nn.functional.linear(rows, gate.weight).float() + head_start
+    weights, ids = logits.softmax(-1).topk(top_k)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return (logits.to(output[0].dtype), weights.to(output[1].dtype), ids)
