@@ -205,7 +205,6 @@ def test_report_of_a_pass() -> None:
             assert timing.step.lane == "comm" or timing.wait_s == 0
         assert 0 <= report.exposed_communication_s <= report.total_s
         assert 0 < report.compute_s <= report.total_s
-        assert report.exposed_communication_s <= report.communication_s + 1e-3
         assert report.compute_s + report.exposed_communication_s <= report.total_s + 1e-6
         assert report.steps is steps
 

@@ -148,6 +148,99 @@ def test_equals_one_device(num_ranks: int, form: str) -> None:
         torch.testing.assert_close(joined, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
+SHARED = {
+    "gated": replace(CONFIG, shared_intermediate_size=5),
+    "transposed": replace(CONFIG, shared_intermediate_size=5, transposed=True, interleaved=True),
+    "ungated": replace(CONFIG, shared_intermediate_size=5, gated=False, activation="relu2"),
+    "clamped": replace(CONFIG, shared_intermediate_size=5, activation=tm.ClampedSwiGLU(0.3)),
+}
+
+
+@pytest.mark.parametrize("form", SHARED)
+def test_shared_expert_is_one_more_expert_of_every_token(form: str) -> None:
+    config = SHARED[form]
+    layer = tm.MoELayer(config, generator=seeded(), dtype=torch.float64)
+    x = batch(dtype=torch.float64).requires_grad_()
+    layer(x).square().sum().backward()
+    given = [w.detach().unsqueeze(0).requires_grad_() for w in layer.shared_expert.parameters()]
+    experts = [w.detach().requires_grad_() for w in layer.experts.parameters()]
+    other = x.detach().requires_grad_()
+    options = {name: getattr(config, name) for name in ("activation", "gated", "interleaved", "transposed")}
+    routing = layer.router(other)
+    routed = tm.moe_mlp(other, routing.topk_ids, routing.topk_weights, *experts, backend="reference", **options)
+    ids = torch.zeros(len(x), 1, dtype=torch.int64)
+    shared = tm.moe_mlp(other, ids, torch.ones(len(x), 1), *given, backend="reference", **options)
+    (routed + shared).square().sum().backward()
+    torch.testing.assert_close(layer(x), routed + shared)
+    torch.testing.assert_close(x.grad, other.grad)
+    for own, expected in zip(layer.shared_expert.parameters(), given, strict=True):
+        torch.testing.assert_close(own.grad, expected.grad[0])
+
+
+@pytest.mark.parametrize("serial", [False, True], ids=["overlapped", "serial"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3], ids="W{}".format)
+def test_shared_expert_on_ranks(num_ranks: int, serial: bool) -> None:
+    config = SHARED["gated"]
+    whole = tm.MoELayer(config, generator=seeded(), dtype=torch.float64)
+    xs = [batch(rank, dtype=torch.float64) for rank in range(num_ranks)]
+    x_whole = torch.cat(xs).requires_grad_()
+    expected = whole(x_whole)
+    expected.square().sum().backward()
+
+    def on_rank(transport: Transport) -> tuple[Tensor, Tensor, tm.MoELayer]:
+        overlap = tm.OverlapConfig(2, serial=serial)
+        layer = tm.MoELayer(config, transport, overlap, generator=seeded(), dtype=torch.float64)
+        x = xs[transport.rank].clone().requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        names = [str(timing.step) for timing in layer.last_report.forward.steps]
+        assert {"filler 0", "filler 1"} <= set(names)
+        with torch.no_grad():
+            inference = layer(x)
+        assert not inference.requires_grad
+        torch.testing.assert_close(inference, y)
+        return y.detach(), x.grad, layer
+
+    outs, grads, layers = zip(*tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20), strict=True)
+    torch.testing.assert_close(torch.cat(outs), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(grads), x_whole.grad, rtol=1e-5, atol=1e-6)
+    for name, parameter in whole.shared_expert.named_parameters():
+        assert all(torch.equal(dict(layer.shared_expert.named_parameters())[name], parameter) for layer in layers)
+        total = sum(dict(layer.shared_expert.named_parameters())[name].grad for layer in layers)
+        torch.testing.assert_close(total, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_fillers_of_the_caller() -> None:
+    """They run once each, in order, in the caller's grad mode."""
+
+    def on_rank(transport: Transport) -> list[tuple[str, bool]]:
+        seen: list[tuple[str, bool]] = []
+        experts = tm.GroupedExperts(CONFIG, transport, tm.OverlapConfig(2))
+        ids, weights = torch.zeros(4, 3, dtype=torch.int64), torch.ones(4, 3)
+        x = torch.randn(4, 8)
+        fillers = [lambda: seen.append(("first", torch.is_grad_enabled())), lambda: seen.append(("second", True))]
+        experts(x, ids, weights, fillers=fillers)
+        with torch.no_grad():
+            experts(x, ids, weights, fillers=fillers[:1])
+        with pytest.raises(ValueError, match="room for 2 fillers in a call, got 3"):
+            experts(x, ids, weights, fillers=[*fillers, fillers[0]])
+        return seen
+
+    expected = [("first", True), ("second", True), ("first", False)]
+    assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [expected] * 2
+    seen: list[str] = []
+    tm.GroupedExperts(CONFIG)(
+        torch.randn(2, 8), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), fillers=[lambda: seen.append("run")]
+    )
+    assert seen == ["run"]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "4"])
+def test_shared_sizes_that_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="shared_intermediate_size must be"):
+        replace(CONFIG, shared_intermediate_size=value)
+
+
 def test_aux_loss_is_attached_and_right() -> None:
     config = replace(CONFIG, load_balance_loss_weight=0.5, z_loss_weight=0.25)
     layer = tm.MoELayer(config, generator=seeded())

@@ -29,7 +29,7 @@ LAYERS = (
         "two_level",
         "overlap",
     ),
-    *("layer", "emulation", "integrations", "planner", "report", "benchmarks", "cli"),
+    *("shared_expert", "layer", "emulation", "integrations", "planner", "report", "benchmarks", "cli"),
 )
 """A file imports from its own layer and from those that stand before it."""
 FENCES = {

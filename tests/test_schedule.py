@@ -83,6 +83,22 @@ def test_two_chunks_written_out() -> None:
     ]
 
 
+@pytest.mark.parametrize("serial", [False, True])
+def test_fillers(serial: bool) -> None:
+    """The first needs no rows at all, not even the metadata; the second hides the last combine."""
+    schedule = build_forward(OverlapPlan((1, 1), serial=serial), num_fillers=2)
+    first, second = position(schedule, "filler", 0), position(schedule, "filler", 1)
+    assert schedule[first].after == schedule[second].after == ()
+    assert first < position(schedule, "group", None)
+    assert position(schedule, "combine", 1) < second
+    if not serial:
+        assert position(schedule, "dispatch", 1) < first
+        assert second < position(schedule, "reduce", 0)
+    assert kinds(build_forward(OverlapPlan((1, 1), serial=serial), num_fillers=1)) == [
+        name for name in kinds(schedule) if name != "filler 1"
+    ]
+
+
 def test_a_window_of_one_written_out() -> None:
     """Dispatch 1 goes out when dispatch 0 has arrived, and combine 1 when combine 0 has."""
     schedule = build_forward(OverlapPlan((1, 1), local_start=LOCAL_PARTS, window=1))

@@ -163,6 +163,8 @@ class MoEConfig:
     """Multiplies the weights last (DeepSeek-V3 uses 2.5)."""
     selection_bias: bool = False
     """DeepSeek-V3: a per-expert bias added for selection only, updated from the load, without a loss."""
+    shared_intermediate_size: int = 0
+    """F of a shared expert that every token passes, added to the routed ones; 0 for none."""
     num_expert_groups: int = 1
     """Group-limited routing: experts are split into this many groups ..."""
     top_k_groups: int = 1
@@ -175,6 +177,9 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        shared = self.shared_intermediate_size
+        if not isinstance(shared, int) or shared < 0:
+            raise ValueError(f"shared_intermediate_size must be a positive integer, or 0 for none, got {shared!r}")
         if self.num_experts > MAX_EXPERTS:
             raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
         if self.top_k > self.num_experts:

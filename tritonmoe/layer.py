@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -30,6 +31,7 @@ from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
+from .shared_expert import SharedExpert
 from .transports import Transport, TwoLevelTransport, as_transport
 from .two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
 from .wire import WireFormat
@@ -66,6 +68,7 @@ class _Call:
     two_level: TwoLevelPlan | None = None
     """On a TwoLevelTransport: both levels; `plan` is the outer one."""
     inside_node: Transport | None = None
+    fillers: Sequence[Callable[[], None]] = ()
     report: LayerReport | None = None
 
 
@@ -122,7 +125,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
                 inner, inside_node, settings.ops.combine, rows, ids, received_weights, partial(make_run, inner)
             )
 
-        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts)
+        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         run = layer_pass.experts
         ctx.inner_plan = None
@@ -210,6 +213,7 @@ def expert_parallel_mlp(
     save: Literal["hidden", "input"] = "hidden",
     num_sms: int | None = None,
     batch_invariant: bool = False,
+    fillers: Sequence[Callable[[], None]] = (),
 ) -> Tensor:
     """Do what moe_mlp does with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
 
@@ -225,6 +229,9 @@ def expert_parallel_mlp(
             OverlapConfig().
         placement: which experts this rank's weights are, where not the contiguous ones: gate_up_proj is then
             (slots, 2F, D), and so on. Gradients of replicas are summed over their owners, so that they stay equal.
+        fillers: at most two functions that need no exchange (halves of a dense block, the next router): the first is
+            called while the first rows are under way, the second while the last are. They run in the caller's grad
+            mode and keep what they make; their gradients are ordinary autograd's.
     Returns:
         (T, D) in x.dtype.
     Raises:
@@ -246,6 +253,7 @@ def expert_parallel_mlp(
         backend=backend,
         save=save,
         options=KernelOptions(num_sms, batch_invariant),
+        fillers=fillers,
     )
     return y
 
@@ -280,6 +288,7 @@ def _run_eagerly(
     options: KernelOptions,
     layer: int = -1,
     num_nonfinite_rows: Tensor | None = None,
+    fillers: Sequence[Callable[[], None]] = (),
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
     owners = weights
@@ -294,6 +303,8 @@ def _run_eagerly(
         WireFormat(x.dtype, overlap.wire_dtype)
         if isinstance(transport, TwoLevelTransport):
             check_two_level(overlap, placement)
+        if len(fillers) > MAX_FILLERS:
+            raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
         settings = make_settings(x, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
@@ -350,6 +361,15 @@ def _run_eagerly(
             plan = exchange_plan(transport, header, plan_tokens(topk_ids, num_experts, rank, size, chosen), chosen)
     first_expert = rank * (num_experts // size)
     call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
+
+    def in_caller_mode(filler: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.set_grad_enabled(grad_enabled):  # a Function's forward runs without
+                filler()
+
+        return run
+
+    call.fillers = [in_caller_mode(filler) for filler in fillers]
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
     with without_autocast(x.device):
@@ -361,6 +381,8 @@ def _run_eagerly(
 
 
 _call_outside_graphs = outside_graphs(_run_eagerly)
+
+MAX_FILLERS = 2
 
 
 def check_expert_parallel(
@@ -481,14 +503,23 @@ class GroupedExperts(nn.Module):
                 bias.zero_()
 
     def forward(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, num_nonfinite_rows: Tensor | None = None
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        num_nonfinite_rows: Tensor | None = None,
+        fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
         """Give (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
 
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
+        fillers: as in expert_parallel_mlp; on one device they are called first.
         """
         config = self.config
         if self.transport is None:
+            for filler in fillers:
+                filler()
             return moe_mlp(
                 x,
                 topk_ids,
@@ -521,6 +552,7 @@ class GroupedExperts(nn.Module):
             options=self.options,
             layer=self._layer,
             num_nonfinite_rows=num_nonfinite_rows,
+            fillers=fillers,
         )
         return y
 
@@ -528,6 +560,8 @@ class GroupedExperts(nn.Module):
 class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
+    With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
+    its down half under the last combine; backward runs it before the exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`.
 
@@ -568,6 +602,9 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.shared_expert: nn.Module | None = None
+        if config.shared_intermediate_size:
+            self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
         self.aux_loss: Tensor | None = None
         self.last_routing: Routing | None = None
         self._reported_nonfinite: Tensor | None = None
@@ -596,7 +633,20 @@ class MoELayer(nn.Module):
             if self.experts.transport is not None:
                 _refuse(self.experts.transport)
             raise
-        y = self.experts(flat, routing.topk_ids, routing.topk_weights, num_nonfinite_rows=routing.num_nonfinite_rows)
+        halves: list[Tensor] = []
+        fillers: list[Callable[[], None]] = []
+        shared = self.shared_expert
+        if isinstance(shared, SharedExpert):  # a subclass may run one of its own
+            fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
+        y = self.experts(
+            flat,
+            routing.topk_ids,
+            routing.topk_weights,
+            num_nonfinite_rows=routing.num_nonfinite_rows,
+            fillers=fillers,
+        )
+        if halves:
+            y = y + halves[1]
         if one_device and not torch.compiler.is_compiling():
             self._remember_nonfinite(routing.num_nonfinite_rows)
         self.last_routing = routing

@@ -126,7 +126,7 @@ def step_units(
         of = received
     else:
         of = home
-    if step.chunk is not None:
+    if step.chunk is not None and step.kind != "filler":
         return of[num_local + step.chunk]
     total = of[0]
     for size in of[1:]:

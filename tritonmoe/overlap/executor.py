@@ -5,7 +5,7 @@ PendingExchange.wait(). What a step does is in LayerPass, which walks one layer 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -244,6 +244,8 @@ class LayerPass:
     """As in LayerReport."""
     placement: ExpertPlacement | None = None
     """Where replicas are, whose gradients backward sums."""
+    fillers: Sequence[Callable[[], None]] = ()
+    """The caller's work, as in expert_parallel_mlp."""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, PassReport]:
         """Give y (T, D) of x (T, D), and the timings."""
@@ -291,9 +293,14 @@ class LayerPass:
             assert chunk is not None
             self._sum_at_home(home, chunk, out)
 
-        schedule = build_forward(plan.overlap)
+        def filler(number: int | None) -> None:
+            assert number is not None
+            self.fillers[number]()
+
+        schedule = build_forward(plan.overlap, len(self.fillers))
         actions = {
             "metadata": metadata,
+            "filler": filler,
             "dispatch": dispatch,
             "group": group,
             "experts": experts,

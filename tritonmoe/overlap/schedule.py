@@ -41,7 +41,7 @@ Lane = Literal["compute", "comm"]
 class Step:
     """One thing to do.
 
-    Kinds of a forward: metadata, dispatch, group, experts, combine, reduce. Of a backward: combine_backward,
+    Kinds of a forward: metadata, dispatch, filler, group, experts, combine, reduce. Of a backward: combine_backward,
     experts_backward, dispatch_backward, routing_backward (the exchange of the gate weights' gradients), weight_grad,
     reduce_backward, reduce_routing_backward, replica_backward (the exchange of replicated experts' gradients) and
     reduce_replica_backward.
@@ -97,12 +97,18 @@ def local_slices(plan: OverlapPlan) -> list[int]:
     return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
 
 
-def build_forward(plan: OverlapPlan) -> Schedule:
-    """Give the forward's steps; a serial plan waits for each exchange before anything else is started."""
+def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
+    """Give the forward's steps; a serial plan waits for each exchange before anything else is started.
+
+    num_fillers: work of the caller's that needs no exchange: the first one runs under the first dispatch, a second one
+        under the last combine.
+    """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add("metadata", None, "comm")
     dispatches = [builder.add("dispatch", c, "comm") for c in range(min(window, num_chunks))]
+    if num_fillers > 0:
+        builder.add("filler", 0, "compute")
     group = builder.add("group", None, "compute", metadata)
     slices = local_slices(plan)
     local = [builder.add("experts", c, "compute", group) for c in slices if plan.serial or c == LOCAL_START]
@@ -117,6 +123,8 @@ def build_forward(plan: OverlapPlan) -> Schedule:
         combines.append(builder.add("combine", c, "comm", experts, *earlier))
         if plan.serial:
             builder.add("reduce", c, "compute", combines[c], *local)
+    if num_fillers > 1:
+        builder.add("filler", 1, "compute")
     if not plan.serial:
         local += [builder.add("experts", c, "compute", group) for c in slices if c == LOCAL_END]
         for c, combine in enumerate(combines):
