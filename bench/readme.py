@@ -78,13 +78,15 @@ def scheduler_table(name: str) -> str:
 
 def codegen_table(name: str) -> str:
     """The default variant under the newest Triton; every variant's rows count in the sentence above it."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "`python -m bench.codegen`: not run yet."
     data = load(name)
     *older, newest = data["triton_versions"]
     rows = data["results"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
-    problems = sum(bool(row["problem"]) for row in rows)
+    problems = sum("problem" in row for row in rows)
     lines = [
         f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
         f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill, too much "
@@ -101,10 +103,10 @@ def codegen_table(name: str) -> str:
 
 
 def codegen_cell(row: dict) -> str:
-    if row["error"]:
+    if "error" in row:
         return "error"
-    sizes = f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}, {row['occupancy']}"
-    return ", ".join(filter(None, (sizes, row["matrix"], "TMA" if row["uses_tma"] else "")))
+    sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
+    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("uses_tma") else "")))
 
 
 GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))

@@ -76,8 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         "results": rows,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    # One row a line: a readable difference when a kernel changes.
-    lines = [json.dumps(row) for row in table.pop("results")]
+    # One row a line, without what is zero or empty: a short file, and a readable difference when a kernel changes.
+    lines = [
+        json.dumps({name: value for name, value in row.items() if value and (name != "loop" or row.get("matrix"))})
+        for row in table.pop("results")
+    ]
     text = json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
     arguments.json.write_text(text)
     print(f"wrote {arguments.json} in {time.perf_counter() - started:.0f} s")

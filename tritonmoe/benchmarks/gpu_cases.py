@@ -17,7 +17,7 @@ from .roofline import backward_flops, forward_flops, kernel_work
 from .shapes import LayerInputs, LayerShape, draw_inputs
 from .timing import Samples, interleave, summarize
 
-__all__ = ["Setting", "check", "measure_kernels", "measure_layer"]
+__all__ = ["Setting", "check", "measure_kernels", "measure_layer", "operation_calls"]
 
 MOST_CHECKED_PARAMETERS = 1_700_000_000
 """In fp64, with their gradients, these take 27 GB."""
@@ -222,10 +222,10 @@ def _memory(inputs: LayerInputs, function: Callable[[], Tensor]) -> dict[str, in
     return {"saved_tensor_bytes": sum(saved.values()), "kept_bytes": kept, "peak_bytes": peak}
 
 
-def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
-    """Time each operation beside a dense product of its FLOPs, where it has one."""
-    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
-    ops, layout = backends.choose(setting.backend, setting.device, setting.dtype), shape.layout
+def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], Any]]:
+    """Give every operation of a step, forward and backward, as a function that runs it alone."""
+    shape, layout = inputs.shape, inputs.shape.layout
+    ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
     x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
     w = {name: weight.detach() for name, weight in inputs.weights.items()}
     w1, w2, b1, b2 = w["gate_up_proj"], w["down_proj"], w.get("gate_up_bias"), w.get("down_bias")
@@ -235,7 +235,7 @@ def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: S
     y = ops.down(a, w2, b2, grouping, layout)
     dh, scaled_a, _ = ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation)
     dx = ops.up_grad(dh, w1, grouping, layout)
-    runs: dict[str, Callable[[], Any]] = {
+    return {
         "group": lambda: ops.group(inputs.topk_ids, shape.num_experts),
         "up": lambda: ops.up(x, w1, b1, grouping, layout, activation),
         "up, inference": lambda: ops.up(x, w1, b1, grouping, layout, activation, needs_h=False),
@@ -247,7 +247,13 @@ def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: S
         "weight_grad W1": lambda: ops.weight_grad(grouping, layout, x=x, dh=dh),
         "weight_grad W2": lambda: ops.weight_grad(grouping, layout, dout=dout, scaled_a=scaled_a),
     }
-    works = kernel_work(shape, num_tokens, element_bytes=x.element_size())
+
+
+def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+    """Time each operation beside a dense product of its FLOPs, where it has one."""
+    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
+    runs = operation_calls(inputs, setting.backend)
+    works = kernel_work(shape, num_tokens, element_bytes=inputs.x.element_size())
     works["up, inference"] = works["up"]
     dense = _dense_by_kernel(inputs)
     results: dict[str, Any] = {}

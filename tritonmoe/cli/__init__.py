@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from . import bench, demo, env, models, upcycle
+from . import bench, demo, env, models, tune, upcycle, warmup
 
 __all__ = ["main"]
 
-SUBCOMMANDS = (demo, bench, env, models, upcycle)
+SUBCOMMANDS = (demo, bench, env, models, upcycle, tune, warmup)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

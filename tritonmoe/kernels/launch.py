@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from ..config import KernelOptions
 from ..grouping import Grouping
+from . import tiles
 
 __all__ = [
     "INTERPRETED",
@@ -123,6 +124,10 @@ def _target(device: torch.device) -> GPUTarget | None:
     if INTERPRETED:
         return None
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _name(target: GPUTarget) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 @functools.cache
@@ -318,6 +323,9 @@ def grouped_matmul_config(
     else:
         config = _half_precision_config(target, operation)
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m))
+    if target is not None:
+        rows = row_tile(grouping, options)
+        config = tiles.choose(tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows), config)
     if operation == "weight_grad":
         return dataclasses.replace(
             config.clipped(width, config.block_k), block_m=min(config.block_m, max(16, triton.next_power_of_2(depth)))

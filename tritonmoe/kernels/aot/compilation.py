@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import triton
 
-from .. import launch
+from .. import launch, tiles
 from .architectures import ARCHITECTURES
 from .launches import VARIANTS, record_launches, source_of
 from .machine_code import MachineCode, read_amd, read_nvidia
@@ -109,7 +109,8 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
 
 def _run(job: tuple[str, str, str]) -> Compiled:
     variant, target, kernel = job
-    launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+    with tiles.using({}):
+        launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
     return compile_one(variant, kernel, launches[kernel], target)
 
 
@@ -123,7 +124,9 @@ def compile_all(
     jobs, seen = [], set()
     for variant in variants:
         for target in targets:
-            for kernel, item in record_launches(VARIANTS[variant], ARCHITECTURES[target].target).items():
+            with tiles.using({}):  # whatever somebody tuned on this machine
+                launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+            for kernel, item in launches.items():
                 source = source_of(item, ARCHITECTURES[target].target)
                 key = (target, source.hash(), str(item.options))
                 if key not in seen:

@@ -31,23 +31,26 @@ class Variant:
     num_rows: int = 16384
     options: KernelOptions = KernelOptions()
 
+    @classmethod
+    def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
+        """Give the variant of a `benchmarks.shapes.LayerShape`."""
+        names = ("layout", "activation", "hidden_size", "intermediate_size", "num_experts", "top_k", "bias")
+        return cls(dtype, num_rows=num_rows, **{name: getattr(shape, name) for name in names})
+
 
 _CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
 VARIANTS = {
     "bf16": Variant(),
-    "fp32": Variant(dtype=torch.float32),
-    "fp16": Variant(dtype=torch.float16),
-    "no bias": Variant(bias=False),
-    "gelu": Variant(activation="gelu"),
-    "gelu_tanh": Variant(activation="gelu_tanh"),
-    "transposed": Variant(layout=ExpertLayout(transposed=True)),
+    "fp32": Variant(torch.float32),
+    "fp16 gelu transposed": Variant(torch.float16, ExpertLayout(transposed=True), "gelu"),
+    "gelu_tanh no bias": Variant(activation="gelu_tanh", bias=False),
     "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
     "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
-    "decode": Variant(num_rows=1),
-    "small batch": Variant(num_rows=256),
-    "medium batch": Variant(num_rows=2048),
     "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
-    "batch invariant decode": Variant(num_rows=1, options=KernelOptions(batch_invariant=True)),
+    # Fewer pairs per expert: every class of `launch.row_tile`.
+    "1 token": Variant(num_rows=1),
+    "512 tokens": Variant(num_rows=512),
+    "1024 tokens": Variant(num_rows=1024),
     "Mixtral": Variant(hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, bias=False),
     "Qwen3-Next": Variant(hidden_size=2048, intermediate_size=512, num_experts=512, top_k=10, bias=False),
     "DeepSeek-V3": Variant(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, bias=False),

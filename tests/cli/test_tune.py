@@ -1,0 +1,68 @@
+"""tritonmoe tune and tritonmoe warmup, as far as they go without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tritonmoe.benchmarks.shapes import LayerShape
+from tritonmoe.cli import main
+from tritonmoe.cli.layer_arguments import tokens_of_every_class
+from tritonmoe.kernels import tiles
+
+SHAPE = ["128", "8", "2048", "768", "bfloat16"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
+    tiles._cached.cache_clear()
+    yield tmp_path / "tiles.json"
+    tiles._cached.cache_clear()
+
+
+def test_show(capsys, cache):
+    tiles.write(cache, {"sm_100 bfloat16 up 1024x2048 rows 128": {"group_m": 4}})
+    assert main(["tune", *SHAPE, "--show", "--target", "sm_100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(": ")[0].split()[2] for line in lines} == {"up", "down", "down_grad", "weight_grad"}
+    assert {line.split(": ")[0].split()[-1] for line in lines} == {"16", "32", "64", "128"}
+    (tuned,) = [line for line in lines if line.endswith("(tuned)")]
+    assert tuned.startswith("sm_100 bfloat16 up 1024x2048 rows 128: ")
+    assert "group_m=4" in tuned
+    assert all(line.endswith("(heuristic)") for line in lines if line != tuned)
+
+
+def test_every_class_of_tiles_has_its_tokens():
+    shape = LayerShape("Qwen3-30B-A3B", 128, 8, 2048, 768)
+    assert tokens_of_every_class(shape) == [1, 512, 1024, 2048]
+    assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 32, 64, 128]
+
+
+@pytest.mark.parametrize("command", ["tune", "warmup"])
+def test_what_is_missing_is_said(command, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, *SHAPE]) == 2
+    assert "GPU" in capsys.readouterr().err
+    assert main([command, "2", "4", "8", "8"]) == 2
+    assert "K = 4 must not exceed E = 2" in capsys.readouterr().err
+    assert main([command, "2", "1", "0", "8"]) == 2
+    assert "hidden_size must be at least 1, got 0" in capsys.readouterr().err
+    show = ["--show"] if command == "tune" else []
+    assert main([command, *SHAPE, *show, "--target", "sm_70"]) == 2
+    assert "--target must be one of sm_80, sm_90" in capsys.readouterr().err
+
+
+def test_warmup_compiles_for_another_machine(tmp_path):
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    command = [sys.executable, "-m", "tritonmoe", "warmup", "8", "2", "64", "32", "--target", "sm_90", "--tokens", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("]")[0] for line in lines] == [f"[{n}/{len(lines)}" for n in range(1, len(lines) + 1)]
+    assert any("up up: " in line and "registers" in line for line in lines)
+    assert list((tmp_path / "triton").rglob("*.cubin"))

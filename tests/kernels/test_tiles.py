@@ -1,0 +1,74 @@
+"""Measured tile configurations: keys, the cache file, and that a launch takes them."""
+
+import json
+
+import pytest
+import torch
+
+from tritonmoe.kernels import aot, launch, tiles
+
+KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path / "cache"))
+    tiles._cached.cache_clear()
+    yield tmp_path / "cache" / "tiles.json"
+    tiles._cached.cache_clear()
+
+
+def up_launch(**changes):
+    variant = aot.Variant(**changes)
+    return aot.record_launches(variant, aot.TARGETS["sm_90"])["up up"]
+
+
+def test_key():
+    assert tiles.tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) == KEY
+    assert tiles.tile_key("gfx942", torch.float16, "down", 1, 1025, None) == "gfx942 float16 down 1x2048 rows any"
+
+
+def test_what_is_written_is_read_and_merged(cache):
+    assert tiles.read(cache) == {}
+    tiles.write(cache, {KEY: {"block_n": 64}})
+    tiles.write(cache, {"other": {"num_warps": 4}})
+    assert tiles.read(cache) == {KEY: {"block_n": 64}, "other": {"num_warps": 4}}
+    assert [path.name for path in cache.parent.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", "{}", '{"tiles": {"k": {"block": 1}}}', '{"tiles": {"k": {"block_m": "1"}}}']
+)
+def test_a_damaged_file_is_an_error(cache, text):
+    cache.parent.mkdir()
+    cache.write_text(text)
+    with pytest.raises(ValueError, match="delete it and run `tritonmoe tune` again"):
+        tiles.read(cache)
+
+
+def test_a_launch_takes_the_cache_file(cache):
+    before = up_launch().constexprs["BLOCK_N"]
+    tiles.write(cache, {KEY: {"block_n": 64, "num_stages": 2}})
+    found = up_launch()
+    assert before != 64
+    assert found.constexprs["BLOCK_N"] == 64
+    assert found.options["num_stages"] == 2
+    assert up_launch(hidden_size=8192).constexprs["BLOCK_N"] == before  # another key
+    assert up_launch(num_rows=1).constexprs["BLOCK_M"] == 16  # another class of pairs per expert
+
+
+def test_using_takes_the_files_place(cache):
+    tiles.write(cache, {KEY: {"block_n": 64}})
+    with tiles.using({}), tiles.asked() as asked:
+        assert up_launch().constexprs["BLOCK_N"] != 64
+    assert asked[KEY].block_n != 64
+    with tiles.using({KEY: {"block_n": 32}}):
+        assert up_launch().constexprs["BLOCK_N"] == 32
+    assert up_launch().constexprs["BLOCK_N"] == 64
+
+
+def test_entries_that_ship_are_valid():
+    json.dumps(dict(tiles.SHIPPED))
+    fields = {field.name for field in launch.dataclasses.fields(launch.TileConfig)}
+    assert set(tiles.FIELDS) == fields
+    assert all(set(entry) <= fields for entry in tiles.SHIPPED.values())

@@ -1,0 +1,150 @@
+"""Search tile configurations on the GPU that is there: one field at a time, and keep what is really faster."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..kernels import tiles
+from .gpu_cases import operation_calls
+from .shapes import LayerShape, draw_inputs
+from .timing import interleave
+
+__all__ = ["CHOICES", "descend", "tune"]
+
+CHOICES: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (32, 64, 128, 256),
+    "block_k": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5, 6),
+    "group_m": (1, 4, 8, 16),
+    "subtiles": (1, 2, 4),
+}
+LEAST_GAIN = 1.02
+"""How many times as fast as the heuristic's an entry must be: less is noise."""
+BATCH_S = 0.01
+
+
+def descend(
+    start: Mapping[str, int], seconds: Callable[[Mapping[str, int]], float | None], passes: int = 2
+) -> Iterator[tuple[dict[str, int], float | None, dict[str, int]]]:
+    """Change one field at a time and keep what is fastest; give every try with its time and the best so far.
+
+    Args:
+        start: a value for every field of CHOICES. seconds: measures one configuration; None where it can't run.
+        passes: at most so many rounds over all fields; a round without a gain is the last.
+    """
+    best = dict(start)
+    best_seconds = seconds(best)
+    yield dict(best), best_seconds, dict(best)
+    tried = {tuple(best.items())}
+    for _ in range(passes):
+        before = dict(best)
+        for name, values in CHOICES.items():
+            for value in values:
+                candidate = {**best, name: value}
+                if tuple(candidate.items()) in tried:
+                    continue
+                tried.add(tuple(candidate.items()))
+                taken = seconds(candidate)
+                if taken is not None and (best_seconds is None or taken < best_seconds):
+                    best, best_seconds = candidate, taken
+                yield dict(candidate), taken, dict(best)
+        if best == before:
+            return
+
+
+def tune(
+    shape: LayerShape, num_tokens: int, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
+) -> dict[str, dict[str, int]]:
+    """Give the entries for `kernels.tiles` that make this layer's operations faster than the heuristic does."""
+    calls = operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton")
+    entries: dict[str, dict[str, int]] = {}
+    done: set[str] = set()
+    for name, call in calls.items():
+        with tiles.using({}), tiles.asked() as found:
+            call()
+        for key, config in found.items():
+            if key in done:
+                continue
+            done.add(key)
+            progress(f"{name}: {key}")
+            start = {field: value for field, value in asdict(config).items() if field in CHOICES}
+
+            def seconds(candidate: Mapping[str, int], call: Callable[[], Any] = call, key: str = key) -> float | None:
+                with tiles.using({key: candidate}):
+                    return _seconds(call)
+
+            best = start
+            for number, (candidate, taken, so_far) in enumerate(descend(start, seconds), 1):
+                best = so_far
+                text = "can't run" if taken is None else f"{taken * 1e6:.1f} us"
+                progress(f"  {number}: {_changes(start, candidate) or 'heuristic'}: {text}")
+            gain = _gain(call, key, best) if best != start and _agrees(call, key, best) else 1.0
+            if gain >= LEAST_GAIN:
+                entries[key] = {field: value for field, value in best.items() if value != start[field]}
+                progress(f"  kept {_changes(start, best)}: {gain:.2f} times as fast")
+            else:
+                progress("  kept the heuristic's")
+    return entries
+
+
+def _changes(start: Mapping[str, int], candidate: Mapping[str, int]) -> str:
+    return ", ".join(f"{field} {value}" for field, value in candidate.items() if value != start[field])
+
+
+def _seconds(call: Callable[[], Any]) -> float | None:
+    """Time one call in a batch; None where its configuration doesn't compile or doesn't fit."""
+    try:
+        call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        count = max(1, min(100, round(BATCH_S / (time.perf_counter() - started))))
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / count
+    except Exception:  # out of registers or shared memory, or a tile that the compiler refuses
+        return None
+
+
+def _agrees(call: Callable[[], Any], key: str, best: Mapping[str, int]) -> bool:
+    """Say whether the results are the heuristic's, up to the rounding of sums: compilers have bugs."""
+    with tiles.using({}):
+        expected = _tensors(call())
+    with tiles.using({key: best}):
+        found = _tensors(call())
+    return all(
+        bool((one.float() - other.float()).abs().max() <= 0.05 * other.float().abs().max())
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result] if result.is_floating_point() and result.numel() else []
+    return [tensor for item in result for tensor in _tensors(item)] if isinstance(result, tuple) else []
+
+
+def _gain(call: Callable[[], Any], key: str, best: Mapping[str, int]) -> float:
+    """Compare with the heuristic in the same interleaved rounds."""
+
+    def run(entries: tiles.Entries) -> Callable[[], None]:
+        def batch() -> None:
+            with tiles.using(entries):
+                for _ in range(20):
+                    call()
+
+        return batch
+
+    samples = interleave({"heuristic": run({}), "tuned": run({key: best})}, rounds=9)
+    rounds = min(map(len, samples.values()))
+    pairs = zip(samples["heuristic"][:rounds], samples["tuned"][:rounds], strict=True)
+    return statistics.median(before / after for before, after in pairs)

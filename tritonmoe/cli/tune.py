@@ -1,0 +1,80 @@
+"""`tritonmoe tune`: search faster tile configurations for a layer on this GPU, or show what would be chosen.
+
+What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe) and is used from then on.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..backends import triton_unusable_reason
+from ..benchmarks.shapes import LayerShape
+from .layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser("tune", help="search tile configurations on this GPU", description=__doc__)
+    add_layer_arguments(parser)
+    parser.add_argument("--show", action="store_true", help="print the configurations that are chosen; needs no GPU")
+    parser.add_argument("--target", help="with --show: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950 (default sm_90)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
+    try:
+        shape = layer_shape(arguments)
+    except ValueError as error:
+        print(f"tritonmoe tune: {error}", file=sys.stderr)
+        return 2
+    tokens = arguments.tokens or tokens_of_every_class(shape)
+    if arguments.show:
+        return show(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90", say)
+    reason = triton_unusable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason is not None or not torch.cuda.is_available():
+        print(
+            f"tritonmoe tune measures on a GPU, and there is none that Triton can use: {reason or 'interpreter only'}. "
+            "--show prints what is chosen without one.",
+            file=sys.stderr,
+        )
+        return 2
+    from ..benchmarks.tuning import tune
+    from ..kernels import tiles
+
+    for num_tokens in tokens:
+        say(f"{shape.name} T={num_tokens} {arguments.dtype}")
+        found = tune(shape, num_tokens, DTYPES[arguments.dtype], torch.device("cuda"), say)
+        tiles.write(tiles.cache_file(), found)
+        say(f"{len(found)} entries written to {tiles.cache_file()}")
+    return 0
+
+
+def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
+    """Print every product's tile and where it comes from."""
+    try:
+        from ..kernels import tiles
+        from ..kernels.aot import ARCHITECTURES, Variant, record_launches
+    except ImportError as error:
+        print(f"tritonmoe tune: the package triton can't be imported: {error}", file=sys.stderr)
+        return 2
+    if target not in ARCHITECTURES:
+        print(f"tritonmoe tune: --target must be one of {', '.join(ARCHITECTURES)}, got {target!r}", file=sys.stderr)
+        return 2
+    tuned, seen = tiles.read(tiles.cache_file()), set()
+    for num_tokens in tokens:
+        variant = Variant.of(shape, dtype, num_tokens)
+        with tiles.asked() as found:
+            record_launches(variant, ARCHITECTURES[target].target)
+        for key, config in found.items():
+            if key not in seen:
+                seen.add(key)
+                source = "tuned" if key in tuned else "shipped" if key in tiles.SHIPPED else "heuristic"
+                fields = " ".join(f"{name}={value}" for name, value in asdict(config).items())
+                say(f"{key}: {fields} ({source})")
+    return 0

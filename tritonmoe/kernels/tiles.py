@@ -1,0 +1,122 @@
+"""Tile configurations that were measured, by what they were measured for: consulted before the heuristic in launch.py.
+
+An entry replaces fields of the heuristic's TileConfig. Its key has the architecture, the dtype, the operation, the
+product's width and depth rounded up to powers of two, and the class of pairs per expert (`launch.row_tile`): never the
+number of rows, so that nothing is compiled anew in the middle of training. `tritonmoe tune` measures entries and keeps
+them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["SHIPPED", "Entries", "asked", "cache_file", "choose", "read", "tile_key", "using", "write"]
+
+Entries = Mapping[str, Mapping[str, int]]
+"""Key -> the fields of TileConfig that it replaces."""
+
+SHIPPED: Entries = {}
+"""Measured entries that come with the package: none yet."""
+
+FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles")
+
+_replacement: Entries | None = None
+_asked: dict[str, Any] | None = None
+
+
+@functools.cache
+def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, depth: int, rows: int | None) -> str:
+    """Give the key of one grouped product.
+
+    Args:
+        architecture: "sm_90", "gfx942".
+        width, depth: as for `launch.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
+    Example:
+        tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is "sm_90 bfloat16 up 1024x2048 rows 128".
+    """
+    width, depth = (1 << max(0, size - 1).bit_length() for size in (width, depth))
+    return f"{architecture} {str(dtype).removeprefix('torch.')} {operation} {width}x{depth} rows {rows or 'any'}"
+
+
+def choose(key: str, default: Any) -> Any:
+    """Give `default`, a TileConfig, with the fields that an entry for `key` replaces."""
+    entries = _cached() if _replacement is None else _replacement
+    found = entries.get(key, SHIPPED.get(key, {}))
+    chosen = dataclasses.replace(default, **found)
+    if _asked is not None:
+        _asked[key] = chosen
+    return chosen
+
+
+@contextlib.contextmanager
+def using(entries: Entries) -> Iterator[None]:
+    """Take these entries instead of the cache file's inside the block; {} leaves the heuristic and SHIPPED."""
+    global _replacement
+    before, _replacement = _replacement, entries
+    try:
+        yield
+    finally:
+        _replacement = before
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[dict[str, Any]]:
+    """Collect the keys that are asked for inside the block, with the TileConfig that each got."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def cache_file() -> Path:
+    """Give where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe."""
+    folder = os.environ.get("TRITONMOE_CACHE_DIR")
+    return (Path(folder) if folder else Path.home() / ".cache" / "tritonmoe") / "tiles.json"
+
+
+@functools.cache
+def _cached() -> Entries:
+    """Read the cache file once: every launch asks."""
+    return read(cache_file())
+
+
+def read(path: Path) -> dict[str, dict[str, int]]:
+    """Give the entries of a cache file; none where there is no file.
+
+    Raises:
+        ValueError: the file is not one that `write` wrote.
+    """
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text())["tiles"]
+        for key, fields in entries.items():
+            wrong = [name for name, value in fields.items() if name not in FIELDS or not isinstance(value, int)]
+            if wrong:
+                raise ValueError(f"{key!r} has {wrong}")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a file of tile configurations ({error}): delete it and run `tritonmoe tune` again"
+        ) from error
+    return entries
+
+
+def write(path: Path, entries: Entries) -> None:
+    """Add entries to a cache file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**read(path), **entries}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"tiles": dict(sorted(merged.items()))}, file, indent=1)
+    os.replace(temporary, path)
+    _cached.cache_clear()
