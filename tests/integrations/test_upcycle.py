@@ -383,6 +383,16 @@ def test_models_that_can_not_be_upcycled():
     quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(24, 32, dtype=torch.int8), False)
     with pytest.raises(ValueError, match=r"is quantised \(model.layers.0.mlp.up_proj.weight is torch.int8\)"):
         upcycle(quantised, 4, 2)
+    for method in ("fp8", "gptq"):
+        quantised = make_dense("llama")
+        quantised.config.quantization_config = {"quant_method": method}
+        with pytest.raises(ValueError, match=f"is quantised .*config: {method}"):
+            upcycle(quantised, 4, 2)
+    for name in ("llama", "gpt2"):  # a GGUF file is dequantised when it is loaded
+        dequantised = make_dense(name)
+        dequantised.config.quantization_config = {"quant_method": "gguf"}
+        dequantised.config._model_name_or_path = dequantised.config.note = "brought by a file"
+        assert not hasattr(upcycle(dequantised, 4, 2).config, "quantization_config")
     with pytest.raises(ValueError, match="spread over"):
         upcycle(make_dense("llama").to("meta"), 4, 2)
 

@@ -242,10 +242,10 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
 
 def _refuse_quantised(model: nn.Module) -> None:
     floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    reason = "its config has a quantization_config" if getattr(model, "is_quantized", False) else None
-    config = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
-        reason = "its config has a quantization_config"
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    # weights from a GGUF file are dequantised when they are loaded
+    reason = None if method in (None, "gguf") else f"quantization_config in its config: {method}"
     for name, parameter in model.named_parameters():
         if parameter.dtype not in floating:
             reason = f"{name} is {parameter.dtype}"

@@ -143,6 +143,8 @@ class InplaceConversion:
     def convert(self, dense: Any) -> nn.Module:
         """Give a copy of the model with its blocks replaced, each compared with the block it replaces."""
         model = copy.deepcopy(dense)
+        if hasattr(model.config, "quantization_config"):  # of a GGUF file; its weights are dequantised
+            del model.config.quantization_config
         source = dense.state_dict()
         for block in self.blocks:
             state = self.block_state(block, source.__getitem__)

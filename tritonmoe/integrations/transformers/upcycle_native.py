@@ -105,7 +105,12 @@ NATIVE_TARGETS: dict[str, NativeTarget] = {
 }
 """By the dense config's model_type. The twins of OLMo 1, Phi-3 and GLM-4 differ in norms or attention."""
 
-_HARMLESS_FIELDS = ("architectures", "max_window_layers", "pretraining_tp", "transformers_version")
+_HARMLESS_FIELDS = (
+    "architectures",
+    "max_window_layers",
+    "pretraining_tp",
+    "transformers_version",
+)
 
 
 def build_model(model_class: Any, config: Any, dtype: torch.dtype, device: str) -> nn.Module:
@@ -159,7 +164,8 @@ class NativeConversion:
         target = self.target
         config_class = self.model_class.config_class
         known = config_class().to_dict()
-        own = {key: value for key, value in dense.to_dict().items() if key != "model_type"}
+        declared = type(dense)().to_dict()  # what else a file brought into its config, the model doesn't read
+        own = {key: value for key, value in dense.to_dict().items() if key in declared and key != "model_type"}
         known |= {"head_dim": None}  # the attention of every twin looks for it, declared or not
         if set(own.get("layer_types") or ()) == {"full_attention"} and "layer_types" not in known:
             del own["layer_types"]
