@@ -238,12 +238,26 @@ class OverlapConfig:
     dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
     arrived, rows that stay on their rank are not touched."""
 
+    memory_budget_bytes: int | None = None
+    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, whose packed rows and partial
+    sums under way fit into so many bytes on every rank, judged by the rows of the call before as if every chunk had its
+    share of them; nothing is tuned then. What a layer keeps for backward doesn't depend on the chunks and isn't in."""
+
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
         if self.num_chunks != "auto":
             is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
             if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
                 raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {self.num_chunks!r}")
+        budget = self.memory_budget_bytes
+        if budget is not None:
+            if not isinstance(budget, int) or budget < 1:
+                raise ValueError(f"memory_budget_bytes must be a positive number of bytes, got {budget!r}")
+            if self.num_chunks != "auto" or self.shape not in ("auto", "equal") or self.wire_dtype is not None:
+                raise ValueError(
+                    "memory_budget_bytes chooses the number of equal chunks, of rows sent as they are: leave "
+                    "num_chunks, shape and wire_dtype out"
+                )
         if isinstance(self.shape, tuple):
             check_chunk_sizes(self.shape)
             if self.num_chunks not in ("auto", len(self.shape)):

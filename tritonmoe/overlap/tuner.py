@@ -37,6 +37,7 @@ __all__ = [
     "SETTLING_CALLS",
     "Message",
     "PlanChooser",
+    "budgeted_plan",
     "closed_form_num_chunks",
     "fixed_plan",
     "layer_costs",
@@ -95,6 +96,30 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
         sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
     local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
     return OverlapPlan(sizes, config.local_first, local_start, serial=config.serial)
+
+
+BUDGETED_WINDOW = 2
+
+
+def budgeted_plan(config: OverlapConfig, work: LayerWork | None) -> OverlapPlan:
+    """Give the fewest equal chunks whose rows under way fit into config.memory_budget_bytes.
+
+    work: that of the call before; without one, and where nothing fits, the plan that takes least.
+    """
+    assert config.memory_budget_bytes is not None
+    least = OverlapPlan(equal_sizes(MAX_CHUNKS), config.local_first, window=1, backward_window=1, serial=config.serial)
+    if work is None:
+        return least
+    for num_chunks in range(1, MAX_CHUNKS + 1):
+        plan = replace(
+            least,
+            chunk_sizes=equal_sizes(num_chunks),
+            window=BUDGETED_WINDOW,
+            backward_window=BUDGETED_WINDOW,
+        )
+        if work.bytes_under_way(plan) <= config.memory_budget_bytes:
+            return plan
+    return least
 
 
 def layer_work(report: LayerReport) -> LayerWork:
@@ -292,6 +317,8 @@ class PlanChooser:
     """Nanoseconds per row, and rows, of the chosen plan when it was tried."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
     num_searches: int = 0
+    last_work: LayerWork | None = None
+    """Of the call before, where a memory budget asks for it."""
     sides: str = ""
     """The predicted experts' and exchanges' times, for `choice`."""
 
@@ -302,6 +329,7 @@ class PlanChooser:
         return (
             config.num_chunks == "auto"
             and not isinstance(config.shape, tuple)
+            and config.memory_budget_bytes is None
             and not config.serial
             and self.size > 1
             and not torch.are_deterministic_algorithms_enabled()
@@ -329,6 +357,10 @@ class PlanChooser:
             num_chunks, self.choice = config.num_chunks, "as configured"
         elif self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
+        elif config.memory_budget_bytes is not None:
+            plan = budgeted_plan(config, self.last_work)
+            self.choice = f"{plan}: the fewest chunks within memory_budget_bytes = {config.memory_budget_bytes}"
+            return plan
         elif config.serial:
             num_chunks, self.choice = 1, "without overlap, chunks only cost time"
         else:
@@ -377,6 +409,8 @@ class PlanChooser:
         """Take in one call: what every rank's header said, and this rank's report."""
         report.choice = self.choice
         if not self.is_tuned:
+            if self.config.memory_budget_bytes is not None:
+                self.last_work = layer_work(report)
             return
         if not self.candidates:
             if len(self.measured) < len(MEASURED_NUM_CHUNKS):
