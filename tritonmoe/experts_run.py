@@ -61,12 +61,15 @@ class ExpertsRun:
         if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
             return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
         if is_fused(activation):
-            if self.keep_hidden and self.h is None:
+            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
+            if self.keep_hidden and self.h is None and not is_whole:
                 self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             h = None if self.h is None else self.h[self._pairs(chunk)]
-            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
             if len(blocks) == 1:
-                y = self._forward_block(blocks[0], out_h=h)
+                h, y = self._forward_block(blocks[0], needs_h=self.keep_hidden, out_h=h)
+                if self.keep_hidden and is_whole:
+                    self.h = h
             else:
                 width, inner = self._hidden_width, layout.intermediate_size(self._hidden_width)
                 y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
@@ -87,26 +90,27 @@ class ExpertsRun:
     def _forward_block(
         self,
         block: GroupingBlock,
+        needs_h: bool = False,
         out_h: Tensor | None = None,
         out_a: Tensor | None = None,
         out_y: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, Tensor]:
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
         w1, b1, w2, b2 = self._block_weights(block)
-        _, a = ops.up(
+        h, a = ops.up(
             self.rows,
             w1,
             b1,
             block.grouping,
             layout,
             activation,
-            needs_h=False,
+            needs_h=needs_h,
             out_h=out_h,
             out_a=out_a,
             options=options,
         )
-        return ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
+        return h, ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -127,12 +131,17 @@ class ExpertsRun:
             empty = self.rows.new_empty(0, self.rows.shape[1]) if needs_dx and out is None else out
             return empty, self.topk_weights.new_empty(0, grouping.top_k)
         dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
-        dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if needs_dx else None
+        dx_pairs = None
         if is_fused(activation):
             h = None if self.h is None else self.h[pairs]
             blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
-            parts = [self._backward_block(block, dout, h, dh, scaled_a, dx_pairs) for block in blocks]
-            dweights = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if len(blocks) == 1:
+                dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx)
+            else:
+                if needs_dx:
+                    dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+                parts = [self._backward_block(b, dout, h, dh, scaled_a, needs_dx, dx_pairs)[0] for b in blocks]
+                dweights = torch.cat(parts)
         else:
             w1, _, w2, b2 = self.weights
             a = self.activation_graphs[chunk][1].detach()
@@ -140,8 +149,8 @@ class ExpertsRun:
                 dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
             )
             dh.copy_(self._activation_backward(chunk, da))
-            if dx_pairs is not None:
-                ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
+            if needs_dx:
+                dx_pairs = ops.up_grad(dh, w1, grouping, layout, options=options)
         dx = None if dx_pairs is None else ops.combine(dx_pairs, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(dweights)
 
@@ -152,9 +161,10 @@ class ExpertsRun:
         h: Tensor | None,
         dh: Tensor,
         scaled_a: Tensor,
-        dx_pairs: Tensor | None,
-    ) -> Tensor:
-        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights."""
+        needs_dx: bool,
+        dx_pairs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights and its dx."""
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
         w1, b1, w2, b2 = self._block_weights(block)
@@ -176,9 +186,10 @@ class ExpertsRun:
             out_scaled_a=scaled_a[positions],
             options=options,
         )
-        if dx_pairs is not None:
-            ops.up_grad(dh[positions], w1, block.grouping, layout, out=dx_pairs[positions], options=options)
-        return dweights
+        if not needs_dx:
+            return dweights, None
+        out = None if dx_pairs is None else dx_pairs[positions]
+        return dweights, ops.up_grad(dh[positions], w1, block.grouping, layout, out=out, options=options)
 
     def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
