@@ -59,6 +59,7 @@ def _down_grad_epilogue(
     da = scale[:, None] * g
     if ACTIVATION == "none":
         a = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0).to(tl.float32)
+        total = tl.sum(g * a, 1)
         tl.store(dhidden_rows + units[None, :], round_to(da, dtype), mask=mask)
     else:
         if GATED:
@@ -77,6 +78,7 @@ def _down_grad_epilogue(
             gate.to(tl.float32), up.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION
         )
         a = round_to(exact_a, dtype).to(tl.float32)
+        total = tl.sum(g * a, 1)
         dgate = round_to(slope_gate * da, dtype)
         if GATED:
             dup = round_to(slope_up * da, dtype)
@@ -90,7 +92,7 @@ def _down_grad_epilogue(
             tl.store(dhidden_rows + units[None, :], dgate, mask=mask)
     scaled_a_pointers = scaled_a + positions[:, None] * stride_scaled_a_row + units[None, :]
     tl.store(scaled_a_pointers, round_to(scale[:, None] * a, dtype), mask=mask)
-    return tl.sum(g * a, 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["N", "num_slots"])

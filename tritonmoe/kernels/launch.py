@@ -327,8 +327,13 @@ def grouped_matmul_config(
         rows = row_tile(grouping, options)
         config = tiles.choose(tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows), config)
     if operation == "weight_grad":
+        config = config.clipped(width, config.block_k)
+        # Cutting its tile only pays where accumulators live outside the registers.
+        in_registers = target is not None and (target.backend != "cuda" or target.arch // 10 != 10)
         return dataclasses.replace(
-            config.clipped(width, config.block_k), block_m=min(config.block_m, max(16, triton.next_power_of_2(depth)))
+            config,
+            block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
+            subtiles=1 if in_registers else config.subtiles,
         )
     return config.clipped(width, depth)
 
@@ -354,7 +359,4 @@ def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
     if operation == "weight_grad" and target.backend == "cuda":
         # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
         num_stages = 7 if target.arch == 80 else 5
-    # Cutting a tile of weight_grad only pays where accumulators live outside the registers.
-    in_registers = operation == "weight_grad" and (target.backend != "cuda" or target.arch // 10 != 10)
-    subtiles = 1 if in_registers else 4
-    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)
+    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
