@@ -1,44 +1,14 @@
 """Operands of down_grad and weight_grad, and results that their bits or their errors are compared with."""
 
-import contextlib
-from collections.abc import Iterator
 from types import ModuleType
 
-import pytest
 import torch
+from kernel_cases import DEVICE
 from torch import Tensor
 
 from tritonmoe.backends import reference
-from tritonmoe.config import ExpertLayout
+from tritonmoe.config import ExpertLayout, FusedActivation
 from tritonmoe.grouping import Grouping
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYOUTS = {
-    "concatenated": ExpertLayout(),
-    "interleaved": ExpertLayout(interleaved=True),
-    "transposed": ExpertLayout(transposed=True),
-    "interleaved-transposed": ExpertLayout(interleaved=True, transposed=True),
-    "ungated": ExpertLayout(gated=False),
-    "ungated-transposed": ExpertLayout(gated=False, transposed=True),
-}
-
-
-@contextlib.contextmanager
-def garbage_memory() -> Iterator[None]:
-    """Fill what torch.empty gives with NaN (integers: a number that is no index)."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def spoil(make):
-            def spoiled(*args, **kwargs):
-                tensor = make(*args, **kwargs)
-                return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
-
-            return spoiled
-
-        patch.setattr(torch, "empty", spoil(torch.empty))
-        patch.setattr(torch, "empty_like", spoil(torch.empty_like))
-        patch.setattr(torch.Tensor, "new_empty", spoil(torch.Tensor.new_empty))
-        yield
 
 
 class Operands:
@@ -86,6 +56,18 @@ class Operands:
     def group(self) -> Grouping:
         return reference.group(self.ids, self.num_experts)
 
+    def down_grad(
+        self, backend: ModuleType, grouping: Grouping, activation: FusedActivation | None, bias: bool = True, **keywords
+    ) -> dict[str, Tensor]:
+        """Give dh (da without an activation), s*a and dweights of the pairs that do work."""
+        num_active = int(grouping.expert_offsets[-1])
+        hidden = (self.a if activation is None else self.h)[: grouping.num_pairs]
+        b2 = self.b2 if bias else None
+        results = backend.down_grad(
+            self.dout, self.w2, b2, hidden, self.weights, grouping, self.layout, activation, **keywords
+        )
+        return {name: value[:num_active] for name, value in zip(("dh", "scaled_a", "dweights"), results, strict=True)}
+
     def weight_grad(self, backend: ModuleType, grouping: Grouping, **keywords) -> reference.WeightGrads:
         return backend.weight_grad(
             grouping,
@@ -99,12 +81,3 @@ class Operands:
             down_bias=True,
             **keywords,
         )
-
-
-def random_ids(num_rows: int, top_k: int, num_experts: int, *, skip: float = 0.2, seed: int = 0) -> Tensor:
-    """Draw ids, some of them skipped (below zero or too large), some twice in a row."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, num_experts, (num_rows, top_k), generator=generator)
-    skipped = torch.rand(num_rows, top_k, generator=generator) < skip
-    outside = torch.where(torch.rand(num_rows, top_k, generator=generator) < 0.5, -1, num_experts + 3)
-    return torch.where(skipped, outside, ids)

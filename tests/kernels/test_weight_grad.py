@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from backward_cases import DEVICE, LAYOUTS, Operands, garbage_memory, random_ids
+from backward_cases import Operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids
 from tolerance import assert_close_to_exact
 from torch import Tensor
 
