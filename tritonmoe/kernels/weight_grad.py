@@ -146,8 +146,10 @@ def outer_sums(
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
     config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options)
     if accumulate is not None:
-        # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread.
-        config = replace(config, subtiles=max(config.subtiles, min(4, config.block_n // 16)))
+        # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread, and one whose
+        # columns are the pairs' spills 216 in four.
+        pieces = 4 if pairs_first else 2
+        config = replace(config, subtiles=max(config.subtiles, min(pieces, config.block_n // 16)))
     num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
     span = span_length(grouping.num_pairs, num_p_tiles * num_q_tiles)
     num_rows = num_workspace_rows(grouping.num_pairs, span)
