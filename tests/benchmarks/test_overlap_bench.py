@@ -108,6 +108,7 @@ def test_every_kind_is_measured_for_every_number_of_chunks() -> None:
     for kind in ("communication", "serial", "overlapped", "free transport"):
         assert {f"{kind} C=1", f"{kind} C=4"} <= set(names)
     assert {"compute", "auto", "overlapped C=4 ramp"} <= set(names)
+    assert not any(name.startswith("two levels") for name in names)
 
 
 def check_results(path: Path, num_ranks: int) -> dict:
@@ -120,6 +121,9 @@ def check_results(path: Path, num_ranks: int) -> dict:
     for times in results["variants"].values():
         assert times["samples"] == 2
         assert times["median_ms"] > 0
+    schedules = {name for name in results["variants"] if name.startswith(("serial", "overlapped"))}
+    assert set(results["predicted_ms"]) == schedules
+    assert all(predicted > 0 for predicted in results["predicted_ms"].values())
     summary = results["summary"]
     for kind in ("compute", "communication", "serial", "overlapped"):
         fastest = min(t["median_ms"] for name, t in results["variants"].items() if name.startswith(kind))
@@ -144,6 +148,9 @@ def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     events = json.loads((tmp_path / "r.trace").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
+    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    best = results["summary"]["T_overlapped"]["variant"]
+    assert {f"{best}: comm", f"{best}: compute", f"{best}, planned: comm", f"{best}, planned: compute"} <= lanes
     said = capsys.readouterr().out
     assert "emulated link" in said
     assert "x max(compute, communication)" in said
@@ -205,6 +212,22 @@ def test_two_namespaces(tmp_path: Path) -> None:
     for sent in results["sent_bytes"]:
         computed = sent["rows"] + sent["metadata"]
         assert 0 <= sent["measured"] / computed - 1 < 0.03
+
+
+@pytest.mark.slow
+@NEEDS_NAMESPACES
+def test_two_nodes_of_two(tmp_path: Path) -> None:
+    arguments = ["--netns", "4", "--node-size", "2", "--inter-rate", "200mbit", "--model", "fine", "--tokens", "128"]
+    arguments += ["--rounds", "2", "--chunks", "2", "--json", str(tmp_path / "r.json")]
+    process = python(
+        "-m", "tritonmoe", "bench", "overlap", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    one, two = (sum(results["uplink_bytes"][levels]) for levels in ("one level", "two levels"))
+    assert two < 0.8 * one
+    assert 0 <= two / results["two_levels_computed_bytes"] - 1 < 0.03
 
 
 STARTS_SLEEPERS = """if True:

@@ -37,7 +37,7 @@ def test_exchanges_that_queue_follow_one_another():
     for chunk, finished in ((1, 0.008), (0, 0.005), (2, 0.007)):
         step = Step("dispatch", chunk, "comm")
         posted = start + 0.001 + 0.0001 * chunk
-        report._exchanges.append((step, posted, start + 0.008, start + 0.009, start + finished))
+        report._exchanges.append((step, posted, posted, start + 0.008, start + 0.009, start + finished))
     spans = pass_timeline(report).spans
     assert [span.name for span in spans] == ["dispatch 0", "dispatch 1", "dispatch 2"]
     edges = [edge for span in spans for edge in (span.start_s, span.end_s)]

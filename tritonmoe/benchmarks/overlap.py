@@ -17,7 +17,7 @@ import torch
 from ..emulation import run_on_emulated_ranks
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_overlap_png
-from ..report.timeline import Timeline, layer_timeline
+from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
@@ -120,6 +120,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
             device, description = "cpu", os.environ[DESCRIPTION]
             torch.set_num_threads(1)
             link = _link_of_namespaces(group.rank)
+            if arguments.node_size is not None:
+                link.two_levels = group.with_nodes(arguments.node_size)
         results_of_rank = _measure(group, arguments, workload, link, description, device)
         if group.rank == 0:
             _write(arguments, results_of_rank)
@@ -151,8 +153,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--node-size and --inter-rate belong together")
     if arguments.node_size is not None:
         parse_rate(arguments.inter_rate)
-        if arguments.netns is None or not 1 <= arguments.node_size < arguments.netns:
-            raise ValueError("--node-size needs --netns with more ranks than one node has")
+        if arguments.netns is None or not 2 <= arguments.node_size < arguments.netns:
+            raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
         if arguments.netns % arguments.node_size:
             raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
     if arguments.rounds < 1 or arguments.tokens < 1 or not all(1 <= chunks <= 32 for chunks in arguments.chunks):
@@ -218,6 +220,9 @@ def _measure(
     own = {
         "timelines": {name: _typical_timeline(measured, name) for name in shown.values()},
         "sent_bytes": measured.sent_bytes,
+        "planned": _planned_timeline(measured, transport.rank, shown["overlapped"]),
+        "predicted": {name: seconds for name, (seconds, _) in measured.predicted.items()},
+        "rows_between_nodes": measured.rows_between_nodes,
         "contention": {kind: summary[kind].pop("contention") for kind in ("overlapped", "auto")},
     }
     ranks = gather(transport, own)
@@ -242,13 +247,18 @@ def _measure(
         "variants": {name: summarize(times) for name, times in measured.seconds.items()},
         "sweep": [
             {"name": str(v), "series": v.series, "num_chunks": v.num_chunks}
-            for v in variants_of(arguments.chunks)
+            for v in variants_of(arguments.chunks, link.two_levels is not None)
             if v.kind not in ("compute", "auto")
         ],
         "summary": summary,
+        "predicted_ms": {name: round(1e3 * max(r["predicted"][name] for r in ranks), 3) for name in measured.predicted},
         "sent_bytes": None if measured.sent_bytes is None else [r["sent_bytes"] for r in ranks],
         "uplink_bytes": measured.uplink_bytes,
-        "timelines": {name: [r["timelines"][name] for r in ranks] for name in shown.values()},
+        "two_levels_computed_bytes": _bytes_between_nodes([r["rows_between_nodes"] for r in ranks], measured, workload),
+        "timelines": {
+            **{name: [r["timelines"][name] for r in ranks] for name in shown.values()},
+            f"{shown['overlapped']}, planned": [r["planned"] for r in ranks],
+        },
     }
 
 
@@ -257,6 +267,22 @@ def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
     seconds = measured.seconds[name]
     typical = sorted(range(len(seconds)), key=seconds.__getitem__)[len(seconds) // 2]
     return layer_timeline(name, measured.reports[name][typical])
+
+
+def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, workload: Workload) -> int | None:
+    """Give what all nodes together send each other in a call on two levels: rows, ids, weights and their gradients."""
+    total = sum(count for count in rows if count is not None)
+    if None in rows:
+        return None
+    top_k = workload.shape[1]
+    if workload.backward:
+        return total * (4 * measured.row_bytes + 12 * top_k)
+    return total * (2 * measured.row_bytes + 8 * top_k)
+
+
+def _planned_timeline(measured: RankMeasurement, rank: int, name: str) -> Timeline:
+    """Give what the simulator says of the schedule."""
+    return simulated_timeline(f"{name}, planned", rank, measured.predicted[name][1])
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import io
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
+from ..overlap.cost_model import probe
 from ..overlap.executor import LayerReport
-from ..overlap.tuner import SETTLING_CALLS, fixed_plan
+from ..overlap.simulator import Simulation, simulate_layer
+from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
 from ..transports import Transport
 from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
 from .timing import Samples
@@ -34,7 +36,8 @@ class Variant:
 
     kind: str
     """"compute": one chunk, rows there at once. "free transport": the overlapped schedule with rows there at once.
-    "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto"."""
+    "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto".
+    "two levels": overlapped, each token once to every other node."""
     num_chunks: int | None = None
     shape: str = "equal"
 
@@ -64,6 +67,8 @@ class Link:
     read_bytes: Callable[[], tuple[int, int]] | None = None
     """This rank's interface counters: bytes received, bytes sent."""
     read_uplinks: Callable[[], list[int]] | None = None
+    """Bytes that every node has sent to other nodes."""
+    two_levels: Transport | None = None
 
 
 @dataclass
@@ -80,14 +85,19 @@ class RankMeasurement:
     """Bits per second that the link was given for the wished compute ratio."""
     sent_bytes: dict[str, float] | None
     """Of one serial call of this rank: computed, and measured by the interface's counters."""
-    uplink_bytes: list[float] | None
-    """Of one serial call, by node."""
+    uplink_bytes: dict[str, list[float]]
+    """Of one serial call, by node; "one level", "two levels"."""
+    rows_between_nodes: int | None
+    """With two levels: rows that this rank sends to other nodes in the forward's dispatch."""
+    predicted: dict[str, tuple[float, Sequence[Simulation]]]
+    """By variant that ran the layer in a given number of chunks: the simulator's seconds, from this rank's costs."""
 
 
 class _Rank:
     """This rank's layer, batch and the ways to run them."""
 
-    def __init__(self, transport: Transport, workload: Workload, device: torch.device) -> None:
+    def __init__(self, transport: Transport, workload: Workload, device: torch.device, link: Link) -> None:
+        self.link = link
         num_experts, top_k, model_width, inner = workload.shape
         rank, size = transport.rank, transport.size
         self.transport, self.workload, self.device = transport, workload, device
@@ -127,6 +137,9 @@ class _Rank:
             replay = self._replays.setdefault(variant, ReplayTransport(transport))
             replay.rewind()
             transport = replay
+        if variant.kind == "two levels":
+            assert self.link.two_levels is not None
+            transport = self.link.two_levels
         experts = self.experts
         experts.transport, experts.overlap = transport, variant.config()
         if self.workload.backward:
@@ -178,13 +191,15 @@ class _Rank:
         )
 
 
-def variants_of(chunks: list[int]) -> list[Variant]:
+def variants_of(chunks: list[int], two_levels: bool = False) -> list[Variant]:
     """Give everything that is measured for these chunk counts."""
     variants = [Variant("compute", 1), Variant("auto")]
     for num_chunks in chunks:
         variants += [Variant(kind, num_chunks) for kind in ("communication", "serial", "overlapped", "free transport")]
         if num_chunks > 2:
             variants.append(Variant("overlapped", num_chunks, "ramp"))
+        if two_levels:
+            variants.append(Variant("two levels", num_chunks))
     return variants
 
 
@@ -202,11 +217,11 @@ def measure_rank(
 
     compute_ratio: give the link the rate at which compute takes so many times as long as communication.
     """
-    rank = _Rank(transport, workload, torch.device(device))
+    rank = _Rank(transport, workload, torch.device(device), link)
     report = rank.run(Variant("serial", 1))
     assert report is not None
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
-    variants = variants_of(chunks)
+    variants = variants_of(chunks, link.two_levels is not None)
     for variant in variants:
         for _ in range(SETTLING_CALLS if variant.kind == "auto" else 1):
             rank.run(variant)
@@ -220,7 +235,14 @@ def measure_rank(
             seconds[str(variant)].append(elapsed)
             if variant_report is not None:
                 reports.setdefault(str(variant), []).append(variant_report)
-    sent_bytes, uplink_bytes = _count_bytes(rank, report, link)
+    sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
+    uplink_bytes = {"one level": uplinks} if uplinks else {}
+    rows_between_nodes = None
+    if link.two_levels is not None:
+        _, uplink_bytes["two levels"] = _count_bytes(rank, report, Variant("two levels", 2))
+        two_levels = rank.run(Variant("two levels", 2))
+        assert two_levels is not None
+        rows_between_nodes = two_levels.rows_between_nodes
     return RankMeasurement(
         seconds={name: rank.slowest(values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
@@ -229,7 +251,33 @@ def measure_rank(
         rate=rate,
         sent_bytes=sent_bytes,
         uplink_bytes=uplink_bytes,
+        rows_between_nodes=rows_between_nodes,
+        predicted=_predict(rank, variants, seconds, reports),
     )
+
+
+def _predict(
+    rank: _Rank, variants: list[Variant], seconds: Samples, reports: dict[str, list[LayerReport]]
+) -> dict[str, tuple[float, Sequence[Simulation]]]:
+    """Simulate the schedules that were measured; every rank takes part, since the link is probed.
+
+    What steps cost is fitted to the runs with a free transport; what a call takes outside its schedule (planning, the
+    count exchange, autograd) is that of compute alone.
+    """
+    link = probe(rank.transport, rank.device)
+    costs = layer_costs([report for name in reports if name.startswith("free transport") for report in reports[name]])
+    outside = [
+        elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)
+        for elapsed, report in zip(seconds["compute"], reports["compute"], strict=True)
+    ]
+    predicted: dict[str, tuple[float, Sequence[Simulation]]] = {}
+    for variant in variants:
+        if variant.kind in ("serial", "overlapped"):
+            report = reports[str(variant)][-1]
+            passes = simulate_layer(report.overlap, layer_work(report), costs, link, backward=rank.workload.backward)
+            total_s = statistics.median(outside) + sum(one.total_s for one in passes)
+            predicted[str(variant)] = total_s, passes
+    return predicted
 
 
 def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: Link) -> float:
@@ -251,11 +299,11 @@ def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: L
     return rate
 
 
-def _count_bytes(rank: _Rank, report: LayerReport, link: Link) -> tuple[dict[str, float] | None, list[float] | None]:
-    """Count the bytes of one serial call; computed are rows, ids, weights, gradients of weights and counts."""
+def _count_bytes(rank: _Rank, report: LayerReport, variant: Variant) -> tuple[dict[str, float] | None, list[float]]:
+    """Count the bytes of one call; computed are the rows, ids, weights and gradients of weights of one level."""
+    link = rank.link
     if link.read_bytes is None:
-        return None, None
-    variant = Variant("serial", 2)
+        return None, []
 
     def counters() -> tuple[int, list[int]]:
         rank.barrier()
@@ -263,6 +311,7 @@ def _count_bytes(rank: _Rank, report: LayerReport, link: Link) -> tuple[dict[str
         assert link.read_bytes is not None
         return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
 
+    rank.run(variant)
     sent, uplinks = counters()
     for _ in range(COUNTED_CALLS):
         rank.run(variant)
@@ -279,7 +328,7 @@ def _count_bytes(rank: _Rank, report: LayerReport, link: Link) -> tuple[dict[str
     measured = (sent_after - sent) / COUNTED_CALLS
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
     uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]
-    return sent_bytes, uplink_bytes or None
+    return sent_bytes, uplink_bytes
 
 
 def gather(transport: Transport, value: Any) -> list[Any]:

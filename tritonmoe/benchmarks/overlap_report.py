@@ -56,6 +56,11 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
     summary["auto"]["over_best"] = spread(
         [auto / over for auto, over in zip(seconds["auto"], seconds[names["overlapped"]], strict=True)]
     )
+    if any(name.startswith("two levels") for name in seconds):
+        name = best(seconds, "two levels")
+        summary["T_two levels"] = {"variant": name, **summarize(seconds[name])}
+        pairs = zip(seconds[names["overlapped"]], seconds[name], strict=True)
+        summary["two_levels_speed_up"] = spread([one / two for one, two in pairs])
     summary["bound_ratio_of_medians"] = round(
         best_s / max(statistics.median(compute), statistics.median(communication)), 4
     )
@@ -67,10 +72,13 @@ def as_table(results: dict[str, Any]) -> str:
     summary = results["summary"]
     lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]
     for name, times in results["variants"].items():
-        lines.append(
+        line = (
             f"  {name:32} {times['median_ms']:9.2f} ms  ({times['lower_quartile_ms']:.2f} .. "
             f"{times['upper_quartile_ms']:.2f})"
         )
+        if name in results["predicted_ms"]:
+            line += f"  predicted {results['predicted_ms'][name]:.2f}"
+        lines.append(line)
     for title in ("compute", "communication", "serial", "overlapped"):
         row = summary[f"T_{title}"]
         lines.append(f"T_{title:14} {row['median_ms']:9.2f} ms  {row['variant']}")
@@ -87,6 +95,12 @@ def as_table(results: dict[str, Any]) -> str:
             f"rank {rank} sent {sent['measured']:.0f} bytes in a call, computed {computed:.0f} "
             f"({sent['measured'] / computed - 1:+.2%})"
         )
-    for node, sent in enumerate(results["uplink_bytes"] or []):
-        lines.append(f"node {node} sent {sent:.0f} bytes in a call to other nodes")
+    for levels, by_node in results["uplink_bytes"].items():
+        said = ", ".join(f"{sent:.0f}" for sent in by_node)
+        lines.append(f"{levels}: bytes in a call from each node to other nodes: {said}")
+    if "T_two levels" in summary:
+        ratio = summary["two_levels_speed_up"]
+        lines.append(
+            f"two levels against one: {ratio['median']:.2f} times as fast ({summary['T_two levels']['variant']})"
+        )
     return "\n".join(lines)

@@ -100,6 +100,7 @@ def _draw_sweep(axes: Any, results: Mapping[str, Any]) -> None:
         axes.axhline(time_ms, color="#333333", lw=1, ls="--" if kind == "compute" else ":", label=f"{kind} alone")
     axes.axhline(results["summary"]["auto"]["median_ms"], color="#e45756", lw=1, label="auto")
     axes.set_xlabel("number of chunks")
+    axes.set_xticks(sorted({num_chunks for points in series.values() for num_chunks, _ in points}))
     axes.set_ylabel("milliseconds")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=9, ncols=2)

@@ -1,10 +1,12 @@
 """When each step of one layer call ran on one rank, as plain spans that every kind of report draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..overlap.executor import LayerReport, PassReport
+from ..overlap.executor import LayerReport, PassReport, StepTiming
+from ..overlap.simulator import Simulation
 
-__all__ = ["LANES", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline"]
+__all__ = ["LANES", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
 
 LANES = ("compute", "comm")
 
@@ -67,17 +69,33 @@ def pass_timeline(report: PassReport) -> PassTimeline:
 
     An exchange is posted early and then stands in the queue of its link: its span begins where the one before ended.
     """
+    return PassTimeline(_spans(report.steps), report.total_s)
+
+
+def _spans(steps: Sequence[StepTiming]) -> tuple[Span, ...]:
     spans = []
     for lane in LANES:
         reached_s = 0.0
-        timings = sorted((t for t in report.steps if t.step.lane == lane), key=lambda timing: timing.start_s)
+        timings = sorted((t for t in steps if t.step.lane == lane), key=lambda timing: timing.start_s)
         for timing in timings:
             start_s = max(timing.start_s, reached_s)
             # A small exchange may arrive just before the one that it was posted after: it is shown as a point.
             reached_s = max(start_s, timing.end_s)
             step = timing.step
             spans.append(Span(str(step), step.kind, step.chunk, lane, start_s, reached_s, timing.start_s))
-    return PassTimeline(tuple(spans), report.total_s)
+    return tuple(spans)
+
+
+def simulated_timeline(name: str, rank: int, passes: Sequence[Simulation]) -> Timeline:
+    """Give the timeline of a simulated forward and, where it was simulated, backward on one rank."""
+    timelines = []
+    for simulation in passes:
+        steps = [
+            StepTiming(simulated.step, float(simulated.start_s[rank]), float(simulated.end_s[rank]), 0.0)
+            for simulated in simulation.steps
+        ]
+        timelines.append(PassTimeline(_spans(steps), float(simulation.end_s[rank])))
+    return Timeline(name, rank, *[*timelines, PassTimeline((), 0.0)][:2])
 
 
 def layer_timeline(name: str, report: LayerReport) -> Timeline:

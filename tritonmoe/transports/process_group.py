@@ -20,6 +20,7 @@ from tritonmoe.transports.base import (
     check_exchange,
     describe,
 )
+from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -151,6 +152,21 @@ class ProcessGroupTransport(Transport):
         self._staging: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts_stream: torch.cuda.Stream | None = None
         self._is_closed = False
+
+    def with_nodes(self, node_size: int) -> TwoLevelTransport:
+        """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
+        import torch.distributed as dist
+
+        ranks = dist.get_process_group_ranks(self._group)
+        groups = [[*range(n, n + node_size)] for n in range(0, self.size, node_size)]
+        groups += [[*range(place, self.size, node_size)] for place in range(node_size)]
+        made = [dist.new_group([ranks[member] for member in members]) for members in groups]
+        inside, between = (
+            ProcessGroupTransport(group, timeout_s=self._timeout_s)
+            for group, members in zip(made, groups, strict=True)
+            if self.rank in members
+        )
+        return TwoLevelTransport(self, node_size, between_nodes=between, inside_node=inside)
 
     def exchange(
         self,
