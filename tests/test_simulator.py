@@ -1,6 +1,7 @@
 """The simulator against schedules worked out by hand, in whole seconds; costs that are fitted and probed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,13 @@ def test_the_busiest_port_holds_up_its_peers(size: int) -> None:
     rows[:, 1] = 5  # everybody sends 5 rows to rank 1
     layer = LayerWork.of(rows, 0.0, 1, 0)
     assert forward_s(tm.OverlapPlan(), layer) == 2 * 5 * (size - 1)
+
+
+def test_only_dispatches_are_narrow_with_fp8() -> None:
+    layer = replace(work(2, 12, 0, local_rows=0), other_row_bytes=4)
+    assert forward_s(remote((1,)), layer) == 12 + 4 * 12
+    backward = simulate_layer(remote((1,)), layer, COSTS, LINK, backward=True)[1]
+    assert backward.total_s == 4 * 12 + 4 * 12
 
 
 def test_one_rank_exchanges_nothing() -> None:

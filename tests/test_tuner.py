@@ -87,7 +87,7 @@ class Pass:
 class Report:
     """A LayerReport of two ranks whose 1000 rows of 1 kB all travel, in equal chunks."""
 
-    row_bytes, top_k, backward, choice = 1000, 1, None, ""
+    row_bytes, other_row_bytes, top_k, backward, choice = 1000, None, 1, None, ""
 
     def __init__(
         self, plan: tm.OverlapPlan, experts_s: float, dispatch_s: float, total_s: float = 0.0, chunk_s: float = 0.0

@@ -143,6 +143,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
             plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
+            other_row_bytes=layer_pass.other_row_bytes(x),
             rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
         )
         ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs

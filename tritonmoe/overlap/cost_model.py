@@ -54,8 +54,10 @@ class LayerWork:
     pairs: Tensor
     """(W, W) float64: their routed pairs on rank k."""
     row_bytes: int
-    """D columns of the layer's dtype."""
+    """Of one row of the forward's dispatch."""
     top_k: int
+    other_row_bytes: int | None = None
+    """Of one row of the other exchanges of rows, where a wire format makes them differ."""
 
     @classmethod
     def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
@@ -71,7 +73,9 @@ class LayerWork:
         """Give the bytes of one row in an exchange of this kind."""
         if kind == "metadata":
             return 8 * self.top_k  # int32 ids and fp32 weights
-        return 4 * self.top_k if kind == "routing_backward" else self.row_bytes
+        if kind == "routing_backward":
+            return 4 * self.top_k
+        return self.row_bytes if kind == "dispatch" or self.other_row_bytes is None else self.other_row_bytes
 
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Give home rows, received rows and pairs (W,) of every segment, each chunk its share."""

@@ -136,6 +136,8 @@ class LayerReport:
     """The same for their routed pairs."""
     forward: PassReport
     backward: PassReport | None = None
+    other_row_bytes: int | None = None
+    """Bytes of one row of the other exchanges of rows; None where it is row_bytes."""
     choice: str = "as given"
     """Why this plan was chosen, in one sentence."""
     wire_squares: Tensor | None = None
@@ -413,6 +415,10 @@ class LayerPass:
         """Give the ids (R, K) int32 and weights (R, K) fp32 of the received rows, once the exchange has ended."""
         received[0][self.plan.receive_order()] = received[1]
         return _unpack_metadata(received[0], top_k)
+
+    def other_row_bytes(self, x: Tensor) -> int:
+        """Give the bytes of one travelling row that is not one of the forward's dispatch of x (T, D)."""
+        return self._wire(x.dtype).row_bytes(x.shape[1])
 
     def _wire(self, dtype: torch.dtype) -> WireFormat:
         """Give how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""

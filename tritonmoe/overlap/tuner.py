@@ -125,7 +125,8 @@ def budgeted_plan(config: OverlapConfig, work: LayerWork | None) -> OverlapPlan:
 def layer_work(report: LayerReport) -> LayerWork:
     """Give what all ranks did in a call, their pairs per row as on this rank."""
     pairs_per_row = report.pair_offsets[-1] / max(1, report.receive_offsets[-1])
-    return LayerWork.of(report.traffic_rows, pairs_per_row, report.row_bytes, report.top_k)
+    work = LayerWork.of(report.traffic_rows, pairs_per_row, report.row_bytes, report.top_k)
+    return replace(work, other_row_bytes=report.other_row_bytes)
 
 
 def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
