@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config import Activation, ExpertLayout, KernelOptions
 from tritonmoe.custom_ops import encode
+from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 
 T, E, D, FF, K = 9, 5, 16, 8, 3
@@ -387,6 +389,64 @@ def test_frozen_tensors_skip_their_work(
     assert sums in ([], [(trained == "gate_up_proj", trained == "down_proj")])
     if not parallel:
         assert called.count("combine") == (2 if trained == "x" else 1)
+
+
+# Activation checkpointing
+
+
+def checkpointed(layer: nn.Module, x: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The output, and aux_loss as an output of the checkpointed function: attached under both kinds."""
+    return checkpoint(lambda rows: (layer(rows), layer.aux_loss), x, **options)
+
+
+@pytest.mark.parametrize("activation", ["silu", "callable"])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "context_fn": save_topk}],
+    ids=["non_reentrant", "reentrant", "save_topk"],
+)
+def test_checkpointing_changes_no_bit(options: dict, activation: str) -> None:
+    gate = (lambda h: F.silu(h[:, :FF]) * h[:, FF:]) if activation == "callable" else "silu"
+    layer = tm.MoELayer(replace(CONFIG, selection_bias=True, activation=gate, z_loss_weight=0.1))
+    x = torch.randn(60, D)
+    results, loads = [], []
+    for call in (lambda rows: (layer(rows), layer.aux_loss), lambda rows: checkpointed(layer, rows, **options)):
+        rows = x.clone().requires_grad_()
+        y, aux_loss = call(rows)
+        (y.square().sum() + aux_loss).backward()
+        results.append([y.detach(), aux_loss.detach(), rows.grad, *(p.grad.clone() for p in layer.parameters())])
+        loads.append(int(layer.router.load.sum()))
+        layer.zero_grad()
+    assert loads == [60 * K, 2 * 60 * K]
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_save_topk_keeps_near_ties_from_flipping() -> None:
+    """A router whose scores come out a little different in the recompute, as another kernel would make them."""
+
+    class Perturbed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = tm.MoELayer(replace(CONFIG, top_k=1, load_balance_loss_weight=0.0))
+            self.ids: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            # The same operations both times: selective checkpointing counts them.
+            layer, flip = self.layer, torch.tensor([0.0, 1e-6, 0.0, 0.0, 0.0])
+            scores = x @ layer.router.weight.T * 0 + flip * (-1 if self.ids else 1)
+            topk_weights, topk_ids = scores.softmax(1).topk(1)
+            self.ids.append(topk_ids)
+            return layer.experts(x, topk_ids, topk_weights)
+
+    flipped = {}
+    for name, options in (("plain", {}), ("save_topk", {"context_fn": save_topk})):
+        model = Perturbed()
+        x = torch.randn(4, D, requires_grad=True)
+        checkpoint(model, x, use_reentrant=False, **options).sum().backward()
+        first, again = model.ids
+        flipped[name] = not torch.equal(first, again)
+    assert flipped == {"plain": True, "save_topk": False}
 
 
 # Refusals

@@ -564,7 +564,8 @@ class MoELayer(nn.Module):
     With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
     its down half under the last combine; backward runs it before the exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
-    `statistics()` of this rank's tokens, and with a transport `last_report`.
+    `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
+    without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
     Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts.

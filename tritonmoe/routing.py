@@ -7,6 +7,7 @@ balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any 
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from .config import MoEConfig
 
@@ -25,6 +27,7 @@ __all__ = [
     "is_recomputing",
     "load_balance_loss",
     "routing_statistics",
+    "save_topk",
     "z_loss",
 ]
 
@@ -57,6 +60,17 @@ def is_recomputing() -> bool:
     if torch.compiler.is_compiling():  # there the partitioner recomputes, not a second call
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Give the contexts in which activation checkpointing keeps every top-k and recomputes everything else.
+
+    A recompute that rounds a score differently would send a near-tie token to other experts than the forward did, and
+    its gradients would belong to no forward. It costs K scores and ids per token. One argument for users:
+
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=tritonmoe.routing.save_topk)
+    """
+    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default])
 
 
 class _RouterLogits(torch.autograd.Function):
