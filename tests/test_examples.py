@@ -83,3 +83,24 @@ def test_smollm2_itself():
 )
 def test_minilm_itself():
     run_script("swap_minilm.py")
+
+
+def test_mixtral_on_two_processes_has_the_losses_of_one():
+    arguments = ("--steps", "4", "--chunks", "3")
+    one, two = (losses(run_processes("train_mixtral_expert_parallel.py", n, *arguments)) for n in (1, 2))
+    assert len(two) == 4
+    assert two[-1] < two[0]
+    assert two == pytest.approx(one, abs=2e-5)
+
+
+def test_generation_gives_the_tokens_of_eager():
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "generate.py"), "--new-tokens", "5"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "switched 2 experts modules" in result.stdout
+    assert "same tokens as eager: True" in result.stdout
+    assert "model.layers.1.mlp.experts" in result.stdout
