@@ -425,6 +425,7 @@ class GroupedExperts(nn.Module):
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
             two: nodes and ranks of a node (a TwoLevelTransport).
+            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
         backend, num_sms, batch_invariant: as in moe_mlp.
