@@ -329,7 +329,8 @@ def grouped_matmul_config(
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)
         # Cutting its tile only pays where accumulators live outside the registers.
-        in_registers = target is not None and (target.backend != "cuda" or target.arch // 10 != 10)
+        has_tensor_memory = target is not None and target.backend == "cuda" and target.arch // 10 == 10
+        in_registers = target is not None and (not has_tensor_memory or like.dtype == torch.float32)
         return dataclasses.replace(
             config,
             block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
