@@ -449,6 +449,43 @@ def test_save_topk_keeps_near_ties_from_flipping() -> None:
     assert flipped == {"plain": True, "save_topk": False}
 
 
+def test_save_topk_bears_work_in_place_and_a_second_backward() -> None:
+    """As transformers' Qwen3-MoE does: the scores that top-k gave are divided in place."""
+    layer = tm.MoELayer(replace(CONFIG, load_balance_loss_weight=0.0))
+
+    def block(rows: Tensor) -> Tensor:
+        scores, ids = (rows @ layer.router.weight.T).softmax(1).topk(K)
+        scores /= scores.sum(1, keepdim=True)
+        return layer.experts(rows, ids, scores)
+
+    x = torch.randn(20, D)
+    results = []
+    for call in (block, lambda rows: checkpoint(block, rows, use_reentrant=False, context_fn=save_topk)):
+        rows = x.clone().requires_grad_()
+        out = call(rows).square().sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        results.append([rows.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+        layer.zero_grad()
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_save_topk_says_when_a_recompute_differs() -> None:
+    calls: list[int] = []
+
+    def block(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            for _ in calls:  # none in the forward, one in the recompute
+                rows.topk(2)
+        calls.append(1)
+        return rows.topk(2)[0].square()
+
+    out = checkpoint(block, torch.randn(3, 4, requires_grad=True), use_reentrant=False, context_fn=save_topk)
+    with pytest.raises(RuntimeError, match="more often than the forward did"):
+        out.sum().backward()
+
+
 # Refusals
 
 

@@ -20,6 +20,7 @@ from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, choose_activation, fused_name
+from tritonmoe.routing import save_topk
 
 register()
 
@@ -161,13 +162,18 @@ def test_from_config_and_from_pretrained(tmp_path, moe_mlp_calls):
     assert len(moe_mlp_calls) == 4
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "context_fn": save_topk}],
+    ids=["non_reentrant", "reentrant", "save_topk"],
+)
+def test_activation_checkpointing_gives_the_same_gradients(options):
     model = make_model("qwen3_moe").train()
     expected = run_model(model, "tritonmoe")
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(options)
     else:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(options)
     assert_same(run_model(model, "tritonmoe"), expected)
 
 
