@@ -96,6 +96,18 @@ def test_owners_that_freeze_different_weights_are_told():
     tm.run_on_emulated_ranks(rank_call, num_ranks=2)
 
 
+def test_main_grad_and_replicas_are_refused_on_every_rank():
+    batch = PlacedBatch(2, 6, 2, placement=tm.ExpertPlacement(REPLICATED[2]))
+
+    def rank_call(transport):
+        leaves = {name: value.requires_grad_() for name, value in batch.of_rank(transport.rank).items()}
+        leaves["down_proj"].main_grad = torch.zeros_like(leaves["down_proj"])
+        with pytest.raises(ValueError, match="can't have replicas"):
+            batch.call(transport, leaves, tm.OverlapConfig(num_chunks=1), placement=batch.placement)
+
+    tm.run_on_emulated_ranks(rank_call, num_ranks=2)
+
+
 def test_ranks_with_different_placements_are_told():
     batch = PlacedBatch(2, 6, 2, placement=tm.ExpertPlacement(PERMUTED[2]))
 

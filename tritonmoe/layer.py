@@ -295,7 +295,12 @@ def _run_eagerly(
     owners = weights
     try:
         x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
-        find_main_grads(owners)  # refuses bad ones here, before anything is sent
+        # Refuses bad ones here, before anything is sent.
+        if find_main_grads(owners) is not None and placement is not None and placement.has_replicas:
+            raise ValueError(
+                "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
+                "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
+            )
         layout = ExpertLayout(*layout_flags)
         check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
         check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size, placement)

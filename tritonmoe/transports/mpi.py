@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
@@ -161,6 +162,9 @@ class MPITransport(Transport):
         check_counts(self, counts)
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones).wait()
+
+    def shares_link(self, device: torch.device) -> bool:
+        return True
 
     def close(self) -> None:
         self._end()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
@@ -39,6 +40,9 @@ class GroupView(Transport):
         of_world = counts.new_zeros(self._world.size, counts.shape[1])
         of_world[list(self._ranks)] = counts
         return self._world.exchange_counts(of_world)[list(self._ranks)]
+
+    def shares_link(self, device: torch.device) -> bool:
+        return self._world.shares_link(device)
 
     def _of_world(self, splits: Sequence[int]) -> list[int]:
         of_world = [0] * self._world.size
@@ -105,6 +109,9 @@ class TwoLevelTransport(Transport):
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         return self.world.exchange_counts(counts)
+
+    def shares_link(self, device: torch.device) -> bool:
+        return self.between_nodes.shares_link(device)
 
     def close(self) -> None:
         for transport in (self.between_nodes, self.inside_node, self.world):
