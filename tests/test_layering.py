@@ -29,7 +29,17 @@ LAYERS = (
         "two_level",
         "overlap",
     ),
-    *("shared_expert", "layer", "emulation", "integrations", "planner", "report", "benchmarks", "cli"),
+    *(
+        "expert_parallel",
+        "shared_expert",
+        "layer",
+        "emulation",
+        "integrations",
+        "planner",
+        "report",
+        "benchmarks",
+        "cli",
+    ),
 )
 """A file imports from its own layer and from those that stand before it."""
 FENCES = {

@@ -7,8 +7,9 @@ from . import transports
 from .config import ClampedSwiGLU, MoEConfig, OverlapConfig, OverlapPlan
 from .emulation import run_on_emulated_ranks
 from .errors import CountMismatch, NonFiniteScores, TransportError
+from .expert_parallel import expert_parallel_mlp
 from .experts import moe_mlp
-from .layer import GroupedExperts, MoELayer, expert_parallel_mlp
+from .layer import GroupedExperts, MoELayer
 from .placement import ExpertPlacement
 from .routing import TopKRouter
 from .transports import LinkModel

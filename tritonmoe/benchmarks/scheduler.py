@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..config import OverlapConfig
+from ..expert_parallel import expert_parallel_mlp
 from ..experts import moe_mlp
-from ..layer import expert_parallel_mlp
 from ..transports import LocalTransport
 from .moe_mlp import SHAPES
 from .timing import add_arguments, interleave, summarize, write_json
