@@ -284,7 +284,15 @@ def run_refused(name: str, directory: Path) -> None:
     with pytest.raises(ValueError, match="it has no experts"):
         tmt.parallelize(AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)), dist.group.WORLD)
     model = make_model("mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers[:2])
+    own, second.down_proj = second.down_proj, first.down_proj
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj and .* are tied"):
+        tmt.parallelize(model, dist.group.WORLD)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    second.down_proj = own
     tmt.parallelize(model, dist.group.WORLD)
+    with pytest.raises(ValueError, match="is spread over cpu, ranks"):
+        tmt.upcycle(model, 4, 2)
     with pytest.raises(ValueError, match="spread over ranks already"):
         tmt.parallelize(model, dist.group.WORLD)
     (directory / "file").touch()

@@ -5,11 +5,13 @@ import logging
 import pytest
 import torch
 import transformers
+from quantised_weights import Int4Tensor, Params4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tritonmoe.integrations.transformers import experts as experts_module
-from tritonmoe.integrations.transformers import patch
+from tritonmoe.integrations.transformers import parallelize, patch
+from tritonmoe.transports import LocalTransport
 
 SIZES = {
     "vocab_size": 64,
@@ -133,15 +135,28 @@ def test_where_nothing_can_be_switched_the_modules_are_named(make):
     assert getattr(config, "_experts_implementation", None) == before
 
 
-def test_quantised_experts_are_refused_and_nothing_is_changed():
+QUANTISED = {
+    "Parameter of torch.float8_e4m3fn": lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False),
+    "Params4bit of torch.uint8": lambda w: Params4bit(w.to(torch.uint8), requires_grad=False),
+    "Int4Tensor of torch.float32": lambda w: nn.Parameter(Int4Tensor(w), requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_experts_are_refused_and_nothing_is_changed(kind):
     model = mixtral()
     before = model.config._experts_implementation
     experts = model.model.layers[1].mlp.experts
-    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts \(MixtralExperts\) are quantised"):
-        patch(model)
-    assert model.config._experts_implementation == before
+    experts.down_proj = QUANTISED[kind](experts.down_proj.detach())
+    message = rf"layers\.1\.mlp\.experts \(MixtralExperts\) are quantised \({kind}\)"
+    for change in (patch, lambda model: parallelize(model, LocalTransport())):
+        with pytest.raises(ValueError, match=message):
+            change(model)
+        assert model.config._experts_implementation == before
+        assert type(experts.gate_up_proj) is nn.Parameter
 
+
+def test_quantised_experts_classes_are_refused():
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
     config = transformers.MixtralConfig(**SIZES, num_local_experts=6, hidden_act="silu")

@@ -1,15 +1,26 @@
 """upcycle(): the MoE model computes what the dense one does; natively where there is a twin, in place elsewhere."""
 
 import copy
+import importlib.metadata
 import logging
 
 import pytest
 import torch
 import transformers
+from quantised_weights import Int4Tensor, Params4bit
 from tiny_models import INPLACE, NATIVE, make_batch, make_dense
 from torch import nn
 
-from tritonmoe.integrations.transformers import aux_loss, load_upcycled, upcycle, verify_upcycle
+from tritonmoe.integrations.transformers import (
+    aux_loss,
+    collect_statistics,
+    load_upcycled,
+    patch,
+    upcycle,
+    upcycle_checkpoint,
+    verify_upcycle,
+)
+from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.ffn_blocks import find_blocks
 
@@ -381,8 +392,14 @@ def test_models_that_can_not_be_upcycled():
         upcycle(tied, 4, 2)
     quantised = make_dense("llama")
     quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(24, 32, dtype=torch.int8), False)
-    with pytest.raises(ValueError, match=r"is quantised \(model.layers.0.mlp.up_proj.weight is torch.int8\)"):
+    with pytest.raises(ValueError, match=r"is quantised \(model.layers.0.mlp.up_proj.weight is Parameter of .*int8\)"):
         upcycle(quantised, 4, 2)
+    quantised = make_dense("gpt2")
+    mlp = quantised.transformer.h[1].mlp
+    for weight, kind in ((Params4bit(torch.zeros(32, 128)), "Params4bit"), (Int4Tensor(torch.zeros(32, 128)), "Int4")):
+        mlp.c_fc.weight = nn.Parameter(weight, False) if kind == "Int4" else weight
+        with pytest.raises(ValueError, match=rf"is quantised \(transformer.h.1.mlp.c_fc.weight is {kind}"):
+            upcycle(quantised, 4, 2)
     for method in ("fp8", "gptq"):
         quantised = make_dense("llama")
         quantised.config.quantization_config = {"quant_method": method}
@@ -395,6 +412,51 @@ def test_models_that_can_not_be_upcycled():
         assert not hasattr(upcycle(dequantised, 4, 2).config, "quantization_config")
     with pytest.raises(ValueError, match="spread over"):
         upcycle(make_dense("llama").to("meta"), 4, 2)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_twin_that_can_not_renormalise_is_refused(name, monkeypatch):
+    """Top-k weights must sum to 1; a config takes a field that its model never reads."""
+    dense = make_dense(name)
+    moe = upcycle(dense, 4, 2)
+    assert moe.config.norm_topk_prob is True
+    for layer in moe.modules():  # what is at stake
+        if hasattr(layer, "norm_topk_prob"):
+            layer.norm_topk_prob = False
+    assert verify_upcycle(dense, moe, make_batch(dense)).relative_error > 0.1
+
+    class WithoutTheField(type(moe.config)):
+        def __getattribute__(self, key):
+            if key == "norm_topk_prob":
+                raise AttributeError(key)
+            return super().__getattribute__(key)
+
+    monkeypatch.setattr(type(moe), "config_class", WithoutTheField)
+    with pytest.raises(ValueError, match=r"has no norm_topk_prob, .* use target='inplace'"):
+        upcycle(dense, 4, 2)
+    in_place = upcycle(dense, 4, 2, target="inplace")
+    assert verify_upcycle(dense, in_place, make_batch(dense)).relative_error < EXACT_FP32
+
+
+def test_old_transformers_are_refused_by_everything_that_needs_a_new_one(tmp_path, monkeypatch):
+    dense = make_dense("gpt2")
+    before = copy.deepcopy(dense.state_dict())
+    moe = upcycle(dense, 4, 2)
+    moe.save_pretrained(tmp_path / "moe")
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) if name == "torch" else "5.6.2")
+    for call in (
+        lambda: upcycle(dense, 4, 2),
+        lambda: upcycle_checkpoint(tmp_path / "moe", tmp_path / "other", num_experts=4, top_k=2),
+        lambda: load_upcycled(tmp_path / "moe"),
+        lambda: collect_statistics(moe).__enter__(),
+        lambda: patch(moe),
+        experts_classes,
+    ):
+        with pytest.raises(ImportError, match=r"transformers 5\.6\.2 is too old.*5\.7 or later"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+    assert all(torch.equal(before[key], tensor) for key, tensor in dense.state_dict().items())
 
 
 def test_a_block_that_computes_more_than_its_linears_is_refused():

@@ -3,12 +3,11 @@
 Importing this package imports no transformers; register() does.
 """
 
-import importlib.metadata
-
 import torch
 
 from ...config import OverlapConfig
 from .patching import PatchReport, patch
+from .requirements import MINIMUM_TRANSFORMERS, check_transformers
 from .sharding import parallelize
 from .statistics import ModelStatistics, collect_statistics
 from .upcycle import UpcycleReport, upcycle, verify_upcycle
@@ -34,8 +33,6 @@ __all__ = [
 ]
 
 EXPERTS_IMPLEMENTATION = "tritonmoe"
-MINIMUM_TRANSFORMERS = (5, 7)
-"""Earlier releases accept only their own names for experts_implementation."""
 EP_REGISTRY_SINCE = (5, 23)
 
 
@@ -56,7 +53,7 @@ def register(overlap: OverlapConfig | None = None) -> None:
         expert_parallel = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="tritonmoe")
         model = AutoModelForCausalLM.from_pretrained(name, distributed_config=expert_parallel)
     """
-    version = _check_version()
+    version = check_transformers()
     from transformers.integrations.moe import ExpertsInterface
 
     from .experts import experts_forward
@@ -75,20 +72,3 @@ def register(overlap: OverlapConfig | None = None) -> None:
             f"register(overlap=...) is for an expert-parallel implementation, which transformers "
             f"{'.'.join(map(str, version))} doesn't know (5.23 and later do): use parallelize(model, group, overlap)"
         )
-
-
-def _check_version() -> tuple[int, ...]:
-    needed = ".".join(str(number) for number in MINIMUM_TRANSFORMERS)
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(
-            f"transformers is not installed: pip install 'transformers>={needed}', or 'tritonmoe[hf]'"
-        ) from error
-    numbers = tuple(int(number) for number in version.split(".")[:2])
-    if numbers < MINIMUM_TRANSFORMERS:
-        raise ImportError(
-            f"transformers {version} is too old: experts_implementation={EXPERTS_IMPLEMENTATION!r} needs {needed} "
-            f"or later. pip install -U 'transformers>={needed}'"
-        )
-    return numbers

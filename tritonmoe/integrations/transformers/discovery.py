@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .gates import CLAMPED_GATES
+from .requirements import check_transformers
 
 __all__ = [
     "ExpertsClass",
@@ -97,6 +98,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def _modeling_sources() -> Iterator[tuple[str, str, str]]:
     """Give folder, module name and text of every model file of the installed transformers."""
+    check_transformers()
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise ImportError("transformers is not installed: pip install 'tritonmoe[hf]'")

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ...config import Activation
 from .expert_init import DenseFFN
 from .gates import fused_name
+from .requirements import WEIGHT_DTYPES, quantised_kind
 
 __all__ = ["FFNBlock", "GatedActivation", "LayerChoice", "find_blocks", "parent_and_name", "select_blocks"]
 
@@ -241,19 +241,19 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
 
 
 def _refuse_quantised(model: nn.Module) -> None:
-    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
     # weights from a GGUF file are dequantised when they are loaded
     reason = None if method in (None, "gguf") else f"quantization_config in its config: {method}"
     for name, parameter in model.named_parameters():
-        if parameter.dtype not in floating:
-            reason = f"{name} is {parameter.dtype}"
+        kind = quantised_kind(parameter)
+        if kind is not None:
+            reason = f"{name} is {kind}"
             break
     if reason:
         raise ValueError(
             f"{type(model).__name__} is quantised ({reason}): load it dequantised, in one of "
-            f"{', '.join(map(str, floating))}, and quantise the result"
+            f"{', '.join(map(str, WEIGHT_DTYPES))}, and quantise the result"
         )
 
 

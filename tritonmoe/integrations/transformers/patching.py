@@ -5,16 +5,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .discovery import UNSUPPORTED_NAMES, experts_modules
+from .requirements import quantised_kind
 
 __all__ = ["PatchReport", "patch"]
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEED_FORWARD = re.compile(r"(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate)$")
 MAX_NAMED = 3
 
@@ -75,11 +74,12 @@ def _other_experts(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, n
 
 
 def _check(model: nn.Module, found: dict[str, nn.Module], left: dict[str, nn.Module]) -> None:
-    quantised = {name: module for name, module in (found | left).items() if _is_quantised(module)}
+    quantised = {name: module for name, module in (found | left).items() if _quantised_kinds(module)}
     if quantised:
+        kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
         raise ValueError(
-            f"the weights of {_list(quantised)} are quantised, and tritonmoe has no quantised arithmetic: load the "
-            "model without quantization_config, or dequantize it"
+            f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}), and tritonmoe has no quantised "
+            "arithmetic: load the model without quantization_config, or dequantize it"
         )
     if found:
         return
@@ -96,8 +96,9 @@ def _check(model: nn.Module, found: dict[str, nn.Module], left: dict[str, nn.Mod
     )
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    return any(weight.dim() >= 2 and weight.dtype not in WEIGHT_DTYPES for weight in module.parameters())
+def _quantised_kinds(module: nn.Module) -> set[str]:
+    kinds = {quantised_kind(weight) for weight in module.parameters() if weight.dim() >= 2}
+    return {kind for kind in kinds if kind is not None}
 
 
 def _list(modules: dict[str, nn.Module]) -> str:

@@ -84,8 +84,8 @@ def parallelize(
         expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
             the ranks' losses.
     Raises:
-        ValueError: as patch(); the experts of a module can't be divided by the number of ranks, or are spread
-            already. Nothing is changed.
+        ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
+            or share weights with another module. Nothing is changed.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -99,6 +99,7 @@ def parallelize(
             raise ValueError(f"the experts of {name} are spread over ranks already: parallelize a model once")
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
+    _refuse_tied(model, found)
     patch(model)
     mesh = group_or_mesh
     if not isinstance(mesh, DeviceMesh):
@@ -122,6 +123,24 @@ def parallelize(
     for attribute, value in added.items():
         setattr(model, attribute, value)
     return len(found)
+
+
+def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
+    own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
+    names: dict[int, str] = {}
+    every = (
+        (f"{name}.{own_name}", parameter)
+        for name, module in model.named_modules()
+        for own_name, parameter in module.named_parameters(recurse=False)
+    )
+    for name, parameter in every:
+        first = names.setdefault(id(parameter), name)
+        if first != name and (name in own or first in own):
+            raise ValueError(
+                f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
+                "weights of its own before parallelize()"
+            )
 
 
 def _save_gathered(model: Any, transport: Transport, save_directory: Any, **settings: Any) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...routing import RoutingStatistics, is_recomputing, routing_statistics
 from .discovery import experts_modules
+from .requirements import check_transformers
 
 __all__ = ["ModelStatistics", "ScalarWriter", "collect_statistics"]
 
@@ -80,12 +81,14 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
 
     Raises:
         ValueError: the model has no experts that go through transformers' registry.
+        ImportError: transformers is missing or older than 5.7.
     Example:
         with collect_statistics(model) as statistics:
             trainer.train()
         print(statistics)
         statistics.log_to(SummaryWriter(), step=1000)
     """
+    check_transformers()
     found: dict[str, Any] = experts_modules(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts that go through transformers' registry")

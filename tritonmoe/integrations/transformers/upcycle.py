@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...layer import MoELayer
 from .expert_init import Init, UpcycleSettings
 from .ffn_blocks import LayerChoice, find_blocks, select_blocks
+from .requirements import check_transformers
 from .upcycle_inplace import InplaceConversion
 from .upcycle_native import NATIVE_TARGETS, NativeConversion
 
@@ -50,7 +51,9 @@ def upcycle(
         MoE layers inside, whose save_pretrained goes with load_upcycled(), and whose balancing loss is aux_loss().
     Raises:
         ValueError: there is nothing to replace, or the result could not equal the dense model; nothing is changed.
+        ImportError: transformers is missing or older than 5.7.
     """
+    check_transformers()
     settings = UpcycleSettings(
         num_experts=num_experts,
         top_k=top_k,
@@ -59,10 +62,11 @@ def upcycle(
         shared_expert=shared_expert,
         seed=seed,
     )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices:
+    places = {str(parameter.device) for parameter in model.parameters()}
+    places |= {"ranks" for parameter in model.parameters() if hasattr(parameter, "to_local")}
+    if len(places) > 1 or "meta" in places:
         raise ValueError(
-            f"the model is spread over {sorted(map(str, devices))}: load it on one device, or use "
+            f"the model is spread over {', '.join(sorted(places))}: load it on one device, or use "
             "upcycle_checkpoint() or `tritonmoe upcycle`, which work on files"
         )
     conversion = make_conversion(model, settings, target=target, layers=layers)

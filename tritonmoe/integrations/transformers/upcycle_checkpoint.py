@@ -13,6 +13,7 @@ from torch import Tensor
 from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
 from .expert_init import UpcycleSettings
 from .ffn_blocks import LayerChoice
+from .requirements import check_transformers
 from .upcycle import make_conversion
 from .upcycle_inplace import InplaceConversion
 from .upcycle_native import NativeConversion, build_model
@@ -49,7 +50,9 @@ def upcycle_checkpoint(
         The model type of what was written, or "inplace": then load it with load_upcycled, else with from_pretrained.
     Raises:
         ValueError: the checkpoint is not whole or can't be upcycled this way. OSError: the disk is full.
+        ImportError: transformers is missing or older than 5.7.
     """
+    check_transformers()
     source, shard_bytes = Path(source), parse_size(max_shard_size)
     checked = UpcycleSettings(**settings)
     reader = CheckpointReader(source)

@@ -163,7 +163,8 @@ class NativeConversion:
     def _make_config(self, dense: Any, num_layers: int, expert_width: int, width: int) -> Any:
         target = self.target
         config_class = self.model_class.config_class
-        known = config_class().to_dict()
+        defaults = config_class()
+        known = defaults.to_dict()
         declared = type(dense)().to_dict()  # what else a file brought into its config, the model doesn't read
         own = {key: value for key, value in dense.to_dict().items() if key in declared and key != "model_type"}
         known |= {"head_dim": None}  # the attention of every twin looks for it, declared or not
@@ -174,7 +175,14 @@ class NativeConversion:
             named = ", ".join(f"{key}={own[key]!r}" for key in unknown)
             raise ValueError(f"{target.model_type} can't express {named}; {_INSTEAD}")
         fields = {key: value for key, value in own.items() if key in known and key not in _HARMLESS_FIELDS}
-        fields |= target.config(self.settings, width, expert_width)
+        wanted = target.config(self.settings, width, expert_width)
+        missing = [name for name in wanted if not hasattr(defaults, name)]
+        if missing:  # a config takes any field, and its model would not look at these
+            raise ValueError(
+                f"{target.model_type} of this transformers has no {', '.join(missing)}, so its experts could not be "
+                f"set up to equal the block; {_INSTEAD}, or another release of transformers"
+            )
+        fields |= wanted
         if target.has_aux_loss:
             fields["output_router_logits"] = True
         layers = [block.index for block in self.blocks]

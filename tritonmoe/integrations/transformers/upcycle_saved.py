@@ -11,6 +11,7 @@ from torch import nn
 from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
 from .expert_init import UpcycleSettings
 from .ffn_blocks import find_blocks, select_blocks
+from .requirements import check_transformers
 from .upcycle_inplace import InplaceConversion, replace_blocks
 from .upcycle_native import build_model
 
@@ -72,7 +73,9 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
         dtype: None keeps that of the checkpoint.
     Raises:
         ValueError: it is no such directory, is not whole, or this transformers finds other blocks in the model.
+        ImportError: transformers is missing or older than 5.7.
     """
+    check_transformers()
     import transformers
 
     directory = Path(directory)

@@ -1,0 +1,46 @@
+"""What must be there before anything starts: a transformers that is new enough, weights that are not quantised."""
+
+import importlib.metadata
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["MINIMUM_TRANSFORMERS", "WEIGHT_DTYPES", "check_transformers", "quantised_kind"]
+
+MINIMUM_TRANSFORMERS = (5, 7)
+"""Earlier releases accept only their own names for experts_implementation."""
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_transformers() -> tuple[int, ...]:
+    """Give the first two numbers of the installed version; raise ImportError where there is none or it is too old."""
+    needed = ".".join(str(number) for number in MINIMUM_TRANSFORMERS)
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            f"transformers is not installed: pip install 'transformers>={needed}', or 'tritonmoe[hf]'"
+        ) from error
+    numbers = tuple(int(number) for number in version.split(".")[:2])
+    if numbers < MINIMUM_TRANSFORMERS:
+        raise ImportError(
+            f"transformers {version} is too old: tritonmoe needs {needed} or later, whose models take any "
+            f"experts_implementation. pip install -U 'transformers>={needed}'"
+        )
+    return numbers
+
+
+def quantised_kind(weight: Tensor) -> str | None:
+    """Say what a quantised weight is; None for one that holds the numbers it stands for, sharded (DTensor) or not.
+
+    Example:
+        "Params4bit of torch.uint8" (bitsandbytes), "Int4Tensor of torch.bfloat16" (torchao, whose dtype is that of the
+        weight before), "Parameter of torch.float8_e4m3fn".
+    """
+    if hasattr(weight, "to_local"):
+        return quantised_kind(weight.to_local())
+    is_plain = weight.dtype in WEIGHT_DTYPES and not hasattr(weight, "quant_state")
+    if is_plain and not is_traceable_wrapper_subclass(weight):
+        return None
+    return f"{type(weight).__name__} of {weight.dtype}"
