@@ -195,7 +195,32 @@ def transformers_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def expert_parallel_table(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return "`python -m bench.expert_parallel --netns 2`: not measured yet."
+    data = load(name)
+    results = data["results"]
+    layers, width, inner, experts, top_k = results["layers_D_F_E_K"]
+    lines = [
+        f"`python -m bench.expert_parallel --netns 2` on {where(data['environment'])}: {results['link']}, one core and "
+        f"one thread each. Forward and backward of a Qwen3-MoE-like model ({layers} layers, D={width}, F={inner}, "
+        f"E={experts}, K={top_k}) in {results['dtype']}, {results['tokens']} tokens a rank, under transformers' FSDP "
+        f"and expert parallelism. {results['best_other']} computes {results['compute_over_communication']:.2f} times "
+        f"as long as it communicates; tritonmoe is {results['ratio']:.2f} times as fast. Milliseconds, median "
+        "(quartiles).",
+        "",
+        "| ep_implementation, experts_implementation | step | on a link of 40 Gbit/s | MB sent by a rank |",
+        "| --- | --- | --- | --- |",
+    ]
+    for variant, case in results["variants"].items():
+        lines.append(
+            f"| {variant} | {spread(case['step'])} | {spread(case['step_on_fast_link'])} | {case['sent_mb']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "expert_parallel": expert_parallel_table,
     "transformers": transformers_table,
     "bounds": bounds_table,
     "moe_mlp": moe_mlp_table,

@@ -21,8 +21,9 @@ from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
-from .overlap_rank import Link, RankMeasurement, gather, measure_rank, variants_of
+from .overlap_rank import Link, RankMeasurement, measure_rank, variants_of
 from .overlap_report import as_table, summarize_overlap
+from .ranks import gather
 from .timing import summarize, write_json
 from .workload import DTYPES, MODELS, Workload
 

@@ -1,6 +1,5 @@
 """What one rank does in the overlap benchmark: every variant once a round, all ranks starting together."""
 
-import io
 import random
 import statistics
 import time
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
@@ -18,11 +16,12 @@ from ..overlap.executor import LayerReport
 from ..overlap.simulator import Simulation, simulate_layer
 from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
 from ..transports import Transport
+from .ranks import barrier, slowest
 from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
 from .timing import Samples
 from .workload import Workload, draw_ids
 
-__all__ = ["Link", "RankMeasurement", "Variant", "gather", "measure_rank", "variants_of"]
+__all__ = ["Link", "RankMeasurement", "Variant", "measure_rank", "variants_of"]
 
 CALIBRATION_ROUNDS = 5
 COUNTED_CALLS = 4
@@ -120,9 +119,6 @@ class _Rank:
             leaf.requires_grad_(workload.backward)
         self._replays: dict[Variant, ReplayTransport] = {}
 
-    def barrier(self) -> None:
-        self.transport.exchange_counts(torch.zeros(self.transport.size, 1, dtype=torch.int64))
-
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -154,7 +150,7 @@ class _Rank:
     def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
         """Run a variant when all ranks are ready, and give this rank's seconds."""
         self.synchronize()
-        self.barrier()
+        barrier(self.transport)
         started = time.perf_counter()
         report = self.run(variant)
         self.synchronize()
@@ -168,14 +164,8 @@ class _Rank:
     def median_s(self, variant: Variant) -> float:
         """Give the slowest rank's median over a few runs."""
         self.run(variant)
-        samples = self.slowest([self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
+        samples = slowest(self.transport, [self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
         return statistics.median(samples)
-
-    def slowest(self, seconds: list[float]) -> list[float]:
-        """Give, for every one of this rank's times, the longest of all ranks."""
-        own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64)
-        everybody = self.transport.exchange_counts(own.expand(self.transport.size, -1))
-        return (everybody.amax(0).double() / 1e9).tolist()
 
     @torch.no_grad()
     def _communicate(self, variant: Variant) -> None:
@@ -244,7 +234,7 @@ def measure_rank(
         assert two_levels is not None
         rows_between_nodes = two_levels.rows_between_nodes
     return RankMeasurement(
-        seconds={name: rank.slowest(values) for name, values in seconds.items()},
+        seconds={name: slowest(transport, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
         reports=reports,
@@ -293,7 +283,7 @@ def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: L
         if rank.transport.rank == 0:
             assert link.set_rate is not None
             link.set_rate(rate)
-        rank.barrier()
+        barrier(rank.transport)
         if correct:
             rate *= min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4)) / wished_s
     return rate
@@ -306,7 +296,7 @@ def _count_bytes(rank: _Rank, report: LayerReport, variant: Variant) -> tuple[di
         return None, []
 
     def counters() -> tuple[int, list[int]]:
-        rank.barrier()
+        barrier(rank.transport)
         time.sleep(SETTLE_S)
         assert link.read_bytes is not None
         return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
@@ -329,14 +319,3 @@ def _count_bytes(rank: _Rank, report: LayerReport, variant: Variant) -> tuple[di
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
     uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]
     return sent_bytes, uplink_bytes
-
-
-def gather(transport: Transport, value: Any) -> list[Any]:
-    """Give every rank's value, on every rank, in rank order."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    own = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    size = transport.size
-    lengths = transport.exchange_counts(torch.full((size, 1), len(own), dtype=torch.int64))[:, 0].tolist()
-    received: Tensor = transport.exchange(own.repeat(size), [len(own)] * size, lengths).wait()
-    return [torch.load(io.BytesIO(piece.numpy().tobytes()), weights_only=False) for piece in received.split(lengths)]

@@ -1,12 +1,15 @@
 """A random model that spends its time in its experts, for benchmarks."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["qwen3_moe_model"]
+from ...config import OverlapConfig
+
+__all__ = ["load_spread", "qwen3_moe_model"]
 
 
 def qwen3_moe_model(
@@ -69,3 +72,22 @@ def _skewed(head_start: Tensor, top_k: int, gate: Any, arguments: tuple, output:
     weights, ids = logits.softmax(-1).topk(top_k)
     weights = weights / weights.sum(-1, keepdim=True)
     return (logits.to(output[0].dtype), weights.to(output[1].dtype), ids)
+
+
+def load_spread(directory: Path, num_ranks: int, ep_implementation: str, overlap: OverlapConfig) -> Any:
+    """Give a saved model spread over all ranks: dense weights sharded by FSDP, experts by `ep_implementation`.
+
+    Args:
+        overlap: the chunks of "tritonmoe", of all models that it spreads.
+    Raises:
+        ImportError: transformers is older than 5.23.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from . import register
+
+    register(overlap)
+    from transformers.distributed import DistributedConfig
+
+    layout = DistributedConfig(fsdp_size=num_ranks, ep_size=num_ranks, ep_implementation=ep_implementation)
+    return AutoModelForCausalLM.from_pretrained(directory, distributed_config=layout, dtype="auto")

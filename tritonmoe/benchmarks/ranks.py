@@ -1,0 +1,34 @@
+"""What the ranks of a benchmark tell each other outside of what is measured."""
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..transports import Transport
+
+__all__ = ["barrier", "gather", "slowest"]
+
+
+def barrier(transport: Transport) -> None:
+    """Return when every rank has come here."""
+    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
+
+
+def slowest(transport: Transport, seconds: list[float]) -> list[float]:
+    """Give, for every one of this rank's times, the longest of all ranks."""
+    own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64)
+    everybody = transport.exchange_counts(own.expand(transport.size, -1))
+    return (everybody.amax(0).double() / 1e9).tolist()
+
+
+def gather(transport: Transport, value: Any) -> list[Any]:
+    """Give every rank's value, on every rank, in rank order."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    own = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    size = transport.size
+    lengths = transport.exchange_counts(torch.full((size, 1), len(own), dtype=torch.int64))[:, 0].tolist()
+    received: Tensor = transport.exchange(own.repeat(size), [len(own)] * size, lengths).wait()
+    return [torch.load(io.BytesIO(piece.numpy().tobytes()), weights_only=False) for piece in received.split(lengths)]
