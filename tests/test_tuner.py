@@ -9,6 +9,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.memory import BufferWidths, peak_bytes
 from tritonmoe.overlap.schedule import Step
 from tritonmoe.overlap.tuner import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
@@ -93,7 +94,7 @@ class Report:
         self, plan: tm.OverlapPlan, experts_s: float, dispatch_s: float, total_s: float = 0.0, chunk_s: float = 0.0
     ) -> None:
         self.overlap, self.num_chunks = plan, plan.num_chunks
-        self.traffic_rows = torch.tensor([[0, 1000], [1000, 0]])
+        self.traffic_rows = self.traffic_pairs = torch.tensor([[0, 1000], [1000, 0]])
         bounds = tuple(1000 * n // plan.num_chunks for n in range(plan.num_chunks + 1))
         self.home_offsets = self.receive_offsets = self.pair_offsets = (0,) * plan.num_local_slices + bounds
         self.forward = Pass(plan.num_chunks, experts_s, dispatch_s, total_s, chunk_s)
@@ -264,82 +265,31 @@ def test_calls_without_a_backward_do_not_hold_up_the_choice() -> None:
     assert "too few whole calls" in chooser.choice
 
 
-def test_bytes_under_way() -> None:
-    """Rank 0 sends 12 rows and gets 6, each of 10 bytes; windows of chunks of 1, 2 and 3 sixths."""
-    layer = LayerWork.of(torch.tensor([[5, 12], [6, 7]]), 1.0, 10, 1)
-    for window, share in ((1, 3), (2, 5), (3, 6), (32, 6)):
-        plan = tm.OverlapPlan((1, 2, 3), window=window, backward_window=1)
-        assert layer.bytes_under_way(plan) == (12 + 6) * 10 * share // 6
-        assert layer.bytes_under_way(replace(plan, window=1, backward_window=window)) == (12 + 6) * 10 * share // 6
-    assert layer.bytes_under_way(tm.OverlapPlan((1, 2, 3), serial=True)) == (12 + 6) * 10 * 3 // 6
-    assert layer.bytes_under_way(tm.OverlapPlan(local_first=False)) == (13 + 19) * 10  # rank 1
-
-
 def test_a_budget_gives_the_fewest_chunks() -> None:
-    layer = LayerWork.of(torch.tensor([[0, 100], [100, 0]]), 1.0, 10, 1)
+    layer = LayerWork.of(torch.tensor([[0, 100], [100, 0]]), 1.0, 40, 1)
+    widths = BufferWidths(hidden_size=10, intermediate_size=5, num_local_experts=1, dtype_bytes=4)
     least = tm.OverlapPlan(equal_sizes(32), window=1, backward_window=1)
-    for budget, num_chunks in ((2000, 1), (1999, 3), (1000, 4), (800, 5), (125, 32)):
-        config = tm.OverlapConfig(memory_budget_bytes=budget)
-        plan = budgeted_plan(config, layer)
+    peaks = {}
+    for num_chunks in range(1, MAX_CHUNKS + 1):
+        plan = replace(least, chunk_sizes=equal_sizes(num_chunks), window=2, backward_window=2)
+        peaks[num_chunks] = peak_bytes(plan, layer, widths).most
+    assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
+    for num_chunks in (1, 3, 4, 5, 32):
+        config = tm.OverlapConfig(memory_budget_bytes=peaks[num_chunks])
+        plan, why = budgeted_plan(config, layer, widths)
         assert (plan.num_chunks, plan.window) == (num_chunks, 2)
-        assert layer.bytes_under_way(plan) <= budget
-        assert budgeted_plan(config, None) == least
-    assert budgeted_plan(tm.OverlapConfig(memory_budget_bytes=1), layer) == least
+        assert why.endswith(f"the fewest chunks within memory_budget_bytes = {peaks[num_chunks]}")
+        tighter, _ = budgeted_plan(tm.OverlapConfig(memory_budget_bytes=peaks[num_chunks] - 1), layer, widths)
+        assert tighter.num_chunks > num_chunks or tighter == least
+        assert budgeted_plan(config, None, widths)[0] == least
+    plan, why = budgeted_plan(tm.OverlapConfig(memory_budget_bytes=1), layer, widths)
+    assert plan == least
+    assert f"with {peak_bytes(least, layer, widths).most} bytes still more than memory_budget_bytes = 1" in why
     for wrong in ({"num_chunks": 2}, {"shape": "ramp"}, {"shape": (1, 2)}, {"wire_dtype": torch.bfloat16}):
         with pytest.raises(ValueError, match="chooses the number of equal chunks"):
             tm.OverlapConfig(memory_budget_bytes=10, **wrong)
     with pytest.raises(ValueError, match="positive number of bytes"):
         tm.OverlapConfig(memory_budget_bytes=0)
-
-
-def test_rows_under_way_stay_within_the_budget() -> None:
-    """Counted at the transport, between posting and waiting; the result is that of no budget."""
-    budget, width = 1500, 8
-
-    def on_rank(transport: Transport) -> int:
-        exchange, under_way, most = transport.exchange, {}, 0
-
-        def counted(rows: Tensor, *splits, **out):
-            nonlocal most
-            pending = exchange(rows, *splits, **out)
-            if rows.dtype == torch.float32 and rows.shape[1] == width:
-                under_way[id(pending)] = rows.numel() * 4
-                most = max(most, sum(under_way.values()))
-                wait = pending.wait
-
-                def waited() -> Tensor:
-                    under_way.pop(id(pending), None)
-                    return wait()
-
-                pending.wait = waited
-            return pending
-
-        transport.exchange = counted
-        given = tm.GroupedExperts(
-            tm.MoEConfig(width, 4, 4, 2),
-            transport,
-            tm.OverlapConfig(memory_budget_bytes=budget),
-            generator=torch.Generator().manual_seed(0),
-        )
-        plain = tm.GroupedExperts(
-            given.config, transport, tm.OverlapConfig(1), generator=torch.Generator().manual_seed(0)
-        )
-        generator = torch.Generator().manual_seed(transport.rank)
-        x = torch.randn(64, width, generator=generator)
-        ids, weights = torch.randint(0, 4, (64, 2), generator=generator), torch.rand(64, 2, generator=generator)
-        expected = plain(x, ids, weights)
-        for call in range(3):
-            most = 0
-            y = given(x, ids, weights)
-            y.sum().backward()
-            assert 0 < most <= budget
-            torch.testing.assert_close(y, expected)
-            assert (given.last_report.num_chunks < MAX_CHUNKS) == (call > 0)
-        assert "fewest chunks within memory_budget_bytes" in given.last_report.choice
-        return given.last_report.num_chunks
-
-    first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
-    assert first == second > 1
 
 
 def test_a_given_number_is_used_as_it_is() -> None:

@@ -239,9 +239,9 @@ class OverlapConfig:
     arrived, rows that stay on their rank are not touched."""
 
     memory_budget_bytes: int | None = None
-    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, whose packed rows and partial
-    sums under way fit into so many bytes on every rank, judged by the rows of the call before as if every chunk had its
-    share of them; nothing is tuned then. What a layer keeps for backward doesn't depend on the chunks and isn't in."""
+    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
+    fit into so many bytes on every rank: what overlap.memory.peak_bytes says for the rows of the call before. Nothing
+    is tuned then; where nothing fits, last_report.choice says how much the least is."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)

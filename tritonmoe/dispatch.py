@@ -148,6 +148,8 @@ class DispatchPlan:
     """The same for the pairs that this rank's experts compute."""
     traffic: Tensor
     """(W, W) int64 on the CPU: the size of S_ik for every i (row) and k."""
+    traffic_pairs: Tensor
+    """The same for the pairs of rank i that rank k computes."""
     needs_any: bool
     needs_x: bool
     needs_topk_weights: bool
@@ -295,8 +297,8 @@ def order_rows(row_keys: Tensor, size: int, rows: list[list[int]]) -> tuple[Tens
 def _message_size(transport: Transport) -> int:
     size = transport.size
     if isinstance(transport, TwoLevelTransport):
-        return HEADER_SIZE + size + MAX_SEGMENTS * (3 + transport.node_size)
-    return HEADER_SIZE + size + 2 * MAX_SEGMENTS
+        return HEADER_SIZE + 2 * size + MAX_SEGMENTS * (3 + transport.node_size)
+    return HEADER_SIZE + 2 * size + 2 * MAX_SEGMENTS
 
 
 def refuse_call(transport: Transport, sequence: int) -> None:
@@ -318,7 +320,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
     counts = torch.tensor([tokens.rows, tokens.pairs])  # (2, segments, W)
-    headers, traffic, received = exchange_counts(transport, header, counts)
+    headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
     receive_rows, receive_pairs = received.tolist()
     return DispatchPlan(
         rank=transport.rank,
@@ -330,6 +332,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         receive_offsets=offsets(receive_rows),
         pair_offsets=offsets(receive_pairs),
         traffic=traffic,
+        traffic_pairs=traffic_pairs,
         needs_any=any(h.needs_any for h in headers),
         needs_x=any(h.needs_x for h in headers),
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
@@ -343,15 +346,17 @@ def exchange_counts(
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
     Args:
-        counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent.
+        counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
+            pairs that it will compute.
     Returns:
-        Every rank's header, the S_ik matrix (W, W), and the counts that each rank told this one, shaped as `counts`.
+        Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
+        told this one, shaped as `counts`.
     """
     num_kinds, num_segments, size = counts.shape
     message = torch.zeros(size, _message_size(transport), dtype=torch.int64)
     message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
-    first = HEADER_SIZE + size
-    message[:, HEADER_SIZE:first] = counts[0].sum(0)
+    first = HEADER_SIZE + 2 * size
+    message[:, HEADER_SIZE:first] = counts[:2].sum(1).flatten()
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
     try:
         received = transport.exchange_counts(message)
@@ -359,10 +364,11 @@ def exchange_counts(
         raise TransportError(f"count exchange of layer call {header.sequence}, before any chunk: {error}") from error
     headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
     check_headers(headers)
-    traffic = received[:, HEADER_SIZE:first].clone()
-    check_sizes(traffic.sum(0).tolist(), header.top_k)
+    traffic = received[:, HEADER_SIZE:first].reshape(size, 2, size).transpose(0, 1).contiguous()
+    check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
-    check_counts(told[0].tolist(), told[1].tolist(), traffic[:, transport.rank].tolist(), header.top_k, transport.rank)
+    to_this = traffic[0, :, transport.rank].tolist()
+    check_counts(told[0].tolist(), told[1].tolist(), to_this, header.top_k, transport.rank)
     return headers, traffic, told
 
 

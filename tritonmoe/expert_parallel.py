@@ -24,6 +24,7 @@ from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, Over
 from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .experts_run import ExpertsRun, activation_parameters
 from .overlap.executor import ExpertsPass, LayerPass, LayerReport
+from .overlap.memory import BufferWidths
 from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
@@ -130,6 +131,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
         call.report = LayerReport(
             call.rank,
             plan.traffic,
+            plan.traffic_pairs,
             WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
             plan.overlap,
             topk_ids.shape[1],
@@ -330,9 +332,19 @@ def _run_eagerly(
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
     chooser = None
     if isinstance(overlap, OverlapConfig):
-        kind = (num_experts, x.shape[1], inner, topk_ids.shape[1], x.dtype, topk_weights.dtype, grad_enabled)
+        widths = BufferWidths(
+            x.shape[1],
+            inner,
+            weights.gate_up_proj.shape[0],
+            x.dtype.itemsize,
+            gated=layout.gated,
+            save=save,
+            has_backward=grad_enabled,
+            max_block_pairs=settings.ops.MAX_BLOCK_PAIRS,
+        )
+        kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype)
         chooser = state.choosers.setdefault(
-            (*kind, overlap), PlanChooser(overlap, size, transport.shares_link(x.device))
+            (*kind, overlap), PlanChooser(overlap, size, transport.shares_link(x.device), widths)
         )
         chosen, message = chooser.plan(), chooser.message()
     else:

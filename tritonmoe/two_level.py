@@ -73,6 +73,7 @@ class TwoLevelPlan:
             receive_offsets=offsets(self.inner_receive_rows),
             pair_offsets=self.pair_offsets,
             traffic=self.outer.traffic,
+            traffic_pairs=self.outer.traffic_pairs,
             needs_any=self.outer.needs_any,
             needs_x=self.outer.needs_x,
             needs_topk_weights=self.outer.needs_topk_weights,
@@ -123,7 +124,7 @@ def exchange_two_level_plan(
     told[0], told[1] = rank_rows, rank_pairs
     told[2, :, place::node_size] = counts[0, :, :num_nodes]
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
-    headers, traffic, received = exchange_counts(transport, header, told)
+    headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
 
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     tokens = TokenPlan(
@@ -140,6 +141,7 @@ def exchange_two_level_plan(
         receive_offsets=offsets(receive_rows),
         pair_offsets=(),
         traffic=traffic,
+        traffic_pairs=traffic_pairs,
         needs_any=any(h.needs_any for h in headers),
         needs_x=any(h.needs_x for h in headers),
         needs_topk_weights=any(h.needs_topk_weights for h in headers),

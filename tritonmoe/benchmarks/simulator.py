@@ -44,7 +44,7 @@ def forward_report(transport: Transport, experts_s: float, config: OverlapConfig
     (timings,) = run_layer_pass(transport, overlap, x, topk_ids, weights, NUM_EXPERTS, make_experts)
     (plan,) = plans
     offsets = plan.home_offsets, plan.receive_offsets, plan.pair_offsets
-    return LayerReport(plan.rank, plan.traffic, ROW_BYTES, overlap, 1, *offsets, forward=timings)
+    return LayerReport(plan.rank, plan.traffic, plan.traffic_pairs, ROW_BYTES, overlap, 1, *offsets, forward=timings)
 
 
 def compare(experts_s: float, communication_s: float, rounds: int) -> list[dict[str, Any]]:

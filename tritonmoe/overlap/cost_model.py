@@ -1,6 +1,5 @@
 """What a layer's steps and exchanges cost: measured on a transport, fitted to reports, and read by the simulator."""
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,22 +90,6 @@ class LayerWork:
             [own_rows * part for part in slices] + [received * share for share in shares],
             [own_pairs * part for part in slices] + [pairs * share for share in shares],
         )
-
-    def bytes_under_way(self, plan: OverlapPlan) -> int:
-        """Give the most that packed rows and partial sums of exchanges under way take on any rank.
-
-        That is what depends on a plan of what a layer call allocates: dispatches hold the rows that they send until
-        they are waited for, combines the sums. In forward or backward, whichever takes more.
-        """
-        home, received, _ = self.segments(plan)
-        first, most = plan.num_local_slices, 0.0
-        for window in {1} if plan.serial else {plan.window, plan.backward_window}:
-            taken = torch.zeros(self.size, dtype=torch.float64)
-            for rows in (home[first:], received[first:]):
-                runs = [torch.stack(rows[c : c + window]).sum(0) for c in range(max(1, len(rows) - window + 1))]
-                taken += torch.stack(runs).amax(0)
-            most = max(most, float(taken.max()))
-        return math.ceil(most * self.row_bytes)
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,6 +123,8 @@ class LayerReport:
     rank: int
     traffic_rows: Tensor
     """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column)."""
+    traffic_pairs: Tensor
+    """The same for the pairs of rank i that rank k computes."""
     row_bytes: int
     """Bytes of one row of the forward's dispatch (D columns of the layer's dtype, or of its wire format)."""
     overlap: OverlapPlan

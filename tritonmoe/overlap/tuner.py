@@ -30,6 +30,7 @@ from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_
 from ..dispatch import CallHeader
 from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
 from .executor import LayerReport
+from .memory import BufferWidths, peak_bytes
 from .schedule import Step
 from .simulator import simulate_layer
 
@@ -101,15 +102,20 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
 BUDGETED_WINDOW = 2
 
 
-def budgeted_plan(config: OverlapConfig, work: LayerWork | None) -> OverlapPlan:
-    """Give the fewest equal chunks whose rows under way fit into config.memory_budget_bytes.
+def budgeted_plan(config: OverlapConfig, work: LayerWork | None, widths: BufferWidths) -> tuple[OverlapPlan, str]:
+    """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
 
-    work: that of the call before; without one, and where nothing fits, the plan that takes least.
+    work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
     """
-    assert config.memory_budget_bytes is not None
+    budget = config.memory_budget_bytes
+    assert budget is not None
     least = OverlapPlan(equal_sizes(MAX_CHUNKS), config.local_first, window=1, backward_window=1, serial=config.serial)
     if work is None:
-        return least
+        return least, f"{least}: takes least, until a call has shown how many rows there are"
+    peak = peak_bytes(least, work, widths).most
+    if peak > budget:
+        return least, f"{least}: takes least, and with {peak} bytes still more than memory_budget_bytes = {budget}"
+    why = f"the fewest chunks within memory_budget_bytes = {budget}"
     for num_chunks in range(1, MAX_CHUNKS + 1):
         plan = replace(
             least,
@@ -117,16 +123,15 @@ def budgeted_plan(config: OverlapConfig, work: LayerWork | None) -> OverlapPlan:
             window=BUDGETED_WINDOW,
             backward_window=BUDGETED_WINDOW,
         )
-        if work.bytes_under_way(plan) <= config.memory_budget_bytes:
-            return plan
-    return least
+        if peak_bytes(plan, work, widths).most <= budget:
+            return plan, f"{plan}: {why}"
+    return least, f"{least}: {why}"
 
 
 def layer_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks did in a call, their pairs per row as on this rank."""
-    pairs_per_row = report.pair_offsets[-1] / max(1, report.receive_offsets[-1])
-    work = LayerWork.of(report.traffic_rows, pairs_per_row, report.row_bytes, report.top_k)
-    return replace(work, other_row_bytes=report.other_row_bytes)
+    """Give what all ranks did in a call, the same on every rank."""
+    rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
+    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
 
 
 def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
@@ -302,6 +307,8 @@ class PlanChooser:
     size: int
     is_shared: bool = False
     """Whether the transport's exchanges share the link."""
+    widths: BufferWidths | None = None
+    """Of the calls; a memory budget needs them."""
     choice: str = "nothing is measured yet"
     """Why the present plan was chosen, in one sentence."""
     measured: list[LayerReport] = field(default_factory=list)
@@ -359,8 +366,8 @@ class PlanChooser:
         elif self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
         elif config.memory_budget_bytes is not None:
-            plan = budgeted_plan(config, self.last_work)
-            self.choice = f"{plan}: the fewest chunks within memory_budget_bytes = {config.memory_budget_bytes}"
+            assert self.widths is not None
+            plan, self.choice = budgeted_plan(config, self.last_work, self.widths)
             return plan
         elif config.serial:
             num_chunks, self.choice = 1, "without overlap, chunks only cost time"

@@ -1,0 +1,209 @@
+"""What peak_bytes says before a call, against the storages that the call really holds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tritonmoe as tm
+from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
+from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
+from tritonmoe.overlap.cost_model import LayerWork
+from tritonmoe.overlap.memory import BufferWidths, peak_bytes
+from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.wire import WireFormat
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, SIZE = 64, 48, 8, 3, 4
+NUM_TOKENS = (640, 800, 0, 480)
+BOUND = 0.10
+"""Chunks have their share of the rows only in the mean, and of index arithmetic only the lasting part is counted."""
+
+
+class HeldStorages(TorchDispatchMode):
+    """Counts the storages that this thread's operations made, after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: dict[int, tuple[int, StorageWeakRef]] = {}
+        self.num_bytes: list[int] = []
+        self.snapshots: list[set[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.references = {k: v for k, v in self.references.items() if not v[1].expired()}
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.references and storage._cdata not in given:
+                self.references[storage._cdata] = len(self.num_bytes), StorageWeakRef(storage)
+                self.num_bytes.append(storage.nbytes())
+        self.snapshots.append({number for number, _ in self.references.values()})
+        return result
+
+    def peak(self, results: Sequence[Tensor | None]) -> int:
+        """Give the most bytes that were held at once, without those of the results."""
+        own = self._numbers(results)
+        return max(sum(self.num_bytes[n] for n in held - own) for held in self.snapshots)
+
+    def held_now(self, results: Sequence[Tensor | None]) -> int:
+        numbers = {number for number, reference in self.references.values() if not reference.expired()}
+        return sum(self.num_bytes[n] for n in numbers - self._numbers(results))
+
+    def _numbers(self, tensors: Sequence[Tensor | None]) -> set[int]:
+        keys = {t.untyped_storage()._cdata for t in tensors if t is not None}
+        return {number for key, (number, _) in self.references.items() if key in keys}
+
+
+class Kept(PendingExchange):
+    """Keeps what is sent until it is waited for, as a sender must."""
+
+    def __init__(self, pending: PendingExchange, rows: Tensor) -> None:
+        self._pending, self._rows = pending, [rows]
+
+    def wait(self) -> Tensor:
+        received = self._pending.wait()
+        self._rows.clear()
+        return received
+
+
+class Batch:
+    """Every rank's tokens, uneven, one rank without; what they send and compute is known before any call."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = [torch.randn(t, HIDDEN, generator=generator).to(dtype) for t in NUM_TOKENS]
+        top = [torch.rand(t, NUM_EXPERTS, generator=generator).topk(TOP_K) for t in NUM_TOKENS]
+        self.topk_weights, self.topk_ids = ([part.contiguous() for part in parts] for parts in zip(*top, strict=True))
+        local = NUM_EXPERTS // SIZE
+        self.weights = [
+            (torch.rand(local, 2 * INTERMEDIATE, HIDDEN).to(dtype), torch.rand(local, HIDDEN, INTERMEDIATE).to(dtype))
+            for _ in range(SIZE)
+        ]
+        pairs = torch.stack([F.one_hot(ids // local, SIZE).sum((0, 1)) for ids in self.topk_ids])
+        rows = torch.stack([F.one_hot(ids // local, SIZE).amax(1).sum(0) for ids in self.topk_ids])
+        self.work = LayerWork(rows.double(), pairs.double(), HIDDEN * dtype.itemsize, TOP_K)
+
+    def measure(self, plan: tm.OverlapPlan, save: str) -> tuple[int, ...]:
+        """Give the most bytes that a layer call holds on any rank in its forward, and, with gradients, its backward."""
+
+        def on_rank(transport: Transport) -> tuple[int, ...]:
+            rank, exchange = transport.rank, transport.exchange
+            transport.exchange = lambda rows, *splits, **out: Kept(exchange(rows, *splits, **out), rows)
+            leaves = [t.clone().requires_grad_() for t in (self.x[rank], self.topk_weights[rank], *self.weights[rank])]
+            x, topk_weights, *weights = leaves
+            with HeldStorages() as forward:
+                y = tm.expert_parallel_mlp(
+                    x,
+                    self.topk_ids[rank],
+                    topk_weights,
+                    *weights,
+                    num_experts=NUM_EXPERTS,
+                    transport=transport,
+                    overlap=plan,
+                    backend="torch",
+                    save=save,
+                )
+            if not y.requires_grad:
+                return (forward.peak([y]),)
+            kept = forward.held_now([y])  # all through backward
+            dout = torch.ones_like(y)
+            with HeldStorages() as backward:
+                grads = torch.autograd.grad(y, leaves, dout)
+            return forward.peak([y]), kept + backward.peak(grads)
+
+        return tuple(map(max, zip(*tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=30), strict=True)))
+
+
+def widths(dtype: torch.dtype, **options: Any) -> BufferWidths:
+    return BufferWidths(
+        HIDDEN, INTERMEDIATE, NUM_EXPERTS // SIZE, dtype.itemsize, max_block_pairs=MAX_BLOCK_PAIRS, **options
+    )
+
+
+PLANS = {
+    "equal": lambda c: tm.OverlapPlan(equal_sizes(c)),
+    "window-of-one": lambda c: tm.OverlapPlan(equal_sizes(c), window=1, backward_window=1),
+    "ramp-all-travel": lambda c: tm.OverlapPlan(ramp_sizes(c), local_first=False),
+    "serial": lambda c: tm.OverlapPlan(equal_sizes(c), serial=True),
+    "bf16-wire": lambda c: tm.OverlapPlan(equal_sizes(c), wire_dtype=torch.bfloat16),
+}
+
+HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
+CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_said_before_is_what_is_held(plan: str) -> None:
+    batch = Batch(torch.float32)
+    for num_chunks, save in CASES[plan]:
+        overlap = PLANS[plan](num_chunks)
+        wire = WireFormat(torch.float32, overlap.wire_dtype).row_bytes(HIDDEN)
+        work = replace(batch.work, row_bytes=wire)
+        said = peak_bytes(overlap, work, widths(torch.float32, save=save))
+        for name, measured, expected in zip(said._fields, batch.measure(overlap, save), said, strict=True):
+            assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
+
+
+def test_worked_example() -> None:
+    """W=2, K=1, 8 rows each way, none local, D=F=1 in two bytes, a chunk at a time: by hand, in bytes."""
+    work = LayerWork.of(torch.tensor([[0, 8], [8, 0]]), 1.0, row_bytes=2, top_k=1)
+    overlap = tm.OverlapPlan((1, 1), local_first=False, window=1, backward_window=1)
+    said = peak_bytes(overlap, work, BufferWidths(1, 1, num_local_experts=1, dtype_bytes=2, gated=False))
+    lasting = 8 * 2 + 8 * 2 + 8 * 16 + 8 * 12 + 8 * 4 + 8 * 2  # rows, home, ids and weights, grouping, weights, h
+    last_experts = 4 * 2 + 4 * 2 + 4 * 2 + 4 * 2  # chunk 0's sums under way, chunk 1's; a and y of four pairs
+    assert said.forward == lasting + last_experts
+    kept = 8 * (2 + 4) + 8 * 12 + 8 * 2  # rows and weights, grouping, h
+    gradients = 8 * (2 + 4) + 8 * 2 + 8 * (2 + 2)  # dout and dweights, home, dh and s*a
+    assert said.backward == kept + gradients + 4 * 2 + 8 * 4 * 3  # one chunk of sums; dtopk_weights, sent and home
+
+
+def test_inference_holds_less() -> None:
+    batch, overlap = Batch(torch.float32), tm.OverlapPlan(equal_sizes(4))
+    said = peak_bytes(overlap, batch.work, widths(torch.float32, has_backward=False))
+    with torch.no_grad():
+        (measured,) = batch.measure(overlap, "hidden")
+    assert said.backward == 0
+    assert abs(said.forward / measured - 1) < BOUND, (measured, said)
+
+
+def test_a_layer_stays_within_its_budget() -> None:
+    """The second call knows the rows of the first, and the result is that of no budget."""
+    batch = Batch(torch.float32)
+    one, many = (
+        peak_bytes(tm.OverlapPlan(equal_sizes(c), window=2, backward_window=2), batch.work, widths(torch.float32)).most
+        for c in (1, 8)
+    )
+    budget = (one + many) // 2
+
+    def on_rank(transport: Transport) -> tuple[int, str]:
+        layers = [
+            tm.GroupedExperts(
+                tm.MoEConfig(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K),
+                transport,
+                overlap,
+                generator=torch.Generator().manual_seed(0),
+            )
+            for overlap in (tm.OverlapConfig(1), tm.OverlapConfig(memory_budget_bytes=budget))
+        ]
+        arguments = (part[transport.rank] for part in (batch.x, batch.topk_ids, batch.topk_weights))
+        x, topk_ids, topk_weights = arguments
+        expected, y = (layer(x, topk_ids, topk_weights) for layer in layers)
+        torch.testing.assert_close(y, expected)
+        assert layers[1].last_report.num_chunks == MAX_CHUNKS
+        torch.testing.assert_close(layers[1](x, topk_ids, topk_weights), expected)
+        return layers[1].last_report.overlap, layers[1].last_report.choice
+
+    (plan, choice), *others = tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=20)
+    assert all(other == (plan, choice) for other in others)
+    assert 1 < plan.num_chunks < MAX_CHUNKS
+    assert f"fewest chunks within memory_budget_bytes = {budget}" in choice
+    assert max(batch.measure(plan, "hidden")) < (1 + BOUND) * budget

@@ -1,0 +1,229 @@
+"""How much memory a layer call holds at its peak: the schedule that the executor runs, walked with bytes.
+
+Like the simulator it walks all ranks at once, in vectors over the ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import OverlapPlan
+from .cost_model import LayerWork
+from .schedule import Schedule, Step, build_backward, build_forward
+
+__all__ = ["BufferWidths", "PeakBytes", "peak_bytes"]
+
+INDEX_BYTES = 4
+EXPERTS_GATHERED = 2
+"""Backends that compute block by block gather the pairs of one expert for its weight gradients while they still have
+those of the expert before."""
+SQUARES_BYTES = 3 * 4
+"""For each element sent in a wire format: three fp32 numbers while the error that it makes is measured."""
+
+
+@dataclass(frozen=True)
+class BufferWidths:
+    """What decides, beside rows and pairs, how large the buffers of a layer call are."""
+
+    hidden_size: int
+    """D."""
+    intermediate_size: int
+    """F."""
+    num_local_experts: int
+    """E / W."""
+    dtype_bytes: int
+    """Of one element of rows, h and weights."""
+    gated: bool = True
+    """h has 2F columns, F where not."""
+    save: str = "hidden"
+    """As in moe_mlp: whether h is kept for the backward."""
+    has_backward: bool = True
+    max_block_pairs: int | None = None
+    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module); None: a chunk's, as the kernels
+    do."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden_size * self.dtype_bytes
+
+    @property
+    def inner_bytes(self) -> int:
+        return self.intermediate_size * self.dtype_bytes
+
+    @property
+    def hidden_bytes(self) -> int:
+        return self.inner_bytes * (2 if self.gated else 1)
+
+    @property
+    def keeps_hidden(self) -> bool:
+        return self.has_backward and self.save == "hidden"
+
+
+class PeakBytes(NamedTuple):
+    """The most that the buffers of one call take at once, in bytes, on the rank that takes most."""
+
+    forward: int
+    """What is kept for the backward included."""
+    backward: int
+    """The same; 0 without one."""
+
+    @property
+    def most(self) -> int:
+        return max(self)
+
+
+def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> PeakBytes:
+    """Tell before any call what a layer of several ranks will hold at its peak, under `plan`.
+
+    That is every buffer of rows or pairs, from the first exchange to the end of the pass: received rows, rows and sums
+    at home, h and its gradients, what exchanges under way hold, what the experts of one chunk need meanwhile. Not in
+    it are the caller's tensors, what the call gives back (y, and the gradients of x, of topk_weights and of the
+    weights), index arithmetic over (T, W) and (R, K) that is over before the experts run, and what a callable
+    activation keeps itself. Every chunk is taken to have its share of every rank's rows, every expert its share of the
+    pairs. Tests hold it to a tenth of what is really held.
+    """
+    forward = _Walk(plan, work, widths).forward()
+    backward = _Walk(plan, work, widths).backward() if widths.has_backward else 0
+    return PeakBytes(forward, backward)
+
+
+@dataclass
+class _Walk:
+    """One pass: what is held, by name or step, the sum of it now and the most so far; all are (W,) float64."""
+
+    plan: OverlapPlan
+    work: LayerWork
+    widths: BufferWidths
+    held: dict[Any, Tensor] = field(default_factory=dict)
+    now: Tensor = field(init=False)
+    peak: Tensor = field(init=False)
+    largest_pairs: Tensor = field(init=False)
+    """Of the segment that has most."""
+
+    def __post_init__(self) -> None:
+        self.home, self.received, self.pairs = self.work.segments(self.plan)
+        self.now = self.peak = torch.zeros(self.work.size, dtype=torch.float64)
+        self.largest_pairs = torch.stack(self.pairs).amax(0)
+
+    def forward(self) -> int:
+        widths, metadata_bytes = self.widths, 2 * INDEX_BYTES * self.work.top_k
+        home, received, pairs = _total(self.home), _total(self.received), _total(self.pairs)
+        first = self.plan.num_local_slices
+        self._hold("rows", received * widths.row_bytes)
+        self._hold("home", home * widths.row_bytes)
+        for step in self._walk(build_forward(self.plan)):
+            if step.kind == "metadata":
+                # As they travel and in their place, until the pass ends.
+                self._hold("metadata", (received + _total(self.received[first:])) * metadata_bytes)
+                self._hold(step, _total(self.home[first:]) * metadata_bytes)
+            elif step.kind == "dispatch":
+                self._post_rows(step, self.home, self.received, self.work.row_bytes)
+            elif step.kind == "group":
+                self._hold("grouping", self._grouping())
+                self._hold("weights", received * metadata_bytes / 2)
+            elif step.kind == "experts":
+                if widths.keeps_hidden:
+                    self._hold("h", pairs * widths.hidden_bytes)
+                per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
+                self._compute(step, widths.inner_bytes, per_pair)
+            elif step.kind == "combine":
+                self._return_rows(step)
+        return self._most()
+
+    def backward(self) -> int:
+        widths, top_k_bytes = self.widths, INDEX_BYTES * self.work.top_k
+        home, received, pairs = _total(self.home), _total(self.received), _total(self.pairs)
+        self._hold("saved", received * (widths.row_bytes + top_k_bytes) + self._grouping())
+        if widths.keeps_hidden:
+            self._hold("h", pairs * widths.hidden_bytes)
+        self._hold("dout", received * (widths.row_bytes + top_k_bytes))
+        self._hold("home", home * widths.row_bytes)
+        for step in self._walk(build_backward(self.plan, needs_x=True, needs_topk_weights=True)):
+            if step.kind == "combine_backward":
+                self._post_rows(step, self.home, self.received, self._other_row_bytes)
+            elif step.kind == "experts_backward":
+                self._hold("gradients", pairs * (widths.hidden_bytes + widths.inner_bytes))
+                again = 0 if widths.keeps_hidden else widths.hidden_bytes
+                self._compute(step, again, widths.inner_bytes + again)
+            elif step.kind == "dispatch_backward":
+                self._return_rows(step)
+            elif step.kind == "weight_grad" and widths.max_block_pairs is not None:
+                gathered = pairs * min(1.0, EXPERTS_GATHERED / widths.num_local_experts)
+                self._count(gathered * (widths.hidden_bytes + widths.row_bytes))
+            elif step.kind == "routing_backward":
+                self._hold("dtopk_weights", 2 * home * top_k_bytes)
+                self._hold(step, received * top_k_bytes)
+        return self._most()
+
+    def _walk(self, schedule: Schedule) -> Iterator[Step]:
+        """Give each step once what it waits for is let go; what is held when it has run counts."""
+        for step in schedule:
+            for earlier in step.after:
+                if schedule[earlier] in self.held:
+                    self._let_go(schedule[earlier])
+            yield step
+            self._count(torch.zeros_like(self.peak))
+
+    def _count(self, meanwhile: Tensor) -> None:
+        """Take in that `meanwhile` is there on top of what is held."""
+        self.peak = torch.maximum(self.peak, self.now + meanwhile)
+
+    def _hold(self, what: object, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, once."""
+        if what not in self.held:
+            self.held[what] = num_bytes
+            self.now = self.now + num_bytes
+
+    def _let_go(self, what: object) -> None:
+        self.now = self.now - self.held.pop(what)
+
+    def _post_rows(self, step: Step, sent: list[Tensor], arriving: list[Tensor], wire_bytes: int) -> None:
+        """Rows are packed; a wire format sends a copy, and receives into memory of its own."""
+        assert step.chunk is not None
+        segment = step.chunk + self.plan.num_local_slices
+        packed = sent[segment] * self.widths.row_bytes
+        if wire_bytes == self.widths.row_bytes:
+            self._hold(step, packed)
+            return
+        self._hold(step, (sent[segment] + arriving[segment]) * wire_bytes)
+        measuring = SQUARES_BYTES * self.widths.hidden_size if step.kind == "dispatch" else 0
+        self._count(packed + sent[segment] * measuring)
+
+    def _return_rows(self, step: Step) -> None:
+        """The sums travel as they are, or as a copy."""
+        self._let_go(("partial", step.chunk))
+        self._post_rows(step, self.received, self.home, self._other_row_bytes)
+
+    def _compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
+        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more."""
+        assert step.chunk is not None
+        segment, widths = step.chunk + self.plan.num_local_slices, self.widths
+        if widths.max_block_pairs is None:
+            meanwhile = self.pairs[segment] * (widths.row_bytes + whole_bytes)
+        else:
+            # First the rows of a block's pairs are gathered, then the rows' sums are made and copied to where they go.
+            block = self.pairs[segment].clamp(max=widths.max_block_pairs) * (widths.row_bytes + block_bytes)
+            sums = self.received[segment] * widths.row_bytes
+            meanwhile = self.largest_pairs * widths.row_bytes + torch.maximum(block, sums)
+        if step.chunk >= 0:
+            self._hold(("partial", step.chunk), self.received[segment] * widths.row_bytes)
+        self._count(meanwhile)
+
+    def _grouping(self) -> Tensor:
+        """pair_index, source_order and inverse."""
+        return (2 * _total(self.pairs) + _total(self.received) * self.work.top_k) * INDEX_BYTES
+
+    @property
+    def _other_row_bytes(self) -> int:
+        other = self.work.other_row_bytes
+        return self.work.row_bytes if other is None else other
+
+    def _most(self) -> int:
+        return int(self.peak.max().ceil())
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
