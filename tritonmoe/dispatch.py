@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
-from .transports import Transport, TwoLevelTransport
+from .transports import HostCopy, Transport, TwoLevelTransport
 
 __all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse_call"]
 
@@ -128,6 +128,8 @@ class TokenPlan:
     """[segment][rank] home rows."""
     pairs: list[list[int]]
     """[segment][rank] routed pairs of those rows."""
+    nonfinite_rows: int = 0
+    """Tokens whose router scores were not finite."""
 
 
 @dataclass(frozen=True)
@@ -232,15 +234,27 @@ class DispatchPlan:
         return torch.repeat_interleave(ranks, counts).to(device, non_blocking=True)
 
 
-def plan_tokens(topk_ids: Tensor, num_experts: int, rank: int, size: int, overlap: OverlapPlan) -> TokenPlan:
+def plan_tokens(
+    topk_ids: Tensor,
+    num_experts: int,
+    rank: int,
+    size: int,
+    overlap: OverlapPlan,
+    num_nonfinite_rows: Tensor | None = None,
+) -> TokenPlan:
     """Decide which token goes where and when, from this rank's ids (T, K) alone.
 
-    Rank k owns the experts k * E / W .. (k + 1) * E / W. Reads the counts on the host once.
+    Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call is here: of the counts, and
+    of num_nonfinite_rows, a scalar, with them.
     """
     segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
     row_keys, counts = count_rows(owners(topk_ids, num_experts, size), segments, overlap.num_segments)
-    rows, pairs = counts.tolist()
-    return TokenPlan(overlap.token_bounds(topk_ids.shape[0]), *order_rows(row_keys, size, rows), rows, pairs)
+    if num_nonfinite_rows is None:
+        num_nonfinite_rows = counts.new_zeros(())
+    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
+    rows, pairs = read.tolist()
+    bounds = overlap.token_bounds(topk_ids.shape[0])
+    return TokenPlan(bounds, *order_rows(row_keys, size, rows), rows, pairs, int(nonfinite_rows))
 
 
 def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:

@@ -367,7 +367,6 @@ def _run_eagerly(
             needs_any=int(needs_any),
             needs_x=int(grad_enabled and x.requires_grad),
             needs_topk_weights=int(grad_enabled and topk_weights.requires_grad),
-            nonfinite_rows=int(num_nonfinite_rows),
             placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
             replica_grads=replica_grads,
             layer=layer,
@@ -375,10 +374,11 @@ def _run_eagerly(
         )
         two_level, inside_node, row_transport = None, None, transport
         if isinstance(transport, TwoLevelTransport):
-            two_level = exchange_two_level_plan(transport, header, topk_ids, num_experts, chosen)
+            two_level = exchange_two_level_plan(transport, header, topk_ids, num_experts, chosen, num_nonfinite_rows)
             plan, row_transport, inside_node = two_level.outer, transport.between_nodes, transport.inside_node
         else:
-            plan = exchange_plan(transport, header, plan_tokens(topk_ids, num_experts, rank, size, chosen), chosen)
+            tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
+            plan = exchange_plan(transport, replace(header, nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
     first_expert = rank * (num_experts // size)
     call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
 

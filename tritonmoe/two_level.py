@@ -9,7 +9,7 @@ Example: 4 ranks in nodes of 2, a token of rank 0 that needs ranks 2 and 3: one 
 from there one inner row to rank 2 itself and one to rank 3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .dispatch import (
     row_segments,
 )
 from .placement import ExpertPlacement
-from .transports import TwoLevelTransport
+from .transports import HostCopy, TwoLevelTransport
 
 __all__ = ["TwoLevelPlan", "check_two_level", "exchange_two_level_plan"]
 
@@ -103,9 +103,17 @@ def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlace
 
 
 def exchange_two_level_plan(
-    transport: TwoLevelTransport, header: CallHeader, topk_ids: Tensor, num_experts: int, overlap: OverlapPlan
+    transport: TwoLevelTransport,
+    header: CallHeader,
+    topk_ids: Tensor,
+    num_experts: int,
+    overlap: OverlapPlan,
+    num_nonfinite_rows: Tensor,
 ) -> TwoLevelPlan:
-    """Plan both levels from this rank's ids (T, K) and one count exchange. Raises what exchange_plan raises."""
+    """Plan both levels from this rank's ids (T, K) and one count exchange. Raises what exchange_plan raises.
+
+    The one host read of a layer call is here: of the counts, and of num_nonfinite_rows, a scalar, with them.
+    """
     size, node_size, num_nodes = transport.size, transport.node_size, transport.num_nodes
     node, place = divmod(transport.rank, node_size)
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
@@ -114,15 +122,16 @@ def exchange_two_level_plan(
     segments = row_segments(num_tokens, node, num_nodes, overlap, topk_ids.device)
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)
     _, rank_counts = count_rows(owner, segments.repeat_interleave(node_size, dim=1), num_segments)
-    counts = torch.cat([outer_counts, rank_counts], dim=2).cpu()
-    outer_rows, outer_pairs = counts[:, :, :num_nodes].tolist()
-    rank_rows, rank_pairs = counts[:, :, num_nodes:].unbind(0)
+    outer_counts, rank_counts, nonfinite_rows = HostCopy(outer_counts, rank_counts, num_nonfinite_rows).wait()
+    header = replace(header, nonfinite_rows=int(nonfinite_rows))
+    outer_rows, outer_pairs = outer_counts.tolist()
+    rank_rows, rank_pairs = rank_counts
 
     # What each rank is told: its own rows and pairs, and as a relay (the rank with our place in its node) the outer
     # rows it gets from us and the rows it has to pass on to each rank of its node.
     told = torch.zeros(3 + node_size, num_segments, size, dtype=torch.int64)
     told[0], told[1] = rank_rows, rank_pairs
-    told[2, :, place::node_size] = counts[0, :, :num_nodes]
+    told[2, :, place::node_size] = outer_counts[0]
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
 

@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
+from tritonmoe.transports.host_copy import HostCopy
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport
@@ -15,6 +16,7 @@ __all__ = [
     "Delay",
     "EmulatedTransport",
     "EmulatedWorld",
+    "HostCopy",
     "LinkModel",
     "LocalTransport",
     "MPITransport",
