@@ -101,24 +101,28 @@ def group(
     device = topk_ids.device
     row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
     num_chunks = len(row_offsets) - 1
-    num_keys = num_chunks * num_experts  # a pair's key is chunk * E + expert; skipped pairs come last
+    num_keys = num_chunks * num_experts
     keys = topk_ids
-    lowest, highest = topk_ids.aminmax() if topk_ids.numel() else (0, 0)
-    skips = int(lowest) < 0 or int(highest) >= num_experts
-    if num_chunks > 1:
+    if num_chunks > 1:  # a pair's key is chunk * E + expert; skipped pairs come last
         row_starts = torch.tensor(row_offsets[1:-1], device=device)
         chunk_of_row = torch.bucketize(torch.arange(num_rows, device=device), row_starts, right=True)
-        keys = keys + (chunk_of_row * num_experts)[:, None]
-    if skips:
-        keys = keys.masked_fill((topk_ids < 0) | (topk_ids >= num_experts), num_keys)
+        skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+        keys = (keys + (chunk_of_row * num_experts)[:, None]).masked_fill_(skipped, num_keys)
     sorted_keys, order = torch.sort(keys.flatten(), stable=True)
-    starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=device), out_int32=True)
-    pair_offsets = [0, *starts[num_experts::num_experts].tolist()]
-    num_pairs = pair_offsets[-1]
-    stored = order[:num_pairs]
+    bounds = torch.arange(num_keys + 1, dtype=keys.dtype, device=device)
+    starts = torch.searchsorted(sorted_keys, bounds, out_int32=True)
+    host_starts = starts.tolist()
+    # In one chunk, skipped pairs stand where their ids sort: before the first expert's and after the last one's.
+    num_before = host_starts[0]
+    if num_before:
+        starts -= num_before
+        host_starts = [start - num_before for start in host_starts]
+    num_pairs = host_starts[-1]
+    stored = order[num_before : num_before + num_pairs]
     positions = torch.arange(num_pairs, dtype=torch.int32, device=device)
     source_order = None
     expert_offsets, chunk_expert_offsets = starts, starts.unsqueeze(0)
+    pair_offsets = host_starts[::num_experts]
     if num_chunks > 1:
         assert row_source is not None
         # (C, E+1) windows of starts that share their borders, each from its own zero.
@@ -130,9 +134,11 @@ def group(
         by_source = sorted_keys[:num_pairs] % num_experts * num_sources + row_source[stored // top_k]
         source_order = torch.sort(by_source, stable=True)[1].to(torch.int32)
         expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)
-    inverse = torch.full((num_rows * top_k,), -1, dtype=torch.int32, device=device)
-    inverse[stored] = positions
-    return Grouping(
+    inverse = positions.new_empty(num_rows * top_k)
+    if num_pairs < inverse.shape[0]:
+        inverse.fill_(-1)
+    inverse.scatter_(0, stored, positions)
+    grouping = Grouping(
         pair_index=stored.to(torch.int32),
         expert_offsets=expert_offsets,
         inverse=inverse.view(num_rows, top_k),
@@ -141,6 +147,9 @@ def group(
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=tuple(pair_offsets),
     )
+    if num_chunks == 1:
+        grouping.__dict__["host_expert_offsets"] = host_starts  # read above; the property would read them once more
+    return grouping
 
 
 def up(

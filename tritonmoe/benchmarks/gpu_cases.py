@@ -180,7 +180,7 @@ def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Sam
                 run()
 
         batches[name], counts[name] = batch, count
-    samples = interleave(batches, setting.rounds)
+    samples = interleave(batches, setting.rounds, slice_s=0)
     return {name: [seconds / counts[name] for seconds in times] for name, times in samples.items()}, failed
 
 

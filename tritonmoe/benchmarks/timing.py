@@ -30,14 +30,19 @@ OUTSIDER_ROUNDS = 5
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, seconds: float = 0.0
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    seconds: float = 0.0,
+    slice_s: float = 0.1,
 ) -> Samples:
-    """Run every variant once a round, in an order drawn anew, and give the seconds of each, round by round.
+    """Run every variant in every round, in an order drawn anew, and give the seconds of a call, round by round.
 
-    Each timed run follows an untimed one of the same variant, so that none pays for the caches and the memory that
-    another left behind. On a machine whose speed drifts, only variants of the same rounds may be compared. The first
-    `warmup` rounds are dropped. Short variants get more rounds: as many as fit in `seconds`, at least `rounds`. One
-    that takes more than twice as long as the fastest leaves after OUTSIDER_ROUNDS rounds, with the samples it has.
+    A round's sample is the median call of a slice: one untimed call, then calls for `slice_s`, at least one, so
+    that a variant is measured in its own caches and memory, not in those that another left behind. On a machine whose
+    speed drifts, only variants of the same rounds may be compared. The first `warmup` rounds are dropped. One variant
+    that takes more than twice as long as the fastest leaves after OUTSIDER_ROUNDS rounds, with the samples it has; from
+    then on short variants get more rounds: as many as fit in `seconds`, at least `rounds`.
     """
     samples: Samples = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
@@ -45,18 +50,27 @@ def interleave(
     while number < warmup + rounds or time.perf_counter() - started_all < seconds:
         shuffle(order)
         for name in order:
-            variants[name]()
-            _synchronize()
-            started = time.perf_counter()
-            variants[name]()
-            _synchronize()
+            seconds_of_call = _median_call(variants[name], slice_s)
             if number >= warmup:
-                samples[name].append(time.perf_counter() - started)
+                samples[name].append(seconds_of_call)
         number += 1
         if number == warmup + OUTSIDER_ROUNDS:
             medians = {name: statistics.median(times) for name, times in samples.items()}
             order = [name for name in order if medians[name] <= 2 * min(medians.values())]
+            started_all = time.perf_counter()
     return samples
+
+
+def _median_call(run: Callable[[], Any], slice_s: float) -> float:
+    run()
+    _synchronize()
+    calls: list[float] = []
+    while not calls or sum(calls) < slice_s:
+        started = time.perf_counter()
+        run()
+        _synchronize()
+        calls.append(time.perf_counter() - started)
+    return statistics.median(calls)
 
 
 def _synchronize() -> None:
