@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.grouping import Grouping, GroupingBlock
+from tritonmoe.grouping import Grouping, GroupingBlock, RowSources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": reference, "torch": torch_backend, "triton": triton_backend}
@@ -63,7 +63,7 @@ def test_two_chunks_from_two_ranks(backend: ModuleType) -> None:
         2,
         chunk_row_offsets=(0, 3, 5),
         chunk_pair_offsets=(0, 5, 8),
-        row_source=torch.tensor([0, 0, 1, 0, 1], device=DEVICE),
+        row_sources=RowSources((0, 1), torch.tensor([[2, 1], [1, 1]])),
     )
     assert_integers(
         grouping,
@@ -181,6 +181,9 @@ def chunked_ids(draw):
 def group_in_chunks(backend: ModuleType, ids: Tensor, num_experts: int, num_chunks: int, chunks, sources) -> Grouping:
     is_working = ((ids >= 0) & (ids < num_experts)).sum(1).tolist()
     row_offsets, pair_offsets = [0], [0]
+    ranks = tuple(range(max(sources, default=0) + 1))
+    of_rows = list(zip(chunks, sources, strict=True))
+    rows = [[of_rows.count((c, rank)) for rank in ranks] for c in range(num_chunks)]
     for c in range(num_chunks):
         row_offsets.append(row_offsets[-1] + chunks.count(c))
         pair_offsets.append(sum(n for n, of in zip(is_working, chunks, strict=True) if of <= c))
@@ -189,7 +192,7 @@ def group_in_chunks(backend: ModuleType, ids: Tensor, num_experts: int, num_chun
         num_experts,
         chunk_row_offsets=tuple(row_offsets),
         chunk_pair_offsets=tuple(pair_offsets),
-        row_source=torch.tensor(sources, dtype=torch.int64, device=DEVICE),
+        row_sources=RowSources(ranks, torch.tensor(rows)),
     )
 
 

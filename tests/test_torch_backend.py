@@ -13,7 +13,7 @@ from tritonmoe.backends import choose, reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.config import ClampedSwiGLU, ExpertLayout
-from tritonmoe.grouping import Grouping
+from tritonmoe.grouping import Grouping, RowSources
 
 OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
 LAYOUTS = {
@@ -79,13 +79,13 @@ class Operands:
         offsets = tuple(self.num_rows * c // self.num_chunks for c in range(self.num_chunks + 1))
         is_working = (self.ids >= 0) & (self.ids < NUM_EXPERTS)
         pair_offsets = tuple(int(is_working[:last].sum()) for last in offsets)
-        sources = torch.tensor([int(2 * (r - a) >= b - a) for a, b in pairwise(offsets) for r in range(a, b)])
+        sizes = [last - first for first, last in pairwise(offsets)]
         return backend.group(
             self.ids,
             NUM_EXPERTS,
             chunk_row_offsets=offsets,
             chunk_pair_offsets=pair_offsets,
-            row_source=sources,
+            row_sources=RowSources((0, 1), torch.tensor([[size - size // 2, size // 2] for size in sizes])),
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
+from .grouping import RowSources
 from .transports import HostCopy, Transport, TwoLevelTransport
 
 __all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse_call"]
@@ -223,15 +224,12 @@ class DispatchPlan:
 
     def receive_order(self) -> Tensor:
         """(R - local,) int64: where the rows of a whole-layer exchange, by (rank, chunk, token), belong."""
-        sources = self.row_source()[self.num_local :]
-        return torch.sort(sources, stable=True)[1] + self.num_local
+        sources = self.row_sources().of_rows().to(self.tokens.home_index.device, non_blocking=True)
+        return torch.sort(sources[self.num_local :], stable=True)[1] + self.num_local
 
-    def row_source(self) -> Tensor:
-        """(R,) int64: the rank that sent each received row."""
-        device = self.tokens.home_index.device
-        counts = torch.tensor(self.receive_rows, dtype=torch.int64).flatten()
-        ranks = torch.arange(self.size).repeat(len(self.receive_rows))
-        return torch.repeat_interleave(ranks, counts).to(device, non_blocking=True)
+    def row_sources(self) -> RowSources:
+        """Give the rank that sent each received row."""
+        return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64))
 
 
 def plan_tokens(

@@ -93,14 +93,14 @@ class _ExpertParallelMLP(torch.autograd.Function):
             """Make the experts of the rows that plan `at` brings here."""
             local_ids, num_local_experts = ids - call.first_expert, gate_up_proj.shape[0]
             busy = [c for c, (first, last) in enumerate(pairwise(at.receive_offsets)) if first < last]
-            source = at.row_source() if call.two_level is None else call.two_level.row_source(ids.device)
+            sources = at.row_sources() if call.two_level is None else call.two_level.row_sources()
             if len(busy) > 1 or call.two_level is not None:
                 grouping = settings.ops.group(
                     local_ids,
                     num_local_experts,
                     chunk_row_offsets=at.receive_offsets,
                     chunk_pair_offsets=at.pair_offsets,
-                    row_source=source,
+                    row_sources=sources,
                 )
             else:
                 # All rows in one chunk are stored in source order already.

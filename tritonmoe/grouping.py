@@ -17,7 +17,26 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["Grouping", "GroupingBlock"]
+__all__ = ["Grouping", "GroupingBlock", "RowSources"]
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """Which rank sent which received rows, as the host knows it: a chunk's rows come in runs, one rank's each.
+
+    Example:
+        ranks (0, 1) and rows [[2, 1], [1, 1]]: chunk 0 has two rows of rank 0, then one of rank 1; chunk 1 has one of
+        each.
+    """
+
+    ranks: tuple[int, ...]
+    """The rank that sent each run, the same in every chunk; for rows by (source rank, token) they ascend."""
+    rows: torch.Tensor
+    """(C, runs) int64 on the CPU."""
+
+    def of_rows(self) -> torch.Tensor:
+        """Give the rank (R,) int64, on the CPU, that sent each row."""
+        return torch.tensor(self.ranks).repeat(len(self.rows)).repeat_interleave(self.rows.flatten())
 
 
 @dataclass(frozen=True)

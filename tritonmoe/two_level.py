@@ -26,6 +26,7 @@ from .dispatch import (
     owners,
     row_segments,
 )
+from .grouping import RowSources
 from .placement import ExpertPlacement
 from .transports import HostCopy, TwoLevelTransport
 
@@ -80,13 +81,12 @@ class TwoLevelPlan:
             headers=self.outer.headers,
         )
 
-    def row_source(self, device: torch.device) -> Tensor:
-        """Give the rank (R,) int64 that each inner received row comes from, stored by (segment, relay, node, token)."""
+    def row_sources(self) -> RowSources:
+        """Give the rank that each inner received row comes from; they are stored by (segment, relay, node, token)."""
         size = len(self.relay_rows[0])
         by_relay = self.source_rows.view(len(self.relay_rows), -1, size).transpose(1, 2)  # (segments, place, node)
-        sources = torch.arange(self.source_rows.shape[1]).view(-1, size).T  # (place, node)
-        ranks = sources.expand(len(self.relay_rows), -1, -1).flatten()
-        return torch.repeat_interleave(ranks, by_relay.flatten()).to(device, non_blocking=True)
+        ranks = torch.arange(self.source_rows.shape[1]).view(-1, size).T  # (place, node)
+        return RowSources(tuple(ranks.flatten().tolist()), by_relay.flatten(1))
 
 
 def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlacement | None) -> None:

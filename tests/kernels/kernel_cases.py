@@ -1,6 +1,7 @@
 """Layers, routings and comparisons that the tests of the kernels share."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from tolerance import assert_close_to_exact
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.config import ClampedSwiGLU, ExpertLayout
+from tritonmoe.grouping import RowSources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {
@@ -147,14 +149,19 @@ def random_ids(num_rows, top_k, num_experts, *, skip=0.2, seed=0):
 
 
 def chunked_rows(num_rows, num_chunks, num_sources, seed=0):
-    """Give chunk_row_offsets and the source of each row; some chunks are empty."""
+    """Give chunk_row_offsets and the sources of the rows, in any order of the ranks; some chunks and runs are empty."""
     generator = torch.Generator().manual_seed(seed)
     cuts = torch.randint(0, num_rows + 1, (num_chunks - 1,), generator=generator).sort().values.tolist()
     offsets = (0, *cuts, num_rows)
-    sources = torch.randint(0, num_sources, (num_rows,), generator=generator)
-    for first, last in itertools.pairwise(offsets):
-        sources[first:last] = sources[first:last].sort().values
-    return offsets, sources.to(DEVICE)
+    sources = row_sources(offsets, torch.randint(0, num_sources, (num_rows,), generator=generator), num_sources)
+    ranks = tuple(torch.randperm(num_sources, generator=generator).tolist())
+    return offsets, dataclasses.replace(sources, ranks=ranks)
+
+
+def row_sources(row_offsets, sources, num_sources):
+    """Give the RowSources of rows that come by source in each chunk."""
+    rows = [torch.bincount(sources[a:b], minlength=num_sources) for a, b in itertools.pairwise(row_offsets)]
+    return RowSources(tuple(range(num_sources)), torch.stack(rows))
 
 
 def assert_same_grouping(actual, expected):

@@ -38,6 +38,7 @@ def check(folder):
     from kernel_cases import LAYOUTS, Layer
 
     from tritonmoe.backends import triton as kernels
+    from tritonmoe.grouping import RowSources
 
     far, ids = FarMemory(folder), torch.tensor([[2], [0], [1]], dtype=torch.int32)
     near = Layer(ids, 3, LAYOUTS["concatenated"], torch.float16)
@@ -52,7 +53,8 @@ def check(folder):
     grouping, expected_grouping = kernels.group(layer.ids, 3), kernels.group(near.ids, 3)
     same("pair_index", grouping.pair_index, expected_grouping.pair_index)
     same("expert_offsets", grouping.expert_offsets, expected_grouping.expert_offsets)
-    chunks = {"chunk_row_offsets": (0, 1, 3), "chunk_pair_offsets": (0, 1, 3), "row_source": torch.zeros(3)}
+    sources = RowSources((0,), torch.tensor([[1], [2]]))
+    chunks = {"chunk_row_offsets": (0, 1, 3), "chunk_pair_offsets": (0, 1, 3), "row_sources": sources}
     in_chunks = [kernels.group(operands.ids, 3, **chunks) for operands in (layer, near)]
     same("source_order", *(each.source_order for each in in_chunks))
     same("chunk_expert_offsets", *(each.chunk_expert_offsets for each in in_chunks))

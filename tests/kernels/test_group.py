@@ -1,14 +1,18 @@
 """Grouping by Triton kernels: the same integers as the reference, in few launches."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, assert_same_grouping, chunked_rows, garbage_memory, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
+from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import aot, launch
 
 
@@ -49,14 +53,14 @@ def test_group_matches_reference(num_rows, top_k, num_experts, skip, seed):
 def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chunks, num_sources, seed):
     ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
     row_offsets, sources = chunked_rows(num_rows, num_chunks, num_sources, seed)
-    expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_source=sources)
+    expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_sources=sources)
     with garbage_memory():
         actual = kernels.group(
             ids,
             num_experts,
             chunk_row_offsets=row_offsets,
             chunk_pair_offsets=expected.chunk_pair_offsets,
-            row_source=sources,
+            row_sources=sources,
         )
     assert_same_grouping(actual, expected)
 
@@ -73,14 +77,14 @@ def test_group_limits(num_experts, top_k):
 def test_group_of_many_tiles():
     ids = random_ids(400, 16, 40).to(DEVICE)
     assert_same_grouping(kernels.group(ids, 40), reference.group(ids, 40))
-    row_offsets, sources = (0, 10, 390, 400), torch.arange(400, device=DEVICE) // 200
-    expected = reference.group(ids, 40, chunk_row_offsets=row_offsets, row_source=sources)
+    row_offsets, sources = (0, 10, 390, 400), RowSources((1, 0), torch.tensor([[0, 10], [200, 180], [7, 3]]))
+    expected = reference.group(ids, 40, chunk_row_offsets=row_offsets, row_sources=sources)
     actual = kernels.group(
         ids,
         40,
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=expected.chunk_pair_offsets,
-        row_source=sources,
+        row_sources=sources,
     )
     assert_same_grouping(actual, expected)
 
@@ -89,17 +93,30 @@ def test_group_wants_pair_offsets_and_sources_for_chunks():
     ids = random_ids(6, 2, 3).to(DEVICE)
     with pytest.raises(ValueError, match="chunk_pair_offsets"):
         kernels.group(ids, 3, chunk_row_offsets=(0, 2, 6))
-    with pytest.raises(ValueError, match="row_source"):
+    with pytest.raises(ValueError, match="row_sources"):
         kernels.group(ids, 3, chunk_row_offsets=(0, 2, 6), chunk_pair_offsets=(0, 4, 12))
 
 
 class OnlyAllocations(TorchDispatchMode):
-    """Fail on any PyTorch operation that is more than memory or a view: it would be a launch or a host read."""
+    """Fail on any PyTorch operation that is more than memory, a view, or one copy to the device of what the host made.
+
+    It would be a launch or a host read.
+    """
+
+    def __init__(self, num_copies=0):
+        super().__init__()
+        self.num_copies = num_copies
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name in ("empty", "empty_like", "new_empty", "empty_strided", "select"), f"{name} while grouping"
-        return func(*args, **(kwargs or {}))
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        of_device = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor) and t.is_meta]
+        if name == "_to_copy" and result.is_meta:
+            self.num_copies -= 1
+            assert self.num_copies >= 0
+        elif of_device:
+            names = ("empty", "empty_like", "new_empty", "empty_strided", "select", "slice")
+            assert name in names, f"{name} while grouping"
+        return result
 
 
 @pytest.mark.parametrize(("num_rows", "num_launches"), [(0, 1), (1, 1), (64, 1), (65, 3), (100_000, 3)])
@@ -111,6 +128,20 @@ def test_group_takes_at_most_three_launches(num_rows, num_launches, num_experts)
         kernels.group(ids, num_experts)
     assert len(launches) == num_launches
     assert num_launches > 1 or launches[0].grid == (1,)
+
+
+@pytest.mark.parametrize(("rows", "num_launches"), [([[0, 0], [0, 0]], 1), ([[3, 0], [1, 2]], 3), ([[999] * 9] * 5, 3)])
+def test_group_in_chunks_takes_at_most_three_launches(rows, num_launches):
+    sources = RowSources(tuple(range(len(rows[0]))), torch.tensor(rows))
+    row_offsets = (0, *itertools.accumulate(map(sum, rows)))
+    pair_offsets = tuple(16 * row for row in row_offsets)
+    ids = torch.empty(row_offsets[-1], 16, dtype=torch.int64, device="meta")
+    with launch.recording(aot.TARGETS["sm_90"]) as launches, OnlyAllocations(num_copies=1):
+        grouping = kernels.group(
+            ids, 60, chunk_row_offsets=row_offsets, chunk_pair_offsets=pair_offsets, row_sources=sources
+        )
+    assert len(launches) == num_launches
+    assert grouping.source_order.shape == (pair_offsets[-1],)
 
 
 @pytest.mark.parametrize("num_rows", [7, 8, 9, 63, 64, 65])

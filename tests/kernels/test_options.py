@@ -10,6 +10,7 @@ from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids, run_operations
 
 from tritonmoe.backends import triton as kernels
 from tritonmoe.config import KernelOptions
+from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import aot, launch
 
 
@@ -135,7 +136,7 @@ def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="
                 num_experts,
                 chunk_row_offsets=cuts,
                 chunk_pair_offsets=tuple(top_k * cut for cut in cuts),
-                row_source=torch.empty(num_rows, dtype=torch.int64, device="meta"),
+                row_sources=RowSources((0,), torch.tensor([[chunk], [num_rows - chunk]])),
             ).chunk(0)
         like = torch.empty(num_rows, 2048, dtype=torch.bfloat16, device="meta")
         return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options)

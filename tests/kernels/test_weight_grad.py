@@ -10,7 +10,7 @@ import triton.language as tl
 from backward_cases import Operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids
+from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids, row_sources
 from tolerance import assert_close_to_exact
 from torch import Tensor
 
@@ -220,9 +220,9 @@ def test_bits_do_not_depend_on_programs_or_chunks(tiny_spans: list[bool]) -> Non
     vars(chunked).update(vars(operands))
     for name in ("ids", "x", "dout", "weights"):
         setattr(chunked, name, getattr(operands, name)[to_chunks.to(DEVICE)])
-    grouping = reference.group(
-        chunked.ids, 6, chunk_row_offsets=(0, 9, 69, 90), row_source=torch.arange(90)[to_chunks] // 30
-    )
+    row_offsets = (0, 9, 69, 90)
+    sources = row_sources(row_offsets, torch.arange(90)[to_chunks] // 30, 3)
+    grouping = reference.group(chunked.ids, 6, chunk_row_offsets=row_offsets, row_sources=sources)
     assert grouping.source_order is not None
     rows = to_chunks.to(DEVICE)[grouping.row_index.long()]
     stored_before = whole.inverse[rows, grouping.pair_index.long() % 2].long()

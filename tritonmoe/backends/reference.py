@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping
+from ..grouping import Grouping, RowSources
 
 __all__ = [
     "WeightGrads",
@@ -92,7 +92,7 @@ def group(
     *,
     chunk_row_offsets: tuple[int, ...] | None = None,
     chunk_pair_offsets: tuple[int, ...] | None = None,
-    row_source: Tensor | None = None,
+    row_sources: RowSources | None = None,
 ) -> Grouping:
     """Order the pairs of R rows by (chunk, expert, source rank, token) and give the ways back.
 
@@ -102,7 +102,7 @@ def group(
         num_experts: E of this rank.
         chunk_row_offsets: host integers, C+1 of them, leading zero; None means one chunk.
         chunk_pair_offsets: the same for pairs that do work; required with several chunks.
-        row_source: (R,) integer rank that sent each row; required with several chunks.
+        row_sources: which rank sent each row; required with several chunks.
     Returns:
         The Grouping (grouping.py has a worked example).
     """
@@ -112,7 +112,7 @@ def group(
         chunk_row_offsets = (0, num_rows)
     num_chunks = len(chunk_row_offsets) - 1
     chunk_of_row = [c for c in range(num_chunks) for _ in range(chunk_row_offsets[c + 1] - chunk_row_offsets[c])]
-    sources = [0] * num_rows if row_source is None else row_source.tolist()
+    sources = [0] * num_rows if row_sources is None else row_sources.of_rows().tolist()
     ids = topk_ids.tolist()
     pairs = [(r, k) for r in range(num_rows) for k in range(top_k) if 0 <= ids[r][k] < num_experts]
     stored = sorted(pairs, key=lambda p: (chunk_of_row[p[0]], ids[p[0]][p[1]], p))

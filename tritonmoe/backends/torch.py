@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cpu_memory
 from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping
+from ..grouping import Grouping, RowSources
 from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
 
 __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
@@ -95,7 +95,7 @@ def group(
     *,
     chunk_row_offsets: tuple[int, ...] | None = None,
     chunk_pair_offsets: tuple[int, ...] | None = None,
-    row_source: Tensor | None = None,
+    row_sources: RowSources | None = None,
 ) -> Grouping:
     num_rows, top_k = topk_ids.shape
     device = topk_ids.device
@@ -124,13 +124,14 @@ def group(
     expert_offsets, chunk_expert_offsets = starts, starts.unsqueeze(0)
     pair_offsets = host_starts[::num_experts]
     if num_chunks > 1:
-        assert row_source is not None
+        assert row_sources is not None
         # (C, E+1) windows of starts that share their borders, each from its own zero.
         chunk_expert_offsets = starts.unfold(0, num_experts + 1, num_experts) - starts[:-1:num_experts, None]
         for first, last in pairwise(pair_offsets):
             positions[first:last] -= first
         # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
-        num_sources = row_source.max() + 1 if num_rows else 1
+        num_sources = max(row_sources.ranks) + 1
+        row_source = row_sources.of_rows().to(device)
         by_source = sorted_keys[:num_pairs] % num_experts * num_sources + row_source[stored // top_k]
         source_order = torch.sort(by_source, stable=True)[1].to(torch.int32)
         expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)

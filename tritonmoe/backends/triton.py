@@ -1,10 +1,9 @@
 """The seven operations as Triton kernels; their contract stands in reference.py, the kernels in ..kernels."""
 
-import torch
 from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping
+from ..grouping import Grouping, RowSources
 from ..kernels import bias_grad as bias_grad_kernels
 from ..kernels import combine as combine_kernels
 from ..kernels import down as down_kernels
@@ -35,50 +34,42 @@ def group(
     *,
     chunk_row_offsets: tuple[int, ...] | None = None,
     chunk_pair_offsets: tuple[int, ...] | None = None,
-    row_source: Tensor | None = None,
+    row_sources: RowSources | None = None,
 ) -> Grouping:
-    """Order the pairs by counting sort; one chunk without pair offsets is padded to R*K positions."""
+    """Order the pairs by counting sort in three launches; one chunk without pair offsets is padded to R*K positions."""
     group_kernels.check_limits(num_experts, topk_ids.shape[1])
     num_rows, top_k = topk_ids.shape
     row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
     num_chunks = len(row_offsets) - 1
-    if chunk_pair_offsets is not None:
-        pair_offsets = tuple(chunk_pair_offsets)
-    elif num_chunks == 1:
-        pair_offsets = (0, num_rows * top_k)
-    else:
-        raise ValueError("chunk_pair_offsets is required with several chunks: counting pairs would need a host read")
-    if num_chunks > 1 and row_source is None:
-        raise ValueError("row_source is required with several chunks")
-    expert_offsets = source_order = None
-    if num_chunks == 1 and topk_ids.numel() <= group_kernels.MAX_FEW_PAIRS:
-        pair_index, chunk_expert_offsets, inverse = group_kernels.group_few_pairs(
-            topk_ids, num_experts, pair_offsets[-1]
-        )
-    else:
-        device = topk_ids.device
-        table = group_kernels.ChunkTable(row_offsets, pair_offsets, top_k, device)
-        inverse = torch.empty(num_rows, top_k, dtype=torch.int32, device=device)
-        storage = None if num_chunks == 1 else torch.empty_like(inverse)
-        chunk_expert_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, table)
-        pair_index = group_kernels.place_pairs(
-            topk_ids, num_experts, table, chunk_expert_offsets, shifts, inverse=inverse, storage=storage
-        )
-        if row_source is not None and num_chunks > 1:
-            # The same sort once more, over all chunks, walking the rows by their source.
-            layer = group_kernels.ChunkTable((0, num_rows), (0, pair_offsets[-1]), top_k, device)
-            row_order = torch.argsort(row_source, stable=True)
-            layer_offsets, shifts = group_kernels.sort_pairs(topk_ids, num_experts, layer, row_order)
-            expert_offsets = layer_offsets[0]
-            source_order = group_kernels.place_pairs(
-                topk_ids, num_experts, layer, layer_offsets, shifts, row_order=row_order, pair_values=storage
+    if num_chunks == 1:
+        pair_offsets = (0, num_rows * top_k) if chunk_pair_offsets is None else tuple(chunk_pair_offsets)
+        if topk_ids.numel() <= group_kernels.MAX_FEW_PAIRS:
+            pair_index, offsets, inverse = group_kernels.group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
+            source_order = None
+        else:
+            table = group_kernels.TileTable(topk_ids.numel())
+            pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
+                topk_ids, num_experts, table, pair_offsets[-1]
             )
+        expert_offsets = offsets[0]
+    else:
+        if chunk_pair_offsets is None or row_sources is None:
+            raise ValueError(
+                "chunk_pair_offsets and row_sources are required with several chunks: counting would need a host read"
+            )
+        pair_offsets = tuple(chunk_pair_offsets)
+        table = group_kernels.TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
+        assert table.num_pairs == topk_ids.numel(), f"{table.num_pairs} pairs in runs, {topk_ids.numel()} in topk_ids"
+        pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
+            topk_ids, num_experts, table, pair_offsets[-1]
+        )
+        expert_offsets, offsets = offsets[-1], offsets[:-1]
     return Grouping(
         pair_index=pair_index,
-        expert_offsets=chunk_expert_offsets[0] if expert_offsets is None else expert_offsets,
+        expert_offsets=expert_offsets,
         inverse=inverse,
         source_order=source_order,
-        chunk_expert_offsets=chunk_expert_offsets,
+        chunk_expert_offsets=offsets,
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=pair_offsets,
     )

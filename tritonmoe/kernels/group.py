@@ -3,18 +3,17 @@
 Few pairs of one chunk go through the three steps (group_steps.py) in one program.
 """
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..config import MAX_EXPERTS, MAX_TOP_K
+from ..grouping import RowSources
 from .group_steps import count_tile, place_tile, scan_tiles
 from .launch import INTERPRETED, launch
 
-__all__ = ["MAX_FEW_PAIRS", "ChunkTable", "check_limits", "group_few_pairs", "place_pairs", "sort_pairs"]
+__all__ = ["MAX_FEW_PAIRS", "TileTable", "check_limits", "group_few_pairs", "group_pairs"]
 
 PAIRS_PER_TILE = 256 if INTERPRETED else 512
 MAX_FEW_PAIRS = 1024
@@ -22,35 +21,31 @@ MAX_FEW_PAIRS = 1024
 FEW_PAIRS_PER_TILE = 128
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _count_kernel(
     topk_ids,  # (R, K) integers
-    row_order,  # (R,) int64 or None
-    chunk_table,  # (3, C+1) int32 or None
+    tile_table,  # int32 or None
     starts,  # (num_tiles, E+1) int32
     num_pairs,
-    num_chunks,
+    num_tiles,
     E,
     K,
     stride_ids_row,
     stride_ids_slot,
-    BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TILE: tl.constexpr,
 ):
     count_tile(
         tl.program_id(0),
         topk_ids,
-        row_order,
-        chunk_table,
+        tile_table,
         starts,
         num_pairs,
-        num_chunks,
+        num_tiles,
         E,
         K,
         stride_ids_row,
         stride_ids_slot,
-        BLOCK_C,
         BLOCK_E,
         TILE,
     )
@@ -59,70 +54,53 @@ def _count_kernel(
 @triton.jit(do_not_specialize=["num_tiles"])
 def _scan_kernel(
     starts,  # (num_tiles, E+1) int32
-    chunk_table,  # (3, C+1) int32 or None
-    chunk_expert_offsets,  # (C, E+1) int32
-    shifts,  # (num_tiles, E) int32
+    tile_table,  # int32 or None
+    expert_offsets,  # (C+1, E+1) int32; (1, E+1) for one chunk
+    shifts,  # (2, num_tiles, E) int32; (1, num_tiles, E) for one chunk
     num_tiles,
     E,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    scan_tiles(
-        tl.program_id(0),
-        experts,
-        starts,
-        chunk_table,
-        chunk_expert_offsets,
-        shifts,
-        num_tiles,
-        E,
-        BLOCK_E,
-        BLOCK_T,
-    )
+    scan_tiles(tl.program_id(0), experts, starts, tile_table, expert_offsets, shifts, num_tiles, E, BLOCK_E, BLOCK_T)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_positions"])
+@triton.jit(do_not_specialize=["num_pairs", "num_positions", "num_tiles"])
 def _place_kernel(
     topk_ids,  # (R, K) integers
-    row_order,  # (R,) int64 or None
-    chunk_table,  # (3, C+1) int32 or None
-    chunk_expert_offsets,  # (C, E+1) int32
-    shifts,  # (num_tiles, E) int32
-    sorted_pairs,  # (N,) int32
-    pair_values,  # (R, K) int32 or None
-    inverse,  # (R, K) int32 or None
-    storage,  # (R, K) int32 or None
+    tile_table,  # int32 or None
+    expert_offsets,  # (C+1, E+1) int32; (1, E+1) for one chunk
+    shifts,  # (2, num_tiles, E) int32; (1, num_tiles, E) for one chunk
+    pair_index,  # (N,) int32
+    inverse,  # (R, K) int32
+    source_order,  # (N,) int32 or None
     num_pairs,
     num_positions,
-    num_chunks,
+    num_tiles,
     E,
     K,
     stride_ids_row,
     stride_ids_slot,
-    BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
     place_tile(
         tl.program_id(0),
         topk_ids,
-        row_order,
-        chunk_table,
-        chunk_expert_offsets,
+        tile_table,
+        expert_offsets,
         shifts,
-        sorted_pairs,
-        pair_values,
+        pair_index,
         inverse,
-        storage,
+        source_order,
         num_pairs,
         num_positions,
-        num_chunks,
+        num_tiles,
         E,
         K,
         stride_ids_row,
         stride_ids_slot,
-        BLOCK_C,
         TILE,
         BLOCK_OTHERS,
     )
@@ -132,9 +110,9 @@ def _place_kernel(
 def _group_few_kernel(
     topk_ids,  # (R, K) integers
     starts,  # (num_tiles, E+1) int32
-    chunk_expert_offsets,  # (1, E+1) int32
+    expert_offsets,  # (1, E+1) int32
     shifts,  # (num_tiles, E) int32
-    sorted_pairs,  # (N,) int32
+    pair_index,  # (N,) int32
     inverse,  # (R, K) int32
     num_pairs,
     num_positions,
@@ -152,33 +130,41 @@ def _group_few_kernel(
     """Count, scan and place in one program: what it wrote before a barrier, it can read behind it."""
     for tile in range(num_tiles):
         count_tile(
-            tile, topk_ids, None, None, starts, num_pairs, 1, E, K, stride_ids_row, stride_ids_slot, 1, BLOCK_BINS, TILE
+            tile,
+            topk_ids,
+            None,
+            starts,
+            num_pairs,
+            num_tiles,
+            E,
+            K,
+            stride_ids_row,
+            stride_ids_slot,
+            BLOCK_BINS,
+            TILE,
         )
     tl.debug_barrier()
     for first_expert in range(0, E + 1, BLOCK_E):
         experts = first_expert + tl.arange(0, BLOCK_E)
-        scan_tiles(0, experts, starts, None, chunk_expert_offsets, shifts, num_tiles, E, BLOCK_E, BLOCK_T)
+        scan_tiles(0, experts, starts, None, expert_offsets, shifts, num_tiles, E, BLOCK_E, BLOCK_T)
     tl.debug_barrier()
     for tile in range(num_tiles):
         place_tile(
             tile,
             topk_ids,
             None,
-            None,
-            chunk_expert_offsets,
+            expert_offsets,
             shifts,
-            sorted_pairs,
-            None,
+            pair_index,
             inverse,
             None,
             num_pairs,
             num_positions,
-            1,
+            num_tiles,
             E,
             K,
             stride_ids_row,
             stride_ids_slot,
-            1,
             TILE,
             BLOCK_OTHERS,
         )
@@ -193,30 +179,48 @@ def check_limits(num_experts: int, top_k: int) -> None:
             )
 
 
-class ChunkTable:
-    """Where tiles, flat pairs and storage of each chunk start, on the host and (several chunks) on the device."""
+class TileTable:
+    """The tiles of flat pairs that programs count and place, and (several chunks) the table of them on the device."""
 
-    def __init__(
-        self, row_offsets: tuple[int, ...], pair_offsets: tuple[int, ...], top_k: int, device: torch.device
-    ) -> None:
-        self.num_chunks = len(row_offsets) - 1
-        tiles = [0]
-        for first, last in itertools.pairwise(row_offsets):
-            tiles.append(tiles[-1] + triton.cdiv((last - first) * top_k, PAIRS_PER_TILE))
-        self.num_tiles = tiles[-1]
-        self.num_pairs = row_offsets[-1] * top_k
-        self.num_positions = pair_offsets[-1]
+    def __init__(self, num_pairs: int) -> None:
+        self.num_pairs = num_pairs
+        self.num_tiles = triton.cdiv(num_pairs, PAIRS_PER_TILE)
+        self.num_scans = 1
         self.on_device: Tensor | None = None
-        if self.num_chunks > 1:
-            table = torch.tensor([tiles, [row * top_k for row in row_offsets], pair_offsets], dtype=torch.int32)
-            if device.type == "cuda":
-                # Pageable memory would make the copy wait for the device.
-                table = table.pin_memory()
-            self.on_device = table.to(device, non_blocking=True)
 
-    @property
-    def block_c(self) -> int:
-        return triton.next_power_of_2(self.num_chunks)
+    @classmethod
+    def of_chunks(
+        cls, row_sources: RowSources, pair_offsets: tuple[int, ...], top_k: int, device: torch.device
+    ) -> "TileTable":
+        """Cut each run of rows into tiles; group_steps.py says what the table holds."""
+        counts = row_sources.rows.flatten() * top_k  # of each run, by (chunk, run)
+        ends = counts.cumsum(0)
+        tiles_of_runs = (counts + PAIRS_PER_TILE - 1) // PAIRS_PER_TILE
+        runs = torch.arange(len(counts)).repeat_interleave(tiles_of_runs)
+        tiles = torch.arange(len(runs))
+        place_in_run = tiles - (tiles_of_runs.cumsum(0) - tiles_of_runs)[runs]
+        chunks, runs_of_chunk = runs // len(row_sources.ranks), runs % len(row_sources.ranks)
+        by_source = torch.sort(torch.tensor(row_sources.ranks)[runs_of_chunk], stable=True)[1]
+        num_chunks = len(row_sources.rows)
+        chunk_begins = torch.searchsorted(chunks, torch.arange(num_chunks))
+        table = torch.cat(
+            [
+                (ends - counts)[runs] + place_in_run * PAIRS_PER_TILE,
+                ends[runs],
+                torch.tensor(pair_offsets)[chunks],
+                tiles,
+                by_source,
+                chunk_begins,
+                torch.tensor([len(runs), 2 * len(runs)]),
+            ]
+        ).to(torch.int32)
+        if device.type == "cuda":
+            # Pageable memory would make the copy wait for the device.
+            table = table.pin_memory()
+        self = cls(int(ends[-1]))
+        self.num_tiles, self.num_scans = len(runs), num_chunks + 1
+        self.on_device = table.to(device, non_blocking=True)
+        return self
 
 
 def _num_bins(num_experts: int) -> int:
@@ -235,7 +239,7 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
     starts = topk_ids.new_empty(num_tiles, num_experts + 1, dtype=torch.int32)
     shifts = topk_ids.new_empty(num_tiles, num_experts, dtype=torch.int32)
     offsets = topk_ids.new_empty(1, num_experts + 1, dtype=torch.int32)
-    sorted_pairs = topk_ids.new_empty(num_positions, dtype=torch.int32)
+    pair_index = topk_ids.new_empty(num_positions, dtype=torch.int32)
     inverse = topk_ids.new_empty(topk_ids.shape, dtype=torch.int32)
     launch(
         _group_few_kernel,
@@ -244,7 +248,7 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
         starts,
         offsets,
         shifts,
-        sorted_pairs,
+        pair_index,
         inverse,
         num_pairs,
         num_positions,
@@ -259,37 +263,45 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
         TILE=FEW_PAIRS_PER_TILE,
         BLOCK_OTHERS=FEW_PAIRS_PER_TILE if INTERPRETED else 64,  # 16, 32 and 128 spill on some target or Triton
     )
-    return sorted_pairs, offsets, inverse
+    return pair_index, offsets, inverse
 
 
-def sort_pairs(
-    topk_ids: Tensor, num_experts: int, table: ChunkTable, row_order: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Count: give the chunks' expert offsets (C, E+1) and the shifts that `place_pairs` needs, both int32."""
+def group_pairs(
+    topk_ids: Tensor, num_experts: int, table: TileTable, num_positions: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Count, scan and place, all int32.
+
+    Returns:
+        The pairs in storage order (num_positions,), with one chunk -1 past their end; the expert offsets of each chunk
+        and, with several, of the layer, (C+1, E+1) or (1, E+1); the inverse (R, K); with several chunks the source
+        order (num_positions,).
+    """
     starts = topk_ids.new_empty(table.num_tiles, num_experts + 1, dtype=torch.int32)
-    shifts = topk_ids.new_empty(table.num_tiles, num_experts, dtype=torch.int32)
-    offsets = topk_ids.new_empty(table.num_chunks, num_experts + 1, dtype=torch.int32)
+    num_orders = 1 if table.on_device is None else 2
+    shifts = topk_ids.new_empty(num_orders, table.num_tiles, num_experts, dtype=torch.int32)
+    offsets = topk_ids.new_empty(table.num_scans, num_experts + 1, dtype=torch.int32)
+    pair_index = topk_ids.new_empty(num_positions, dtype=torch.int32)
+    inverse = topk_ids.new_empty(topk_ids.shape, dtype=torch.int32)
+    source_order = None if table.on_device is None else torch.empty_like(pair_index)
     launch(
         _count_kernel,
         (table.num_tiles,),
         topk_ids,
-        row_order,
         table.on_device,
         starts,
         table.num_pairs,
-        table.num_chunks,
+        table.num_tiles,
         num_experts,
         topk_ids.shape[1],
         topk_ids.stride(0),
         topk_ids.stride(1),
-        BLOCK_C=table.block_c,
         BLOCK_E=_num_bins(num_experts),
         TILE=PAIRS_PER_TILE,
     )
     block_e = 128 if INTERPRETED else 16
     launch(
         _scan_kernel,
-        (table.num_chunks, triton.cdiv(num_experts + 1, block_e)),
+        (table.num_scans, triton.cdiv(num_experts + 1, block_e)),
         starts,
         table.on_device,
         offsets,
@@ -299,44 +311,24 @@ def sort_pairs(
         BLOCK_E=block_e,
         BLOCK_T=8 if INTERPRETED else 64,
     )
-    return offsets, shifts
-
-
-def place_pairs(
-    topk_ids: Tensor,
-    num_experts: int,
-    table: ChunkTable,
-    offsets: Tensor,
-    shifts: Tensor,
-    *,
-    row_order: Tensor | None = None,
-    pair_values: Tensor | None = None,
-    inverse: Tensor | None = None,
-    storage: Tensor | None = None,
-) -> Tensor:
-    """Place: give the pairs in storage order (N,), -1 past their end; fill `inverse` and `storage` where given."""
-    sorted_pairs = topk_ids.new_empty(table.num_positions, dtype=torch.int32)
     launch(
         _place_kernel,
         (table.num_tiles,),
         topk_ids,
-        row_order,
         table.on_device,
         offsets,
         shifts,
-        sorted_pairs,
-        pair_values,
+        pair_index,
         inverse,
-        storage,
+        source_order,
         table.num_pairs,
-        table.num_positions,
-        table.num_chunks,
+        num_positions,
+        table.num_tiles,
         num_experts,
         topk_ids.shape[1],
         topk_ids.stride(0),
         topk_ids.stride(1),
-        BLOCK_C=table.block_c,
         TILE=PAIRS_PER_TILE,
         BLOCK_OTHERS=PAIRS_PER_TILE if INTERPRETED else 32,
     )
-    return sorted_pairs
+    return pair_index, offsets, inverse, source_order

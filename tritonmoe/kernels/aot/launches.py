@@ -11,6 +11,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ...backends import triton as operations
 from ...config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from ...grouping import RowSources
 from .. import launch
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
@@ -99,6 +100,16 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
         name("group")
         operations.group(ids[:8], v.num_experts)
         name("group few pairs")
+        sources = RowSources((0, 1), torch.tensor([[rows - rows // 2, 0], [0, rows // 2]]))
+        row_offsets = (0, rows - rows // 2, rows)
+        operations.group(
+            ids,
+            v.num_experts,
+            chunk_row_offsets=row_offsets,
+            chunk_pair_offsets=tuple(v.top_k * row for row in row_offsets),
+            row_sources=sources,
+        )
+        name("group in chunks")
         operations.up(x, w1, b1, grouping, v.layout, v.activation, needs_h=False, options=v.options)
         name("up inference")
         h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation, options=v.options)
