@@ -14,6 +14,7 @@ from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.sharding import _ScaledGradient
 
 WORKER = Path(__file__).parent / "expert_parallel_worker.py"
+TRAINING_WORKER = Path(__file__).parent / "expert_parallel_training_worker.py"
 VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
 HAS_EP_REGISTRY = VERSION >= (5, 23)
 
@@ -23,11 +24,11 @@ def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("expert_parallel")
 
 
-def run(num_processes: int, directory: Path, *cases: str) -> None:
+def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER) -> None:
     """Run the cases, in this order, on so many processes; all must pass."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     result = subprocess.run(
-        [*command, str(WORKER), str(directory), *cases],
+        [*command, str(worker), str(directory), *cases],
         capture_output=True,
         text=True,
         timeout=170,
@@ -55,11 +56,29 @@ def test_ep_implementation_with_other_models(directory):
 
 
 @pytest.mark.slow
-def test_checkpoints_go_over_any_number_of_ranks(directory):
-    # model and optimizer written by two ranks, read bit for bit by one and four
-    run(2, directory, "save:")
-    run(1, directory, "load:")
-    run(4, directory, "load:")
+@pytest.mark.parametrize(("writers", "readers"), [(2, (1, 4, 8)), (1, (8,)), (8, (1, 2))])
+def test_checkpoints_go_over_any_number_of_ranks(directory, writers, readers):
+    # model and optimizer, read back bit for bit
+    run(writers, directory, "save:")
+    for num_processes in readers:
+        run(num_processes, directory, "load:")
+
+
+def test_fsdp_over_another_axis(directory):
+    # FSDP2's hooks gather dense weights of four ranks, and experts of the two that share them
+    run(4, directory, "fully_sharded:mixtral", worker=TRAINING_WORKER)
+
+
+@pytest.mark.skipif(VERSION < (5, 17), reason="Trainer mixes tensors and DTensors since then")
+def test_trainer_and_fsdp_on_two_processes_equal_one(directory):
+    run(2, directory, "trainer:mixtral", "sharded_beside_experts:mixtral", worker=TRAINING_WORKER)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_EP_REGISTRY, reason="EPImplementationInterface came in 5.23")
+def test_trainer_and_fsdp_with_the_ep_implementation(directory):
+    run(4, directory, "ep_implementation:mixtral", "ep_implementation:gpt_oss", worker=TRAINING_WORKER)
+    run(2, directory, "trainer_with_ep_implementation:mixtral", worker=TRAINING_WORKER)
 
 
 def test_overlap_of_the_ep_implementation_needs_its_registry(monkeypatch):

@@ -75,8 +75,10 @@ def parallelize(
     differ in size. Every expert parameter becomes a DTensor, Shard(0) over the ranks, with its name unchanged: make
     the optimizer afterwards (a parameter group of their own, where its fused implementations mix no DTensors with
     tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
-    `model.save_pretrained` gathers, so every rank must call it; rank 0 writes. Ranks whose texts end at different
-    lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel leaves expert parameters alone.
+    `model.save_pretrained` gathers, so every rank must call it; the first one writes. Ranks whose texts end at
+    different lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel, and so Trainer, leaves expert
+    parameters alone: spread the experts over all of its ranks. FSDP2's fully_shard comes after this, over another axis
+    for the experts or with them as `ignored_params`: docs/transformers.md.
 
     Args:
         group_or_mesh: a torch ProcessGroup or a DeviceMesh of one dimension.
@@ -96,7 +98,9 @@ def parallelize(
     found: dict[str, Any] = experts_modules(model)
     for name, experts in found.items():
         if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
-            raise ValueError(f"the experts of {name} are spread over ranks already: parallelize a model once")
+            raise ValueError(
+                f"the experts of {name} are spread over ranks already: parallelize a model once, and before fully_shard"
+            )
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     _refuse_tied(model, found)
@@ -118,7 +122,7 @@ def parallelize(
         setattr(experts, STATE, state)
     added: dict[str, Any] = {
         "_ddp_params_and_buffers_to_ignore": [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *sharded],
-        "save_pretrained": functools.partial(_save_gathered, model, transport),
+        "save_pretrained": functools.partial(_save_gathered, model),
     }
     for attribute, value in added.items():
         setattr(model, attribute, value)
@@ -143,21 +147,34 @@ def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
             )
 
 
-def _save_gathered(model: Any, transport: Transport, save_directory: Any, **settings: Any) -> None:
-    """Save with every DTensor gathered: all ranks call, rank 0 writes, all raise where it could not."""
+def _save_gathered(model: Any, save_directory: Any, **settings: Any) -> None:
+    """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    # Trainer's checkpoints, on one rank: with is_main_process, before transformers 5.24 with state_dict=None.
+    if "is_main_process" in settings or settings.get("state_dict", settings) is None:
+        raise ValueError(
+            "save_pretrained gathers the experts, so every rank must call it, and this is how Trainer saves "
+            'checkpoints on one rank: give Trainer save_strategy="no", then call model.save_pretrained(directory) on '
+            "every rank, and torch.distributed.checkpoint for what a training goes on from"
+        )
     state_dict = settings.pop("state_dict", None) or model.state_dict()
     gathered = {
-        name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state_dict.items()
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state_dict.items()
     }
+    # FSDP2 spreads parameters over more ranks than the experts alone.
+    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    everybody = max(meshes, key=lambda mesh: mesh.size())
     error: Exception | None = None
-    if transport.rank == 0:
+    if everybody.get_rank() == int(everybody.mesh.min()):
         try:
             type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
         except Exception as caught:
             error = caught
-    failed = torch.full((transport.size, 1), int(error is not None), dtype=torch.int64)
-    any_failed = bool(transport.exchange_counts(failed).any())  # also a barrier: nobody reads a half-written directory
+    failed = torch.tensor(int(error is not None), device=everybody.device_type)
+    # also a barrier: nobody reads a half-written directory
+    num_failed = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim).full_tensor()
     if error is not None:
         raise error
-    if any_failed:
-        raise TransportError(f"rank 0 could not save to {save_directory}: its own error says why")
+    if num_failed.item():
+        raise TransportError(f"the first rank could not save to {save_directory}: its own error says why")
