@@ -106,7 +106,7 @@ def codegen_cell(row: dict) -> str:
     if "error" in row:
         return "error"
     sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
-    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("uses_tma") else "")))
+    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
 
 
 GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))

@@ -6,11 +6,19 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 from tritonmoe.kernels.aot import ARCHITECTURES, Compiled
 from tritonmoe.kernels.aot.machine_code import read_amd
 
 MODULE = [sys.executable, "-m", "tritonmoe.kernels.aot"]
+BY_TMA = {"down grouped_matmul": 2, "up_grad grouped_matmul": 2}
+"""Kernels that read operands by TMA, and how many."""
+TMA_TARGETS = (
+    "sm_90",
+    "sm_100",
+    *(["sm_120"] if [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 7] else []),
+)
 
 
 def test_interpreter_cannot_compile():
@@ -38,6 +46,20 @@ def test_kernels_compile_and_fit(tmp_path):
             ]
             assert loops, f"{operation} on {target}"
             assert all(0 < loop[matrix] < loop["all"] for loop in loops)
+    by_key = {(item["variant"], item["kernel"], item["target"]): item for item in compiled}
+    for kernel, tma_operands in BY_TMA.items():
+        for target in (*TMA_TARGETS, "sm_80", "gfx942", "gfx950"):
+            by_tma, pointers = (by_key.get((variant, kernel, target)) for variant in ("bf16", "bf16 pointers"))
+            assert by_tma is not None
+            if target in TMA_TARGETS:
+                # As many matrix instructions: the same sums, so a row's bits don't depend on how tiles are read.
+                assert pointers is not None
+                assert by_tma["tma_operands"] == by_tma["loop"]["TMA"] == tma_operands
+                assert pointers["tma_operands"] == 0
+                assert by_tma["loop"][by_tma["matrix"]] == pointers["loop"][by_tma["matrix"]]
+            else:
+                assert pointers is None, "compiled twice"
+                assert by_tma["tma_operands"] == 0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +119,7 @@ def test_the_innermost_loop_is_counted():
         ({"occupancy": 0}, "no program fits: 128 registers, 8 warps"),
         ({"matrix": "mma.sync"}, "its loop has mma.sync, not wgmma"),
         ({"matrix": ""}, "its loop has no matrix instruction, not wgmma"),
-        ({"expects_tma": True}, "its tensor descriptors don't become TMA loads"),
+        ({"tma_operands": 2, "loop": {"wgmma": 4, "TMA": 1}}, "its loop has 1 TMA loads for 2 descriptors"),
         ({"error": "PTXASError: no"}, "PTXASError: no"),
     ],
 )

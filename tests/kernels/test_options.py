@@ -139,7 +139,7 @@ def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="
                 row_sources=RowSources((0,), torch.tensor([[chunk], [num_rows - chunk]])),
             ).chunk(0)
         like = torch.empty(num_rows, 2048, dtype=torch.bfloat16, device="meta")
-        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options)
+        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options, {})
 
 
 @pytest.mark.parametrize("target", list(aot.TARGETS))

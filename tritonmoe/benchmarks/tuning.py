@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "num_stages": (2, 3, 4, 5, 6),
     "group_m": (1, 4, 8, 16),
     "subtiles": (1, 2, 4),
+    "tma": (False, True),
 }
 LEAST_GAIN = 1.02
 """How many times as fast as the heuristic's an entry must be: less is noise."""
@@ -72,7 +73,7 @@ def tune(
             if key in done:
                 continue
             done.add(key)
-            progress(f"{name}: {key}")
+            progress(f"{name}: {key}: {config}")
             start = {field: value for field, value in asdict(config).items() if field in CHOICES}
 
             def seconds(candidate: Mapping[str, int], call: Callable[[], Any] = call, key: str = key) -> float | None:

@@ -6,7 +6,6 @@ What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/trito
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
 
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
-    """Print every product's tile and where it comes from."""
+    """Print every product's tile, how its operands are read, and where the choice comes from."""
     try:
         from ..kernels import tiles
         from ..kernels.aot import ARCHITECTURES, Variant, record_launches
@@ -75,6 +74,5 @@ def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, 
             if key not in seen:
                 seen.add(key)
                 source = "tuned" if key in tuned else "shipped" if key in tiles.SHIPPED else "heuristic"
-                fields = " ".join(f"{name}={value}" for name, value in asdict(config).items())
-                say(f"{key}: {fields} ({source})")
+                say(f"{key}: {config} ({source})")
     return 0

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, KernelOptions
 from ..grouping import Grouping
+from . import tma
 from .launch import (
     contiguous_columns,
     dot,
@@ -25,8 +26,8 @@ __all__ = ["down", "up_grad"]
 
 @triton.jit(do_not_specialize=["num_slots"])
 def _grouped_matmul_kernel(
-    values,  # (N, depth)
-    weight,  # (E, depth, width) in any layout, through its strides
+    values,  # (N, depth), or its descriptor
+    weight,  # (E, depth, width) in any layout, through its strides, or its descriptor
     bias,  # (E, width) or None
     expert_offsets,  # (E+1,) int32
     out,  # (N, width), dtype of values
@@ -43,6 +44,9 @@ def _grouped_matmul_kernel(
     stride_bias_expert,
     stride_bias_column,
     stride_out_row,
+    VALUES_BY_TMA: tl.constexpr,
+    WEIGHT_BY_TMA: tl.constexpr,
+    DEPTH_LAST: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,27 +63,41 @@ def _grouped_matmul_kernel(
             column_mask = columns < width
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
-            rows = tl.minimum(positions, end - 1).to(tl.int64)
             depth = tl.arange(0, BLOCK_K)
-            value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
-            weight_pointers = (
-                weight
-                + expert.to(tl.int64) * stride_weight_expert
-                + depth[:, None] * stride_weight_in
-                + columns[None, :] * stride_weight_out
-            )
+            if not VALUES_BY_TMA:
+                rows = tl.minimum(positions, end - 1).to(tl.int64)
+                value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
+            if not WEIGHT_BY_TMA:
+                weight_pointers = (
+                    weight
+                    + expert.to(tl.int64) * stride_weight_expert
+                    + depth[:, None] * stride_weight_in
+                    + columns[None, :] * stride_weight_out
+                )
             accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, depth_size, BLOCK_K):
-                if EVEN_DEPTH:
-                    value_tile = tl.load(value_pointers)
-                    weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+                depth_mask = depth < depth_size - start
+                if VALUES_BY_TMA:
+                    # Rows past the expert's end are some other expert's: computed and not stored.
+                    value_tile = values.load([first, start])
                 else:
-                    depth_mask = depth < depth_size - start
-                    value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
-                    weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+                    if EVEN_DEPTH:
+                        value_tile = tl.load(value_pointers)
+                    else:
+                        value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
+                    value_pointers += BLOCK_K * stride_values_column
+                if WEIGHT_BY_TMA:
+                    weight_tile = tma.load_weight_tile(
+                        weight, expert, start, column_tile * BLOCK_N, DEPTH_LAST, BLOCK_K, BLOCK_N
+                    )
+                else:
+                    if EVEN_DEPTH:
+                        weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+                    else:
+                        weight_mask = depth_mask[:, None] & column_mask[None, :]
+                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                    weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
-                value_pointers += BLOCK_K * stride_values_column
-                weight_pointers += BLOCK_K * stride_weight_in
             if bias is not None:
                 bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
                 accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -103,14 +121,15 @@ def _grouped_matmul(
     num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
-    config = grouped_matmul_config("down", values, width, depth, grouping, options)
+    operands = {"values": values, "weight": tma.innermost_last(weight)}
+    config = grouped_matmul_config("down", values, width, depth, grouping, options, operands)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(width, config.block_n)
     launch(
         _grouped_matmul_kernel,
         (num_programs(num_slots * num_column_tiles, options),),
-        values,
-        weight,
+        tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
+        tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         bias,
         grouping.expert_offsets,
         out,
@@ -127,6 +146,9 @@ def _grouped_matmul(
         0 if bias is None else bias.stride(0),
         0 if bias is None else bias.stride(1),
         out.stride(0),
+        VALUES_BY_TMA=config.by_tma("values"),
+        WEIGHT_BY_TMA=config.by_tma("weight"),
+        DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
         EVEN_DEPTH=depth % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

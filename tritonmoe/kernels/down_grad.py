@@ -274,7 +274,7 @@ def down_grad(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options)
+    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, {})
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     num_tiles = num_slots * num_column_tiles

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from ..config import KernelOptions
 from ..grouping import Grouping
-from . import tiles
+from . import tiles, tma
 
 __all__ = [
     "INTERPRETED",
@@ -65,6 +65,18 @@ class TileConfig:
     """Row tiles that run side by side over all column tiles, so that their weights stay in L2."""
     subtiles: int = 1
     """Pieces in which the epilogue handles the columns: fewer live registers."""
+    tma: bool = False
+    """Whether operands that allow it are read by TMA."""
+    reads: tuple[tuple[str, str], ...] = ()
+    """(operand, how its tiles are read): see `tma.reads`; operands whose rows are gathered are left out."""
+
+    def by_tma(self, operand: str) -> bool:
+        """Say whether tiles of `operand` are read by TMA."""
+        return (operand, tma.BY_TMA) in self.reads
+
+    def __str__(self) -> str:
+        fields = [f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads"]
+        return " ".join(fields) + "".join(f"; {operand} by {way}" for operand, way in self.reads)
 
     def clipped(self, width: int, depth: int) -> "TileConfig":
         """Shrink the tile to a product with `width` columns summed over `depth`."""
@@ -128,6 +140,17 @@ def _target(device: torch.device) -> GPUTarget | None:
 
 def _name(target: GPUTarget) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _why_no_tma(target: GPUTarget | None) -> str:
+    """Say why tiles can't be read by TMA; empty where they can: in the interpreter as on Hopper."""
+    if target is None:
+        return ""
+    if target.backend != "cuda" or target.arch < 90:
+        return f"{_name(target)} has no TMA"
+    if target.arch // 10 == 12 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        return "before Triton 3.7 every TMA load of sm_120 may become a call"
+    return ""
 
 
 @functools.cache
@@ -293,15 +316,22 @@ def row_tile(grouping: Grouping, options: KernelOptions) -> int | None:
 
 
 def grouped_matmul_config(
-    operation: str, like: Tensor, width: int, depth: int, grouping: Grouping, options: KernelOptions
+    operation: str,
+    like: Tensor,
+    width: int,
+    depth: int,
+    grouping: Grouping,
+    options: KernelOptions,
+    operands: Mapping[str, Tensor],
 ) -> TileConfig:
-    """Choose the tile of one grouped product.
+    """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
     Args:
         operation: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
             or "weight_grad" (block_m and block_n are columns, block_k pairs).
         like: a tensor of the product's dtype and device.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
+        operands: those whose tiles TMA may read, as `tma.refusal` takes them.
     """
     target = _target(like.device)
     block_m = row_tile(grouping, options)
@@ -322,10 +352,14 @@ def grouped_matmul_config(
         config = _few_rows_config(target, operation)
     else:
         config = _half_precision_config(target, operation)
-    config = dataclasses.replace(config, block_m=min(config.block_m, block_m))
+    config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
     if target is not None:
-        rows = row_tile(grouping, options)
-        config = tiles.choose(tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows), config)
+        key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, row_tile(grouping, options))
+        config = tiles.choose(key, config)
+    unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
+    config = dataclasses.replace(config, reads=tma.reads(operands, unusable))
+    if target is not None:
+        tiles.note(key, config)
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)
         # Cutting its tile only pays where accumulators live outside the registers.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHIPPED", "Entries", "asked", "cache_file", "choose", "read", "tile_key", "using", "write"]
+__all__ = ["SHIPPED", "Entries", "asked", "cache_file", "choose", "note", "read", "tile_key", "using", "write"]
 
 Entries = Mapping[str, Mapping[str, int]]
 """Key -> the fields of TileConfig that it replaces."""
@@ -26,7 +26,7 @@ Entries = Mapping[str, Mapping[str, int]]
 SHIPPED: Entries = {}
 """Measured entries that come with the package: none yet."""
 
-FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles")
+FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles", "tma")
 
 _replacement: Entries | None = None
 _asked: dict[str, Any] | None = None
@@ -49,11 +49,13 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 def choose(key: str, default: Any) -> Any:
     """Give `default`, a TileConfig, with the fields that an entry for `key` replaces."""
     entries = _cached() if _replacement is None else _replacement
-    found = entries.get(key, SHIPPED.get(key, {}))
-    chosen = dataclasses.replace(default, **found)
+    return dataclasses.replace(default, **entries.get(key, SHIPPED.get(key, {})))
+
+
+def note(key: str, config: Any) -> None:
+    """Tell `asked` which TileConfig the product of this key got."""
     if _asked is not None:
-        _asked[key] = chosen
-    return chosen
+        _asked[key] = config
 
 
 @contextlib.contextmanager

@@ -244,7 +244,7 @@ def up(
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
     a = None if activation is None else output(x, grouping.num_pairs, num_units, out_a)
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config("up" if layout.gated else "up_ungated", x, num_units, depth, grouping, options)
+    config = grouped_matmul_config("up" if layout.gated else "up_ungated", x, num_units, depth, grouping, options, {})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     x = contiguous_columns(x)

@@ -144,7 +144,7 @@ def outer_sums(
     shape = (p_size, q_size) if pairs_first else (q_size, p_size)
     out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
-    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options)
+    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, {})
     if accumulate is not None:
         # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread, and one whose
         # columns are the pairs' spills 216 in four.

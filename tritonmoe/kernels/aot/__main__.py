@@ -1,7 +1,7 @@
 """python -m tritonmoe.kernels.aot: compile, print and say (as an exit status) whether every kernel is fit to run.
 
-Exits with 1 when a kernel doesn't compile, spills, needs more shared memory than the target has, or has another matrix
-instruction in its loop than its target's; with 2 where nothing can be compiled.
+Exits with 1 when a kernel doesn't compile, spills, needs more shared memory than the target has, has another matrix
+instruction in its loop than its target's, or fewer TMA loads than descriptors; with 2 where nothing can be compiled.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def _cell(result: Compiled | None) -> str:
     if result.error:
         return "error"
     sizes = f"{result.registers} / {result.spills} / {result.shared_bytes / 1024:.0f} / {result.occupancy}"
-    return f"{sizes} {result.matrix}{' TMA' if result.uses_tma else ''}".rstrip()
+    return f"{sizes} {result.matrix}{' TMA' if result.tma_operands else ''}".rstrip()
 
 
 def _print_tables(results: list[Compiled]) -> None:

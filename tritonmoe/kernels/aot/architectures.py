@@ -30,7 +30,6 @@ class Architecture:
     warps: int
     """That can be resident, in all four schedulers."""
     programs: int
-    has_tma: bool = False
     tensor_memory_columns: int = 0
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int, tensor_memory_columns: int = 0) -> int:
@@ -87,9 +86,9 @@ def _amd(name: str, shared_kb: int) -> Architecture:
 
 ARCHITECTURES = {
     "sm_80": _nvidia(80, "mma.sync", shared_kb=164, warps=64, programs=32),
-    "sm_90": _nvidia(90, "wgmma", shared_kb=228, warps=64, programs=32, has_tma=True),
-    "sm_100": _nvidia(100, "tcgen05", shared_kb=228, warps=64, programs=32, has_tma=True, tensor_memory_columns=512),
-    "sm_120": _nvidia(120, "mma.sync", shared_kb=100, warps=48, programs=24, has_tma=True),
+    "sm_90": _nvidia(90, "wgmma", shared_kb=228, warps=64, programs=32),
+    "sm_100": _nvidia(100, "tcgen05", shared_kb=228, warps=64, programs=32, tensor_memory_columns=512),
+    "sm_120": _nvidia(120, "mma.sync", shared_kb=100, warps=48, programs=24),
     "gfx942": _amd("gfx942", shared_kb=64),
     "gfx950": _amd("gfx950", shared_kb=160),
 }

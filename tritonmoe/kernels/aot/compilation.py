@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch, tiles
 from .architectures import ARCHITECTURES
@@ -35,10 +36,10 @@ class Compiled:
     """The matrix instruction in the loop."""
     expected_matrix: str = ""
     """The one that must be there; empty where the kernel has no product in half precision."""
-    uses_tma: bool = False
-    expects_tma: bool = False
+    tma_operands: int = 0
+    """Operands that the launch hands over as descriptors, to be read by TMA."""
     loop: dict[str, int] = field(default_factory=dict)
-    """Instructions by kind in the innermost loop around the matrix instruction."""
+    """Instructions by kind in the innermost loop around the matrix instruction (no such loop: in the whole kernel)."""
     error: str = ""
 
     @property
@@ -56,8 +57,8 @@ class Compiled:
             return f"no program fits: {self.registers} registers, {self.num_warps} warps"
         if self.expected_matrix and self.matrix != self.expected_matrix:
             return f"its loop has {self.matrix or 'no matrix instruction'}, not {self.expected_matrix}"
-        if self.expects_tma and not self.uses_tma:
-            return "its tensor descriptors don't become TMA loads"
+        if self.loop.get("TMA", 0) < self.tma_operands:
+            return f"its loop has {self.loop.get('TMA', 0)} TMA loads for {self.tma_operands} descriptors"
         return ""
 
 
@@ -101,8 +102,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),
         matrix=code.matrix,
         expected_matrix=expected,
-        uses_tma=code.uses_tma,
-        expects_tma=architecture.has_tma and "tt.descriptor_load" in assembly["ttir"],
+        tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
         loop=code.loop,
     )
 

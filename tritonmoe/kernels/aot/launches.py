@@ -1,6 +1,6 @@
 """The launches of one layer, forward and backward, as a GPU would get them: caught on meta tensors."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from triton.runtime.jit import create_function_from_signature
 from ...backends import triton as operations
 from ...config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from ...grouping import RowSources
-from .. import launch
+from .. import launch, tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
 
@@ -31,6 +31,8 @@ class Variant:
     bias: bool = True
     num_rows: int = 16384
     options: KernelOptions = KernelOptions()
+    tma: bool = True
+    """False: every operand through pointers, as where TMA can't read its layout."""
 
     @classmethod
     def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
@@ -66,12 +68,19 @@ VARIANTS = {
     "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
+    "bf16 pointers": Variant(tma=False),
 }
-DEFAULT_VARIANTS = ("bf16",)
+DEFAULT_VARIANTS = ("bf16", "bf16 pointers")
 
 
 def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Launch]:
     """Run forward and backward of one layer on meta tensors and give its launches by operation and kernel."""
+    if not variant.tma:
+        with_tma = replace(variant, tma=True)
+        with tiles.asked() as asked:
+            record_launches(with_tma, target)
+        with tiles.using({key: {"tma": False} for key in asked}):
+            return record_launches(with_tma, target)
     v, rows = variant, variant.num_rows
     width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
     w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)

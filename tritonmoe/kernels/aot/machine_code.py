@@ -16,7 +16,8 @@ NVIDIA_KINDS = {
     "wgmma": r"[A-Z]GMMA",
     "tcgen05": r"UTC\w*MMA",
     "mma.sync": r"[A-Z]MMA",
-    "load": r"LDG|LDGSTS|LD|UTMALDG|UBLKCP",
+    "TMA": r"UTMALDG",
+    "load": r"LDG|LDGSTS|LD|UBLKCP",
     "store": r"STG|ST|UTMASTG|UTMAREDG|RED\w*",
     "shared": r"LDS|LDSM|STS|STSM|LDT|STT|LDTM|STTM",
     "barrier": r"BAR|SYNCS|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|UTCBAR|UTMACMDFLUSH",
@@ -45,7 +46,6 @@ class MachineCode:
     """The matrix instruction in the loop; empty where there is none."""
     loop: dict[str, int]
     """Instructions by kind in the innermost loop with a matrix instruction (in the whole kernel where none loops)."""
-    uses_tma: bool
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -63,8 +63,7 @@ def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
     registers, stack, local = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     code = list(_nvidia_instructions(assembly))
     matrix, loop = _matrix_loop(code, NVIDIA_KINDS)
-    uses_tma = any(name.startswith("UTMALDG") for name, _ in code)
-    return MachineCode(registers, stack + local, _number(r"\.reqntid (\d+)", ptx) // 32, matrix, loop, uses_tma)
+    return MachineCode(registers, stack + local, _number(r"\.reqntid (\d+)", ptx) // 32, matrix, loop)
 
 
 def read_amd(assembly: str) -> MachineCode:
@@ -74,7 +73,7 @@ def read_amd(assembly: str) -> MachineCode:
         for key in ("vgpr_count", "vgpr_spill_count", "max_flat_workgroup_size", "wavefront_size")
     )
     matrix, loop = _matrix_loop(list(_amd_instructions(assembly)), AMD_KINDS)
-    return MachineCode(registers, spills, threads // width, matrix, loop, uses_tma=False)
+    return MachineCode(registers, spills, threads // width, matrix, loop)
 
 
 def _number(pattern: str, text: str) -> int:

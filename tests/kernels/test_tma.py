@@ -1,0 +1,234 @@
+"""Tiles read by TMA: the bits of pointers, and pointers, with the reason, where TMA can't read a layout."""
+
+import contextlib
+
+import pytest
+import torch
+from kernel_cases import DEVICE, LAYOUTS, Layer, garbage_memory, random_ids
+from tolerance import assert_close_to_exact
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tritonmoe.backends import reference
+from tritonmoe.backends import triton as kernels
+from tritonmoe.cli import main
+from tritonmoe.kernels import aot, launch, tiles, tma
+
+OFF = "switched off by a test"
+
+
+@contextlib.contextmanager
+def reading(*, by_tma=True):
+    """Collect how the operands of each grouped product are read; without `by_tma` all by pointers."""
+    with pytest.MonkeyPatch.context() as patch:
+        found, reads = [], tma.reads
+        patch.setattr(launch, "_why_no_tma", lambda target: "" if by_tma else OFF)
+
+        def spy(*arguments):
+            found.append(dict(reads(*arguments)))
+            return reads(*arguments)
+
+        patch.setattr(tma, "reads", spy)
+        yield found
+
+
+def ragged_layer(dtype, layout, **sizes):
+    """Give a layer whose experts hold 0, 1, 31, 32 and 34 pairs in interpreted tiles of 32 rows, and its grouping."""
+    ids = torch.arange(5).repeat_interleave(torch.tensor([0, 1, 31, 32, 34]))
+    ids = ids[torch.randperm(98, generator=torch.Generator().manual_seed(0))].view(-1, 2)
+    layer = Layer(ids, 5, LAYOUTS[layout], dtype, **sizes)
+    return layer, kernels.group(layer.ids, 5)
+
+
+def products(backend, layer, grouping, values):
+    """Give down of `values` (N, F) and up_grad of as many columns as W1 has of them."""
+    dh = torch.cat([values, values.flip(1)], 1) if layer.layout.gated else values
+    down = backend.down(values, layer.w2, layer.b2, grouping, layer.layout)
+    return {"down": down, "up_grad": backend.up_grad(dh, layer.w1, grouping, layer.layout)}
+
+
+def random_values(grouping, width, dtype):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(grouping.num_pairs, width, generator=generator).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "transposed", "ungated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bits_are_those_of_pointers(layout, dtype):
+    """Ragged and empty experts, depths and widths that end inside a tile, a bias, weights of both orders."""
+    layer, grouping = ragged_layer(dtype, layout, hidden=40, intermediate=24)
+    values = random_values(grouping, 24, dtype)
+    with garbage_memory(), reading() as ways:
+        by_tma = products(kernels, layer, grouping, values)
+    assert ways == [{"values": tma.BY_TMA, "weight": tma.BY_TMA}] * 2
+    with garbage_memory(), reading(by_tma=False) as ways:
+        by_pointers = products(kernels, layer, grouping, values)
+    assert ways == [{"values": f"pointers: {OFF}", "weight": f"pointers: {OFF}"}] * 2
+    expected = products(reference, layer, grouping, values)
+    exact = products(reference, layer.double(), grouping, values.double())
+    for name, value in by_tma.items():
+        assert torch.equal(value, by_pointers[name]), name
+        assert_close_to_exact(name, value, expected[name], exact[name])
+
+
+def test_neighbours_are_neither_used_nor_written():
+    """A tile's box reaches into the next expert's rows: NaN there stays there, and what lies behind is left alone."""
+    layer, grouping = ragged_layer(torch.float32, "concatenated", bias=False)
+    offsets, num_active = grouping.expert_offsets.tolist(), int(grouping.expert_offsets[-1])
+    a = random_values(grouping, 12, torch.float32)
+    expected = kernels.down(a, layer.w2, None, grouping, layer.layout)
+    poisoned = a.clone()
+    for expert in (2, 4):
+        poisoned[offsets[expert] : offsets[expert + 1]] = float("nan")
+    buffer = torch.full((grouping.num_pairs + 40, 24), -7.0, device=DEVICE)
+    with reading() as found:
+        kernels.down(poisoned, layer.w2, None, grouping, layer.layout, out=buffer[: grouping.num_pairs, :20])
+    assert found == [{"values": tma.BY_TMA, "weight": tma.BY_TMA}]
+    for expert in range(5):
+        rows = slice(offsets[expert], offsets[expert + 1])
+        if expert in (2, 4):
+            assert buffer[rows, :20].isnan().all()
+        else:
+            assert torch.equal(buffer[rows, :20], expected[rows])
+    assert (buffer[num_active:] == -7).all()
+    assert (buffer[:, 20:] == -7).all()
+
+
+def misaligned(tensor):
+    """Give the same values at an address that is no multiple of 16."""
+    memory = tensor.new_empty(tensor.numel() + 1)[1:]
+    return memory.view(tensor.shape).copy_(tensor)
+
+
+def padded(tensor):
+    """Give the same values with one more element from row to row, NaN in it."""
+    memory = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 1), float("nan"))
+    memory[..., :-1] = tensor
+    return memory[..., :-1]
+
+
+def strided(tensor):
+    """Give the same values with NaN between any two."""
+    memory = tensor.new_full((*tensor.shape, 2), float("nan"))
+    memory[..., 0] = tensor
+    return memory[..., 0]
+
+
+def interleaved_experts(weight):
+    """Give the same values with experts as the middle axis in memory."""
+    return weight.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+REFUSED = {
+    "values address": (misaligned, None, {"values": "its address is no multiple of 16 bytes"}),
+    "weight address": (None, misaligned, {"weight": "its address is no multiple of 16 bytes"}),
+    "values rows": (padded, None, {"values": "50 bytes along axis 0 are no multiple of 16 below 2^40"}),
+    "weight rows": (None, padded, {"weight": "1000 bytes along axis 0 are no multiple of 16 below 2^40"}),
+    "weight columns": (None, strided, {"weight": "no axis of a tile is contiguous, strides are (960, 48, 2)"}),
+    "experts inside": (
+        None,
+        interleaved_experts,
+        {"weight": "strides (24, 72, 1) of shape (3, 20, 24) are not nested"},
+    ),
+    "both": (misaligned, misaligned, dict.fromkeys(("values", "weight"), "its address is no multiple of 16 bytes")),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_tma_cannot_read_is_read_through_pointers(case):
+    change_values, change_weight, reasons = REFUSED[case]
+    layer = Layer(random_ids(20, 2, 3), 3, LAYOUTS["concatenated"], torch.float16, intermediate=24)
+    grouping = kernels.group(layer.ids, 3)
+    num_active = int(grouping.expert_offsets[-1])
+    a = random_values(grouping, 24, torch.float16)
+    arguments = (layer.b2, grouping, layer.layout)
+    with reading() as found:
+        expected = kernels.down(a, layer.w2, *arguments)
+        values = change_values(a) if change_values else a
+        weight = change_weight(layer.w2) if change_weight else layer.w2
+        with garbage_memory():
+            actual = kernels.down(values, weight, *arguments)
+    assert found[0] == {"values": tma.BY_TMA, "weight": tma.BY_TMA}
+    assert found[1] == found[0] | {name: f"pointers: {reason}" for name, reason in reasons.items()}
+    assert torch.equal(actual[:num_active], expected[:num_active])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_odd_sizes_need_pointers(dtype):
+    layer, grouping = ragged_layer(dtype, "concatenated", hidden=37, intermediate=11)
+    values = random_values(grouping, 11, dtype)
+    with garbage_memory(), reading() as found:
+        actual = products(kernels, layer, grouping, values)
+    assert len(found) == 2
+    assert all(way.startswith("pointers: ") for ways in found for way in ways.values())
+    expected = products(reference, layer, grouping, values)
+    exact = products(reference, layer.double(), grouping, values.double())
+    for name, value in actual.items():
+        assert_close_to_exact(name, value, expected[name], exact[name])
+
+
+def test_no_rows():
+    layer = Layer(torch.empty(0, 3, dtype=torch.int64), 7, LAYOUTS["concatenated"])
+    grouping = kernels.group(layer.ids, 7)
+    with reading() as found:
+        assert products(kernels, layer, grouping, layer.x[:, :12])["down"].shape == (0, 20)
+    assert found[0] == {"values": "pointers: shape (0, 12) is empty", "weight": tma.BY_TMA}
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "reason"),
+    [
+        ((8, 64), (64, 1), ""),
+        ((8, 64), (72, 1), ""),
+        ((8, 64), (65, 1), "130 bytes along axis 0 are no multiple of 16 below 2^40"),
+        ((8, 64), (0, 1), "strides (0, 1) of shape (8, 64) are not nested"),
+        ((8, 64), (64, 0), "no axis of a tile is contiguous, strides are (64, 0)"),
+        ((4, 8, 64), (1024, 128, 1), ""),
+        ((4, 8, 64), (520, 64, 1), "strides (520, 64, 1) of shape (4, 8, 64) are not nested"),
+        ((2, 8, 64), (2**39, 64, 1), "1099511627776 bytes along axis 0 are no multiple of 16 below 2^40"),
+        ((2, 8, 64), (2**39 - 64, 64, 1), ""),
+        ((0, 64), (64, 1), "shape (0, 64) is empty"),
+    ],
+)
+def test_rules(shape, strides, reason):
+    tensor = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((0,), (1,))
+    assert tma.refusal(tensor.new_empty_strided(shape, strides)) == reason
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
+    tiles._cached.cache_clear()
+    yield tmp_path / "tiles.json"
+    tiles._cached.cache_clear()
+
+
+def shown(capsys, *arguments):
+    """Give what `tritonmoe tune --show` prints for down, the only class of its pairs per expert."""
+    assert main(["tune", *arguments, "--tokens", "16384", "--show"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " down 2048x1024 " in line]
+    return line
+
+
+def test_the_choice_is_printed(capsys, cache):
+    qwen = ("128", "8", "2048", "768", "bfloat16")
+    assert "; values by TMA; weight by TMA (heuristic)" in shown(capsys, *qwen, "--target", "sm_90")
+    by_pointers = "; values by pointers: sm_80 has no TMA; weight by pointers: sm_80 has no TMA (heuristic)"
+    assert by_pointers in shown(capsys, *qwen, "--target", "sm_80")
+    reason = "1332 bytes along axis {} are no multiple of 16 below 2^40"
+    odd = f"values by pointers: {reason.format(0)}; weight by pointers: {reason.format(1)} (heuristic)"
+    assert odd in shown(capsys, "128", "8", "2048", "666", "bfloat16", "--target", "sm_90")
+    tiles.write(cache, {"sm_90 bfloat16 down 2048x1024 rows 128": {"tma": False}})
+    tuned = "; values by pointers: measured to be faster; weight by pointers: measured to be faster (tuned)"
+    assert tuned in shown(capsys, *qwen, "--target", "sm_90")
+
+
+@pytest.mark.parametrize(("target", "by_tma"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)])
+def test_launches_get_descriptors_where_there_is_tma(target, by_tma):
+    launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
+    values, weight = launches["down grouped_matmul"].args[:2]
+    assert isinstance(values, TensorDescriptor) is isinstance(weight, TensorDescriptor) is by_tma
+    if by_tma:
+        assert (values.shape, values.block_shape) == ([16384 * 8, 768], [128, 64])
+        assert (weight.shape, weight.block_shape) == ([128, 2048, 768], [1, 256, 64])
+        weight = launches["up_grad grouped_matmul"].args[1]  # here the depth is an outer axis
+        assert (weight.shape, weight.block_shape) == ([128, 1536, 2048], [1, 64, 256])

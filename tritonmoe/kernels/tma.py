@@ -1,0 +1,75 @@
+"""Tiles read by TMA, the engine that copies boxes of a tensor into shared memory on NVIDIA GPUs since Hopper (sm_90).
+
+Descriptors are made on the host for each launch and are arguments of the kernel: those made inside a kernel need
+Triton's allocator, which is set for one thread at a time, and autograd runs backward in threads of its own. What TMA
+can't read is read through pointers; both give the same tiles, so a row's bits don't depend on the way.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["BY_TMA", "describe", "describe_weight", "innermost_last", "load_weight_tile", "reads", "refusal"]
+
+BY_TMA = "TMA"
+
+
+def refusal(tensor: Tensor) -> str:
+    """Say why TMA can't read boxes of `tensor`, axes from the outermost to the innermost; empty where it can.
+
+    The rules are those of cuTensorMapEncodeTiled in the manual of the CUDA driver.
+    """
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    if tensor.numel() == 0:
+        return f"shape {shape} is empty"
+    if strides[-1] != 1:
+        return f"no axis of a tile is contiguous, strides are {strides}"
+    if tensor.data_ptr() % 16:
+        return "its address is no multiple of 16 bytes"
+    for axis, stride in enumerate(strides[:-1]):
+        stride_bytes = stride * tensor.element_size()
+        if stride_bytes % 16 or stride_bytes >= 2**40:
+            return f"{stride_bytes} bytes along axis {axis} are no multiple of 16 below 2^40"
+        if stride < strides[axis + 1] * shape[axis + 1] or stride % strides[axis + 1]:
+            return f"strides {strides} of shape {shape} are not nested"
+    return ""
+
+
+def reads(operands: Mapping[str, Tensor], unusable: str) -> tuple[tuple[str, str], ...]:
+    """Give how the tiles of each operand are read: (name, BY_TMA), or (name, "pointers: " and the reason).
+
+    unusable: why TMA can read none of them; empty where it can.
+    """
+    reasons = {name: unusable or refusal(tensor) for name, tensor in operands.items()}
+    return tuple((name, f"pointers: {reason}" if reason else BY_TMA) for name, reason in reasons.items())
+
+
+def describe(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
+    """Give the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
+
+
+def innermost_last(weight: Tensor) -> Tensor:
+    """Give (E, rows, columns) as it is, or (E, columns, rows) where its rows are the contiguous axis."""
+    return weight.mT if weight.stride(1) == 1 and weight.stride(2) != 1 else weight
+
+
+def describe_weight(weight: Tensor, in_axis: int, block_k: int, block_n: int) -> TensorDescriptor:
+    """Describe a weight for `load_weight_tile`; `in_axis` is summed over."""
+    boxes = {in_axis: block_k, 3 - in_axis: block_n}
+    view = innermost_last(weight)
+    return describe(view, (1, boxes[1], boxes[2]) if view is weight else (1, boxes[2], boxes[1]))
+
+
+@triton.jit
+def load_weight_tile(
+    weight, expert, depth, column, DEPTH_LAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Give (BLOCK_K, BLOCK_N) of one expert from (depth, column) on; DEPTH_LAST: the depth is the contiguous axis."""
+    if DEPTH_LAST:
+        return tl.reshape(weight.load([expert, column, depth]), (BLOCK_N, BLOCK_K)).T
+    else:
+        return tl.reshape(weight.load([expert, depth, column]), (BLOCK_K, BLOCK_N))
