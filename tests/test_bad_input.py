@@ -225,6 +225,7 @@ DISAGREEMENTS = {
     "local_first": lambda rank: {"overlap": tm.OverlapConfig(1, local_first=bool(rank))},
     "serial": lambda rank: {"overlap": tm.OverlapConfig(1, serial=bool(rank))},
     "chunk_sizes": lambda rank: {"overlap": tm.OverlapConfig(shape=(1, 2 + rank, 1))},
+    "chunk_by": lambda rank: {"overlap": tm.OverlapPlan((1, 1), chunk_by=("tokens", "experts")[rank])},
     "local_start": lambda rank: {"overlap": tm.OverlapPlan((1,), local_start=5 + rank)},
     "window": lambda rank: {"overlap": tm.OverlapPlan((1, 1), window=1 + rank)},
     "backward_window": lambda rank: {"overlap": tm.OverlapPlan((1, 1), backward_window=1 + rank)},

@@ -25,6 +25,7 @@ LAYERS = (
         "placement",
         "transports",
         "wire",
+        "expert_chunks",
         "dispatch",
         "two_level",
         "overlap",

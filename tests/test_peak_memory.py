@@ -134,11 +134,15 @@ PLANS = {
     "window-of-one": lambda c: tm.OverlapPlan(equal_sizes(c), window=1, backward_window=1),
     "ramp-all-travel": lambda c: tm.OverlapPlan(ramp_sizes(c), local_first=False),
     "serial": lambda c: tm.OverlapPlan(equal_sizes(c), serial=True),
+    "experts": lambda c: tm.OverlapPlan(equal_sizes(c), chunk_by="experts"),
+    "experts-all-travel": lambda c: tm.OverlapPlan(equal_sizes(c), local_first=False, chunk_by="experts"),
     "bf16-wire": lambda c: tm.OverlapPlan(equal_sizes(c), wire_dtype=torch.bfloat16),
 }
 
 HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
 CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
+CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((2, "hidden"), (2, "input")))
+"""No more chunks of experts than a rank has experts."""
 
 
 @pytest.mark.parametrize("plan", PLANS)

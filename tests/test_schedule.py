@@ -222,9 +222,9 @@ def test_overlap_and_serial_hold_the_same_steps(local_start: int | None) -> None
 
 def test_sizes() -> None:
     assert [ramp_sizes(c) for c in (1, 2, 3, 5, 6)] == [(1,), (1, 1), (1, 2, 1), (1, 2, 3, 2, 1), (1, 2, 3, 3, 2, 1)]
-    assert OverlapPlan((1, 2)).token_bounds(9) == (0, 3, 9)
-    assert OverlapPlan((1, 2, 4, 2, 1)).token_bounds(10) == (0, 1, 3, 7, 9, 10)
-    assert OverlapPlan(equal_sizes(3)).token_bounds(2) == (0, 0, 1, 2)
+    assert OverlapPlan((1, 2)).bounds(9) == (0, 3, 9)
+    assert OverlapPlan((1, 2, 4, 2, 1)).bounds(10) == (0, 1, 3, 7, 9, 10)
+    assert OverlapPlan(equal_sizes(3)).bounds(2) == (0, 0, 1, 2)
     assert [OverlapPlan((1,), local_start=n).local_bound(9) for n in (0, 8, 16)] == [0, 4, 9]
 
 
@@ -249,6 +249,8 @@ def test_a_plan_prints_itself() -> None:
         "1 exchanges of a kind under way in backward"
     )
     assert str(OverlapPlan(local_first=False, serial=True)) == "1 chunk, not overlapped"
+    by_expert = OverlapPlan((1, 1), local_first=False, chunk_by="experts")
+    assert str(by_expert) == "2 equal chunks of experts"
 
 
 def test_wrong_schedules_are_refused() -> None:

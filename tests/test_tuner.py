@@ -157,7 +157,7 @@ def test_plans_travel_as_one_integer() -> None:
     for sizes in (equal_sizes(1), equal_sizes(32), ramp_sizes(16), ramp_sizes(3)):
         for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
             plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window)
-            assert unpack(pack(plan), local_first=False) == plan
+            assert unpack(pack(plan), tm.OverlapConfig(local_first=False)) == plan
             assert 0 < pack(plan) < 2**63
 
 

@@ -224,19 +224,24 @@ class OverlapConfig:
     """
 
     num_chunks: int | Literal["auto"] = "auto"
-    """Chunks of tokens per call; "auto" measures the first calls and chooses (see overlap/tuner.py)."""
+    """Chunks per call; "auto" measures the first calls and chooses (see overlap/tuner.py)."""
     local_first: bool = True
     """Run the pairs that this rank owns itself as filler, while the first and the last exchange are under way."""
     serial: bool = False
     """Wait for every exchange where it is posted: the non-overlapped baseline of the same chunks."""
     shape: Literal["auto", "equal", "ramp"] | tuple[int, ...] = "auto"
     """Chunks of one size ("equal"), growing then shrinking ("ramp"), or their relative sizes: (1, 2, 4, 2, 1) gives a
-    tenth of the tokens to the first and the last of five chunks. "auto" is the tuner's choice with num_chunks="auto",
-    and "equal" otherwise."""
+    tenth of the tokens (or experts) to the first and the last of five chunks. "auto" is the tuner's choice with
+    num_chunks="auto", and "equal" otherwise."""
     wire_dtype: torch.dtype | None = None
     """How rows travel: None as they are; torch.bfloat16 (fp32 layers) everywhere; torch.float8_e4m3fn in the forward
     dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
     arrived, rows that stay on their rank are not touched."""
+    chunk_by: Literal["tokens", "experts", "auto"] = "auto"
+    """What is cut into chunks: every rank's tokens, or every rank's experts. With "experts" rows that travelled read
+    each weight once, in one product; a row travels with the first chunk that needs it and returns with the last, so
+    more rows leave early and return late, and the results of all pairs are kept until then. "auto" means "tokens",
+    since the token chunks that the tuner times can't tell what reading each weight once would save."""
 
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
@@ -245,6 +250,8 @@ class OverlapConfig:
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
+        if self.chunk_by not in ("tokens", "experts", "auto"):
+            raise ValueError(f"chunk_by must be 'tokens', 'experts' or 'auto', got {self.chunk_by!r}")
         if self.num_chunks != "auto":
             is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
             if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
@@ -257,6 +264,11 @@ class OverlapConfig:
                 raise ValueError(
                     "memory_budget_bytes chooses the number of equal chunks, of rows sent as they are: leave "
                     "num_chunks, shape and wire_dtype out"
+                )
+            if self.chunk_by == "experts":
+                raise ValueError(
+                    "memory_budget_bytes needs chunks of tokens: with chunk_by='experts' the results of all pairs are "
+                    "kept until the last chunk, whatever the number of chunks"
                 )
         if isinstance(self.shape, tuple):
             check_chunk_sizes(self.shape)
@@ -310,7 +322,7 @@ class OverlapPlan:
     """
 
     chunk_sizes: tuple[int, ...] = (1,)
-    """Relative sizes of the chunks; each is that share of every rank's own tokens."""
+    """Relative sizes of the chunks; each is that share of every rank's own tokens, or experts."""
     local_first: bool = True
     """Whether this rank's own pairs stay out of the exchanges and are filler."""
     local_start: int = LOCAL_PARTS // 2
@@ -321,9 +333,13 @@ class OverlapPlan:
     serial: bool = False
     wire_dtype: torch.dtype | None = None
     """As in OverlapConfig."""
+    chunk_by: Literal["tokens", "experts"] = "tokens"
+    """As in OverlapConfig."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
+        if self.chunk_by not in ("tokens", "experts"):
+            raise ValueError(f"chunk_by must be 'tokens' or 'experts', got {self.chunk_by!r}")
         check_chunk_sizes(self.chunk_sizes)
         if not 0 <= self.local_start <= LOCAL_PARTS:
             raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
@@ -344,10 +360,10 @@ class OverlapPlan:
     def num_segments(self) -> int:
         return self.num_local_slices + self.num_chunks
 
-    def token_bounds(self, num_tokens: int) -> tuple[int, ...]:
-        """Give the (C+1) bounds of the chunks of a rank with num_tokens tokens: sizes (1, 2) cut 9 at 0, 3, 9."""
+    def bounds(self, count: int) -> tuple[int, ...]:
+        """Give the (C+1) bounds of the chunks of a rank's tokens, or of its experts: sizes (1, 2) cut 9 at 0, 3, 9."""
         total, reached = sum(self.chunk_sizes), (0, *accumulate(self.chunk_sizes))
-        return tuple(num_tokens * size // total for size in reached)
+        return tuple(count * size // total for size in reached)
 
     def local_bound(self, num_tokens: int) -> int:
         """Give the first token whose local pairs run at the end."""
@@ -359,6 +375,8 @@ class OverlapPlan:
             words = f"{len(sizes)} equal chunks" if len(sizes) > 1 else "1 chunk"
         else:
             words = f"{len(sizes)} chunks of relative sizes {', '.join(map(str, sizes))}"
+        if self.chunk_by == "experts":
+            words += " of experts"
         if self.serial:
             words += ", not overlapped"
         if self.local_first:

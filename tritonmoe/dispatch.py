@@ -5,6 +5,8 @@ travels there once. Two buffers mirror each other. The *home* buffer has a row f
 this rank, the *receive* buffer a row for each token that came here. Both are stored by (segment, rank, token): with
 local_first, segments 0 and 1 hold the rows that never leave this rank (those that run first, and the rest) and segment
 c + 2 the rows of chunk c; otherwise segment c is chunk c and this rank's own rows travel in the chunks like all others.
+A chunk is a range of tokens, or of every rank's experts: then rows return in other segments than they travelled in,
+and are stored at home, and before they leave, in the order of return (expert_chunks.py).
 
 Example: W=2, E=4 (rank 0 owns experts 0 and 1), on rank 0 two tokens with topk_ids [[0, 1], [1, 3]], one chunk,
 local_first, half of the local rows first: token 0 needs rank 0, token 1 needs both. Home rows are token 0 (local,
@@ -15,7 +17,8 @@ Before any row moves, one exchange of a fixed size tells every rank the counts a
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
 from .errors import CountMismatch, NonFiniteScores, TransportError
+from .expert_chunks import first_and_last, inverse_order, pair_chunks, place_rows
 from .grouping import RowSources
 from .transports import HostCopy, Transport, TwoLevelTransport
 
@@ -31,6 +35,7 @@ __all__ = ["CallHeader", "DispatchPlan", "exchange_plan", "plan_tokens", "refuse
 MAGIC = 0x7417_0E
 MAX_SEGMENTS = MAX_CHUNKS + 2
 """Chunks, and the two local slices before them."""
+CHUNK_BY = ("tokens", "experts")
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 
@@ -56,6 +61,8 @@ class CallHeader:
     serial: int
     wire_dtype: int
     """A place in WIRE_DTYPES."""
+    chunk_by: int
+    """A place in CHUNK_BY."""
     grad_enabled: int
     needs_any: int
     """Whether this rank needs any gradient of the call ..."""
@@ -91,6 +98,7 @@ class CallHeader:
             backward_window=overlap.backward_window,
             serial=int(overlap.serial),
             wire_dtype=WIRE_DTYPES.index(overlap.wire_dtype),
+            chunk_by=CHUNK_BY.index(overlap.chunk_by),
             **others,
         )
 
@@ -106,6 +114,7 @@ MUST_AGREE = (
         "backward_window",
         "serial",
         "wire_dtype",
+        "chunk_by",
         "placement",
         "replica_grads",
         "layer",
@@ -118,19 +127,23 @@ class TokenPlan:
     """The sender's half of a plan, known without any exchange."""
 
     token_bounds: tuple[int, ...]
-    """(C+1): chunk c has this rank's tokens token_bounds[c] .. token_bounds[c+1]."""
+    """(C+1): this rank's tokens token_bounds[c] .. token_bounds[c+1] have all their sums once chunk c has come home."""
     home_tokens: Tensor
-    """(S,) int32: the token of each home row."""
+    """(S,) int32: the token of each home row, as they are sent."""
     home_index: Tensor
-    """(T, W) int32: the home row of each token for each rank, -1 where it does not go there."""
+    """(T, W) int32: the home row of each token for each rank, as they return; -1 where it does not go there."""
     home_ranks: Tensor
-    """(S,) int64: the rank of each home row."""
+    """(S,) int64: the rank of each home row, as they are sent."""
     rows: list[list[int]]
-    """[segment][rank] home rows."""
+    """[segment][rank] home rows that are sent."""
     pairs: list[list[int]]
-    """[segment][rank] routed pairs of those rows."""
+    """[segment][rank] routed pairs that are computed."""
+    return_rows: list[list[int]]
+    """[segment][rank] home rows that return; chunks of tokens: `rows`."""
     nonfinite_rows: int = 0
     """Tokens whose router scores were not finite."""
+    sent_places: Tensor | None = None
+    """(S,) int64: where each home row, as they return, stood when sent; None: in the same place."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +156,10 @@ class DispatchPlan:
     tokens: TokenPlan
     receive_rows: list[list[int]]
     """[segment][rank] rows that come from each rank (local segments: from this one)."""
-    home_offsets: tuple[int, ...]
-    """Where each segment starts in the home buffer, and its end."""
+    return_rows: list[list[int]]
+    """[segment][rank] rows that go back to each rank; chunks of tokens: `receive_rows`."""
+    send_offsets: tuple[int, ...]
+    """Where each segment starts among the home rows that are sent, and its end."""
     receive_offsets: tuple[int, ...]
     """The same in the receive buffer."""
     pair_offsets: tuple[int, ...]
@@ -159,22 +174,46 @@ class DispatchPlan:
     """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
     headers: list[CallHeader]
     """What every rank said."""
+    num_local_experts: int = 0
+    """Read with chunks of experts only."""
+    received_places: tuple[Tensor, Tensor] | None = None
+    """With chunks of experts, once `place_received` knows them: receive_order() and return_order()."""
 
     @property
     def num_chunks(self) -> int:
         return self.overlap.num_chunks
 
+    @cached_property
+    def home_offsets(self) -> tuple[int, ...]:
+        """Where each segment starts in the home buffer, and its end."""
+        if self.tokens.return_rows is self.tokens.rows:
+            return self.send_offsets
+        return offsets(self.tokens.return_rows)
+
+    @cached_property
+    def return_offsets(self) -> tuple[int, ...]:
+        """Where each segment starts among the sums that go home, and its end."""
+        return self.receive_offsets if self.return_rows is self.receive_rows else offsets(self.return_rows)
+
     def segment(self, chunk: int) -> int:
         """Give the segment of an exchanged chunk, or with local_first of the local rows (chunks -2 and -1)."""
         return chunk + self.overlap.num_local_slices
 
-    def home_slice(self, chunk: int) -> slice:
+    def send_slice(self, chunk: int) -> slice:
         segment = self.segment(chunk)
-        return slice(*self.home_offsets[segment : segment + 2])
+        return slice(*self.send_offsets[segment : segment + 2])
 
     def receive_slice(self, chunk: int) -> slice:
         segment = self.segment(chunk)
         return slice(*self.receive_offsets[segment : segment + 2])
+
+    def return_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.return_offsets[segment : segment + 2])
+
+    def home_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.home_offsets[segment : segment + 2])
 
     def token_slice(self, chunk: int) -> slice:
         return slice(*self.tokens.token_bounds[chunk : chunk + 2])
@@ -185,10 +224,16 @@ class DispatchPlan:
     def receive_splits(self, chunk: int) -> list[int]:
         return self.receive_rows[self.segment(chunk)]
 
+    def return_splits(self, chunk: int) -> list[int]:
+        return self.return_rows[self.segment(chunk)]
+
+    def home_splits(self, chunk: int) -> list[int]:
+        return self.tokens.return_rows[self.segment(chunk)]
+
     @property
     def num_local(self) -> int:
-        """Rows that are not exchanged: both buffers start with them."""
-        return self.home_offsets[self.overlap.num_local_slices]
+        """Rows that are not exchanged: all buffers start with them."""
+        return self.send_offsets[self.overlap.num_local_slices]
 
     @property
     def is_identity(self) -> bool:
@@ -197,7 +242,7 @@ class DispatchPlan:
 
     @property
     def num_home(self) -> int:
-        return self.home_offsets[-1]
+        return self.send_offsets[-1]
 
     @property
     def num_received(self) -> int:
@@ -218,14 +263,36 @@ class DispatchPlan:
         return self.all_send_splits[self.rank]
 
     def send_order(self) -> Tensor:
-        """(S - local,) int64: exchanged home rows by (rank, chunk, token), the order of whole-layer exchanges."""
-        ranks = self.tokens.home_ranks[self.num_local :]
-        return torch.sort(ranks, stable=True)[1] + self.num_local
+        """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token)."""
+        tokens, ranks = self.tokens.home_tokens[self.num_local :], self.tokens.home_ranks[self.num_local :]
+        return torch.sort(ranks * self.tokens.token_bounds[-1] + tokens)[1] + self.num_local
+
+    def home_order(self) -> Tensor:
+        """(S - local,) int64: the places of the same rows in the home buffer."""
+        order = self.send_order()
+        return order if self.tokens.sent_places is None else inverse_order(self.tokens.sent_places)[order]
 
     def receive_order(self) -> Tensor:
-        """(R - local,) int64: where the rows of a whole-layer exchange, by (rank, chunk, token), belong."""
+        """(R - local,) int64: where rows that come by (rank, token), in a whole-layer exchange, are received."""
+        if self.received_places is not None:
+            return self.received_places[0]
         sources = self.row_sources().of_rows().to(self.tokens.home_index.device, non_blocking=True)
         return torch.sort(sources[self.num_local :], stable=True)[1] + self.num_local
+
+    def return_order(self) -> Tensor:
+        """(R - local,) int64: the places of the same rows among the sums that go home."""
+        return self.receive_order() if self.received_places is None else self.received_places[1]
+
+    def place_received(self, topk_ids: Tensor) -> "DispatchPlan":
+        """Give the plan that knows where received rows belong, from their ids (R - local, K) by (rank, token).
+
+        With chunks of tokens the counts have said it already.
+        """
+        if self.overlap.chunk_by == "tokens":
+            return self
+        local_ids = topk_ids - self.rank * self.num_local_experts
+        received, returned = place_rows(local_ids, self.num_local_experts, self.overlap)
+        return replace(self, received_places=(received + self.num_local, returned + self.num_local))
 
     def row_sources(self) -> RowSources:
         """Give the rank that sent each received row."""
@@ -245,14 +312,53 @@ def plan_tokens(
     Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call is here: of the counts, and
     of num_nonfinite_rows, a scalar, with them.
     """
-    segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
-    row_keys, counts = count_rows(owners(topk_ids, num_experts, size), segments, overlap.num_segments)
+    owner = owners(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:
-        num_nonfinite_rows = counts.new_zeros(())
+        num_nonfinite_rows = owner.new_zeros(())
+    if overlap.chunk_by == "experts":
+        return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows)
+    segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
+    row_keys, counts = count_rows(owner, segments, overlap.num_segments)
     read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
     rows, pairs = read.tolist()
-    bounds = overlap.token_bounds(topk_ids.shape[0])
-    return TokenPlan(bounds, *order_rows(row_keys, size, rows), rows, pairs, int(nonfinite_rows))
+    bounds = overlap.bounds(topk_ids.shape[0])
+    return TokenPlan(bounds, *order_rows(row_keys, size, rows), rows, pairs, rows, int(nonfinite_rows))
+
+
+def _plan_by_experts(
+    topk_ids: Tensor,
+    owner: Tensor,
+    num_local_experts: int,
+    rank: int,
+    size: int,
+    overlap: OverlapPlan,
+    num_nonfinite_rows: Tensor,
+) -> TokenPlan:
+    num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
+    segments = pair_chunks(topk_ids % num_local_experts, num_local_experts, overlap) + overlap.num_local_slices
+    if overlap.local_first:
+        segments = torch.where(owner == rank, _local_slices(num_tokens, overlap, topk_ids.device)[:, None], segments)
+    first, last = first_and_last(segments, owner, size)
+    row_keys, counts = count_rows(owner, first, num_segments)
+    return_keys, return_counts = count_rows(owner, last, num_segments)
+    absent = num_segments * size
+    pairs = count_keys((segments * size + owner).masked_fill(owner == size, absent), absent)
+    counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
+    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
+    rows, pairs, return_rows = read.tolist()
+    home_tokens, sent_index, home_ranks = order_rows(row_keys, size, rows)
+    return_tokens, home_index, return_ranks = order_rows(return_keys, size, return_rows)
+    return TokenPlan(
+        token_bounds=(0,) * overlap.num_chunks + (num_tokens,),
+        home_tokens=home_tokens,
+        home_index=home_index,
+        home_ranks=home_ranks,
+        rows=rows,
+        pairs=pairs,
+        return_rows=return_rows,
+        nonfinite_rows=int(nonfinite_rows),
+        sent_places=sent_index[return_tokens, return_ranks].to(torch.int64),
+    )
 
 
 def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
@@ -265,12 +371,17 @@ def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
 def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
     """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
     positions = torch.arange(num_tokens, device=device)
-    starts = torch.tensor(overlap.token_bounds(num_tokens)[1:-1], device=device)
+    starts = torch.tensor(overlap.bounds(num_tokens)[1:-1], device=device)
     chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
     segments = chunks[:, None].repeat(1, size)
     if overlap.local_first:
-        segments[:, rank] = (positions >= overlap.local_bound(num_tokens)).to(torch.int64)
+        segments[:, rank] = _local_slices(num_tokens, overlap, device)
     return segments
+
+
+def _local_slices(num_tokens: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
+    """Give the segment (T,) int64 of each token's row for its own rank, with local_first."""
+    return (torch.arange(num_tokens, device=device) >= overlap.local_bound(num_tokens)).to(torch.int64)
 
 
 def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
@@ -288,12 +399,14 @@ def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tens
     keys[:, :size] = segments * size + torch.arange(size, device=segments.device)
     needs = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, owner, True)[:, :size]
     row_keys = keys[:, :size].masked_fill(~needs, absent).flatten()
-    pair_keys = keys.gather(1, owner).flatten()
-    counts = keys.new_zeros(2, absent + 1)
-    one = keys.new_ones(())
-    counts[0].scatter_add_(0, row_keys, one.expand(row_keys.shape))
-    counts[1].scatter_add_(0, pair_keys, one.expand(pair_keys.shape))
-    return row_keys, counts[:, :absent].view(2, num_segments, size)
+    counts = torch.stack([count_keys(row_keys, absent), count_keys(keys.gather(1, owner), absent)])
+    return row_keys, counts.view(2, num_segments, size)
+
+
+def count_keys(keys: Tensor, limit: int) -> Tensor:
+    """Count how often each of 0 .. limit - 1 is in keys (int64, at most `limit`), without a host read: (limit,)."""
+    keys = keys.flatten()
+    return keys.new_zeros(limit + 1).scatter_add_(0, keys, keys.new_ones(()).expand(keys.shape))[:limit]
 
 
 def order_rows(row_keys: Tensor, size: int, rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,7 +423,7 @@ def _message_size(transport: Transport) -> int:
     size = transport.size
     if isinstance(transport, TwoLevelTransport):
         return HEADER_SIZE + 2 * size + MAX_SEGMENTS * (3 + transport.node_size)
-    return HEADER_SIZE + 2 * size + 2 * MAX_SEGMENTS
+    return HEADER_SIZE + 2 * size + 3 * MAX_SEGMENTS
 
 
 def refuse_call(transport: Transport, sequence: int) -> None:
@@ -331,16 +444,18 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         NonFiniteScores: a rank's router scores were not finite.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
-    counts = torch.tensor([tokens.rows, tokens.pairs])  # (2, segments, W)
+    counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows])  # (3, segments, W)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
-    receive_rows, receive_pairs = received.tolist()
+    receive_rows, receive_pairs, return_rows = received.tolist()
+    check_counts(receive_rows, receive_pairs, return_rows, traffic, header.top_k, transport.rank)
     return DispatchPlan(
         rank=transport.rank,
         size=transport.size,
         overlap=overlap,
         tokens=tokens,
         receive_rows=receive_rows,
-        home_offsets=offsets(tokens.rows),
+        return_rows=return_rows if overlap.chunk_by == "experts" else receive_rows,
+        send_offsets=offsets(tokens.rows),
         receive_offsets=offsets(receive_rows),
         pair_offsets=offsets(receive_pairs),
         traffic=traffic,
@@ -349,6 +464,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         needs_x=any(h.needs_x for h in headers),
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
+        num_local_experts=header.num_experts // transport.size,
     )
 
 
@@ -356,6 +472,8 @@ def exchange_counts(
     transport: Transport, header: CallHeader, counts: Tensor
 ) -> tuple[list[CallHeader], Tensor, Tensor]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
+
+    The counts that this rank is told are for check_counts.
 
     Args:
         counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
@@ -379,8 +497,6 @@ def exchange_counts(
     traffic = received[:, HEADER_SIZE:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
-    to_this = traffic[0, :, transport.rank].tolist()
-    check_counts(told[0].tolist(), told[1].tolist(), to_this, header.top_k, transport.rank)
     return headers, traffic, told
 
 
@@ -424,23 +540,36 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
 
 
 def check_counts(
-    rows: Sequence[Sequence[int]], pairs: Sequence[Sequence[int]], totals: Sequence[int], top_k: int, rank: int
+    rows: Sequence[Sequence[int]],
+    pairs: Sequence[Sequence[int]],
+    return_rows: Sequence[Sequence[int]],
+    traffic: Tensor,
+    top_k: int,
+    rank: int,
 ) -> None:
     """Raise CountMismatch unless what every rank says of its segments is what it says of the whole call.
 
     Some transports would read memory that was never written, or abort, where counts are wrong.
 
     Args:
-        rows, pairs: [segment][rank] that come to this rank. totals: of rows, by rank.
+        rows, pairs, return_rows: [segment][rank]: rows that come to this rank, their pairs that it computes, rows that
+            it returns. traffic: (W, W), of rows.
     """
-    for sender, total in enumerate(totals):
-        row_counts, pair_counts = ([segment[sender] for segment in counts] for counts in (rows, pairs))
-        if sum(row_counts) != total or not all(
-            0 <= r <= p <= top_k * r for r, p in zip(row_counts, pair_counts, strict=True)
-        ):
+    for sender, total in enumerate(traffic[:, rank].tolist()):
+        row_counts, pair_counts, return_counts = (
+            [segment[sender] for segment in counts] for counts in (rows, pairs, return_rows)
+        )
+        here, is_right = 0, sum(row_counts) == sum(return_counts) == total
+        for r, p, back in zip(row_counts, pair_counts, return_counts, strict=True):
+            here += r  # rows that have come and not gone back
+            is_right &= 0 <= r <= p and 0 <= back <= p <= top_k * here
+            here -= back
+        if not is_right:
+            returning = "" if return_counts == row_counts else f", of which {return_counts} return,"
             raise CountMismatch(
                 f"rank {rank} got counts of rank {sender} that contradict each other: {total} rows in all, by segment "
-                f"{row_counts} rows with {pair_counts} pairs of at most {top_k} a row: they were damaged on their way"
+                f"{row_counts} rows{returning} with {pair_counts} pairs of at most {top_k} a row: they were damaged on "
+                "their way"
             )
 
 

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -23,6 +22,7 @@ from .autograd import once_differentiable, outside_graphs, without_autocast
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
 from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .experts_run import ExpertsRun, activation_parameters
+from .grouping import Grouping, RowSources
 from .overlap.executor import ExpertsPass, LayerPass, LayerReport
 from .overlap.memory import BufferWidths
 from .overlap.node_pass import NodePass
@@ -91,38 +91,21 @@ class _ExpertParallelMLP(torch.autograd.Function):
 
         def make_run(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
             """Make the experts of the rows that plan `at` brings here."""
-            local_ids, num_local_experts = ids - call.first_expert, gate_up_proj.shape[0]
-            busy = [c for c, (first, last) in enumerate(pairwise(at.receive_offsets)) if first < last]
             sources = at.row_sources() if call.two_level is None else call.two_level.row_sources()
-            if len(busy) > 1 or call.two_level is not None:
-                grouping = settings.ops.group(
-                    local_ids,
-                    num_local_experts,
-                    chunk_row_offsets=at.receive_offsets,
-                    chunk_pair_offsets=at.pair_offsets,
-                    row_sources=sources,
-                )
-            else:
-                # All rows in one chunk are stored in source order already.
-                grouping = settings.ops.group(
-                    local_ids,
-                    num_local_experts,
-                    chunk_row_offsets=(0, at.num_received),
-                    chunk_pair_offsets=(0, at.pair_offsets[-1]),
-                ).among_empty_chunks(busy[0] if busy else 0, at.receive_offsets, at.pair_offsets)
+            local_ids, is_two_level = ids - call.first_expert, call.two_level is not None
+            grouping = _group(settings, at, local_ids, gate_up_proj.shape[0], sources, is_two_level)
             return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
 
-        def make_experts(rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsPass:
+        def make_experts(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsPass:
             if call.two_level is None:
-                return make_run(plan, rows, ids, received_weights)
+                return make_run(at, rows, ids, received_weights)
             inner, inside_node = call.two_level.inner(ids), call.inside_node
             assert inside_node is not None
-            return NodePass.receive(
-                inner, inside_node, settings.ops.combine, rows, ids, received_weights, partial(make_run, inner)
-            )
+            return NodePass.receive(inner, inside_node, settings.ops.combine, rows, ids, received_weights, make_run)
 
         layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
+        plan = call.plan = layer_pass.plan
         run = layer_pass.experts
         ctx.inner_plan = None
         if isinstance(run, NodePass):
@@ -135,8 +118,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
             WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
             plan.overlap,
             topk_ids.shape[1],
-            plan.home_offsets,
-            plan.receive_offsets,
+            plan.send_offsets,
+            plan.return_offsets,
             plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
@@ -188,6 +171,51 @@ class _ExpertParallelMLP(torch.autograd.Function):
         if dtopk_weights is not None:
             dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
         return None, None, dx, dtopk_weights, *grads, None, *run.activation_grads
+
+
+def _group(
+    settings: ExpertSettings,
+    plan: DispatchPlan,
+    local_ids: Tensor,
+    num_local_experts: int,
+    row_sources: RowSources,
+    is_two_level: bool,
+) -> Grouping:
+    """Group the received rows, of experts local_ids (R, K), in the plan's chunks."""
+    row_offsets, pair_offsets, places = plan.receive_offsets, plan.pair_offsets, None
+    num_slices = plan.overlap.num_local_slices
+    if plan.overlap.chunk_by == "experts":
+        # By (rank, token) behind the local rows, all chunks are one, whose pairs are by expert then.
+        local = torch.arange(plan.num_local, device=local_ids.device)
+        places = torch.cat([local, plan.receive_order()]), torch.cat([local, plan.return_order()])
+        local_ids = local_ids[places[0]]
+        rows = row_sources.rows
+        row_sources = RowSources(
+            row_sources.ranks, torch.cat([rows[:num_slices], rows[num_slices:].sum(0, keepdim=True)])
+        )
+        row_offsets, pair_offsets = ((*of[: num_slices + 1], of[-1]) for of in (row_offsets, pair_offsets))
+    busy = [c for c, (first, last) in enumerate(pairwise(row_offsets)) if first < last]
+    if len(busy) > 1 or is_two_level:
+        grouping = settings.ops.group(
+            local_ids,
+            num_local_experts,
+            chunk_row_offsets=row_offsets,
+            chunk_pair_offsets=pair_offsets,
+            row_sources=row_sources,
+        )
+    else:
+        # All rows in one chunk are stored in source order already.
+        grouping = settings.ops.group(
+            local_ids,
+            num_local_experts,
+            chunk_row_offsets=(0, plan.num_received),
+            chunk_pair_offsets=(0, pair_offsets[-1]),
+        ).among_empty_chunks(busy[0] if busy else 0, row_offsets, pair_offsets)
+    if places is None:
+        return grouping
+    return grouping.in_expert_chunks(
+        plan.overlap.bounds(num_local_experts), plan.return_offsets, plan.pair_offsets, *places
+    )
 
 
 def expert_parallel_mlp(

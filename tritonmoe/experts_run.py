@@ -21,10 +21,10 @@ __all__ = ["ExpertsRun", "activation_parameters", "checked_activation", "weight_
 
 @dataclass
 class ExpertsRun:
-    """One call of this rank's experts, chunk by chunk, forward and backward.
+    """One call of this rank's experts, chunk by chunk in order, forward and backward.
 
-    forward(c) needs the rows of chunk c to be in `rows`; backward(c) the same of `dout`. weight_grad() comes after
-    the last backward. Tensors that outlive a chunk (h, dh, s*a) are allocated once for the whole layer.
+    forward(c) needs the rows of chunk c's pairs to be in `rows`; backward(c) the same of `dout`. weight_grad() comes
+    after the last backward. Tensors that outlive a chunk (h, dh, s*a) are allocated once for the whole layer.
     """
 
     settings: ExpertSettings
@@ -42,6 +42,8 @@ class ExpertsRun:
     """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
+    dweights: Tensor | None = None
+    """Of all pairs in chunks of experts."""
     activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
     reused: dict[str, Tensor] = field(default_factory=dict)
@@ -54,12 +56,14 @@ class ExpertsRun:
         self.activation_grads = [None] * len(self.activation_parameters)
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
-        """Give the weighted partial sums of chunk `chunk`, (R_c, D)."""
+        """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
         grouping = self.grouping.chunk(chunk)
-        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+        if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
+        results = self._results(chunk)
+        y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
             blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
             is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
@@ -67,12 +71,13 @@ class ExpertsRun:
                 self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             h = None if self.h is None else self.h[self._pairs(chunk)]
             if len(blocks) == 1:
-                h, y = self._forward_block(blocks[0], needs_h=self.keep_hidden, out_h=h)
+                h, y = self._forward_block(blocks[0], needs_h=self.keep_hidden, out_h=h, out_y=y)
                 if self.keep_hidden and is_whole:
                     self.h = h
             else:
                 width, inner = self._hidden_width, layout.intermediate_size(self._hidden_width)
-                y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+                if y is None:
+                    y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
                 for block in blocks:
                     self._forward_block(
                         block,
@@ -84,8 +89,8 @@ class ExpertsRun:
             w1, b1, w2, b2 = self.weights
             h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
             a = self._call_activation(chunk, h, grouping)
-            y = ops.down(a, w2, b2, grouping, layout, options=options)
-        return ops.combine(y, grouping.inverse, self.topk_weights[self._row_range(chunk)], out=out)
+            y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
+        return ops.combine(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
     def _forward_block(
         self,
@@ -115,9 +120,9 @@ class ExpertsRun:
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Give dx (R_c, D), None unless needed, and the gradient of topk_weights (R_c, K) in fp32 for one chunk.
+        """Compute one chunk; give dx (R_c, D), None unless needed, and topk_weights' gradient (R_c, K) in fp32.
 
-        dout: (R, D) of all chunks.
+        Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
         """
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
@@ -127,18 +132,19 @@ class ExpertsRun:
             self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
             inner = layout.intermediate_size(self._hidden_width)
             self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
-        if grouping.inverse.shape[0] == 0 and self.grouping.num_chunks > 1:
+        if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             empty = self.rows.new_empty(0, self.rows.shape[1]) if needs_dx and out is None else out
             return empty, self.topk_weights.new_empty(0, grouping.top_k)
         dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
-        dx_pairs = None
+        results = self._results(chunk) if needs_dx else None
+        dx_pairs = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
             h = None if self.h is None else self.h[pairs]
             blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
             if len(blocks) == 1:
-                dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx)
+                dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx, dx_pairs)
             else:
-                if needs_dx:
+                if needs_dx and dx_pairs is None:
                     dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
                 parts = [self._backward_block(b, dout, h, dh, scaled_a, needs_dx, dx_pairs)[0] for b in blocks]
                 dweights = torch.cat(parts)
@@ -150,9 +156,11 @@ class ExpertsRun:
             )
             dh.copy_(self._activation_backward(chunk, da))
             if needs_dx:
-                dx_pairs = ops.up_grad(dh, w1, grouping, layout, options=options)
-        dx = None if dx_pairs is None else ops.combine(dx_pairs, grouping.inverse, out=out)
-        return dx, grouping.pairs_to_rows(dweights)
+                dx_pairs = ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
+        dx = None
+        if dx_pairs is not None:
+            dx = ops.combine(dx_pairs if results is None else results, grouping.inverse, out=out)
+        return dx, grouping.pairs_to_rows(self._with_earlier_chunks(chunk, dweights))
 
     def _backward_block(
         self,
@@ -270,8 +278,42 @@ class ExpertsRun:
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
 
-    def _row_range(self, chunk: int) -> slice:
-        return slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+    def _row_weights(self, chunk: int) -> Tensor:
+        """Give topk_weights (R_c, K) of the rows that the chunk finishes."""
+        rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+        if self.grouping.returned_rows is None:
+            return self.topk_weights[rows]
+        return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
+
+    def _results(self, chunk: int) -> Tensor | None:
+        """Give the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
+
+        None where the chunk is a range of rows, with all that its sums take.
+        """
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            return None
+        if "results" not in self.reused:
+            offsets = self.grouping.chunk_pair_offsets
+            self.reused["results"] = self._scratch("results", offsets[-1] - offsets[first], self.rows.shape[1])
+        return self.reused["results"]
+
+    def _among_results(self, chunk: int) -> slice:
+        first = self.grouping.first_expert_chunk
+        assert first is not None
+        start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
+        return slice(pairs[0] - start, pairs[1] - start)
+
+    def _with_earlier_chunks(self, chunk: int, dweights: Tensor) -> Tensor:
+        """Give what inverse's positions count from: one number per pair of this chunk, or of all chunks of experts."""
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            return dweights
+        if self.dweights is None:
+            offsets = self.grouping.chunk_pair_offsets
+            self.dweights = dweights.new_empty(offsets[-1] - offsets[first])
+        self.dweights[self._among_results(chunk)] = dweights
+        return self.dweights
 
 
 def weight_gradients(

@@ -10,6 +10,9 @@ Worked example, one chunk, E=3 experts, K=2, four rows, -1 marks a skipped pair:
 With several chunks the storage order is (chunk, expert, source rank, token), so that one chunk is one contiguous
 range that can be computed as soon as its rows have arrived. `source_order` lists the same positions by
 (expert, source rank, token): an order that does not depend on the chunks, in which weight gradients are summed.
+
+A chunk has a range of rows, or from `first_expert_chunk` on a range of experts. Then a row may have pairs in several
+chunks. It belongs to the last of them, and its sum takes results from all chunks of experts so far.
 """
 
 from dataclasses import dataclass, replace
@@ -52,17 +55,22 @@ class Grouping:
     expert_offsets: torch.Tensor
     """(E+1,) int32, leading zero: where each expert's pairs start in source order (one chunk: also in storage)."""
     inverse: torch.Tensor
-    """(R, K) int32: pair -> storage position *relative to the start of its row's chunk*, -1 where skipped."""
+    """(R, K) int32: pair -> storage position *relative to the start of its row's chunk* (with chunks of experts: of the
+    first of them), -1 where skipped. Rows come in the order of their chunks; see returned_rows."""
     source_order: torch.Tensor | None
     """(N,) int32: storage positions by (expert, source rank, token); None where that is the storage order."""
     chunk_expert_offsets: torch.Tensor
     """(C, E+1) int32: expert offsets of each chunk, relative to the chunk's first position."""
     chunk_row_offsets: tuple[int, ...]
-    """(C+1) host integers: chunk c holds rows chunk_row_offsets[c] .. chunk_row_offsets[c+1]."""
+    """(C+1) host integers: chunk c finishes rows chunk_row_offsets[c] .. chunk_row_offsets[c+1] of `inverse`."""
     chunk_pair_offsets: tuple[int, ...]
     """(C+1) host integers: chunk c holds storage positions chunk_pair_offsets[c] .. [c+1]."""
     layer_rows: int | None = None
     """The rows of the layer that this is a chunk of; None: this is the layer."""
+    first_expert_chunk: int | None = None
+    """From here on chunks are of experts."""
+    returned_rows: torch.Tensor | None = None
+    """(R,) int64, with chunks of experts: the row that each row of `inverse` is among those that pair_index counts."""
 
     @property
     def num_experts(self) -> int:
@@ -129,6 +137,44 @@ class Grouping:
             chunk_expert_offsets=chunk_expert_offsets,
             chunk_row_offsets=chunk_row_offsets,
             chunk_pair_offsets=chunk_pair_offsets,
+        )
+
+    def in_expert_chunks(
+        self,
+        expert_bounds: tuple[int, ...],
+        chunk_row_offsets: tuple[int, ...],
+        chunk_pair_offsets: tuple[int, ...],
+        received: torch.Tensor,
+        returned: torch.Tensor,
+    ) -> "Grouping":
+        """Cut the last chunk at experts, and put rows where they lie.
+
+        Args:
+            expert_bounds: (C+1): chunk c of experts has the experts expert_bounds[c] .. expert_bounds[c+1].
+            chunk_row_offsets, chunk_pair_offsets: of the chunks before the last one, and of the new ones.
+            received, returned: (R,) int64: for each of the rows grouped here, its place among the rows that operations
+                gather from, and its place in `inverse`.
+        Example:
+            E=2, K=1, topk_ids [[1], [0]] as one chunk, received and returned [1, 0], bounds (0, 1, 2): pair_index
+            [1, 0] becomes [0, 1], chunk_expert_offsets [[0, 1, 2]] becomes [[0, 1, 1], [0, 0, 1]].
+        """
+        first, top_k = self.num_chunks - 1, self.top_k
+        pair_index = received[self.row_index] * top_k + self.pair_index % top_k
+        inverse, returned_rows = torch.empty_like(self.inverse), torch.empty_like(received)
+        inverse[returned], returned_rows[returned] = self.inverse, received
+        offsets = self.chunk_expert_offsets[first]
+        starts = offsets[torch.tensor(expert_bounds, device=offsets.device), None]
+        return replace(
+            self,
+            pair_index=pair_index.to(torch.int32),
+            inverse=inverse,
+            chunk_expert_offsets=torch.cat(
+                [self.chunk_expert_offsets[:first], offsets.clamp(starts[:-1], starts[1:]) - starts[:-1]]
+            ),
+            chunk_row_offsets=chunk_row_offsets,
+            chunk_pair_offsets=chunk_pair_offsets,
+            first_expert_chunk=first,
+            returned_rows=returned_rows,
         )
 
     def blocks(self, max_pairs: int | None) -> list["GroupingBlock"]:

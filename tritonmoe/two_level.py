@@ -19,6 +19,7 @@ from .dispatch import (
     CallHeader,
     DispatchPlan,
     TokenPlan,
+    check_counts,
     count_rows,
     exchange_counts,
     offsets,
@@ -68,9 +69,12 @@ class TwoLevelPlan:
             rank=self.place,
             size=size,
             overlap=overlap,
-            tokens=TokenPlan(bounds, *order_rows(row_keys, size, self.relay_rows), self.relay_rows, pairs=[]),
+            tokens=TokenPlan(
+                bounds, *order_rows(row_keys, size, self.relay_rows), self.relay_rows, [], self.relay_rows
+            ),
             receive_rows=self.inner_receive_rows,
-            home_offsets=offsets(self.relay_rows),
+            return_rows=self.inner_receive_rows,
+            send_offsets=offsets(self.relay_rows),
             receive_offsets=offsets(self.inner_receive_rows),
             pair_offsets=self.pair_offsets,
             traffic=self.outer.traffic,
@@ -94,6 +98,11 @@ def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlace
     if overlap.num_chunks != "auto" and overlap.num_chunks > MAX_TWO_LEVEL_CHUNKS:
         raise ValueError(
             f"on a TwoLevelTransport num_chunks must be at most {MAX_TWO_LEVEL_CHUNKS}, got {overlap.num_chunks}"
+        )
+    if overlap.chunk_by == "experts":
+        raise ValueError(
+            "chunk_by='experts' needs a transport of one level, since a relay spreads and gathers the rows of a chunk "
+            "together: use chunk_by='tokens', or TwoLevelTransport.world"
         )
     if placement is not None and placement.has_replicas:
         raise ValueError(
@@ -134,10 +143,12 @@ def exchange_two_level_plan(
     told[2, :, place::node_size] = outer_counts[0]
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
+    told_rows, told_pairs = received[:2].tolist()
+    check_counts(told_rows, told_pairs, told_rows, traffic, header.top_k, transport.rank)
 
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     tokens = TokenPlan(
-        overlap.token_bounds(num_tokens), *order_rows(outer_keys, num_nodes, outer_rows), outer_rows, outer_pairs
+        overlap.bounds(num_tokens), *order_rows(outer_keys, num_nodes, outer_rows), outer_rows, outer_pairs, outer_rows
     )
     receive_rows = relayed_from[2].tolist()
     outer = DispatchPlan(
@@ -146,7 +157,8 @@ def exchange_two_level_plan(
         overlap=overlap,
         tokens=tokens,
         receive_rows=receive_rows,
-        home_offsets=offsets(outer_rows),
+        return_rows=receive_rows,
+        send_offsets=offsets(outer_rows),
         receive_offsets=offsets(receive_rows),
         pair_offsets=(),
         traffic=traffic,

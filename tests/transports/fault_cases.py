@@ -77,7 +77,7 @@ class DamagingTransport(FaultyTransport):
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         received = super().exchange_counts(counts)
-        rows = received[0, -2 * MAX_SEGMENTS :]  # of every segment, two of them local, then pairs
+        rows = received[0, -3 * MAX_SEGMENTS :]  # of every segment, two of them local, then pairs and returning rows
         rows[3] ^= 4
         return received
 

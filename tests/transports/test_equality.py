@@ -15,7 +15,8 @@ from test_expert_parallel import NAMES, Batch, assert_equals_one_device
 import tritonmoe as tm
 from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport, TwoLevelTransport, as_transport
 
-OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3))
+OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3), tm.OverlapConfig(3, chunk_by="experts"))
+TWO_LEVEL_OVERLAPS = OVERLAPS[:2]
 
 
 def batch(num_ranks: int, dtype: torch.dtype) -> Batch:
@@ -26,7 +27,7 @@ def run_rank(transport: Transport) -> list[dict[str, torch.Tensor]]:
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         given = batch(transport.size, dtype)
-        for overlap in OVERLAPS:
+        for overlap in TWO_LEVEL_OVERLAPS if isinstance(transport, TwoLevelTransport) else OVERLAPS:
             leaves = {name: value.requires_grad_() for name, value in given.of_rank(transport.rank).items()}
             out = given.call(transport, leaves, overlap, backend="reference")
             grads = torch.autograd.grad(out, list(leaves.values()), given.tokens["dout"][transport.rank])
@@ -75,7 +76,8 @@ else:
         by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
         for number, dtype in enumerate((torch.float64, torch.bfloat16)):
             expected = batch(size, dtype).on_one_device()
-            for overlap in range(len(OVERLAPS)):
-                parts = [results[len(OVERLAPS) * number + overlap] for results in by_rank]
+            num_overlaps = len(TWO_LEVEL_OVERLAPS if backend == "gloo two levels" else OVERLAPS)
+            for overlap in range(num_overlaps):
+                parts = [results[num_overlaps * number + overlap] for results in by_rank]
                 actual = {name: torch.cat([part[name] for part in parts]) for name in ("out", *NAMES)}
                 assert_equals_one_device(actual, expected, (backend, size, dtype, overlap))

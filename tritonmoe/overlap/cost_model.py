@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from ..config import LOCAL_PARTS, OverlapPlan
 from ..transports import Transport
 from .schedule import Step
 
-__all__ = ["LayerWork", "LinkCosts", "StepCosts", "fit_line", "probe", "step_units"]
+__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "probe", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -77,7 +78,7 @@ class LayerWork:
         return self.row_bytes if kind == "dispatch" or self.other_row_bytes is None else self.other_row_bytes
 
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Give home rows, received rows and pairs (W,) of every segment, each chunk its share."""
+        """Give rows sent, rows returned and pairs (W,) of every segment, each chunk its share."""
         own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()
         home, received, pairs = self._sums
         slices: list[float] = []
@@ -85,11 +86,33 @@ class LayerWork:
             home, received, pairs = home - own_rows, received - own_rows, pairs - own_pairs
             slices = [plan.local_start / LOCAL_PARTS, 1 - plan.local_start / LOCAL_PARTS]
         shares = [size / sum(plan.chunk_sizes) for size in plan.chunk_sizes]
+        leaving, returning = self.shares(plan)
         return (
-            [own_rows * part for part in slices] + [home * share for share in shares],
-            [own_rows * part for part in slices] + [received * share for share in shares],
+            [own_rows * part for part in slices] + [home * share for share in leaving],
+            [own_rows * part for part in slices] + [received * share for share in returning],
             [own_pairs * part for part in slices] + [pairs * share for share in shares],
         )
+
+    def shares(self, plan: OverlapPlan) -> tuple[list[float], list[float]]:
+        """Give the share of the travelling rows that leaves with each chunk, and that returns with it.
+
+        With chunks of experts as if every row had the same number of pairs, whose chunks are independent.
+        Example:
+            Two equal chunks of experts, two pairs per row: (0.75, 0.25) and (0.25, 0.75).
+        """
+        total = sum(plan.chunk_sizes)
+        if plan.chunk_by == "tokens":
+            shares = [size / total for size in plan.chunk_sizes]
+            return shares, shares
+        own_rows, own_pairs = (
+            float(of.diagonal().sum()) if plan.local_first else 0.0 for of in (self.rows, self.pairs)
+        )
+        rows = float(self.rows.sum()) - own_rows
+        pairs_per_row = max(1.0, (float(self.pairs.sum()) - own_pairs) / rows) if rows else 1.0
+        reached = [size / total for size in accumulate(plan.chunk_sizes, initial=0)]
+        leaving = [(1 - first) ** pairs_per_row - (1 - last) ** pairs_per_row for first, last in pairwise(reached)]
+        returning = [last**pairs_per_row - first**pairs_per_row for first, last in pairwise(reached)]
+        return leaving, returning
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +138,7 @@ class LayerWork:
 
 
 PAIR_KINDS = ("experts", "experts_backward", "group", "weight_grad")
+RETURNING_KINDS = ("combine", "dispatch_backward")
 
 
 def step_units(
@@ -126,7 +150,7 @@ def step_units(
     """
     if step.kind in PAIR_KINDS:
         of = pairs
-    elif step.kind in ("combine", "dispatch_backward"):
+    elif step.kind in RETURNING_KINDS:
         of = received
     else:
         of = home

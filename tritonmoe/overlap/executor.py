@@ -131,9 +131,9 @@ class LayerReport:
     """What ran; give it as a layer's `overlap` to run the same again."""
     top_k: int
     home_offsets: tuple[int, ...]
-    """Where this rank's tokens for each segment (local rows, then chunks) start, and the end; see DispatchPlan."""
+    """Where this rank's rows for each segment (local rows, then chunks) start when sent, and the end."""
     receive_offsets: tuple[int, ...]
-    """The same for the rows that came here."""
+    """The same for the rows that came here, when they return."""
     pair_offsets: tuple[int, ...]
     """The same for their routed pairs."""
     forward: PassReport
@@ -220,8 +220,9 @@ class ExpertsPass(Protocol):
     def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads: ...
 
 
-MakeExperts = Callable[[Tensor, Tensor, Tensor], ExpertsPass]
-"""(rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32) -> the experts of one call."""
+MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor], ExpertsPass]
+"""(the plan, which knows by now where received rows lie, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K)
+fp32) -> the experts of one call."""
 
 Combine = Callable[..., Tensor]
 """The combine op of the layer's backend."""
@@ -236,6 +237,7 @@ class LayerPass:
     """
 
     plan: DispatchPlan
+    """The backward of chunks of experts needs the plan as the forward has left it here."""
     transport: Transport
     combine: Combine
     make_experts: MakeExperts | None
@@ -277,7 +279,7 @@ class LayerPass:
                 torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
             ids, self.received_weights = self.receive_metadata(metadata_in[0], topk_ids.shape[1])
             assert self.make_experts is not None
-            self.experts = self.make_experts(rows, ids, self.received_weights)
+            self.experts = self.make_experts(self.plan, rows, ids, self.received_weights)
 
         partials: dict[int, Tensor] = {}
 
@@ -348,7 +350,7 @@ class LayerPass:
                 )
                 return
             segment = plan.segment(chunk)
-            partial, dweights[plan.receive_slice(chunk)] = experts_pass.backward(segment, dout_rows, plan.needs_x)
+            partial, dweights[plan.return_slice(chunk)] = experts_pass.backward(segment, dout_rows, plan.needs_x)
             if partial is not None:
                 partials[chunk] = partial
 
@@ -360,7 +362,7 @@ class LayerPass:
             grads = dweights.new_empty(plan.num_home, dweights.shape[1])
             grads[: plan.num_local] = dweights[: plan.num_local]
             dweights_home.append(grads)
-            return self._exchange_all(dweights.index_select(0, plan.receive_order()), dweights_home, is_return=True)
+            return self._exchange_all(dweights.index_select(0, plan.return_order()), dweights_home, is_return=True)
 
         def weight_grad(_: int | None) -> None:
             weight_grads.append(experts_pass.weight_grad(dout_rows, needs_weights))
@@ -371,7 +373,7 @@ class LayerPass:
             self._sum_at_home(home, chunk, dx)
 
         def reduce_routing_backward(_: int | None) -> None:
-            dweights_home[0][plan.send_order()] = dweights_home[1]
+            dweights_home[0][plan.home_order()] = dweights_home[1]
             # Every pair is computed by one rank only: the other ranks' terms are zero.
             dtopk_weights.append(self.combine(dweights_home[0], tokens.home_index))
 
@@ -415,6 +417,7 @@ class LayerPass:
 
     def receive_metadata(self, received: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
         """Give the ids (R, K) int32 and weights (R, K) fp32 of the received rows, once the exchange has ended."""
+        self.plan = self.plan.place_received(received[1][:, :top_k])
         received[0][self.plan.receive_order()] = received[1]
         return _unpack_metadata(received[0], top_k)
 
@@ -448,26 +451,26 @@ class LayerPass:
     ) -> PendingExchange:
         """Replicate rows of values (T, D) to every rank that needs them: dispatch, and the adjoint of combine."""
         plan = self.plan
-        packed = values.index_select(0, plan.tokens.home_tokens[plan.home_slice(chunk)])
+        packed = values.index_select(0, plan.tokens.home_tokens[plan.send_slice(chunk)])
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
         return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
 
     def return_chunk(self, partial: Tensor, chunk: int, home: Tensor, wire: WireFormat) -> PendingExchange:
-        """Bring one row per received row home: combine, and the adjoint of dispatch."""
+        """Bring the chunk's finished rows home, one per received row: combine, and the adjoint of dispatch."""
         plan = self.plan
         out = home[plan.home_slice(chunk)]
-        splits = plan.receive_splits(chunk), plan.send_splits(chunk)
+        splits = plan.return_splits(chunk), plan.home_splits(chunk)
         return self._exchange_rows(partial, splits, out, wire)
 
     def _sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
-        """Sum the partial rows of the chunk's tokens, in rank order, in fp32."""
+        """Sum the partial rows of the tokens that are whole with this chunk, in rank order, in fp32."""
         if self.plan.is_identity:
             return
         tokens = self.plan.token_slice(chunk)
         self.combine(home, self.plan.tokens.home_index[tokens], out=out[tokens])
 
     def _exchange_all(self, packed: Tensor, received: list[Tensor], is_return: bool = False) -> PendingExchange:
-        """Exchange rows of all chunks at once, by (rank, chunk, token); what arrives is appended to `received`."""
+        """Exchange rows of all chunks at once, by (rank, token); what arrives is appended to `received`."""
         splits = self.plan.all_send_splits, self.plan.all_receive_splits
         if is_return:
             splits = splits[1], splits[0]

@@ -20,6 +20,8 @@ INDEX_BYTES = 4
 EXPERTS_GATHERED = 2
 """Backends that compute block by block gather the pairs of one expert for its weight gradients while they still have
 those of the expert before."""
+PLACES_BYTES = 3 * 8
+"""Of a received row, with chunks of experts: where it was received and returns, and returned_rows of the Grouping."""
 SQUARES_BYTES = 3 * 4
 """For each element sent in a wire format: three fp32 numbers while the error that it makes is measured."""
 
@@ -201,20 +203,27 @@ class _Walk:
         """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more."""
         assert step.chunk is not None
         segment, widths = step.chunk + self.plan.num_local_slices, self.widths
+        is_kept = self.plan.chunk_by == "experts" and step.chunk >= 0
+        if is_kept:
+            self._hold("results", _total(self.pairs[self.plan.num_local_slices :]) * widths.row_bytes)
         if widths.max_block_pairs is None:
-            meanwhile = self.pairs[segment] * (widths.row_bytes + whole_bytes)
+            meanwhile = self.pairs[segment] * (whole_bytes + (0 if is_kept else widths.row_bytes))
         else:
             # First the rows of a block's pairs are gathered, then the rows' sums are made and copied to where they go.
             block = self.pairs[segment].clamp(max=widths.max_block_pairs) * (widths.row_bytes + block_bytes)
             sums = self.received[segment] * widths.row_bytes
-            meanwhile = self.largest_pairs * widths.row_bytes + torch.maximum(block, sums)
+            meanwhile = torch.maximum(block, sums)
+            if not is_kept or self.plan.local_first:
+                meanwhile = meanwhile + self.largest_pairs * widths.row_bytes
         if step.chunk >= 0:
             self._hold(("partial", step.chunk), self.received[segment] * widths.row_bytes)
         self._count(meanwhile)
 
     def _grouping(self) -> Tensor:
-        """pair_index, source_order and inverse."""
-        return (2 * _total(self.pairs) + _total(self.received) * self.work.top_k) * INDEX_BYTES
+        """pair_index, source_order and inverse; with chunks of experts the places of rows beside them."""
+        received = _total(self.received)
+        places = PLACES_BYTES * received if self.plan.chunk_by == "experts" else 0 * received
+        return (2 * _total(self.pairs) + received * self.work.top_k) * INDEX_BYTES + places
 
     @property
     def _other_row_bytes(self) -> int:

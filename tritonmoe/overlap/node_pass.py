@@ -45,7 +45,7 @@ class NodePass:
         relayed: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        make_experts: Callable[[Tensor, Tensor, Tensor], ExpertsPass],
+        make_experts: Callable[[DispatchPlan, Tensor, Tensor, Tensor], ExpertsPass],
     ) -> "NodePass":
         """Spread the ids (R, K) and weights (R, K) of the relayed rows inside the node, and make the experts."""
         rows = relayed.new_empty(plan.num_received, relayed.shape[1])
@@ -53,7 +53,7 @@ class NodePass:
         pending, metadata = inner.send_metadata(topk_ids, topk_weights)
         pending.wait()
         ids, weights = inner.receive_metadata(metadata, topk_ids.shape[1])
-        return cls(plan, transport, combine, relayed, make_experts(rows, ids, weights), rows)
+        return cls(plan, transport, combine, relayed, make_experts(plan, rows, ids, weights), rows)
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Give the weighted partial sums of the relayed rows of `chunk`, over the experts of this node."""

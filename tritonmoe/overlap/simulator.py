@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import OverlapPlan
-from .cost_model import LayerWork, LinkCosts, StepCosts, step_units
+from .cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
 from .schedule import Schedule, Step, build_backward, build_forward
 
 __all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
@@ -137,7 +137,7 @@ def simulate(schedule: Schedule, plan: OverlapPlan, work: LayerWork, costs: Step
         W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
     """
     ports = _Ports(work, link)
-    sizes = work.segments(plan)
+    sizes, (leaving, returning) = work.segments(plan), work.shares(plan)
     now = torch.zeros(work.size, dtype=torch.float64)
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
@@ -153,7 +153,8 @@ def simulate(schedule: Schedule, plan: OverlapPlan, work: LayerWork, costs: Step
         now = now + costs.seconds(step.kind, units)
         if step.lane == "comm":
             under_way.add(position)
-            share = 1.0 if step.chunk is None else plan.chunk_sizes[step.chunk] / sum(plan.chunk_sizes)
+            shares = returning if step.kind in RETURNING_KINDS else leaving
+            share = 1.0 if step.chunk is None else shares[step.chunk]
             ports.post(position, now, share * work.bytes_per_row(step.kind))
         steps.append(SimulatedStep(step, start, now))
     return Simulation(steps, now)

@@ -96,7 +96,13 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
     else:
         sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
     local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
-    return OverlapPlan(sizes, config.local_first, local_start, serial=config.serial)
+    return plan_of(config, sizes, local_start=local_start, serial=config.serial)
+
+
+def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
+    """Give a plan with what the configuration leaves no choice about."""
+    chunk_by = "experts" if config.chunk_by == "experts" else "tokens"
+    return OverlapPlan(chunk_sizes, config.local_first, chunk_by=chunk_by, **others)  # type: ignore[arg-type]
 
 
 BUDGETED_WINDOW = 2
@@ -109,7 +115,7 @@ def budgeted_plan(config: OverlapConfig, work: LayerWork | None, widths: BufferW
     """
     budget = config.memory_budget_bytes
     assert budget is not None
-    least = OverlapPlan(equal_sizes(MAX_CHUNKS), config.local_first, window=1, backward_window=1, serial=config.serial)
+    least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
     if work is None:
         return least, f"{least}: takes least, until a call has shown how many rows there are"
     peak = peak_bytes(least, work, widths).most
@@ -173,7 +179,7 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
             free_at = timing.end_s
             if is_shared and timing.step.chunk is not None and report.num_chunks > 1:
                 continue
-            share = 1.0 if timing.step.chunk is None else 1 / report.num_chunks
+            share = 1.0 if timing.step.chunk is None else work.shares(report.overlap)[0][timing.step.chunk]
             num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
             key, seconds = (report.num_chunks, str(timing.step)), max(0.0, timing.end_s - began)
             alone[key] = num_bytes, min(seconds, alone.get(key, (0.0, seconds))[1])
@@ -215,7 +221,7 @@ def search(
         if fits(plan):
             seconds(plan)
 
-    one = simulate_layer(OverlapPlan((1,), config.local_first), work, costs, link, backward=False)[0]
+    one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
     steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
     experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
     communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
@@ -224,7 +230,7 @@ def search(
     shapes = {"equal": [equal_sizes], "ramp": [ramp_sizes]}.get(str(config.shape), [equal_sizes, ramp_sizes])
     for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
         for sizes in shapes:
-            tries(OverlapPlan(sizes(num_chunks), config.local_first))
+            tries(plan_of(config, sizes(num_chunks)))
     if config.local_first:
         for plan in best(2):
             for local_start in SEARCHED_LOCAL_STARTS:
@@ -269,14 +275,14 @@ def pack(plan: OverlapPlan) -> int:
     return value
 
 
-def unpack(value: int, local_first: bool) -> OverlapPlan:
+def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
     parts = []
     for _ in range(4):
         value, part = divmod(value, 64)
         parts.append(part)
     backward_window, window, local_start, is_ramp = parts
     sizes = (ramp_sizes if is_ramp else equal_sizes)(value)
-    return OverlapPlan(sizes, local_first, local_start, window, backward_window)
+    return plan_of(config, sizes, local_start=local_start, window=window, backward_window=backward_window)
 
 
 @dataclass
@@ -357,7 +363,7 @@ class PlanChooser:
             self.choice = "the ranks vote in this call for the plans to try"
             return fixed_plan(config, MEASURED_NUM_CHUNKS[-1], self.size)
         self.choice = f"measuring: call {number + 1} of {len(MEASURED_NUM_CHUNKS)} before the search"
-        return OverlapPlan(equal_sizes(MEASURED_NUM_CHUNKS[number]), config.local_first, local_start=0)
+        return plan_of(config, equal_sizes(MEASURED_NUM_CHUNKS[number]), local_start=0)
 
     def _untuned_plan(self) -> OverlapPlan:
         config = self.config
@@ -442,7 +448,7 @@ class PlanChooser:
         # The slowest rank sets the pace of all; among equals the first one.
         votes = max(messages, key=lambda message: message.predicted_ns).votes
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
-        self.candidates = [one, *(unpack(vote, self.config.local_first) for vote in votes)]
+        self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
         self.num_tried, self.times = 0, {n: [] for n in range(len(self.candidates))}
         self.measured.clear()
         self.tried.clear()
