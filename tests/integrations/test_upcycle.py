@@ -23,6 +23,7 @@ from tritonmoe.integrations.transformers import (
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.ffn_blocks import find_blocks
+from tritonmoe.integrations.transformers.requirements import check_transformers
 
 EXACT_FP32 = 2e-6  # of the largest output; the dense models themselves differ by 1e-7 from their fp64 selves
 
@@ -280,7 +281,7 @@ def test_native_twins_have_an_auxiliary_loss_or_warn(name, caplog):
     ids = make_batch(dense)["input_ids"]
     found = getattr(moe(input_ids=ids, labels=ids), "aux_loss", None)
     if "no auxiliary loss" in caplog.text:
-        assert name == "hunyuan_v1_dense"
+        assert name == "hunyuan_v1_dense" or (name == "granite" and check_transformers() < (5, 24))
         assert found is None
     else:
         assert found > 0

@@ -92,7 +92,7 @@ def make_conversion(
     conversion: NativeConversion | InplaceConversion
     if native is not None and target != "inplace":
         conversion = NativeConversion(dense, settings, blocks, chosen)
-        if not native.has_aux_loss:
+        if not conversion.has_aux_loss:
             log.warning(
                 "%s has no auxiliary loss in transformers: nothing will balance its experts in training unless you add "
                 "one (tritonmoe.routing.load_balance_loss), or use target='inplace'",

@@ -35,7 +35,6 @@ class NativeTarget:
     """Further parameters of the block, which start at zero."""
     layers: str | None = None
     """How the twin says which layers stay dense: "list", "range", or not at all."""
-    has_aux_loss: bool = True
 
 
 def _mixtral(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
@@ -100,7 +99,6 @@ NATIVE_TARGETS: dict[str, NativeTarget] = {
         router="gate.wg.weight",
         shared="shared_mlp",
         shared_width_is_expert_width=True,
-        has_aux_loss=False,
     ),
 }
 """By the dense config's model_type. The twins of OLMo 1, Phi-3 and GLM-4 differ in norms or attention."""
@@ -144,6 +142,8 @@ class NativeConversion:
         if not name.startswith(prefix) or model_class is None:
             raise ValueError(f"{target.model_type} has no class like {name}; {_INSTEAD}")
         self.model_class = model_class
+        # what its auxiliary loss is made from; Granite's lacks it in 5.7 and 5.17, among others
+        self.has_aux_loss = "router_logits" in (getattr(model_class, "_can_record_outputs", None) or {})
         width = chosen[0].intermediate_size
         for block in blocks:
             if not block.path.endswith(".mlp") or block.intermediate_size != width or block.has_up_bias:
@@ -183,7 +183,7 @@ class NativeConversion:
                 f"set up to equal the block; {_INSTEAD}, or another release of transformers"
             )
         fields |= wanted
-        if target.has_aux_loss:
+        if self.has_aux_loss:
             fields["output_router_logits"] = True
         layers = [block.index for block in self.blocks]
         if target.layers == "range" and layers == list(range(layers[0], layers[-1] + 1)):
