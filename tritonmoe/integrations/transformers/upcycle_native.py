@@ -35,6 +35,7 @@ class NativeTarget:
     """Further parameters of the block, which start at zero."""
     layers: str | None = None
     """How the twin says which layers stay dense: "list", "range", or not at all."""
+    has_aux_loss: bool = True
 
 
 def _mixtral(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
@@ -99,6 +100,7 @@ NATIVE_TARGETS: dict[str, NativeTarget] = {
         router="gate.wg.weight",
         shared="shared_mlp",
         shared_width_is_expert_width=True,
+        has_aux_loss=False,
     ),
 }
 """By the dense config's model_type. The twins of OLMo 1, Phi-3 and GLM-4 differ in norms or attention."""
@@ -142,8 +144,9 @@ class NativeConversion:
         if not name.startswith(prefix) or model_class is None:
             raise ValueError(f"{target.model_type} has no class like {name}; {_INSTEAD}")
         self.model_class = model_class
-        # what its auxiliary loss is made from; Granite's lacks it in 5.7 and 5.17, among others
-        self.has_aux_loss = "router_logits" in (getattr(model_class, "_can_record_outputs", None) or {})
+        # the loss is made from recorded logits; Granite's twin records none in 5.7 and 5.17, among others
+        records_logits = "router_logits" in (getattr(model_class, "_can_record_outputs", None) or {})
+        self.has_aux_loss = target.has_aux_loss and records_logits
         width = chosen[0].intermediate_size
         for block in blocks:
             if not block.path.endswith(".mlp") or block.intermediate_size != width or block.has_up_bias:
