@@ -164,10 +164,13 @@ def test_plans_of_any_routing(drawn) -> None:
             assert order == sorted(moved, key=lambda row, ranks=ranks: (ranks[row], row))
 
 
-@pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])
-def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
-    """Count the rows of D columns that a call really sends: |S_ik| there, |S_ik| back, whatever K."""
-    num_experts, hidden, sent = 4, 3, [[], []]
+def row_splits_sent(overlap: OverlapPlan | tm.OverlapConfig) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """Run forward and backward on two ranks; give each rank's ids, and its input splits of every exchange of rows.
+
+    Tokens of rank 0 need experts {0, 1, 2, 3}, {2, 3}, {0, 1} and none; of rank 1 {0, 1}.
+    """
+    num_experts, hidden = 4, 3
+    sent: list[list[list[int]]] = [[], []]
     ids = [torch.tensor([[0, 1, 2, 3], [2, 3, 2, 3], [0, 0, 1, 1], [-1, 4, -1, 4]]), torch.tensor([[1, 1, 1, 0]])]
     w1, w2 = torch.ones(num_experts, 2 * hidden, hidden), torch.ones(num_experts, hidden, hidden)
 
@@ -182,19 +185,19 @@ def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
         transport.exchange = recorded
         x = torch.ones(len(ids[rank]), hidden, requires_grad=True)
         mine = slice(2 * rank, 2 * rank + 2)
-        tm.expert_parallel_mlp(
-            x,
-            ids[rank],
-            torch.ones(ids[rank].shape),
-            w1[mine],
-            w2[mine],
-            num_experts=num_experts,
-            transport=transport,
-            overlap=tm.OverlapConfig(2, local_first),
-        ).sum().backward()
+        options = {"num_experts": num_experts, "transport": transport, "overlap": overlap}
+        out = tm.expert_parallel_mlp(x, ids[rank], torch.ones(ids[rank].shape), w1[mine], w2[mine], **options)
+        out.sum().backward()
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=10)
-    traffic = torch.tensor([[len(tokens) for tokens in s_ik(rows.tolist(), num_experts, 2)] for rows in ids])
+    return ids, sent
+
+
+@pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])
+def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
+    """Count the rows of D columns that a call really sends: |S_ik| there, |S_ik| back, whatever K."""
+    ids, sent = row_splits_sent(tm.OverlapConfig(2, local_first))
+    traffic = torch.tensor([[len(tokens) for tokens in s_ik(rows.tolist(), 4, 2)] for rows in ids])
     assert traffic.tolist() == [[2, 2], [1, 0]]
     if local_first:
         traffic.fill_diagonal_(0)

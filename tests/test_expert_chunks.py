@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from test_dispatch import as_ids, header, routings, s_ik
+from test_dispatch import as_ids, header, routings, row_splits_sent, s_ik
 from test_expert_parallel import CALLABLES, KERNEL_DEVICE, Batch, assert_equals_one_device, assert_same_bits
 from test_grouping import check_order
 from torch import Tensor
@@ -295,30 +295,8 @@ def test_bits_of_the_kernels_do_not_depend_on_the_chunks() -> None:
 
 @both_ways
 def test_a_row_travels_once_there_and_once_back(local_first: bool) -> None:
-    """Rows of D columns that leave each rank, exchange by exchange: with the first chunk, and home with the last.
-
-    Tokens of rank 0 need experts {0, 1, 2, 3}, {2, 3}, {0, 1} and none; of rank 1 {0, 1}; chunks are {0, 2}, {1, 3}.
-    """
-    num_experts, hidden, sent = 4, 3, [[], []]
-    ids = [torch.tensor([[0, 1, 2, 3], [2, 3, 2, 3], [0, 0, 1, 1], [-1, 4, -1, 4]]), torch.tensor([[1, 1, 1, 0]])]
-    w1, w2 = torch.ones(num_experts, 2 * hidden, hidden), torch.ones(num_experts, hidden, hidden)
-
-    def on_rank(transport: Transport) -> None:
-        rank, exchange = transport.rank, transport.exchange
-
-        def recorded(rows: Tensor, input_splits, output_splits, out=None):
-            if rows.dtype == torch.float32 and rows.shape[1] == hidden:
-                sent[rank].append(list(input_splits))
-            return exchange(rows, input_splits, output_splits, out)
-
-        transport.exchange = recorded
-        x = torch.ones(len(ids[rank]), hidden, requires_grad=True)
-        mine = slice(2 * rank, 2 * rank + 2)
-        options = {"num_experts": num_experts, "transport": transport, "overlap": by_experts(2, local_first)}
-        out = tm.expert_parallel_mlp(x, ids[rank], torch.ones(ids[rank].shape), w1[mine], w2[mine], **options)
-        out.sum().backward()
-
-    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=10)
+    """Rows of D columns that leave each rank, exchange by exchange; chunks are {0, 2}, {1, 3}."""
+    _, sent = row_splits_sent(by_experts(2, local_first))
     traffic = torch.tensor([[2, 2], [1, 0]])
     if local_first:
         traffic.fill_diagonal_(0)

@@ -236,7 +236,7 @@ STARTS_SLEEPERS = """if True:
     with Namespaces(["sh", "-c", sys.argv[1]], 4, 1e9, node_size=2, inter_rate=1e8) as namespaces:
         pids = [process.pid for process in [*namespaces._processes, namespaces._hub]]
         print(*pids, flush=True)
-        sys.exit(namespaces.run({}, timeout_s=0.2))
+        sys.exit(namespaces.run(timeout_s=0.2))
 """
 
 

@@ -78,12 +78,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         os.environ[MODEL] = directory
         _make_model(arguments).save_pretrained(directory)
         with Namespaces(command, arguments.netns, rate) as namespaces:
-
-            def set_rate(bits: str) -> str:
-                namespaces.set_rate(float(bits))
-                return "done"
-
-            return namespaces.run({"rate": set_rate}, arguments.timeout_s)
+            return namespaces.run(arguments.timeout_s)
 
 
 def _make_model(arguments: argparse.Namespace) -> Any:

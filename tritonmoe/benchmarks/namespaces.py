@@ -6,6 +6,7 @@ uplinks meet in a bridge of bridges. tc's token bucket shapes both directions of
 """
 
 import ctypes
+import json
 import os
 import select
 import shutil
@@ -13,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -123,11 +124,10 @@ class Namespaces:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def run(self, answers: Mapping[str, Callable[[str], str]], timeout_s: float) -> int:
+    def run(self, timeout_s: float) -> int:
         """Wait for all processes, answering what rank 0 asks; give the first exit status that is not 0.
 
-        answers: by the first word of a line that rank 0 sends (ask()): the rest of the line -> the answer. When a
-        process fails, the others have timeout_s to end by themselves.
+        When a process fails, the others have timeout_s to end by themselves.
         """
         deadline: float | None = None
         asking = [self._control]
@@ -136,8 +136,7 @@ class Namespaces:
             if readable:
                 question = self._control.recv(4096).decode().strip()
                 if question:
-                    word, _, rest = question.partition(" ")
-                    self._control.sendall(answers[word](rest).encode() + b"\n")
+                    self._control.sendall(self._answer(question).encode() + b"\n")
                 else:
                     asking = []  # rank 0 has ended
             failed = [process for process in self._processes if process.poll()]
@@ -146,6 +145,15 @@ class Namespaces:
             if deadline is not None and time.monotonic() > deadline:
                 break
         return next((process.returncode for process in self._processes if process.returncode), 0)
+
+    def _answer(self, question: str) -> str:
+        """Do what rank 0 asks with ask(): "rate BITS_PER_S", or "uplinks" for uplink_bytes() as JSON."""
+        word, _, rest = question.partition(" ")
+        if word == "rate":
+            self.set_rate(float(rest))
+            return "done"
+        assert word == "uplinks", question
+        return json.dumps(self.uplink_bytes())
 
     def set_rate(self, rate: float) -> None:
         """Give all ranks' links another rate; what is under way goes on."""

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +175,7 @@ def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
         node_size=arguments.node_size,
         inter_rate=inter_rate,
     ) as namespaces:
-
-        def set_rate(bits: str) -> str:
-            namespaces.set_rate(float(bits))
-            return "done"
-
-        answers: dict[str, Callable[[str], str]] = {
-            "rate": set_rate,
-            "uplinks": lambda _: json.dumps(namespaces.uplink_bytes()),
-        }
-        return namespaces.run(answers, arguments.timeout_s)
+        return namespaces.run(arguments.timeout_s)
 
 
 def _link_of_namespaces(rank: int) -> Link:
