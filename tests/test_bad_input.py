@@ -133,6 +133,33 @@ def test_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tm.moe_mlp(**arguments(), backend="auto").shape == (3, 8)
 
 
+BEYOND_THE_KERNELS: dict[str, tuple[dict[str, int], torch.dtype, str]] = {
+    "E": ({"num_experts": 1025}, torch.float32, "there are 1025 experts on this device, the kernels take at most 1024"),
+    "K": ({"top_k": 17}, torch.float32, "K is 17 experts per token, the kernels take at most 16"),
+    "fp64": ({}, torch.float64, "the kernels compute in fp32, fp16 and bf16, not in fp64"),
+}
+cases_beyond_the_kernels = pytest.mark.parametrize(
+    ("sizes", "dtype", "match"), BEYOND_THE_KERNELS.values(), ids=BEYOND_THE_KERNELS
+)
+
+
+def beyond_the_kernels(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    given = arguments(**sizes, hidden=2, inner=1)
+    return {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()} | {"backend": "triton"}
+
+
+@cases_beyond_the_kernels
+def test_limits_of_the_kernels(sizes: dict, dtype: torch.dtype, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    given = beyond_the_kernels(sizes, dtype)
+    message = f"backend='triton' can't run here: {match}. Use backend='auto', 'torch' or 'reference'"
+    with pytest.raises(ValueError, match=message):
+        tm.moe_mlp(**given)
+    with pytest.raises(ValueError, match=message):
+        torch.compile(tm.moe_mlp, backend="aot_eager")(**given)
+    assert tm.moe_mlp(**given | {"backend": "auto"}).shape == (3, 2)
+
+
 def test_triton_or_device_too_old_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "_triton_version", lambda: "3.5.1")
@@ -203,6 +230,32 @@ def test_one_rank_has_bad_arguments(changes: dict, error: type, match: str, bad_
         out = parallel(transport, grad=True)
         out.sum().backward()
         assert out.isfinite().all()
+
+    assert errors_of(fn) == [None, None]
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1, None])
+@cases_beyond_the_kernels
+def test_ranks_beyond_the_kernels(
+    sizes: dict, dtype: torch.dtype, match: str, bad_rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank or all (None) ask for the kernels: refused before a row is sent, and the next call works."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    given = beyond_the_kernels(sizes, dtype)
+
+    def fn(transport: Transport) -> None:
+        is_bad = bad_rank in (transport.rank, None)
+        call = {
+            **given,
+            "backend": "triton" if is_bad else "torch",
+            "num_experts": transport.size * given["gate_up_proj"].shape[0],
+        }
+        expected = (ValueError, match) if is_bad else (tm.TransportError, rf"ranks \[{bad_rank}\] refused")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transport, "exchange", lambda *_, **__: pytest.fail("rows were sent"))
+            with pytest.raises(expected[0], match=expected[1]):
+                tm.expert_parallel_mlp(**call, transport=transport)
+        parallel(transport, grad=True).sum().backward()
 
     assert errors_of(fn) == [None, None]
 

@@ -39,6 +39,12 @@ def test_choice() -> None:
     assert choose("reference", cpu, torch.float64) is reference
     assert choose("auto", torch.device("cuda"), torch.float32) is triton_backend
     assert choose("auto", torch.device("cuda"), torch.float64) is torch_backend
+    for limits, chosen in (
+        ({"num_experts": 1024, "top_k": 16}, triton_backend),
+        ({"num_experts": 1025}, torch_backend),
+        ({"top_k": 17}, torch_backend),
+    ):
+        assert choose("auto", torch.device("cuda"), torch.float32, **limits) is chosen
 
 
 class Operands:

@@ -184,15 +184,18 @@ def find_main_grads(weights: ExpertWeights) -> MainGrads | None:
 
 def make_settings(
     x: Tensor,
+    topk_ids: Tensor,
+    weights: ExpertWeights,
     layout: ExpertLayout,
     activation: Activation,
     backend: str,
     save: Literal["hidden", "input"],
     options: KernelOptions,
 ) -> ExpertSettings:
-    """Check `save` and `options` and choose the backend for them, x's device and dtype."""
+    """Check `save` and `options` and choose the backend for them, x's device and dtype, E on this device, and K."""
     check_options(save, options)
-    ops = backends.choose(backend, x.device, x.dtype, options)
+    num_experts, top_k = weights.gate_up_proj.shape[0], topk_ids.shape[1]
+    ops = backends.choose(backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
     return ExpertSettings(ops, layout, activation, save, options)
 
 

@@ -91,10 +91,11 @@ def encode(activation: Activation, layout: ExpertLayout, backend: str, options: 
     return OperatorSettings(name, *constants, layout.gated, layout.interleaved, layout.transposed, backend, *options)
 
 
-def decode(encoded: tuple[Any, ...], x: Tensor) -> ExpertSettings:
+def decode(encoded: tuple[Any, ...], x: Tensor, topk_ids: Tensor, gate_up_proj: Tensor) -> ExpertSettings:
     name, limit, alpha, up_offset, gated, interleaved, transposed, backend, *options = encoded
+    num_experts, top_k = gate_up_proj.shape[0], topk_ids.shape[1]
     return ExpertSettings(
-        backends.choose(backend, x.device, x.dtype, KernelOptions(*options)),
+        backends.choose(backend, x.device, x.dtype, KernelOptions(*options), num_experts=num_experts, top_k=top_k),
         ExpertLayout(gated, interleaved, transposed),
         ClampedSwiGLU(limit, alpha, up_offset) if name == "clamped_swiglu" else name,
         options=KernelOptions(*options),
@@ -124,7 +125,7 @@ def _moe_mlp(
 ) -> tuple[Tensor, Tensor]:
     """Give out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
     encoded = activation, limit, alpha, up_offset, gated, interleaved, transposed, backend, num_sms, batch_invariant
-    settings = decode(encoded, x)
+    settings = decode(encoded, x, topk_ids, gate_up_proj)
     check_num_pairs(topk_ids)
     weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     h = x.new_empty(topk_ids.numel() if keep_hidden else 0, _hidden_width(gate_up_proj, transposed))
@@ -176,7 +177,7 @@ def _moe_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Give the gradients of x, topk_weights and the weights, in the order of Needs; no elements where not wanted."""
     encoded = activation, limit, alpha, up_offset, gated, interleaved, transposed, backend, num_sms, batch_invariant
-    settings = decode(encoded, x)
+    settings = decode(encoded, x, topk_ids, gate_up_proj)
     weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     with without_autocast(x.device):
         grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])

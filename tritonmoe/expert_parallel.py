@@ -343,7 +343,7 @@ def _run_eagerly(
             check_two_level(overlap, placement)
         if len(fillers) > MAX_FILLERS:
             raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
-        settings = make_settings(x, layout, activation, backend, save, options)
+        settings = make_settings(x, topk_ids, weights, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
         refuse(transport)

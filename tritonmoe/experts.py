@@ -178,8 +178,8 @@ def _needs_grad(x: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> bool
 
 @outside_graphs
 def _run_callable_or_main_grad(*arguments: Any) -> Tensor:
-    settings, *others = arguments
-    return _run_eagerly(make_settings(others[1], *settings), *others)
+    settings, owners, x, topk_ids, topk_weights, weights = arguments
+    return _run_eagerly(make_settings(x, topk_ids, weights, *settings), owners, x, topk_ids, topk_weights, weights)
 
 
 def moe_mlp(
@@ -242,5 +242,5 @@ def moe_mlp(
         arguments = (layout, activation, backend, save, options)
         if torch.compiler.is_compiling():
             return _run_callable_or_main_grad(arguments, owners, x, topk_ids, topk_weights, weights)
-        settings = make_settings(x, *arguments)
+        settings = make_settings(x, topk_ids, weights, *arguments)
         return _run_eagerly(settings, owners, x, topk_ids, topk_weights, weights)

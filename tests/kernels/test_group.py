@@ -149,10 +149,3 @@ def test_group_around_one_program(num_rows):
     ids = random_ids(num_rows, 16, 300).to(DEVICE)
     with garbage_memory():
         assert_same_grouping(kernels.group(ids, 300), reference.group(ids, 300))
-
-
-def test_limits_are_named():
-    with pytest.raises(ValueError, match=r"E \(experts\) is 1025, the Triton kernels take at most 1024: use backend="):
-        kernels.group(torch.zeros(2, 16, dtype=torch.int64, device=DEVICE), 1025)
-    with pytest.raises(ValueError, match=r"K \(experts per token\) is 17, the Triton kernels take at most 16"):
-        kernels.group(torch.zeros(2, 17, dtype=torch.int64, device=DEVICE), 1024)

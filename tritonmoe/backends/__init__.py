@@ -14,7 +14,7 @@ from torch import bfloat16, cuda, float16, float32, float64, version
 from torch import device as Device
 from torch import dtype as DType
 
-from ..config import KernelOptions
+from ..config import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 
 __all__ = ["BACKENDS", "choose", "triton_unusable_reason"]
 
@@ -77,13 +77,34 @@ def _log_once(message: str) -> None:
     log.info(message)
 
 
-def choose(backend: str, device: Device, dtype: DType, options: KernelOptions = KernelOptions()) -> ModuleType:
+def _beyond_limits(dtype: DType, num_experts: int, top_k: int) -> str | None:
+    """Say why the Triton kernels can't compute such a layer on any device; None where they can."""
+    if dtype == float64:
+        return "the kernels compute in fp32, fp16 and bf16, not in fp64"
+    if num_experts > MAX_EXPERTS:
+        return f"there are {num_experts} experts on this device, the kernels take at most {MAX_EXPERTS}"
+    if top_k > MAX_TOP_K:
+        return f"K is {top_k} experts per token, the kernels take at most {MAX_TOP_K}"
+    return None
+
+
+def choose(
+    backend: str,
+    device: Device,
+    dtype: DType,
+    options: KernelOptions = KernelOptions(),
+    *,
+    num_experts: int = 1,
+    top_k: int = 1,
+) -> ModuleType:
     """Give the module of ops for `backend` ("auto", "triton", "torch" or "reference").
 
     "auto" is triton on a GPU and torch elsewhere; the choice and its reason are logged once. Only triton can be batch
     invariant: the libraries behind PyTorch's products choose their code by the number of rows, and round a row
     differently with its neighbours.
 
+    Args:
+        num_experts: on this device. top_k: experts per token.
     Raises:
         ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
@@ -95,9 +116,7 @@ def choose(backend: str, device: Device, dtype: DType, options: KernelOptions = 
             f"experts compute in float32, bfloat16, float16 or float64, got {dtype}: cast x and the weights "
             "(quantised weights are not supported, and never dequantised on the quiet)"
         )
-    reason = triton_unusable_reason(device)
-    if reason is None and dtype == float64:
-        reason = "the kernels compute in fp32, fp16 and bf16, not in fp64"
+    reason = triton_unusable_reason(device) or _beyond_limits(dtype, num_experts, top_k)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":

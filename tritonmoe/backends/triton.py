@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..config import ExpertLayout, FusedActivation, KernelOptions
+from ..config import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping, RowSources
 from ..kernels import bias_grad as bias_grad_kernels
 from ..kernels import combine as combine_kernels
@@ -37,8 +37,9 @@ def group(
     row_sources: RowSources | None = None,
 ) -> Grouping:
     """Order the pairs by counting sort in three launches; one chunk without pair offsets is padded to R*K positions."""
-    group_kernels.check_limits(num_experts, topk_ids.shape[1])
     num_rows, top_k = topk_ids.shape
+    assert num_experts <= MAX_EXPERTS, f"{num_experts} experts"
+    assert top_k <= MAX_TOP_K, f"{top_k} experts per token"
     row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
     num_chunks = len(row_offsets) - 1
     if num_chunks == 1:

@@ -8,12 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import MAX_EXPERTS, MAX_TOP_K
 from ..grouping import RowSources
 from .group_steps import count_tile, place_tile, scan_tiles
 from .launch import INTERPRETED, launch
 
-__all__ = ["MAX_FEW_PAIRS", "TileTable", "check_limits", "group_few_pairs", "group_pairs"]
+__all__ = ["MAX_FEW_PAIRS", "TileTable", "group_few_pairs", "group_pairs"]
 
 PAIRS_PER_TILE = 256 if INTERPRETED else 512
 MAX_FEW_PAIRS = 1024
@@ -168,15 +167,6 @@ def _group_few_kernel(
             TILE,
             BLOCK_OTHERS,
         )
-
-
-def check_limits(num_experts: int, top_k: int) -> None:
-    """Raise ValueError for more experts or more slots of a token than the kernels take."""
-    for name, value, limit in (("E (experts)", num_experts, MAX_EXPERTS), ("K (experts per token)", top_k, MAX_TOP_K)):
-        if value > limit:
-            raise ValueError(
-                f"{name} is {value}, the Triton kernels take at most {limit}: use backend='torch', which has no limit"
-            )
 
 
 class TileTable:
