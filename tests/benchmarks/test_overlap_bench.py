@@ -156,14 +156,6 @@ def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "x max(compute, communication)" in said
 
 
-def test_a_full_disk_under_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    """The figures are shown all the same."""
-    assert main(["--emulate", "2", "--tokens", "8", *QUICK, "--trace", "/dev/full"]) == 2
-    said = capsys.readouterr()
-    assert "T_overlapped" in said.out
-    assert "the trace could not be written: No space left on device" in said.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

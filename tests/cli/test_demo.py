@@ -64,6 +64,17 @@ def test_text_is_plain_and_fits_80_columns(tmp_path, capsys, short, monkeypatch)
     assert "speed-up" in text
 
 
+def test_a_full_disk_loses_no_results(tmp_path, capsys, short):
+    (tmp_path / "tritonmoe-demo-trace.json").symlink_to("/dev/full")
+    arguments = ["demo", "--steps", "2", "--ranks", "2", "--device", "cpu", "--out", str(tmp_path), "--json"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    assert len(results["training"]["losses_nats"]) == 2
+    assert results["paths"] == {"png": str(tmp_path / "tritonmoe-demo.png"), "trace": None}
+    assert "tritonmoe demo: [Errno 28] the trace could not be written: No space left on device" in printed.err
+
+
 def test_missing_extras_are_named_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "new")]) == 2

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..report.files import write_whole
+
 __all__ = ["OLDEST_TRITON", "main", "source_hash"]
 
 OLDEST_TRITON = "3.6.0"
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in table.pop("results")
     ]
     text = json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    arguments.json.write_text(text)
+    write_whole(arguments.json, text, "table")
     print(f"wrote {arguments.json} in {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
 

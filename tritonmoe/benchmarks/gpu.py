@@ -7,7 +7,6 @@ calls of under eight minutes do everything on an H100. On a CPU the same code ru
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..report.files import write_whole
 from .gpu_cases import Setting, check, measure_kernels, measure_layer
 from .shapes import GPU_SHAPES, LayerShape, tiny
 from .timing import environment
@@ -185,7 +185,4 @@ def _output(*command: str) -> str | None:
 
 
 def _write(path: Path, values: Any) -> None:
-    """Write whole or not at all: a run may be stopped at any moment."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(values, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(values, indent=1), "file of figures")

@@ -277,13 +277,28 @@ def _planned_timeline(measured: RankMeasurement, rank: int, name: str) -> Timeli
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Print the figures, then write the files; a file that can't be written doesn't keep the others from it."""
     timelines: dict[str, list[Timeline]] = results.pop("timelines")
-    print(as_table(results))
-    if arguments.json is not None:
-        write_json(arguments.json, "overlap", results)
-    if arguments.trace is not None:
-        write_chrome_trace(arguments.trace, timelines)
-        print(f"wrote {arguments.trace}: open it in https://ui.perfetto.dev")
-    if arguments.png is not None:
-        write_overlap_png(arguments.png, [one[0] for one in timelines.values()], results)
-        print(f"wrote {arguments.png}")
+    print(as_table(results), flush=True)
+
+    def write_trace(path: Path) -> None:
+        write_chrome_trace(path, timelines)
+        print(f"wrote {path}: open it in https://ui.perfetto.dev")
+
+    def write_png(path: Path) -> None:
+        write_overlap_png(path, [one[0] for one in timelines.values()], results)
+        print(f"wrote {path}")
+
+    failures = []
+    for path, write in (
+        (arguments.json, lambda path: write_json(path, "overlap", results)),
+        (arguments.trace, write_trace),
+        (arguments.png, write_png),
+    ):
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:
+            failures.append(str(error))
+    if failures:
+        raise OSError("; ".join(failures))

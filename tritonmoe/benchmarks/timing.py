@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..report.files import write_whole
+
 __all__ = [
     "Samples",
     "add_arguments",
@@ -137,5 +139,6 @@ def write_json(path: Path | None, name: str, results: Any) -> None:
     """Write the results with the machine and versions, if a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "environment": environment(), "results": results}, indent=1))
+        figures = {"benchmark": name, "environment": environment(), "results": results}
+        write_whole(path, json.dumps(figures, indent=1), "file of figures")
         print(f"wrote {path}")

@@ -14,6 +14,7 @@ import torch
 from ..integrations.transformers import collect_statistics
 from ..integrations.transformers.bench_model import qwen3_moe_model
 from ..integrations.transformers.peers import peer_unusable_reason
+from ..report.files import write_picture
 from .timing import Samples, add_arguments, interleave, summarize, write_json
 
 __all__ = ["main"]
@@ -240,4 +241,4 @@ def write_png(path: Path, results: list[dict[str, Any]]) -> None:
     axes.axvline(1.0, color="#333333", lw=1)
     axes.set_xlabel("multiple of tritonmoe's time")
     axes.legend()
-    figure.savefig(path, format="png")
+    write_picture(path, figure)

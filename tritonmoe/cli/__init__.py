@@ -1,6 +1,7 @@
 """The command `tritonmoe`: one subcommand a file, each with add_parser() and run()."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from . import bench, demo, env, models, tune, upcycle, warmup
@@ -11,7 +12,10 @@ SUBCOMMANDS = (demo, bench, env, models, upcycle, tune, warmup)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and give the exit status: 0, 1 where it found something wrong, 2 where it can't run."""
+    """Run one subcommand and give the exit status.
+
+    0, 1 where it found something wrong, 2 where it can't run, 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="tritonmoe", description="Mixture-of-Experts layers with Triton kernels and compute/communication overlap."
     )
@@ -19,4 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in SUBCOMMANDS:
         module.add_parser(subparsers)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"tritonmoe {arguments.command}: interrupted", file=sys.stderr)
+        return 130

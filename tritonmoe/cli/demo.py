@@ -5,6 +5,7 @@ that a layer's exchanges take as long as its compute, which is where overlap has
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,9 @@ class _Results:
     num_compared_steps: int
     is_bit_equal: bool
     layer: LayerMeasurement
-    png: Path
-    trace: Path
+    png: Path | None
+    trace: Path | None
+    """None: it could not be written."""
     elapsed_s: float
 
 
@@ -101,16 +104,23 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse("--device cuda needs a CUDA device and there is none: use --device cpu")
     has_cuda = arguments.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if has_cuda else "cpu")
+    is_new = not arguments.out.exists()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _refuse(f"--out {arguments.out} can't be made: {error}")
-    results = _run_all(arguments, device)
+    try:
+        results = _run_all(arguments, device)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # a file is there already
+                arguments.out.rmdir()
+        raise
     if arguments.json:
         print(json.dumps(_as_json(results), indent=1))
     else:
         print(_as_text(results, text_style(sys.stdout)))
-    return 0 if results.is_bit_equal else 1
+    return 0 if results.is_bit_equal and results.png and results.trace else 1
 
 
 def _refuse(message: str) -> int:
@@ -155,15 +165,20 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> _Results:
     )
 
     _say("writing the picture and the trace ...")
-    png, trace = arguments.out / "tritonmoe-demo.png", arguments.out / "tritonmoe-demo-trace.json"
-    write_png(
-        png,
-        overlapped[0].traffic_rows,
-        layer.timelines_of(layer.slowest_rank),
-        title=f"One MoE layer on {num_ranks} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as serial",
-        note=f"emulated link of {_rate(layer.bandwidth_gb_per_s)}; traffic of the trained model's first MoE layer",
-    )
-    write_chrome_trace(trace, {name: layer.timelines[name] for name in ("serial", "overlapped")})
+
+    def draw(path: Path) -> None:
+        write_png(
+            path,
+            overlapped[0].traffic_rows,
+            layer.timelines_of(layer.slowest_rank),
+            title=f"One MoE layer on {num_ranks} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as "
+            "serial",
+            note=f"emulated link of {_rate(layer.bandwidth_gb_per_s)}; traffic of the trained model's first MoE layer",
+        )
+
+    def trace(path: Path) -> None:
+        write_chrome_trace(path, {name: layer.timelines[name] for name in ("serial", "overlapped")})
+
     return _Results(
         device=device,
         num_ranks=num_ranks,
@@ -176,10 +191,20 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> _Results:
         num_compared_steps=num_compared,
         is_bit_equal=_have_equal_losses(serial, overlapped, num_compared),
         layer=layer,
-        png=png,
-        trace=trace,
+        png=_written(draw, arguments.out / "tritonmoe-demo.png"),
+        trace=_written(trace, arguments.out / "tritonmoe-demo-trace.json"),
         elapsed_s=time.perf_counter() - started,
     )
+
+
+def _written(write: Callable[[Path], None], path: Path) -> Path | None:
+    """Write a file and give its path; where that fails, say why and give None: the results are shown all the same."""
+    try:
+        write(path)
+    except OSError as error:
+        _say(f"tritonmoe demo: {error}")
+        return None
+    return path
 
 
 def _choose_link(calibration: list[RankTraining], shape: ModelShape) -> tuple[float, LinkModel]:
@@ -236,7 +261,10 @@ def _parameters(results: _Results) -> tuple[int, int]:
 def _as_text(results: _Results, style: TextStyle) -> str:
     parts = [_text_of_model(results), _text_of_training(results, style), _text_of_traffic(results, style)]
     parts.append(_text_of_layer(results, style))
-    parts.append(f"Picture  {results.png}\nTrace    {results.trace} (open it at https://ui.perfetto.dev)")
+    parts.append(
+        f"Picture  {results.png or 'could not be written'}\n"
+        f"Trace    {results.trace or 'could not be written'} (open it at https://ui.perfetto.dev)"
+    )
     parts.append(f"{results.elapsed_s:.0f} s in all")
     return "\n\n".join(parts)
 
@@ -370,6 +398,6 @@ def _as_json(results: _Results) -> dict[str, Any]:
             "speed_ups": layer.speed_ups("serial"),
             "speed_up_over_one_chunk": layer.speed_up("serial, one chunk"),
         },
-        "paths": {"png": str(results.png), "trace": str(results.trace)},
+        "paths": {name: path and str(path) for name, path in (("png", results.png), ("trace", results.trace))},
         "elapsed_s": results.elapsed_s,
     }

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .files import write_picture
+
 __all__ = ["write_load_png"]
 
 
@@ -13,7 +15,8 @@ def write_load_png(path: Path, loads: Mapping[str, Sequence[int]], *, title: str
         loads: name of a layer -> pairs of each of its experts. 1.0 in the picture is the layer's mean; layers may
             have different numbers of experts.
     Raises:
-        ImportError: matplotlib is not installed. ValueError: there is no layer.
+        ImportError: matplotlib is not installed. ValueError: there is no layer. OSError: the picture
+            could not be written; no part of it is left.
     """
     if not loads:
         raise ValueError("there is nothing to draw: no layer has been called yet")
@@ -37,7 +40,7 @@ def write_load_png(path: Path, loads: Mapping[str, Sequence[int]], *, title: str
     axes.set_xlabel("expert")
     axes.set_yticks(range(len(loads)), list(loads), fontsize=8)
     figure.colorbar(image, ax=axes, label="multiple of the mean load")
-    figure.savefig(path, format="png", bbox_inches="tight")
+    write_picture(path, figure, bbox_inches="tight")
 
 
 def _largest(relative: Sequence[Sequence[float]]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
 from .timeline import LANES, Timeline
 
 __all__ = ["chrome_trace", "write_chrome_trace"]
@@ -56,12 +57,7 @@ def write_chrome_trace(path: Path, runs: Mapping[str, Sequence[Timeline]]) -> No
     Raises:
         OSError: it could not be written, on a full disk for example; then no part of it is left.
     """
-    try:
-        path.write_text(json.dumps(chrome_trace(runs)))
-    except OSError as error:
-        if path.is_file():
-            path.unlink()
-        raise OSError(error.errno, f"the trace could not be written: {error.strerror}", str(path)) from error
+    write_whole(path, json.dumps(chrome_trace(runs)), "trace")
 
 
 def _microseconds(seconds: float) -> float:

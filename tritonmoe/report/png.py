@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_picture
 from .terminal import SHORT_NAMES
 from .timeline import LANES, Span, Timeline
 
@@ -30,14 +31,14 @@ def write_png(
     """Draw the (W, W) traffic as a heat map and every timeline to one scale, and write the picture.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed. OSError: the picture could not be written; no part of it is left.
     """
     figure = _make_figure(14, 2.0 + 1.7 * max(2, len(timelines)))
     figure.suptitle(f"{title}\n{note}" if note else title, fontsize=12)
     grid = figure.add_gridspec(max(1, len(timelines)), 2, width_ratios=(1, 2.6))
     _draw_heat_map(figure.add_subplot(grid[:, 0]), traffic_rows)
     _draw_timelines(figure, [grid[number, 1] for number in range(len(timelines))], timelines)
-    figure.savefig(path, format="png")
+    write_picture(path, figure)
 
 
 def write_overlap_png(path: Path, timelines: Sequence[Timeline], results: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ def write_overlap_png(path: Path, timelines: Sequence[Timeline], results: Mappin
 
     results: what the overlap benchmark gives: link, model, tokens, routing, pass, variants, summary.
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed. OSError: the picture could not be written; no part of it is left.
     """
     figure = _make_figure(14, 4.4 + 1.7 * len(timelines))
     bound = results["summary"]["bound_ratio_of_medians"]
@@ -57,7 +58,7 @@ def write_overlap_png(path: Path, timelines: Sequence[Timeline], results: Mappin
     grid = figure.add_gridspec(len(timelines) + 1, 1, height_ratios=[1.0] * len(timelines) + [2.2])
     _draw_timelines(figure, [grid[number, 0] for number in range(len(timelines))], timelines)
     _draw_sweep(figure.add_subplot(grid[len(timelines), 0]), results)
-    figure.savefig(path, format="png")
+    write_picture(path, figure)
 
 
 def _make_figure(width: float, height: float) -> Any:

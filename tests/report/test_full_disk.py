@@ -1,0 +1,126 @@
+"""A disk that is full: what can't be written is said, no part of it is left, and what was found is shown all the same.
+
+The disk is a tmpfs of one page, mounted in a namespace of its own, which goes with its processes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonmoe as tm
+from tritonmoe.benchmarks.namespaces import unusable_reason
+from tritonmoe.report.files import write_whole
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tm.__file__).parents[1])}
+MOUNT = 'mount -t tmpfs -o size=4k none "$1" && '
+
+
+def run_on_full_disk(disk: Path, *command: str, timeout_s: float = 120) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run a command that finds a disk of 4 kB at `disk`, and give what is on that disk in the end."""
+    disk.mkdir()
+    listing = disk.with_name("listing")
+    script = MOUNT + 'shift && { "$@"; status=$?; ls -A "$DISK" > "$LISTING"; exit $status; }'
+    ended = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(disk), *command],
+        env={**ENVIRONMENT, "DISK": str(disk), "LISTING": str(listing)},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    return ended, set(listing.read_text().split())
+
+
+def can_mount(folder: Path) -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "sh", "-c", MOUNT + "true", "sh", str(folder)]).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    if not can_mount(tmp_path):
+        pytest.skip("mounting a tmpfs needs root and the command unshare")
+    return tmp_path / "disk"
+
+
+def test_no_writer_leaves_a_part(disk: Path) -> None:
+    code = f"""if True:
+        import dataclasses, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_files import TIMELINE
+        from tritonmoe.benchmarks.timing import write_json
+        from tritonmoe.report.load import write_load_png
+        from tritonmoe.report.perfetto import write_chrome_trace
+        from tritonmoe.report.png import write_png
+        disk = Path({str(disk)!r})
+        (disk / "old").write_text("figures of yesterday")
+        for write in (
+            lambda: write_chrome_trace(disk / "trace", {{str(run): [TIMELINE] for run in range(20)}}),
+            lambda: write_png(disk / "png", [[1, 2], [3, 4]], [TIMELINE], title="title"),
+            lambda: write_load_png(disk / "load", {{"layer": [1, 2]}}),
+            lambda: write_json(disk / "old", "name", list(range(9999))),
+        ):
+            try:
+                write()
+            except OSError as error:
+                print(error)
+        assert (disk / "old").read_text() == "figures of yesterday"
+    """
+    ended, left = run_on_full_disk(disk, sys.executable, "-c", code)
+    assert ended.returncode == 0, ended.stderr
+    assert left == {"old"}
+    full = "could not be written: No space left on device: "
+    for what, name in (("trace", "trace"), ("picture", "png"), ("picture", "load"), ("file of figures", "old")):
+        assert f"the {what} {full}'{disk / name}'" in ended.stdout
+
+
+@pytest.mark.parametrize("where", ["--emulate", pytest.param("--netns", marks=pytest.mark.slow)])
+def test_a_benchmark_gives_its_figures(disk: Path, tmp_path: Path, where: str) -> None:
+    """The trace and the picture find no room; the figures are on the screen, and on the other disk."""
+    if where == "--netns" and unusable_reason() is not None:
+        pytest.skip(str(unusable_reason()))
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "tritonmoe", "bench", "overlap", where, "2", "--model", "tiny", "--tokens", "40"]
+    command += ["--rounds", "1", "--chunks", "1", "2", "--trace", str(disk / "trace"), "--png", str(disk / "png")]
+    ended, left = run_on_full_disk(disk, *command, "--json", str(figures))
+    assert ended.returncode == 2, ended.stderr
+    assert left == set()
+    assert "T_overlapped" in ended.stdout
+    assert json.loads(figures.read_text())["results"]["ranks"] == 2
+    for what in ("trace", "picture"):
+        assert f"the {what} could not be written: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_files_are_whole(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    for path in (file, link):
+        write_whole(path, f"by {path.name}", "note")
+        assert file.read_text() == f"by {path.name}"
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+    with pytest.raises(OSError, match="the note could not be written: No such file or directory"):
+        write_whole(tmp_path / "nowhere" / "file", "", "note")
+
+
+def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    write_bytes = Path.write_bytes
+
+    def interrupted(part: Path, data: bytes) -> int:
+        write_bytes(part, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new", "note")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
