@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from quantised_weights import Int4Tensor, Params4bit
-from tiny_models import INPLACE, NATIVE, make_batch, make_dense
+from tiny_models import INPLACE, LLAMA_LIKE, NATIVE, make_batch, make_dense
 from torch import nn
 
 from tritonmoe.integrations.transformers import (
@@ -110,13 +110,28 @@ def test_layers_that_stay_dense():
     assert verify_upcycle(dense, moe, make_batch(dense)).relative_error < EXACT_FP32
 
 
+@pytest.mark.skipif("granite" in NATIVE, reason="the twins of this transformers all have fused experts")
+def test_a_twin_without_fused_experts_is_refused():
+    dense = transformers.GraniteForCausalLM(transformers.GraniteConfig(**LLAMA_LIKE))
+    with pytest.raises(ValueError, match=r"differ in .*experts\.down_proj.*use target='inplace'"):
+        upcycle(dense, 4, 2)
+    assert verify_upcycle(dense, upcycle(dense, 4, 2, target="inplace"), make_batch(dense)).relative_error < EXACT_FP32
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_greedy_text_is_the_same(name):
     dense = make_dense(name)
     moe = upcycle(dense, 8, 4, granularity=2)
-    ids = make_batch(dense)["input_ids"][:1]
-    texts = [model.generate(ids, max_new_tokens=20, do_sample=False) for model in (dense, moe)]
-    assert texts[0].shape == (1, 31)
+    batch = {"input_ids": make_batch(dense)["input_ids"]}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :4] = 0
+    # transformers' auxiliary loss takes no mask that is longer than the new tokens
+    without = {"output_router_logits": False} if name == "llama" else {}
+    texts = [
+        model.generate(**batch, max_new_tokens=20, do_sample=False, **options)
+        for model, options in ((dense, {}), (moe, without))
+    ]
+    assert texts[0].shape == (2, 31)
     assert torch.equal(*texts)
 
 

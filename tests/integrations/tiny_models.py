@@ -7,6 +7,8 @@ import torch
 import transformers as tr
 from torch import Tensor
 
+from tritonmoe.integrations.transformers.discovery import experts_classes
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -37,6 +39,8 @@ NATIVE: dict[str, tuple[Any, Callable[..., Any], dict[str, Any]]] = {
     "ernie4_5": (tr.Ernie4_5ForCausalLM, tr.Ernie4_5Config, {**LLAMA_LIKE, "head_dim": 12}),
     "hunyuan_v1_dense": (tr.HunYuanDenseV1ForCausalLM, tr.HunYuanDenseV1Config, {**LLAMA_LIKE, "head_dim": 12}),
 }
+if not any(found.model_type == "granitemoe" for found in experts_classes()):
+    del NATIVE["granite"]  # in older releases its twin's experts are two stacks of linears that ask no registry
 INPLACE: dict[str, tuple[Any, Callable[..., Any], dict[str, Any]]] = {
     "gpt2": (tr.GPT2LMHeadModel, tr.GPT2Config, GPT2_LIKE),
     "bert": (tr.BertModel, tr.BertConfig, SIZES),
