@@ -196,17 +196,19 @@ def test_the_example_of_a_grouping_in_chunks_of_experts() -> None:
 
 def test_counts_that_contradict_each_other() -> None:
     """Two chunks, two rows of rank 0 that both return with the second; K = 2."""
-    traffic = torch.tensor([[2]])
-    check_counts([[2], [0]], [[2], [2]], [[0], [2]], traffic, 2, 0)
-    for rows, pairs, back in (
-        ([2, 0], [2, 2], [0, 1]),  # one never returns
-        ([2, 0], [5, 2], [0, 2]),  # more pairs than rows have slots
-        ([1, 1], [2, 2], [2, 0]),  # returned before it has come
-        ([2, 0], [2, 1], [0, 2]),  # returns with a chunk that has nothing of it
-        ([0, 2], [2, 2], [0, 2]),  # pairs without rows
+    rows_in_all = torch.tensor([[2]])
+    check_counts([[2], [0]], [[2], [2]], [[0], [2]], rows_in_all, torch.tensor([[4]]), 2, 0)
+    for rows, pairs, back, pairs_in_all in (
+        ([2, 0], [2, 2], [0, 1], 4),  # one never returns
+        ([2, 0], [5, 2], [0, 2], 7),  # more pairs than rows have slots
+        ([1, 1], [2, 2], [2, 0], 4),  # returned before it has come
+        ([2, 0], [2, 1], [0, 2], 3),  # returns with a chunk that has nothing of it
+        ([0, 2], [2, 2], [0, 2], 4),  # pairs without rows
+        ([2, 0], [2, 2], [0, 2], 3),  # a pair more than in all
     ):
+        totals = rows_in_all, torch.tensor([[pairs_in_all]])
         with pytest.raises(tm.CountMismatch, match="contradict each other"):
-            check_counts(*([[n] for n in counts] for counts in (rows, pairs, back)), traffic, 2, 0)
+            check_counts(*([[n] for n in counts] for counts in (rows, pairs, back)), *totals, 2, 0)
 
 
 CASES = [(1, 6, 2), (2, 6, 1), (2, 60, 8), (3, 6, 2), (3, 60, 1), (4, 8, 8)]

@@ -447,7 +447,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows])  # (3, segments, W)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
     receive_rows, receive_pairs, return_rows = received.tolist()
-    check_counts(receive_rows, receive_pairs, return_rows, traffic, header.top_k, transport.rank)
+    check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
     return DispatchPlan(
         rank=transport.rank,
         size=transport.size,
@@ -544,6 +544,7 @@ def check_counts(
     pairs: Sequence[Sequence[int]],
     return_rows: Sequence[Sequence[int]],
     traffic: Tensor,
+    traffic_pairs: Tensor,
     top_k: int,
     rank: int,
 ) -> None:
@@ -553,13 +554,14 @@ def check_counts(
 
     Args:
         rows, pairs, return_rows: [segment][rank]: rows that come to this rank, their pairs that it computes, rows that
-            it returns. traffic: (W, W), of rows.
+            it returns. traffic, traffic_pairs: (W, W), of rows and of pairs.
     """
-    for sender, total in enumerate(traffic[:, rank].tolist()):
+    totals = zip(traffic[:, rank].tolist(), traffic_pairs[:, rank].tolist(), strict=True)
+    for sender, (total, total_pairs) in enumerate(totals):
         row_counts, pair_counts, return_counts = (
             [segment[sender] for segment in counts] for counts in (rows, pairs, return_rows)
         )
-        here, is_right = 0, sum(row_counts) == sum(return_counts) == total
+        here, is_right = 0, sum(row_counts) == sum(return_counts) == total and sum(pair_counts) == total_pairs
         for r, p, back in zip(row_counts, pair_counts, return_counts, strict=True):
             here += r  # rows that have come and not gone back
             is_right &= 0 <= r <= p and 0 <= back <= p <= top_k * here
@@ -568,8 +570,8 @@ def check_counts(
             returning = "" if return_counts == row_counts else f", of which {return_counts} return,"
             raise CountMismatch(
                 f"rank {rank} got counts of rank {sender} that contradict each other: {total} rows in all, by segment "
-                f"{row_counts} rows{returning} with {pair_counts} pairs of at most {top_k} a row: they were damaged on "
-                "their way"
+                f"{row_counts} rows{returning} with {pair_counts} pairs of at most {top_k} a row, {total_pairs} in "
+                "all: they were damaged on their way"
             )
 
 

@@ -144,7 +144,7 @@ def exchange_two_level_plan(
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
     told_rows, told_pairs = received[:2].tolist()
-    check_counts(told_rows, told_pairs, told_rows, traffic, header.top_k, transport.rank)
+    check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
 
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     tokens = TokenPlan(

@@ -1,7 +1,9 @@
 """Three gloo processes per case, of which the last one fails in the middle of a layer call; what the others get.
 
-Run as a script it writes FOLDER/results.json: by case, what every rank raised or gave. The processes of a case are
-forks of one that has imported torch already.
+Run as fault_cases.py FOLDER [SECONDS] it writes FOLDER/results.json: by case, what every rank raised or gave, with
+SECONDS only of the cases in which a rank comes late, by so many. The processes of a case are forks of one that has
+imported torch already. Run as fault_cases.py FOLDER gloo CASE RANK SIZE, or by mpiexec as fault_cases.py FOLDER mpi
+CASE, it is one rank of one case, whose end is a user's.
 """
 
 import json
@@ -19,7 +21,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.dispatch import MAX_SEGMENTS
-from tritonmoe.transports import PendingExchange, ProcessGroupTransport, Transport
+from tritonmoe.transports import MPITransport, PendingExchange, ProcessGroupTransport, Transport
 
 SIZE = 3
 VICTIM = SIZE - 1
@@ -69,16 +71,20 @@ class FaultyTransport(Transport):
         return self._transport.exchange_counts(counts)
 
 
-class DamagingTransport(FaultyTransport):
-    """Gives counts of which one has a bit too many."""
+ROWS_OF_CHUNK_1 = 3 - 3 * MAX_SEGMENTS
+"""A place in the message that a rank gets: it ends in rows of every segment, two local ones first, pairs, rows back."""
 
-    def __init__(self, transport: Transport) -> None:
+
+class DamagingTransport(FaultyTransport):
+    """Gives counts of rank 0 of which one has a bit too many, or too few."""
+
+    def __init__(self, transport: Transport, place: int = ROWS_OF_CHUNK_1, bit: int = 4) -> None:
         super().__init__(transport, "counts", lambda: None)
+        self._place, self._bit = place, bit
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         received = super().exchange_counts(counts)
-        rows = received[0, -3 * MAX_SEGMENTS :]  # of every segment, two of them local, then pairs and returning rows
-        rows[3] ^= 4
+        received[0, self._place] ^= self._bit
         return received
 
 
@@ -118,13 +124,31 @@ def late(seconds: float) -> Callable[[Transport], object]:
     )
 
 
-def killed_in_experts(transport: Transport) -> object:
-    def activation(h: Tensor) -> Tensor:
-        if h.shape[0] and transport.rank == VICTIM:
-            die()
-        return h[:, :4].sigmoid() * h[:, 4:]
+def fails_in_experts(fail: Callable[[], object]) -> Callable[[Transport], object]:
+    """Let the last rank fail where its experts compute the first rows that came to it."""
 
-    return step(transport, activation=activation)
+    def run(transport: Transport) -> object:
+        def activation(h: Tensor) -> Tensor:
+            if h.shape[0] and transport.rank == VICTIM:
+                fail()
+            return h[:, :4].sigmoid() * h[:, 4:]
+
+        return step(transport, activation=activation)
+
+    return run
+
+
+def fails_in_backward_experts(fail: Callable[[], object]) -> Callable[[Transport], object]:
+    def run(transport: Transport) -> object:
+        def activation(h: Tensor) -> Tensor:
+            a = h[:, :4].sigmoid() * h[:, 4:]
+            if a.requires_grad and transport.rank == VICTIM:
+                a.register_hook(lambda _: fail())  # type: ignore[arg-type, return-value]
+            return a
+
+        return step(transport, activation=activation)
+
+    return run
 
 
 def corrupted_counts(transport: Transport) -> object:
@@ -151,9 +175,10 @@ def interrupted(transport: Transport) -> object:
 
 CASES: dict[str, Callable[[Transport], object]] = {
     "killed_in_dispatch": killed_in("dispatch 1"),
-    "killed_in_experts": killed_in_experts,
+    "killed_in_experts": fails_in_experts(die),
     "killed_in_combine": killed_in("combine 1"),
     "killed_in_backward": killed_in("combine_backward 1"),
+    "killed_in_backward_experts": fails_in_backward_experts(die),
     "late": late(LATE_S),
     "too_late": late(2 * TIMEOUT_S),
     "corrupted_counts": corrupted_counts,
@@ -164,12 +189,12 @@ CASES: dict[str, Callable[[Transport], object]] = {
 }
 
 
-def run_rank(name: str, rank: int, folder: Path) -> None:
+def run_rank(name: str, rank: int, folder: Path, timeout_s: float) -> None:
     """Run one rank of one case, and write what became of it."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=300)
     )
-    transport = ProcessGroupTransport(timeout_s=HANGS_AFTER_S if name == "interrupted" else TIMEOUT_S)
+    transport = ProcessGroupTransport(timeout_s=HANGS_AFTER_S if name == "interrupted" else timeout_s)
     transport.exchange_counts(torch.zeros(SIZE, 1, dtype=torch.int64))
     (folder / f"{name}.{rank}.started").touch()
     started = time.perf_counter()
@@ -182,17 +207,30 @@ def run_rank(name: str, rank: int, folder: Path) -> None:
     (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
 
 
-def run_case(name: str, folder: Path) -> dict[str, Any]:
+def run_as_a_user(folder: Path, backend: str, name: str, rank: int = 0) -> None:
+    """Run one rank of one case in a process of its own; what it raises ends it as it would end a user's."""
+    if backend == "mpi":
+        from mpi4py import MPI
+
+        transport: Transport = MPITransport(MPI.COMM_WORLD, timeout_s=TIMEOUT_S)
+    else:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=SIZE)
+        transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
+    transport.exchange_counts(torch.zeros(SIZE, 1, dtype=torch.int64))
+    CASES[name](transport)
+
+
+def run_case(name: str, folder: Path, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     pids = []
     for rank in range(SIZE):
         pid = os.fork()
         if pid == 0:
             try:
-                run_rank(name, rank, folder)
+                run_rank(name, rank, folder, timeout_s)
             finally:
                 os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
         pids.append(pid)
-    deadline = time.monotonic() + HANGS_AFTER_S
+    deadline = time.monotonic() + HANGS_AFTER_S + 3 * timeout_s
     running = set(pids)
     while running and time.monotonic() < deadline:
         running -= {pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]}
@@ -213,7 +251,19 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def run_late_cases(late_s: float, folder: Path) -> dict[str, Any]:
+    """Let a rank come so many seconds late, with a timeout that allows it, and with half of that time."""
+    CASES.update(late=late(late_s), too_late=late(late_s))
+    timeouts = {"late": late_s + HANGS_AFTER_S, "too_late": late_s / 2, "healthy": TIMEOUT_S}
+    return {name: run_case(name, folder, timeout_s) for name, timeout_s in timeouts.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {name: run_case(name, Path(sys.argv[1])) for name in CASES}
-    (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
+    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+    if arguments and arguments[0] in ("gloo", "mpi"):
+        run_as_a_user(folder, *arguments[:2], *map(int, arguments[2:3]))
+    else:
+        late_s = [float(seconds) for seconds in arguments]
+        results = run_late_cases(*late_s, folder) if late_s else {name: run_case(name, folder) for name in CASES}
+        (folder / "results.json").write_text(json.dumps(results))

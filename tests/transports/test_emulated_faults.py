@@ -7,7 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fault_cases import EXCHANGES, SIZE, TWO_CHUNKS, VICTIM, DamagingTransport, different_layer_order, step
+from fault_cases import (
+    EXCHANGES,
+    MAX_SEGMENTS,
+    SIZE,
+    TWO_CHUNKS,
+    VICTIM,
+    DamagingTransport,
+    different_chunks,
+    different_layer_order,
+    fails_in_backward_experts,
+    fails_in_experts,
+    step,
+)
 
 import tritonmoe as tm
 from tritonmoe.transports import Death, Delay, Transport
@@ -16,7 +28,13 @@ QUICK_S = 5.0
 """Nothing here waits this long unless it hangs; the transports' timeout is longer."""
 
 
-def heard_by(fn: Callable[[Transport], object], timeout_s: float = 30.0, **options) -> list[str]:
+class Killed(BaseException):
+    pass
+
+
+def heard_by(
+    fn: Callable[[Transport], object], timeout_s: float = 30.0, quick_s: float = QUICK_S, **options
+) -> list[str]:
     """Run fn on all ranks and give what each raised, "" for nothing; all of it in time, and nothing stays behind."""
     heard = [""] * SIZE
 
@@ -30,9 +48,9 @@ def heard_by(fn: Callable[[Transport], object], timeout_s: float = 30.0, **optio
     before, threads = time.perf_counter(), threading.active_count()
     try:
         tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=timeout_s, **options)
-    except tm.TransportError:
+    except (tm.TransportError, Killed):
         assert any(heard)
-    assert time.perf_counter() - before < QUICK_S
+    assert time.perf_counter() - before < quick_s
     assert threading.active_count() == threads
     return heard
 
@@ -58,35 +76,43 @@ def test_a_killed_rank(exchange: str) -> None:
         )
 
 
-def test_a_rank_killed_in_experts() -> None:
-    class Killed(BaseException):
-        pass
+@pytest.mark.parametrize(
+    ("fails", "where"),
+    [
+        (fails_in_experts, "step combine, chunk [01]"),
+        (fails_in_backward_experts, "step dispatch_backward, chunk [01]"),
+    ],
+)
+def test_a_rank_killed_in_experts(fails: Callable, where: str) -> None:
+    def die() -> None:
+        raise Killed
 
-    def fn(transport: Transport) -> None:
-        def activation(h: torch.Tensor) -> torch.Tensor:
-            if h.shape[0] and transport.rank == VICTIM:
-                raise Killed
-            return h[:, :4].sigmoid() * h[:, 4:]
-
-        step(transport, activation=activation)
-
-    before = time.perf_counter()
-    with pytest.raises(Killed):
-        heard_by(fn)
-    assert time.perf_counter() - before < QUICK_S
+    heard = heard_by(fails(die))
+    assert heard[VICTIM] == "Killed: "
+    for rank in range(VICTIM):
+        assert re.search(f"^TransportError: {where}: .*rank {VICTIM} failed with Killed.*rank {rank} of", heard[rank])
 
 
-@pytest.mark.parametrize("exchange", ["counts", "dispatch 1", "combine 0", "combine_backward 1"])
-def test_late_ranks(exchange: str) -> None:
-    """Within the timeout nothing changes; later than it, the others say where they waited."""
+LATE = [
+    *((exchange, 0.6) for exchange in ("counts", "dispatch 1", "combine 0", "combine_backward 1")),
+    *(pytest.param("dispatch 1", seconds, marks=pytest.mark.slow) for seconds in (1.0, 5.0, 30.0)),
+]
+
+
+@pytest.mark.parametrize(("exchange", "late_s"), LATE)
+def test_late_ranks(exchange: str, late_s: float) -> None:
+    """Within the timeout nothing changes; later than it, all say where they waited."""
     number = EXCHANGES.index(exchange)
     expected = tm.run_on_emulated_ranks(step, SIZE)
-    assert tm.run_on_emulated_ranks(step, SIZE, timeout_s=5, faults=[Delay(VICTIM, number, 0.3)]) == expected
-    heard = heard_by(step, timeout_s=0.3, faults=[Delay(VICTIM, number, 1.2)])
+    delay = Delay(VICTIM, number, late_s)
+    assert tm.run_on_emulated_ranks(step, SIZE, timeout_s=late_s + QUICK_S, faults=[delay]) == expected
+    heard = heard_by(step, timeout_s=late_s / 3, quick_s=late_s + QUICK_S, faults=[delay])
     kind, _, chunk = exchange.partition(" ")
     where = f"step {kind}, chunk {chunk}" if chunk else "count exchange of layer call 0"
     for rank in range(VICTIM):
         assert re.search(f"^TransportError: {where}.*has not heard from ranks \\[{VICTIM}\\]", heard[rank]), heard
+    # All others had posted what the late one posted then; the next step fails.
+    assert re.search(f"^TransportError: step .*, .*rank {VICTIM} of {SIZE}", heard[VICTIM]), heard
 
 
 def test_corrupted_counts() -> None:
@@ -94,6 +120,25 @@ def test_corrupted_counts() -> None:
     assert heard[VICTIM].startswith(f"CountMismatch: rank {VICTIM} got counts of rank 0 that contradict each other")
     for rank in range(VICTIM):
         assert re.search(f"^TransportError: step metadata, all chunks: .*rank {VICTIM} failed with CountM", heard[rank])
+
+
+DESCRIBED_COUNTS = [
+    *(kind * MAX_SEGMENTS + segment - 3 * MAX_SEGMENTS for kind in range(3) for segment in range(4)),
+    *(VICTIM - 3 * MAX_SEGMENTS - 2 * SIZE, VICTIM - 3 * MAX_SEGMENTS - SIZE),
+]
+"""Places of rows, pairs and returning rows of all segments, and of the rows and pairs in all."""
+
+
+@pytest.mark.parametrize("place", DESCRIBED_COUNTS)
+def test_every_damaged_count_is_noticed(place: int) -> None:
+    for bit in (1, 4):
+        heard = heard_by(lambda t, bit=bit: step(DamagingTransport(t, place, bit) if t.rank == VICTIM else t))
+        assert heard[VICTIM].startswith("CountMismatch"), (bit, heard)
+
+
+def test_different_chunks() -> None:
+    for words in heard_by(different_chunks):
+        assert re.search("^CountMismatch: the ranks disagree on num_chunks .*rank 0: 2, rank 1: 2, rank 2: 3", words)
 
 
 def test_different_layer_order() -> None:

@@ -2,19 +2,18 @@
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import fault_cases
 import pytest
 from fault_cases import LATE_S, SIZE, TIMEOUT_S, VICTIM
-
-import tritonmoe
+from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
 SURVIVORS = range(VICTIM)
 SLACK_S = 4.0
@@ -22,18 +21,21 @@ SLACK_S = 4.0
 
 
 @functools.cache
-def all_results() -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(tritonmoe.__file__).parents[1])}
+def all_results(*arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
-            [sys.executable, fault_cases.__file__, folder], env=environment, capture_output=True, text=True, timeout=200
+            [sys.executable, fault_cases.__file__, folder, *arguments],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert ended.returncode == 0, ended.stderr
         return json.loads((Path(folder) / "results.json").read_text())
 
 
-def ranks_of(name: str) -> list[Any]:
-    results = all_results()[name]
+def ranks_of(name: str, *arguments: str) -> list[Any]:
+    results = all_results(*arguments)[name]
     assert results["hung"] == [], results
     return results["ranks"]
 
@@ -45,6 +47,7 @@ def ranks_of(name: str) -> list[Any]:
         ("killed_in_experts", "step combine, chunk [01]"),
         ("killed_in_combine", "step combine, chunk [01]"),
         ("killed_in_backward", "step combine_backward, chunk [01]"),
+        ("killed_in_backward_experts", "step dispatch_backward, chunk [01]"),
     ],
 )
 def test_a_killed_rank(name: str, where: str) -> None:
@@ -56,20 +59,52 @@ def test_a_killed_rank(name: str, where: str) -> None:
         assert ranks[rank]["seconds"] < 0.5 + TIMEOUT_S + SLACK_S
 
 
-def test_a_late_rank_changes_nothing() -> None:
-    healthy, late = ranks_of("healthy"), ranks_of("late")
+LATE = [(), *(pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s") for seconds in ("1", "5", "30"))]
+
+
+@pytest.mark.parametrize("late_s", LATE)
+def test_a_late_rank_changes_nothing(late_s: tuple[str, ...]) -> None:
+    healthy, late = ranks_of("healthy", *late_s), ranks_of("late", *late_s)
     for rank in range(SIZE):
         assert "error" not in healthy[rank], healthy
         assert late[rank]["value"] == healthy[rank]["value"]
-    assert max(late[rank]["seconds"] for rank in SURVIVORS) > 0.9 * LATE_S
+    assert max(late[rank]["seconds"] for rank in SURVIVORS) > 0.9 * (float(*late_s) or LATE_S)
 
 
-def test_a_rank_that_is_later_than_the_timeout() -> None:
-    ranks = ranks_of("too_late")
+@pytest.mark.parametrize("late_s", LATE)
+def test_a_rank_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> None:
+    ranks, timeout_s = ranks_of("too_late", *late_s), float(*late_s) / 2 or TIMEOUT_S
+    assert re.search(rf"^step \w+, chunk [01]: .*rank {VICTIM} of {SIZE}", ranks[VICTIM]["words"]), ranks
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
-        assert 0.9 * TIMEOUT_S < ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
-    assert ranks[VICTIM]["error"] == "TransportError"
+        assert 0.9 * timeout_s < ranks[rank]["seconds"] < timeout_s + SLACK_S
+
+
+def run_as_users(name: str, backend: str, folder: Path) -> tuple[str, float]:
+    """Run a case in processes that nobody watches over; gives what they said and the seconds."""
+    before = time.perf_counter()
+    ended = run_processes(SIZE, backend, fault_cases.__file__, str(folder), backend, name, timeout_s=60)
+    assert 0 not in ended.statuses, ended
+    return ended.output, time.perf_counter() - before
+
+
+@pytest.mark.parametrize("name", ["killed_in_combine", pytest.param("too_late", marks=pytest.mark.slow)])
+def test_processes_end_by_themselves(name: str, tmp_path: Path) -> None:
+    """The error is on the screen, and gloo's exchanges under way keep no process from its end."""
+    output, seconds = run_as_users(name, "gloo", tmp_path)
+    step = "combine" if name == "killed_in_combine" else "dispatch"
+    for rank in SURVIVORS:
+        assert re.search(rf"TransportError: step {step}, chunk [01]: .*rank {rank} of {SIZE}", output), output
+    assert seconds < 30
+
+
+@NEEDS_MPI
+def test_mpi_is_aborted_after_the_line_that_names_step_and_chunk(tmp_path: Path) -> None:
+    output, seconds = run_as_users("too_late", "mpi", tmp_path)
+    error = re.search(rf"TransportError: step dispatch, chunk 1: .*rank [01] of {SIZE}", output)
+    assert error, output
+    assert "MPI_Abort when this process ends" in output
+    assert seconds < 30
 
 
 def test_corrupted_counts() -> None:

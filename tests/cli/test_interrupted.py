@@ -1,0 +1,126 @@
+"""Ctrl-C in the middle of a run: every process ends, no namespace, process or file stays behind, the next run works."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tritonmoe as tm
+from tritonmoe.benchmarks.namespaces import INTERFACE, unusable_reason
+
+ROOT = Path(tm.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+STARTED_WITHIN_S = 90.0
+ENDS_WITHIN_S = 20.0
+TRITONMOE = [sys.executable, "-m", "tritonmoe"]
+BENCH = [*TRITONMOE, "bench", "overlap", "--netns", "2", "--model", "tiny", "--tokens", "64"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TRAIN = [*TORCHRUN, str(ROOT / "examples" / "train_expert_parallel.py"), "--steps"]
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """Give the network namespace of every process of a session."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(own_session) == session and state != "Z":
+                found[int(entry.name)] = os.readlink(entry / "ns" / "net")
+        except OSError:  # it has ended in the meantime
+            pass
+    return found
+
+
+def wait_for(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def interrupt(command: list[str], folder: Path, is_running: Callable[[int, str], bool], *, everybody: bool) -> str:
+    """Start a command, interrupt it once it runs, and give what it said; nothing of it must be left.
+
+    everybody: as from a terminal, all of its processes get the signal; else the first one alone.
+    """
+    said = folder / "said"
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_for(lambda: is_running(process.pid, said.read_text()), STARTED_WITHIN_S, "it has not started")
+        assert process.poll() is None, said.read_text()
+        namespaces = set(processes_of(process.pid).values()) - {os.readlink("/proc/self/ns/net")}
+        (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+        assert process.wait(timeout=ENDS_WITHIN_S) != 0
+        wait_for(lambda: not processes_of(process.pid), ENDS_WITHIN_S, "a process is left")
+    finally:
+        for pid in processes_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert not namespaces & {link for entry in Path("/proc").glob("[0-9]*/ns/net") if (link := readlink(entry))}
+    assert [path.name for path in folder.iterdir()] == ["said"]
+    return said.read_text()
+
+
+def readlink(path: Path) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def run(command: list[str], folder: Path) -> None:
+    ended = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_a_demo(tmp_path: Path) -> None:
+    said = interrupt(
+        [*TRITONMOE, "demo", "--ranks", "2", "--steps", "100000"],
+        tmp_path,
+        lambda _, said: "step 11: loss" in said,
+        everybody=True,
+    )
+    assert said.endswith("tritonmoe demo: interrupted\n")
+    assert "Traceback" not in said
+
+
+WHO = [pytest.param(True, id="all"), pytest.param(False, id="the first", marks=pytest.mark.slow)]
+"""The slow ones run the command once more."""
+
+
+@pytest.mark.skipif(unusable_reason() is not None, reason=str(unusable_reason()))
+@pytest.mark.parametrize("everybody", WHO)
+def test_a_benchmark_in_namespaces(tmp_path: Path, everybody: bool) -> None:
+    """The ranks measure already: a megabyte has come to each."""
+
+    def is_running(session: int, said: str) -> bool:
+        received = []
+        for pid in processes_of(session):
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/net/dev").read_text().split("\n")
+                received += [int(line.split()[1]) for line in lines if line.strip().startswith(f"{INTERFACE}:")]
+        return len([count for count in received if count > 1e6]) >= 2
+
+    files = ["--json", "figures", "--trace", "trace", "--png", "picture"]
+    said = interrupt([*BENCH, "--rounds", "100000", *files], tmp_path, is_running, everybody=everybody)
+    assert "tritonmoe bench: interrupted" in said
+    if not everybody:
+        run([*BENCH, "--rounds", "1", "--chunks", "1"], tmp_path)
+
+
+@pytest.mark.parametrize("everybody", WHO)
+def test_training_under_torchrun(tmp_path: Path, everybody: bool) -> None:
+    said = interrupt([*TRAIN, "100000"], tmp_path, lambda _, said: "step 9 loss" in said, everybody=everybody)
+    assert re.search("KeyboardInterrupt|got signal: 2", said)
+    if not everybody:
+        run([*TRAIN, "2"], tmp_path)
