@@ -1,11 +1,15 @@
 """`tritonmoe bench transformers` measures what it says: every pass, both routings, files written."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 
-from tritonmoe.benchmarks.transformers import Subject, largest_violation
+from tritonmoe.benchmarks import transformers as bench
+from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.benchmarks.transformers import Subject, kept, largest_violation
 from tritonmoe.cli import main
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 
@@ -25,9 +29,17 @@ def test_it_runs_and_writes(tmp_path, capsys):
         assert case["best_other"] in case["times"]
         assert case["ratio"] > 0
         assert ("kept_for_backward_mb" in case) == (case["pass"] == "training")
+        assert case["peak_mb"].keys() == case["times"].keys()
+        assert min(case["peak_mb"].values()) > 0
+    out = capsys.readouterr().out
+    table = out[out.index("median ms / peak MB") :].splitlines()
+    assert table[1].split()[:5] == ["pass", "T", "dtype", "routing", "tritonmoe"]
+    assert sum(line.startswith(("block ", "model ")) for line in table) == 12
+    assert sum(line.startswith("kept for backward") for line in table) == 4
     assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
     if not torch.cuda.is_available():
-        assert "not run somewhere: sonicmoe" in capsys.readouterr().out
+        assert "not run somewhere: sonicmoe (its kernels need an NVIDIA GPU" in out
+        assert "not run somewhere: liger (its kernels need a GPU)" in out
 
 
 def test_skewed_routing_is_skewed_and_changes_no_implementation():
@@ -45,10 +57,60 @@ def test_skewed_routing_is_skewed_and_changes_no_implementation():
 def test_kept_memory_counts_each_storage_once_and_no_parameter(is_block):
     model = qwen3_moe_model(**SMALL)
     subject = Subject(model, is_block=is_block, num_tokens=48, new_tokens=2)
-    model.set_experts_implementation("tritonmoe")
-    once = subject.kept_for_backward_mb()
-    assert once == subject.kept_for_backward_mb()
+    once = kept(subject, "tritonmoe")
+    assert once == kept(subject, "tritonmoe")
     tokens_and_hidden = 48 * 32 + 48 * 2 * 32  # T*D + T*K*2F numbers must be kept by every layer
     assert once * 1e6 >= 4 * tokens_and_hidden
     if is_block:
         assert once * 1e6 <= 4 * 4 * tokens_and_hidden
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator rounds sizes up")
+def test_memory_of_a_step_is_known_to_the_byte():
+    a = torch.ones(250, 1000)
+
+    def run() -> None:
+        b = a + 1
+        c = b + 1  # two at once
+        del b
+        torch.add(c, 1)  # and two again
+
+    assert peak_mb(run) == pytest.approx(2.0, abs=1e-3)
+    x, weight = torch.ones(250, 1000, requires_grad=True), torch.ones(1000, 1000, requires_grad=True)
+    assert kept_for_backward_mb(lambda: (x @ weight).exp().sum(), [weight]) == pytest.approx(2.0)  # x and exp's result
+
+
+class LigerFunction:
+    """What Liger's own function computes, without its kernels."""
+
+    calls = 0
+
+    @classmethod
+    def apply(cls, x, gate_up_proj, down_proj, topk_ids, topk_weights):
+        assert topk_ids.dtype == torch.int32
+        cls.calls += 1
+        gate, up = torch.einsum("td,ehd->teh", x, gate_up_proj).chunk(2, dim=-1)
+        y = torch.einsum("tef,edf->ted", torch.nn.functional.silu(gate) * up, down_proj)
+        dense = torch.zeros(*y.shape[:2], dtype=y.dtype).scatter_add(1, topk_ids.long(), topk_weights.to(y.dtype))
+        return torch.einsum("ted,te->td", y, dense)
+
+
+def test_liger_is_measured_where_it_runs(monkeypatch):
+    model = qwen3_moe_model(**SMALL)
+    ids = torch.arange(2, 40)[None]
+    expected = model(ids).logits
+    ops = types.SimpleNamespace(LigerFusedMoEFunction=LigerFunction)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    reason_of = bench.peer_unusable_reason
+    monkeypatch.setattr(
+        bench, "peer_unusable_reason", lambda peer, *at, **kw: None if peer == "liger" else reason_of(peer, *at, **kw)
+    )
+    bench.register_liger()
+    model.set_experts_implementation("liger")
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    before = LigerFunction.calls
+    assert before >= 2
+    case = bench.measure(Subject(model, is_block=True, num_tokens=16, new_tokens=2), "training", 16, 1, 0.0)
+    assert LigerFunction.calls > before
+    assert {"liger", "tritonmoe"} <= case["times"].keys() == case["peak_mb"].keys()

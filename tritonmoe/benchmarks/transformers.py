@@ -1,4 +1,4 @@
-"""A Qwen3-MoE-like model and one of its blocks under tritonmoe and under transformers' own experts implementations.
+"""A Qwen3-MoE-like model and one of its blocks under tritonmoe, transformers' own experts implementations, and Liger.
 
 Everything runs in one process, in turn, with the same weights; only experts_implementation changes.
 """
@@ -13,14 +13,14 @@ import torch
 
 from ..integrations.transformers import collect_statistics
 from ..integrations.transformers.bench_model import qwen3_moe_model
-from ..integrations.transformers.peers import peer_unusable_reason
-from ..report.files import write_picture
+from ..integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
+from .step_memory import kept_for_backward_mb, peak_mb
 from .timing import Samples, add_arguments, interleave, summarize, write_json
+from .transformers_report import as_table, write_png
 
 __all__ = ["main"]
 
 OURS = "tritonmoe"
-PEERS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
 BATCHED_MM_LARGEST_T = 64
 """batched_mm copies the weights for every pair."""
 ROUTINGS = {"uniform": 0.0, "skewed": 1.0}
@@ -69,23 +69,6 @@ class Subject:
             for _ in range(self.new_tokens):
                 self.block(self.rows[:, :1])
 
-    def kept_for_backward_mb(self) -> float:
-        """Give the megabytes (1e6 bytes) of tensors, parameters aside, that the forward keeps for backward."""
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.forward_with_graph()  # alive while they are summed: no address is used twice
-            total = sum(kept.values())
-        del loss
-        return round(total / 1e6, 3)
-
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
@@ -121,7 +104,7 @@ def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], No
 
 
 def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Give times of every implementation, the best other one and the median ratio of its times to ours."""
+    """Give times and memory of every implementation, the best other one and the median ratio of its times to ours."""
     peers, reasons = peers_that_run(subject, kind, num_tokens)
     names = [OURS, *peers]
     samples = interleave({name: variant(subject, kind, name) for name in names}, rounds, seconds=seconds)
@@ -132,12 +115,15 @@ def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: 
         "ratio": round(_ratio(samples, best), 3),
         "not_run": reasons,
     }
+    case["peak_mb"] = {name: peak_mb(variant(subject, kind, name)) for name in names}
     if kind == "training":
-        case["kept_for_backward_mb"] = {}
-        for name in names:
-            subject.model.set_experts_implementation(name)
-            case["kept_for_backward_mb"][name] = subject.kept_for_backward_mb()
+        case["kept_for_backward_mb"] = {name: kept(subject, name) for name in names}
     return case
+
+
+def kept(subject: Subject, implementation: str) -> float:
+    subject.model.set_experts_implementation(implementation)
+    return kept_for_backward_mb(subject.forward_with_graph, subject.model.parameters())
 
 
 def _ratio(samples: Samples, best: str) -> float:
@@ -154,7 +140,7 @@ def largest_violation(subject: Subject) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one line per case; ratio is the best other implementation's time over ours, per round, median."""
+    """Print a table, a line for each case; ratio is the best other time over ours, per round, median."""
     parser = argparse.ArgumentParser(prog="tritonmoe bench transformers", description=__doc__)
     parser.add_argument("--subjects", nargs="+", default=["block", "model"], choices=["block", "model"])
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
@@ -171,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, rounds=7)
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    register_liger()
     results = []
     for dtype in arguments.dtypes:
         for routing in arguments.routings:
@@ -202,43 +189,12 @@ def main(argv: list[str] | None = None) -> None:
                         **measure(subject, kind, arguments.tokens, arguments.rounds, arguments.seconds),
                     }
                     results.append(case)
-                    print(_line(case), flush=True)
+                    about = f"{name} {kind} {dtype} {routing}"
+                    print(f"{about}: {case['ratio']:.2f} times as fast as {case['best_other']}", flush=True)
+    print(as_table(results, (OURS, *PEERS)))
     for peer, reason in {peer: why for case in results for peer, why in case["not_run"].items()}.items():
         print(f"not run somewhere: {peer} ({reason})")
     write_json(arguments.json, "transformers", results)
     if arguments.png is not None:
-        write_png(arguments.png, results)
+        write_png(arguments.png, results, (OURS, *PEERS))
         print(f"wrote {arguments.png}")
-
-
-def _line(case: dict[str, Any]) -> str:
-    times = "  ".join(f"{name} {value['median_ms']:.1f}" for name, value in case["times"].items())
-    kept = case.get("kept_for_backward_mb", {})
-    memory = f"  kept MB: {'  '.join(f'{name} {value:.1f}' for name, value in kept.items())}" if kept else ""
-    return (
-        f"{case['subject']} {case['pass']} {case['dtype']} {case['routing']}: ratio {case['ratio']:.2f} over "
-        f"{case['best_other']}  (ms: {times}){memory}"
-    )
-
-
-def write_png(path: Path, results: list[dict[str, Any]]) -> None:
-    """Draw a bar for every implementation of every case, as a multiple of tritonmoe's median time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.2 + 0.55 * len(results)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    names = [OURS, *(peer for peer in PEERS if any(peer in case["times"] for case in results))]
-    height = 0.8 / len(names)
-    for position, name in enumerate(names):
-        here = [(line, case) for line, case in enumerate(results) if name in case["times"]]
-        medians = [case["times"][name]["median_ms"] / case["times"][OURS]["median_ms"] for _, case in here]
-        axes.barh([line + position * height for line, _ in here], medians, height=height, label=name)
-    labels = [f"{case['subject']}, {case['pass']}, {case['dtype']}, {case['routing']}" for case in results]
-    axes.set_yticks([line + 0.4 - height / 2 for line in range(len(results))], labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1.0, color="#333333", lw=1)
-    axes.set_xlabel("multiple of tritonmoe's time")
-    axes.legend()
-    write_picture(path, figure)

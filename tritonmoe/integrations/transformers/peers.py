@@ -2,11 +2,19 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PEERS", "experts_function", "gpt_oss_experts_function", "liger_function", "peer_unusable_reason"]
+__all__ = [
+    "PEERS",
+    "experts_function",
+    "gpt_oss_experts_function",
+    "liger_function",
+    "peer_unusable_reason",
+    "register_liger",
+]
 
 PEERS = ("eager", "grouped_mm", "batched_mm", "sonicmoe", "liger")
 
@@ -91,3 +99,16 @@ def liger_function(
         return LigerFusedMoEFunction.apply(x, gate_up_proj, down_proj, topk_ids.int(), topk_weights)
 
     return run
+
+
+def register_liger() -> None:
+    """Make "liger" an experts_implementation of transformers, for experts that liger_function takes.
+
+    Liger itself replaces classes instead, for eight families; it runs the same function there.
+    """
+    from transformers.integrations.moe import ExpertsInterface
+
+    def run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return liger_function(experts.gate_up_proj, experts.down_proj)(hidden_states, top_k_index, top_k_weights)
+
+    ExpertsInterface.register("liger", run)

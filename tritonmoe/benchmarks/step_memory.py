@@ -1,0 +1,58 @@
+"""The memory of one step: what a forward keeps for backward, and the most that a call holds at once."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..cpu_memory import scratch
+
+__all__ = ["kept_for_backward_mb", "peak_mb"]
+
+SILENT = "6"
+"""Above it the profiler's library prints two lines for every run."""
+
+
+def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> float:
+    """Give the megabytes (1e6 bytes) of tensors, parameters aside, that `forward` keeps for backward."""
+    not_counted = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()  # alive while they are summed: no address is used twice
+        total = sum(kept.values())
+    del loss
+    return round(total / 1e6, 3)
+
+
+def peak_mb(run: Callable[[], Any]) -> float:
+    """Give the most megabytes (1e6 bytes) that a call holds at once, beside what was there before it.
+
+    On a GPU of its allocator, else of torch's CPU allocator, as the profiler sees it.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 3)
+    scratch.free.clear()  # what tritonmoe keeps from call to call counts too
+    os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    kineto: Any = profile.profiler
+    changes = [
+        (event.start_ns(), event.nbytes()) for event in kineto.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = most = 0
+    for _, num_bytes in sorted(changes, key=lambda change: change[0]):
+        held += num_bytes
+        most = max(most, held)
+    return round(most / 1e6, 3)
