@@ -376,11 +376,12 @@ def test_the_simulator_by_hand() -> None:
     assert backward.total_s > 0
 
 
-def test_auto_chooses_the_number_of_chunks() -> None:
+@pytest.mark.parametrize("chunk_by", ["experts", "auto"])
+def test_auto_chooses_the_number_of_chunks(chunk_by: str) -> None:
     config = tm.MoEConfig(8, 4, 8, 2)
 
     def on_rank(transport: Transport) -> list[OverlapPlan]:
-        experts = tm.GroupedExperts(config, transport, tm.OverlapConfig(chunk_by="experts"))
+        experts = tm.GroupedExperts(config, transport, tm.OverlapConfig(chunk_by=chunk_by))
         plans = []
         for call in range(SETTLING_CALLS + 2):
             generator = torch.Generator().manual_seed(2 * call + transport.rank)
@@ -392,11 +393,11 @@ def test_auto_chooses_the_number_of_chunks() -> None:
 
     first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert first == second
-    assert {plan.chunk_by for plan in first} == {"experts"}
+    assert {plan.chunk_by for plan in first} == ({"experts"} if chunk_by == "experts" else {"tokens", "experts"})
     assert len(set(first[SETTLING_CALLS:])) == 1
 
 
-def test_auto_means_tokens() -> None:
+def test_a_given_number_of_chunks_means_tokens() -> None:
     batch = Batch(2, 6, 2, torch.float32)
     actual = batch.in_parallel(tm.OverlapConfig(3), backend="torch")
     assert_same_bits(actual, batch.in_parallel(OverlapPlan(equal_sizes(3), chunk_by="tokens"), backend="torch"))

@@ -1,6 +1,7 @@
 """num_chunks="auto": the closed form, the search, the trials, and ranks that agree on all of it."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,9 +157,10 @@ def test_link_costs_of_measured_calls(is_shared: bool) -> None:
 def test_plans_travel_as_one_integer() -> None:
     for sizes in (equal_sizes(1), equal_sizes(32), ramp_sizes(16), ramp_sizes(3)):
         for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
-            plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window)
-            assert unpack(pack(plan), tm.OverlapConfig(local_first=False)) == plan
-            assert 0 < pack(plan) < 2**63
+            for chunk_by in ("tokens", "experts"):
+                plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window, chunk_by=chunk_by)
+                assert unpack(pack(plan), tm.OverlapConfig(local_first=False)) == plan
+                assert 0 < pack(plan) < 2**63
 
 
 def run_choosers(
@@ -169,9 +171,18 @@ def run_choosers(
     dispatch_s: float = 0.2,
     chunk_s: float = 0.0,
     num_ranks: int = 2,
+    expert_chunk_s: float | None = None,
+    config: tm.OverlapConfig = AUTO,
 ) -> tuple[list[tm.OverlapPlan], list[PlanChooser]]:
-    """Run choosers of ranks that measure differently; total_s(call, rank, plan) is what each measures of a call."""
-    choosers = [PlanChooser(AUTO, num_ranks) for _ in range(num_ranks)]
+    """Run choosers of ranks that measure differently; total_s(call, rank, plan) is what each measures of a call.
+
+    chunk_s: what a chunk costs on top; expert_chunk_s: a chunk of experts, None where there are none to choose.
+    """
+    widths = BufferWidths(hidden_size=8, intermediate_size=4, num_local_experts=8, dtype_bytes=4)
+    choosers = [
+        PlanChooser(config, num_ranks, widths=widths, can_cut_experts=expert_chunk_s is not None)
+        for _ in range(num_ranks)
+    ]
     chosen = []
     for call in range(num_calls):
         plans = [chooser.plan() for chooser in choosers]
@@ -180,7 +191,8 @@ def run_choosers(
         assert len({message.measured_call for message in messages}) == 1
         for rank, chooser in enumerate(choosers):
             slower = 1 + rank
-            report = Report(plans[0], experts_s * slower, dispatch_s * slower, total_s(call, rank, plans[0]), chunk_s)
+            cost_s = chunk_s if plans[0].chunk_by == "tokens" else expert_chunk_s
+            report = Report(plans[0], experts_s * slower, dispatch_s * slower, total_s(call, rank, plans[0]), cost_s)
             chooser.observe(messages, report, has_backward=False)
         chosen.append(plans[0])
     return chosen, choosers
@@ -194,13 +206,14 @@ def fewer_is_slower(call: int, rank: int, plan: tm.OverlapPlan) -> float:
 def test_ranks_that_measure_differently_agree_at_every_call() -> None:
     chosen, choosers = run_choosers(40, fewer_is_slower)
     assert [plan.num_chunks for plan in chosen[: len(MEASURED_NUM_CHUNKS)]] == list(MEASURED_NUM_CHUNKS)
-    tried = chosen[len(MEASURED_NUM_CHUNKS) + 1 : SETTLING_CALLS - 1]
+    num_calls = SETTLING_CALLS - len(MEASURED_NUM_CHUNKS)  # there are no chunks of experts to measure
+    tried = chosen[len(MEASURED_NUM_CHUNKS) + 1 : num_calls - 1]
     assert len(set(tried)) == 1 + NUM_VOTES
     for first in range(0, len(tried), 1 + NUM_VOTES):  # every plan once a round
         assert set(tried[first : first + 1 + NUM_VOTES]) == set(tried)
     # The order shifts, so that a stack of layers doesn't always try the same plan in the same layer.
     assert tried[:3] != tried[3:6]
-    assert len(set(chosen[SETTLING_CALLS:])) == 1
+    assert len(set(chosen[num_calls:])) == 1
     assert chosen[-1].num_chunks > 1
     for rank, chooser in enumerate(choosers):
         assert chooser.chosen == chosen[-1]
@@ -239,6 +252,38 @@ def test_nothing_is_tried_where_every_other_plan_is_predicted_to_be_far_slower()
     chosen, choosers = run_choosers(12, lambda *_: 1.0, experts_s=1.0, dispatch_s=1e-4, chunk_s=0.5)
     assert all(plan.num_chunks <= 2 for plan in chosen)
     assert choosers[0].chosen == chosen[-1]
+
+
+def test_chunks_of_experts_are_measured_tried_and_chosen() -> None:
+    """A chunk of tokens costs 30 ms, one of experts nothing; the best of tokens is tried all the same."""
+
+    def chosen_with(tokens_s: float, experts_s: float) -> tuple[list[tm.OverlapPlan], list[PlanChooser]]:
+        seconds = {"tokens": tokens_s, "experts": experts_s}
+        return run_choosers(
+            SETTLING_CALLS + 3,
+            lambda call, rank, plan: 1.0 if plan.num_chunks == 1 else seconds[plan.chunk_by],
+            chunk_s=0.03,
+            expert_chunk_s=0.0,
+        )
+
+    chosen, choosers = chosen_with(0.9, 0.7)
+    kinds = [(plan.chunk_by, plan.num_chunks) for plan in chosen[: 2 * len(MEASURED_NUM_CHUNKS)]]
+    assert kinds == [("tokens", 1), ("tokens", 2), ("experts", 1), ("experts", 2)] * 2
+    tried = choosers[0].candidates
+    assert [plan.chunk_by for plan in tried] == ["tokens", "experts", "tokens"]
+    assert all(first < last for first, last in pairwise(tried[1].bounds(8)))  # no chunk without an expert
+    assert chosen[SETTLING_CALLS:] == [tried[1]] * 3
+    assert "of experts" in choosers[0].choice
+    # What is measured counts, not what was predicted.
+    assert chosen_with(0.7, 0.9)[0][-1].chunk_by == "tokens"
+    assert chosen_with(1.0, 1.0)[0][-1].num_chunks == 1
+
+
+@pytest.mark.parametrize("chunk_by", ["tokens", "experts"])
+def test_what_is_cut_may_be_given(chunk_by: str) -> None:
+    config = tm.OverlapConfig(chunk_by=chunk_by)
+    chosen, _ = run_choosers(SETTLING_CALLS + 3, fewer_is_slower, expert_chunk_s=0.0, config=config)
+    assert {plan.chunk_by for plan in chosen} == {chunk_by}
 
 
 def test_drift_starts_all_again_and_noise_does_not() -> None:

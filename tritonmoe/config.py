@@ -240,8 +240,8 @@ class OverlapConfig:
     chunk_by: Literal["tokens", "experts", "auto"] = "auto"
     """What is cut into chunks: every rank's tokens, or every rank's experts. With "experts" rows that travelled read
     each weight once, in one product; a row travels with the first chunk that needs it and returns with the last, so
-    more rows leave early and return late, and the results of all pairs are kept until then. "auto" means "tokens",
-    since the token chunks that the tuner times can't tell what reading each weight once would save."""
+    more rows leave early and return late, and the results of all pairs are kept until then. "auto" is the tuner's
+    choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
 
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers

@@ -372,7 +372,14 @@ def _run_eagerly(
         )
         kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype)
         chooser = state.choosers.setdefault(
-            (*kind, overlap), PlanChooser(overlap, size, transport.shares_link(x.device), widths)
+            (*kind, overlap),
+            PlanChooser(
+                overlap,
+                size,
+                transport.shares_link(x.device),
+                widths,
+                can_cut_experts=not isinstance(transport, TwoLevelTransport),
+            ),
         )
         chosen, message = chooser.plan(), chooser.message()
     else:

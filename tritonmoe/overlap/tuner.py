@@ -1,8 +1,9 @@
 """num_chunks="auto": measure a few calls, search in the simulator, try the best plans, keep the fastest.
 
 The calls of one kind go through three stages, the same on every rank at every call:
-1. Four calls with one and two chunks in turn, nothing computed before the first rows arrive: they give the costs of
-   every step and of the link. Each rank searches the simulator for its best plans and votes for them.
+1. Calls with one and two chunks, twice, nothing computed before the first rows arrive, give the costs of every step and
+   of the link: four with chunks of tokens, and four with chunks of experts where both may be chosen. Each rank searches
+   the simulator for its best plans, one of them in chunks of tokens, and votes for them.
 2. The votes of the rank that predicts the longest time are tried in turn, one chunk among them, three rounds of real
    calls. What counts is the slowest rank, per row of the busiest one, the median of the rounds.
 3. The fastest plan stays, or one chunk unless that plan is at least 3 % faster. Where calls of the same size later take
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -52,8 +53,9 @@ MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
 two times is the one that nothing disturbed."""
 NUM_VOTES = 2
 TRIAL_ROUNDS = 3
-SETTLING_CALLS = len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
-"""Calls of one kind until the plan is chosen, where each call's backward comes before the next call."""
+SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
+"""Calls of one kind until the plan is chosen, where each call's backward comes before the next call; without chunks of
+experts to choose from four fewer."""
 MAX_TRIAL_CALLS = 64
 """After so many calls without enough measured ones (no backward ever comes, say), the best predicted plan is taken."""
 SMALLEST_GAIN = 0.03
@@ -103,6 +105,15 @@ def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) 
     """Give a plan with what the configuration leaves no choice about."""
     chunk_by = "experts" if config.chunk_by == "experts" else "tokens"
     return OverlapPlan(chunk_sizes, config.local_first, chunk_by=chunk_by, **others)  # type: ignore[arg-type]
+
+
+def takes_chunks_of_experts(config: OverlapConfig) -> bool:
+    """Say whether nothing else in the configuration excludes them."""
+    try:
+        replace(config, chunk_by="experts")
+    except ValueError:
+        return False
+    return True
 
 
 BUDGETED_WINDOW = 2
@@ -204,7 +215,7 @@ def search(
 ) -> list[tuple[float, OverlapPlan]]:
     """Give predicted seconds and plan, the fastest first: chunks and shapes, then local split, then windows.
 
-    fits: says whether a plan may be used (a memory budget).
+    fits: says whether a plan may be used.
     """
     predicted: dict[OverlapPlan, list[float]] = {}
 
@@ -268,9 +279,9 @@ class Message(NamedTuple):
 
 def pack(plan: OverlapPlan) -> int:
     """Give a searched plan as one positive integer; unpack() reads it."""
-    is_ramp = int(len(set(plan.chunk_sizes)) > 1)
+    shape = int(len(set(plan.chunk_sizes)) > 1) + 2 * int(plan.chunk_by == "experts")
     value = plan.num_chunks
-    for part in (is_ramp, plan.local_start, plan.window, plan.backward_window):
+    for part in (shape, plan.local_start, plan.window, plan.backward_window):
         value = value * 64 + part
     return value
 
@@ -280,8 +291,9 @@ def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
     for _ in range(4):
         value, part = divmod(value, 64)
         parts.append(part)
-    backward_window, window, local_start, is_ramp = parts
-    sizes = (ramp_sizes if is_ramp else equal_sizes)(value)
+    backward_window, window, local_start, shape = parts
+    sizes = (ramp_sizes if shape % 2 else equal_sizes)(value)
+    config = replace(config, chunk_by="experts" if shape >= 2 else "tokens")
     return plan_of(config, sizes, local_start=local_start, window=window, backward_window=backward_window)
 
 
@@ -315,6 +327,8 @@ class PlanChooser:
     """Whether the transport's exchanges share the link."""
     widths: BufferWidths | None = None
     """Of the calls; a memory budget needs them."""
+    can_cut_experts: bool = False
+    """Whether the transport takes chunks of experts."""
     choice: str = "nothing is measured yet"
     """Why the present plan was chosen, in one sentence."""
     measured: list[LayerReport] = field(default_factory=list)
@@ -349,6 +363,25 @@ class PlanChooser:
             and not torch.are_deterministic_algorithms_enabled()
         )
 
+    @property
+    def kinds(self) -> tuple[Literal["tokens", "experts"], ...]:
+        """What the chunks that are measured and searched are of."""
+        if self.config.chunk_by != "auto":
+            return (self.config.chunk_by,)
+        has_several = self.widths is not None and self.widths.num_local_experts > 1
+        if self.can_cut_experts and has_several and takes_chunks_of_experts(self.config):
+            return "tokens", "experts"
+        return ("tokens",)
+
+    @property
+    def _measured_plans(self) -> list[OverlapPlan]:
+        both = [
+            plan_of(replace(self.config, chunk_by=kind), equal_sizes(num_chunks), local_start=0)
+            for kind in self.kinds
+            for num_chunks in MEASURED_NUM_CHUNKS[:2]
+        ]
+        return both + both
+
     def plan(self) -> OverlapPlan:
         """Give the plan of the next call."""
         config = self.config
@@ -358,12 +391,12 @@ class PlanChooser:
             return self.chosen
         if self.candidates:
             return self.candidates[self._candidate_of(self.num_tried)]
-        number = len(self.measured)
-        if number == len(MEASURED_NUM_CHUNKS):
+        number, plans = len(self.measured), self._measured_plans
+        if number == len(plans):
             self.choice = "the ranks vote in this call for the plans to try"
             return fixed_plan(config, MEASURED_NUM_CHUNKS[-1], self.size)
-        self.choice = f"measuring: call {number + 1} of {len(MEASURED_NUM_CHUNKS)} before the search"
-        return plan_of(config, equal_sizes(MEASURED_NUM_CHUNKS[number]), local_start=0)
+        self.choice = f"measuring: call {number + 1} of {len(plans)} before the search"
+        return plans[number]
 
     def _untuned_plan(self) -> OverlapPlan:
         config = self.config
@@ -392,7 +425,7 @@ class PlanChooser:
         if not self.is_tuned:
             return Message()
         if not self.candidates:
-            return Message() if len(self.measured) < len(MEASURED_NUM_CHUNKS) else self._vote()
+            return Message() if len(self.measured) < len(self._measured_plans) else self._vote()
         if not self.tried:
             return Message()
         oldest = self.tried[0]
@@ -403,14 +436,29 @@ class PlanChooser:
 
     def _vote(self) -> Message:
         """Search in the simulator for the plans that this rank wishes to try."""
-        one = self.measured[2]
-        work, costs, link = layer_work(one), layer_costs(self.measured), link_costs(self.measured, self.is_shared)
-        has_backward = one.backward is not None
-        found = search(self.config, work, costs, link, backward=has_backward)
+        by_kind = {kind: [r for r in self.measured if r.overlap.chunk_by == kind] for kind in self.kinds}
+        link = link_costs(by_kind[self.kinds[0]], self.is_shared)
+        one = by_kind[self.kinds[0]][2]
+        found: list[tuple[float, OverlapPlan]] = []
+        for kind, reports in by_kind.items():
+            found += search(
+                replace(self.config, chunk_by=kind),
+                layer_work(one),
+                layer_costs(reports),
+                link,
+                backward=one.backward is not None,
+                fits=self._has_no_empty_chunk,
+            )
         one_chunk_s = next(seconds for seconds, plan in found if plan.num_chunks == 1)
+        found.sort(key=lambda seconds_and_plan: seconds_and_plan[0])
         limit_s = (1 + TRIED_EXCESS) * one_chunk_s
         best = [plan for seconds, plan in found if plan.num_chunks > 1 and seconds < limit_s]
-        votes = [pack(plan) for plan in best[:NUM_VOTES]]
+        tried, others = best[:NUM_VOTES], best[NUM_VOTES:]
+        # The costs of chunks of experts depend on where the routing goes: they never keep the best of tokens out.
+        by_tokens = [plan for plan in others if plan.chunk_by == "tokens"]
+        if by_tokens and all(plan.chunk_by == "experts" for plan in tried):
+            tried[-1] = by_tokens[0]
+        votes = [pack(plan) for plan in tried]
         steps = one.forward
         self.sides = (
             f"experts {steps.lane_s('experts') * 1e3:.2f} ms, "
@@ -418,6 +466,11 @@ class PlanChooser:
         )
         votes += [0] * (NUM_VOTES - len(votes))
         return Message(votes[0], votes[1], predicted_ns=max(1, int(found[0][0] * 1e9)))
+
+    def _has_no_empty_chunk(self, plan: OverlapPlan) -> bool:
+        if plan.chunk_by == "tokens" or self.widths is None:
+            return True
+        return all(first < last for first, last in pairwise(plan.bounds(self.widths.num_local_experts)))
 
     def observe(self, messages: Sequence[Message], report: LayerReport, has_backward: bool) -> None:
         """Take in one call: what every rank's header said, and this rank's report."""
@@ -427,7 +480,7 @@ class PlanChooser:
                 self.last_work = layer_work(report)
             return
         if not self.candidates:
-            if len(self.measured) < len(MEASURED_NUM_CHUNKS):
+            if len(self.measured) < len(self._measured_plans):
                 self.measured.append(report)
             else:
                 self._count_votes(messages)
