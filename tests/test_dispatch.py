@@ -154,7 +154,7 @@ def test_plans_of_any_routing(drawn) -> None:
             ):
                 assert slices.stop - slices.start == sum(splits)
         assert plan.all_receive_splits == [plans[i].all_send_splits[k] for i in range(size)]
-        sources = plan.row_sources().of_rows().tolist()
+        sources = plan.row_sources().of_rows(torch.device("cpu")).tolist()
         assert [sources.count(i) for i in range(size)] == [row[k] for row in traffic]
         for order, ranks in (
             (plan.send_order().tolist(), plan.tokens.home_ranks.tolist()),

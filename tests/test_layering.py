@@ -27,6 +27,7 @@ LAYERS = (
         "wire",
         "expert_chunks",
         "dispatch",
+        "capacity",
         "two_level",
         "overlap",
     ),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import tritonmoe as tm
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
+from tritonmoe.capacity import capped_traffic
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork
 from tritonmoe.overlap.memory import BufferWidths, peak_bytes
@@ -137,6 +138,8 @@ PLANS = {
     "experts": lambda c: tm.OverlapPlan(equal_sizes(c), chunk_by="experts"),
     "experts-all-travel": lambda c: tm.OverlapPlan(equal_sizes(c), local_first=False, chunk_by="experts"),
     "bf16-wire": lambda c: tm.OverlapPlan(equal_sizes(c), wire_dtype=torch.bfloat16),
+    "capacity": lambda c: tm.OverlapPlan(equal_sizes(c), capacity=1.3),
+    "capacity-all-travel": lambda c: tm.OverlapPlan(equal_sizes(c), local_first=False, capacity=1.3),
 }
 
 HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
@@ -152,9 +155,22 @@ def test_said_before_is_what_is_held(plan: str) -> None:
         overlap = PLANS[plan](num_chunks)
         wire = WireFormat(torch.float32, overlap.wire_dtype).row_bytes(HIDDEN)
         work = replace(batch.work, row_bytes=wire)
+        if overlap.capacity is not None:
+            # This backend keeps the pairs that are there, in the room for all rows.
+            room, _ = capped_traffic(NUM_TOKENS, NUM_EXPERTS, TOP_K, overlap)
+            work = replace(work, rows=room.double())
+            assert (room >= batch.work.rows).all()
         said = peak_bytes(overlap, work, widths(torch.float32, save=save))
         for name, measured, expected in zip(said._fields, batch.measure(overlap, save), said, strict=True):
             assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
+
+
+def test_a_call_that_overflows_lets_its_first_run_go() -> None:
+    """It holds what the second run does, though the first has kept as much for a backward by then."""
+    batch, overlap = Batch(torch.float32), tm.OverlapPlan(equal_sizes(4), capacity=0.9)
+    said = peak_bytes(replace(overlap, capacity=None), batch.work, widths(torch.float32))
+    for name, measured, expected in zip(said._fields, batch.measure(overlap, "hidden"), said, strict=True):
+        assert abs(expected / measured - 1) < BOUND, (name, measured, expected)
 
 
 def test_worked_example() -> None:
@@ -179,11 +195,19 @@ def test_inference_holds_less() -> None:
     assert abs(said.forward / measured - 1) < BOUND, (measured, said)
 
 
-def test_a_layer_stays_within_its_budget() -> None:
-    """The second call knows the rows of the first, and the result is that of no budget."""
+@pytest.mark.parametrize("capacity", [None, 1.3])
+def test_a_layer_stays_within_its_budget(capacity: float | None) -> None:
+    """The second call knows the rows of the first, and the result is that of no budget.
+
+    With a capacity the first call, in small chunks, overflows.
+    """
     batch = Batch(torch.float32)
+    work = batch.work
+    if capacity is not None:
+        rows, pairs = capped_traffic(NUM_TOKENS, NUM_EXPERTS, TOP_K, tm.OverlapPlan(capacity=capacity))
+        work = replace(work, rows=rows.double(), pairs=pairs.double())
     one, many = (
-        peak_bytes(tm.OverlapPlan(equal_sizes(c), window=2, backward_window=2), batch.work, widths(torch.float32)).most
+        peak_bytes(tm.OverlapPlan(equal_sizes(c), window=2, backward_window=2), work, widths(torch.float32)).most
         for c in (1, 8)
     )
     budget = (one + many) // 2
@@ -196,14 +220,16 @@ def test_a_layer_stays_within_its_budget() -> None:
                 overlap,
                 generator=torch.Generator().manual_seed(0),
             )
-            for overlap in (tm.OverlapConfig(1), tm.OverlapConfig(memory_budget_bytes=budget))
+            for overlap in (tm.OverlapConfig(1), tm.OverlapConfig(memory_budget_bytes=budget, capacity=capacity))
         ]
         arguments = (part[transport.rank] for part in (batch.x, batch.topk_ids, batch.topk_weights))
         x, topk_ids, topk_weights = arguments
         expected, y = (layer(x, topk_ids, topk_weights) for layer in layers)
         torch.testing.assert_close(y, expected)
         assert layers[1].last_report.num_chunks == MAX_CHUNKS
+        assert layers[1].last_report.overflowed == (capacity is not None)
         torch.testing.assert_close(layers[1](x, topk_ids, topk_weights), expected)
+        assert not layers[1].last_report.overflowed
         return layers[1].last_report.overlap, layers[1].last_report.choice
 
     (plan, choice), *others = tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=20)

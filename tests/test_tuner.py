@@ -22,6 +22,7 @@ from tritonmoe.overlap.tuner import (
     TRIAL_ROUNDS,
     Message,
     PlanChooser,
+    _TriedCall,
     budgeted_plan,
     closed_form_num_chunks,
     link_costs,
@@ -90,6 +91,7 @@ class Report:
     """A LayerReport of two ranks whose 1000 rows of 1 kB all travel, in equal chunks."""
 
     row_bytes, other_row_bytes, top_k, backward, choice = 1000, None, 1, None, ""
+    first_run: "Report | None" = None
 
     def __init__(
         self, plan: tm.OverlapPlan, experts_s: float, dispatch_s: float, total_s: float = 0.0, chunk_s: float = 0.0
@@ -99,6 +101,13 @@ class Report:
         bounds = tuple(1000 * n // plan.num_chunks for n in range(plan.num_chunks + 1))
         self.home_offsets = self.receive_offsets = self.pair_offsets = (0,) * plan.num_local_slices + bounds
         self.forward = Pass(plan.num_chunks, experts_s, dispatch_s, total_s, chunk_s)
+
+
+def test_the_time_of_a_run_that_overflowed_counts() -> None:
+    plan = tm.OverlapPlan()
+    report = Report(plan, 1.0, 1.0, total_s=2.0)
+    report.first_run = Report(replace(plan, capacity=1.0), 1.0, 1.0, total_s=1.5)
+    assert _TriedCall(0, 1000, report, has_backward=False).nanoseconds() == 3.5e9
 
 
 def test_search_finds_what_hand_computed_cases_ask_for() -> None:

@@ -6,7 +6,7 @@ Importing this touches no device, patches nothing, and works where triton is not
 from . import transports
 from .config import ClampedSwiGLU, MoEConfig, OverlapConfig, OverlapPlan
 from .emulation import run_on_emulated_ranks
-from .errors import CountMismatch, NonFiniteScores, TransportError
+from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from .expert_parallel import expert_parallel_mlp
 from .experts import moe_mlp
 from .layer import GroupedExperts, MoELayer
@@ -17,6 +17,7 @@ from .transports import LinkModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityOverflow",
     "ClampedSwiGLU",
     "CountMismatch",
     "ExpertPlacement",

@@ -36,6 +36,7 @@ MAX_CHUNKS = 32
 WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
 """What rows may travel as; see wire.py."""
 MAX_CHUNK_SIZE = 1000
+MAX_CAPACITY = 1024
 LOCAL_PARTS = 16
 """Local pairs are split by sixteenths."""
 MAX_TOP_K = 16
@@ -243,6 +244,15 @@ class OverlapConfig:
     more rows leave early and return late, and the results of all pairs are kept until then. "auto" is the tuner's
     choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
 
+    capacity: float | None = None
+    """Room for the rows of each (rank, peer, chunk): this times their mean under routing to uniformly drawn experts,
+    and the same for their pairs (capacity.py has the formula and an example). Rows then leave without waiting for
+    counts to reach the host; ranks compare their headers before, from the host alone. Where some rank's rows don't fit,
+    all ranks run the call again without a capacity before it returns: results are always exact, and
+    last_report.overflowed says so. What travels is the room, padding included. Chunks of experts and a
+    TwoLevelTransport have no such mode. Calls with backend="triton" can be captured by a CUDA graph: see
+    docs/design.md, "Capacity"."""
+
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
     fit into so many bytes on every rank: what overlap.memory.peak_bytes says for the rows of the call before. Nothing
@@ -252,6 +262,7 @@ class OverlapConfig:
         check_wire_dtype(self.wire_dtype)
         if self.chunk_by not in ("tokens", "experts", "auto"):
             raise ValueError(f"chunk_by must be 'tokens', 'experts' or 'auto', got {self.chunk_by!r}")
+        check_capacity(self.capacity, self.chunk_by)
         if self.num_chunks != "auto":
             is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
             if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
@@ -287,6 +298,18 @@ def check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
     """Raise ValueError unless rows can travel as this."""
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}, got {wire_dtype!r}")
+
+
+def check_capacity(capacity: float | None, chunk_by: str) -> None:
+    """Raise ValueError unless this is None, or a factor that rows in chunks of tokens can be counted with."""
+    is_number = isinstance(capacity, (int, float)) and not isinstance(capacity, bool)
+    if capacity is not None and not (is_number and 0.001 <= capacity <= MAX_CAPACITY):
+        raise ValueError(f"capacity must be None or a number of 0.001..{MAX_CAPACITY}, got {capacity!r}")
+    if capacity is not None and chunk_by == "experts":
+        raise ValueError(
+            "capacity needs chunks of tokens, since the chunk of experts that a row leaves with, and the one that it "
+            "returns with, follow from its routing alone: use chunk_by='tokens', or leave capacity out"
+        )
 
 
 def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
@@ -335,11 +358,14 @@ class OverlapPlan:
     """As in OverlapConfig."""
     chunk_by: Literal["tokens", "experts"] = "tokens"
     """As in OverlapConfig."""
+    capacity: float | None = None
+    """As in OverlapConfig."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
         if self.chunk_by not in ("tokens", "experts"):
             raise ValueError(f"chunk_by must be 'tokens' or 'experts', got {self.chunk_by!r}")
+        check_capacity(self.capacity, self.chunk_by)
         check_chunk_sizes(self.chunk_sizes)
         if not 0 <= self.local_start <= LOCAL_PARTS:
             raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
@@ -386,4 +412,6 @@ class OverlapPlan:
                 words += f", {window} exchanges of a kind under way in {name}"
         if self.wire_dtype is not None:
             words += f", rows sent as {str(self.wire_dtype).removeprefix('torch.')}"
+        if self.capacity is not None:
+            words += f", capacity {self.capacity}"
         return words

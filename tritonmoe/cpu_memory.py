@@ -1,4 +1,4 @@
-"""Memory on a CPU, where fresh pages cost more than the arithmetic on them: huge pages, and buffers used again."""
+"""Memory on a CPU, where fresh pages cost more than the arithmetic on them: huge pages, buffers used again, tables."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "scratch"]
+__all__ = ["empty", "scratch", "to_device"]
 
 SMALLEST_ADVISED_BYTES = 2**22
 """Smaller pieces mostly come from memory that the process already has."""
@@ -46,6 +46,22 @@ def empty(*shape: int, like: Tensor) -> Tensor:
         last = (tensor.data_ptr() + num_bytes) // _PAGE_BYTES * _PAGE_BYTES
         madvise(first, last - first, _MADV_HUGEPAGE)
     return tensor
+
+
+_read_by_replays: list[Tensor] = []
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor to a device without waiting for what is enqueued there: from pinned memory.
+
+    While a CUDA graph is captured that memory is kept for good, since every replay copies it again.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _read_by_replays.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 class _Scratch(threading.local):

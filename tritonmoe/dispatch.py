@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
-from .errors import CountMismatch, NonFiniteScores, TransportError
+from .cpu_memory import to_device
+from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from .expert_chunks import first_and_last, inverse_order, pair_chunks, place_rows
 from .grouping import RowSources
 from .transports import HostCopy, Transport, TwoLevelTransport
@@ -82,6 +83,12 @@ class CallHeader:
     """A checksum of which rank holds which experts, 0 for the contiguous placement."""
     replica_grads: int = 0
     """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
+    capacity: int = 0
+    """OverlapPlan.capacity in millionths, 0 for none."""
+    overflowed: int = 0
+    """In the exchange that ends a call with a capacity: whether this rank had rows that it has no room for."""
+    replay_overflowed: int = 0
+    """Whether that was so in a replay of a CUDA graph before this call."""
     layer: int = -1
     """Which of the layers made on this transport calls, in the order in which they were made; -1: a function call."""
 
@@ -99,8 +106,14 @@ class CallHeader:
             serial=int(overlap.serial),
             wire_dtype=WIRE_DTYPES.index(overlap.wire_dtype),
             chunk_by=CHUNK_BY.index(overlap.chunk_by),
+            capacity=in_millionths(overlap.capacity or 0),
             **others,
         )
+
+
+def in_millionths(capacity: float) -> int:
+    """Give a capacity as ranks compare it."""
+    return round(1e6 * capacity)
 
 
 HEADER_SIZE = len(fields(CallHeader))
@@ -115,6 +128,7 @@ MUST_AGREE = (
         "serial",
         "wire_dtype",
         "chunk_by",
+        "capacity",
         "placement",
         "replica_grads",
         "layer",
@@ -144,6 +158,8 @@ class TokenPlan:
     """Tokens whose router scores were not finite."""
     sent_places: Tensor | None = None
     """(S,) int64: where each home row, as they return, stood when sent; None: in the same place."""
+    padding: Tensor | None = None
+    """(S,) bool, with a capacity: which home rows are none."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +254,8 @@ class DispatchPlan:
     @property
     def is_identity(self) -> bool:
         """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
-        return self.size == 1 and self.overlap.local_first and self.num_home == self.tokens.token_bounds[-1]
+        is_full = self.tokens.padding is None and self.num_home == self.tokens.token_bounds[-1]
+        return self.size == 1 and self.overlap.local_first and is_full
 
     @property
     def num_home(self) -> int:
@@ -263,9 +280,11 @@ class DispatchPlan:
         return self.all_send_splits[self.rank]
 
     def send_order(self) -> Tensor:
-        """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token)."""
-        tokens, ranks = self.tokens.home_tokens[self.num_local :], self.tokens.home_ranks[self.num_local :]
-        return torch.sort(ranks * self.tokens.token_bounds[-1] + tokens)[1] + self.num_local
+        """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token), padding at its chunk's end."""
+        keys = self.tokens.home_ranks[self.num_local :]
+        if self.overlap.chunk_by == "experts":
+            keys = keys * self.tokens.token_bounds[-1] + self.tokens.home_tokens[self.num_local :]
+        return torch.sort(keys, stable=True)[1] + self.num_local
 
     def home_order(self) -> Tensor:
         """(S - local,) int64: the places of the same rows in the home buffer."""
@@ -276,7 +295,7 @@ class DispatchPlan:
         """(R - local,) int64: where rows that come by (rank, token), in a whole-layer exchange, are received."""
         if self.received_places is not None:
             return self.received_places[0]
-        sources = self.row_sources().of_rows().to(self.tokens.home_index.device, non_blocking=True)
+        sources = self.row_sources().of_rows(self.tokens.home_index.device)
         return torch.sort(sources[self.num_local :], stable=True)[1] + self.num_local
 
     def return_order(self) -> Tensor:
@@ -371,7 +390,7 @@ def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
 def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
     """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
     positions = torch.arange(num_tokens, device=device)
-    starts = torch.tensor(overlap.bounds(num_tokens)[1:-1], device=device)
+    starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64), device)
     chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
     segments = chunks[:, None].repeat(1, size)
     if overlap.local_first:
@@ -441,7 +460,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
 
     Raises, on every rank alike:
         TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
-        NonFiniteScores: a rank's router scores were not finite.
+        NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
     counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows])  # (3, segments, W)
@@ -469,7 +488,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
 
 
 def exchange_counts(
-    transport: Transport, header: CallHeader, counts: Tensor
+    transport: Transport, header: CallHeader, counts: Tensor, where: str = "before any chunk"
 ) -> tuple[list[CallHeader], Tensor, Tensor]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
@@ -491,7 +510,7 @@ def exchange_counts(
     try:
         received = transport.exchange_counts(message)
     except TransportError as error:
-        raise TransportError(f"count exchange of layer call {header.sequence}, before any chunk: {error}") from error
+        raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
     headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
     check_headers(headers)
     traffic = received[:, HEADER_SIZE:first].reshape(size, 2, size).transpose(0, 1).contiguous()
@@ -529,6 +548,13 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
         raise CountMismatch(
             f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
             "every rank must run its backward, so use one grad mode on all"
+        )
+    poisoned = [rank for rank, h in enumerate(headers) if h.replay_overflowed]
+    if poisoned:
+        raise CapacityOverflow(
+            f"ranks {poisoned} heard of a replay of a CUDA graph in which rows of some rank didn't fit into "
+            "OverlapConfig.capacity or its router scores weren't finite: outputs and gradients of that replay are NaN. "
+            "Use a larger capacity, or leave these layers out of the graph"
         )
     bad = {rank: h.nonfinite_rows for rank, h in enumerate(headers) if h.nonfinite_rows}
     if bad:

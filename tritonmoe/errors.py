@@ -1,6 +1,6 @@
 """The failures that have a name of their own; bad arguments are plain ValueError and TypeError."""
 
-__all__ = ["CountMismatch", "NonFiniteScores", "TransportError"]
+__all__ = ["CapacityOverflow", "CountMismatch", "NonFiniteScores", "TransportError"]
 
 
 class TransportError(RuntimeError):
@@ -9,6 +9,10 @@ class TransportError(RuntimeError):
 
 class CountMismatch(TransportError):
     """The ranks' plans for one call disagree; the message names the ranks and the values."""
+
+
+class CapacityOverflow(RuntimeError):
+    """Rows didn't fit into OverlapConfig.capacity where the call couldn't be run again: in a replay of a CUDA graph."""
 
 
 class NonFiniteScores(RuntimeError):

@@ -19,6 +19,15 @@ from .arguments import (
     make_settings,
 )
 from .autograd import once_differentiable, outside_graphs, without_autocast
+from .capacity import (
+    is_captured,
+    plan_capped_tokens,
+    poison,
+    post_flag,
+    replay_overflowed,
+    some_rank_overflowed,
+    watched,
+)
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
 from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
 from .experts_run import ExpertsRun, activation_parameters
@@ -28,7 +37,7 @@ from .overlap.memory import BufferWidths
 from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
-from .transports import Transport, TwoLevelTransport
+from .transports import PendingExchange, Transport, TwoLevelTransport
 from .two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
 from .wire import WireFormat
 
@@ -42,6 +51,8 @@ class _TransportState:
     num_calls: int = 0
     num_layers: int = 0
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
+    captured_flags: list[Tensor] = field(default_factory=list)
+    """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
 
 
 _states: "WeakKeyDictionary[Transport, _TransportState]" = WeakKeyDictionary()
@@ -66,6 +77,10 @@ class _Call:
     inside_node: Transport | None = None
     fillers: Sequence[Callable[[], None]] = ()
     report: LayerReport | None = None
+    flag: PendingExchange | None = None
+    """In a captured call with a capacity: every rank's flag, under way while the rows are."""
+    is_wrong: Tensor | None = None
+    """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
 
 
 class _ExpertParallelMLP(torch.autograd.Function):
@@ -131,6 +146,9 @@ class _ExpertParallelMLP(torch.autograd.Function):
         ctx.weights_dtype = topk_weights.dtype
         if plan.needs_any:
             ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, *parameters)
+        if call.flag is not None:
+            call.is_wrong = call.flag.wait().any().view(1)
+            poison([out], call.is_wrong)
         return out
 
     @staticmethod
@@ -168,6 +186,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
         assert call.report is not None
         call.report.backward = timings
+        if call.is_wrong is not None:
+            poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
         if dtopk_weights is not None:
             dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
         return None, None, dx, dtopk_weights, *grads, None, *run.activation_grads
@@ -195,7 +215,7 @@ def _group(
         )
         row_offsets, pair_offsets = ((*of[: num_slices + 1], of[-1]) for of in (row_offsets, pair_offsets))
     busy = [c for c, (first, last) in enumerate(pairwise(row_offsets)) if first < last]
-    if len(busy) > 1 or is_two_level:
+    if len(busy) > 1 or is_two_level or plan.tokens.padding is not None:
         grouping = settings.ops.group(
             local_ids,
             num_local_experts,
@@ -324,6 +344,7 @@ def _run_eagerly(
     fillers: Sequence[Callable[[], None]] = (),
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
+    state = _states.setdefault(transport, _TransportState())
     owners = weights
     try:
         x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
@@ -343,12 +364,17 @@ def _run_eagerly(
             check_two_level(overlap, placement)
         if len(fillers) > MAX_FILLERS:
             raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
+        in_graph = is_captured(x.device)
+        if in_graph and overlap.capacity is None:
+            raise ValueError(
+                "a CUDA graph can't capture an expert-parallel call that waits for its counts: give OverlapConfig a "
+                "capacity, or leave these layers out of the graph"
+            )
         settings = make_settings(x, topk_ids, weights, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:
         refuse(transport)
         raise
-    state = _states.setdefault(transport, _TransportState())
     sequence = state.num_calls
     state.num_calls += 1
     grad_enabled = torch.is_grad_enabled()
@@ -381,10 +407,10 @@ def _run_eagerly(
                 can_cut_experts=not isinstance(transport, TwoLevelTransport),
             ),
         )
-        chosen, message = chooser.plan(), chooser.message()
+        chosen, message = chooser.plan(), Message() if in_graph else chooser.message()
     else:
         chosen, message = overlap, Message()
-    chosen = replace(chosen, wire_dtype=overlap.wire_dtype)
+    chosen = replace(chosen, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
     with torch.no_grad():
         if placement is not None:
             topk_ids, num_experts = placement.slots(topk_ids, rank), size * placement.num_slots
@@ -404,18 +430,23 @@ def _run_eagerly(
             needs_topk_weights=int(grad_enabled and topk_weights.requires_grad),
             placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
             replica_grads=replica_grads,
+            replay_overflowed=int(not in_graph and replay_overflowed(state.captured_flags, x.device)),
             layer=layer,
             **message._asdict(),
         )
-        two_level, inside_node, row_transport = None, None, transport
+        two_level, inside_node, row_transport, capped, flag = None, None, transport, None, None
         if isinstance(transport, TwoLevelTransport):
             two_level = exchange_two_level_plan(transport, header, topk_ids, num_experts, chosen, num_nonfinite_rows)
             plan, row_transport, inside_node = two_level.outer, transport.between_nodes, transport.inside_node
+        elif chosen.capacity is not None:
+            capped = plan_capped_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
+            plan = exchange_plan(transport, header, capped.tokens, chosen)
+            if in_graph:
+                flag = post_flag(transport, capped)
         else:
             tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
             plan = exchange_plan(transport, replace(header, nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
     first_expert = rank * (num_experts // size)
-    call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
 
     def in_caller_mode(filler: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -424,15 +455,34 @@ def _run_eagerly(
 
         return run
 
-    call.fillers = [in_caller_mode(filler) for filler in fillers]
-    # A rank that needs no gradient itself still takes part in the others' backward.
-    anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
-    with without_autocast(x.device):
-        y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
-    assert call.report is not None
+    def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
+        call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
+        call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag
+        # A rank that needs no gradient itself still takes part in the others' backward.
+        anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
+        with without_autocast(x.device):
+            y = _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
+        assert call.report is not None
+        if call.is_wrong is not None:
+            state.captured_flags.append(watched(call.is_wrong))
+        return y, call.report
+
+    y, report = run_plan(plan, fillers)
+    if capped is not None and not in_graph and some_rank_overflowed(transport, header, capped):
+        del y, capped  # and with them what the first run keeps for a backward
+        chosen = replace(chosen, capacity=None)
+        with torch.no_grad():
+            tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen)
+            plan = exchange_plan(transport, replace(header, capacity=0), tokens, chosen)
+        first_run, (y, report) = report, run_plan(plan)
+        report.first_run = first_run
     if chooser is not None:
-        chooser.observe([Message.of(header) for header in plan.headers], call.report, plan.needs_any)
-    return y, call.report
+        # A captured call has no times, and no later one may read its events.
+        if in_graph:
+            report.choice = chooser.choice
+        else:
+            chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
+    return y, report
 
 
 _call_outside_graphs = outside_graphs(_run_eagerly)

@@ -61,7 +61,7 @@ class ExpertsRun:
         options = self.settings.options
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
-            return self.rows.new_empty(0, self.rows.shape[1]) if out is None else out
+            return self._no_sums(grouping) if out is None else out
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
@@ -91,6 +91,10 @@ class ExpertsRun:
             a = self._call_activation(chunk, h, grouping)
             y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
         return ops.combine(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
+
+    def _no_sums(self, grouping: Grouping) -> Tensor:
+        """Give the sums of rows without a pair, which are a capacity's padding."""
+        return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
 
     def _forward_block(
         self,
@@ -133,8 +137,10 @@ class ExpertsRun:
             inner = layout.intermediate_size(self._hidden_width)
             self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
-            empty = self.rows.new_empty(0, self.rows.shape[1]) if needs_dx and out is None else out
-            return empty, self.topk_weights.new_empty(0, grouping.top_k)
+            dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
+            if not needs_dx:
+                return None, dweights
+            return self._no_sums(grouping) if out is None else out, dweights
         dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
@@ -362,7 +368,7 @@ def _added(grad: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
 
 def zero_padding(values: Tensor, grouping: Grouping) -> None:
     """Zero the positions past the last pair, which the kernels never write, before a callable reads them."""
-    if values.is_cuda:
+    if values.is_cuda or values.shape[0] > int(grouping.expert_offsets[-1]):
         padding = torch.arange(values.shape[0], device=values.device) >= grouping.expert_offsets[-1]
         values.masked_fill_(padding[:, None], 0)
 

@@ -20,6 +20,8 @@ from functools import cached_property
 
 import torch
 
+from .cpu_memory import to_device
+
 __all__ = ["Grouping", "GroupingBlock", "RowSources"]
 
 
@@ -37,9 +39,11 @@ class RowSources:
     rows: torch.Tensor
     """(C, runs) int64 on the CPU."""
 
-    def of_rows(self) -> torch.Tensor:
-        """Give the rank (R,) int64, on the CPU, that sent each row."""
-        return torch.tensor(self.ranks).repeat(len(self.rows)).repeat_interleave(self.rows.flatten())
+    def of_rows(self, device: torch.device) -> torch.Tensor:
+        """Give the rank (R,) int64 that sent each row, without waiting for the device."""
+        ranks = torch.tensor(self.ranks, dtype=torch.int64).repeat(len(self.rows))
+        ranks, counts = to_device(torch.stack([ranks, self.rows.flatten()]), device)
+        return ranks.repeat_interleave(counts, output_size=int(self.rows.sum()))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Grouping:
     """The stored order of N pairs taken from R rows of K slots; made by the `group` op.
 
     N may be larger than the number of pairs that do work (an upper bound that needs no host read); then
-    positions from expert_offsets[-1] on are padding: pair_index is -1 there and no op reads or writes them.
+    positions from expert_offsets[-1] on are padding: pair_index is -1 there and no op reads or writes them. With
+    several chunks it is each chunk's last positions, with anything in pair_index, and source_order ends in zeros.
     """
 
     pair_index: torch.Tensor
@@ -163,7 +168,7 @@ class Grouping:
         inverse, returned_rows = torch.empty_like(self.inverse), torch.empty_like(received)
         inverse[returned], returned_rows[returned] = self.inverse, received
         offsets = self.chunk_expert_offsets[first]
-        starts = offsets[torch.tensor(expert_bounds, device=offsets.device), None]
+        starts = offsets[to_device(torch.tensor(expert_bounds), offsets.device), None]
         return replace(
             self,
             pair_index=pair_index.to(torch.int32),

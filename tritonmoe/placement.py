@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.reference import WeightGrads, accumulation_dtype
+from .cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "sum_replica_grads"]
 
@@ -138,7 +139,7 @@ class ExpertPlacement:
 
         Token t takes replica (t + rank) mod n of an expert's n: an even split, known without a word to other ranks.
         """
-        slots, num_replicas = (table.to(topk_ids.device) for table in self._slots_of_expert)
+        slots, num_replicas = (to_device(table, topk_ids.device) for table in self._slots_of_expert)
         skipped = (topk_ids < 0) | (topk_ids >= self.num_experts)
         experts = topk_ids.masked_fill(skipped, 0).to(torch.int64)
         token = torch.arange(topk_ids.shape[0], device=topk_ids.device)[:, None] + rank
@@ -178,7 +179,7 @@ def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int
     held = placement.experts_of_rank[rank]
     shared = [placement.shared(rank, other) for other in range(placement.size)]
     parts = [grad for grad in grads if grad is not None]
-    slots = torch.tensor([held.index(e) for experts in shared for e in experts], device=parts[0].device)
+    slots = to_device(torch.tensor([held.index(e) for experts in shared for e in experts]), parts[0].device)
     rows = torch.cat([part.flatten(1).index_select(0, slots) for part in parts], dim=1)
     return rows, [len(experts) for experts in shared]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import MAX_CHUNKS, OverlapConfig, OverlapPlan
+from .cpu_memory import to_device
 from .dispatch import (
     CallHeader,
     DispatchPlan,
@@ -61,7 +62,7 @@ class TwoLevelPlan:
         overlap = OverlapPlan(chunk_sizes=(1,) * len(self.relay_rows), local_first=False)
         bounds = self.outer.receive_offsets
         rows = torch.arange(topk_ids.shape[0], device=topk_ids.device)
-        starts = torch.tensor(bounds[1:-1], device=topk_ids.device)
+        starts = to_device(torch.tensor(bounds[1:-1], dtype=torch.int64), topk_ids.device)
         segments = torch.bucketize(rows, starts, right=True)[:, None].expand(-1, size)
         owner = owners(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
         row_keys, _ = count_rows(owner, segments, len(self.relay_rows))
@@ -104,6 +105,8 @@ def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlace
             "chunk_by='experts' needs a transport of one level, since a relay spreads and gathers the rows of a chunk "
             "together: use chunk_by='tokens', or TwoLevelTransport.world"
         )
+    if overlap.capacity is not None:
+        raise ValueError("capacity needs a transport of one level: leave it out, or use TwoLevelTransport.world")
     if placement is not None and placement.has_replicas:
         raise ValueError(
             "a placement with replicas needs a transport of one level, since the gradients of replicas are summed over "

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
+from tritonmoe.config import ExpertLayout
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import aot, launch
 
@@ -63,6 +64,50 @@ def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chu
             row_sources=sources,
         )
     assert_same_grouping(actual, expected)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    num_rows=st.integers(0, 60),
+    top_k=st.integers(1, 5),
+    num_experts=st.integers(1, 9),
+    num_chunks=st.integers(2, 7),
+    room=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_chunks_with_room_for_more_pairs(num_rows, top_k, num_experts, num_chunks, room, seed):
+    """Gaps between chunks change no integer of the pairs that are there, and no bit of the weights' gradients."""
+    ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
+    row_offsets, sources = chunked_rows(num_rows, num_chunks, 3, seed)
+    expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_sources=sources)
+    counts = [last - first for first, last in itertools.pairwise(expected.chunk_pair_offsets)]
+    most = [top_k * (last - first) for first, last in itertools.pairwise(row_offsets)]
+    roomy = (0, *itertools.accumulate(min(count + room, limit) for count, limit in zip(counts, most, strict=True)))
+    with garbage_memory():
+        actual = kernels.group(
+            ids, num_experts, chunk_row_offsets=row_offsets, chunk_pair_offsets=roomy, row_sources=sources
+        )
+    for name in ("expert_offsets", "chunk_expert_offsets", "inverse"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    num_pairs = expected.num_pairs
+    assert not actual.source_order[num_pairs:].any()
+    places = torch.tensor(
+        [start + n for start, count in zip(roomy[:-1], counts, strict=True) for n in range(count)],
+        dtype=torch.int64,
+        device=DEVICE,
+    )
+    assert torch.equal(actual.pair_index[places], expected.pair_index)
+    assert torch.equal(actual.source_order[:num_pairs], places[expected.source_order.long()].int())
+
+    x, dh = torch.randn(num_rows, 6, device=DEVICE), torch.randn(num_pairs, 8, device=DEVICE)
+    roomy_dh = torch.full((actual.num_pairs, 8), torch.nan, device=DEVICE)
+    roomy_dh[places] = dh
+    options = {"topk_weights": torch.rand(num_rows, top_k, device=DEVICE), "gate_up_bias": True, "down_bias": True}
+    grads, exact = (
+        kernels.weight_grad(grouping, ExpertLayout(), x=x, dh=values, dout=x, **options)
+        for grouping, values in ((actual, roomy_dh), (expected, dh))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, exact, strict=True) if a is not None)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1024, 16), (1, 1), (127, 10), (128, 2)])

@@ -15,8 +15,18 @@ from test_expert_parallel import NAMES, Batch, assert_equals_one_device
 import tritonmoe as tm
 from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport, TwoLevelTransport, as_transport
 
-OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3), tm.OverlapConfig(3, chunk_by="experts"))
-TWO_LEVEL_OVERLAPS = OVERLAPS[:2]
+OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3))
+ONE_LEVEL_OVERLAPS = (
+    *OVERLAPS,
+    tm.OverlapConfig(3, chunk_by="experts"),
+    tm.OverlapConfig(3, capacity=100),
+    tm.OverlapConfig(2, capacity=0.1),
+)
+"""The last two: rows fit, and don't."""
+
+
+def overlaps(two_levels: bool) -> tuple[tm.OverlapConfig, ...]:
+    return OVERLAPS if two_levels else ONE_LEVEL_OVERLAPS
 
 
 def batch(num_ranks: int, dtype: torch.dtype) -> Batch:
@@ -27,7 +37,7 @@ def run_rank(transport: Transport) -> list[dict[str, torch.Tensor]]:
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         given = batch(transport.size, dtype)
-        for overlap in TWO_LEVEL_OVERLAPS if isinstance(transport, TwoLevelTransport) else OVERLAPS:
+        for overlap in overlaps(isinstance(transport, TwoLevelTransport)):
             leaves = {name: value.requires_grad_() for name, value in given.of_rank(transport.rank).items()}
             out = given.call(transport, leaves, overlap, backend="reference")
             grads = torch.autograd.grad(out, list(leaves.values()), given.tokens["dout"][transport.rank])
@@ -74,9 +84,9 @@ else:
         ended = run_processes(size, backend, __file__, str(tmp_path), backend)
         assert not any(ended.statuses), ended.output
         by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+        num_overlaps = len(overlaps("two levels" in backend))
         for number, dtype in enumerate((torch.float64, torch.bfloat16)):
             expected = batch(size, dtype).on_one_device()
-            num_overlaps = len(TWO_LEVEL_OVERLAPS if backend == "gloo two levels" else OVERLAPS)
             for overlap in range(num_overlaps):
                 parts = [results[num_overlaps * number + overlap] for results in by_rank]
                 actual = {name: torch.cat([part[name] for part in parts]) for name in ("out", *NAMES)}

@@ -112,7 +112,7 @@ def group(
         chunk_row_offsets = (0, num_rows)
     num_chunks = len(chunk_row_offsets) - 1
     chunk_of_row = [c for c in range(num_chunks) for _ in range(chunk_row_offsets[c + 1] - chunk_row_offsets[c])]
-    sources = [0] * num_rows if row_sources is None else row_sources.of_rows().tolist()
+    sources = [0] * num_rows if row_sources is None else row_sources.of_rows(topk_ids.device).tolist()
     ids = topk_ids.tolist()
     pairs = [(r, k) for r in range(num_rows) for k in range(top_k) if 0 <= ids[r][k] < num_experts]
     stored = sorted(pairs, key=lambda p: (chunk_of_row[p[0]], ids[p[0]][p[1]], p))

@@ -131,7 +131,7 @@ def group(
             positions[first:last] -= first
         # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
         num_sources = max(row_sources.ranks) + 1
-        row_source = row_sources.of_rows().to(device)
+        row_source = row_sources.of_rows(device)
         by_source = sorted_keys[:num_pairs] % num_experts * num_sources + row_source[stored // top_k]
         source_order = torch.sort(by_source, stable=True)[1].to(torch.int32)
         expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)

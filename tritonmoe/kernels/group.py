@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cpu_memory import to_device
 from ..grouping import RowSources
 from .group_steps import count_tile, place_tile, scan_tiles
 from .launch import INTERPRETED, launch
@@ -69,7 +70,7 @@ def _scan_kernel(
 def _place_kernel(
     topk_ids,  # (R, K) integers
     tile_table,  # int32 or None
-    expert_offsets,  # (C+1, E+1) int32; (1, E+1) for one chunk
+    expert_offsets,  # (E+1,) int32, of the layer
     shifts,  # (2, num_tiles, E) int32; (1, num_tiles, E) for one chunk
     pair_index,  # (N,) int32
     inverse,  # (R, K) int32
@@ -204,12 +205,9 @@ class TileTable:
                 torch.tensor([len(runs), 2 * len(runs)]),
             ]
         ).to(torch.int32)
-        if device.type == "cuda":
-            # Pageable memory would make the copy wait for the device.
-            table = table.pin_memory()
         self = cls(int(ends[-1]))
         self.num_tiles, self.num_scans = len(runs), num_chunks + 1
-        self.on_device = table.to(device, non_blocking=True)
+        self.on_device = to_device(table, device)
         return self
 
 
@@ -264,9 +262,10 @@ def group_pairs(
     Returns:
         The pairs in storage order (num_positions,), with one chunk -1 past their end; the expert offsets of each chunk
         and, with several, of the layer, (C+1, E+1) or (1, E+1); the inverse (R, K); with several chunks the source
-        order (num_positions,).
+        order (num_positions,), 0 past the end of all pairs.
     """
     starts = topk_ids.new_empty(table.num_tiles, num_experts + 1, dtype=torch.int32)
+    assert num_positions <= table.num_pairs, f"{num_positions} positions for {table.num_pairs} pairs"
     num_orders = 1 if table.on_device is None else 2
     shifts = topk_ids.new_empty(num_orders, table.num_tiles, num_experts, dtype=torch.int32)
     offsets = topk_ids.new_empty(table.num_scans, num_experts + 1, dtype=torch.int32)
@@ -306,7 +305,7 @@ def group_pairs(
         (table.num_tiles,),
         topk_ids,
         table.on_device,
-        offsets,
+        offsets[-1],
         shifts,
         pair_index,
         inverse,

@@ -133,7 +133,7 @@ def place_tile(
     tile,
     topk_ids,  # (R, K) integers
     tile_table,  # int32 or None
-    expert_offsets,  # (1, E+1) int32; with a tile table not read
+    expert_offsets,  # (E+1,) int32, of the layer
     shifts,  # (2, num_tiles, E) int32
     pair_index,  # (N,) int32: flat pair ids in storage order
     inverse,  # (R, K) int32: position in the chunk, -1 where skipped
@@ -148,7 +148,10 @@ def place_tile(
     TILE: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
-    """Store a tile's pairs where they belong, and -1 at the positions that one chunk's pairs leave over."""
+    """Store a tile's pairs where they belong, and mark the positions that the pairs leave over.
+
+    One chunk: -1 in pair_index. Several, whose own ends are anywhere: 0 in source_order, which others index with.
+    """
     first, end, first_position = _tile_range(tile, tile_table, num_pairs, num_tiles, TILE)
     places = tl.arange(0, TILE)
     pairs = first + places
@@ -173,8 +176,10 @@ def place_tile(
         layer_shift = shift + tl.cast(num_tiles, tl.int64) * E
         place = tl.load(layer_shift, mask=active, other=0) + rank
         tl.store(source_order + place, stored, mask=active & (place < num_positions))
+    # Tile after tile covers all positions, each once.
+    positions = tl.cast(tile, tl.int64) * TILE + places
+    padding = (positions >= tl.load(expert_offsets + E)) & (positions < num_positions)
     if tile_table is None:
-        # Tile after tile covers all positions, each once.
-        positions = tl.cast(tile, tl.int64) * TILE + places
-        padding = (positions >= tl.load(expert_offsets + E)) & (positions < num_positions)
         tl.store(pair_index + positions, tl.full((TILE,), -1, tl.int32), mask=padding)
+    else:
+        tl.store(source_order + positions, tl.zeros((TILE,), tl.int32), mask=padding)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import WeightGrads
+from ..capacity import is_captured
 from ..config import OverlapPlan
 from ..dispatch import DispatchPlan
 from ..errors import TransportError
@@ -24,8 +25,10 @@ from .schedule import Schedule, Step, build_backward, build_forward
 __all__ = ["ExpertsPass", "LayerPass", "LayerReport", "PassReport", "StepTiming", "execute"]
 
 
-def _mark(device: torch.device) -> "float | torch.cuda.Event":
-    """A moment on the lane that computes: the host's clock, or an event of the current stream."""
+def _mark(device: torch.device) -> "float | torch.cuda.Event | None":
+    """A moment on the lane that computes: the host's clock, or an event of the current stream; None in a CUDA graph."""
+    if is_captured(device):
+        return None
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -59,6 +62,8 @@ class PassReport:
         self._steps: list[StepTiming] | None = None
 
     def _seconds(self, mark: object) -> float:
+        if self._origin is None:
+            raise RuntimeError("a CUDA graph captured this call, and replays are not timed: time them as a whole")
         if isinstance(mark, float):
             assert isinstance(self._origin, float)
             return mark - self._origin
@@ -84,7 +89,7 @@ class PassReport:
     @property
     def is_over(self) -> bool:
         """Whether the pass has ended, so that reading it waits for nothing."""
-        return isinstance(self._end, float) or self._end.query()
+        return not isinstance(self._end, torch.cuda.Event) or self._end.query()
 
     @property
     def total_s(self) -> float:
@@ -122,7 +127,8 @@ class LayerReport:
 
     rank: int
     traffic_rows: Tensor
-    """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column)."""
+    """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column); with a
+    capacity the room for them, which is what travels."""
     traffic_pairs: Tensor
     """The same for the pairs of rank i that rank k computes."""
     row_bytes: int
@@ -144,8 +150,16 @@ class LayerReport:
     """Why this plan was chosen, in one sentence."""
     wire_squares: Tensor | None = None
     """(2,) fp32: summed squares of what the wire format changed in the dispatched rows, and of the rows."""
+    first_run: "LayerReport | None" = None
+    """Where rows of some rank didn't fit into the capacity, so that the call ran again without one: the report of the
+    run before. All else here is of the second run, whose results are the call's."""
     rows_between_nodes: int | None = None
     """On a TwoLevelTransport: the rows that this rank sends to other nodes in the forward's dispatch."""
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether rows of some rank didn't fit into the capacity."""
+        return self.first_run is not None
 
     @property
     def wire_error(self) -> float:
@@ -411,6 +425,8 @@ class LayerPass:
         """Send the ids (T, K) and weights (T, K) of all chunks; what arrives is for receive_metadata."""
         plan = self.plan
         pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, plan.tokens.home_tokens)
+        if plan.tokens.padding is not None:
+            pairs[:, : topk_ids.shape[1]].masked_fill_(plan.tokens.padding[:, None], -1)
         received = [pairs.new_empty(plan.num_received, pairs.shape[1])]
         received[0][: plan.num_local] = pairs[: plan.num_local]
         return self._exchange_all(pairs.index_select(0, plan.send_order()), received), received

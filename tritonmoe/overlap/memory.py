@@ -86,6 +86,10 @@ def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> Peak
     weights), index arithmetic over (T, W) and (R, K) that is over before the experts run, and what a callable
     activation keeps itself. Every chunk is taken to have its share of every rank's rows, every expert its share of the
     pairs. Tests hold it to a tenth of what is really held.
+
+    With plan.capacity `work` has the room for rows and pairs, whatever there is (capacity.capped_traffic; a layer's
+    report says it too). Backends that go block by block keep only the pairs that are there, so it is the most they may
+    hold. A call that overflows lets its first run go and then holds what its rows need without a capacity.
     """
     forward = _Walk(plan, work, widths).forward()
     backward = _Walk(plan, work, widths).backward() if widths.has_backward else 0

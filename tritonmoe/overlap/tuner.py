@@ -151,6 +151,15 @@ def layer_work(report: LayerReport) -> LayerWork:
     return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
 
 
+def most_work(report: LayerReport) -> LayerWork:
+    """Give what all ranks have room for, whichever run of the call had more of it."""
+    work = layer_work(report)
+    if report.first_run is None:
+        return work
+    first = layer_work(report.first_run)
+    return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
+
+
 def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
     """Fit the costs of every kind of step to what this rank measured, forward and backward.
 
@@ -308,6 +317,8 @@ class _TriedCall:
     def nanoseconds(self) -> int | None:
         """Give the time of the whole call on this rank, None as long as it isn't over."""
         passes = [self.report.forward]
+        if self.report.first_run is not None:
+            passes.append(self.report.first_run.forward)
         if self.has_backward:
             if self.report.backward is None:
                 return None
@@ -346,7 +357,7 @@ class PlanChooser:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
     num_searches: int = 0
     last_work: LayerWork | None = None
-    """Of the call before, where a memory budget asks for it."""
+    """Of the call before, where a memory budget asks for it; with a capacity, its room."""
     sides: str = ""
     """The predicted experts' and exchanges' times, for `choice`."""
 
@@ -477,7 +488,7 @@ class PlanChooser:
         report.choice = self.choice
         if not self.is_tuned:
             if self.config.memory_budget_bytes is not None:
-                self.last_work = layer_work(report)
+                self.last_work = most_work(report)
             return
         if not self.candidates:
             if len(self.measured) < len(self._measured_plans):

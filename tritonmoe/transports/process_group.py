@@ -218,6 +218,11 @@ class ProcessGroupTransport(Transport):
 
     def _exchange_counts_on_device(self, counts: Tensor) -> Tensor:
         """Send counts through a group that has only NCCL: pinned memory to the device, and back."""
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "counts can't cross NCCL while a CUDA graph is captured, since the host waits for them: initialise the "
+                'group with backend="cpu:gloo,cuda:nccl"'
+            )
         if self._counts_stream is None:
             self._counts_stream = torch.cuda.Stream()
         length = counts.shape[1]
