@@ -235,6 +235,37 @@ def test_fillers_of_the_caller() -> None:
     assert seen == ["run"]
 
 
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_scores_of_another_router_as_filler(num_ranks: int, shared: int) -> None:
+    """A layer beside or behind this one may route the same tokens while this one's rows travel."""
+    config = replace(CONFIG, shared_intermediate_size=shared)
+
+    def on_rank(transport: Transport) -> None:
+        seed = torch.Generator().manual_seed(0)
+        layer, other = (
+            tm.MoELayer(config, transport if num_ranks > 1 else None, tm.OverlapConfig(2), generator=seed)
+            for _ in range(2)
+        )
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(transport.rank), requires_grad=True)
+
+        def gradients(y: Tensor, logits: Tensor) -> list[Tensor]:
+            parameters = [x, other.router.weight, *layer.parameters()]
+            return [y.detach(), logits.detach(), *torch.autograd.grad(y.sum() + logits.square().sum(), parameters)]
+
+        expected = gradients(layer(x), other.router(x).logits)
+        for before in ([], [lambda: None]):  # under the first dispatch, under the last combine
+            found: list[Tensor] = []
+            y = layer(x, fillers=[*before, lambda found=found: found.append(other.router(x).logits)])
+            for actual, wanted in zip(gradients(y, found[0]), expected, strict=True):
+                torch.testing.assert_close(actual, wanted)
+        if num_ranks > 1:
+            with pytest.raises(ValueError, match="room for 2 fillers in a call, got 3"):
+                layer(x, fillers=[lambda: None] * 3)
+
+    tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "4"])
 def test_shared_sizes_that_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="shared_intermediate_size must be"):

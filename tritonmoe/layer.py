@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -225,7 +226,12 @@ class MoELayer(nn.Module):
             raise RuntimeError("there are no statistics before the first forward")
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
+        """Give (..., D) of x (..., D).
+
+        fillers: as in expert_parallel_mlp, behind the halves of the shared expert: the scores of a router that needs
+            this x too, say.
+        """
         one_device = self.experts.transport is None
         try:
             if x.shape[-1] != self.config.hidden_size:
@@ -239,16 +245,16 @@ class MoELayer(nn.Module):
                 refuse(self.experts.transport)
             raise
         halves: list[Tensor] = []
-        fillers: list[Callable[[], None]] = []
+        own_fillers: list[Callable[[], None]] = []
         shared = self.shared_expert
         if isinstance(shared, SharedExpert):  # a subclass may run one of its own
-            fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
+            own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
         y = self.experts(
             flat,
             routing.topk_ids,
             routing.topk_weights,
             num_nonfinite_rows=routing.num_nonfinite_rows,
-            fillers=fillers,
+            fillers=[_one_after_the_other(pair) for pair in zip_longest(own_fillers, fillers)],
         )
         if halves:
             y = y + halves[1]
@@ -286,3 +292,12 @@ class MoELayer(nn.Module):
                 f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer (those "
                 "tokens went to no expert): look for an overflow in the activations before the router"
             )
+
+
+def _one_after_the_other(fillers: Sequence[Callable[[], None] | None]) -> Callable[[], None]:
+    def run() -> None:
+        for filler in fillers:
+            if filler is not None:
+                filler()
+
+    return run

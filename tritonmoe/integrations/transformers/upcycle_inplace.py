@@ -1,7 +1,7 @@
 """Any other architecture: its feed-forward blocks become MoE layers inside a copy of the model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ class UpcycledFFN(MoELayer):
             )
             self.shared_expert = GroupedExperts(shared, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.to(self.experts.gate_up_proj.dtype)
-            y = super().forward(rows)
+            y = super().forward(rows, fillers=fillers)
             if self.shared_expert is not None:
                 flat = rows.reshape(-1, rows.shape[-1])
                 ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
