@@ -6,8 +6,11 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
+from tritonmoe.kernels import aot, tiles
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
@@ -174,6 +177,23 @@ def bounds_table(num_tokens: str) -> str:
     return "\n".join(lines)
 
 
+def decoding_table(target: str) -> str:
+    """The programs that read the weights for one token, in bf16; needs no measurement."""
+    lines = [
+        f"| one token on {target} | up: columns of a tile, programs | down: columns of a tile, programs |",
+        "| --- | --- | --- |",
+    ]
+    for shape in GPU_SHAPES.values():
+        with tiles.using({}):
+            launches = aot.record_launches(aot.Variant.of(shape, torch.bfloat16, 1), aot.TARGETS[target])
+        cells = [
+            f"{launches[kernel].constexprs['BLOCK_N'] * columns}, {launches[kernel].grid[0]}"
+            for kernel, columns in (("up inference up", 2 if shape.layout.gated else 1), ("down grouped_matmul", 1))
+        ]
+        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def transformers_table(name: str) -> str:
     data = load(name)
     layers, width, inner, experts, top_k = data["results"][0]["layers_D_F_E_K"]
@@ -223,6 +243,7 @@ TABLES = {
     "expert_parallel": expert_parallel_table,
     "transformers": transformers_table,
     "bounds": bounds_table,
+    "decoding": decoding_table,
     "moe_mlp": moe_mlp_table,
     "fixed_experts": fixed_experts_table,
     "scheduler": scheduler_table,

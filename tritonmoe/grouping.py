@@ -91,10 +91,14 @@ class Grouping:
         return self.inverse.shape[1]
 
     @property
+    def num_layer_rows(self) -> int:
+        """The layer's rows: the same in every chunk."""
+        return self.chunk_row_offsets[-1] if self.layer_rows is None else self.layer_rows
+
+    @property
     def pairs_per_expert(self) -> float:
         """The layer's pairs (skipped ones too) per expert: known without a host read, the same in every chunk."""
-        num_rows = self.chunk_row_offsets[-1] if self.layer_rows is None else self.layer_rows
-        return num_rows * self.top_k / self.num_experts
+        return self.num_layer_rows * self.top_k / self.num_experts
 
     @property
     def num_chunks(self) -> int:

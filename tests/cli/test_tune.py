@@ -28,7 +28,7 @@ def test_show(capsys, cache):
     assert main(["tune", *SHAPE, "--show", "--target", "sm_100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(": ")[0].split()[2] for line in lines} == {"up", "down", "down_grad", "weight_grad"}
-    assert {line.split(": ")[0].split()[-1] for line in lines} == {"16", "32", "64", "128"}
+    assert {line.split(": ")[0].split()[-1] for line in lines} == {"8", "16", "32", "64", "128"}
     (tuned,) = [line for line in lines if line.endswith("(tuned)")]
     assert tuned.startswith("sm_100 bfloat16 up 1024x2048 rows 128: ")
     assert "group_m=4" in tuned
@@ -37,8 +37,8 @@ def test_show(capsys, cache):
 
 def test_every_class_of_tiles_has_its_tokens():
     shape = LayerShape("Qwen3-30B-A3B", 128, 8, 2048, 768)
-    assert tokens_of_every_class(shape) == [1, 512, 1024, 2048]
-    assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 32, 64, 128]
+    assert tokens_of_every_class(shape) == [1, 256, 512, 1024, 2048]
+    assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize("command", ["tune", "warmup"])

@@ -12,7 +12,13 @@ from tritonmoe.kernels.aot import ARCHITECTURES, Compiled
 from tritonmoe.kernels.aot.machine_code import read_amd
 
 MODULE = [sys.executable, "-m", "tritonmoe.kernels.aot"]
-BY_TMA = {"down grouped_matmul": 2, "up_grad grouped_matmul": 2}
+BY_TMA = {
+    "up up": 1,
+    "up inference up": 1,
+    "down grouped_matmul": 2,
+    "down_grad down_grad": 1,
+    "up_grad grouped_matmul": 2,
+}
 """Kernels that read operands by TMA, and how many."""
 TMA_TARGETS = (
     "sm_90",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids, run_operations
 
 from tritonmoe.backends import triton as kernels
+from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config import KernelOptions
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import aot, launch
@@ -148,6 +149,30 @@ def test_tiles_follow_the_pairs_per_expert(target):
     heights = {rows: tile(rows, target=target).block_m for rows in (1, 191, 192, 383, 384, 767, 768, 100_000)}
     assert heights == {1: 16, 191: 16, 192: 32, 383: 32, 384: 64, 767: 64, 768: 128, 100_000: 128}
     assert len({tile(rows, target=target) for rows in (768, 769, 4096, 100_000)}) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
+def test_one_token_occupies_every_multiprocessor(shape, target):
+    """The K tiles that one token has at least, by all column tiles; up to eight tokens nothing is compiled anew."""
+
+    def configs(num_rows):
+        with launch.recording(aot.TARGETS[target]):
+            ids = torch.empty(num_rows, shape.top_k, dtype=torch.int64, device="meta")
+            grouping = kernels.group(ids, shape.num_experts)
+            like = torch.empty(num_rows, shape.hidden_size, dtype=torch.bfloat16, device="meta")
+            widths = {"up": shape.intermediate_size, "down": shape.hidden_size}
+            depths = {"up": shape.hidden_size, "down": shape.intermediate_size}
+            return {
+                name: launch.grouped_matmul_config(name, like, width, depths[name], grouping, KernelOptions(), {})
+                for name, width in widths.items()
+            }, widths
+
+    (one_token, widths), (eight_tokens, _), (nine_tokens, _) = map(configs, (1, 8, 9))
+    assert one_token == eight_tokens
+    for name, config in one_token.items():
+        assert shape.top_k * -(-widths[name] // config.block_n) >= 304  # compute units of an MI300X
+        assert config.block_n <= nine_tokens[name].block_n
 
 
 def test_tiles_are_those_of_the_layer_whatever_the_chunk():

@@ -14,6 +14,10 @@ from tritonmoe.cli import main
 from tritonmoe.kernels import aot, launch, tiles, tma
 
 OFF = "switched off by a test"
+WEIGHT, BOTH = {"weight": tma.BY_TMA}, {"values": tma.BY_TMA, "weight": tma.BY_TMA}
+BY_TMA = [WEIGHT, BOTH, WEIGHT, BOTH]
+"""How up, down, down_grad and up_grad read their operands where they can."""
+TWO_PIECES = "pointers: a tile's gate and up columns are two pieces of its contiguous axis"
 
 
 @contextlib.contextmanager
@@ -40,10 +44,15 @@ def ragged_layer(dtype, layout, **sizes):
 
 
 def products(backend, layer, grouping, values):
-    """Give down of `values` (N, F) and up_grad of as many columns as W1 has of them."""
-    dh = torch.cat([values, values.flip(1)], 1) if layer.layout.gated else values
+    """Give all products but weight_grad, with `values` (N, F) as a, and as many columns as W1 has of them as h, dh."""
+    hidden = torch.cat([values, values.flip(1)], 1) if layer.layout.gated else values
+    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
     down = backend.down(values, layer.w2, layer.b2, grouping, layer.layout)
-    return {"down": down, "up_grad": backend.up_grad(dh, layer.w1, grouping, layer.layout)}
+    dh, scaled_a, dweights = backend.down_grad(
+        layer.dout, layer.w2, layer.b2, hidden, layer.weights, grouping, layer.layout, "silu"
+    )
+    up_grad = backend.up_grad(hidden, layer.w1, grouping, layer.layout)
+    return {"h": h, "a": a, "down": down, "dh": dh, "s*a": scaled_a, "dweights": dweights, "up_grad": up_grad}
 
 
 def random_values(grouping, width, dtype):
@@ -51,7 +60,7 @@ def random_values(grouping, width, dtype):
     return torch.randn(grouping.num_pairs, width, generator=generator).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("layout", ["concatenated", "transposed", "ungated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bits_are_those_of_pointers(layout, dtype):
     """Ragged and empty experts, depths and widths that end inside a tile, a bias, weights of both orders."""
@@ -59,10 +68,10 @@ def test_bits_are_those_of_pointers(layout, dtype):
     values = random_values(grouping, 24, dtype)
     with garbage_memory(), reading() as ways:
         by_tma = products(kernels, layer, grouping, values)
-    assert ways == [{"values": tma.BY_TMA, "weight": tma.BY_TMA}] * 2
+    assert ways == (BY_TMA if layout != "transposed" else [{"weight": TWO_PIECES}, *BY_TMA[1:]])
     with garbage_memory(), reading(by_tma=False) as ways:
         by_pointers = products(kernels, layer, grouping, values)
-    assert ways == [{"values": f"pointers: {OFF}", "weight": f"pointers: {OFF}"}] * 2
+    assert ways == [dict.fromkeys(way, f"pointers: {OFF}") for way in BY_TMA]
     expected = products(reference, layer, grouping, values)
     exact = products(reference, layer.double(), grouping, values.double())
     for name, value in by_tma.items():
@@ -82,7 +91,7 @@ def test_neighbours_are_neither_used_nor_written():
     buffer = torch.full((grouping.num_pairs + 40, 24), -7.0, device=DEVICE)
     with reading() as found:
         kernels.down(poisoned, layer.w2, None, grouping, layer.layout, out=buffer[: grouping.num_pairs, :20])
-    assert found == [{"values": tma.BY_TMA, "weight": tma.BY_TMA}]
+    assert found == [BOTH]
     for expert in range(5):
         rows = slice(offsets[expert], offsets[expert + 1])
         if expert in (2, 4):
@@ -147,9 +156,31 @@ def test_what_tma_cannot_read_is_read_through_pointers(case):
         weight = change_weight(layer.w2) if change_weight else layer.w2
         with garbage_memory():
             actual = kernels.down(values, weight, *arguments)
-    assert found[0] == {"values": tma.BY_TMA, "weight": tma.BY_TMA}
-    assert found[1] == found[0] | {name: f"pointers: {reason}" for name, reason in reasons.items()}
+    assert found[0] == BOTH
+    assert found[1] == BOTH | {name: f"pointers: {reason}" for name, reason in reasons.items()}
     assert torch.equal(actual[:num_active], expected[:num_active])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (misaligned, "its address is no multiple of 16 bytes"),
+        (padded, "18 bytes along axis 1 are no multiple of 16 below 2^40"),
+        (strided, "no axis of a tile is contiguous, strides are (384, 16, 2)"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+def test_weights_that_tma_cannot_read_beside_gathered_rows(layout, change, reason):
+    layer, grouping = ragged_layer(torch.float16, layout, hidden=24, intermediate=8)
+    values = random_values(grouping, 8, torch.float16)
+    expected = products(kernels, layer, grouping, values)
+    layer.w1, layer.w2 = change(layer.w1), change(layer.w2)
+    with garbage_memory(), reading() as found:
+        actual = products(kernels, layer, grouping, values)
+    assert found[2] == {"weight": f"pointers: {reason}"}
+    assert found[0]["weight"].startswith("pointers: ")
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -158,7 +189,7 @@ def test_odd_sizes_need_pointers(dtype):
     values = random_values(grouping, 11, dtype)
     with garbage_memory(), reading() as found:
         actual = products(kernels, layer, grouping, values)
-    assert len(found) == 2
+    assert len(found) == 4
     assert all(way.startswith("pointers: ") for ways in found for way in ways.values())
     expected = products(reference, layer, grouping, values)
     exact = products(reference, layer.double(), grouping, values.double())
@@ -171,7 +202,7 @@ def test_no_rows():
     grouping = kernels.group(layer.ids, 7)
     with reading() as found:
         assert products(kernels, layer, grouping, layer.x[:, :12])["down"].shape == (0, 20)
-    assert found[0] == {"values": "pointers: shape (0, 12) is empty", "weight": tma.BY_TMA}
+    assert found[1] == BOTH | {"values": "pointers: shape (0, 12) is empty"}
 
 
 @pytest.mark.parametrize(
@@ -202,16 +233,20 @@ def cache(tmp_path, monkeypatch):
     tiles._cached.cache_clear()
 
 
-def shown(capsys, *arguments):
-    """Give what `tritonmoe tune --show` prints for down, the only class of its pairs per expert."""
+def shown(capsys, *arguments, product="down 2048x1024"):
+    """Give what `tritonmoe tune --show` prints for a product, the only class of its pairs per expert."""
     assert main(["tune", *arguments, "--tokens", "16384", "--show"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if " down 2048x1024 " in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if f" {product} " in line]
     return line
 
 
 def test_the_choice_is_printed(capsys, cache):
     qwen = ("128", "8", "2048", "768", "bfloat16")
     assert "; values by TMA; weight by TMA (heuristic)" in shown(capsys, *qwen, "--target", "sm_90")
+    up = {"product": "up 1024x2048"}
+    assert shown(capsys, *qwen, "--target", "sm_90", **up).endswith("; weight by TMA (heuristic)")
+    assert f"; weight by {TWO_PIECES} (" in shown(capsys, *qwen, "--target", "sm_90", "--transposed", **up)
+    assert "; weight by TMA (" in shown(capsys, *qwen, "--target", "sm_90", "--transposed", "--interleaved", **up)
     by_pointers = "; values by pointers: sm_80 has no TMA; weight by pointers: sm_80 has no TMA (heuristic)"
     assert by_pointers in shown(capsys, *qwen, "--target", "sm_80")
     reason = "1332 bytes along axis {} are no multiple of 16 below 2^40"
@@ -232,3 +267,12 @@ def test_launches_get_descriptors_where_there_is_tma(target, by_tma):
         assert (weight.shape, weight.block_shape) == ([128, 2048, 768], [1, 256, 64])
         weight = launches["up_grad grouped_matmul"].args[1]  # here the depth is an outer axis
         assert (weight.shape, weight.block_shape) == ([128, 1536, 2048], [1, 64, 256])
+    for kernel, place, box in (
+        ("up up", 1, ([128, 2, 768, 2048], [1, 2, 128, 64])),
+        ("up inference up", 1, ([128, 2, 768, 2048], [1, 2, 128, 64])),
+        ("down_grad down_grad", 1, ([128, 2048, 768], [1, 64, 128])),
+    ):
+        weight = launches[kernel].args[place]
+        assert isinstance(weight, TensorDescriptor) is by_tma
+        if by_tma:
+            assert (weight.shape, weight.block_shape) == box

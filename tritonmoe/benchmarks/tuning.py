@@ -17,7 +17,7 @@ __all__ = ["CHOICES", "descend", "tune"]
 
 CHOICES: dict[str, tuple[int, ...]] = {
     "block_m": (16, 32, 64, 128),
-    "block_n": (32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
     "block_k": (32, 64, 128),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5, 6),

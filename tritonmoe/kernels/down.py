@@ -121,8 +121,8 @@ def _grouped_matmul(
     num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
-    operands = {"values": values, "weight": tma.innermost_last(weight)}
-    config = grouped_matmul_config("down", values, width, depth, grouping, options, operands)
+    refusals = {"values": tma.refusal(values), "weight": tma.refusal_of_weight(weight)}
+    config = grouped_matmul_config("down", values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(width, config.block_n)
     launch(

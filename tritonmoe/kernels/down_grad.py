@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
+from . import tma
 from .activations import activate_with_slopes, activation_options
 from .launch import (
     contiguous_columns,
@@ -98,7 +99,7 @@ def _down_grad_epilogue(
 @triton.jit(do_not_specialize=["N", "num_slots"])
 def _down_grad_kernel(
     dout,  # (R, D)
-    weight,  # (E, D, F) in any layout, through its strides
+    weight,  # (E, D, F) in any layout, through its strides, or its descriptor
     hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
     topk_weights,  # (R, K)
     pair_index,  # (N,) int32
@@ -129,6 +130,8 @@ def _down_grad_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    WEIGHT_BY_TMA: tl.constexpr,
+    DEPTH_LAST: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,8 +146,6 @@ def _down_grad_kernel(
         expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
         if first < end:
             first_unit = column_tile * BLOCK_N
-            units = first_unit + tl.arange(0, BLOCK_N)
-            unit_mask = units < F
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             pairs = tl.load(pair_index + positions, mask=valid, other=0)
@@ -152,24 +153,33 @@ def _down_grad_kernel(
             dout_pointers = (
                 dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
-            weight_pointers = (
-                weight
-                + expert.to(tl.int64) * stride_weight_expert
-                + depth[:, None] * stride_weight_out
-                + units[None, :] * stride_weight_in
-            )
+            if not WEIGHT_BY_TMA:
+                units = first_unit + tl.arange(0, BLOCK_N)
+                unit_mask = units < F
+                weight_pointers = (
+                    weight
+                    + expert.to(tl.int64) * stride_weight_expert
+                    + depth[:, None] * stride_weight_out
+                    + units[None, :] * stride_weight_in
+                )
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, D, BLOCK_K):
+                depth_mask = depth < D - start
                 if EVEN_D:
                     dout_tile = tl.load(dout_pointers)
-                    weight_tile = tl.load(weight_pointers, mask=unit_mask[None, :], other=0.0)
                 else:
-                    depth_mask = depth < D - start
                     dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
-                    weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & unit_mask[None, :], other=0.0)
+                if WEIGHT_BY_TMA:
+                    weight_tile = tma.load_weight_tile(weight, expert, start, first_unit, DEPTH_LAST, BLOCK_K, BLOCK_N)
+                else:
+                    if EVEN_D:
+                        weight_tile = tl.load(weight_pointers, mask=unit_mask[None, :], other=0.0)
+                    else:
+                        weight_mask = depth_mask[:, None] & unit_mask[None, :]
+                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                    weight_pointers += BLOCK_K * stride_weight_out
                 g = dot(dout_tile, weight_tile, g, PRECISION)
                 dout_pointers += BLOCK_K * stride_dout_column
-                weight_pointers += BLOCK_K * stride_weight_out
 
             rows = (pairs // K).to(tl.int64)
             weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
@@ -274,7 +284,8 @@ def down_grad(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, {})
+    refusals = {"weight": tma.refusal_of_weight(down_proj)}
+    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     num_tiles = num_slots * num_column_tiles
@@ -284,7 +295,9 @@ def down_grad(
         _down_grad_kernel,
         (num_programs(num_tiles, options),),
         dout,
-        down_proj,
+        tma.describe_weight(down_proj, out_axis, config.block_k, config.block_n)
+        if config.by_tma("weight")
+        else down_proj,
         hidden,
         topk_weights,
         grouping.pair_index,
@@ -313,6 +326,8 @@ def down_grad(
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
         ACTIVATION=name,
+        WEIGHT_BY_TMA=config.by_tma("weight"),
+        DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

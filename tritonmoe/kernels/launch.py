@@ -38,13 +38,15 @@ __all__ = [
     "output",
     "recording",
     "round_to",
-    "row_tile",
+    "row_class",
     "slot_and_column_tile",
     "split_column_pairs",
     "split_columns",
     "tile_of_slot",
 ]
 
+ENOUGH_PROGRAMS = 320
+"""No supported GPU has more multiprocessors (MI300X has 304 compute units)."""
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
@@ -304,15 +306,18 @@ def output(like: Tensor, num_rows: int, num_columns: int, out: Tensor | None = N
     return out
 
 
-def row_tile(grouping: Grouping, options: KernelOptions) -> int | None:
-    """Give the class of the layer's pairs per expert, as the height of its tiles: 16, 32, 64 or 128.
+def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
+    """Give the class of the layer's pairs per expert, as the height of its tiles: 16, 32, 64 or 128; 8 for decoding.
 
-    Tiles taller than an expert's share would be mostly empty. None with `batch_invariant`: unknown on purpose.
+    Tiles taller than an expert's share would be mostly empty. Those of at most 8 rows (tokens) are 16 high too, and
+    narrow. None with `batch_invariant`: unknown on purpose.
     """
     if options.batch_invariant:
         return None
     pairs = grouping.pairs_per_expert
-    return 16 if pairs < 24 else 32 if pairs < 48 else 64 if pairs < 96 else 128
+    if pairs < 24:
+        return 8 if grouping.num_layer_rows <= 8 else 16
+    return 32 if pairs < 48 else 64 if pairs < 96 else 128
 
 
 def grouped_matmul_config(
@@ -322,7 +327,7 @@ def grouped_matmul_config(
     depth: int,
     grouping: Grouping,
     options: KernelOptions,
-    operands: Mapping[str, Tensor],
+    refusals: Mapping[str, str],
 ) -> TileConfig:
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
@@ -331,14 +336,16 @@ def grouped_matmul_config(
             or "weight_grad" (block_m and block_n are columns, block_k pairs).
         like: a tensor of the product's dtype and device.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
-        operands: those whose tiles TMA may read, as `tma.refusal` takes them.
+        refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
     """
     target = _target(like.device)
-    block_m = row_tile(grouping, options)
+    rows = row_class(grouping, options)
     if operation == "weight_grad":
         block_m = 128
-    elif block_m is None:
+    elif rows is None:
         block_m = 64 if grouping.num_experts > 16 * grouping.top_k else 128
+    else:
+        block_m = max(16, rows)
     if target is None:
         config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
     elif width % 8 or depth % 8:
@@ -352,12 +359,16 @@ def grouped_matmul_config(
         config = _few_rows_config(target, operation)
     else:
         config = _half_precision_config(target, operation)
+        if block_m == 64 and operation == "up" and target.backend == "cuda" and target.arch // 10 == 10:
+            config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
+    if rows == 8 and operation != "weight_grad":
+        config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
     if target is not None:
-        key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, row_tile(grouping, options))
+        key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows)
         config = tiles.choose(key, config)
     unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
-    config = dataclasses.replace(config, reads=tma.reads(operands, unusable))
+    config = dataclasses.replace(config, reads=tma.reads(refusals, unusable))
     if target is not None:
         tiles.note(key, config)
     if operation == "weight_grad":
@@ -379,6 +390,17 @@ def _few_rows_config(target: GPUTarget, operation: str) -> TileConfig:
     if target.backend == "hip":
         return TileConfig(32, block_n, 64, num_warps=4, num_stages=2)
     return TileConfig(32, block_n, 128, num_warps=4, num_stages=4 if target.arch // 10 in (9, 10) else 3)
+
+
+def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
+    """Halve the columns of a tile until `num_slots` row tiles, what one token has at least, occupy every GPU.
+
+    Splitting the sums instead would do the same with a second pass over them; here every sum keeps its order.
+    """
+    block_n = config.block_n
+    while block_n > 16 and num_slots * triton.cdiv(width, block_n) < ENOUGH_PROGRAMS:
+        block_n //= 2
+    return dataclasses.replace(config, block_n=block_n)
 
 
 def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:

@@ -1,7 +1,7 @@
 """Tile configurations that were measured, by what they were measured for: consulted before the heuristic in launch.py.
 
 An entry replaces fields of the heuristic's TileConfig. Its key has the architecture, the dtype, the operation, the
-product's width and depth rounded up to powers of two, and the class of pairs per expert (`launch.row_tile`): never the
+product's width and depth rounded up to powers of two, and the class of pairs per expert (`launch.row_class`): never the
 number of rows, so that nothing is compiled anew in the middle of training. `tritonmoe tune` measures entries and keeps
 them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
 """

@@ -12,7 +12,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["BY_TMA", "describe", "describe_weight", "innermost_last", "load_weight_tile", "reads", "refusal"]
+__all__ = [
+    "BY_TMA",
+    "describe",
+    "describe_weight",
+    "halves",
+    "innermost_last",
+    "load_halves",
+    "load_weight_tile",
+    "reads",
+    "refusal",
+    "refusal_of_halves",
+    "refusal_of_weight",
+]
 
 BY_TMA = "TMA"
 
@@ -38,12 +50,25 @@ def refusal(tensor: Tensor) -> str:
     return ""
 
 
-def reads(operands: Mapping[str, Tensor], unusable: str) -> tuple[tuple[str, str], ...]:
+def refusal_of_weight(weight: Tensor) -> str:
+    """Say why TMA can't read tiles of a weight (E, rows, columns), whichever axis is contiguous."""
+    return refusal(innermost_last(weight))
+
+
+def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
+    """Say why TMA can't read a tile's gate and up columns at once."""
+    view = halves(weight, out_axis)
+    if view.stride(2) == 1 != view.stride(3):
+        return "a tile's gate and up columns are two pieces of its contiguous axis"
+    return refusal(view)
+
+
+def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], ...]:
     """Give how the tiles of each operand are read: (name, BY_TMA), or (name, "pointers: " and the reason).
 
-    unusable: why TMA can read none of them; empty where it can.
+    refusals: why TMA can't read an operand. unusable: why it can read none of them. Empty where it can.
     """
-    reasons = {name: unusable or refusal(tensor) for name, tensor in operands.items()}
+    reasons = {name: unusable or refused for name, refused in refusals.items()}
     return tuple((name, f"pointers: {reason}" if reason else BY_TMA) for name, reason in reasons.items())
 
 
@@ -55,6 +80,12 @@ def describe(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
 def innermost_last(weight: Tensor) -> Tensor:
     """Give (E, rows, columns) as it is, or (E, columns, rows) where its rows are the contiguous axis."""
     return weight.mT if weight.stride(1) == 1 and weight.stride(2) != 1 else weight
+
+
+def halves(weight: Tensor, out_axis: int) -> Tensor:
+    """View gate_up_proj, whose `out_axis` has 2F columns, gate before up, as (E, 2, F, D)."""
+    num_units = weight.shape[out_axis] // 2
+    return weight.transpose(out_axis, 1).unflatten(1, (2, num_units))
 
 
 def describe_weight(weight: Tensor, in_axis: int, block_k: int, block_n: int) -> TensorDescriptor:
@@ -73,3 +104,9 @@ def load_weight_tile(
         return tl.reshape(weight.load([expert, column, depth]), (BLOCK_N, BLOCK_K)).T
     else:
         return tl.reshape(weight.load([expert, depth, column]), (BLOCK_K, BLOCK_N))
+
+
+@triton.jit
+def load_halves(weight, expert, depth, unit, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Give (BLOCK_K, 2*BLOCK_N) of one expert of `halves` from (depth, unit) on: gate columns, then up columns."""
+    return tl.reshape(weight.load([expert, 0, unit, depth]), (2 * BLOCK_N, BLOCK_K)).T

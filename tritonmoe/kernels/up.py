@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
+from . import tma
 from .activations import activate, activation_options
 from .launch import (
     contiguous_columns,
@@ -28,10 +29,9 @@ __all__ = ["up"]
 
 @triton.jit
 def _up_epilogue(
-    accumulator,  # (BLOCK_M, 2*SUB_N) fp32: gate and up columns of SUB_N units; (BLOCK_M, SUB_N) ungated
-    lanes,  # (2*SUB_N,): where these columns lie in the program's tile
+    gate,  # (BLOCK_M, SUB_N) fp32
+    up_half,  # (BLOCK_M, SUB_N) fp32; ungated: the same as gate
     first_unit,
-    column_tile,
     expert,
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
@@ -49,29 +49,29 @@ def _up_epilogue(
     dtype: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HALVES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
     """Add the bias, round and store h, then store the activation of the rounded h."""
-    columns, column_mask = _tile_columns(column_tile, lanes, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N)
-    if bias is not None:
-        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + columns * stride_bias_column
-        accumulator += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    h_tile = round_to(accumulator, dtype)
     units = first_unit + tl.arange(0, SUB_N)
-    mask = valid[:, None] & (units < F)[None, :]
-    if GATED:
-        gate, up_half = split_column_pairs(h_tile, BLOCK_M, SUB_N, HALVES)
-    else:
-        gate = h_tile
-        up_half = h_tile
+    unit_mask = units < F
+    mask = valid[:, None] & unit_mask[None, :]
+    if bias is not None:
+        gate_columns = 2 * units if INTERLEAVED else units
+        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + gate_columns * stride_bias_column
+        gate += tl.load(bias_pointers, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            bias_pointers += (1 if INTERLEAVED else F) * stride_bias_column
+            up_half += tl.load(bias_pointers, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
+    gate = round_to(gate, dtype)
+    up_half = round_to(up_half, dtype) if GATED else gate
     if h is not None:
         h_rows = h + positions[:, None] * stride_h_row
         if INTERLEAVED:
-            tl.store(h_rows + columns[None, :], h_tile, mask=valid[:, None] & column_mask[None, :])
+            columns = 2 * first_unit + tl.arange(0, 2 * SUB_N)
+            both = tl.reshape(tl.join(gate, up_half), (BLOCK_M, 2 * SUB_N))
+            tl.store(h_rows + columns[None, :], both, mask=valid[:, None] & (columns < 2 * F)[None, :])
         else:
             tl.store(h_rows + units[None, :], gate, mask=mask)
             if GATED:
@@ -93,7 +93,7 @@ def _tile_columns(
     BLOCK_N: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
-    """Give the weight's column for each lane of a program's tile, and whether it exists.
+    """Give the weight's column for each lane of a tile read through pointers, and whether it exists.
 
     A subtile of 2*SUB_N lanes holds gate and up of SUB_N units: alternating, or one half after the other (HALVES).
     """
@@ -118,7 +118,7 @@ def _tile_columns(
 @triton.jit(do_not_specialize=["num_slots"])
 def _up_kernel(
     x,  # (R, D)
-    weight,  # (E, 2F, D) in any layout, through its strides; F instead of 2F when ungated
+    weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
     bias,  # (E, 2F) or None
     pair_index,  # (N,) int32
     expert_offsets,  # (E+1,) int32
@@ -145,6 +145,8 @@ def _up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALVES: tl.constexpr,
+    WEIGHT_BY_TMA: tl.constexpr,
+    DEPTH_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -158,46 +160,68 @@ def _up_kernel(
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-    SUB_WIDTH: tl.constexpr = WIDTH // SUBTILES
+    # By TMA all gate columns come first, then all up columns: two boxes in one load.
+    TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
     for tile in range(tl.program_id(0), num_slots * num_column_tiles, tl.num_programs(0)):
         slot, column_tile = slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
         if first < end:
-            columns, column_mask = _tile_columns(
-                column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
-            )
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             # Rows past the expert's end are some other row's numbers: computed and not stored.
             rows = tl.load(pair_index + positions, mask=valid, other=0) // K
             depth = tl.arange(0, BLOCK_K)
             x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
-            weight_pointers = (
-                weight
-                + expert.to(tl.int64) * stride_weight_expert
-                + depth[:, None] * stride_weight_in
-                + columns[None, :] * stride_weight_out
-            )
+            if not WEIGHT_BY_TMA:
+                columns, column_mask = _tile_columns(
+                    column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
+                )
+                weight_pointers = (
+                    weight
+                    + expert.to(tl.int64) * stride_weight_expert
+                    + depth[:, None] * stride_weight_in
+                    + columns[None, :] * stride_weight_out
+                )
             accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
             for start in range(0, D, BLOCK_K):
+                depth_mask = depth < D - start
                 if EVEN_D:
                     x_tile = tl.load(x_pointers)
-                    weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
                 else:
-                    depth_mask = depth < D - start
                     x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
-                    weight_tile = tl.load(weight_pointers, mask=depth_mask[:, None] & column_mask[None, :], other=0.0)
+                if TWO_BOXES:
+                    weight_tile = tma.load_halves(weight, expert, start, column_tile * BLOCK_N, BLOCK_K, BLOCK_N)
+                elif WEIGHT_BY_TMA:
+                    weight_tile = tma.load_weight_tile(
+                        weight, expert, start, column_tile * WIDTH, DEPTH_LAST, BLOCK_K, WIDTH
+                    )
+                else:
+                    if EVEN_D:
+                        weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
+                    else:
+                        weight_mask = depth_mask[:, None] & column_mask[None, :]
+                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                    weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
                 x_pointers += BLOCK_K * stride_x_column
-                weight_pointers += BLOCK_K * stride_weight_in
 
-            subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
+            if TWO_BOXES:
+                gate_half, up_half = split_column_pairs(accumulator, BLOCK_M, BLOCK_N, True)
+                gates = split_columns(gate_half, BLOCK_M, BLOCK_N, SUBTILES)
+                ups = split_columns(up_half, BLOCK_M, BLOCK_N, SUBTILES)
+            else:
+                subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
             for part in tl.static_range(SUBTILES):
+                if TWO_BOXES:
+                    gate, up_part = gates[part], ups[part]
+                elif GATED:
+                    gate, up_part = split_column_pairs(subtiles[part], BLOCK_M, SUB_N, HALVES)
+                else:
+                    gate, up_part = subtiles[part], subtiles[part]
                 _up_epilogue(
-                    subtiles[part],
-                    part * SUB_WIDTH + tl.arange(0, SUB_WIDTH),
+                    gate,
+                    up_part,
                     column_tile * BLOCK_N + part * SUB_N,
-                    column_tile,
                     expert,
                     positions.to(tl.int64),
                     valid,
@@ -215,10 +239,8 @@ def _up_kernel(
                     x.dtype.element_ty,
                     GATED,
                     INTERLEAVED,
-                    HALVES,
                     ACTIVATION,
                     BLOCK_M,
-                    BLOCK_N,
                     SUB_N,
                 )
 
@@ -244,15 +266,24 @@ def up(
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
     a = None if activation is None else output(x, grouping.num_pairs, num_units, out_a)
     name, scalars = activation_options(activation)
-    config = grouped_matmul_config("up" if layout.gated else "up_ungated", x, num_units, depth, grouping, options, {})
+    operation, by_halves = "up" if layout.gated else "up_ungated", layout.gated and not layout.interleaved
+    refused = tma.refusal_of_halves(gate_up_proj, out_axis) if by_halves else tma.refusal_of_weight(gate_up_proj)
+    config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     x = contiguous_columns(x)
+    weight = gate_up_proj
+    if config.by_tma("weight"):
+        if by_halves:
+            weight = tma.describe(tma.halves(gate_up_proj, out_axis), (1, 2, config.block_n, config.block_k))
+        else:
+            tile_width = config.block_n * (2 if layout.gated else 1)
+            weight = tma.describe_weight(gate_up_proj, in_axis, config.block_k, tile_width)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, options),),
         x,
-        gate_up_proj,
+        weight,
         gate_up_bias,
         grouping.pair_index,
         grouping.expert_offsets,
@@ -278,6 +309,8 @@ def up(
         INTERLEAVED=layout.interleaved,
         # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
         HALVES=layout.gated and not layout.interleaved and gate_up_proj.stride(out_axis) == 1,
+        WEIGHT_BY_TMA=config.by_tma("weight"),
+        DEPTH_LAST=(tma.innermost_last(gate_up_proj) is gate_up_proj) == (in_axis == 2),
         ACTIVATION=name,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,

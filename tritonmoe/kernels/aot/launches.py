@@ -50,8 +50,10 @@ VARIANTS = {
     "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
     "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
     "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
-    # Fewer pairs per expert: every class of `launch.row_tile`.
+    # Fewer pairs per expert: every class of `launch.row_class`.
     "1 token": Variant(num_rows=1),
+    "1 token fp32": Variant(torch.float32, num_rows=1),
+    "128 tokens": Variant(num_rows=128),
     "512 tokens": Variant(num_rows=512),
     "1024 tokens": Variant(num_rows=1024),
     "Mixtral": Variant(hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, bias=False),
