@@ -8,6 +8,7 @@ from test_expert_parallel import NAMES, WEIGHTS, Batch
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.dispatch import MAX_SEGMENTS
 from tritonmoe.overlap.tuner import SETTLING_CALLS
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports import emulated as emulated_module
@@ -214,3 +215,24 @@ def test_what_two_levels_can_not_do_is_refused():
             batch.call(transport, batch.of_rank(world.rank), tm.OverlapConfig(num_chunks=30))
 
     tm.run_on_emulated_ranks(rank_call, num_ranks=4)
+
+
+@pytest.mark.parametrize("kind", range(5), ids=["rows", "pairs", "relayed", "to rank 0 of the node", "to rank 1"])
+def test_every_damaged_count_of_a_relay_is_noticed(kind):
+    """Rank 3 hears of rank 1, the rank with its place in the other node, a count with one bit changed."""
+
+    class Damaging(TwoLevelTransport):
+        def exchange_counts(self, counts):
+            received = super().exchange_counts(counts)
+            counted = received[1, -5 * MAX_SEGMENTS :].view(5, MAX_SEGMENTS)[kind]
+            counted[int(counted.argmax())] ^= 1 << 10
+            return received
+
+    batch = WideBatch(4, 12, 2)
+
+    def rank_call(world):
+        transport = (Damaging if world.rank == 3 else TwoLevelTransport)(world, 2)
+        batch.call(transport, batch.of_rank(world.rank), tm.OverlapConfig(2), backend="reference")
+
+    with pytest.raises(tm.CountMismatch, match="rank 3 got counts of rank 1 that contradict each other"):
+        tm.run_on_emulated_ranks(rank_call, num_ranks=4, timeout_s=10)

@@ -28,6 +28,7 @@ from .dispatch import (
     owners,
     row_segments,
 )
+from .errors import CountMismatch
 from .grouping import RowSources
 from .placement import ExpertPlacement
 from .transports import HostCopy, TwoLevelTransport
@@ -150,6 +151,7 @@ def exchange_two_level_plan(
     check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
 
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
+    check_relayed(relayed_from[2:], traffic, transport)
     tokens = TokenPlan(
         overlap.bounds(num_tokens), *order_rows(outer_keys, num_nodes, outer_rows), outer_rows, outer_pairs, outer_rows
     )
@@ -182,3 +184,24 @@ def exchange_two_level_plan(
         num_experts_of_node=experts_of_node,
         place=place,
     )
+
+
+def check_relayed(counts: Tensor, traffic: Tensor, transport: TwoLevelTransport) -> None:
+    """Raise CountMismatch unless what this rank has to relay agrees with what every rank says of the whole call.
+
+    Args:
+        counts: (1 + node_size, segments, nodes): rows that come to this relay, and rows that it passes on to each rank
+            of its node, from the rank with its place in each node. traffic: (W, W), of rows.
+    """
+    node_size = transport.node_size
+    node, place = divmod(transport.rank, node_size)
+    passed_on = counts[1:]
+    own_node = traffic[place::node_size, node * node_size : (node + 1) * node_size]
+    is_right = (passed_on.sum(1) == own_node.T).all(0)
+    is_right &= ((passed_on.amax(0) <= counts[0]) & (counts[0] <= passed_on.sum(0))).all(0)
+    for source in (~is_right).nonzero()[:, 0].tolist():
+        raise CountMismatch(
+            f"rank {transport.rank} got counts of rank {source * node_size + place} that contradict each other: by "
+            f"segment {counts[0, :, source].tolist()} rows to relay, of which each rank of this node needs "
+            f"{passed_on[:, :, source].tolist()}, {own_node[source].tolist()} in all: they were damaged on their way"
+        )
