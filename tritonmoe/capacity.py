@@ -117,14 +117,13 @@ def plan_capped_tokens(
     sorted_keys, order = torch.sort(row_keys, stable=True)
     filled = torch.cat([counts.new_zeros(1), counts[0].flatten().cumsum(0)])
     places = starts[sorted_keys] + torch.arange(len(order), device=device) - filled[sorted_keys]
-    is_there = torch.cat([fits.flatten(), fits.new_zeros(1)])[sorted_keys]
-    places = torch.where(is_there, places, num_home)  # what doesn't travel goes behind the end
+    stays = ~torch.cat([fits.flatten(), fits.new_zeros(1)])[sorted_keys]
     home_index = torch.empty_like(row_keys, dtype=torch.int32)
-    home_index[order] = torch.where(is_there, places, -1).to(torch.int32)
+    home_index[order] = places.masked_fill(stays, -1).to(torch.int32)
+    places = places.masked_fill(stays, num_home)  # what doesn't travel goes behind the end
     home_tokens = torch.zeros(num_home + 1, dtype=torch.int32, device=device)
     home_tokens[places] = torch.div(order, size, rounding_mode="floor").to(torch.int32)
-    padding = torch.ones(num_home + 1, dtype=torch.bool, device=device)
-    padding[places] = False
+    padding = torch.ones(num_home + 1, dtype=torch.bool, device=device).index_fill(0, places, False)
 
     overflows = ~fits.all()
     return CappedTokens(
@@ -171,7 +170,7 @@ def post_flag(transport: Transport, capped: CappedTokens) -> PendingExchange:
 
 def poison(values: Iterable[Tensor | None], is_wrong: Tensor) -> None:
     """Multiply tensors by NaN where the flag (1,) is true."""
-    factor = torch.where(is_wrong, torch.nan, 1.0)
+    factor = torch.ones(1, device=is_wrong.device).masked_fill(is_wrong, torch.nan)
     for value in values:
         if value is not None:
             value.mul_(factor.to(value.dtype))
