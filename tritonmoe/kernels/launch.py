@@ -359,7 +359,7 @@ def grouped_matmul_config(
         config = _few_rows_config(target, operation)
     else:
         config = _half_precision_config(target, operation)
-        if block_m == 64 and operation == "up" and target.backend == "cuda" and target.arch // 10 == 10:
+        if block_m == 64 and operation in ("up", "down_grad") and target.backend == "cuda" and target.arch // 10 == 10:
             config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
     if rows == 8 and operation != "weight_grad":
