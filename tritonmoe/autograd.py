@@ -1,14 +1,30 @@
-"""What every autograd Function of this package needs: no autocast inside, and one derivative only, said clearly."""
+"""What every autograd Function of this package needs: no autocast inside, one derivative only, said clearly, and what
+is kept beside saved tensors."""
 
+import inspect
+import itertools
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
-__all__ = ["SECOND_DERIVATIVE", "is_autocast_on", "once_differentiable", "outside_graphs", "without_autocast"]
+from .routing import is_recomputing
+
+__all__ = [
+    "SECOND_DERIVATIVE",
+    "checkpointed_region",
+    "is_autocast_on",
+    "keep_beside",
+    "kept_beside",
+    "once_differentiable",
+    "outside_graphs",
+    "without_autocast",
+]
 
 SECOND_DERIVATIVE = (
     "the gradients of tritonmoe's experts cannot be differentiated again: their backward is one operation without a "
@@ -62,3 +78,48 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         return _FirstDerivative.apply(torch.empty(0, requires_grad=True), *grads)
 
     return once
+
+
+_numbers = itertools.count()
+_kept_by_recomputes: dict[int, Any] = {}
+
+
+def keep_beside(ctx: Any, value: Any) -> Tensor:
+    """Keep what is no tensor and belongs to the saved ones (a grouping, a plan); gives the mark to save with them.
+
+    Non-reentrant checkpointing hands the backward of the first forward's node the tensors that a recompute saved. Their
+    rows are in the recompute's order, which need not be the first one's: the plan may have changed since, and near-tie
+    tokens may have gone to other experts. By the mark, kept_beside() finds what the recompute kept.
+    """
+    number = next(_numbers)
+    ctx.kept = number, value
+    if is_recomputing():
+        _kept_by_recomputes[number] = value
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(_kept_by_recomputes.pop, number, None))  # when this backward ends
+    return torch.tensor(number, device="cpu")
+
+
+def kept_beside(ctx: Any, mark: Tensor) -> Any:
+    """Give what keep_beside() kept in the forward that saved these tensors; `mark` is one of them."""
+    number, (own_number, own) = int(mark), ctx.kept
+    recomputed = _kept_by_recomputes.pop(number, None)
+    if number == own_number:
+        return own
+    assert recomputed is not None, "the tensors of a recompute are used in another backward than it was made in"
+    return recomputed
+
+
+def checkpointed_region() -> "weakref.ref[Any] | None":
+    """Give what tells apart the calls of non-reentrant checkpointing: the same in a forward and in its recompute.
+
+    PyTorch says it only in the closures of the hooks that it lays on saved tensors.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    if not inspect.isfunction(pack) or pack.__module__ != torch.utils.checkpoint.__name__:
+        return None
+    closure = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    if "target_frame_ref" in closure:
+        return closure["target_frame_ref"].cell_contents
+    return weakref.ref(closure["frame"].cell_contents) if "frame" in closure else None

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,14 @@ from .arguments import (
     find_main_grads,
     make_settings,
 )
-from .autograd import once_differentiable, outside_graphs, without_autocast
+from .autograd import (
+    checkpointed_region,
+    keep_beside,
+    kept_beside,
+    once_differentiable,
+    outside_graphs,
+    without_autocast,
+)
 from .capacity import (
     is_captured,
     plan_capped_tokens,
@@ -37,11 +44,22 @@ from .overlap.memory import BufferWidths
 from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
+from .routing import is_recomputing
 from .transports import PendingExchange, Transport, TwoLevelTransport
 from .two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
 from .wire import WireFormat
 
 __all__ = ["check_expert_parallel", "expert_parallel_mlp", "next_layer_number", "refuse", "run_expert_parallel"]
+
+
+MAX_UNDER_WAY = 4096
+
+
+class _UnderWay(NamedTuple):
+    kind: tuple
+    plan: OverlapPlan
+    region: Any
+    """checkpointed_region() of the forward."""
 
 
 @dataclass
@@ -53,6 +71,29 @@ class _TransportState:
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
     captured_flags: list[Tensor] = field(default_factory=list)
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
+    under_way: dict[int, _UnderWay] = field(default_factory=dict)
+    """By number of the call: forwards inside a checkpoint whose backward is still to come."""
+    recompute: tuple[Any, int, int] = (None, -1, 0)
+    """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
+
+    def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
+        """Remember a forward, if it is one that will be recomputed."""
+        region = checkpointed_region()
+        if region is not None:
+            self.under_way[sequence] = _UnderWay(kind, plan, region)
+        if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
+            del self.under_way[next(iter(self.under_way))]
+
+    def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
+        """Give the plan of the forward that this call recomputes: a region's calls come in their first order.
+
+        None in reentrant checkpointing, where the recompute is the only call that keeps anything.
+        """
+        region, backward = checkpointed_region(), torch._C._current_graph_task_id()
+        number = self.recompute[2] + 1 if self.recompute[:2] == (region, backward) else 0
+        self.recompute = region, backward, number
+        calls = [call for call in self.under_way.values() if call.region == region]
+        return calls[number].plan if number < len(calls) and calls[number].kind == kind else None
 
 
 _states: "WeakKeyDictionary[Transport, _TransportState]" = WeakKeyDictionary()
@@ -81,6 +122,20 @@ class _Call:
     """In a captured call with a capacity: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
     """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
+    sequence: int = 0
+    under_way: dict[int, Any] = field(default_factory=dict)
+    """That of the transport's state, from which a backward takes its call."""
+
+
+@dataclass
+class _Kept:
+    """What a forward keeps for its backward beside tensors."""
+
+    plan: DispatchPlan
+    inner_plan: DispatchPlan | None
+    grouping: Grouping
+    activation_graphs: Any
+    report: LayerReport
 
 
 class _ExpertParallelMLP(torch.autograd.Function):
@@ -122,9 +177,9 @@ class _ExpertParallelMLP(torch.autograd.Function):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         plan = call.plan = layer_pass.plan
         run = layer_pass.experts
-        ctx.inner_plan = None
+        inner_plan = None
         if isinstance(run, NodePass):
-            ctx.inner_plan, run = run.plan, run.experts
+            inner_plan, run = run.plan, run.experts
         assert isinstance(run, ExpertsRun)
         call.report = LayerReport(
             call.rank,
@@ -141,11 +196,12 @@ class _ExpertParallelMLP(torch.autograd.Function):
             other_row_bytes=layer_pass.other_row_bytes(x),
             rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
         )
-        ctx.call, ctx.grouping, ctx.activation_graphs = call, run.grouping, run.activation_graphs
+        ctx.call = call
         ctx.num_parameters = len(parameters)
         ctx.weights_dtype = topk_weights.dtype
         if plan.needs_any:
-            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, *parameters)
+            mark = keep_beside(ctx, _Kept(plan, inner_plan, run.grouping, run.activation_graphs, call.report))
+            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, mark, *parameters)
         if call.flag is not None:
             call.is_wrong = call.flag.wait().any().view(1)
             poison([out], call.is_wrong)
@@ -155,27 +211,28 @@ class _ExpertParallelMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        rows, received_weights, w1, b1, w2, b2, h, *parameters = ctx.saved_tensors
+        rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
+        kept: _Kept = kept_beside(ctx, mark)
         run = ExpertsRun(
             call.settings,
             ExpertWeights(w1, b1, w2, b2),
             rows,
             received_weights,
-            ctx.grouping,
+            kept.grouping,
             False,
             h,
-            activation_graphs=ctx.activation_graphs,
+            activation_graphs=kept.activation_graphs,
             activation_parameters=parameters,
             main_grads=find_main_grads(call.owners),
         )
         experts: ExpertsPass = run
-        if ctx.inner_plan is not None:
+        if kept.inner_plan is not None:
             assert call.inside_node is not None
             combine = call.settings.ops.combine
-            experts = NodePass(ctx.inner_plan, call.inside_node, combine, rows.new_empty(0), run, rows)
-            received_weights = received_weights.new_empty(call.plan.num_received, received_weights.shape[1])
+            experts = NodePass(kept.inner_plan, call.inside_node, combine, rows.new_empty(0), run, rows)
+            received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
         layer_pass = LayerPass(
-            call.plan,
+            kept.plan,
             call.transport,
             call.settings.ops.combine,
             make_experts=None,
@@ -185,7 +242,10 @@ class _ExpertParallelMLP(torch.autograd.Function):
         )
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
         assert call.report is not None
-        call.report.backward = timings
+        kept.report.backward = timings
+        if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
+            call.report.backward = timings
+        call.under_way.pop(call.sequence, None)
         if call.is_wrong is not None:
             poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
         if dtopk_weights is not None:
@@ -384,7 +444,8 @@ def _run_eagerly(
     if placement is not None and placement.has_replicas and grad_enabled:
         replica_grads = sum(2**i for i, w in enumerate(weights) if w is not None and w.requires_grad)
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
-    chooser = None
+    kind: tuple = ()
+    chooser, again = None, None
     if isinstance(overlap, OverlapConfig):
         widths = BufferWidths(
             x.shape[1],
@@ -396,9 +457,9 @@ def _run_eagerly(
             has_backward=grad_enabled,
             max_block_pairs=settings.ops.MAX_BLOCK_PAIRS,
         )
-        kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype)
+        kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
         chooser = state.choosers.setdefault(
-            (*kind, overlap),
+            kind,
             PlanChooser(
                 overlap,
                 size,
@@ -407,7 +468,10 @@ def _run_eagerly(
                 can_cut_experts=not isinstance(transport, TwoLevelTransport),
             ),
         )
-        chosen, message = chooser.plan(), Message() if in_graph else chooser.message()
+        if is_recomputing():
+            again = state.plan_to_recompute(kind)
+        chosen = chooser.plan() if again is None else again
+        message = chooser.message() if again is None and not in_graph else Message()
     else:
         chosen, message = overlap, Message()
     chosen = replace(chosen, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
@@ -457,6 +521,7 @@ def _run_eagerly(
 
     def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
         call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
+        call.sequence, call.under_way = sequence, state.under_way
         call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag
         # A rank that needs no gradient itself still takes part in the others' backward.
         anchor = x.new_empty(0).requires_grad_() if plan.needs_any and not needs_any else None
@@ -476,12 +541,16 @@ def _run_eagerly(
             plan = exchange_plan(transport, replace(header, capacity=0), tokens, chosen)
         first_run, (y, report) = report, run_plan(plan)
         report.first_run = first_run
-    if chooser is not None:
+    if again is not None:
+        report.choice = "the plan of the forward that is recomputed"
+    elif chooser is not None:
         # A captured call has no times, and no later one may read its events.
         if in_graph:
             report.choice = chooser.choice
         else:
             chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
+        if plan.needs_any and not is_recomputing():
+            state.start(sequence, kind, chosen)
     return y, report
 
 

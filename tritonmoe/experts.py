@@ -14,7 +14,7 @@ from .arguments import (
     find_main_grads,
     make_settings,
 )
-from .autograd import once_differentiable, outside_graphs, without_autocast
+from .autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
 from .config import Activation, ExpertLayout, KernelOptions, is_fused
 from .custom_ops import encode, moe_mlp_operator, run_backward, run_forward
 from .experts_run import checked_activation, weight_gradients, zero_padding
@@ -42,20 +42,20 @@ class _MoEMLP(torch.autograd.Function):
         experts = ExpertWeights(*weights)  # type: ignore[arg-type]
         keep_hidden = settings.save == "hidden"
         out, h, grouping = run_forward(settings, x, topk_ids, topk_weights, experts, keep_hidden)
-        ctx.settings, ctx.owners, ctx.grouping = settings, owners, grouping
-        ctx.save_for_backward(x, topk_weights, *weights, h)
+        ctx.settings, ctx.owners = settings, owners
+        ctx.save_for_backward(x, topk_weights, *weights, h, keep_beside(ctx, grouping))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, *weights, h = ctx.saved_tensors
+        x, topk_weights, *weights, h, mark = ctx.saved_tensors
         grads = run_backward(
             ctx.settings,
             x,
             topk_weights,
             ExpertWeights(*weights),
-            ctx.grouping,
+            kept_beside(ctx, mark),
             h,
             dout,
             ctx.needs_input_grad[3:],
@@ -79,14 +79,15 @@ class _UpHalf(torch.autograd.Function):
     ) -> Tensor:
         h, _ = settings.ops.up(x, weight, bias, grouping, settings.layout, None, options=settings.options)
         zero_padding(h, grouping)
-        ctx.settings, ctx.owners, ctx.grouping = settings, owners, grouping
-        ctx.save_for_backward(x, weight)
+        ctx.settings, ctx.owners = settings, owners
+        ctx.save_for_backward(x, weight, keep_beside(ctx, grouping))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), settings, grouping = ctx.saved_tensors, ctx.settings, ctx.grouping
+        (x, weight, mark), settings = ctx.saved_tensors, ctx.settings
+        grouping = kept_beside(ctx, mark)
         *_, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dh = dh.contiguous()
         dx = None
@@ -113,14 +114,15 @@ class _DownHalf(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         y = settings.ops.down(a, weight, bias, grouping, settings.layout, options=settings.options)
-        ctx.settings, ctx.owners, ctx.grouping = settings, owners, grouping
-        ctx.save_for_backward(a, topk_weights, weight, bias)
+        ctx.settings, ctx.owners = settings, owners
+        ctx.save_for_backward(a, topk_weights, weight, bias, keep_beside(ctx, grouping))
         return settings.ops.combine(y, grouping.inverse, topk_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, weight, bias), settings, grouping = ctx.saved_tensors, ctx.settings, ctx.grouping
+        (a, topk_weights, weight, bias, mark), settings = ctx.saved_tensors, ctx.settings
+        grouping = kept_beside(ctx, mark)
         *_, needs_topk_weights, needs_weight, needs_bias = ctx.needs_input_grad
         da, scaled_a, dweights = settings.ops.down_grad(
             dout, weight, bias, a, topk_weights, grouping, settings.layout, None, options=settings.options
