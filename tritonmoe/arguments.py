@@ -90,19 +90,19 @@ def check_arguments(
     if layout.gated and width % 2:
         raise ValueError(f"a gated gate_up_proj needs an even 2F axis, got {tuple(w1.shape)}")
     inner = layout.intermediate_size(width)
-    two_f = "2F" if layout.gated else "F"
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
-    form_w1, form_w2 = (f"(E, D, {two_f})", "(E, F, D)") if layout.transposed else (f"(E, {two_f}, D)", "(E, D, F)")
-    for name, tensor, want, form in (
-        ("gate_up_proj", w1, want_w1, form_w1),
-        ("down_proj", w2, want_w2, form_w2),
-        ("gate_up_bias", b1, (num_experts, width), f"(E, {two_f})"),
+    up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
+    for name, tensor, want, axes in (
+        ("gate_up_proj", w1, want_w1, up_axes),
+        ("down_proj", w2, want_w2, down_axes),
+        ("gate_up_bias", b1, (num_experts, width), "(E, 2F)"),
         ("down_bias", b2, (num_experts, model_width), "(E, D)"),
     ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != want:
+        if tensor.shape != want:
+            form = axes if layout.gated else axes.replace("2F", "F")
             raise ValueError(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {tuple(tensor.shape)}"
@@ -170,6 +170,8 @@ def find_main_grads(weights: ExpertWeights) -> MainGrads | None:
     Raises:
         ValueError: a main_grad has not its weight's shape and device.
     """
+    if not any(hasattr(weight, "main_grad") for weight in weights if weight is not None):
+        return None
     found: list[Tensor | None] = []
     for name, weight in weights._asdict().items():
         main_grad = getattr(weight, "main_grad", None) if weight is not None and weight.requires_grad else None

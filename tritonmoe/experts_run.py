@@ -69,7 +69,7 @@ class ExpertsRun:
             is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
             if self.keep_hidden and self.h is None and not is_whole:
                 self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
-            h = None if self.h is None else self.h[self._pairs(chunk)]
+            h = None if self.h is None else _part(self.h, self._pairs(chunk))
             if len(blocks) == 1:
                 h, y = self._forward_block(blocks[0], needs_h=self.keep_hidden, out_h=h, out_y=y)
                 if self.keep_hidden and is_whole:
@@ -141,11 +141,11 @@ class ExpertsRun:
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
-        dh, scaled_a = self.dh[pairs], self.scaled_a[pairs]
+        dh, scaled_a = _part(self.dh, pairs), _part(self.scaled_a, pairs)
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
-            h = None if self.h is None else self.h[pairs]
+            h = None if self.h is None else _part(self.h, pairs)
             blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
             if len(blocks) == 1:
                 dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx, dx_pairs)
@@ -186,7 +186,8 @@ class ExpertsRun:
         if h is None:
             hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None, options=options)
         else:
-            hidden = h[positions]
+            hidden = _part(h, positions)
+        part_dh = _part(dh, positions)
         _, _, dweights = ops.down_grad(
             dout,
             w2,
@@ -196,14 +197,14 @@ class ExpertsRun:
             block.grouping,
             layout,
             activation,
-            out_dh=dh[positions],
-            out_scaled_a=scaled_a[positions],
+            out_dh=part_dh,
+            out_scaled_a=_part(scaled_a, positions),
             options=options,
         )
         if not needs_dx:
             return dweights, None
-        out = None if dx_pairs is None else dx_pairs[positions]
-        return dweights, ops.up_grad(dh[positions], w1, block.grouping, layout, out=out, options=options)
+        out = None if dx_pairs is None else _part(dx_pairs, positions)
+        return dweights, ops.up_grad(part_dh, w1, block.grouping, layout, out=out, options=options)
 
     def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
@@ -288,7 +289,7 @@ class ExpertsRun:
         """Give topk_weights (R_c, K) of the rows that the chunk finishes."""
         rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
         if self.grouping.returned_rows is None:
-            return self.topk_weights[rows]
+            return _part(self.topk_weights, rows)
         return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
 
     def _results(self, chunk: int) -> Tensor | None:
@@ -320,6 +321,11 @@ class ExpertsRun:
             self.dweights = dweights.new_empty(offsets[-1] - offsets[first])
         self.dweights[self._among_results(chunk)] = dweights
         return self.dweights
+
+
+def _part(values: Tensor, positions: slice) -> Tensor:
+    """Give values[positions], without a view where that is all of them: views are a small call's main cost."""
+    return values if positions.stop - positions.start == values.shape[0] else values[positions]
 
 
 def weight_gradients(

@@ -17,6 +17,8 @@ chunks. It belongs to the last of them, and its sum takes results from all chunk
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -113,6 +115,24 @@ class Grouping:
     def host_expert_offsets(self) -> list[int]:
         """expert_offsets as Python integers (a host read where the tensor is on a device)."""
         return self.expert_offsets.tolist()
+
+    @cached_property
+    def host_largest_count(self) -> int:
+        """The pairs of the expert that has most."""
+        return max(last - first for first, last in pairwise(self.host_expert_offsets))
+
+    @cached_property
+    def slots(self) -> "Slots":
+        """As many slots for every expert as the one with most pairs needs (a host read where tensors are on a device).
+
+        Example:
+            expert_offsets [0, 2, 3]: two slots each, pairs [0, 1, 2, 2], of_pairs [0, 1, 2].
+        """
+        number = torch.arange(self.host_largest_count, dtype=torch.int32, device=self.pair_index.device)
+        pairs = self.expert_offsets[:-1, None] + number
+        ends = self.expert_offsets[1:, None]
+        used = pairs < ends
+        return Slots(torch.minimum(pairs, ends - 1).clamp_(min=0).flatten(), used.flatten().nonzero().squeeze(1), used)
 
     def chunk(self, index: int) -> "Grouping":
         """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
@@ -230,10 +250,18 @@ class Grouping:
 
         Only for a Grouping of one chunk (inverse is relative to the chunk).
         """
-        if values.shape[0] == 0:
-            return values.new_zeros(self.inverse.shape)
-        gathered = values[self.inverse.clamp(min=0)]
-        return torch.where(self.inverse >= 0, gathered, gathered.new_zeros(()))
+        return torch.cat([values, values.new_zeros(1)])[self.inverse]  # -1 is the last one
+
+
+class Slots(NamedTuple):
+    """The experts' pairs padded to one number of slots per expert: E times the largest number, expert by expert."""
+
+    pairs: torch.Tensor
+    """(slots,) int32: the storage position of its pair; where it is unused, of another of its expert's, if any."""
+    of_pairs: torch.Tensor
+    """(N,) int64: the slot of each pair."""
+    used: torch.Tensor
+    """(E, slots of an expert) bool."""
 
 
 @dataclass(frozen=True)

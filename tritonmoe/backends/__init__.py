@@ -52,9 +52,12 @@ def _compute_capability(index: int | None) -> tuple[int, int] | None:
 
 def triton_unusable_reason(device: Device) -> str | None:
     """Say why the Triton kernels can't run on `device`; None where they can."""
+    return _triton_unusable_reason(device, _triton_version(), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _triton_unusable_reason(device: Device, installed: str | None, interprets: bool) -> str | None:
     if not _is_installed("triton"):
         return "the package triton is not installed (pip install triton)"
-    installed = _triton_version()
     numbers = None if installed is None else re.match(r"(\d+)\.(\d+)", installed)
     if numbers is not None and (int(numbers[1]), int(numbers[2])) < MIN_TRITON:
         return f"triton {installed} is too old, the kernels need at least {MIN_TRITON[0]}.{MIN_TRITON[1]} (upgrade it)"
@@ -64,17 +67,12 @@ def triton_unusable_reason(device: Device) -> str | None:
             f"{device} has compute capability {capability[0]}.{capability[1]}, "
             f"the kernels need at least {MIN_COMPUTE_CAPABILITY[0]}.{MIN_COMPUTE_CAPABILITY[1]} (Ampere)"
         )
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cuda" or interprets:
         return None
     return (
         f"tensors are on {device.type}, the kernels need a CUDA or ROCm device "
         "(TRITON_INTERPRET=1, set before Python starts, runs them in Triton's interpreter)"
     )
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    log.info(message)
 
 
 def _beyond_limits(dtype: DType, num_experts: int, top_k: int) -> str | None:
@@ -109,6 +107,21 @@ def choose(
         ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
     """
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return _choose(backend, device, dtype, options, num_experts, top_k, _triton_version(), interprets)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(
+    backend: str,
+    device: Device,
+    dtype: DType,
+    options: KernelOptions,
+    num_experts: int,
+    top_k: int,
+    triton_version: str | None,
+    interprets: bool,
+) -> ModuleType:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if dtype not in DTYPES:
@@ -116,7 +129,7 @@ def choose(
             f"experts compute in float32, bfloat16, float16 or float64, got {dtype}: cast x and the weights "
             "(quantised weights are not supported, and never dequantised on the quiet)"
         )
-    reason = triton_unusable_reason(device) or _beyond_limits(dtype, num_experts, top_k)
+    reason = _triton_unusable_reason(device, triton_version, interprets) or _beyond_limits(dtype, num_experts, top_k)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":
@@ -124,7 +137,7 @@ def choose(
             backend = "triton"
         else:
             backend = "torch"
-            _log_once(f"backend 'auto' chose torch: {reason or 'the interpreter is for tests only'}")
+            log.info("backend 'auto' chose torch: %s", reason or "the interpreter is for tests only")
     if options.batch_invariant and backend != "triton":
         raise ValueError(
             f"batch_invariant=True needs backend='triton', and this call runs on {backend!r} "

@@ -5,8 +5,7 @@ the product and the activation of a block are read back while they are warm in c
 per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -23,69 +22,65 @@ __all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_gra
 MAX_BLOCK_PAIRS: int | None = 768
 """Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""
 SMALL_PAIRS_PER_EXPERT = 32
-"""Up to so many pairs per expert, products go through PyTorch's grouped_mm."""
+"""Up to so many pairs per expert, the experts' products may go as one batched product."""
+LARGEST_PADDING = 2.5
+"""So many times the pairs' rows it may have."""
 COMBINE_BLOCK_TERMS = 768
 """Rows of a narrow dtype that combine widens at a time."""
 ELEMENTWISE_SIZE = 2**20
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
 
 
-class _Matrices:
-    """The experts' weights as (E, in, out)."""
-
-    def __init__(self, stacked: Tensor) -> None:
-        self.stacked = stacked
-
-    @cached_property
-    def each(self) -> tuple[Tensor, ...]:
-        return self.stacked.unbind(0)
+def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
+    """Give the experts' weights as (E, in, out) of the forward product."""
+    return weight if layout.transposed else weight.mT
 
 
-def _in_out(weight: Tensor, layout: ExpertLayout) -> _Matrices:
-    return _Matrices(weight if layout.transposed else weight.mT)
+def _out_in(weight: Tensor, layout: ExpertLayout) -> Tensor:
+    return weight.mT if layout.transposed else weight
 
 
-def _out_in(weight: Tensor, layout: ExpertLayout) -> _Matrices:
-    return _Matrices(weight.mT if layout.transposed else weight)
+def _pads(grouping: Grouping) -> bool:
+    """Say whether one batched product, with every expert's pairs padded to the largest number, beats one per expert.
 
-
-def _is_small(grouping: Grouping, *operands: Tensor) -> bool:
-    """Say whether the experts have so few pairs each that PyTorch's grouped_mm pays, and whether it takes these.
-
-    Its loop over the experts costs less than ours, which shows where the products are short; it allocates its result,
-    which would show where they are long. It takes rows of whole 16 bytes.
+    In a batched product the threads share the experts, in others the work on each, which is too little for them where
+    pairs are few.
     """
-    num_pairs = grouping.host_expert_offsets[-1]
-    if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
-        return False
-    for operand in operands:
-        size = operand.itemsize
-        if operand.device.type != "cpu" or operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return False
-        if operand.data_ptr() % 16 or operand.shape[-1] * size % 16:
-            return False
-        if any(stride != 1 and stride * size % 16 for stride in operand.stride()):
-            return False
-    return True
+    num_pairs, num_experts = grouping.host_expert_offsets[-1], grouping.num_experts
+    return (
+        0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts
+        and num_experts * grouping.host_largest_count <= LARGEST_PADDING * num_pairs
+    )
 
 
 def _products(
-    values: Tensor, matrices: _Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor | None
+    values: Tensor,
+    index: Tensor | None,
+    matrices: Tensor,
+    bias: Tensor | None,
+    grouping: Grouping,
+    out: Tensor | None,
 ) -> Tensor:
-    """Multiply all pairs' values (N, in) by their experts' matrices, and add the experts' bias: (N, out)."""
-    if bias is None and _is_small(grouping, values, matrices.stacked):
-        product = F.grouped_mm(values, matrices.stacked, offs=grouping.expert_offsets[1:])
-        return product if out is None else out.copy_(product)
+    """Multiply all pairs' values by their experts' matrices (E, in, out), and add the experts' bias: (N, out).
+
+    A pair's values are values[index[n]], or values[n] where index is None.
+    """
+    width = matrices.shape[2]
     if out is None:
-        out = values.new_empty(values.shape[0], matrices.stacked.shape[2])
-    counts = [last - first for first, last in pairwise(grouping.host_expert_offsets)]
-    for e, (part, target) in enumerate(zip(values.split(counts), out.split(counts), strict=True)):
-        if counts[e] == 0:
-            continue
+        out = values.new_empty(grouping.num_pairs, width)
+    if _pads(grouping):
+        slots = grouping.slots
+        padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
+        padded = padded.view(grouping.num_experts, -1, values.shape[1])
+        products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
+        return torch.index_select(products.view(-1, width), 0, slots.of_pairs, out=out)
+    if index is not None:
+        values = values.index_select(0, index)
+    for e, positions in _expert_slices(grouping):
         if bias is None:
-            torch.mm(part, matrices.each[e], out=target)
+            torch.mm(values[positions], matrices[e], out=out[positions])
         else:
-            torch.addmm(bias[e], part, matrices.each[e], out=target)
+            torch.addmm(bias[e], values[positions], matrices[e], out=out[positions])
     return out
 
 
@@ -171,8 +166,7 @@ def up(
     if a is None and activation is not None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
     acc = accumulation_dtype(x.dtype)
-    rows = x.index_select(0, grouping.row_index)
-    h = _products(rows, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
+    h = _products(x, grouping.row_index, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
     if a is not None and activation is not None:
         for part in _row_slices(h.shape[0], width):
             _activate(h[part].to(acc), layout, activation, a[part])
@@ -207,14 +201,15 @@ def down(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return _products(a, _in_out(down_proj, layout), down_bias, grouping, out)
+    return _products(a, None, _in_out(down_proj, layout), down_bias, grouping, out)
 
 
 def combine(
     y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     num_rows, num_slots = index.shape
-    result = y.new_empty(num_rows, y.shape[1]) if out is None else out
+    width = y.shape[1]
+    result = y.new_empty(num_rows, width) if out is None else out
     if index.numel() == 0:
         return result.zero_() if add is None else result.copy_(add)
     acc = accumulation_dtype(y.dtype)
@@ -238,19 +233,21 @@ def combine(
     if y.shape[0] == 0:
         return result.zero_() if add is None else result.copy_(add)
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
+    terms = (index.clamp(min=0) if skips else index).flatten()
     rows_per_block = max(1, COMBINE_BLOCK_TERMS // num_slots)
     for first in range(0, num_rows, rows_per_block):
-        block = index[first : first + rows_per_block]
-        rows = y.index_select(0, (block.clamp(min=0) if skips else block).flatten()).to(acc).view(*block.shape, -1)
+        block = slice(first, first + rows_per_block)
+        rows = y.index_select(0, terms[first * num_slots : block.stop * num_slots]).view(-1, num_slots, width)
         if skips:
-            rows.masked_fill_((block < 0).unsqueeze(2), 0)
-        if weights is None:
-            total = rows.sum(1)
-        else:
-            total = torch.bmm(weights[first : first + rows_per_block].unsqueeze(1), rows).squeeze(1)
+            rows.masked_fill_((index[block] < 0).unsqueeze(2), 0)
+        if weights is None and add is None:
+            torch.sum(rows, 1, out=result[block])  # which adds up in fp32
+            continue
+        wide = rows.to(acc)
+        total = wide.sum(1) if weights is None else torch.bmm(weights[block].unsqueeze(1), wide).squeeze(1)
         if add is not None:
-            total.add_(add[first : first + rows_per_block])
-        result[first : first + rows_per_block] = total
+            total.add_(add[block])
+        result[block] = total
     return result
 
 
@@ -274,8 +271,7 @@ def down_grad(
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
-    rows = dout.index_select(0, grouping.row_index)
-    products = _products(rows, _out_in(down_proj, layout), None, grouping, None)
+    products = _products(dout, grouping.row_index, _out_in(down_proj, layout), None, grouping, None)
     for part in _row_slices(grouping.num_pairs, inner):
         scale, g = scales[part], products[part].to(acc)
         da = g * scale
@@ -290,6 +286,7 @@ def down_grad(
         else:
             scaled_a[part] = a * scale
     if down_bias is not None:
+        rows = dout.index_select(0, grouping.row_index)
         for e, positions in _expert_slices(grouping):
             # not @, which autocast would narrow
             dweights[positions] += (rows[positions].to(acc) * down_bias[e].to(acc)).sum(1)
@@ -329,10 +326,10 @@ def _activation_backward(
 def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> Tensor:
     """Give grad * act'(gate)."""
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, gate)
+        return torch.ops.aten.silu_backward.default(grad, gate)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+        return torch.ops.aten.gelu_backward.default(grad, gate, approximate=approximate)
     if activation == "relu":
         return grad * (gate > 0)
     assert activation == "relu2"
@@ -348,7 +345,7 @@ def up_grad(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return _products(dh, _out_in(gate_up_proj, layout), None, grouping, out)
+    return _products(dh, None, _out_in(gate_up_proj, layout), None, grouping, out)
 
 
 def weight_grad(
@@ -404,35 +401,39 @@ def _outer_sums(
     """
     order, row_index = grouping.source_order, grouping.row_index
 
-    def factors(positions: slice) -> tuple[Tensor, Tensor]:
-        if order is None:
-            pairs, rows = pair_values[positions], row_index[positions]
+    def factors(positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+        stored = positions if order is None else order[positions]
+        if isinstance(stored, slice):
+            pairs, rows = pair_values[stored], row_index[stored]
         else:
-            stored = order[positions]
             pairs, rows = pair_values.index_select(0, stored), row_index.index_select(0, stored)
-        return pairs, row_values.index_select(0, rows)
+        both = pairs, row_values.index_select(0, rows)
+        return both if pairs_first else both[::-1]
 
-    shape = (pair_values.shape[1], row_values.shape[1])
-    out = accumulate
-    if out is None:
-        out = cpu_memory.empty(grouping.num_experts, *(shape if pairs_first else shape[::-1]), like=pair_values)
-    offsets = grouping.host_expert_offsets
-    counts = [last - first for first, last in pairwise(offsets)]
-    if offsets[-1] <= SMALL_PAIRS_PER_EXPERT * grouping.num_experts:
-        pairs, rows = factors(slice(offsets[-1]))
-        parts: Iterable[tuple[Tensor, Tensor]] = zip(pairs.split(counts), rows.split(counts), strict=True)
-    else:
-        parts = (factors(slice(first, last)) for first, last in pairwise(offsets))
-    for target, count, (pairs, rows) in zip(out.unbind(0), counts, parts, strict=True):
-        left, right = (pairs, rows) if pairs_first else (rows, pairs)
-        if accumulate is not None:
-            if count:
-                _accumulate_product(target, left.mT, right)
-        elif count == 0:
-            target.zero_()
+    if accumulate is not None:
+        for e, positions in _expert_slices(grouping):
+            left, right = factors(positions)
+            _accumulate_product(accumulate[e], left.mT, right)
+        return None
+    num_experts = grouping.num_experts
+    widths = (pair_values.shape[1], row_values.shape[1])
+    out = cpu_memory.empty(num_experts, *(widths if pairs_first else widths[::-1]), like=pair_values)
+    if _pads(grouping):
+        slots = grouping.slots
+        left, right = factors(slots.pairs)
+        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~slots.used.view(-1, 1), 0)
+        torch.bmm(left.view(num_experts, -1, left.shape[1]).mT, right.view(num_experts, -1, right.shape[1]), out=out)
+        for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+            if first == last:  # its slots have other experts' pairs, perhaps not finite
+                out[e].zero_()
+        return out
+    for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+        if first == last:
+            out[e].zero_()
         else:
-            torch.mm(left.mT, right, out=target)
-    return out if accumulate is None else None
+            left, right = factors(slice(first, last))
+            torch.mm(left.mT, right, out=out[e])
+    return out
 
 
 def _accumulate_product(target: Tensor, left: Tensor, right: Tensor) -> None:
