@@ -83,7 +83,7 @@ def check_arguments(
     _check_plain("down_proj", w2)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
-    num_experts, model_width = w1.shape[0], x.shape[1]
+    num_experts, model_width, dtype, device = w1.shape[0], x.shape[1], x.dtype, x.device
     if num_experts < 1:
         raise ValueError(f"there must be at least one expert, got gate_up_proj {tuple(w1.shape)}")
     width = w1.shape[2 if layout.transposed else 1]
@@ -107,8 +107,8 @@ def check_arguments(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and x is {dtype}: cast one to the other's dtype")
     for name, tensor in (
         ("topk_ids", topk_ids),
         ("topk_weights", topk_weights),
@@ -117,8 +117,8 @@ def check_arguments(
         ("gate_up_bias", b1),
         ("down_bias", b2),
     ):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
 
 
 def check_num_pairs(topk_ids: Tensor) -> None:

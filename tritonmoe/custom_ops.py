@@ -39,12 +39,11 @@ def run_forward(
     h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Give out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
-    with without_autocast(x.device):
-        grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
-        run = ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden)
-        if h is not None:
-            run.h = h[: grouping.num_pairs]
-        return run.forward(0), run.h, grouping
+    grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
+    run = ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden)
+    if h is not None:
+        run.h = h[: grouping.num_pairs]
+    return run.forward(0), run.h, grouping
 
 
 def run_backward(
@@ -129,9 +128,10 @@ def _moe_mlp(
     check_num_pairs(topk_ids)
     weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     h = x.new_empty(topk_ids.numel() if keep_hidden else 0, _hidden_width(gate_up_proj, transposed))
-    out, _, grouping = run_forward(
-        settings, x, topk_ids, topk_weights, weights, keep_hidden, h if keep_hidden else None
-    )
+    with without_autocast(x.device):
+        out, _, grouping = run_forward(
+            settings, x, topk_ids, topk_weights, weights, keep_hidden, h if keep_hidden else None
+        )
     h[grouping.num_pairs :].zero_()
     return out, h
 

@@ -234,11 +234,11 @@ def moe_mlp(
     owners = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
-    check_options(save, options)
     has_main_grads = find_main_grads(owners) is not None
     with without_autocast(x.device):
         if is_fused(activation) and not has_main_grads and _is_traced(x):
             keep_hidden = save == "hidden" and _needs_grad(x, topk_weights, weights)
+            check_options(save, options)
             operator_settings = encode(activation, layout, backend, options)
             return moe_mlp_operator(x, topk_ids, topk_weights, weights, keep_hidden, operator_settings)
         arguments = (layout, activation, backend, save, options)

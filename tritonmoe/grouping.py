@@ -128,11 +128,9 @@ class Grouping:
         Example:
             expert_offsets [0, 2, 3]: two slots each, pairs [0, 1, 2, 2], of_pairs [0, 1, 2].
         """
-        number = torch.arange(self.host_largest_count, dtype=torch.int32, device=self.pair_index.device)
-        pairs = self.expert_offsets[:-1, None] + number
-        ends = self.expert_offsets[1:, None]
-        used = pairs < ends
-        return Slots(torch.minimum(pairs, ends - 1).clamp_(min=0).flatten(), used.flatten().nonzero().squeeze(1), used)
+        counts = self.expert_offsets[1:] - self.expert_offsets[:-1]
+        used = (torch.arange(self.host_largest_count, device=counts.device) < counts.unsqueeze(1)).view(-1)
+        return Slots(used.cumsum(0, dtype=torch.int32).clamp_(min=1).sub_(1), used.nonzero().view(-1), used)
 
     def chunk(self, index: int) -> "Grouping":
         """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
@@ -257,11 +255,11 @@ class Slots(NamedTuple):
     """The experts' pairs padded to one number of slots per expert: E times the largest number, expert by expert."""
 
     pairs: torch.Tensor
-    """(slots,) int32: the storage position of its pair; where it is unused, of another of its expert's, if any."""
+    """(slots,) int32: the storage position of its pair; unused: of an earlier pair, of its expert if there is any."""
     of_pairs: torch.Tensor
     """(N,) int64: the slot of each pair."""
     used: torch.Tensor
-    """(E, slots of an expert) bool."""
+    """(slots,) bool."""
 
 
 @dataclass(frozen=True)

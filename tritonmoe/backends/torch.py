@@ -5,7 +5,7 @@ the product and the activation of a block are read back while they are warm in c
 per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -66,14 +66,17 @@ def _products(
     A pair's values are values[index[n]], or values[n] where index is None.
     """
     width = matrices.shape[2]
-    if out is None:
-        out = values.new_empty(grouping.num_pairs, width)
     if _pads(grouping):
         slots = grouping.slots
         padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
         padded = padded.view(grouping.num_experts, -1, values.shape[1])
         products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
-        return torch.index_select(products.view(-1, width), 0, slots.of_pairs, out=out)
+        products = products.view(-1, width)
+        if out is None:
+            return products.index_select(0, slots.of_pairs)
+        return torch.index_select(products, 0, slots.of_pairs, out=out)
+    if out is None:
+        out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
         values = values.index_select(0, index)
     for e, positions in _expert_slices(grouping):
@@ -162,22 +165,25 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
+    acc = accumulation_dtype(x.dtype)
+    h = _products(x, grouping.row_index, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
     a = out_a
     if a is None and activation is not None:
         a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
-    acc = accumulation_dtype(x.dtype)
-    h = _products(x, grouping.row_index, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
     if a is not None and activation is not None:
-        for part in _row_slices(h.shape[0], width):
-            _activate(h[part].to(acc), layout, activation, a[part])
+        for h_of, a_of in _row_blocks(ELEMENTWISE_SIZE // width, h, a):
+            _activate(h_of.to(acc), layout, activation, a_of)
     return (h if needs_h or out_h is not None or activation is None else None), a
 
 
-def _row_slices(num_rows: int, width: int) -> Iterator[slice]:
-    """Cut rows into slices of about ELEMENTWISE_SIZE elements."""
-    step = max(1, ELEMENTWISE_SIZE // width)
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))
+def _row_blocks(num_rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors along their rows, at most num_rows (at least one) to a block.
+
+    One block is the tensors themselves: views are a good part of what a small call costs.
+    """
+    if tensors[0].shape[0] <= num_rows:
+        return [tensors]
+    return zip(*(tensor.split(max(1, num_rows)) for tensor in tensors), strict=True)
 
 
 def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor) -> None:
@@ -233,21 +239,24 @@ def combine(
     if y.shape[0] == 0:
         return result.zero_() if add is None else result.copy_(add)
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
-    terms = (index.clamp(min=0) if skips else index).flatten()
+    terms = index.clamp(min=0) if skips else index
     rows_per_block = max(1, COMBINE_BLOCK_TERMS // num_slots)
-    for first in range(0, num_rows, rows_per_block):
-        block = slice(first, first + rows_per_block)
-        rows = y.index_select(0, terms[first * num_slots : block.stop * num_slots]).view(-1, num_slots, width)
+    absent = index
+    given_weights, given_add = (absent if tensor is None else tensor for tensor in (weights, add))
+    for terms_of, index_of, weights_of, add_of, out_of in _row_blocks(
+        rows_per_block, terms, index, given_weights, given_add, result
+    ):
+        rows = y.index_select(0, terms_of.flatten()).view(-1, num_slots, width)
         if skips:
-            rows.masked_fill_((index[block] < 0).unsqueeze(2), 0)
+            rows.masked_fill_((index_of < 0).unsqueeze(2), 0)
         if weights is None and add is None:
-            torch.sum(rows, 1, out=result[block])  # which adds up in fp32
+            torch.sum(rows, 1, out=out_of)  # which adds up in fp32
             continue
         wide = rows.to(acc)
-        total = wide.sum(1) if weights is None else torch.bmm(weights[block].unsqueeze(1), wide).squeeze(1)
+        total = wide.sum(1) if weights is None else torch.bmm(weights_of.unsqueeze(1), wide).squeeze(1)
         if add is not None:
-            total.add_(add[block])
-        result[block] = total
+            total.add_(add_of)
+        out_of.copy_(total)
     return result
 
 
@@ -272,19 +281,21 @@ def down_grad(
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
     products = _products(dout, grouping.row_index, _out_in(down_proj, layout), None, grouping, None)
-    for part in _row_slices(grouping.num_pairs, inner):
-        scale, g = scales[part], products[part].to(acc)
+    for scale, product, hidden_of, dh_of, dweights_of, scaled_a_of in _row_blocks(
+        ELEMENTWISE_SIZE // inner, scales, products, hidden, dh, dweights, scaled_a
+    ):
+        g = product.to(acc)
         da = g * scale
         if activation is None:
-            a = hidden[part].to(acc)
-            dh[part] = da
+            a = hidden_of.to(acc)
+            dh_of.copy_(da)
         else:
-            a = _activation_backward(hidden[part].to(acc), da, layout, activation, dh[part])
-        torch.sum(g.mul_(a), 1, out=dweights[part])
+            a = _activation_backward(hidden_of.to(acc), da, layout, activation, dh_of)
+        torch.sum(g.mul_(a), 1, out=dweights_of)
         if a.dtype == dout.dtype:
-            torch.mul(a, scale, out=scaled_a[part])
+            torch.mul(a, scale, out=scaled_a_of)
         else:
-            scaled_a[part] = a * scale
+            scaled_a_of.copy_(a * scale)
     if down_bias is not None:
         rows = dout.index_select(0, grouping.row_index)
         for e, positions in _expert_slices(grouping):
@@ -421,7 +432,7 @@ def _outer_sums(
     if _pads(grouping):
         slots = grouping.slots
         left, right = factors(slots.pairs)
-        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~slots.used.view(-1, 1), 0)
+        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~slots.used.unsqueeze(1), 0)
         torch.bmm(left.view(num_experts, -1, left.shape[1]).mT, right.view(num_experts, -1, right.shape[1]), out=out)
         for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
             if first == last:  # its slots have other experts' pairs, perhaps not finite

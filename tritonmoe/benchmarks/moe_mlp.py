@@ -14,6 +14,8 @@ __all__ = ["main"]
 
 SHAPES = {"E8-K2": (8, 2, 512, 1024), "E64-K8": (64, 8, 512, 256)}
 """(E, K, D, F)."""
+PLACEMENTS = 3
+"""How often a case's tensors are made anew: where they lie in memory moves a short call's time by some per cent."""
 BATCHED_MM_LARGEST_T = 64
 """batched_mm copies the weights for every pair: 26 GB at T=2048."""
 
@@ -77,11 +79,19 @@ def main(argv: list[str] | None = None) -> None:
                     peers = ["grouped_mm", "eager"]
                     if num_tokens <= BATCHED_MM_LARGEST_T:
                         peers.append("batched_mm")
-                    variants = build(SHAPES[name], num_tokens, getattr(torch, dtype), ["tritonmoe", *peers], backward)
-                    samples = interleave(variants, arguments.rounds, seconds=arguments.seconds)
+                    names = ["tritonmoe", *peers]
+                    placements, parts = [], []  # all kept, so that none gets the memory of an earlier one
+                    for _ in range(PLACEMENTS):
+                        placements.append(build(SHAPES[name], num_tokens, getattr(torch, dtype), names, backward))
+                        rounds, seconds = -(-arguments.rounds // PLACEMENTS), arguments.seconds / PLACEMENTS
+                        parts.append(interleave(placements[-1], rounds, seconds=seconds))
+                    samples = {variant: [time for part in parts for time in part[variant]] for variant in names}
                     best = min(peers, key=lambda peer: statistics.median(samples[peer]))
                     ratio = statistics.median(
-                        other / ours for other, ours in zip(samples[best], samples["tritonmoe"], strict=True)
+                        # an outsider has the first rounds only
+                        other / ours
+                        for part in parts
+                        for other, ours in zip(part[best], part["tritonmoe"], strict=False)
                     )
                     case = {
                         "shape": name,

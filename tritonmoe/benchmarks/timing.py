@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Samples = dict[str, list[float]]
-OUTSIDER_ROUNDS = 5
+OUTSIDER_ROUNDS = 3
 
 
 def interleave(
