@@ -34,8 +34,8 @@ def moe_mlp_table(name: str) -> str:
     data = load(name)
     lines = [
         f"`python -m bench.moe_mlp` on {where(data['environment'])}. Milliseconds, median (quartiles) of "
-        f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds; ratio is the best other "
-        "implementation's time over ours.",
+        f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds in "
+        "three placements of the tensors; ratio is the best other implementation's time over ours.",
         "",
         "| E, K, D, F | T | dtype | pass | tritonmoe | best of transformers | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- |",

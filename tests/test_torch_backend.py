@@ -279,3 +279,22 @@ def test_an_expert_of_many_blocks(dtype: torch.dtype) -> None:
         width = getattr(operands, name).shape[1]
         setattr(operands, name, torch.randn(num_pairs, width, generator=generator).to(dtype))
     check(operands, "silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_whose_pairs_share_a_batched_product_share_no_values(dtype: torch.dtype) -> None:
+    num_experts, width, inner = 4, 6, 5
+    ids = torch.tensor([[1], [1], [1], [3], [3]])  # experts 0 and 2 have none
+    grouping = torch_backend.group(ids, num_experts)
+    assert torch_backend._pads(grouping)
+    rows, values = torch.randn(5, width, dtype=dtype), torch.randn(5, inner, dtype=dtype)
+    rows[1], values[2] = torch.inf, torch.nan  # both of expert 1
+    weight = torch.randn(num_experts, width, inner, dtype=dtype)
+    layout = ExpertLayout(gated=False, transposed=True)
+    h, _ = torch_backend.up(rows, weight, None, grouping, layout, None)
+    torch.testing.assert_close(h[3:], rows[3:] @ weight[3])
+    grads = torch_backend.weight_grad(grouping, layout, x=rows, dh=values)
+    assert grads.gate_up_proj is not None
+    assert not grads.gate_up_proj[1].isfinite().all()
+    torch.testing.assert_close(grads.gate_up_proj[3], rows[3:].mT @ values[3:])
+    assert grads.gate_up_proj[[0, 2]].count_nonzero() == 0
