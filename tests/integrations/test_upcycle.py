@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from quantised_weights import Int4Tensor, Params4bit
-from tiny_models import INPLACE, LLAMA_LIKE, NATIVE, make_batch, make_dense
+from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, make_dense
 from torch import nn
 
 from tritonmoe.integrations.transformers import (
@@ -65,6 +65,13 @@ def test_inplace_equals_the_dense_model(name, options):
     assert report.relative_error < EXACT_FP32
     assert report.parameters > report.active_parameters > report.dense_parameters
     assert all(torch.equal(before[key], tensor) for key, tensor in dense.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_INPLACE)
+def test_more_families_equal_the_dense_model(name):
+    dense = make_dense(name)
+    assert verify_upcycle(dense, upcycle(dense, 8, 4, granularity=2), make_batch(dense)).relative_error < EXACT_FP32
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated", "opt"])
@@ -144,6 +151,41 @@ def test_other_heads_than_a_language_model():
         moe = upcycle(dense, 4, 2)
         assert type(moe).__name__ == name.replace("Llama", "Mixtral")
         assert verify_upcycle(dense, moe, torch.randint(3, 64, (2, 7))).relative_error < EXACT_FP32
+
+
+def test_attention_in_windows_stays():
+    dense = make_dense("mistral", sliding_window=4)
+    moe = upcycle(dense, 4, 2)
+    assert moe.config.sliding_window == 4
+    assert verify_upcycle(dense, moe, make_batch(dense)).relative_error < EXACT_FP32
+    moe.config.sliding_window = None  # what is at stake
+    assert verify_upcycle(dense, moe, make_batch(dense)).relative_error > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_the_proof_is_printed(name, capsys):
+    """E=6, K=3, D=32: of an expert's parameters a token touches one half."""
+    dense = make_dense(name)
+    moe = upcycle(dense, 6, 3, layers="all" if name == "llama" else [1])
+    report = verify_upcycle(dense, moe, make_batch(dense))
+    num_blocks = 2 if name == "llama" else 1
+    expert = 32 * 128 * 2 + 128 + 32 if name == "gpt2" else 3 * 32 * 48
+    router = 6 * 32
+    others = 3 * 32 * 48 + 32 if name == "qwen2" else 0  # a shared expert and its gate
+    assert report.dense_parameters == sum(p.numel() for p in dense.parameters())
+    assert report.parameters == report.dense_parameters + num_blocks * (5 * expert + router + others)
+    assert report.active_parameters == report.dense_parameters + num_blocks * (2 * expert + router + others)
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n"
+    for part in (
+        f"max error {report.max_error:.3e} ",
+        f"parameters {report.dense_parameters:,} -> {report.parameters:,}",
+        f"active {report.active_parameters:,}",
+    ):
+        assert part in printed
+    with torch.no_grad():  # a proof that can fail
+        next(parameter for key, parameter in moe.named_parameters() if key.endswith("down_proj")).mul_(1.01)
+    assert verify_upcycle(dense, moe, make_batch(dense)).relative_error > 1e-4
 
 
 def test_tied_embeddings_stay_tied():

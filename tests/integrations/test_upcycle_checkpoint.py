@@ -1,5 +1,6 @@
 """upcycle_checkpoint() and `tritonmoe upcycle`: from files to files, all or nothing."""
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import INPLACE, NATIVE, make_batch, make_dense
 
 from tritonmoe.cli import main
@@ -121,8 +123,6 @@ def test_bf16_and_tied_embeddings(tmp_path):
 def test_a_base_model_without_its_prefix(tmp_path):
     model = make_dense("gpt2")
     model.save_pretrained(tmp_path / "dense")
-    from safetensors.torch import load_file, save_file
-
     path = tmp_path / "dense" / "model.safetensors"
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -155,6 +155,76 @@ def test_memory_holds_one_block_and_one_shard(tmp_path, monkeypatch):
     assert max(pending) <= 20_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its address space")
+def test_a_model_larger_than_half_of_the_memory(tmp_path):
+    """It works in memory that holds neither model twice, and in which upcycle() itself has no room."""
+    code = f"""
+        import resource
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from tritonmoe.integrations.transformers import upcycle, upcycle_checkpoint
+
+        torch.set_num_threads(1)
+
+        def save(num_layers, directory):
+            config = LlamaConfig(vocab_size=64, hidden_size=192, intermediate_size=512, num_attention_heads=4,
+                                 num_hidden_layers=num_layers)
+            model = LlamaForCausalLM(config)
+            model.save_pretrained(directory, max_shard_size="5MB")
+            return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+        def address_space():
+            return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+        options = dict(num_experts=8, top_k=2)
+        folder = {str(tmp_path)!r}
+        save(1, folder + "/small")
+        upcycle_checkpoint(folder + "/small", folder + "/small-moe", **options)  # what it loads once
+        dense_bytes = save(24, folder + "/dense")
+        memory = int(1.9 * dense_bytes)
+        # the files of the dense model are mapped whole; pages that were read are not memory in use
+        limit = address_space() + dense_bytes + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        seen = []
+        upcycle_checkpoint(folder + "/dense", folder + "/moe", max_shard_size="10MB",
+                           progress=lambda done, total: seen.append(total), **options)
+        assert seen[0] > 2 * memory, (seen[0], memory)
+        try:
+            upcycle(LlamaForCausalLM.from_pretrained(folder + "/dense"), **options)
+        except (MemoryError, RuntimeError) as error:
+            print("no room:", error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no room: " in done.stdout
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 10
+
+
+def test_the_bar_shows_progress_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    save_dense("llama", tmp_path / "dense")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **OPTIONS)
+    lines = [line for line in sys.stderr.getvalue().split("\r") if line]
+    filled = [line.count("#") for line in lines]
+    assert filled == sorted(filled)
+    assert filled[0] < 20
+    assert lines[-1] == f"upcycling [{'#' * 40}] 0.00 of 0.00 GB\n"
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "piped", **OPTIONS)
+    assert sys.stderr.getvalue() == ""
+
+
 # Failures leave nothing
 
 
@@ -174,13 +244,18 @@ def fails_after(monkeypatch, number: int, error: BaseException) -> None:
     monkeypatch.setattr(safetensors.torch, "save_file", failing)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+FULL_DISK = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(FULL_DISK, OSError), (KeyboardInterrupt(), KeyboardInterrupt)], ids=repr
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_failed_write_leaves_no_output(name, error, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_output(name, error, raised, tmp_path, monkeypatch):
     save_dense(name, tmp_path / "dense")
     before = contents(tmp_path / "dense")
     fails_after(monkeypatch, 2, error)
-    with pytest.raises(type(error)):
+    with pytest.raises(raised):
         upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", max_shard_size="20KB", **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     assert contents(tmp_path / "dense") == before
@@ -188,10 +263,30 @@ def test_a_failed_write_leaves_no_output(name, error, tmp_path, monkeypatch):
 
 def test_a_failed_save_of_a_model_leaves_no_output(tmp_path, monkeypatch):
     moe = upcycle(make_dense("gpt2"), **OPTIONS)
-    fails_after(monkeypatch, 1, OSError(28, "No space left on device"))
+    fails_after(monkeypatch, 1, FULL_DISK)
     with pytest.raises(OSError, match="No space left"):
         moe.save_pretrained(tmp_path / "moe", max_shard_size="20KB")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_the_system_refuses(tmp_path, capsys):
+    """The real thing: files may not grow beyond 4 KB, so the first shard can't be written."""
+    resource = pytest.importorskip("resource")
+    save_dense("llama", tmp_path / "dense")
+    before = contents(tmp_path / "dense")
+    arguments = [str(tmp_path / "dense"), str(tmp_path / "moe"), "--num-experts", "4", "--top-k", "2"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        status = main(["upcycle", *arguments])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert f"could not write 0.00 GB to {tmp_path}" in error
+    assert "File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert contents(tmp_path / "dense") == before
 
 
 def test_a_killed_process_leaves_nothing_that_loads(tmp_path):
@@ -261,6 +356,31 @@ def test_sources_that_are_not_whole(tmp_path):
     refused(tmp_path / "other", r"does not hold the tensors of LlamaForCausalLM: .* is missing")
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "architectures": ["Nothing"]}))
     refused(tmp_path / "other", "names no architecture")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_quantised_sources(name, tmp_path):
+    def refused(directory: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            upcycle_checkpoint(directory, tmp_path / "moe", **OPTIONS)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", directory.name}
+        shutil.rmtree(directory)
+
+    make_dense(name).save_pretrained(tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    first = next(key for key in tensors if ".mlp." in key)
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):  # the config doesn't say so
+        shutil.copytree(tmp_path / "whole", tmp_path / "file")
+        changed = tensors | {first: tensors[first].to(dtype)}
+        save_file(changed, tmp_path / "file" / "model.safetensors", metadata={"format": "pt"})
+        refused(tmp_path / "file", rf"is quantised \({first} is {dtype}\)")
+    for method in ("bitsandbytes", "compressed-tensors", "fp8"):  # with tensors that the dense model doesn't have
+        shutil.copytree(tmp_path / "whole", tmp_path / "config")
+        path = tmp_path / "config" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
+        changed = tensors | {first: tensors[first].to(torch.uint8), f"{first}.absmax": torch.ones(3)}
+        save_file(changed, tmp_path / "config" / "model.safetensors", metadata={"format": "pt"})
+        refused(tmp_path / "config", f"is quantised .*config: {method}")
 
 
 def test_a_half_written_result_does_not_load(tmp_path):

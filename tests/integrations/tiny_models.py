@@ -73,10 +73,57 @@ INPLACE: dict[str, tuple[Any, Callable[..., Any], dict[str, Any]]] = {
 }
 """clip has an activation that no kernel knows, bart and opt loose linears, bloom's block adds the residual itself."""
 
+TEXT = {**LLAMA_LIKE, "head_dim": 8}
+AUDIO = {**SIZES, "conv_dim": [16, 16], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
+AUDIO |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+WHISPER = {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16, "pad_token_id": 0}
+WHISPER |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+GPT_NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}
+GPT_NEO |= {"bos_token_id": None, "eos_token_id": None}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+DISTILBERT = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+
+MORE_INPLACE: dict[str, tuple[Any, Callable[..., Any], dict[str, Any]]] = {
+    "gpt_neo": (tr.GPTNeoForCausalLM, tr.GPTNeoConfig, GPT_NEO),
+    "gptj": (tr.GPTJForCausalLM, tr.GPTJConfig, {**GPT2_LIKE, "rotary_dim": 4}),
+    "codegen": (tr.CodeGenForCausalLM, tr.CodeGenConfig, {**GPT2_LIKE, "rotary_dim": 4}),
+    "gpt_bigcode": (tr.GPTBigCodeForCausalLM, tr.GPTBigCodeConfig, GPT2_LIKE),
+    "falcon": (tr.FalconForCausalLM, tr.FalconConfig, {**SIZES, "ffn_hidden_size": 48}),
+    "starcoder2": (tr.Starcoder2ForCausalLM, tr.Starcoder2Config, LLAMA_LIKE),
+    "glm4": (tr.Glm4ForCausalLM, tr.Glm4Config, TEXT),
+    "gemma2": (tr.Gemma2ForCausalLM, tr.Gemma2Config, TEXT),
+    "gemma3": (tr.Gemma3ForCausalLM, tr.Gemma3TextConfig, TEXT),
+    "cohere": (tr.CohereForCausalLM, tr.CohereConfig, LLAMA_LIKE),
+    "stablelm": (tr.StableLmForCausalLM, tr.StableLmConfig, LLAMA_LIKE),
+    "smollm3": (tr.SmolLM3ForCausalLM, tr.SmolLM3Config, LLAMA_LIKE),
+    "olmo": (tr.OlmoForCausalLM, tr.OlmoConfig, LLAMA_LIKE),
+    "persimmon": (tr.PersimmonForCausalLM, tr.PersimmonConfig, SIZES),
+    "mbart": (tr.MBartModel, tr.MBartConfig, {**BART, "max_position_embeddings": 64}),
+    "pegasus": (tr.PegasusModel, tr.PegasusConfig, {**BART, "max_position_embeddings": 64}),
+    "mt5": (tr.MT5Model, tr.MT5Config, T5),
+    "umt5": (tr.UMT5Model, tr.UMT5Config, T5),
+    "roberta": (tr.RobertaModel, tr.RobertaConfig, SIZES),
+    "electra": (tr.ElectraModel, tr.ElectraConfig, {**SIZES, "embedding_size": 32}),
+    "mpnet": (tr.MPNetModel, tr.MPNetConfig, SIZES),
+    "deberta": (tr.DebertaModel, tr.DebertaConfig, SIZES),
+    "deberta_v2": (tr.DebertaV2Model, tr.DebertaV2Config, SIZES),
+    "distilbert": (tr.DistilBertModel, tr.DistilBertConfig, DISTILBERT),
+    "siglip": (tr.SiglipVisionModel, tr.SiglipVisionConfig, VISION),
+    "dinov2": (tr.Dinov2Model, tr.Dinov2Config, VISION),
+    "dinov3": (tr.DINOv3ViTModel, tr.DINOv3ViTConfig, VISION),
+    "beit": (tr.BeitModel, tr.BeitConfig, VISION),
+    "swin": (tr.SwinModel, tr.SwinConfig, SWIN),
+    "wav2vec2": (tr.Wav2Vec2Model, tr.Wav2Vec2Config, AUDIO),
+    "hubert": (tr.HubertModel, tr.HubertConfig, AUDIO),
+    "whisper": (tr.WhisperModel, tr.WhisperConfig, {**BART, **WHISPER}),
+}
+"""The other families that docs/transformers.md names."""
+
 
 def make_dense(name: str, **changes: Any) -> Any:
-    """Build a model of NATIVE or INPLACE whose weights are large enough for errors to show."""
-    model_class, config_class, fields = (NATIVE | INPLACE)[name]
+    """Build one of the models above, with weights that are large enough for errors to show."""
+    model_class, config_class, fields = (NATIVE | INPLACE | MORE_INPLACE)[name]
     torch.manual_seed(0)
     model = model_class(config_class(**{**fields, **changes}))
     with torch.no_grad():
@@ -92,5 +139,9 @@ def make_batch(model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if model.main_input_name == "input_values":
+        return {"input_values": torch.randn(2, 400, generator=generator)}
     ids = torch.randint(3, 64, (2, 11), generator=generator)
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(2, 8, 16, generator=generator), "decoder_input_ids": ids}
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}

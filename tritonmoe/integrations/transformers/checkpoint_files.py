@@ -100,7 +100,8 @@ class CheckpointReader:
 class ShardWriter:
     """Write tensors into shards of at most `max_bytes` (one tensor may be larger), then the index.
 
-    Holds one shard in memory. Shards get their final names in close(), when their number is known.
+    Holds one shard in memory. Shards get their final names in close(), when their number is known. Raises OSError where
+    one can't be written, as on a full disk.
     """
 
     def __init__(self, directory: Path, max_bytes: int, stem: str = "model") -> None:
@@ -120,10 +121,17 @@ class ShardWriter:
         self.num_bytes += size
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.directory / f"{self.stem}-{len(self._names) + 1:05d}.unfinished"
-        save_file(self._pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk is one, and no OSError
+            raise OSError(
+                f"could not write {self._pending_bytes / 1e9:.2f} GB to {self.directory.parent} ({error}): make room, "
+                "or choose a directory on another disk; what was written is removed"
+            ) from error
         self._names.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

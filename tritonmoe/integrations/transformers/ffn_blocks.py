@@ -11,7 +11,15 @@ from .expert_init import DenseFFN
 from .gates import fused_name
 from .requirements import WEIGHT_DTYPES, quantised_kind
 
-__all__ = ["FFNBlock", "GatedActivation", "LayerChoice", "find_blocks", "parent_and_name", "select_blocks"]
+__all__ = [
+    "FFNBlock",
+    "GatedActivation",
+    "LayerChoice",
+    "find_blocks",
+    "parent_and_name",
+    "refuse_quantised",
+    "select_blocks",
+]
 
 LayerChoice = Literal["all"] | Sequence[int] | Callable[[int, str], bool]
 
@@ -128,7 +136,7 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
     weights, weights that several layers share.
     """
     name = type(model).__name__
-    _refuse_quantised(model)
+    refuse_quantised(model)
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == "experts" or type(module).__name__.endswith(("Experts", "MoELayer")):
             raise ValueError(f"{name} has experts already (at {path}): upcycling starts from a dense model")
@@ -240,7 +248,8 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
     )
 
 
-def _refuse_quantised(model: nn.Module) -> None:
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise ValueError where the model's config or a parameter says that its weights are quantised."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
     # weights from a GGUF file are dequantised when they are loaded

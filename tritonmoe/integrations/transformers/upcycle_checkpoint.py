@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
 from .expert_init import UpcycleSettings
-from .ffn_blocks import LayerChoice
-from .requirements import check_transformers
+from .ffn_blocks import LayerChoice, refuse_quantised
+from .requirements import WEIGHT_DTYPES, check_transformers
 from .upcycle import make_conversion
 from .upcycle_inplace import InplaceConversion
 from .upcycle_native import NativeConversion, build_model
@@ -57,7 +57,9 @@ def upcycle_checkpoint(
     checked = UpcycleSettings(**settings)
     reader = CheckpointReader(source)
     dense = _dense_skeleton(source, reader)
+    refuse_quantised(dense)
     names = _match_names(dense, reader, source)
+    _refuse_quantised_files(dense, names, reader, source)
     conversion = make_conversion(dense, checked, target=target, layers=layers)
     itemsize = next(dense.parameters()).element_size()
     replaced = {name for block in conversion.blocks for name in block.parameter_names}
@@ -95,8 +97,19 @@ def _dense_skeleton(source: Path, reader: CheckpointReader) -> Any:
     if model_class is None:
         raise ValueError(f"{source / 'config.json'} names no architecture that transformers knows, but {names}")
     dtypes = {reader.dtype(name) for name in reader.keys()}  # noqa: SIM118
-    floating = sorted((d for d in dtypes if d.is_floating_point), key=lambda d: -d.itemsize)
+    floating = sorted(dtypes.intersection(WEIGHT_DTYPES), key=lambda d: -d.itemsize)
     return build_model(model_class, config, floating[0] if floating else torch.float32, "meta")
+
+
+def _refuse_quantised_files(dense: Any, names: dict[str, str], reader: CheckpointReader, source: Path) -> None:
+    """A file may hold other dtypes than its config says."""
+    for name, _ in dense.named_parameters():
+        dtype = reader.dtype(names[name]) if name in names else None
+        if dtype is not None and dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{source} is quantised ({names[name]} is {dtype}): bring it into one of "
+                f"{', '.join(map(str, WEIGHT_DTYPES))}, and quantise the result"
+            )
 
 
 def _match_names(dense: Any, reader: CheckpointReader, source: Path) -> dict[str, str]:
