@@ -58,7 +58,13 @@ OWN: dict[str, dict] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0, "mamba_dt_rank": 4},
     "axk1": {"num_key_value_heads": 4, "q_lora_rank": 8},
     "granitemoehybrid": {"layer_types": ["attention", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8},
-    "qwen3_next": {"layer_types": ["full_attention", "full_attention"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
 QUICK = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe",

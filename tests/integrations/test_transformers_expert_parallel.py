@@ -47,6 +47,7 @@ def test_models_on_two_processes_equal_one(directory):
     if HAS_EP_REGISTRY:
         cases += ["tp:mixtral", "fsdp:mixtral"]
     run(2, directory, *cases, "save:", "load:")
+    run(1, directory, "load:")
 
 
 @pytest.mark.slow
