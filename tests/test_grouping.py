@@ -90,7 +90,7 @@ def test_two_chunks_from_two_ranks(backend: ModuleType) -> None:
 def test_slots_of_experts(backend: ModuleType) -> None:
     grouping = backend.group(torch.tensor([[1], [3], [1]], device=DEVICE), 4)
     slots = grouping.slots
-    assert grouping.host_largest_count == 2
+    assert grouping.host_counts == ([1, 3], [2, 1])
     assert slots.used.tolist() == [False, False, True, True, False, False, True, False]
     assert slots.of_pairs.tolist() == [2, 3, 6]
     assert slots.pairs[slots.used].tolist() == [0, 1, 2]

@@ -117,9 +117,10 @@ class Grouping:
         return self.expert_offsets.tolist()
 
     @cached_property
-    def host_largest_count(self) -> int:
-        """The pairs of the expert that has most."""
-        return max(last - first for first, last in pairwise(self.host_expert_offsets))
+    def host_counts(self) -> tuple[list[int], list[int]]:
+        """The experts that have pairs, and how many each has."""
+        counts = [last - first for first, last in pairwise(self.host_expert_offsets)]
+        return [e for e, count in enumerate(counts) if count], [count for count in counts if count]
 
     @cached_property
     def slots(self) -> "Slots":
@@ -129,7 +130,7 @@ class Grouping:
             expert_offsets [0, 2, 3]: two slots each, pairs [0, 1, 2, 2], of_pairs [0, 1, 2].
         """
         counts = self.expert_offsets[1:] - self.expert_offsets[:-1]
-        used = (torch.arange(self.host_largest_count, device=counts.device) < counts.unsqueeze(1)).view(-1)
+        used = (torch.arange(max(self.host_counts[1]), device=counts.device) < counts.unsqueeze(1)).view(-1)
         return Slots(used.cumsum(0, dtype=torch.int32).clamp_(min=1).sub_(1), used.nonzero().view(-1), used)
 
     def chunk(self, index: int) -> "Grouping":

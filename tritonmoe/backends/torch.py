@@ -49,7 +49,7 @@ def _pads(grouping: Grouping) -> bool:
     num_pairs, num_experts = grouping.host_expert_offsets[-1], grouping.num_experts
     return (
         0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts
-        and num_experts * grouping.host_largest_count <= LARGEST_PADDING * num_pairs
+        and num_experts * max(grouping.host_counts[1]) <= LARGEST_PADDING * num_pairs
     )
 
 
@@ -79,11 +79,12 @@ def _products(
         out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
         values = values.index_select(0, index)
-    for e, positions in _expert_slices(grouping):
+    experts, counts = grouping.host_counts
+    for e, part, target in zip(experts, values.split(counts), out.split(counts), strict=True):
         if bias is None:
-            torch.mm(values[positions], matrices[e], out=out[positions])
+            torch.mm(part, matrices[e], out=target)
         else:
-            torch.addmm(bias[e], values[positions], matrices[e], out=out[positions])
+            torch.addmm(bias[e], part, matrices[e], out=target)
     return out
 
 

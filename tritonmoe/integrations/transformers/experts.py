@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...autograd import without_autocast
 from ...config import Activation, is_fused
 from ...experts import moe_mlp
 from .gates import choose_activation
@@ -74,7 +75,7 @@ def run_experts(
     weights = cast(up_name), cast("down_proj")
     rows = hidden_states.to(dtype)
     # the casts are done: autocast would now only round the fp32 sums inside
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(hidden_states.device):
         if getattr(experts, "has_post_expert_norm", False):
             out = _normed_experts(run, experts.post_expert_norm, rows, topk_ids, topk_weights, weights, num_experts)
         else:
