@@ -6,7 +6,7 @@ per step. Products are written through `out=`, since fresh memory costs a CPU mo
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, the experts' products may go as one batched product."""
 LARGEST_PADDING = 2.5
 """So many times the pairs' rows it may have."""
+FEW_PAIRS = 64
 COMBINE_BLOCK_TERMS = 768
 """Rows of a narrow dtype that combine widens at a time."""
 ELEMENTWISE_SIZE = 2**20
@@ -100,6 +101,8 @@ def group(
     device = topk_ids.device
     row_offsets = (0, num_rows) if chunk_row_offsets is None else tuple(chunk_row_offsets)
     num_chunks = len(row_offsets) - 1
+    if num_chunks == 1 and topk_ids.numel() <= FEW_PAIRS and device.type == "cpu":
+        return _group_few(topk_ids, num_experts)
     num_keys = num_chunks * num_experts
     keys = topk_ids
     if num_chunks > 1:  # a pair's key is chunk * E + expert; skipped pairs come last
@@ -149,6 +152,29 @@ def group(
     )
     if num_chunks == 1:
         grouping.__dict__["host_expert_offsets"] = host_starts  # read above; the property would read them once more
+    return grouping
+
+
+def _group_few(topk_ids: Tensor, num_experts: int) -> Grouping:
+    """Group one chunk of few pairs in Python, which for those is faster than a dozen operations on tensors."""
+    ids = topk_ids.flatten().tolist()
+    order = sorted((pair for pair, expert in enumerate(ids) if 0 <= expert < num_experts), key=ids.__getitem__)
+    counts, inverse = [0] * num_experts, [-1] * len(ids)
+    for position, pair in enumerate(order):
+        counts[ids[pair]] += 1
+        inverse[pair] = position
+    host_expert_offsets = [0, *accumulate(counts)]
+    expert_offsets = torch.tensor(host_expert_offsets, dtype=torch.int32)
+    grouping = Grouping(
+        pair_index=torch.tensor(order, dtype=torch.int32),
+        expert_offsets=expert_offsets,
+        inverse=torch.tensor(inverse, dtype=torch.int32).view(topk_ids.shape),
+        source_order=None,
+        chunk_expert_offsets=expert_offsets.unsqueeze(0),
+        chunk_row_offsets=(0, topk_ids.shape[0]),
+        chunk_pair_offsets=(0, len(order)),
+    )
+    grouping.__dict__["host_expert_offsets"] = host_expert_offsets
     return grouping
 
 
