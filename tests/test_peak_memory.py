@@ -144,7 +144,7 @@ PLANS = {
 
 HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
 CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
-CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((2, "hidden"), (2, "input")))
+CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((1, "hidden"), (2, "hidden"), (2, "input")))
 """No more chunks of experts than a rank has experts."""
 
 

@@ -20,6 +20,8 @@ INDEX_BYTES = 4
 EXPERTS_GATHERED = 2
 """Backends that compute block by block gather the pairs of one expert for its weight gradients while they still have
 those of the expert before."""
+TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
+"""F columns, in fp32 or wider, with which they compute the activation of a block's pairs, and its backward."""
 PLACES_BYTES = 3 * 8
 """Of a received row, with chunks of experts: where it was received and returns, and returned_rows of the Grouping."""
 SQUARES_BYTES = 3 * 4
@@ -58,6 +60,10 @@ class BufferWidths:
     @property
     def hidden_bytes(self) -> int:
         return self.inner_bytes * (2 if self.gated else 1)
+
+    @property
+    def temporary_bytes(self) -> int:
+        return self.intermediate_size * max(4, self.dtype_bytes)
 
     @property
     def keeps_hidden(self) -> bool:
@@ -134,7 +140,8 @@ class _Walk:
                 if widths.keeps_hidden:
                     self._hold("h", pairs * widths.hidden_bytes)
                 per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
-                self._compute(step, widths.inner_bytes, per_pair)
+                temporaries = TEMPORARIES * widths.temporary_bytes
+                self._compute(step, widths.inner_bytes, per_pair + temporaries, scratch_bytes=per_pair)
             elif step.kind == "combine":
                 self._return_rows(step)
         return self._most()
@@ -153,12 +160,14 @@ class _Walk:
             elif step.kind == "experts_backward":
                 self._hold("gradients", pairs * (widths.hidden_bytes + widths.inner_bytes))
                 again = 0 if widths.keeps_hidden else widths.hidden_bytes
-                self._compute(step, again, widths.inner_bytes + again)
+                temporaries = BACKWARD_TEMPORARIES * widths.temporary_bytes
+                self._compute(step, again, widths.inner_bytes + again + temporaries)
             elif step.kind == "dispatch_backward":
                 self._return_rows(step)
             elif step.kind == "weight_grad" and widths.max_block_pairs is not None:
                 gathered = pairs * min(1.0, EXPERTS_GATHERED / widths.num_local_experts)
-                self._count(gathered * (widths.hidden_bytes + widths.row_bytes))
+                # One range of pairs is in source order already: only its rows are gathered.
+                self._count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
             elif step.kind == "routing_backward":
                 self._hold("dtopk_weights", 2 * home * top_k_bytes)
                 self._hold(step, received * top_k_bytes)
@@ -183,6 +192,12 @@ class _Walk:
             self.held[what] = num_bytes
             self.now = self.now + num_bytes
 
+    def _hold_at_least(self, what: object, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, with what is held of it already."""
+        so_far = self.held.get(what, torch.zeros_like(num_bytes))
+        self.held[what] = torch.maximum(so_far, num_bytes)
+        self.now = self.now + self.held[what] - so_far
+
     def _let_go(self, what: object) -> None:
         self.now = self.now - self.held.pop(what)
 
@@ -203,8 +218,11 @@ class _Walk:
         self._let_go(("partial", step.chunk))
         self._post_rows(step, self.received, self.home, self._other_row_bytes)
 
-    def _compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
-        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more."""
+    def _compute(self, step: Step, whole_bytes: int, block_bytes: int, scratch_bytes: int = 0) -> None:
+        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more.
+
+        scratch_bytes of block_bytes are in memory that the blocks of a segment with several use again.
+        """
         assert step.chunk is not None
         segment, widths = step.chunk + self.plan.num_local_slices, self.widths
         is_kept = self.plan.chunk_by == "experts" and step.chunk >= 0
@@ -213,15 +231,29 @@ class _Walk:
         if widths.max_block_pairs is None:
             meanwhile = self.pairs[segment] * (whole_bytes + (0 if is_kept else widths.row_bytes))
         else:
-            # First the rows of a block's pairs are gathered, then the rows' sums are made and copied to where they go.
-            block = self.pairs[segment].clamp(max=widths.max_block_pairs) * (widths.row_bytes + block_bytes)
+            pairs, block_pairs = self.pairs[segment], widths.max_block_pairs
+            has_blocks = pairs > block_pairs
+            self._hold_at_least("block", has_blocks * block_pairs * float(scratch_bytes))
+            # First the rows of a block's pairs are gathered; then there are results of pairs, and the rows' sums, which
+            # are copied to where they go.
+            block = pairs.clamp(max=block_pairs) * (widths.row_bytes + block_bytes - has_blocks * scratch_bytes)
             sums = self.received[segment] * widths.row_bytes
-            meanwhile = torch.maximum(block, sums)
-            if not is_kept or self.plan.local_first:
-                meanwhile = meanwhile + self.largest_pairs * widths.row_bytes
+            if not is_kept:
+                self._hold_at_least("y", has_blocks * self.largest_pairs * widths.row_bytes)
+                sums = sums + ~has_blocks * pairs * widths.row_bytes
+            self._count(block)
+            meanwhile = sums
         if step.chunk >= 0:
             self._hold(("partial", step.chunk), self.received[segment] * widths.row_bytes)
         self._count(meanwhile)
+
+    def _num_ranges(self) -> Tensor:
+        """How many segments with pairs are grouped each for itself: all chunks of experts are grouped as one."""
+        pairs = self.pairs
+        if self.plan.chunk_by == "experts":
+            first = self.plan.num_local_slices
+            pairs = [*pairs[:first], _total(pairs[first:])]
+        return (torch.stack(pairs) > 0).sum(0)
 
     def _grouping(self) -> Tensor:
         """pair_index, source_order and inverse; with chunks of experts the places of rows beside them."""
