@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -10,3 +11,13 @@ if not torch.cuda.is_available():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Let torch.empty and its relatives give NaN, and largest integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

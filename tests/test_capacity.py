@@ -160,17 +160,8 @@ def test_equals_one_device(num_ranks: int, capacity: float) -> None:
                     assert not report.first_run.overflowed
 
 
-@pytest.fixture
-def _fresh_memory_is_nan():
-    """torch.empty gives NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize(("local_first", "capacity"), [(True, ROOMY), (False, TIGHT)], ids=str)
-@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.usefixtures("nan_filled_memory")
 def test_kernels_skip_the_padding(local_first: bool, capacity: float) -> None:
     """Their groupings have gaps between chunks; with the little room, chunks of nothing else."""
     batch = Batch(2, 6, 2, torch.float32, device=KERNEL_DEVICE)
@@ -196,7 +187,7 @@ def test_options(capacity: float, options: str) -> None:
     assert_equals_one_device(actual, batch.on_one_device())
 
 
-@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.usefixtures("nan_filled_memory")
 def test_memory_is_never_read_before_it_is_written() -> None:
     batch = Batch(3, 6, 2)
     for local_first in (True, False):
@@ -474,7 +465,7 @@ def test_counts_do_not_cross_nccl_in_a_graph(monkeypatch: pytest.MonkeyPatch) ->
         transport.exchange_counts(torch.zeros(2, 3, dtype=torch.int64))
 
 
-@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.usefixtures("nan_filled_memory")
 def test_a_callable_with_a_parameter_sees_no_padding() -> None:
     batch = Batch(2, 6, 2, torch.float32, device=KERNEL_DEVICE)
 

@@ -532,16 +532,6 @@ def test_memory_is_never_read_before_it_is_written(backend: str, nan_filled_memo
         check(replace(case, activation=torch.sin, gated=False), replace(case, gated=False).inputs(dtype), backend)
 
 
-@pytest.fixture
-def nan_filled_memory():
-    """Let torch.empty and its relatives give NaN, and largest integers."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     """Finite differences know nothing of our formulas."""

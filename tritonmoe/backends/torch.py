@@ -25,7 +25,8 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, the experts' products may go as one batched product."""
 LARGEST_PADDING = 2.5
 """So many times the pairs' rows it may have."""
-FEW_PAIRS = 64
+FEW_PAIRS = 16
+"""Up to so many pairs, those of one token, grouping in Python pays."""
 COMBINE_BLOCK_TERMS = 768
 """Rows of a narrow dtype that combine widens at a time."""
 ELEMENTWISE_SIZE = 2**20
