@@ -35,6 +35,7 @@ LAYERS = (
         "expert_parallel",
         "shared_expert",
         "layer",
+        "probe",
         "emulation",
         "integrations",
         "planner",

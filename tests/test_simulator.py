@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 import tritonmoe as tm
 from tritonmoe.config import equal_sizes, ramp_sizes
-from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts, fit_line, probe
+from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.simulator import Simulation, simulate, simulate_layer
-from tritonmoe.transports import LocalTransport, Transport
 
 LINK = LinkCosts(latency_s=0.0, bytes_per_s=1.0)
 """A row of one byte takes a second."""
@@ -222,25 +221,30 @@ def test_costs_are_fitted_kind_by_kind() -> None:
     assert costs.seconds("experts", torch.tensor([0.0, 2.0])).tolist() == pytest.approx([0, 5])  # nothing costs nothing
 
 
-def test_probe_of_an_emulated_link() -> None:
-    """All ranks get the same numbers; no link is found to be much faster than it is."""
-    found = tm.run_on_emulated_ranks(probe, 2, link=tm.LinkModel(0.1, latency_us=3000))
-    assert found[0] == found[1]
-    assert 0 < found[0].bytes_per_s < 2 * 0.1e9
-    slower = tm.run_on_emulated_ranks(probe, 2, link=tm.LinkModel(0.01))
-    assert 0 < slower[0].bytes_per_s < 2 * 0.01e9
+def test_costs_join_measured_sizes() -> None:
+    costs = StepCosts.through([("experts", 4, 4), ("experts", 2, 3), ("experts", 8, 12), ("experts", 8, 13)])
+    units = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0]
+    expected = [2.5, 3, 3.5, 4, 8, 12, 28]
+    assert [costs.seconds("experts", n) for n in units] == pytest.approx(expected)
+    assert costs.seconds("experts", torch.tensor([0.0, *units])).tolist() == pytest.approx([0, *expected])
+    # 4 at a time twice instead of 8, and 2 twice instead of 4.
+    assert costs.of_one_more_chunk("experts", 8.0) == pytest.approx(4 + 4 - 12)
+    assert costs.of_one_more_chunk("experts", 4.0) == pytest.approx(3 + 3 - 4)
+    samples = [("reduce", 1, 5), ("reduce", 2, 4), ("reduce", 3, 9), ("group", 2, 3), ("dispatch", 0, 1)]
+    noisy = StepCosts.through(samples)
+    assert [noisy.seconds("reduce", n) for n in (1.0, 2.0, 3.0)] == pytest.approx([5, 5, 9])  # more never costs less
+    assert noisy.seconds("group", 4.0) == pytest.approx(6)
+    assert noisy.seconds("dispatch", 4.0) == 0
+    rising = StepCosts.through([("experts", 2, 1), ("experts", 4, 9)])
+    assert [rising.seconds("experts", n) for n in (1.0, 2.0, 3.0)] == pytest.approx([0.5, 1, 5])  # not below zero
 
 
-def test_probe_of_one_rank() -> None:
-    assert probe(LocalTransport()).bytes_per_s == float("inf")
-
-
-def test_probe_on_ranks_of_a_group_of_three() -> None:
-    def on_rank(transport: Transport) -> LinkCosts:
-        return probe(transport)
-
-    found = tm.run_on_emulated_ranks(on_rank, 3)
-    assert all(costs == found[0] for costs in found)
+def test_a_chunk_costs_what_the_curve_says() -> None:
+    """Experts that are slow at few pairs: 12 pairs take 12 s, 6 take 10; three chunks of 4 take 28 s."""
+    curve = StepCosts.through([("experts", 4, 28 / 3), ("experts", 6, 10), ("experts", 12, 12)])
+    layer = work(2, 12, 1, local_rows=0)
+    assert forward_s(remote((1,)), layer, LINK, curve) == pytest.approx(12 + 12 + 12)
+    assert forward_s(remote((1, 1, 1)), layer, LINK, curve) == pytest.approx(4 + 28 + 4)
 
 
 @pytest.mark.parametrize(

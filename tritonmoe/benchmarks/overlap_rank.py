@@ -11,10 +11,10 @@ import torch
 
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
-from ..overlap.cost_model import probe
 from ..overlap.executor import LayerReport
 from ..overlap.simulator import Simulation, simulate_layer
 from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
+from ..probe import probe_link
 from ..transports import Transport
 from .ranks import barrier, slowest
 from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
@@ -254,7 +254,7 @@ def _predict(
     What steps cost is fitted to the runs with a free transport; what a call takes outside its schedule (planning, the
     count exchange, autograd) is that of compute alone.
     """
-    link = probe(rank.transport, rank.device)
+    link = probe_link(rank.transport, rank.device)
     costs = layer_costs([report for name in reports if name.startswith("free transport") for report in reports[name]])
     outside = [
         elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)

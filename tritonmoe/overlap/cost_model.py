@@ -1,8 +1,7 @@
-"""What a layer's steps and exchanges cost: measured on a transport, fitted to reports, and read by the simulator."""
+"""What a layer's steps and exchanges cost: lines and curves through measured times, read by the simulator."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import LOCAL_PARTS, OverlapPlan
-from ..transports import Transport
 from .schedule import Step
 
-__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "probe", "step_units"]
+__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -172,18 +170,70 @@ class StepCosts:
 
     fixed_s: Mapping[str, float]
     unit_s: Mapping[str, float]
+    bends: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Where the line is a curve: (units, seconds that each unit beyond them costs more, or less), ascending."""
 
     def seconds(self, kind: str, units: Size) -> Size:
-        return units * self.unit_s.get(kind, 0.0) + (units > 0) * self.fixed_s.get(kind, 0.0)
+        total = units * self.unit_s.get(kind, 0.0) + (units > 0) * self.fixed_s.get(kind, 0.0)
+        for bend, unit_s in self.bends.get(kind, ()):
+            total = total + (units > bend) * (units - bend) * unit_s
+        return total
+
+    def of_one_more_chunk(self, kind: str, units: float) -> float:
+        """Give the seconds by which two steps of half the units take longer than one step."""
+        return 2 * self.seconds(kind, units / 2) - self.seconds(kind, units)
 
     @classmethod
     def fit(cls, samples: Iterable[tuple[str, float, float]]) -> "StepCosts":
         """Fit a line to (kind, units, seconds) of measured steps, kind by kind; neither part is negative."""
-        by_kind: dict[str, list[tuple[float, float]]] = {}
-        for kind, units, seconds in samples:
-            by_kind.setdefault(kind, []).append((units, seconds))
-        lines = {kind: fit_line(points) for kind, points in by_kind.items()}
+        lines = {kind: fit_line(points) for kind, points in _by_kind(samples).items()}
         return cls({k: fixed for k, (fixed, _) in lines.items()}, {k: unit for k, (_, unit) in lines.items()})
+
+    @classmethod
+    def through(cls, samples: Iterable[tuple[str, float, float]]) -> "StepCosts":
+        """Join (kind, units, seconds) of measured steps by straight lines, kind by kind.
+
+        More units never cost less. Beyond the largest, and below the smallest, its neighbour's line goes on, though not
+        below zero.
+        """
+        lines = {kind: _join(points) for kind, points in _by_kind(samples).items()}
+        return cls(
+            {kind: fixed for kind, (fixed, _) in lines.items()},
+            {kind: slopes[0][1] for kind, (_, slopes) in lines.items()},
+            {
+                kind: [(at, after - before) for (_, before), (at, after) in pairwise(slopes)]
+                for kind, (_, slopes) in lines.items()
+            },
+        )
+
+
+def _by_kind(samples: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Give (units, seconds) by kind."""
+    by_kind: dict[str, list[tuple[float, float]]] = {}
+    for kind, units, seconds in samples:
+        by_kind.setdefault(kind, []).append((units, seconds))
+    return by_kind
+
+
+def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
+    """Give seconds at zero units, and the slopes of a curve through the points as (units from which, seconds per unit).
+
+    Example:
+        _join([(2, 3), (4, 4), (8, 12)]) gives (2, [(0, 0.5), (4, 2)]).
+    """
+    shortest: dict[float, float] = {}
+    for units, seconds in points:
+        if units > 0:
+            shortest[units] = min(seconds, shortest.get(units, seconds))
+    sizes = sorted(shortest)
+    if not sizes:
+        return 0.0, [(0.0, 0.0)]
+    times = list(accumulate((shortest[units] for units in sizes), max))
+    slopes = [(b - a) / (v - u) for (u, v), (a, b) in zip(pairwise(sizes), pairwise(times), strict=True)]
+    fixed = max(0.0, times[0] - slopes[0] * sizes[0]) if slopes else 0.0
+    first = (times[0] - fixed) / sizes[0]
+    joined = [(0.0, first), *zip(sizes, slopes, strict=False)]
+    return fixed, [piece for n, piece in enumerate(joined) if n == 0 or piece[1] != joined[n - 1][1]]
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -204,58 +254,3 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         squares = sum(x * x for x, _ in points)
         return 0.0, sum(x * y for x, y in points) / squares
     return fixed, slope
-
-
-PROBE_BYTES = (2**10, 2**14, 2**17, 2**19, 2**21, 2**22)
-"""Bytes that a rank sends, all its peers together."""
-PROBE_ROUNDS = 3
-ROW_BYTES = 256
-SHARED_RATIO = 0.75
-"""Of two exchanges posted together, the first ends after half of the time where they take turns, at the end where they
-share the link."""
-
-
-def probe(transport: Transport, device: torch.device | str = "cpu") -> LinkCosts:
-    """Measure latency and bandwidth of a transport; every rank calls it, and all get the same numbers.
-
-    Least squares over six sizes of the shortest of three rounds, each started together, the slowest rank's time.
-    On one rank there is no link: infinitely fast.
-    """
-    size = transport.size
-    if size == 1:
-        return LinkCosts(0.0, float("inf"))
-
-    def timed(num_bytes: int, count: int) -> list[float]:
-        """Post `count` exchanges at once and give when each was over, the slowest rank's time."""
-        splits = [0 if k == transport.rank else -(-num_bytes // (ROW_BYTES * (size - 1))) for k in range(size)]
-        rows = [torch.zeros(sum(splits), ROW_BYTES, dtype=torch.uint8, device=device) for _ in range(count)]
-        _slowest(transport, [0.0])
-        started = time.perf_counter()
-        pending = [transport.exchange(part, splits, splits) for part in rows]
-        ends = []
-        for exchange in pending:
-            exchange.wait()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize(device)
-            ends.append((exchange.finished_at() or time.perf_counter()) - started)
-        return _slowest(transport, ends)
-
-    def shortest(num_bytes: int, count: int) -> list[float]:
-        rounds = [timed(num_bytes, count) for _ in range(PROBE_ROUNDS)]
-        return [min(times) for times in zip(*rounds, strict=True)]
-
-    timed(PROBE_BYTES[0], 1)  # warm up
-    latency_s, byte_s = fit_line([(num_bytes, shortest(num_bytes, 1)[0]) for num_bytes in PROBE_BYTES])
-    first, second = shortest(PROBE_BYTES[-1], 2)
-    together_s = (second - latency_s) / (2 * PROBE_BYTES[-1])
-    alone_share = 1.0
-    if 0 < together_s < byte_s:
-        alone_share, byte_s = together_s / byte_s, together_s
-    return LinkCosts(latency_s, 1 / byte_s if byte_s else float("inf"), first > SHARED_RATIO * second, alone_share)
-
-
-def _slowest(transport: Transport, seconds: list[float]) -> list[float]:
-    """Give the longest of each number over the ranks; every rank waits for all."""
-    own = torch.tensor([int(value * 1e9) for value in seconds], dtype=torch.int64)
-    everybody = transport.exchange_counts(own.expand(transport.size, -1))
-    return [value / 1e9 for value in everybody.max(0).values.tolist()]

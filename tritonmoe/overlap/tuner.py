@@ -46,6 +46,7 @@ __all__ = [
     "layer_work",
     "link_costs",
     "search",
+    "shortest_steps",
 ]
 
 MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
@@ -160,8 +161,8 @@ def most_work(report: LayerReport) -> LayerWork:
     return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
 
 
-def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
-    """Fit the costs of every kind of step to what this rank measured, forward and backward.
+def shortest_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
+    """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
     Of calls with equal plans, each step's shortest time counts.
     """
@@ -179,7 +180,12 @@ def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
             key = (report.overlap, step)
             if key not in shortest or seconds < shortest[key][1]:
                 shortest[key] = units, seconds
-    return StepCosts.fit((step.kind, units, seconds) for (_, step), (units, seconds) in shortest.items())
+    return [(step.kind, units, seconds) for (_, step), (units, seconds) in shortest.items()]
+
+
+def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
+    """Fit a line to the steps of every kind that this rank measured."""
+    return StepCosts.fit(shortest_steps(reports))
 
 
 def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
@@ -245,7 +251,8 @@ def search(
     steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
     experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
     communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
-    seed = closed_form_num_chunks(experts_s, communication_s, costs.fixed_s.get("experts", 0.0))
+    eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
+    seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
     seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
     shapes = {"equal": [equal_sizes], "ramp": [ramp_sizes]}.get(str(config.shape), [equal_sizes, ramp_sizes])
     for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
