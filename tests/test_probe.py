@@ -1,12 +1,13 @@
 """What is probed: links, and the steps of a layer by their size; and that plans are found from it."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.overlap import executor
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.simulator import simulate_layer
@@ -15,8 +16,6 @@ from tritonmoe.probe import probe, probe_link, probe_steps
 from tritonmoe.transports import LocalTransport, Transport
 
 NUM_TOKENS = 256
-CHUNK_S, PAIR_S = 0.003, 0.00002
-"""What the slow activation sleeps: for a chunk, and for each of its pairs."""
 
 
 def test_probe_of_an_emulated_link() -> None:
@@ -40,62 +39,55 @@ def test_probe_on_ranks_of_a_group_of_three() -> None:
     assert all(costs == found[0] for costs in found)
 
 
-def slow_silu(h: Tensor) -> Tensor:
-    time.sleep(CHUNK_S + PAIR_S * h.shape[0])
-    gate, up = h.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
-
-
 def batch(rank: int, num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     weights, ids = torch.rand(num_tokens, 4, generator=generator).topk(2)
     return torch.randn(num_tokens, 8, generator=generator), ids, weights
 
 
-CONFIG = tm.MoEConfig(8, 4, 4, 2, activation=slow_silu)
-
-
-def test_the_steps_of_a_layer_by_their_size() -> None:
+def test_the_steps_of_a_layer() -> None:
     def on_rank(transport: Transport) -> tuple[LinkCosts, StepCosts]:
-        experts = tm.GroupedExperts(CONFIG, transport, tm.OverlapConfig(3), backend="torch")
+        experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport, tm.OverlapConfig(3), backend="torch")
         found = probe(experts, *batch(transport.rank))
         assert experts.overlap == tm.OverlapConfig(3)
         assert experts.transport is transport
         assert all(weight.grad is None for weight in experts.parameters())
         return found
 
-    (link, costs), (other_link, _) = tm.run_on_emulated_ranks(on_rank, 2)
-    assert link == other_link
-    for pairs in (NUM_TOKENS / 16, NUM_TOKENS / 4, float(NUM_TOKENS)):
-        assert costs.seconds("experts", pairs) >= 0.99 * (CHUNK_S + PAIR_S * pairs)
-    # One more chunk is one more sleep, beside what it really costs: far less than a second one.
-    assert costs.of_one_more_chunk("experts", float(NUM_TOKENS)) == pytest.approx(CHUNK_S, rel=0.8)
     plan = tm.OverlapPlan((1,))
-    steps = {
-        step.kind
-        for schedule in (build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True))
-        for step in schedule
-    }
-    assert steps == set(costs.unit_s)
+    schedules = build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True)
+    kinds = {step.kind for schedule in schedules for step in schedule}
+    (link, costs), (other_link, other_costs) = tm.run_on_emulated_ranks(on_rank, 2)
+    assert link == other_link
+    assert set(costs.unit_s) == set(other_costs.unit_s) == kinds
+    assert all(costs.seconds(kind, float(NUM_TOKENS)) > 0 for kind in kinds)
 
 
-def test_plans_are_found_from_what_is_probed() -> None:
-    """Where rows take 1 ms each way, experts of 3 ms more for every chunk are not worth cutting; others are."""
-    experts = tm.GroupedExperts(CONFIG, backend="torch")
-    with torch.no_grad():
-        link, costs = probe(experts, *batch(0))
+def test_plans_are_found_from_the_curve_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of 3 ms for every chunk and 20 us for every pair: one more chunk must hide more than 3 ms."""
+    clock = [0.0]  # stands still but for the activation
+    monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow_silu(h: Tensor) -> Tensor:
+        clock[0] += 0.003 + 0.00002 * h.shape[0]
+        gate, up = h.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2, activation=slow_silu), backend="torch")
+    link, costs = probe(experts, *batch(0))
     assert link.bytes_per_s == float("inf")
     assert experts.transport is None
-    work = LayerWork.of(torch.full((8, 8), NUM_TOKENS / 8), 1.0, row_bytes=1, top_k=0)
-    link = LinkCosts(0.0, 7 / 8 * NUM_TOKENS / 0.001)  # 1 ms there, and 1 ms back
-    whole_s = costs.seconds("experts", float(NUM_TOKENS))
-    (one,) = simulate_layer(tm.OverlapPlan((1,), local_first=False), work, costs, link, backward=False)
-    others_s = sum(float((s.end_s - s.start_s).max()) for s in one.steps if s.step.kind in ("group", "reduce"))
-    assert one.total_s == pytest.approx(whole_s + 0.002 + others_s, rel=0.05)
+    for pairs in (3.0, 16.0, 100.0, 512.0, 2048.0):
+        assert costs.seconds("experts", pairs) == pytest.approx(0.003 + 0.00002 * pairs)
+    assert costs.of_one_more_chunk("experts", 512.0) == pytest.approx(0.003)
+    work = LayerWork.of(torch.full((8, 8), 32.0), 2.0, row_bytes=1, top_k=0)  # 512 pairs on every rank
     config = tm.OverlapConfig(local_first=False)
-    assert search(config, work, costs, link, backward=False)[0][1].num_chunks == 1
-    proportional = StepCosts({}, {"experts": whole_s / NUM_TOKENS})
-    assert search(config, work, proportional, link, backward=False)[0][1].num_chunks > 1
+    for exchange_s, one_chunk_pays in ((0.002, True), (0.02, False)):
+        link = LinkCosts(0.0, 7 * 32 / exchange_s)
+        (one,) = simulate_layer(tm.OverlapPlan(local_first=False), work, costs, link, backward=False)
+        assert one.total_s == pytest.approx(0.003 + 512 * 0.00002 + 2 * exchange_s)
+        best = search(config, work, costs, link, backward=False)[0][1]
+        assert (best.num_chunks == 1) == one_chunk_pays
 
 
 def test_few_tokens_and_none() -> None:
