@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, KernelOptions
 from ..grouping import Grouping
-from . import tma
+from . import tma, weight_tiles
 from .launch import (
     contiguous_columns,
     dot,
@@ -67,13 +67,16 @@ def _grouped_matmul_kernel(
             if not VALUES_BY_TMA:
                 rows = tl.minimum(positions, end - 1).to(tl.int64)
                 value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
-            if not WEIGHT_BY_TMA:
-                weight_pointers = (
-                    weight
-                    + expert.to(tl.int64) * stride_weight_expert
-                    + depth[:, None] * stride_weight_in
-                    + columns[None, :] * stride_weight_out
-                )
+            weight_pointers = weight_tiles.first_pointers(
+                weight,
+                expert,
+                depth,
+                columns,
+                stride_weight_expert,
+                stride_weight_in,
+                stride_weight_out,
+                WEIGHT_BY_TMA,
+            )
             accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, depth_size, BLOCK_K):
                 depth_mask = depth < depth_size - start
@@ -86,16 +89,22 @@ def _grouped_matmul_kernel(
                     else:
                         value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
                     value_pointers += BLOCK_K * stride_values_column
-                if WEIGHT_BY_TMA:
-                    weight_tile = tma.load_weight_tile(
-                        weight, expert, start, column_tile * BLOCK_N, DEPTH_LAST, BLOCK_K, BLOCK_N
-                    )
-                else:
-                    if EVEN_DEPTH:
-                        weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
-                    else:
-                        weight_mask = depth_mask[:, None] & column_mask[None, :]
-                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    column_tile * BLOCK_N,
+                    depth_mask,
+                    column_mask,
+                    WEIGHT_BY_TMA,
+                    False,
+                    DEPTH_LAST,
+                    EVEN_DEPTH,
+                    BLOCK_K,
+                    BLOCK_N,
+                )
+                if not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
             if bias is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
-from . import tma
+from . import tma, weight_tiles
 from .activations import activate_with_slopes, activation_options
 from .launch import (
     contiguous_columns,
@@ -153,15 +153,10 @@ def _down_grad_kernel(
             dout_pointers = (
                 dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
-            if not WEIGHT_BY_TMA:
-                units = first_unit + tl.arange(0, BLOCK_N)
-                unit_mask = units < F
-                weight_pointers = (
-                    weight
-                    + expert.to(tl.int64) * stride_weight_expert
-                    + depth[:, None] * stride_weight_out
-                    + units[None, :] * stride_weight_in
-                )
+            units = first_unit + tl.arange(0, BLOCK_N)
+            weight_pointers = weight_tiles.first_pointers(
+                weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in, WEIGHT_BY_TMA
+            )
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -169,14 +164,22 @@ def _down_grad_kernel(
                     dout_tile = tl.load(dout_pointers)
                 else:
                     dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
-                if WEIGHT_BY_TMA:
-                    weight_tile = tma.load_weight_tile(weight, expert, start, first_unit, DEPTH_LAST, BLOCK_K, BLOCK_N)
-                else:
-                    if EVEN_D:
-                        weight_tile = tl.load(weight_pointers, mask=unit_mask[None, :], other=0.0)
-                    else:
-                        weight_mask = depth_mask[:, None] & unit_mask[None, :]
-                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    first_unit,
+                    depth_mask,
+                    units < F,
+                    WEIGHT_BY_TMA,
+                    False,
+                    DEPTH_LAST,
+                    EVEN_D,
+                    BLOCK_K,
+                    BLOCK_N,
+                )
+                if not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_out
                 g = dot(dout_tile, weight_tile, g, PRECISION)
                 dout_pointers += BLOCK_K * stride_dout_column

@@ -7,8 +7,6 @@ can't read is read through pointers; both give the same tiles, so a row's bits d
 
 from collections.abc import Mapping, Sequence
 
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -18,8 +16,6 @@ __all__ = [
     "describe_weight",
     "halves",
     "innermost_last",
-    "load_halves",
-    "load_weight_tile",
     "reads",
     "refusal",
     "refusal_of_halves",
@@ -89,24 +85,7 @@ def halves(weight: Tensor, out_axis: int) -> Tensor:
 
 
 def describe_weight(weight: Tensor, in_axis: int, block_k: int, block_n: int) -> TensorDescriptor:
-    """Describe a weight for `load_weight_tile`; `in_axis` is summed over."""
+    """Describe a weight for `weight_tiles.load_tile`; `in_axis` is summed over."""
     boxes = {in_axis: block_k, 3 - in_axis: block_n}
     view = innermost_last(weight)
     return describe(view, (1, boxes[1], boxes[2]) if view is weight else (1, boxes[2], boxes[1]))
-
-
-@triton.jit
-def load_weight_tile(
-    weight, expert, depth, column, DEPTH_LAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Give (BLOCK_K, BLOCK_N) of one expert from (depth, column) on; DEPTH_LAST: the depth is the contiguous axis."""
-    if DEPTH_LAST:
-        return tl.reshape(weight.load([expert, column, depth]), (BLOCK_N, BLOCK_K)).T
-    else:
-        return tl.reshape(weight.load([expert, depth, column]), (BLOCK_K, BLOCK_N))
-
-
-@triton.jit
-def load_halves(weight, expert, depth, unit, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Give (BLOCK_K, 2*BLOCK_N) of one expert of `halves` from (depth, unit) on: gate columns, then up columns."""
-    return tl.reshape(weight.load([expert, 0, unit, depth]), (2 * BLOCK_N, BLOCK_K)).T

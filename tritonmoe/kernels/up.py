@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
-from . import tma
+from . import tma, weight_tiles
 from .activations import activate, activation_options
 from .launch import (
     contiguous_columns,
@@ -172,16 +172,19 @@ def _up_kernel(
             rows = tl.load(pair_index + positions, mask=valid, other=0) // K
             depth = tl.arange(0, BLOCK_K)
             x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
-            if not WEIGHT_BY_TMA:
-                columns, column_mask = _tile_columns(
-                    column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
-                )
-                weight_pointers = (
-                    weight
-                    + expert.to(tl.int64) * stride_weight_expert
-                    + depth[:, None] * stride_weight_in
-                    + columns[None, :] * stride_weight_out
-                )
+            columns, column_mask = _tile_columns(
+                column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
+            )
+            weight_pointers = weight_tiles.first_pointers(
+                weight,
+                expert,
+                depth,
+                columns,
+                stride_weight_expert,
+                stride_weight_in,
+                stride_weight_out,
+                WEIGHT_BY_TMA,
+            )
             accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -189,18 +192,22 @@ def _up_kernel(
                     x_tile = tl.load(x_pointers)
                 else:
                     x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
-                if TWO_BOXES:
-                    weight_tile = tma.load_halves(weight, expert, start, column_tile * BLOCK_N, BLOCK_K, BLOCK_N)
-                elif WEIGHT_BY_TMA:
-                    weight_tile = tma.load_weight_tile(
-                        weight, expert, start, column_tile * WIDTH, DEPTH_LAST, BLOCK_K, WIDTH
-                    )
-                else:
-                    if EVEN_D:
-                        weight_tile = tl.load(weight_pointers, mask=column_mask[None, :], other=0.0)
-                    else:
-                        weight_mask = depth_mask[:, None] & column_mask[None, :]
-                        weight_tile = tl.load(weight_pointers, mask=weight_mask, other=0.0)
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    column_tile * (BLOCK_N if TWO_BOXES else WIDTH),
+                    depth_mask,
+                    column_mask,
+                    WEIGHT_BY_TMA,
+                    TWO_BOXES,
+                    DEPTH_LAST,
+                    EVEN_D,
+                    BLOCK_K,
+                    WIDTH,
+                )
+                if not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
                 x_pointers += BLOCK_K * stride_x_column
