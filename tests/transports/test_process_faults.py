@@ -107,6 +107,42 @@ def test_mpi_is_aborted_after_the_line_that_names_step_and_chunk(tmp_path: Path)
     assert seconds < 30
 
 
+def running(folder: Path) -> list[int]:
+    """Give the processes of run_as_users that have not ended."""
+    pids = sorted(int(file.read_text()) for file in folder.glob("*.pid"))
+    states = [subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True) for pid in pids]
+    # One that ended is gone, or a zombie where nobody asks how.
+    return [pid for pid, state in zip(pids, states, strict=True) if state.stdout.strip()[:1] not in ("", "Z")]
+
+
+@NEEDS_MPI
+@pytest.mark.parametrize(
+    "name",
+    [
+        "killed_in_combine",
+        *(
+            pytest.param(f"killed_in_{where}", marks=pytest.mark.slow)
+            for where in ("dispatch", "experts", "backward", "backward_experts")
+        ),
+    ],
+)
+def test_a_rank_of_mpi_is_killed(name: str, tmp_path: Path) -> None:
+    """MPICH's mpiexec kills the others within milliseconds; where one lives on, it must say where it waited."""
+    output, seconds = run_as_users(name, "mpi", tmp_path)
+    assert len(list(tmp_path.glob("*.pid"))) == SIZE
+    assert seconds < 30
+    until = time.perf_counter() + SLACK_S
+    while running(tmp_path) and time.perf_counter() < until:
+        time.sleep(0.1)
+    assert running(tmp_path) == []
+    if "signal 9" not in output:
+        for rank in SURVIVORS:
+            error = rf"TransportError: step \w+, (chunk [01]|all chunks): .*rank {rank} of {SIZE}"
+            assert re.search(error, output), output
+    again = run_processes(SIZE, "mpi", fault_cases.__file__, str(tmp_path), "mpi", "healthy", timeout_s=60)
+    assert again.statuses == [0], again
+
+
 def test_corrupted_counts() -> None:
     """gloo itself would read memory that was never written, or abort."""
     ranks = ranks_of("corrupted_counts")
