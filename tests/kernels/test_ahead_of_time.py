@@ -20,6 +20,8 @@ BY_TMA = {
     "up_grad grouped_matmul": 2,
 }
 """Kernels that read operands by TMA, and how many."""
+REGISTERS_BY_TMA = {"sm_90": 208, "sm_100": 144, "sm_120": 200}
+"""What a thread of up may use where both its operands come by TMA: no addresses of rows."""
 TMA_TARGETS = (
     "sm_90",
     "sm_100",
@@ -66,6 +68,20 @@ def test_kernels_compile_and_fit(tmp_path):
             else:
                 assert pointers is None, "compiled twice"
                 assert by_tma["tma_operands"] == 0
+    gathered_by_tma = [target for target in TMA_TARGETS if target != "sm_90"]
+    for variant, targets in (("bf16 gathered by TMA", gathered_by_tma), ("bf16 rows copied", TMA_TARGETS)):
+        for target in ARCHITECTURES:
+            for kernel in ("up up", "up inference up"):
+                found = by_key.get((variant, kernel, target))
+                assert (found is not None) is (target in targets), "compiled twice, or not at all"
+                if found is not None:
+                    assert found["tma_operands"] == 2
+                    assert "load" not in found["loop"], "rows through pointers"
+                    assert found["registers"] <= REGISTERS_BY_TMA[target]
+                    matrix = found["matrix"]
+                    assert found["loop"][matrix] == by_key["bf16", kernel, target]["loop"][matrix]
+            copies = (variant, "up inference gather_rows", target) in by_key
+            assert copies is (variant == "bf16 rows copied" and target in targets)
 
 
 @pytest.mark.parametrize(

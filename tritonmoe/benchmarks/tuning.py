@@ -15,7 +15,7 @@ from .timing import interleave
 
 __all__ = ["CHOICES", "descend", "tune"]
 
-CHOICES: dict[str, tuple[int, ...]] = {
+CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
     "block_m": (16, 32, 64, 128),
     "block_n": (16, 32, 64, 128, 256),
     "block_k": (32, 64, 128),
@@ -24,19 +24,23 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "group_m": (1, 4, 8, 16),
     "subtiles": (1, 2, 4),
     "tma": (False, True),
+    "gather": tiles.GATHERS,
 }
+Fields = Mapping[str, int | str]
+"""Some of the fields of a TileConfig, by name."""
 LEAST_GAIN = 1.02
 """How many times as fast as the heuristic's an entry must be: less is noise."""
 BATCH_S = 0.01
 
 
 def descend(
-    start: Mapping[str, int], seconds: Callable[[Mapping[str, int]], float | None], passes: int = 2
-) -> Iterator[tuple[dict[str, int], float | None, dict[str, int]]]:
+    start: Fields, seconds: Callable[[Fields], float | None], passes: int = 2
+) -> Iterator[tuple[dict[str, int | str], float | None, dict[str, int | str]]]:
     """Change one field at a time and keep what is fastest; give every try with its time and the best so far.
 
     Args:
-        start: a value for every field of CHOICES. seconds: measures one configuration; None where it can't run.
+        start: fields of CHOICES; those left out stay as they are.
+        seconds: measures one configuration; None where it can't run.
         passes: at most so many rounds over all fields; a round without a gain is the last.
     """
     best = dict(start)
@@ -45,8 +49,8 @@ def descend(
     tried = {tuple(best.items())}
     for _ in range(passes):
         before = dict(best)
-        for name, values in CHOICES.items():
-            for value in values:
+        for name in start:
+            for value in CHOICES[name]:
                 candidate = {**best, name: value}
                 if tuple(candidate.items()) in tried:
                     continue
@@ -61,10 +65,10 @@ def descend(
 
 def tune(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, int | str]]:
     """Give the entries for `kernels.tiles` that make this layer's operations faster than the heuristic does."""
     calls = operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton")
-    entries: dict[str, dict[str, int]] = {}
+    entries: dict[str, dict[str, int | str]] = {}
     done: set[str] = set()
     for name, call in calls.items():
         with tiles.using({}), tiles.asked() as found:
@@ -74,11 +78,14 @@ def tune(
                 continue
             done.add(key)
             progress(f"{name}: {key}: {config}")
-            start = {field: value for field, value in asdict(config).items() if field in CHOICES}
+            start = {field: value for field, value in asdict(config).items() if field in CHOICES and value != ""}
 
-            def seconds(candidate: Mapping[str, int], call: Callable[[], Any] = call, key: str = key) -> float | None:
-                with tiles.using({key: candidate}):
-                    return _seconds(call)
+            def seconds(candidate: Fields, call: Callable[[], Any] = call, key: str = key) -> float | None:
+                with tiles.using({key: candidate}), tiles.asked() as chosen:
+                    taken = _seconds(call)
+                if taken is None or chosen[key].gather != candidate.get("gather", ""):
+                    return None  # it fell back to pointers: not what was asked for
+                return taken
 
             best = start
             for number, (candidate, taken, so_far) in enumerate(descend(start, seconds), 1):
@@ -94,7 +101,7 @@ def tune(
     return entries
 
 
-def _changes(start: Mapping[str, int], candidate: Mapping[str, int]) -> str:
+def _changes(start: Fields, candidate: Fields) -> str:
     return ", ".join(f"{field} {value}" for field, value in candidate.items() if value != start[field])
 
 
@@ -116,7 +123,7 @@ def _seconds(call: Callable[[], Any]) -> float | None:
         return None
 
 
-def _agrees(call: Callable[[], Any], key: str, best: Mapping[str, int]) -> bool:
+def _agrees(call: Callable[[], Any], key: str, best: Fields) -> bool:
     """Say whether the results are the heuristic's, up to the rounding of sums: compilers have bugs."""
     with tiles.using({}):
         expected = _tensors(call())
@@ -134,7 +141,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for item in result for tensor in _tensors(item)] if isinstance(result, tuple) else []
 
 
-def _gain(call: Callable[[], Any], key: str, best: Mapping[str, int]) -> float:
+def _gain(call: Callable[[], Any], key: str, best: Fields) -> float:
     """Compare with the heuristic in the same interleaved rounds."""
 
     def run(entries: tiles.Entries) -> Callable[[], None]:

@@ -69,15 +69,20 @@ class TileConfig:
     """Pieces in which the epilogue handles the columns: fewer live registers."""
     tma: bool = False
     """Whether operands that allow it are read by TMA."""
+    gather: str = ""
+    """How `up` gets the rows of x: through "pointers", by "tma", which gathers them (Blackwell), or by TMA as boxes of
+    a "copy" in storage order. Empty for the other operations."""
     reads: tuple[tuple[str, str], ...] = ()
-    """(operand, how its tiles are read): see `tma.reads`; operands whose rows are gathered are left out."""
+    """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
 
     def by_tma(self, operand: str) -> bool:
         """Say whether tiles of `operand` are read by TMA."""
         return (operand, tma.BY_TMA) in self.reads
 
     def __str__(self) -> str:
-        fields = [f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads"]
+        fields = [
+            f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads" and value != ""
+        ]
         return " ".join(fields) + "".join(f"; {operand} by {way}" for operand, way in self.reads)
 
     def clipped(self, width: int, depth: int) -> "TileConfig":
@@ -140,7 +145,9 @@ def _target(device: torch.device) -> GPUTarget | None:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _name(target: GPUTarget) -> str:
+def _name(target: GPUTarget | None) -> str:
+    if target is None:
+        return "interpreter"
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
@@ -153,6 +160,15 @@ def _why_no_tma(target: GPUTarget | None) -> str:
     if target.arch // 10 == 12 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         return "before Triton 3.7 every TMA load of sm_120 may become a call"
     return ""
+
+
+def _why_no_gather(target: GPUTarget | None, gather: str, rows: Tensor, num_pairs: int) -> str:
+    """Say why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
+    if gather == "copy":
+        return _why_no_tma(target) or tma.refusal_of_copied_rows(rows, num_pairs)
+    if target is not None and target.backend == "cuda" and target.arch // 10 == 9:
+        return f"{_name(target)} has no TMA that gathers rows"
+    return _why_no_tma(target) or tma.refusal(rows)
 
 
 @functools.cache
@@ -334,7 +350,7 @@ def grouped_matmul_config(
     Args:
         operation: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
             or "weight_grad" (block_m and block_n are columns, block_k pairs).
-        like: a tensor of the product's dtype and device.
+        like: a tensor of the product's dtype and device; of "up" and "up_ungated" x, whose rows are gathered.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
         refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
     """
@@ -364,13 +380,19 @@ def grouped_matmul_config(
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
-    if target is not None:
-        key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows)
-        config = tiles.choose(key, config)
+    gathers = operation in ("up", "up_ungated")
+    config = dataclasses.replace(config, gather="pointers" if gathers else "")
+    key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows)
+    config = tiles.choose(key, config)
     unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
-    config = dataclasses.replace(config, reads=tma.reads(refusals, unusable))
-    if target is not None:
-        tiles.note(key, config)
+    reads = tma.reads(refusals, unusable)
+    gather = config.gather if gathers else ""
+    if gather in ("tma", "copy"):
+        refused = _why_no_gather(target, gather, like, grouping.num_pairs)
+        reads = (*tma.reads({"x": refused}, ""), *reads)
+        gather = "pointers" if refused else gather
+    config = dataclasses.replace(config, gather=gather, reads=reads)
+    tiles.note(key, config)
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)
         # Cutting its tile only pays where accumulators live outside the registers.

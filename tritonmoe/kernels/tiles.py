@@ -18,15 +18,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHIPPED", "Entries", "asked", "cache_file", "choose", "note", "read", "tile_key", "using", "write"]
+__all__ = [
+    "GATHERS",
+    "SHIPPED",
+    "Entries",
+    "asked",
+    "cache_file",
+    "choose",
+    "note",
+    "read",
+    "tile_key",
+    "using",
+    "write",
+]
 
-Entries = Mapping[str, Mapping[str, int]]
+Entries = Mapping[str, Mapping[str, int | str]]
 """Key -> the fields of TileConfig that it replaces."""
 
 SHIPPED: Entries = {}
 """Measured entries that come with the package: none yet."""
 
-FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles", "tma")
+FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles", "tma", "gather")
+GATHERS = ("pointers", "tma", "copy")
+"""How a kernel gets rows through an index: see `launch.TileConfig`."""
 
 _replacement: Entries | None = None
 _asked: dict[str, Any] | None = None
@@ -92,7 +106,11 @@ def _cached() -> Entries:
     return read(cache_file())
 
 
-def read(path: Path) -> dict[str, dict[str, int]]:
+def _is_valid(name: str, value: Any) -> bool:
+    return name in FIELDS and (value in GATHERS if name == "gather" else isinstance(value, int))
+
+
+def read(path: Path) -> dict[str, dict[str, int | str]]:
     """Give the entries of a cache file; none where there is no file.
 
     Raises:
@@ -103,7 +121,7 @@ def read(path: Path) -> dict[str, dict[str, int]]:
     try:
         entries = json.loads(path.read_text())["tiles"]
         for key, fields in entries.items():
-            wrong = [name for name, value in fields.items() if name not in FIELDS or not isinstance(value, int)]
+            wrong = [name for name, value in fields.items() if not _is_valid(name, value)]
             if wrong:
                 raise ValueError(f"{key!r} has {wrong}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -18,6 +18,7 @@ __all__ = [
     "innermost_last",
     "reads",
     "refusal",
+    "refusal_of_copied_rows",
     "refusal_of_halves",
     "refusal_of_weight",
 ]
@@ -57,6 +58,11 @@ def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
     if view.stride(2) == 1 != view.stride(3):
         return "a tile's gate and up columns are two pieces of its contiguous axis"
     return refusal(view)
+
+
+def refusal_of_copied_rows(tensor: Tensor, num_rows: int) -> str:
+    """Say why TMA couldn't read boxes of `num_rows` rows of `tensor`, copied one behind the other."""
+    return refusal(tensor.new_empty(num_rows, tensor.shape[1], device="meta"))
 
 
 def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], ...]:

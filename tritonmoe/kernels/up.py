@@ -8,6 +8,7 @@ from ..config import ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping
 from . import tma, weight_tiles
 from .activations import activate, activation_options
+from .gather import gather_rows
 from .launch import (
     contiguous_columns,
     dot,
@@ -117,7 +118,7 @@ def _tile_columns(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def _up_kernel(
-    x,  # (R, D)
+    x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
     bias,  # (E, 2F) or None
     pair_index,  # (N,) int32
@@ -148,6 +149,7 @@ def _up_kernel(
     WEIGHT_BY_TMA: tl.constexpr,
     DEPTH_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,7 +173,8 @@ def _up_kernel(
             # Rows past the expert's end are some other row's numbers: computed and not stored.
             rows = tl.load(pair_index + positions, mask=valid, other=0) // K
             depth = tl.arange(0, BLOCK_K)
-            x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
+            if GATHER == "pointers":
+                x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
             columns, column_mask = _tile_columns(
                 column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
             )
@@ -188,7 +191,12 @@ def _up_kernel(
             accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
-                if EVEN_D:
+                if GATHER == "copy":
+                    # Rows past the expert's end are some other expert's.
+                    x_tile = x.load([first, start])
+                elif GATHER == "tma":
+                    x_tile = x.gather(rows, start)
+                elif EVEN_D:
                     x_tile = tl.load(x_pointers)
                 else:
                     x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
@@ -210,7 +218,8 @@ def _up_kernel(
                 if not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
-                x_pointers += BLOCK_K * stride_x_column
+                if GATHER == "pointers":
+                    x_pointers += BLOCK_K * stride_x_column
 
             if TWO_BOXES:
                 gate_half, up_half = split_column_pairs(accumulator, BLOCK_M, BLOCK_N, True)
@@ -243,7 +252,7 @@ def _up_kernel(
                     limit,
                     alpha,
                     up_offset,
-                    x.dtype.element_ty,
+                    (a if h is None else h).dtype.element_ty,
                     GATED,
                     INTERLEAVED,
                     ACTIVATION,
@@ -275,11 +284,15 @@ def up(
     name, scalars = activation_options(activation)
     operation, by_halves = "up" if layout.gated else "up_ungated", layout.gated and not layout.interleaved
     refused = tma.refusal_of_halves(gate_up_proj, out_axis) if by_halves else tma.refusal_of_weight(gate_up_proj)
+    x = contiguous_columns(x)
     config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
-    x = contiguous_columns(x)
-    weight = gate_up_proj
+    rows, weight = x, gate_up_proj
+    if config.gather == "copy":
+        rows = tma.describe(gather_rows(x, grouping), (config.block_m, config.block_k))
+    elif config.gather == "tma":
+        rows = tma.describe(x, (1, config.block_k))
     if config.by_tma("weight"):
         if by_halves:
             weight = tma.describe(tma.halves(gate_up_proj, out_axis), (1, 2, config.block_n, config.block_k))
@@ -289,7 +302,7 @@ def up(
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, options),),
-        x,
+        rows,
         weight,
         gate_up_bias,
         grouping.pair_index,
@@ -319,6 +332,7 @@ def up(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(gate_up_proj) is gate_up_proj) == (in_axis == 2),
         ACTIVATION=name,
+        GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -1,5 +1,6 @@
 """The launches of one layer, forward and backward, as a GPU would get them: caught on meta tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,8 +32,8 @@ class Variant:
     bias: bool = True
     num_rows: int = 16384
     options: KernelOptions = KernelOptions()
-    tma: bool = True
-    """False: every operand through pointers, as where TMA can't read its layout."""
+    tiles: Mapping[str, int | str] = field(default_factory=dict)
+    """Fields that replace the heuristic's in every operation's TileConfig, as a measured entry would."""
 
     @classmethod
     def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
@@ -70,19 +71,21 @@ VARIANTS = {
     "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
-    "bf16 pointers": Variant(tma=False),
+    "bf16 pointers": Variant(tiles={"tma": False}),
+    "bf16 gathered by TMA": Variant(tiles={"gather": "tma"}),
+    "bf16 rows copied": Variant(tiles={"gather": "copy"}),
 }
-DEFAULT_VARIANTS = ("bf16", "bf16 pointers")
+DEFAULT_VARIANTS = ("bf16", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied")
 
 
 def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Launch]:
     """Run forward and backward of one layer on meta tensors and give its launches by operation and kernel."""
-    if not variant.tma:
-        with_tma = replace(variant, tma=True)
+    if variant.tiles:
+        heuristic = replace(variant, tiles={})
         with tiles.asked() as asked:
-            record_launches(with_tma, target)
-        with tiles.using({key: {"tma": False} for key in asked}):
-            return record_launches(with_tma, target)
+            record_launches(heuristic, target)
+        with tiles.using(dict.fromkeys(asked, variant.tiles)):
+            return record_launches(heuristic, target)
     v, rows = variant, variant.num_rows
     width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
     w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
