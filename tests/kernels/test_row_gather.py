@@ -172,6 +172,11 @@ def test_the_heuristic_takes_pointers_until_something_is_measured():
         ("sm_90", "tma", "gather=pointers; x by pointers: sm_90 has no TMA that gathers rows; weight by TMA (tuned)"),
         ("sm_100", "tma", "gather=tma; x by TMA; weight by TMA (tuned)"),
         ("sm_90", "copy", "gather=copy; x by TMA; weight by TMA (tuned)"),
+        (
+            "sm_120",
+            "copy",
+            "gather=pointers; x by pointers: ",  # before Triton 3.7 no TMA at all; later its registers would spill
+        ),
         ("sm_80", "copy", "gather=pointers; x by pointers: sm_80 has no TMA; weight by pointers: sm_80 has no TMA"),
         ("gfx942", "tma", "gather=pointers; x by pointers: gfx942 has no TMA; weight by pointers: gfx942 has no TMA"),
     ],

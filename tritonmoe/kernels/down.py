@@ -67,16 +67,11 @@ def _grouped_matmul_kernel(
             if not VALUES_BY_TMA:
                 rows = tl.minimum(positions, end - 1).to(tl.int64)
                 value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
-            weight_pointers = weight_tiles.first_pointers(
-                weight,
-                expert,
-                depth,
-                columns,
-                stride_weight_expert,
-                stride_weight_in,
-                stride_weight_out,
-                WEIGHT_BY_TMA,
-            )
+            weight_pointers = None
+            if not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
+                )
             accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, depth_size, BLOCK_K):
                 depth_mask = depth < depth_size - start

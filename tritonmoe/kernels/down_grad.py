@@ -154,9 +154,11 @@ def _down_grad_kernel(
                 dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
             units = first_unit + tl.arange(0, BLOCK_N)
-            weight_pointers = weight_tiles.first_pointers(
-                weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in, WEIGHT_BY_TMA
-            )
+            weight_pointers = None
+            if not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
+                )
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start

@@ -164,11 +164,14 @@ def _why_no_tma(target: GPUTarget | None) -> str:
 
 def _why_no_gather(target: GPUTarget | None, gather: str, rows: Tensor, num_pairs: int) -> str:
     """Say why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
+    if unusable := _why_no_tma(target):
+        return unusable
+    family = 0 if target is None else target.arch // 10
     if gather == "copy":
-        return _why_no_tma(target) or tma.refusal_of_copied_rows(rows, num_pairs)
-    if target is not None and target.backend == "cuda" and target.arch // 10 == 9:
-        return f"{_name(target)} has no TMA that gathers rows"
-    return _why_no_tma(target) or tma.refusal(rows)
+        if family == 12:
+            return f"up spills registers with it on {_name(target)}"
+        return tma.refusal_of_copied_rows(rows, num_pairs)
+    return f"{_name(target)} has no TMA that gathers rows" if family == 9 else tma.refusal(rows)
 
 
 @functools.cache

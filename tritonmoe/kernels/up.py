@@ -178,16 +178,11 @@ def _up_kernel(
             columns, column_mask = _tile_columns(
                 column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
             )
-            weight_pointers = weight_tiles.first_pointers(
-                weight,
-                expert,
-                depth,
-                columns,
-                stride_weight_expert,
-                stride_weight_in,
-                stride_weight_out,
-                WEIGHT_BY_TMA,
-            )
+            weight_pointers = None
+            if not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
+                )
             accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start

@@ -8,27 +8,23 @@ __all__ = ["first_pointers", "load_tile"]
 
 @triton.jit
 def first_pointers(
-    weight,  # (E, depth, columns) in any layout, through its strides, or its descriptor
+    weight,  # (E, depth, columns) in any layout, through its strides
     expert,
     depth,  # (BLOCK_K,) int32
     columns,  # (WIDTH,) int32
     stride_expert,
     stride_depth,
     stride_column,
-    BY_TMA: tl.constexpr,
 ):
-    """Give pointers (BLOCK_K, WIDTH) to an expert's first tile; None by TMA."""
-    if BY_TMA:
-        return None
-    else:
-        expert_pointer = weight + expert.to(tl.int64) * stride_expert
-        return expert_pointer + depth[:, None] * stride_depth + columns[None, :] * stride_column
+    """Give pointers (BLOCK_K, WIDTH) to an expert's first tile."""
+    expert_pointer = weight + expert.to(tl.int64) * stride_expert
+    return expert_pointer + depth[:, None] * stride_depth + columns[None, :] * stride_column
 
 
 @triton.jit
 def load_tile(
-    weight,  # as for first_pointers, or the descriptor of tma.halves
-    pointers,  # (BLOCK_K, WIDTH), moved on to `start`, or None
+    weight,  # by TMA the descriptor of the weight or of tma.halves
+    pointers,  # (BLOCK_K, WIDTH), moved on to `start`; None by TMA
     expert,
     start,
     first_column,
