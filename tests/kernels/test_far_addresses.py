@@ -39,6 +39,7 @@ def check(folder):
 
     from tritonmoe.backends import triton as kernels
     from tritonmoe.grouping import RowSources
+    from tritonmoe.kernels.gather import gather_rows
 
     far, ids = FarMemory(folder), torch.tensor([[2], [0], [1]], dtype=torch.int32)
     near = Layer(ids, 3, LAYOUTS["concatenated"], torch.float16)
@@ -53,6 +54,7 @@ def check(folder):
     grouping, expected_grouping = kernels.group(layer.ids, 3), kernels.group(near.ids, 3)
     same("pair_index", grouping.pair_index, expected_grouping.pair_index)
     same("expert_offsets", grouping.expert_offsets, expected_grouping.expert_offsets)
+    same("copied rows", gather_rows(layer.x, grouping), gather_rows(near.x, expected_grouping))
     sources = RowSources((0,), torch.tensor([[1], [2]]))
     chunks = {"chunk_row_offsets": (0, 1, 3), "chunk_pair_offsets": (0, 1, 3), "row_sources": sources}
     in_chunks = [kernels.group(operands.ids, 3, **chunks) for operands in (layer, near)]
