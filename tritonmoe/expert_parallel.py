@@ -171,7 +171,9 @@ class _ExpertParallelMLP(torch.autograd.Function):
                 return make_run(at, rows, ids, received_weights)
             inner, inside_node = call.two_level.inner(ids), call.inside_node
             assert inside_node is not None
-            return NodePass.receive(inner, inside_node, settings.ops.combine, rows, ids, received_weights, make_run)
+            num_slices = at.overlap.num_local_slices
+            combine = settings.ops.combine
+            return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
 
         layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
@@ -179,6 +181,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
         run = layer_pass.experts
         inner_plan = None
         if isinstance(run, NodePass):
+            timings.inside = run.reports
             inner_plan, run = run.plan, run.experts
         assert isinstance(run, ExpertsRun)
         call.report = LayerReport(
@@ -228,8 +231,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
         experts: ExpertsPass = run
         if kept.inner_plan is not None:
             assert call.inside_node is not None
-            combine = call.settings.ops.combine
-            experts = NodePass(kept.inner_plan, call.inside_node, combine, rows.new_empty(0), run, rows)
+            num_slices, combine = kept.plan.overlap.num_local_slices, call.settings.ops.combine
+            experts = NodePass(kept.inner_plan, call.inside_node, num_slices, combine, rows.new_empty(0), run, rows)
             received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
         layer_pass = LayerPass(
             kept.plan,
@@ -241,6 +244,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
             placement=call.placement,
         )
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
+        if isinstance(experts, NodePass):
+            timings.inside = experts.reports
         assert call.report is not None
         kept.report.backward = timings
         if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward

@@ -220,6 +220,7 @@ def test_two_nodes_of_two(tmp_path: Path) -> None:
     one, two = (sum(results["uplink_bytes"][levels]) for levels in ("one level", "two levels"))
     assert two < 0.8 * one
     assert 0 <= two / results["two_levels_computed_bytes"] - 1 < 0.03
+    assert results["predicted_ms"]["two levels C=2"] > 0
 
 
 STARTS_SLEEPERS = """if True:

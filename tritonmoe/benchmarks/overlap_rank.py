@@ -11,12 +11,14 @@ import torch
 
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
+from ..overlap.cost_model import LayerWork
 from ..overlap.executor import LayerReport
 from ..overlap.simulator import Simulation, simulate_layer
 from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
+from ..overlap.two_level_work import TwoLevelWork
 from ..probe import probe_link
-from ..transports import Transport
-from .ranks import barrier, slowest
+from ..transports import Transport, TwoLevelTransport
+from .ranks import barrier, gather, slowest
 from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
 from .timing import Samples
 from .workload import Workload, draw_ids
@@ -67,7 +69,7 @@ class Link:
     """This rank's interface counters: bytes received, bytes sent."""
     read_uplinks: Callable[[], list[int]] | None = None
     """Bytes that every node has sent to other nodes."""
-    two_levels: Transport | None = None
+    two_levels: TwoLevelTransport | None = None
 
 
 @dataclass
@@ -89,7 +91,8 @@ class RankMeasurement:
     rows_between_nodes: int | None
     """With two levels: rows that this rank sends to other nodes in the forward's dispatch."""
     predicted: dict[str, tuple[float, Sequence[Simulation]]]
-    """By variant that ran the layer in a given number of chunks: the simulator's seconds, from this rank's costs."""
+    """By variant that ran the layer in a given number of chunks, on one level or two: the simulator's seconds, from
+    this rank's costs."""
 
 
 class _Rank:
@@ -260,14 +263,32 @@ def _predict(
         elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)
         for elapsed, report in zip(seconds["compute"], reports["compute"], strict=True)
     ]
+    between_nodes, two_levels = link, None
+    if rank.link.two_levels is not None:
+        between_nodes = probe_link(rank.link.two_levels.between_nodes, rank.device)
+        two_levels = _two_level_work(rank, reports, rank.link.two_levels)
     predicted: dict[str, tuple[float, Sequence[Simulation]]] = {}
     for variant in variants:
-        if variant.kind in ("serial", "overlapped"):
+        if variant.kind in ("serial", "overlapped", "two levels"):
             report = reports[str(variant)][-1]
-            passes = simulate_layer(report.overlap, layer_work(report), costs, link, backward=rank.workload.backward)
+            work: LayerWork | TwoLevelWork = layer_work(report)
+            over = link
+            if variant.kind == "two levels":
+                assert two_levels is not None
+                work, over = two_levels, between_nodes
+            passes = simulate_layer(report.overlap, work, costs, over, backward=rank.workload.backward)
             total_s = statistics.median(outside) + sum(one.total_s for one in passes)
             predicted[str(variant)] = total_s, passes
     return predicted
+
+
+def _two_level_work(rank: _Rank, reports: dict[str, list[LayerReport]], transport: TwoLevelTransport) -> TwoLevelWork:
+    """Give what two levels send; every rank takes part."""
+    node_of_expert = torch.arange(rank.num_experts) * transport.num_nodes // rank.num_experts
+    nodes = node_of_expert[rank.topk_ids.cpu()]
+    needed = [int((nodes == node).any(1).sum()) for node in range(transport.num_nodes)]
+    inside_link = probe_link(transport.inside_node, rank.device)
+    return TwoLevelWork.of(layer_work(reports["compute"][-1]), torch.tensor(gather(transport, needed)), inside_link)
 
 
 def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: Link) -> float:

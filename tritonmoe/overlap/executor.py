@@ -60,6 +60,8 @@ class PassReport:
         self._compute: list[tuple[Step, object, object]] = []
         self._exchanges: list[tuple[Step, object, object, object, object, float | None]] = []
         self._steps: list[StepTiming] | None = None
+        self.inside: list[tuple[Step, PassReport]] = []
+        """On two levels: what steps did inside the node, with times from the start of each."""
 
     def _seconds(self, mark: object) -> float:
         if self._origin is None:

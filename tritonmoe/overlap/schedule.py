@@ -12,6 +12,8 @@ when dispatch c has arrived, and combine c + window when combine c has.
 
 Backward has the adjoint of combine first (gradients of the output go to where the experts are), and the weight
 gradients after the last data gradient, so that they hide the last exchanges; there, local rows all run at the start.
+
+On two levels these are the steps between nodes, and some of them have steps of their own inside a node: build_inside.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Literal
 from ..config import LOCAL_PARTS, OverlapPlan
 
 __all__ = [
+    "INSIDE",
     "LOCAL_END",
     "LOCAL_NAMES",
     "LOCAL_START",
@@ -27,12 +30,16 @@ __all__ = [
     "Step",
     "build_backward",
     "build_forward",
+    "build_inside",
     "check_schedule",
 ]
 
 LOCAL_START, LOCAL_END = -2, -1
 """The chunk numbers of the rows that never leave their rank: those that run first, and the rest."""
 LOCAL_NAMES = {LOCAL_START: "local", LOCAL_END: "local end"}
+
+INSIDE = "node_"
+"""What the kinds of steps inside a node start with that have a twin between nodes."""
 
 Lane = Literal["compute", "comm"]
 
@@ -44,7 +51,7 @@ class Step:
     Kinds of a forward: metadata, dispatch, filler, group, experts, combine, reduce. Of a backward: combine_backward,
     experts_backward, dispatch_backward, routing_backward (the exchange of the gate weights' gradients), weight_grad,
     reduce_backward, reduce_routing_backward, replica_backward (the exchange of replicated experts' gradients) and
-    reduce_replica_backward.
+    reduce_replica_backward. Inside a node the same with node_ before it, but for group and experts.
     """
 
     kind: str
@@ -165,4 +172,22 @@ def build_backward(
             builder.add("reduce_routing_backward", None, "compute", routing)
     if replicas is not None:
         builder.add("reduce_replica_backward", None, "compute", replicas)
+    return builder.build()
+
+
+def build_inside(step: Step, *, needs_x: bool) -> Schedule:
+    """Give what a step of two levels does inside a node, where every exchange is waited for at once; () if nothing."""
+    builder, c = _Builder(), step.chunk
+    if step.kind == "group":
+        builder.add("group", None, "compute", builder.add("node_metadata", None, "comm"))
+    elif step.kind == "experts":
+        experts = builder.add("experts", c, "compute", builder.add("node_dispatch", c, "comm"))
+        builder.add("node_reduce", c, "compute", builder.add("node_combine", c, "comm", experts))
+    elif step.kind == "experts_backward":
+        experts = builder.add("experts_backward", c, "compute", builder.add("node_combine_backward", c, "comm"))
+        if needs_x:
+            home = builder.add("node_dispatch_backward", c, "comm", experts)
+            builder.add("node_reduce_backward", c, "compute", home)
+        routing = builder.add("node_routing_backward", c, "comm", experts)
+        builder.add("node_reduce_routing_backward", c, "compute", routing)
     return builder.build()

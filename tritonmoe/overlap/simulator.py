@@ -5,14 +5,15 @@ posts nothing while it waits, so nothing that comes later in the schedule can ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..config import OverlapPlan
 from .cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
-from .schedule import Schedule, Step, build_backward, build_forward
+from .schedule import INSIDE, Schedule, Step, build_backward, build_forward, build_inside
+from .two_level_work import TwoLevelWork
 
 __all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
 
@@ -29,6 +30,8 @@ class SimulatedStep:
     start_s: Tensor
     end_s: Tensor
     """For an exchange: when its rows had arrived."""
+    inside: "Sequence[SimulatedStep]" = field(default_factory=list)
+    """On two levels: what it does inside the node."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,15 @@ class Simulation:
 
 
 class _Ports:
-    """The exchanges under way on every rank's port."""
+    """The exchanges under way on every rank's port.
 
-    def __init__(self, work: LayerWork, link: LinkCosts) -> None:
+    group_of_rank: (W,) which ranks exchange with each other, where not all do.
+    """
+
+    def __init__(self, work: LayerWork, link: LinkCosts, group_of_rank: Tensor | None = None) -> None:
         self.link = link
+        self.group_of_rank = torch.zeros(work.size, dtype=torch.int64) if group_of_rank is None else group_of_rank
+        self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.out_s, self.in_s = work.ports(link)
         self.is_exact = work.size <= EXACT_RANKS
         self.clock = torch.zeros(work.size, dtype=torch.float64)
@@ -89,12 +97,14 @@ class _Ports:
             # A message from i to k occupies both ends' ports until the busier one is done.
             message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
             arrival = torch.maximum(start[:, None], start) + message_s
+            assert self.is_in_one_group is not None
+            arrival = arrival.where(self.is_in_one_group, -1.0)
             if len(arrival) > 1:
                 arrival.fill_diagonal_(-1.0)
             arrival = torch.maximum(arrival.amax(0), arrival.amax(1))
         else:
-            busiest = torch.maximum(out_s.max(), in_s.max()) / self.link.alone_share
-            arrival = (start.max() + busiest).expand_as(start)
+            busiest = self._of_group(torch.maximum(out_s, in_s)) / self.link.alone_share
+            arrival = self._of_group(start) + busiest
         self.arrivals[number] = arrival + self.link.latency_s
 
     def arrival(self, number: int) -> Tensor:
@@ -104,8 +114,13 @@ class _Ports:
             below = torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
             reached = (self.remaining[number] - below).clamp(min=0).minimum(levels - below)
             own = self.clock + (reached * widths).sum(0)
-            self.arrivals[number] = own.max().expand_as(own) + self.link.latency_s
+            self.arrivals[number] = self._of_group(own) + self.link.latency_s
         return self.arrivals[number]
+
+    def _of_group(self, values: Tensor) -> Tensor:
+        """Give every rank the largest value of its group."""
+        most = torch.zeros_like(values).scatter_reduce(0, self.group_of_rank, values, "amax", include_self=False)
+        return most[self.group_of_rank]
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """Give the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
@@ -130,14 +145,20 @@ class _Ports:
             del self.remaining[number]
 
 
-def simulate(schedule: Schedule, plan: OverlapPlan, work: LayerWork, costs: StepCosts, link: LinkCosts) -> Simulation:
+def simulate(
+    schedule: Schedule, plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts
+) -> Simulation:
     """Give the times of every step of a schedule on all ranks, which start together.
 
+    work: on two levels a TwoLevelWork, whose outer rows go over `link`.
     Example:
         W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
     """
-    ports = _Ports(work, link)
-    sizes, (leaving, returning) = work.segments(plan), work.shares(plan)
+    levels = work if isinstance(work, TwoLevelWork) else None
+    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
+    sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
+    needs_x = any(step.kind == "dispatch_backward" for step in schedule)
     now = torch.zeros(work.size, dtype=torch.float64)
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
@@ -149,19 +170,47 @@ def simulate(schedule: Schedule, plan: OverlapPlan, work: LayerWork, costs: Step
                 now = torch.maximum(now, arrival)
                 steps[earlier] = SimulatedStep(schedule[earlier], steps[earlier].start_s, arrival)
         start = now
+        inside = build_inside(step, needs_x=needs_x) if levels is not None else ()
+        if inside:
+            assert levels is not None
+            done = _walk_inside(inside, levels, levels.inside(plan, step.chunk), costs, start)
+            now = done[-1].end_s
+            steps.append(SimulatedStep(step, start, now, done))
+            continue
         units = step_units(step, plan.num_local_slices, *sizes)
         now = now + costs.seconds(step.kind, units)
         if step.lane == "comm":
             under_way.add(position)
             shares = returning if step.kind in RETURNING_KINDS else leaving
             share = 1.0 if step.chunk is None else shares[step.chunk]
-            ports.post(position, now, share * work.bytes_per_row(step.kind))
+            ports.post(position, now, share * outer.bytes_per_row(step.kind))
         steps.append(SimulatedStep(step, start, now))
     return Simulation(steps, now)
 
 
+def _walk_inside(
+    schedule: Schedule, levels: TwoLevelWork, work: LayerWork, costs: StepCosts, start: Tensor
+) -> list[SimulatedStep]:
+    """Give the steps inside nodes, of the given rows and pairs, from (W,) on; every exchange is waited for at once.
+
+    They cost what the same steps between nodes do.
+    """
+    sizes = [[of] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
+    ports = _Ports(work, levels.link, levels.node_of_rank)
+    now, steps = start, []
+    for position, step in enumerate(schedule):
+        begun = now
+        kind = step.kind.removeprefix(INSIDE)
+        now = now + costs.seconds(kind, step_units(Step(kind, None, step.lane), 0, *sizes))
+        if step.lane == "comm":
+            ports.post(position, now, work.bytes_per_row(kind))
+            now = torch.maximum(now, ports.arrival(position))
+        steps.append(SimulatedStep(step, begun, now))
+    return steps
+
+
 def simulate_layer(
-    plan: OverlapPlan, work: LayerWork, costs: StepCosts, link: LinkCosts, *, backward: bool
+    plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts, *, backward: bool
 ) -> Sequence[Simulation]:
     """Give the simulated forward and, with every gradient needed, the backward."""
     schedules = [build_forward(plan)]
