@@ -1,6 +1,8 @@
 """Two-level dispatch gives what one level gives, and sends every token once to every other node."""
 
 import itertools
+import re
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tritonmoe.dispatch import MAX_SEGMENTS
 from tritonmoe.overlap.tuner import SETTLING_CALLS
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports import emulated as emulated_module
+from tritonmoe.transports.emulated import EmulatedWorld
 
 COUNTS = {4: (7, 0, 5, 3), 6: (4, 0, 5, 3, 6, 1)}
 
@@ -236,3 +239,49 @@ def test_every_damaged_count_of_a_relay_is_noticed(kind):
 
     with pytest.raises(tm.CountMismatch, match="rank 3 got counts of rank 1 that contradict each other"):
         tm.run_on_emulated_ranks(rank_call, num_ranks=4, timeout_s=10)
+
+
+@pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])
+def test_a_rank_that_never_comes_is_named_among_all(is_backward):
+    """Rank 3 stays where its experts compute; all others wait for it, or for one that does, each in a group of two."""
+    between, inside = ([EmulatedWorld(2, timeout_s=1.0) for _ in range(2)] for _ in range(2))
+    heard = [""] * 4
+    batch = WideBatch(4, 12, 8)
+    batch.on_one_device()  # what PyTorch imports late is no rank's delay
+
+    def stay(_=None):
+        deadline = time.monotonic() + 20
+        while not all(heard[:3]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def rank_call(world):
+        node, place = divmod(world.rank, 2)
+        transport = TwoLevelTransport(
+            world, 2, between_nodes=between[place].transports[node], inside_node=inside[node].transports[place]
+        )
+
+        def activation(h):
+            a = torch.tanh(h[:, ::2]) * h[:, 1::2]
+            if world.rank == 3 and h.shape[0]:
+                if not is_backward:
+                    stay()
+                elif a.requires_grad:
+                    a.register_hook(stay)
+            return a
+
+        leaves = {name: value.requires_grad_() for name, value in batch.of_rank(world.rank).items()}
+        try:
+            out = batch.call(transport, leaves, tm.OverlapConfig(num_chunks=2), activation=activation, backend="torch")
+            torch.autograd.grad(out, list(leaves.values()), batch.tokens["dout"][world.rank])
+        except tm.TransportError as error:
+            heard[world.rank] = str(error)
+
+    tm.run_on_emulated_ranks(rank_call, num_ranks=4, timeout_s=10)
+    for group in (*between, *inside):
+        group.close()
+    for rank, words in enumerate(heard):
+        kinds = "(experts_backward|dispatch_backward)" if is_backward else "(experts|combine)"
+        where = f"^rank {rank} of 4 on two levels: step {kinds}, (chunk [01]|local rows): .*rank [01] of 2"
+        assert re.search(where, words), heard
+    experts = "experts_backward" if is_backward else "experts"
+    assert re.search(f"step {experts}, .*: step node_[a-z_]+, (chunk [01]|local rows): exchange", heard[2]), heard

@@ -1,7 +1,8 @@
 """expert_parallel_mlp: one call of the experts spread over many ranks, from its checks to the end of its backward."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,7 @@ from .capacity import (
 )
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
 from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
+from .errors import TransportError
 from .experts_run import ExpertsRun, activation_parameters
 from .grouping import Grouping, RowSources
 from .overlap.executor import ExpertsPass, LayerPass, LayerReport
@@ -176,7 +178,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
             return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
 
         layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
-        out, timings = layer_pass.forward(x, topk_ids, topk_weights)
+        with _naming_rank(call):
+            out, timings = layer_pass.forward(x, topk_ids, topk_weights)
         plan = call.plan = layer_pass.plan
         run = layer_pass.experts
         inner_plan = None
@@ -243,7 +246,8 @@ class _ExpertParallelMLP(torch.autograd.Function):
             received_weights=received_weights,
             placement=call.placement,
         )
-        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
+        with _naming_rank(call):
+            dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
         if isinstance(experts, NodePass):
             timings.inside = experts.reports
         assert call.report is not None
@@ -256,6 +260,17 @@ class _ExpertParallelMLP(torch.autograd.Function):
         if dtopk_weights is not None:
             dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
         return None, None, dx, dtopk_weights, *grads, None, *run.activation_grads
+
+
+@contextmanager
+def _naming_rank(call: _Call) -> Iterator[None]:
+    """Let an error on two levels say which rank of all it is of: exchanges count the ranks of their level."""
+    try:
+        yield
+    except TransportError as error:
+        if call.two_level is None:
+            raise
+        raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
 
 
 def _group(

@@ -220,7 +220,7 @@ def execute(
 
 def _at_step(step: Step, error: TransportError) -> TransportError:
     """Say where in the layer an exchange failed; the error itself says on which rank."""
-    where = "all chunks" if step.chunk is None else f"chunk {step.chunk}"
+    where = "all chunks" if step.chunk is None else "local rows" if step.chunk < 0 else f"chunk {step.chunk}"
     return TransportError(f"step {step.kind}, {where}: {error}")
 
 
