@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe import dispatch
+from tritonmoe import count_exchange
 from tritonmoe.config import OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.dispatch import CallHeader, DispatchPlan, check_headers, exchange_plan, plan_tokens
+from tritonmoe.count_exchange import CallHeader, check_headers
+from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
 from tritonmoe.transports import Transport
 
 
@@ -207,7 +208,7 @@ def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
         assert torch.equal(total, 2 * traffic[rank] + 2 * traffic[:, rank])
 
 
-MISMATCHES = [f.name for f in fields(CallHeader) if f.name in dispatch.MUST_AGREE]
+MISMATCHES = [f.name for f in fields(CallHeader) if f.name in count_exchange.MUST_AGREE]
 
 
 @pytest.mark.parametrize("name", MISMATCHES)

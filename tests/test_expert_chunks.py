@@ -15,9 +15,10 @@ import tritonmoe as tm
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config import OverlapPlan, equal_sizes
-from tritonmoe.dispatch import DispatchPlan, check_counts, exchange_plan, plan_tokens
+from tritonmoe.count_exchange import check_counts
+from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
 from tritonmoe.expert_chunks import place_rows
-from tritonmoe.expert_parallel import _group
+from tritonmoe.expert_parallel_call import group_received
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.schedule import build_backward, build_forward
@@ -172,7 +173,7 @@ def group_of(backend, plan: DispatchPlan, local_ids: Tensor, num_experts: int) -
     class Settings:
         ops = backend
 
-    return _group(Settings, plan, local_ids, num_experts, plan.row_sources(), False)
+    return group_received(Settings, plan, local_ids, num_experts, plan.row_sources(), False)
 
 
 def test_worked_example() -> None:

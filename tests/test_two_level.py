@@ -10,7 +10,7 @@ from test_expert_parallel import NAMES, WEIGHTS, Batch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.dispatch import MAX_SEGMENTS
+from tritonmoe.count_exchange import MAX_SEGMENTS
 from tritonmoe.overlap.tuner import SETTLING_CALLS
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports import emulated as emulated_module

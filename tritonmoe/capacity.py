@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from .config import OverlapPlan
+from .count_exchange import CallHeader, exchange_counts, in_millionths
 from .cpu_memory import to_device
-from .dispatch import CallHeader, TokenPlan, count_rows, exchange_counts, in_millionths, owners, row_segments
+from .dispatch import TokenPlan, count_rows, owners, row_segments
 from .transports import HostCopy, PendingExchange, Transport
 
 __all__ = [

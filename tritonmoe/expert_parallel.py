@@ -1,18 +1,14 @@
-"""expert_parallel_mlp: one call of the experts spread over many ranks, from its checks to the end of its backward."""
+"""expert_parallel_mlp: one call of the experts spread over many ranks, its checks and its plan."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .arguments import (
-    ExpertSettings,
     ExpertWeights,
     cast_for_autocast,
     check_arguments,
@@ -20,7 +16,6 @@ from .arguments import (
     make_settings,
 )
 from .autograd import (
-    checkpointed_region,
     keep_beside,
     kept_beside,
     once_differentiable,
@@ -30,114 +25,27 @@ from .autograd import (
 from .capacity import (
     is_captured,
     plan_capped_tokens,
-    poison,
     post_flag,
     replay_overflowed,
     some_rank_overflowed,
     watched,
 )
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
-from .dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens, refuse_call
-from .errors import TransportError
-from .experts_run import ExpertsRun, activation_parameters
-from .grouping import Grouping, RowSources
-from .overlap.executor import ExpertsPass, LayerPass, LayerReport
+from .count_exchange import DTYPE_CODES, CallHeader
+from .dispatch import DispatchPlan, exchange_plan, plan_tokens
+from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
+from .experts_run import activation_parameters
+from .overlap.executor import LayerReport
 from .overlap.memory import BufferWidths
-from .overlap.node_pass import NodePass
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
 from .routing import is_recomputing
-from .transports import PendingExchange, Transport, TwoLevelTransport
-from .two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
+from .transport_state import refuse, state_of
+from .transports import Transport, TwoLevelTransport
+from .two_level import check_two_level, exchange_two_level_plan
 from .wire import WireFormat
 
-__all__ = ["check_expert_parallel", "expert_parallel_mlp", "next_layer_number", "refuse", "run_expert_parallel"]
-
-
-MAX_UNDER_WAY = 4096
-
-
-class _UnderWay(NamedTuple):
-    kind: tuple
-    plan: OverlapPlan
-    region: Any
-    """checkpointed_region() of the forward."""
-
-
-@dataclass
-class _TransportState:
-    """What lives as long as a transport: how many layer calls it has seen, and what "auto" has learnt."""
-
-    num_calls: int = 0
-    num_layers: int = 0
-    choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
-    captured_flags: list[Tensor] = field(default_factory=list)
-    """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
-    under_way: dict[int, _UnderWay] = field(default_factory=dict)
-    """By number of the call: forwards inside a checkpoint whose backward is still to come."""
-    recompute: tuple[Any, int, int] = (None, -1, 0)
-    """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
-
-    def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
-        """Remember a forward, if it is one that will be recomputed."""
-        region = checkpointed_region()
-        if region is not None:
-            self.under_way[sequence] = _UnderWay(kind, plan, region)
-        if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
-            del self.under_way[next(iter(self.under_way))]
-
-    def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
-        """Give the plan of the forward that this call recomputes: a region's calls come in their first order.
-
-        None in reentrant checkpointing, where the recompute is the only call that keeps anything.
-        """
-        region, backward = checkpointed_region(), torch._C._current_graph_task_id()
-        number = self.recompute[2] + 1 if self.recompute[:2] == (region, backward) else 0
-        self.recompute = region, backward, number
-        calls = [call for call in self.under_way.values() if call.region == region]
-        return calls[number].plan if number < len(calls) and calls[number].kind == kind else None
-
-
-_states: "WeakKeyDictionary[Transport, _TransportState]" = WeakKeyDictionary()
-
-
-@dataclass
-class _Call:
-    """One expert-parallel call, from the plan to the end of its backward."""
-
-    settings: ExpertSettings
-    owners: ExpertWeights
-    """The weights as the user holds them, where a main_grad hangs."""
-    rank: int
-    transport: Transport
-    """What the plan's rows go over: of all ranks, or between nodes."""
-    plan: DispatchPlan
-    first_expert: int
-    """The first slot of this rank, where slots are experts unless there is a placement."""
-    placement: ExpertPlacement | None = None
-    two_level: TwoLevelPlan | None = None
-    """On a TwoLevelTransport: both levels; `plan` is the outer one."""
-    inside_node: Transport | None = None
-    fillers: Sequence[Callable[[], None]] = ()
-    report: LayerReport | None = None
-    flag: PendingExchange | None = None
-    """In a captured call with a capacity: every rank's flag, under way while the rows are."""
-    is_wrong: Tensor | None = None
-    """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
-    sequence: int = 0
-    under_way: dict[int, Any] = field(default_factory=dict)
-    """That of the transport's state, from which a backward takes its call."""
-
-
-@dataclass
-class _Kept:
-    """What a forward keeps for its backward beside tensors."""
-
-    plan: DispatchPlan
-    inner_plan: DispatchPlan | None
-    grouping: Grouping
-    activation_graphs: Any
-    report: LayerReport
+__all__ = ["check_expert_parallel", "expert_parallel_mlp", "run_expert_parallel"]
 
 
 class _ExpertParallelMLP(torch.autograd.Function):
@@ -146,7 +54,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        call: ExpertParallelCall,
         topk_ids: Tensor,
         x: Tensor,
         topk_weights: Tensor,
@@ -157,165 +65,32 @@ class _ExpertParallelMLP(torch.autograd.Function):
         anchor: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        settings, plan = call.settings, call.plan
         weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
-        keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
-
-        def make_run(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
-            """Make the experts of the rows that plan `at` brings here."""
-            sources = at.row_sources() if call.two_level is None else call.two_level.row_sources()
-            local_ids, is_two_level = ids - call.first_expert, call.two_level is not None
-            grouping = _group(settings, at, local_ids, gate_up_proj.shape[0], sources, is_two_level)
-            return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
-
-        def make_experts(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsPass:
-            if call.two_level is None:
-                return make_run(at, rows, ids, received_weights)
-            inner, inside_node = call.two_level.inner(ids), call.inside_node
-            assert inside_node is not None
-            num_slices = at.overlap.num_local_slices
-            combine = settings.ops.combine
-            return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
-
-        layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
-        with _naming_rank(call):
-            out, timings = layer_pass.forward(x, topk_ids, topk_weights)
-        plan = call.plan = layer_pass.plan
-        run = layer_pass.experts
-        inner_plan = None
-        if isinstance(run, NodePass):
-            timings.inside = run.reports
-            inner_plan, run = run.plan, run.experts
-        assert isinstance(run, ExpertsRun)
-        call.report = LayerReport(
-            call.rank,
-            plan.traffic,
-            plan.traffic_pairs,
-            WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
-            plan.overlap,
-            topk_ids.shape[1],
-            plan.send_offsets,
-            plan.return_offsets,
-            plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
-            forward=timings,
-            wire_squares=layer_pass.wire_squares,
-            other_row_bytes=layer_pass.other_row_bytes(x),
-            rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
-        )
+        out, run, kept = run_forward(call, topk_ids, x, topk_weights, weights)
         ctx.call = call
-        ctx.num_parameters = len(parameters)
         ctx.weights_dtype = topk_weights.dtype
-        if plan.needs_any:
-            mark = keep_beside(ctx, _Kept(plan, inner_plan, run.grouping, run.activation_graphs, call.report))
-            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, mark, *parameters)
-        if call.flag is not None:
-            call.is_wrong = call.flag.wait().any().view(1)
-            poison([out], call.is_wrong)
+        if kept.plan.needs_any:
+            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, keep_beside(ctx, kept), *parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
         rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
-        kept: _Kept = kept_beside(ctx, mark)
-        run = ExpertsRun(
-            call.settings,
-            ExpertWeights(w1, b1, w2, b2),
+        dx, dtopk_weights, grads, activation_grads = run_backward(
+            ctx.call,
+            kept_beside(ctx, mark),
             rows,
             received_weights,
-            kept.grouping,
-            False,
+            ExpertWeights(w1, b1, w2, b2),
             h,
-            activation_graphs=kept.activation_graphs,
-            activation_parameters=parameters,
-            main_grads=find_main_grads(call.owners),
+            dout,
+            ctx.needs_input_grad[4:8],
+            parameters,
         )
-        experts: ExpertsPass = run
-        if kept.inner_plan is not None:
-            assert call.inside_node is not None
-            num_slices, combine = kept.plan.overlap.num_local_slices, call.settings.ops.combine
-            experts = NodePass(kept.inner_plan, call.inside_node, num_slices, combine, rows.new_empty(0), run, rows)
-            received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
-        layer_pass = LayerPass(
-            kept.plan,
-            call.transport,
-            call.settings.ops.combine,
-            make_experts=None,
-            experts=experts,
-            received_weights=received_weights,
-            placement=call.placement,
-        )
-        with _naming_rank(call):
-            dx, dtopk_weights, grads, timings = layer_pass.backward(dout, ctx.needs_input_grad[4:8])
-        if isinstance(experts, NodePass):
-            timings.inside = experts.reports
-        assert call.report is not None
-        kept.report.backward = timings
-        if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
-            call.report.backward = timings
-        call.under_way.pop(call.sequence, None)
-        if call.is_wrong is not None:
-            poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
         if dtopk_weights is not None:
             dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
-        return None, None, dx, dtopk_weights, *grads, None, *run.activation_grads
-
-
-@contextmanager
-def _naming_rank(call: _Call) -> Iterator[None]:
-    """Let an error on two levels say which rank of all it is of: exchanges count the ranks of their level."""
-    try:
-        yield
-    except TransportError as error:
-        if call.two_level is None:
-            raise
-        raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
-
-
-def _group(
-    settings: ExpertSettings,
-    plan: DispatchPlan,
-    local_ids: Tensor,
-    num_local_experts: int,
-    row_sources: RowSources,
-    is_two_level: bool,
-) -> Grouping:
-    """Group the received rows, of experts local_ids (R, K), in the plan's chunks."""
-    row_offsets, pair_offsets, places = plan.receive_offsets, plan.pair_offsets, None
-    num_slices = plan.overlap.num_local_slices
-    if plan.overlap.chunk_by == "experts":
-        # By (rank, token) behind the local rows, all chunks are one, whose pairs are by expert then.
-        local = torch.arange(plan.num_local, device=local_ids.device)
-        places = torch.cat([local, plan.receive_order()]), torch.cat([local, plan.return_order()])
-        local_ids = local_ids[places[0]]
-        rows = row_sources.rows
-        row_sources = RowSources(
-            row_sources.ranks, torch.cat([rows[:num_slices], rows[num_slices:].sum(0, keepdim=True)])
-        )
-        row_offsets, pair_offsets = ((*of[: num_slices + 1], of[-1]) for of in (row_offsets, pair_offsets))
-    busy = [c for c, (first, last) in enumerate(pairwise(row_offsets)) if first < last]
-    if len(busy) > 1 or is_two_level or plan.tokens.padding is not None:
-        grouping = settings.ops.group(
-            local_ids,
-            num_local_experts,
-            chunk_row_offsets=row_offsets,
-            chunk_pair_offsets=pair_offsets,
-            row_sources=row_sources,
-        )
-    else:
-        # All rows in one chunk are stored in source order already.
-        grouping = settings.ops.group(
-            local_ids,
-            num_local_experts,
-            chunk_row_offsets=(0, plan.num_received),
-            chunk_pair_offsets=(0, pair_offsets[-1]),
-        ).among_empty_chunks(busy[0] if busy else 0, row_offsets, pair_offsets)
-    if places is None:
-        return grouping
-    return grouping.in_expert_chunks(
-        plan.overlap.bounds(num_local_experts), plan.return_offsets, plan.pair_offsets, *places
-    )
+        return None, None, dx, dtopk_weights, *grads, None, *activation_grads
 
 
 def expert_parallel_mlp(
@@ -384,20 +159,6 @@ def expert_parallel_mlp(
     return y
 
 
-def next_layer_number(transport: Transport) -> int:
-    """Give a new layer its place on this transport, by which the ranks know that they call the same one."""
-    state = _states.setdefault(transport, _TransportState())
-    state.num_layers += 1
-    return state.num_layers - 1
-
-
-def refuse(transport: Transport) -> None:
-    """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
-    state = _states.setdefault(transport, _TransportState())
-    state.num_calls += 1
-    refuse_call(transport, state.num_calls - 1)
-
-
 def run_expert_parallel(*arguments: Any, **options: Any) -> tuple[Tensor, LayerReport]:
     """Run one layer call, outside the graph where torch.compile sees it: the plan is made of exchanged counts."""
     run = _call_outside_graphs if torch.compiler.is_compiling() else _run_eagerly
@@ -424,7 +185,7 @@ def _run_eagerly(
     fillers: Sequence[Callable[[], None]] = (),
 ) -> tuple[Tensor, LayerReport]:
     rank, size = transport.rank, transport.size
-    state = _states.setdefault(transport, _TransportState())
+    state = state_of(transport)
     owners = weights
     try:
         x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
@@ -540,7 +301,9 @@ def _run_eagerly(
         return run
 
     def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
-        call = _Call(settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node)
+        call = ExpertParallelCall(
+            settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node
+        )
         call.sequence, call.under_way = sequence, state.under_way
         call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag
         # A rank that needs no gradient itself still takes part in the others' backward.

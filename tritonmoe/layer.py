@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from .arguments import ExpertWeights
 from .config import KernelOptions, MoEConfig, OverlapConfig, OverlapPlan
 from .errors import NonFiniteScores
-from .expert_parallel import check_expert_parallel, next_layer_number, refuse, run_expert_parallel
+from .expert_parallel import check_expert_parallel, run_expert_parallel
 from .experts import moe_mlp
 from .overlap.executor import LayerReport
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .shared_expert import SharedExpert
+from .transport_state import next_layer_number, refuse
 from .transports import as_transport
 
 __all__ = ["GroupedExperts", "MoELayer"]

@@ -15,19 +15,9 @@ import torch
 from torch import Tensor
 
 from .config import MAX_CHUNKS, OverlapConfig, OverlapPlan
+from .count_exchange import CallHeader, check_counts, exchange_counts
 from .cpu_memory import to_device
-from .dispatch import (
-    CallHeader,
-    DispatchPlan,
-    TokenPlan,
-    check_counts,
-    count_rows,
-    exchange_counts,
-    offsets,
-    order_rows,
-    owners,
-    row_segments,
-)
+from .dispatch import DispatchPlan, TokenPlan, count_rows, offsets, order_rows, owners, row_segments
 from .errors import CountMismatch
 from .grouping import RowSources
 from .placement import ExpertPlacement

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.dispatch import MAX_SEGMENTS
+from tritonmoe.count_exchange import MAX_SEGMENTS
 from tritonmoe.transports import MPITransport, PendingExchange, ProcessGroupTransport, Transport
 
 SIZE = 3

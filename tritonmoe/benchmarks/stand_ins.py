@@ -9,7 +9,8 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.reference import WeightGrads
 from ..config import OverlapPlan
-from ..dispatch import DTYPE_CODES, CallHeader, DispatchPlan, exchange_plan, plan_tokens
+from ..count_exchange import DTYPE_CODES, CallHeader
+from ..dispatch import DispatchPlan, exchange_plan, plan_tokens
 from ..overlap.executor import ExpertsPass, LayerPass, PassReport
 from ..transports import PendingExchange, Transport
 

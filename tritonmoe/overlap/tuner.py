@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
-from ..dispatch import CallHeader
+from ..count_exchange import CallHeader
 from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
 from .executor import LayerReport
 from .memory import BufferWidths, peak_bytes

@@ -1,0 +1,80 @@
+"""What lives as long as a transport: how many layers and calls it has seen, and what its calls have learnt."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .autograd import checkpointed_region
+from .config import OverlapPlan
+from .count_exchange import refuse_call
+from .overlap.tuner import PlanChooser
+from .transports import Transport
+
+__all__ = ["TransportState", "next_layer_number", "refuse", "state_of"]
+
+MAX_UNDER_WAY = 4096
+
+
+class UnderWay(NamedTuple):
+    kind: tuple
+    plan: OverlapPlan
+    region: Any
+    """checkpointed_region() of the forward."""
+
+
+@dataclass
+class TransportState:
+    """Of one transport."""
+
+    num_calls: int = 0
+    num_layers: int = 0
+    choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
+    captured_flags: list[Tensor] = field(default_factory=list)
+    """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
+    under_way: dict[int, UnderWay] = field(default_factory=dict)
+    """By number of the call: forwards inside a checkpoint whose backward is still to come."""
+    recompute: tuple[Any, int, int] = (None, -1, 0)
+    """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
+
+    def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
+        """Remember a forward, if it is one that will be recomputed."""
+        region = checkpointed_region()
+        if region is not None:
+            self.under_way[sequence] = UnderWay(kind, plan, region)
+        if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
+            del self.under_way[next(iter(self.under_way))]
+
+    def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
+        """Give the plan of the forward that this call recomputes: a region's calls come in their first order.
+
+        None in reentrant checkpointing, where the recompute is the only call that keeps anything.
+        """
+        region, backward = checkpointed_region(), torch._C._current_graph_task_id()
+        number = self.recompute[2] + 1 if self.recompute[:2] == (region, backward) else 0
+        self.recompute = region, backward, number
+        calls = [call for call in self.under_way.values() if call.region == region]
+        return calls[number].plan if number < len(calls) and calls[number].kind == kind else None
+
+
+_states: "WeakKeyDictionary[Transport, TransportState]" = WeakKeyDictionary()
+
+
+def state_of(transport: Transport) -> TransportState:
+    return _states.setdefault(transport, TransportState())
+
+
+def next_layer_number(transport: Transport) -> int:
+    """Give a new layer its place on this transport, by which the ranks know that they call the same one."""
+    state = state_of(transport)
+    state.num_layers += 1
+    return state.num_layers - 1
+
+
+def refuse(transport: Transport) -> None:
+    """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
+    state = state_of(transport)
+    state.num_calls += 1
+    refuse_call(transport, state.num_calls - 1)
