@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe import capacity as capacity_module
-from tritonmoe import expert_parallel as expert_parallel_module
+from tritonmoe import expert_parallel_run as run_module
 from tritonmoe.capacity import capped_traffic, plan_capped_tokens, segment_room
 from tritonmoe.dispatch import plan_tokens
 from tritonmoe.overlap import executor as executor_module
@@ -275,7 +275,7 @@ def test_scores_that_are_not_finite_raise_on_every_rank_and_the_next_call_works(
 def captured(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     """Calls of a thread that has set `captured.now` take themselves to be captured."""
     state = threading.local()
-    for module in (capacity_module, expert_parallel_module, executor_module):
+    for module in (capacity_module, run_module, executor_module):
         monkeypatch.setattr(module, "is_captured", lambda device: getattr(state, "now", False))
     return state
 

@@ -11,6 +11,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     *(
         "errors",
+        "handles",
         "cpu_memory",
         "config",
         "grouping",
@@ -35,6 +36,8 @@ LAYERS = (
     ),
     *(
         "expert_parallel_call",
+        "expert_parallel_run",
+        "expert_parallel_operator",
         "expert_parallel",
         "shared_expert",
         "layer",

@@ -178,26 +178,6 @@ def test_meta_tensors_give_shapes() -> None:
     assert y.shape == (T, D)
 
 
-def test_a_model_with_an_expert_parallel_layer_compiles_around_it() -> None:
-    def on_rank(transport: tm.transports.Transport) -> bool:
-        layer = tm.MoELayer(replace(CONFIG, num_experts=6), transport, tm.OverlapConfig(2))
-        model = nn.Sequential(nn.Linear(D, D), layer, nn.Linear(D, D))
-        compiled = torch.compile(model, backend="aot_eager")
-        for num_tokens in (5, 9):
-            x = torch.randn(num_tokens + transport.rank, D)
-            results = []
-            for call in (model, compiled):
-                y = call(x)
-                loss = y.square().sum() + layer.aux_loss
-                results.append([y, *torch.autograd.grad(loss, list(model.parameters()))])
-            for actual, expected in zip(*reversed(results), strict=True):
-                torch.testing.assert_close(actual, expected)
-        return True
-
-    assert on_rank(LocalTransport())
-    assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60) == [True, True]
-
-
 # Modes
 
 

@@ -81,6 +81,8 @@ class CallHeader:
     """In the exchange that ends a call with a capacity: whether this rank had rows that it has no room for."""
     replay_overflowed: int = 0
     """Whether that was so in a replay of a CUDA graph before this call."""
+    compiled: int = 0
+    """Whether this rank's call stands in a compiled graph, which has a backward only if this rank needs gradients."""
     layer: int = -1
     """Which of the layers made on this transport calls, in the order in which they were made; -1: a function call."""
 
@@ -201,6 +203,13 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
         raise CountMismatch(
             f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
             "every rank must run its backward, so use one grad mode on all"
+        )
+    without = [rank for rank, h in enumerate(headers) if h.compiled and not h.needs_any]
+    if without and any(h.needs_any for h in headers):
+        raise CountMismatch(
+            f"ranks {without} run this layer call in a compiled graph in which it needs no gradient, while other ranks "
+            "need gradients of it: every rank must run its backward, so train something there too, or leave this layer "
+            "out of the graph on those ranks (torch.compiler.disable)"
         )
     poisoned = [rank for rank, h in enumerate(headers) if h.replay_overflowed]
     if poisoned:

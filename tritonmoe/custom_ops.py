@@ -23,7 +23,7 @@ from .config import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions
 from .experts_run import ExpertsRun
 from .grouping import Grouping
 
-__all__ = ["moe_mlp_operator", "run_backward", "run_forward"]
+__all__ = ["OperatorSettings", "decode_activation", "encode", "moe_mlp_operator", "run_backward", "run_forward"]
 
 Needs = tuple[bool, bool, bool, bool, bool, bool]
 """Which gradients are wanted: x, topk_weights, then the weights in the order of ExpertWeights."""
@@ -90,13 +90,17 @@ def encode(activation: Activation, layout: ExpertLayout, backend: str, options: 
     return OperatorSettings(name, *constants, layout.gated, layout.interleaved, layout.transposed, backend, *options)
 
 
+def decode_activation(name: str, limit: float, alpha: float, up_offset: float) -> Activation:
+    return ClampedSwiGLU(limit, alpha, up_offset) if name == "clamped_swiglu" else name
+
+
 def decode(encoded: tuple[Any, ...], x: Tensor, topk_ids: Tensor, gate_up_proj: Tensor) -> ExpertSettings:
     name, limit, alpha, up_offset, gated, interleaved, transposed, backend, *options = encoded
     num_experts, top_k = gate_up_proj.shape[0], topk_ids.shape[1]
     return ExpertSettings(
         backends.choose(backend, x.device, x.dtype, KernelOptions(*options), num_experts=num_experts, top_k=top_k),
         ExpertLayout(gated, interleaved, transposed),
-        ClampedSwiGLU(limit, alpha, up_offset) if name == "clamped_swiglu" else name,
+        decode_activation(name, limit, alpha, up_offset),
         options=KernelOptions(*options),
     )
 

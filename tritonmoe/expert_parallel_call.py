@@ -35,8 +35,8 @@ class ExpertParallelCall:
     """One expert-parallel call, from the plan to the end of its backward."""
 
     settings: ExpertSettings
-    owners: ExpertWeights
-    """The weights as the user holds them, where a main_grad hangs."""
+    owners: ExpertWeights | None
+    """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
     rank: int
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
@@ -151,7 +151,7 @@ def run_backward(
         h,
         activation_graphs=kept.activation_graphs,
         activation_parameters=list(parameters),
-        main_grads=find_main_grads(call.owners),
+        main_grads=None if call.owners is None else find_main_grads(call.owners),
     )
     experts: ExpertsPass = run
     if kept.inner_plan is not None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from .arguments import ExpertWeights
 from .config import KernelOptions, MoEConfig, OverlapConfig, OverlapPlan
 from .errors import NonFiniteScores
-from .expert_parallel import check_expert_parallel, run_expert_parallel
+from .expert_parallel import run_expert_parallel
+from .expert_parallel_run import check_expert_parallel
 from .experts import moe_mlp
 from .overlap.executor import LayerReport
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .shared_expert import SharedExpert
-from .transport_state import next_layer_number, refuse
+from .transport_state import LayerCalls, refuse
 from .transports import as_transport
 
 __all__ = ["GroupedExperts", "MoELayer"]
@@ -61,13 +62,12 @@ class GroupedExperts(nn.Module):
         self.overlap = overlap or OverlapConfig()
         self.backend = backend
         self.options = KernelOptions(num_sms, batch_invariant).check()
-        self.last_report: LayerReport | None = None
         size = 1 if self.transport is None else self.transport.size
         rank = 0 if self.transport is None else self.transport.rank
         if placement is not None and self.transport is None:
             raise ValueError("placement says which rank holds which experts: it needs a transport")
         self.placement = placement
-        self._layer = -1 if self.transport is None else next_layer_number(self.transport)
+        self._calls = None if self.transport is None else LayerCalls(self.transport)
         num_local = config.num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, config.num_experts, size, placement)
         first = rank * num_local
@@ -89,8 +89,10 @@ class GroupedExperts(nn.Module):
         self.down_proj_bias = empty(model_width) if config.bias else None
         self.reset_parameters(generator)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_report": None}
+    @property
+    def last_report(self) -> LayerReport | None:
+        """Traffic and timings of the last expert-parallel call; None on one device."""
+        return None if self._calls is None else self._calls.last_report
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -142,7 +144,7 @@ class GroupedExperts(nn.Module):
                 num_sms=self.options.num_sms,
                 batch_invariant=self.options.batch_invariant,
             )
-        y, self.last_report = run_expert_parallel(
+        return run_expert_parallel(
             x,
             topk_ids,
             topk_weights,
@@ -156,11 +158,10 @@ class GroupedExperts(nn.Module):
             backend=self.backend,
             save="hidden",
             options=self.options,
-            layer=self._layer,
+            calls=self._calls,
             num_nonfinite_rows=num_nonfinite_rows,
             fillers=fillers,
         )
-        return y
 
 
 class MoELayer(nn.Module):

@@ -10,10 +10,12 @@ from torch import Tensor
 from .autograd import checkpointed_region
 from .config import OverlapPlan
 from .count_exchange import refuse_call
+from .handles import Handled
+from .overlap.executor import LayerReport
 from .overlap.tuner import PlanChooser
 from .transports import Transport
 
-__all__ = ["TransportState", "next_layer_number", "refuse", "state_of"]
+__all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
 
@@ -66,11 +68,18 @@ def state_of(transport: Transport) -> TransportState:
     return _states.setdefault(transport, TransportState())
 
 
-def next_layer_number(transport: Transport) -> int:
-    """Give a new layer its place on this transport, by which the ranks know that they call the same one."""
-    state = state_of(transport)
-    state.num_layers += 1
-    return state.num_layers - 1
+class LayerCalls(Handled):
+    """What a layer's calls have in common: its place among the layers on its transport, and the latest report."""
+
+    def __init__(self, transport: Transport) -> None:
+        state = state_of(transport)
+        self.layer = state.num_layers
+        """By this the ranks know that they call the same layer."""
+        self.last_report: LayerReport | None = None
+        state.num_layers += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last_report": None}
 
 
 def refuse(transport: Transport) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..handles import Handled
+
 __all__ = ["PendingExchange", "Transport", "as_counts", "as_wire", "check_counts", "check_exchange", "describe"]
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
@@ -32,7 +34,7 @@ class PendingExchange(ABC):
         return None
 
 
-class Transport(ABC):
+class Transport(Handled, ABC):
     """The two calls that communicate; every rank makes the same ones in the same order."""
 
     rank: int

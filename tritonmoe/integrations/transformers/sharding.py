@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...config import OverlapConfig
 from ...errors import TransportError
-from ...expert_parallel import check_expert_parallel, expert_parallel_mlp
+from ...expert_parallel import expert_parallel_mlp
+from ...expert_parallel_run import check_expert_parallel
 from ...transports import Transport, as_transport
 from .discovery import experts_modules
 from .patching import patch
