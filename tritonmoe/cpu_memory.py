@@ -1,22 +1,26 @@
-"""Memory on a CPU, where fresh pages cost more than the arithmetic on them: huge pages, buffers used again, tables."""
+"""Memory on a CPU, where fresh pages cost more than the arithmetic on them: huge pages, memory used again, tables."""
 
 import ctypes
+import math
 import sys
 import threading
 import weakref
+from bisect import bisect_left, insort
+from collections import deque
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "scratch", "to_device"]
+__all__ = ["empty", "recycled", "to_device"]
 
-SMALLEST_ADVISED_BYTES = 2**22
-"""Smaller pieces mostly come from memory that the process already has."""
-SMALLEST_SCRATCH_BYTES = 2**20
+SMALLEST_RECYCLED_BYTES = 2**20
 """Smaller pieces come fast enough from the allocator."""
-_PAGE_BYTES = 4096
+LARGEST_WASTE = 1.25
+"""So many times the bytes asked for a recycled block may have."""
+HUGE_PAGE_BYTES = 2**21
+_MADV_FREE = 8
 _MADV_HUGEPAGE = 14
 
 
@@ -30,22 +34,75 @@ def _madvise() -> Any:
     return function
 
 
-def empty(*shape: int, like: Tensor) -> Tensor:
-    """Give uninitialised memory of `shape` with the dtype and device of `like`; large CPU memory in huge pages.
-
-    Most Linux systems give huge pages only to who asks (transparent_hugepage = madvise): 33 MB of fresh memory then
-    cost 16 page faults instead of 8,000. It is advice: where the system has none, nothing changes.
-    """
-    tensor = like.new_empty(*shape)
-    num_bytes = tensor.numel() * tensor.itemsize
-    if tensor.device.type != "cpu" or num_bytes < SMALLEST_ADVISED_BYTES:
-        return tensor
+def _advise(block: Tensor, advice: int) -> None:
+    """Advise the system on the whole huge pages of a block, where it has any."""
     madvise = _madvise()
-    if madvise is not None:
-        first = -(-tensor.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
-        last = (tensor.data_ptr() + num_bytes) // _PAGE_BYTES * _PAGE_BYTES
-        madvise(first, last - first, _MADV_HUGEPAGE)
-    return tensor
+    first = -(-block.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    last = (block.data_ptr() + block.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if madvise is not None and first < last:
+        madvise(first, last - first, advice)
+
+
+class _Recycled:
+    """Blocks of memory that outlive the tensors in them: the next tensor of about that size gets one that is mapped.
+
+    A block that nobody uses stays mapped, but the system may take its pages where memory is short (MADV_FREE).
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.returned: deque[Tensor] = deque()
+        """What came back since; appended to by finalizers, which may run anywhere and so take no lock."""
+        self.unused: list[Tensor] = []
+        """From the smallest to the largest."""
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Give a block of num_bytes or somewhat more, uninitialised."""
+        with self.lock:
+            while self.returned:
+                insort(self.unused, self.returned.popleft(), key=_num_bytes)
+            place = bisect_left(self.unused, num_bytes, key=_num_bytes)
+            if place < len(self.unused) and self.unused[place].nbytes <= LARGEST_WASTE * num_bytes:
+                return self.unused.pop(place)
+            if place > 0:
+                del self.unused[place - 1]  # outgrown: so there are never more blocks than were in use at once
+        block = torch.empty(num_bytes, dtype=torch.uint8)
+        # Most Linux systems give huge pages only to who asks (transparent_hugepage = madvise): 33 MB of fresh memory
+        # then cost 16 page faults instead of 8,000. It is advice: where the system has none, nothing changes.
+        _advise(block, _MADV_HUGEPAGE)
+        return block
+
+    def give_back(self, block: Tensor) -> None:
+        _advise(block, _MADV_FREE)
+        self.returned.append(block)
+
+    def clear(self) -> None:
+        """Give the memory that nobody uses back to the system."""
+        with self.lock:
+            self.returned.clear()
+            self.unused.clear()
+
+
+def _num_bytes(block: Tensor) -> int:
+    return block.nbytes
+
+
+recycled = _Recycled()
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """Give uninitialised memory of `shape` with the dtype and device of `like`; large CPU memory is recycled.
+
+    It goes back when the last tensor in it is gone, wherever that was: gradients of weights, too, when an optimizer
+    sets them to None.
+    """
+    num_bytes = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or num_bytes < SMALLEST_RECYCLED_BYTES:
+        return like.new_empty(*shape)
+    block = recycled.take(num_bytes)
+    owner = (ctypes.c_char * num_bytes).from_address(block.data_ptr())
+    weakref.finalize(owner, recycled.give_back, block).atexit = False
+    return torch.frombuffer(owner, dtype=like.dtype).view(shape)
 
 
 _read_by_replays: list[Tensor] = []
@@ -62,28 +119,3 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         _read_by_replays.append(pinned)
     return pinned.to(device, non_blocking=True)
-
-
-class _Scratch(threading.local):
-    """Memory for what does not outlive one pass; a buffer goes back to its thread's pool when its owner goes.
-
-    So nested runs never share one.
-    """
-
-    def __init__(self) -> None:
-        self.free: dict[str, list[Tensor]] = {}
-
-    def take(self, owner: object, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Give (num_rows, width) uninitialised, owned until `owner` is collected; `name` keeps like sizes together."""
-        num_bytes = num_rows * width * dtype.itemsize
-        if num_bytes < SMALLEST_SCRATCH_BYTES:
-            return torch.empty(num_rows, width, dtype=dtype)
-        pool = self.free.setdefault(name, [])
-        buffer = pool.pop() if pool else torch.empty(0, dtype=torch.uint8)
-        if buffer.shape[0] < num_bytes:
-            buffer = empty(num_bytes, like=buffer)
-        weakref.finalize(owner, pool.append, buffer).atexit = False
-        return buffer[:num_bytes].view(dtype).view(num_rows, width)
-
-
-scratch = _Scratch()

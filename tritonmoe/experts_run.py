@@ -133,9 +133,9 @@ class ExpertsRun:
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
-            self.dh = self._scratch("dh", self.grouping.num_pairs, self._hidden_width)
+            self.dh = self._scratch(self.grouping.num_pairs, self._hidden_width)
             inner = layout.intermediate_size(self._hidden_width)
-            self.scaled_a = self._scratch("scaled_a", self.grouping.num_pairs, inner)
+            self.scaled_a = self._scratch(self.grouping.num_pairs, inner)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
@@ -263,23 +263,21 @@ class ExpertsRun:
         """2F, or F when ungated."""
         return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
 
-    def _scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+    def _scratch(self, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this run."""
-        if self.rows.device.type != "cpu":
-            return self.rows.new_empty(num_pairs, width)
-        return cpu_memory.scratch.take(self, name, num_pairs, width, self.rows.dtype)
+        return cpu_memory.empty(num_pairs, width, like=self.rows)
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this chunk."""
         if name not in self.reused:
             largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
-            self.reused[name] = self._scratch(name, largest, width)
+            self.reused[name] = self._scratch(largest, width)
         return self.reused[name][:num_pairs]
 
     def _block_scratch(self, name: str, block: GroupingBlock, width: int) -> Tensor:
         """Give (pairs of the block, width) of memory that is not needed after this block."""
         if name not in self.reused:
-            self.reused[name] = self._scratch(name, self.settings.ops.MAX_BLOCK_PAIRS, width)
+            self.reused[name] = self._scratch(self.settings.ops.MAX_BLOCK_PAIRS, width)
         return self.reused[name][: block.grouping.num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
@@ -302,7 +300,7 @@ class ExpertsRun:
             return None
         if "results" not in self.reused:
             offsets = self.grouping.chunk_pair_offsets
-            self.reused["results"] = self._scratch("results", offsets[-1] - offsets[first], self.rows.shape[1])
+            self.reused["results"] = self._scratch(offsets[-1] - offsets[first], self.rows.shape[1])
         return self.reused["results"]
 
     def _among_results(self, chunk: int) -> slice:

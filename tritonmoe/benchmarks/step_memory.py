@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..cpu_memory import scratch
+from ..cpu_memory import recycled
 
 __all__ = ["kept_for_backward_mb", "peak_mb"]
 
@@ -43,7 +43,7 @@ def peak_mb(run: Callable[[], Any]) -> float:
         torch.cuda.reset_peak_memory_stats()
         run()
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 3)
-    scratch.free.clear()  # what tritonmoe keeps from call to call counts too
+    recycled.clear()  # what tritonmoe keeps from call to call counts too
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
