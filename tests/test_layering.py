@@ -13,6 +13,7 @@ LAYERS = (
         "errors",
         "handles",
         "cpu_memory",
+        "cpu_threads",
         "config",
         "grouping",
         "kernels",

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonmoe as tm
+from tritonmoe import cpu_memory
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.capacity import capped_traffic
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
@@ -25,6 +26,12 @@ HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, SIZE = 64, 48, 8, 3, 4
 NUM_TOKENS = (640, 800, 0, 480)
 BOUND = 0.10
 """Chunks have their share of the rows only in the mean, and of index arithmetic only the lasting part is counted."""
+
+
+@pytest.fixture(autouse=True)
+def no_memory_is_recycled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HeldStorages doesn't see what comes from elsewhere than torch's allocator."""
+    monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)
 
 
 class HeldStorages(TorchDispatchMode):

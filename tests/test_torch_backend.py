@@ -9,6 +9,7 @@ import torch
 from tolerance import assert_close_to_exact
 from torch import Tensor
 
+import tritonmoe as tm
 from tritonmoe.backends import choose, reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
@@ -298,3 +299,25 @@ def test_experts_whose_pairs_share_a_batched_product_share_no_values(dtype: torc
     assert not grads.gate_up_proj[1].isfinite().all()
     torch.testing.assert_close(grads.gate_up_proj[3], rows[3:].mT @ values[3:])
     assert grads.gate_up_proj[[0, 2]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("num_tokens", [90, 900], ids="T{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_finite_stays_with_its_expert(dtype: torch.dtype, num_tokens: int) -> None:
+    """Products of narrow dtypes take rows of the next expert along."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(num_tokens).view(-1, 1).remainder(2)  # 45 or 450 pairs each
+    weights = [torch.randn(2, *shape, generator=generator).to(dtype) for shape in ((32, 24), (24, 16))]
+    topk_weights = torch.rand(num_tokens, 1, generator=generator)
+    good = torch.randn(num_tokens, 24, generator=generator).to(dtype)
+    for damaged in (0, 1):
+        own, others = ids.view(-1) == damaged, ids.view(-1) != damaged
+        found = []
+        for x in (good, good.masked_fill(own.view(-1, 1), torch.nan)):
+            leaves = [t.clone().requires_grad_() for t in (x, topk_weights, *weights)]
+            y = tm.moe_mlp(leaves[0], ids, *leaves[1:], backend="torch")
+            found.append([y, *torch.autograd.grad(y.float().sum(), leaves)])
+        for clean, value in zip(*found, strict=True):
+            part = others if value.shape[0] == num_tokens else [1 - damaged]
+            assert torch.equal(clean[part], value[part])
+            assert value[own if value.shape[0] == num_tokens else [damaged]].isnan().all()

@@ -12,6 +12,7 @@ from .arguments import ExpertWeights, cast_for_autocast, check_arguments, find_m
 from .autograd import without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
+from .cpu_threads import num_workers
 from .count_exchange import DTYPE_CODES, CallHeader
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
@@ -151,6 +152,7 @@ def run_call(
             save=save,
             has_backward=grad_enabled,
             max_block_pairs=settings.ops.MAX_BLOCK_PAIRS,
+            num_workers=num_workers(x.device),
         )
         kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
         chooser = state.choosers.setdefault(

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from . import cpu_memory
 from .arguments import ExpertSettings, ExpertWeights, MainGrads
-from .backends.reference import WeightGrads
+from .backends.reference import WeightGrads, accumulation_dtype
 from .config import Activation, ExpertLayout, is_fused
+from .cpu_threads import for_each, num_workers
 from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertsRun", "activation_parameters", "checked_activation", "weight_gradients", "zero_padding"]
+
+SMALLEST_BLOCK_PAIRS = 256
+"""What more workers than blocks don't cut blocks below."""
 
 
 @dataclass
@@ -47,7 +51,7 @@ class ExpertsRun:
     activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
     reused: dict[str, Tensor] = field(default_factory=dict)
-    """Memory that every chunk, or every block, uses again."""
+    """Memory that every chunk uses again."""
     activation_parameters: list[Tensor] = field(default_factory=list)
     activation_grads: list[Tensor | None] = field(default_factory=list)
     """Callable activations: the gradients of activation_parameters so far."""
@@ -65,7 +69,7 @@ class ExpertsRun:
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
-            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            blocks = self._blocks(grouping)
             is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
             if self.keep_hidden and self.h is None and not is_whole:
                 self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
@@ -75,16 +79,17 @@ class ExpertsRun:
                 if self.keep_hidden and is_whole:
                     self.h = h
             else:
-                width, inner = self._hidden_width, layout.intermediate_size(self._hidden_width)
-                if y is None:
-                    y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
-                for block in blocks:
-                    self._forward_block(
-                        block,
-                        out_h=self._block_scratch("h", block, width) if h is None else h[block.positions],
-                        out_a=self._block_scratch("a", block, inner),
-                        out_y=y[block.positions],
-                    )
+                pairs_h, pairs_y = (
+                    h,
+                    self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if y is None else y,
+                )
+
+                def forward_block(block: GroupingBlock) -> None:
+                    out_h = None if pairs_h is None else pairs_h[block.positions]
+                    self._forward_block(block, out_h=out_h, out_y=pairs_y[block.positions])
+
+                for_each(forward_block, blocks, self.rows.device)
+                y = pairs_y
         else:
             w1, b1, w2, b2 = self.weights
             h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
@@ -101,7 +106,6 @@ class ExpertsRun:
         block: GroupingBlock,
         needs_h: bool = False,
         out_h: Tensor | None = None,
-        out_a: Tensor | None = None,
         out_y: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         ops, layout, activation = self.settings[:3]
@@ -116,7 +120,6 @@ class ExpertsRun:
             activation,
             needs_h=needs_h,
             out_h=out_h,
-            out_a=out_a,
             options=options,
         )
         return h, ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
@@ -146,14 +149,19 @@ class ExpertsRun:
         dx_pairs = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
             h = None if self.h is None else _part(self.h, pairs)
-            blocks = grouping.blocks(ops.MAX_BLOCK_PAIRS)
+            blocks = self._blocks(grouping)
             if len(blocks) == 1:
                 dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx, dx_pairs)
             else:
                 if needs_dx and dx_pairs is None:
                     dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
-                parts = [self._backward_block(b, dout, h, dh, scaled_a, needs_dx, dx_pairs)[0] for b in blocks]
-                dweights = torch.cat(parts)
+                dweights = torch.empty(grouping.num_pairs, dtype=accumulation_dtype(dout.dtype), device=dout.device)
+
+                def backward_block(block: GroupingBlock) -> None:
+                    part, _ = self._backward_block(block, dout, h, dh, scaled_a, needs_dx, dx_pairs)
+                    dweights[block.positions] = part
+
+                for_each(backward_block, blocks, dout.device)
         else:
             w1, _, w2, b2 = self.weights
             a = self.activation_graphs[chunk][1].detach()
@@ -205,6 +213,13 @@ class ExpertsRun:
             return dweights, None
         out = None if dx_pairs is None else _part(dx_pairs, positions)
         return dweights, ops.up_grad(part_dh, w1, block.grouping, layout, out=out, options=options)
+
+    def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
+        """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
+        most, workers = self.settings.ops.MAX_BLOCK_PAIRS, num_workers(self.rows.device)
+        if most is not None and workers > 1 and grouping.num_pairs > most:
+            most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-grouping.num_pairs // (2 * workers))))
+        return grouping.blocks(most)
 
     def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
@@ -273,12 +288,6 @@ class ExpertsRun:
             largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
             self.reused[name] = self._scratch(largest, width)
         return self.reused[name][:num_pairs]
-
-    def _block_scratch(self, name: str, block: GroupingBlock, width: int) -> Tensor:
-        """Give (pairs of the block, width) of memory that is not needed after this block."""
-        if name not in self.reused:
-            self.reused[name] = self._scratch(self.settings.ops.MAX_BLOCK_PAIRS, width)
-        return self.reused[name][: block.grouping.num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])

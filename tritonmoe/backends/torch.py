@@ -5,7 +5,7 @@ the product and the activation of a block are read back while they are warm in c
 per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import cpu_memory
 from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from ..cpu_threads import for_each, num_workers
 from ..grouping import Grouping, RowSources
 from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
 
@@ -25,6 +26,8 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, the experts' products may go as one batched product."""
 LARGEST_PADDING = 2.5
 """So many times the pairs' rows it may have."""
+ROWS_MULTIPLE = 8
+"""What rows of products in narrow dtypes are rounded up to on a CPU, see _padding."""
 FEW_PAIRS = 16
 """Up to so many pairs, those of one token, grouping in Python pays."""
 COMBINE_BLOCK_TERMS = 768
@@ -81,13 +84,36 @@ def _products(
         out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
         values = values.index_select(0, index)
-    experts, counts = grouping.host_counts
-    for e, part, target in zip(experts, values.split(counts), out.split(counts), strict=True):
+
+    def multiply(e: int, rows: slice, target: Tensor) -> None:
         if bias is None:
-            torch.mm(part, matrices[e], out=target)
+            torch.mm(values[rows], matrices[e], out=target)
         else:
-            torch.addmm(bias[e], part, matrices[e], out=target)
+            torch.addmm(bias[e], values[rows], matrices[e], out=target)
+
+    for e, positions in _expert_slices(grouping):
+        first, last = positions.start, positions.stop
+        num_rows = last - first + _padding(values, last - first)
+        if first + num_rows <= grouping.num_pairs:
+            # What it says of the next experts' pairs, their own products replace.
+            rows = slice(first, first + num_rows)
+            multiply(e, rows, out[rows])
+        elif num_rows <= last:
+            product = values.new_empty(num_rows, width)
+            multiply(e, slice(last - num_rows, last), product)
+            out[positions] = product[first - last :]
+        else:
+            multiply(e, positions, out[positions])
     return out
+
+
+def _padding(values: Tensor, num_pairs: int) -> int:
+    """Give how many rows to add to a product of num_pairs.
+
+    For narrow dtypes a CPU has no product until one is generated for the very shape, which takes longer than to compute
+    it, and 1024 are kept: the numbers of pairs, which every routing has others of, must not be among the shapes.
+    """
+    return -num_pairs % ROWS_MULTIPLE if values.device.type == "cpu" and values.itemsize < 4 else 0
 
 
 def group(
@@ -450,9 +476,12 @@ def _outer_sums(
         return both if pairs_first else both[::-1]
 
     if accumulate is not None:
-        for e, positions in _expert_slices(grouping):
-            left, right = factors(positions)
-            _accumulate_product(accumulate[e], left.mT, right)
+
+        def accumulate_expert(expert: tuple[int, slice]) -> None:
+            left, right = factors(expert[1])
+            _accumulate_product(accumulate[expert[0]], left.mT, right)
+
+        _for_each_expert(accumulate_expert, grouping)
         return None
     num_experts = grouping.num_experts
     widths = (pair_values.shape[1], row_values.shape[1])
@@ -466,13 +495,34 @@ def _outer_sums(
             if first == last:  # its slots have other experts' pairs, perhaps not finite
                 out[e].zero_()
         return out
+
+    def sum_expert(expert: tuple[int, slice]) -> None:
+        left, right = factors(expert[1])
+        padding = _padding(left, left.shape[0])
+        if padding:
+            left, right = (F.pad(factor, (0, 0, 0, padding)) for factor in (left, right))
+        torch.mm(left.mT, right, out=out[expert[0]])
+
+    _for_each_expert(sum_expert, grouping)
     for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
         if first == last:
             out[e].zero_()
-        else:
-            left, right = factors(slice(first, last))
-            torch.mm(left.mT, right, out=out[e])
     return out
+
+
+def _for_each_expert(function: Callable[[tuple[int, slice]], None], grouping: Grouping) -> None:
+    """Call `function` on each expert that has pairs and their positions in source order, on a CPU several at a time.
+
+    From the one with most pairs on, so that the threads end together. Where some have so many that they don't, those
+    come one after the other, and all threads share their operations.
+    """
+    experts = sorted(_expert_slices(grouping), key=lambda expert: expert[1].start - expert[1].stop)
+    device = grouping.pair_index.device
+    share = grouping.host_expert_offsets[-1] / (2 * num_workers(device))
+    num_large = sum(positions.stop - positions.start > share for _, positions in experts)
+    for expert in experts[:num_large]:
+        function(expert)
+    for_each(function, experts[num_large:], device)
 
 
 def _accumulate_product(target: Tensor, left: Tensor, right: Tensor) -> None:

@@ -17,9 +17,6 @@ from .schedule import Schedule, Step, build_backward, build_forward
 __all__ = ["BufferWidths", "PeakBytes", "peak_bytes"]
 
 INDEX_BYTES = 4
-EXPERTS_GATHERED = 2
-"""Backends that compute block by block gather the pairs of one expert for its weight gradients while they still have
-those of the expert before."""
 TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
 """F columns, in fp32 or wider, with which they compute the activation of a block's pairs, and its backward."""
 PLACES_BYTES = 3 * 8
@@ -48,6 +45,8 @@ class BufferWidths:
     max_block_pairs: int | None = None
     """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module); None: a chunk's, as the kernels
     do."""
+    num_workers: int = 1
+    """On how many blocks, or experts' weight gradients, it works at a time."""
 
     @property
     def row_bytes(self) -> int:
@@ -141,7 +140,7 @@ class _Walk:
                     self._hold("h", pairs * widths.hidden_bytes)
                 per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
                 temporaries = TEMPORARIES * widths.temporary_bytes
-                self._compute(step, widths.inner_bytes, per_pair + temporaries, scratch_bytes=per_pair)
+                self._compute(step, widths.inner_bytes, per_pair + temporaries)
             elif step.kind == "combine":
                 self._return_rows(step)
         return self._most()
@@ -165,7 +164,7 @@ class _Walk:
             elif step.kind == "dispatch_backward":
                 self._return_rows(step)
             elif step.kind == "weight_grad" and widths.max_block_pairs is not None:
-                gathered = pairs * min(1.0, EXPERTS_GATHERED / widths.num_local_experts)
+                gathered = pairs * min(1.0, widths.num_workers / widths.num_local_experts)
                 # One range of pairs is in source order already: only its rows are gathered.
                 self._count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
             elif step.kind == "routing_backward":
@@ -218,11 +217,8 @@ class _Walk:
         self._let_go(("partial", step.chunk))
         self._post_rows(step, self.received, self.home, self._other_row_bytes)
 
-    def _compute(self, step: Step, whole_bytes: int, block_bytes: int, scratch_bytes: int = 0) -> None:
-        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more.
-
-        scratch_bytes of block_bytes are in memory that the blocks of a segment with several use again.
-        """
+    def _compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
+        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more."""
         assert step.chunk is not None
         segment, widths = step.chunk + self.plan.num_local_slices, self.widths
         is_kept = self.plan.chunk_by == "experts" and step.chunk >= 0
@@ -233,10 +229,9 @@ class _Walk:
         else:
             pairs, block_pairs = self.pairs[segment], widths.max_block_pairs
             has_blocks = pairs > block_pairs
-            self._hold_at_least("block", has_blocks * block_pairs * float(scratch_bytes))
             # First the rows of a block's pairs are gathered; then there are results of pairs, and the rows' sums, which
             # are copied to where they go.
-            block = pairs.clamp(max=block_pairs) * (widths.row_bytes + block_bytes - has_blocks * scratch_bytes)
+            block = pairs.clamp(max=block_pairs * widths.num_workers) * (widths.row_bytes + block_bytes)
             sums = self.received[segment] * widths.row_bytes
             if not is_kept:
                 self._hold_at_least("y", has_blocks * self.largest_pairs * widths.row_bytes)
