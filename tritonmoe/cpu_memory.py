@@ -17,6 +17,8 @@ __all__ = ["empty", "recycled", "to_device"]
 
 SMALLEST_RECYCLED_BYTES = 2**20
 """Smaller pieces come fast enough from the allocator."""
+SMALLEST_FREED_BYTES = 2**24
+"""Smaller pieces are used again so soon and so often that to mark them costs as much as to use them."""
 LARGEST_WASTE = 1.25
 """So many times the bytes asked for a recycled block may have."""
 HUGE_PAGE_BYTES = 2**21
@@ -46,7 +48,8 @@ def _advise(block: Tensor, advice: int) -> None:
 class _Recycled:
     """Blocks of memory that outlive the tensors in them: the next tensor of about that size gets one that is mapped.
 
-    A block that nobody uses stays mapped, but the system may take its pages where memory is short (MADV_FREE).
+    A block that nobody uses stays mapped; of a large one the system may take the pages where
+    memory is short (MADV_FREE).
     """
 
     def __init__(self) -> None:
@@ -73,7 +76,8 @@ class _Recycled:
         return block
 
     def give_back(self, block: Tensor) -> None:
-        _advise(block, _MADV_FREE)
+        if block.nbytes >= SMALLEST_FREED_BYTES:
+            _advise(block, _MADV_FREE)
         self.returned.append(block)
 
     def clear(self) -> None:

@@ -26,6 +26,8 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, the experts' products may go as one batched product."""
 LARGEST_PADDING = 2.5
 """So many times the pairs' rows it may have."""
+LARGEST_GATHER_PAIRS, LARGEST_GATHER_BYTES = 16, 2**23
+"""Up to so many pairs, the weights that they need are copied, where those of one product have so many bytes at most."""
 ROWS_MULTIPLE = 8
 """What rows of products in narrow dtypes are rounded up to on a CPU, see _padding."""
 FEW_PAIRS = 16
@@ -74,9 +76,7 @@ def _products(
     if _pads(grouping):
         slots = grouping.slots
         padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
-        padded = padded.view(grouping.num_experts, -1, values.shape[1])
-        products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
-        products = products.view(-1, width)
+        products = _batched(padded.view(grouping.num_experts, -1, values.shape[1]), matrices, bias).view(-1, width)
         if out is None:
             return products.index_select(0, slots.of_pairs)
         return torch.index_select(products, 0, slots.of_pairs, out=out)
@@ -84,36 +84,100 @@ def _products(
         out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
         values = values.index_select(0, index)
-
-    def multiply(e: int, rows: slice, target: Tensor) -> None:
-        if bias is None:
-            torch.mm(values[rows], matrices[e], out=target)
-        else:
-            torch.addmm(bias[e], values[rows], matrices[e], out=target)
-
-    for e, positions in _expert_slices(grouping):
-        first, last = positions.start, positions.stop
-        num_rows = last - first + _padding(values, last - first)
+    experts, counts = grouping.host_counts
+    if _gathers(values, matrices, grouping):
+        chosen = grouping.used_experts
+        matrices, bias = _rows_of(matrices, chosen), None if bias is None else bias[chosen]
+        if max(counts) == 1:
+            return _batched(values.unsqueeze(1), matrices, bias, out.unsqueeze(1)).squeeze(1)
+        pairs, of_pairs = _few_slots(counts)
+        padded = values.index_select(0, pairs).view(len(experts), -1, values.shape[1])
+        return torch.index_select(_batched(padded, matrices, bias).view(-1, width), 0, of_pairs, out=out)
+    biases = [None] * len(experts) if bias is None else [bias[e] for e in experts]
+    if not _is_rounded(values, max(counts, default=0)):
+        parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
+        for e, expert_bias, part, target in zip(experts, biases, parts, targets, strict=True):
+            _multiply(part, matrices[e], expert_bias, target)
+        return out
+    last = 0
+    for e, expert_bias, count in zip(experts, biases, counts, strict=True):
+        first, last = last, last + count
+        num_rows = count + _padding(values, count)
         if first + num_rows <= grouping.num_pairs:
             # What it says of the next experts' pairs, their own products replace.
             rows = slice(first, first + num_rows)
-            multiply(e, rows, out[rows])
+            _multiply(values[rows], matrices[e], expert_bias, out[rows])
         elif num_rows <= last:
             product = values.new_empty(num_rows, width)
-            multiply(e, slice(last - num_rows, last), product)
-            out[positions] = product[first - last :]
+            _multiply(values[last - num_rows : last], matrices[e], expert_bias, product)
+            out[first:last] = product[-count:]
         else:
-            multiply(e, positions, out[positions])
+            _multiply(values[first:last], matrices[e], expert_bias, out[first:last])
     return out
+
+
+def _gathers(values: Tensor, matrices: Tensor, grouping: Grouping) -> bool:
+    """Say whether to copy the few weights that few pairs need, side by side, for one batched product.
+
+    A product with few rows takes as long as its weights take from memory, and a copy reads them faster than many small
+    products do; while they fit into the outer cache it is worth it.
+    """
+    experts, counts = grouping.host_counts
+    num_bytes = len(experts) * matrices.shape[1] * matrices.shape[2] * matrices.itemsize
+    return (
+        0 < grouping.num_pairs <= LARGEST_GATHER_PAIRS
+        and num_bytes <= LARGEST_GATHER_BYTES
+        and len(experts) * max(counts) <= LARGEST_PADDING * grouping.num_pairs
+        and values.device.type == "cpu"
+    )
+
+
+def _rows_of(matrices: Tensor, chosen: Tensor) -> Tensor:
+    """Give matrices[chosen], in the order of axes that they have in memory."""
+    if matrices.stride(2) != 1:
+        return _rows_of(matrices.mT, chosen).mT if matrices.stride(1) == 1 else matrices.index_select(0, chosen)
+    out = cpu_memory.empty(chosen.shape[0], *matrices.shape[1:], like=matrices)
+    return torch.index_select(matrices, 0, chosen, out=out)
+
+
+def _few_slots(counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Give Grouping.slots of few pairs, of the experts that have any: pairs and of_pairs."""
+    most, first = max(counts), 0
+    pairs: list[int] = []
+    of_pairs: list[int] = []
+    for e, count in enumerate(counts):
+        pairs += [min(first + slot, first + count - 1) for slot in range(most)]
+        of_pairs += range(e * most, e * most + count)
+        first += count
+    both = torch.tensor(pairs + of_pairs).split_with_sizes([len(pairs), len(of_pairs)])
+    return both[0], both[1]
+
+
+def _batched(padded: Tensor, matrices: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return torch.bmm(padded, matrices, out=out)
+    return torch.baddbmm(bias.unsqueeze(1), padded, matrices, out=out)
+
+
+def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(part, matrix, out=out)
+    else:
+        torch.addmm(bias, part, matrix, out=out)
 
 
 def _padding(values: Tensor, num_pairs: int) -> int:
     """Give how many rows to add to a product of num_pairs.
 
     For narrow dtypes a CPU has no product until one is generated for the very shape, which takes longer than to compute
-    it, and 1024 are kept: the numbers of pairs, which every routing has others of, must not be among the shapes.
+    it, and 1024 are kept: the numbers of pairs, which every routing has others of, must not be among the shapes, except
+    for the smallest ones.
     """
-    return -num_pairs % ROWS_MULTIPLE if values.device.type == "cpu" and values.itemsize < 4 else 0
+    return -num_pairs % ROWS_MULTIPLE if _is_rounded(values, num_pairs) else 0
+
+
+def _is_rounded(values: Tensor, num_pairs: int) -> bool:
+    return num_pairs > ROWS_MULTIPLE and values.itemsize < 4 and values.device.type == "cpu"
 
 
 def group(
@@ -191,17 +255,21 @@ def _group_few(topk_ids: Tensor, num_experts: int) -> Grouping:
         counts[ids[pair]] += 1
         inverse[pair] = position
     host_expert_offsets = [0, *accumulate(counts)]
-    expert_offsets = torch.tensor(host_expert_offsets, dtype=torch.int32)
+    rows = [pair // topk_ids.shape[1] for pair in order]
+    everything = torch.tensor(host_expert_offsets + order + rows + inverse, dtype=torch.int32)  # tensors cost most here
+    expert_offsets, pair_index, row_index, inverse_index = everything.split_with_sizes(
+        [num_experts + 1, len(order), len(order), len(ids)]
+    )
     grouping = Grouping(
-        pair_index=torch.tensor(order, dtype=torch.int32),
+        pair_index=pair_index,
         expert_offsets=expert_offsets,
-        inverse=torch.tensor(inverse, dtype=torch.int32).view(topk_ids.shape),
+        inverse=inverse_index.view(topk_ids.shape),
         source_order=None,
         chunk_expert_offsets=expert_offsets.unsqueeze(0),
         chunk_row_offsets=(0, topk_ids.shape[0]),
         chunk_pair_offsets=(0, len(order)),
     )
-    grouping.__dict__["host_expert_offsets"] = host_expert_offsets
+    grouping.__dict__.update(host_expert_offsets=host_expert_offsets, row_index=row_index)
     return grouping
 
 
