@@ -216,9 +216,11 @@ class ExpertsRun:
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
-        most, workers = self.settings.ops.MAX_BLOCK_PAIRS, num_workers(self.rows.device)
-        if most is not None and workers > 1 and grouping.num_pairs > most:
-            most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-grouping.num_pairs // (2 * workers))))
+        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
+        if most is not None and num_pairs > most:
+            workers = num_workers(self.rows.device)
+            if workers > 1:
+                most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
         return grouping.blocks(most)
 
     def _block_weights(self, block: GroupingBlock) -> ExpertWeights:

@@ -123,11 +123,6 @@ class Grouping:
         return [e for e, count in enumerate(counts) if count], [count for count in counts if count]
 
     @cached_property
-    def used_experts(self) -> torch.Tensor:
-        """The experts that have pairs, int64, on the CPU."""
-        return torch.tensor(self.host_counts[0])
-
-    @cached_property
     def slots(self) -> "Slots":
         """As many slots for every expert as the one with most pairs needs (a host read where tensors are on a device).
 

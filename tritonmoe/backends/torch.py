@@ -5,6 +5,7 @@ the product and the activation of a block are read back while they are warm in c
 per step. Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, pairwise
 
@@ -26,8 +27,9 @@ SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, the experts' products may go as one batched product."""
 LARGEST_PADDING = 2.5
 """So many times the pairs' rows it may have."""
-LARGEST_GATHER_PAIRS, LARGEST_GATHER_BYTES = 16, 2**23
-"""Up to so many pairs, the weights that they need are copied, where those of one product have so many bytes at most."""
+FEW_ROWS, USED_SHARE = 16, 0.75
+"""Or any number of times, where experts have so few rows that their weights take longer to come from memory, and where
+that share of the experts has rows."""
 ROWS_MULTIPLE = 8
 """What rows of products in narrow dtypes are rounded up to on a CPU, see _padding."""
 FEW_PAIRS = 16
@@ -54,10 +56,12 @@ def _pads(grouping: Grouping) -> bool:
     pairs are few.
     """
     num_pairs, num_experts = grouping.host_expert_offsets[-1], grouping.num_experts
-    return (
-        0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts
-        and num_experts * max(grouping.host_counts[1]) <= LARGEST_PADDING * num_pairs
-    )
+    if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts:
+        return False
+    experts, counts = grouping.host_counts
+    if max(counts) <= FEW_ROWS and len(experts) >= USED_SHARE * num_experts:
+        return True
+    return num_experts * max(counts) <= LARGEST_PADDING * num_pairs
 
 
 def _products(
@@ -76,7 +80,9 @@ def _products(
     if _pads(grouping):
         slots = grouping.slots
         padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
-        products = _batched(padded.view(grouping.num_experts, -1, values.shape[1]), matrices, bias).view(-1, width)
+        padded = padded.view(grouping.num_experts, -1, values.shape[1])
+        products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
+        products = products.view(-1, width)
         if out is None:
             return products.index_select(0, slots.of_pairs)
         return torch.index_select(products, 0, slots.of_pairs, out=out)
@@ -85,22 +91,18 @@ def _products(
     if index is not None:
         values = values.index_select(0, index)
     experts, counts = grouping.host_counts
-    if _gathers(values, matrices, grouping):
-        chosen = grouping.used_experts
-        matrices, bias = _rows_of(matrices, chosen), None if bias is None else bias[chosen]
-        if max(counts) == 1:
-            return _batched(values.unsqueeze(1), matrices, bias, out.unsqueeze(1)).squeeze(1)
-        pairs, of_pairs = _few_slots(counts)
-        padded = values.index_select(0, pairs).view(len(experts), -1, values.shape[1])
-        return torch.index_select(_batched(padded, matrices, bias).view(-1, width), 0, of_pairs, out=out)
-    biases = [None] * len(experts) if bias is None else [bias[e] for e in experts]
     if not _is_rounded(values, max(counts, default=0)):
         parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
-        for e, expert_bias, part, target in zip(experts, biases, parts, targets, strict=True):
-            _multiply(part, matrices[e], expert_bias, target)
+        if bias is None:
+            for e, part, target in zip(experts, parts, targets, strict=True):
+                torch.mm(part, matrices[e], out=target)
+        else:
+            for e, part, target in zip(experts, parts, targets, strict=True):
+                torch.addmm(bias[e], part, matrices[e], out=target)
         return out
     last = 0
-    for e, expert_bias, count in zip(experts, biases, counts, strict=True):
+    for e, count in zip(experts, counts, strict=True):
+        expert_bias = None if bias is None else bias[e]
         first, last = last, last + count
         num_rows = count + _padding(values, count)
         if first + num_rows <= grouping.num_pairs:
@@ -114,49 +116,6 @@ def _products(
         else:
             _multiply(values[first:last], matrices[e], expert_bias, out[first:last])
     return out
-
-
-def _gathers(values: Tensor, matrices: Tensor, grouping: Grouping) -> bool:
-    """Say whether to copy the few weights that few pairs need, side by side, for one batched product.
-
-    A product with few rows takes as long as its weights take from memory, and a copy reads them faster than many small
-    products do; while they fit into the outer cache it is worth it.
-    """
-    experts, counts = grouping.host_counts
-    num_bytes = len(experts) * matrices.shape[1] * matrices.shape[2] * matrices.itemsize
-    return (
-        0 < grouping.num_pairs <= LARGEST_GATHER_PAIRS
-        and num_bytes <= LARGEST_GATHER_BYTES
-        and len(experts) * max(counts) <= LARGEST_PADDING * grouping.num_pairs
-        and values.device.type == "cpu"
-    )
-
-
-def _rows_of(matrices: Tensor, chosen: Tensor) -> Tensor:
-    """Give matrices[chosen], in the order of axes that they have in memory."""
-    if matrices.stride(2) != 1:
-        return _rows_of(matrices.mT, chosen).mT if matrices.stride(1) == 1 else matrices.index_select(0, chosen)
-    out = cpu_memory.empty(chosen.shape[0], *matrices.shape[1:], like=matrices)
-    return torch.index_select(matrices, 0, chosen, out=out)
-
-
-def _few_slots(counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Give Grouping.slots of few pairs, of the experts that have any: pairs and of_pairs."""
-    most, first = max(counts), 0
-    pairs: list[int] = []
-    of_pairs: list[int] = []
-    for e, count in enumerate(counts):
-        pairs += [min(first + slot, first + count - 1) for slot in range(most)]
-        of_pairs += range(e * most, e * most + count)
-        first += count
-    both = torch.tensor(pairs + of_pairs).split_with_sizes([len(pairs), len(of_pairs)])
-    return both[0], both[1]
-
-
-def _batched(padded: Tensor, matrices: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if bias is None:
-        return torch.bmm(padded, matrices, out=out)
-    return torch.baddbmm(bias.unsqueeze(1), padded, matrices, out=out)
 
 
 def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -248,16 +207,16 @@ def group(
 
 def _group_few(topk_ids: Tensor, num_experts: int) -> Grouping:
     """Group one chunk of few pairs in Python, which for those is faster than a dozen operations on tensors."""
-    ids = topk_ids.flatten().tolist()
+    ids, top_k = topk_ids.flatten().tolist(), topk_ids.shape[1]
     order = sorted((pair for pair, expert in enumerate(ids) if 0 <= expert < num_experts), key=ids.__getitem__)
     counts, inverse = [0] * num_experts, [-1] * len(ids)
     for position, pair in enumerate(order):
         counts[ids[pair]] += 1
         inverse[pair] = position
     host_expert_offsets = [0, *accumulate(counts)]
-    rows = [pair // topk_ids.shape[1] for pair in order]
-    everything = torch.tensor(host_expert_offsets + order + rows + inverse, dtype=torch.int32)  # tensors cost most here
-    expert_offsets, pair_index, row_index, inverse_index = everything.split_with_sizes(
+    rows = [pair // top_k for pair in order]
+    numbers = torch.frombuffer(array("i", host_expert_offsets + order + rows + inverse), dtype=torch.int32)
+    expert_offsets, pair_index, row_index, inverse_index = numbers.split_with_sizes(
         [num_experts + 1, len(order), len(order), len(ids)]
     )
     grouping = Grouping(
@@ -269,7 +228,9 @@ def _group_few(topk_ids: Tensor, num_experts: int) -> Grouping:
         chunk_row_offsets=(0, topk_ids.shape[0]),
         chunk_pair_offsets=(0, len(order)),
     )
-    grouping.__dict__.update(host_expert_offsets=host_expert_offsets, row_index=row_index)
+    experts = list(dict.fromkeys(ids[pair] for pair in order))
+    host_counts = experts, [counts[e] for e in experts]
+    grouping.__dict__.update(host_expert_offsets=host_expert_offsets, host_counts=host_counts, row_index=row_index)
     return grouping
 
 
@@ -356,7 +317,7 @@ def combine(
             if terms.shape[0] == 0:
                 return result.zero_() if add is None else result.copy_(add)
         scales = None if weights is None else weights.flatten()
-        sums = F.embedding_bag(terms.long(), y, starts, mode="sum", per_sample_weights=scales)
+        sums = torch.embedding_bag(y, terms.long(), starts, False, 0, False, scales)[0]  # 0: sum
         return result.copy_(sums if add is None else sums.add_(add))
     if y.shape[0] == 0:
         return result.zero_() if add is None else result.copy_(add)
