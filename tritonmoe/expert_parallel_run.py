@@ -12,8 +12,8 @@ from .arguments import ExpertWeights, cast_for_autocast, check_arguments, find_m
 from .autograd import without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
-from .cpu_threads import num_workers
 from .count_exchange import DTYPE_CODES, CallHeader
+from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
 from .experts_run import activation_parameters
