@@ -27,6 +27,9 @@ CONFIG = tm.MoEConfig(
     hidden_size=D, intermediate_size=FF, num_experts=E, top_k=K, bias=True, load_balance_loss_weight=0.1
 )
 PLAN = tm.OverlapPlan((1, 2), local_start=3, window=1)
+compiles_in_threads = pytest.mark.skipif(
+    torch.__version__.startswith("2.10."), reason="torch 2.10 crashes where two threads compile, as emulated ranks do"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +108,7 @@ class SideBySide(nn.Module):
 # One graph, and eager's bits
 
 
+@compiles_in_threads
 @pytest.mark.parametrize(
     ("options", "layout"),
     [
@@ -128,6 +132,7 @@ def test_fullgraph_gives_the_bits_of_eager(options: dict, layout: dict[str, bool
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
 
 
+@compiles_in_threads
 def test_fullgraph_of_a_model_with_two_layers() -> None:
     def on_rank(transport: Transport) -> None:
         model = TwoLayers(transport)
@@ -389,6 +394,7 @@ def test_graphs_on_one_transport_in_any_order() -> None:
 # Ranks that don't fit together
 
 
+@compiles_in_threads
 def test_a_rank_without_needs_is_refused_on_every_rank() -> None:
     def on_rank(transport: Transport) -> None:
         layer = tm.GroupedExperts(CONFIG, transport)
@@ -402,6 +408,7 @@ def test_a_rank_without_needs_is_refused_on_every_rank() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
 
 
+@compiles_in_threads
 def test_refused_arguments_reach_the_other_ranks() -> None:
     def on_rank(transport: Transport) -> None:
         def call(**tensors: Tensor) -> Tensor:
