@@ -20,6 +20,9 @@ MOST_WORKERS = 4
 
 Item = TypeVar("Item")
 
+_starting = threading.Lock()
+"""While workers start, what number of threads new ones begin with is not that of the caller."""
+
 
 def num_workers(device: torch.device) -> int:
     """Give how many items for_each works on at a time: as many as the caller's operations have threads, at most 4."""
@@ -44,7 +47,8 @@ def for_each(function: Callable[[Item], object], items: Sequence[Item], device: 
             for item in remaining:
                 function(item)
 
-    workers = _workers(count, torch.get_num_threads() // count)
+    with _starting:
+        workers = _workers(count, torch.get_num_threads() // count)
     for future in [workers.submit(work) for _ in range(count)]:
         future.result()
 
@@ -74,5 +78,6 @@ def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
     return executor
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads don't survive a fork
+if hasattr(os, "register_at_fork"):  # threads don't survive a fork
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+    os.register_at_fork(after_in_child=_workers.cache_clear)
