@@ -30,8 +30,8 @@ LARGEST_PADDING = 2.5
 FEW_ROWS, USED_SHARE = 16, 0.75
 """Or any number of times, where experts have so few rows that their weights take longer to come from memory, and where
 that share of the experts has rows."""
-ROWS_MULTIPLE = 8
-"""What rows of products in narrow dtypes are rounded up to on a CPU, see _padding."""
+ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
+"""What rows of products in narrow dtypes are rounded up to on a CPU, from so many on, see _padding."""
 FEW_PAIRS = 16
 """Up to so many pairs, those of one token, grouping in Python pays."""
 COMBINE_BLOCK_TERMS = 768
@@ -136,7 +136,7 @@ def _padding(values: Tensor, num_pairs: int) -> int:
 
 
 def _is_rounded(values: Tensor, num_pairs: int) -> bool:
-    return num_pairs > ROWS_MULTIPLE and values.itemsize < 4 and values.device.type == "cpu"
+    return num_pairs >= FEWEST_ROUNDED and values.itemsize < 4 and values.device.type == "cpu"
 
 
 def group(
