@@ -196,6 +196,23 @@ def run_ep_implementation(name: str, directory: Path, layout: str) -> None:
     assert torch.equal(alone, tokens[own][:1])
 
 
+def run_refused_ep_implementation(name: str, directory: Path) -> None:
+    """transformers refuses it before a weight is read."""
+    import pytest
+    from transformers.distributed import DistributedConfig
+
+    odd = directory / "seven-experts"
+    if rank == 0:
+        config = transformers.MixtralConfig(**SIZES, num_local_experts=7)
+        AutoModelForCausalLM.from_config(config).save_pretrained(odd)
+    dist.barrier()
+    tmt.register(OVERLAP)
+    for sizes in ({"tp_size": size}, {"fsdp_size": size}):
+        layout = DistributedConfig(**sizes, ep_size=size, ep_implementation="tritonmoe")
+        with pytest.raises(ValueError, match=f"7 experts across {size} expert-parallel ranks"):
+            AutoModelForCausalLM.from_pretrained(odd, experts_implementation="tritonmoe", distributed_config=layout)
+
+
 def ep_implementations(model: nn.Module):
     for module in model.modules():
         forward = module.__dict__.get("forward")
@@ -336,6 +353,7 @@ CASES = {
     "load": run_load,
     "normed": run_normed,
     "refused": run_refused,
+    "refused_ep_implementation": run_refused_ep_implementation,
 }
 
 
