@@ -1,9 +1,11 @@
 """A Qwen3-MoE-like model and one of its blocks under tritonmoe, transformers' own experts implementations, and Liger.
 
-Everything runs in one process, in turn, with the same weights; only experts_implementation changes.
+Everything runs in one process, in turn, with the same weights; only experts_implementation changes. Every call has
+another batch, the same for all of them: what an implementation prepares for one routing helps it with no other.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +29,30 @@ ROUTINGS = {"uniform": 0.0, "skewed": 1.0}
 PASSES = ("training", "prefill", "decode")
 
 
+NUM_BATCHES = 16
+
+
 class Subject:
-    """The model or its first MoE block, and its three passes; every variant sets its implementation first."""
+    """The model or its first MoE block, and its three passes; every variant sets its implementation and batch first."""
 
     def __init__(self, model: Any, is_block: bool, num_tokens: int, new_tokens: int) -> None:
         self.model, self.new_tokens = model, new_tokens
         self.block = model.model.layers[0].mlp if is_block else None
         device = model.device
         generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(2, model.config.vocab_size, (1, num_tokens), generator=generator).to(device)
-        width = model.config.hidden_size
-        self.rows = torch.randn(1, num_tokens, width, generator=generator).to(device, model.dtype)
-        self.rows.requires_grad_()
+        vocab_size, width = model.config.vocab_size, model.config.hidden_size
+        self.batches = [
+            (
+                torch.randint(2, vocab_size, (1, num_tokens), generator=generator).to(device),
+                torch.randn(1, num_tokens, width, generator=generator).to(device, model.dtype).requires_grad_(),
+            )
+            for _ in range(NUM_BATCHES)
+        ]
+        self.take(0)
+
+    def take(self, call: int) -> None:
+        """Let the passes run on the batch of this call: token ids (1, T) of the model, rows (1, T, D) of the block."""
+        self.ids, self.rows = self.batches[call % NUM_BATCHES]
 
     def training(self) -> None:
         """Forward and backward; no optimizer step, which no implementation changes."""
@@ -94,10 +108,11 @@ def peers_that_run(subject: Subject, kind: str, num_tokens: int) -> tuple[list[s
 
 
 def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], None]:
-    run = getattr(subject, kind)
+    run, calls = getattr(subject, kind), itertools.count()
 
     def set_and_run() -> None:
         subject.model.set_experts_implementation(implementation)
+        subject.take(next(calls))
         run()
 
     return set_and_run
