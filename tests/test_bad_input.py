@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe import arguments as argument_checks
-from tritonmoe import backends, dispatch
+from tritonmoe import backends, count_exchange
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0
@@ -343,7 +343,7 @@ def test_weights_that_are_not_finite(value: float) -> None:
 
 def test_more_pairs_than_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's own pairs fit, what one of them would receive does not: all of them say so."""
-    monkeypatch.setattr(dispatch, "MAX_PAIRS", 11)
+    monkeypatch.setattr(count_exchange, "MAX_PAIRS", 11)
 
     def fn(transport: Transport) -> None:
         ids = torch.full((3, 2), 4)
@@ -351,7 +351,7 @@ def test_more_pairs_than_positions(monkeypatch: pytest.MonkeyPatch) -> None:
             parallel(transport, topk_ids=lambda: ids)
 
     assert errors_of(fn) == [None, None]
-    monkeypatch.setattr(dispatch, "MAX_PAIRS", 12)
+    monkeypatch.setattr(count_exchange, "MAX_PAIRS", 12)
     assert errors_of(lambda t: parallel(t, topk_ids=lambda: torch.full((3, 2), 4))) == [None, None]
 
 
