@@ -12,6 +12,7 @@ from .layer import GroupedExperts
 from .overlap.cost_model import LinkCosts, StepCosts, fit_line
 from .overlap.executor import LayerReport
 from .overlap.tuner import shortest_steps
+from .transport_state import LayerCalls
 from .transports import LocalTransport, Transport
 
 __all__ = ["probe", "probe_link", "probe_steps"]
@@ -128,10 +129,12 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
 @contextmanager
 def _one_chunk(experts: GroupedExperts) -> Iterator[None]:
     """Let a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
-    before = experts.transport, experts.overlap
-    plan = OverlapPlan(local_first=False, serial=True, wire_dtype=experts.overlap.wire_dtype)
-    experts.transport, experts.overlap = experts.transport or LocalTransport(), plan
+    before = experts.transport, experts.overlap, experts._calls
+    if experts.transport is None:
+        experts.transport = LocalTransport()
+        experts._calls = LayerCalls(experts.transport)
+    experts.overlap = OverlapPlan(local_first=False, serial=True, wire_dtype=experts.overlap.wire_dtype)
     try:
         yield
     finally:
-        experts.transport, experts.overlap = before
+        experts.transport, experts.overlap, experts._calls = before
