@@ -23,7 +23,16 @@ from .config import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions
 from .experts_run import ExpertsRun
 from .grouping import Grouping
 
-__all__ = ["OperatorSettings", "decode_activation", "encode", "moe_mlp_operator", "run_backward", "run_forward"]
+__all__ = [
+    "OperatorSettings",
+    "decode_activation",
+    "encode",
+    "gradient_shapes",
+    "moe_mlp_operator",
+    "refuse_second_derivative",
+    "run_backward",
+    "run_forward",
+]
 
 Needs = tuple[bool, bool, bool, bool, bool, bool]
 """Which gradients are wanted: x, topk_weights, then the weights in the order of ExpertWeights."""
@@ -205,7 +214,13 @@ def _moe_mlp_backward_shapes(
     needs: list[bool],
     *settings: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = (x, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias)
+    return gradient_shapes((x, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias), needs)
+
+
+def gradient_shapes(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Give fake gradients of the inputs, the first of which is there; no elements where not wanted."""
+    x = inputs[0]
+    assert x is not None
     return tuple(
         tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
@@ -232,12 +247,12 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, *others, None, *(None for _ in ctx.settings)
 
 
-def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
-_moe_mlp_backward.register_autograd(_refuse_second_derivative)
+_moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
 def _num_products(topk_ids_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .arguments import ExpertWeights
-from .autograd import SECOND_DERIVATIVE, without_autocast
+from .autograd import without_autocast
 from .config import WIRE_DTYPES, KernelOptions, OverlapConfig, OverlapPlan
 from .count_exchange import CHUNK_BY
-from .custom_ops import OperatorSettings, decode_activation
+from .custom_ops import OperatorSettings, decode_activation, gradient_shapes, refuse_second_derivative
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_run import Needs, run_call
 from .handles import find, hold
@@ -215,11 +215,7 @@ def _gradient_shapes(
     down_bias: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    inputs = (dout, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias)
-    grads = (
-        tensor.new_empty(tensor.shape) if tensor is not None and needed else dout.new_empty(0)
-        for tensor, needed in zip(inputs, needs, strict=True)
-    )
+    grads = gradient_shapes((dout, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias), needs)
     return *grads, kept.new_empty(1)
 
 
@@ -244,12 +240,8 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, dx, None, *others, *(None for _ in range(rest))
 
 
-def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(SECOND_DERIVATIVE)
-
-
 _expert_parallel_mlp.register_autograd(_backward, setup_context=_setup_context)
-_expert_parallel_mlp_backward.register_autograd(_refuse_second_derivative)
+_expert_parallel_mlp_backward.register_autograd(refuse_second_derivative)
 
 
 def expert_parallel_operator(
