@@ -79,10 +79,8 @@ class ExpertsRun:
                 if self.keep_hidden and is_whole:
                     self.h = h
             else:
-                pairs_h, pairs_y = (
-                    h,
-                    self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if y is None else y,
-                )
+                pairs_h = h
+                pairs_y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if y is None else y
 
                 def forward_block(block: GroupingBlock) -> None:
                     out_h = None if pairs_h is None else pairs_h[block.positions]
@@ -136,9 +134,9 @@ class ExpertsRun:
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
-            self.dh = self._scratch(self.grouping.num_pairs, self._hidden_width)
+            self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             inner = layout.intermediate_size(self._hidden_width)
-            self.scaled_a = self._scratch(self.grouping.num_pairs, inner)
+            self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
@@ -280,15 +278,11 @@ class ExpertsRun:
         """2F, or F when ungated."""
         return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
 
-    def _scratch(self, num_pairs: int, width: int) -> Tensor:
-        """Give (num_pairs, width) of memory that is not needed after this run."""
-        return cpu_memory.empty(num_pairs, width, like=self.rows)
-
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this chunk."""
         if name not in self.reused:
             largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
-            self.reused[name] = self._scratch(largest, width)
+            self.reused[name] = cpu_memory.empty(largest, width, like=self.rows)
         return self.reused[name][:num_pairs]
 
     def _pairs(self, chunk: int) -> slice:
@@ -311,7 +305,7 @@ class ExpertsRun:
             return None
         if "results" not in self.reused:
             offsets = self.grouping.chunk_pair_offsets
-            self.reused["results"] = self._scratch(offsets[-1] - offsets[first], self.rows.shape[1])
+            self.reused["results"] = cpu_memory.empty(offsets[-1] - offsets[first], self.rows.shape[1], like=self.rows)
         return self.reused["results"]
 
     def _among_results(self, chunk: int) -> slice:

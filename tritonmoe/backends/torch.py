@@ -93,12 +93,8 @@ def _products(
     experts, counts = grouping.host_counts
     if not _is_rounded(values, max(counts, default=0)):
         parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
-        if bias is None:
-            for e, part, target in zip(experts, parts, targets, strict=True):
-                torch.mm(part, matrices[e], out=target)
-        else:
-            for e, part, target in zip(experts, parts, targets, strict=True):
-                torch.addmm(bias[e], part, matrices[e], out=target)
+        for e, part, target in zip(experts, parts, targets, strict=True):
+            _multiply(part, matrices[e], None if bias is None else bias[e], target)
         return out
     last = 0
     for e, count in zip(experts, counts, strict=True):
