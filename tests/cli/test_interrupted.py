@@ -20,7 +20,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "P
 STARTED_WITHIN_S = 90.0
 ENDS_WITHIN_S = 20.0
 TRITONMOE = [sys.executable, "-m", "tritonmoe"]
-BENCH = [*TRITONMOE, "bench", "overlap", "--netns", "2", "--model", "tiny", "--tokens", "64"]
+BENCH = [*TRITONMOE, "bench", "overlap", "--model", "tiny", "--tokens", "64"]
+ONE_LEVEL = ["--netns", "2"]
+TWO_LEVELS = ["--netns", "4", "--node-size", "2", "--inter-rate", "500mbit"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TRAIN = [*TORCHRUN, str(ROOT / "examples" / "train_expert_parallel.py"), "--steps"]
 
@@ -99,9 +101,17 @@ WHO = [pytest.param(True, id="all"), pytest.param(False, id="the first", marks=p
 
 
 @pytest.mark.skipif(unusable_reason() is not None, reason=str(unusable_reason()))
-@pytest.mark.parametrize("everybody", WHO)
-def test_a_benchmark_in_namespaces(tmp_path: Path, everybody: bool) -> None:
-    """The ranks measure already: a megabyte has come to each."""
+@pytest.mark.parametrize(
+    ("ranks", "everybody"),
+    [
+        pytest.param(ONE_LEVEL, True, id="all"),
+        pytest.param(ONE_LEVEL, False, id="the first", marks=pytest.mark.slow),
+        pytest.param(TWO_LEVELS, True, id="all of two levels", marks=pytest.mark.slow),
+        pytest.param(TWO_LEVELS, False, id="the first of two levels", marks=pytest.mark.slow),
+    ],
+)
+def test_a_benchmark_in_namespaces(tmp_path: Path, ranks: list[str], everybody: bool) -> None:
+    """The ranks measure already: a megabyte has come to each. The next run gets as far."""
 
     def is_running(session: int, said: str) -> bool:
         received = []
@@ -109,13 +119,14 @@ def test_a_benchmark_in_namespaces(tmp_path: Path, everybody: bool) -> None:
             with contextlib.suppress(OSError):
                 lines = Path(f"/proc/{pid}/net/dev").read_text().split("\n")
                 received += [int(line.split()[1]) for line in lines if line.strip().startswith(f"{INTERFACE}:")]
-        return len([count for count in received if count > 1e6]) >= 2
+        return len([count for count in received if count > 1e6]) >= int(ranks[1])
 
     files = ["--json", "figures", "--trace", "trace", "--png", "picture"]
-    said = interrupt([*BENCH, "--rounds", "100000", *files], tmp_path, is_running, everybody=everybody)
-    assert "tritonmoe bench: interrupted" in said
+    for _ in range(2 if everybody else 1):
+        said = interrupt([*BENCH, *ranks, "--rounds", "100000", *files], tmp_path, is_running, everybody=everybody)
+        assert "tritonmoe bench: interrupted" in said
     if not everybody:
-        run([*BENCH, "--rounds", "1", "--chunks", "1"], tmp_path)
+        run([*BENCH, *ranks, "--rounds", "1", "--chunks", "1"], tmp_path)
 
 
 @pytest.mark.parametrize("everybody", WHO)

@@ -1,18 +1,12 @@
-"""Three gloo processes per case, of which the last one fails in the middle of a layer call; what the others get.
+"""What the ranks of a case do, of which the last one fails in the middle of a layer call: on any transport.
 
-Run as fault_cases.py FOLDER [SECONDS] it writes FOLDER/results.json: by case, what every rank raised or gave, with
-SECONDS only of the cases in which a rank comes late, by so many. The processes of a case are forks of one that has
-imported torch already. Run as fault_cases.py FOLDER gloo CASE RANK SIZE, or by mpiexec as fault_cases.py FOLDER mpi
-CASE, it is one rank of one case, whose end is a user's.
+On two levels there are four ranks, in nodes of two, and exchanges of three kinds: of all ranks, between nodes, inside.
 """
 
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +15,15 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.count_exchange import MAX_SEGMENTS
-from tritonmoe.transports import MPITransport, PendingExchange, ProcessGroupTransport, Transport
+from tritonmoe.report.perfetto import write_chrome_trace
+from tritonmoe.report.timeline import layer_timeline
+from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport
 
-SIZE = 3
+SIZE, TWO_LEVEL_SIZE, NODE_SIZE = 3, 4, 2
 VICTIM = SIZE - 1
 TIMEOUT_S = 1.5
 LATE_S = 0.5
-HANGS_AFTER_S = 20.0
-CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=6, top_k=2)
+CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=12, top_k=2)
 TWO_CHUNKS = tm.OverlapConfig(2)
 EXCHANGES = (
     "counts",
@@ -44,48 +39,97 @@ EXCHANGES = (
     "routing_backward",
 )
 """What a forward and backward in two chunks exchange, in this order."""
+TWO_LEVEL_EXCHANGES = (
+    "counts",
+    "metadata",
+    "dispatch 0",
+    "dispatch 1",
+    "node_metadata",
+    *("node_dispatch local", "node_combine local"),
+    *("node_dispatch 0", "node_combine 0", "combine 0"),
+    *("node_dispatch 1", "node_combine 1", "combine 1"),
+    *("node_dispatch local end", "node_combine local end"),
+    *("combine_backward 0", "combine_backward 1"),
+    *("node_combine_backward local", "node_dispatch_backward local", "node_routing_backward local"),
+    *("node_combine_backward local end", "node_dispatch_backward local end", "node_routing_backward local end"),
+    *("node_combine_backward 0", "node_dispatch_backward 0", "node_routing_backward 0", "dispatch_backward 0"),
+    *("node_combine_backward 1", "node_dispatch_backward 1", "node_routing_backward 1", "dispatch_backward 1"),
+    "routing_backward",
+)
+"""The same on two levels, on all of them together; node_ is inside a node."""
 
 
-class FaultyTransport(Transport):
-    """Passes everything on, and does something of its own before one exchange."""
+def is_victim(transport: Transport) -> bool:
+    return transport.rank == transport.size - 1
 
-    def __init__(self, transport: Transport, exchange: str, fault: Callable[[], None]) -> None:
+
+class WatchedTransport(Transport):
+    """Passes everything on, and does something of its own before every exchange."""
+
+    def __init__(self, transport: Transport, before: Callable[[], None]) -> None:
         self.rank, self.size = transport.rank, transport.size
         self._transport = transport
-        self._countdown = EXCHANGES.index(exchange)
-        self._fault = fault
-
-    def _count(self) -> None:
-        if self._countdown == 0:
-            self._fault()
-        self._countdown -= 1
+        self._before = before
 
     def exchange(
         self, rows: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
     ) -> PendingExchange:
-        self._count()
+        self._before()
         return self._transport.exchange(rows, input_splits, output_splits, out)
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
-        self._count()
+        self._before()
         return self._transport.exchange_counts(counts)
 
 
+def failing(transport: Transport, exchange: str, fault: Callable[[], None]) -> Transport:
+    """Give the same transport with a fault before one exchange, whichever level it is on."""
+    is_two_level = isinstance(transport, TwoLevelTransport)
+    countdown = [(TWO_LEVEL_EXCHANGES if is_two_level else EXCHANGES).index(exchange)]
+
+    def before() -> None:
+        if countdown[0] == 0:
+            fault()
+        countdown[0] -= 1
+
+    if not isinstance(transport, TwoLevelTransport):
+        return WatchedTransport(transport, before)
+    world, between, inside = (
+        WatchedTransport(level, before) for level in (transport.world, transport.between_nodes, transport.inside_node)
+    )
+    return TwoLevelTransport(world, NODE_SIZE, between_nodes=between, inside_node=inside)
+
+
 ROWS_OF_CHUNK_1 = 3 - 3 * MAX_SEGMENTS
-"""A place in the message that a rank gets: it ends in rows of every segment, two local ones first, pairs, rows back."""
+"""A place in the message that a rank gets: it ends in rows of every segment, two local ones first, pairs, rows back. On
+two levels it ends in rows to relay, and how many of them for each of two ranks."""
+DAMAGED = 1
+"""The rank whose message is damaged; on two levels it has the victim's place in the other node."""
 
 
-class DamagingTransport(FaultyTransport):
-    """Gives counts of rank 0 of which one has a bit too many, or too few."""
+class DamagingTransport(WatchedTransport):
+    """Gives counts of another rank of which one has a bit too many, or too few."""
 
     def __init__(self, transport: Transport, place: int = ROWS_OF_CHUNK_1, bit: int = 4) -> None:
-        super().__init__(transport, "counts", lambda: None)
+        super().__init__(transport, lambda: None)
         self._place, self._bit = place, bit
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         received = super().exchange_counts(counts)
-        received[0, self._place] ^= self._bit
+        received[DAMAGED, self._place] ^= self._bit
         return received
+
+
+def damaging(transport: Transport, *what: int) -> Transport:
+    """Give the same transport with damaged counts: what DamagingTransport takes."""
+    if not isinstance(transport, TwoLevelTransport):
+        return DamagingTransport(transport, *what)
+    return TwoLevelTransport(
+        DamagingTransport(transport.world, *what),
+        NODE_SIZE,
+        between_nodes=transport.between_nodes,
+        inside_node=transport.inside_node,
+    )
 
 
 def die() -> None:
@@ -95,32 +139,38 @@ def die() -> None:
 
 def step(transport: Transport, overlap: tm.OverlapConfig = TWO_CHUNKS, **options: Any) -> float:
     """Run forward and backward of a layer and give a number that all of it goes into."""
+    return run_layer(transport, overlap, **options)[0]
+
+
+def run_layer(
+    transport: Transport, overlap: tm.OverlapConfig = TWO_CHUNKS, **options: Any
+) -> tuple[float, tm.GroupedExperts]:
     experts = tm.GroupedExperts(CONFIG, transport, overlap, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(transport.rank)
     x = torch.randn(16, 8, generator=generator, requires_grad=True)
-    weights, ids = torch.randn(16, 6, generator=generator).softmax(1).topk(2)
+    weights, ids = torch.randn(16, CONFIG.num_experts, generator=generator).softmax(1).topk(2)
     weights.requires_grad_()
     if options:
         # One rank alone, with an activation of its own.
-        up, down = experts.gate_up_proj, experts.down_proj
+        up, down, num_experts = experts.gate_up_proj, experts.down_proj, CONFIG.num_experts
         y = tm.expert_parallel_mlp(
-            x, ids, weights, up, down, num_experts=6, transport=transport, overlap=overlap, **options
+            x, ids, weights, up, down, num_experts=num_experts, transport=transport, overlap=overlap, **options
         )
     else:
         y = experts(x, ids, weights)
     y.square().sum().backward()
     assert x.grad is not None
     assert experts.gate_up_proj.grad is not None
-    return float(y.detach().sum() + x.grad.sum() + experts.gate_up_proj.grad.sum())
+    return float(y.detach().sum() + x.grad.sum() + experts.gate_up_proj.grad.sum()), experts
 
 
 def killed_in(exchange: str) -> Callable[[Transport], object]:
-    return lambda transport: step(FaultyTransport(transport, exchange, die) if transport.rank == VICTIM else transport)
+    return lambda transport: step(failing(transport, exchange, die) if is_victim(transport) else transport)
 
 
 def late(seconds: float) -> Callable[[Transport], object]:
     return lambda transport: step(
-        FaultyTransport(transport, "dispatch 1", lambda: time.sleep(seconds)) if transport.rank == VICTIM else transport
+        failing(transport, "dispatch 1", lambda: time.sleep(seconds)) if is_victim(transport) else transport
     )
 
 
@@ -129,7 +179,7 @@ def fails_in_experts(fail: Callable[[], object]) -> Callable[[Transport], object
 
     def run(transport: Transport) -> object:
         def activation(h: Tensor) -> Tensor:
-            if h.shape[0] and transport.rank == VICTIM:
+            if h.shape[0] and is_victim(transport):
                 fail()
             return h[:, :4].sigmoid() * h[:, 4:]
 
@@ -142,7 +192,7 @@ def fails_in_backward_experts(fail: Callable[[], object]) -> Callable[[Transport
     def run(transport: Transport) -> object:
         def activation(h: Tensor) -> Tensor:
             a = h[:, :4].sigmoid() * h[:, 4:]
-            if a.requires_grad and transport.rank == VICTIM:
+            if a.requires_grad and is_victim(transport):
                 a.register_hook(lambda _: fail())  # type: ignore[arg-type, return-value]
             return a
 
@@ -152,11 +202,11 @@ def fails_in_backward_experts(fail: Callable[[], object]) -> Callable[[Transport
 
 
 def corrupted_counts(transport: Transport) -> object:
-    return step(DamagingTransport(transport) if transport.rank == VICTIM else transport)
+    return step(damaging(transport) if is_victim(transport) else transport)
 
 
 def different_chunks(transport: Transport) -> object:
-    return step(transport, tm.OverlapConfig(3) if transport.rank == VICTIM else TWO_CHUNKS)
+    return step(transport, tm.OverlapConfig(3) if is_victim(transport) else TWO_CHUNKS)
 
 
 def different_layer_order(transport: Transport) -> object:
@@ -164,9 +214,17 @@ def different_layer_order(transport: Transport) -> object:
         tm.MoELayer(CONFIG, transport, TWO_CHUNKS, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
     ]
     x = torch.ones(3, 8)
-    for layer in layers[::-1] if transport.rank == VICTIM else layers:
+    for layer in layers[::-1] if is_victim(transport) else layers:
         x = layer(x)
     return float(x.detach().sum())
+
+
+def full_disk(transport: Transport) -> object:
+    """Every rank traces its first call, and the last one has no room for that; the others go on to the next call."""
+    _, experts = run_layer(transport)
+    trace = {"first": [layer_timeline("first", experts.last_report)]}
+    write_chrome_trace(Path("/dev/full" if is_victim(transport) else "/dev/null"), trace)
+    return step(transport)
 
 
 def interrupted(transport: Transport) -> object:
@@ -184,87 +242,22 @@ CASES: dict[str, Callable[[Transport], object]] = {
     "corrupted_counts": corrupted_counts,
     "different_chunks": different_chunks,
     "different_layer_order": different_layer_order,
+    "full_disk": full_disk,
     "interrupted": interrupted,
+    "one_interrupted": interrupted,
     "healthy": step,
 }
-
-
-def run_rank(name: str, rank: int, folder: Path, timeout_s: float) -> None:
-    """Run one rank of one case, and write what became of it."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=300)
-    )
-    transport = ProcessGroupTransport(timeout_s=HANGS_AFTER_S if name == "interrupted" else timeout_s)
-    transport.exchange_counts(torch.zeros(SIZE, 1, dtype=torch.int64))
-    (folder / f"{name}.{rank}.started").touch()
-    started = time.perf_counter()
-    result: dict[str, Any] = {}
-    try:
-        result["value"] = CASES[name](transport)
-    except BaseException as error:
-        result["error"], result["words"] = type(error).__name__, str(error)
-    result["seconds"] = time.perf_counter() - started
-    (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
-
-
-def run_as_a_user(folder: Path, backend: str, name: str, rank: int = 0) -> None:
-    """Run one rank of one case in a process of its own; what it raises ends it as it would end a user's."""
-    if backend == "mpi":
-        from mpi4py import MPI
-
-        transport: Transport = MPITransport(MPI.COMM_WORLD, timeout_s=TIMEOUT_S)
-    else:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=SIZE)
-        transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
-    (folder / f"{name}.{transport.rank}.pid").write_text(str(os.getpid()))
-    transport.exchange_counts(torch.zeros(SIZE, 1, dtype=torch.int64))
-    CASES[name](transport)
-
-
-def run_case(name: str, folder: Path, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    pids = []
-    for rank in range(SIZE):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run_rank(name, rank, folder, timeout_s)
-            finally:
-                os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
-        pids.append(pid)
-    deadline = time.monotonic() + HANGS_AFTER_S + 3 * timeout_s
-    running = set(pids)
-    while running and time.monotonic() < deadline:
-        running -= {pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]}
-        if name == "interrupted" and len(list(folder.glob(f"{name}.*.started"))) == SIZE:
-            time.sleep(LATE_S)  # now all but the late one wait for it
-            for pid in running:
-                os.kill(pid, signal.SIGINT)
-            name = "interrupted once"
-        time.sleep(0.01)
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    name = name.removesuffix(" once")
-    files = [folder / f"{name}.{rank}.json" for rank in range(SIZE)]
-    return {
-        "ranks": [json.loads(file.read_text()) if file.exists() else None for file in files],
-        "hung": [rank for rank, pid in enumerate(pids) if pid in running],
-    }
-
-
-def run_late_cases(late_s: float, folder: Path) -> dict[str, Any]:
-    """Let a rank come so many seconds late, with a timeout that allows it, and with half of that time."""
-    CASES.update(late=late(late_s), too_late=late(late_s))
-    timeouts = {"late": late_s + HANGS_AFTER_S, "too_late": late_s / 2, "healthy": TIMEOUT_S}
-    return {name: run_case(name, folder, timeout_s) for name, timeout_s in timeouts.items()}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
-    if arguments and arguments[0] in ("gloo", "mpi"):
-        run_as_a_user(folder, *arguments[:2], *map(int, arguments[2:3]))
-    else:
-        late_s = [float(seconds) for seconds in arguments]
-        results = run_late_cases(*late_s, folder) if late_s else {name: run_case(name, folder) for name in CASES}
-        (folder / "results.json").write_text(json.dumps(results))
+"""On one level; the last one shows that nothing of the others is in the way."""
+QUICK_TWO_LEVEL_CASES: dict[str, Callable[[Transport], object]] = {
+    "killed_in_dispatch": CASES["killed_in_dispatch"],
+    "killed_in_node_dispatch": killed_in("node_dispatch 1"),
+    "killed_in_node_backward": killed_in("node_combine_backward 0"),
+    **{name: CASES[name] for name in ("late", "corrupted_counts", "interrupted", "healthy")},
+}
+TWO_LEVEL_CASES: dict[str, Callable[[Transport], object]] = {
+    "killed_in_node_dispatch": killed_in("node_dispatch 1"),
+    "killed_in_node_combine": killed_in("node_combine 1"),
+    "killed_in_node_backward": killed_in("node_combine_backward 0"),
+    "killed_in_node_dispatch_backward": killed_in("node_dispatch_backward 1"),
+    **CASES,
+}

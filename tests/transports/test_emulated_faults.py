@@ -1,6 +1,7 @@
 """The same faults on emulated ranks: the others end in time, say rank, step and chunk, and the next run works."""
 
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -8,16 +9,21 @@ from collections.abc import Callable
 import pytest
 import torch
 from fault_cases import (
+    DAMAGED,
     EXCHANGES,
     MAX_SEGMENTS,
     SIZE,
     TWO_CHUNKS,
     VICTIM,
-    DamagingTransport,
+    corrupted_counts,
+    damaging,
     different_chunks,
     different_layer_order,
+    failing,
     fails_in_backward_experts,
     fails_in_experts,
+    full_disk,
+    is_victim,
     step,
 )
 
@@ -33,10 +39,15 @@ class Killed(BaseException):
 
 
 def heard_by(
-    fn: Callable[[Transport], object], timeout_s: float = 30.0, quick_s: float = QUICK_S, **options
+    fn: Callable[[Transport], object],
+    timeout_s: float = 30.0,
+    quick_s: float = QUICK_S,
+    size: int = SIZE,
+    raised: type[BaseException] = tm.TransportError,
+    **options,
 ) -> list[str]:
     """Run fn on all ranks and give what each raised, "" for nothing; all of it in time, and nothing stays behind."""
-    heard = [""] * SIZE
+    heard = [""] * size
 
     def on_rank(transport: Transport) -> None:
         try:
@@ -47,8 +58,8 @@ def heard_by(
 
     before, threads = time.perf_counter(), threading.active_count()
     try:
-        tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=timeout_s, **options)
-    except (tm.TransportError, Killed):
+        tm.run_on_emulated_ranks(on_rank, size, timeout_s=timeout_s, **options)
+    except raised:
         assert any(heard)
     assert time.perf_counter() - before < quick_s
     assert threading.active_count() == threads
@@ -87,7 +98,7 @@ def test_a_rank_killed_in_experts(fails: Callable, where: str) -> None:
     def die() -> None:
         raise Killed
 
-    heard = heard_by(fails(die))
+    heard = heard_by(fails(die), raised=Killed)
     assert heard[VICTIM] == "Killed: "
     for rank in range(VICTIM):
         assert re.search(f"^TransportError: {where}: .*rank {VICTIM} failed with Killed.*rank {rank} of", heard[rank])
@@ -116,8 +127,10 @@ def test_late_ranks(exchange: str, late_s: float) -> None:
 
 
 def test_corrupted_counts() -> None:
-    heard = heard_by(lambda t: step(DamagingTransport(t) if t.rank == VICTIM else t))
-    assert heard[VICTIM].startswith(f"CountMismatch: rank {VICTIM} got counts of rank 0 that contradict each other")
+    heard = heard_by(corrupted_counts)
+    assert heard[VICTIM].startswith(
+        f"CountMismatch: rank {VICTIM} got counts of rank {DAMAGED} that contradict each other"
+    )
     for rank in range(VICTIM):
         assert re.search(f"^TransportError: step metadata, all chunks: .*rank {VICTIM} failed with CountM", heard[rank])
 
@@ -132,7 +145,7 @@ DESCRIBED_COUNTS = [
 @pytest.mark.parametrize("place", DESCRIBED_COUNTS)
 def test_every_damaged_count_is_noticed(place: int) -> None:
     for bit in (1, 4):
-        heard = heard_by(lambda t, bit=bit: step(DamagingTransport(t, place, bit) if t.rank == VICTIM else t))
+        heard = heard_by(lambda t, bit=bit: step(damaging(t, place, bit) if t.rank == VICTIM else t))
         assert heard[VICTIM].startswith("CountMismatch"), (bit, heard)
 
 
@@ -144,6 +157,33 @@ def test_different_chunks() -> None:
 def test_different_layer_order() -> None:
     for words in heard_by(different_layer_order):
         assert re.search("^CountMismatch: the ranks disagree on layer .*rank 0: 0, rank 1: 0, rank 2: 1", words)
+
+
+def test_a_full_disk_under_the_trace_of_one_rank() -> None:
+    heard = heard_by(full_disk, raised=OSError)
+    assert heard[VICTIM].startswith("OSError: [Errno 28] the trace could not be written: No space left on device")
+    for words in heard[:VICTIM]:
+        assert re.search(f"^TransportError: count exchange of layer call 1, .*rank {VICTIM} failed with OSError", words)
+
+
+def interrupts_in(exchange: str) -> Callable[[Transport], object]:
+    """Let the last rank press Ctrl-C, which the main thread gets, before an exchange."""
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def interrupt() -> None:
+        time.sleep(0.3)  # what was posted before has arrived
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        time.sleep(0.3)
+
+    return lambda transport: step(failing(transport, exchange, interrupt) if is_victim(transport) else transport)
+
+
+def test_control_c() -> None:
+    heard = heard_by(interrupts_in("dispatch 1"), raised=KeyboardInterrupt)
+    for rank in range(VICTIM):
+        words = f"step dispatch, chunk 1: .* was cut off: .* interrupted by KeyboardInterrupt .rank {rank} of {SIZE}"
+        assert re.search(f"^TransportError: {words}", heard[rank]), heard
 
 
 def test_layers_called_in_one_order_may_be_called_again_and_again() -> None:

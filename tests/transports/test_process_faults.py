@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fault_cases
+import fault_processes
 import pytest
-from fault_cases import LATE_S, SIZE, TIMEOUT_S, VICTIM
+from fault_cases import DAMAGED, LATE_S, SIZE, TIMEOUT_S, VICTIM
 from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
 SURVIVORS = range(VICTIM)
@@ -24,7 +24,7 @@ SLACK_S = 4.0
 def all_results(*arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
-            [sys.executable, fault_cases.__file__, folder, *arguments],
+            [sys.executable, fault_processes.__file__, folder, *arguments],
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -34,8 +34,9 @@ def all_results(*arguments: str) -> dict[str, Any]:
         return json.loads((Path(folder) / "results.json").read_text())
 
 
-def ranks_of(name: str, *arguments: str) -> list[Any]:
-    results = all_results(*arguments)[name]
+def ranks_of(name: str, which: str = "one", *late_s: str) -> list[Any]:
+    """Give what the ranks of a case heard; the arguments are those of fault_processes.py."""
+    results = all_results(which, *late_s)[name]
     assert results["hung"] == [], results
     return results["ranks"]
 
@@ -64,7 +65,7 @@ LATE = [(), *(pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s"
 
 @pytest.mark.parametrize("late_s", LATE)
 def test_a_late_rank_changes_nothing(late_s: tuple[str, ...]) -> None:
-    healthy, late = ranks_of("healthy", *late_s), ranks_of("late", *late_s)
+    healthy, late = (ranks_of(name, "one", *late_s) for name in ("healthy", "late"))
     for rank in range(SIZE):
         assert "error" not in healthy[rank], healthy
         assert late[rank]["value"] == healthy[rank]["value"]
@@ -73,7 +74,7 @@ def test_a_late_rank_changes_nothing(late_s: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("late_s", LATE)
 def test_a_rank_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> None:
-    ranks, timeout_s = ranks_of("too_late", *late_s), float(*late_s) / 2 or TIMEOUT_S
+    ranks, timeout_s = ranks_of("too_late", "one", *late_s), float(*late_s) / 2 or TIMEOUT_S
     assert re.search(rf"^step \w+, chunk [01]: .*rank {VICTIM} of {SIZE}", ranks[VICTIM]["words"]), ranks
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
@@ -83,7 +84,7 @@ def test_a_rank_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> None:
 def run_as_users(name: str, backend: str, folder: Path) -> tuple[str, float]:
     """Run a case in processes that nobody watches over; gives what they said and the seconds."""
     before = time.perf_counter()
-    ended = run_processes(SIZE, backend, fault_cases.__file__, str(folder), backend, name, timeout_s=60)
+    ended = run_processes(SIZE, backend, fault_processes.__file__, str(folder), backend, name, timeout_s=60)
     assert 0 not in ended.statuses, ended
     return ended.output, time.perf_counter() - before
 
@@ -139,7 +140,7 @@ def test_a_rank_of_mpi_is_killed(name: str, tmp_path: Path) -> None:
         for rank in SURVIVORS:
             error = rf"TransportError: step \w+, (chunk [01]|all chunks): .*rank {rank} of {SIZE}"
             assert re.search(error, output), output
-    again = run_processes(SIZE, "mpi", fault_cases.__file__, str(tmp_path), "mpi", "healthy", timeout_s=60)
+    again = run_processes(SIZE, "mpi", fault_processes.__file__, str(tmp_path), "mpi", "healthy", timeout_s=60)
     assert again.statuses == [0], again
 
 
@@ -147,7 +148,7 @@ def test_corrupted_counts() -> None:
     """gloo itself would read memory that was never written, or abort."""
     ranks = ranks_of("corrupted_counts")
     assert ranks[VICTIM]["error"] == "CountMismatch"
-    words = f"^rank {VICTIM} got counts of rank 0 that contradict each other: .* rows in all, by segment"
+    words = f"^rank {VICTIM} got counts of rank {DAMAGED} that contradict each other: .* rows in all, by segment"
     assert re.search(words, ranks[VICTIM]["words"]), ranks
     for rank in SURVIVORS:
         assert re.search(f"^step metadata, all chunks: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
@@ -167,7 +168,26 @@ def test_ranks_that_disagree(name: str, words: str) -> None:
         assert re.search(words, result["words"]), result
 
 
+def test_a_full_disk_under_the_trace_of_one_rank() -> None:
+    """The others have called the next layer already."""
+    ranks = ranks_of("full_disk")
+    assert ranks[VICTIM]["error"] == "OSError"
+    assert "the trace could not be written: No space left on device" in ranks[VICTIM]["words"]
+    for rank in SURVIVORS:
+        where = "count exchange of layer call 1, before any chunk"
+        assert re.search(f"^{where}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
+
+
 def test_control_c() -> None:
     for result in ranks_of("interrupted"):
         assert result["error"] == "KeyboardInterrupt", result
         assert result["seconds"] < LATE_S + SLACK_S
+
+
+def test_control_c_in_one_rank() -> None:
+    ranks = ranks_of("one_interrupted")
+    assert ranks[VICTIM]["error"] == "KeyboardInterrupt"
+    for rank in SURVIVORS:
+        assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert ranks[rank]["seconds"] < LATE_S + SLACK_S

@@ -286,7 +286,9 @@ class EmulatedWorld:
             if exchange.failure is not None:
                 raise type(exchange.failure)(*exchange.failure.args)
             if self._closed_because is not None:
-                raise TransportError(f"exchange {exchange.number} was cut off: {self._closed_because}")
+                raise TransportError(
+                    f"exchange {exchange.number} was cut off: {self._closed_because} ({exchange.words})"
+                )
             absent = [rank for rank in exchange.incoming if self._num_posted[rank] <= exchange.number]
             if absent:
                 reason = f"has not heard from ranks {absent}"
