@@ -5,7 +5,16 @@ from collections.abc import Callable
 
 __all__ = ["BENCHMARKS", "load"]
 
-BENCHMARKS = ("overlap", "fixed_experts", "simulator", "moe_mlp", "scheduler", "transformers", "expert_parallel")
+BENCHMARKS = (
+    "overlap",
+    "auto",
+    "fixed_experts",
+    "simulator",
+    "moe_mlp",
+    "scheduler",
+    "transformers",
+    "expert_parallel",
+)
 
 
 def load(name: str) -> Callable[[list[str]], int | None]:

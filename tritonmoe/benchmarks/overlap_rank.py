@@ -23,7 +23,16 @@ from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
 from .timing import Samples
 from .workload import Workload, draw_ids
 
-__all__ = ["Link", "RankMeasurement", "Variant", "measure_rank", "variants_of"]
+__all__ = [
+    "Link",
+    "MeasuredLayer",
+    "RankMeasurement",
+    "Variant",
+    "measure_rank",
+    "predict",
+    "run_rounds",
+    "variants_of",
+]
 
 CALIBRATION_ROUNDS = 5
 COUNTED_CALLS = 4
@@ -41,10 +50,12 @@ class Variant:
     "two levels": overlapped, each token once to every other node."""
     num_chunks: int | None = None
     shape: str = "equal"
+    chunk_by: str = "tokens"
 
     def __str__(self) -> str:
         words = self.kind if self.num_chunks is None or self.kind == "compute" else f"{self.kind} C={self.num_chunks}"
-        return f"{words} {self.shape}" if self.shape != "equal" else words
+        words = f"{words} {self.shape}" if self.shape != "equal" else words
+        return words if self.chunk_by == "tokens" else f"{words} of {self.chunk_by}"
 
     @property
     def series(self) -> str:
@@ -56,7 +67,9 @@ class Variant:
             return OverlapConfig()
         assert self.num_chunks is not None
         shape: Any = self.shape
-        return OverlapConfig(self.num_chunks, serial=self.kind in ("serial", "compute"), shape=shape)
+        chunk_by: Any = self.chunk_by
+        is_serial = self.kind in ("serial", "compute")
+        return OverlapConfig(self.num_chunks, serial=is_serial, shape=shape, chunk_by=chunk_by)
 
 
 @dataclass
@@ -95,7 +108,7 @@ class RankMeasurement:
     this rank's costs."""
 
 
-class _Rank:
+class MeasuredLayer:
     """This rank's layer, batch and the ways to run them."""
 
     def __init__(self, transport: Transport, workload: Workload, device: torch.device, link: Link) -> None:
@@ -210,24 +223,12 @@ def measure_rank(
 
     compute_ratio: give the link the rate at which compute takes so many times as long as communication.
     """
-    rank = _Rank(transport, workload, torch.device(device), link)
+    rank = MeasuredLayer(transport, workload, torch.device(device), link)
     report = rank.run(Variant("serial", 1))
     assert report is not None
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
     variants = variants_of(chunks, link.two_levels is not None)
-    for variant in variants:
-        for _ in range(SETTLING_CALLS if variant.kind == "auto" else 1):
-            rank.run(variant)
-    seconds: Samples = {str(variant): [] for variant in variants}
-    reports: dict[str, list[LayerReport]] = {}
-    shuffle = random.Random(workload.seed).shuffle  # the same order on every rank
-    for _ in range(rounds):
-        shuffle(variants)
-        for variant in variants:
-            elapsed, variant_report = rank.timed(variant)
-            seconds[str(variant)].append(elapsed)
-            if variant_report is not None:
-                reports.setdefault(str(variant), []).append(variant_report)
+    seconds, reports = run_rounds(rank, variants, rounds)
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
     uplink_bytes = {"one level": uplinks} if uplinks else {}
     rows_between_nodes = None
@@ -245,12 +246,36 @@ def measure_rank(
         sent_bytes=sent_bytes,
         uplink_bytes=uplink_bytes,
         rows_between_nodes=rows_between_nodes,
-        predicted=_predict(rank, variants, seconds, reports),
+        predicted=predict(rank, variants, seconds, reports),
     )
 
 
-def _predict(
-    rank: _Rank, variants: list[Variant], seconds: Samples, reports: dict[str, list[LayerReport]]
+def run_rounds(
+    rank: MeasuredLayer, variants: list[Variant], rounds: int
+) -> tuple[Samples, dict[str, list[LayerReport]]]:
+    """Give this rank's seconds and reports by variant, round by round, after the calls that each needs to settle."""
+    for variant in variants:
+        for _ in range(SETTLING_CALLS if variant.kind == "auto" else 1):
+            rank.run(variant)
+    order = list(variants)
+    seconds: Samples = {str(variant): [] for variant in variants}
+    reports: dict[str, list[LayerReport]] = {}
+    shuffle = random.Random(rank.workload.seed).shuffle  # the same order on every rank
+    for _ in range(rounds):
+        shuffle(order)
+        for variant in order:
+            elapsed, report = rank.timed(variant)
+            seconds[str(variant)].append(elapsed)
+            if report is not None:
+                reports.setdefault(str(variant), []).append(report)
+    return seconds, reports
+
+
+def predict(
+    rank: MeasuredLayer,
+    variants: list[Variant],
+    seconds: Samples,
+    reports: dict[str, list[LayerReport]],
 ) -> dict[str, tuple[float, Sequence[Simulation]]]:
     """Simulate the schedules that were measured; every rank takes part, since the link is probed.
 
@@ -258,7 +283,11 @@ def _predict(
     count exchange, autograd) is that of compute alone.
     """
     link = probe_link(rank.transport, rank.device)
-    costs = layer_costs([report for name in reports if name.startswith("free transport") for report in reports[name]])
+    free = [variant for variant in variants if variant.kind == "free transport"]
+    costs = {
+        chunk_by: layer_costs([one for v in free if v.chunk_by == chunk_by for one in reports[str(v)]])
+        for chunk_by in {variant.chunk_by for variant in free}
+    }
     outside = [
         elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)
         for elapsed, report in zip(seconds["compute"], reports["compute"], strict=True)
@@ -276,13 +305,17 @@ def _predict(
             if variant.kind == "two levels":
                 assert two_levels is not None
                 work, over = two_levels, between_nodes
-            passes = simulate_layer(report.overlap, work, costs, over, backward=rank.workload.backward)
+            passes = simulate_layer(
+                report.overlap, work, costs[variant.chunk_by], over, backward=rank.workload.backward
+            )
             total_s = statistics.median(outside) + sum(one.total_s for one in passes)
             predicted[str(variant)] = total_s, passes
     return predicted
 
 
-def _two_level_work(rank: _Rank, reports: dict[str, list[LayerReport]], transport: TwoLevelTransport) -> TwoLevelWork:
+def _two_level_work(
+    rank: MeasuredLayer, reports: dict[str, list[LayerReport]], transport: TwoLevelTransport
+) -> TwoLevelWork:
     """Give what two levels send; every rank takes part."""
     node_of_expert = torch.arange(rank.num_experts) * transport.num_nodes // rank.num_experts
     nodes = node_of_expert[rank.topk_ids.cpu()]
@@ -291,7 +324,7 @@ def _two_level_work(rank: _Rank, reports: dict[str, list[LayerReport]], transpor
     return TwoLevelWork.of(layer_work(reports["compute"][-1]), torch.tensor(gather(transport, needed)), inside_link)
 
 
-def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: Link) -> float:
+def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float, link: Link) -> float:
     """Set the rate from compute alone and the bytes of the busiest port, then correct it by what that rate gives."""
     wished_s = rank.median_s(Variant("compute", 1)) / compute_ratio
     exchanges = 4 if rank.workload.backward else 2
@@ -310,7 +343,9 @@ def _choose_rate(rank: _Rank, report: LayerReport, compute_ratio: float, link: L
     return rate
 
 
-def _count_bytes(rank: _Rank, report: LayerReport, variant: Variant) -> tuple[dict[str, float] | None, list[float]]:
+def _count_bytes(
+    rank: MeasuredLayer, report: LayerReport, variant: Variant
+) -> tuple[dict[str, float] | None, list[float]]:
     """Count the bytes of one call; computed are the rows, ids, weights and gradients of weights of one level."""
     link = rank.link
     if link.read_bytes is None:

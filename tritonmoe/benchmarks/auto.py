@@ -1,0 +1,195 @@
+"""num_chunks="auto" against the fastest plan of a sweep, and the simulator against that sweep's times.
+
+A case is a rate of the link, a model and a routing. In its first run, every plan of the sweep is measured in
+interleaved rounds, and the simulator predicts each. In its second run, the sweep's fastest overlapped plan and its
+fastest without overlap are measured again beside "auto", in more rounds: a winner that was lucky once gains nothing
+from it. In network namespaces that --netns makes on this machine (one core and one thread each), or under torchrun.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..transports import ProcessGroupTransport, Transport
+from ..transports.process_group import torchrun_ranks
+from .namespaces import Namespaces, ask, parse_rate
+from .overlap_rank import Link, MeasuredLayer, Variant, predict, run_rounds
+from .overlap_report import best, spread
+from .ranks import barrier, gather, slowest
+from .timing import Samples, summarize, write_json
+from .workload import DTYPES, MODELS, Workload
+
+__all__ = ["main", "summarize_cases", "sweep_variants"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tritonmoe bench auto", description=__doc__)
+    parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        default=["400mbit", "1gbit", "2500mbit"],
+        help="with --netns: of every rank's link, each direction (default 400mbit 1gbit 2500mbit)",
+    )
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=["coarse", "fine"])
+    parser.add_argument("--routings", nargs="+", default=["uniform", "zipf:1.2"])
+    parser.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    parser.add_argument("--sweep-rounds", type=int, default=7, help="rounds of the first run (default 7)")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds of the second run (default 21)")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write; gives the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return _run(arguments, sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        print(f"tritonmoe bench auto: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    rates = [parse_rate(rate) for rate in arguments.rates]
+    if min(arguments.rounds, arguments.sweep_rounds, arguments.tokens) < 1:
+        raise ValueError("--rounds, --sweep-rounds and --tokens must be positive")
+    if not all(1 <= chunks <= 32 for chunks in arguments.chunks) or max(arguments.chunks) == 1:
+        raise ValueError("--chunks must lie between 1 and 32, one of them above 1")
+    if "RANK" in os.environ:
+        return _run_rank(arguments)
+    if arguments.netns is None:
+        raise ValueError(
+            "start it with --netns N, or under torchrun: torchrun --nproc-per-node 2 -m tritonmoe bench auto"
+        )
+    for model in arguments.models:
+        if arguments.netns < 2 or MODELS[model][0] % arguments.netns:
+            raise ValueError(f"--netns must be 2 or more and divide the {MODELS[model][0]} experts of {model}")
+    command = [sys.executable, "-m", "tritonmoe", "bench", "auto", *argv]
+    with Namespaces(command, arguments.netns, rates[0]) as namespaces:
+        return namespaces.run(arguments.timeout_s)
+
+
+def sweep_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
+    """Give every overlapped and serial plan of the sweep, and what the simulator needs to know: the free transport."""
+    variants = [Variant("compute", 1), *(Variant("serial", num_chunks) for num_chunks in chunks)]
+    for num_chunks in sorted({*chunks} - {1}):
+        variants.append(Variant("overlapped", num_chunks))
+        if num_chunks > 2:
+            variants.append(Variant("overlapped", num_chunks, "ramp"))
+        if num_chunks <= num_local_experts:
+            variants.append(Variant("overlapped", num_chunks, chunk_by="experts"))
+    for chunk_by, counts in (("tokens", chunks), ("experts", [n for n in chunks if n <= num_local_experts])):
+        variants += [Variant("free transport", n, chunk_by=chunk_by) for n in counts]
+    return variants
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
+    cases = []
+    with torchrun_ranks(timeout_s=arguments.timeout_s) as ranks:
+        where, rates = f"{ranks.size} processes", ["as it is"]
+        if arguments.netns is not None:
+            torch.set_num_threads(1)
+            where, rates = f"{ranks.size} network namespaces, gloo", arguments.rates
+        for rate, model, routing in itertools.product(rates, arguments.models, arguments.routings):
+            if arguments.netns is not None and ranks.rank == 0:
+                ask(f"rate {parse_rate(rate)}")
+            barrier(ranks)
+            workload = Workload(model, arguments.tokens, routing, arguments.dtype, not arguments.forward_only)
+            transport = ProcessGroupTransport(timeout_s=arguments.timeout_s)  # a new one has learnt nothing yet
+            case = {"rate": rate, **measure_case(transport, workload, arguments)}
+            cases.append(case)
+            if ranks.rank == 0:
+                print(_as_line(case), flush=True)
+        if ranks.rank == 0:
+            results = {
+                "link": where,
+                "ranks": ranks.size,
+                "tokens": arguments.tokens,
+                "dtype": arguments.dtype,
+                "pass": "forward" if arguments.forward_only else "forward+backward",
+                **summarize_cases(cases),
+                "cases": cases,
+            }
+            print(_as_words(results))
+            write_json(arguments.json, "auto", results)
+    return 0
+
+
+def measure_case(transport: Transport, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one case in two runs; every rank makes the same call and gives the same result."""
+    rank = MeasuredLayer(transport, workload, torch.device("cpu"), Link())
+    num_local_experts = workload.shape[0] // transport.size
+    variants = sweep_variants(arguments.chunks, num_local_experts)
+    own, reports = run_rounds(rank, variants, arguments.sweep_rounds)
+    predicted = predict(rank, variants, own, reports)
+    sweep: Samples = {name: slowest(transport, seconds) for name, seconds in own.items()}
+    everybody = gather(transport, {name: seconds for name, (seconds, _) in predicted.items()})
+    predicted_s = {name: max(of_rank[name] for of_rank in everybody) for name in predicted}
+    by_name = {str(variant): variant for variant in variants}
+    winner, serial = best(sweep, "overlapped"), best(sweep, "serial")
+    again = [by_name[winner], by_name[serial], Variant("auto")]
+    own, reports = run_rounds(rank, again, arguments.rounds)
+    seconds = {name: slowest(transport, values) for name, values in own.items()}
+    chosen = reports["auto"][-1]
+    return {
+        "model": workload.model,
+        "E_K_D_F": list(workload.shape),
+        "routing": workload.routing,
+        "sweep_ms": {name: summarize(values) for name, values in sweep.items()},
+        "predicted_ms": {name: round(1e3 * value, 3) for name, value in predicted_s.items()},
+        "errors": {
+            name: round(predicted_s[name] / statistics.median(sweep[name]) - 1, 4)
+            for name in predicted_s
+            if name.startswith("overlapped")
+        },
+        "winner": winner,
+        "serial": serial,
+        "auto": chosen.choice,
+        "again_ms": {name: summarize(values) for name, values in seconds.items()},
+        "auto_over_winner": spread([a / b for a, b in zip(seconds["auto"], seconds[winner], strict=True)]),
+        "auto_over_serial": spread([a / b for a, b in zip(seconds["auto"], seconds[serial], strict=True)]),
+    }
+
+
+def summarize_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give the median and the worst of all cases: auto over the sweep's winner, auto over no overlap, the simulator."""
+    excess = [case["auto_over_winner"]["median"] - 1 for case in cases]
+    errors = [abs(error) for case in cases for error in case["errors"].values()]
+    return {
+        "auto_excess_median": round(statistics.median(excess), 4),
+        "auto_excess_largest": round(max(excess), 4),
+        "auto_over_serial_largest": round(max(case["auto_over_serial"]["median"] for case in cases), 4),
+        "simulator_error_median": round(statistics.median(errors), 4),
+        "simulator_error_largest": round(max(errors), 4),
+    }
+
+
+def _as_line(case: dict[str, Any]) -> str:
+    again, winner = case["again_ms"], case["winner"]
+    errors = [abs(error) for error in case["errors"].values()]
+    return (
+        f"{case['rate']:>9} {case['model']:<7} {case['routing']:<9} auto {again['auto']['median_ms']:7.1f} ms, "
+        f"{winner} {again[winner]['median_ms']:7.1f} ms: {case['auto_over_winner']['median'] - 1:+.1%}; "
+        f"over {case['serial']} {case['auto_over_serial']['median'] - 1:+.1%}; simulator's error: median "
+        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}\n          {case['auto']}"
+    )
+
+
+def _as_words(results: dict[str, Any]) -> str:
+    return (
+        f"{len(results['cases'])} cases: auto against the sweep's winner {results['auto_excess_median']:+.1%} in the "
+        f"median, {results['auto_excess_largest']:+.1%} at worst; against no overlap "
+        f"{results['auto_over_serial_largest'] - 1:+.1%} at worst; the simulator's error "
+        f"{results['simulator_error_median']:.1%} in the median, {results['simulator_error_largest']:.1%} at worst"
+    )
