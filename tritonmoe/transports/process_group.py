@@ -1,11 +1,11 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
-import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from tritonmoe.transports.base import (
     check_exchange,
     describe,
 )
+from tritonmoe.transports.gloo import GlooExchange
+from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
@@ -61,40 +63,25 @@ def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
     dist.destroy_process_group()
 
 
-class ProcessGroupExchange(PendingExchange):
-    """An asynchronous all_to_all_single and the two tensors that it uses."""
+class CollectiveExchange(PendingExchange):
+    """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
 
-    def __init__(
-        self, work: Any, rows: Tensor, out: Tensor, timeout_s: float | None, is_host_work: bool, what: str
-    ) -> None:
+    def __init__(self, work: Any, rows: Tensor, out: Tensor, what: str) -> None:
         self._work = work
         self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
         self._out = out
-        self._timeout_s = timeout_s
         self._what = what
         self._posted_at = time.perf_counter()
-        self._finished: list[float] = []
-        self._has_ended: threading.Event | None = None
-        if is_host_work:
-            # The callback runs on gloo's own thread. It doesn't hold self: a cycle through C++ is never freed.
-            finished, has_ended = self._finished, threading.Event()
-            self._has_ended = has_ended
-
-            def note(_: Any) -> None:
-                finished.append(time.perf_counter())
-                has_ended.set()
-
-            work.get_future().add_done_callback(note)
 
     def wait(self) -> Tensor:
-        # Not in gloo's own wait(), from which Ctrl-C can't call a process back.
-        if self._has_ended is not None and not self._has_ended.wait(self._timeout_s):
-            self._fail(f"nothing was heard for timeout_s = {self._timeout_s}")
         try:
-            # NCCL: wait() only orders the current stream, so it is repeated for a caller on another stream.
+            # It only orders the current stream, so it is repeated for a caller on another stream.
             self._work.wait()
         except RuntimeError as error:
-            self._fail(str(error), error)
+            elapsed = time.perf_counter() - self._posted_at
+            raise TransportError(
+                f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
+            ) from error
         if self._out.is_cuda:
             stream = torch.cuda.current_stream(self._out.device)
             self._out.record_stream(stream)
@@ -102,13 +89,6 @@ class ProcessGroupExchange(PendingExchange):
                 self._rows.record_stream(stream)
         self._rows = None
         return self._out
-
-    def finished_at(self) -> float | None:
-        return self._finished[0] if self._finished else None
-
-    def _fail(self, reason: str, error: Exception | None = None) -> NoReturn:
-        elapsed = time.perf_counter() - self._posted_at
-        raise TransportError(f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {reason}") from error
 
 
 class ProcessGroupTransport(Transport):
@@ -151,7 +131,8 @@ class ProcessGroupTransport(Transport):
         self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
         self._staging: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts_stream: torch.cuda.Stream | None = None
-        self._is_closed = False
+        self._progress = ProgressThread("gloo-progress")
+        self._end = weakref.finalize(self, self._progress.end)
 
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
         """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
@@ -184,10 +165,22 @@ class ProcessGroupTransport(Transport):
                 f"this group has no backend for tensors on {rows.device}, only {self._backends}: "
                 f'initialise it with backend="cpu:gloo,cuda:nccl", or move the rows'
             )
-        is_host_work = rows.device.type == "cpu" or backend == "gloo"
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
-        work = self._post(out, rows, output_splits, input_splits, what)
-        return ProcessGroupExchange(work, rows, out, self._timeout_s, is_host_work, what)
+        if self._is_gloo(rows.device):
+            exchange = GlooExchange(
+                self._group,
+                self.rank,
+                as_wire(rows.detach()),
+                input_splits,
+                output_splits,
+                as_wire(out.detach()),
+                timeout_s=self._timeout_s,
+                what=what,
+                result=out,
+            )
+            self._progress.add(exchange)
+            return exchange
+        return CollectiveExchange(self._post(out, rows, output_splits, input_splits, what), rows, out, what)
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         self._check_open()
@@ -198,12 +191,15 @@ class ProcessGroupTransport(Transport):
         return self.exchange(counts.contiguous(), ones, ones).wait()
 
     def shares_link(self, device: torch.device) -> bool:
-        return self._backends.get(device.type) == "gloo"
+        return self._is_gloo(device)
 
     def close(self) -> None:
-        self._is_closed = True
+        self._end()
         self._staging.clear()
         self._counts_stream = None
+
+    def _is_gloo(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self._backends.get("cpu") == "gloo"
 
     def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> Any:
         import torch.distributed as dist
@@ -241,5 +237,5 @@ class ProcessGroupTransport(Transport):
         return pinned_out.clone()
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if not self._end.alive:
             raise TransportError("this ProcessGroupTransport is closed: make a new one")

@@ -1,0 +1,78 @@
+"""Rows between the processes of a gloo group, as one message from each rank to each other.
+
+Not gloo's all_to_all, which posts its sends before its receives: on the rank that comes later the sent rows then stand
+before the note that lets the peer send, on the one connection between the two, and the directions take turns.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import TransportError
+from tritonmoe.transports.progress import ThreadedExchange
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["GlooExchange"]
+
+TAG = 0x6D6F65
+"""Of all exchanges: gloo keeps the order of messages with one tag from one rank to another."""
+
+
+class GlooExchange(ThreadedExchange):
+    """One exchange under way, its receives posted first.
+
+    Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group; result: what
+        wait() gives, a view of out.
+    Raises:
+        TransportError: a peer's connection is closed.
+    """
+
+    def __init__(
+        self,
+        group: "ProcessGroup | None",
+        rank: int,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor,
+        *,
+        timeout_s: float | None,
+        what: str,
+        result: Tensor,
+    ) -> None:
+        super().__init__(rows, result, what, timeout_s)
+        sent, received = rows.split(list(input_splits)), out.split(list(output_splits))
+        size = len(sent)
+        self._num_receives = 0
+        try:
+            for step in range(1, size):
+                peer = (rank - step) % size
+                if received[peer].numel():
+                    self.messages.append(torch.distributed.irecv(received[peer], group=group, group_src=peer, tag=TAG))
+            self._num_receives = len(self.messages)
+            for step in range(1, size):
+                peer = (rank + step) % size
+                if sent[peer].numel():
+                    self.messages.append(torch.distributed.isend(sent[peer], group=group, group_dst=peer, tag=TAG))
+        except RuntimeError as error:
+            raise TransportError(f"exchange could not be posted ({what}): {error}") from error
+        received[rank].copy_(sent[rank])
+
+    def block(self) -> None:
+        try:
+            for number, message in enumerate(self.messages, 1):
+                message.wait()
+                if number == self._num_receives:
+                    self.arrived_at = time.perf_counter()
+        except RuntimeError as error:
+            self.failure = str(error)
+        self.messages.clear()
+
+    def fail(self, reason: str) -> NoReturn:
+        elapsed = time.perf_counter() - self.posted_at
+        raise TransportError(f"exchange failed {elapsed:.2f} s after it was posted ({self.what}): {reason}")

@@ -1,0 +1,85 @@
+"""A thread that is inside a library's wait as long as messages of its transport are under way (gloo, MPI)."""
+
+import queue
+import threading
+import time
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from tritonmoe.transports.base import PendingExchange
+
+__all__ = ["ProgressThread", "ThreadedExchange"]
+
+SECONDS_TO_STOP = 2.0
+"""How long a process that ends waits for exchanges that nobody waited for."""
+
+
+class ThreadedExchange(PendingExchange):
+    """The messages of one exchange; a ProgressThread waits for them, so that the caller's wait can be interrupted."""
+
+    def __init__(self, rows: Tensor, out: Tensor, what: str, timeout_s: float | None) -> None:
+        self.what = what
+        self.messages: list[Any] = []
+        """Requests of the library; none of them keeps this exchange alive."""
+        self.has_ended = threading.Event()
+        self.arrived_at: float | None = None
+        self.failure: str | None = None
+        self._rows: Tensor | None = rows  # read until the messages have left
+        self._out = out
+        self._timeout_s = timeout_s
+        self.posted_at = time.perf_counter()
+
+    @abstractmethod
+    def block(self) -> None:
+        """Wait for all messages, on the progress thread; sets `failure` where one fails, and arrived_at where known."""
+
+    @abstractmethod
+    def fail(self, reason: str) -> None:
+        """Raise TransportError."""
+
+    def wait(self) -> Tensor:
+        if not self.has_ended.wait(self._timeout_s):
+            self.fail(f"it took longer than timeout_s = {self._timeout_s}: its rows have not all left and arrived")
+        if self.failure is not None:
+            self.fail(self.failure)
+        self._rows = None
+        return self._out
+
+    def finished_at(self) -> float | None:
+        return self.arrived_at if self.has_ended.is_set() else None
+
+
+class ProgressThread:
+    """Waits for exchanges in the order in which they were posted. It starts with the first one."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._under_way: queue.SimpleQueue[ThreadedExchange | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, exchange: ThreadedExchange) -> None:
+        if not exchange.messages:
+            exchange.arrived_at = time.perf_counter()
+            exchange.has_ended.set()
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._under_way.put(exchange)
+
+    def end(self) -> bool:
+        """Let the thread end when nothing is under way any more; says whether it has."""
+        self._under_way.put(None)
+        if self._thread is None or self._thread is threading.current_thread():
+            return True
+        self._thread.join(SECONDS_TO_STOP)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (exchange := self._under_way.get()) is not None:
+            exchange.block()
+            exchange.arrived_at = exchange.arrived_at or time.perf_counter()
+            exchange.has_ended.set()
+            del exchange  # its tensors
