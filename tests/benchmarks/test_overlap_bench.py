@@ -129,7 +129,7 @@ def check_results(path: Path, num_ranks: int) -> dict:
         fastest = min(t["median_ms"] for name, t in results["variants"].items() if name.startswith(kind))
         assert summary[f"T_{kind}"]["median_ms"] == fastest
     for kind in ("overlapped", "auto"):
-        for merit in ("hidden_share", "exposed_ms", "bound_ratio", "speed_up", "contention"):
+        for merit in ("hidden_share", "exposed_ms", "bound_ratio", "pass_bound_ratio", "speed_up", "contention"):
             figure = summary[kind][merit]
             assert figure["lower_quartile"] <= figure["median"] <= figure["upper_quartile"]
             assert all(math.isfinite(value) for value in figure.values())

@@ -131,17 +131,17 @@ def measure_case(transport: Transport, workload: Workload, arguments: argparse.N
     rank = MeasuredLayer(transport, workload, torch.device("cpu"), Link())
     num_local_experts = workload.shape[0] // transport.size
     variants = sweep_variants(arguments.chunks, num_local_experts)
-    own, reports = run_rounds(rank, variants, arguments.sweep_rounds)
-    predicted = predict(rank, variants, own, reports)
-    sweep: Samples = {name: slowest(transport, seconds) for name, seconds in own.items()}
+    first = run_rounds(rank, variants, arguments.sweep_rounds)
+    predicted = predict(rank, variants, first.seconds, first.reports)
+    sweep: Samples = {name: slowest(transport, seconds) for name, seconds in first.seconds.items()}
     everybody = gather(transport, {name: seconds for name, (seconds, _) in predicted.items()})
     predicted_s = {name: max(of_rank[name] for of_rank in everybody) for name in predicted}
     by_name = {str(variant): variant for variant in variants}
     winner, serial = best(sweep, "overlapped"), best(sweep, "serial")
     again = [by_name[winner], by_name[serial], Variant("auto")]
-    own, reports = run_rounds(rank, again, arguments.rounds)
-    seconds = {name: slowest(transport, values) for name, values in own.items()}
-    chosen = reports["auto"][-1]
+    second = run_rounds(rank, again, arguments.rounds)
+    seconds = {name: slowest(transport, values) for name, values in second.seconds.items()}
+    chosen = second.reports["auto"][-1]
     return {
         "model": workload.model,
         "E_K_D_F": list(workload.shape),

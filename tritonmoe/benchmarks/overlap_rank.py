@@ -12,7 +12,7 @@ import torch
 from ..config import MoEConfig, OverlapConfig
 from ..layer import GroupedExperts
 from ..overlap.cost_model import LayerWork
-from ..overlap.executor import LayerReport
+from ..overlap.executor import LayerReport, PassReport
 from ..overlap.simulator import Simulation, simulate_layer
 from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
 from ..overlap.two_level_work import TwoLevelWork
@@ -103,6 +103,9 @@ class RankMeasurement:
     """Of one serial call, by node; "one level", "two levels"."""
     rows_between_nodes: int | None
     """With two levels: rows that this rank sends to other nodes in the forward's dispatch."""
+    pass_seconds: dict[str, list[list[float]]]
+    """Of compute and communication, by variant: forward and, if it runs, backward, round by round, the slowest rank's.
+    What a call takes outside its passes (planning, the count exchange, autograd) is in neither."""
     predicted: dict[str, tuple[float, Sequence[Simulation]]]
     """By variant that ran the layer in a given number of chunks, on one level or two: the simulator's seconds, from
     this rank's costs."""
@@ -134,6 +137,8 @@ class MeasuredLayer:
         for leaf in (self.x, self.topk_weights):
             leaf.requires_grad_(workload.backward)
         self._replays: dict[Variant, ReplayTransport] = {}
+        self.passes: list[PassReport] = []
+        """Of the latest run."""
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -161,7 +166,10 @@ class MeasuredLayer:
         else:
             with torch.no_grad():
                 experts(self.x, self.topk_ids, self.topk_weights)
-        return experts.last_report
+        report = experts.last_report
+        assert report is not None
+        self.passes = [one for one in (report.forward, report.backward) if one is not None]
+        return report
 
     def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
         """Run a variant when all ranks are ready, and give this rank's seconds."""
@@ -171,10 +179,8 @@ class MeasuredLayer:
         report = self.run(variant)
         self.synchronize()
         seconds = time.perf_counter() - started
-        if report is not None:
-            for layer_pass in (report.forward, report.backward):
-                if layer_pass is not None:
-                    _ = layer_pass.steps  # read now: until then they hold on to the device's events
+        for layer_pass in self.passes:
+            _ = layer_pass.steps  # read now: until then they hold on to the device's events
         return seconds, report
 
     def median_s(self, variant: Variant) -> float:
@@ -185,7 +191,7 @@ class MeasuredLayer:
 
     @torch.no_grad()
     def _communicate(self, variant: Variant) -> None:
-        run_layer_pass(
+        self.passes = run_layer_pass(
             self.transport,
             fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size),
             self.x,
@@ -228,7 +234,8 @@ def measure_rank(
     assert report is not None
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
     variants = variants_of(chunks, link.two_levels is not None)
-    seconds, reports = run_rounds(rank, variants, rounds)
+    rounds_run = run_rounds(rank, variants, rounds)
+    seconds, reports = rounds_run.seconds, rounds_run.reports
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
     uplink_bytes = {"one level": uplinks} if uplinks else {}
     rows_between_nodes = None
@@ -242,6 +249,11 @@ def measure_rank(
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
         reports=reports,
+        pass_seconds={
+            name: [slowest(transport, list(of_pass)) for of_pass in zip(*passes, strict=True)]
+            for name, passes in rounds_run.pass_seconds.items()
+            if name.startswith(("compute", "communication"))
+        },
         rate=rate,
         sent_bytes=sent_bytes,
         uplink_bytes=uplink_bytes,
@@ -250,25 +262,32 @@ def measure_rank(
     )
 
 
-def run_rounds(
-    rank: MeasuredLayer, variants: list[Variant], rounds: int
-) -> tuple[Samples, dict[str, list[LayerReport]]]:
-    """Give this rank's seconds and reports by variant, round by round, after the calls that each needs to settle."""
+@dataclass
+class Rounds:
+    """This rank's figures by variant, round by round."""
+
+    seconds: Samples
+    pass_seconds: dict[str, list[list[float]]]
+    reports: dict[str, list[LayerReport]]
+
+
+def run_rounds(rank: MeasuredLayer, variants: list[Variant], rounds: int) -> Rounds:
+    """Run every variant in every round, after the calls that each needs to settle."""
     for variant in variants:
         for _ in range(SETTLING_CALLS if variant.kind == "auto" else 1):
             rank.run(variant)
     order = list(variants)
-    seconds: Samples = {str(variant): [] for variant in variants}
-    reports: dict[str, list[LayerReport]] = {}
+    run = Rounds({str(variant): [] for variant in variants}, {str(variant): [] for variant in variants}, {})
     shuffle = random.Random(rank.workload.seed).shuffle  # the same order on every rank
     for _ in range(rounds):
         shuffle(order)
         for variant in order:
             elapsed, report = rank.timed(variant)
-            seconds[str(variant)].append(elapsed)
+            run.seconds[str(variant)].append(elapsed)
+            run.pass_seconds[str(variant)].append([one.total_s for one in rank.passes])
             if report is not None:
-                reports.setdefault(str(variant), []).append(report)
-    return seconds, reports
+                run.reports.setdefault(str(variant), []).append(report)
+    return run
 
 
 def predict(

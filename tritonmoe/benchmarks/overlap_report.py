@@ -30,7 +30,9 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
 
     With comp, comm and over the times of compute alone, communication alone and the overlapped layer in one round:
     hidden_share = (comp + comm - over) / min(comp, comm), exposed_ms = over - comp, bound_ratio = over / max(comp,
-    comm), speed_up = serial / over. contention = the experts' time under exchanges / alone, on this rank.
+    comm), speed_up = serial / over. pass_bound_ratio = over / the sum of both passes' max(comp, comm), and what a call
+    takes outside its passes: a backward can't hide what the forward exposes. contention = the experts' time under
+    exchanges / alone, on this rank.
     """
     seconds = measured.seconds
     names = {kind: best(seconds, kind) for kind in ("compute", "communication", "serial", "overlapped")}
@@ -39,6 +41,15 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
     summary: dict[str, Any] = {
         f"T_{kind}": {"variant": name, **summarize(seconds[name])} for kind, name in names.items()
     }
+    pass_bounds = [
+        whole - sum(computes) + sum(map(max, computes, communications))
+        for whole, computes, communications in zip(
+            compute,
+            zip(*measured.pass_seconds[names["compute"]], strict=True),
+            zip(*measured.pass_seconds[names["communication"]], strict=True),
+            strict=True,
+        )
+    ]
     for kind, name in (("overlapped", names["overlapped"]), ("auto", "auto")):
         rounds = list(zip(compute, communication, serial, seconds[name], strict=True))
         contention = [report.forward.compute_s / alone for report in measured.reports[name]]
@@ -48,6 +59,7 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
             "hidden_share": spread([(a + b - t) / min(a, b) for a, b, _, t in rounds]),
             "exposed_ms": spread([1e3 * (t - a) for a, _, _, t in rounds], 3),
             "bound_ratio": spread([t / max(a, b) for a, b, _, t in rounds]),
+            "pass_bound_ratio": spread([t / b for t, b in zip(seconds[name], pass_bounds, strict=True)]),
             "speed_up": spread([s / t for _, _, s, t in rounds]),
             "contention": spread(contention),
             "num_chunks": [report.num_chunks for report in measured.reports[name]][-1],
@@ -86,6 +98,7 @@ def as_table(results: dict[str, Any]) -> str:
         row = summary[kind]
         lines.append(
             f"{kind:11} C={row['num_chunks']}: {row['bound_ratio']['median']:.3f} x max(compute, communication), "
+            f"{row['pass_bound_ratio']['median']:.3f} x that of each pass, "
             f"hidden {row['hidden_share']['median']:.1%}, exposed {row['exposed_ms']['median']:.2f} ms, "
             f"speed-up {row['speed_up']['median']:.2f}, contention {row['contention']['median']:.2f}"
         )

@@ -28,9 +28,9 @@ class LinkCosts:
     latency_s: float
     bytes_per_s: float
     is_shared: bool = False
-    """Whether exchanges under way share the port (gloo) or take their turn (NCCL, emulated ranks)."""
+    """Whether exchanges under way share the port (MPI) or take their turn (NCCL, gloo, emulated ranks)."""
     alone_share: float = 1.0
-    """What one exchange alone reaches of bytes_per_s: a large one of gloo about half."""
+    """What one exchange alone reaches of bytes_per_s: about half where its two directions take turns."""
     node_size: int | None = None
     inter_bytes_per_s: float | None = None
 

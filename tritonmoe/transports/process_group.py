@@ -190,9 +190,6 @@ class ProcessGroupTransport(Transport):
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones).wait()
 
-    def shares_link(self, device: torch.device) -> bool:
-        return self._is_gloo(device)
-
     def close(self) -> None:
         self._end()
         self._staging.clear()
