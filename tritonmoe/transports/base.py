@@ -73,7 +73,7 @@ class Transport(Handled, ABC):
     def shares_link(self, device: torch.device) -> bool:
         """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).
 
-        Where they take their turn, as on one stream of NCCL or one connection of gloo, the first one posted arrives first.
+        Where they take their turn, as on one stream of NCCL or one connection of gloo, the first posted arrives first.
         """
         return False
 
