@@ -211,6 +211,7 @@ def test_two_namespaces(tmp_path: Path) -> None:
 def test_two_nodes_of_two(tmp_path: Path) -> None:
     arguments = ["--netns", "4", "--node-size", "2", "--inter-rate", "200mbit", "--model", "fine", "--tokens", "128"]
     arguments += ["--rounds", "2", "--chunks", "2", "--json", str(tmp_path / "r.json")]
+    arguments += ["--trace", str(tmp_path / "r.trace"), "--png", str(tmp_path / "r.png")]
     process = python(
         "-m", "tritonmoe", "bench", "overlap", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -221,6 +222,14 @@ def test_two_nodes_of_two(tmp_path: Path) -> None:
     assert two < 0.8 * one
     assert 0 <= two / results["two_levels_computed_bytes"] - 1 < 0.03
     assert results["predicted_ms"]["two levels C=2"] > 0
+    events = json.loads((tmp_path / "r.trace").read_text())["traceEvents"]
+    for run in ("two levels C=2", "two levels C=2, planned"):
+        inside = [e for e in events if e.get("cat") == "node" and e["args"]["run"] == run]
+        assert {event["pid"] for event in inside} == {0, 1, 2, 3}
+        assert {"node_dispatch 0", "experts 1", "node_combine local", "node_dispatch_backward 1"} <= {
+            event["name"] for event in inside
+        }
+    assert {e["args"]["run"] for e in events if e.get("cat") == "node"} == {run, run.removesuffix(", planned")}
 
 
 STARTS_SLEEPERS = """if True:

@@ -10,11 +10,24 @@ import pytest
 import torch
 
 import tritonmoe as tm
+from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.executor import PassReport
 from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.simulator import simulate_layer
+from tritonmoe.overlap.two_level_work import TwoLevelWork
 from tritonmoe.report.perfetto import chrome_trace, write_chrome_trace
 from tritonmoe.report.png import write_png
-from tritonmoe.report.timeline import LANES, PassTimeline, Span, Timeline, layer_timeline, pass_timeline
+from tritonmoe.report.terminal import lane_timelines
+from tritonmoe.report.timeline import (
+    NODE,
+    PassTimeline,
+    Span,
+    Timeline,
+    layer_timeline,
+    pass_timeline,
+    simulated_timeline,
+)
+from tritonmoe.transports import TwoLevelTransport
 
 TIMELINE = Timeline(
     "serial",
@@ -58,11 +71,65 @@ def test_timeline_of_a_layer():
         assert timeline.rank == rank
         names = [span.name for span in timeline.spans]
         assert {"dispatch 0", "dispatch 1", "experts local", "combine 1", "weight_grad"} <= set(names)
-        for lane in LANES:
-            spans = [span for span in timeline.spans if span.lane == lane]
-            edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
-            assert edges == sorted(edges)
-            assert edges[-1] <= timeline.total_s
+        assert timeline.lanes == ("compute", "comm")
+        check_lanes(timeline)
+
+
+def check_lanes(timeline):
+    """Steps of a lane follow one another, within the time that is drawn."""
+    for lane in timeline.lanes:
+        spans = [span for span in timeline.spans if span.lane == lane]
+        edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
+        assert edges == sorted(edges)
+        assert edges[-1] <= timeline.total_s
+
+
+INSIDE = {
+    "group": ["node_metadata", "group"],
+    "experts": ["node_dispatch", "experts", "node_combine", "node_reduce"],
+    "experts_backward": [
+        *("node_combine_backward", "experts_backward"),
+        *("node_dispatch_backward", "node_reduce_backward"),
+        *("node_routing_backward", "node_reduce_routing_backward"),
+    ],
+}
+"""What a step of two levels does inside the node."""
+
+
+def test_timeline_of_two_levels(tmp_path):
+    """What a step does inside its node is drawn under that step, as it ran and as it was planned."""
+    config = tm.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=8, top_k=4)
+    plan = tm.OverlapPlan(chunk_sizes=(1, 1))
+
+    def run(world):
+        transport, generator = TwoLevelTransport(world, 2), torch.Generator().manual_seed(0)
+        layer = tm.MoELayer(config, transport, plan, generator=generator)
+        layer(torch.randn(20, 16, generator=generator).requires_grad_()).sum().backward()
+        return layer_timeline("run", layer.last_report)
+
+    work = TwoLevelWork.of(LayerWork.of(torch.ones(4, 4), 4.0, 64, 4), torch.ones(4, 2), LinkCosts(1e-3, 1e6))
+    costs = StepCosts({"group": 1e-3, "reduce": 1e-3}, {"experts": 1e-3, "experts_backward": 1e-3})
+    simulated = simulate_layer(plan, work, costs, LinkCosts(1e-2, 1e6), backward=True)
+    measured = tm.run_on_emulated_ranks(run, 4, link=tm.LinkModel(0.01))
+    planned = [simulated_timeline("run, planned", rank, simulated) for rank in range(4)]
+    for timeline in (*measured, *planned):
+        assert timeline.lanes == ("compute", "comm", NODE)
+        check_lanes(timeline)
+        inside = [span for span in timeline.spans if span.lane == NODE]
+        for outer in (span for span in timeline.spans if span.lane == "compute" and span.kind in INSIDE):
+            here, inside = inside[: len(INSIDE[outer.kind])], inside[len(INSIDE[outer.kind]) :]
+            assert [span.kind for span in here] == INSIDE[outer.kind]
+            assert {span.chunk for span in here} == {outer.chunk}
+            assert outer.start_s <= here[0].start_s
+            assert here[-1].end_s <= outer.end_s
+        assert inside == []
+    trace = chrome_trace({"run": measured, "run, planned": planned})["traceEvents"]
+    for run, timelines in (("run", measured), ("run, planned", planned)):
+        (tid,) = {e["tid"] for e in trace if e["name"] == "thread_name" and e["args"]["name"] == f"{run}: {NODE}"}
+        names = [event["name"] for event in trace if event["ph"] == "X" and (event["pid"], event["tid"]) == (3, tid)]
+        assert names == [span.name for span in timelines[3].spans if span.lane == NODE]
+    write_png(tmp_path / "picture.png", [[1]], [measured[0], planned[0]], title="title")
+    assert "node    " in lane_timelines([measured[0]])
 
 
 def test_chrome_trace_of_two_runs(tmp_path):
@@ -76,9 +143,9 @@ def test_chrome_trace_of_two_runs(tmp_path):
         ("experts 1", 1, 0, 3000.0, 2000.0),
         ("weight_grad", 1, 0, 5000.0, 2000.0),
         ("dispatch 1", 1, 1, 1000.0, 2000.0),
-        ("experts 1", 1, 2, 3000.0, 2000.0),
-        ("weight_grad", 1, 2, 5000.0, 2000.0),
-        ("dispatch 1", 1, 3, 1000.0, 2000.0),
+        ("experts 1", 1, 3, 3000.0, 2000.0),
+        ("weight_grad", 1, 3, 5000.0, 2000.0),
+        ("dispatch 1", 1, 4, 1000.0, 2000.0),
     ]
     assert events[2]["args"] == {"chunk": 1, "kind": "dispatch", "run": "serial", "posted_us": 0.0}
     names = {
@@ -89,8 +156,8 @@ def test_chrome_trace_of_two_runs(tmp_path):
     assert names == {
         (1, 0): "serial: compute",
         (1, 1): "serial: comm",
-        (1, 2): "overlapped: compute",
-        (1, 3): "overlapped: comm",
+        (1, 3): "overlapped: compute",
+        (1, 4): "overlapped: comm",
     }
     processes = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert processes == ["rank 1"]

@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output, beside the table")
     output.add_argument("--json", type=Path, help="all figures")
-    output.add_argument("--png", type=Path, help="lanes of the best serial and overlapped schedule, and the sweep")
+    output.add_argument("--png", type=Path, help="lanes of the best schedules, measured and planned, and the sweep")
     output.add_argument("--trace", type=Path, help="the same lanes of every rank for Perfetto")
     return parser
 
@@ -207,11 +207,10 @@ def _measure(
         device=device,
     )
     summary = summarize_overlap(measured)
-    shown = {kind: summary[f"T_{kind}"]["variant"] for kind in ("serial", "overlapped")}
+    timelines = _timelines(measured, summary, transport.rank)
     own = {
-        "timelines": {name: _typical_timeline(measured, name) for name in shown.values()},
+        "timelines": timelines,
         "sent_bytes": measured.sent_bytes,
-        "planned": _planned_timeline(measured, transport.rank, shown["overlapped"]),
         "predicted": {name: seconds for name, (seconds, _) in measured.predicted.items()},
         "rows_between_nodes": measured.rows_between_nodes,
         "contention": {kind: summary[kind].pop("contention") for kind in ("overlapped", "auto")},
@@ -246,11 +245,22 @@ def _measure(
         "sent_bytes": None if measured.sent_bytes is None else [r["sent_bytes"] for r in ranks],
         "uplink_bytes": measured.uplink_bytes,
         "two_levels_computed_bytes": _bytes_between_nodes([r["rows_between_nodes"] for r in ranks], measured, workload),
-        "timelines": {
-            **{name: [r["timelines"][name] for r in ranks] for name in shown.values()},
-            f"{shown['overlapped']}, planned": [r["planned"] for r in ranks],
-        },
+        "timelines": {name: [r["timelines"][name] for r in ranks] for name in timelines},
     }
+
+
+def _timelines(measured: RankMeasurement, summary: dict[str, Any], rank: int) -> dict[str, Timeline]:
+    """Give what is drawn, by name: the best serial schedule, the best overlapped ones and what the simulator says."""
+    timelines = {}
+    for kind in ("serial", "overlapped", "two levels"):
+        if f"T_{kind}" not in summary:
+            continue
+        name = summary[f"T_{kind}"]["variant"]
+        timelines[name] = _typical_timeline(measured, name)
+        if kind != "serial":
+            planned = f"{name}, planned"
+            timelines[planned] = simulated_timeline(planned, rank, measured.predicted[name][1])
+    return timelines
 
 
 def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
@@ -269,11 +279,6 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
     if workload.backward:
         return total * (4 * measured.row_bytes + 12 * top_k)
     return total * (2 * measured.row_bytes + 8 * top_k)
-
-
-def _planned_timeline(measured: RankMeasurement, rank: int, name: str) -> Timeline:
-    """Give what the simulator says of the schedule."""
-    return simulated_timeline(f"{name}, planned", rank, measured.predicted[name][1])
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:

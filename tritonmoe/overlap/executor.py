@@ -6,7 +6,7 @@ PendingExchange.wait(). What a step does is in LayerPass, which walks one layer 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -87,6 +87,16 @@ class PassReport:
                 steps.append(StepTiming(step, self._seconds(started), end, waited, posting))
             self._steps = sorted(steps, key=lambda timing: timing.start_s)
         return self._steps
+
+    @property
+    def steps_inside(self) -> list[StepTiming]:
+        """On two levels: what steps did inside the node, with times from the start of this pass."""
+        offsets_s = [self._seconds(report._origin) for _, report in self.inside]
+        return [
+            replace(timing, start_s=timing.start_s + offset_s, end_s=timing.end_s + offset_s)
+            for (_, report), offset_s in zip(self.inside, offsets_s, strict=True)
+            for timing in report.steps
+        ]
 
     @property
     def is_over(self) -> bool:

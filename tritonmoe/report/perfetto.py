@@ -17,8 +17,8 @@ __all__ = ["chrome_trace", "write_chrome_trace"]
 def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]:
     """Give the trace of several runs, each with one timeline per rank, all beginning at time 0.
 
-    A process is a rank (pid), a thread a lane of a run (tid = 2 * run + lane, lane 0 computes), and an event a step,
-    named as in the schedule, with kind, chunk and run among its arguments. Times are in microseconds.
+    A process is a rank (pid), a thread a lane of a run (tid = 3 * run + lane: compute, comm, inside the node), and an
+    event a step, named as in the schedule, with kind, chunk and run among its arguments. Times are in microseconds.
     """
     events: list[dict[str, Any]] = []
     for rank in sorted({timeline.rank for timelines in runs.values() for timeline in timelines}):
@@ -26,8 +26,8 @@ def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]:
         events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
     for run_idx, (run, timelines) in enumerate(runs.items()):
         for timeline in timelines:
-            for lane_idx, lane in enumerate(LANES):
-                where = {"pid": timeline.rank, "tid": len(LANES) * run_idx + lane_idx}
+            for lane in timeline.lanes:
+                where = {"pid": timeline.rank, "tid": len(LANES) * run_idx + LANES.index(lane)}
                 events.append({"name": "thread_name", "ph": "M", **where, "args": {"name": f"{run}: {lane}"}})
                 events.append({"name": "thread_sort_index", "ph": "M", **where, "args": {"sort_index": where["tid"]}})
                 for span in timeline.spans:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_picture
-from .terminal import SHORT_NAMES
-from .timeline import LANES, Span, Timeline
+from .terminal import short_name
+from .timeline import Span, Timeline
 
 __all__ = ["write_overlap_png", "write_png"]
 
@@ -22,7 +22,7 @@ GROUP_OF_SHORT_NAME = {"d": "dispatch", "c": "combine", "e": "experts", "w": "we
 
 def _group(span: Span) -> str:
     """Give the legend entry of a step; a backward's exchange has that of the forward's in the same direction."""
-    return GROUP_OF_SHORT_NAME.get(SHORT_NAMES.get(span.kind, ""), "routing data, sums")
+    return GROUP_OF_SHORT_NAME.get(short_name(span), "routing data, sums")
 
 
 def write_png(
@@ -126,22 +126,20 @@ def _draw_heat_map(axes: Any, traffic_rows: Sequence[Sequence[int]]) -> None:
 
 def _draw_lanes(axes: Any, timeline: Timeline, longest_ms: float) -> None:
     axes.set_title(f"{timeline.name}: {timeline.total_s * 1e3:.0f} ms (rank {timeline.rank})", fontsize=11, loc="left")
+    lanes = timeline.lanes
     for span in timeline.spans:
-        group = _group(span)
+        group, place = _group(span), lanes.index(span.lane)
         start_ms, width_ms = span.start_s * 1e3, (span.end_s - span.start_s) * 1e3
-        axes.barh(
-            LANES.index(span.lane), width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6
-        )
+        axes.barh(place, width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6)
         if width_ms > 0.018 * longest_ms and group != "routing data, sums":
             label = "w" if span.chunk is None else "L" if span.chunk < 0 else str(span.chunk)
-            middle = (start_ms + width_ms / 2, LANES.index(span.lane))
-            axes.text(*middle, label, ha="center", va="center", color="white", fontsize=8)
+            axes.text(start_ms + width_ms / 2, place, label, ha="center", va="center", color="white", fontsize=8)
     forward_ms = timeline.forward.total_s * 1e3
     axes.axvline(forward_ms, color="#333333", lw=1, ls="--")
     axes.text(forward_ms, -0.62, " backward", ha="left", va="bottom", fontsize=8, color="#333333")
     axes.text(forward_ms, -0.62, "forward ", ha="right", va="bottom", fontsize=8, color="#333333")
-    axes.set_yticks(range(len(LANES)), LANES)
-    axes.set_ylim(len(LANES) - 0.4, -0.85)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(len(lanes) - 0.4, -0.85)
     axes.set_xlim(0, max(longest_ms * 1.01, 1e-6))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from .timeline import LANES, Span, Timeline
+from ..overlap.schedule import INSIDE
+from .timeline import LANES, NODE, Span, Timeline
 
-__all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "sparkline", "text_style"]
+__all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "short_name", "sparkline", "text_style"]
 
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
 
@@ -35,7 +36,7 @@ TIMELINE_LEGEND = (
 
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.
 HEAT_COLORS = (17, 18, 54, 90, 126, 162, 167, 173, 179, 186)
-LANE_COLORS = {"compute": (28, 34), "comm": (25, 32)}
+LANE_COLORS = {"compute": (28, 34), "comm": (25, 32), NODE: (94, 130)}
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,14 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
     return "\n".join(lines)
 
 
+def short_name(span: Span) -> str:
+    """Give one letter for a kind of step, the same inside a node and between nodes."""
+    return SHORT_NAMES.get(span.kind.removeprefix(INSIDE), "?")
+
+
 def _label(span: Span) -> str:
     """Give two or three characters for a step: "d0", "eL", "w"."""
-    name = SHORT_NAMES.get(span.kind, "?")
+    name = short_name(span)
     if span.chunk is None:
         return name
     return name + ("L" if span.chunk < 0 else str(span.chunk))
@@ -116,7 +122,7 @@ def _label(span: Span) -> str:
 def _lane(spans: Sequence[Span], lane: str, end_s: float, scale_s: float, style: TextStyle) -> str:
     """Draw one lane up to end_s, one character per `scale_s` seconds."""
     idle = "·" if style.unicode else "."
-    fill = {"compute": "█", "comm": "▒"} if style.unicode else {"compute": "#", "comm": "="}
+    fill = dict(zip(LANES, "█▒▓" if style.unicode else "#=%", strict=True))
     used = round(end_s / scale_s)
     characters = [idle] * used
     colors: list[int | None] = [None] * used
@@ -142,14 +148,14 @@ def _lane(spans: Sequence[Span], lane: str, end_s: float, scale_s: float, style:
 
 
 def lane_timelines(timelines: Sequence[Timeline], style: TextStyle | None = None) -> str:
-    """Draw the compute and the comm lane of several runs, forward then backward, everything to one scale."""
+    """Draw the lanes of several runs, forward then backward, everything to one scale."""
     style = style or TextStyle()
     passes = [("forward", [timeline.forward for timeline in timelines])]
     if any(timeline.backward.spans for timeline in timelines):
         passes.append(("backward", [timeline.backward for timeline in timelines]))
     name_width = max((len(timeline.name) for timeline in timelines), default=0)
     name_width = max(name_width, len("1000.0 ms"))
-    lane_width = max(len(lane) for lane in LANES)
+    lane_width = max(map(len, LANES))
     cells = style.columns - name_width - lane_width - 3
     longest_s = max((part.total_s for _, parts in passes for part in parts), default=0.0)
     scale_s = longest_s / cells if longest_s > 0 else 1.0
@@ -157,7 +163,8 @@ def lane_timelines(timelines: Sequence[Timeline], style: TextStyle | None = None
     for title, parts in passes:
         lines.append(f"{title}, one character is {scale_s * 1e3:.2f} ms")
         for timeline, part in zip(timelines, parts, strict=True):
-            for label, lane in zip((timeline.name, f"{part.total_s * 1e3:.1f} ms"), LANES, strict=True):
+            labels = timeline.name, f"{part.total_s * 1e3:.1f} ms", ""
+            for label, lane in zip(labels, timeline.lanes, strict=False):
                 drawn = _lane(part.spans, lane, part.total_s, scale_s, style)
                 lines.append(f" {label:<{name_width}} {lane:<{lane_width}} {drawn}".rstrip())
     return "\n".join(lines)

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..overlap.executor import LayerReport, PassReport, StepTiming
-from ..overlap.simulator import Simulation
+from ..overlap.simulator import SimulatedStep, Simulation
 
-__all__ = ["LANES", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
+__all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
 
-LANES = ("compute", "comm")
+NODE = "node"
+"""The lane of what steps of two levels do inside the node: exchanges and computation, one after the other."""
+LANES = ("compute", "comm", NODE)
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Span:
     """One step on one lane, in seconds."""
 
     name: str
-    """As the schedule says it: "dispatch 1", "experts local", "weight_grad"."""
+    """As the schedule says it: "dispatch 1", "experts local", "weight_grad", "node_dispatch 1"."""
     kind: str
     chunk: int | None
     lane: str
@@ -58,6 +60,11 @@ class Timeline:
         return self.forward.total_s + self.backward.total_s
 
     @property
+    def lanes(self) -> tuple[str, ...]:
+        """Those that are drawn: compute and comm, and that of the node where there are two levels."""
+        return tuple(lane for lane in LANES if lane != NODE or any(span.lane == NODE for span in self.spans))
+
+    @property
     def spans(self) -> list[Span]:
         """The spans of both passes, from the start of the forward."""
         offset_s = self.forward.total_s
@@ -69,15 +76,15 @@ def pass_timeline(report: PassReport) -> PassTimeline:
 
     An exchange is posted early and then stands in the queue of its link: its span begins where the one before ended.
     """
-    return PassTimeline(_spans(report.steps), report.total_s)
+    return PassTimeline(_spans(report.steps, report.steps_inside), report.total_s)
 
 
-def _spans(steps: Sequence[StepTiming]) -> tuple[Span, ...]:
+def _spans(steps: Sequence[StepTiming], inside: Sequence[StepTiming]) -> tuple[Span, ...]:
     spans = []
     for lane in LANES:
         reached_s = 0.0
-        timings = sorted((t for t in steps if t.step.lane == lane), key=lambda timing: timing.start_s)
-        for timing in timings:
+        timings = inside if lane == NODE else [timing for timing in steps if timing.step.lane == lane]
+        for timing in sorted(timings, key=lambda timing: timing.start_s):
             start_s = max(timing.start_s, reached_s)
             # A small exchange may arrive just before the one that it was posted after: it is shown as a point.
             reached_s = max(start_s, timing.end_s)
@@ -90,12 +97,14 @@ def simulated_timeline(name: str, rank: int, passes: Sequence[Simulation]) -> Ti
     """Give the timeline of a simulated forward and, where it was simulated, backward on one rank."""
     timelines = []
     for simulation in passes:
-        steps = [
-            StepTiming(simulated.step, float(simulated.start_s[rank]), float(simulated.end_s[rank]), 0.0)
-            for simulated in simulation.steps
-        ]
-        timelines.append(PassTimeline(_spans(steps), float(simulation.end_s[rank])))
+        inside = [step for outer in simulation.steps for step in outer.inside]
+        spans = _spans(_timings(simulation.steps, rank), _timings(inside, rank))
+        timelines.append(PassTimeline(spans, float(simulation.end_s[rank])))
     return Timeline(name, rank, *[*timelines, PassTimeline((), 0.0)][:2])
+
+
+def _timings(steps: Sequence[SimulatedStep], rank: int) -> list[StepTiming]:
+    return [StepTiming(one.step, float(one.start_s[rank]), float(one.end_s[rank]), 0.0) for one in steps]
 
 
 def layer_timeline(name: str, report: LayerReport) -> Timeline:
