@@ -57,6 +57,23 @@ def test_num_sms_bounds_the_grid():
     assert launches[0].grid[0] > 100
 
 
+@pytest.mark.parametrize(
+    ("variant", "target", "registers"),
+    [
+        ("bf16", "sm_90", 255),  # one program of 128 x 256, as its shared memory says
+        ("fp32", "sm_90", 128),  # two of 128 x 64
+        ("odd fp32", "sm_90", None),
+        ("bf16", "gfx942", None),  # no option of its compiler
+    ],
+)
+def test_registers_of_weight_grad(variant, target, registers):
+    launches = aot.record_launches(aot.VARIANTS[variant], aot.TARGETS[target])
+    for operation in ("W1", "W1 main_grad", "W2"):
+        item = launches[f"weight_grad {operation} outer_sums"]
+        assert item.options.get("maxnreg") == registers
+        assert item.options["num_warps"] == 8
+
+
 @triton.jit
 def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     slot = tl.program_id(0)

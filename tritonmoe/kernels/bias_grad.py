@@ -82,7 +82,8 @@ def bias_grad(values: Tensor, grouping: Grouping, index: Tensor | None, scale: T
     num_rows = num_workspace_rows(grouping.num_pairs, SPAN)
     workspace = values.new_empty(num_rows, 1, width, dtype=torch.float32) if num_rows else None
     num_slots = num_span_slots(grouping.num_pairs, num_experts, SPAN)
-    block_n = min(64, max(16, triton.next_power_of_2(width)))
+    # No vector load fits rows of an odd width: every element's address takes registers.
+    block_n = min(32 if width % 8 else 64, max(16, triton.next_power_of_2(width)))
     launch(
         _bias_grad_kernel,
         (num_slots * triton.cdiv(width, block_n),),

@@ -191,15 +191,20 @@ def launch(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 2,
+    max_registers: int | None = None,
     **constexprs: Any,
 ) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do.
 
+    max_registers: a thread's, on NVIDIA; by itself ptxas may spill some bytes so that one more program fits.
     The interpreter patches module globals while it runs, so its launches take turns.
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, **_pinned_options()}
+    on_nvidia = torch.version.hip is None if _recording is None else _recording.target.backend == "cuda"
+    if max_registers is not None and on_nvidia:
+        options["maxnreg"] = max_registers
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, args, constexprs, options))
     elif INTERPRETED:
@@ -217,11 +222,6 @@ def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
     An expert with pairs has at most one tile that is not full.
     """
     return num_pairs // block_m + min(num_experts, num_pairs)
-
-
-def num_programs(num_tiles: int, options: KernelOptions) -> int:
-    """Give the grid of a kernel whose programs walk all tiles: one for each tile, or one for each SM it may take."""
-    return num_tiles if options.num_sms is None else min(options.num_sms, num_tiles)
 
 
 @triton.jit
@@ -302,6 +302,11 @@ def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.co
         first, second = split_column_pairs(left, BLOCK_M, WIDTH // 4, True)
         third, fourth = split_column_pairs(right, BLOCK_M, WIDTH // 4, True)
         return (first, second, third, fourth)
+
+
+def num_programs(num_tiles: int, options: KernelOptions) -> int:
+    """Give the grid of a kernel whose programs walk all tiles: one for each tile, or one for each SM it may take."""
+    return num_tiles if options.num_sms is None else min(options.num_sms, num_tiles)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

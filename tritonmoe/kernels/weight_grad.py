@@ -122,6 +122,15 @@ def _outer_sums_kernel(
                     tl.store(pointers, round_to(sums, out.dtype.element_ty), mask=mask)
 
 
+def _max_registers(tile_size: int, num_warps: int) -> int:
+    """Give the registers of a thread that leave room for as many programs as shared memory: 1 or, of small tiles, 2.
+
+    ptxas doesn't know shared memory, and by itself spills up to 32 bytes a thread to make room for one more.
+    """
+    num_programs = 1 if tile_size > 1024 * num_warps else 2
+    return min(255, 2048 // (num_warps * num_programs))
+
+
 def outer_sums(
     pair_values: Tensor,
     row_values: Tensor,
@@ -145,7 +154,11 @@ def outer_sums(
     out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
     config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, {})
-    if accumulate is not None:
+    # Rows without vector loads spill under any one limit of registers with one Triton or the other, without it nothing;
+    # but in fp32 they spill where the epilogue works in pieces.
+    has_vector_loads = p_size % 8 == 0 and q_size % 8 == 0
+    max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else None
+    if accumulate is not None and (has_vector_loads or pair_values.element_size() == 2):
         # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread, and one whose
         # columns are the pairs' spills 216 in four.
         pieces = 4 if pairs_first else 2
@@ -194,6 +207,7 @@ def outer_sums(
         ACCUMULATE=accumulate is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=max_registers,
         PRECISION=dot_precision(pair_values.dtype),
     )
     sum_spans(workspace, grouping.expert_offsets, out, span, accumulate is not None)
