@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe import expert_parallel, expert_parallel_operator, handles
@@ -211,7 +212,42 @@ def test_operators_pass_opcheck() -> None:
     backward = torch.ops.tritonmoe.expert_parallel_mlp_backward.default
     saved = [tensor.detach() for tensor in tensors[2:]]
     needs = [True, True, True, True, False, True]
-    opcheck(backward, (None, torch.randn(T, D), kept, *saved, needs), test_utils=checks)
+    opcheck(backward, (None, torch.randn(T, D), kept, *saved, needs, "hidden"), test_utils=checks)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_flop_counter(gated: bool) -> None:
+    transport = LocalTransport()
+    leaves = draw(transport)
+    if not gated:
+        for name in ("gate_up_proj", "gate_up_bias"):
+            leaves[name] = leaves[name].detach()[:, :FF].clone().requires_grad_()
+
+    def count(save: str) -> list[int]:
+        """Give the FLOPs of the graphs of forward and backward."""
+        flops = []
+
+        def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., list[Tensor]]:
+            def run(*inputs: Tensor) -> list[Tensor]:
+                with FlopCounterMode(display=False) as counter:
+                    outputs = graph(*inputs)
+                flops.append(counter.get_total_flops())
+                return outputs
+
+            return make_boxed_func(run)
+
+        def call(**tensors: Tensor) -> Tensor:
+            return tm.expert_parallel_mlp(**tensors, num_experts=E, transport=transport, gated=gated, save=save)
+
+        compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=counted, bw_compiler=counted))
+        compiled(**leaves).sum().backward()
+        return flops
+
+    up, down = (2 * n * T * K * D * FF for n in (2 if gated else 1, 1))
+    assert count("hidden") == [up + down, 2 * (up + down)]
+    for name in ("x", "gate_up_proj", "gate_up_bias"):
+        leaves[name].requires_grad_(False)
+    assert count("input") == [up + down, up + 2 * down]  # h once more, then da and dW2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ elements. The grouping is not saved but made again in backward: it is short work
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,16 +256,25 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def _num_products(topk_ids_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:
+def num_products(topk_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:
     """Multiplications of every pair with one expert's gate_up_proj."""
-    return topk_ids_shape[0] * topk_ids_shape[1] * gate_up_proj_shape[1] * gate_up_proj_shape[2]
+    return topk_shape[0] * topk_shape[1] * gate_up_proj_shape[1] * gate_up_proj_shape[2]
+
+
+def backward_flops(up: int, down: int, needs: Sequence[bool], computes_h: bool) -> int:
+    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
+
+    up, down: multiplications of the forward. needs: of x, topk_weights, and the weights in ExpertWeights's order.
+    """
+    needs_x, _, needs_up, _, needs_down, _ = needs
+    return 2 * (up * (needs_x + needs_up + computes_h) + down * (1 + needs_down))
 
 
 def _forward_flops(
     x_shape: Any, ids_shape: Any, weights_shape: Any, up_shape: Any, up_bias: Any, down_shape: Any, *_: Any, **__: Any
 ) -> int:
     """Give 6*N*D*F gated, 4*N*D*F ungated; N = T*K, skipped pairs included."""
-    return 2 * (_num_products(ids_shape, up_shape) + _num_products(ids_shape, down_shape))
+    return 2 * (num_products(ids_shape, up_shape) + num_products(ids_shape, down_shape))
 
 
 def _backward_flops(
@@ -281,10 +291,15 @@ def _backward_flops(
     *settings: Any,
     **__: Any,
 ) -> int:
-    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again."""
-    needs_x, _, needs_up, _, needs_down, _ = needs
-    up, down = _num_products(ids_shape, up_shape), _num_products(ids_shape, down_shape)
-    return 2 * (up * (needs_x + needs_up + (h_shape is None)) + down * (1 + needs_down))
+    up, down = num_products(ids_shape, up_shape), num_products(ids_shape, down_shape)
+    return backward_flops(up, down, needs, h_shape is None)
+
+
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.tritonmoe.moe_mlp: _forward_flops,
+    torch.ops.tritonmoe.moe_mlp_backward: _backward_flops,
+}
+"""Operator -> its FLOPs, from shapes in place of tensors; other modules with operators add theirs."""
 
 
 def register_flop_formulas() -> None:
@@ -296,14 +311,13 @@ def register_flop_formulas() -> None:
     flop_counter = sys.modules.get("torch.utils.flop_counter")
     if flop_counter is None:
         return
-    formulas = {torch.ops.tritonmoe.moe_mlp: _forward_flops, torch.ops.tritonmoe.moe_mlp_backward: _backward_flops}
-    for operator, formula in formulas.items():
+    for operator, formula in FLOP_FORMULAS.items():
         if operator not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(operator)(formula)
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
-            counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in formulas})
+            counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in FLOP_FORMULAS})
 
 
 def moe_mlp_operator(

@@ -27,7 +27,16 @@ from .arguments import ExpertWeights
 from .autograd import without_autocast
 from .config import WIRE_DTYPES, KernelOptions, OverlapConfig, OverlapPlan
 from .count_exchange import CHUNK_BY
-from .custom_ops import OperatorSettings, decode_activation, gradient_shapes, refuse_second_derivative
+from .custom_ops import (
+    FLOP_FORMULAS,
+    OperatorSettings,
+    backward_flops,
+    decode_activation,
+    gradient_shapes,
+    num_products,
+    refuse_second_derivative,
+    register_flop_formulas,
+)
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_run import Needs, run_call
 from .handles import find, hold
@@ -166,6 +175,7 @@ def _expert_parallel_mlp(
 
 @_expert_parallel_mlp.register_fake
 def _shapes(turn: Tensor, layer: Tensor | None, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    register_flop_formulas()  # here, since every graph is made with this
     return x.new_empty(x.shape), turn.new_empty(1), turn.new_empty(())
 
 
@@ -180,8 +190,12 @@ def _expert_parallel_mlp_backward(
     down_proj: Tensor,
     down_bias: Tensor | None,
     needs: list[bool],
+    save: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the gradients of x, topk_weights and the weights, no elements where not wanted, and an `after`."""
+    """Give the gradients of x, topk_weights and the weights, no elements where not wanted, and an `after`.
+
+    save: the forward's, for the count of FLOPs.
+    """
     call, beside, rows, received_weights, h = find(kept)
     weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
     needs_x, needs_topk_weights, *needs_weights = needs
@@ -214,6 +228,7 @@ def _gradient_shapes(
     down_proj: Tensor,
     down_bias: Tensor | None,
     needs: list[bool],
+    save: str,
 ) -> tuple[Tensor, ...]:
     grads = gradient_shapes((dout, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias), needs)
     return *grads, kept.new_empty(1)
@@ -223,6 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, kept, turn = output
     ctx.mark_non_differentiable(kept, turn)
     ctx.transport = inputs[0]  # for the order alone: backward doesn't read it
+    ctx.save = inputs[16]
     ctx.save_for_backward(kept, *inputs[4:9])
 
 
@@ -232,7 +248,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # While a graph is made, its calls on one transport see one FunctionalTensor of its handle, its own.
     is_traced = isinstance(ctx.transport, FunctionalTensor)
     after = getattr(ctx.transport, "after", None) if is_traced else None
-    *grads, after = _expert_parallel_mlp_backward(after, dout, *ctx.saved_tensors, needs)
+    *grads, after = _expert_parallel_mlp_backward(after, dout, *ctx.saved_tensors, needs, ctx.save)
     if is_traced:
         ctx.transport.after = after
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
@@ -242,6 +258,43 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 _expert_parallel_mlp.register_autograd(_backward, setup_context=_setup_context)
 _expert_parallel_mlp_backward.register_autograd(refuse_second_derivative)
+
+
+def _forward_flops(
+    turn: Any,
+    layer: Any,
+    x: Any,
+    ids_shape: Any,
+    weights_shape: Any,
+    up_shape: Any,
+    up_bias: Any,
+    down_shape: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Give those of this rank's own pairs, whose experts are on any rank: over all ranks it is the sum that they do."""
+    return 2 * (num_products(ids_shape, up_shape) + num_products(ids_shape, down_shape))
+
+
+def _backward_flops(
+    after: Any,
+    dout: Any,
+    kept: Any,
+    weights_shape: Any,
+    up_shape: Any,
+    up_bias: Any,
+    down_shape: Any,
+    down_bias: Any,
+    needs: list[bool],
+    save: str,
+    **__: Any,
+) -> int:
+    up, down = num_products(weights_shape, up_shape), num_products(weights_shape, down_shape)
+    return backward_flops(up, down, needs, save == "input")
+
+
+FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp] = _forward_flops
+FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp_backward] = _backward_flops
 
 
 def expert_parallel_operator(
