@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 import tritonmoe as tm
 from tritonmoe import cpu_memory
+from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.capacity import capped_traffic
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
+from tritonmoe.kernels import tiles
 from tritonmoe.overlap.cost_model import LayerWork
 from tritonmoe.overlap.memory import BufferWidths, peak_bytes
 from tritonmoe.transports import PendingExchange, Transport
@@ -191,6 +193,22 @@ def test_worked_example() -> None:
     kept = 8 * (2 + 4) + 8 * 12 + 8 * 2  # rows and weights, grouping, h
     gradients = 8 * (2 + 4) + 8 * 2 + 8 * (2 + 2)  # dout and dweights, home, dh and s*a
     assert said.backward == kept + gradients + 4 * 2 + 8 * 4 * 3  # one chunk of sums; dtopk_weights, sent and home
+
+
+@pytest.mark.parametrize("chunk_by", ["tokens", "experts"])
+@pytest.mark.parametrize("save", ["hidden", "input"])
+def test_rows_that_up_copies_are_counted(save: str, chunk_by: str) -> None:
+    """Where results have memory before their experts run: elsewhere it is taken once the copy is gone."""
+    work = LayerWork.of(torch.tensor([[0, 8], [8, 0]]), 1.0, row_bytes=128, top_k=1)
+    plan = tm.OverlapPlan((1, 1), local_first=False, window=1, backward_window=1, chunk_by=chunk_by)
+    for way in tiles.GATHERS:
+        with tiles.using({"of some product": {"gather": way}}):
+            assert triton_backend.copies_rows() == (way == "copy")
+    plain = BufferWidths(64, 1, num_local_experts=2, dtype_bytes=2, gated=False, save=save)
+    without, copying = (peak_bytes(plan, work, replace(plain, copies_rows=copies)) for copies in (False, True))
+    copy = 4 * 128 if chunk_by == "experts" else 0  # of a chunk's four pairs
+    assert copying.forward == without.forward + copy
+    assert copying.backward == without.backward + (copy if save == "input" else 0)  # h once more
 
 
 def test_inference_holds_less() -> None:

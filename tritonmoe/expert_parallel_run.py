@@ -153,6 +153,7 @@ def run_call(
             has_backward=grad_enabled,
             max_block_pairs=settings.ops.MAX_BLOCK_PAIRS,
             num_workers=num_workers(x.device),
+            copies_rows=settings.ops.copies_rows(),
         )
         kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
         chooser = state.choosers.setdefault(

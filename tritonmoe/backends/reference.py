@@ -24,6 +24,7 @@ from ..grouping import Grouping, RowSources
 __all__ = [
     "WeightGrads",
     "combine",
+    "copies_rows",
     "down",
     "down_grad",
     "group",
@@ -34,6 +35,11 @@ __all__ = [
 
 MAX_BLOCK_PAIRS: int | None = None
 """How many pairs callers hand over at a time; None for all."""
+
+
+def copies_rows() -> bool:
+    """Say whether `up` may hold a copy of the rows of its pairs, all of a chunk's."""
+    return False
 
 
 class WeightGrads(NamedTuple):

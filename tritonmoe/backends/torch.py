@@ -17,9 +17,9 @@ from .. import cpu_memory
 from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from ..cpu_threads import for_each, num_workers
 from ..grouping import Grouping, RowSources
-from .reference import WeightGrads, accumulation_dtype, apply_activation, split_gate
+from .reference import WeightGrads, accumulation_dtype, apply_activation, copies_rows, split_gate
 
-__all__ = ["combine", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
+__all__ = ["combine", "copies_rows", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
 
 MAX_BLOCK_PAIRS: int | None = 768
 """Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""

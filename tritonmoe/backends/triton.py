@@ -9,6 +9,7 @@ from ..kernels import combine as combine_kernels
 from ..kernels import down as down_kernels
 from ..kernels import down_grad as down_grad_kernels
 from ..kernels import group as group_kernels
+from ..kernels import tiles
 from ..kernels import up as up_kernels
 from ..kernels import weight_grad as weight_grad_kernels
 from .reference import WeightGrads
@@ -16,6 +17,7 @@ from .reference import WeightGrads
 __all__ = [
     "WeightGrads",
     "combine",
+    "copies_rows",
     "down",
     "down_grad",
     "group",
@@ -26,6 +28,11 @@ __all__ = [
 
 MAX_BLOCK_PAIRS: int | None = None
 """How many pairs callers hand over at a time; None for all."""
+
+
+def copies_rows() -> bool:
+    """Say whether `up` may copy the rows of its pairs first: a measured entry says so, for some product."""
+    return tiles.has_gather("copy")
 
 
 def group(

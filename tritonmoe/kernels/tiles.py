@@ -25,6 +25,7 @@ __all__ = [
     "asked",
     "cache_file",
     "choose",
+    "has_gather",
     "note",
     "read",
     "tile_key",
@@ -64,6 +65,12 @@ def choose(key: str, default: Any) -> Any:
     """Give `default`, a TileConfig, with the fields that an entry for `key` replaces."""
     entries = _cached() if _replacement is None else _replacement
     return dataclasses.replace(default, **entries.get(key, SHIPPED.get(key, {})))
+
+
+def has_gather(way: str) -> bool:
+    """Say whether an entry, of any product, gets rows this way."""
+    entries = {**SHIPPED, **(_cached() if _replacement is None else _replacement)}
+    return any(fields.get("gather") == way for fields in entries.values())
 
 
 def note(key: str, config: Any) -> None:

@@ -47,6 +47,8 @@ class BufferWidths:
     do."""
     num_workers: int = 1
     """On how many blocks, or experts' weight gradients, it works at a time."""
+    copies_rows: bool = False
+    """Whether it may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
 
     @property
     def row_bytes(self) -> int:
@@ -225,7 +227,9 @@ class _Walk:
         if is_kept:
             self._hold("results", _total(self.pairs[self.plan.num_local_slices :]) * widths.row_bytes)
         if widths.max_block_pairs is None:
-            meanwhile = self.pairs[segment] * (whole_bytes + (0 if is_kept else widths.row_bytes))
+            # The copy that `up` makes of its rows is gone before there are results.
+            is_copied = widths.copies_rows and (step.kind == "experts" or not widths.keeps_hidden)
+            meanwhile = self.pairs[segment] * (whole_bytes + (is_copied or not is_kept) * widths.row_bytes)
         else:
             pairs, block_pairs = self.pairs[segment], widths.max_block_pairs
             has_blocks = pairs > block_pairs
