@@ -96,6 +96,21 @@ def test_posting_costs_the_compute_lane() -> None:
     assert forward_s(remote((1, 1)), work(2, 12, local_rows=0), LINK, costs) == 1 + 6 + 2 * 8 + 6 + 3
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_compute_is_slower_beside_exchanges(is_shared: bool) -> None:
+    link = LinkCosts(0.0, 1.0, is_shared, contention=0.5)
+    layer = work(2, 12, 2, local_rows=0)
+    # Dispatch 1 is under way until 12 s, beside experts 0 from 6 s on where exchanges take turns: they lose 3 of these
+    # 6 s. Experts 1 lose 3 of the 6 s of combine 0.
+    expected = 12 + 12 + (12 + 3) + 6 if is_shared else 6 + (12 + 3) + (12 + 3) + 6
+    assert forward_s(remote((1, 1)), layer, link) == expected
+    # Nothing is under way beside the experts of a single chunk.
+    assert forward_s(remote((1,)), layer, link) == 12 + 24 + 12
+    # Experts that are over before the rows beside them take twice as long.
+    expected = 12 + 3 + 2 * 3 + 6 if is_shared else 6 + 2 * 3 + 2 * 3 + 6
+    assert forward_s(remote((1, 1)), work(2, 12, 0.5, local_rows=0), link) == expected
+
+
 def test_a_shared_link() -> None:
     """Two dispatches posted together arrive together; a window of one makes them take turns."""
     shared = LinkCosts(0.0, 1.0, is_shared=True)

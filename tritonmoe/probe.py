@@ -1,5 +1,6 @@
 """What the simulator needs, measured: the link of a transport, and what a layer's steps cost by their size."""
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from .overlap.cost_model import LinkCosts, StepCosts, fit_line
 from .overlap.executor import LayerReport
 from .overlap.tuner import shortest_steps
 from .transport_state import LayerCalls
-from .transports import LocalTransport, Transport
+from .transports import LocalTransport, PendingExchange, Transport
 
 __all__ = ["probe", "probe_link", "probe_steps"]
 
@@ -24,25 +25,34 @@ ROW_BYTES = 256
 SHARED_RATIO = 0.75
 """Of two exchanges posted together, the first ends after half of the time where they take turns, at the end where they
 share the link."""
+BESIDE_ROUNDS = 5
+BESIDE_S = 0.02
+NUM_CALIBRATING = 8
+MOST_BESIDE_BYTES = 2**25
+MOST_CONTENTION = 0.9
 
 
 def probe_link(transport: Transport, device: torch.device | str = "cpu") -> LinkCosts:
-    """Measure latency and bandwidth of a transport; every rank calls it, and all get the same numbers.
+    """Measure latency, bandwidth and contention of a transport; every rank calls it, and all get the same numbers.
 
-    Least squares over six sizes of the shortest of three rounds, each started together, the slowest rank's time.
-    On one rank there is no link: infinitely fast.
+    Least squares over six sizes of the shortest of three rounds, each started together, the slowest rank's time; for
+    the contention, matrix products alone and beside an exchange. On one rank there is no link: infinitely fast.
     """
     size = transport.size
     if size == 1:
         return LinkCosts(0.0, float("inf"))
 
-    def timed(num_bytes: int, count: int) -> list[float]:
-        """Post `count` exchanges at once and give when each was over, the slowest rank's time."""
+    def post(num_bytes: int, count: int) -> tuple[float, list[PendingExchange]]:
+        """Post `count` exchanges at once when all ranks are ready, and give the time before."""
         splits = [0 if k == transport.rank else -(-num_bytes // (ROW_BYTES * (size - 1))) for k in range(size)]
         rows = [torch.zeros(sum(splits), ROW_BYTES, dtype=torch.uint8, device=device) for _ in range(count)]
         _slowest(transport, [0.0])
         started = time.perf_counter()
-        pending = [transport.exchange(part, splits, splits) for part in rows]
+        return started, [transport.exchange(part, splits, splits) for part in rows]
+
+    def timed(num_bytes: int, count: int) -> list[float]:
+        """Give when each of `count` exchanges was over, the slowest rank's time."""
+        started, pending = post(num_bytes, count)
         ends = []
         for exchange in pending:
             exchange.wait()
@@ -62,7 +72,36 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     alone_share = 1.0
     if 0 < together_s < byte_s:
         alone_share, byte_s = together_s / byte_s, together_s
-    return LinkCosts(latency_s, 1 / byte_s if byte_s else float("inf"), first > SHARED_RATIO * second, alone_share)
+    bytes_per_s = 1 / byte_s if byte_s else float("inf")
+    num_bytes = min(MOST_BESIDE_BYTES, int(3 * BESIDE_S * bytes_per_s))
+    exchange_s = latency_s + num_bytes / bytes_per_s
+    count = _num_products(device)
+    shares = []
+    for _ in range(BESIDE_ROUNDS):
+        _slowest(transport, [0.0])
+        alone_s = _multiply(count, device)
+        _, pending = post(num_bytes, 1)
+        lost_s = _multiply(count, device) - alone_s
+        pending[0].wait()
+        shares.append(lost_s / max(1e-9, min(alone_s + lost_s, exchange_s)))
+    (contention,) = _slowest(transport, [min(MOST_CONTENTION, max(0.0, statistics.median(shares)))])
+    return LinkCosts(latency_s, bytes_per_s, first > SHARED_RATIO * second, alone_share, contention=contention)
+
+
+def _multiply(count: int, device: torch.device | str) -> float:
+    """Give the seconds of so many small matrix products."""
+    left, right = torch.ones(256, 512, device=device), torch.ones(512, 512, device=device)
+    started = time.perf_counter()
+    for _ in range(count):
+        product = left @ right
+    float(product[0, 0])  # on a GPU, waits for the current stream only
+    return time.perf_counter() - started
+
+
+def _num_products(device: torch.device | str) -> int:
+    """Give how many of them take about BESIDE_S."""
+    _multiply(NUM_CALIBRATING, device)
+    return max(1, round(NUM_CALIBRATING * BESIDE_S / _multiply(NUM_CALIBRATING, device)))
 
 
 def _slowest(transport: Transport, seconds: list[float]) -> list[float]:

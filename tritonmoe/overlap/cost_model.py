@@ -33,10 +33,15 @@ class LinkCosts:
     """What one exchange alone reaches of bytes_per_s: about half where its two directions take turns."""
     node_size: int | None = None
     inter_bytes_per_s: float | None = None
+    contention: float = 0.0
+    """The share of its speed that compute loses while an exchange is under way: to the cores that move the rows, or the
+    multiprocessors."""
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
             raise ValueError(f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed, got {self}")
+        if not 0 <= self.contention < 1:
+            raise ValueError(f"contention must lie in [0, 1), got {self.contention}")
         if (self.node_size is None) != (self.inter_bytes_per_s is None):
             raise ValueError(f"node_size and inter_bytes_per_s belong together, got {self}")
         if self.node_size is not None and not (self.node_size >= 1 and (self.inter_bytes_per_s or 0) > 0):

@@ -107,6 +107,23 @@ class _Ports:
             arrival = self._of_group(start) + busiest
         self.arrivals[number] = arrival + self.link.latency_s
 
+    def beside(self, now: Tensor, seconds: Tensor) -> Tensor:
+        """Give how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
+        lost = self.link.contention
+        if not lost:
+            return seconds
+        if self.link.is_shared:
+            self._work_off(now)
+            busy_until = self.clock
+            if self.remaining:
+                levels, widths = self._levels()
+                busy_until = busy_until + (
+                    torch.diff(levels, dim=0, prepend=torch.zeros_like(levels[:1])) * widths
+                ).sum(0)
+        else:
+            busy_until = self.clock
+        return seconds + lost * torch.minimum(seconds / (1 - lost), (busy_until - now).clamp(min=0))
+
     def arrival(self, number: int) -> Tensor:
         """Give (W,) when the exchange has arrived, if nothing is posted before that."""
         if number not in self.arrivals:
@@ -178,7 +195,8 @@ def simulate(
             steps.append(SimulatedStep(step, start, now, done))
             continue
         units = step_units(step, plan.num_local_slices, *sizes)
-        now = now + costs.seconds(step.kind, units)
+        seconds = torch.as_tensor(costs.seconds(step.kind, units), dtype=torch.float64)
+        now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
         if step.lane == "comm":
             under_way.add(position)
             shares = returning if step.kind in RETURNING_KINDS else leaving
