@@ -4,8 +4,12 @@ Not gloo's all_to_all, which posts its sends before its receives: on the rank th
 before the note that lets the peer send, on the one connection between the two, and the directions take turns.
 """
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -17,10 +21,27 @@ from tritonmoe.transports.progress import ThreadedExchange
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GlooExchange"]
+__all__ = ["GlooExchange", "let_compute_go_on"]
 
 TAG = 0x6D6F65
 """Of all exchanges: gloo keeps the order of messages with one tag from one rank to another."""
+
+
+THREAD_NAME = "gloo_tcp_loop"
+
+
+def let_compute_go_on() -> None:
+    """Let gloo's own threads wait for the end of a time slice instead of interrupting compute (SCHED_BATCH on Linux).
+
+    Woken for every few packets, such a thread would interrupt, and where compute was just handing rows over to gloo,
+    spin for the lock that the interrupted thread holds. A core that is idle still runs it at once.
+    Older gloos (torch 2.10) don't name their threads, which then stay as they are.
+    """
+    if sys.platform == "linux":
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended, or this user may not
+                if (task / "comm").read_text().strip() == THREAD_NAME:
+                    os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 class GlooExchange(ThreadedExchange):

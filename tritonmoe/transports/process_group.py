@@ -20,7 +20,7 @@ from tritonmoe.transports.base import (
     check_exchange,
     describe,
 )
-from tritonmoe.transports.gloo import GlooExchange
+from tritonmoe.transports.gloo import GlooExchange, let_compute_go_on
 from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
@@ -133,6 +133,8 @@ class ProcessGroupTransport(Transport):
         self._counts_stream: torch.cuda.Stream | None = None
         self._progress = ProgressThread("gloo-progress")
         self._end = weakref.finalize(self, self._progress.end)
+        if "gloo" in self._backends.values():
+            let_compute_go_on()
 
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
         """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
