@@ -345,20 +345,21 @@ def _two_level_work(
 
 def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float, link: Link) -> float:
     """Set the rate from compute alone and the bytes of the busiest port, then correct it by what that rate gives."""
-    wished_s = rank.median_s(Variant("compute", 1)) / compute_ratio
+    compute = Variant("compute", 1)
     exchanges = 4 if rank.workload.backward else 2
     bytes_between = report.traffic_bytes
     busiest = max(int(bytes_between.sum(0).max()), int(bytes_between.sum(1).max()))
     if busiest == 0:
         raise ValueError("no rows travel between the ranks: a compute ratio needs a routing that sends some")
-    rate = 8 * exchanges * busiest / wished_s
-    for correct in (True, False):
+    rate = 8 * exchanges * busiest * compute_ratio / rank.median_s(compute)
+    for correct in (True, True, False):
         if rank.transport.rank == 0:
             assert link.set_rate is not None
             link.set_rate(rate)
         barrier(rank.transport)
         if correct:
-            rate *= min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4)) / wished_s
+            communication_s = min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4))
+            rate *= compute_ratio * communication_s / rank.median_s(compute)
     return rate
 
 
