@@ -103,11 +103,12 @@ def test_a_replayed_call_has_the_same_results_and_needs_no_peer() -> None:
 
 
 def test_every_kind_is_measured_for_every_number_of_chunks() -> None:
-    names = [str(variant) for variant in variants_of([1, 4])]
+    names = [str(variant) for variant in variants_of([1, 4], 4)]
     assert len(set(names)) == len(names)
     for kind in ("communication", "serial", "overlapped", "free transport"):
         assert {f"{kind} C=1", f"{kind} C=4"} <= set(names)
-    assert {"compute", "auto", "overlapped C=4 ramp"} <= set(names)
+    assert {"compute", "auto", "overlapped C=4 ramp", "overlapped C=4 of experts"} <= set(names)
+    assert not any("experts" in str(variant) for variant in variants_of([1, 4], 1))
     assert not any(name.startswith("two levels") for name in names)
 
 
@@ -116,7 +117,7 @@ def check_results(path: Path, num_ranks: int) -> dict:
     assert written["benchmark"] == "overlap"
     results = written["results"]
     assert results["ranks"] == num_ranks
-    assert set(results["variants"]) == {str(variant) for variant in variants_of([1, 3])}
+    assert set(results["variants"]) == {str(variant) for variant in variants_of([1, 3], MODELS["tiny"][0] // num_ranks)}
     assert {point["name"] for point in results["sweep"]} <= set(results["variants"])
     for times in results["variants"].values():
         assert times["samples"] == 2

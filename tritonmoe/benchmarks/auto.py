@@ -19,7 +19,7 @@ import torch
 from ..transports import ProcessGroupTransport, Transport
 from ..transports.process_group import torchrun_ranks
 from .namespaces import Namespaces, ask, parse_rate
-from .overlap_rank import Link, MeasuredLayer, Variant, predict, run_rounds
+from .overlap_rank import Link, MeasuredLayer, Variant, overlapped_variants, predict, run_rounds
 from .overlap_report import best, spread
 from .ranks import barrier, gather, slowest
 from .timing import Samples, summarize, write_json
@@ -64,8 +64,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rates = [parse_rate(rate) for rate in arguments.rates]
     if min(arguments.rounds, arguments.sweep_rounds, arguments.tokens) < 1:
         raise ValueError("--rounds, --sweep-rounds and --tokens must be positive")
-    if not all(1 <= chunks <= 32 for chunks in arguments.chunks) or max(arguments.chunks) == 1:
-        raise ValueError("--chunks must lie between 1 and 32, one of them above 1")
+    if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
+        raise ValueError("--chunks must lie between 1 and 32")
     if "RANK" in os.environ:
         return _run_rank(arguments)
     if arguments.netns is None:
@@ -81,17 +81,9 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def sweep_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
-    """Give every overlapped and serial plan of the sweep, and what the simulator needs to know: the free transport."""
-    variants = [Variant("compute", 1), *(Variant("serial", num_chunks) for num_chunks in chunks)]
-    for num_chunks in sorted({*chunks} - {1}):
-        variants.append(Variant("overlapped", num_chunks))
-        if num_chunks > 2:
-            variants.append(Variant("overlapped", num_chunks, "ramp"))
-        if num_chunks <= num_local_experts:
-            variants.append(Variant("overlapped", num_chunks, chunk_by="experts"))
-    for chunk_by, counts in (("tokens", chunks), ("experts", [n for n in chunks if n <= num_local_experts])):
-        variants += [Variant("free transport", n, chunk_by=chunk_by) for n in counts]
-    return variants
+    """Give every overlapped and serial plan of the sweep."""
+    serial = [Variant("serial", num_chunks) for num_chunks in chunks]
+    return [Variant("compute", 1), *serial, *overlapped_variants(chunks, num_local_experts)]
 
 
 def _run_rank(arguments: argparse.Namespace) -> int:

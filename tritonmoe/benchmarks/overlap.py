@@ -237,7 +237,7 @@ def _measure(
         "variants": {name: summarize(times) for name, times in measured.seconds.items()},
         "sweep": [
             {"name": str(v), "series": v.series, "num_chunks": v.num_chunks}
-            for v in variants_of(arguments.chunks, link.two_levels is not None)
+            for v in variants_of(arguments.chunks, workload.shape[0] // transport.size, link.two_levels is not None)
             if v.kind not in ("compute", "auto")
         ],
         "summary": summary,

@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "RankMeasurement",
     "Variant",
     "measure_rank",
+    "overlapped_variants",
     "predict",
     "run_rounds",
     "variants_of",
@@ -60,7 +61,7 @@ class Variant:
     @property
     def series(self) -> str:
         """What a sweep over chunk counts calls it."""
-        return self.kind if self.shape == "equal" else f"{self.kind} {self.shape}"
+        return str(replace(self, num_chunks=None))
 
     def config(self) -> OverlapConfig:
         if self.kind == "auto":
@@ -203,15 +204,27 @@ class MeasuredLayer:
         )
 
 
-def variants_of(chunks: list[int], two_levels: bool = False) -> list[Variant]:
+def variants_of(chunks: list[int], num_local_experts: int, two_levels: bool = False) -> list[Variant]:
     """Give everything that is measured for these chunk counts."""
     variants = [Variant("compute", 1), Variant("auto")]
     for num_chunks in chunks:
-        variants += [Variant(kind, num_chunks) for kind in ("communication", "serial", "overlapped", "free transport")]
-        if num_chunks > 2:
-            variants.append(Variant("overlapped", num_chunks, "ramp"))
+        variants += [Variant(kind, num_chunks) for kind in ("communication", "serial")]
         if two_levels:
             variants.append(Variant("two levels", num_chunks))
+    return variants + overlapped_variants(chunks, num_local_experts)
+
+
+def overlapped_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
+    """Give every overlapped plan of these chunk counts, and the free transport that tells what its steps cost."""
+    variants = []
+    for num_chunks in chunks:
+        variants += [Variant("overlapped", num_chunks), Variant("free transport", num_chunks)]
+        if num_chunks > 2:
+            variants.append(Variant("overlapped", num_chunks, "ramp"))
+    of_experts = [num_chunks for num_chunks in chunks if 1 < num_chunks <= num_local_experts]
+    variants += [Variant("overlapped", num_chunks, chunk_by="experts") for num_chunks in of_experts]
+    if of_experts:
+        variants += [Variant("free transport", n, chunk_by="experts") for n in (1, max(of_experts))]
     return variants
 
 
@@ -233,7 +246,7 @@ def measure_rank(
     report = rank.run(Variant("serial", 1))
     assert report is not None
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
-    variants = variants_of(chunks, link.two_levels is not None)
+    variants = variants_of(chunks, workload.shape[0] // transport.size, link.two_levels is not None)
     rounds_run = run_rounds(rank, variants, rounds)
     seconds, reports = rounds_run.seconds, rounds_run.reports
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
