@@ -47,10 +47,12 @@ def wait_for(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.05)
 
 
-def interrupt(command: list[str], folder: Path, is_running: Callable[[int, str], bool], *, everybody: bool) -> str:
-    """Start a command, interrupt it once it runs, and give what it said; nothing of it must be left.
+def interrupt(
+    command: list[str], folder: Path, is_running: Callable[[int, str], bool], end: Callable[[int], None]
+) -> str:
+    """Start a command, end it once it runs, and give what it said; nothing of it must be left.
 
-    everybody: as from a terminal, all of its processes get the signal; else the first one alone.
+    end: what is done to it, given the session's number, which is that of its first process.
     """
     said = folder / "said"
     with said.open("w") as output:
@@ -61,7 +63,7 @@ def interrupt(command: list[str], folder: Path, is_running: Callable[[int, str],
         wait_for(lambda: is_running(process.pid, said.read_text()), STARTED_WITHIN_S, "it has not started")
         assert process.poll() is None, said.read_text()
         namespaces = set(processes_of(process.pid).values()) - {os.readlink("/proc/self/ns/net")}
-        (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+        end(process.pid)
         assert process.wait(timeout=ENDS_WITHIN_S) != 0
         wait_for(lambda: not processes_of(process.pid), ENDS_WITHIN_S, "a process is left")
     finally:
@@ -85,53 +87,71 @@ def run(command: list[str], folder: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def interrupt_all(session: int) -> None:
+    """As from a terminal."""
+    os.killpg(session, signal.SIGINT)
+
+
+def interrupt_first(session: int) -> None:
+    os.kill(session, signal.SIGINT)
+
+
+def kill_rank_1(session: int) -> None:
+    (rank_1,) = (pid for pid in processes_of(session) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(rank_1, signal.SIGKILL)
+
+
 def test_a_demo(tmp_path: Path) -> None:
     said = interrupt(
         [*TRITONMOE, "demo", "--ranks", "2", "--steps", "100000"],
         tmp_path,
         lambda _, said: "step 11: loss" in said,
-        everybody=True,
+        interrupt_all,
     )
     assert said.endswith("tritonmoe demo: interrupted\n")
     assert "Traceback" not in said
 
 
-WHO = [pytest.param(True, id="all"), pytest.param(False, id="the first", marks=pytest.mark.slow)]
-"""The slow ones run the command once more."""
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.skipif(unusable_reason() is not None, reason=str(unusable_reason()))
 @pytest.mark.parametrize(
-    ("ranks", "everybody"),
+    ("ranks", "end"),
     [
-        pytest.param(ONE_LEVEL, True, id="all"),
-        pytest.param(ONE_LEVEL, False, id="the first", marks=pytest.mark.slow),
-        pytest.param(TWO_LEVELS, True, id="all of two levels", marks=pytest.mark.slow),
-        pytest.param(TWO_LEVELS, False, id="the first of two levels", marks=pytest.mark.slow),
+        pytest.param(ONE_LEVEL, interrupt_all, id="all"),
+        pytest.param(ONE_LEVEL, interrupt_first, id="the first", marks=SLOW),
+        pytest.param(ONE_LEVEL, kill_rank_1, id="killed", marks=SLOW),
+        pytest.param(TWO_LEVELS, interrupt_all, id="all of two levels", marks=SLOW),
+        pytest.param(TWO_LEVELS, interrupt_first, id="the first of two levels", marks=SLOW),
+        pytest.param(TWO_LEVELS, kill_rank_1, id="killed on two levels", marks=SLOW),
     ],
 )
-def test_a_benchmark_in_namespaces(tmp_path: Path, ranks: list[str], everybody: bool) -> None:
-    """The ranks measure already: a megabyte has come to each. The next run gets as far."""
+def test_a_benchmark_in_namespaces(tmp_path: Path, ranks: list[str], end: Callable[[int], None]) -> None:
+    """The ranks have run some calls: 300 kB have come to each."""
 
     def is_running(session: int, said: str) -> bool:
-        received = []
-        for pid in processes_of(session):
+        received, own = [], os.readlink("/proc/self/ns/net")
+        for pid in (pid for pid, namespace in processes_of(session).items() if namespace != own):
             with contextlib.suppress(OSError):
                 lines = Path(f"/proc/{pid}/net/dev").read_text().split("\n")
                 received += [int(line.split()[1]) for line in lines if line.strip().startswith(f"{INTERFACE}:")]
-        return len([count for count in received if count > 1e6]) >= int(ranks[1])
+        return len([count for count in received if count > 3e5]) >= int(ranks[1])
 
     files = ["--json", "figures", "--trace", "trace", "--png", "picture"]
-    for _ in range(2 if everybody else 1):
-        said = interrupt([*BENCH, *ranks, "--rounds", "100000", *files], tmp_path, is_running, everybody=everybody)
+    command = [*BENCH, *ranks, "--timeout-s", "10", "--rounds"]
+    said = interrupt([*command, "100000", *files], tmp_path, is_running, end)
+    if end == kill_rank_1:
+        assert re.search(f"TransportError: .*rank 0 of {ranks[1]}", said), said
+    else:
         assert "tritonmoe bench: interrupted" in said
-    if not everybody:
-        run([*BENCH, *ranks, "--rounds", "1", "--chunks", "1"], tmp_path)
+    if end != interrupt_all:
+        run([*command, "1", "--chunks", "1"], tmp_path)
 
 
-@pytest.mark.parametrize("everybody", WHO)
-def test_training_under_torchrun(tmp_path: Path, everybody: bool) -> None:
-    said = interrupt([*TRAIN, "100000"], tmp_path, lambda _, said: "step 9 loss" in said, everybody=everybody)
+@pytest.mark.parametrize("end", [interrupt_all, pytest.param(interrupt_first, marks=SLOW)])
+def test_training_under_torchrun(tmp_path: Path, end: Callable[[int], None]) -> None:
+    said = interrupt([*TRAIN, "100000"], tmp_path, lambda _, said: "step 9 loss" in said, end)
     assert re.search("KeyboardInterrupt|got signal: 2", said)
-    if not everybody:
+    if end == interrupt_first:
         run([*TRAIN, "2"], tmp_path)

@@ -108,12 +108,40 @@ def test_mpi_is_aborted_after_the_line_that_names_step_and_chunk(tmp_path: Path)
     assert seconds < 30
 
 
+@NEEDS_MPI
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("corrupted_counts", f"CountMismatch: rank {VICTIM} got counts of rank {DAMAGED} that contradict each other"),
+        ("different_chunks", "CountMismatch: the ranks disagree on num_chunks"),
+        ("different_layer_order", "CountMismatch: the ranks disagree on layer"),
+        ("full_disk", "the trace could not be written: No space left on device"),
+    ],
+)
+def test_other_faults_of_mpi(name: str, words: str, tmp_path: Path) -> None:
+    output, seconds = run_as_users(name, "mpi", tmp_path)
+    assert words in output, output
+    if name in ("corrupted_counts", "full_disk"):  # the others didn't hear of it themselves
+        where = "step metadata, all chunks" if name == "corrupted_counts" else "count exchange of layer call 1"
+        assert re.search(f"TransportError: {where}.*rank [01] of {SIZE}", output), output
+    assert seconds < 30
+    assert running_after_a_while(tmp_path) == []
+
+
 def running(folder: Path) -> list[int]:
     """Give the processes of run_as_users that have not ended."""
     pids = sorted(int(file.read_text()) for file in folder.glob("*.pid"))
     states = [subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True) for pid in pids]
     # One that ended is gone, or a zombie where nobody asks how.
     return [pid for pid, state in zip(pids, states, strict=True) if state.stdout.strip()[:1] not in ("", "Z")]
+
+
+def running_after_a_while(folder: Path) -> list[int]:
+    until = time.perf_counter() + SLACK_S
+    while running(folder) and time.perf_counter() < until:
+        time.sleep(0.1)
+    return running(folder)
 
 
 @NEEDS_MPI
@@ -132,10 +160,7 @@ def test_a_rank_of_mpi_is_killed(name: str, tmp_path: Path) -> None:
     output, seconds = run_as_users(name, "mpi", tmp_path)
     assert len(list(tmp_path.glob("*.pid"))) == SIZE
     assert seconds < 30
-    until = time.perf_counter() + SLACK_S
-    while running(tmp_path) and time.perf_counter() < until:
-        time.sleep(0.1)
-    assert running(tmp_path) == []
+    assert running_after_a_while(tmp_path) == []
     if "signal 9" not in output:
         for rank in SURVIVORS:
             error = rf"TransportError: step \w+, (chunk [01]|all chunks): .*rank {rank} of {SIZE}"
