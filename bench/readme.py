@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -240,6 +241,66 @@ def expert_parallel_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def overlap_table(prefix: str) -> str:
+    """One row for every file whose name starts so."""
+    files = sorted(RESULTS.glob(f"{prefix}_*.json"))
+    if not files:
+        return "`tritonmoe bench overlap --netns 2`: not measured yet."
+    data = [json.loads(file.read_text()) for file in files]
+    results = data[0]["results"]
+    lines = [
+        f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data[0]['environment'])}: network namespaces, "
+        f"gloo, one core and one thread each, the link's rate chosen by `--compute-ratio`; {results['dtype']}, "
+        f"T = {results['tokens']} a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are "
+        "medians of the rounds' own. Each pass has a bound of its own: a backward can't hide what the forward exposes.",
+        "",
+        "| E, K, D, F | routing | pass | compute | communication | best without overlap | overlapped | of max(compute, "
+        "communication) | of each pass's | speed-up | auto, of max |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in data:
+        results, summary = one["results"], one["results"]["summary"]
+        times = [f"{summary[f'T_{kind}']['median_ms']:.1f}" for kind in ("compute", "communication", "serial")]
+        over = summary["overlapped"]
+        ratios = [f"{over[name]['median']:.3f}" for name in ("bound_ratio", "pass_bound_ratio")]
+        ratios += [f"{over['speed_up']['median']:.2f}", f"{summary['auto']['bound_ratio']['median']:.3f}"]
+        lines.append(
+            f"| {', '.join(map(str, results['E_K_D_F']))} | {results['routing']} | {results['pass']} | "
+            f"{' | '.join(times)} | {spread(over)}: {over['variant'].removeprefix('overlapped ')} | "
+            f"{' | '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def auto_table(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return "`tritonmoe bench auto --netns 2`: not measured yet."
+    data = load(name)
+    results = data["results"]
+    lines = [
+        f"`tritonmoe bench auto --netns {results['ranks']}` on {where(data['environment'])}: {results['link']}, "
+        f"{results['pass']} in {results['dtype']}, T = {results['tokens']} a rank. What a layer chooses by itself "
+        f"against the fastest plan of a sweep, measured again beside it: {results['auto_excess_median']:+.1%} in the "
+        f"median, {results['auto_excess_largest']:+.1%} at worst. The simulator against all overlapped plans of the "
+        f"sweeps: {results['simulator_error_median']:.1%} in the median, {results['simulator_error_largest']:.1%} at "
+        "worst. Milliseconds, median (quartiles).",
+        "",
+        "| link | E, K, D, F | routing | auto | fastest of the sweep | auto over it | over the best without overlap | "
+        "the simulator's error: median, largest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in results["cases"]:
+        again, winner = case["again_ms"], case["winner"]
+        errors = sorted(abs(error) for error in case["errors"].values())
+        lines.append(
+            f"| {case['rate']} | {', '.join(map(str, case['E_K_D_F']))} | {case['routing']} | "
+            f"{spread(again['auto'])} | {spread(again[winner])}: {winner.removeprefix('overlapped ')} | "
+            f"{case['auto_over_winner']['median'] - 1:+.1%} | {case['auto_over_serial']['median'] - 1:+.1%} | "
+            f"{statistics.median(errors):.1%}, {errors[-1]:.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def upcycle_table(name: str) -> str:
     command = "`python examples/upcycle_smollm2.py`"
     if not (RESULTS / f"{name}.json").exists():
@@ -281,6 +342,8 @@ def upcycle_table(name: str) -> str:
 
 
 TABLES = {
+    "auto": auto_table,
+    "overlap": overlap_table,
     "upcycle": upcycle_table,
     "expert_parallel": expert_parallel_table,
     "transformers": transformers_table,
