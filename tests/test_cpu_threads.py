@@ -9,6 +9,7 @@ import torch
 from tolerance import assert_close_to_exact
 
 import tritonmoe as tm
+from tritonmoe.backends import torch as torch_backend
 from tritonmoe.cpu_threads import MOST_WORKERS, for_each, num_workers
 
 CPU = torch.device("cpu")
@@ -123,3 +124,45 @@ def test_values_and_gradients(routing: str, dtype: torch.dtype, num_threads: int
         assert_close_to_exact(name, value, plain[name], exact[name])
     for name, value in run(dtype, "torch").items():
         assert torch.equal(value, actual[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+def test_products_of_few_rows_side_by_side(
+    has_bias: bool, dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens, as in decoding; forward and every gradient."""
+    names, for_each_before = [], torch_backend.for_each
+
+    def for_each_noted(function, items, device) -> None:
+        names.append((function.__name__, len(items)))
+        for_each_before(function, items, device)
+
+    monkeypatch.setattr(torch_backend, "for_each", for_each_noted)
+    monkeypatch.setattr(torch_backend, "FEWEST_SHARED_BYTES", 0)
+    generator = torch.Generator().manual_seed(0)
+    num_experts, width, inner = 16, 24, 10
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    x, weights = leaf(2, width), leaf(2, 3)
+    w1, w2 = leaf(num_experts, 2 * inner, width), leaf(num_experts, width, inner)
+    b1, b2 = (leaf(num_experts, 2 * inner), leaf(num_experts, width)) if has_bias else (None, None)
+    ids = torch.tensor([[3, 0, 7], [7, -1, 15]])
+    dout = torch.randn(2, width, generator=generator).to(dtype)
+    leaves = [tensor for tensor in (x, weights, w1, w2, b1, b2) if tensor is not None]
+
+    def run(backend: str, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        x, weights, w1, w2, *biases = leaves
+        b1, b2 = biases or (None, None)
+        out = tm.moe_mlp(x, ids, weights, w1, w2, gate_up_bias=b1, down_bias=b2, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    ours = run("torch", leaves)
+    assert names.count(("multiply", 4)) >= 2  # 0, 3, 7 and 15, up and down
+    plain = run("reference", leaves)
+    exact = run("reference", [tensor.detach().double().requires_grad_() for tensor in leaves])
+    result_names = ["y", "dx", "dweights", "dw1", "dw2", "db1", "db2"][: len(ours)]
+    for name, found, same_dtype, wanted in zip(result_names, ours, plain, exact, strict=True):
+        assert_close_to_exact(name, found, same_dtype, wanted)

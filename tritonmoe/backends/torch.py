@@ -30,6 +30,9 @@ LARGEST_PADDING = 2.5
 FEW_ROWS, USED_SHARE = 16, 0.75
 """Or any number of times, where experts have so few rows that their weights take longer to come from memory, and where
 that share of the experts has rows."""
+FEWEST_SHARED_BYTES = 2**20
+"""So large must the weights of products of so few rows be that a CPU's threads compute them side by side: one product
+of few rows gives a second thread little or nothing to do."""
 ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
 """What rows of products in narrow dtypes are rounded up to on a CPU, from so many on, see _padding."""
 FEW_PAIRS = 16
@@ -93,8 +96,17 @@ def _products(
     experts, counts = grouping.host_counts
     if not _is_rounded(values, max(counts, default=0)):
         parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
-        for e, part, target in zip(experts, parts, targets, strict=True):
+
+        def multiply(item: tuple[int, Tensor, Tensor]) -> None:
+            e, part, target = item
             _multiply(part, matrices[e], None if bias is None else bias[e], target)
+
+        items = list(zip(experts, parts, targets, strict=True))
+        if max(counts, default=0) <= FEW_ROWS and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
+            for_each(multiply, items, values.device)
+        else:
+            for item in items:
+                multiply(item)
         return out
     last = 0
     for e, count in zip(experts, counts, strict=True):
