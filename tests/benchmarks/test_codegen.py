@@ -85,5 +85,16 @@ def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
 
 
 def test_the_committed_table_is_of_these_sources():
-    table = codegen.ROOT.parent / codegen.RESULT
-    assert json.loads(table.read_text())["source_hash"] == codegen.source_hash(), "stale: run python -m bench.codegen"
+    table = json.loads((codegen.ROOT.parent / codegen.RESULT).read_text())
+    assert table["source_hash"] == codegen.source_hash(), "stale: run python -m bench.codegen"
+    assert len(table["triton_versions"]) == 2
+    assert {row["triton"] for row in table["results"]} == set(table["triton_versions"])
+
+
+def test_every_kernel_of_the_committed_table_is_fit():
+    rows = json.loads((codegen.ROOT.parent / codegen.RESULT).read_text())["results"]
+    unfit = [
+        f"Triton {row['triton']}: {row['variant']} {row['kernel']} {row['target']}" for row in rows if "problem" in row
+    ]
+    assert not unfit
+    assert not any("spills" in row or "error" in row for row in rows)
