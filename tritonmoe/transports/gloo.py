@@ -1,4 +1,4 @@
-"""Rows between the processes of a gloo group, as one message from each rank to each other.
+"""Exchanges between the processes of a gloo group; rows travel as one message from each rank to each other.
 
 Not gloo's all_to_all, which posts its sends before its receives: on the rank that comes later the sent rows then stand
 before the note that lets the peer send, on the one connection between the two, and the directions take turns.
@@ -45,15 +45,11 @@ def let_compute_go_on() -> None:
 
 
 class GlooExchange(ThreadedExchange):
-    """One exchange under way, its receives posted first.
+    """Messages under way: those that post() has posted, or the work of one collective."""
 
-    Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group; result: what
-        wait() gives, a view of out.
-    Raises:
-        TransportError: a peer's connection is closed.
-    """
+    _num_receives = 0
 
-    def __init__(
+    def post(
         self,
         group: "ProcessGroup | None",
         rank: int,
@@ -61,15 +57,15 @@ class GlooExchange(ThreadedExchange):
         input_splits: Sequence[int],
         output_splits: Sequence[int],
         out: Tensor,
-        *,
-        timeout_s: float | None,
-        what: str,
-        result: Tensor,
     ) -> None:
-        super().__init__(rows, result, what, timeout_s)
+        """Post one message to and one from every rank that has any rows, the receives first.
+
+        Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group.
+        Raises:
+            TransportError: a peer's connection is closed.
+        """
         sent, received = rows.split(list(input_splits)), out.split(list(output_splits))
         size = len(sent)
-        self._num_receives = 0
         try:
             for step in range(1, size):
                 peer = (rank - step) % size
@@ -81,7 +77,7 @@ class GlooExchange(ThreadedExchange):
                 if sent[peer].numel():
                     self.messages.append(torch.distributed.isend(sent[peer], group=group, group_dst=peer, tag=TAG))
         except RuntimeError as error:
-            raise TransportError(f"exchange could not be posted ({what}): {error}") from error
+            raise TransportError(f"exchange could not be posted ({self.what}): {error}") from error
         received[rank].copy_(sent[rank])
 
     def block(self) -> None:

@@ -169,17 +169,9 @@ class ProcessGroupTransport(Transport):
             )
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
         if self._is_gloo(rows.device):
-            exchange = GlooExchange(
-                self._group,
-                self.rank,
-                as_wire(rows.detach()),
-                input_splits,
-                output_splits,
-                as_wire(out.detach()),
-                timeout_s=self._timeout_s,
-                what=what,
-                result=out,
-            )
+            exchange = GlooExchange(rows, out, what, self._timeout_s)
+            wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
+            exchange.post(self._group, self.rank, wire_rows, input_splits, output_splits, wire_out)
             self._progress.add(exchange)
             return exchange
         return CollectiveExchange(self._post(out, rows, output_splits, input_splits, what), rows, out, what)
@@ -190,7 +182,16 @@ class ProcessGroupTransport(Transport):
         if "cpu" not in self._backends:
             return self._exchange_counts_on_device(counts)
         ones = [1] * self.size
-        return self.exchange(counts.contiguous(), ones, ones).wait()
+        counts = counts.contiguous()
+        if not self._is_gloo(counts.device):
+            return self.exchange(counts, ones, ones).wait()
+        # One collective: with thousands of ranks, posting a message for each takes longer than these few bytes.
+        received = torch.empty_like(counts)
+        what = f"gloo, {describe(self, ones, ones)}"
+        exchange = GlooExchange(counts, received, what, self._timeout_s)
+        exchange.messages.append(self._post(received, counts, ones, ones, what))
+        self._progress.add(exchange)
+        return exchange.wait()
 
     def close(self) -> None:
         self._end()
