@@ -74,7 +74,11 @@ def run_on_emulated_ranks(
             world.end_rank(rank, error)
         else:
             world.end_rank(rank, None)
+        finally:
+            ended[rank].set()
 
+    # Not Thread.join(): where Ctrl-C interrupts it, Python before 3.13 takes the thread for ended.
+    ended = [threading.Event() for _ in range(num_ranks)]
     threads = [
         threading.Thread(target=run_rank, args=(rank,), name=f"emulated-rank-{rank}", daemon=True)
         for rank in range(num_ranks)
@@ -86,14 +90,14 @@ def run_on_emulated_ranks(
                 stream.wait_stream(caller_stream)
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        for event in ended:
+            event.wait()
     except BaseException as interruption:
         world.close(f"the caller was interrupted by {type(interruption).__name__}")
         deadline = time.perf_counter() + SECONDS_TO_STOP
-        for thread in threads:
-            if thread.is_alive():
-                thread.join(max(0.0, deadline - time.perf_counter()))
+        for thread, event in zip(threads, ended, strict=True):
+            if thread.ident is not None:
+                event.wait(max(0.0, deadline - time.perf_counter()))
         raise
     finally:
         world.close()

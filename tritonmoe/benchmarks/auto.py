@@ -89,17 +89,18 @@ def sweep_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
 def _run_rank(arguments: argparse.Namespace) -> int:
     cases = []
     with torchrun_ranks(timeout_s=arguments.timeout_s) as ranks:
-        where, rates = f"{ranks.size} processes", ["as it is"]
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        where, rates = f"{ranks.size} processes, {'gloo' if device == 'cpu' else 'NCCL'}", ["as it is"]
         if arguments.netns is not None:
             torch.set_num_threads(1)
-            where, rates = f"{ranks.size} network namespaces, gloo", arguments.rates
+            device, where, rates = "cpu", f"{ranks.size} network namespaces, gloo", arguments.rates
         for rate, model, routing in itertools.product(rates, arguments.models, arguments.routings):
             if arguments.netns is not None and ranks.rank == 0:
                 ask(f"rate {parse_rate(rate)}")
             barrier(ranks)
             workload = Workload(model, arguments.tokens, routing, arguments.dtype, not arguments.forward_only)
             transport = ProcessGroupTransport(timeout_s=arguments.timeout_s)  # a new one has learnt nothing yet
-            case = {"rate": rate, **measure_case(transport, workload, arguments)}
+            case = {"rate": rate, **measure_case(transport, workload, device, arguments)}
             cases.append(case)
             if ranks.rank == 0:
                 print(_as_line(case), flush=True)
@@ -118,9 +119,11 @@ def _run_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure_case(transport: Transport, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_case(
+    transport: Transport, workload: Workload, device: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Measure one case in two runs; every rank makes the same call and gives the same result."""
-    rank = MeasuredLayer(transport, workload, torch.device("cpu"), Link())
+    rank = MeasuredLayer(transport, workload, torch.device(device), Link())
     num_local_experts = workload.shape[0] // transport.size
     variants = sweep_variants(arguments.chunks, num_local_experts)
     first = run_rounds(rank, variants, arguments.sweep_rounds)
