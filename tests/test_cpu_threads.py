@@ -140,6 +140,7 @@ def test_products_of_few_rows_side_by_side(
 
     monkeypatch.setattr(torch_backend, "for_each", for_each_noted)
     monkeypatch.setattr(torch_backend, "FEWEST_SHARED_BYTES", 0)
+    monkeypatch.setattr(torch_backend, "FEWEST_SHARED_EXPERTS", {})
     generator = torch.Generator().manual_seed(0)
     num_experts, width, inner = 16, 24, 10
 

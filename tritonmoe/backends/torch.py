@@ -33,6 +33,8 @@ that share of the experts has rows."""
 FEWEST_SHARED_BYTES = 2**20
 """So large must the weights of products of so few rows be that a CPU's threads compute them side by side: one product
 of few rows gives a second thread little or nothing to do."""
+FEWEST_SHARED_EXPERTS = {4: 9}
+"""And so many, by bytes of an element; in fp32 the products of one token's 8 experts already wait for memory."""
 ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
 """What rows of products in narrow dtypes are rounded up to on a CPU, from so many on, see _padding."""
 FEW_PAIRS = 16
@@ -102,7 +104,8 @@ def _products(
             _multiply(part, matrices[e], None if bias is None else bias[e], target)
 
         items = list(zip(experts, parts, targets, strict=True))
-        if max(counts, default=0) <= FEW_ROWS and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
+        is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
+        if is_few and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
             for_each(multiply, items, values.device)
         else:
             for item in items:
