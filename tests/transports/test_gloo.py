@@ -31,7 +31,7 @@ def test_receives_are_posted_before_sends(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.distributed, "isend", isend)
     rows, out = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(5)
     exchange = GlooExchange(rows, out, what="", timeout_s=1)
-    exchange.post(None, 1, rows, [2, 1, 0, 1], [0, 1, 3, 1], out)
+    exchange.post_rows(None, 1, rows, [2, 1, 0, 1], [0, 1, 3, 1], out)
     nothing = [0.0]
     assert posted == [("receive", 3, nothing), ("receive", 2, nothing * 3), ("send", 3, [4.0]), ("send", 0, [1.0, 2.0])]
     assert out.tolist() == [3.0, 0.0, 0.0, 0.0, 0.0]

@@ -45,11 +45,9 @@ def let_compute_go_on() -> None:
 
 
 class GlooExchange(ThreadedExchange):
-    """Messages under way: those that post() has posted, or the work of one collective."""
+    """Messages under way: those that post_rows() has posted, or the work of one collective."""
 
-    _num_receives = 0
-
-    def post(
+    def post_rows(
         self,
         group: "ProcessGroup | None",
         rank: int,
@@ -58,33 +56,29 @@ class GlooExchange(ThreadedExchange):
         output_splits: Sequence[int],
         out: Tensor,
     ) -> None:
-        """Post one message to and one from every rank that has any rows, the receives first.
+        """Post all messages.
 
         Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group.
         Raises:
             TransportError: a peer's connection is closed.
         """
-        sent, received = rows.split(list(input_splits)), out.split(list(output_splits))
-        size = len(sent)
+        dist = torch.distributed
         try:
-            for step in range(1, size):
-                peer = (rank - step) % size
-                if received[peer].numel():
-                    self.messages.append(torch.distributed.irecv(received[peer], group=group, group_src=peer, tag=TAG))
-            self._num_receives = len(self.messages)
-            for step in range(1, size):
-                peer = (rank + step) % size
-                if sent[peer].numel():
-                    self.messages.append(torch.distributed.isend(sent[peer], group=group, group_dst=peer, tag=TAG))
+            self.post(
+                rank,
+                rows.split(list(input_splits)),
+                out.split(list(output_splits)),
+                lambda part, peer: dist.irecv(part, group=group, group_src=peer, tag=TAG),
+                lambda part, peer: dist.isend(part, group=group, group_dst=peer, tag=TAG),
+            )
         except RuntimeError as error:
             raise TransportError(f"exchange could not be posted ({self.what}): {error}") from error
-        received[rank].copy_(sent[rank])
 
     def block(self) -> None:
         try:
             for number, message in enumerate(self.messages, 1):
                 message.wait()
-                if number == self._num_receives:
+                if number == self.num_receives:
                     self.arrived_at = time.perf_counter()
         except RuntimeError as error:
             self.failure = str(error)

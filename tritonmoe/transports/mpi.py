@@ -55,7 +55,7 @@ class MPIExchange(ThreadedExchange):
     def __init__(self, transport: "MPITransport", number: int, rows: Tensor, out: Tensor, what: str) -> None:
         super().__init__(rows, out, what, transport.timeout_s)
         self.number = number
-        self.expectations: list[tuple[int, int, Any] | None] = []
+        self.expectations: list[tuple[int, int, Any]] = []
         """Of every message that is received: the peer, its number of rows and their type."""
         self._transport = transport
         self._mpi = transport.mpi
@@ -133,22 +133,19 @@ class MPITransport(Transport):
         self._num_posted += 1
         sent, received = rows.detach().split(input_splits), out.detach().split(output_splits)
         tag = exchange.number % NUM_TAGS
+
+        def receive(part: Tensor, peer: int) -> Any:
+            message = self._as_message(part)
+            exchange.expectations.append((peer, *message[1:]))
+            return self._comm.Irecv(message, peer, tag)
+
+        def send(part: Tensor, peer: int) -> Any:
+            return self._comm.Isend(self._as_message(part), peer, tag)
+
         try:
-            # Receives first: a message that finds its receive posted is not copied twice.
-            for step in range(1, self.size):
-                peer = (self.rank - step) % self.size
-                if received[peer].numel():
-                    message = self._as_message(received[peer])
-                    exchange.messages.append(self._comm.Irecv(message, peer, tag))
-                    exchange.expectations.append((peer, *message[1:]))
-            for step in range(1, self.size):
-                peer = (self.rank + step) % self.size
-                if sent[peer].numel():
-                    exchange.messages.append(self._comm.Isend(self._as_message(sent[peer]), peer, tag))
-                    exchange.expectations.append(None)
+            exchange.post(self.rank, sent, received, receive, send)
         except self.mpi.Exception as error:
             self.fail(f"exchange {exchange.number} could not be posted (mpi, {exchange.what}): {error}")
-        received[self.rank].copy_(sent[self.rank])
         self._progress.add(exchange)
         return exchange
 
@@ -195,12 +192,11 @@ def _end(mpi: Any, progress: ProgressThread) -> None:
 
 def _find_short_message(exchange: MPIExchange, statuses: list[Any]) -> str | None:
     """Say which peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
-    for expectation, status in zip(exchange.expectations, statuses, strict=True):
-        if expectation is not None:
-            peer, num_rows, row_type = expectation
-            arrived = status.Get_elements(row_type)
-            if arrived != num_rows * row_type.Get_size():
-                return f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"
+    received = statuses[: exchange.num_receives]
+    for (peer, num_rows, row_type), status in zip(exchange.expectations, received, strict=True):
+        arrived = status.Get_elements(row_type)
+        if arrived != num_rows * row_type.Get_size():
+            return f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"
     return None
 
 

@@ -171,7 +171,7 @@ class ProcessGroupTransport(Transport):
         if self._is_gloo(rows.device):
             exchange = GlooExchange(rows, out, what, self._timeout_s)
             wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
-            exchange.post(self._group, self.rank, wire_rows, input_splits, output_splits, wire_out)
+            exchange.post_rows(self._group, self.rank, wire_rows, input_splits, output_splits, wire_out)
             self._progress.add(exchange)
             return exchange
         return CollectiveExchange(self._post(out, rows, output_splits, input_splits, what), rows, out, what)

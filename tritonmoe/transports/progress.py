@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,8 @@ class ThreadedExchange(PendingExchange):
     def __init__(self, rows: Tensor, out: Tensor, what: str, timeout_s: float | None) -> None:
         self.what = what
         self.messages: list[Any] = []
-        """Requests of the library; none of them keeps this exchange alive."""
+        """Requests of the library, those that receive first; none of them keeps this exchange alive."""
+        self.num_receives = 0
         self.has_ended = threading.Event()
         self.arrived_at: float | None = None
         self.failure: str | None = None
@@ -30,6 +32,34 @@ class ThreadedExchange(PendingExchange):
         self._out = out
         self._timeout_s = timeout_s
         self.posted_at = time.perf_counter()
+
+    def post(
+        self,
+        rank: int,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        receive: Callable[[Tensor, int], Any],
+        send: Callable[[Tensor, int], Any],
+    ) -> None:
+        """Post a message to and from every other rank that has rows, the receives first, and copy its own.
+
+        A peer whose receive is posted can send at once, and the library needs no copy of what comes.
+
+        Args:
+            sent, received: the rows for and from each rank.
+            receive, send: post a message, given the rows and the peer, and give the library's request.
+        """
+        size = len(sent)
+        for step in range(1, size):
+            peer = (rank - step) % size
+            if received[peer].numel():
+                self.messages.append(receive(received[peer], peer))
+        self.num_receives = len(self.messages)
+        for step in range(1, size):
+            peer = (rank + step) % size
+            if sent[peer].numel():
+                self.messages.append(send(sent[peer], peer))
+        received[rank].copy_(sent[rank])
 
     @abstractmethod
     def block(self) -> None:
