@@ -27,6 +27,7 @@ from tritonmoe.overlap.tuner import (
     closed_form_num_chunks,
     link_costs,
     pack,
+    preferred,
     search,
     unpack,
 )
@@ -161,6 +162,20 @@ def test_link_costs_of_measured_calls(is_shared: bool) -> None:
     assert link.alone_share == (0.75 if is_shared else 1.0)
     assert link.bytes_per_s == pytest.approx(1e6 / whole)
     assert link.latency_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_of_plans_predicted_alike_the_fewest_chunks_are_preferred() -> None:
+    many, few, slow = (tm.OverlapPlan(equal_sizes(n)) for n in (16, 3, 2))
+    found = [(1.0, many), (1.005, few), (1.1, slow)]
+    assert [plan for _, plan in preferred(found)] == [few, many, slow]
+    assert [plan for _, plan in preferred([(1.0, many), (1.02, few), (1.1, slow)])] == [many, few, slow]
+    assert preferred([]) == []
+
+
+def test_a_link_that_is_the_longer_side_gets_few_chunks() -> None:
+    """From two chunks on all experts but the last chunk's are hidden: what more chunks gain is not measurable."""
+    _, choosers = run_choosers(30, fewer_is_slower, experts_s=0.02, dispatch_s=1.0)
+    assert max(plan.num_chunks for plan in choosers[0].candidates) <= 4
 
 
 def test_plans_travel_as_one_integer() -> None:

@@ -14,12 +14,13 @@ MODELS = {
     "tiny": (8, 2, 64, 64),
     "coarse": (8, 2, 512, 1024),
     "fine": (64, 8, 512, 256),
+    "granite-3.0-1b-a400m": (32, 8, 1024, 512),
     "mixtral-8x7b": (8, 2, 4096, 14336),
     "qwen3-30b-a3b": (128, 8, 2048, 768),
     "qwen3-235b-a22b": (128, 8, 4096, 1536),
     "deepseek-v3": (256, 8, 7168, 2048),
 }
-"""E, K, D, F; the first three are small enough for a CPU."""
+"""E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -60,6 +60,9 @@ experts to choose from four fewer."""
 MAX_TRIAL_CALLS = 64
 """After so many calls without enough measured ones (no backward ever comes, say), the best predicted plan is taken."""
 SMALLEST_GAIN = 0.03
+ALIKE = 0.01
+"""Plans predicted to be so close to the fastest are taken as equally fast, and the fewest chunks are tried first: they
+have the fewest exchanges, of whose small costs predictions know little."""
 TRIED_EXCESS = 0.10
 """A plan is tried unless it is predicted to be slower than one chunk by more than this: predictions are no better."""
 DRIFT = 0.10
@@ -272,6 +275,21 @@ def search(
     return [(seconds(plan), plan) for plan in best(len(predicted))]
 
 
+def preferred(found: Sequence[tuple[float, OverlapPlan]]) -> list[tuple[float, OverlapPlan]]:
+    """Sort predicted seconds and plans: the fastest and those ALIKE by number of chunks, the others by seconds.
+
+    Example:
+        (1.000, 16 chunks), (1.005, 3 chunks) and (1.1, 2 chunks) give the order 3, 16, 2.
+    """
+    limit_s = (1 + ALIKE) * min((seconds for seconds, _ in found), default=0.0)
+
+    def key(seconds_and_plan: tuple[float, OverlapPlan]) -> tuple[float, int, float]:
+        seconds, plan = seconds_and_plan
+        return (0.0, plan.num_chunks, seconds) if seconds <= limit_s else (seconds, 0, seconds)
+
+    return sorted(found, key=key)
+
+
 class Message(NamedTuple):
     """What a rank's count header says to the other ranks' choosers: integers, the same meaning on every rank."""
 
@@ -468,7 +486,7 @@ class PlanChooser:
                 fits=self._has_no_empty_chunk,
             )
         one_chunk_s = next(seconds for seconds, plan in found if plan.num_chunks == 1)
-        found.sort(key=lambda seconds_and_plan: seconds_and_plan[0])
+        found = preferred(found)
         limit_s = (1 + TRIED_EXCESS) * one_chunk_s
         best = [plan for seconds, plan in found if plan.num_chunks > 1 and seconds < limit_s]
         tried, others = best[:NUM_VOTES], best[NUM_VOTES:]
@@ -483,7 +501,8 @@ class PlanChooser:
             f"exchanges {steps.lane_s('dispatch', 'combine') * 1e3:.2f} ms in one chunk"
         )
         votes += [0] * (NUM_VOTES - len(votes))
-        return Message(votes[0], votes[1], predicted_ns=max(1, int(found[0][0] * 1e9)))
+        fastest_s = min(seconds for seconds, _ in found)
+        return Message(votes[0], votes[1], predicted_ns=max(1, int(fastest_s * 1e9)))
 
     def _has_no_empty_chunk(self, plan: OverlapPlan) -> bool:
         if plan.chunk_by == "tokens" or self.widths is None:

@@ -101,8 +101,9 @@ class ProcessGroupTransport(Transport):
 
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
-        timeout_s: how long wait() and exchange_counts() wait for gloo before they raise; None is the group's own
-            timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the process.
+        timeout_s: how long wait() and exchange_counts() wait for CPU tensors on gloo before they raise; None is the
+            group's own timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the
+            process. For CUDA tensors on gloo it is the group's own timeout.
     Raises:
         ValueError: torch.distributed is not available or not initialised, or this process is not in the group.
     """
