@@ -221,7 +221,10 @@ def test_overlap_and_serial_hold_the_same_steps(local_start: int | None) -> None
 
 
 def test_sizes() -> None:
-    assert [ramp_sizes(c) for c in (1, 2, 3, 5, 6)] == [(1,), (1, 1), (1, 2, 1), (1, 2, 3, 2, 1), (1, 2, 3, 3, 2, 1)]
+    assert [ramp_sizes(c) for c in (1, 2, 3, 5, 6)] == [(1,), (1, 1), (1, 2, 1), (1, 2, 4, 2, 1), (1, 2, 4, 4, 2, 1)]
+    assert ramp_sizes(4, 5) == (1, 5, 5, 1)
+    assert ramp_sizes(3, 1) == equal_sizes(3)
+    assert max(ramp_sizes(32)) == 16
     assert OverlapPlan((1, 2)).bounds(9) == (0, 3, 9)
     assert OverlapPlan((1, 2, 4, 2, 1)).bounds(10) == (0, 1, 3, 7, 9, 10)
     assert OverlapPlan(equal_sizes(3)).bounds(2) == (0, 0, 1, 2)

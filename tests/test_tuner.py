@@ -24,6 +24,7 @@ from tritonmoe.overlap.tuner import (
     PlanChooser,
     _TriedCall,
     budgeted_plan,
+    closed_form_growth,
     closed_form_num_chunks,
     link_costs,
     pack,
@@ -54,6 +55,10 @@ AUTO = tm.OverlapConfig()
 )
 def test_closed_form(experts_s: float, communication_s: float, eps_s: float, expected: int) -> None:
     assert closed_form_num_chunks(experts_s, communication_s, eps_s) == expected
+
+
+def test_closed_form_of_a_ramp() -> None:
+    assert [closed_form_growth(1.0, communication_s) for communication_s in (2.0, 0.5, 0.01, 0.0)] == [2, 4, 8, 8]
 
 
 def test_closed_form_stays_within_the_limit() -> None:
@@ -124,8 +129,8 @@ def test_search_finds_what_hand_computed_cases_ask_for() -> None:
     assert (plan.num_chunks, seconds) == (1, 25 + 160 + 25)
     # Chunks are free and compute is the longer side: many chunks, and a ramp.
     seconds, plan = found(experts, LinkCosts(0.0, 4.0))[0]
-    assert plan.chunk_sizes == ramp_sizes(16)
-    assert seconds == pytest.approx(100 + 50 / sum(ramp_sizes(16)))
+    assert plan.chunk_sizes == ramp_sizes(16, 4)
+    assert seconds == pytest.approx(100 + 50 / sum(ramp_sizes(16, 4)))
     # Every plan is there, the fastest first, and "equal" leaves out ramps.
     plans = found(experts, LinkCosts(0.0, 4.0), tm.OverlapConfig(shape="equal"))
     assert [s for s, _ in plans] == sorted(s for s, _ in plans)
@@ -179,7 +184,7 @@ def test_a_link_that_is_the_longer_side_gets_few_chunks() -> None:
 
 
 def test_plans_travel_as_one_integer() -> None:
-    for sizes in (equal_sizes(1), equal_sizes(32), ramp_sizes(16), ramp_sizes(3)):
+    for sizes in (equal_sizes(1), equal_sizes(32), ramp_sizes(16), ramp_sizes(3, 8)):
         for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
             for chunk_by in ("tokens", "experts"):
                 plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window, chunk_by=chunk_by)
@@ -368,7 +373,7 @@ def test_a_given_number_is_used_as_it_is() -> None:
         assert chooser.message() == Message()
         assert chooser.choice == "as configured"
     ramp = tm.OverlapConfig(num_chunks=5, shape="ramp")
-    assert PlanChooser(ramp, 2).plan().chunk_sizes == (1, 2, 3, 2, 1)
+    assert PlanChooser(ramp, 2).plan().chunk_sizes == (1, 2, 4, 2, 1)
     assert PlanChooser(tm.OverlapConfig(shape=(3, 1)), 2).plan().chunk_sizes == (3, 1)
 
 

@@ -323,17 +323,24 @@ def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
         )
 
 
+LARGEST_SIZE = 16
+
+
 def equal_sizes(num_chunks: int) -> tuple[int, ...]:
     """Give the relative sizes of chunks of one size."""
     return (1,) * num_chunks
 
 
-def ramp_sizes(num_chunks: int) -> tuple[int, ...]:
-    """Give the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 3, 2, 1).
+def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
+    """Give the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 4, 2, 1).
 
-    The first dispatch and the last combine, which nothing hides, are then short.
+    The first dispatch and the last combine, which nothing hides, are then short. A chunk may be so many times the one
+    before as computing it takes longer than sending it: while one is computed, the next one arrives.
+
+    Args:
+        growth: of each chunk over the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
     """
-    return tuple(min(c, num_chunks - 1 - c) + 1 for c in range(num_chunks))
+    return tuple(min(growth ** min(c, num_chunks - 1 - c), LARGEST_SIZE) for c in range(num_chunks))
 
 
 @dataclass(frozen=True)

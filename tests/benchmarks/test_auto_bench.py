@@ -19,7 +19,7 @@ def test_the_sweep_has_every_plan_that_could_be_chosen() -> None:
     names = [str(variant) for variant in sweep_variants([1, 2, 4], num_local_experts=2)]
     assert len(set(names)) == len(names)
     overlapped = {name for name in names if name.startswith("overlapped")}
-    assert overlapped == {f"overlapped C={n}" for n in ("1", "2", "4", "4 ramp", "2 of experts")}
+    assert overlapped == {f"overlapped C={n}" for n in ("1", "2", "4", "4 ramp x2", "4 ramp x4", "2 of experts")}
     assert {"compute", "serial C=1", "free transport C=4", "free transport C=2 of experts"} <= set(names)
 
 

@@ -107,7 +107,9 @@ def test_every_kind_is_measured_for_every_number_of_chunks() -> None:
     assert len(set(names)) == len(names)
     for kind in ("communication", "serial", "overlapped", "free transport"):
         assert {f"{kind} C=1", f"{kind} C=4"} <= set(names)
-    assert {"compute", "auto", "overlapped C=4 ramp", "overlapped C=4 of experts"} <= set(names)
+    assert {"compute", "auto", "overlapped C=4 ramp x2", "overlapped C=4 ramp x4", "overlapped C=4 of experts"} <= set(
+        names
+    )
     assert not any("experts" in str(variant) for variant in variants_of([1, 4], 1))
     assert not any(name.startswith("two levels") for name in names)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import MoEConfig, OverlapConfig
+from ..config import MoEConfig, OverlapConfig, ramp_sizes
 from ..layer import GroupedExperts
 from ..overlap.cost_model import LayerWork
 from ..overlap.executor import LayerReport, PassReport
@@ -35,6 +35,7 @@ __all__ = [
     "variants_of",
 ]
 
+GROWTHS = (2, 4)
 CALIBRATION_ROUNDS = 5
 COUNTED_CALLS = 4
 SETTLE_S = 0.3
@@ -50,12 +51,13 @@ class Variant:
     "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto".
     "two levels": overlapped, each token once to every other node."""
     num_chunks: int | None = None
-    shape: str = "equal"
+    growth: int = 1
+    """Of each chunk over the one before, as in ramp_sizes()."""
     chunk_by: str = "tokens"
 
     def __str__(self) -> str:
         words = self.kind if self.num_chunks is None or self.kind == "compute" else f"{self.kind} C={self.num_chunks}"
-        words = f"{words} {self.shape}" if self.shape != "equal" else words
+        words = f"{words} ramp x{self.growth}" if self.growth > 1 else words
         return words if self.chunk_by == "tokens" else f"{words} of {self.chunk_by}"
 
     @property
@@ -67,10 +69,10 @@ class Variant:
         if self.kind == "auto":
             return OverlapConfig()
         assert self.num_chunks is not None
-        shape: Any = self.shape
         chunk_by: Any = self.chunk_by
         is_serial = self.kind in ("serial", "compute")
-        return OverlapConfig(self.num_chunks, serial=is_serial, shape=shape, chunk_by=chunk_by)
+        sizes = ramp_sizes(self.num_chunks, self.growth)
+        return OverlapConfig(serial=is_serial, shape=sizes, chunk_by=chunk_by)
 
 
 @dataclass
@@ -220,7 +222,7 @@ def overlapped_variants(chunks: list[int], num_local_experts: int) -> list[Varia
     for num_chunks in chunks:
         variants += [Variant("overlapped", num_chunks), Variant("free transport", num_chunks)]
         if num_chunks > 2:
-            variants.append(Variant("overlapped", num_chunks, "ramp"))
+            variants += [Variant("overlapped", num_chunks, growth) for growth in GROWTHS]
     of_experts = [num_chunks for num_chunks in chunks if 1 < num_chunks <= num_local_experts]
     variants += [Variant("overlapped", num_chunks, chunk_by="experts") for num_chunks in of_experts]
     if of_experts:

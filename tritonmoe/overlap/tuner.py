@@ -13,8 +13,9 @@ Everything that ranks must agree on is an integer in the count header that every
 
 With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time of
 C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
-Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. This closed
-form is where the search starts.
+Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. Chunks that
+grow and then shrink show less of the first dispatch and the last combine: each may be 2 A / B times the one before, and
+still arrives while that one is computed. These closed forms are where the search starts.
 """
 
 import math
@@ -71,6 +72,7 @@ SAME_SIZE = 0.10
 """Calls are compared with the tried ones where their busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
 COMMUNICATION_BOUND_NUM_CHUNKS = 3
+MOST_GROWTH = 8
 SMALLEST_EPS_S = 50e-6
 SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
 SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
@@ -93,6 +95,15 @@ def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: floa
     if communication_s > experts_s:
         return COMMUNICATION_BOUND_NUM_CHUNKS
     return max(1, min(MAX_CHUNKS, round(math.sqrt(communication_s / eps_s))))
+
+
+def closed_form_growth(experts_s: float, communication_s: float) -> int:
+    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed: 2 A / B.
+
+    Example:
+        closed_form_growth(0.010, 0.005) gives 4.
+    """
+    return max(2, min(MOST_GROWTH, round(2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
 
 
 def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
@@ -257,10 +268,10 @@ def search(
     eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
     seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
     seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
-    shapes = {"equal": [equal_sizes], "ramp": [ramp_sizes]}.get(str(config.shape), [equal_sizes, ramp_sizes])
+    growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])
     for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
-        for sizes in shapes:
-            tries(plan_of(config, sizes(num_chunks)))
+        for growth in growths:
+            tries(plan_of(config, ramp_sizes(num_chunks, growth)))
     if config.local_first:
         for plan in best(2):
             for local_start in SEARCHED_LOCAL_STARTS:
@@ -313,22 +324,23 @@ class Message(NamedTuple):
 
 def pack(plan: OverlapPlan) -> int:
     """Give a searched plan as one positive integer; unpack() reads it."""
-    shape = int(len(set(plan.chunk_sizes)) > 1) + 2 * int(plan.chunk_by == "experts")
+    growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
     value = plan.num_chunks
-    for part in (shape, plan.local_start, plan.window, plan.backward_window):
+    for part in (growth, int(plan.chunk_by == "experts"), plan.local_start, plan.window, plan.backward_window):
         value = value * 64 + part
     return value
 
 
 def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
     parts = []
-    for _ in range(4):
+    for _ in range(5):
         value, part = divmod(value, 64)
         parts.append(part)
-    backward_window, window, local_start, shape = parts
-    sizes = (ramp_sizes if shape % 2 else equal_sizes)(value)
-    config = replace(config, chunk_by="experts" if shape >= 2 else "tokens")
-    return plan_of(config, sizes, local_start=local_start, window=window, backward_window=backward_window)
+    backward_window, window, local_start, is_of_experts, growth = parts
+    config = replace(config, chunk_by="experts" if is_of_experts else "tokens")
+    return plan_of(
+        config, ramp_sizes(value, growth), local_start=local_start, window=window, backward_window=backward_window
+    )
 
 
 @dataclass
