@@ -12,7 +12,7 @@ from .config import OverlapPlan
 from .layer import GroupedExperts
 from .overlap.cost_model import LinkCosts, StepCosts, fit_line
 from .overlap.executor import LayerReport
-from .overlap.tuner import shortest_steps
+from .overlap.tuner import median_steps
 from .transport_state import LayerCalls
 from .transports import LocalTransport, PendingExchange, Transport
 
@@ -138,7 +138,7 @@ def probe(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Te
 def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> StepCosts:
     """Measure the steps of a layer call with the batch, and with its first half, quarter, ... down to a 32nd.
 
-    Every step runs alone, since an exchange is waited for before anything else starts; the shortest of five rounds
+    Every step runs alone, since an exchange is waited for before anything else starts; the median of five rounds
     counts. What the experts of half of the batch cost is what a chunk of half of it will. Gradients are dropped, but
     where a weight has a main_grad they are added into it.
 
@@ -162,7 +162,7 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
         for _ in range(STEP_ROUNDS):
             for count, own in zip(counts, reports, strict=True):
                 own.append(run(count))
-    return StepCosts.through(step for own in reports for step in shortest_steps(own))
+    return StepCosts.through(step for own in reports for step in median_steps(own))
 
 
 @contextmanager

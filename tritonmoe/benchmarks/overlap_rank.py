@@ -11,10 +11,10 @@ import torch
 
 from ..config import MoEConfig, OverlapConfig, ramp_sizes
 from ..layer import GroupedExperts
-from ..overlap.cost_model import LayerWork
+from ..overlap.cost_model import LayerWork, StepCosts
 from ..overlap.executor import LayerReport, PassReport
 from ..overlap.simulator import Simulation, simulate_layer
-from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_costs, layer_work
+from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_work, median_steps
 from ..overlap.two_level_work import TwoLevelWork
 from ..probe import probe_link
 from ..transports import Transport, TwoLevelTransport
@@ -313,13 +313,15 @@ def predict(
 ) -> dict[str, tuple[float, Sequence[Simulation]]]:
     """Simulate the schedules that were measured; every rank takes part, since the link is probed.
 
-    What steps cost is fitted to the runs with a free transport; what a call takes outside its schedule (planning, the
+    What steps cost comes from the runs with a free transport; what a call takes outside its schedule (planning, the
     count exchange, autograd) is that of compute alone.
     """
     link = probe_link(rank.transport, rank.device)
     free = [variant for variant in variants if variant.kind == "free transport"]
     costs = {
-        chunk_by: layer_costs([one for v in free if v.chunk_by == chunk_by for one in reports[str(v)]])
+        chunk_by: StepCosts.through(
+            median_steps([one for v in free if v.chunk_by == chunk_by for one in reports[str(v)]])
+        )
         for chunk_by in {variant.chunk_by for variant in free}
     }
     outside = [

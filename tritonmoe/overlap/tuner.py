@@ -46,8 +46,8 @@ __all__ = [
     "layer_costs",
     "layer_work",
     "link_costs",
+    "median_steps",
     "search",
-    "shortest_steps",
 ]
 
 MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
@@ -175,12 +175,13 @@ def most_work(report: LayerReport) -> LayerWork:
     return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
 
 
-def shortest_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
+def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
     """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
-    Of calls with equal plans, each step's shortest time counts.
+    Of calls with equal plans, each step's median counts, and of two the shorter time.
     """
-    shortest: dict[tuple[OverlapPlan, Step], tuple[float, float]] = {}
+    units: dict[tuple[OverlapPlan, Step], float] = {}
+    seconds: dict[tuple[OverlapPlan, Step], list[float]] = {}
     for report in reports:
         sizes = [
             [float(last - first) for first, last in pairwise(offsets)]
@@ -189,17 +190,16 @@ def shortest_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, flo
         timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
         for timing in timings:
             step = timing.step
-            seconds = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
-            units = step_units(step, report.overlap.num_local_slices, *sizes)
             key = (report.overlap, step)
-            if key not in shortest or seconds < shortest[key][1]:
-                shortest[key] = units, seconds
-    return [(step.kind, units, seconds) for (_, step), (units, seconds) in shortest.items()]
+            units[key] = step_units(step, report.overlap.num_local_slices, *sizes)
+            elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
+            seconds.setdefault(key, []).append(elapsed)
+    return [(key[1].kind, units[key], statistics.median_low(times)) for key, times in seconds.items()]
 
 
 def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
     """Fit a line to the steps of every kind that this rank measured."""
-    return StepCosts.fit(shortest_steps(reports))
+    return StepCosts.fit(median_steps(reports))
 
 
 def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
