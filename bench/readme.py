@@ -272,6 +272,30 @@ def overlap_table(prefix: str) -> str:
     return "\n".join(lines)
 
 
+def two_levels_table(name: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return "`tritonmoe bench overlap --netns 4 --node-size 2`: not measured yet."
+    data = load(name)
+    results = data["results"]
+    summary, sent = results["summary"], results["uplink_bytes"]
+    times = {"one level": summary["T_overlapped"], "two levels": summary["T_two levels"]}
+    lines = [
+        f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data['environment'])}: {results['link']}; "
+        f"{results['model']} (E, K, D, F = {', '.join(map(str, results['E_K_D_F']))}), T = {results['tokens']} a rank, "
+        f"{results['pass']} in {results['dtype']}. On two levels a call is "
+        f"{summary['two_levels_speed_up']['median']:.2f} times as fast; computed are "
+        f"{results['two_levels_computed_bytes'] / 1e6:.2f} MB from all nodes together. Milliseconds, medians of "
+        f"{results['rounds']} interleaved rounds; bytes by the counters of the nodes' uplinks.",
+        "",
+        "| dispatch | fastest overlapped call | MB from each node to others |",
+        "| --- | --- | --- |",
+    ]
+    for levels, best in times.items():
+        megabytes = ", ".join(f"{count / 1e6:.2f}" for count in sent[levels])
+        lines.append(f"| {levels} | {spread(best)}: C={best['variant'].split(' C=')[1]} | {megabytes} |")
+    return "\n".join(lines)
+
+
 def auto_table(name: str) -> str:
     if not (RESULTS / f"{name}.json").exists():
         return "`tritonmoe bench auto --netns 2`: not measured yet."
@@ -347,6 +371,7 @@ def upcycle_table(name: str) -> str:
 TABLES = {
     "auto": auto_table,
     "overlap": overlap_table,
+    "two_levels": two_levels_table,
     "upcycle": upcycle_table,
     "expert_parallel": expert_parallel_table,
     "transformers": transformers_table,
