@@ -251,12 +251,12 @@ def overlap_table(prefix: str) -> str:
     lines = [
         f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data[0]['environment'])}: network namespaces, "
         f"gloo, one core and one thread each, the link's rate chosen by `--compute-ratio`; {results['dtype']}, "
-        f"T = {results['tokens']} a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are "
+        f"T tokens a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are "
         "medians of the rounds' own. Each pass has a bound of its own: a backward can't hide what the forward exposes.",
         "",
-        "| E, K, D, F | routing | pass | compute | communication | best without overlap | overlapped | of max(compute, "
-        "communication) | of each pass's | speed-up | auto, of max |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| E, K, D, F | T | routing | pass | compute | communication | best without overlap | overlapped | of "
+        "max(compute, communication) | of each pass's | speed-up | auto, of max |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in data:
         results, summary = one["results"], one["results"]["summary"]
@@ -265,8 +265,8 @@ def overlap_table(prefix: str) -> str:
         ratios = [f"{over[name]['median']:.3f}" for name in ("bound_ratio", "pass_bound_ratio")]
         ratios += [f"{over['speed_up']['median']:.2f}", f"{summary['auto']['bound_ratio']['median']:.3f}"]
         lines.append(
-            f"| {', '.join(map(str, results['E_K_D_F']))} | {results['routing']} | {results['pass']} | "
-            f"{' | '.join(times)} | {spread(over)}: {over['variant'].removeprefix('overlapped ')} | "
+            f"| {', '.join(map(str, results['E_K_D_F']))} | {results['tokens']} | {results['routing']} | "
+            f"{results['pass']} | {' | '.join(times)} | {spread(over)}: {over['variant'].removeprefix('overlapped ')} | "
             f"{' | '.join(ratios)} |"
         )
     return "\n".join(lines)

@@ -250,6 +250,12 @@ def test_costs_join_measured_sizes() -> None:
     assert [noisy.seconds("reduce", n) for n in (1.0, 2.0, 3.0)] == pytest.approx([5, 5, 9])  # more never costs less
     assert noisy.seconds("group", 4.0) == pytest.approx(6)
     assert noisy.seconds("dispatch", 4.0) == 0
+    # Sizes that differ by one token are one: the line through them would say that 10 pairs cost as much as 1000.
+    alike = StepCosts.through(
+        [("experts", 1000, 5.1), ("experts", 1001, 5.0), ("experts", 1002, 4.9), ("experts", 2002, 10)]
+    )
+    assert alike.seconds("experts", 10.0) == pytest.approx(10 * 5 / 1001)
+    assert alike.seconds("experts", 1001.0) == pytest.approx(5)
     rising = StepCosts.through([("experts", 2, 1), ("experts", 4, 9)])
     assert [rising.seconds("experts", n) for n in (1.0, 2.0, 3.0)] == pytest.approx([0.5, 1, 5])  # not below zero
 

@@ -1,5 +1,6 @@
 """What a layer's steps and exchanges cost: lines and curves through measured times, read by the simulator."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -220,20 +221,29 @@ def _by_kind(samples: Iterable[tuple[str, float, float]]) -> dict[str, list[tupl
     return by_kind
 
 
+ALIKE = 1.05
+"""Times the smaller one: so many units are taken for the same number."""
+
+
 def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
     """Give seconds at zero units, and the slopes of a curve through the points as (units from which, seconds per unit).
+
+    Points of about the same units are one, with their median time, of two the shorter: a line through them would be
+    noise.
 
     Example:
         _join([(2, 3), (4, 4), (8, 12)]) gives (2, [(0, 0.5), (4, 2)]).
     """
-    shortest: dict[float, float] = {}
-    for units, seconds in points:
-        if units > 0:
-            shortest[units] = min(seconds, shortest.get(units, seconds))
-    sizes = sorted(shortest)
-    if not sizes:
+    alike: list[list[tuple[float, float]]] = []
+    for point in sorted(point for point in points if point[0] > 0):
+        if alike and point[0] <= ALIKE * alike[-1][0][0]:
+            alike[-1].append(point)
+        else:
+            alike.append([point])
+    if not alike:
         return 0.0, [(0.0, 0.0)]
-    times = list(accumulate((shortest[units] for units in sizes), max))
+    sizes = [statistics.mean(units for units, _ in group) for group in alike]
+    times = list(accumulate((statistics.median_low([seconds for _, seconds in group]) for group in alike), max))
     slopes = [(b - a) / (v - u) for (u, v), (a, b) in zip(pairwise(sizes), pairwise(times), strict=True)]
     fixed = max(0.0, times[0] - slopes[0] * sizes[0]) if slopes else 0.0
     first = (times[0] - fixed) / sizes[0]
