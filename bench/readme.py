@@ -266,8 +266,8 @@ def overlap_table(prefix: str) -> str:
         ratios += [f"{over['speed_up']['median']:.2f}", f"{summary['auto']['bound_ratio']['median']:.3f}"]
         lines.append(
             f"| {', '.join(map(str, results['E_K_D_F']))} | {results['tokens']} | {results['routing']} | "
-            f"{results['pass']} | {' | '.join(times)} | {spread(over)}: {over['variant'].removeprefix('overlapped ')} | "
-            f"{' | '.join(ratios)} |"
+            f"{results['pass']} | {' | '.join(times)} | {spread(over)}: "
+            f"{over['variant'].removeprefix('overlapped ')} | {' | '.join(ratios)} |"
         )
     return "\n".join(lines)
 
