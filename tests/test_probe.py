@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
+import tritonmoe.probe
 from tritonmoe.overlap import executor
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.search import search
 from tritonmoe.overlap.simulator import simulate_layer
-from tritonmoe.overlap.tuner import search
 from tritonmoe.probe import probe, probe_link, probe_steps
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -37,6 +38,13 @@ def test_probe_on_ranks_of_a_group_of_three() -> None:
 
     found = tm.run_on_emulated_ranks(on_rank, 3)
     assert all(costs == found[0] for costs in found)
+
+
+def test_a_link_too_fast_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where noise is all that is measured, no line rises with the bytes."""
+    monkeypatch.setattr(tritonmoe.probe, "fit_line", lambda points: (0.0, 0.0))
+    found = tm.run_on_emulated_ranks(probe_link, 2)
+    assert found[0].bytes_per_s == float("inf")
 
 
 def batch(rank: int, num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor, Tensor]:

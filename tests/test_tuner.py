@@ -10,10 +10,18 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.measured import link_costs
 from tritonmoe.overlap.memory import BufferWidths, peak_bytes
 from tritonmoe.overlap.schedule import Step
-from tritonmoe.overlap.tuner import (
+from tritonmoe.overlap.search import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
+    budgeted_plan,
+    closed_form_growth,
+    closed_form_num_chunks,
+    preferred,
+    search,
+)
+from tritonmoe.overlap.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
     DRIFT_CALLS,
     MEASURED_NUM_CHUNKS,
@@ -23,13 +31,7 @@ from tritonmoe.overlap.tuner import (
     Message,
     PlanChooser,
     _TriedCall,
-    budgeted_plan,
-    closed_form_growth,
-    closed_form_num_chunks,
-    link_costs,
     pack,
-    preferred,
-    search,
     unpack,
 )
 from tritonmoe.transports import LocalTransport, Transport

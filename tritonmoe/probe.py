@@ -12,7 +12,7 @@ from .config import OverlapPlan
 from .layer import GroupedExperts
 from .overlap.cost_model import LinkCosts, StepCosts, fit_line
 from .overlap.executor import LayerReport
-from .overlap.tuner import median_steps
+from .overlap.measured import median_steps
 from .transport_state import LayerCalls
 from .transports import LocalTransport, PendingExchange, Transport
 
@@ -73,7 +73,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     if 0 < together_s < byte_s:
         alone_share, byte_s = together_s / byte_s, together_s
     bytes_per_s = 1 / byte_s if byte_s else float("inf")
-    num_bytes = min(MOST_BESIDE_BYTES, int(3 * BESIDE_S * bytes_per_s))
+    num_bytes = int(min(MOST_BESIDE_BYTES, 3 * BESIDE_S * bytes_per_s))
     exchange_s = latency_s + num_bytes / bytes_per_s
     count = _num_products(device)
     shares = []
@@ -119,7 +119,7 @@ PROBE_SIZES = 6
 def probe(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[LinkCosts, StepCosts]:
     """Measure the link of a layer's transport, and what its steps cost; every rank calls it, with its own batch.
 
-    With both, overlap.simulator prices any plan on any number of ranks whose work is given, and overlap.tuner.search
+    With both, overlap.simulator prices any plan on any number of ranks whose work is given, and overlap.search.search
     finds the best one, without a further call. On one device there is no link, and nothing to pack for it.
 
     Args: as in GroupedExperts.forward. Backward, with the gradients of both tensors, is measured unless under no_grad.

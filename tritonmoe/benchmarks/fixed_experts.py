@@ -12,7 +12,7 @@ import torch
 
 from ..config import OverlapConfig
 from ..emulation import run_on_emulated_ranks
-from ..overlap.tuner import fixed_plan
+from ..overlap.search import fixed_plan
 from ..transports import LinkModel, Transport
 from .stand_ins import FixedExperts, run_layer_pass
 from .timing import Samples, add_arguments, summarize, write_json

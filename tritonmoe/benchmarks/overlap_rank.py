@@ -13,8 +13,10 @@ from ..config import MoEConfig, OverlapConfig, ramp_sizes
 from ..layer import GroupedExperts
 from ..overlap.cost_model import LayerWork, StepCosts
 from ..overlap.executor import LayerReport, PassReport
+from ..overlap.measured import layer_work, median_steps
+from ..overlap.search import fixed_plan
 from ..overlap.simulator import Simulation, simulate_layer
-from ..overlap.tuner import SETTLING_CALLS, fixed_plan, layer_work, median_steps
+from ..overlap.tuner import SETTLING_CALLS
 from ..overlap.two_level_work import TwoLevelWork
 from ..probe import probe_link
 from ..transports import Transport, TwoLevelTransport

@@ -13,9 +13,10 @@ from ..dispatch import DispatchPlan
 from ..emulation import run_on_emulated_ranks
 from ..overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from ..overlap.executor import LayerReport
+from ..overlap.measured import layer_costs, layer_work
 from ..overlap.schedule import build_forward
+from ..overlap.search import fixed_plan
 from ..overlap.simulator import simulate, simulate_layer
-from ..overlap.tuner import fixed_plan, layer_costs, layer_work
 from ..transports import LinkModel, Transport
 from .fixed_experts import MODEL_WIDTH, NUM_EXPERTS, NUM_TOKENS
 from .stand_ins import FixedExperts, run_layer_pass

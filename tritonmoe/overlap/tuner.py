@@ -10,45 +10,26 @@ The calls of one kind go through three stages, the same on every rank at every c
    10 % longer or shorter, all starts again.
 
 Everything that ranks must agree on is an integer in the count header that every rank has seen (`Message`).
-
-With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time of
-C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
-Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. Chunks that
-grow and then shrink show less of the first dispatch and the last combine: each may be 2 A / B times the one before, and
-still arrives while that one is computed. These closed forms are where the search starts.
 """
 
-import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 
-from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from ..config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..count_exchange import CallHeader
-from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
+from .cost_model import LayerWork
 from .executor import LayerReport
-from .memory import BufferWidths, peak_bytes
-from .schedule import Step
-from .simulator import simulate_layer
+from .measured import layer_costs, layer_work, link_costs, most_work
+from .memory import BufferWidths
+from .search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts
 
-__all__ = [
-    "SETTLING_CALLS",
-    "Message",
-    "PlanChooser",
-    "budgeted_plan",
-    "closed_form_num_chunks",
-    "fixed_plan",
-    "layer_costs",
-    "layer_work",
-    "link_costs",
-    "median_steps",
-    "search",
-]
+__all__ = ["SETTLING_CALLS", "Message", "PlanChooser"]
 
 MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
 """Chunks of the measured calls: two sizes to tell apart what a chunk and what a pair costs, twice, since the shorter of
@@ -61,9 +42,6 @@ experts to choose from four fewer."""
 MAX_TRIAL_CALLS = 64
 """After so many calls without enough measured ones (no backward ever comes, say), the best predicted plan is taken."""
 SMALLEST_GAIN = 0.03
-ALIKE = 0.01
-"""Plans predicted to be so close to the fastest are taken as equally fast, and the fewest chunks are tried first: they
-have the fewest exchanges, of whose small costs predictions know little."""
 TRIED_EXCESS = 0.10
 """A plan is tried unless it is predicted to be slower than one chunk by more than this: predictions are no better."""
 DRIFT = 0.10
@@ -71,234 +49,6 @@ DRIFT_CALLS = 16
 SAME_SIZE = 0.10
 """Calls are compared with the tried ones where their busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
-COMMUNICATION_BOUND_NUM_CHUNKS = 3
-MOST_GROWTH = 8
-SMALLEST_EPS_S = 50e-6
-SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
-SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
-SEARCHED_WINDOWS = (2, 3)
-SMALLEST_ALONE_SHARE = 0.4
-
-
-def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
-    """Give the number of equal chunks that the model above predicts to be fastest, 1 where overlap can't pay.
-
-    Args:
-        experts_s: A, seconds of all experts in one chunk. communication_s: B, seconds of dispatch and combine.
-        eps_s: seconds that one more chunk adds to A.
-    Example:
-        closed_form_num_chunks(0.010, 0.008, 0.000150) gives 7.
-    """
-    eps_s = max(eps_s, SMALLEST_EPS_S, 0.005 * experts_s)
-    if communication_s <= 2 * eps_s or experts_s <= 2 * eps_s:
-        return 1
-    if communication_s > experts_s:
-        return COMMUNICATION_BOUND_NUM_CHUNKS
-    return max(1, min(MAX_CHUNKS, round(math.sqrt(communication_s / eps_s))))
-
-
-def closed_form_growth(experts_s: float, communication_s: float) -> int:
-    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed: 2 A / B.
-
-    Example:
-        closed_form_growth(0.010, 0.005) gives 4.
-    """
-    return max(2, min(MOST_GROWTH, round(2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
-
-
-def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
-    """Give the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
-    if isinstance(config.shape, tuple):
-        sizes = config.shape
-    else:
-        sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
-    local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
-    return plan_of(config, sizes, local_start=local_start, serial=config.serial)
-
-
-def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
-    """Give a plan with what the configuration leaves no choice about."""
-    chunk_by = "experts" if config.chunk_by == "experts" else "tokens"
-    return OverlapPlan(chunk_sizes, config.local_first, chunk_by=chunk_by, **others)  # type: ignore[arg-type]
-
-
-def takes_chunks_of_experts(config: OverlapConfig) -> bool:
-    """Say whether nothing else in the configuration excludes them."""
-    try:
-        replace(config, chunk_by="experts")
-    except ValueError:
-        return False
-    return True
-
-
-BUDGETED_WINDOW = 2
-
-
-def budgeted_plan(config: OverlapConfig, work: LayerWork | None, widths: BufferWidths) -> tuple[OverlapPlan, str]:
-    """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
-
-    work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
-    """
-    budget = config.memory_budget_bytes
-    assert budget is not None
-    least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
-    if work is None:
-        return least, f"{least}: takes least, until a call has shown how many rows there are"
-    peak = peak_bytes(least, work, widths).most
-    if peak > budget:
-        return least, f"{least}: takes least, and with {peak} bytes still more than memory_budget_bytes = {budget}"
-    why = f"the fewest chunks within memory_budget_bytes = {budget}"
-    for num_chunks in range(1, MAX_CHUNKS + 1):
-        plan = replace(
-            least,
-            chunk_sizes=equal_sizes(num_chunks),
-            window=BUDGETED_WINDOW,
-            backward_window=BUDGETED_WINDOW,
-        )
-        if peak_bytes(plan, work, widths).most <= budget:
-            return plan, f"{plan}: {why}"
-    return least, f"{least}: {why}"
-
-
-def layer_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks did in a call, the same on every rank."""
-    rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
-    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
-
-
-def most_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks have room for, whichever run of the call had more of it."""
-    work = layer_work(report)
-    if report.first_run is None:
-        return work
-    first = layer_work(report.first_run)
-    return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
-
-
-def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
-    """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
-
-    Of calls with equal plans, each step's median counts, and of two the shorter time.
-    """
-    units: dict[tuple[OverlapPlan, Step], float] = {}
-    seconds: dict[tuple[OverlapPlan, Step], list[float]] = {}
-    for report in reports:
-        sizes = [
-            [float(last - first) for first, last in pairwise(offsets)]
-            for offsets in (report.home_offsets, report.receive_offsets, report.pair_offsets)
-        ]
-        timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
-        for timing in timings:
-            step = timing.step
-            key = (report.overlap, step)
-            units[key] = step_units(step, report.overlap.num_local_slices, *sizes)
-            elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
-            seconds.setdefault(key, []).append(elapsed)
-    return [(key[1].kind, units[key], statistics.median_low(times)) for key, times in seconds.items()]
-
-
-def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
-    """Fit a line to the steps of every kind that this rank measured."""
-    return StepCosts.fit(median_steps(reports))
-
-
-def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
-    """Fit the link to the metadata and dispatches of calls with one and two chunks.
-
-    is_shared: whether exchanges that are under way together share the link.
-    """
-    alone: dict[tuple[int, str], tuple[float, float]] = {}  # (bytes, shortest seconds) of exchanges on an idle link
-    together: dict[int, float] = {}  # by number of chunks: the shortest time of all dispatches
-    for report in reports:
-        work = layer_work(report)
-        busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
-        exchanges = [t for t in report.forward.steps if t.step.kind in ("metadata", "dispatch")]
-        free_at = 0.0
-        for timing in exchanges:
-            began = max(timing.start_s + timing.post_s, free_at)
-            free_at = timing.end_s
-            if is_shared and timing.step.chunk is not None and report.num_chunks > 1:
-                continue
-            share = 1.0 if timing.step.chunk is None else work.shares(report.overlap)[0][timing.step.chunk]
-            num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
-            key, seconds = (report.num_chunks, str(timing.step)), max(0.0, timing.end_s - began)
-            alone[key] = num_bytes, min(seconds, alone.get(key, (0.0, seconds))[1])
-        dispatches = [t for t in exchanges if t.step.kind == "dispatch"]
-        whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
-        together[report.num_chunks] = min(whole_s, together.get(report.num_chunks, whole_s))
-    latency_s, byte_s = fit_line(list(alone.values()))
-    alone_share = 1.0
-    if is_shared and together[1] > 0:
-        alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[2] / together[1]))
-    return LinkCosts(latency_s, 1 / max(byte_s * alone_share, 1e-18), is_shared, alone_share)
-
-
-def search(
-    config: OverlapConfig,
-    work: LayerWork,
-    costs: StepCosts,
-    link: LinkCosts,
-    *,
-    backward: bool,
-    fits: Callable[[OverlapPlan], bool] = lambda plan: True,
-) -> list[tuple[float, OverlapPlan]]:
-    """Give predicted seconds and plan, the fastest first: chunks and shapes, then local split, then windows.
-
-    fits: says whether a plan may be used.
-    """
-    predicted: dict[OverlapPlan, list[float]] = {}
-
-    def seconds(plan: OverlapPlan) -> float:
-        if plan not in predicted:
-            passes = simulate_layer(plan, work, costs, link, backward=backward)
-            predicted[plan] = [simulation.total_s for simulation in passes]
-        return sum(predicted[plan])
-
-    def best(count: int) -> list[OverlapPlan]:
-        return sorted(predicted, key=seconds)[:count]
-
-    def tries(plan: OverlapPlan) -> None:
-        if fits(plan):
-            seconds(plan)
-
-    one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
-    steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
-    experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
-    communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
-    eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
-    seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
-    seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
-    growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])
-    for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
-        for growth in growths:
-            tries(plan_of(config, ramp_sizes(num_chunks, growth)))
-    if config.local_first:
-        for plan in best(2):
-            for local_start in SEARCHED_LOCAL_STARTS:
-                tries(replace(plan, local_start=local_start))
-    for plan in best(2):
-        for window in SEARCHED_WINDOWS:
-            if window < plan.num_chunks:
-                tries(replace(plan, window=window))
-                if backward:
-                    tries(replace(plan, backward_window=window))
-                    tries(replace(plan, window=window, backward_window=window))
-    return [(seconds(plan), plan) for plan in best(len(predicted))]
-
-
-def preferred(found: Sequence[tuple[float, OverlapPlan]]) -> list[tuple[float, OverlapPlan]]:
-    """Sort predicted seconds and plans: the fastest and those ALIKE by number of chunks, the others by seconds.
-
-    Example:
-        (1.000, 16 chunks), (1.005, 3 chunks) and (1.1, 2 chunks) give the order 3, 16, 2.
-    """
-    limit_s = (1 + ALIKE) * min((seconds for seconds, _ in found), default=0.0)
-
-    def key(seconds_and_plan: tuple[float, OverlapPlan]) -> tuple[float, int, float]:
-        seconds, plan = seconds_and_plan
-        return (0.0, plan.num_chunks, seconds) if seconds <= limit_s else (seconds, 0, seconds)
-
-    return sorted(found, key=key)
 
 
 class Message(NamedTuple):
