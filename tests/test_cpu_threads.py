@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_close_to_exact
 
 import tritonmoe as tm
-from tritonmoe.backends import torch as torch_backend
+from tritonmoe.backends import torch_products
 from tritonmoe.cpu_threads import MOST_WORKERS, for_each, num_workers
 
 CPU = torch.device("cpu")
@@ -132,15 +132,15 @@ def test_products_of_few_rows_side_by_side(
     has_bias: bool, dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tokens, as in decoding; forward and every gradient."""
-    names, for_each_before = [], torch_backend.for_each
+    names, for_each_before = [], torch_products.for_each
 
     def for_each_noted(function, items, device) -> None:
         names.append((function.__name__, len(items)))
         for_each_before(function, items, device)
 
-    monkeypatch.setattr(torch_backend, "for_each", for_each_noted)
-    monkeypatch.setattr(torch_backend, "FEWEST_SHARED_BYTES", 0)
-    monkeypatch.setattr(torch_backend, "FEWEST_SHARED_EXPERTS", {})
+    monkeypatch.setattr(torch_products, "for_each", for_each_noted)
+    monkeypatch.setattr(torch_products, "FEWEST_SHARED_BYTES", 0)
+    monkeypatch.setattr(torch_products, "FEWEST_SHARED_EXPERTS", {})
     generator = torch.Generator().manual_seed(0)
     num_experts, width, inner = 16, 24, 10
 

@@ -10,7 +10,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends import choose, reference
+from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.config import ClampedSwiGLU, ExpertLayout
@@ -287,7 +287,7 @@ def test_experts_whose_pairs_share_a_batched_product_share_no_values(dtype: torc
     num_experts, width, inner = 4, 6, 5
     ids = torch.tensor([[1], [1], [1], [3], [3]])  # experts 0 and 2 have none
     grouping = torch_backend.group(ids, num_experts)
-    assert torch_backend._pads(grouping)
+    assert torch_products.pads(grouping)
     rows, values = torch.randn(5, width, dtype=dtype), torch.randn(5, inner, dtype=dtype)
     rows[1], values[2] = torch.inf, torch.nan  # both of expert 1
     weight = torch.randn(num_experts, width, inner, dtype=dtype)

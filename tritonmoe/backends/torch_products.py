@@ -1,0 +1,215 @@
+"""Products of all pairs with their experts' weights, and sums of outer products, in PyTorch: which calls those are.
+
+One product per expert, or one batched product with every expert's pairs padded to the largest number; shared between a
+CPU's threads by expert, or inside each product.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cpu_memory
+from ..cpu_threads import for_each, num_workers
+from ..grouping import Grouping
+from .reference import accumulation_dtype
+
+__all__ = ["expert_slices", "outer_sums", "pads", "pair_products"]
+
+SMALL_PAIRS_PER_EXPERT = 32
+"""Up to so many pairs per expert, the experts' products may go as one batched product."""
+LARGEST_PADDING = 2.5
+"""So many times the pairs' rows it may have."""
+FEW_ROWS, USED_SHARE = 16, 0.75
+"""Or any number of times, where experts have so few rows that their weights take longer to come from memory, and where
+that share of the experts has rows."""
+FEWEST_SHARED_BYTES = 2**20
+"""So large must the weights of products of so few rows be that a CPU's threads compute them side by side: one product
+of few rows gives a second thread little or nothing to do."""
+FEWEST_SHARED_EXPERTS = {4: 9}
+"""And so many, by bytes of an element; in fp32 the products of one token's 8 experts already wait for memory."""
+ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
+"""What rows of products in narrow dtypes are rounded up to on a CPU, from so many on, see _padding."""
+
+
+def pads(grouping: Grouping) -> bool:
+    """Say whether one batched product, with every expert's pairs padded to the largest number, beats one per expert.
+
+    In a batched product the threads share the experts, in others the work on each, which is too little for them where
+    pairs are few.
+    """
+    num_pairs, num_experts = grouping.host_expert_offsets[-1], grouping.num_experts
+    if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts:
+        return False
+    experts, counts = grouping.host_counts
+    if max(counts) <= FEW_ROWS and len(experts) >= USED_SHARE * num_experts:
+        return True
+    return num_experts * max(counts) <= LARGEST_PADDING * num_pairs
+
+
+def pair_products(
+    values: Tensor,
+    index: Tensor | None,
+    matrices: Tensor,
+    bias: Tensor | None,
+    grouping: Grouping,
+    out: Tensor | None,
+) -> Tensor:
+    """Multiply all pairs' values by their experts' matrices (E, in, out), and add the experts' bias: (N, out).
+
+    A pair's values are values[index[n]], or values[n] where index is None.
+    """
+    width = matrices.shape[2]
+    if pads(grouping):
+        slots = grouping.slots
+        padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
+        padded = padded.view(grouping.num_experts, -1, values.shape[1])
+        products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
+        products = products.view(-1, width)
+        if out is None:
+            return products.index_select(0, slots.of_pairs)
+        return torch.index_select(products, 0, slots.of_pairs, out=out)
+    if out is None:
+        out = values.new_empty(grouping.num_pairs, width)
+    if index is not None:
+        values = values.index_select(0, index)
+    experts, counts = grouping.host_counts
+    if not _is_rounded(values, max(counts, default=0)):
+        parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
+
+        def multiply(item: tuple[int, Tensor, Tensor]) -> None:
+            e, part, target = item
+            _multiply(part, matrices[e], None if bias is None else bias[e], target)
+
+        items = list(zip(experts, parts, targets, strict=True))
+        is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
+        if is_few and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
+            for_each(multiply, items, values.device)
+        else:
+            for item in items:
+                multiply(item)
+        return out
+    last = 0
+    for e, count in zip(experts, counts, strict=True):
+        expert_bias = None if bias is None else bias[e]
+        first, last = last, last + count
+        num_rows = count + _padding(values, count)
+        if first + num_rows <= grouping.num_pairs:
+            # What it says of the next experts' pairs, their own products replace.
+            rows = slice(first, first + num_rows)
+            _multiply(values[rows], matrices[e], expert_bias, out[rows])
+        elif num_rows <= last:
+            product = values.new_empty(num_rows, width)
+            _multiply(values[last - num_rows : last], matrices[e], expert_bias, product)
+            out[first:last] = product[-count:]
+        else:
+            _multiply(values[first:last], matrices[e], expert_bias, out[first:last])
+    return out
+
+
+def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(part, matrix, out=out)
+    else:
+        torch.addmm(bias, part, matrix, out=out)
+
+
+def _padding(values: Tensor, num_pairs: int) -> int:
+    """Give how many rows to add to a product of num_pairs.
+
+    For narrow dtypes a CPU has no product until one is generated for the very shape, which takes longer than to compute
+    it, and 1024 are kept: the numbers of pairs, which every routing has others of, must not be among the shapes, except
+    for the smallest ones.
+    """
+    return -num_pairs % ROWS_MULTIPLE if _is_rounded(values, num_pairs) else 0
+
+
+def _is_rounded(values: Tensor, num_pairs: int) -> bool:
+    return num_pairs >= FEWEST_ROUNDED and values.itemsize < 4 and values.device.type == "cpu"
+
+
+def outer_sums(
+    pair_values: Tensor, row_values: Tensor, grouping: Grouping, pairs_first: bool, accumulate: Tensor | None
+) -> Tensor | None:
+    """Sum outer(pair_values[n], row_values[row of n]) over each expert's pairs, or with the factors swapped.
+
+    Into `accumulate` where it is given.
+    """
+    order, row_index = grouping.source_order, grouping.row_index
+
+    def factors(positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+        stored = positions if order is None else order[positions]
+        if isinstance(stored, slice):
+            pairs, rows = pair_values[stored], row_index[stored]
+        else:
+            pairs, rows = pair_values.index_select(0, stored), row_index.index_select(0, stored)
+        both = pairs, row_values.index_select(0, rows)
+        return both if pairs_first else both[::-1]
+
+    if accumulate is not None:
+
+        def accumulate_expert(expert: tuple[int, slice]) -> None:
+            left, right = factors(expert[1])
+            _accumulate_product(accumulate[expert[0]], left.mT, right)
+
+        _for_each_expert(accumulate_expert, grouping)
+        return None
+    num_experts = grouping.num_experts
+    widths = (pair_values.shape[1], row_values.shape[1])
+    out = cpu_memory.empty(num_experts, *(widths if pairs_first else widths[::-1]), like=pair_values)
+    if pads(grouping):
+        slots = grouping.slots
+        left, right = factors(slots.pairs)
+        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~slots.used.unsqueeze(1), 0)
+        torch.bmm(left.view(num_experts, -1, left.shape[1]).mT, right.view(num_experts, -1, right.shape[1]), out=out)
+        for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+            if first == last:  # its slots have other experts' pairs, perhaps not finite
+                out[e].zero_()
+        return out
+
+    def sum_expert(expert: tuple[int, slice]) -> None:
+        left, right = factors(expert[1])
+        padding = _padding(left, left.shape[0])
+        if padding:
+            left, right = (F.pad(factor, (0, 0, 0, padding)) for factor in (left, right))
+        torch.mm(left.mT, right, out=out[expert[0]])
+
+    _for_each_expert(sum_expert, grouping)
+    for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+        if first == last:
+            out[e].zero_()
+    return out
+
+
+def _for_each_expert(function: Callable[[tuple[int, slice]], None], grouping: Grouping) -> None:
+    """Call `function` on each expert that has pairs and their positions in source order, on a CPU several at a time.
+
+    From the one with most pairs on, so that the threads end together. Where some have so many that they don't, those
+    come one after the other, and all threads share their operations.
+    """
+    experts = sorted(expert_slices(grouping), key=lambda expert: expert[1].start - expert[1].stop)
+    device = grouping.pair_index.device
+    share = grouping.host_expert_offsets[-1] / (2 * num_workers(device))
+    num_large = sum(positions.stop - positions.start > share for _, positions in experts)
+    for expert in experts[:num_large]:
+        function(expert)
+    for_each(function, experts[num_large:], device)
+
+
+def expert_slices(grouping: Grouping) -> Iterator[tuple[int, slice]]:
+    """Give (expert, its positions in source order) for the experts that have pairs."""
+    for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
+        if first < last:
+            yield e, slice(first, last)
+
+
+def _accumulate_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right into `target` in fp32 or wider, rounding once."""
+    acc = accumulation_dtype(left.dtype)
+    if target.dtype == acc:
+        target.addmm_(left.to(acc), right.to(acc))
+    else:
+        product = torch.mm(left.to(acc), right.to(acc))
+        target.copy_(target.to(torch.promote_types(acc, target.dtype)).add_(product))
