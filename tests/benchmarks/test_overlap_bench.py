@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from tritonmoe.benchmarks import BENCHMARKS, load
+from tritonmoe.benchmarks import BENCHMARKS, load, overlap
 from tritonmoe.benchmarks.namespaces import parse_rate, unusable_reason
 from tritonmoe.benchmarks.overlap import main
-from tritonmoe.benchmarks.overlap_rank import variants_of
-from tritonmoe.benchmarks.stand_ins import ReplayTransport
+from tritonmoe.benchmarks.overlap_rank import MeasuredLayer, variants_of
+from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.workload import MODELS, Workload, draw_ids
+from tritonmoe.overlap.cost_model import LayerWork, LinkCosts
 from tritonmoe.transports import Transport
 
 ROOT = Path(tm.__file__).parents[1]
@@ -76,32 +77,6 @@ def test_bad_rates(text: str) -> None:
         parse_rate(text)
 
 
-def test_a_replayed_call_has_the_same_results_and_needs_no_peer() -> None:
-    config = tm.MoEConfig(8, 4, 4, 2)
-
-    def fn(transport: Transport) -> None:
-        layer = tm.MoELayer(config, transport, tm.OverlapConfig(2), generator=torch.Generator().manual_seed(0))
-        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(transport.rank))
-
-        def step() -> list[torch.Tensor]:
-            leaf = x.clone().requires_grad_()
-            out = layer(leaf)
-            grads = torch.autograd.grad(out, [leaf, *layer.parameters()], torch.ones_like(out))
-            return [out.detach(), *grads]
-
-        expected = step()
-        replay = ReplayTransport(transport)
-        layer.experts.transport = replay
-        for number in range(3):
-            if number and transport.rank:
-                break  # rank 0 goes on alone
-            replay.rewind()
-            for actual, wanted in zip(step(), expected, strict=True):
-                assert torch.equal(actual, wanted)
-
-    tm.run_on_emulated_ranks(fn, 2, timeout_s=5)
-
-
 def test_every_kind_is_measured_for_every_number_of_chunks() -> None:
     names = [str(variant) for variant in variants_of([1, 4], 4)]
     assert len(set(names)) == len(names)
@@ -157,6 +132,66 @@ def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "emulated link" in said
     assert "x max(compute, communication)" in said
+
+
+def test_one_rank_computes_and_the_others_are_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What --emulate does on a GPU, here on a CPU.
+    monkeypatch.setattr(overlap, "_emulate_all", lambda *given: overlap._emulate_one(*given, "cpu"))
+    plans: dict[int, list] = {rank: [] for rank in range(4)}
+    run_layer = MeasuredLayer._run_layer
+
+    def counted(self: MeasuredLayer, transport: Transport, config: tm.OverlapConfig) -> object:
+        report = run_layer(self, transport, config)
+        plans[transport.rank].append(report.overlap)
+        return report
+
+    monkeypatch.setattr(MeasuredLayer, "_run_layer", counted)
+    files = [str(tmp_path / name) for name in ("r.json", "r.png", "r.trace")]
+    arguments = ["--emulate", "4", "--tokens", "40", *QUICK, "--compute-ratio", "1"]
+    assert main([*arguments, "--json", files[0], "--png", files[1], "--trace", files[2]]) == 0
+    # The peers ran every plan once, in the order in which rank 0 first met them.
+    assert plans[1] == plans[2] == plans[3] == list(dict.fromkeys(plans[0]))
+    assert len(plans[0]) > 2 * len(plans[1])
+    results = check_results(tmp_path / "r.json", 4)
+    assert results["emulated"] is True
+    assert results["computing_ranks"] == 1
+    assert results["rate_bits_per_s"] != 1e9
+    assert sum(map(sum, results["traffic_rows"])) > 160
+    assert results["summary"]["auto"]["num_chunks"] in {plan.num_chunks for plan in plans[1]}
+    events = json.loads((tmp_path / "r.trace").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0}
+    words = "one of 4 ranks computes, the others are replayed; emulated link"
+    assert words in results["link"]
+    assert words in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_ends_the_measurement(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "_emulate_all", lambda *given: overlap._emulate_one(*given, "cpu"))
+    record = MeasuredLayer.record
+
+    def fails(self: MeasuredLayer, plan: tm.OverlapPlan) -> object:
+        if self.transport.rank == 2 and plan.num_chunks == 3:
+            raise ValueError("no memory for this plan")
+        return record(self, plan)
+
+    monkeypatch.setattr(MeasuredLayer, "record", fails)
+    assert main(["--emulate", "4", "--tokens", "9", *QUICK]) == 2
+    assert "no memory for this plan" in capsys.readouterr().err
+
+
+def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
+    rows = torch.tensor([[5, 1, 2], [4, 7, 90], [6, 80, 9]], dtype=torch.float64)
+    one = work_of_one(LayerWork(rows, 2 * rows, row_bytes=8, top_k=2), 0)
+    out_s, in_s = one.ports(LinkCosts(0.0, 1.0))
+    assert (float(out_s[0]), float(in_s[0])) == (3, 10)
+    assert float(out_s[1:].max()) <= 10
+    assert float(in_s[1:].max()) <= 3
+    assert one.pairs.sum(0)[0] == 30
+    assert float(one.pairs.sum(0)[1:].max()) < 30
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
 
 On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
---netns makes on this machine. On an emulated link, in one process: --emulate.
+--netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
+GPU, which they would share, one does, and the others are replayed to it.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
-from .overlap_rank import Link, RankMeasurement, measure_rank, variants_of
+from .overlap_rank import Link, MeasuredLayer, RankMeasurement, measure_rank, variants_of
 from .overlap_report import as_table, summarize_overlap
 from .ranks import gather
+from .replayed_peers import ReplayedPeers
 from .timing import summarize, write_json
 from .workload import DTYPES, MODELS, Workload
 
@@ -87,19 +89,9 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         arguments.seed,
     )
     if arguments.emulate is not None:
-        rate = parse_rate(arguments.rate)
-        description = f"{arguments.emulate} emulated ranks in one process, emulated link"
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-
-        def on_rank(transport: Transport) -> dict[str, Any]:
-            assert isinstance(transport, EmulatedTransport)
-            link = Link(set_rate=lambda bits: setattr(transport.world, "link", LinkModel(bits / 8e9)))
-            return _measure(transport, arguments, workload, link, description, device)
-
-        results = run_on_emulated_ranks(
-            on_rank, arguments.emulate, device=device, link=LinkModel(rate / 8e9), timeout_s=arguments.timeout_s
-        )
-        _write(arguments, results[0])
+        has_gpu = torch.cuda.is_available()
+        results = _emulate_one(arguments, workload, "cuda") if has_gpu else _emulate_all(arguments, workload)
+        _write(arguments, results)
         return 0
     if arguments.netns is not None and "RANK" not in os.environ:
         return _run_namespaces(arguments, argv)
@@ -126,6 +118,37 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         if group.rank == 0:
             _write(arguments, results_of_rank)
     return 0
+
+
+def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> dict[str, Any]:
+    """Measure N ranks that all compute, on a CPU."""
+    description = f"{arguments.emulate} emulated ranks in one process, emulated link"
+    model = LinkModel(parse_rate(arguments.rate) / 8e9)
+
+    def on_rank(transport: Transport) -> dict[str, Any]:
+        assert isinstance(transport, EmulatedTransport)
+        link = Link(set_rate=lambda bits: setattr(transport.world, "link", LinkModel(bits / 8e9)))
+        return _measure(transport, arguments, workload, link, description, "cpu")
+
+    return run_on_emulated_ranks(on_rank, arguments.emulate, link=model, timeout_s=arguments.timeout_s)[0]
+
+
+def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str) -> dict[str, Any]:
+    """Measure rank 0 alone: the others compute only while a call of each plan is recorded, before it is measured."""
+    num_ranks = arguments.emulate
+    description = f"one of {num_ranks} ranks computes, the others are replayed; emulated link"
+    peers = ReplayedPeers(num_ranks, LinkModel(parse_rate(arguments.rate) / 8e9))
+
+    def on_rank(transport: Transport) -> dict[str, Any]:
+        if transport.rank == 0:
+            link = Link(set_rate=lambda bits: setattr(peers.port, "link", LinkModel(bits / 8e9)), peers=peers)
+            with peers:
+                return _measure(transport, arguments, workload, link, description, device)
+        layer = MeasuredLayer(transport, workload, torch.device(device), Link())
+        peers.serve(transport.rank, layer.record)
+        return {}
+
+    return run_on_emulated_ranks(on_rank, num_ranks, device=device, timeout_s=arguments.timeout_s)[0]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -215,7 +238,7 @@ def _measure(
         "rows_between_nodes": measured.rows_between_nodes,
         "contention": {kind: summary[kind].pop("contention") for kind in ("overlapped", "auto")},
     }
-    ranks = gather(transport, own)
+    ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
         summary[kind]["contention"] = max((r["contention"][kind] for r in ranks), key=lambda one: one["median"])
     if measured.rate is not None:
@@ -224,6 +247,7 @@ def _measure(
         "link": description,
         "emulated": arguments.emulate is not None,
         "ranks": transport.size,
+        "computing_ranks": len(ranks),
         "rate_bits_per_s": measured.rate if measured.rate is not None else parse_rate(arguments.rate),
         "model": workload.model,
         "E_K_D_F": list(workload.shape),

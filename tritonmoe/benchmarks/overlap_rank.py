@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 
-from ..config import MoEConfig, OverlapConfig, ramp_sizes
+from ..config import MoEConfig, OverlapConfig, OverlapPlan, ramp_sizes
 from ..layer import GroupedExperts
 from ..overlap.cost_model import LayerWork, StepCosts
 from ..overlap.executor import LayerReport, PassReport
 from ..overlap.measured import layer_work, median_steps
 from ..overlap.search import fixed_plan
 from ..overlap.simulator import Simulation, simulate_layer
-from ..overlap.tuner import SETTLING_CALLS
+from ..overlap.tuner import SETTLING_CALLS, PlanChooser
 from ..overlap.two_level_work import TwoLevelWork
 from ..probe import probe_link
-from ..transports import Transport, TwoLevelTransport
+from ..transport_state import state_of
+from ..transports import LocalTransport, Transport, TwoLevelTransport
+from ..transports.replay import ReplayTransport
 from .ranks import barrier, gather, slowest
-from .stand_ins import FixedExperts, ReplayTransport, run_layer_pass
+from .replayed_peers import ReplayedPeers, work_of_one
+from .stand_ins import FixedExperts, run_layer_pass
 from .timing import Samples
 from .workload import Workload, draw_ids
 
@@ -88,6 +91,12 @@ class Link:
     read_uplinks: Callable[[], list[int]] | None = None
     """Bytes that every node has sent to other nodes."""
     two_levels: TwoLevelTransport | None = None
+    peers: ReplayedPeers | None = None
+    """Where rank 0 alone is measured."""
+
+    def measured_ranks(self, transport: Transport) -> Transport:
+        """Give what the ranks that are measured tell each other their figures over."""
+        return transport if self.peers is None else LocalTransport()
 
 
 @dataclass
@@ -124,6 +133,7 @@ class MeasuredLayer:
         num_experts, top_k, model_width, inner = workload.shape
         rank, size = transport.rank, transport.size
         self.transport, self.workload, self.device = transport, workload, device
+        self.measured_ranks = link.measured_ranks(transport)
         self.num_experts = num_experts
         dtype = workload.torch_dtype
         self.experts = GroupedExperts(
@@ -142,6 +152,7 @@ class MeasuredLayer:
         for leaf in (self.x, self.topk_weights):
             leaf.requires_grad_(workload.backward)
         self._replays: dict[Variant, ReplayTransport] = {}
+        self._recordings: dict[OverlapPlan, list[torch.Tensor]] = {}
         self.passes: list[PassReport] = []
         """Of the latest run."""
 
@@ -151,19 +162,54 @@ class MeasuredLayer:
 
     def run(self, variant: Variant) -> LayerReport | None:
         """Run one variant, forward and, with the workload's backward, backward."""
-        if variant.kind == "communication":
-            self._communicate(variant)
-            return None
-        transport = self.transport
-        if variant.kind in ("compute", "free transport"):
-            replay = self._replays.setdefault(variant, ReplayTransport(transport))
-            replay.rewind()
-            transport = replay
+        return self._run(variant, self._transport_for_next(variant))
+
+    def record(self, plan: OverlapPlan) -> list[torch.Tensor]:
+        """Run a call of this plan, as all ranks do at once, and give what this rank received in it."""
+        replay = ReplayTransport(self.transport)
+        self._run_layer(replay, plan)
+        self.synchronize()
+        barrier(self.transport)  # from here on no other rank computes
+        return replay.received
+
+    def _transport_for_next(self, variant: Variant) -> Transport:
+        """Give what the next call of this variant goes over; a call that no peer can answer yet is recorded before."""
+        peers = self.link.peers
         if variant.kind == "two levels":
             assert self.link.two_levels is not None
-            transport = self.link.two_levels
+            return self.link.two_levels
+        is_free = variant.kind in ("compute", "free transport")
+        if peers is None and not is_free:
+            return self.transport
+        if variant not in self._replays:
+            self._replays[variant] = ReplayTransport(self.transport, None if is_free or peers is None else peers.port)
+        replay = self._replays[variant]
+        if peers is not None:
+            plan = self._next_plan(variant, replay)
+            if plan not in self._recordings:
+                peers.ask(plan)
+                self._recordings[plan] = self.record(plan)
+            replay.received = self._recordings[plan]
+        replay.rewind()
+        return replay
+
+    def _next_plan(self, variant: Variant, transport: Transport) -> OverlapPlan:
+        """Give the plan of the next call; that of "auto" depends on the calls before it on this transport."""
+        size = self.transport.size
+        if variant.num_chunks is not None:
+            return fixed_plan(variant.config(), variant.num_chunks, size)
+        choosers = state_of(transport).choosers.values()
+        return next(iter(choosers), PlanChooser(variant.config(), size)).plan()
+
+    def _run(self, variant: Variant, transport: Transport) -> LayerReport | None:
+        if variant.kind == "communication":
+            self._communicate(variant, transport)
+            return None
+        return self._run_layer(transport, variant.config())
+
+    def _run_layer(self, transport: Transport, overlap: OverlapConfig | OverlapPlan) -> LayerReport:
         experts = self.experts
-        experts.transport, experts.overlap = transport, variant.config()
+        experts.transport, experts.overlap = transport, overlap
         if self.workload.backward:
             experts(self.x, self.topk_ids, self.topk_weights).backward(self.dout)
             experts.zero_grad(set_to_none=True)
@@ -178,10 +224,11 @@ class MeasuredLayer:
 
     def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
         """Run a variant when all ranks are ready, and give this rank's seconds."""
+        transport = self._transport_for_next(variant)
         self.synchronize()
-        barrier(self.transport)
+        barrier(self.measured_ranks)
         started = time.perf_counter()
-        report = self.run(variant)
+        report = self._run(variant, transport)
         self.synchronize()
         seconds = time.perf_counter() - started
         for layer_pass in self.passes:
@@ -191,13 +238,13 @@ class MeasuredLayer:
     def median_s(self, variant: Variant) -> float:
         """Give the slowest rank's median over a few runs."""
         self.run(variant)
-        samples = slowest(self.transport, [self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
+        samples = slowest(self.measured_ranks, [self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
         return statistics.median(samples)
 
     @torch.no_grad()
-    def _communicate(self, variant: Variant) -> None:
+    def _communicate(self, variant: Variant, transport: Transport) -> None:
         self.passes = run_layer_pass(
-            self.transport,
+            transport,
             fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size),
             self.x,
             self.topk_ids,
@@ -262,12 +309,12 @@ def measure_rank(
         assert two_levels is not None
         rows_between_nodes = two_levels.rows_between_nodes
     return RankMeasurement(
-        seconds={name: slowest(transport, values) for name, values in seconds.items()},
+        seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
         reports=reports,
         pass_seconds={
-            name: [slowest(transport, list(of_pass)) for of_pass in zip(*passes, strict=True)]
+            name: [slowest(rank.measured_ranks, list(of_pass)) for of_pass in zip(*passes, strict=True)]
             for name, passes in rounds_run.pass_seconds.items()
             if name.startswith(("compute", "communication"))
         },
@@ -316,9 +363,10 @@ def predict(
     """Simulate the schedules that were measured; every rank takes part, since the link is probed.
 
     What steps cost comes from the runs with a free transport; what a call takes outside its schedule (planning, the
-    count exchange, autograd) is that of compute alone.
+    count exchange, autograd) is that of compute alone. With replayed peers the link is the model that they follow.
     """
-    link = probe_link(rank.transport, rank.device)
+    peers = rank.link.peers
+    link = probe_link(rank.transport, rank.device) if peers is None else peers.link_costs()
     free = [variant for variant in variants if variant.kind == "free transport"]
     costs = {
         chunk_by: StepCosts.through(
@@ -338,7 +386,8 @@ def predict(
     for variant in variants:
         if variant.kind in ("serial", "overlapped", "two levels"):
             report = reports[str(variant)][-1]
-            work: LayerWork | TwoLevelWork = layer_work(report)
+            of_layer = layer_work(report)
+            work: LayerWork | TwoLevelWork = of_layer if peers is None else work_of_one(of_layer, report.rank)
             over = link
             if variant.kind == "two levels":
                 assert two_levels is not None
@@ -375,7 +424,7 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
         if rank.transport.rank == 0:
             assert link.set_rate is not None
             link.set_rate(rate)
-        barrier(rank.transport)
+        barrier(rank.measured_ranks)
         if correct:
             communication_s = min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4))
             rate *= compute_ratio * communication_s / rank.median_s(compute)

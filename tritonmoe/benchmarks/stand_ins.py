@@ -1,7 +1,7 @@
-"""What stands in for one half of a layer while the other is measured: experts that compute nothing, a free link."""
+"""What stands in for a layer's experts while its communication is measured: experts that compute nothing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from ..config import OverlapPlan
 from ..count_exchange import DTYPE_CODES, CallHeader
 from ..dispatch import DispatchPlan, exchange_plan, plan_tokens
 from ..overlap.executor import ExpertsPass, LayerPass, PassReport
-from ..transports import PendingExchange, Transport
+from ..transports import Transport
 
-__all__ = ["FixedExperts", "ReplayTransport", "run_layer_pass"]
+__all__ = ["FixedExperts", "run_layer_pass"]
 
 
 class FixedExperts:
@@ -87,55 +87,3 @@ def run_layer_pass(
     if dout is not None:
         reports.append(layer_pass.backward(dout, (False, False, False, False))[3])
     return reports
-
-
-class ReplayExchange(PendingExchange):
-    """Rows of an earlier exchange, there at once."""
-
-    def __init__(self, received: Tensor) -> None:
-        self._received = received
-        self._posted_at = time.perf_counter()
-
-    def wait(self) -> Tensor:
-        return self._received
-
-    def finished_at(self) -> float | None:
-        return None if self._received.is_cuda else self._posted_at
-
-
-class ReplayTransport(Transport):
-    """A free link: in the first call it passes everything on and remembers what came; from then on it gives that.
-
-    Call rewind() before each call. What remains of the link is one copy of the rows.
-    """
-
-    def __init__(self, transport: Transport) -> None:
-        self.rank, self.size = transport.rank, transport.size
-        self._transport = transport
-        self._received: list[Tensor] = []
-        self._position: int | None = None
-
-    def rewind(self) -> None:
-        """Begin a call: the first one, which is passed on, or another one like it."""
-        self._position = 0 if self._received else None
-
-    def exchange(
-        self, rows: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
-    ) -> PendingExchange:
-        if self._position is None:
-            received = self._transport.exchange(rows, input_splits, output_splits, out).wait()
-            self._received.append(received.detach().clone())
-            return ReplayExchange(received)
-        earlier = self._next()
-        return ReplayExchange(earlier.clone() if out is None else out.copy_(earlier))
-
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        if self._position is None:
-            self._received.append(self._transport.exchange_counts(counts))
-            return self._received[-1].clone()
-        return self._next().clone()
-
-    def _next(self) -> Tensor:
-        assert self._position is not None
-        self._position += 1
-        return self._received[self._position - 1]
