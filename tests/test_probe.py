@@ -45,6 +45,7 @@ def test_a_link_too_fast_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tritonmoe.probe, "fit_line", lambda points: (0.0, 0.0))
     found = tm.run_on_emulated_ranks(probe_link, 2)
     assert found[0].bytes_per_s == float("inf")
+    assert found[0].contention == 0.0
 
 
 def batch(rank: int, num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor, Tensor]:

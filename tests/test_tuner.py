@@ -10,7 +10,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.overlap.measured import link_costs
+from tritonmoe.overlap.measured import layer_costs, link_costs, median_steps
 from tritonmoe.overlap.memory import BufferWidths, peak_bytes
 from tritonmoe.overlap.schedule import Step
 from tritonmoe.overlap.search import (
@@ -31,6 +31,7 @@ from tritonmoe.overlap.tuner import (
     Message,
     PlanChooser,
     _TriedCall,
+    other_chunks_first,
     pack,
     unpack,
 )
@@ -183,6 +184,33 @@ def test_a_link_that_is_the_longer_side_gets_few_chunks() -> None:
     """From two chunks on all experts but the last chunk's are hidden: what more chunks gain is not measurable."""
     _, choosers = run_choosers(30, fewer_is_slower, experts_s=0.02, dispatch_s=1.0)
     assert max(plan.num_chunks for plan in choosers[0].candidates) <= 4
+
+
+def test_other_chunks_are_tried_before_other_windows() -> None:
+    two, three = tm.OverlapPlan(equal_sizes(2)), tm.OverlapPlan(equal_sizes(3))
+    of_experts = tm.OverlapPlan(equal_sizes(2), chunk_by="experts")
+    plans = [two, replace(two, window=1), three, of_experts, replace(three, window=2)]
+    assert other_chunks_first(plans) == [two, three, of_experts, replace(two, window=1), replace(three, window=2)]
+    assert other_chunks_first([]) == []
+
+
+@pytest.mark.parametrize("order", [(1, 4), (4, 1)], ids=str)
+def test_calls_of_different_sizes_are_different_points(order: tuple[int, int]) -> None:
+    """A call with four times the rows takes four times as long; neither lends the other its rows."""
+    plan = tm.OverlapPlan(local_start=0)
+    reports = []
+    for times in order:
+        report = Report(plan, experts_s=0.1 * times, dispatch_s=0.2 * times)
+        report.traffic_rows = report.traffic_pairs = times * report.traffic_rows
+        report.home_offsets = report.receive_offsets = report.pair_offsets = (0, 0, 0, 1000 * times)
+        reports.append(report)
+    costs, link = layer_costs(reports), link_costs(reports, is_shared=False)
+    assert sorted(units for kind, units, _ in median_steps(reports) if kind == "experts") == [1000, 4000]
+    assert costs.seconds("experts", 2000.0) == pytest.approx(0.2)
+    assert link.bytes_per_s == pytest.approx(1e6 / 0.2)
+    # Two exchanges together carry a byte in the time that one alone does.
+    together = [reports[order.index(4)], Report(tm.OverlapPlan(equal_sizes(2), local_start=0), 0.1, 0.2)]
+    assert link_costs(together, is_shared=True).alone_share == pytest.approx(1.0)
 
 
 def test_plans_travel_as_one_integer() -> None:

@@ -231,9 +231,9 @@ class OverlapConfig:
     serial: bool = False
     """Wait for every exchange where it is posted: the non-overlapped baseline of the same chunks."""
     shape: Literal["auto", "equal", "ramp"] | tuple[int, ...] = "auto"
-    """Chunks of one size ("equal"), twice the one before and then half of it ("ramp"), or their relative sizes:
-    (1, 2, 4, 2, 1) gives a tenth of the tokens (or experts) to the first and the last of five chunks. "auto" is the
-    tuner's choice with num_chunks="auto", and "equal" otherwise."""
+    """Chunks of one size ("equal"), each twice the one before, up to 16 times the first, and then back ("ramp"), or
+    their relative sizes: (1, 2, 4, 2, 1) gives a tenth of the tokens (or experts) to the first and the last of five
+    chunks. "auto" is the tuner's choice with num_chunks="auto", and "equal" otherwise."""
     wire_dtype: torch.dtype | None = None
     """How rows travel: None as they are; torch.bfloat16 (fp32 layers) everywhere; torch.float8_e4m3fn in the forward
     dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
@@ -324,6 +324,7 @@ def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
 
 
 LARGEST_SIZE = 16
+"""Of a ramp's chunks, relative to the first."""
 
 
 def equal_sizes(num_chunks: int) -> tuple[int, ...]:

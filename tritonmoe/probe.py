@@ -72,7 +72,9 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     alone_share = 1.0
     if 0 < together_s < byte_s:
         alone_share, byte_s = together_s / byte_s, together_s
-    bytes_per_s = 1 / byte_s if byte_s else float("inf")
+    if not byte_s:
+        return LinkCosts(latency_s, float("inf"), first > SHARED_RATIO * second)  # too fast to measure, or to be beside
+    bytes_per_s = 1 / byte_s
     num_bytes = int(min(MOST_BESIDE_BYTES, 3 * BESIDE_S * bytes_per_s))
     exchange_s = latency_s + num_bytes / bytes_per_s
     count = _num_products(device)

@@ -15,7 +15,7 @@ ROOT = Path(tm.__file__).parents[1]
 REASON = unusable_reason()
 
 
-def test_the_sweep_has_every_plan_that_could_be_chosen() -> None:
+def test_the_sweep_has_every_shape_of_its_chunk_counts() -> None:
     names = [str(variant) for variant in sweep_variants([1, 2, 4], num_local_experts=2)]
     assert len(set(names)) == len(names)
     overlapped = {name for name in names if name.startswith("overlapped")}

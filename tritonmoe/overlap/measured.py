@@ -35,10 +35,9 @@ def most_work(report: LayerReport) -> LayerWork:
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
     """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
-    Of calls with equal plans, each step's median counts, and of two the shorter time.
+    Of calls with equal plans, each step's median over equal units counts, and of two the shorter time.
     """
-    units: dict[tuple[OverlapPlan, Step], float] = {}
-    seconds: dict[tuple[OverlapPlan, Step], list[float]] = {}
+    seconds: dict[tuple[OverlapPlan, Step, float], list[float]] = {}
     for report in reports:
         sizes = [
             [float(last - first) for first, last in pairwise(offsets)]
@@ -47,11 +46,10 @@ def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float
         timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
         for timing in timings:
             step = timing.step
-            key = (report.overlap, step)
-            units[key] = step_units(step, report.overlap.num_local_slices, *sizes)
+            units = step_units(step, report.overlap.num_local_slices, *sizes)
             elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
-            seconds.setdefault(key, []).append(elapsed)
-    return [(key[1].kind, units[key], statistics.median_low(times)) for key, times in seconds.items()]
+            seconds.setdefault((report.overlap, step, units), []).append(elapsed)
+    return [(step.kind, units, statistics.median_low(times)) for (_, step, units), times in seconds.items()]
 
 
 def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
@@ -64,8 +62,8 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
 
     is_shared: whether exchanges that are under way together share the link.
     """
-    alone: dict[tuple[int, str], tuple[float, float]] = {}  # (bytes, shortest seconds) of exchanges on an idle link
-    together: dict[int, float] = {}  # by number of chunks: the shortest time of all dispatches
+    alone: dict[tuple[int, str, float], float] = {}  # by bytes: the shortest seconds of an exchange on an idle link
+    together: dict[int, float] = {}  # by number of chunks: the shortest seconds of all dispatches, by their bytes
     for report in reports:
         work = layer_work(report)
         busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
@@ -78,12 +76,13 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
                 continue
             share = 1.0 if timing.step.chunk is None else work.shares(report.overlap)[0][timing.step.chunk]
             num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
-            key, seconds = (report.num_chunks, str(timing.step)), max(0.0, timing.end_s - began)
-            alone[key] = num_bytes, min(seconds, alone.get(key, (0.0, seconds))[1])
+            key, seconds = (report.num_chunks, str(timing.step), num_bytes), max(0.0, timing.end_s - began)
+            alone[key] = min(seconds, alone.get(key, seconds))
         dispatches = [t for t in exchanges if t.step.kind == "dispatch"]
         whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
-        together[report.num_chunks] = min(whole_s, together.get(report.num_chunks, whole_s))
-    latency_s, byte_s = fit_line(list(alone.values()))
+        of_a_byte = whole_s / max(1.0, busiest * work.bytes_per_row("dispatch"))
+        together[report.num_chunks] = min(of_a_byte, together.get(report.num_chunks, of_a_byte))
+    latency_s, byte_s = fit_line([(num_bytes, seconds) for (_, _, num_bytes), seconds in alone.items()])
     alone_share = 1.0
     if is_shared and together[1] > 0:
         alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[2] / together[1]))

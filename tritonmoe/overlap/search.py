@@ -57,12 +57,14 @@ def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: floa
 
 
 def closed_form_growth(experts_s: float, communication_s: float) -> int:
-    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed: 2 A / B.
+    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed.
+
+    It is 2 A / B, at least 2 and at most MOST_GROWTH.
 
     Example:
         closed_form_growth(0.010, 0.005) gives 4.
     """
-    return max(2, min(MOST_GROWTH, round(2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
+    return round(max(2.0, min(MOST_GROWTH, 2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
 
 
 def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:

@@ -40,7 +40,7 @@ SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUN
 """Calls of one kind until the plan is chosen, where each call's backward comes before the next call; without chunks of
 experts to choose from four fewer."""
 MAX_TRIAL_CALLS = 64
-"""After so many calls without enough measured ones (no backward ever comes, say), the best predicted plan is taken."""
+"""After so many calls without enough measured ones (no backward ever comes, say), the first vote is taken."""
 SMALLEST_GAIN = 0.03
 TRIED_EXCESS = 0.10
 """A plan is tried unless it is predicted to be slower than one chunk by more than this: predictions are no better."""
@@ -55,10 +55,10 @@ class Message(NamedTuple):
     """What a rank's count header says to the other ranks' choosers: integers, the same meaning on every rank."""
 
     vote: int = 0
-    """The plan that this rank predicts to be fastest, packed; 0 for no wish."""
+    """The plan that this rank would try first, of those that it predicts to be fastest, packed; 0 for no wish."""
     second_vote: int = 0
     predicted_ns: int = 0
-    """The time that it predicts for it."""
+    """The shortest time that it predicts for any plan."""
     measured_call: int = -1
     """Which of the tried calls `measured_ns` is of; -1 for none."""
     measured_ns: int = 0
@@ -91,6 +91,13 @@ def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
     return plan_of(
         config, ramp_sizes(value, growth), local_start=local_start, window=window, backward_window=backward_window
     )
+
+
+def other_chunks_first(plans: Sequence[OverlapPlan]) -> list[OverlapPlan]:
+    """Give the first plan of each way to cut, then the others: two windows of the same chunks take about as long."""
+    firsts = {(plan.chunk_by, plan.chunk_sizes): plan for plan in reversed(plans)}
+    is_first = [firsts[plan.chunk_by, plan.chunk_sizes] == plan for plan in plans]
+    return [plan for wanted in (True, False) for plan, first in zip(plans, is_first, strict=True) if first == wanted]
 
 
 @dataclass
@@ -251,6 +258,7 @@ class PlanChooser:
         found = preferred(found)
         limit_s = (1 + TRIED_EXCESS) * one_chunk_s
         best = [plan for seconds, plan in found if plan.num_chunks > 1 and seconds < limit_s]
+        best = other_chunks_first(best)
         tried, others = best[:NUM_VOTES], best[NUM_VOTES:]
         # The costs of chunks of experts depend on where the routing goes: they never keep the best of tokens out.
         by_tokens = [plan for plan in others if plan.chunk_by == "tokens"]
@@ -333,7 +341,9 @@ class PlanChooser:
         self.num_searches += 1
         if not is_enough:
             self.chosen, self.usual = self.candidates[1], None
-            self.choice = f"{self.chosen}: predicted to be fastest; too few whole calls to try it ({self.sides})"
+            self.choice = (
+                f"{self.chosen}: predicted to be among the fastest; too few whole calls to try it ({self.sides})"
+            )
             return
         medians = {n: statistics.median(times) for n, times in self.times.items()}
         best = min(medians, key=lambda n: medians[n])
