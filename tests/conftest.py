@@ -5,6 +5,7 @@ round a row differently at another place of the tile, which no tensor core does:
 torch reads no compiled graph of an earlier state of this code back: its cache doesn't know the operators' schemas.
 """
 
+import importlib.util
 import os
 import signal
 
@@ -16,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+if importlib.util.find_spec("triton") and "TRITON_INTERPRET" in os.environ:
     import numpy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

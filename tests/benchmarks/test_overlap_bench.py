@@ -14,9 +14,10 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.benchmarks import BENCHMARKS, load, overlap
+from tritonmoe.benchmarks.measured_layer import MeasuredLayer
 from tritonmoe.benchmarks.namespaces import parse_rate, unusable_reason
 from tritonmoe.benchmarks.overlap import main
-from tritonmoe.benchmarks.overlap_rank import MeasuredLayer, variants_of
+from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.workload import MODELS, Workload, draw_ids
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts
@@ -260,6 +261,8 @@ def test_two_nodes_of_two(tmp_path: Path) -> None:
     assert two < 0.8 * one
     assert 0 <= two / results["two_levels_computed_bytes"] - 1 < 0.03
     assert results["predicted_ms"]["two levels C=2"] > 0
+    assert "auto on two levels" in results["variants"]
+    assert results["summary"]["two_levels_auto_over_best"]["median"] > 0
     events = json.loads((tmp_path / "r.trace").read_text())["traceEvents"]
     for run in ("two levels C=2", "two levels C=2, planned"):
         inside = [e for e in events if e.get("cat") == "node" and e["args"]["run"] == run]

@@ -18,9 +18,12 @@ import torch
 
 from ..transports import ProcessGroupTransport, Transport
 from ..transports.process_group import torchrun_ranks
+from .measured_layer import Link, MeasuredLayer
 from .namespaces import Namespaces, ask, parse_rate
-from .overlap_rank import Link, MeasuredLayer, Variant, overlapped_variants, predict, run_rounds
+from .overlap_prediction import predict
+from .overlap_rank import run_rounds
 from .overlap_report import best, spread
+from .overlap_variants import Variant, overlapped_variants
 from .ranks import barrier, gather, slowest
 from .timing import Samples, summarize, write_json
 from .workload import DTYPES, MODELS, Workload

@@ -20,9 +20,11 @@ from ..report.png import write_overlap_png
 from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
+from .measured_layer import Link, MeasuredLayer
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
-from .overlap_rank import Link, MeasuredLayer, RankMeasurement, measure_rank, variants_of
+from .overlap_rank import RankMeasurement, measure_rank
 from .overlap_report import as_table, summarize_overlap
+from .overlap_variants import variants_of
 from .ranks import gather
 from .replayed_peers import ReplayedPeers
 from .timing import summarize, write_json
@@ -262,7 +264,7 @@ def _measure(
         "sweep": [
             {"name": str(v), "series": v.series, "num_chunks": v.num_chunks}
             for v in variants_of(arguments.chunks, workload.shape[0] // transport.size, link.two_levels is not None)
-            if v.kind not in ("compute", "auto")
+            if v.kind != "compute" and v.num_chunks is not None
         ],
         "summary": summary,
         "predicted_ms": {name: round(1e3 * max(r["predicted"][name] for r in ranks), 3) for name in measured.predicted},

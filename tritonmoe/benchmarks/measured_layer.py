@@ -1,0 +1,175 @@
+"""One rank's layer in the overlap benchmark: its batch, its transports, and a call of every variant."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..config import MoEConfig, OverlapConfig, OverlapPlan
+from ..layer import GroupedExperts
+from ..overlap.executor import LayerReport, PassReport
+from ..overlap.search import fixed_plan
+from ..overlap.tuner import PlanChooser
+from ..transport_state import state_of
+from ..transports import LocalTransport, Transport, TwoLevelTransport
+from ..transports.replay import ReplayTransport
+from .overlap_variants import Variant
+from .ranks import barrier, slowest
+from .replayed_peers import ReplayedPeers
+from .stand_ins import FixedExperts, run_layer_pass
+from .workload import Workload, draw_ids
+
+__all__ = ["Link", "MeasuredLayer"]
+
+CALIBRATION_ROUNDS = 5
+
+
+@dataclass
+class Link:
+    """What rank 0 can do with the link, and what every rank knows of it."""
+
+    set_rate: Callable[[float], None] | None = None
+    """Give every rank's link so many bits per second."""
+    read_bytes: Callable[[], tuple[int, int]] | None = None
+    """This rank's interface counters: bytes received, bytes sent."""
+    read_uplinks: Callable[[], list[int]] | None = None
+    """Bytes that every node has sent to other nodes."""
+    two_levels: TwoLevelTransport | None = None
+    peers: ReplayedPeers | None = None
+    """Where rank 0 alone is measured."""
+
+    def measured_ranks(self, transport: Transport) -> Transport:
+        """Give what the ranks that are measured tell each other their figures over."""
+        return transport if self.peers is None else LocalTransport()
+
+
+class MeasuredLayer:
+    """This rank's layer, batch and the ways to run them."""
+
+    def __init__(self, transport: Transport, workload: Workload, device: torch.device, link: Link) -> None:
+        self.link = link
+        num_experts, top_k, model_width, inner = workload.shape
+        rank, size = transport.rank, transport.size
+        self.transport, self.workload, self.device = transport, workload, device
+        self.measured_ranks = link.measured_ranks(transport)
+        self.num_experts = num_experts
+        dtype = workload.torch_dtype
+        self.experts = GroupedExperts(
+            MoEConfig(model_width, inner, num_experts, top_k),
+            transport,
+            generator=torch.Generator().manual_seed(workload.seed),
+            device=device,
+            dtype=dtype,
+        ).requires_grad_(workload.backward)
+        generator = torch.Generator().manual_seed(1000 * workload.seed + rank + 1)
+        tokens = (workload.num_tokens, model_width)
+        self.x = torch.randn(tokens, generator=generator).to(device, dtype)
+        self.dout = torch.randn(tokens, generator=generator).to(device, dtype)
+        self.topk_ids = draw_ids(workload, rank, size).to(device)
+        self.topk_weights = torch.rand(self.topk_ids.shape, generator=generator).to(device)
+        for leaf in (self.x, self.topk_weights):
+            leaf.requires_grad_(workload.backward)
+        self._replays: dict[Variant, ReplayTransport] = {}
+        self._recordings: dict[OverlapPlan, list[torch.Tensor]] = {}
+        self.passes: list[PassReport] = []
+        """Of the latest run."""
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def run(self, variant: Variant) -> LayerReport | None:
+        """Run one variant, forward and, with the workload's backward, backward."""
+        return self._run(variant, self._transport_for_next(variant))
+
+    def record(self, plan: OverlapPlan) -> list[torch.Tensor]:
+        """Run a call of this plan, as all ranks do at once, and give what this rank received in it."""
+        replay = ReplayTransport(self.transport)
+        self._run_layer(replay, plan)
+        self.synchronize()
+        barrier(self.transport)  # from here on no other rank computes
+        return replay.received
+
+    def _transport_for_next(self, variant: Variant) -> Transport:
+        """Give what the next call of this variant goes over; a call that no peer can answer yet is recorded before."""
+        peers = self.link.peers
+        if variant.kind.endswith("two levels"):
+            assert self.link.two_levels is not None
+            return self.link.two_levels
+        is_free = variant.kind in ("compute", "free transport")
+        if peers is None and not is_free:
+            return self.transport
+        if variant not in self._replays:
+            self._replays[variant] = ReplayTransport(self.transport, None if is_free or peers is None else peers.port)
+        replay = self._replays[variant]
+        if peers is not None:
+            plan = self._next_plan(variant, replay)
+            if plan not in self._recordings:
+                peers.ask(plan)
+                self._recordings[plan] = self.record(plan)
+            replay.received = self._recordings[plan]
+        replay.rewind()
+        return replay
+
+    def _next_plan(self, variant: Variant, transport: Transport) -> OverlapPlan:
+        """Give the plan of the next call; that of "auto" depends on the calls before it on this transport."""
+        size = self.transport.size
+        if variant.num_chunks is not None:
+            return fixed_plan(variant.config(), variant.num_chunks, size)
+        choosers = state_of(transport).choosers.values()
+        return next(iter(choosers), PlanChooser(variant.config(), size)).plan()
+
+    def _run(self, variant: Variant, transport: Transport) -> LayerReport | None:
+        if variant.kind == "communication":
+            self._communicate(variant, transport)
+            return None
+        return self._run_layer(transport, variant.config())
+
+    def _run_layer(self, transport: Transport, overlap: OverlapConfig | OverlapPlan) -> LayerReport:
+        experts = self.experts
+        experts.transport, experts.overlap = transport, overlap
+        if self.workload.backward:
+            experts(self.x, self.topk_ids, self.topk_weights).backward(self.dout)
+            experts.zero_grad(set_to_none=True)
+            self.x.grad = self.topk_weights.grad = None
+        else:
+            with torch.no_grad():
+                experts(self.x, self.topk_ids, self.topk_weights)
+        report = experts.last_report
+        assert report is not None
+        self.passes = [one for one in (report.forward, report.backward) if one is not None]
+        return report
+
+    def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
+        """Run a variant when all ranks are ready, and give this rank's seconds."""
+        transport = self._transport_for_next(variant)
+        self.synchronize()
+        barrier(self.measured_ranks)
+        started = time.perf_counter()
+        report = self._run(variant, transport)
+        self.synchronize()
+        seconds = time.perf_counter() - started
+        for layer_pass in self.passes:
+            _ = layer_pass.steps  # read now: until then they hold on to the device's events
+        return seconds, report
+
+    def median_s(self, variant: Variant) -> float:
+        """Give the slowest rank's median over a few runs."""
+        self.run(variant)
+        samples = slowest(self.measured_ranks, [self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
+        return statistics.median(samples)
+
+    @torch.no_grad()
+    def _communicate(self, variant: Variant, transport: Transport) -> None:
+        self.passes = run_layer_pass(
+            transport,
+            fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size),
+            self.x,
+            self.topk_ids,
+            self.topk_weights,
+            self.num_experts,
+            lambda rows, plan: FixedExperts(0.0, plan.receive_offsets, rows, self.topk_ids.shape[1]),
+            self.dout if self.workload.backward else None,
+        )
