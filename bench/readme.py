@@ -264,9 +264,10 @@ def overlap_table(prefix: str) -> str:
         over = summary["overlapped"]
         ratios = [f"{over[name]['median']:.3f}" for name in ("bound_ratio", "pass_bound_ratio")]
         ratios += [f"{over['speed_up']['median']:.2f}", f"{summary['auto']['bound_ratio']['median']:.3f}"]
+        wire = f", wire_dtype {results['wire_dtype']}" if results.get("wire_dtype") else ""
         lines.append(
             f"| {', '.join(map(str, results['E_K_D_F']))} | {results['tokens']} | {results['routing']} | "
-            f"{results['pass']} | {' | '.join(times)} | {spread(over)}: "
+            f"{results['pass']}{wire} | {' | '.join(times)} | {spread(over)}: "
             f"{over['variant'].removeprefix('overlapped ')} | {' | '.join(ratios)} |"
         )
     return "\n".join(lines)

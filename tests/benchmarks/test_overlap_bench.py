@@ -230,9 +230,11 @@ def python(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **options)
 
 
+@pytest.mark.parametrize("wire", [[], ["--wire-dtype", "float8_e4m3fn"]], ids=["fp32 rows", "fp8 rows"])
 @NEEDS_NAMESPACES
-def test_two_namespaces(tmp_path: Path) -> None:
+def test_two_namespaces(wire: list[str], tmp_path: Path) -> None:
     arguments = ["--netns", "2", "--rate", "500mbit", "--tokens", "512", *QUICK, "--json", str(tmp_path / "r.json")]
+    arguments += wire
     process = python(
         "-m", "tritonmoe", "bench", "overlap", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -240,6 +242,8 @@ def test_two_namespaces(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     results = check_results(tmp_path / "r.json", 2)
     assert results["link"] == "2 network namespaces, gloo, 500mbit a link"
+    width = results["E_K_D_F"][2]
+    assert (results["row_bytes"], results["other_row_bytes"]) == (width + 4 if wire else 4 * width, 4 * width)
     for sent in results["sent_bytes"]:
         computed = sent["rows"] + sent["metadata"]
         assert 0 <= sent["measured"] / computed - 1 < 0.03

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -129,7 +129,8 @@ class MeasuredLayer:
 
     def _run_layer(self, transport: Transport, overlap: OverlapConfig | OverlapPlan) -> LayerReport:
         experts = self.experts
-        experts.transport, experts.overlap = transport, overlap
+        experts.transport = transport
+        experts.overlap = replace(overlap, wire_dtype=self.workload.torch_wire_dtype)
         if self.workload.backward:
             experts(self.x, self.topk_ids, self.topk_weights).backward(self.dout)
             experts.zero_grad(set_to_none=True)
@@ -163,9 +164,10 @@ class MeasuredLayer:
 
     @torch.no_grad()
     def _communicate(self, variant: Variant, transport: Transport) -> None:
+        plan = fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size)
         self.passes = run_layer_pass(
             transport,
-            fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size),
+            replace(plan, wire_dtype=self.workload.torch_wire_dtype),
             self.x,
             self.topk_ids,
             self.topk_weights,

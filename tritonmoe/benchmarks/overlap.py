@@ -28,7 +28,7 @@ from .overlap_variants import variants_of
 from .ranks import gather
 from .replayed_peers import ReplayedPeers
 from .timing import summarize, write_json
-from .workload import DTYPES, MODELS, Workload
+from .workload import DTYPES, MODELS, WIRE_DTYPES, Workload
 
 __all__ = ["main"]
 
@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
     what.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
     what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument("--wire-dtype", choices=WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)")
     what.add_argument(
         "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
     )
@@ -89,6 +90,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         arguments.dtype,
         not arguments.forward_only,
         arguments.seed,
+        arguments.wire_dtype,
     )
     if arguments.emulate is not None:
         has_gpu = torch.cuda.is_available()
@@ -255,11 +257,13 @@ def _measure(
         "E_K_D_F": list(workload.shape),
         "tokens": workload.num_tokens,
         "dtype": workload.dtype,
+        "wire_dtype": workload.wire_dtype,
         "routing": workload.routing,
         "pass": "forward+backward" if workload.backward else "forward",
         "rounds": arguments.rounds,
         "traffic_rows": measured.traffic_rows,
         "row_bytes": measured.row_bytes,
+        "other_row_bytes": measured.other_row_bytes,
         "variants": {name: summarize(times) for name, times in measured.seconds.items()},
         "sweep": [
             {"name": str(v), "series": v.series, "num_chunks": v.num_chunks}
@@ -303,8 +307,8 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
         return None
     top_k = workload.shape[1]
     if workload.backward:
-        return total * (4 * measured.row_bytes + 12 * top_k)
-    return total * (2 * measured.row_bytes + 8 * top_k)
+        return total * (measured.row_bytes + 3 * measured.other_row_bytes + 12 * top_k)
+    return total * (measured.row_bytes + measured.other_row_bytes + 8 * top_k)
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ class RankMeasurement:
     """By variant, round by round, the slowest rank's."""
     traffic_rows: list[list[int]]
     row_bytes: int
+    """Of the forward's dispatch."""
+    other_row_bytes: int
+    """Of the other exchanges of rows."""
     reports: dict[str, list[LayerReport]]
     """This rank's, by variant that ran the layer itself, round by round."""
     rate: float | None
@@ -84,6 +87,7 @@ def measure_rank(
         seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
+        other_row_bytes=_other_row_bytes(report),
         reports=reports,
         pass_seconds={
             name: [slowest(rank.measured_ranks, list(of_pass)) for of_pass in zip(*passes, strict=True)]
@@ -146,6 +150,10 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
     return rate
 
 
+def _other_row_bytes(report: LayerReport) -> int:
+    return report.row_bytes if report.other_row_bytes is None else report.other_row_bytes
+
+
 def _count_bytes(
     rank: MeasuredLayer, report: LayerReport, variant: Variant
 ) -> tuple[dict[str, float] | None, list[float]]:
@@ -169,10 +177,11 @@ def _count_bytes(
     rows = report.traffic_rows.clone().fill_diagonal_(0)
     to_others, from_others = int(rows[own].sum()), int(rows[:, own].sum())
     top_k = rank.topk_ids.shape[1]
-    row_bytes = (to_others + from_others) * report.row_bytes  # dispatch there, combine back
+    other_row_bytes = _other_row_bytes(report)
+    row_bytes = to_others * report.row_bytes + from_others * other_row_bytes  # dispatch there, combine back
     metadata_bytes = 8 * top_k * to_others
     if rank.workload.backward:
-        row_bytes *= 2
+        row_bytes += (to_others + from_others) * other_row_bytes
         metadata_bytes += 4 * top_k * from_others
     measured = (sent_after - sent) / COUNTED_CALLS
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}

@@ -85,6 +85,8 @@ def as_table(results: dict[str, Any]) -> str:
     """Give the results as text."""
     summary = results["summary"]
     lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]
+    if results["wire_dtype"] is not None:
+        lines[0] += f", rows travel as {results['wire_dtype']}"
     for name, times in results["variants"].items():
         line = (
             f"  {name:32} {times['median_ms']:9.2f} ms  ({times['lower_quartile_ms']:.2f} .. "

@@ -22,6 +22,7 @@ MODELS = {
 }
 """E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIRE_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Workload:
     dtype: str = "float32"
     backward: bool = True
     seed: int = 0
+    wire_dtype: str | None = None
+    """As in OverlapConfig."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -45,6 +48,10 @@ class Workload:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def torch_wire_dtype(self) -> torch.dtype | None:
+        return None if self.wire_dtype is None else WIRE_DTYPES[self.wire_dtype]
 
 
 def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
