@@ -273,27 +273,34 @@ def overlap_table(prefix: str) -> str:
     return "\n".join(lines)
 
 
-def two_levels_table(name: str) -> str:
-    if not (RESULTS / f"{name}.json").exists():
+def two_levels_table(prefix: str) -> str:
+    """One row for every file whose name starts so."""
+    files = sorted(RESULTS.glob(f"{prefix}_*.json"))
+    if not files:
         return "`tritonmoe bench overlap --netns 4 --node-size 2`: not measured yet."
-    data = load(name)
-    results = data["results"]
-    summary, sent = results["summary"], results["uplink_bytes"]
-    times = {"one level": summary["T_overlapped"], "two levels": summary["T_two levels"]}
+    data = [json.loads(file.read_text()) for file in files]
+    results = data[0]["results"]
     lines = [
-        f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data['environment'])}: {results['link']}; "
-        f"{results['model']} (E, K, D, F = {', '.join(map(str, results['E_K_D_F']))}), T = {results['tokens']} a rank, "
-        f"{results['pass']} in {results['dtype']}. On two levels a call is "
-        f"{summary['two_levels_speed_up']['median']:.2f} times as fast; computed are "
-        f"{results['two_levels_computed_bytes'] / 1e6:.2f} MB from all nodes together. Milliseconds, medians of "
-        f"{results['rounds']} interleaved rounds; bytes by the counters of the nodes' uplinks.",
+        f"`tritonmoe bench overlap --netns {results['ranks']} --node-size 2` on {where(data[0]['environment'])}: "
+        f"{results['ranks']} network namespaces, gloo, every rank's link 1 Gbit/s; {results['model']} (E, K, D, F = "
+        f"{', '.join(map(str, results['E_K_D_F']))}), T = {results['tokens']} a rank, {results['pass']} in "
+        f"{results['dtype']}. Milliseconds, medians of {results['rounds']} interleaved rounds; bytes by the counters "
+        "of the nodes' uplinks, all nodes together.",
         "",
-        "| dispatch | fastest overlapped call | MB from each node to others |",
-        "| --- | --- | --- |",
+        "| uplink of a node | one level | two levels | auto on two levels | times as fast | MB, one level | MB, two "
+        "levels | computed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for levels, best in times.items():
-        megabytes = ", ".join(f"{count / 1e6:.2f}" for count in sent[levels])
-        lines.append(f"| {levels} | {spread(best)}: C={best['variant'].split(' C=')[1]} | {megabytes} |")
+    for one in data:
+        results, summary = one["results"], one["results"]["summary"]
+        cells = [results["link"].rpartition(" ")[2]]
+        for best in (summary["T_overlapped"], summary["T_two levels"]):
+            cells.append(f"{spread(best)}: C={best['variant'].split(' C=')[1]}")
+        cells += [spread(results["variants"]["auto on two levels"]), f"{summary['two_levels_speed_up']['median']:.2f}"]
+        sent = results["uplink_bytes"]
+        total = [sum(sent["one level"]), sum(sent["two levels"]), results["two_levels_computed_bytes"]]
+        cells += [f"{count / 1e6:.2f}" for count in total]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
