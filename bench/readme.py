@@ -22,6 +22,11 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def load_all(prefix: str) -> list[dict]:
+    """Give what is in the files prefix_*.json, in the order of their names."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{prefix}_*.json"))]
+
+
 def where(environment: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     return f"{environment['device']}, {environment['cores']} cores, {versions}, {environment['date']}"
@@ -243,10 +248,9 @@ def expert_parallel_table(name: str) -> str:
 
 def overlap_table(prefix: str) -> str:
     """One row for every file whose name starts so."""
-    files = sorted(RESULTS.glob(f"{prefix}_*.json"))
-    if not files:
+    data = load_all(prefix)
+    if not data:
         return "`tritonmoe bench overlap --netns 2`: not measured yet."
-    data = [json.loads(file.read_text()) for file in files]
     results = data[0]["results"]
     lines = [
         f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data[0]['environment'])}: network namespaces, "
@@ -275,10 +279,9 @@ def overlap_table(prefix: str) -> str:
 
 def two_levels_table(prefix: str) -> str:
     """One row for every file whose name starts so."""
-    files = sorted(RESULTS.glob(f"{prefix}_*.json"))
-    if not files:
+    data = load_all(prefix)
+    if not data:
         return "`tritonmoe bench overlap --netns 4 --node-size 2`: not measured yet."
-    data = [json.loads(file.read_text()) for file in files]
     results = data[0]["results"]
     lines = [
         f"`tritonmoe bench overlap --netns {results['ranks']} --node-size 2` on {where(data[0]['environment'])}: "

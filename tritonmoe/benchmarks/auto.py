@@ -24,7 +24,7 @@ from .overlap_prediction import predict
 from .overlap_rank import run_rounds
 from .overlap_report import best, spread
 from .overlap_variants import Variant, overlapped_variants
-from .ranks import barrier, gather, slowest
+from .ranks import barrier, device_and_backend, gather, slowest
 from .timing import Samples, summarize, write_json
 from .workload import DTYPES, MODELS, Workload
 
@@ -92,8 +92,8 @@ def sweep_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
 def _run_rank(arguments: argparse.Namespace) -> int:
     cases = []
     with torchrun_ranks(timeout_s=arguments.timeout_s) as ranks:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        where, rates = f"{ranks.size} processes, {'gloo' if device == 'cpu' else 'NCCL'}", ["as it is"]
+        device, backend = device_and_backend()
+        where, rates = f"{ranks.size} processes, {backend}", ["as it is"]
         if arguments.netns is not None:
             torch.set_num_threads(1)
             device, where, rates = "cpu", f"{ranks.size} network namespaces, gloo", arguments.rates

@@ -25,7 +25,7 @@ from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
 from .overlap_rank import RankMeasurement, measure_rank
 from .overlap_report import as_table, summarize_overlap
 from .overlap_variants import variants_of
-from .ranks import gather
+from .ranks import device_and_backend, gather
 from .replayed_peers import ReplayedPeers
 from .timing import summarize, write_json
 from .workload import DTYPES, MODELS, WIRE_DTYPES, Workload
@@ -110,8 +110,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         transport.close()
         return 0
     with torchrun_ranks(timeout_s=arguments.timeout_s) as group:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        link, description = Link(), f"{group.size} processes, {'NCCL' if device != 'cpu' else 'gloo'}"
+        device, backend = device_and_backend()
+        link, description = Link(), f"{group.size} processes, {backend}"
         if arguments.netns is not None:
             device, description = "cpu", os.environ[DESCRIPTION]
             torch.set_num_threads(1)

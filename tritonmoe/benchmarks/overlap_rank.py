@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..overlap.executor import LayerReport
+from ..overlap.measured import layer_work
 from ..overlap.simulator import Simulation
 from ..overlap.tuner import SETTLING_CALLS
 from ..transports import Transport
@@ -87,7 +88,7 @@ def measure_rank(
         seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
-        other_row_bytes=_other_row_bytes(report),
+        other_row_bytes=layer_work(report).bytes_per_row("combine"),
         reports=reports,
         pass_seconds={
             name: [slowest(rank.measured_ranks, list(of_pass)) for of_pass in zip(*passes, strict=True)]
@@ -150,10 +151,6 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
     return rate
 
 
-def _other_row_bytes(report: LayerReport) -> int:
-    return report.row_bytes if report.other_row_bytes is None else report.other_row_bytes
-
-
 def _count_bytes(
     rank: MeasuredLayer, report: LayerReport, variant: Variant
 ) -> tuple[dict[str, float] | None, list[float]]:
@@ -176,13 +173,12 @@ def _count_bytes(
     own = rank.transport.rank
     rows = report.traffic_rows.clone().fill_diagonal_(0)
     to_others, from_others = int(rows[own].sum()), int(rows[:, own].sum())
-    top_k = rank.topk_ids.shape[1]
-    other_row_bytes = _other_row_bytes(report)
-    row_bytes = to_others * report.row_bytes + from_others * other_row_bytes  # dispatch there, combine back
-    metadata_bytes = 8 * top_k * to_others
+    bytes_per_row = layer_work(report).bytes_per_row
+    row_bytes = to_others * bytes_per_row("dispatch") + from_others * bytes_per_row("combine")
+    metadata_bytes = to_others * bytes_per_row("metadata")
     if rank.workload.backward:
-        row_bytes += (to_others + from_others) * other_row_bytes
-        metadata_bytes += 4 * top_k * from_others
+        row_bytes += to_others * bytes_per_row("combine_backward") + from_others * bytes_per_row("dispatch_backward")
+        metadata_bytes += from_others * bytes_per_row("routing_backward")
     measured = (sent_after - sent) / COUNTED_CALLS
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
     uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]

@@ -1,6 +1,7 @@
 """What the ranks of a benchmark tell each other outside of what is measured."""
 
 import io
+import os
 from typing import Any
 
 import torch
@@ -8,7 +9,14 @@ from torch import Tensor
 
 from ..transports import Transport
 
-__all__ = ["barrier", "gather", "slowest"]
+__all__ = ["barrier", "device_and_backend", "gather", "slowest"]
+
+
+def device_and_backend() -> tuple[str, str]:
+    """Give this process's device under torchrun, a GPU of its own where there are any, and what exchanges run on."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "NCCL"
+    return "cpu", "gloo"
 
 
 def barrier(transport: Transport) -> None:

@@ -131,13 +131,13 @@ def search(
 
     fits: says whether a plan may be used.
     """
-    predicted: dict[OverlapPlan, list[float]] = {}
+    predicted: dict[OverlapPlan, float] = {}
 
     def seconds(plan: OverlapPlan) -> float:
         if plan not in predicted:
             passes = simulate_layer(plan, work, costs, link, backward=backward)
-            predicted[plan] = [simulation.total_s for simulation in passes]
-        return sum(predicted[plan])
+            predicted[plan] = sum(simulation.total_s for simulation in passes)
+        return predicted[plan]
 
     def best(count: int) -> list[OverlapPlan]:
         return sorted(predicted, key=seconds)[:count]

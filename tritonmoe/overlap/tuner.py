@@ -96,8 +96,7 @@ def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
 def other_chunks_first(plans: Sequence[OverlapPlan]) -> list[OverlapPlan]:
     """Give the first plan of each way to cut, then the others: two windows of the same chunks take about as long."""
     firsts = {(plan.chunk_by, plan.chunk_sizes): plan for plan in reversed(plans)}
-    is_first = [firsts[plan.chunk_by, plan.chunk_sizes] == plan for plan in plans]
-    return [plan for wanted in (True, False) for plan, first in zip(plans, is_first, strict=True) if first == wanted]
+    return sorted(plans, key=lambda plan: firsts[plan.chunk_by, plan.chunk_sizes] != plan)  # which keeps their order
 
 
 @dataclass
