@@ -34,6 +34,9 @@ logger = logging.getLogger("tritonmoe")
 NUM_TAGS = 32768
 """What every MPI has at least; exchanges so far apart are never under way together."""
 
+SECONDS_BEFORE_ABORT = 1.0
+"""MPI_Abort kills the other ranks in the midst of their error message, and launchers drop what they haven't read yet."""
+
 
 def available() -> dict[str, str | None]:
     """Say why ranks of MPI can't be used here; None where they can. Starts a process, so that MPI stays out of ours."""
@@ -214,4 +217,5 @@ def _abort_at_exit(mpi: Any, reason: str) -> None:
 def _abort(mpi: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    time.sleep(SECONDS_BEFORE_ABORT)
     mpi.COMM_WORLD.Abort(1)
