@@ -35,7 +35,7 @@ NUM_TAGS = 32768
 """What every MPI has at least; exchanges so far apart are never under way together."""
 
 SECONDS_BEFORE_ABORT = 1.0
-"""MPI_Abort kills the other ranks in the midst of their error message, and launchers drop what they haven't read yet."""
+"""MPI_Abort kills ranks in the midst of their error message, and launchers drop what they haven't read yet."""
 
 
 def available() -> dict[str, str | None]:
