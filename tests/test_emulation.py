@@ -523,6 +523,120 @@ def test_wait_orders_the_stream_on_cuda() -> None:
     run_on_emulated_ranks(fn, 2, device="cuda")
 
 
+# Rows that a device computes later
+
+
+class LateMoment:
+    """A stand-in for device_clock.Moment: it comes when the test says so."""
+
+    event = None  # only rows on a device have a stream that waits for it
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.error: Exception | None = None
+
+    def has_come(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self.at is not None
+
+    def time(self) -> float:
+        assert self.at is not None, "only asked when it has come: the delivery thread must not block"
+        return self.at
+
+
+class LateClock:
+    def __init__(self) -> None:
+        self.moments: list[LateMoment] = []
+
+    def mark(self, rows: torch.Tensor) -> LateMoment:
+        self.moments.append(LateMoment())
+        return self.moments[-1]
+
+
+def post_late(link: LinkModel | None, num_exchanges: int) -> tuple[EmulatedWorld, list[list], list[list[LateMoment]]]:
+    """Post exchanges of 1000 bytes on two ranks; give them, and their moments, by exchange and rank."""
+    world, clock = EmulatedWorld(2, link=link, timeout_s=30), LateClock()
+    world.clock = clock  # type: ignore[assignment]
+    exchanges = [
+        [
+            transport.exchange(torch.full((2, 250), rank + 1.0), [1, 1], [1, 1])
+            for rank, transport in enumerate(world.transports)
+        ]
+        for _ in range(num_exchanges)
+    ]
+    return world, exchanges, [clock.moments[2 * number : 2 * number + 2] for number in range(num_exchanges)]
+
+
+def test_the_time_starts_when_both_ranks_rows_are_computed() -> None:
+    link = LinkModel(0.001, latency_us=500)
+    world, [[one, other]], [[of_one, of_other]] = post_late(link, 1)
+    of_one.at = time.perf_counter()
+    while one.start is None:
+        time.sleep(1e-3)
+    assert other.start is None
+    assert not world._messages
+    of_other.at = time.perf_counter() + 0.02  # as if the device had told it ahead of time
+    assert other.wait()[:, 0].tolist() == one.wait()[:, 0].tolist() == [1.0, 2.0]
+    assert (one.start, other.start) == (of_one.at, of_other.at)
+    assert min(one.finished, other.finished) >= of_other.at + 1e-3 + 500e-6
+    world.close()
+
+
+def test_exchanges_take_their_turn_as_posted_whatever_is_computed_first() -> None:
+    world, [first, second], [of_first, of_second] = post_late(LinkModel(0.001), 2)
+    for moment in of_second:
+        moment.at = time.perf_counter()
+    time.sleep(0.02)
+    assert [exchange.start for exchange in second] == [None, None]
+    for moment in of_first:
+        moment.at = time.perf_counter() + 0.01
+    for exchange in (*second, *first):
+        exchange.wait()
+    for early, late, moment in zip(first, second, of_first, strict=True):
+        assert early.start == moment.at
+        assert late.start == pytest.approx(moment.at + 1e-3, rel=0, abs=1e-9)
+    world.close()
+
+
+def test_without_a_link_nobody_waits_for_the_device() -> None:
+    world, [[one, other]], _ = post_late(None, 1)
+    assert one.wait().equal(other.wait())
+    world.close()
+
+
+@within(QUICK_S)
+def test_a_device_that_fails_before_the_rows_are_computed() -> None:
+    world, [[one, _]], [[of_one, of_other]] = post_late(LinkModel(None), 1)
+    of_one.error = RuntimeError("an illegal memory access was encountered")
+    of_other.at = time.perf_counter()
+    with pytest.raises(TransportError, match="exchange 0: the rows of rank 0 were not computed: an illegal memory"):
+        one.wait()
+    world.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_time_starts_when_the_device_has_computed_the_rows() -> None:
+    link = LinkModel(0.001)
+
+    def fn(transport: Transport) -> float:
+        rows = torch.ones(2, BYTES_20_MS // 4, device="cuda")
+        transport.exchange(rows, [1, 1], [1, 1]).wait()
+        torch.cuda.current_stream().synchronize()
+        before, started, computed = time.perf_counter(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        computed.record()
+        pending = transport.exchange(rows, [1, 1], [1, 1])
+        pending.wait()
+        arrived = time.perf_counter()
+        computed.synchronize()
+        return arrived - before - started.elapsed_time(computed) * 1e-3
+
+    assert min(run_on_emulated_ranks(fn, 2, device="cuda", link=link)) >= 0.020
+
+
 # Values
 
 

@@ -2,7 +2,7 @@
 
 Exchanges are matched by number: the s-th one of a rank belongs to the s-th one of every other rank. Only wait() ever
 waits for a peer. One thread per world, the delivery thread, copies a message when both of its ends have posted and
-its modelled time has come.
+its modelled time has come. On CUDA it also looks when the rows of an exchange are ready, where its time starts.
 """
 
 import heapq
@@ -10,6 +10,7 @@ import itertools
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange, describe
+from tritonmoe.transports.device_clock import DeviceClock, Moment
 
 __all__ = ["Death", "Delay", "EmulatedTransport", "EmulatedWorld", "LinkModel"]
+
+POLL_S = 50e-6
+"""How often the delivery thread looks whether a device has computed rows; when it did is read from the device."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,11 @@ class EmulatedExchange(PendingExchange):
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         self.bytes_out = (sum(input_splits) - input_splits[self.rank]) * row_bytes
         self.bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
-        self.start = 0.0  # when this rank's port turns to it
+        self.ready_at: float | None = None  # when the rows were there to be sent, as soon as that is known
+        self.start: float | None = None  # when this rank's port turns to it, as soon as that is known
+        self.peers: list[
+            EmulatedExchange
+        ] = []  # whom it sends to as soon as both have started; empty from its start on
         self.finished: float | None = None
         self.failure: TransportError | None = None
         self.has_changed = threading.Condition(transport.world.lock)
@@ -108,11 +117,11 @@ class EmulatedExchange(PendingExchange):
         self.outgoing = dict(enumerate(rows.detach().split(input_splits)))
         self.incoming = dict(enumerate(out.detach().split(output_splits)))
         self.incoming.pop(self.rank).copy_(self.outgoing.pop(self.rank), non_blocking=True)
-        self.ready: torch.cuda.Event | None = None  # behind it the rows are written and `out` is free
+        self.ready: Moment | None = None  # behind it the rows are written and `out` is free
         self.copied: list[torch.cuda.Event] = []
-        if rows.is_cuda:
-            self.ready = torch.cuda.current_stream(rows.device).record_event()
-            self.copied.append(self.ready)
+        if transport.world.clock is not None and rows.device == transport.world.device:
+            self.ready = transport.world.clock.mark(rows)
+            self.copied.append(self.ready.event)
 
     def wait(self) -> Tensor:
         self._world.wait(self)
@@ -131,8 +140,8 @@ class EmulatedTransport(Transport):
     """One rank of an EmulatedWorld; run_on_emulated_ranks() makes one for each thread.
 
     It may be used by one thread at a time. On CUDA all ranks share the device, each on a stream of its own: wait()
-    blocks the host until the peers have posted and the modelled time is over, then orders the current stream. The
-    modelled time starts when the host posts, whether or not the device has produced the rows by then.
+    blocks the host until the peers have posted and the modelled time is over, then orders the current stream. Under a
+    link model that time starts when the device has computed the rows, and exchanges take their turn as posted.
     """
 
     def __init__(self, world: "EmulatedWorld", rank: int) -> None:
@@ -212,6 +221,7 @@ class EmulatedWorld:
                 raise ValueError(f'device="{self.device}" needs a CUDA device and there is none: use device="cpu"')
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
+        self.clock = DeviceClock(self.device) if self.device.type == "cuda" else None
         for fault in faults:
             if not isinstance(fault, Delay | Death):
                 raise TypeError(f"a fault is a Delay or a Death, got {fault!r}")
@@ -226,6 +236,7 @@ class EmulatedWorld:
         self._deaths = {(fault.rank, fault.exchange) for fault in faults if isinstance(fault, Death)}
         self._num_posted = [0] * num_ranks
         self._port_is_free_at = [0.0] * num_ranks
+        self._not_started: list[deque[EmulatedExchange]] = [deque() for _ in range(num_ranks)]  # as posted, by rank
         self._posted: dict[int, list[EmulatedExchange]] = {}  # by number; goes when every rank is in it
         self._unfinished: set[EmulatedExchange] = set()
         self._ended: dict[int, str | None] = {}  # what the rank raised, if it did; in the order of their ends
@@ -258,11 +269,10 @@ class EmulatedWorld:
                 raise TransportError(f"exchange on a rank that has ended ({exchange.words})")
             exchange.number = number = self._num_posted[rank]
             self._num_posted[rank] += 1
-            exchange.start = time.perf_counter()
-            if self.link is not None:
-                exchange.start = max(exchange.start, self._port_is_free_at[rank])
-                occupied_s = self.link.transfer_s(max(exchange.bytes_out, exchange.bytes_in))
-                self._port_is_free_at[rank] = exchange.start + occupied_s
+            if exchange.ready is None or self.link is None:
+                exchange.ready_at = time.perf_counter()
+            self._not_started[rank].append(exchange)
+            self._start_ready(rank)
             self._unfinished.add(exchange)
             peers = self._posted.setdefault(number, [])
             for peer in peers:
@@ -270,6 +280,8 @@ class EmulatedWorld:
             peers.append(exchange)
             if len(peers) == self.num_ranks:
                 del self._posted[number]
+            if exchange.start is None:
+                self._wake_delivery()
             for ended_rank in self._ended:
                 self._fail_if_waiting_for(exchange, ended_rank)
             self._finish_if_complete(exchange)
@@ -321,6 +333,10 @@ class EmulatedWorld:
             self._is_closed.set()
             self._messages.clear()
             self._posted.clear()
+            for waiting in self._not_started:
+                for exchange in waiting:
+                    exchange.peers.clear()
+                waiting.clear()
             self._has_messages.notify_all()
             for exchange in self._unfinished:
                 exchange.has_changed.notify_all()
@@ -348,11 +364,39 @@ class EmulatedWorld:
             for exchange in (one, other):
                 self._fail(exchange, TransportError(f"{disagreement} ({exchange.words})"))
             return
+        if one.start is not None and other.start is not None:
+            self._send(one, other)
+        for end, peer in ((one, other), (other, one)):
+            if end.start is None:
+                end.peers.append(peer)
+
+    def _start_ready(self, rank: int) -> None:
+        """Let a rank's port turn to the exchanges whose rows are ready, up to the first one whose rows are not."""
+        waiting = self._not_started[rank]
+        while waiting and (start := waiting[0].ready_at) is not None:
+            exchange = waiting.popleft()
+            if self.link is not None:
+                start = max(start, self._port_is_free_at[rank])
+                occupied_s = self.link.transfer_s(max(exchange.bytes_out, exchange.bytes_in))
+                self._port_is_free_at[rank] = start + occupied_s
+            exchange.start = start
+            for peer in exchange.peers:
+                if peer.start is not None:
+                    self._send(exchange, peer)
+            exchange.peers.clear()
+
+    def _send(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
+        """Send the two messages between two ranks, whose ports have both turned to them, on their way."""
+        assert one.start is not None
+        assert other.start is not None
         for sender, receiver in ((one, other), (other, one)):
-            arrival = max(sender.start, receiver.start)
+            arrival = max(one.start, other.start)
             if self.link is not None:
                 arrival += self.link.transfer_s(max(sender.bytes_out, receiver.bytes_in)) + self.link.latency_us * 1e-6
             heapq.heappush(self._messages, (arrival, next(self._message_number), sender, receiver))
+        self._wake_delivery()
+
+    def _wake_delivery(self) -> None:
         if self._delivery_thread is None:
             self._delivery_thread = threading.Thread(target=self._deliver, name="emulated-delivery", daemon=True)
             self._delivery_thread.start()
@@ -391,15 +435,18 @@ class EmulatedWorld:
                 pass
 
     def _deliver_next(self) -> bool:
-        """Wait for the next message and copy it; False when the world is closed. Called without the lock."""
+        """Copy the next message, or wait a while; False when the world is closed. Called without the lock."""
+        if self.clock is not None:
+            self._note_ready()
         with self.lock:
-            while self._closed_because is None:
-                wait_s = self._messages[0][0] - time.perf_counter() if self._messages else None
-                if wait_s is not None and wait_s <= 0:
-                    break
-                self._has_messages.wait(wait_s)
-            else:
+            if self._closed_because is not None:
                 return False
+            wait_s = self._messages[0][0] - time.perf_counter() if self._messages else None
+            if wait_s is None or wait_s > 0:
+                if any(self._not_started):
+                    wait_s = POLL_S if wait_s is None else min(wait_s, POLL_S)
+                self._has_messages.wait(wait_s)
+                return True
             _, _, sender, receiver = heapq.heappop(self._messages)
             source, target = sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
             is_wanted = receiver.failure is None
@@ -423,6 +470,27 @@ class EmulatedWorld:
                 self._finish_if_complete(exchange)
         return True
 
+    def _note_ready(self) -> None:
+        """Start the exchanges whose rows the device has computed since. Called without the lock."""
+        with self.lock:
+            firsts = [waiting[0] for waiting in self._not_started if waiting]
+        for exchange in firsts:
+            assert exchange.ready is not None
+            failure = None
+            try:
+                if not exchange.ready.has_come():
+                    continue
+                # Not under the lock either: it asks the device what time it is.
+                ready_at = exchange.ready.time()
+            except Exception as error:
+                ready_at = time.perf_counter()
+                failure = f"exchange {exchange.number}: the rows of rank {exchange.rank} were not computed: {error}"
+            with self.lock:
+                exchange.ready_at = ready_at
+                if failure is not None:
+                    self._fail(exchange, TransportError(f"{failure} ({exchange.words})"))
+                self._start_ready(exchange.rank)
+
     def _copy(
         self, sender: EmulatedExchange, receiver: EmulatedExchange, source: Tensor, target: Tensor
     ) -> torch.cuda.Event | None:
@@ -436,7 +504,7 @@ class EmulatedWorld:
         with torch.cuda.stream(stream):
             for end in (sender, receiver):
                 assert end.ready is not None, "CUDA rows are posted with an event"
-                stream.wait_event(end.ready)
+                stream.wait_event(end.ready.event)
             target.copy_(source, non_blocking=True)
             # A rank may drop either tensor without ever waiting; the allocator must then know of this copy.
             source.record_stream(stream)

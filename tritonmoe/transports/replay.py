@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange, describe
+from tritonmoe.transports.device_clock import DeviceClock, Moment
 from tritonmoe.transports.emulated import LinkModel
 from tritonmoe.transports.local import CompletedExchange
 
@@ -30,7 +31,7 @@ class Port:
         self.link = link
         self._is_free_at = 0.0
         self._posted: deque[ReplayExchange] = deque()
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._on_device: tuple[torch.cuda.Stream, DeviceClock] | None = None
 
     def post(self, exchange: "ReplayExchange") -> None:
         self._posted.append(exchange)
@@ -44,12 +45,12 @@ class Port:
             first.arrives_at = self._is_free_at + self.link.latency_us * 1e-6
         return exchange.arrives_at
 
-    def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """Give the stream that copies, and one that is always empty, to read the device's clock."""
-        if self._streams is None:
+    def on_device(self, device: torch.device) -> tuple[torch.cuda.Stream, DeviceClock]:
+        """Give the stream that copies, and the device's clock."""
+        if self._on_device is None:
             # Of high priority: a stream of the ordinary pool might be the one that computes.
-            self._streams = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
-        return self._streams
+            self._on_device = torch.cuda.Stream(device, priority=-1), DeviceClock(device)
+        return self._on_device
 
 
 class ReplayExchange(PendingExchange):
@@ -63,13 +64,12 @@ class ReplayExchange(PendingExchange):
         self.arrives_at: float | None = None  # set by the port
         self._port, self._out = port, out
         self._posted_at = time.perf_counter()
-        self._ready: torch.cuda.Event | None = None  # behind it the rows that are sent are written and `out` is free
+        self._ready: Moment | None = None  # behind it the rows that are sent are written and `out` is free
         self._copied: torch.cuda.Event | None = None
         if out.is_cuda:
-            copying, _ = port.streams(out.device)
-            self._ready = torch.cuda.Event(enable_timing=True)
-            self._ready.record(torch.cuda.current_stream(out.device))
-            copying.wait_event(self._ready)
+            copying, clock = port.on_device(out.device)
+            self._ready = clock.mark(out)
+            copying.wait_event(self._ready.event)
             with torch.cuda.stream(copying):
                 out.copy_(recorded, non_blocking=True)
             out.record_stream(copying)
@@ -83,14 +83,7 @@ class ReplayExchange(PendingExchange):
 
         On CUDA the host posts them long before the device has computed them.
         """
-        if self._ready is None:
-            return self._posted_at
-        self._ready.synchronize()
-        _, clock = self._port.streams(self._out.device)
-        now = torch.cuda.Event(enable_timing=True)
-        now.record(clock)
-        now.synchronize()
-        return max(self._posted_at, time.perf_counter() - self._ready.elapsed_time(now) * 1e-3)
+        return self._posted_at if self._ready is None else self._ready.time()
 
     def wait(self) -> Tensor:
         arrival = self._port.arrival(self)
