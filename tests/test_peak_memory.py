@@ -1,5 +1,6 @@
 """What peak_bytes says before a call, against the storages that the call really holds."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonmoe as tm
-from tritonmoe import cpu_memory
+from tritonmoe import cpu_memory, expert_parallel_run
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.capacity import capped_traffic
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.kernels import tiles
 from tritonmoe.overlap.cost_model import LayerWork
-from tritonmoe.overlap.memory import BufferWidths, peak_bytes
+from tritonmoe.overlap.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.wire import WireFormat
 
@@ -135,7 +136,12 @@ class Batch:
 
 def widths(dtype: torch.dtype, **options: Any) -> BufferWidths:
     return BufferWidths(
-        HIDDEN, INTERMEDIATE, NUM_EXPERTS // SIZE, dtype.itemsize, max_block_pairs=MAX_BLOCK_PAIRS, **options
+        HIDDEN,
+        INTERMEDIATE,
+        NUM_EXPERTS // SIZE,
+        dtype.itemsize,
+        working_set=WorkingSet(max_block_pairs=MAX_BLOCK_PAIRS),
+        **options,
     )
 
 
@@ -205,7 +211,9 @@ def test_rows_that_up_copies_are_counted(save: str, chunk_by: str) -> None:
         with tiles.using({"of some product": {"gather": way}}):
             assert triton_backend.copies_rows() == (way == "copy")
     plain = BufferWidths(64, 1, num_local_experts=2, dtype_bytes=2, gated=False, save=save)
-    without, copying = (peak_bytes(plan, work, replace(plain, copies_rows=copies)) for copies in (False, True))
+    without, copying = (
+        peak_bytes(plan, work, replace(plain, working_set=WorkingSet(copies_rows=copies))) for copies in (False, True)
+    )
     copy = 4 * 128 if chunk_by == "experts" else 0  # of a chunk's four pairs
     assert copying.forward == without.forward + copy
     assert copying.backward == without.backward + (copy if save == "input" else 0)  # h once more
@@ -262,3 +270,43 @@ def test_a_layer_stays_within_its_budget(capacity: float | None) -> None:
     assert 1 < plan.num_chunks < MAX_CHUNKS
     assert f"fewest chunks within memory_budget_bytes = {budget}" in choice
     assert max(batch.measure(plan, "hidden")) < (1 + BOUND) * budget
+
+
+@pytest.mark.parametrize("differs", ["backend", "threads"])
+def test_ranks_that_need_other_memory_choose_one_plan(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend goes block by block, as many at a time as there are threads; the reference doesn't."""
+    batch, own = Batch(torch.float32), threading.local()
+    monkeypatch.setattr(expert_parallel_run, "num_workers", lambda device: own.num_workers)
+    working_sets = [WorkingSet(MAX_BLOCK_PAIRS, 1), WorkingSet(MAX_BLOCK_PAIRS, 4)]
+    if differs == "backend":
+        working_sets[1] = WorkingSet(None, 1)
+    peaks = sorted(
+        peak_bytes(
+            tm.OverlapPlan((1,), window=2, backward_window=2),
+            batch.work,
+            replace(widths(torch.float32), working_set=each),
+        ).most
+        for each in working_sets
+    )
+    assert peaks[0] < peaks[1]
+    overlap = tm.OverlapConfig(memory_budget_bytes=sum(peaks) // 2)
+
+    def on_rank(transport: Transport) -> list[tm.OverlapPlan]:
+        is_other = transport.rank == 1
+        own.num_workers = working_sets[is_other].num_workers
+        layer = tm.GroupedExperts(
+            tm.MoEConfig(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K),
+            transport,
+            overlap,
+            backend="reference" if is_other and differs == "backend" else "torch",
+            generator=torch.Generator().manual_seed(0),
+        )
+        plans = []
+        for _ in range(3):
+            layer(*(part[transport.rank] for part in (batch.x, batch.topk_ids, batch.topk_weights)))
+            plans.append(layer.last_report.overlap)
+        return plans
+
+    first, *others = tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=20)
+    assert all(other == first for other in others)
+    assert first[1] == first[2] != tm.OverlapPlan((1,), window=2, backward_window=2)

@@ -11,7 +11,7 @@ import tritonmoe as tm
 from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.measured import layer_costs, link_costs, median_steps
-from tritonmoe.overlap.memory import BufferWidths, peak_bytes
+from tritonmoe.overlap.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.schedule import Step
 from tritonmoe.overlap.search import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
@@ -380,13 +380,15 @@ def test_a_budget_gives_the_fewest_chunks() -> None:
     assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
     for num_chunks in (1, 3, 4, 5, 32):
         config = tm.OverlapConfig(memory_budget_bytes=peaks[num_chunks])
-        plan, why = budgeted_plan(config, layer, widths)
+        plan, why = budgeted_plan(config, layer, widths, [WorkingSet()])
         assert (plan.num_chunks, plan.window) == (num_chunks, 2)
         assert why.endswith(f"the fewest chunks within memory_budget_bytes = {peaks[num_chunks]}")
-        tighter, _ = budgeted_plan(tm.OverlapConfig(memory_budget_bytes=peaks[num_chunks] - 1), layer, widths)
+        tighter, _ = budgeted_plan(
+            tm.OverlapConfig(memory_budget_bytes=peaks[num_chunks] - 1), layer, widths, [WorkingSet()]
+        )
         assert tighter.num_chunks > num_chunks or tighter == least
-        assert budgeted_plan(config, None, widths)[0] == least
-    plan, why = budgeted_plan(tm.OverlapConfig(memory_budget_bytes=1), layer, widths)
+        assert budgeted_plan(config, None, widths, ())[0] == least
+    plan, why = budgeted_plan(tm.OverlapConfig(memory_budget_bytes=1), layer, widths, [WorkingSet()])
     assert plan == least
     assert f"with {peak_bytes(least, layer, widths).most} bytes still more than memory_budget_bytes = 1" in why
     for wrong in ({"num_chunks": 2}, {"shape": "ramp"}, {"shape": (1, 2)}, {"wire_dtype": torch.bfloat16}):
@@ -394,6 +396,17 @@ def test_a_budget_gives_the_fewest_chunks() -> None:
             tm.OverlapConfig(memory_budget_bytes=10, **wrong)
     with pytest.raises(ValueError, match="positive number of bytes"):
         tm.OverlapConfig(memory_budget_bytes=0)
+
+
+def test_a_budget_is_for_every_working_set() -> None:
+    """Ranks with other threads, backends or measured tiles choose one plan: the one that fits on the most wasteful."""
+    layer = LayerWork.of(torch.tensor([[0, 4000], [4000, 0]]), 1.0, 256, 1)
+    widths = BufferWidths(hidden_size=64, intermediate_size=400, num_local_experts=2, dtype_bytes=4, save="input")
+    blocks, kernels = WorkingSet(256, num_workers=1), WorkingSet(copies_rows=True)
+    assert [WorkingSet.unpack(each.pack()) for each in (blocks, kernels)] == [blocks, kernels]
+    config = tm.OverlapConfig(memory_budget_bytes=34_000_000)
+    chosen = [budgeted_plan(config, layer, widths, sets)[0] for sets in ([blocks], [kernels], {blocks, kernels})]
+    assert [plan.num_chunks for plan in chosen] == [1, 2, 2]
 
 
 def test_a_given_number_is_used_as_it_is() -> None:

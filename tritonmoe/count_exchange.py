@@ -71,6 +71,7 @@ class CallHeader:
     predicted_ns: int = 0
     measured_call: int = -1
     measured_ns: int = 0
+    working_set: int = 0
     placement: int = 0
     """A checksum of which rank holds which experts, 0 for the contiguous placement."""
     replica_grads: int = 0

@@ -18,7 +18,7 @@ from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
 from .experts_run import activation_parameters
 from .overlap.executor import LayerReport
-from .overlap.memory import BufferWidths
+from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement
 from .routing import is_recomputing
@@ -151,9 +151,6 @@ def run_call(
             gated=layout.gated,
             save=save,
             has_backward=grad_enabled,
-            max_block_pairs=settings.ops.MAX_BLOCK_PAIRS,
-            num_workers=num_workers(x.device),
-            copies_rows=settings.ops.copies_rows(),
         )
         kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
         chooser = state.choosers.setdefault(
@@ -166,6 +163,8 @@ def run_call(
                 can_cut_experts=not isinstance(transport, TwoLevelTransport),
             ),
         )
+        ops = settings.ops
+        chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
         if is_recomputing():
             again = state.plan_to_recompute(kind)
         chosen = chooser.plan() if again is None else again

@@ -14,7 +14,7 @@ from ..config import OverlapPlan
 from .cost_model import LayerWork
 from .schedule import Schedule, Step, build_backward, build_forward
 
-__all__ = ["BufferWidths", "PeakBytes", "peak_bytes"]
+__all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes"]
 
 INDEX_BYTES = 4
 TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
@@ -23,6 +23,31 @@ PLACES_BYTES = 3 * 8
 """Of a received row, with chunks of experts: where it was received and returns, and returned_rows of the Grouping."""
 SQUARES_BYTES = 3 * 4
 """For each element sent in a wire format: three fp32 numbers while the error that it makes is measured."""
+
+
+class WorkingSet(NamedTuple):
+    """How much a rank's experts work on at a time: where ranks have other machines or backends, not the same on all."""
+
+    max_block_pairs: int | None = None
+    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module); None: a chunk's, as the kernels
+    do."""
+    num_workers: int = 1
+    """On how many blocks, or experts' weight gradients, it works at a time."""
+    copies_rows: bool = False
+    """Whether it may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
+
+    def pack(self) -> int:
+        """Give it as one positive integer."""
+        return ((self.max_block_pairs or 0) * 1024 + self.num_workers) * 2 + self.copies_rows
+
+    @classmethod
+    def unpack(cls, value: int) -> "WorkingSet":
+        rest, copies_rows = divmod(value, 2)
+        max_block_pairs, num_workers = divmod(rest, 1024)
+        return cls(max_block_pairs or None, num_workers, bool(copies_rows))
+
+
+ALL_AT_ONCE = WorkingSet()
 
 
 @dataclass(frozen=True)
@@ -42,13 +67,7 @@ class BufferWidths:
     save: str = "hidden"
     """As in moe_mlp: whether h is kept for the backward."""
     has_backward: bool = True
-    max_block_pairs: int | None = None
-    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module); None: a chunk's, as the kernels
-    do."""
-    num_workers: int = 1
-    """On how many blocks, or experts' weight gradients, it works at a time."""
-    copies_rows: bool = False
-    """Whether it may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
+    working_set: WorkingSet = ALL_AT_ONCE
 
     @property
     def row_bytes(self) -> int:
@@ -165,8 +184,8 @@ class _Walk:
                 self._compute(step, again, widths.inner_bytes + again + temporaries)
             elif step.kind == "dispatch_backward":
                 self._return_rows(step)
-            elif step.kind == "weight_grad" and widths.max_block_pairs is not None:
-                gathered = pairs * min(1.0, widths.num_workers / widths.num_local_experts)
+            elif step.kind == "weight_grad" and widths.working_set.max_block_pairs is not None:
+                gathered = pairs * min(1.0, widths.working_set.num_workers / widths.num_local_experts)
                 # One range of pairs is in source order already: only its rows are gathered.
                 self._count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
             elif step.kind == "routing_backward":
@@ -226,16 +245,16 @@ class _Walk:
         is_kept = self.plan.chunk_by == "experts" and step.chunk >= 0
         if is_kept:
             self._hold("results", _total(self.pairs[self.plan.num_local_slices :]) * widths.row_bytes)
-        if widths.max_block_pairs is None:
+        if widths.working_set.max_block_pairs is None:
             # The copy that `up` makes of its rows is gone before there are results.
-            is_copied = widths.copies_rows and (step.kind == "experts" or not widths.keeps_hidden)
+            is_copied = widths.working_set.copies_rows and (step.kind == "experts" or not widths.keeps_hidden)
             meanwhile = self.pairs[segment] * (whole_bytes + (is_copied or not is_kept) * widths.row_bytes)
         else:
-            pairs, block_pairs = self.pairs[segment], widths.max_block_pairs
+            pairs, block_pairs = self.pairs[segment], widths.working_set.max_block_pairs
             has_blocks = pairs > block_pairs
             # First the rows of a block's pairs are gathered; then there are results of pairs, and the rows' sums, which
             # are copied to where they go.
-            block = pairs.clamp(max=block_pairs * widths.num_workers) * (widths.row_bytes + block_bytes)
+            block = pairs.clamp(max=block_pairs * widths.working_set.num_workers) * (widths.row_bytes + block_bytes)
             sums = self.received[segment] * widths.row_bytes
             if not is_kept:
                 self._hold_at_least("y", has_blocks * self.largest_pairs * widths.row_bytes)

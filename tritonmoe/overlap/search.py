@@ -8,12 +8,12 @@ still arrives while that one is computed. These closed forms are where the searc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from .cost_model import LayerWork, LinkCosts, StepCosts
-from .memory import BufferWidths, peak_bytes
+from .memory import BufferWidths, WorkingSet, peak_bytes
 from .simulator import simulate_layer
 
 __all__ = [
@@ -92,17 +92,25 @@ def takes_chunks_of_experts(config: OverlapConfig) -> bool:
     return True
 
 
-def budgeted_plan(config: OverlapConfig, work: LayerWork | None, widths: BufferWidths) -> tuple[OverlapPlan, str]:
+def budgeted_plan(
+    config: OverlapConfig, work: LayerWork | None, widths: BufferWidths, working_sets: Collection[WorkingSet]
+) -> tuple[OverlapPlan, str]:
     """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
 
-    work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
+    Args:
+        work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
+        working_sets: every rank's. The plan fits with each of them on every rank, so that all choose the same one.
     """
     budget = config.memory_budget_bytes
     assert budget is not None
     least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
     if work is None:
         return least, f"{least}: takes least, until a call has shown how many rows there are"
-    peak = peak_bytes(least, work, widths).most
+
+    def most(plan: OverlapPlan) -> int:
+        return max(peak_bytes(plan, work, replace(widths, working_set=each)).most for each in working_sets)
+
+    peak = most(least)
     if peak > budget:
         return least, f"{least}: takes least, and with {peak} bytes still more than memory_budget_bytes = {budget}"
     why = f"the fewest chunks within memory_budget_bytes = {budget}"
@@ -113,7 +121,7 @@ def budgeted_plan(config: OverlapConfig, work: LayerWork | None, widths: BufferW
             window=BUDGETED_WINDOW,
             backward_window=BUDGETED_WINDOW,
         )
-        if peak_bytes(plan, work, widths).most <= budget:
+        if most(plan) <= budget:
             return plan, f"{plan}: {why}"
     return least, f"{least}: {why}"
 

@@ -26,7 +26,7 @@ from ..count_exchange import CallHeader
 from .cost_model import LayerWork
 from .executor import LayerReport
 from .measured import layer_costs, layer_work, link_costs, most_work
-from .memory import BufferWidths
+from .memory import ALL_AT_ONCE, BufferWidths, WorkingSet
 from .search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts
 
 __all__ = ["SETTLING_CALLS", "Message", "PlanChooser"]
@@ -62,6 +62,8 @@ class Message(NamedTuple):
     measured_call: int = -1
     """Which of the tried calls `measured_ns` is of; -1 for none."""
     measured_ns: int = 0
+    working_set: int = 0
+    """With a memory budget: how much this rank's experts work on at a time, packed (memory.WorkingSet)."""
 
     @classmethod
     def of(cls, header: CallHeader) -> "Message":
@@ -130,7 +132,9 @@ class PlanChooser:
     is_shared: bool = False
     """Whether the transport's exchanges share the link."""
     widths: BufferWidths | None = None
-    """Of the calls; a memory budget needs them."""
+    """Of the calls, whatever a rank's working set; a memory budget needs them."""
+    working_set: WorkingSet = ALL_AT_ONCE
+    """This rank's in the next call; the other ranks hear of it."""
     can_cut_experts: bool = False
     """Whether the transport takes chunks of experts."""
     choice: str = "nothing is measured yet"
@@ -151,6 +155,8 @@ class PlanChooser:
     num_searches: int = 0
     last_work: LayerWork | None = None
     """Of the call before, where a memory budget asks for it; with a capacity, its room."""
+    last_working_sets: set[WorkingSet] = field(default_factory=set)
+    """Every rank's in that call."""
     sides: str = ""
     """The predicted experts' and exchanges' times, for `choice`."""
 
@@ -210,7 +216,7 @@ class PlanChooser:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
         elif config.memory_budget_bytes is not None:
             assert self.widths is not None
-            plan, self.choice = budgeted_plan(config, self.last_work, self.widths)
+            plan, self.choice = budgeted_plan(config, self.last_work, self.widths, self.last_working_sets)
             return plan
         elif config.serial:
             num_chunks, self.choice = 1, "without overlap, chunks only cost time"
@@ -227,7 +233,7 @@ class PlanChooser:
     def message(self) -> Message:
         """Give what this rank tells the others in the next call's header."""
         if not self.is_tuned:
-            return Message()
+            return Message(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
         if not self.candidates:
             return Message() if len(self.measured) < len(self._measured_plans) else self._vote()
         if not self.tried:
@@ -284,6 +290,7 @@ class PlanChooser:
         if not self.is_tuned:
             if self.config.memory_budget_bytes is not None:
                 self.last_work = most_work(report)
+                self.last_working_sets = {WorkingSet.unpack(message.working_set) for message in messages}
             return
         if not self.candidates:
             if len(self.measured) < len(self._measured_plans):
