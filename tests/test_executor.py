@@ -210,6 +210,40 @@ def test_report_of_a_pass() -> None:
         assert report.steps is steps
 
 
+def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuner reads them when the next call's work, or other ranks', is enqueued already."""
+    waited_for = []
+
+    class Event:
+        numbers = iter(range(100))
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+            self.number: int | None = None
+
+        def record(self) -> None:
+            self.number = next(self.numbers)
+
+        def synchronize(self) -> None:
+            waited_for.append(self.number)
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert waited_for, "the device may not be there yet"
+            return float(end.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    pending = LateExchange(torch.zeros(1), 1.0, [], "dispatch")
+    schedule = (Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,)))
+    actions = {"dispatch": lambda _: pending, "experts": lambda _: None}
+    report = execute(schedule, actions, torch.device("cuda"))
+    assert report.total_s == pytest.approx(7e-3)
+    times = [t for timing in report.steps for t in (timing.start_s, timing.post_s, timing.wait_s)]
+    assert times == pytest.approx([1e-3, 1e-3, 1e-3, 5e-3, 0, 0])
+    assert set(waited_for) == {report._end.number}
+
+
 def test_a_peer_that_never_comes_is_an_error_of_the_step() -> None:
     """The executor adds no waiting of its own: the transport's timeout is what a caller sees."""
     arrived = threading.Event()

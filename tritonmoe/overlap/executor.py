@@ -51,10 +51,9 @@ class StepTiming:
 
 
 class PassReport:
-    """The timings of one pass over a layer; read lazily, since on CUDA that waits for the device."""
+    """The timings of one pass over a layer; read lazily, since on CUDA that waits until the device has ended it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._origin = _mark(device)
         self._end = self._origin
         self._compute: list[tuple[Step, object, object]] = []
@@ -75,8 +74,7 @@ class PassReport:
     def steps(self) -> list[StepTiming]:
         """Every step, by the time at which it started or was posted."""
         if self._steps is None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            self._wait_until_over()
             steps = [
                 StepTiming(step, self._seconds(first), self._seconds(last), 0.0) for step, first, last in self._compute
             ]
@@ -103,10 +101,14 @@ class PassReport:
         """Whether the pass has ended, so that reading it waits for nothing."""
         return not isinstance(self._end, torch.cuda.Event) or self._end.query()
 
+    def _wait_until_over(self) -> None:
+        """Wait for this pass, whose marks stand on one stream, and not for what is enqueued behind it."""
+        if isinstance(self._end, torch.cuda.Event):
+            self._end.synchronize()
+
     @property
     def total_s(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._wait_until_over()
         return self._seconds(self._end)
 
     @property
