@@ -146,6 +146,8 @@ def gpu_table(name: str) -> str:
 def gpu_cell(case: dict, run: str) -> str:
     if "out_of_memory" in case:
         return "out of memory"
+    if "failed" in case:
+        return "failed"
     if run not in case:
         return "not measured yet"
     measured = case[run]

@@ -71,6 +71,48 @@ def test_a_wrong_result_and_one_that_does_not_fit(tmp_path, monkeypatch):
     assert run(tmp_path / "wrong", "--kinds", "check") == 1
 
 
+def test_a_case_that_raises_holds_up_no_other(tmp_path, monkeypatch, capsys):
+    """It is finished, so that a rerun goes on behind it, and stays wrong."""
+    shapes = []
+
+    def fail_first(shape, *case):
+        shapes.append(shape.name)
+        if len(shapes) == 1:
+            raise RuntimeError("no such instruction")
+        return {"passed": True, "errors": {}}
+
+    monkeypatch.setitem(gpu.MEASURES, "check", fail_first)
+    assert run(tmp_path, "--kinds", "check") == 1
+    said = capsys.readouterr()
+    assert len(shapes) > 1
+    assert "FAILED: RuntimeError: no such instruction" in said.out
+    assert f"WRONG: check {shapes[0]} T=9 zipf: RuntimeError: no such instruction" in said.err
+    shapes.append("only what is missing runs again")
+    assert run(tmp_path, "--kinds", "check") == 1
+    assert shapes[-1] == "only what is missing runs again"
+
+
+def test_nothing_more_runs_on_a_device_that_has_failed(tmp_path, monkeypatch, capsys):
+    def fail(*case):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu.MEASURES, "check", fail)
+    monkeypatch.setattr(gpu, "_device_works", lambda device: False)
+    assert run(tmp_path, "--kinds", "check") == 1
+    assert capsys.readouterr().out.count("FAILED") == 1
+
+
+def test_a_peer_that_can_not_be_made_is_left_out(monkeypatch):
+    def refuse(*weights):
+        raise ImportError("cannot import name 'MixtralExperts'")
+
+    monkeypatch.setattr(gpu_cases.peers, "experts_function", refuse)
+    inputs = draw_inputs(tiny(GPU_SHAPES["Mixtral"]), 9, "uniform", torch.float32, torch.device("cpu"))
+    functions, left_out = gpu_cases._implementations(inputs, SETTING)
+    assert list(functions) == ["tritonmoe"]
+    assert left_out["eager"] == "ImportError: cannot import name 'MixtralExperts'"
+
+
 def test_results_of_another_machine_are_not_mixed(finished, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_machine", lambda: {"driver": "1.2", "clocks_and_power": None, "commit": "abc"})
     assert run(finished) == 2

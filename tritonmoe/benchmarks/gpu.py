@@ -2,15 +2,18 @@
 
 Correctness against fp64 first, then the layer beside its peers, then single kernels. Every finished case is a file of
 its own in the output folder; a rerun does what is missing. A call starts no new case after its budget, so that three
-calls of under eight minutes do everything on an H100. On a CPU the same code runs with tiny shapes.
+calls of under eight minutes do everything on an H100. A case that raised is finished too, with its error: delete its
+file to run it again. On a CPU the same code runs with tiny shapes.
 """
 
 import argparse
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +72,7 @@ def cases(is_tiny: bool) -> Iterator[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the missing cases; give 0 when none is left, 3 when some are, 1 when a check failed, 2 when it can't run."""
+    """Run the missing cases; give 0 when none is left, 3 when some are, 1 when one went wrong, 2 when it can't run."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of results; a rerun goes on in it")
     parser.add_argument("--budget-s", type=float, default=420.0, help="start no case after so many seconds (420)")
@@ -103,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         described["E_K_D_F"] = [sizes.num_experts, sizes.top_k, sizes.hidden_size, sizes.intermediate_size]
         _write(arguments.out / case.file_name, {**described, **result})
         print(f"{case.file_name}: {_headline(result)} ({result['seconds']:.1f} s)", flush=True)
+        if "failed" in result and not _device_works(device):
+            print("the error is the device's, which computes nothing more for this process: run the same command again")
+            break
     finished = [
         json.loads((arguments.out / case.file_name).read_text())
         for case in wanted
@@ -111,28 +117,46 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.summary is not None:
         arguments.summary.parent.mkdir(parents=True, exist_ok=True)
         _write(arguments.summary, {"benchmark": "gpu", **run, "results": finished})
-    wrong = [item for item in finished if item.get("passed") is False]
+    wrong = [item for item in finished if item.get("passed") is False or "failed" in item]
     for item in wrong:
-        print(f"WRONG: {item['shape']} T={item['T']} {item['routing']}: {item['errors']}", file=sys.stderr)
+        what = item["failed"] if "failed" in item else item["errors"]
+        print(f"WRONG: {item['kind']} {item['shape']} T={item['T']} {item['routing']}: {what}", file=sys.stderr)
     if wrong:
         return 1
     return 3 if len(finished) < len(wanted) else 0
 
 
 def _run(case: Case, setting: Setting) -> dict[str, Any]:
-    """Measure one case; one that doesn't fit into memory is finished too, and says so."""
+    """Measure one case; one that doesn't fit into memory, or raises, is finished too, and says so."""
     try:
         return MEASURES[case.kind](case.shape, case.num_tokens, case.routing, setting)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).splitlines()[0]}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
     finally:
-        if setting.device.type == "cuda":
+        gc.collect()  # the next case may need all memory
+        if setting.device.type == "cuda" and _device_works(setting.device):
             torch.cuda.empty_cache()
+
+
+def _device_works(device: torch.device) -> bool:
+    """Say whether a device still computes: after an illegal access, say, it doesn't for the process that made it."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _headline(result: dict[str, Any]) -> str:
     if "out_of_memory" in result:
         return "out of memory"
+    if "failed" in result:
+        return f"FAILED: {result['failed'].splitlines()[0]}"
     if "errors" in result:
         return "passed" if result["passed"] else "WRONG"
     if "forward" in result:

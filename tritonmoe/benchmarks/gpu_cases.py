@@ -110,18 +110,27 @@ def _implementations(inputs: LayerInputs, setting: Setting) -> tuple[dict[str, C
         if reason is not None:
             left_out[peer] = reason
             continue
-        w = inputs.weights
-        if peer == "liger":
-            function = peers.liger_function(w["gate_up_proj"], w["down_proj"])
-        elif shape.is_plain:
-            function = peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
-        else:
-            function = peers.gpt_oss_experts_function(
-                peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"]
-            )
+        try:
+            function = _peer_function(peer, inputs)
+        except Exception as error:  # another version of the package, say
+            left_out[peer] = _shortened(error)
+            continue
         # transformers multiplies rows by the weights in their own dtype: give it the rows' one.
         functions[peer] = lambda function=function: function(x, ids, gates.to(x.dtype))  # type: ignore[misc]
     return functions, left_out
+
+
+def _peer_function(peer: str, inputs: LayerInputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    w = inputs.weights
+    if peer == "liger":
+        return peers.liger_function(w["gate_up_proj"], w["down_proj"])
+    if inputs.shape.is_plain:
+        return peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
+    return peers.gpt_oss_experts_function(peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"])
+
+
+def _shortened(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _step(inputs: LayerInputs, function: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
@@ -170,7 +179,7 @@ def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Sam
         except Exception as error:
             if name == "tritonmoe":
                 raise
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            failed[name] = _shortened(error)
             gc.collect()
             continue
         count = max(1, min(200, round(setting.batch_s / (time.perf_counter() - started))))
