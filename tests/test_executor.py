@@ -221,7 +221,8 @@ def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPat
             assert enable_timing
             self.number: int | None = None
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:3"
             self.number = next(self.numbers)
 
         def synchronize(self) -> None:
@@ -232,12 +233,13 @@ def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPat
             return float(end.number - self.number)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     pending = LateExchange(torch.zeros(1), 1.0, [], "dispatch")
     schedule = (Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,)))
     actions = {"dispatch": lambda _: pending, "experts": lambda _: None}
-    report = execute(schedule, actions, torch.device("cuda"))
+    report = execute(schedule, actions, torch.device("cuda", 3))
     assert report.total_s == pytest.approx(7e-3)
     times = [t for timing in report.steps for t in (timing.start_s, timing.post_s, timing.wait_s)]
     assert times == pytest.approx([1e-3, 1e-3, 1e-3, 5e-3, 0, 0])

@@ -13,9 +13,14 @@ __all__ = ["barrier", "device_and_backend", "gather", "slowest"]
 
 
 def device_and_backend() -> tuple[str, str]:
-    """Give this process's device under torchrun, a GPU of its own where there are any, and what exchanges run on."""
+    """Give this process's device under torchrun, a GPU of its own where there are any, and what exchanges run on.
+
+    A GPU becomes the current device.
+    """
     if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "NCCL"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+        return device, "NCCL"
     return "cpu", "gloo"
 
 

@@ -26,12 +26,12 @@ __all__ = ["ExpertsPass", "LayerPass", "LayerReport", "PassReport", "StepTiming"
 
 
 def _mark(device: torch.device) -> "float | torch.cuda.Event | None":
-    """A moment on the lane that computes: the host's clock, or an event of the current stream; None in a CUDA graph."""
+    """A moment on the lane that computes: the host's clock, or an event of its stream; None in a CUDA graph."""
     if is_captured(device):
         return None
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))  # which need not be the current device
         return event
     return time.perf_counter()
 
