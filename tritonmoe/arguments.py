@@ -19,6 +19,7 @@ __all__ = [
     "check_arguments",
     "check_num_pairs",
     "check_options",
+    "check_plain",
     "find_main_grads",
     "make_settings",
 ]
@@ -79,8 +80,8 @@ def check_arguments(
     if not torch.compiler.is_compiling():  # there it would limit every number of tokens that is left open
         check_num_pairs(topk_ids)
     w1, b1, w2, b2 = weights
-    _check_plain("gate_up_proj", w1)
-    _check_plain("down_proj", w2)
+    check_plain("gate_up_proj", w1)
+    check_plain("down_proj", w2)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width, dtype, device = w1.shape[0], x.shape[1], x.dtype, x.device
@@ -130,7 +131,7 @@ def check_num_pairs(topk_ids: Tensor) -> None:
         )
 
 
-def _check_plain(name: str, weight: Tensor) -> None:
+def check_plain(name: str, weight: Tensor) -> None:
     """Raise TypeError for a weight that no kernel can read as it lies: quantised, sharded, or wrapped otherwise."""
     kind = type(weight).__name__
     if not weight.is_floating_point() or weight.itemsize < 2 or hasattr(weight, "quant_state"):
@@ -159,7 +160,7 @@ def cast_for_autocast(x: Tensor, topk_weights: Tensor, weights: ExpertWeights) -
 
     for name, weight in weights._asdict().items():
         if weight is not None:
-            _check_plain(name, weight)
+            check_plain(name, weight)
     cast_weights = ExpertWeights(*(None if w is None else cast(w, dtype) for w in weights))  # type: ignore[arg-type]
     return cast(x, dtype), cast(topk_weights, torch.float32), cast_weights
 

@@ -4,6 +4,7 @@ Each case compares with one process on the whole batch, computed here by transfo
 the rank, and with it the test.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import tritonmoe as tm
 from tritonmoe.integrations import transformers as tmt
@@ -131,6 +132,30 @@ def run_parallelized(name: str, directory: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(directory / name, experts_implementation="eager")
     fresh = make_model(name).state_dict()
     assert all(torch.equal(loaded.state_dict()[key], fresh[key]) for key in fresh)
+
+
+def run_compiled(name: str, directory: Path) -> None:
+    ids = batch()
+    expected, _ = reference(name, ids)
+    own = slice(rank * 2, rank * 2 + 2)
+    model = make_model(name)
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    output = torch.compile(model, backend="aot_eager")(input_ids=ids[own], labels=ids[own])
+    output.loss.backward()
+    average_dense_gradients(model)
+    assert_close({"logits": same_everywhere(output.logits.detach()), **gradients(model)}, expected)
+
+
+def run_wrapped(name: str, directory: Path) -> None:
+    """Inside another module the model itself, and the one inside it, save with their experts gathered."""
+    wrapped = nn.ModuleDict({"first": make_model(name)})
+    tmt.parallelize(wrapped, dist.group.WORLD)
+    model, fresh = wrapped["first"], make_model(name)
+    for part, plain, kind in ((model, fresh, AutoModelForCausalLM), (model.model, fresh.model, AutoModel)):
+        path = directory / f"wrapped-{type(part).__name__}"
+        part.save_pretrained(path)
+        loaded = kind.from_pretrained(path).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in plain.state_dict().items())
 
 
 CHECKPOINTS = ({"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "context_fn": save_topk})
@@ -325,6 +350,14 @@ def run_refused(name: str, directory: Path) -> None:
     with pytest.raises(ValueError, match=r"num_experts \(7\) must be divisible by the number of ranks \(2\)"):
         tmt.parallelize(odd, dist.group.WORLD)
     assert not any(isinstance(parameter, DTensor) for parameter in odd.parameters())
+    if importlib.util.find_spec("peft") is not None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+        adapted = get_peft_model(make_model("mixtral"), config)
+        with pytest.raises(ValueError, match=r"PEFT adapts .*layers\.0\.mlp\.experts\S* itself"):
+            tmt.parallelize(adapted, dist.group.WORLD)
+        assert not any(isinstance(parameter, DTensor) for parameter in adapted.parameters())
     with pytest.raises(ValueError, match="it has no experts"):
         tmt.parallelize(AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)), dist.group.WORLD)
     model = make_model("mixtral")
@@ -347,6 +380,8 @@ def run_refused(name: str, directory: Path) -> None:
 CASES = {
     "parallelize": run_parallelized,
     "checkpointed": run_checkpointed,
+    "compiled": run_compiled,
+    "wrapped": run_wrapped,
     "tp": lambda name, directory: run_ep_implementation(name, directory, "tp"),
     "fsdp": lambda name, directory: run_ep_implementation(name, directory, "fsdp"),
     "save": run_save,

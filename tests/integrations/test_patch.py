@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tritonmoe.integrations.transformers import experts as experts_module
-from tritonmoe.integrations.transformers import parallelize, patch
+from tritonmoe.integrations.transformers import parallelize, patch, register
 from tritonmoe.transports import LocalTransport
 
 SIZES = {
@@ -154,6 +154,22 @@ def test_quantised_experts_are_refused_and_nothing_is_changed(kind):
             change(model)
         assert model.config._experts_implementation == before
         assert type(experts.gate_up_proj) is nn.Parameter
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_experts_never_run_not_even_under_autocast(kind):
+    """experts_implementation="tritonmoe" asks no patch(), and a cast would take bits for values."""
+    register()
+    model = mixtral()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = QUANTISED[kind](experts.down_proj.detach())
+    model.set_experts_implementation("tritonmoe")
+    for dtype in (None, torch.bfloat16):
+        with (
+            torch.autocast("cpu", dtype, enabled=dtype is not None),
+            pytest.raises(TypeError, match=r"down_proj is (quantised|a Int4Tensor, not a plain tensor)"),
+        ):
+            model(torch.arange(2, 12)[None])
 
 
 def test_quantised_experts_classes_are_refused():

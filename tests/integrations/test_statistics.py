@@ -89,6 +89,8 @@ def test_it_logs_prints_and_draws(tmp_path):
     path = tmp_path / "load.png"
     write_load_png(path, statistics.loads | {"other": [1, 2]})
     assert path.read_bytes()[:4] == b"\x89PNG"
+    write_load_png(str(tmp_path / "again.png"), statistics.loads)
+    assert (tmp_path / "again.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="nothing to draw"):
         write_load_png(path, {})
 

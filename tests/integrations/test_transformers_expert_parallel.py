@@ -41,7 +41,9 @@ def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER)
 
 
 def test_models_on_two_processes_equal_one(directory):
-    cases = ["parallelize:mixtral", "parallelize:gpt_oss", "checkpointed:mixtral", "refused:"]
+    cases = ["parallelize:mixtral", "parallelize:gpt_oss", "checkpointed:mixtral", "wrapped:mixtral", "refused:"]
+    if VERSION >= (5, 17):
+        cases.append("compiled:mixtral")
     if VERSION >= (5, 20):
         cases.append("normed:")
     if HAS_EP_REGISTRY:

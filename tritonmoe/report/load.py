@@ -1,14 +1,16 @@
 """A picture of how evenly the tokens of a model are spread over the experts of its layers."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from .files import write_picture
 
 __all__ = ["write_load_png"]
 
 
-def write_load_png(path: Path, loads: Mapping[str, Sequence[int]], *, title: str = "load of the experts") -> None:
+def write_load_png(
+    path: str | os.PathLike, loads: Mapping[str, Sequence[int]], *, title: str = "load of the experts"
+) -> None:
     """Draw a heat map, a line for each layer and a column for each expert, and write the picture.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arguments import check_plain
 from ...autograd import without_autocast
 from ...config import Activation, is_fused
 from ...experts import moe_mlp
@@ -25,7 +26,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_weights: (T, K).
 
     Under autocast everything is computed in the autocast dtype, else in that of the expert weights. Experts that
-    `parallelize` has spread over ranks exchange their rows here.
+    `parallelize` has spread over ranks exchange their rows here. Raises TypeError where a weight is quantised.
     """
     state = expert_parallel_state(self)
     if state is None:
@@ -60,7 +61,9 @@ def run_experts(
         dtype = getattr(experts, up_name).dtype
 
     def cast(name: str) -> Tensor:
-        return as_local(getattr(experts, name)).to(dtype)
+        weight = as_local(getattr(experts, name))
+        check_plain(name, weight)  # a cast would take the numbers of a quantised one for its values
+        return weight.to(dtype)
 
     activation, is_interleaved = choose_activation(experts)
     run = functools.partial(

@@ -39,8 +39,11 @@ class ExpertParallelState:
 
     def local_parameter(self, parameter: Any) -> Tensor:
         """Give this rank's experts of a DTensor parameter; differentiable."""
-        # FSDP2's hooks hand over gathered parameters: a DTensor where the experts are spread besides, else a tensor
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        from torch.distributed.tensor import DTensor
+
+        # FSDP2's hooks hand over gathered parameters: a DTensor where the experts are spread besides, else a tensor.
+        # Under torch.compile hasattr(parameter, "to_local") is False.
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         return local if self.gradient_scale == 1.0 else _ScaledGradient.apply(local, self.gradient_scale)
 
 
@@ -88,7 +91,7 @@ def parallelize(
             the ranks' losses.
     Raises:
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            or share weights with another module. Nothing is changed.
+            share weights with another module, or are adapted by PEFT themselves. Nothing is changed.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -105,6 +108,7 @@ def parallelize(
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     _refuse_tied(model, found)
+    _refuse_adapted(model, found)
     patch(model)
     mesh = group_or_mesh
     if not isinstance(mesh, DeviceMesh):
@@ -121,12 +125,15 @@ def parallelize(
             sharded.append(f"{name}.{own_name}")
         state = ExpertParallelState(num_experts, transport, overlap or OverlapConfig(), scale)
         setattr(experts, STATE, state)
-    added: dict[str, Any] = {
-        "_ddp_params_and_buffers_to_ignore": [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *sharded],
-        "save_pretrained": functools.partial(_save_gathered, model),
-    }
-    for attribute, value in added.items():
-        setattr(model, attribute, value)
+    attributes: Any = model
+    attributes._ddp_params_and_buffers_to_ignore = [
+        *getattr(model, "_ddp_params_and_buffers_to_ignore", ()),
+        *sharded,
+    ]
+    for module in model.modules():  # a model of transformers may stand inside another, or inside any module
+        if hasattr(type(module), "save_pretrained") and any(isinstance(p, DTensor) for p in module.parameters()):
+            own: Any = module
+            own.save_pretrained = functools.partial(_save_gathered, module)
     return len(found)
 
 
@@ -146,6 +153,18 @@ def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
                 f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
                 "weights of its own before parallelize()"
             )
+
+
+def _refuse_adapted(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
+    for name in found:
+        parts = name.split(".")
+        for owner in (model.get_submodule(".".join(parts[:length])) for length in range(len(parts))):
+            if type(owner).__name__ == "ParamWrapper":
+                raise ValueError(
+                    f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
+                    "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"
+                )
 
 
 def _save_gathered(model: Any, save_directory: Any, **settings: Any) -> None:
