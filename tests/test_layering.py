@@ -21,6 +21,7 @@ LAYERS = (
         "routing",
         "autograd",
         "arguments",
+        "flops",
         "experts_run",
         "custom_ops",
         "experts",

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
+from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config import Activation, ExpertLayout, KernelOptions
 from tritonmoe.custom_ops import encode
@@ -200,11 +201,48 @@ def test_flop_counter(gated: bool) -> None:
     assert counter.get_total_flops() == forward + up + 2 * down  # h once more, then da and dW2
 
 
-def test_a_mode_changes_no_bit() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("save", ["hidden", "input"])
+@pytest.mark.parametrize("activation", ["silu", "callable"])
+@pytest.mark.parametrize("way", ["one_device", "main_grad", "expert_parallel"])
+def test_flop_counter_of_every_backend(way: str, activation: str, save: str, backend: str) -> None:
+    """Whether or not a mode sees products, whichever thread they run in, and where it is only there in backward."""
+    num_tokens = 400
+    leaves = draw({}, num_tokens)
+    leaves["topk_ids"] = torch.arange(num_tokens * K).view(num_tokens, K) % E
+    if way == "main_grad":
+        leaves = with_main_grads(leaves, torch.float32)
+    options: dict = {"backend": backend, "save": save}
+    if activation == "callable":
+        options["activation"] = lambda h: F.silu(h[:, :FF]) * h[:, FF:]
+
+    def call() -> Tensor:
+        if way == "expert_parallel":
+            return tm.expert_parallel_mlp(**leaves, num_experts=E, transport=LocalTransport(), **options)
+        return tm.moe_mlp(**leaves, **options)
+
+    forward = 6 * num_tokens * K * D * FF
+    again = 4 * num_tokens * K * D * FF if save == "input" and activation == "silu" else 0
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            y = call()
+        assert counter.get_total_flops() == forward
+        for out in (y, call()):
+            with FlopCounterMode(display=False) as counter:
+                out.sum().backward()
+            assert counter.get_total_flops() == 2 * forward + again
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mode_changes_no_bit(backend: str) -> None:
     leaves = draw({})
-    expected = run(tm.moe_mlp, leaves)
+    expected = run(tm.moe_mlp, leaves, backend=backend)
     with FlopCounterMode(display=False):
-        assert_same_bits(run(tm.moe_mlp, leaves), expected)
+        assert_same_bits(run(tm.moe_mlp, leaves, backend=backend), expected)
 
 
 # Autocast

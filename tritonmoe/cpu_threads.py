@@ -32,10 +32,11 @@ def num_workers(device: torch.device) -> int:
 def for_each(function: Callable[[Item], object], items: Sequence[Item], device: torch.device) -> None:
     """Call `function` on every item, on a CPU several at a time, without gradients; give back when all are done.
 
-    What it raises for an item is raised here when the others are done. On a GPU, and with one thread, it is a loop.
+    What it raises for an item is raised here when the others are done. It is a loop on a GPU, with one thread, and
+    where a mode watches operations (FlopCounterMode), which would see none of another thread.
     """
     count = min(num_workers(device), len(items))
-    if count < 2:
+    if count < 2 or torch._C._len_torch_dispatch_stack() > 0:
         for item in items:
             function(item)
         return

@@ -9,19 +9,17 @@ Operators take no objects and give no None: settings are spelled out (OperatorSe
 elements. The grouping is not saved but made again in backward: it is short work, and 8K bytes a token less.
 """
 
-import sys
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import backends
 from .arguments import ExpertSettings, ExpertWeights, MainGrads, check_num_pairs
 from .autograd import SECOND_DERIVATIVE, without_autocast
 from .config import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions
 from .experts_run import ExpertsRun
+from .flops import FLOP_FORMULAS, backward_flops, num_products, register_flop_formulas
 from .grouping import Grouping
 
 __all__ = [
@@ -256,20 +254,6 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def num_products(topk_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:
-    """Multiplications of every pair with one expert's gate_up_proj."""
-    return topk_shape[0] * topk_shape[1] * gate_up_proj_shape[1] * gate_up_proj_shape[2]
-
-
-def backward_flops(up: int, down: int, needs: Sequence[bool], computes_h: bool) -> int:
-    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
-
-    up, down: multiplications of the forward. needs: of x, topk_weights, and the weights in ExpertWeights's order.
-    """
-    needs_x, _, needs_up, _, needs_down, _ = needs
-    return 2 * (up * (needs_x + needs_up + computes_h) + down * (1 + needs_down))
-
-
 def _forward_flops(
     x_shape: Any, ids_shape: Any, weights_shape: Any, up_shape: Any, up_bias: Any, down_shape: Any, *_: Any, **__: Any
 ) -> int:
@@ -295,29 +279,8 @@ def _backward_flops(
     return backward_flops(up, down, needs, h_shape is None)
 
 
-FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.tritonmoe.moe_mlp: _forward_flops,
-    torch.ops.tritonmoe.moe_mlp_backward: _backward_flops,
-}
-"""Operator -> its FLOPs, from shapes in place of tensors; other modules with operators add theirs."""
-
-
-def register_flop_formulas() -> None:
-    """Tell torch.utils.flop_counter what the operators cost, once somebody counts.
-
-    Not before: its module imports triton. A FlopCounterMode copies the formulas when it is made, so those that are at
-    work already are told as well.
-    """
-    flop_counter = sys.modules.get("torch.utils.flop_counter")
-    if flop_counter is None:
-        return
-    for operator, formula in FLOP_FORMULAS.items():
-        if operator not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator)(formula)
-    for mode in _get_current_dispatch_mode_stack():
-        counter = getattr(mode, "counter", None)
-        if isinstance(counter, flop_counter.FlopCounterMode):
-            counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in FLOP_FORMULAS})
+FLOP_FORMULAS[torch.ops.tritonmoe.moe_mlp] = _forward_flops
+FLOP_FORMULAS[torch.ops.tritonmoe.moe_mlp_backward] = _backward_flops
 
 
 def moe_mlp_operator(

@@ -27,18 +27,10 @@ from .arguments import ExpertWeights
 from .autograd import without_autocast
 from .config import WIRE_DTYPES, KernelOptions, OverlapConfig, OverlapPlan
 from .count_exchange import CHUNK_BY
-from .custom_ops import (
-    FLOP_FORMULAS,
-    OperatorSettings,
-    backward_flops,
-    decode_activation,
-    gradient_shapes,
-    num_products,
-    refuse_second_derivative,
-    register_flop_formulas,
-)
+from .custom_ops import OperatorSettings, decode_activation, gradient_shapes, refuse_second_derivative
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_run import Needs, run_call
+from .flops import FLOP_FORMULAS, backward_flops, num_products, register_flop_formulas
 from .handles import find, hold
 from .placement import ExpertPlacement
 from .transport_state import LayerCalls

@@ -18,6 +18,7 @@ from .autograd import keep_beside, kept_beside, once_differentiable, outside_gra
 from .config import Activation, ExpertLayout, KernelOptions, is_fused
 from .custom_ops import encode, moe_mlp_operator, run_backward, run_forward
 from .experts_run import checked_activation, weight_gradients, zero_padding
+from .flops import count_products, matrix_size
 from .grouping import Grouping
 
 __all__ = ["moe_mlp"]
@@ -77,6 +78,7 @@ class _UpHalf(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        count_products(settings.ops, x, grouping.num_pairs, matrix_size(weight))
         h, _ = settings.ops.up(x, weight, bias, grouping, settings.layout, None, options=settings.options)
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
@@ -92,6 +94,7 @@ class _UpHalf(torch.autograd.Function):
         dh = dh.contiguous()
         dx = None
         if needs_x:
+            count_products(settings.ops, dh, grouping.num_pairs, matrix_size(weight))
             dx_pairs = settings.ops.up_grad(dh, weight, grouping, settings.layout, options=settings.options)
             dx = settings.ops.combine(dx_pairs, grouping.inverse)
         needs = (needs_weight, needs_bias, False, False)
@@ -113,6 +116,7 @@ class _DownHalf(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
+        count_products(settings.ops, a, grouping.num_pairs, matrix_size(weight))
         y = settings.ops.down(a, weight, bias, grouping, settings.layout, options=settings.options)
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(a, topk_weights, weight, bias, keep_beside(ctx, grouping))
@@ -124,6 +128,7 @@ class _DownHalf(torch.autograd.Function):
         (a, topk_weights, weight, bias, mark), settings = ctx.saved_tensors, ctx.settings
         grouping = kept_beside(ctx, mark)
         *_, needs_topk_weights, needs_weight, needs_bias = ctx.needs_input_grad
+        count_products(settings.ops, dout, grouping.num_pairs, matrix_size(weight))
         da, scaled_a, dweights = settings.ops.down_grad(
             dout, weight, bias, a, topk_weights, grouping, settings.layout, None, options=settings.options
         )

@@ -15,6 +15,7 @@ from .arguments import ExpertSettings, ExpertWeights, MainGrads
 from .backends.reference import WeightGrads, accumulation_dtype
 from .config import Activation, ExpertLayout, is_fused
 from .cpu_threads import for_each, num_workers
+from .flops import count_products, matrix_size
 from .grouping import Grouping, GroupingBlock
 
 __all__ = ["ExpertsRun", "activation_parameters", "checked_activation", "weight_gradients", "zero_padding"]
@@ -66,6 +67,8 @@ class ExpertsRun:
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
+        sizes = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        count_products(ops, self.rows, grouping.num_pairs, sum(sizes))
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
@@ -142,6 +145,9 @@ class ExpertsRun:
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
+        up, down = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        computes_h = is_fused(activation) and self.h is None
+        count_products(ops, self.rows, grouping.num_pairs, down + (needs_dx + computes_h) * up)
         dh, scaled_a = _part(self.dh, pairs), _part(self.scaled_a, pairs)
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
@@ -348,6 +354,11 @@ def weight_gradients(
     if not any(needs):
         return WeightGrads(None, None, None, None)
     main = main_grads or MainGrads(None, None, None, None)
+    for is_needed, one, other in ((needs_w1, x, dh), (needs_w2, dout, scaled_a)):
+        if is_needed:
+            assert one is not None
+            assert other is not None
+            count_products(settings.ops, one, grouping.num_pairs, one.shape[1] * other.shape[1])
     grads = settings.ops.weight_grad(
         grouping,
         settings.layout,

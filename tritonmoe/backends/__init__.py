@@ -16,7 +16,7 @@ from torch import dtype as DType
 
 from ..config import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 
-__all__ = ["BACKENDS", "choose", "triton_unusable_reason"]
+__all__ = ["BACKENDS", "choose", "launches_kernels", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (float32, bfloat16, float16, float64)
@@ -145,3 +145,8 @@ def _choose(
             "Use batch_invariant=False here"
         )
     return importlib.import_module(f"{__name__}.{backend}")
+
+
+def launches_kernels(ops: ModuleType) -> bool:
+    """Say whether these operations are kernels of this package, which PyTorch's modes don't see."""
+    return ops.__name__ == f"{__name__}.triton"

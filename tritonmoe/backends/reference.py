@@ -286,11 +286,13 @@ def down_grad(
     if activation is None:
         a, dhidden = hidden, da
     else:
-        with torch.enable_grad():
-            h = hidden.detach().to(acc).requires_grad_()
-            exact_a = apply_activation(h, layout, activation)
-        (dhidden,) = torch.autograd.grad(exact_a, h, da)
-        a = exact_a.detach().to(dout.dtype)
+        # Inside an operator autograd is switched off by more than the grad mode.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            with torch.enable_grad():
+                h = hidden.detach().to(acc).requires_grad_()
+                exact_a = apply_activation(h, layout, activation)
+            (dhidden,) = torch.autograd.grad(exact_a, h, da)
+            a = exact_a.detach().to(dout.dtype)
     dweights = (g * a.to(acc)).sum(1) + bias_term
     scaled_a = (scale * a.to(acc)).to(dout.dtype)
     dh = dhidden.to(dout.dtype)

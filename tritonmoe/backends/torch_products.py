@@ -209,7 +209,7 @@ def _accumulate_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right into `target` in fp32 or wider, rounding once."""
     acc = accumulation_dtype(left.dtype)
     if target.dtype == acc:
-        target.addmm_(left.to(acc), right.to(acc))
+        torch.addmm(target, left.to(acc), right.to(acc), out=target)  # FlopCounterMode has no formula for addmm_
     else:
         product = torch.mm(left.to(acc), right.to(acc))
         target.copy_(target.to(torch.promote_types(acc, target.dtype)).add_(product))
