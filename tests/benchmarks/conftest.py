@@ -13,7 +13,11 @@ def complaint_of(
 
     def complaint(main: Callable[[list[str]], int], arguments: list[str]) -> str:
         monkeypatch.delenv("RANK", raising=False)
-        assert main(arguments) == 2
+        try:
+            status: object = main(arguments)
+        except SystemExit as refused:  # argparse
+            status = refused.code
+        assert status == 2
         return capsys.readouterr().err
 
     return complaint

@@ -47,7 +47,7 @@ def test_summary() -> None:
         (["--netns", "3"], "divide the 8 experts of coarse"),
         (["--netns", "2", "--rates", "fast"], "a rate is a positive number"),
         (["--netns", "2", "--chunks", "33"], "between 1 and 32"),
-        (["--netns", "2", "--rounds", "0"], "must be positive"),
+        (["--netns", "2", "--rounds", "0"], "argument --rounds: must be a whole number of at least 1, got '0'"),
     ],
 )
 def test_bad_arguments(arguments: list[str], words: str, complaint_of) -> None:

@@ -70,7 +70,8 @@ def test_the_best_peer_is_compared_round_by_round() -> None:
         ([], "start it with --netns N, or under torchrun"),
         (["--netns", "3"], "divide the 64 experts, got 3"),
         (["--netns", "2", "--rate", "fast"], "a rate is a positive number"),
-        (["--netns", "2", "--rounds", "0"], "must be positive"),
+        (["--netns", "2", "--rounds", "0"], "argument --rounds: must be a whole number of at least 1, got '0'"),
+        (["--netns", "2", "--top-k", "65"], "--top-k 65 must not exceed --experts 64"),
     ],
 )
 def test_bad_arguments(arguments: list[str], words: str, complaint_of) -> None:

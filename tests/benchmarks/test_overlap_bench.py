@@ -20,6 +20,7 @@ from tritonmoe.benchmarks.overlap import main
 from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.workload import MODELS, Workload, draw_ids
+from tritonmoe.cli import main as tritonmoe_main
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts
 from tritonmoe.transports import Transport
 
@@ -205,7 +206,12 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),
         (["--netns", "4", "--node-size", "2"], "belong together"),
         (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
-        (["--emulate", "2", "--chunks", "33"], "between 1 and 32"),
+        (["--emulate", "2", "--chunks", "33"], "between 1 and 32, got [33]"),
+        (["--emulate", "2", "--tokens", "-3"], "argument --tokens: must be a whole number of at least 1, got '-3'"),
+        (["--emulate", "2", "--dtype", "bfloat16", "--wire-dtype", "bfloat16"], "takes rows of torch.float32, got"),
+        (["--emulate", "2", "--routing", __file__], "test_overlap_bench.py holds no ids: a file of ids is a tensor"),
+        (["--emulate", "2", "--json", "."], "argument --json: must be a file, and '.' is a directory"),
+        (["--emulate", "2", "--trace", f"{__file__}/x"], "test_overlap_bench.py is no directory"),
         (["--emulate", "2", "--routing", "somewhere"], "uniform, remote, zipf:S or a file"),
     ],
 )
@@ -216,6 +222,18 @@ def test_bad_arguments(arguments: list[str], words: str, complaint_of) -> None:
 def test_registry() -> None:
     for name in BENCHMARKS:
         assert callable(load(name))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_says_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (["--help"], "bench ["), ([name, "--help"], f"bench {name} ["):
+        with pytest.raises(SystemExit) as ended:
+            tritonmoe_main(["bench", *arguments])
+        assert ended.value.code == 0
+        assert f"usage: tritonmoe {words}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        tritonmoe_main(["bench", name, "--rounds", "0"])
+    assert "argument --rounds: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
 
 
 # Network namespaces

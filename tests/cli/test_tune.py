@@ -41,15 +41,43 @@ def test_every_class_of_tiles_has_its_tokens():
     assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 16, 32, 64, 128]
 
 
+def status_of(arguments: list[str]) -> object:
+    try:
+        return main(arguments)
+    except SystemExit as refused:  # argparse
+        return refused.code
+
+
+def test_a_target_is_for_show(capsys):
+    assert main(["tune", *SHAPE, "--target", "sm_90"]) == 2
+    assert "--target belongs to --show" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_a_file_of_tiles_that_is_none(is_directory, capsys, cache):
+    if is_directory:
+        cache.mkdir()
+    else:
+        cache.write_text("{bad")
+    assert main(["tune", *SHAPE, "--show"]) == 2
+    assert f"tritonmoe tune: {'[Errno 21]' if is_directory else cache}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["tune", "warmup"])
 def test_what_is_missing_is_said(command, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([command, *SHAPE]) == 2
     assert "GPU" in capsys.readouterr().err
-    assert main([command, "2", "4", "8", "8"]) == 2
-    assert "K = 4 must not exceed E = 2" in capsys.readouterr().err
-    assert main([command, "2", "1", "0", "8"]) == 2
-    assert "hidden_size must be at least 1, got 0" in capsys.readouterr().err
+    for wrong, message in (
+        (["2", "4", "8", "8"], "top_k (4) must not exceed num_experts (2)"),
+        (["1025", "4", "8", "8"], "num_experts must be at most 1024, got 1025"),
+        (["64", "17", "8", "8"], "top_k must be at most 16, got 17"),
+        (["8", "2", "8", "8", "--ungated", "--activation", "clamped"], "ClampedSwiGLU needs a gate"),
+        (["2", "1", "0", "8"], "argument D: must be a whole number of at least 1, got '0'"),
+        (["2", "1", "8", "8", "--tokens", "-4"], "argument --tokens: must be a whole number of at least 1, got '-4'"),
+    ):
+        assert status_of([command, *wrong]) == 2
+        assert message in capsys.readouterr().err
     show = ["--show"] if command == "tune" else []
     assert main([command, *SHAPE, *show, "--target", "sm_70"]) == 2
     assert "--target must be one of sm_80, sm_90" in capsys.readouterr().err

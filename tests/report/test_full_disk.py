@@ -117,8 +117,10 @@ def test_files_are_whole(tmp_path: Path) -> None:
         assert file.read_text() == f"by {path.name}"
     assert link.is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
-    with pytest.raises(OSError, match="the note could not be written: No such file or directory"):
-        write_whole(tmp_path / "nowhere" / "file", "", "note")
+    write_whole(tmp_path / "new" / "folder" / "file", "content", "note")
+    assert (tmp_path / "new" / "folder" / "file").read_text() == "content"
+    with pytest.raises(OSError, match="the note could not be written: Not a directory"):
+        write_whole(file / "folder" / "file", "", "note")
 
 
 def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

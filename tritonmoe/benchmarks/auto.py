@@ -11,13 +11,13 @@ import itertools
 import os
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..transports import ProcessGroupTransport, Transport
 from ..transports.process_group import torchrun_ranks
+from .argument_types import output_file, positive
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import Namespaces, ask, parse_rate
 from .overlap_prediction import predict
@@ -42,14 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["coarse", "fine"])
     parser.add_argument("--routings", nargs="+", default=["uniform", "zipf:1.2"])
-    parser.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 8], help="default 1 2 3 4 8")
-    parser.add_argument("--sweep-rounds", type=int, default=5, help="rounds of the first run (default 5)")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of the second run (default 21)")
+    parser.add_argument("--sweep-rounds", type=positive, default=5, help="rounds of the first run (default 5)")
+    parser.add_argument("--rounds", type=positive, default=21, help="rounds of the second run (default 21)")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 
 
@@ -65,8 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rates = [parse_rate(rate) for rate in arguments.rates]
-    if min(arguments.rounds, arguments.sweep_rounds, arguments.tokens) < 1:
-        raise ValueError("--rounds, --sweep-rounds and --tokens must be positive")
     if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
         raise ValueError("--chunks must lie between 1 and 32")
     if "RANK" in os.environ:

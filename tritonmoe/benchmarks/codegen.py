@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.files import write_whole
+from .argument_types import output_file, positive
 
 __all__ = ["OLDEST_TRITON", "main", "source_hash"]
 
@@ -49,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         help=f"Triton releases; others than the installed {installed} are downloaded (default: {OLDEST_TRITON} and it)",
     )
     parser.add_argument("--overlays", type=Path, default=Path("build") / "triton", help="folder of other Tritons")
-    parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
+    parser.add_argument("--workers", type=positive, default=2, help="compiling processes (default 2)")
     parser.add_argument("--variants", nargs="+", help="only these variants (default: all)")
     parser.add_argument("--targets", nargs="+", help="only these targets (default: all)")
-    parser.add_argument("--json", type=Path, default=RESULT, help=f"file to write (default {RESULT})")
+    parser.add_argument("--json", type=output_file, default=RESULT, help=f"file to write (default {RESULT})")
     arguments = parser.parse_args(argv)
     before, started = source_hash(), time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -77,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
         "results": rows,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     # One row a line, without what is zero or empty: a short file, and a readable difference when a kernel changes.
     lines = [
         json.dumps({name: value for name, value in row.items() if value and (name != "loop" or row.get("matrix"))})

@@ -19,6 +19,7 @@ import torch
 from ..config import OverlapConfig
 from ..integrations.transformers.bench_model import load_spread, qwen3_moe_model
 from ..transports.process_group import torchrun_ranks
+from .argument_types import output_file, positive
 from .expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
 from .namespaces import Namespaces, parse_rate
 from .ranks import gather
@@ -36,17 +37,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench expert_parallel", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
     parser.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
-    parser.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--intermediate-size", type=int, default=256)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--hidden-size", type=positive, default=512)
+    parser.add_argument("--intermediate-size", type=positive, default=256)
+    parser.add_argument("--experts", type=positive, default=64)
+    parser.add_argument("--top-k", type=positive, default=8)
     parser.add_argument("--chunks", type=int, help="of tritonmoe; chosen by itself if left out")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="of every exchange (default 120)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 
 
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rate = parse_rate(arguments.rate)
+    if arguments.top_k > arguments.experts:
+        raise ValueError(f"--top-k {arguments.top_k} must not exceed --experts {arguments.experts}")
     if "RANK" in os.environ:
         return _run_rank(arguments, None if arguments.netns is None else rate)
     if arguments.netns is None:
@@ -70,8 +73,6 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         )
     if arguments.netns < 2 or arguments.experts % arguments.netns:
         raise ValueError(f"--netns must be 2 or more and divide the {arguments.experts} experts, got {arguments.netns}")
-    if arguments.rounds < 1 or arguments.tokens < 1:
-        raise ValueError(f"--rounds and --tokens must be positive, got {arguments.rounds} and {arguments.tokens}")
     command = [sys.executable, "-m", "tritonmoe", "bench", "expert_parallel", *argv]
     with tempfile.TemporaryDirectory() as directory:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would put the model there

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..report.files import write_whole
+from .argument_types import output_file, positive
 from .gpu_cases import Setting, check, measure_kernels, measure_layer
 from .shapes import GPU_SHAPES, LayerShape, tiny
 from .timing import environment
@@ -76,15 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of results; a rerun goes on in it")
     parser.add_argument("--budget-s", type=float, default=420.0, help="start no case after so many seconds (420)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     parser.add_argument("--kinds", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; always so on a CPU")
-    parser.add_argument("--summary", type=Path, help="also write all finished cases to this one file")
+    parser.add_argument("--summary", type=output_file, help="also write all finished cases to this one file")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_tiny = arguments.tiny or device.type == "cpu"
     setting = Setting(device, torch.bfloat16, "auto", arguments.rounds, 0.001 if is_tiny else 0.02)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"python -m bench.gpu: --out {arguments.out} can't be made: {error}", file=sys.stderr)
+        return 2
     run = {"tiny": is_tiny, "rounds": arguments.rounds, "environment": {**environment(), **_machine()}}
     if (problem := _belongs_elsewhere(arguments.out, run)) is not None:
         print(problem, file=sys.stderr)
@@ -115,7 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         if (arguments.out / case.file_name).exists()
     ]
     if arguments.summary is not None:
-        arguments.summary.parent.mkdir(parents=True, exist_ok=True)
         _write(arguments.summary, {"benchmark": "gpu", **run, "results": finished})
     wrong = [item for item in finished if item.get("passed") is False or "failed" in item]
     for item in wrong:

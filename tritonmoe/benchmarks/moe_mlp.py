@@ -8,7 +8,9 @@ import torch
 
 from ..experts import moe_mlp
 from ..integrations.transformers.peers import experts_function
+from .argument_types import positive
 from .timing import add_arguments, interleave, summarize, write_json
+from .workload import DTYPES
 
 __all__ = ["main"]
 
@@ -65,9 +67,9 @@ def build(
 
 def main(argv: list[str] | None = None) -> None:
     """Print one line per case; ratio is the best other implementation's time over ours, per round, median."""
-    parser = argparse.ArgumentParser(prog="python -m bench.moe_mlp", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 64])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser = argparse.ArgumentParser(prog="tritonmoe bench moe_mlp", description=__doc__)
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[2048, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     add_arguments(parser, rounds=11)
     arguments = parser.parse_args(argv)
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                     names = ["tritonmoe", *peers]
                     placements, parts = [], []  # all kept, so that none gets the memory of an earlier one
                     for _ in range(PLACEMENTS):
-                        placements.append(build(SHAPES[name], num_tokens, getattr(torch, dtype), names, backward))
+                        placements.append(build(SHAPES[name], num_tokens, DTYPES[dtype], names, backward))
                         rounds, seconds = -(-arguments.rounds // PLACEMENTS), arguments.seconds / PLACEMENTS
                         parts.append(interleave(placements[-1], rounds, seconds=seconds))
                     samples = {variant: [time for part in parts for time in part[variant]] for variant in names}

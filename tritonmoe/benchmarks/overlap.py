@@ -20,6 +20,8 @@ from ..report.png import write_overlap_png
 from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
+from ..wire import WireFormat
+from .argument_types import output_file, positive
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
 from .overlap_rank import RankMeasurement, measure_rank
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("layer")
     what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
-    what.add_argument("--tokens", type=int, default=1024, help="T of each rank (default 1024)")
+    what.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     what.add_argument("--dtype", choices=DTYPES, default="float32")
     what.add_argument("--wire-dtype", choices=WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)")
     what.add_argument(
@@ -60,13 +62,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
     what.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
     parser.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output, beside the table")
-    output.add_argument("--json", type=Path, help="all figures")
-    output.add_argument("--png", type=Path, help="lanes of the best schedules, measured and planned, and the sweep")
-    output.add_argument("--trace", type=Path, help="the same lanes of every rank for Perfetto")
+    output.add_argument("--json", type=output_file, help="all figures")
+    output.add_argument(
+        "--png", type=output_file, help="lanes of the best schedules, measured and planned, and the sweep"
+    )
+    output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
     return parser
 
 
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return _run(arguments, sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         print(f"tritonmoe bench overlap: {error}", file=sys.stderr)
         return 2
 
@@ -92,6 +96,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         arguments.seed,
         arguments.wire_dtype,
     )
+    WireFormat(workload.torch_dtype, workload.torch_wire_dtype)  # refuses what can't travel so
     if arguments.emulate is not None:
         has_gpu = torch.cuda.is_available()
         results = _emulate_one(arguments, workload, "cuda") if has_gpu else _emulate_all(arguments, workload)
@@ -184,8 +189,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
         if arguments.netns % arguments.node_size:
             raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
-    if arguments.rounds < 1 or arguments.tokens < 1 or not all(1 <= chunks <= 32 for chunks in arguments.chunks):
-        raise ValueError("--rounds and --tokens must be positive and --chunks lie between 1 and 32")
+    if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
+        raise ValueError(f"--chunks must lie between 1 and 32, got {arguments.chunks}")
 
 
 def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from ..config import OverlapConfig
 from ..expert_parallel import expert_parallel_mlp
 from ..experts import moe_mlp
 from ..transports import LocalTransport
+from .argument_types import positive
 from .moe_mlp import SHAPES
 from .timing import add_arguments, interleave, summarize, write_json
 
@@ -48,8 +49,8 @@ def build(shape: tuple[int, int, int, int], num_tokens: int, backward: bool) -> 
 
 def main(argv: list[str] | None = None) -> None:
     """Print one line per case; overhead is the median over rounds of executor / bare - 1."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scheduler", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser = argparse.ArgumentParser(prog="tritonmoe bench scheduler", description=__doc__)
+    parser.add_argument("--tokens", type=positive, default=2048)
     add_arguments(parser, rounds=31)
     arguments = parser.parse_args(argv)
     results = []

@@ -18,6 +18,7 @@ from ..overlap.schedule import build_forward
 from ..overlap.search import fixed_plan
 from ..overlap.simulator import simulate, simulate_layer
 from ..transports import LinkModel, Transport
+from .argument_types import positive
 from .fixed_experts import MODEL_WIDTH, NUM_EXPERTS, NUM_TOKENS
 from .stand_ins import FixedExperts, run_layer_pass
 from .timing import add_arguments, write_json
@@ -112,8 +113,8 @@ def time_of_many_ranks(num_ranks: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one line per case."""
-    parser = argparse.ArgumentParser(prog="python -m bench.simulator", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4096, help="ranks of the large simulation (default 4096)")
+    parser = argparse.ArgumentParser(prog="tritonmoe bench simulator", description=__doc__)
+    parser.add_argument("--ranks", type=positive, default=4096, help="ranks of the large simulation (default 4096)")
     add_arguments(parser, rounds=5)
     arguments = parser.parse_args(argv)
     compared = [

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..report.files import write_whole
+from .argument_types import output_file, positive
 
 __all__ = [
     "Samples",
@@ -110,7 +112,7 @@ def package_versions(*packages: str) -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = __version__ if package == "tritonmoe" else importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
@@ -130,15 +132,14 @@ def cpu_name() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the arguments that every benchmark has."""
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds (default {rounds})")
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"interleaved rounds (default {rounds})")
     parser.add_argument("--seconds", type=float, default=0.0, help="go on with short cases for so long (default 0)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
 
 
 def write_json(path: Path | None, name: str, results: Any) -> None:
     """Write the results with the machine and versions, if a path was given."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figures = {"benchmark": name, "environment": environment(), "results": results}
         write_whole(path, json.dumps(figures, indent=1), "file of figures")
         print(f"wrote {path}")

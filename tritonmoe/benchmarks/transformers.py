@@ -8,7 +8,6 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ import torch
 from ..integrations.transformers import collect_statistics
 from ..integrations.transformers.bench_model import qwen3_moe_model
 from ..integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
+from .argument_types import output_file, positive
 from .step_memory import kept_for_backward_mb, peak_mb
 from .timing import Samples, add_arguments, interleave, summarize, write_json
 from .transformers_report import as_table, write_png
+from .workload import DTYPES
 
 __all__ = ["main"]
 
@@ -160,17 +161,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--subjects", nargs="+", default=["block", "model"], choices=["block", "model"])
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS), choices=list(ROUTINGS))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=int, default=1024, help="T of training and prefill (default 1024)")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens that decode generates (default 16)")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--intermediate-size", type=int, default=256)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--png", type=Path, help="also draw the figures")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=positive, default=1024, help="T of training and prefill (default 1024)")
+    parser.add_argument("--new-tokens", type=positive, default=16, help="tokens that decode generates (default 16)")
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--hidden-size", type=positive, default=512)
+    parser.add_argument("--intermediate-size", type=positive, default=256)
+    parser.add_argument("--experts", type=positive, default=64)
+    parser.add_argument("--top-k", type=positive, default=8)
+    parser.add_argument("--png", type=output_file, help="also draw the figures")
     add_arguments(parser, rounds=7)
     arguments = parser.parse_args(argv)
+    if arguments.top_k > arguments.experts:
+        parser.error(f"--top-k {arguments.top_k} must not exceed --experts {arguments.experts}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_liger()
     results = []
@@ -182,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
                 intermediate_size=arguments.intermediate_size,
                 num_experts=arguments.experts,
                 top_k=arguments.top_k,
-                dtype=getattr(torch, dtype),
+                dtype=DTYPES[dtype],
                 device=device,
                 skew=ROUTINGS[routing],
             )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,14 @@ def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
     path = Path(routing)
     if not path.is_file():
         raise ValueError(f"routing must be uniform, remote, zipf:S or a file of ids, got {routing!r}")
-    ids = torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.tensor(json.loads(path.read_text()))
+    try:
+        ids = (
+            torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.tensor(json.loads(path.read_text()))
+        )
+    except (ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} holds no ids: a file of ids is a tensor written by torch.save (.pt), or JSON, a list of rows"
+        ) from error
     if ids.dim() != 2 or ids.shape[1] != top_k or len(ids) < size * num_tokens:
         raise ValueError(
             f"{path} must have at least W * T = {size} * {num_tokens} rows of K = {top_k} ids, got {tuple(ids.shape)}"

@@ -10,9 +10,11 @@ __all__ = ["add_parser"]
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
-    parser = subparsers.add_parser("bench", help="measure: overlap on real links, experts, scheduler", add_help=False)
+    parser = subparsers.add_parser(
+        "bench", help="measure: overlap on real links, experts, scheduler", description=__doc__
+    )
     parser.add_argument("name", choices=BENCHMARKS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="see tritonmoe bench NAME --help")
     parser.set_defaults(run=run)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..benchmarks.argument_types import positive
 from ..benchmarks.timing import cpu_name
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_png
@@ -52,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         help=f"training steps (default {DEFAULT_STEPS}, fewer after {TRAINING_TIME_LIMIT_S:.0f} s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
@@ -66,13 +67,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=4, help="emulated ranks (default 4)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: a GPU if any")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 @dataclass

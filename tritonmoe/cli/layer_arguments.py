@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from ..benchmarks.argument_types import positive
 from ..benchmarks.shapes import LayerShape
-from ..config import ClampedSwiGLU, ExpertLayout
+from ..config import ClampedSwiGLU, MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
 
@@ -16,12 +17,14 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped")
 
 def add_layer_arguments(parser: Any) -> None:
     """Add E, K, D, F, the dtype and the layout."""
-    parser.add_argument("num_experts", metavar="E", type=int, help="experts")
-    parser.add_argument("top_k", metavar="K", type=int, help="experts per token")
-    parser.add_argument("hidden_size", metavar="D", type=int, help="model width")
-    parser.add_argument("intermediate_size", metavar="F", type=int, help="width of one expert")
+    parser.add_argument("num_experts", metavar="E", type=positive, help="experts")
+    parser.add_argument("top_k", metavar="K", type=positive, help="experts per token")
+    parser.add_argument("hidden_size", metavar="D", type=positive, help="model width")
+    parser.add_argument("intermediate_size", metavar="F", type=positive, help="width of one expert")
     parser.add_argument("dtype", choices=list(DTYPES), nargs="?", default="bfloat16", help="default bfloat16")
-    parser.add_argument("--tokens", type=int, nargs="+", help="tokens per call; default: one of every class of tiles")
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", help="tokens per call; default: one of every class of tiles"
+    )
     parser.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="clamped is gpt-oss's (default silu)")
     parser.add_argument("--ungated", action="store_true")
     parser.add_argument("--interleaved", action="store_true")
@@ -30,15 +33,11 @@ def add_layer_arguments(parser: Any) -> None:
 
 
 def layer_shape(arguments: argparse.Namespace) -> LayerShape:
-    """Give the layer; ValueError where the numbers don't fit together."""
+    """Give the layer; ValueError where there can be none like it."""
     a = arguments
-    for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
-    if a.top_k > a.num_experts:
-        raise ValueError(f"K = {a.top_k} must not exceed E = {a.num_experts}")
     activation = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0) if a.activation == "clamped" else a.activation
-    layout = ExpertLayout(not a.ungated, a.interleaved, a.transposed)
+    sizes = (a.hidden_size, a.intermediate_size, a.num_experts, a.top_k)
+    layout = MoEConfig(*sizes, activation, not a.ungated, a.interleaved, a.transposed).layout
     name = f"E={a.num_experts} K={a.top_k} D={a.hidden_size} F={a.intermediate_size}"
     return LayerShape(name, a.num_experts, a.top_k, a.hidden_size, a.intermediate_size, activation, layout, bias=a.bias)
 

@@ -29,12 +29,14 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
         shape = layer_shape(arguments)
-    except ValueError as error:
+        if arguments.target and not arguments.show:
+            raise ValueError("--target belongs to --show: what is measured is this machine's GPU")
+        tokens = arguments.tokens or tokens_of_every_class(shape)
+        if arguments.show:
+            return show(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90", say)
+    except (ValueError, OSError) as error:
         print(f"tritonmoe tune: {error}", file=sys.stderr)
         return 2
-    tokens = arguments.tokens or tokens_of_every_class(shape)
-    if arguments.show:
-        return show(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90", say)
     reason = triton_unusable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None or not torch.cuda.is_available():
         print(

@@ -61,5 +61,7 @@ def _layers(text: str) -> str | list[int]:
     chosen: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"must be all, or positions such as 0,2,4-7, got {text!r}")
         chosen += range(int(first), int(last or first) + 1)
     return chosen

@@ -16,7 +16,7 @@ def write_picture(path: str | os.PathLike, figure: Any, **options: Any) -> None:
 
 
 def write_whole(path: str | os.PathLike, content: bytes | str, what: str) -> None:
-    """Write a file, beside its place first; a device or a pipe is written to as it is.
+    """Write a file, beside its place first, in a folder that may be new; a device or a pipe is written to as it is.
 
     what: "trace", say; the error's message names it.
     Raises:
@@ -29,6 +29,7 @@ def write_whole(path: str | os.PathLike, content: bytes | str, what: str) -> Non
             path.write_bytes(data)
             return
         target = path.resolve()  # a link stays one
+        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         try:
             part.write_bytes(data)
