@@ -26,7 +26,7 @@ from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transpor
 ROOMY, TIGHT = 1024.0, 0.2
 
 
-def reports(batch: Batch, overlap: tm.OverlapConfig | tm.OverlapPlan) -> list[tm.overlap.executor.LayerReport]:
+def reports(batch: Batch, overlap: tm.OverlapConfig | tm.OverlapPlan) -> list[tm.overlap.layer_report.LayerReport]:
     """Run the batch through a layer's forward and give every rank's report."""
 
     def on_rank(transport: Transport):

@@ -57,10 +57,10 @@ FENCES = {
     "triton": ("kernels/",),
     "torch.distributed": ("transports/", "integrations/"),
     "transformers": ("integrations/",),
-    "torch.cuda.Stream": ("overlap/executor.py", "emulation.py", "transports/"),
-    "torch.cuda.Event": ("overlap/executor.py", "emulation.py", "transports/"),
-    "torch.cuda.stream": ("overlap/executor.py", "emulation.py", "transports/"),
-    "torch.cuda.current_stream": ("overlap/executor.py", "emulation.py", "transports/"),
+    "torch.cuda.Stream": ("emulation.py", "transports/"),
+    "torch.cuda.Event": ("overlap/layer_report.py", "emulation.py", "transports/"),
+    "torch.cuda.stream": ("emulation.py", "transports/"),
+    "torch.cuda.current_stream": ("overlap/layer_report.py", "emulation.py", "transports/"),
 }
 EXCEPTIONS = {
     # what it uses beyond its fence or layer, and why

@@ -9,7 +9,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config import ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.overlap.executor import LayerReport, PassReport
+from tritonmoe.overlap.layer_report import LayerReport, PassReport
 from tritonmoe.overlap.simulator import Simulation, simulate_layer
 from tritonmoe.overlap.two_level_work import TwoLevelWork
 from tritonmoe.transports import LinkModel, PendingExchange, Transport, TwoLevelTransport

@@ -20,7 +20,8 @@ from .dispatch import DispatchPlan
 from .errors import TransportError
 from .experts_run import ExpertsRun
 from .grouping import Grouping, RowSources
-from .overlap.executor import ExpertsPass, LayerPass, LayerReport
+from .overlap.executor import ExpertsPass, LayerPass
+from .overlap.layer_report import LayerReport
 from .overlap.node_pass import NodePass
 from .placement import ExpertPlacement
 from .transports import PendingExchange, Transport

@@ -17,7 +17,7 @@ from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
 from .experts_run import activation_parameters
-from .overlap.executor import LayerReport
+from .overlap.layer_report import LayerReport
 from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
 from .placement import ExpertPlacement

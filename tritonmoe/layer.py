@@ -14,7 +14,7 @@ from .errors import NonFiniteScores
 from .expert_parallel import run_expert_parallel
 from .expert_parallel_run import check_expert_parallel
 from .experts import moe_mlp
-from .overlap.executor import LayerReport
+from .overlap.layer_report import LayerReport
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .shared_expert import SharedExpert

@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import OverlapPlan
 from .layer import GroupedExperts
 from .overlap.cost_model import LinkCosts, StepCosts, fit_line
-from .overlap.executor import LayerReport
+from .overlap.layer_report import LayerReport
 from .overlap.measured import median_steps
 from .transport_state import LayerCalls
 from .transports import LocalTransport, PendingExchange, Transport

@@ -11,7 +11,7 @@ from .autograd import checkpointed_region
 from .config import OverlapPlan
 from .count_exchange import refuse_call
 from .handles import Handled
-from .overlap.executor import LayerReport
+from .overlap.layer_report import LayerReport
 from .overlap.tuner import PlanChooser
 from .transports import Transport
 

@@ -11,7 +11,7 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.overlap.executor import PassReport
+from tritonmoe.overlap.layer_report import PassReport
 from tritonmoe.overlap.schedule import Step
 from tritonmoe.overlap.simulator import simulate_layer
 from tritonmoe.overlap.two_level_work import TwoLevelWork

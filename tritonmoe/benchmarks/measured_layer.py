@@ -9,7 +9,7 @@ import torch
 
 from ..config import MoEConfig, OverlapConfig, OverlapPlan
 from ..layer import GroupedExperts
-from ..overlap.executor import LayerReport, PassReport
+from ..overlap.layer_report import LayerReport, PassReport
 from ..overlap.search import fixed_plan
 from ..overlap.tuner import PlanChooser
 from ..transport_state import state_of

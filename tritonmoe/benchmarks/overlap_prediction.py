@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..overlap.cost_model import LayerWork, StepCosts
-from ..overlap.executor import LayerReport
+from ..overlap.layer_report import LayerReport
 from ..overlap.measured import layer_work, median_steps
 from ..overlap.simulator import Simulation, simulate_layer
 from ..overlap.two_level_work import TwoLevelWork

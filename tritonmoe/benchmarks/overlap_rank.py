@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..overlap.executor import LayerReport
+from ..overlap.layer_report import LayerReport
 from ..overlap.measured import layer_work
 from ..overlap.simulator import Simulation
 from ..overlap.tuner import SETTLING_CALLS

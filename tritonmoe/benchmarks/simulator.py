@@ -12,7 +12,7 @@ from ..config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..dispatch import DispatchPlan
 from ..emulation import run_on_emulated_ranks
 from ..overlap.cost_model import LayerWork, LinkCosts, StepCosts
-from ..overlap.executor import LayerReport
+from ..overlap.layer_report import LayerReport
 from ..overlap.measured import layer_costs, layer_work
 from ..overlap.schedule import build_forward
 from ..overlap.search import fixed_plan

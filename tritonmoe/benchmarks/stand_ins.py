@@ -11,7 +11,8 @@ from ..backends.reference import WeightGrads
 from ..config import OverlapPlan
 from ..count_exchange import DTYPE_CODES, CallHeader
 from ..dispatch import DispatchPlan, exchange_plan, plan_tokens
-from ..overlap.executor import ExpertsPass, LayerPass, PassReport
+from ..overlap.executor import ExpertsPass, LayerPass
+from ..overlap.layer_report import PassReport
 from ..transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]

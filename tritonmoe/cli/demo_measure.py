@@ -9,7 +9,7 @@ import torch
 from ..config import MoEConfig, OverlapConfig
 from ..emulation import run_on_emulated_ranks
 from ..layer import MoELayer
-from ..overlap.executor import LayerReport, PassReport
+from ..overlap.layer_report import LayerReport, PassReport
 from ..report.timeline import Timeline, layer_timeline
 from ..transports import LinkModel, Transport
 from .demo_training import row_bytes_per_layer

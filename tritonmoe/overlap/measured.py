@@ -9,7 +9,7 @@ import torch
 
 from ..config import OverlapPlan
 from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
-from .executor import LayerReport
+from .layer_report import LayerReport
 from .schedule import Step
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]

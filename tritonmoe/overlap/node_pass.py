@@ -15,7 +15,8 @@ from ..backends.reference import WeightGrads
 from ..dispatch import DispatchPlan
 from ..transports import PendingExchange, Transport
 from ..wire import WireFormat
-from .executor import ExpertsPass, LayerPass, PassReport, execute
+from .executor import ExpertsPass, LayerPass, execute
+from .layer_report import PassReport
 from .schedule import Step, build_inside
 
 __all__ = ["NodePass"]

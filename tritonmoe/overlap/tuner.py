@@ -24,7 +24,7 @@ import torch
 from ..config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..count_exchange import CallHeader
 from .cost_model import LayerWork
-from .executor import LayerReport
+from .layer_report import LayerReport
 from .measured import layer_costs, layer_work, link_costs, most_work
 from .memory import ALL_AT_ONCE, BufferWidths, WorkingSet
 from .search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..overlap.executor import LayerReport, PassReport, StepTiming
+from ..overlap.layer_report import LayerReport, PassReport, StepTiming
 from ..overlap.simulator import SimulatedStep, Simulation
 
 __all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
