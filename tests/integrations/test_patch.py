@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tritonmoe.integrations.transformers import experts as experts_module
-from tritonmoe.integrations.transformers import parallelize, patch, register
+from tritonmoe.integrations.transformers import parallelize, patch, register, upcycle
 from tritonmoe.transports import LocalTransport
 
 SIZES = {
@@ -178,6 +178,11 @@ def test_quantised_experts_classes_are_refused():
     config = transformers.MixtralConfig(**SIZES, num_local_experts=6, hidden_act="silu")
     with pytest.raises(ValueError, match=r"0 \(FP8Experts\) are quantised"):
         patch(nn.Sequential(FP8Experts(config, block_size=(8, 8))))
+
+
+def test_a_model_upcycled_in_place_runs_tritonmoe_already():
+    with pytest.raises(ValueError, match="was upcycled in place, and its experts are tritonmoe's already"):
+        patch(upcycle(gpt2(), 4, 2))
 
 
 def test_experts_that_are_left_are_reported(caplog):

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tritonmoe.integrations.transformers import collect_statistics, register
+from tritonmoe.integrations.transformers import collect_statistics, register, upcycle
 from tritonmoe.report.load import write_load_png
 
 SIZES = {
@@ -64,6 +64,20 @@ def test_recomputed_forwards_count_once(use_reentrant):
         model(ids_of(model), labels=ids_of(model)).loss.backward()
     assert all(layer.num_routed_pairs == 2 * 18 for layer in statistics.layers.values())
     assert all(p.grad is not None for p in model.model.layers[0].mlp.experts.parameters())
+
+
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_models_upcycled_in_place(shared_expert):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    model = upcycle(AutoModelForCausalLM.from_config(config), 4, 2, shared_expert=shared_expert)
+    with collect_statistics(model) as statistics:
+        model(ids_of(model))
+    layers = [model.transformer.h[index].mlp.c_fc for index in range(2)]
+    assert list(statistics.loads) == [f"transformer.h.{index}.mlp.c_fc.experts" for index in range(2)]
+    for layer, load in zip(layers, statistics.loads.values(), strict=True):
+        assert load == torch.bincount(layer.last_routing.topk_ids.flatten(), minlength=4).tolist()
+        assert sum(load) == 2 * 18
 
 
 def test_it_logs_prints_and_draws(tmp_path):

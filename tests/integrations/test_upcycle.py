@@ -352,6 +352,26 @@ def test_aux_loss_of_models_without_layers_or_forward():
         aux_loss(upcycle(make_dense("gpt2"), 4, 2))
 
 
+def test_aux_loss_that_would_teach_nothing_is_refused():
+    """Reentrant checkpointing runs the forward without a graph: the routers would silently go without it."""
+    moe = upcycle(make_dense("gpt2"), 4, 2).train()
+    ids = make_batch(moe)["input_ids"]
+    enable = getattr(moe, "activation_checkpointing_enable", None) or moe.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    moe(ids)
+    with pytest.raises(RuntimeError, match=r"made no graph .*\{\"use_reentrant\": False\}"):
+        aux_loss(moe)
+    with torch.no_grad():
+        assert aux_loss(moe) > 0
+    enable({"use_reentrant": False})
+    moe(ids)
+    aux_loss(moe).backward()
+    assert all(layer.mlp.c_fc.router.weight.grad.abs().max() > 0 for layer in moe.transformer.h)
+    with torch.no_grad():
+        moe.eval()(ids)
+    assert aux_loss(moe) > 0
+
+
 # Saving
 
 
@@ -389,8 +409,50 @@ def test_inplace_models_do_not_load_as_dense_ones(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     with pytest.raises(ValueError, match="holds no model upcycled in place"):
         load_upcycled(tmp_path)
-    with pytest.raises(FileExistsError, match="not an empty directory"):
-        upcycle(make_dense("gpt2"), 4, 2).save_pretrained(tmp_path / "moe")
+    make_dense("gpt2").save_pretrained(tmp_path / "dense")
+    with pytest.raises(FileExistsError, match=r"not an empty directory, it holds model\.safetensors"):
+        upcycle(make_dense("gpt2"), 4, 2).save_pretrained(tmp_path / "dense")
+
+
+def test_a_second_save_replaces_the_first_one(tmp_path, monkeypatch):
+    """As Trainer does, into its own directory beside its checkpoints; a failed one leaves what was there."""
+    first, second = (upcycle(make_dense("gpt2"), 4, 2, init="noise", seed=seed) for seed in (1, 2))
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    first.save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert sum(name.endswith(".safetensors") for name in before) > 2
+
+    def full(directory):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(second.config, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        second.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert states_equal(load_upcycled(tmp_path), first)
+    monkeypatch.undo()
+    second.save_pretrained(tmp_path)
+    assert states_equal(load_upcycled(tmp_path), second)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["upcycled.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-2", "training_args.bin"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_trainer_saves_checkpoints_and_the_model(tmp_path):
+    pytest.importorskip("accelerate")
+    moe = upcycle(make_dense("gpt2"), 4, 2)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    rows = torch.randint(3, 64, (8, 9), generator=torch.Generator().manual_seed(1))
+    trainer = transformers.Trainer(moe, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model()
+    for directory in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        assert states_equal(load_upcycled(directory), moe)
+    assert not states_equal(load_upcycled(tmp_path / "run" / "checkpoint-1"), moe)
 
 
 # Bad input, nothing changed

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -344,6 +345,7 @@ def test_sources_that_are_not_whole(tmp_path):
         ),
         ("cut", lambda d: os.truncate(d / shards[1], 500), f"{shards[1]} is damaged or half written"),
         ("index", lambda d: os.truncate(d / "model.safetensors.index.json", 50), "is damaged .*half written"),
+        ("list", lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "is damaged .*half written"),
         ("config", lambda d: (d / "config.json").unlink(), "has no config.json"),
         ("swapped", lambda d: shutil.copy(d / shards[0], d / shards[1]), "which no shard holds"),
     ):
@@ -392,8 +394,62 @@ def test_a_half_written_result_does_not_load(tmp_path):
         load_upcycled(tmp_path / "moe")
 
 
+def test_a_damaged_result_does_not_load(tmp_path):
+    upcycle(make_dense("gpt2"), **OPTIONS).save_pretrained(tmp_path / "moe")
+    name = "tritonmoe_upcycling.json"
+    description = json.loads((tmp_path / "moe" / name).read_text())
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    for number, (file, text, message) in enumerate(
+        [
+            *(
+                (name, text, rf"{name} is damaged .*half written")
+                for text in ("", '{"form', "[]", "{}", '{"format": 1}')
+            ),
+            (name, json.dumps({**description, "format": 2, "settings": 3}), "has format 2, this version reads 1"),
+            (name, json.dumps({**description, "model_class": "Nothing"}), "holds a Nothing, which transformers"),
+            (
+                name,
+                json.dumps({**description, "blocks": {"0": "transformer.h.7"}}),
+                r"has no transformer\.h\.7\.router",
+            ),
+            ("config.json", None, "has no config.json"),
+            ("config.json", json.dumps({**config, "n_embd": 16}), "does not fit its config.json"),
+        ]
+    ):
+        directory = tmp_path / str(number)
+        shutil.copytree(tmp_path / "moe", directory)
+        if text is None:
+            (directory / file).unlink()
+        else:
+            (directory / file).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_upcycled(directory)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
+def test_what_from_pretrained_leaves_out_is_left_out(name, tmp_path, caplog):
+    """Real checkpoints of GPT-2 and BERT hold buffers of older releases."""
+    save_dense(name, tmp_path / "dense", max_shard_size="1GB")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"h.0.attn.bias": torch.ones(3)}, path, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, "tritonmoe"):
+        upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **OPTIONS)
+    assert "left out, as from_pretrained does" in caplog.text
+    assert "h.0.attn.bias" in caplog.text
+    expected = upcycle(dense_of(name, tmp_path / "dense"), **OPTIONS)
+    actual = load(tmp_path / "moe", expected).state_dict()
+    assert actual.keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.state_dict().items())
+
+
 def test_destinations_and_sizes(tmp_path):
     save_dense("llama", tmp_path / "dense")
+    before = contents(tmp_path / "dense")
+    for inside in (tmp_path / "dense" / "moe", tmp_path / "dense" / "a" / ".." / "moe"):
+        with pytest.raises(ValueError, match=r"lies in .*, which is not to be changed"):
+            upcycle_checkpoint(tmp_path / "dense", inside, **OPTIONS)
+    assert contents(tmp_path / "dense") == before
     with pytest.raises(FileExistsError, match="is not an empty directory"):
         upcycle_checkpoint(tmp_path / "dense", tmp_path / "dense", **OPTIONS)
     (tmp_path / "empty").mkdir()

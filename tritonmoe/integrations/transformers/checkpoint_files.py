@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class CheckpointReader:
             try:
                 listed = json.loads(index.read_text())["weight_map"]
                 files = sorted(set(listed.values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} is damaged ({error}): the checkpoint is half written") from error
         else:
             files = [f"{stem}.safetensors"]
@@ -152,11 +152,23 @@ class ShardWriter:
         return num_shards
 
 
-def check_destination(directory: str | os.PathLike, num_bytes: int) -> Path:
-    """Give the path of a directory that may be written: absent or empty, on a disk with room for num_bytes."""
+def check_destination(
+    directory: str | os.PathLike, num_bytes: int, may_hold: Callable[[str], bool] = lambda name: False
+) -> Path:
+    """Give the path of a directory that may be written: absent or empty, on a disk with room for num_bytes.
+
+    Args:
+        may_hold: says which files, by their names, may be there already.
+    """
     path = Path(directory)
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FileExistsError(f"{path} exists already and is not an empty directory: choose another, or empty it")
+    in_the_way = sorted(inside.name for inside in path.glob("*") if not may_hold(inside.name))
+    if in_the_way:
+        raise FileExistsError(
+            f"{path} exists already and is not an empty directory, it holds {', '.join(in_the_way[:4])}: choose "
+            "another, or empty it"
+        )
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
@@ -168,16 +180,29 @@ def check_destination(directory: str | os.PathLike, num_bytes: int) -> Path:
 
 
 @contextlib.contextmanager
-def unpublished(directory: Path) -> Iterator[Path]:
+def unpublished(directory: Path, entry: str | None = None, stem: str = "model") -> Iterator[Path]:
     """Give a temporary directory beside `directory`, which becomes it when the block ends, or goes when it raises.
 
     A process that is killed leaves the temporary directory, named .NAME.unfinished-PID, and nothing else.
+
+    Args:
+        entry: a file without which nothing loads. Given it, a directory that holds other files takes the new ones in
+            when all are written: what it has of `entry` and of the weights called `stem` goes, `entry` comes last.
     """
-    temporary = directory.absolute().parent / f".{directory.name}.unfinished-{os.getpid()}"
+    is_taken_in = entry is not None and directory.is_dir() and any(directory.iterdir())
+    place = directory if is_taken_in else directory.absolute().parent
+    temporary = place / f".{directory.absolute().name}.unfinished-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.rename(temporary, directory)  # over an empty directory, or none: all or nothing
+        if is_taken_in:
+            for stale in [directory / str(entry), *directory.glob(f"{stem}*.safetensors*")]:
+                stale.unlink(missing_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == entry):
+                os.replace(path, directory / path.name)
+            temporary.rmdir()
+        else:
+            os.rename(temporary, directory)  # over an empty directory, or none: all or nothing
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...layer import MoELayer
 from .discovery import UNSUPPORTED_NAMES, experts_modules
 from .requirements import quantised_kind
 
@@ -83,6 +84,11 @@ def _check(model: nn.Module, found: dict[str, nn.Module], left: dict[str, nn.Mod
         )
     if found:
         return
+    if any(isinstance(module, MoELayer) for module in model.modules()):
+        raise ValueError(
+            f"nothing to switch in {type(model).__name__}: it was upcycled in place, and its experts are tritonmoe's "
+            "already"
+        )
     if left:
         raise ValueError(
             f"nothing to switch in {type(model).__name__}: {_list(left)} do not ask transformers' experts registry; "

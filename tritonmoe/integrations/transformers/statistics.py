@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ...layer import MoELayer
 from ...routing import RoutingStatistics, is_recomputing, routing_statistics
 from .discovery import experts_modules
 from .requirements import check_transformers
@@ -77,10 +78,10 @@ class ModelStatistics:
 def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """Count, while the context lasts, where the tokens of a transformers model go; any experts implementation.
 
-    A forward that activation checkpointing runs again counts once.
+    So for models upcycled in place too. A forward that activation checkpointing runs again counts once.
 
     Raises:
-        ValueError: the model has no experts that go through transformers' registry.
+        ValueError: the model has no experts that go through transformers' registry, nor tritonmoe's own.
         ImportError: transformers is missing or older than 5.7.
     Example:
         with collect_statistics(model) as statistics:
@@ -89,10 +90,18 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
         statistics.log_to(SummaryWriter(), step=1000)
     """
     check_transformers()
-    found: dict[str, Any] = experts_modules(model)
+    found: dict[str, Any] = {}
+    num_experts: dict[str, int] = {}
+    registered: dict[str, Any] = experts_modules(model)
+    for name, module in model.named_modules():
+        if name in registered:
+            found[name], num_experts[name] = module, registered[name].down_proj.shape[0]
+        elif isinstance(module, MoELayer):
+            own_name = f"{name}.experts" if name else "experts"
+            found[own_name], num_experts[own_name] = module.experts, module.config.num_experts
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts that go through transformers' registry")
-    statistics = ModelStatistics({name: experts.down_proj.shape[0] for name, experts in found.items()})
+    statistics = ModelStatistics(num_experts)
 
     def count(name: str, arguments: tuple, keywords: dict[str, Any]) -> None:
         if not is_recomputing():

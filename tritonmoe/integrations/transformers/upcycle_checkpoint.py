@@ -1,5 +1,6 @@
 """Upcycle a checkpoint directory into another, a tensor at a time, for models larger than half of the memory."""
 
+import logging
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from .upcycle_native import NativeConversion, build_model
 from .upcycle_saved import WEIGHTS_STEM, write_description
 
 __all__ = ["upcycle_checkpoint"]
+
+log = logging.getLogger("tritonmoe")
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 Progress = Callable[[int, int], None]
@@ -67,6 +70,10 @@ def upcycle_checkpoint(
     experts = checked.num_experts // checked.granularity + checked.shared_expert
     total = sum(size * (experts if name in replaced else 1) for name, size in sizes.items())
     destination = check_destination(destination, total)
+    if source.resolve() in destination.resolve().parents:
+        raise ValueError(
+            f"{destination} lies in {source}, which is not to be changed: choose a directory outside of it"
+        )
     show = progress or _progress_on_stderr
     native = isinstance(conversion, NativeConversion)
     with unpublished(destination) as directory:
@@ -131,11 +138,18 @@ def _match_names(dense: Any, reader: CheckpointReader, source: Path) -> dict[str
             names[own] = stored
     tied = getattr(dense, "all_tied_weights_keys", {})
     missing = sorted(wanted.keys() - names.keys() - tied.keys())
-    if missing or unknown:
+    if missing:
         differing = [*(f"{name} is missing" for name in missing), *(f"{name} is not known" for name in unknown)]
         raise ValueError(
             f"{source} does not hold the tensors of {type(dense).__name__}: {', '.join(differing[:4])} "
             f"({len(differing)} in all). If from_pretrained loads it all the same, call upcycle() on the model"
+        )
+    if unknown:  # buffers of older releases, as GPT-2's and BERT's checkpoints have; a head that this class has not
+        log.warning(
+            "left out, as from_pretrained does, what %s has no place for: %s%s",
+            type(dense).__name__,
+            ", ".join(unknown[:4]),
+            f" and {len(unknown) - 4} more" if len(unknown) > 4 else "",
         )
     return {name: names[name] for name in wanted if name in names}
 

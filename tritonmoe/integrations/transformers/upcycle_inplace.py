@@ -50,13 +50,26 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Give the sum of the load balance losses of a model upcycled in place, to be added to the model's own loss.
 
     Valid after a forward; AUX_LOSS_WEIGHT is in it already. Natively upcycled models add theirs themselves.
+
+    Raises:
+        ValueError: the model was not upcycled in place.
+        RuntimeError: there was no forward, or one without a graph in training, as reentrant checkpointing makes them:
+            the loss would teach the routers nothing.
     """
-    losses = [layer.aux_loss for layer in model.modules() if isinstance(layer, MoELayer)]
-    if not losses:
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
-    found = [loss for loss in losses if loss is not None]
-    if len(found) < len(losses):
+    found = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
+    if len(found) < len(layers):
         raise RuntimeError("aux_loss() is there after the model's forward, not before")
+    if torch.is_grad_enabled() and any(
+        layer.training and layer.router.weight.requires_grad and not loss.requires_grad
+        for layer, loss in zip(layers, found, strict=True)
+    ):
+        raise RuntimeError(
+            "the model's training forward made no graph for its auxiliary loss, as under reentrant activation "
+            'checkpointing: enable it with {"use_reentrant": False}, or call aux_loss() under torch.no_grad()'
+        )
     return torch.stack([loss.to(found[0].device) for loss in found]).sum()
 
 

@@ -32,10 +32,12 @@ def save_pretrained(
 ) -> None:
     """Write the model's config, its weights and the description of its conversion; all of it or nothing.
 
-    Bound to a model upcycled in place as its save_pretrained. Load with load_upcycled().
+    Bound to a model upcycled in place as its save_pretrained. Load with load_upcycled(). A directory may hold other
+    files, as Trainer's does, and an earlier such model, which is replaced once the new one is written.
 
     Raises:
-        FileExistsError: the directory is there and not empty.
+        FileExistsError: the directory is a file, or holds weights that from_pretrained would load instead.
+        OSError: the disk is full; what was there before is there still.
     """
     if not is_main_process:
         return
@@ -43,8 +45,8 @@ def save_pretrained(
     tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if name in state}
     state = {name: tensor for name, tensor in state.items() if name not in tied}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    destination = check_destination(save_directory, size)
-    with unpublished(destination) as directory:
+    destination = check_destination(save_directory, size, may_hold=_is_no_weight_of_another)
+    with unpublished(destination, entry=DESCRIPTION_FILE, stem=WEIGHTS_STEM) as directory:
         writer = ShardWriter(directory, parse_size(max_shard_size), WEIGHTS_STEM)
         for name, tensor in state.items():
             writer.add(name, tensor)
@@ -52,6 +54,10 @@ def save_pretrained(
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)
         _write(directory, type(model).__name__, model.config, model.upcycling)
+
+
+def _is_no_weight_of_another(name: str) -> bool:
+    return not (name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json")))
 
 
 def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
@@ -79,39 +85,59 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
     import transformers
 
     directory = Path(directory)
+    class_name, settings, paths = _read_description(directory)
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        raise ValueError(
+            f"{directory} holds a {class_name}, which transformers {transformers.__version__} doesn't have"
+        )
+    reader = CheckpointReader(directory, WEIGHTS_STEM)
+    first_router = f"{next(iter(paths.values()))}.router.weight"
+    if first_router not in reader.keys():  # noqa: SIM118
+        raise ValueError(f"{directory} does not fit its {DESCRIPTION_FILE}: it has no {first_router}")
+    config = transformers.AutoConfig.from_pretrained(directory)
+    stored_dtype = reader.dtype(first_router)
+    model: Any = build_model(model_class, config, stored_dtype, "cpu")
+    blocks = select_blocks(find_blocks(model), [int(index) for index in paths])
+    differing = [block.path for block in blocks if paths[str(block.index)] != block.path]
+    if differing:
+        raise ValueError(
+            f"{DESCRIPTION_FILE} in {directory} names other blocks than this transformers finds "
+            f"({', '.join(differing[:4])})"
+        )
+    replace_blocks(model, settings, blocks, stored_dtype)
+    state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{directory} does not fit its config.json: {error}") from error
+    lost = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", {})))
+    if lost or unexpected:
+        raise ValueError(f"{directory} does not fit {class_name}: missing {lost[:4]}, unknown {unexpected[:4]}")
+    model.tie_weights()
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    remember_conversion(model, InplaceConversion(model, settings, blocks, blocks))
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, str]]:
+    """Give the model's class, the settings, and the blocks' paths by their positions."""
     path = directory / DESCRIPTION_FILE
     if not path.exists():
         raise ValueError(
             f"{directory} has no {DESCRIPTION_FILE}: it holds no model upcycled in place, or is half written. Natively "
             "upcycled models load with from_pretrained"
         )
-    found = json.loads(path.read_text())
-    if found["format"] != FORMAT:
-        raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
-    reader = CheckpointReader(directory, WEIGHTS_STEM)
-    config = transformers.AutoConfig.from_pretrained(directory)
-    model_class = getattr(transformers, found["model_class"])
-    settings = UpcycleSettings(**found["settings"])
-    first_router = f"{next(iter(found['blocks'].values()))}.router.weight"
-    stored_dtype = reader.dtype(first_router)
-    model: Any = build_model(model_class, config, stored_dtype, "cpu")
-    blocks = select_blocks(find_blocks(model), [int(index) for index in found["blocks"]])
-    differing = [block.path for block in blocks if found["blocks"][str(block.index)] != block.path]
-    if differing:
-        raise ValueError(f"{path} names other blocks than this transformers finds ({', '.join(differing[:4])})")
-    replace_blocks(model, settings, blocks, stored_dtype)
-    state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    lost = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", {})))
-    if lost or unexpected:
-        raise ValueError(
-            f"{directory} does not fit {found['model_class']}: missing {lost[:4]}, unknown {unexpected[:4]}"
-        )
-    model.tie_weights()
-    if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    remember_conversion(model, InplaceConversion(model, settings, blocks, blocks))
-    return (model if dtype is None else model.to(dtype)).eval()
+    if not (directory / "config.json").exists():
+        raise ValueError(f"{directory} has no config.json: it is half written")
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] == FORMAT:
+            return found["model_class"], UpcycleSettings(**found["settings"]), {**found["blocks"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): the directory is half written") from error
+    raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
 
 
 def _describe(conversion: InplaceConversion) -> dict[str, Any]:
