@@ -20,7 +20,7 @@ from tritonmoe import capacity as capacity_module
 from tritonmoe import expert_parallel_run as run_module
 from tritonmoe.capacity import capped_traffic, plan_capped_tokens, segment_room
 from tritonmoe.dispatch import plan_tokens
-from tritonmoe.overlap import executor as executor_module
+from tritonmoe.overlap import layer_report as report_module
 from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
 
 ROOMY, TIGHT = 1024.0, 0.2
@@ -276,7 +276,7 @@ def test_scores_that_are_not_finite_raise_on_every_rank_and_the_next_call_works(
 def captured(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     """Calls of a thread that has set `captured.now` take themselves to be captured."""
     state = threading.local()
-    for module in (capacity_module, run_module, executor_module):
+    for module in (capacity_module, run_module, report_module):
         monkeypatch.setattr(module, "is_captured", lambda device: getattr(state, "now", False))
     return state
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 import tritonmoe.probe
-from tritonmoe.overlap import executor
+from tritonmoe.overlap import layer_report
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.search import search
@@ -75,7 +75,7 @@ def test_the_steps_of_a_layer() -> None:
 def test_plans_are_found_from_the_curve_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts of 3 ms for every chunk and 20 us for every pair: one more chunk must hide more than 3 ms."""
     clock = [0.0]  # stands still but for the activation
-    monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(layer_report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def slow_silu(h: Tensor) -> Tensor:
         clock[0] += 0.003 + 0.00002 * h.shape[0]
