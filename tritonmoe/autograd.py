@@ -75,7 +75,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
             grads = backward(ctx, dout)
         if not creates_graph:
             return grads
-        return _FirstDerivative.apply(torch.empty(0, requires_grad=True), *grads)
+        return _FirstDerivative.apply(torch.empty(0, requires_grad=True, device="cpu"), *grads)
 
     return once
 

@@ -94,7 +94,7 @@ def capped_traffic(
     """
     size = len(num_tokens)
     rooms = [segment_room(num, num_experts, top_k, i, size, overlap) for i, num in enumerate(num_tokens)]
-    rows, pairs = (torch.tensor(room).sum(1) for room in zip(*rooms, strict=True))
+    rows, pairs = (torch.tensor(room, device="cpu").sum(1) for room in zip(*rooms, strict=True))
     return rows, pairs
 
 
@@ -105,7 +105,7 @@ def plan_capped_tokens(
     num_tokens, top_k = topk_ids.shape
     device = topk_ids.device
     rows, pairs = segment_room(num_tokens, num_experts, top_k, rank, size, overlap)
-    room_on_host = torch.tensor([rows, pairs])  # (2, segments, W)
+    room_on_host = torch.tensor([rows, pairs], device="cpu")  # (2, segments, W)
     num_home = int(room_on_host[0].sum())
     room = to_device(room_on_host, device)
     room_rows = room[0].flatten()
@@ -153,7 +153,7 @@ def some_rank_overflowed(transport: Transport, header: CallHeader, capped: Cappe
     assert capped.flags is not None
     overflows, nonfinite_rows = capped.flags.wait()
     header = replace(header, nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
-    no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64)
+    no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64, device="cpu")
     headers, _, _ = exchange_counts(transport, header, no_counts, where="after the last chunk")
     return any(h.overflowed for h in headers)
 
@@ -182,7 +182,7 @@ def watched(is_wrong: Tensor) -> Tensor:
 
     Pinned memory that the graph doesn't own: a tensor on the device would hold anything before the first replay.
     """
-    on_host = torch.zeros(1, dtype=torch.bool, pin_memory=is_wrong.is_cuda)
+    on_host = torch.zeros(1, dtype=torch.bool, pin_memory=is_wrong.is_cuda, device="cpu")
     on_host.copy_(is_wrong, non_blocking=True)
     return on_host
 

@@ -140,7 +140,7 @@ def _message_size(transport: Transport) -> int:
 
 def refuse_call(transport: Transport, sequence: int) -> None:
     """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
-    counts = torch.zeros(transport.size, _message_size(transport), dtype=torch.int64)
+    counts = torch.zeros(transport.size, _message_size(transport), dtype=torch.int64, device="cpu")
     names = [field.name for field in fields(CallHeader)]
     counts[:, names.index("magic")] = MAGIC
     counts[:, names.index("sequence")] = sequence
@@ -163,8 +163,8 @@ def exchange_counts(
         told this one, shaped as `counts`.
     """
     num_kinds, num_segments, size = counts.shape
-    message = torch.zeros(size, _message_size(transport), dtype=torch.int64)
-    message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)])
+    message = torch.zeros(size, _message_size(transport), dtype=torch.int64, device="cpu")
+    message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)], device="cpu")
     first = HEADER_SIZE + 2 * size
     message[:, HEADER_SIZE:first] = counts[:2].sum(1).flatten()
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)

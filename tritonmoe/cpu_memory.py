@@ -69,7 +69,7 @@ class _Recycled:
                 return self.unused.pop(place)
             if place > 0:
                 del self.unused[place - 1]  # outgrown: so there are never more blocks than were in use at once
-        block = torch.empty(num_bytes, dtype=torch.uint8)
+        block = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         # Most Linux systems give huge pages only to who asks (transparent_hugepage = madvise): 33 MB of fresh memory
         # then cost 16 page faults instead of 8,000. It is advice: where the system has none, nothing changes.
         _advise(block, _MADV_HUGEPAGE)

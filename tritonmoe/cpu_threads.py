@@ -68,7 +68,7 @@ def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
         started.wait()
         # One operation with a team of threads, after which OpenMP counts more threads than there are cores: those that
         # wait for work then sleep soon, instead of spinning for milliseconds on cores that workers need.
-        torch.ones(2**20).add_(1)
+        torch.ones(2**20, device="cpu").add_(1)
         torch.set_num_threads(threads_each)
         return default
 

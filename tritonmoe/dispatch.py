@@ -211,7 +211,7 @@ class DispatchPlan:
 
     def row_sources(self) -> RowSources:
         """Give the rank that sent each received row."""
-        return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64))
+        return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
 
 
 def plan_tokens(
@@ -286,7 +286,7 @@ def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
 def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
     """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
     positions = torch.arange(num_tokens, device=device)
-    starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64), device)
+    starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64, device="cpu"), device)
     chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
     segments = chunks[:, None].repeat(1, size)
     if overlap.local_first:
@@ -342,7 +342,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
-    counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows])  # (3, segments, W)
+    counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows], device="cpu")  # (3, segments, W)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
     receive_rows, receive_pairs, return_rows = received.tolist()
     check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)

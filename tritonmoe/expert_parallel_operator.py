@@ -122,7 +122,7 @@ def _expert_parallel_mlp(
     """Give out (T, D), `kept`, and `turn`. needs: of x, topk_weights, and the weights in ExpertWeights's order."""
     transport: Transport = find(turn)
     calls: LayerCalls | None = None if layer is None else find(layer)
-    kept = torch.zeros(1, dtype=torch.int64)
+    kept = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     def apply(
         call: ExpertParallelCall,

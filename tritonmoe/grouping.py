@@ -43,7 +43,7 @@ class RowSources:
 
     def of_rows(self, device: torch.device) -> torch.Tensor:
         """Give the rank (R,) int64 that sent each row, without waiting for the device."""
-        ranks = torch.tensor(self.ranks, dtype=torch.int64).repeat(len(self.rows))
+        ranks = torch.tensor(self.ranks, dtype=torch.int64, device="cpu").repeat(len(self.rows))
         ranks, counts = to_device(torch.stack([ranks, self.rows.flatten()]), device)
         return ranks.repeat_interleave(counts, output_size=int(self.rows.sum()))
 
@@ -191,7 +191,7 @@ class Grouping:
         inverse, returned_rows = torch.empty_like(self.inverse), torch.empty_like(received)
         inverse[returned], returned_rows[returned] = self.inverse, received
         offsets = self.chunk_expert_offsets[first]
-        starts = offsets[to_device(torch.tensor(expert_bounds), offsets.device), None]
+        starts = offsets[to_device(torch.tensor(expert_bounds, device="cpu"), offsets.device), None]
         return replace(
             self,
             pair_index=pair_index.to(torch.int32),

@@ -97,7 +97,7 @@ class GroupedExperts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         for local, expert in enumerate(self.expert_ids):
             own = torch.Generator().manual_seed(seed + expert)
             for weight, fan_in in (
@@ -105,7 +105,7 @@ class GroupedExperts(nn.Module):
                 (self.down_proj[local], self.config.intermediate_size),
             ):
                 bound = 1 / math.sqrt(fan_in)
-                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=own))
+                weight.copy_(torch.empty(weight.shape, device="cpu").uniform_(-bound, bound, generator=own))
         for bias in (self.gate_up_proj_bias, self.down_proj_bias):
             if bias is not None:
                 bias.zero_()
@@ -196,7 +196,7 @@ class MoELayer(nn.Module):
         self.router = TopKRouter(config, device=device, dtype=dtype)
         with torch.no_grad():
             bound = 1 / math.sqrt(config.hidden_size)
-            drawn = torch.empty(self.router.weight.shape).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(self.router.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
             self.router.weight.copy_(drawn)
         self.experts = GroupedExperts(
             config,
@@ -283,7 +283,7 @@ class MoELayer(nn.Module):
             self._reported_nonfinite = count
             return
         if self._reported_nonfinite is None or not self._reported_nonfinite.is_pinned():
-            self._reported_nonfinite = torch.zeros((), dtype=count.dtype, pin_memory=True)
+            self._reported_nonfinite = torch.zeros((), dtype=count.dtype, pin_memory=True, device="cpu")
         self._reported_nonfinite.copy_(count, non_blocking=True)
 
     def _raise_earlier_nonfinite(self) -> None:

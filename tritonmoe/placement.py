@@ -132,7 +132,9 @@ class ExpertPlacement:
             for slot, expert in enumerate(slots):
                 found[expert].append(rank * self.num_slots + slot)
         most = max(map(len, found))
-        return torch.tensor([s + [-1] * (most - len(s)) for s in found]), torch.tensor([len(s) for s in found])
+        return torch.tensor([s + [-1] * (most - len(s)) for s in found], device="cpu"), torch.tensor(
+            [len(s) for s in found], device="cpu"
+        )
 
     def slots(self, topk_ids: Tensor, rank: int) -> Tensor:
         """Give the slot (T, K) int64 of each routed pair of `rank`'s tokens, -1 where the id is no expert.
@@ -179,7 +181,9 @@ def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int
     held = placement.experts_of_rank[rank]
     shared = [placement.shared(rank, other) for other in range(placement.size)]
     parts = [grad for grad in grads if grad is not None]
-    slots = to_device(torch.tensor([held.index(e) for experts in shared for e in experts]), parts[0].device)
+    slots = to_device(
+        torch.tensor([held.index(e) for experts in shared for e in experts], device="cpu"), parts[0].device
+    )
     rows = torch.cat([part.flatten(1).index_select(0, slots) for part in parts], dim=1)
     return rows, [len(experts) for experts in shared]
 

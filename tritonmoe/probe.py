@@ -108,7 +108,7 @@ def _num_products(device: torch.device | str) -> int:
 
 def _slowest(transport: Transport, seconds: list[float]) -> list[float]:
     """Give the longest of each number over the ranks; every rank waits for all."""
-    own = torch.tensor([int(value * 1e9) for value in seconds], dtype=torch.int64)
+    own = torch.tensor([int(value * 1e9) for value in seconds], dtype=torch.int64, device="cpu")
     everybody = transport.exchange_counts(own.expand(transport.size, -1))
     return [value / 1e9 for value in everybody.max(0).values.tolist()]
 

@@ -38,7 +38,7 @@ class SharedExpert(nn.Module):
         shapes = {"gate_up_proj": (width, model_width), "down_proj": (model_width, inner)}
         for name, (rows, columns) in shapes.items():
             bound = 1 / math.sqrt(columns)
-            drawn = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(rows, columns, device="cpu").uniform_(-bound, bound, generator=generator)
             self.register_parameter(
                 name, nn.Parameter((drawn.T if self.layout.transposed else drawn).to(device, dtype).contiguous())
             )

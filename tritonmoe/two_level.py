@@ -53,7 +53,7 @@ class TwoLevelPlan:
         overlap = OverlapPlan(chunk_sizes=(1,) * len(self.relay_rows), local_first=False)
         bounds = self.outer.receive_offsets
         rows = torch.arange(topk_ids.shape[0], device=topk_ids.device)
-        starts = to_device(torch.tensor(bounds[1:-1], dtype=torch.int64), topk_ids.device)
+        starts = to_device(torch.tensor(bounds[1:-1], dtype=torch.int64, device="cpu"), topk_ids.device)
         segments = torch.bucketize(rows, starts, right=True)[:, None].expand(-1, size)
         owner = owners(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
         row_keys, _ = count_rows(owner, segments, len(self.relay_rows))
@@ -81,7 +81,7 @@ class TwoLevelPlan:
         """Give the rank that each inner received row comes from; they are stored by (segment, relay, node, token)."""
         size = len(self.relay_rows[0])
         by_relay = self.source_rows.view(len(self.relay_rows), -1, size).transpose(1, 2)  # (segments, place, node)
-        ranks = torch.arange(self.source_rows.shape[1]).view(-1, size).T  # (place, node)
+        ranks = torch.arange(self.source_rows.shape[1], device="cpu").view(-1, size).T  # (place, node)
         return RowSources(tuple(ranks.flatten().tolist()), by_relay.flatten(1))
 
 
@@ -132,7 +132,7 @@ def exchange_two_level_plan(
 
     # What each rank is told: its own rows and pairs, and as a relay (the rank with our place in its node) the outer
     # rows it gets from us and the rows it has to pass on to each rank of its node.
-    told = torch.zeros(3 + node_size, num_segments, size, dtype=torch.int64)
+    told = torch.zeros(3 + node_size, num_segments, size, dtype=torch.int64, device="cpu")
     told[0], told[1] = rank_rows, rank_pairs
     told[2, :, place::node_size] = outer_counts[0]
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)

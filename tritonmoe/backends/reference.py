@@ -124,12 +124,12 @@ def group(
     stored = sorted(pairs, key=lambda p: (chunk_of_row[p[0]], ids[p[0]][p[1]], p))
     by_source = sorted(pairs, key=lambda p: (ids[p[0]][p[1]], sources[p[0]], p))
     position = {pair: n for n, pair in enumerate(stored)}
-    counts = torch.zeros(num_chunks, num_experts + 1, dtype=torch.int32)
+    counts = torch.zeros(num_chunks, num_experts + 1, dtype=torch.int32, device="cpu")
     for r, k in pairs:
         counts[chunk_of_row[r], ids[r][k] + 1] += 1
     chunk_expert_offsets = counts.cumsum(1).to(torch.int32)
     pair_offsets = [0, *counts.sum(1).cumsum(0).tolist()]
-    inverse = torch.full((num_rows, top_k), -1, dtype=torch.int32)
+    inverse = torch.full((num_rows, top_k), -1, dtype=torch.int32, device="cpu")
     for (r, k), n in position.items():
         inverse[r, k] = n - pair_offsets[chunk_of_row[r]]
     return Grouping(

@@ -1,6 +1,7 @@
 """The seven operations as Triton kernels; their contract stands in reference.py, the kernels in ..kernels."""
 
 from torch import Tensor
+from torch import device as Device
 
 from ..config import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
 from ..grouping import Grouping, RowSources
@@ -66,7 +67,8 @@ def group(
                 "chunk_pair_offsets and row_sources are required with several chunks: counting would need a host read"
             )
         pair_offsets = tuple(chunk_pair_offsets)
-        table = group_kernels.TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
+        with Device("cpu"):  # the table is made on the host, whatever the caller's default device
+            table = group_kernels.TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
         assert table.num_pairs == topk_ids.numel(), f"{table.num_pairs} pairs in runs, {topk_ids.numel()} in topk_ids"
         pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
             topk_ids, num_experts, table, pair_offsets[-1]

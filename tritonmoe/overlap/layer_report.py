@@ -181,5 +181,5 @@ class LayerReport:
     @property
     def traffic_bytes(self) -> Tensor:
         """(W, W) int64: bytes that rank i sends to rank k in the forward's dispatch; own rows: 0."""
-        off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64)
+        off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64, device="cpu")
         return self.traffic_rows * off_diagonal * self.row_bytes

@@ -137,7 +137,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.home, self.received, self.pairs = self.work.segments(self.plan)
-        self.now = self.peak = torch.zeros(self.work.size, dtype=torch.float64)
+        self.now = self.peak = torch.zeros(self.work.size, dtype=torch.float64, device="cpu")
         self.largest_pairs = torch.stack(self.pairs).amax(0)
 
     def forward(self) -> int:

@@ -76,11 +76,13 @@ class _Ports:
 
     def __init__(self, work: LayerWork, link: LinkCosts, group_of_rank: Tensor | None = None) -> None:
         self.link = link
-        self.group_of_rank = torch.zeros(work.size, dtype=torch.int64) if group_of_rank is None else group_of_rank
+        self.group_of_rank = (
+            torch.zeros(work.size, dtype=torch.int64, device="cpu") if group_of_rank is None else group_of_rank
+        )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.out_s, self.in_s = work.ports(link)
         self.is_exact = work.size <= EXACT_RANKS
-        self.clock = torch.zeros(work.size, dtype=torch.float64)
+        self.clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
         """Taking turns: when the port is free. Sharing: up to when `remaining` is worked off."""
         self.remaining: dict[int, Tensor] = {}
         self.arrivals: dict[int, Tensor] = {}
@@ -142,7 +144,7 @@ class _Ports:
     def _levels(self) -> tuple[Tensor, Tensor]:
         """Give the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
         levels = torch.stack(list(self.remaining.values())).sort(0).values
-        widths = torch.arange(len(levels), 0, -1, dtype=levels.dtype)
+        widths = torch.arange(len(levels), 0, -1, dtype=levels.dtype, device="cpu")
         widths[-1] = 1 / self.link.alone_share
         return levels, widths[:, None]
 
@@ -176,7 +178,7 @@ def simulate(
     ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
     sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
     needs_x = any(step.kind == "dispatch_backward" for step in schedule)
-    now = torch.zeros(work.size, dtype=torch.float64)
+    now = torch.zeros(work.size, dtype=torch.float64, device="cpu")
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
     for position, step in enumerate(schedule):
@@ -195,7 +197,7 @@ def simulate(
             steps.append(SimulatedStep(step, start, now, done))
             continue
         units = step_units(step, plan.num_local_slices, *sizes)
-        seconds = torch.as_tensor(costs.seconds(step.kind, units), dtype=torch.float64)
+        seconds = torch.as_tensor(costs.seconds(step.kind, units), dtype=torch.float64, device="cpu")
         now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
         if step.lane == "comm":
             under_way.add(position)

@@ -56,7 +56,7 @@ class TwoLevelWork:
                 "work, and lie between what the neediest rank of each node needs and what all of them need: got "
                 f"{rows_to_nodes.tolist()} for rows {work.rows.tolist()}"
             )
-        rank = torch.arange(size)
+        rank = torch.arange(size, device="cpu")
         node, place = rank // node_size, rank % node_size
         is_inside = node[:, None] == node
         has_same_place = place[:, None] == place
@@ -86,12 +86,12 @@ class TwoLevelWork:
     @property
     def node_of_rank(self) -> Tensor:
         """(W,) which ranks exchange inside nodes."""
-        return torch.arange(self.size) // self.node_size
+        return torch.arange(self.size, device="cpu") // self.node_size
 
     @property
     def place_of_rank(self) -> Tensor:
         """(W,) which ranks exchange between nodes."""
-        return torch.arange(self.size) % self.node_size
+        return torch.arange(self.size, device="cpu") % self.node_size
 
     def inside(self, plan: OverlapPlan, chunk: int | None) -> LayerWork:
         """Give what a chunk of the outer plan, a local slice of it, or for None all of it is inside the nodes."""

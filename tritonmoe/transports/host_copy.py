@@ -18,7 +18,7 @@ class HostCopy:
         self._values = values = torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
         self._copied: torch.cuda.Event | None = None
         if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.current_stream(values.device).record_event()
 

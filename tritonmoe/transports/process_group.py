@@ -224,7 +224,7 @@ class ProcessGroupTransport(Transport):
             self._counts_stream = torch.cuda.Stream()
         length = counts.shape[1]
         if length not in self._staging:
-            pinned = torch.empty(2, self.size, length, dtype=torch.int64, pin_memory=True)
+            pinned = torch.empty(2, self.size, length, dtype=torch.int64, pin_memory=True, device="cpu")
             self._staging[length] = (pinned[0], pinned[1])
         pinned_in, pinned_out = self._staging[length]
         pinned_in.copy_(counts)

@@ -123,7 +123,7 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
     model_width, width = dense.down.shape
     part_width = settings.expert_width(width)
     generator = torch.Generator().manual_seed((settings.seed << 16) + block_index)
-    router = torch.randn(copies, model_width, generator=generator) * ROUTER_STD
+    router = torch.randn(copies, model_width, generator=generator, device="cpu") * ROUTER_STD
     router = router.to(dense.up).repeat_interleave(num_parts, dim=0)
 
     halves = [weight for weight in (dense.gate, dense.up) if weight is not None]
@@ -137,11 +137,11 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
             for matrix in matrices:
                 matrix += _draw(matrix.shape, generator, matrix) * (NOISE_STD * matrix.std())
         elif settings.init == "drop":
-            units = torch.randperm(part_width, generator=generator)[: round(DROP_RATIO * part_width)]
+            units = torch.randperm(part_width, generator=generator, device="cpu")[: round(DROP_RATIO * part_width)]
             units = units.to(gate_up.device)
             for matrix in matrices:
                 replaced = matrix[units].float()
-                drawn = torch.randn(replaced.shape, generator=generator).to(replaced)
+                drawn = torch.randn(replaced.shape, generator=generator, device="cpu").to(replaced)
                 matrix[units] = (drawn * replaced.std() + replaced.mean()).to(matrix.dtype)
 
     gate_up_bias = down_bias = None
@@ -155,4 +155,4 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
 
 
 def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator).to(like)
+    return torch.randn(shape, generator=generator, device="cpu").to(like)

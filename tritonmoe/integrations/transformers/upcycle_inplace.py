@@ -187,7 +187,7 @@ def _compare(block: FFNBlock, layer: Any, original: Any) -> None:
     """Raise ValueError where the MoE layer does not compute what the block that it replaces computed."""
     weight = next(layer.parameters())
     generator = torch.Generator().manual_seed(block.index)
-    x = torch.randn(1, 16, block.hidden_size, generator=generator).to(weight)
+    x = torch.randn(1, 16, block.hidden_size, generator=generator, device="cpu").to(weight)
     if isinstance(original, nn.Module):
         original.eval()  # it is a copy, which nobody will run again
     expected, actual = original(x), layer(x)
