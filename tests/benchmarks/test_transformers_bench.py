@@ -42,6 +42,13 @@ def test_it_runs_and_writes(tmp_path, capsys):
         assert "not run somewhere: liger (its kernels need a GPU)" in out
 
 
+@pytest.mark.parametrize("sizes", [["--hidden-size", "40"], ["--intermediate-size", "12"]], ids=str)
+def test_sizes_that_no_implementation_takes(sizes, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "transformers", *sizes])
+    assert "--hidden-size must be a multiple of 16" in capsys.readouterr().err
+
+
 def test_skewed_routing_is_skewed_and_changes_no_implementation():
     model = qwen3_moe_model(**SMALL, skew=1.0)
     subject = Subject(model, is_block=False, num_tokens=48, new_tokens=2)

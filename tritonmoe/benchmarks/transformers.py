@@ -174,6 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.top_k > arguments.experts:
         parser.error(f"--top-k {arguments.top_k} must not exceed --experts {arguments.experts}")
+    if arguments.hidden_size % 16 or arguments.intermediate_size % 8:
+        parser.error(
+            "--hidden-size must be a multiple of 16, for eight heads, and --intermediate-size of 8, for the rows of "
+            f"grouped_mm, got {arguments.hidden_size} and {arguments.intermediate_size}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_liger()
     results = []
