@@ -133,7 +133,7 @@ def test_a_segment_that_does_not_fit_is_all_padding() -> None:
     assert tokens.rows == [[1, 1], [1, 1]]
     assert tokens.return_rows == tokens.rows
     assert tokens.padding.tolist() == [True, False, True, True]
-    assert tokens.home_index.tolist() == [[-1, -1]] * 3 + [[-1, 1]] + [[-1, -1]] * 4
+    assert tokens.home_index.tolist() == [[-1]] * 3 + [[1]] + [[-1]] * 4
 
 
 @pytest.mark.parametrize("capacity", [ROOMY, TIGHT])

@@ -71,8 +71,12 @@ def test_tokens_of_any_routing(drawn) -> None:
             (k, t) for _, k, t in meaning.sent
         ]
         places = {(k, t): n for n, (_, k, t) in enumerate(meaning.returned)}
-        assert plan.home_index.tolist() == [[places.get((k, t), -1) for k in range(size)] for t in range(len(rows))]
-        assert [meaning.sent[n][1:] for n in plan.sent_places.tolist()] == [entry[1:] for entry in meaning.returned]
+        of_tokens = [[places[k, t] for k in range(size) if (k, t) in places] for t in range(len(rows))]
+        assert plan.home_index.shape == (len(rows), min(size, top_k))
+        assert [[place for place in row if place >= 0] for row in plan.home_index.tolist()] == of_tokens
+        sent_places = range(len(meaning.sent)) if plan.sent_places is None else plan.sent_places.tolist()
+        assert (plan.sent_places is None) == (top_k == 1)
+        assert [meaning.sent[n][1:] for n in sent_places] == [entry[1:] for entry in meaning.returned]
         for counts, of in (
             (plan.rows, meaning.sent),
             (plan.return_rows, meaning.returned),
@@ -153,7 +157,9 @@ def check_grouping(
     assert grouping.pair_index.tolist() == stored
     order = range(len(stored)) if grouping.source_order is None else grouping.source_order.tolist()
     assert [stored[n] for n in order] == sorted(pairs, key=lambda p: key(p)[1:])
-    assert grouping.returned_rows.tolist() == [received.index(row) for row in returned]
+    returned_rows = range(len(received)) if grouping.returned_rows is None else grouping.returned_rows.tolist()
+    assert list(returned_rows) == [received.index(row) for row in returned]
+    assert (grouping.returned_rows is None) == (top_k == 1)
     for c in range(overlap.num_segments):
         chunk, first = grouping.chunk(c), grouping.chunk_pair_offsets[c]
         assert chunk.pair_index.tolist() == [p for p in stored if key(p)[0] == c]

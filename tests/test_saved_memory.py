@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.transports import LocalTransport
+from tritonmoe.transports import LocalTransport, Transport
 
 NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 128, 24, 20, 5, 3
 
@@ -79,3 +79,56 @@ def test_saved_bytes_per_token(backend: str, save: str, parallel: bool) -> None:
     num_bytes = kept_bytes(call, weights) / NUM_TOKENS
     must = 2 * HIDDEN + (4 * TOP_K * INTERMEDIATE if save == "hidden" else 0)
     assert must <= num_bytes <= must + 24 * TOP_K, f"{num_bytes} bytes per token"
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize(
+    "overlap",
+    [
+        tm.OverlapPlan(),
+        tm.OverlapPlan((1, 1, 1), local_first=False),
+        tm.OverlapPlan((1, 1, 1), wire_dtype=torch.float8_e4m3fn),
+        tm.OverlapPlan((1, 1), chunk_by="experts"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 8])
+def test_saved_bytes_per_received_row(size: int, overlap: tm.OverlapPlan, top_k: int) -> None:
+    """The same where rows travel, both ends' indices counted: at most 24K bytes for every received row.
+
+    28 with K = 1 in chunks of experts. Beside it a rank keeps expert offsets, and (W, W) counts on the CPU.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("counts the CPU's memory: the GPU's backend is the same code")
+    generator, num_experts = torch.Generator().manual_seed(0), 16
+    shape = (num_experts // size, 2 * INTERMEDIATE, HIDDEN), (num_experts // size, HIDDEN, INTERMEDIATE)
+    weights = [tuple(torch.randn(*s).bfloat16().requires_grad_() for s in shape) for _ in range(size)]
+    x = [torch.randn(NUM_TOKENS, HIDDEN).bfloat16().requires_grad_() for _ in range(size)]
+    scores = torch.rand(size, NUM_TOKENS, num_experts, generator=generator)
+    topk_weights, topk_ids = scores.topk(top_k)
+    topk_weights.requires_grad_()
+
+    def on_rank(transport: Transport) -> Tensor:
+        r, options = transport.rank, {"num_experts": num_experts, "transport": transport, "overlap": overlap}
+        return tm.expert_parallel_mlp(x[r], topk_ids[r], topk_weights[r], *weights[r], backend="torch", **options)
+
+    def call() -> list[Tensor]:
+        return tm.run_on_emulated_ranks(on_rank, size, timeout_s=60)
+
+    call()  # what is kept for good is there from the first call on
+    gc.collect()
+    before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors()}
+    outs = call()
+    gc.collect()
+    nodes = [out.grad_fn for out in outs]
+    kept = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in [*live_tensors(), *(t for node in nodes for t in node.saved_tensors if t is not None)]
+    }
+    for known in (*before, *(out.untyped_storage().data_ptr() for out in outs)):
+        kept.pop(known, None)
+    num_rows = sum(node.saved_tensors[0].shape[0] for node in nodes)
+    must = 2 * HIDDEN * num_rows + 4 * INTERMEDIATE * topk_ids.numel()
+    of_call = size * (4 * (num_experts // size + 1) * (overlap.num_segments + 3) + 2 * 8 * size**2 + 64)
+    per_row = 28 if top_k == 1 and overlap.chunk_by == "experts" else 24 * top_k
+    assert must < sum(kept.values()) <= must + per_row * num_rows + of_call

@@ -26,7 +26,7 @@ from torch import Tensor
 from .config import OverlapPlan
 from .count_exchange import CallHeader, exchange_counts, in_millionths
 from .cpu_memory import to_device
-from .dispatch import TokenPlan, count_rows, owners, row_segments
+from .dispatch import TokenPlan, by_slot, count_rows, owners, row_segments
 from .transports import HostCopy, PendingExchange, Transport
 
 __all__ = [
@@ -131,10 +131,7 @@ def plan_capped_tokens(
         TokenPlan(
             token_bounds=overlap.bounds(num_tokens),
             home_tokens=home_tokens[:num_home],
-            home_index=home_index.view(-1, size),
-            home_ranks=torch.arange(size, device=device)
-            .repeat(overlap.num_segments)
-            .repeat_interleave(room_rows, output_size=num_home),
+            home_index=by_slot(home_index.view(-1, size), top_k),
             rows=rows,
             pairs=pairs,
             return_rows=rows,

@@ -41,9 +41,7 @@ class TokenPlan:
     home_tokens: Tensor
     """(S,) int32: the token of each home row, as they are sent."""
     home_index: Tensor
-    """(T, W) int32: the home row of each token for each rank, as they return; -1 where it does not go there."""
-    home_ranks: Tensor
-    """(S,) int64: the rank of each home row, as they are sent."""
+    """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; and -1."""
     rows: list[list[int]]
     """[segment][rank] home rows that are sent."""
     pairs: list[list[int]]
@@ -53,9 +51,15 @@ class TokenPlan:
     nonfinite_rows: int = 0
     """Tokens whose router scores were not finite."""
     sent_places: Tensor | None = None
-    """(S,) int64: where each home row, as they return, stood when sent; None: in the same place."""
+    """(S,) int32: where each home row, as they return, stood when sent; None, with K = 1 too: in the same place."""
     padding: Tensor | None = None
     """(S,) bool, with a capacity: which home rows are none."""
+
+    @property
+    def home_ranks(self) -> Tensor:
+        """(S,) int64: the rank of each home row, as they are sent."""
+        rows = torch.tensor(self.rows, dtype=torch.int64)
+        return RowSources(tuple(range(rows.shape[1])), rows).of_rows(self.home_tokens.device)
 
 
 @dataclass(frozen=True)
@@ -188,14 +192,14 @@ class DispatchPlan:
         return order if self.tokens.sent_places is None else inverse_order(self.tokens.sent_places)[order]
 
     def receive_order(self) -> Tensor:
-        """(R - local,) int64: where rows that come by (rank, token), in a whole-layer exchange, are received."""
+        """(R - local,) integers: where rows that come by (rank, token), in a whole-layer exchange, are received."""
         if self.received_places is not None:
             return self.received_places[0]
         sources = self.row_sources().of_rows(self.tokens.home_index.device)
         return torch.sort(sources[self.num_local :], stable=True)[1] + self.num_local
 
     def return_order(self) -> Tensor:
-        """(R - local,) int64: the places of the same rows among the sums that go home."""
+        """(R - local,) integers: the places of the same rows among the sums that go home."""
         return self.receive_order() if self.received_places is None else self.received_places[1]
 
     def place_received(self, topk_ids: Tensor) -> "DispatchPlan":
@@ -207,7 +211,10 @@ class DispatchPlan:
             return self
         local_ids = topk_ids - self.rank * self.num_local_experts
         received, returned = place_rows(local_ids, self.num_local_experts, self.overlap)
-        return replace(self, received_places=(received + self.num_local, returned + self.num_local))
+        received = received.to(torch.int32) + self.num_local
+        if topk_ids.shape[1] == 1:  # every row has one chunk
+            return replace(self, received_places=(received, received))
+        return replace(self, received_places=(received, returned.to(torch.int32) + self.num_local))
 
     def row_sources(self) -> RowSources:
         """Give the rank that sent each received row."""
@@ -237,7 +244,8 @@ def plan_tokens(
     read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
     rows, pairs = read.tolist()
     bounds = overlap.bounds(topk_ids.shape[0])
-    return TokenPlan(bounds, *order_rows(row_keys, size, rows), rows, pairs, rows, int(nonfinite_rows))
+    order = order_rows(row_keys, size, topk_ids.shape[1], rows)
+    return TokenPlan(bounds, *order, rows, pairs, rows, int(nonfinite_rows))
 
 
 def _plan_by_experts(
@@ -261,18 +269,16 @@ def _plan_by_experts(
     counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
     read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
     rows, pairs, return_rows = read.tolist()
-    home_tokens, sent_index, home_ranks = order_rows(row_keys, size, rows)
-    return_tokens, home_index, return_ranks = order_rows(return_keys, size, return_rows)
+    sent, returned = _sorted_rows(row_keys, rows), _sorted_rows(return_keys, return_rows)
     return TokenPlan(
         token_bounds=(0,) * overlap.num_chunks + (num_tokens,),
-        home_tokens=home_tokens,
-        home_index=home_index,
-        home_ranks=home_ranks,
+        home_tokens=_tokens_of(sent, size),
+        home_index=by_slot(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1]),
         rows=rows,
         pairs=pairs,
         return_rows=return_rows,
         nonfinite_rows=int(nonfinite_rows),
-        sent_places=sent_index[return_tokens, return_ranks].to(torch.int64),
+        sent_places=None if topk_ids.shape[1] == 1 else _places(sent, num_tokens * size)[returned],
     )
 
 
@@ -324,14 +330,41 @@ def count_keys(keys: Tensor, limit: int) -> Tensor:
     return keys.new_zeros(limit + 1).scatter_add_(0, keys, keys.new_ones(()).expand(keys.shape))[:limit]
 
 
-def order_rows(row_keys: Tensor, size: int, rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Give home_tokens, home_index and home_ranks of a TokenPlan from count_rows's keys and its rows on the host."""
-    num_home = sum(map(sum, rows))
-    order = torch.sort(row_keys, stable=True)[1][:num_home]
-    home_index = torch.full(row_keys.shape, -1, dtype=torch.int32, device=row_keys.device)
-    home_index[order] = torch.arange(num_home, dtype=torch.int32, device=row_keys.device)
-    home_tokens = torch.div(order, size, rounding_mode="floor").to(torch.int32)
-    return home_tokens, home_index.view(-1, size), order % size
+def order_rows(row_keys: Tensor, size: int, top_k: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Give home_tokens and home_index of a TokenPlan from count_rows's keys and its rows on the host."""
+    order = _sorted_rows(row_keys, rows)
+    return _tokens_of(order, size), by_slot(_places(order, row_keys.shape[0]).view(-1, size), top_k)
+
+
+def _sorted_rows(row_keys: Tensor, rows: list[list[int]]) -> Tensor:
+    """Give the rows that travel in the order of their keys: (S,) int64, token * W + rank."""
+    return torch.sort(row_keys, stable=True)[1][: sum(map(sum, rows))]
+
+
+def _tokens_of(order: Tensor, size: int) -> Tensor:
+    return torch.div(order, size, rounding_mode="floor").to(torch.int32)
+
+
+def _places(order: Tensor, num_keys: int) -> Tensor:
+    """Give where each of (token, rank) stands in `order`, (T * W,) int32, -1 where it does not travel."""
+    places = torch.full((num_keys,), -1, dtype=torch.int32, device=order.device)
+    places[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
+    return places
+
+
+def by_slot(home_index: Tensor, top_k: int) -> Tensor:
+    """Bring the numbers of each row of (T, W), of which at most top_k are not -1, to its start: (T, min(W, top_k)).
+
+    Example:
+        [[-1, 4, -1, 7], [-1, -1, 5, -1]] and top_k = 2 give [[4, 7], [5, -1]].
+    """
+    num_slots = max(1, top_k)
+    if home_index.shape[1] <= num_slots:
+        return home_index
+    present = home_index >= 0
+    slots = (present.cumsum(1) - 1).masked_fill(~present, num_slots)  # -1 all go to one column, which is cut off
+    places = home_index.new_full((home_index.shape[0], num_slots + 1), -1).scatter_(1, slots, home_index)
+    return places[:, :num_slots].contiguous()
 
 
 def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:

@@ -53,7 +53,8 @@ def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) 
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """Give the inverse of a permutation (n,) int64."""
+    """Give the inverse (n,) int64 of a permutation (n,) of integers."""
+    order = order.to(torch.int64)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     return inverse

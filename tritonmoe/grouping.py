@@ -77,7 +77,8 @@ class Grouping:
     first_expert_chunk: int | None = None
     """From here on chunks are of experts."""
     returned_rows: torch.Tensor | None = None
-    """(R,) int64, with chunks of experts: the row that each row of `inverse` is among those that pair_index counts."""
+    """(R,) int32, with chunks of experts: the row that each row of `inverse` is among those that pair_index counts.
+    None where that is the same one."""
 
     @property
     def num_experts(self) -> int:
@@ -188,8 +189,8 @@ class Grouping:
         """
         first, top_k = self.num_chunks - 1, self.top_k
         pair_index = received[self.row_index] * top_k + self.pair_index % top_k
-        inverse, returned_rows = torch.empty_like(self.inverse), torch.empty_like(received)
-        inverse[returned], returned_rows[returned] = self.inverse, received
+        inverse, returned_rows = torch.empty_like(self.inverse), torch.empty_like(received, dtype=torch.int32)
+        inverse[returned], returned_rows[returned] = self.inverse, received.to(torch.int32)
         offsets = self.chunk_expert_offsets[first]
         starts = offsets[to_device(torch.tensor(expert_bounds, device="cpu"), offsets.device), None]
         return replace(
@@ -202,7 +203,7 @@ class Grouping:
             chunk_row_offsets=chunk_row_offsets,
             chunk_pair_offsets=chunk_pair_offsets,
             first_expert_chunk=first,
-            returned_rows=returned_rows,
+            returned_rows=None if top_k == 1 else returned_rows,  # every row has one chunk
         )
 
     def blocks(self, max_pairs: int | None) -> list["GroupingBlock"]:

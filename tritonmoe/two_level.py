@@ -57,13 +57,12 @@ class TwoLevelPlan:
         segments = torch.bucketize(rows, starts, right=True)[:, None].expand(-1, size)
         owner = owners(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
         row_keys, _ = count_rows(owner, segments, len(self.relay_rows))
+        order = order_rows(row_keys, size, topk_ids.shape[1], self.relay_rows)
         return DispatchPlan(
             rank=self.place,
             size=size,
             overlap=overlap,
-            tokens=TokenPlan(
-                bounds, *order_rows(row_keys, size, self.relay_rows), self.relay_rows, [], self.relay_rows
-            ),
+            tokens=TokenPlan(bounds, *order, self.relay_rows, [], self.relay_rows),
             receive_rows=self.inner_receive_rows,
             return_rows=self.inner_receive_rows,
             send_offsets=offsets(self.relay_rows),
@@ -142,9 +141,8 @@ def exchange_two_level_plan(
 
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     check_relayed(relayed_from[2:], traffic, transport)
-    tokens = TokenPlan(
-        overlap.bounds(num_tokens), *order_rows(outer_keys, num_nodes, outer_rows), outer_rows, outer_pairs, outer_rows
-    )
+    order = order_rows(outer_keys, num_nodes, topk_ids.shape[1], outer_rows)
+    tokens = TokenPlan(overlap.bounds(num_tokens), *order, outer_rows, outer_pairs, outer_rows)
     receive_rows = relayed_from[2].tolist()
     outer = DispatchPlan(
         rank=node,

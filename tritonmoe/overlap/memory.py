@@ -19,8 +19,6 @@ __all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes
 INDEX_BYTES = 4
 TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
 """F columns, in fp32 or wider, with which they compute the activation of a block's pairs, and its backward."""
-PLACES_BYTES = 3 * 8
-"""Of a received row, with chunks of experts: where it was received and returns, and returned_rows of the Grouping."""
 SQUARES_BYTES = 3 * 4
 """For each element sent in a wire format: three fp32 numbers while the error that it makes is measured."""
 
@@ -274,10 +272,13 @@ class _Walk:
         return (torch.stack(pairs) > 0).sum(0)
 
     def _grouping(self) -> Tensor:
-        """pair_index, source_order and inverse; with chunks of experts the places of rows beside them."""
-        received = _total(self.received)
-        places = PLACES_BYTES * received if self.plan.chunk_by == "experts" else 0 * received
-        return (2 * _total(self.pairs) + received * self.work.top_k) * INDEX_BYTES + places
+        """pair_index, source_order and inverse; with chunks of experts the places of rows beside them.
+
+        Those are where a row was received and where it returns, the same with K = 1, and returned_rows of the Grouping.
+        """
+        received, top_k = _total(self.received), self.work.top_k
+        num_places = 0 if self.plan.chunk_by == "tokens" else 1 if top_k == 1 else 3
+        return (2 * _total(self.pairs) + received * (top_k + num_places)) * INDEX_BYTES
 
     @property
     def _other_row_bytes(self) -> int:
