@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_expert_parallel import KERNEL_DEVICE
 from test_placement import REPLICATED
 from torch import Tensor
 
@@ -46,6 +47,7 @@ def trained(layer: torch.nn.Module, arguments: tuple[Tensor, ...], num_calls: in
 @pytest.mark.parametrize("case", [*OVERLAPS, "two levels", "one device", "placement"])
 def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> None:
     num_calls = 8 if case == "auto" else 2  # measured, searched, and tried
+    where = KERNEL_DEVICE if backend == "triton" else "cpu"
 
     def on_rank(transport: Transport) -> list[list[Tensor]]:
         config = tm.MoEConfig(8, 4, 8, 2, load_balance_loss_weight=0.1, shared_intermediate_size=4)
@@ -62,10 +64,11 @@ def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> N
                         placement=tm.ExpertPlacement(REPLICATED[2]),
                         backend=backend,
                         generator=generator,
-                        device="cpu",
+                        device=where,
                     )
-                    ids = torch.randint(0, 6, (7, 2), generator=generator, device="cpu")
-                    arguments = random(transport.rank, 7, 8), ids, random(transport.rank, 7, 2).abs()
+                    ids = torch.randint(0, 6, (7, 2), generator=generator, device="cpu").to(where)
+                    weights = random(transport.rank, 7, 2).abs().to(where)
+                    arguments = random(transport.rank, 7, 8).to(where), ids, weights
                 else:
                     layer = tm.MoELayer(
                         config,
@@ -73,13 +76,14 @@ def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> N
                         OVERLAPS.get(case, tm.OverlapConfig(2)),
                         backend=backend,
                         generator=generator,
-                        device="cpu",
+                        device=where,
                     )
-                    arguments = (random(transport.rank, 7, 8),)
+                    arguments = (random(transport.rank, 7, 8).to(where),)
                 results.append(trained(layer, arguments, num_calls))
         return results
 
-    for plain, under_meta in tm.run_on_emulated_ranks(on_rank, 4 if case == "two levels" else 2, timeout_s=60):
+    size = 4 if case == "two levels" else 2
+    for plain, under_meta in tm.run_on_emulated_ranks(on_rank, size, device=where, timeout_s=60):
         assert len(plain) == len(under_meta) >= 4
         for one, other in zip(plain, under_meta, strict=True):
             if case == "auto":  # whose ranks may have tried other plans
