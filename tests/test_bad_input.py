@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +95,26 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
         ValueError,
         "it needs gated=True",
     ),
+    "x-none": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    "ids-list": ({"topk_ids": [[0, 1]] * 3}, TypeError, "topk_ids must be a tensor, got list"),
+    "up-numpy": ({"gate_up_proj": np.ones((4, 8, 8))}, TypeError, "gate_up_proj must be a tensor, got ndarray"),
+    "bias-list": ({"gate_up_bias": [1.0]}, TypeError, "gate_up_bias must be a tensor, got list"),
+    "x-sparse": ({"x": torch.ones(3, 8).to_sparse()}, TypeError, r"x must be a dense tensor, .*pass x.to_dense\(\)"),
+    "up-sparse": ({"gate_up_proj": torch.ones(4, 8, 8).to_sparse()}, TypeError, "gate_up_proj must be a dense tensor"),
+    "no-columns": (
+        {"x": full(3, 0), "gate_up_proj": full(4, 8, 0), "down_proj": full(4, 0, 4)},
+        ValueError,
+        r"D and F must be at least 1, got x \(3, 0\)",
+    ),
+    "no-units": ({"gate_up_proj": full(4, 0, 8), "down_proj": full(4, 8, 0)}, ValueError, "D and F must be at least 1"),
+    "gated-text": ({"gated": "no"}, TypeError, "gated must be True or False, got 'no'"),
+    "transposed-number": ({"transposed": 0}, TypeError, "transposed must be True or False, got 0"),
+    "activation-class": (
+        {"activation": torch.nn.SiLU},
+        TypeError,
+        r"is the class SiLU: pass an instance of it, SiLU\(\)",
+    ),
+    "callable-none": ({"activation": lambda h: None}, ValueError, r"into \(\d+, 4\) torch.float32, got NoneType"),
 }
 
 cases_of_wrong = pytest.mark.parametrize(("changes", "error", "match"), WRONG.values(), ids=WRONG)
@@ -271,6 +292,32 @@ def test_number_of_experts() -> None:
         parallel(transport)
 
     assert errors_of(fn, 3) == [None] * 3
+
+
+WRONG_FOR_MANY_RANKS: dict[str, tuple[dict[str, Any], type, str]] = {
+    "num_experts": ({"num_experts": 8.0}, TypeError, "num_experts must be a whole number, E over all ranks, got 8.0"),
+    "overlap": ({"overlap": 4}, TypeError, r"overlap must be .*got 4: use OverlapConfig\(num_chunks=4\)"),
+    "placement": ({"placement": 3}, TypeError, "placement must be an ExpertPlacement or None, got 3"),
+    "fillers": ({"fillers": 3}, TypeError, "fillers must be a list of functions that take nothing, got 3"),
+    "filler": ({"fillers": [3]}, TypeError, r"fillers must be a list of functions that take nothing, got \[3\]"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "match"), WRONG_FOR_MANY_RANKS.values(), ids=WRONG_FOR_MANY_RANKS)
+def test_one_rank_has_arguments_that_are_bad_for_many(changes: dict, error: type, match: str) -> None:
+    def fn(transport: Transport) -> None:
+        expected = (error, match) if transport.rank == 1 else (tm.TransportError, r"ranks \[1\] refused")
+        with pytest.raises(expected[0], match=expected[1]):
+            parallel(transport, **(changes if transport.rank == 1 else {}))
+        parallel(transport, grad=True).sum().backward()
+
+    assert errors_of(fn) == [None, None]
+
+
+@pytest.mark.parametrize("transport", [None, "gloo"])
+def test_what_is_no_transport(transport: object) -> None:
+    with pytest.raises(TypeError, match=r"transport must be a Transport, got \w+: for a torch ProcessGroup it is"):
+        tm.expert_parallel_mlp(**arguments(), num_experts=4, transport=transport)
 
 
 DISAGREEMENTS = {
@@ -501,7 +548,24 @@ CONFIGS = {
         "needs score_function='softmax'",
     ),
     "groups": ({"num_expert_groups": 3}, r"num_experts \(8\) must be divisible by num_expert_groups \(3\)"),
-    "top-groups": ({"num_expert_groups": 2, "top_k_groups": 3}, r"top_k_groups \(3\) must lie between 1 and"),
+    "top-groups": (
+        {"num_expert_groups": 2, "top_k_groups": 3},
+        r"top_k_groups \(3\) must not exceed num_expert_groups \(2\)",
+    ),
+    "D-flag": ({"hidden_size": True}, "hidden_size must be a positive integer, got True"),
+    "groups-float": ({"num_expert_groups": 2.0}, r"num_expert_groups must be a positive integer, got 2\.0"),
+    "groups-zero": ({"num_expert_groups": 0}, "num_expert_groups must be a positive integer, got 0"),
+    "top-groups-text": ({"top_k_groups": "x"}, "top_k_groups must be a positive integer, got 'x'"),
+    "scaling-nan": (
+        {"routed_scaling_factor": float("nan")},
+        "routed_scaling_factor must be positive .*got nan",
+    ),
+    "scaling-text": ({"routed_scaling_factor": "2"}, "routed_scaling_factor must be positive and finite, got '2'"),
+    "loss-negative": ({"load_balance_loss_weight": -1.0}, r"load_balance_loss_weight must be finite and not .*-1\.0"),
+    "loss-text": ({"z_loss_weight": "x"}, "z_loss_weight must be finite and not negative, got 'x'"),
+    "bias": ({"bias": "yes"}, "bias must be True or False, got 'yes'"),
+    "gated": ({"gated": "no"}, "gated must be True or False, got 'no'"),
+    "renormalize": ({"renormalize": 2}, "renormalize must be True or False, got 2"),
     "K-above-groups": ({"num_expert_groups": 8, "top_k_groups": 1}, r"top_k \(2\) exceeds the 1 experts"),
 }
 
@@ -510,14 +574,52 @@ CONFIGS = {
 def test_configs(changes: dict, match: str) -> None:
     good = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 8, "top_k": 2}
     tm.MoEConfig(**good)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         tm.MoEConfig(**{**good, **changes})
 
 
-@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
-def test_clamped_swiglu(limit: float) -> None:
-    with pytest.raises(ValueError, match="limit must be positive"):
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), "7", None, True])
+def test_clamped_swiglu(limit: object) -> None:
+    with pytest.raises(ValueError, match=rf"limit must be positive and finite, got {limit!r}"):
         tm.ClampedSwiGLU(limit)
+    with pytest.raises(ValueError, match=r"alpha must be a finite number, got 'x'"):
+        tm.ClampedSwiGLU(7.0, alpha="x")
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: tm.OverlapConfig(local_first="no"), "local_first must be True or False, got 'no'"),
+        (lambda: tm.OverlapConfig(serial=1), "serial must be True or False, got 1"),
+        (lambda: tm.OverlapConfig(memory_budget_bytes=True), "memory_budget_bytes must be a positive number .* True"),
+        (lambda: tm.OverlapPlan(4), "chunk sizes must be a tuple of .*got 4"),
+        (lambda: tm.OverlapPlan([1, 1]), r"chunk sizes must be a tuple of .*got \[1, 1\]"),
+        (lambda: tm.OverlapPlan((1,), window="2"), r"window must be 1\.\.32, got '2'"),
+        (lambda: tm.OverlapPlan((1,), local_start=0.5), r"local_start must be 0\.\.16 sixteenths, got 0\.5"),
+        (lambda: tm.OverlapPlan((1,), serial="x"), "serial must be True or False, got 'x'"),
+        (lambda: tm.ExpertPlacement([[0], [1]]), r"must be a tuple, .*of tuples of expert ids, got \[\[0\], \[1\]\]"),
+        (lambda: tm.ExpertPlacement(((0.0, 1.0),)), "of tuples of expert ids"),
+        (lambda: tm.ExpertPlacement(3), "of tuples of expert ids, got 3"),
+        (lambda: tm.ExpertPlacement.contiguous(7, 2), r"num_experts \(7\) must be divisible by size \(2\)"),
+        (lambda: tm.ExpertPlacement.contiguous(8, 0), r"must be divisible by size \(0\)"),
+        (lambda: tm.ExpertPlacement.balanced(torch.ones(2, 4), 2), r"load must be \(E,\) .*got \(2, 4\)"),
+        (lambda: tm.ExpertPlacement.balanced(torch.full((4,), float("nan")), 2), "load must be .*nan"),
+        (lambda: tm.ExpertPlacement.balanced(torch.ones(4), 0), "size must be a number of ranks of at least 1, got 0"),
+        (lambda: tm.transports.TwoLevelTransport(3, 2), "world must be the Transport of all ranks, got int"),
+        (lambda: tm.transports.TwoLevelTransport(LocalTransport(), "2"), "can't be two or more nodes of node_size = 2"),
+        (lambda: LocalTransport().exchange([1], [1], [1]), "rows must be a tensor, got list"),
+        (lambda: LocalTransport().exchange_counts([1]), "counts must be a tensor, got list"),
+        (lambda: tm.run_on_emulated_ranks(len, 2.5), "num_ranks must be a whole number, got 2.5"),
+        (lambda: tm.run_on_emulated_ranks(len, "2"), "num_ranks must be a whole number, got '2'"),
+        (lambda: tm.run_on_emulated_ranks(None, 2), "fn must be a function of a transport, got None"),
+        (lambda: tm.run_on_emulated_ranks(len, 2, link=50), "link must be a LinkModel or None, got 50"),
+        (lambda: tm.run_on_emulated_ranks(len, 2, faults=tm.transports.Death(0, 0)), "faults must be a list of Delay"),
+        (lambda: tm.run_on_emulated_ranks(len, 2, timeout_s=None), "timeout_s must be a number of seconds, got None"),
+    ],
+)
+def test_settings(make: Callable[[], object], match: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=match):
+        make()
 
 
 # The layer
@@ -532,8 +634,32 @@ def test_layer_input() -> None:
         layer(torch.ones(3, 9))
     with pytest.raises(RuntimeError, match="no statistics before the first forward"):
         layer.statistics()
-    with pytest.raises(TypeError, match="must be a Transport, a ProcessGroup or a DeviceMesh, got <class 'int'>"):
-        tm.MoELayer(CONFIG, transport=3)
+    for wrong, match in (
+        (None, "x must be a tensor, got NoneType"),
+        (torch.tensor(1.0), r"x must be \(\.\.\., D\) with D = 8, got \(\)"),
+        (torch.ones(3, 8, dtype=torch.int64), "the router takes a floating-point tensor, got torch.int64"),
+        (torch.ones(3, 8, device="meta"), "x is on meta and the router on cpu: move them to one device"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            layer(wrong)
+    with pytest.raises(TypeError, match="fillers must be a list of functions"):
+        layer(torch.ones(3, 8), fillers=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"transport": 3}, "must be a Transport, a ProcessGroup or a DeviceMesh, got <class 'int'>"),
+        ({"config": {"hidden_size": 8}}, "config must be a MoEConfig, got {'hidden_size': 8}: use"),
+        ({"overlap": 0}, "overlap must be an OverlapConfig or an OverlapPlan, got 0"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, reference, got 'cuda'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_layer_settings(changes: dict, match: str) -> None:
+    for kind in (tm.MoELayer, tm.GroupedExperts):
+        with pytest.raises((TypeError, ValueError), match=match):
+            kind(**{"config": CONFIG, **changes})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

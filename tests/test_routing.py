@@ -223,6 +223,28 @@ def test_wrong_shapes_say_so():
         router.update_selection_bias()
 
 
+@pytest.mark.parametrize("rate", [float("nan"), -1.0, "x", None])
+def test_rates_of_the_selection_bias(rate):
+    router = make_router(make_config(6, 2, selection_bias=True))
+    with pytest.raises(ValueError, match=rf"rate must be finite and not negative, got {rate!r}"):
+        router.update_selection_bias(rate)
+
+
+def test_reduce_load_must_give_the_load():
+    router = make_router(make_config(6, 2, selection_bias=True))
+    for wrong, got in ((None, "NoneType"), (torch.ones(3), r"\(3,\)")):
+        router.reduce_load = lambda load, wrong=wrong: wrong
+        with pytest.raises(TypeError, match=rf"reduce_load must return the summed load \(6,\), got {got}: all_reduce"):
+            router.update_selection_bias()
+    assert (router.e_score_correction_bias == 0).all()
+
+
+def test_the_loss_is_of_the_routers_experts():
+    routing = make_router(make_config(6, 2))(torch.ones(3, make_config(6, 2).hidden_size))
+    with pytest.raises(ValueError, match="num_experts is 5, and the routing has scores of 6 experts"):
+        load_balance_loss(routing, 5)
+
+
 # Gradients
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "check_num_pairs",
     "check_options",
     "check_plain",
+    "check_tensors",
     "find_main_grads",
     "make_settings",
 ]
@@ -51,6 +52,18 @@ class ExpertSettings(NamedTuple):
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"
     options: KernelOptions = KernelOptions()
+
+
+def check_tensors(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> None:
+    """Raise TypeError unless all of them are dense tensors, and the biases tensors or None."""
+    required = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    for name, tensor in {**required, **weights._asdict()}.items():
+        if tensor is None and name in ("gate_up_bias", "down_bias"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
 
 
 def check_arguments(
@@ -94,6 +107,8 @@ def check_arguments(
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
     up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
+    if inner < 1 or model_width < 1:
+        raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {tuple(w1.shape)}")
     for name, tensor, want, axes in (
         ("gate_up_proj", w1, want_w1, up_axes),
         ("down_proj", w2, want_w2, down_axes),

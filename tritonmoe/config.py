@@ -4,6 +4,7 @@ Shapes in this project: T tokens on this rank, D model width, F expert width, E 
 rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received rows. See docs/glossary.md.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,8 +28,12 @@ __all__ = [
     "OverlapPlan",
     "check_activation",
     "check_chunk_sizes",
+    "check_moe_config",
+    "check_overlap",
     "equal_sizes",
     "is_fused",
+    "is_integer",
+    "is_number",
     "ramp_sizes",
 ]
 
@@ -46,6 +51,22 @@ MAX_PAIRS = 2**31 - 1
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
+def is_integer(value: object) -> bool:
+    """Say whether this is an int; True and False are none here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Say whether this is an int or a float, and finite."""
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _check_flags(settings: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(settings, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(settings, name)!r}")
+
+
 @dataclass(frozen=True)
 class ClampedSwiGLU:
     """Gated activation with clamped inputs: `g * sigmoid(alpha * g) * (u + up_offset)`.
@@ -59,8 +80,11 @@ class ClampedSwiGLU:
     up_offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ValueError(f"ClampedSwiGLU limit must be positive, got {self.limit}")
+        if not is_number(self.limit) or self.limit <= 0:
+            raise ValueError(f"ClampedSwiGLU limit must be positive and finite, got {self.limit!r}")
+        for name in ("alpha", "up_offset"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"ClampedSwiGLU {name} must be a finite number, got {getattr(self, name)!r}")
 
 
 FusedActivation = str | ClampedSwiGLU
@@ -86,6 +110,10 @@ def check_activation(activation: Activation, gated: bool) -> None:
     elif isinstance(activation, ClampedSwiGLU):
         if not gated:
             raise ValueError("ClampedSwiGLU needs a gate and an up half: use gated=True")
+    elif isinstance(activation, type):
+        raise TypeError(
+            f"activation is the class {activation.__name__}: pass an instance of it, {activation.__name__}()"
+        )
     elif not callable(activation):
         raise TypeError(f"activation must be a name, a ClampedSwiGLU or a callable, got {type(activation)}")
 
@@ -104,6 +132,7 @@ class ExpertLayout:
     transposed: bool = False
 
     def __post_init__(self) -> None:
+        _check_flags(self, "gated", "interleaved", "transposed")
         if self.interleaved and not self.gated:
             raise ValueError("interleaved=True means alternating gate and up columns: it needs gated=True")
 
@@ -126,11 +155,9 @@ class KernelOptions(NamedTuple):
 
     def check(self) -> "KernelOptions":
         """Raise TypeError or ValueError unless the fields can be used; give itself."""
-        is_integer = isinstance(self.num_sms, int) and not isinstance(self.num_sms, bool)
-        if self.num_sms is not None and (not is_integer or self.num_sms < 1):
+        if self.num_sms is not None and (not is_integer(self.num_sms) or self.num_sms < 1):
             raise ValueError(f"num_sms must be None (all) or an integer of at least 1, got {self.num_sms!r}")
-        if not isinstance(self.batch_invariant, bool):
-            raise TypeError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        _check_flags(self, "batch_invariant")
         return self
 
 
@@ -174,12 +201,15 @@ class MoEConfig:
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
+        for name in (
+            *("hidden_size", "intermediate_size", "num_experts", "top_k"),
+            *("num_expert_groups", "top_k_groups"),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         shared = self.shared_intermediate_size
-        if not isinstance(shared, int) or shared < 0:
+        if not is_integer(shared) or shared < 0:
             raise ValueError(f"shared_intermediate_size must be a positive integer, or 0 for none, got {shared!r}")
         if self.num_experts > MAX_EXPERTS:
             raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
@@ -192,18 +222,23 @@ class MoEConfig:
             raise ValueError(f"top_k must be at most {MAX_TOP_K}, got {self.top_k}")
         check_activation(self.activation, self.gated)
         ExpertLayout(self.gated, self.interleaved, self.transposed)
+        _check_flags(self, "bias", "softmax_after_topk", "renormalize", "selection_bias")
+        if not is_number(self.routed_scaling_factor) or self.routed_scaling_factor <= 0:
+            raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor!r}")
+        for name in ("load_balance_loss_weight", "z_loss_weight"):
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         if self.score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"score_function must be 'softmax' or 'sigmoid', got {self.score_function!r}")
         if self.softmax_after_topk and self.score_function != "softmax":
             raise ValueError("softmax_after_topk=True needs score_function='softmax'")
-        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+        if self.num_experts % self.num_expert_groups:
             raise ValueError(
                 f"num_experts ({self.num_experts}) must be divisible by num_expert_groups ({self.num_expert_groups})"
             )
-        if not 1 <= self.top_k_groups <= self.num_expert_groups:
+        if self.top_k_groups > self.num_expert_groups:
             raise ValueError(
-                f"top_k_groups ({self.top_k_groups}) must lie between 1 and "
-                f"num_expert_groups ({self.num_expert_groups})"
+                f"top_k_groups ({self.top_k_groups}) must not exceed num_expert_groups ({self.num_expert_groups})"
             )
         eligible = self.num_experts // self.num_expert_groups * self.top_k_groups
         if self.top_k > eligible:
@@ -260,16 +295,16 @@ class OverlapConfig:
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
+        _check_flags(self, "local_first", "serial")
         if self.chunk_by not in ("tokens", "experts", "auto"):
             raise ValueError(f"chunk_by must be 'tokens', 'experts' or 'auto', got {self.chunk_by!r}")
         check_capacity(self.capacity, self.chunk_by)
-        if self.num_chunks != "auto":
-            is_integer = isinstance(self.num_chunks, int) and not isinstance(self.num_chunks, bool)
-            if not is_integer or not 1 <= self.num_chunks <= MAX_CHUNKS:
-                raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {self.num_chunks!r}")
+        chunks = self.num_chunks
+        if chunks != "auto" and (not is_integer(chunks) or not 1 <= chunks <= MAX_CHUNKS):
+            raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {chunks!r}")
         budget = self.memory_budget_bytes
         if budget is not None:
-            if not isinstance(budget, int) or budget < 1:
+            if not is_integer(budget) or budget < 1:
                 raise ValueError(f"memory_budget_bytes must be a positive number of bytes, got {budget!r}")
             if self.num_chunks != "auto" or self.shape not in ("auto", "equal") or self.wire_dtype is not None:
                 raise ValueError(
@@ -302,8 +337,7 @@ def check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
 
 def check_capacity(capacity: float | None, chunk_by: str) -> None:
     """Raise ValueError unless this is None, or a factor that rows in chunks of tokens can be counted with."""
-    is_number = isinstance(capacity, (int, float)) and not isinstance(capacity, bool)
-    if capacity is not None and not (is_number and 0.001 <= capacity <= MAX_CAPACITY):
+    if capacity is not None and not (is_number(capacity) and 0.001 <= capacity <= MAX_CAPACITY):
         raise ValueError(f"capacity must be None or a number of 0.001..{MAX_CAPACITY}, got {capacity!r}")
     if capacity is not None and chunk_by == "experts":
         raise ValueError(
@@ -314,12 +348,11 @@ def check_capacity(capacity: float | None, chunk_by: str) -> None:
 
 def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
     """Raise ValueError unless these are the relative sizes of 1..32 chunks."""
-    if not 1 <= len(sizes) <= MAX_CHUNKS or not all(
-        isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_CHUNK_SIZE for size in sizes
-    ):
+    is_tuple = isinstance(sizes, tuple) and 1 <= len(sizes) <= MAX_CHUNKS
+    if not is_tuple or not all(is_integer(size) and 1 <= size <= MAX_CHUNK_SIZE for size in sizes):
         raise ValueError(
-            f"chunk sizes must be 1..{MAX_CHUNKS} whole numbers of 1..{MAX_CHUNK_SIZE}, relative to each other, "
-            f"got {sizes!r}"
+            f"chunk sizes must be a tuple of 1..{MAX_CHUNKS} whole numbers of 1..{MAX_CHUNK_SIZE}, relative to each "
+            f"other, got {sizes!r}"
         )
 
 
@@ -375,10 +408,11 @@ class OverlapPlan:
             raise ValueError(f"chunk_by must be 'tokens' or 'experts', got {self.chunk_by!r}")
         check_capacity(self.capacity, self.chunk_by)
         check_chunk_sizes(self.chunk_sizes)
-        if not 0 <= self.local_start <= LOCAL_PARTS:
+        _check_flags(self, "local_first", "serial")
+        if not is_integer(self.local_start) or not 0 <= self.local_start <= LOCAL_PARTS:
             raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
         for name in ("window", "backward_window"):
-            if not 1 <= getattr(self, name) <= MAX_CHUNKS:
+            if not is_integer(getattr(self, name)) or not 1 <= getattr(self, name) <= MAX_CHUNKS:
                 raise ValueError(f"{name} must be 1..{MAX_CHUNKS}, got {getattr(self, name)!r}")
 
     @property
@@ -423,3 +457,17 @@ class OverlapPlan:
         if self.capacity is not None:
             words += f", capacity {self.capacity}"
         return words
+
+
+def check_moe_config(config: object) -> None:
+    """Raise TypeError unless this is a MoEConfig."""
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"config must be a MoEConfig, got {config!r}: use tritonmoe.MoEConfig(hidden_size=..., ...)")
+
+
+def check_overlap(overlap: object) -> None:
+    """Raise TypeError unless this is an OverlapConfig or an OverlapPlan."""
+    if not isinstance(overlap, (OverlapConfig, OverlapPlan)):
+        raise TypeError(
+            f"overlap must be an OverlapConfig or an OverlapPlan, got {overlap!r}: use OverlapConfig(num_chunks=4), say"
+        )

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from tritonmoe.config import is_integer
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.emulated import Death, Delay, EmulatedWorld, LinkModel, PeerFailure, RankStopped
@@ -52,6 +53,18 @@ def run_on_emulated_ranks(
     Example:
         run_on_emulated_ranks(lambda transport: transport.rank, num_ranks=3) gives [0, 1, 2].
     """
+    if not is_integer(num_ranks):
+        raise TypeError(f"num_ranks must be a whole number, got {num_ranks!r}")
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of a transport, got {fn!r}")
+    if link is not None and not isinstance(link, LinkModel):
+        raise TypeError(
+            f"link must be a LinkModel or None, got {link!r}: use LinkModel(bandwidth_gb_per_s={link!r}), say"
+        )
+    if not isinstance(faults, Sequence):
+        raise TypeError(f"faults must be a list of Delay and Death, got {faults!r}")
+    if not isinstance(timeout_s, (int, float)):
+        raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
     world = EmulatedWorld(num_ranks, device=device, link=link, faults=faults, timeout_s=timeout_s)
     results: dict[int, Result] = {}
     errors: list[tuple[int, BaseException]] = []  # in the order in which they were raised

@@ -114,6 +114,11 @@ def expert_parallel_mlp(
         CountMismatch: the ranks make different calls. NonFiniteScores: a rank's topk_weights are not finite.
         TransportError: an exchange failed or timed out.
     """
+    if not isinstance(transport, Transport):
+        raise TypeError(
+            f"transport must be a Transport, got {type(transport).__name__}: for a torch ProcessGroup it is "
+            "tritonmoe.transports.ProcessGroupTransport(group)"
+        )
     return run_expert_parallel(
         x,
         topk_ids,

@@ -8,10 +8,19 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import ExpertWeights, cast_for_autocast, check_arguments, find_main_grads, make_settings
+from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
 from .autograd import without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
-from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
+from .config import (
+    Activation,
+    ExpertLayout,
+    KernelOptions,
+    OverlapConfig,
+    OverlapPlan,
+    check_overlap,
+    is_fused,
+    is_integer,
+)
 from .count_exchange import DTYPE_CODES, CallHeader
 from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
@@ -27,7 +36,7 @@ from .transports import Transport, TwoLevelTransport
 from .two_level import check_two_level, exchange_two_level_plan
 from .wire import WireFormat
 
-__all__ = ["MAX_FILLERS", "Needs", "check_expert_parallel", "run_call"]
+__all__ = ["MAX_FILLERS", "Needs", "check_expert_parallel", "check_fillers", "run_call"]
 
 MAX_FILLERS = 2
 
@@ -102,6 +111,9 @@ def run_call(
     rank, size = transport.rank, transport.size
     state = state_of(transport)
     try:
+        check_tensors(x, topk_ids, topk_weights, weights)
+        check_overlap(overlap)
+        check_fillers(fillers)
         x, topk_weights, weights = cast_for_autocast(x, topk_weights, weights)
         # Refuses bad ones here, before anything is sent.
         has_main_grads = owners is not None and find_main_grads(owners) is not None
@@ -118,8 +130,6 @@ def run_call(
         WireFormat(x.dtype, overlap.wire_dtype)
         if isinstance(transport, TwoLevelTransport):
             check_two_level(overlap, placement)
-        if len(fillers) > MAX_FILLERS:
-            raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
         in_graph = is_captured(x.device)
         if in_graph and overlap.capacity is None:
             raise ValueError(
@@ -252,10 +262,22 @@ def run_call(
     return y, report
 
 
+def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:
+    """Raise TypeError or ValueError unless these are at most two functions."""
+    if not isinstance(fillers, Sequence) or not all(callable(filler) for filler in fillers):
+        raise TypeError(f"fillers must be a list of functions that take nothing, got {fillers!r}")
+    if len(fillers) > MAX_FILLERS:
+        raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
+
+
 def check_expert_parallel(
     num_local_experts: int, num_experts: int, size: int, placement: ExpertPlacement | None = None
 ) -> None:
-    """Raise ValueError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    """Raise ValueError or TypeError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    if not is_integer(num_experts):
+        raise TypeError(f"num_experts must be a whole number, E over all ranks, got {num_experts!r}")
+    if placement is not None and not isinstance(placement, ExpertPlacement):
+        raise TypeError(f"placement must be an ExpertPlacement or None, got {placement!r}")
     if placement is not None:
         if (placement.size, placement.num_experts) != (size, num_experts):
             raise ValueError(

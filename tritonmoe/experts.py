@@ -11,6 +11,7 @@ from .arguments import (
     cast_for_autocast,
     check_arguments,
     check_options,
+    check_tensors,
     find_main_grads,
     make_settings,
 )
@@ -237,6 +238,7 @@ def moe_mlp(
     layout = ExpertLayout(gated, interleaved, transposed)
     options = KernelOptions(num_sms, batch_invariant)
     owners = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    check_tensors(x, topk_ids, topk_weights, owners)
     x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
     has_main_grads = find_main_grads(owners) is not None

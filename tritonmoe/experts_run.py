@@ -403,11 +403,9 @@ def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Te
     shape = tuple(h.shape)
     a = activation(h)
     expected = (shape[0], layout.intermediate_size(shape[1]))
-    if tuple(a.shape) != expected or a.dtype != h.dtype:
-        raise ValueError(
-            f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, "
-            f"got {tuple(a.shape)} {a.dtype}"
-        )
+    if not isinstance(a, Tensor) or tuple(a.shape) != expected or a.dtype != h.dtype:
+        got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
+        raise ValueError(f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, got {got}")
     return a.contiguous()
 
 

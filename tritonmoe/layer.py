@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import ExpertWeights
-from .config import KernelOptions, MoEConfig, OverlapConfig, OverlapPlan
+from .backends import check_name
+from .config import KernelOptions, MoEConfig, OverlapConfig, OverlapPlan, check_moe_config, check_overlap
 from .errors import NonFiniteScores
 from .expert_parallel import run_expert_parallel
-from .expert_parallel_run import check_expert_parallel
+from .expert_parallel_run import check_expert_parallel, check_fillers
 from .experts import moe_mlp
 from .overlap.layer_report import LayerReport
 from .placement import ExpertPlacement
@@ -57,9 +58,12 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_moe_config(config)
         self.config = config
         self.transport = None if transport is None else as_transport(transport)
-        self.overlap = overlap or OverlapConfig()
+        self.overlap = OverlapConfig() if overlap is None else overlap
+        check_overlap(self.overlap)
+        check_name(backend)
         self.backend = backend
         self.options = KernelOptions(num_sms, batch_invariant).check()
         size = 1 if self.transport is None else self.transport.size
@@ -236,8 +240,11 @@ class MoELayer(nn.Module):
         """
         one_device = self.experts.transport is None
         try:
-            if x.shape[-1] != self.config.hidden_size:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+            if x.dim() < 1 or x.shape[-1] != self.config.hidden_size:
                 raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
+            check_fillers(fillers)
             if one_device and not torch.compiler.is_compiling():
                 self._raise_earlier_nonfinite()
             flat = x.reshape(-1, x.shape[-1])

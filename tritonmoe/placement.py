@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.reference import WeightGrads, accumulation_dtype
+from .config import is_integer
 from .cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "sum_replica_grads"]
@@ -32,6 +33,10 @@ class ExpertPlacement:
 
     def __post_init__(self) -> None:
         ranks = self.experts_of_rank
+        if not isinstance(ranks, tuple) or not all(
+            isinstance(slots, tuple) and all(is_integer(expert) for expert in slots) for slots in ranks
+        ):
+            raise TypeError(f"experts_of_rank must be a tuple, for every rank, of tuples of expert ids, got {ranks!r}")
         if not ranks or not ranks[0] or len({len(slots) for slots in ranks}) > 1:
             raise ValueError(
                 f"a placement gives every rank the same number of slots, at least one: got {[len(s) for s in ranks]}"
@@ -46,6 +51,8 @@ class ExpertPlacement:
     @classmethod
     def contiguous(cls, num_experts: int, size: int) -> "ExpertPlacement":
         """Give rank k the experts k * E / W .. (k + 1) * E / W: what a layer does without a placement."""
+        if size < 1 or num_experts % size:
+            raise ValueError(f"num_experts ({num_experts}) must be divisible by size ({size}), the number of ranks")
         local = num_experts // size
         return cls(tuple(tuple(range(rank * local, (rank + 1) * local)) for rank in range(size)))
 
@@ -62,6 +69,11 @@ class ExpertPlacement:
         Example:
             load [8, 1, 1, 2], two ranks of three slots: expert 0 gets a second replica, so does expert 3.
         """
+        load = torch.as_tensor(load)
+        if load.dim() != 1 or not bool((load >= 0).all()):
+            raise ValueError(f"load must be (E,) numbers that are not negative, got {tuple(load.shape)}: {load}")
+        if not is_integer(size) or size < 1:
+            raise ValueError(f"size must be a number of ranks of at least 1, got {size!r}")
         loads = [float(value) for value in load]
         num_experts = len(loads)
         slots = -(-num_experts // size) if num_slots is None else num_slots

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from .config import MoEConfig
+from .config import MoEConfig, check_moe_config, is_number
 
 __all__ = [
     "Routing",
@@ -184,6 +184,7 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_moe_config(config)
         self.config = config
         self.reduce_load = reduce_load
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
@@ -222,11 +223,16 @@ class TopKRouter(nn.Module):
         fp64 inputs are computed in fp64. Reads nothing on the host.
 
         Raises:
-            ValueError: x is not (T, D).
+            ValueError, TypeError: x is not (T, D), not floating point, or not on the weight's device.
         """
         config = self.config
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"the router takes a floating-point tensor, got {kind}")
         if x.dim() != 2 or x.shape[1] != config.hidden_size:
             raise ValueError(f"the router takes (T, {config.hidden_size}) tokens, got shape {tuple(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
         logits, is_finite = _RouterLogits.apply(x, self.weight)
         finite_logits = torch.where(is_finite, logits, 0.0)
         if config.score_function == "softmax":
@@ -280,13 +286,21 @@ class TopKRouter(nn.Module):
         Returns:
             The load that was used, (E,) int64.
         Raises:
-            ValueError: the router has no selection bias.
+            ValueError: the router has no selection bias, or the rate is no number. TypeError: reduce_load gave no load.
         """
         if self.e_score_correction_bias is None or self.load is None:
             raise ValueError("the router has no selection bias: build it with MoEConfig(selection_bias=True)")
+        if not is_number(rate) or rate < 0:
+            raise ValueError(f"rate must be finite and not negative, got {rate!r}")
         load = self.load.clone()
         if self.reduce_load is not None:
             load = self.reduce_load(load)
+            if not isinstance(load, Tensor) or load.shape != self.load.shape:
+                got = tuple(load.shape) if isinstance(load, Tensor) else type(load).__name__
+                raise TypeError(
+                    f"reduce_load must return the summed load {tuple(self.load.shape)}, got {got}: all_reduce() sums "
+                    "in place and returns none, so return the tensor that it was given"
+                )
         direction = (load.sum() - load.numel() * load).sign()  # in integers: a balanced expert does not move
         self.e_score_correction_bias += rate * direction.to(self.e_score_correction_bias.dtype)
         self.load.zero_()
@@ -313,6 +327,8 @@ def load_balance_loss(routing: Routing, num_experts: int) -> Tensor:
     Tokens with a non-finite logit are left out. T = 0 gives 0, attached to the graph.
     """
     scores = routing.scores  # (T, E)
+    if scores.shape[1] != num_experts:
+        raise ValueError(f"num_experts is {num_experts}, and the routing has scores of {scores.shape[1]} experts")
     total = scores.sum(dim=1, keepdim=True)
     is_counted = total > 0  # False for NaN as well
     probabilities = torch.where(is_counted, scores, 0.0) / torch.where(is_counted, total, 1.0)

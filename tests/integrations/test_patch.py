@@ -9,8 +9,8 @@ from quantised_weights import Int4Tensor, Params4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tritonmoe.integrations.transformers import collect_statistics, parallelize, patch, register, upcycle
 from tritonmoe.integrations.transformers import experts as experts_module
-from tritonmoe.integrations.transformers import parallelize, patch, register, upcycle
 from tritonmoe.transports import LocalTransport
 
 SIZES = {
@@ -142,18 +142,45 @@ QUANTISED = {
 }
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_experts_are_refused_and_nothing_is_changed(kind):
+def test_quantised_experts_are_refused_and_nothing_is_changed(kind, group):
     model = mixtral()
     before = model.config._experts_implementation
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = QUANTISED[kind](experts.down_proj.detach())
     message = rf"layers\.1\.mlp\.experts \(MixtralExperts\) are quantised \({kind}\)"
-    for change in (patch, lambda model: parallelize(model, LocalTransport())):
+    for change in (patch, lambda model: parallelize(model, group)):
         with pytest.raises(ValueError, match=message):
             change(model)
         assert model.config._experts_implementation == before
         assert type(experts.gate_up_proj) is nn.Parameter
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: patch("mixtral"), r"model must be a model of transformers, got 'mixtral': load it first"),
+        (lambda _: patch(None), "model must be a model of transformers, got None"),
+        (lambda _: collect_statistics(None).__enter__(), "model must be a model of transformers, got None"),
+        (lambda _: upcycle("dense", 4, 2), "model must be a model of transformers, got 'dense': load it first"),
+        (lambda _: parallelize(None, torch.distributed.group.WORLD), "model must be a model of transformers, got None"),
+        (lambda model: parallelize(model, torch.distributed.group.WORLD, 4), "overlap must be .*got 4"),
+        (lambda model: parallelize(model, LocalTransport()), "over a ProcessGroup or a DeviceMesh of one dimension"),
+        (lambda model: parallelize(model, "world"), "transport must be a Transport, a ProcessGroup or a DeviceMesh"),
+    ],
+)
+def test_what_is_no_model_and_no_group_is_refused_and_nothing_is_changed(change, message, group):
+    model = mixtral()
+    with pytest.raises(TypeError, match=message):
+        change(model)
+    assert model.config._experts_implementation != "tritonmoe"
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

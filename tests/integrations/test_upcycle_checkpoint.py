@@ -333,6 +333,9 @@ def test_sources_that_are_not_whole(tmp_path):
         assert not (tmp_path / "moe").exists()
 
     refused(tmp_path / "nowhere", "no such directory")
+    refused(Path(__file__), "it is a file")
+    with pytest.raises(ValueError, match=r"a shard size is a number of bytes, or like '500MB' or '5GB'; got 1\.5"):
+        upcycle_checkpoint(tmp_path, tmp_path / "moe", **OPTIONS, max_shard_size=1.5)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "it holds nothing")
     save_dense("llama", tmp_path / "whole")

@@ -86,6 +86,12 @@ def _beyond_limits(dtype: DType, num_experts: int, top_k: int) -> str | None:
     return None
 
 
+def check_name(backend: str) -> None:
+    """Raise ValueError unless this is "auto" or the name of a backend."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def choose(
     backend: str,
     device: Device,
@@ -122,8 +128,7 @@ def _choose(
     triton_version: str | None,
     interprets: bool,
 ) -> ModuleType:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    check_name(backend)
     if dtype not in DTYPES:
         raise TypeError(
             f"experts compute in float32, bfloat16, float16 or float64, got {dtype}: cast x and the weights "

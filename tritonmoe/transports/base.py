@@ -94,6 +94,8 @@ def check_exchange(
 ) -> Tensor:
     """Check an exchange's arguments and give the tensor it fills."""
     where = f"rank {transport.rank} of {transport.size}"
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a tensor, got {type(rows).__name__} ({where})")
     for name, splits in (("input_splits", input_splits), ("output_splits", output_splits)):
         if len(splits) != transport.size:
             raise ValueError(f"{name} must have one count per rank ({transport.size}), got {len(splits)} ({where})")
@@ -124,6 +126,8 @@ def check_exchange(
 
 def check_counts(transport: Transport, counts: Tensor) -> None:
     """Check the argument of exchange_counts."""
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a tensor, got {type(counts).__name__}")
     if counts.dim() != 2 or counts.shape[0] != transport.size:
         raise ValueError(f"counts must be ({transport.size}, L), one row per rank, got {tuple(counts.shape)}")
     if counts.dtype != torch.int64 or counts.device.type != "cpu":

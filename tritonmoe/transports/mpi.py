@@ -101,6 +101,8 @@ class MPITransport(Transport):
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         from mpi4py import MPI
 
+        if not isinstance(comm, MPI.Comm):
+            raise TypeError(f"comm must be a communicator of mpi4py, as MPI.COMM_WORLD, got {type(comm).__name__}")
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise ValueError(
                 "MPITransport waits in a thread of its own, but MPI was initialised without MPI_THREAD_MULTIPLE: "

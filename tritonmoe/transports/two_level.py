@@ -77,7 +77,9 @@ class TwoLevelTransport(Transport):
         between_nodes: Transport | None = None,
         inside_node: Transport | None = None,
     ) -> None:
-        if node_size < 2 or world.size % node_size or world.size == node_size:
+        if not isinstance(world, Transport):
+            raise TypeError(f"world must be the Transport of all ranks, got {type(world).__name__}")
+        if not isinstance(node_size, int) or node_size < 2 or world.size % node_size or world.size == node_size:
             raise ValueError(
                 f"{world.size} ranks can't be two or more nodes of node_size = {node_size} >= 2 ranks: choose a "
                 "node_size that divides the ranks, or use the transport of all ranks itself"

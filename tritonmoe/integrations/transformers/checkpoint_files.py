@@ -21,10 +21,10 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int):
         number = size
     else:
-        unit = size[-2:].upper()
         try:
+            unit = size[-2:].upper()
             number = int(float(size[:-2]) * SIZE_UNITS[unit])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             raise ValueError(f"a shard size is a number of bytes, or like '500MB' or '5GB'; got {size!r}") from None
     if number < 1:
         raise ValueError(f"a shard must hold at least one byte, got {size!r}")
@@ -54,9 +54,9 @@ class CheckpointReader:
             files = [f"{stem}.safetensors"]
             if not (self.directory / files[0]).exists():
                 found = sorted(path.name for path in self.directory.glob("*"))[:8]
-                there = (
-                    "it holds " + (", ".join(found) or "nothing") if self.directory.is_dir() else "no such directory"
-                )
+                there = "it holds " + (", ".join(found) or "nothing")
+                if not self.directory.is_dir():
+                    there = "it is a file" if self.directory.exists() else "no such directory"
                 raise ValueError(
                     f"{self.directory} has neither {index.name} nor {files[0]} "
                     f"({there}); bring other formats into this one with from_pretrained and save_pretrained"

@@ -1,6 +1,6 @@
 """Find the dense feed-forward blocks of a model, by the names and shapes of their linears, and read their weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,6 +171,8 @@ def select_blocks(blocks: list[FFNBlock], layers: LayerChoice) -> list[FFNBlock]
             raise ValueError(f"layers must be 'all', a list of positions or a function, got {layers!r}")
         chosen = blocks
     else:
+        if not isinstance(layers, Iterable) or not all(isinstance(index, int) for index in layers):
+            raise ValueError(f"layers must be 'all', a list of positions or a function, got {layers!r}")
         outside = [index for index in layers if not 0 <= index < len(blocks)]
         if outside:
             raise ValueError(f"layers {outside} don't exist: the model has {len(blocks)} blocks, 0..{len(blocks) - 1}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...layer import MoELayer
 from .discovery import UNSUPPORTED_NAMES, experts_modules
-from .requirements import quantised_kind
+from .requirements import check_model, quantised_kind
 
 __all__ = ["PatchReport", "patch"]
 
@@ -42,11 +42,12 @@ def patch(model: nn.Module) -> PatchReport:
     Raises:
         ValueError: nothing can be switched (a dense model, or a family whose experts ask no registry: llama4, dbrx,
             jetmoe, switch_transformers, ...), or experts are quantised. The modules are named, and nothing is changed.
-        ImportError: transformers is missing or older than 5.7.
+        TypeError: `model` is none. ImportError: transformers is missing or older than 5.7.
     """
     from . import EXPERTS_IMPLEMENTATION, register
 
     register()
+    check_model(model)
     from transformers import PreTrainedModel
 
     found = experts_modules(model)

@@ -3,10 +3,10 @@
 import importlib.metadata
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["MINIMUM_TRANSFORMERS", "WEIGHT_DTYPES", "check_transformers", "quantised_kind"]
+__all__ = ["MINIMUM_TRANSFORMERS", "WEIGHT_DTYPES", "check_model", "check_transformers", "quantised_kind"]
 
 MINIMUM_TRANSFORMERS = (5, 7)
 """Earlier releases accept only their own names for experts_implementation."""
@@ -29,6 +29,13 @@ def check_transformers() -> tuple[int, ...]:
             f"experts_implementation. pip install -U 'transformers>={needed}'"
         )
     return numbers
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless this is a module, as models are."""
+    if not isinstance(model, nn.Module):
+        hint = ": load it first, with from_pretrained()" if isinstance(model, str) else ""
+        raise TypeError(f"model must be a model of transformers, got {model!r}{hint}")
 
 
 def quantised_kind(weight: Tensor) -> str | None:

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...config import OverlapConfig
+from ...config import OverlapConfig, check_overlap
 from ...errors import TransportError
 from ...expert_parallel import expert_parallel_mlp
 from ...expert_parallel_run import check_expert_parallel
 from ...transports import Transport, as_transport
 from .discovery import experts_modules
 from .patching import patch
+from .requirements import check_model
 
 __all__ = ["ExpertParallelState", "expert_parallel_state", "parallelize"]
 
@@ -98,6 +99,14 @@ def parallelize(
 
     if expert_gradients not in ("mean", "sum"):
         raise ValueError(f'expert_gradients must be "mean" or "sum", got {expert_gradients!r}')
+    overlap = OverlapConfig() if overlap is None else overlap
+    check_overlap(overlap)
+    check_model(model)
+    if isinstance(group_or_mesh, Transport) or getattr(group_or_mesh, "ndim", 1) != 1:
+        raise TypeError(
+            "the experts of a model are spread over a ProcessGroup or a DeviceMesh of one dimension, got "
+            f"{group_or_mesh!r}"
+        )
     transport = as_transport(group_or_mesh)
     found: dict[str, Any] = experts_modules(model)
     for name, experts in found.items():
@@ -123,7 +132,7 @@ def parallelize(
             spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(experts, own_name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
             sharded.append(f"{name}.{own_name}")
-        state = ExpertParallelState(num_experts, transport, overlap or OverlapConfig(), scale)
+        state = ExpertParallelState(num_experts, transport, overlap, scale)
         setattr(experts, STATE, state)
     attributes: Any = model
     attributes._ddp_params_and_buffers_to_ignore = [

@@ -10,7 +10,7 @@ from torch import nn
 from ...layer import MoELayer
 from ...routing import RoutingStatistics, is_recomputing, routing_statistics
 from .discovery import experts_modules
-from .requirements import check_transformers
+from .requirements import check_model, check_transformers
 
 __all__ = ["ModelStatistics", "ScalarWriter", "collect_statistics"]
 
@@ -90,6 +90,7 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
         statistics.log_to(SummaryWriter(), step=1000)
     """
     check_transformers()
+    check_model(model)
     found: dict[str, Any] = {}
     num_experts: dict[str, int] = {}
     registered: dict[str, Any] = experts_modules(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...layer import MoELayer
 from .expert_init import Init, UpcycleSettings
 from .ffn_blocks import LayerChoice, find_blocks, select_blocks
-from .requirements import check_transformers
+from .requirements import check_model, check_transformers
 from .upcycle_inplace import InplaceConversion
 from .upcycle_native import NATIVE_TARGETS, NativeConversion
 
@@ -54,6 +54,7 @@ def upcycle(
         ImportError: transformers is missing or older than 5.7.
     """
     check_transformers()
+    check_model(model)
     settings = UpcycleSettings(
         num_experts=num_experts,
         top_k=top_k,
