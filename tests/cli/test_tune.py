@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.shapes import LayerShape
-from tritonmoe.cli import main
+from tritonmoe.cli import main, tune
 from tritonmoe.cli.layer_arguments import tokens_of_every_class
 from tritonmoe.kernels import tiles
 
@@ -94,3 +95,63 @@ def test_warmup_compiles_for_another_machine(tmp_path):
     assert [line.split("]")[0] for line in lines] == [f"[{n}/{len(lines)}" for n in range(1, len(lines) + 1)]
     assert any("up up: " in line and "registers" in line for line in lines)
     assert list((tmp_path / "triton").rglob("*.cubin"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that isn't there, on which nothing is measured; give how often it would have been."""
+    measured = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "triton_unusable_reason", lambda device: None)
+    monkeypatch.setattr(tuning, "tune", lambda *arguments: measured.append(1) or {f"{os.getpid()}": {"block_m": 64}})
+    return measured
+
+
+def test_what_is_found_is_kept(cache, gpu):
+    tiles.write(cache, {"other": {"block_n": 32}})
+    assert main(["tune", *SHAPE, "--tokens", "1", "8"]) == 0
+    assert len(gpu) == 2
+    assert tiles.read(cache) == {"other": {"block_n": 32}, f"{os.getpid()}": {"block_m": 64}}
+    assert cache.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "folder"])
+def test_what_can_not_be_kept_is_not_measured(wrong, cache, gpu, monkeypatch, capsys):
+    if wrong == "damaged":
+        cache.write_text("{")
+    else:
+        cache.write_text('{"tiles": {}}')
+        monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(cache))  # a file: as little to write in as a read-only folder
+    assert main(["tune", *SHAPE]) == 2
+    assert not gpu
+    said = capsys.readouterr().err
+    assert "can't keep what it would find" in said
+    assert ("delete it and run `tritonmoe tune` again" if wrong == "damaged" else str(cache)) in said
+
+
+def test_processes_that_tune_at_once_lose_nothing(cache):
+    script = """
+import sys
+from pathlib import Path
+from tritonmoe.cli.tune import keep
+from tritonmoe.kernels import tiles  # imported before the start
+print(flush=True)
+sys.stdin.readline()
+for n in range(100):
+    keep(Path(sys.argv[1]), {f"{sys.argv[2]} {n}": {"block_m": 64}})
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(cache), str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(tiles.read(cache)) == 200

@@ -5,7 +5,8 @@ What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/trito
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +49,38 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     from ..benchmarks.tuning import tune
     from ..kernels import tiles
 
+    path = tiles.cache_file()
+    try:
+        keep(path, {})  # a damaged file, or a folder that is read-only, is said before anything is measured
+    except (OSError, ValueError) as error:
+        print(
+            f"tritonmoe tune can't keep what it would find: {error}. TRITONMOE_CACHE_DIR names another folder",
+            file=sys.stderr,
+        )
+        return 2
     for num_tokens in tokens:
         say(f"{shape.name} T={num_tokens} {arguments.dtype}")
         found = tune(shape, num_tokens, DTYPES[arguments.dtype], torch.device("cuda"), say)
-        tiles.write(tiles.cache_file(), found)
-        say(f"{len(found)} entries written to {tiles.cache_file()}")
+        keep(path, found)
+        say(f"{len(found)} entries written to {path}")
     return 0
+
+
+def keep(path: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
+    """Add entries to the cache file, while other processes that do so wait; other users may read it.
+
+    Raises what `tiles.read` does, and OSError.
+    """
+    from ..kernels import tiles
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        tiles.write(path, entries)
+        path.chmod(0o644)
 
 
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
