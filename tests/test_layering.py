@@ -46,7 +46,6 @@ LAYERS = (
         "probe",
         "emulation",
         "integrations",
-        "planner",
         "report",
         "benchmarks",
         "cli",

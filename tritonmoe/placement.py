@@ -126,10 +126,6 @@ class ExpertPlacement:
         """Give the rank whose optimizer state and checkpoint entry count for `expert`."""
         return self.owners(expert)[0]
 
-    def counted_slots(self, rank: int) -> tuple[int, ...]:
-        """Give the slots of `rank` whose experts have it as their first owner: those that it saves."""
-        return tuple(slot for slot, expert in enumerate(self.experts_of_rank[rank]) if self.first_owner(expert) == rank)
-
     def shared(self, rank: int, other: int) -> tuple[int, ...]:
         """Give the experts that both ranks hold, in ascending order; none for a rank and itself."""
         if rank == other:

@@ -50,7 +50,6 @@ def test_without_a_gate():
 def test_bounds():
     assert Work(989_400_000_000_000, 1).seconds(H100) == pytest.approx(1.0)
     assert Work(0, 3_350_000_000_000).seconds(H100) == pytest.approx(1.0)
-    assert Work(989_400_000_000_000, 3_350_000_000_000).attainable_tflops(H100) == pytest.approx(989.4)
     ridge = 989.4 / 3.35
     assert Work(round(ridge * 1e6) + 1, 10**6).bound(H100) == "compute"
     assert Work(round(ridge * 1e6) - 1, 10**6).bound(H100) == "memory"

@@ -50,11 +50,6 @@ class Work:
         """Say which of the two is longer: "compute" or "memory"."""
         return "compute" if self.flops / (card.tflops * 1e12) >= self.num_bytes / (card.tb_per_s * 1e12) else "memory"
 
-    def attainable_tflops(self, card: Card) -> float:
-        """Give the rate, 10^12 operations a second, at that shortest time."""
-        seconds = self.seconds(card)
-        return self.flops / seconds / 1e12 if seconds else 0.0
-
 
 def forward_flops(shape: LayerShape, num_tokens: int) -> int:
     """Give 6*N*D*F for gated experts (two products of 2F and F columns), 4*N*D*F without a gate; N = T*K."""

@@ -100,7 +100,7 @@ def make_conversion(
                 native.model_type,
             )
     else:
-        conversion = InplaceConversion(dense, settings, blocks, chosen)
+        conversion = InplaceConversion(dense, settings, chosen)
     if settings.init != "copy":
         log.warning("init=%r is not exact: the new model starts near the dense one, not equal to it", settings.init)
     if settings.top_k == 1:

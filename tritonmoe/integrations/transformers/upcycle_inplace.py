@@ -105,11 +105,11 @@ def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFN
 class InplaceConversion:
     """Names and tensors of a model with its blocks replaced; the dense model may be on the meta device."""
 
-    def __init__(self, dense: Any, settings: UpcycleSettings, blocks: list[FFNBlock], chosen: list[FFNBlock]) -> None:
+    def __init__(self, dense: Any, settings: UpcycleSettings, blocks: list[FFNBlock]) -> None:
         self.settings = settings
-        self.blocks = chosen
+        self.blocks = blocks
         self.config = dense.config
-        for block in chosen:
+        for block in blocks:
             settings.expert_width(block.intermediate_size)
 
     def block_names(self, block: FFNBlock) -> list[str]:

@@ -117,7 +117,7 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
     model.tie_weights()
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    remember_conversion(model, InplaceConversion(model, settings, blocks, blocks))
+    remember_conversion(model, InplaceConversion(model, settings, blocks))
     return (model if dtype is None else model.to(dtype)).eval()
 
 
