@@ -346,6 +346,7 @@ def test_a_captured_call_needs_a_capacity(captured: threading.local) -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_a_cuda_graph_replays_a_call(num_chunks: int) -> None:

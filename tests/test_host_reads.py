@@ -202,6 +202,7 @@ def test_a_copy_gives_shapes_and_values_back() -> None:
     assert on_host[1].item() == 7
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_copy_from_a_device_waits_only_for_itself() -> None:
     counts = torch.full((3,), 5, device="cuda")

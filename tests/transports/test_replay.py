@@ -11,7 +11,7 @@ from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.replay import Port, ReplayExchange, ReplayTransport
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 ROW_BYTES = 256
 
 
@@ -117,6 +117,7 @@ def test_the_time_begins_when_the_rows_are_ready(monkeypatch: pytest.MonkeyPatch
     assert second.arrives_at == pytest.approx(ready_at + 8 * ROW_BYTES / 1e5, rel=0, abs=1e-9)
 
 
+@pytest.mark.gpu
 @NEEDS_CUDA
 def test_on_a_gpu_the_time_begins_when_the_device_has_computed_the_rows() -> None:
     one = recorded(Port(LinkModel(1e-4)), [[0, 4], [4, 0]], device="cuda")
