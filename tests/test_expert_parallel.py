@@ -101,8 +101,10 @@ class Batch:
                 grads = torch.autograd.grad(out, list(leaves.values()), self.tokens["dout"][transport.rank])
             return [out.detach(), *grads]
 
+        # On a GPU every rank compiles the kernels of the first call, all in one process.
+        timeout_s = 20 if self.device == "cpu" else 120
         results = tm.run_on_emulated_ranks(
-            on_rank, self.num_ranks, device=self.device, timeout_s=20, faults=faults, link=link
+            on_rank, self.num_ranks, device=self.device, timeout_s=timeout_s, faults=faults, link=link
         )
         return {name: torch.cat(parts) for name, parts in zip(("out", *NAMES), zip(*results, strict=True), strict=True)}
 

@@ -176,7 +176,7 @@ def test_with_a_capacity_nothing_is_read_before_the_last_combine(
     expected = exact if capacity is None else ["counts", *["rows"] * 5, "HostCopy", "counts"]
     if capacity == 0.1:
         expected += exact
-    for forward, backward in tm.run_on_emulated_ranks(on_rank, 2, device=KERNEL_DEVICE, timeout_s=60):
+    for forward, backward in tm.run_on_emulated_ranks(on_rank, 2, device=KERNEL_DEVICE, timeout_s=120):
         assert forward == expected
         assert set(backward) == {"rows"}
 

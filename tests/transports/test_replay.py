@@ -68,7 +68,7 @@ def test_a_replayed_call_has_the_same_bits_and_needs_no_peer(has_link: bool, chu
             for actual, wanted in zip(step(), expected, strict=True):
                 assert torch.equal(actual, wanted)
 
-    tm.run_on_emulated_ranks(fn, 2, device=device, timeout_s=60)
+    tm.run_on_emulated_ranks(fn, 2, device=device, timeout_s=120)
 
 
 @pytest.mark.parametrize("rows", [[[9, 4], [1, 9]], [[9, 1], [4, 9]]], ids=["out", "in"])
