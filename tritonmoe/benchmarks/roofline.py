@@ -62,21 +62,16 @@ def backward_flops(shape: LayerShape, num_tokens: int) -> int:
     return 2 * forward_flops(shape, num_tokens)
 
 
-def kernel_work(
-    shape: LayerShape, num_tokens: int, *, element_bytes: int = 2, experts_hit: int | None = None
-) -> dict[str, Work]:
+def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -> dict[str, Work]:
     """Give every kernel's operations and bytes, forward and backward, when each tensor is read or written once.
 
     Rows that several experts read (x, dout) and weights count once, as if the L2 cache kept them: the fewest bytes
-    that a kernel can move, so the time that follows is a bound and no prediction.
-
-    Args:
-        experts_hit: how many experts have at least one token; by default min(E, N).
+    that a kernel can move, so the time that follows is a bound and no prediction. min(E, N) experts have a token.
     """
     t, k, d, f = num_tokens, shape.top_k, shape.hidden_size, shape.intermediate_size
     n = t * k
     gates = 2 if shape.layout.gated else 1
-    experts = min(shape.num_experts, n) if experts_hit is None else experts_hit
+    experts = min(shape.num_experts, n)
     b = element_bytes
     x, pairs, hidden, inner = t * d * b, n * d * b, n * gates * f * b, n * f * b
     w1, w2 = experts * gates * f * d * b, experts * f * d * b

@@ -115,10 +115,10 @@ def draw_routing(
 
 
 def draw_inputs(
-    shape: LayerShape, num_tokens: int, routing: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: LayerShape, num_tokens: int, routing: str, dtype: torch.dtype, device: torch.device
 ) -> LayerInputs:
     """Draw weights, tokens, an output gradient and a routing; every tensor that can have a gradient wants one."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     e, d, f = shape.num_experts, shape.hidden_size, shape.intermediate_size
     width = 2 * f if shape.layout.gated else f
 

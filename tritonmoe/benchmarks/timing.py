@@ -36,7 +36,6 @@ OUTSIDER_ROUNDS = 3
 def interleave(
     variants: Mapping[str, Callable[[], Any]],
     rounds: int,
-    warmup: int = 1,
     seconds: float = 0.0,
     slice_s: float = 0.1,
 ) -> Samples:
@@ -44,21 +43,21 @@ def interleave(
 
     A round's sample is the median call of a slice: one untimed call, then calls for `slice_s`, at least one, so
     that a variant is measured in its own caches and memory, not in those that another left behind. On a machine whose
-    speed drifts, only variants of the same rounds may be compared. The first `warmup` rounds are dropped. One variant
+    speed drifts, only variants of the same rounds may be compared. The first round is dropped. One variant
     that takes more than twice as long as the fastest leaves after OUTSIDER_ROUNDS rounds, with the samples it has; from
     then on short variants get more rounds: as many as fit in `seconds`, at least `rounds`.
     """
     samples: Samples = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
     started_all, number = time.perf_counter(), 0
-    while number < warmup + rounds or time.perf_counter() - started_all < seconds:
+    while number < 1 + rounds or time.perf_counter() - started_all < seconds:
         shuffle(order)
         for name in order:
             seconds_of_call = _median_call(variants[name], slice_s)
-            if number >= warmup:
+            if number > 0:
                 samples[name].append(seconds_of_call)
         number += 1
-        if number == warmup + OUTSIDER_ROUNDS:
+        if number == 1 + OUTSIDER_ROUNDS:
             medians = {name: statistics.median(times) for name, times in samples.items()}
             order = [name for name in order if medians[name] <= 2 * min(medians.values())]
             started_all = time.perf_counter()
