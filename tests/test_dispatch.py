@@ -11,9 +11,9 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe import count_exchange
-from tritonmoe.config import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.count_exchange import CallHeader, check_headers
 from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
+from tritonmoe.overlap_config import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.transports import Transport
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
-from tritonmoe.config import OverlapPlan, equal_sizes
 from tritonmoe.count_exchange import check_counts
 from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
 from tritonmoe.expert_chunks import place_rows
@@ -24,6 +23,7 @@ from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.simulator import simulate, simulate_layer
 from tritonmoe.overlap.tuner import SETTLING_CALLS
+from tritonmoe.overlap_config import OverlapPlan, equal_sizes
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 
 both_ways = pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe import expert_parallel, expert_parallel_operator, handles
-from tritonmoe.config import ExpertLayout, KernelOptions, ramp_sizes
+from tritonmoe.config import ExpertLayout, KernelOptions
 from tritonmoe.custom_ops import encode
 from tritonmoe.expert_parallel_operator import decode_overlap, decode_placement, encode_overlap, encode_placement
+from tritonmoe.overlap_config import ramp_sizes
 from tritonmoe.transports import LocalTransport, Transport
 
 T, E, D, FF, K = 9, 6, 16, 8, 3

@@ -15,6 +15,7 @@ LAYERS = (
         "cpu_memory",
         "cpu_threads",
         "config",
+        "overlap_config",
         "grouping",
         "kernels",
         "backends",

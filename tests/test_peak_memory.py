@@ -18,10 +18,10 @@ from tritonmoe import cpu_memory, expert_parallel_run
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.capacity import capped_traffic
-from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.kernels import tiles
 from tritonmoe.overlap.cost_model import LayerWork
 from tritonmoe.overlap.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.overlap_config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.wire import WireFormat
 

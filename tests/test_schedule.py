@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from tritonmoe.config import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.overlap.schedule import (
     LOCAL_END,
     LOCAL_START,
@@ -14,6 +13,7 @@ from tritonmoe.overlap.schedule import (
     build_forward,
     check_schedule,
 )
+from tritonmoe.overlap_config import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
 
 CHUNKS = (1, 2, 3, 32)
 LOCAL_STARTS = {"travel": None, "start": LOCAL_PARTS, "end": 0, "both": LOCAL_PARTS // 2}

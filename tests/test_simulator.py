@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tritonmoe as tm
-from tritonmoe.config import equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.simulator import Simulation, simulate, simulate_layer
+from tritonmoe.overlap_config import equal_sizes, ramp_sizes
 
 LINK = LinkCosts(latency_s=0.0, bytes_per_s=1.0)
 """A row of one byte takes a second."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.measured import layer_costs, link_costs, median_steps
 from tritonmoe.overlap.memory import BufferWidths, WorkingSet, peak_bytes
@@ -35,6 +34,7 @@ from tritonmoe.overlap.tuner import (
     pack,
     unpack,
 )
+from tritonmoe.overlap_config import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.transports import LocalTransport, Transport
 
 AUTO = tm.OverlapConfig()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config import ramp_sizes
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.layer_report import LayerReport, PassReport
 from tritonmoe.overlap.simulator import Simulation, simulate_layer
 from tritonmoe.overlap.two_level_work import TwoLevelWork
+from tritonmoe.overlap_config import ramp_sizes
 from tritonmoe.transports import LinkModel, PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.emulated import EmulatedWorld
 from tritonmoe.transports.two_level import GroupView

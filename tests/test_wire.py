@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritonmoe.config import OverlapConfig
+from tritonmoe.overlap_config import OverlapConfig
 from tritonmoe.wire import BLOCK_COLUMNS, LARGEST_FINITE, WireFormat
 
 FP8 = torch.float8_e4m3fn

@@ -4,12 +4,13 @@ Importing this touches no device, patches nothing, and works where triton is not
 """
 
 from . import transports
-from .config import ClampedSwiGLU, MoEConfig, OverlapConfig, OverlapPlan
+from .config import ClampedSwiGLU, MoEConfig
 from .emulation import run_on_emulated_ranks
 from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from .expert_parallel import expert_parallel_mlp
 from .experts import moe_mlp
 from .layer import GroupedExperts, MoELayer
+from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .routing import TopKRouter
 from .transports import LinkModel

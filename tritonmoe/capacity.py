@@ -23,10 +23,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .config import OverlapPlan
 from .count_exchange import CallHeader, exchange_counts, in_millionths
 from .cpu_memory import to_device
 from .dispatch import TokenPlan, by_slot, count_rows, owners, row_segments
+from .overlap_config import OverlapPlan
 from .transports import HostCopy, PendingExchange, Transport
 
 __all__ = [

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .config import MAX_CHUNKS, MAX_PAIRS, WIRE_DTYPES, OverlapPlan
+from .config import MAX_PAIRS
 from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
+from .overlap_config import MAX_CHUNKS, WIRE_DTYPES, OverlapPlan
 from .transports import Transport, TwoLevelTransport
 
 __all__ = [

@@ -22,11 +22,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .config import OverlapPlan
 from .count_exchange import CallHeader, check_counts, exchange_counts
 from .cpu_memory import to_device
 from .expert_chunks import first_and_last, inverse_order, pair_chunks, place_rows
 from .grouping import RowSources
+from .overlap_config import OverlapPlan
 from .transports import HostCopy, Transport
 
 __all__ = ["DispatchPlan", "TokenPlan", "exchange_plan", "plan_tokens"]

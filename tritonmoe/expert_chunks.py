@@ -12,8 +12,8 @@ those of rows 0, 2 and 3 with chunk 1. So the receive buffer is 1, 2, 0, 3, and 
 import torch
 from torch import Tensor
 
-from .config import OverlapPlan
 from .cpu_memory import to_device
+from .overlap_config import OverlapPlan
 
 __all__ = ["first_and_last", "inverse_order", "pair_chunks", "place_rows"]
 

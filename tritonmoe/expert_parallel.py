@@ -8,11 +8,12 @@ from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, find_main_grads
 from .autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
-from .config import Activation, ExpertLayout, KernelOptions, OverlapConfig, OverlapPlan, is_fused
+from .config import Activation, ExpertLayout, KernelOptions, is_fused
 from .custom_ops import encode
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_operator import expert_parallel_operator
 from .expert_parallel_run import MAX_FILLERS, run_call
+from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .transport_state import LayerCalls
 from .transports import Transport

@@ -25,13 +25,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .arguments import ExpertWeights
 from .autograd import without_autocast
-from .config import WIRE_DTYPES, KernelOptions, OverlapConfig, OverlapPlan
+from .config import KernelOptions
 from .count_exchange import CHUNK_BY
 from .custom_ops import OperatorSettings, decode_activation, gradient_shapes, refuse_second_derivative
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_run import Needs, run_call
 from .flops import FLOP_FORMULAS, backward_flops, num_products, register_flop_formulas
 from .handles import find, hold
+from .overlap_config import WIRE_DTYPES, OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .transport_state import LayerCalls
 from .transports import Transport

@@ -11,16 +11,7 @@ from torch import Tensor
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
 from .autograd import without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
-from .config import (
-    Activation,
-    ExpertLayout,
-    KernelOptions,
-    OverlapConfig,
-    OverlapPlan,
-    check_overlap,
-    is_fused,
-    is_integer,
-)
+from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
 from .count_exchange import DTYPE_CODES, CallHeader
 from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
@@ -29,6 +20,7 @@ from .experts_run import activation_parameters
 from .overlap.layer_report import LayerReport
 from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
+from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
 from .routing import is_recomputing
 from .transport_state import refuse, state_of

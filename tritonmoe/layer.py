@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .arguments import ExpertWeights
 from .backends import check_name
-from .config import KernelOptions, MoEConfig, OverlapConfig, OverlapPlan, check_moe_config, check_overlap
+from .config import KernelOptions, MoEConfig, check_moe_config
 from .errors import NonFiniteScores
 from .expert_parallel import run_expert_parallel
 from .expert_parallel_run import check_expert_parallel, check_fillers
 from .experts import moe_mlp
 from .overlap.layer_report import LayerReport
+from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
 from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from .shared_expert import SharedExpert

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .config import OverlapPlan
 from .layer import GroupedExperts
 from .overlap.cost_model import LinkCosts, StepCosts, fit_line
 from .overlap.layer_report import LayerReport
 from .overlap.measured import median_steps
+from .overlap_config import OverlapPlan
 from .transport_state import LayerCalls
 from .transports import LocalTransport, PendingExchange, Transport
 

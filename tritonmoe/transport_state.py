@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .autograd import checkpointed_region
-from .config import OverlapPlan
 from .count_exchange import refuse_call
 from .handles import Handled
 from .overlap.layer_report import LayerReport
 from .overlap.tuner import PlanChooser
+from .overlap_config import OverlapPlan
 from .transports import Transport
 
 __all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import MAX_CHUNKS, OverlapConfig, OverlapPlan
 from .count_exchange import CallHeader, check_counts, exchange_counts
 from .cpu_memory import to_device
 from .dispatch import DispatchPlan, TokenPlan, count_rows, offsets, order_rows, owners, row_segments
 from .errors import CountMismatch
 from .grouping import RowSources
+from .overlap_config import MAX_CHUNKS, OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .transports import HostCopy, TwoLevelTransport
 

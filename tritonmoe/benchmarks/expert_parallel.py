@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..config import OverlapConfig
 from ..integrations.transformers.bench_model import load_spread, qwen3_moe_model
+from ..overlap_config import OverlapConfig
 from ..transports.process_group import torchrun_ranks
 from .argument_types import output_file, positive
 from .expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from ..config import OverlapConfig
 from ..emulation import run_on_emulated_ranks
 from ..overlap.search import fixed_plan
+from ..overlap_config import OverlapConfig
 from ..transports import LinkModel, Transport
 from .argument_types import positive
 from .stand_ins import FixedExperts, run_layer_pass

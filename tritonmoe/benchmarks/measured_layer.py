@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import MoEConfig, OverlapConfig, OverlapPlan
+from ..config import MoEConfig
 from ..layer import GroupedExperts
 from ..overlap.layer_report import LayerReport, PassReport
 from ..overlap.search import fixed_plan
 from ..overlap.tuner import PlanChooser
+from ..overlap_config import OverlapConfig, OverlapPlan
 from ..transport_state import state_of
 from ..transports import LocalTransport, Transport, TwoLevelTransport
 from ..transports.replay import ReplayTransport

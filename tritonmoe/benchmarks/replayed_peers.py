@@ -6,8 +6,8 @@ from queue import SimpleQueue
 
 import torch
 
-from ..config import OverlapPlan
 from ..overlap.cost_model import LayerWork, LinkCosts
+from ..overlap_config import OverlapPlan
 from ..transports.emulated import LinkModel
 from ..transports.replay import Port
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..config import OverlapConfig
 from ..expert_parallel import expert_parallel_mlp
 from ..experts import moe_mlp
+from ..overlap_config import OverlapConfig
 from ..transports import LocalTransport
 from .argument_types import positive
 from .moe_mlp import SHAPES

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..dispatch import DispatchPlan
 from ..emulation import run_on_emulated_ranks
 from ..overlap.cost_model import LayerWork, LinkCosts, StepCosts
@@ -17,6 +16,7 @@ from ..overlap.measured import layer_costs, layer_work
 from ..overlap.schedule import build_forward
 from ..overlap.search import fixed_plan
 from ..overlap.simulator import simulate, simulate_layer
+from ..overlap_config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..transports import LinkModel, Transport
 from .argument_types import positive
 from .fixed_experts import MODEL_WIDTH, NUM_EXPERTS, NUM_TOKENS

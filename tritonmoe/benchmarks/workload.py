@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import config
+from .. import overlap_config
 
 __all__ = ["MODELS", "Workload", "draw_ids"]
 
@@ -25,7 +25,7 @@ MODELS = {
 }
 """E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in config.WIRE_DTYPES if dtype is not None}
+WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None}
 
 
 @dataclass(frozen=True)

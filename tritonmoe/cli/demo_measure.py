@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import MoEConfig, OverlapConfig
+from ..config import MoEConfig
 from ..emulation import run_on_emulated_ranks
 from ..layer import MoELayer
 from ..overlap.layer_report import LayerReport, PassReport
+from ..overlap_config import OverlapConfig
 from ..report.timeline import Timeline, layer_timeline
 from ..transports import LinkModel, Transport
 from .demo_training import row_bytes_per_layer

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoEConfig, OverlapConfig
+from ..config import MoEConfig
 from ..layer import MoELayer
+from ..overlap_config import OverlapConfig
 from ..transports import Transport
 
 __all__ = ["VOCABULARY", "ByteModel", "ModelShape", "Text", "load_shakespeare"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..config import OverlapConfig
 from ..emulation import run_on_emulated_ranks
 from ..layer import GroupedExperts
+from ..overlap_config import OverlapConfig
 from ..transports import LinkModel, Transport
 from .demo_model import ByteModel, ModelShape, Text
 

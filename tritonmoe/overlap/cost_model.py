@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..config import LOCAL_PARTS, OverlapPlan
+from ..overlap_config import LOCAL_PARTS, OverlapPlan
 from .schedule import Step
 
 __all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]

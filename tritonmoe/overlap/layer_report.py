@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..capacity import is_captured
-from ..config import OverlapPlan
+from ..overlap_config import OverlapPlan
 from .schedule import Step
 
 __all__ = ["LayerReport", "PassReport", "StepTiming", "mark"]

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from ..config import OverlapPlan
+from ..overlap_config import OverlapPlan
 from .cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
 from .layer_report import LayerReport
 from .schedule import Step

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import OverlapPlan
+from ..overlap_config import OverlapPlan
 from .cost_model import LayerWork
 from .schedule import Schedule, Step, build_backward, build_forward
 

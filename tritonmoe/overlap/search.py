@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from ..config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from ..overlap_config import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from .cost_model import LayerWork, LinkCosts, StepCosts
 from .memory import BufferWidths, WorkingSet, peak_bytes
 from .simulator import simulate_layer

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config import OverlapPlan
+from ..overlap_config import OverlapPlan
 from .cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
 from .schedule import INSIDE, Schedule, Step, build_backward, build_forward, build_inside
 from .two_level_work import TwoLevelWork

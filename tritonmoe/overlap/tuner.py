@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from ..count_exchange import CallHeader
+from ..overlap_config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from .cost_model import LayerWork
 from .layer_report import LayerReport
 from .measured import layer_costs, layer_work, link_costs, most_work

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LOCAL_PARTS, OverlapPlan
+from ..overlap_config import LOCAL_PARTS, OverlapPlan
 from .cost_model import LayerWork, LinkCosts
 from .schedule import LOCAL_START
 

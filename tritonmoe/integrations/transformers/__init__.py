@@ -5,7 +5,7 @@ Importing this package imports no transformers; register() does.
 
 import torch
 
-from ...config import OverlapConfig
+from ...overlap_config import OverlapConfig
 from .patching import PatchReport, patch
 from .requirements import MINIMUM_TRANSFORMERS, check_transformers
 from .sharding import parallelize

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import OverlapConfig
+from ...overlap_config import OverlapConfig
 
 __all__ = ["load_spread", "qwen3_moe_model"]
 

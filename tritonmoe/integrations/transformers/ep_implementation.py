@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
-from ...config import OverlapConfig
 from ...expert_parallel import expert_parallel_mlp
+from ...overlap_config import OverlapConfig
 from ...transports import as_transport
 from .experts import run_experts
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...config import OverlapConfig, check_overlap
 from ...errors import TransportError
 from ...expert_parallel import expert_parallel_mlp
 from ...expert_parallel_run import check_expert_parallel
+from ...overlap_config import OverlapConfig, check_overlap
 from ...transports import Transport, as_transport
 from .discovery import experts_modules
 from .patching import patch
