@@ -16,6 +16,7 @@ def test_the_table_names_every_class(capsys):
     line = next(line for line in lines if line.startswith("gpt_oss "))
     assert line.split()[2:] == ["(E,", "D,", "2F),", "interleaved,", "biases", "clamped", "SwiGLU,", "fused"]
     assert "- llama4: Llama4TextExperts" in table
+    assert "llama to mixtral, mistral to mixtral, qwen2 to qwen2_moe, qwen3 to qwen3_moe, " in table
     assert f"{len(experts_classes())} experts classes in" in table
 
 
@@ -25,6 +26,9 @@ def test_markdown_and_json(capsys):
     assert main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["supported"]) == len(experts_classes())
+    reached = {found.model_type for found in experts_classes()}
+    assert found["upcycled"].items() >= {"llama": "mixtral", "hunyuan_v1_dense": "hunyuan_v1_moe"}.items()
+    assert reached.issuperset(found["upcycled"].values())
     assert {"model_type": "llama4", "name": "Llama4TextExperts"} in found["unsupported"]
 
 

@@ -477,6 +477,7 @@ def test_trainer_saves_checkpoints_and_the_model(tmp_path):
         ({"layers": "some"}, "layers must be 'all'"),
         ({"layers": 0}, "layers must be 'all', a list of positions or a function, got 0"),
         ({"layers": [0.5]}, r"layers must be 'all', .*got \[0\.5\]"),
+        ({"shared_expert": "yes"}, "shared_expert must be True or False, got 'yes'"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..benchmarks.timing import package_versions
 from ..integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
+from ..integrations.transformers.upcycle_native import NATIVE_TARGETS
 
 __all__ = ["add_parser"]
 
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             "transformers": version,
             "supported": [dataclasses.asdict(one) | {"activation": one.activation} for one in supported],
             "unsupported": [dataclasses.asdict(one) for one in others],
+            "upcycled": _upcycled(supported),
         }
         print(json.dumps(found, indent=1))
         return 0
@@ -42,12 +44,21 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join(_markdown(rows) if arguments.markdown else _plain(rows)))
     families = len({one.model_type for one in supported})
     print(f"\n{len(supported)} experts classes in {families} model types of transformers {version}.")
+    twins = ", ".join(f"{dense} to {moe}" for dense, moe in _upcycled(supported).items())
+    print(f"Dense model types that `tritonmoe upcycle` turns into one of these (others in place): {twins}.")
     names: dict[str, list[str]] = {}
     for other in others:
         names.setdefault(other.model_type, []).append(other.name)
     print("Not supported, since their experts ask no registry of transformers:")
     print("\n".join(f"- {model_type}: {', '.join(classes)}" for model_type, classes in names.items()))
     return 0
+
+
+def _upcycled(supported: Sequence[ExpertsClass]) -> dict[str, str]:
+    """Give the dense model types that upcycle() converts natively here, and what they become."""
+    model_types = {one.model_type for one in supported}
+    twins = {dense: target.model_type for dense, target in NATIVE_TARGETS.items()}
+    return {dense: moe for dense, moe in twins.items() if moe in model_types}
 
 
 def _weights(one: ExpertsClass) -> str:

@@ -46,6 +46,8 @@ class UpcycleSettings:
         MoEConfig(1, 1, self.num_experts, self.top_k)  # the limits of every layer
         if self.init not in get_args(Init):
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        if not isinstance(self.shared_expert, bool):
+            raise ValueError(f"shared_expert must be True or False, got {self.shared_expert!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**47:  # beside it 16 bits of a block's index
             raise ValueError(f"seed must be an integer of 0..2**47 - 1, got {self.seed!r}")
         if self.num_experts % self.granularity:
