@@ -391,6 +391,7 @@ def test_inplace_models_save_and_load(name, tmp_path):
     moe = upcycle(dense, 4, 2, granularity=2, shared_expert=True, init="noise", layers=[1])
     moe.save_pretrained(tmp_path / "moe")
     loaded = load_upcycled(tmp_path / "moe")
+    assert {p.dtype for p in load_upcycled(tmp_path / "moe", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert states_equal(moe, loaded)
     batch = make_batch(dense)
     assert verify_upcycle(moe, loaded, batch).relative_error < EXACT_FP32  # memory may be aligned otherwise
