@@ -49,6 +49,16 @@ def test_both_tritons_are_in_the_table(tmp_path, no_compiling):
     assert table["triton_versions"][0] == "3.6.0"
 
 
+def test_a_triton_that_pip_does_not_find(tmp_path, monkeypatch, capsys):
+    def fails(command, **options):
+        raise codegen.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(codegen.subprocess, "run", fails)
+    assert run(tmp_path, "--triton-versions", "0.0") == 2
+    assert "Triton 0.0 could not be installed into" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
 def test_a_downloaded_triton_is_kept(tmp_path, no_compiling):
     commands, _, _ = no_compiling
     for _ in range(2):

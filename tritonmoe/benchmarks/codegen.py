@@ -59,7 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     problems = 0
     for version in dict.fromkeys(arguments.triton_versions):
-        overlay = None if version == installed else _overlay(version, arguments.overlays)
+        try:
+            overlay = None if version == installed else _overlay(version, arguments.overlays)
+        except subprocess.CalledProcessError:  # pip has said why
+            print(f"Triton {version} could not be installed into {arguments.overlays}", file=sys.stderr)
+            return 2
         found = _compile(overlay, arguments)
         if found is None:
             print(f"Triton {version} compiled nothing", file=sys.stderr)
