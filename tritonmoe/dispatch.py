@@ -58,7 +58,7 @@ class TokenPlan:
     @property
     def home_ranks(self) -> Tensor:
         """(S,) int64: the rank of each home row, as they are sent."""
-        rows = torch.tensor(self.rows, dtype=torch.int64)
+        rows = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
         return RowSources(tuple(range(rows.shape[1])), rows).of_rows(self.home_tokens.device)
 
 

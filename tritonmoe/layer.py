@@ -179,7 +179,9 @@ class MoELayer(nn.Module):
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
-    Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts.
+    Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts. backend,
+    num_sms and batch_invariant are for the routed experts: the products of the router and of a shared expert are
+    PyTorch's, which may round a row differently with its neighbours.
     """
 
     def __init__(
