@@ -69,7 +69,7 @@ class ExpertPlacement:
         Example:
             load [8, 1, 1, 2], two ranks of three slots: expert 0 gets a second replica, so does expert 3.
         """
-        load = torch.as_tensor(load)
+        load = torch.as_tensor(load, device=load.device if isinstance(load, Tensor) else "cpu")
         if load.dim() != 1 or not bool((load >= 0).all()):
             raise ValueError(f"load must be (E,) numbers that are not negative, got {tuple(load.shape)}: {load}")
         if not is_integer(size) or size < 1:
