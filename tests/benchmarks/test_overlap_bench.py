@@ -201,6 +201,7 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
     [
         ([], "choose one of --emulate N, --netns N and --mpi"),
         (["--emulate", "2", "--netns", "2"], "choose one of"),
+        (["--emulate", "0"], "argument --emulate: must be a whole number of at least 1, got '0'"),
         (["--emulate", "3"], "divide the 8 experts of coarse, got 3"),
         (["--emulate", "2", "--rate", "fast"], "a rate is a positive number"),
         (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),

@@ -40,8 +40,8 @@ DESCRIPTION = "LINK_DESCRIPTION"
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench overlap", description=__doc__)
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
-    where.add_argument("--emulate", type=int, metavar="N", help="N ranks in this process, emulated link")
-    where.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
+    where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
+    where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
     where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
     where.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
     where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")

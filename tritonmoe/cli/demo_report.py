@@ -75,9 +75,9 @@ def as_text(results: Results, style: TextStyle) -> str:
     """Give what is printed."""
     parts = [_text_of_model(results), _text_of_training(results, style), _text_of_traffic(results, style)]
     parts.append(_text_of_layer(results, style))
+    viewer = " (open it at https://ui.perfetto.dev)" if results.trace else ""
     parts.append(
-        f"Picture  {results.png or 'could not be written'}\n"
-        f"Trace    {results.trace or 'could not be written'} (open it at https://ui.perfetto.dev)"
+        f"Picture  {results.png or 'could not be written'}\nTrace    {results.trace or 'could not be written'}{viewer}"
     )
     parts.append(f"{results.elapsed_s:.0f} s in all")
     return "\n\n".join(parts)
