@@ -10,7 +10,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config import KernelOptions
-from tritonmoe.transports import LocalTransport
+from tritonmoe.transports import LocalTransport, Transport
 
 PRODUCTS = ("up", "down", "down_grad", "up_grad", "weight_grad")
 
@@ -56,6 +56,18 @@ def test_options_reach_every_product(seen_options, parallel: bool, activation, s
         y = tm.moe_mlp(*leaves(), **options)
     y.sum().backward()
     assert seen_options == {name: {KernelOptions(num_sms=7)} for name in PRODUCTS}
+
+
+def test_products_know_that_exchanges_run_beside_them(seen_options) -> None:
+    def run(transport: Transport) -> None:
+        x, ids, weights, w1, w2 = leaves()
+        share = slice(2 * transport.rank, 2 * transport.rank + 2)
+        w1, w2 = (torch.cat([w, w[:1]])[share].detach().requires_grad_() for w in (w1, w2))
+        y = tm.expert_parallel_mlp(x, ids, weights, w1, w2, num_experts=4, transport=transport, backend="torch")
+        y.sum().backward()
+
+    tm.run_on_emulated_ranks(run, 2)
+    assert seen_options == {name: {KernelOptions(beside_exchanges=True)} for name in PRODUCTS}
 
 
 def test_modules_hand_them_on(seen_options) -> None:

@@ -95,7 +95,8 @@ def encode(activation: Activation, layout: ExpertLayout, backend: str, options: 
     else:
         assert isinstance(activation, str)
         name, constants = activation, (0.0, 0.0, 0.0)
-    return OperatorSettings(name, *constants, layout.gated, layout.interleaved, layout.transposed, backend, *options)
+    flags = layout.gated, layout.interleaved, layout.transposed
+    return OperatorSettings(name, *constants, *flags, backend, options.num_sms, options.batch_invariant)
 
 
 def decode_activation(name: str, limit: float, alpha: float, up_offset: float) -> Activation:

@@ -128,6 +128,7 @@ def run_call(
                 "a CUDA graph can't capture an expert-parallel call that waits for its counts: give OverlapConfig a "
                 "capacity, or leave these layers out of the graph"
             )
+        options = options._replace(beside_exchanges=size > 1)
         settings = make_settings(x, topk_ids, weights, layout, activation, backend, save, options)
         parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
     except Exception:

@@ -1,5 +1,7 @@
 """num_sms and batch_invariant, and the tiles that follow from them and from a layer's pairs per expert."""
 
+import dataclasses
+
 import pytest
 import torch
 import triton
@@ -77,7 +79,8 @@ def test_registers_of_weight_grad(variant, target, registers):
 @triton.jit
 def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     slot = tl.program_id(0)
-    expert, first, end = launch.tile_of_slot(slot, offsets, E, BLOCK_E, BLOCK_M)
+    tile_ends = launch.row_tile_ends(offsets, E, BLOCK_E, BLOCK_M)
+    expert, first, end = launch.tile_of_slot(slot, tile_ends, offsets, E, BLOCK_M)
     tl.store(found + slot, expert)
     tl.store(found + stride + slot, first)
     tl.store(found + 2 * stride + slot, end)
@@ -157,7 +160,7 @@ def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="
                 row_sources=RowSources((0,), torch.tensor([[chunk], [num_rows - chunk]])),
             ).chunk(0)
         like = torch.empty(num_rows, 2048, dtype=torch.bfloat16, device="meta")
-        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options, {})
+        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options, {"weight": ""})
 
 
 @pytest.mark.parametrize("target", list(aot.TARGETS))
@@ -190,6 +193,33 @@ def test_one_token_occupies_every_multiprocessor(shape, target):
     for name, config in one_token.items():
         assert shape.top_k * -(-widths[name] // config.block_n) >= 304  # compute units of an MI300X
         assert config.block_n <= nine_tokens[name].block_n
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_a_program_walks_tiles_where_it_is_known_how_many_multiprocessors_are_free(target):
+    """Only tall tiles, on Hopper and Blackwell; the tiles themselves are the same, and so are the bits."""
+    beside = KernelOptions(beside_exchanges=True)
+    some_sms = KernelOptions(num_sms=100, beside_exchanges=True)
+    alone, shared, limited, short = (
+        tile(*arguments, target=target) for arguments in ((4096,), (4096, beside), (4096, some_sms), (700,))
+    )
+    walks = target in ("sm_90", "sm_100")
+    assert [config.persistent for config in (alone, shared, limited, short)] == [walks, False, walks, False]
+    assert dataclasses.replace(alone, persistent=False) == shared
+
+
+def test_a_persistent_grid_has_the_multiprocessors(monkeypatch):
+    monkeypatch.setattr(launch, "_num_multiprocessors", lambda index: 132)
+    config, device = tile(4096), torch.device("cuda", 0)
+    assert config.persistent
+    tiles = {
+        (number, options): launch.num_programs(number, config, options, device)
+        for number in (7, 4000)
+        for options in (KernelOptions(), KernelOptions(num_sms=100))
+    }
+    assert list(tiles.values()) == [7, 7, 132, 100]
+    one_tile = dataclasses.replace(config, persistent=False)
+    assert launch.num_programs(4000, one_tile, KernelOptions(), device) == 4000
 
 
 def test_tiles_are_those_of_the_layer_whatever_the_chunk():

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
     "num_stages": (2, 3, 4, 5, 6),
     "group_m": (1, 4, 8, 16),
     "subtiles": (1, 2, 4),
+    "persistent": (False, True),
     "tma": (False, True),
     "gather": tiles.GATHERS,
 }

@@ -19,6 +19,7 @@ from .launch import (
     num_tile_slots,
     output,
     round_to,
+    row_tile_ends,
     slot_and_column_tile,
     split_column_pairs,
     split_columns,
@@ -96,7 +97,7 @@ def _down_grad_epilogue(
     return total
 
 
-@triton.jit(do_not_specialize=["N", "num_slots"])
+@triton.jit(do_not_specialize=["N"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
@@ -112,7 +113,6 @@ def _down_grad_kernel(
     E,
     K,
     N,
-    num_slots,
     num_column_tiles,
     stride_dout_row,
     stride_dout_column,
@@ -138,85 +138,90 @@ def _down_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    for tile in range(tl.program_id(0), num_slots * num_column_tiles, tl.num_programs(0)):
-        slot, column_tile = slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M)
-        expert, first, end = tile_of_slot(slot, expert_offsets, E, BLOCK_E, BLOCK_M)
-        if first < end:
-            first_unit = column_tile * BLOCK_N
-            positions = first + tl.arange(0, BLOCK_M)
-            valid = positions < end
-            pairs = tl.load(pair_index + positions, mask=valid, other=0)
-            depth = tl.arange(0, BLOCK_K)
-            dout_pointers = (
-                dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
+    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
+    num_row_tiles = tl.max(tile_ends, 0)
+    num_tiles = num_row_tiles * num_column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
+        first_unit = column_tile * BLOCK_N
+        positions = first + tl.arange(0, BLOCK_M)
+        valid = positions < end
+        pairs = tl.load(pair_index + positions, mask=valid, other=0)
+        depth = tl.arange(0, BLOCK_K)
+        dout_pointers = (
+            dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
+        )
+        units = first_unit + tl.arange(0, BLOCK_N)
+        weight_pointers = None
+        if not WEIGHT_BY_TMA:
+            weight_pointers = weight_tiles.first_pointers(
+                weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
             )
-            units = first_unit + tl.arange(0, BLOCK_N)
-            weight_pointers = None
+        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            depth_mask = depth < D - start
+            if EVEN_D:
+                dout_tile = tl.load(dout_pointers)
+            else:
+                dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
+            weight_tile = weight_tiles.load_tile(
+                weight,
+                weight_pointers,
+                expert,
+                start,
+                first_unit,
+                depth_mask,
+                units < F,
+                WEIGHT_BY_TMA,
+                False,
+                DEPTH_LAST,
+                EVEN_D,
+                BLOCK_K,
+                BLOCK_N,
+            )
             if not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(
-                    weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
-                )
-            g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for start in range(0, D, BLOCK_K):
-                depth_mask = depth < D - start
-                if EVEN_D:
-                    dout_tile = tl.load(dout_pointers)
-                else:
-                    dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
-                weight_tile = weight_tiles.load_tile(
-                    weight,
-                    weight_pointers,
-                    expert,
-                    start,
-                    first_unit,
-                    depth_mask,
-                    units < F,
-                    WEIGHT_BY_TMA,
-                    False,
-                    DEPTH_LAST,
-                    EVEN_D,
-                    BLOCK_K,
-                    BLOCK_N,
-                )
-                if not WEIGHT_BY_TMA:
-                    weight_pointers += BLOCK_K * stride_weight_out
-                g = dot(dout_tile, weight_tile, g, PRECISION)
-                dout_pointers += BLOCK_K * stride_dout_column
+                weight_pointers += BLOCK_K * stride_weight_out
+            g = dot(dout_tile, weight_tile, g, PRECISION)
+            dout_pointers += BLOCK_K * stride_dout_column
 
-            rows = (pairs // K).to(tl.int64)
-            weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
-            scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
-            long_positions = positions.to(tl.int64)
-            SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-            subtiles = split_columns(g, BLOCK_M, BLOCK_N, SUBTILES)
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            for part in tl.static_range(SUBTILES):
-                total += _down_grad_epilogue(
-                    subtiles[part],
-                    first_unit + part * SUB_N,
-                    scale,
-                    long_positions,
-                    valid,
-                    hidden,
-                    dhidden,
-                    scaled_a,
-                    F,
-                    stride_hidden_row,
-                    stride_dhidden_row,
-                    stride_scaled_a_row,
-                    limit,
-                    alpha,
-                    up_offset,
-                    GATED,
-                    INTERLEAVED,
-                    ACTIVATION,
-                    BLOCK_M,
-                    SUB_N,
-                )
-            tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
+        # Loaded once more (and differently, or it would be once): kept through the loop they would take registers.
+        pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
+        rows = (pairs // K).to(tl.int64)
+        weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
+        scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
+        long_positions = positions.to(tl.int64)
+        SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+        subtiles = split_columns(g, BLOCK_M, BLOCK_N, SUBTILES)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(SUBTILES):
+            total += _down_grad_epilogue(
+                subtiles[part],
+                first_unit + part * SUB_N,
+                scale,
+                long_positions,
+                valid,
+                hidden,
+                dhidden,
+                scaled_a,
+                F,
+                stride_hidden_row,
+                stride_dhidden_row,
+                stride_scaled_a_row,
+                limit,
+                alpha,
+                up_offset,
+                GATED,
+                INTERLEAVED,
+                ACTIVATION,
+                BLOCK_M,
+                SUB_N,
+            )
+        tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -240,7 +245,8 @@ def _sum_partials_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    expert, first, end = tile_of_slot(tl.program_id(0), expert_offsets, E, BLOCK_E, BLOCK_M)
+    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
+    expert, first, end = tile_of_slot(tl.program_id(0), tile_ends, expert_offsets, E, BLOCK_M)
     if first >= end:
         return
     positions = first + tl.arange(0, BLOCK_M)
@@ -293,12 +299,11 @@ def down_grad(
     config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
-    num_tiles = num_slots * num_column_tiles
     block_e = triton.next_power_of_2(num_experts)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     launch(
         _down_grad_kernel,
-        (num_programs(num_tiles, options),),
+        (num_programs(num_slots * num_column_tiles, config, options, dout.device),),
         dout,
         tma.describe_weight(down_proj, out_axis, config.block_k, config.block_n)
         if config.by_tma("weight")
@@ -315,7 +320,6 @@ def down_grad(
         num_experts,
         grouping.top_k,
         num_pairs,
-        num_slots,
         num_column_tiles,
         dout.stride(0),
         dout.stride(1),
@@ -339,6 +343,7 @@ def down_grad(
         BLOCK_K=config.block_k,
         BLOCK_E=block_e,
         GROUP_M=config.group_m,
+        FLATTEN=config.persistent,
         SUBTILES=config.subtiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -39,6 +39,7 @@ __all__ = [
     "recording",
     "round_to",
     "row_class",
+    "row_tile_ends",
     "slot_and_column_tile",
     "split_column_pairs",
     "split_columns",
@@ -67,6 +68,9 @@ class TileConfig:
     """Row tiles that run side by side over all column tiles, so that their weights stay in L2."""
     subtiles: int = 1
     """Pieces in which the epilogue handles the columns: fewer live registers."""
+    persistent: bool = False
+    """Whether there are only as many programs as free multiprocessors, which load their next tile while they store one.
+    Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
     tma: bool = False
     """Whether operands that allow it are read by TMA."""
     gather: str = ""
@@ -225,36 +229,47 @@ def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def tile_of_slot(
-    slot,
+def row_tile_ends(
     expert_offsets,  # (E+1,) int32
     E,
     BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Give for each expert the number of row tiles up to its last: (BLOCK_E,) int32, whose maximum is that of all."""
+    experts = tl.arange(0, BLOCK_E)
+    begins = tl.load(expert_offsets + experts, mask=experts < E, other=0)
+    ends = tl.load(expert_offsets + experts + 1, mask=experts < E, other=0)
+    return tl.cumsum(tl.cdiv(ends - begins, BLOCK_M), 0)
+
+
+@triton.jit
+def tile_of_slot(
+    slot,
+    tile_ends,  # (BLOCK_E,) int32: see row_tile_ends
+    expert_offsets,  # (E+1,) int32
+    E,
     BLOCK_M: tl.constexpr,
 ):
     """Give the expert, first position and end position of row tile `slot`; first >= end: nothing to do.
 
     The tiles of expert 0 come first, then those of expert 1, and so on; slots past the last tile have nothing to do.
     """
-    experts = tl.arange(0, BLOCK_E)
-    begins = tl.load(expert_offsets + experts, mask=experts < E, other=0)
-    tiles = tl.cdiv(tl.load(expert_offsets + experts + 1, mask=experts < E, other=0) - begins, BLOCK_M)
-    earlier = tl.cumsum(tiles, 0) <= slot
+    earlier = tile_ends <= slot
     # Past the last tile this is E, which begins and ends at expert_offsets[E].
     expert = tl.minimum(tl.sum(earlier.to(tl.int32), 0), E)
-    tile = slot - tl.sum(tl.where(earlier, tiles, 0), 0)
+    tile = slot - tl.max(tl.where(earlier, tile_ends, 0), 0)
     begin = tl.load(expert_offsets + expert)
     end = tl.load(expert_offsets + tl.minimum(expert + 1, E))
     return expert, begin + tile * BLOCK_M, end
 
 
 @triton.jit
-def slot_and_column_tile(program, num_slots, num_column_tiles, GROUP_M: tl.constexpr):
-    """Give the (row slot, column tile) of a program: GROUP_M slots go through all column tiles together."""
-    programs_per_group = GROUP_M * num_column_tiles
-    first_slot = program // programs_per_group * GROUP_M
+def slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M: tl.constexpr):
+    """Give the (row slot, column tile) of a tile: GROUP_M slots go through all column tiles together."""
+    tiles_per_group = GROUP_M * num_column_tiles
+    first_slot = tile // tiles_per_group * GROUP_M
     slots = min(num_slots - first_slot, GROUP_M)
-    within = program % programs_per_group
+    within = tile % tiles_per_group
     return first_slot + within % slots, within // slots
 
 
@@ -304,9 +319,17 @@ def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.co
         return (first, second, third, fourth)
 
 
-def num_programs(num_tiles: int, options: KernelOptions) -> int:
+def num_programs(num_tiles: int, config: TileConfig, options: KernelOptions, device: torch.device) -> int:
     """Give the grid of a kernel whose programs walk all tiles: one for each tile, or one for each SM it may take."""
-    return num_tiles if options.num_sms is None else min(options.num_sms, num_tiles)
+    num_sms = options.num_sms
+    if num_sms is None and config.persistent and device.type == "cuda":
+        num_sms = _num_multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    return num_tiles if num_sms is None else min(num_sms, num_tiles)
+
+
+@functools.cache
+def _num_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -386,6 +409,9 @@ def grouped_matmul_config(
         if block_m == 64 and operation in ("up", "down_grad") and target.backend == "cuda" and target.arch // 10 == 10:
             config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
+    # Such a tile has a multiprocessor to itself: no other program multiplies while it stores.
+    if target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10) and like.element_size() == 2:
+        config = dataclasses.replace(config, persistent=config.block_m == 128)
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
     gathers = operation in ("up", "up_ungated")
@@ -394,12 +420,16 @@ def grouped_matmul_config(
     config = tiles.choose(key, config)
     unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
     reads = tma.reads(refusals, unusable)
+    # The tiles of a program whose multiprocessor an exchange holds would wait until the exchange ends. Addresses of
+    # operands that come through pointers take the registers that the next tile's need.
+    may_walk = options.num_sms is not None or not options.beside_exchanges
+    persistent = config.persistent and may_walk and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
     gather = config.gather if gathers else ""
     if gather in ("tma", "copy"):
         refused = _why_no_gather(target, gather, like, grouping.num_pairs)
         reads = (*tma.reads({"x": refused}, ""), *reads)
         gather = "pointers" if refused else gather
-    config = dataclasses.replace(config, gather=gather, reads=reads)
+    config = dataclasses.replace(config, persistent=persistent, gather=gather, reads=reads)
     tiles.note(key, config)
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)

@@ -39,7 +39,18 @@ Entries = Mapping[str, Mapping[str, int | str]]
 SHIPPED: Entries = {}
 """Measured entries that come with the package: none yet."""
 
-FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles", "tma", "gather")
+FIELDS = (
+    "block_m",
+    "block_n",
+    "block_k",
+    "num_warps",
+    "num_stages",
+    "group_m",
+    "subtiles",
+    "persistent",
+    "tma",
+    "gather",
+)
 GATHERS = ("pointers", "tma", "copy")
 """How a kernel gets rows through an index: see `launch.TileConfig`."""
 

@@ -171,7 +171,7 @@ def outer_sums(
     p_axis, q_axis = (1, 2) if pairs_first else (2, 1)
     launch(
         _outer_sums_kernel,
-        (num_programs(num_tiles, options),),
+        (num_programs(num_tiles, config, options, pair_values.device),),
         pair_values,
         row_values,
         grouping.source_order,

@@ -71,11 +71,13 @@ VARIANTS = {
     "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
+    "bf16 persistent": Variant(tiles={"persistent": True}),
+    "bf16 one tile a program": Variant(tiles={"persistent": False}),
     "bf16 pointers": Variant(tiles={"tma": False}),
     "bf16 gathered by TMA": Variant(tiles={"gather": "tma"}),
     "bf16 rows copied": Variant(tiles={"gather": "copy"}),
 }
-DEFAULT_VARIANTS = ("bf16", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied")
+DEFAULT_VARIANTS = ("bf16", "bf16 one tile a program", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied")
 
 
 def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Launch]:
