@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the whole batch, all ranks together")
     parser.add_argument("--chunks", type=int, default=2)
     arguments = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --nproc-per-node 2 examples/train_expert_parallel.py")
 
     local_rank = int(os.environ["LOCAL_RANK"])
     use_cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])

@@ -46,6 +46,14 @@ def test_expert_parallel_training_has_the_losses_of_one_process():
     assert "sends to rank k" in two
 
 
+def test_expert_parallel_training_says_how_it_is_started():
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    script = str(EXAMPLES / "train_expert_parallel.py")
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "start it with torchrun: torchrun --nproc-per-node 2" in ended.stderr
+
+
 def run_script(script: str, *arguments: str, timeout_s: float = 300) -> str:
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],

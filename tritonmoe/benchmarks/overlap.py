@@ -43,10 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
     where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
     where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
-    where.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    link = where.add_mutually_exclusive_group()
+    link.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
     where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
     where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
-    where.add_argument(
+    link.add_argument(
         "--compute-ratio",
         type=float,
         metavar="X",
