@@ -204,7 +204,7 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--emulate", "0"], "argument --emulate: must be a whole number of at least 1, got '0'"),
         (["--emulate", "3"], "divide the 8 experts of coarse, got 3"),
         (["--emulate", "2", "--rate", "fast"], "a rate is a positive number"),
-        (["--emulate", "2", "--rate", "1gbit", "--compute-ratio", "1"], "not allowed with argument --rate"),
+        (["--emulate", "2", "--rate", "2gbit", "--compute-ratio", "1"], "not allowed with argument --rate"),
         (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),
         (["--netns", "4", "--node-size", "2"], "belong together"),
         (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
