@@ -26,7 +26,7 @@ from .launch import (
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor
@@ -36,6 +36,7 @@ def _grouped_matmul_kernel(
     depth_size,
     width,
     E,
+    num_slots,
     num_column_tiles,
     stride_values_row,
     stride_values_column,
@@ -58,68 +59,73 @@ def _grouped_matmul_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-    num_row_tiles = tl.max(tile_ends, 0)
+    num_row_tiles = num_slots
+    if FLATTEN:
+        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
+        num_row_tiles = tl.max(tile_ends, 0)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        if not FLATTEN:
+            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
         slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_mask = columns < width
-        positions = first + tl.arange(0, BLOCK_M)
-        valid = positions < end
-        depth = tl.arange(0, BLOCK_K)
-        if not VALUES_BY_TMA:
-            rows = tl.minimum(positions, end - 1).to(tl.int64)
-            value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
-        weight_pointers = None
-        if not WEIGHT_BY_TMA:
-            weight_pointers = weight_tiles.first_pointers(
-                weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
-            )
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, depth_size, BLOCK_K):
-            depth_mask = depth < depth_size - start
-            if VALUES_BY_TMA:
-                # Rows past the expert's end are some other expert's: computed and not stored.
-                value_tile = values.load([first, start])
-            else:
-                if EVEN_DEPTH:
-                    value_tile = tl.load(value_pointers)
-                else:
-                    value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
-                value_pointers += BLOCK_K * stride_values_column
-            weight_tile = weight_tiles.load_tile(
-                weight,
-                weight_pointers,
-                expert,
-                start,
-                column_tile * BLOCK_N,
-                depth_mask,
-                column_mask,
-                WEIGHT_BY_TMA,
-                False,
-                DEPTH_LAST,
-                EVEN_DEPTH,
-                BLOCK_K,
-                BLOCK_N,
-            )
+        if FLATTEN or first < end:
+            columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            column_mask = columns < width
+            positions = first + tl.arange(0, BLOCK_M)
+            valid = positions < end
+            depth = tl.arange(0, BLOCK_K)
+            if not VALUES_BY_TMA:
+                rows = tl.minimum(positions, end - 1).to(tl.int64)
+                value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
+            weight_pointers = None
             if not WEIGHT_BY_TMA:
-                weight_pointers += BLOCK_K * stride_weight_in
-            accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
+                )
+            accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, depth_size, BLOCK_K):
+                depth_mask = depth < depth_size - start
+                if VALUES_BY_TMA:
+                    # Rows past the expert's end are some other expert's: computed and not stored.
+                    value_tile = values.load([first, start])
+                else:
+                    if EVEN_DEPTH:
+                        value_tile = tl.load(value_pointers)
+                    else:
+                        value_tile = tl.load(value_pointers, mask=depth_mask[None, :], other=0.0)
+                    value_pointers += BLOCK_K * stride_values_column
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    column_tile * BLOCK_N,
+                    depth_mask,
+                    column_mask,
+                    WEIGHT_BY_TMA,
+                    False,
+                    DEPTH_LAST,
+                    EVEN_DEPTH,
+                    BLOCK_K,
+                    BLOCK_N,
+                )
+                if not WEIGHT_BY_TMA:
+                    weight_pointers += BLOCK_K * stride_weight_in
+                accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
 
-        SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-        subtiles = split_columns(accumulator, BLOCK_M, BLOCK_N, SUBTILES)
-        out_rows = out + positions.to(tl.int64)[:, None] * stride_out_row
-        for part in tl.static_range(SUBTILES):
-            part_columns = column_tile * BLOCK_N + part * SUB_N + tl.arange(0, SUB_N)
-            part_mask = part_columns < width
-            sums = subtiles[part]
-            if bias is not None:
-                bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + part_columns * stride_bias_column
-                sums += tl.load(bias_pointers, mask=part_mask, other=0.0).to(tl.float32)[None, :]
-            mask = valid[:, None] & part_mask[None, :]
-            tl.store(out_rows + part_columns[None, :], round_to(sums, out.dtype.element_ty), mask=mask)
+            SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+            subtiles = split_columns(accumulator, BLOCK_M, BLOCK_N, SUBTILES)
+            out_rows = out + positions.to(tl.int64)[:, None] * stride_out_row
+            for part in tl.static_range(SUBTILES):
+                part_columns = column_tile * BLOCK_N + part * SUB_N + tl.arange(0, SUB_N)
+                part_mask = part_columns < width
+                sums = subtiles[part]
+                if bias is not None:
+                    bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + part_columns * stride_bias_column
+                    sums += tl.load(bias_pointers, mask=part_mask, other=0.0).to(tl.float32)[None, :]
+                mask = valid[:, None] & part_mask[None, :]
+                tl.store(out_rows + part_columns[None, :], round_to(sums, out.dtype.element_ty), mask=mask)
 
 
 def _grouped_matmul(
@@ -151,6 +157,7 @@ def _grouped_matmul(
         depth,
         width,
         num_experts,
+        num_slots,
         num_column_tiles,
         values.stride(0),
         values.stride(1),

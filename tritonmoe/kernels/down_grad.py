@@ -97,7 +97,7 @@ def _down_grad_epilogue(
     return total
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "num_slots"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
@@ -113,6 +113,7 @@ def _down_grad_kernel(
     E,
     K,
     N,
+    num_slots,
     num_column_tiles,
     stride_dout_row,
     stride_dout_column,
@@ -142,86 +143,92 @@ def _down_grad_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-    num_row_tiles = tl.max(tile_ends, 0)
+    num_row_tiles = num_slots
+    if FLATTEN:
+        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
+        num_row_tiles = tl.max(tile_ends, 0)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        if not FLATTEN:
+            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
         slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        first_unit = column_tile * BLOCK_N
-        positions = first + tl.arange(0, BLOCK_M)
-        valid = positions < end
-        pairs = tl.load(pair_index + positions, mask=valid, other=0)
-        depth = tl.arange(0, BLOCK_K)
-        dout_pointers = (
-            dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
-        )
-        units = first_unit + tl.arange(0, BLOCK_N)
-        weight_pointers = None
-        if not WEIGHT_BY_TMA:
-            weight_pointers = weight_tiles.first_pointers(
-                weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
+        if FLATTEN or first < end:
+            first_unit = column_tile * BLOCK_N
+            positions = first + tl.arange(0, BLOCK_M)
+            valid = positions < end
+            pairs = tl.load(pair_index + positions, mask=valid, other=0)
+            depth = tl.arange(0, BLOCK_K)
+            dout_pointers = (
+                dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
-        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, D, BLOCK_K):
-            depth_mask = depth < D - start
-            if EVEN_D:
-                dout_tile = tl.load(dout_pointers)
-            else:
-                dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
-            weight_tile = weight_tiles.load_tile(
-                weight,
-                weight_pointers,
-                expert,
-                start,
-                first_unit,
-                depth_mask,
-                units < F,
-                WEIGHT_BY_TMA,
-                False,
-                DEPTH_LAST,
-                EVEN_D,
-                BLOCK_K,
-                BLOCK_N,
-            )
+            units = first_unit + tl.arange(0, BLOCK_N)
+            weight_pointers = None
             if not WEIGHT_BY_TMA:
-                weight_pointers += BLOCK_K * stride_weight_out
-            g = dot(dout_tile, weight_tile, g, PRECISION)
-            dout_pointers += BLOCK_K * stride_dout_column
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
+                )
+            g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, D, BLOCK_K):
+                depth_mask = depth < D - start
+                if EVEN_D:
+                    dout_tile = tl.load(dout_pointers)
+                else:
+                    dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    first_unit,
+                    depth_mask,
+                    units < F,
+                    WEIGHT_BY_TMA,
+                    False,
+                    DEPTH_LAST,
+                    EVEN_D,
+                    BLOCK_K,
+                    BLOCK_N,
+                )
+                if not WEIGHT_BY_TMA:
+                    weight_pointers += BLOCK_K * stride_weight_out
+                g = dot(dout_tile, weight_tile, g, PRECISION)
+                dout_pointers += BLOCK_K * stride_dout_column
 
-        # Loaded once more (and differently, or it would be once): kept through the loop they would take registers.
-        pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
-        rows = (pairs // K).to(tl.int64)
-        weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
-        scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
-        long_positions = positions.to(tl.int64)
-        SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-        subtiles = split_columns(g, BLOCK_M, BLOCK_N, SUBTILES)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for part in tl.static_range(SUBTILES):
-            total += _down_grad_epilogue(
-                subtiles[part],
-                first_unit + part * SUB_N,
-                scale,
-                long_positions,
-                valid,
-                hidden,
-                dhidden,
-                scaled_a,
-                F,
-                stride_hidden_row,
-                stride_dhidden_row,
-                stride_scaled_a_row,
-                limit,
-                alpha,
-                up_offset,
-                GATED,
-                INTERLEAVED,
-                ACTIVATION,
-                BLOCK_M,
-                SUB_N,
-            )
-        tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
+            if FLATTEN:
+                # Loaded once more (and differently, or it would be once): kept through the loop they take registers.
+                pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
+            rows = (pairs // K).to(tl.int64)
+            weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
+            scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
+            long_positions = positions.to(tl.int64)
+            SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+            subtiles = split_columns(g, BLOCK_M, BLOCK_N, SUBTILES)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            for part in tl.static_range(SUBTILES):
+                total += _down_grad_epilogue(
+                    subtiles[part],
+                    first_unit + part * SUB_N,
+                    scale,
+                    long_positions,
+                    valid,
+                    hidden,
+                    dhidden,
+                    scaled_a,
+                    F,
+                    stride_hidden_row,
+                    stride_dhidden_row,
+                    stride_scaled_a_row,
+                    limit,
+                    alpha,
+                    up_offset,
+                    GATED,
+                    INTERLEAVED,
+                    ACTIVATION,
+                    BLOCK_M,
+                    SUB_N,
+                )
+            tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -320,6 +327,7 @@ def down_grad(
         num_experts,
         grouping.top_k,
         num_pairs,
+        num_slots,
         num_column_tiles,
         dout.stride(0),
         dout.stride(1),

@@ -397,11 +397,13 @@ def grouped_matmul_config(
         config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
     elif width % 8 or depth % 8:
         # No vector load fits such rows, so every element's address takes registers.
-        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
+        subtiles = 1 if operation == "down" else 2
+        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=subtiles)
         if like.dtype == torch.float32:
             config = dataclasses.replace(config, block_k=16)
     elif like.dtype == torch.float32:
-        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
+        subtiles = 1 if operation == "down" else 2
+        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=subtiles)
     elif block_m < 64:
         config = _few_rows_config(target, operation)
     else:
@@ -466,14 +468,16 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
 def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
     """Choose for fp16 and bf16 where the arithmetic is the work."""
     # Three stages fit the 99 KB of shared memory of sm_86, sm_89 and sm_120.
-    block_n, num_stages = 64 if operation == "up" else 128, 3
+    block_n, num_stages, subtiles = 64 if operation == "up" else 128, 3, 4
     if target.backend == "hip":
         num_stages = 2
+        subtiles = 1 if operation == "down" else 4
     elif target.arch // 10 in (9, 10):
         block_n = {"up": 128, "down_grad": 128}.get(operation, 256)
+        num_stages = 4 if operation == "down_grad" else 3
     elif target.arch == 80:
         num_stages = 4
     if operation == "weight_grad" and target.backend == "cuda":
         # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
         num_stages = 7 if target.arch == 80 else 5
-    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
+    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)

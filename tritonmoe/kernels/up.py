@@ -117,7 +117,7 @@ def _tile_columns(
     return columns, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
@@ -130,6 +130,7 @@ def _up_kernel(
     F,
     E,
     K,
+    num_slots,
     num_column_tiles,
     stride_x_row,
     stride_x_column,
@@ -165,98 +166,103 @@ def _up_kernel(
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
-    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-    num_row_tiles = tl.max(tile_ends, 0)
+    num_row_tiles = num_slots
+    if FLATTEN:
+        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
+        num_row_tiles = tl.max(tile_ends, 0)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+        if not FLATTEN:
+            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
         slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        positions = first + tl.arange(0, BLOCK_M)
-        valid = positions < end
-        # Rows past the expert's end are some other row's numbers: computed and not stored.
-        rows = tl.load(pair_index + positions, mask=valid, other=0) // K
-        depth = tl.arange(0, BLOCK_K)
-        if GATHER == "pointers":
-            x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
-        columns, column_mask = _tile_columns(
-            column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
-        )
-        weight_pointers = None
-        if not WEIGHT_BY_TMA:
-            weight_pointers = weight_tiles.first_pointers(
-                weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
-            )
-        accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        for start in range(0, D, BLOCK_K):
-            depth_mask = depth < D - start
-            if GATHER == "copy":
-                # Rows past the expert's end are some other expert's.
-                x_tile = x.load([first, start])
-            elif GATHER == "tma":
-                x_tile = x.gather(rows, start)
-            elif EVEN_D:
-                x_tile = tl.load(x_pointers)
-            else:
-                x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
-            weight_tile = weight_tiles.load_tile(
-                weight,
-                weight_pointers,
-                expert,
-                start,
-                column_tile * (BLOCK_N if TWO_BOXES else WIDTH),
-                depth_mask,
-                column_mask,
-                WEIGHT_BY_TMA,
-                TWO_BOXES,
-                DEPTH_LAST,
-                EVEN_D,
-                BLOCK_K,
-                WIDTH,
-            )
-            if not WEIGHT_BY_TMA:
-                weight_pointers += BLOCK_K * stride_weight_in
-            accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
+        if FLATTEN or first < end:
+            positions = first + tl.arange(0, BLOCK_M)
+            valid = positions < end
+            # Rows past the expert's end are some other row's numbers: computed and not stored.
+            rows = tl.load(pair_index + positions, mask=valid, other=0) // K
+            depth = tl.arange(0, BLOCK_K)
             if GATHER == "pointers":
-                x_pointers += BLOCK_K * stride_x_column
-
-        if TWO_BOXES:
-            gate_half, up_half = split_column_pairs(accumulator, BLOCK_M, BLOCK_N, True)
-            gates = split_columns(gate_half, BLOCK_M, BLOCK_N, SUBTILES)
-            ups = split_columns(up_half, BLOCK_M, BLOCK_N, SUBTILES)
-        else:
-            subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
-        for part in tl.static_range(SUBTILES):
-            if TWO_BOXES:
-                gate, up_part = gates[part], ups[part]
-            elif GATED:
-                gate, up_part = split_column_pairs(subtiles[part], BLOCK_M, SUB_N, HALVES)
-            else:
-                gate, up_part = subtiles[part], subtiles[part]
-            _up_epilogue(
-                gate,
-                up_part,
-                column_tile * BLOCK_N + part * SUB_N,
-                expert,
-                positions.to(tl.int64),
-                valid,
-                bias,
-                h,
-                a,
-                F,
-                stride_bias_expert,
-                stride_bias_column,
-                stride_h_row,
-                stride_a_row,
-                limit,
-                alpha,
-                up_offset,
-                (a if h is None else h).dtype.element_ty,
-                GATED,
-                INTERLEAVED,
-                ACTIVATION,
-                BLOCK_M,
-                SUB_N,
+                x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
+            columns, column_mask = _tile_columns(
+                column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
             )
+            weight_pointers = None
+            if not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(
+                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
+                )
+            accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+            for start in range(0, D, BLOCK_K):
+                depth_mask = depth < D - start
+                if GATHER == "copy":
+                    # Rows past the expert's end are some other expert's.
+                    x_tile = x.load([first, start])
+                elif GATHER == "tma":
+                    x_tile = x.gather(rows, start)
+                elif EVEN_D:
+                    x_tile = tl.load(x_pointers)
+                else:
+                    x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
+                weight_tile = weight_tiles.load_tile(
+                    weight,
+                    weight_pointers,
+                    expert,
+                    start,
+                    column_tile * (BLOCK_N if TWO_BOXES else WIDTH),
+                    depth_mask,
+                    column_mask,
+                    WEIGHT_BY_TMA,
+                    TWO_BOXES,
+                    DEPTH_LAST,
+                    EVEN_D,
+                    BLOCK_K,
+                    WIDTH,
+                )
+                if not WEIGHT_BY_TMA:
+                    weight_pointers += BLOCK_K * stride_weight_in
+                accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
+                if GATHER == "pointers":
+                    x_pointers += BLOCK_K * stride_x_column
+
+            if TWO_BOXES:
+                gate_half, up_half = split_column_pairs(accumulator, BLOCK_M, BLOCK_N, True)
+                gates = split_columns(gate_half, BLOCK_M, BLOCK_N, SUBTILES)
+                ups = split_columns(up_half, BLOCK_M, BLOCK_N, SUBTILES)
+            else:
+                subtiles = split_columns(accumulator, BLOCK_M, WIDTH, SUBTILES)
+            for part in tl.static_range(SUBTILES):
+                if TWO_BOXES:
+                    gate, up_part = gates[part], ups[part]
+                elif GATED:
+                    gate, up_part = split_column_pairs(subtiles[part], BLOCK_M, SUB_N, HALVES)
+                else:
+                    gate, up_part = subtiles[part], subtiles[part]
+                _up_epilogue(
+                    gate,
+                    up_part,
+                    column_tile * BLOCK_N + part * SUB_N,
+                    expert,
+                    positions.to(tl.int64),
+                    valid,
+                    bias,
+                    h,
+                    a,
+                    F,
+                    stride_bias_expert,
+                    stride_bias_column,
+                    stride_h_row,
+                    stride_a_row,
+                    limit,
+                    alpha,
+                    up_offset,
+                    (a if h is None else h).dtype.element_ty,
+                    GATED,
+                    INTERLEAVED,
+                    ACTIVATION,
+                    BLOCK_M,
+                    SUB_N,
+                )
 
 
 def up(
@@ -311,6 +317,7 @@ def up(
         num_units,
         num_experts,
         grouping.top_k,
+        num_slots,
         num_column_tiles,
         x.stride(0),
         x.stride(1),
