@@ -206,9 +206,11 @@ def test_bad_arguments() -> None:
         ('emulated on "cpu" or "cuda"', run(device="meta")),
         ("must name a rank from 0 to 1", run(faults=[Death(2, 0)])),
         ("an exchange from 0 on", run(faults=[Delay(0, -1, 1.0)])),
-        ("seconds must be finite", lambda: Delay(0, 0, -1.0)),
-        ("bandwidth_gb_per_s must be positive", lambda: LinkModel(0)),
-        ("latency_us must be finite", lambda: LinkModel(None, float("nan"))),
+        ("seconds must be a finite number", lambda: Delay(0, 0, -1.0)),
+        ("seconds must be a finite number .* got '1'", lambda: Delay(0, 0, "1")),  # type: ignore[arg-type]
+        ("bandwidth_gb_per_s must be a positive number", lambda: LinkModel(0)),
+        ("bandwidth_gb_per_s must be .* got '50'", lambda: LinkModel("50")),  # type: ignore[arg-type]
+        ("latency_us must be a finite number", lambda: LinkModel(None, float("nan"))),
     ):
         with pytest.raises(ValueError, match=words):
             call()

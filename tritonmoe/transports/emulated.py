@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tritonmoe.config import is_number
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange, describe
 from tritonmoe.transports.device_clock import DeviceClock, Moment
@@ -41,10 +42,10 @@ class LinkModel:
 
     def __post_init__(self) -> None:
         bandwidth = self.bandwidth_gb_per_s
-        if bandwidth is not None and not (bandwidth > 0 and math.isfinite(bandwidth)):
-            raise ValueError(f"bandwidth_gb_per_s must be positive, or None for no limit, got {bandwidth}")
-        if not (self.latency_us >= 0 and math.isfinite(self.latency_us)):
-            raise ValueError(f"latency_us must be finite and not negative, got {self.latency_us}")
+        if bandwidth is not None and not (is_number(bandwidth) and bandwidth > 0):
+            raise ValueError(f"bandwidth_gb_per_s must be a positive number, or None for no limit, got {bandwidth!r}")
+        if not (is_number(self.latency_us) and self.latency_us >= 0):
+            raise ValueError(f"latency_us must be a finite number that is not negative, got {self.latency_us!r}")
 
     def transfer_s(self, num_bytes: int) -> float:
         """Give the seconds for which num_bytes occupy a port; the latency is not in it."""
@@ -60,8 +61,8 @@ class Delay:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not (self.seconds >= 0 and math.isfinite(self.seconds)):
-            raise ValueError(f"seconds must be finite and not negative, got {self.seconds}")
+        if not (is_number(self.seconds) and self.seconds >= 0):
+            raise ValueError(f"seconds must be a finite number that is not negative, got {self.seconds!r}")
 
 
 @dataclass(frozen=True)
