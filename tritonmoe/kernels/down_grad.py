@@ -10,6 +10,7 @@ from ..grouping import Grouping
 from . import tma, weight_tiles
 from .activations import activate_with_slopes, activation_options
 from .launch import (
+    TRITON_VERSION,
     contiguous_columns,
     dot,
     dot_precision,
@@ -303,7 +304,9 @@ def down_grad(
         hidden = hidden.contiguous()
     name, scalars = activation_options(activation)
     refusals = {"weight": tma.refusal_of_weight(down_proj)}
-    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals)
+    # Alternating columns of h take more registers, and Triton 3.6 spills some.
+    fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
+    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals, fits)
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
     block_e = triton.next_power_of_2(num_experts)

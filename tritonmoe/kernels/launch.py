@@ -26,6 +26,7 @@ from . import tiles, tma
 
 __all__ = [
     "INTERPRETED",
+    "TRITON_VERSION",
     "Launch",
     "TileConfig",
     "contiguous_columns",
@@ -51,6 +52,7 @@ ENOUGH_PROGRAMS = 320
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
 
@@ -161,7 +163,7 @@ def _why_no_tma(target: GPUTarget | None) -> str:
         return ""
     if target.backend != "cuda" or target.arch < 90:
         return f"{_name(target)} has no TMA"
-    if target.arch // 10 == 12 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if target.arch // 10 == 12 and TRITON_VERSION < (3, 7):
         return "before Triton 3.7 every TMA load of sm_120 may become a call"
     return ""
 
@@ -375,6 +377,7 @@ def grouped_matmul_config(
     grouping: Grouping,
     options: KernelOptions,
     refusals: Mapping[str, str],
+    may_be_persistent: bool = True,
 ) -> TileConfig:
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
@@ -384,6 +387,7 @@ def grouped_matmul_config(
         like: a tensor of the product's dtype and device; of "up" and "up_ungated" x, whose rows are gathered.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
         refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
+        may_be_persistent: False where the kernel would spill.
     """
     target = _target(like.device)
     rows = row_class(grouping, options)
@@ -397,13 +401,11 @@ def grouped_matmul_config(
         config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
     elif width % 8 or depth % 8:
         # No vector load fits such rows, so every element's address takes registers.
-        subtiles = 1 if operation == "down" else 2
-        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=subtiles)
+        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
         if like.dtype == torch.float32:
             config = dataclasses.replace(config, block_k=16)
     elif like.dtype == torch.float32:
-        subtiles = 1 if operation == "down" else 2
-        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=subtiles)
+        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
     elif block_m < 64:
         config = _few_rows_config(target, operation)
     else:
@@ -412,8 +414,11 @@ def grouped_matmul_config(
             config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
     config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
     # Such a tile has a multiprocessor to itself: no other program multiplies while it stores.
-    if target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10) and like.element_size() == 2:
-        config = dataclasses.replace(config, persistent=config.block_m == 128)
+    fills_one = target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10)
+    fills_one = fills_one and like.element_size() == 2 and config.block_m == 128
+    config = dataclasses.replace(config, persistent=fills_one)
+    if operation == "down" and not fills_one:
+        config = dataclasses.replace(config, subtiles=1)  # smaller accumulators: storing them at once spills nothing
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
     gathers = operation in ("up", "up_ungated")
@@ -424,8 +429,8 @@ def grouped_matmul_config(
     reads = tma.reads(refusals, unusable)
     # The tiles of a program whose multiprocessor an exchange holds would wait until the exchange ends. Addresses of
     # operands that come through pointers take the registers that the next tile's need.
-    may_walk = options.num_sms is not None or not options.beside_exchanges
-    persistent = config.persistent and may_walk and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
+    may_be_persistent &= options.num_sms is not None or not options.beside_exchanges
+    persistent = config.persistent and may_be_persistent and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
     gather = config.gather if gathers else ""
     if gather in ("tma", "copy"):
         refused = _why_no_gather(target, gather, like, grouping.num_pairs)
@@ -468,16 +473,14 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
 def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
     """Choose for fp16 and bf16 where the arithmetic is the work."""
     # Three stages fit the 99 KB of shared memory of sm_86, sm_89 and sm_120.
-    block_n, num_stages, subtiles = 64 if operation == "up" else 128, 3, 4
+    block_n, num_stages = 64 if operation == "up" else 128, 3
     if target.backend == "hip":
         num_stages = 2
-        subtiles = 1 if operation == "down" else 4
     elif target.arch // 10 in (9, 10):
         block_n = {"up": 128, "down_grad": 128}.get(operation, 256)
-        num_stages = 4 if operation == "down_grad" else 3
     elif target.arch == 80:
         num_stages = 4
     if operation == "weight_grad" and target.backend == "cuda":
         # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
         num_stages = 7 if target.arch == 80 else 5
-    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=subtiles)
+    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
