@@ -13,8 +13,9 @@ NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 128, 24, 20, 5, 3
 
 
 def live_tensors() -> list[Tensor]:
-    """Give every tensor that has memory (a tracer's fake ones, which other tests may have left, have none)."""
-    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    """Give every tensor that has memory (fake and sparse ones, which other tests may have left, have none)."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
 def kept_bytes(call, weights: tuple[Tensor, ...]) -> int:

@@ -176,8 +176,10 @@ def test_corrupted_counts() -> None:
     assert ranks[VICTIM]["error"] == "CountMismatch"
     words = f"^rank {VICTIM} got counts of rank {DAMAGED} that contradict each other: .* rows in all, by segment"
     assert re.search(words, ranks[VICTIM]["words"]), ranks
+    # Whoever is slow posts its rows of a later step when the others have ended already.
+    where = "(metadata, all chunks|dispatch, chunk [01])"
     for rank in SURVIVORS:
-        assert re.search(f"^step metadata, all chunks: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert re.search(f"^step {where}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
         assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
 
 
