@@ -21,6 +21,7 @@ from ..overlap_config import OverlapConfig
 from ..transports.process_group import torchrun_ranks
 from .argument_types import output_file, positive
 from .expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
+from .model_sizes import add_model_sizes, check_model_sizes
 from .namespaces import Namespaces, parse_rate
 from .ranks import gather
 from .timing import summarize, write_json
@@ -39,11 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
-    parser.add_argument("--layers", type=positive, default=4)
-    parser.add_argument("--hidden-size", type=positive, default=512)
-    parser.add_argument("--intermediate-size", type=positive, default=256)
-    parser.add_argument("--experts", type=positive, default=64)
-    parser.add_argument("--top-k", type=positive, default=8)
+    add_model_sizes(parser)
     parser.add_argument("--chunks", type=int, help="of tritonmoe; chosen by itself if left out")
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="of every exchange (default 120)")
@@ -63,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rate = parse_rate(arguments.rate)
-    if arguments.top_k > arguments.experts:
-        raise ValueError(f"--top-k {arguments.top_k} must not exceed --experts {arguments.experts}")
+    check_model_sizes(arguments)
     if "RANK" in os.environ:
         return _run_rank(arguments, None if arguments.netns is None else rate)
     if arguments.netns is None:

@@ -16,6 +16,7 @@ from ..integrations.transformers import collect_statistics
 from ..integrations.transformers.bench_model import qwen3_moe_model
 from ..integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
 from .argument_types import output_file, positive
+from .model_sizes import add_model_sizes, check_model_sizes
 from .step_memory import kept_for_backward_mb, peak_mb
 from .timing import Samples, add_arguments, interleave, summarize, write_json
 from .transformers_report import as_table, write_png
@@ -164,21 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=positive, default=1024, help="T of training and prefill (default 1024)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens that decode generates (default 16)")
-    parser.add_argument("--layers", type=positive, default=4)
-    parser.add_argument("--hidden-size", type=positive, default=512)
-    parser.add_argument("--intermediate-size", type=positive, default=256)
-    parser.add_argument("--experts", type=positive, default=64)
-    parser.add_argument("--top-k", type=positive, default=8)
+    add_model_sizes(parser)
     parser.add_argument("--png", type=output_file, help="also draw the figures")
     add_arguments(parser, rounds=7)
     arguments = parser.parse_args(argv)
-    if arguments.top_k > arguments.experts:
-        parser.error(f"--top-k {arguments.top_k} must not exceed --experts {arguments.experts}")
-    if arguments.hidden_size % 16 or arguments.intermediate_size % 8:
-        parser.error(
-            "--hidden-size must be a multiple of 16, for eight heads, and --intermediate-size of 8, for the rows of "
-            f"grouped_mm, got {arguments.hidden_size} and {arguments.intermediate_size}"
-        )
+    try:
+        check_model_sizes(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_liger()
     results = []
