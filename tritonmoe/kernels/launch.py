@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,7 @@ class Launch:
 @dataclass
 class _Recording:
     target: GPUTarget
+    run: Callable[[Launch], None] | None
     launches: list[Launch]
 
 
@@ -123,10 +124,13 @@ _recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def recording(target: GPUTarget) -> Iterator[list[Launch]]:
-    """Collect launches, as `target` would get them, instead of running them (works on meta tensors)."""
+def recording(target: GPUTarget, run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Collect launches, as `target` would get them, instead of running them (works on meta tensors).
+
+    run: called with each launch as it is caught, to fill its outputs in another way than on the target.
+    """
     global _recording
-    _recording = _Recording(target, [])
+    _recording = _Recording(target, run, [])
     try:
         yield _recording.launches
     finally:
@@ -212,7 +216,10 @@ def launch(
     if max_registers is not None and on_nvidia:
         options["maxnreg"] = max_registers
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, args, constexprs, options))
+        caught = Launch(kernel, grid, args, constexprs, options)
+        _recording.launches.append(caught)
+        if _recording.run is not None:
+            _recording.run(caught)
     elif INTERPRETED:
         with _interpreter_lock:
             kernel[grid](*args, **constexprs)
