@@ -375,6 +375,57 @@ def test_one_rank_without_gradients() -> None:
     assert errors_of(fn) == [None, None]
 
 
+AUTO = tm.OverlapConfig()
+OTHER_KINDS = {
+    "save": (
+        lambda rank: {"overlap": AUTO, "save": ("input", "hidden")[rank], "grad": True},
+        r"this one is of another kind on some ranks: save is input on ranks \[0\], hidden on ranks \[1\]\. Make it",
+    ),
+    "grad mode": (
+        lambda rank: {"overlap": AUTO, "grad_mode": bool(rank)},  # legal, since nobody needs a gradient
+        r"grad mode is torch\.no_grad\(\) on ranks \[0\], torch\.enable_grad\(\) on ranks \[1\]\. Make it",
+    ),
+    "num_chunks": (
+        lambda rank: {"overlap": (tm.OverlapConfig(3), AUTO)[rank], "grad": True},
+        r'num_chunks is given on ranks \[0\], "auto" on ranks \[1\]\. Make it the same on every rank, or give every',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_ranks_learn_plans_for_different_kinds_of_calls(name: str) -> None:
+    """Rank 1 goes on with the kind of call that both have measured once, rank 0 starts another: both say why."""
+    changes, match = OTHER_KINDS[name]
+
+    def fn(transport: Transport) -> None:
+        given = changes(transport.rank)
+        grad_mode = given.pop("grad_mode", True)
+        training = {"overlap": AUTO, "grad": given.get("grad", False)}
+        parallel(transport, **training)
+        with (
+            torch.set_grad_enabled(grad_mode),
+            pytest.raises(tm.CountMismatch, match=r"disagree on num_chunks .*rank 0: \d, rank 1: 2\): .*" + match),
+        ):
+            parallel(transport, **given)
+        parallel(transport, **training)
+
+    assert errors_of(fn) == [None, None]
+
+
+def test_one_rank_without_gradients_where_plans_are_learnt() -> None:
+    """That the plans differ too is no news."""
+
+    def fn(transport: Transport) -> None:
+        parallel(transport, AUTO, grad=True).sum().backward()
+        with (
+            torch.set_grad_enabled(transport.rank == 1),
+            pytest.raises(tm.CountMismatch, match=r"ranks \[0\] run under torch.no_grad\(\) while other ranks need"),
+        ):
+            parallel(transport, AUTO, grad=True)
+
+    assert errors_of(fn) == [None, None]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_weights_that_are_not_finite(value: float) -> None:
     def fn(transport: Transport) -> None:

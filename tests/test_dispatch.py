@@ -1,5 +1,6 @@
 """S_ik, the plan of a call and its agreement, against sets built token by token."""
 
+import re
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -207,7 +208,8 @@ def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
         assert torch.equal(total, 2 * traffic[rank] + 2 * traffic[:, rank])
 
 
-MISMATCHES = [f.name for f in fields(CallHeader) if f.name in count_exchange.MUST_AGREE]
+MUST_AGREE = (*count_exchange.SAME_CALL, *count_exchange.SAME_PLAN)
+MISMATCHES = [f.name for f in fields(CallHeader) if f.name in MUST_AGREE]
 
 
 @pytest.mark.parametrize("name", MISMATCHES)
@@ -228,6 +230,26 @@ def test_headers_that_stop_a_call() -> None:
         check_headers([header(), header(nonfinite_rows=3)])
     with pytest.raises(tm.CountMismatch, match=r"ranks \[1\] run under torch.no_grad"):
         check_headers([header(needs_any=1), header(grad_enabled=0)])
+
+
+def test_headers_of_other_kinds_of_calls() -> None:
+    """They may differ; where plans that were chosen for them do, the error says what the cause is."""
+    check_headers([header(auto=1), header(auto=1, save=1, deterministic=1, grad_enabled=0)])
+    other = {"save": 1, "deterministic": 1}
+    words = (
+        "save is hidden on ranks [0, 1], input on ranks [2]; "
+        "torch.use_deterministic_algorithms is not set on ranks [0, 1], set on ranks [2]. Make it the same"
+    )
+    with pytest.raises(tm.CountMismatch, match=re.escape(words)):
+        check_headers([header(auto=1), header(auto=1), header(auto=1, window=7, **other)])
+    for headers in ([header(), header(window=7, **other)], [header(auto=1), header(auto=1, serial=1, **other)]):
+        with pytest.raises(tm.CountMismatch, match=r"rank 1: [17]\): give every rank the same configuration"):
+            check_headers(headers)
+
+
+def test_the_call_is_compared_before_its_plan() -> None:
+    with pytest.raises(tm.CountMismatch, match="disagree on layer of"):
+        check_headers([header(), header(layer=1, num_chunks=5)])
 
 
 def test_an_error_is_reported_before_a_mismatch() -> None:

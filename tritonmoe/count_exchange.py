@@ -30,6 +30,7 @@ MAGIC = 0x7417_0E
 MAX_SEGMENTS = MAX_CHUNKS + 2
 """Chunks, and the two local slices before them."""
 CHUNK_BY = ("tokens", "experts")
+SAVES = ("hidden", "input")
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 
@@ -87,6 +88,12 @@ class CallHeader:
     """Whether this rank's call stands in a compiled graph, which has a backward only if this rank needs gradients."""
     layer: int = -1
     """Which of the layers made on this transport calls, in the order in which they were made; -1: a function call."""
+    auto: int = 0
+    """Whether the plan was chosen for calls of this kind (num_chunks="auto")."""
+    save: int = 0
+    """A place in SAVES."""
+    deterministic: int = 0
+    """torch.are_deterministic_algorithms_enabled()."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
@@ -113,23 +120,17 @@ def in_millionths(capacity: float) -> int:
 
 
 HEADER_SIZE = len(fields(CallHeader))
-MUST_AGREE = (
-    *("sequence", "num_chunks", "num_experts", "top_k", "hidden_size", "dtype"),
-    *(
-        "chunk_sizes",
-        "local_first",
-        "local_start",
-        "window",
-        "backward_window",
-        "serial",
-        "wire_dtype",
-        "chunk_by",
-        "capacity",
-        "placement",
-        "replica_grads",
-        "layer",
-    ),
-)
+SAME_CALL = ("sequence", "layer", "num_experts", "top_k", "hidden_size", "dtype", "placement")
+CHOSEN = ("num_chunks", "chunk_sizes", "local_start", "window", "backward_window", "chunk_by")
+"""What num_chunks="auto" chooses."""
+SAME_PLAN = (*CHOSEN, "local_first", "serial", "wire_dtype", "capacity", "replica_grads")
+KINDS = {
+    "auto": ("num_chunks", ("given", '"auto"')),
+    "grad_enabled": ("grad mode", ("torch.no_grad()", "torch.enable_grad()")),
+    "save": ("save", SAVES),
+    "deterministic": ("torch.use_deterministic_algorithms", ("not set", "set")),
+}
+"""What may differ between ranks, and makes them choose differently: its name, and the words for its values."""
 
 
 def _message_size(transport: Transport) -> int:
@@ -192,14 +193,7 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
     refused = [rank for rank, h in enumerate(headers) if h.error]
     if refused:
         raise TransportError(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
-    for name in MUST_AGREE:
-        values = [getattr(h, name) for h in headers]
-        if len(set(values)) > 1:
-            said = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise CountMismatch(
-                f"the ranks disagree on {name} of this layer call ({said}): give every rank the same configuration "
-                "and make the same calls in the same order"
-            )
+    _check_agreement(headers, SAME_CALL)
     if any(h.needs_any for h in headers) and not all(h.grad_enabled for h in headers):
         without = [rank for rank, h in enumerate(headers) if not h.grad_enabled]
         raise CountMismatch(
@@ -213,6 +207,7 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
             "need gradients of it: every rank must run its backward, so train something there too, or leave this layer "
             "out of the graph on those ranks (torch.compiler.disable)"
         )
+    _check_agreement(headers, SAME_PLAN)
     poisoned = [rank for rank, h in enumerate(headers) if h.replay_overflowed]
     if poisoned:
         raise CapacityOverflow(
@@ -227,6 +222,36 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
             f"router scores or weights of some tokens are NaN or infinite ({said}): "
             "look for an overflow in the activations before the router"
         )
+
+
+def _check_agreement(headers: Sequence[CallHeader], names: Sequence[str]) -> None:
+    """Raise CountMismatch unless these fields are the same on all ranks."""
+    for name in names:
+        values = [getattr(h, name) for h in headers]
+        if len(set(values)) > 1:
+            said = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            why = _other_kinds(headers) if name in CHOSEN else ""
+            raise CountMismatch(
+                f"the ranks disagree on {name} of this layer call ({said}): "
+                + (why or "give every rank the same configuration and make the same calls in the same order")
+            )
+
+
+def _other_kinds(headers: Sequence[CallHeader]) -> str:
+    """Say what makes ranks choose another plan for this call, and the way out; "" where none chose, or all alike."""
+    said = []
+    for name, (words, words_of_value) in KINDS.items():
+        ranks: dict[int, list[int]] = {}
+        for rank, h in enumerate(headers):
+            ranks.setdefault(getattr(h, name), []).append(rank)
+        if len(ranks) > 1:
+            said.append(f"{words} is " + ", ".join(f"{words_of_value[v]} on ranks {r}" for v, r in ranks.items()))
+    if not said or not any(h.auto for h in headers):
+        return ""
+    return (
+        'num_chunks="auto" learns a plan for each kind of call, and this one is of another kind on some ranks: '
+        f"{'; '.join(said)}. Make it the same on every rank, or give every rank the same num_chunks"
+    )
 
 
 def check_counts(

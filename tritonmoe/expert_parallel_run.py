@@ -12,7 +12,7 @@ from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_
 from .autograd import without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
-from .count_exchange import DTYPE_CODES, CallHeader
+from .count_exchange import DTYPE_CODES, SAVES, CallHeader
 from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
@@ -197,6 +197,9 @@ def run_call(
             replica_grads=replica_grads,
             replay_overflowed=int(not in_graph and replay_overflowed(state.captured_flags, x.device)),
             layer=layer,
+            auto=int(isinstance(overlap, OverlapConfig) and overlap.is_auto),
+            save=SAVES.index(save),
+            deterministic=int(torch.are_deterministic_algorithms_enabled()),
             **message._asdict(),
         )
         two_level, inside_node, row_transport, capped, flag = None, None, transport, None, None

@@ -105,6 +105,11 @@ class OverlapConfig:
                 f"shape must be 'auto', 'equal', 'ramp' or a tuple of relative chunk sizes, got {self.shape!r}"
             )
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number of chunks is to be chosen."""
+        return self.num_chunks == "auto" and not isinstance(self.shape, tuple)
+
 
 def check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
     """Raise ValueError unless rows can travel as this."""

@@ -165,8 +165,7 @@ class PlanChooser:
         """Whether there is anything to choose."""
         config = self.config
         return (
-            config.num_chunks == "auto"
-            and not isinstance(config.shape, tuple)
+            config.is_auto
             and config.memory_budget_bytes is None
             and not config.serial
             and self.size > 1
@@ -210,7 +209,7 @@ class PlanChooser:
 
     def _untuned_plan(self) -> OverlapPlan:
         config = self.config
-        if config.num_chunks != "auto" or isinstance(config.shape, tuple):
+        if not config.is_auto:
             num_chunks, self.choice = config.num_chunks, "as configured"
         elif self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
