@@ -11,7 +11,7 @@ import torch
 
 from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.kernels import aot, tiles
+from tritonmoe.kernels import aot, measured_tiles
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
@@ -192,7 +192,7 @@ def decoding_table(target: str) -> str:
         "| --- | --- | --- |",
     ]
     for shape in GPU_SHAPES.values():
-        with tiles.using({}):
+        with measured_tiles.using({}):
             launches = aot.record_launches(aot.Variant.of(shape, torch.bfloat16, 1), aot.TARGETS[target])
         cells = [
             f"{launches[kernel].constexprs['BLOCK_N'] * columns}, {launches[kernel].grid[0]}"

@@ -11,7 +11,7 @@ from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli import main, tune
 from tritonmoe.cli.layer_arguments import tokens_of_every_class
-from tritonmoe.kernels import tiles
+from tritonmoe.kernels import measured_tiles
 
 SHAPE = ["128", "8", "2048", "768", "bfloat16"]
 
@@ -19,13 +19,13 @@ SHAPE = ["128", "8", "2048", "768", "bfloat16"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
     yield tmp_path / "tiles.json"
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
 
 
 def test_show(capsys, cache):
-    tiles.write(cache, {"sm_100 bfloat16 up 1024x2048 rows 128": {"group_m": 4}})
+    measured_tiles.write(cache, {"sm_100 bfloat16 up 1024x2048 rows 128": {"group_m": 4}})
     assert main(["tune", *SHAPE, "--show", "--target", "sm_100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(": ")[0].split()[2] for line in lines} == {"up", "down", "down_grad", "weight_grad"}
@@ -108,10 +108,10 @@ def gpu(monkeypatch):
 
 
 def test_what_is_found_is_kept(cache, gpu):
-    tiles.write(cache, {"other": {"block_n": 32}})
+    measured_tiles.write(cache, {"other": {"block_n": 32}})
     assert main(["tune", *SHAPE, "--tokens", "1", "8"]) == 0
     assert len(gpu) == 2
-    assert tiles.read(cache) == {"other": {"block_n": 32}, f"{os.getpid()}": {"block_m": 64}}
+    assert measured_tiles.read(cache) == {"other": {"block_n": 32}, f"{os.getpid()}": {"block_m": 64}}
     assert cache.stat().st_mode & 0o777 == 0o644
 
 
@@ -134,7 +134,7 @@ def test_processes_that_tune_at_once_lose_nothing(cache):
 import sys
 from pathlib import Path
 from tritonmoe.cli.tune import keep
-from tritonmoe.kernels import tiles  # imported before the start
+from tritonmoe.kernels import measured_tiles  # imported before the start
 print(flush=True)
 sys.stdin.readline()
 for n in range(100):
@@ -154,4 +154,4 @@ for n in range(100):
     for process in processes:
         process.communicate(timeout=120)
     assert [process.returncode for process in processes] == [0, 0]
-    assert len(tiles.read(cache)) == 200
+    assert len(measured_tiles.read(cache)) == 200

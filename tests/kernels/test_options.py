@@ -14,7 +14,7 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config import KernelOptions
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels import aot, launch
+from tritonmoe.kernels import aot, launch, tile_choice
 
 
 class WithOptions:
@@ -175,7 +175,7 @@ def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="
                 row_sources=RowSources((0,), torch.tensor([[chunk], [num_rows - chunk]])),
             ).chunk(0)
         like = torch.empty(num_rows, 2048, dtype=torch.bfloat16, device="meta")
-        return launch.grouped_matmul_config("up", like, 768, 2048, grouping, options, {"weight": ""})
+        return tile_choice.grouped_matmul_config("up", like, 768, 2048, grouping, options, {"weight": ""})
 
 
 @pytest.mark.parametrize("target", list(aot.TARGETS))
@@ -199,7 +199,7 @@ def test_one_token_occupies_every_multiprocessor(shape, target):
             widths = {"up": shape.intermediate_size, "down": shape.hidden_size}
             depths = {"up": shape.hidden_size, "down": shape.intermediate_size}
             return {
-                name: launch.grouped_matmul_config(name, like, width, depths[name], grouping, KernelOptions(), {})
+                name: tile_choice.grouped_matmul_config(name, like, width, depths[name], grouping, KernelOptions(), {})
                 for name, width in widths.items()
             }, widths
 

@@ -12,7 +12,7 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
 from tritonmoe.config import KernelOptions
-from tritonmoe.kernels import aot, tiles, tma
+from tritonmoe.kernels import aot, measured_tiles, tma
 
 WAYS = ("tma", "copy")
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def gathering(way):
         def get(self, key, default=None):
             return {"gather": way}
 
-    with tiles.using(Everything()), tiles.asked() as found:
+    with measured_tiles.using(Everything()), measured_tiles.asked() as found:
         yield found
 
 
@@ -163,7 +163,7 @@ def test_no_rows(way):
 
 def test_the_heuristic_takes_pointers_until_something_is_measured():
     for name in aot.TARGETS:
-        with tiles.using({}), tiles.asked() as found:
+        with measured_tiles.using({}), measured_tiles.asked() as found:
             aot.record_launches(aot.Variant(), aot.TARGETS[name])
         gathers = {key.split()[2]: config.gather for key, config in found.items()}
         assert gathers == {"up": "pointers", "down": "", "down_grad": "", "weight_grad": ""}
@@ -186,12 +186,12 @@ def test_the_heuristic_takes_pointers_until_something_is_measured():
 )
 def test_the_choice_is_printed(target, way, shown, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
-    tiles.write(tmp_path / "tiles.json", {f"{target} bfloat16 up 1024x2048 rows 128": {"gather": way}})
+    measured_tiles.write(tmp_path / "tiles.json", {f"{target} bfloat16 up 1024x2048 rows 128": {"gather": way}})
     arguments = ["tune", "128", "8", "2048", "768", "bfloat16", "--target", target, "--tokens", "16384", "--show"]
     try:
         assert main(arguments) == 0
     finally:
-        tiles._cached.cache_clear()
+        measured_tiles._cached.cache_clear()
     assert shown in capsys.readouterr().out
 
 

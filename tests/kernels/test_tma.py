@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
-from tritonmoe.kernels import aot, launch, tiles, tma
+from tritonmoe.kernels import aot, measured_tiles, tile_choice, tma
 
 OFF = "switched off by a test"
 WEIGHT, BOTH = {"weight": tma.BY_TMA}, {"values": tma.BY_TMA, "weight": tma.BY_TMA}
@@ -25,7 +25,7 @@ def reading(*, by_tma=True):
     """Collect how the operands of each grouped product are read; without `by_tma` all by pointers."""
     with pytest.MonkeyPatch.context() as patch:
         found, reads = [], tma.reads
-        patch.setattr(launch, "_why_no_tma", lambda target: "" if by_tma else OFF)
+        patch.setattr(tile_choice, "_why_no_tma", lambda target: "" if by_tma else OFF)
 
         def spy(*arguments):
             found.append(dict(reads(*arguments)))
@@ -228,9 +228,9 @@ def test_rules(shape, strides, reason):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
     yield tmp_path / "tiles.json"
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
 
 
 def shown(capsys, *arguments, product="down 2048x1024"):
@@ -252,7 +252,7 @@ def test_the_choice_is_printed(capsys, cache):
     reason = "1332 bytes along axis {} are no multiple of 16 below 2^40"
     odd = f"values by pointers: {reason.format(0)}; weight by pointers: {reason.format(1)} (heuristic)"
     assert odd in shown(capsys, "128", "8", "2048", "666", "bfloat16", "--target", "sm_90")
-    tiles.write(cache, {"sm_90 bfloat16 down 2048x1024 rows 128": {"tma": False}})
+    measured_tiles.write(cache, {"sm_90 bfloat16 down 2048x1024 rows 128": {"tma": False}})
     tuned = "; values by pointers: measured to be faster; weight by pointers: measured to be faster (tuned)"
     assert tuned in shown(capsys, *qwen, "--target", "sm_90")
 

@@ -10,7 +10,7 @@ from ..kernels import combine as combine_kernels
 from ..kernels import down as down_kernels
 from ..kernels import down_grad as down_grad_kernels
 from ..kernels import group as group_kernels
-from ..kernels import tiles
+from ..kernels import measured_tiles
 from ..kernels import up as up_kernels
 from ..kernels import weight_grad as weight_grad_kernels
 from .reference import WeightGrads
@@ -33,7 +33,7 @@ MAX_BLOCK_PAIRS: int | None = None
 
 def copies_rows() -> bool:
     """Say whether `up` may copy the rows of its pairs first: a measured entry says so, for some product."""
-    return tiles.has_gather("copy")
+    return measured_tiles.has_gather("copy")
 
 
 def group(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import tiles
+from ..kernels import measured_tiles
 from .gpu_cases import operation_calls
 from .shapes import LayerShape, draw_inputs
 from .timing import interleave
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
     "subtiles": (1, 2, 4),
     "persistent": (False, True),
     "tma": (False, True),
-    "gather": tiles.GATHERS,
+    "gather": measured_tiles.GATHERS,
 }
 Fields = Mapping[str, int | str]
 """Some of the fields of a TileConfig, by name."""
@@ -67,12 +67,12 @@ def descend(
 def tune(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
 ) -> dict[str, dict[str, int | str]]:
-    """Give the entries for `kernels.tiles` that make this layer's operations faster than the heuristic does."""
+    """Give the entries that make this layer's operations faster than the heuristic's: see `kernels.measured_tiles`."""
     calls = operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton")
     entries: dict[str, dict[str, int | str]] = {}
     done: set[str] = set()
     for name, call in calls.items():
-        with tiles.using({}), tiles.asked() as found:
+        with measured_tiles.using({}), measured_tiles.asked() as found:
             call()
         for key, config in found.items():
             if key in done:
@@ -82,7 +82,7 @@ def tune(
             start = {field: value for field, value in asdict(config).items() if field in CHOICES and value != ""}
 
             def seconds(candidate: Fields, call: Callable[[], Any] = call, key: str = key) -> float | None:
-                with tiles.using({key: candidate}), tiles.asked() as chosen:
+                with measured_tiles.using({key: candidate}), measured_tiles.asked() as chosen:
                     taken = _seconds(call)
                 if taken is None or chosen[key].gather != candidate.get("gather", ""):
                     return None  # it fell back to pointers: not what was asked for
@@ -126,9 +126,9 @@ def _seconds(call: Callable[[], Any]) -> float | None:
 
 def _agrees(call: Callable[[], Any], key: str, best: Fields) -> bool:
     """Say whether the results are the heuristic's, up to the rounding of sums: compilers have bugs."""
-    with tiles.using({}):
+    with measured_tiles.using({}):
         expected = _tensors(call())
-    with tiles.using({key: best}):
+    with measured_tiles.using({key: best}):
         found = _tensors(call())
     return all(
         bool((one.float() - other.float()).abs().max() <= 0.05 * other.float().abs().max())
@@ -145,9 +145,9 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 def _gain(call: Callable[[], Any], key: str, best: Fields) -> float:
     """Compare with the heuristic in the same interleaved rounds."""
 
-    def run(entries: tiles.Entries) -> Callable[[], None]:
+    def run(entries: measured_tiles.Entries) -> Callable[[], None]:
         def batch() -> None:
-            with tiles.using(entries):
+            with measured_tiles.using(entries):
                 for _ in range(20):
                     call()
 

@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         )
         return 2
     from ..benchmarks.tuning import tune
-    from ..kernels import tiles
+    from ..kernels import measured_tiles
 
-    path = tiles.cache_file()
+    path = measured_tiles.cache_file()
     try:
         keep(path, {})  # a damaged file, or a folder that is read-only, is said before anything is measured
     except (OSError, ValueError) as error:
@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 def keep(path: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
     """Add entries to the cache file, while other processes that do so wait; other users may read it.
 
-    Raises what `tiles.read` does, and OSError.
+    Raises what `measured_tiles.read` does, and OSError.
     """
-    from ..kernels import tiles
+    from ..kernels import measured_tiles
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
@@ -79,14 +79,14 @@ def keep(path: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
-        tiles.write(path, entries)
+        measured_tiles.write(path, entries)
         path.chmod(0o644)
 
 
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
     """Print every product's tile, how its operands are read, and where the choice comes from."""
     try:
-        from ..kernels import tiles
+        from ..kernels import measured_tiles
         from ..kernels.aot import ARCHITECTURES, Variant, record_launches
     except ImportError as error:
         print(f"tritonmoe tune: the package triton can't be imported: {error}", file=sys.stderr)
@@ -94,14 +94,14 @@ def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, 
     if target not in ARCHITECTURES:
         print(f"tritonmoe tune: --target must be one of {', '.join(ARCHITECTURES)}, got {target!r}", file=sys.stderr)
         return 2
-    tuned, seen = tiles.read(tiles.cache_file()), set()
+    tuned, seen = measured_tiles.read(measured_tiles.cache_file()), set()
     for num_tokens in tokens:
         variant = Variant.of(shape, dtype, num_tokens)
-        with tiles.asked() as found:
+        with measured_tiles.asked() as found:
             record_launches(variant, ARCHITECTURES[target].target)
         for key, config in found.items():
             if key not in seen:
                 seen.add(key)
-                source = "tuned" if key in tuned else "shipped" if key in tiles.SHIPPED else "heuristic"
+                source = "tuned" if key in tuned else "shipped" if key in measured_tiles.SHIPPED else "heuristic"
                 say(f"{key}: {config} ({source})")
     return 0

@@ -1,16 +1,14 @@
-"""How kernels are launched: tile sizes, options that every launch pins, the lock around the interpreter.
+"""How kernels are launched: options that every launch pins, the lock around the interpreter, what kernels share.
 
-A layer has one tile configuration, chosen from dtype, D, F, E, K and a coarse class of the layer's pairs per expert:
-never from a chunk's rows, so that a row's bits don't depend on the chunk it is in; with `batch_invariant` not from the
-layer's rows either. Kernel arguments that grow with the number of rows are never specialised:
-each new value would cost a compilation in the middle of training.
+Kernel arguments that grow with the number of rows are never specialised: each new value would cost a compilation in the
+middle of training.
 """
 
 import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,85 +19,36 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..config import KernelOptions
-from ..grouping import Grouping
-from . import tiles, tma
+from .tile_config import TileConfig
 
 __all__ = [
     "INTERPRETED",
     "TRITON_VERSION",
     "Launch",
-    "TileConfig",
+    "architecture_of",
     "contiguous_columns",
     "dot",
     "dot_precision",
-    "grouped_matmul_config",
     "launch",
     "num_programs",
     "num_tile_slots",
     "output",
     "recording",
     "round_to",
-    "row_class",
     "row_tile_ends",
     "slot_and_column_tile",
     "split_column_pairs",
     "split_columns",
+    "target_of",
     "tile_of_slot",
 ]
 
-ENOUGH_PROGRAMS = 320
-"""No supported GPU has more multiprocessors (MI300X has 304 compute units)."""
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """One program's tile: block_m pairs by block_n columns, in steps of block_k, and how it is compiled."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    """Row tiles that run side by side over all column tiles, so that their weights stay in L2."""
-    subtiles: int = 1
-    """Pieces in which the epilogue handles the columns: fewer live registers."""
-    persistent: bool = False
-    """Whether there are only as many programs as free multiprocessors, which load their next tile while they store one.
-    Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
-    tma: bool = False
-    """Whether operands that allow it are read by TMA."""
-    gather: str = ""
-    """How `up` gets the rows of x: through "pointers", by "tma", which gathers them (Blackwell), or by TMA as boxes of
-    a "copy" in storage order. Empty for the other operations."""
-    reads: tuple[tuple[str, str], ...] = ()
-    """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
-
-    def by_tma(self, operand: str) -> bool:
-        """Say whether tiles of `operand` are read by TMA."""
-        return (operand, tma.BY_TMA) in self.reads
-
-    def __str__(self) -> str:
-        fields = [
-            f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads" and value != ""
-        ]
-        return " ".join(fields) + "".join(f"; {operand} by {way}" for operand, way in self.reads)
-
-    def clipped(self, width: int, depth: int) -> "TileConfig":
-        """Shrink the tile to a product with `width` columns summed over `depth`."""
-        block_n = min(self.block_n, max(16, triton.next_power_of_2(width)))
-        return dataclasses.replace(
-            self,
-            block_n=block_n,
-            block_k=min(self.block_k, max(16, triton.next_power_of_2(depth))),
-            subtiles=max(1, min(self.subtiles, block_n // 16)),
-        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +95,7 @@ def _device_target(index: int) -> GPUTarget:
     return GPUTarget("cuda", 10 * major + minor, 32)
 
 
-def _target(device: torch.device) -> GPUTarget | None:
+def target_of(device: torch.device) -> GPUTarget | None:
     """Give what kernels on `device` are compiled for; None for the interpreter."""
     if _recording is not None:
         return _recording.target
@@ -155,33 +104,11 @@ def _target(device: torch.device) -> GPUTarget | None:
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _name(target: GPUTarget | None) -> str:
+def architecture_of(target: GPUTarget | None) -> str:
+    """Name a target as tile configurations do: "sm_90", "gfx942", "interpreter"."""
     if target is None:
         return "interpreter"
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
-def _why_no_tma(target: GPUTarget | None) -> str:
-    """Say why tiles can't be read by TMA; empty where they can: in the interpreter as on Hopper."""
-    if target is None:
-        return ""
-    if target.backend != "cuda" or target.arch < 90:
-        return f"{_name(target)} has no TMA"
-    if target.arch // 10 == 12 and TRITON_VERSION < (3, 7):
-        return "before Triton 3.7 every TMA load of sm_120 may become a call"
-    return ""
-
-
-def _why_no_gather(target: GPUTarget | None, gather: str, rows: Tensor, num_pairs: int) -> str:
-    """Say why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
-    if unusable := _why_no_tma(target):
-        return unusable
-    family = 0 if target is None else target.arch // 10
-    if gather == "copy":
-        if family == 12:
-            return f"up spills registers with it on {_name(target)}"
-        return tma.refusal_of_copied_rows(rows, num_pairs)
-    return f"{_name(target)} has no TMA that gathers rows" if family == 9 else tma.refusal(rows)
 
 
 @functools.cache
@@ -360,134 +287,3 @@ def output(like: Tensor, num_rows: int, num_columns: int, out: Tensor | None = N
     assert out.shape == (num_rows, num_columns), f"out is {tuple(out.shape)}, not {(num_rows, num_columns)}"
     assert num_columns == 1 or out.stride(1) == 1, f"rows of out must be contiguous, strides are {out.stride()}"
     return out
-
-
-def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
-    """Give the class of the layer's pairs per expert, as the height of its tiles: 16, 32, 64 or 128; 8 for decoding.
-
-    Tiles taller than an expert's share would be mostly empty. Those of at most 8 rows (tokens) are 16 high too, and
-    narrow. None with `batch_invariant`: unknown on purpose.
-    """
-    if options.batch_invariant:
-        return None
-    pairs = grouping.pairs_per_expert
-    if pairs < 24:
-        return 8 if grouping.num_layer_rows <= 8 else 16
-    return 32 if pairs < 48 else 64 if pairs < 96 else 128
-
-
-def grouped_matmul_config(
-    operation: str,
-    like: Tensor,
-    width: int,
-    depth: int,
-    grouping: Grouping,
-    options: KernelOptions,
-    refusals: Mapping[str, str],
-    may_be_persistent: bool = True,
-) -> TileConfig:
-    """Choose the tile of one grouped product, and how the tiles of its operands are read.
-
-    Args:
-        operation: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
-            or "weight_grad" (block_m and block_n are columns, block_k pairs).
-        like: a tensor of the product's dtype and device; of "up" and "up_ungated" x, whose rows are gathered.
-        width, depth: output columns, and the length of the sum (for weight_grad: output rows).
-        refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
-        may_be_persistent: False where the kernel would spill.
-    """
-    target = _target(like.device)
-    rows = row_class(grouping, options)
-    if operation == "weight_grad":
-        block_m = 128
-    elif rows is None:
-        block_m = 64 if grouping.num_experts > 16 * grouping.top_k else 128
-    else:
-        block_m = max(16, rows)
-    if target is None:
-        config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
-    elif width % 8 or depth % 8:
-        # No vector load fits such rows, so every element's address takes registers.
-        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
-        if like.dtype == torch.float32:
-            config = dataclasses.replace(config, block_k=16)
-    elif like.dtype == torch.float32:
-        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
-    elif block_m < 64:
-        config = _few_rows_config(target, operation)
-    else:
-        config = _half_precision_config(target, operation)
-        if block_m == 64 and operation in ("up", "down_grad") and target.backend == "cuda" and target.arch // 10 == 10:
-            config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
-    config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
-    # Such a tile has a multiprocessor to itself: no other program multiplies while it stores.
-    fills_one = target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10)
-    fills_one = fills_one and like.element_size() == 2 and config.block_m == 128
-    config = dataclasses.replace(config, persistent=fills_one)
-    if operation == "down" and not fills_one:
-        config = dataclasses.replace(config, subtiles=1)  # smaller accumulators: storing them at once spills nothing
-    if rows == 8 and operation != "weight_grad":
-        config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
-    gathers = operation in ("up", "up_ungated")
-    config = dataclasses.replace(config, gather="pointers" if gathers else "")
-    key = tiles.tile_key(_name(target), like.dtype, operation, width, depth, rows)
-    config = tiles.choose(key, config)
-    unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
-    reads = tma.reads(refusals, unusable)
-    # The tiles of a program whose multiprocessor an exchange holds would wait until the exchange ends. Addresses of
-    # operands that come through pointers take the registers that the next tile's need.
-    may_be_persistent &= options.num_sms is not None or not options.beside_exchanges
-    persistent = config.persistent and may_be_persistent and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
-    gather = config.gather if gathers else ""
-    if gather in ("tma", "copy"):
-        refused = _why_no_gather(target, gather, like, grouping.num_pairs)
-        reads = (*tma.reads({"x": refused}, ""), *reads)
-        gather = "pointers" if refused else gather
-    config = dataclasses.replace(config, persistent=persistent, gather=gather, reads=reads)
-    tiles.note(key, config)
-    if operation == "weight_grad":
-        config = config.clipped(width, config.block_k)
-        # Cutting its tile only pays where accumulators live outside the registers.
-        has_tensor_memory = target is not None and target.backend == "cuda" and target.arch // 10 == 10
-        in_registers = target is not None and (not has_tensor_memory or like.dtype == torch.float32)
-        return dataclasses.replace(
-            config,
-            block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
-            subtiles=1 if in_registers else config.subtiles,
-        )
-    return config.clipped(width, depth)
-
-
-def _few_rows_config(target: GPUTarget, operation: str) -> TileConfig:
-    """Choose for fp16 and bf16 where reading the weights is all the work: narrow tiles, so that many SMs read."""
-    block_n = 32 if operation == "up" else 64
-    if target.backend == "hip":
-        return TileConfig(32, block_n, 64, num_warps=4, num_stages=2)
-    return TileConfig(32, block_n, 128, num_warps=4, num_stages=4 if target.arch // 10 in (9, 10) else 3)
-
-
-def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
-    """Halve the columns of a tile until `num_slots` row tiles, what one token has at least, occupy every GPU.
-
-    Splitting the sums instead would do the same with a second pass over them; here every sum keeps its order.
-    """
-    block_n = config.block_n
-    while block_n > 16 and num_slots * triton.cdiv(width, block_n) < ENOUGH_PROGRAMS:
-        block_n //= 2
-    return dataclasses.replace(config, block_n=block_n)
-
-
-def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
-    """Choose for fp16 and bf16 where the arithmetic is the work."""
-    # Three stages fit the 99 KB of shared memory of sm_86, sm_89 and sm_120.
-    block_n, num_stages = 64 if operation == "up" else 128, 3
-    if target.backend == "hip":
-        num_stages = 2
-    elif target.arch // 10 in (9, 10):
-        block_n = {"up": 128, "down_grad": 128}.get(operation, 256)
-    elif target.arch == 80:
-        num_stages = 4
-    if operation == "weight_grad" and target.backend == "cuda":
-        # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
-        num_stages = 7 if target.arch == 80 else 5
-    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)

@@ -13,7 +13,6 @@ from .launch import (
     contiguous_columns,
     dot,
     dot_precision,
-    grouped_matmul_config,
     launch,
     num_programs,
     num_tile_slots,
@@ -25,6 +24,7 @@ from .launch import (
     split_columns,
     tile_of_slot,
 )
+from .tile_choice import grouped_matmul_config
 
 __all__ = ["up"]
 

@@ -13,7 +13,6 @@ from .launch import (
     contiguous_columns,
     dot,
     dot_precision,
-    grouped_matmul_config,
     launch,
     num_programs,
     round_to,
@@ -21,6 +20,7 @@ from .launch import (
     split_columns,
 )
 from .spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
+from .tile_choice import grouped_matmul_config
 
 __all__ = ["outer_sums", "span_length"]
 

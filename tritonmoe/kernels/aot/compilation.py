@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import launch, tiles
+from .. import launch, measured_tiles
 from .architectures import ARCHITECTURES
 from .launches import VARIANTS, record_launches, source_of
 from .machine_code import MachineCode, read_amd, read_nvidia
@@ -109,7 +109,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
 
 def _run(job: tuple[str, str, str]) -> Compiled:
     variant, target, kernel = job
-    with tiles.using({}):
+    with measured_tiles.using({}):
         launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
     return compile_one(variant, kernel, launches[kernel], target)
 
@@ -124,7 +124,7 @@ def compile_all(
     jobs, seen = [], set()
     for variant in variants:
         for target in targets:
-            with tiles.using({}):  # whatever somebody tuned on this machine
+            with measured_tiles.using({}):  # whatever somebody tuned on this machine
                 launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
             for kernel, item in launches.items():
                 source = source_of(item, ARCHITECTURES[target].target)

@@ -13,7 +13,7 @@ from triton.runtime.jit import create_function_from_signature
 from ...backends import triton as operations
 from ...config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from ...grouping import RowSources
-from .. import launch, tiles
+from .. import launch, measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
 
@@ -51,7 +51,7 @@ VARIANTS = {
     "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
     "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
     "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
-    # Fewer pairs per expert: every class of `launch.row_class`.
+    # Fewer pairs per expert: every class of `tile_choice.row_class`.
     "1 token": Variant(num_rows=1),
     "1 token fp32": Variant(torch.float32, num_rows=1),
     "128 tokens": Variant(num_rows=128),
@@ -84,9 +84,9 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
     """Run forward and backward of one layer on meta tensors and give its launches by operation and kernel."""
     if variant.tiles:
         heuristic = replace(variant, tiles={})
-        with tiles.asked() as asked:
+        with measured_tiles.asked() as asked:
             record_launches(heuristic, target)
-        with tiles.using(dict.fromkeys(asked, variant.tiles)):
+        with measured_tiles.using(dict.fromkeys(asked, variant.tiles)):
             return record_launches(heuristic, target)
     v, rows = variant, variant.num_rows
     width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size

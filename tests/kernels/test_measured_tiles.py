@@ -1,11 +1,13 @@
 """Measured tile configurations: keys, the cache file, and that a launch takes them."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from tritonmoe.kernels import aot, launch, tiles
+from tritonmoe.kernels import aot, measured_tiles
+from tritonmoe.kernels.tile_config import TileConfig
 
 KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
 
@@ -13,9 +15,9 @@ KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path / "cache"))
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
     yield tmp_path / "cache" / "tiles.json"
-    tiles._cached.cache_clear()
+    measured_tiles._cached.cache_clear()
 
 
 def up_launch(**changes):
@@ -24,15 +26,16 @@ def up_launch(**changes):
 
 
 def test_key():
-    assert tiles.tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) == KEY
-    assert tiles.tile_key("gfx942", torch.float16, "down", 1, 1025, None) == "gfx942 float16 down 1x2048 rows any"
+    assert measured_tiles.tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) == KEY
+    any_rows = measured_tiles.tile_key("gfx942", torch.float16, "down", 1, 1025, None)
+    assert any_rows == "gfx942 float16 down 1x2048 rows any"
 
 
 def test_what_is_written_is_read_and_merged(cache):
-    assert tiles.read(cache) == {}
-    tiles.write(cache, {KEY: {"block_n": 64}})
-    tiles.write(cache, {"other": {"num_warps": 4}})
-    assert tiles.read(cache) == {KEY: {"block_n": 64}, "other": {"num_warps": 4}}
+    assert measured_tiles.read(cache) == {}
+    measured_tiles.write(cache, {KEY: {"block_n": 64}})
+    measured_tiles.write(cache, {"other": {"num_warps": 4}})
+    assert measured_tiles.read(cache) == {KEY: {"block_n": 64}, "other": {"num_warps": 4}}
     assert [path.name for path in cache.parent.iterdir()] == ["tiles.json"]
 
 
@@ -43,12 +46,12 @@ def test_a_damaged_file_is_an_error(cache, text):
     cache.parent.mkdir()
     cache.write_text(text)
     with pytest.raises(ValueError, match="delete it and run `tritonmoe tune` again"):
-        tiles.read(cache)
+        measured_tiles.read(cache)
 
 
 def test_a_launch_takes_the_cache_file(cache):
     before = up_launch().constexprs["BLOCK_N"]
-    tiles.write(cache, {KEY: {"block_n": 64, "num_stages": 2}})
+    measured_tiles.write(cache, {KEY: {"block_n": 64, "num_stages": 2}})
     found = up_launch()
     assert before != 64
     assert found.constexprs["BLOCK_N"] == 64
@@ -58,17 +61,17 @@ def test_a_launch_takes_the_cache_file(cache):
 
 
 def test_using_takes_the_files_place(cache):
-    tiles.write(cache, {KEY: {"block_n": 64}})
-    with tiles.using({}), tiles.asked() as asked:
+    measured_tiles.write(cache, {KEY: {"block_n": 64}})
+    with measured_tiles.using({}), measured_tiles.asked() as asked:
         assert up_launch().constexprs["BLOCK_N"] != 64
     assert asked[KEY].block_n != 64
-    with tiles.using({KEY: {"block_n": 32}}):
+    with measured_tiles.using({KEY: {"block_n": 32}}):
         assert up_launch().constexprs["BLOCK_N"] == 32
     assert up_launch().constexprs["BLOCK_N"] == 64
 
 
 def test_entries_that_ship_are_valid():
-    json.dumps(dict(tiles.SHIPPED))
-    fields = {field.name for field in launch.dataclasses.fields(launch.TileConfig)}
-    assert {*tiles.FIELDS, "reads"} == fields  # how operands are read follows from their layout
-    assert all(set(entry) <= fields for entry in tiles.SHIPPED.values())
+    json.dumps(dict(measured_tiles.SHIPPED))
+    fields = {field.name for field in dataclasses.fields(TileConfig)}
+    assert {*measured_tiles.FIELDS, "reads"} == fields  # how operands are read follows from their layout
+    assert all(set(entry) <= fields for entry in measured_tiles.SHIPPED.values())

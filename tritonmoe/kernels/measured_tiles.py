@@ -1,9 +1,9 @@
-"""Tile configurations that were measured, by what they were measured for: consulted before the heuristic in launch.py.
+"""Tile configurations that were measured, by what they were measured for: they stand before the heuristic's.
 
-An entry replaces fields of the heuristic's TileConfig. Its key has the architecture, the dtype, the operation, the
-product's width and depth rounded up to powers of two, and the class of pairs per expert (`launch.row_class`): never the
-number of rows, so that nothing is compiled anew in the middle of training. `tritonmoe tune` measures entries and keeps
-them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
+An entry replaces fields of the heuristic's TileConfig (tile_choice.py). Its key has the architecture, the dtype, the
+operation, the product's width and depth rounded up to powers of two, and the class of pairs per expert
+(`tile_choice.row_class`): never the number of rows, so that nothing is compiled anew in the middle of training.
+`tritonmoe tune` measures entries and keeps them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .tile_config import TileConfig
 
 __all__ = [
     "GATHERS",
@@ -52,10 +54,10 @@ FIELDS = (
     "gather",
 )
 GATHERS = ("pointers", "tma", "copy")
-"""How a kernel gets rows through an index: see `launch.TileConfig`."""
+"""How a kernel gets rows through an index: see `tile_config.TileConfig`."""
 
 _replacement: Entries | None = None
-_asked: dict[str, Any] | None = None
+_asked: dict[str, TileConfig] | None = None
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 
     Args:
         architecture: "sm_90", "gfx942".
-        width, depth: as for `launch.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
+        width, depth: as for `tile_choice.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
     Example:
         tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is "sm_90 bfloat16 up 1024x2048 rows 128".
     """
@@ -72,10 +74,11 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
     return f"{architecture} {str(dtype).removeprefix('torch.')} {operation} {width}x{depth} rows {rows or 'any'}"
 
 
-def choose(key: str, default: Any) -> Any:
-    """Give `default`, a TileConfig, with the fields that an entry for `key` replaces."""
+def choose(key: str, default: TileConfig) -> TileConfig:
+    """Give `default` with the fields that an entry for `key` replaces."""
     entries = _cached() if _replacement is None else _replacement
-    return dataclasses.replace(default, **entries.get(key, SHIPPED.get(key, {})))
+    fields: Mapping[str, Any] = entries.get(key, SHIPPED.get(key, {}))
+    return dataclasses.replace(default, **fields)
 
 
 def has_gather(way: str) -> bool:
@@ -84,7 +87,7 @@ def has_gather(way: str) -> bool:
     return any(fields.get("gather") == way for fields in entries.values())
 
 
-def note(key: str, config: Any) -> None:
+def note(key: str, config: TileConfig) -> None:
     """Tell `asked` which TileConfig the product of this key got."""
     if _asked is not None:
         _asked[key] = config
@@ -102,7 +105,7 @@ def using(entries: Entries) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asked() -> Iterator[dict[str, Any]]:
+def asked() -> Iterator[dict[str, TileConfig]]:
     """Collect the keys that are asked for inside the block, with the TileConfig that each got."""
     global _asked
     before, _asked = _asked, {}
