@@ -76,21 +76,6 @@ def test_registers_of_weight_grad(variant, target, registers):
         assert item.options["num_warps"] == 8
 
 
-def test_a_caught_launch_runs_in_another_way_before_the_operation_goes_on():
-    y, index = torch.randn(6, 16), torch.tensor([[0, 5], [2, 1], [3, 3]], dtype=torch.int32)
-    ran = []
-
-    def run(item):
-        ran.append(item)
-        out = next(arg for arg in item.args if isinstance(arg, torch.Tensor) and arg.shape == (3, 16))
-        out.copy_(y[index].sum(1))
-
-    with launch.recording(aot.TARGETS["sm_90"], run) as launches:
-        assert torch.equal(kernels.combine(y, index), y[index].sum(1))
-    assert ran == launches
-    assert len(ran) == 1
-
-
 @triton.jit
 def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     slot = tl.program_id(0)

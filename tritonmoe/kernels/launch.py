@@ -26,6 +26,7 @@ __all__ = [
     "TRITON_VERSION",
     "Launch",
     "architecture_of",
+    "compiling_once",
     "contiguous_columns",
     "dot",
     "dot_precision",
@@ -49,6 +50,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
+_compiler_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,23 @@ def _pinned_options() -> dict[str, Any]:
     return {"enable_fp_fusion": True} if "enable_fp_fusion" in fields else {}
 
 
+@functools.cache
+def compiling_once(kernel: Any) -> Any:
+    """Give `kernel`, which from now on compiles once what several threads are the first to launch together.
+
+    Emulated ranks are threads: by itself Triton would compile in each of them. Later launches come past no lock.
+    """
+    compile_anyway = kernel._do_compile
+
+    def compile_once(key: Any, signature: Any, device: Any, *others: Any) -> Any:
+        with _compiler_lock:
+            compiled = kernel.device_caches[device][0].get(key)
+            return compile_anyway(key, signature, device, *others) if compiled is None else compiled
+
+    kernel._do_compile = compile_once
+    return kernel
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -153,7 +172,7 @@ def launch(
     else:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         with torch.cuda.device(device):
-            kernel[grid](*args, **constexprs, **options)
+            compiling_once(kernel)[grid](*args, **constexprs, **options)
 
 
 def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
