@@ -19,6 +19,7 @@ from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.capacity import capped_traffic
 from tritonmoe.kernels import measured_tiles
+from tritonmoe.kernels.tile_config import GATHERS
 from tritonmoe.overlap.cost_model import LayerWork
 from tritonmoe.overlap.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap_config import MAX_CHUNKS, equal_sizes, ramp_sizes
@@ -207,7 +208,7 @@ def test_rows_that_up_copies_are_counted(save: str, chunk_by: str) -> None:
     """Where results have memory before their experts run: elsewhere it is taken once the copy is gone."""
     work = LayerWork.of(torch.tensor([[0, 8], [8, 0]]), 1.0, row_bytes=128, top_k=1)
     plan = tm.OverlapPlan((1, 1), local_first=False, window=1, backward_window=1, chunk_by=chunk_by)
-    for way in measured_tiles.GATHERS:
+    for way in GATHERS:
         with measured_tiles.using({"of some product": {"gather": way}}):
             assert triton_backend.copies_rows() == (way == "copy")
     plain = BufferWidths(64, 1, num_local_experts=2, dtype_bytes=2, gated=False, save=save)

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
+from tritonmoe.benchmarks.tuning import CHOICES
 from tritonmoe.kernels import aot, measured_tiles
-from tritonmoe.kernels.tile_config import TileConfig
+from tritonmoe.kernels.tile_config import TileConfig, refusal
 
 KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
 
@@ -40,7 +41,15 @@ def test_what_is_written_is_read_and_merged(cache):
 
 
 @pytest.mark.parametrize(
-    "text", ["no json", "[]", "{}", '{"tiles": {"k": {"block": 1}}}', '{"tiles": {"k": {"block_m": "1"}}}']
+    "text",
+    [
+        "no json",
+        "[]",
+        "{}",
+        '{"tiles": {"k": {"block": 1}}}',
+        '{"tiles": {"k": {"block_m": "16"}}}',
+        '{"tiles": {"k": {"tma": "yes"}}}',
+    ],
 )
 def test_a_damaged_file_is_an_error(cache, text):
     cache.parent.mkdir()
@@ -72,6 +81,44 @@ def test_using_takes_the_files_place(cache):
 
 def test_entries_that_ship_are_valid():
     json.dumps(dict(measured_tiles.SHIPPED))
-    fields = {field.name for field in dataclasses.fields(TileConfig)}
-    assert {*measured_tiles.FIELDS, "reads"} == fields  # how operands are read follows from their layout
-    assert all(set(entry) <= fields for entry in measured_tiles.SHIPPED.values())
+    assert not [refusal(*field) for entry in measured_tiles.SHIPPED.values() for field in entry.items()]
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 1, "intermediate_size": 1}, {"num_rows": 1}])
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_what_is_chosen_or_tried_can_be_kept(target, shape, cache):
+    with measured_tiles.using({}), measured_tiles.asked() as asked:
+        aot.record_launches(aot.Variant(**shape), aot.TARGETS[target])
+    entries = {
+        key: {name: value for name, value in dataclasses.asdict(config).items() if name != "reads" and value != ""}
+        for key, config in asked.items()
+    }
+    entries |= {f"{name} {value}": {name: value} for name, values in CHOICES.items() for value in values}
+    measured_tiles.write(cache, entries)
+    assert measured_tiles.read(cache) == entries
+
+
+REFUSED = [
+    ("block_m", 48, "block_m must be a power of two from 16 on"),
+    ("block_n", 8, "block_n must be a power of two from 16 on"),
+    ("block_k", 0, "block_k must be a power of two from 16 on"),
+    ("num_warps", 3, "num_warps must be a power of two up to 32"),
+    ("num_warps", 64, "num_warps must be a power of two up to 32"),
+    ("num_stages", 0, "num_stages must be an integer from 1 on"),
+    ("group_m", 0, "group_m must be an integer from 1 on"),
+    ("subtiles", 3, "subtiles must be 1, 2 or 4"),
+    ("gather", "by hand", "gather must be one of pointers, tma, copy"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_a_tile_that_triton_would_refuse_is_refused_with_the_rule(name, value, message, cache):
+    tile = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    with pytest.raises(ValueError, match=f"{message}.*, got {value!r}"):
+        dataclasses.replace(tile, **{name: value})
+    with measured_tiles.using({KEY: {name: value}}), pytest.raises(ValueError, match=message):
+        up_launch()
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"tiles": {KEY: {name: value}}}))
+    with pytest.raises(ValueError, match=f"tiles.json.*{KEY}: {message}.*, got {value!r}.*correct it, or delete it"):
+        up_launch()

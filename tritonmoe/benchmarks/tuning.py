@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..kernels import measured_tiles
+from ..kernels.tile_config import GATHERS
 from .gpu_cases import operation_calls
 from .shapes import LayerShape, draw_inputs
 from .timing import interleave
@@ -25,7 +26,7 @@ CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
     "subtiles": (1, 2, 4),
     "persistent": (False, True),
     "tma": (False, True),
-    "gather": measured_tiles.GATHERS,
+    "gather": GATHERS,
 }
 Fields = Mapping[str, int | str]
 """Some of the fields of a TileConfig, by name."""

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from .tile_config import TileConfig
+from .tile_config import TileConfig, refusal
 
 __all__ = [
-    "GATHERS",
     "SHIPPED",
     "Entries",
     "asked",
@@ -40,21 +39,6 @@ Entries = Mapping[str, Mapping[str, int | str]]
 
 SHIPPED: Entries = {}
 """Measured entries that come with the package: none yet."""
-
-FIELDS = (
-    "block_m",
-    "block_n",
-    "block_k",
-    "num_warps",
-    "num_stages",
-    "group_m",
-    "subtiles",
-    "persistent",
-    "tma",
-    "gather",
-)
-GATHERS = ("pointers", "tma", "copy")
-"""How a kernel gets rows through an index: see `tile_config.TileConfig`."""
 
 _replacement: Entries | None = None
 _asked: dict[str, TileConfig] | None = None
@@ -127,27 +111,24 @@ def _cached() -> Entries:
     return read(cache_file())
 
 
-def _is_valid(name: str, value: Any) -> bool:
-    return name in FIELDS and (value in GATHERS if name == "gather" else isinstance(value, int))
-
-
 def read(path: Path) -> dict[str, dict[str, int | str]]:
     """Give the entries of a cache file; none where there is no file.
 
     Raises:
-        ValueError: the file is not one that `write` wrote.
+        ValueError: the file is not one that `write` wrote, or a field can't be what an entry says.
     """
     if not path.exists():
         return {}
     try:
         entries = json.loads(path.read_text())["tiles"]
         for key, fields in entries.items():
-            wrong = [name for name, value in fields.items() if not _is_valid(name, value)]
-            if wrong:
-                raise ValueError(f"{key!r} has {wrong}")
+            for name, value in fields.items():
+                if refused := refusal(name, value):
+                    raise ValueError(f"{key}: {refused}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a file of tile configurations ({error}): delete it and run `tritonmoe tune` again"
+            f"{path} is not a file of tile configurations ({error}): "
+            "correct it, or delete it and run `tritonmoe tune` again"
         ) from error
     return entries
 

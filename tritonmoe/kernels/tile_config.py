@@ -1,13 +1,51 @@
 """What a tile configuration is: chosen in tile_choice.py, or measured and kept in measured_tiles.py."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 
 from . import tma
 
-__all__ = ["TileConfig"]
+__all__ = ["GATHERS", "TileConfig", "refusal"]
+
+GATHERS = ("pointers", "tma", "copy")
+"""How `up` gets rows through an index: see `TileConfig`."""
+
+
+def _is_power_of_two(value: Any) -> bool:
+    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
+
+
+def refusal(name: str, value: Any) -> str:
+    """Say why field `name` of a TileConfig can't be `value`; empty where it can."""
+    if name in ("block_m", "block_n", "block_k"):
+        fits, rule = _is_power_of_two(value) and value >= 16, "a power of two from 16 on: Triton has no other tiles"
+    elif name == "num_warps":
+        fits, rule = _is_power_of_two(value) and value <= 32, "a power of two up to 32"
+    elif name == "subtiles":
+        fits, rule = value in (1, 2, 4), "1, 2 or 4"
+    elif name == "gather":
+        fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
+    elif name in ("persistent", "tma"):
+        fits, rule = value in (False, True), "false or true"
+    elif name in ("num_stages", "group_m"):
+        fits, rule = isinstance(value, int) and value >= 1, "an integer from 1 on"
+    else:
+        return f"a tile configuration has no field {name!r}"
+    return "" if fits else f"{name} must be {rule}, got {value!r}"
+
+
+@functools.cache
+def _check(
+    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int, subtiles: int, gather: str
+) -> None:
+    """Raise ValueError for the first field that can't be; cached, as every product of every step asks."""
+    for name, value in locals().items():
+        if refused := refusal(name, value):
+            raise ValueError(f"A tile configuration's {refused}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,19 @@ class TileConfig:
     a "copy" in storage order. Empty for the other operations."""
     reads: tuple[tuple[str, str], ...] = ()
     """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
+
+    def __post_init__(self) -> None:
+        gather = self.gather or GATHERS[0]
+        _check(
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.num_warps,
+            self.num_stages,
+            self.group_m,
+            self.subtiles,
+            gather,
+        )
 
     def by_tma(self, operand: str) -> bool:
         """Say whether tiles of `operand` are read by TMA."""
