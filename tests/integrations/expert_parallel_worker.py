@@ -372,9 +372,56 @@ def run_refused(name: str, directory: Path) -> None:
         tmt.upcycle(model, 4, 2)
     with pytest.raises(ValueError, match="spread over ranks already"):
         tmt.parallelize(model, dist.group.WORLD)
+    refuses_other_implementations(model)
     (directory / "file").touch()
-    with pytest.raises((tm.TransportError, OSError)):
+    with pytest.raises((tm.TransportError, NotADirectoryError) if rank == 0 else tm.TransportError):
         model.save_pretrained(directory / "file" / "inside")
+    says_what_a_full_disk_holds(model, directory / "full")
+    if importlib.util.find_spec("peft") is not None:
+        adapted = get_peft_model(model, config)
+        with pytest.raises(ValueError, match=r"PEFT adapts model\.layers\.0\.mlp\.experts itself"):
+            adapted(input_ids=batch())
+        adapted.unload()(input_ids=batch())
+
+
+def refuses_other_implementations(model: nn.Module) -> None:
+    import pytest
+
+    only = r'experts_implementation="tritonmoe" runs such experts, got '
+    for implementation, named in (("eager", "'eager'"), ({"": "grouped_mm"}, "'grouped_mm'"), (None, "None")):
+        with pytest.raises(ValueError, match=f"the experts of MixtralForCausalLM are spread .*{only}{named}: leave it"):
+            model.set_experts_implementation(implementation)
+    with pytest.raises(ValueError, match=only):
+        model.model.set_experts_implementation("batched_mm")
+    model.set_experts_implementation("tritonmoe")
+    tmt.patch(model)
+    model(input_ids=batch())
+    model.config._experts_implementation = "eager"  # nobody hears of it before the forward
+    with pytest.raises(ValueError, match=rf"the experts of model\.layers\.0\.mlp\.experts are spread .*{only}'eager'"):
+        model(input_ids=batch())
+    model.config._experts_implementation = "tritonmoe"
+
+
+def says_what_a_full_disk_holds(model: nn.Module, directory: Path) -> None:
+    import pytest
+    from safetensors import SafetensorError
+
+    errors = (SafetensorError("I/O error: No space left on device"), OSError(28, "No space left on device"))
+    for error in errors:
+
+        def save(model, directory, error=error, **_):
+            directory.mkdir(exist_ok=True)
+            (directory / "config.json").touch()
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "save_pretrained", save)
+            expected = (tm.TransportError, "the first rank could not save to .*full: its own error says why")
+            if rank == 0:
+                holds = "No space left on device.*The directory holds config.json, which is not the whole model"
+                expected = (OSError, rf"could not write the model's 0\.00 GB to \S*full \(.*{holds}")
+            with pytest.raises(expected[0], match=expected[1]):
+                model.save_pretrained(directory)
 
 
 CASES = {

@@ -1,13 +1,11 @@
 """parallelize(): spread the experts of a model over ranks; what its experts then need to know."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import TransportError
 from ...expert_parallel import expert_parallel_mlp
 from ...expert_parallel_run import check_expert_parallel
 from ...overlap_config import OverlapConfig, check_overlap
@@ -15,6 +13,7 @@ from ...transports import Transport, as_transport
 from .discovery import experts_modules
 from .patching import patch
 from .requirements import check_model
+from .sharded_model import bind_to_spread, refuse_adapted
 
 __all__ = ["ExpertParallelState", "expert_parallel_state", "parallelize"]
 
@@ -117,7 +116,7 @@ def parallelize(
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     _refuse_tied(model, found)
-    _refuse_adapted(model, found)
+    refuse_adapted(model, found)
     patch(model)
     mesh = group_or_mesh
     if not isinstance(mesh, DeviceMesh):
@@ -139,10 +138,7 @@ def parallelize(
         *getattr(model, "_ddp_params_and_buffers_to_ignore", ()),
         *sharded,
     ]
-    for module in model.modules():  # a model of transformers may stand inside another, or inside any module
-        if hasattr(type(module), "save_pretrained") and any(isinstance(p, DTensor) for p in module.parameters()):
-            own: Any = module
-            own.save_pretrained = functools.partial(_save_gathered, module)
+    bind_to_spread(model, found)
     return len(found)
 
 
@@ -162,48 +158,3 @@ def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
                 f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
                 "weights of its own before parallelize()"
             )
-
-
-def _refuse_adapted(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
-    for name in found:
-        parts = name.split(".")
-        for owner in (model.get_submodule(".".join(parts[:length])) for length in range(len(parts))):
-            if type(owner).__name__ == "ParamWrapper":
-                raise ValueError(
-                    f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
-                    "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"
-                )
-
-
-def _save_gathered(model: Any, save_directory: Any, **settings: Any) -> None:
-    """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    # Trainer's checkpoints, on one rank: with is_main_process, before transformers 5.24 with state_dict=None.
-    if "is_main_process" in settings or settings.get("state_dict", settings) is None:
-        raise ValueError(
-            "save_pretrained gathers the experts, so every rank must call it, and this is how Trainer saves "
-            'checkpoints on one rank: give Trainer save_strategy="no", then call model.save_pretrained(directory) on '
-            "every rank, and torch.distributed.checkpoint for what a training goes on from"
-        )
-    state_dict = settings.pop("state_dict", None) or model.state_dict()
-    gathered = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state_dict.items()
-    }
-    # FSDP2 spreads parameters over more ranks than the experts alone.
-    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    everybody = max(meshes, key=lambda mesh: mesh.size())
-    error: Exception | None = None
-    if everybody.get_rank() == int(everybody.mesh.min()):
-        try:
-            type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
-        except Exception as caught:
-            error = caught
-    failed = torch.tensor(int(error is not None), device=everybody.device_type)
-    # also a barrier: nobody reads a half-written directory
-    num_failed = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim).full_tensor()
-    if error is not None:
-        raise error
-    if num_failed.item():
-        raise TransportError(f"the first rank could not save to {save_directory}: its own error says why")
