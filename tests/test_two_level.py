@@ -12,9 +12,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.count_exchange import MAX_SEGMENTS
 from tritonmoe.overlap.tuner import SETTLING_CALLS
-from tritonmoe.transports import TwoLevelTransport
-from tritonmoe.transports import emulated as emulated_module
-from tritonmoe.transports.emulated import EmulatedWorld
+from tritonmoe.transports import EmulatedTransport, EmulatedWorld, TwoLevelTransport
 
 COUNTS = {4: (7, 0, 5, 3), 6: (4, 0, 5, 3, 6, 1)}
 
@@ -132,14 +130,14 @@ def test_a_token_crosses_once_to_every_node_that_needs_it(monkeypatch):
     """Counted where rows are handed over, and reported."""
     batch, width = WideBatch(4, 12, 8), 6
     crossing = [0] * 4
-    exchange = emulated_module.EmulatedTransport.exchange
+    exchange = EmulatedTransport.exchange
 
     def counting(self, rows, input_splits, output_splits, out=None):
         if rows.dtype == torch.float64 and rows.shape[1:] == (width,):
             crossing[self.rank] += sum(n for rank, n in enumerate(input_splits) if rank // 2 != self.rank // 2)
         return exchange(self, rows, input_splits, output_splits, out)
 
-    monkeypatch.setattr(emulated_module.EmulatedTransport, "exchange", counting)
+    monkeypatch.setattr(EmulatedTransport, "exchange", counting)
 
     def rank_call(world):
         with torch.no_grad():

@@ -12,8 +12,7 @@ from tritonmoe.overlap.layer_report import LayerReport, PassReport
 from tritonmoe.overlap.simulator import Simulation, simulate_layer
 from tritonmoe.overlap.two_level_work import TwoLevelWork
 from tritonmoe.overlap_config import ramp_sizes
-from tritonmoe.transports import LinkModel, PendingExchange, Transport, TwoLevelTransport
-from tritonmoe.transports.emulated import EmulatedWorld
+from tritonmoe.transports import EmulatedWorld, LinkModel, PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.two_level import GroupView
 
 CONFIG = tm.MoEConfig(hidden_size=64, intermediate_size=8, num_experts=8, top_k=4)

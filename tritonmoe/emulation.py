@@ -12,7 +12,9 @@ import torch
 from tritonmoe.config import is_integer
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import Transport
-from tritonmoe.transports.emulated import Death, Delay, EmulatedWorld, LinkModel, PeerFailure, RankStopped
+from tritonmoe.transports.emulated import EmulatedWorld
+from tritonmoe.transports.emulated_faults import Death, Delay, PeerFailure, RankStopped
+from tritonmoe.transports.link_model import LinkModel
 
 __all__ = ["run_on_emulated_ranks"]
 

@@ -8,7 +8,7 @@ import torch
 
 from ..overlap.cost_model import LayerWork, LinkCosts
 from ..overlap_config import OverlapPlan
-from ..transports.emulated import LinkModel
+from ..transports.link_model import LinkModel
 from ..transports.replay import Port
 
 __all__ = ["ReplayedPeers", "work_of_one"]

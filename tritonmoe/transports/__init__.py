@@ -4,8 +4,10 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from tritonmoe.transports.base import PendingExchange, Transport
-from tritonmoe.transports.emulated import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel
+from tritonmoe.transports.emulated import EmulatedTransport, EmulatedWorld
+from tritonmoe.transports.emulated_faults import Death, Delay
 from tritonmoe.transports.host_copy import HostCopy
+from tritonmoe.transports.link_model import LinkModel
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport

@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange, describe
 from tritonmoe.transports.device_clock import DeviceClock, Moment
-from tritonmoe.transports.emulated import LinkModel
+from tritonmoe.transports.link_model import LinkModel
 from tritonmoe.transports.local import CompletedExchange
 
 __all__ = ["Port", "ReplayTransport"]
