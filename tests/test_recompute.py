@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe import autograd, expert_parallel_run
+from tritonmoe.autograd import is_recomputing
 from tritonmoe.overlap.tuner import SETTLING_CALLS
-from tritonmoe.routing import is_recomputing
 from tritonmoe.transports import Transport
 
 

@@ -1,5 +1,5 @@
 """What every autograd Function of this package needs: no autocast inside, one derivative only, said clearly, and what
-is kept beside saved tensors."""
+is kept beside saved tensors, also under activation checkpointing."""
 
 import inspect
 import itertools
@@ -13,12 +13,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from .routing import is_recomputing
-
 __all__ = [
     "SECOND_DERIVATIVE",
     "checkpointed_region",
     "is_autocast_on",
+    "is_recomputing",
     "keep_beside",
     "kept_beside",
     "once_differentiable",
@@ -108,6 +107,17 @@ def kept_beside(ctx: Any, mark: Tensor) -> Any:
         return own
     assert recomputed is not None, "the tensors of a recompute are used in another backward than it was made in"
     return recomputed
+
+
+def is_recomputing() -> bool:
+    """Say whether this forward runs inside a backward: the recompute of activation checkpointing.
+
+    Both kinds of torch.utils.checkpoint call the function again while the autograd engine is at work, and the
+    engine's graph task id is -1 at any other time. Things that count calls ask here, so as to count each once.
+    """
+    if torch.compiler.is_compiling():  # there the partitioner recomputes, not a second call
+        return False
+    return torch._C._current_graph_task_id() != -1
 
 
 def checkpointed_region() -> "weakref.ref[Any] | None":

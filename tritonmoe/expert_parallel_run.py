@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
-from .autograd import without_autocast
+from .autograd import is_recomputing, without_autocast
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
 from .count_exchange import DTYPE_CODES, SAVES, CallHeader
@@ -22,7 +22,6 @@ from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
 from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
-from .routing import is_recomputing
 from .transport_state import refuse, state_of
 from .transports import Transport, TwoLevelTransport
 from .two_level import check_two_level, exchange_two_level_plan

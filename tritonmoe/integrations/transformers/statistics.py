@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ...autograd import is_recomputing
 from ...layer import MoELayer
-from ...routing import RoutingStatistics, is_recomputing, routing_statistics
+from ...routing import RoutingStatistics, routing_statistics
 from .discovery import experts_modules
 from .requirements import check_model, check_transformers
 

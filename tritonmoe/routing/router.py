@@ -1,36 +1,18 @@
-"""Routing: which K experts each token goes to and with what weight; the losses and numbers that watch it.
+"""TopKRouter: a linear layer of scores, and the choice of K experts for each token."""
 
-Selection without an auxiliary loss and expert groups as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437); the load
-balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any K; the z-loss of ST-MoE
-(https://arxiv.org/abs/2202.08906); MaxVio from loss-free balancing (https://arxiv.org/abs/2408.15664).
-"""
-
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from .config import MoEConfig, check_moe_config, is_number
+from ..autograd import is_recomputing
+from ..config import MoEConfig, check_moe_config, is_number
+from .statistics import expert_load
 
-__all__ = [
-    "Routing",
-    "RoutingStatistics",
-    "TopKRouter",
-    "expert_load",
-    "is_recomputing",
-    "load_balance_loss",
-    "routing_statistics",
-    "save_topk",
-    "z_loss",
-]
+__all__ = ["Routing", "TopKRouter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,72 +32,6 @@ class Routing:
     """(T, E) fp32: softmax or sigmoid of all logits, without the selection bias; differentiable."""
     num_nonfinite_rows: Tensor
     """() int64, on the device: how many tokens were skipped for a non-finite logit."""
-
-
-def is_recomputing() -> bool:
-    """Say whether this forward runs inside a backward: the recompute of activation checkpointing.
-
-    Both kinds of torch.utils.checkpoint call the function again while the autograd engine is at work, and the
-    engine's graph task id is -1 at any other time. Things that count calls ask here, so as to count each once.
-    """
-    if torch.compiler.is_compiling():  # there the partitioner recomputes, not a second call
-        return False
-    return torch._C._current_graph_task_id() != -1
-
-
-def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Give the contexts in which activation checkpointing keeps every top-k and recomputes everything else.
-
-    A recompute that rounds a score differently would send a near-tie token to other experts than the forward did, and
-    its gradients would belong to no forward. The ids are kept, 8 bytes each; the scores are taken anew at these ids, so
-    that code which works on them in place (transformers divides them by their sum) does no harm. For users:
-
-        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=tritonmoe.routing.save_topk)
-    """
-    if torch.compiler.is_compiling():  # tracers know torch's own contexts only; nothing is in place in a graph
-        return create_selective_checkpoint_contexts([torch.ops.aten.topk.default])
-    kept: list[Tensor] = []
-    return _KeepTopK(kept), _ReuseTopK(kept)
-
-
-class _KeepTopK(TorchDispatchMode):
-    """Keep the ids of every top-k of a forward."""
-
-    def __init__(self, kept: list[Tensor]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.topk.default:
-            self.kept.append(result[1].clone())
-        return result
-
-
-class _ReuseTopK(TorchDispatchMode):
-    """In a recompute of that forward, answer every top-k with the kept ids and the new scores at them."""
-
-    def __init__(self, kept: list[Tensor]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __enter__(self) -> "_ReuseTopK":
-        self.position = 0  # a second backward recomputes from the start again
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.ops.aten.topk.default:
-            return func(*args, **kwargs)
-        if self.position == len(self.kept):
-            raise RuntimeError(
-                f"the recompute calls torch.topk more often than the forward did ({len(self.kept)} times): a function "
-                "under activation checkpointing must do the same each time"
-            )
-        ids = self.kept[self.position]
-        self.position += 1
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-        return args[0].gather(dim, ids), ids.clone()
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -305,127 +221,3 @@ class TopKRouter(nn.Module):
         self.e_score_correction_bias += rate * direction.to(self.e_score_correction_bias.dtype)
         self.load.zero_()
         return load
-
-
-def expert_load(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Count the pairs of each expert: topk_ids of any shape -> (E,) int64; ids outside [0, E) count nowhere."""
-    return _pair_counts(topk_ids, num_experts)[:-1]
-
-
-def _pair_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Give (E+1,) int64: pairs per expert, then skipped pairs. Integer sums: the same on every run."""
-    ids = topk_ids.flatten().long()
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))
-
-
-def load_balance_loss(routing: Routing, num_experts: int) -> Tensor:
-    """Give E * sum over e of f_e * P_e, a scalar that is 1.0 under uniform routing for any K.
-
-    f_e is the fraction of the routed (not skipped) pairs that chose expert e, a constant to autograd; P_e is the
-    mean over tokens of the score of e, normalised over experts. Switch Transformers' loss, divided by K.
-    Tokens with a non-finite logit are left out. T = 0 gives 0, attached to the graph.
-    """
-    scores = routing.scores  # (T, E)
-    if scores.shape[1] != num_experts:
-        raise ValueError(f"num_experts is {num_experts}, and the routing has scores of {scores.shape[1]} experts")
-    total = scores.sum(dim=1, keepdim=True)
-    is_counted = total > 0  # False for NaN as well
-    probabilities = torch.where(is_counted, scores, 0.0) / torch.where(is_counted, total, 1.0)
-    mean_probability = probabilities.sum(dim=0) / is_counted.sum().clamp(min=1)
-    load = expert_load(routing.topk_ids, num_experts).to(scores.dtype)
-    fraction = load / load.sum().clamp(min=1)
-    return num_experts * (fraction * mean_probability).sum()
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """Give the mean over tokens of logsumexp(logits)**2, a scalar that keeps logits (T, E) small (ST-MoE).
-
-    Rows with a non-finite logit are left out and get zero gradient. T = 0 gives 0, attached to the graph.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    is_finite = logits.isfinite().all(dim=1)
-    log_z = torch.where(is_finite.unsqueeze(1), logits, 0.0).logsumexp(dim=1)
-    return torch.where(is_finite, log_z.square(), 0.0).sum() / is_finite.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class RoutingStatistics:
-    """How evenly a batch of pairs is spread over the experts; made by routing_statistics().
-
-    The counts stay on the device; the first number that is asked for reads them to the host, once.
-    With no routed pairs every number is 0 (but num_dead_experts is E).
-    """
-
-    counts: Tensor
-    """(E+1,) int64: pairs per expert, then skipped pairs."""
-
-    @property
-    def load(self) -> Tensor:
-        """(E,) int64: pairs per expert, on the device."""
-        return self.counts[:-1]
-
-    @cached_property
-    def host_counts(self) -> list[int]:
-        """The counts as Python integers."""
-        return self.counts.tolist()
-
-    @property
-    def num_experts(self) -> int:
-        return self.counts.shape[0] - 1
-
-    @property
-    def num_skipped_pairs(self) -> int:
-        """Pairs with an id outside [0, E)."""
-        return self.host_counts[-1]
-
-    @property
-    def num_routed_pairs(self) -> int:
-        return sum(self.host_counts[:-1])
-
-    @property
-    def num_dead_experts(self) -> int:
-        """Experts that no pair chose."""
-        return self.host_counts[:-1].count(0)
-
-    @property
-    def mean_load(self) -> float:
-        return self.num_routed_pairs / self.num_experts
-
-    @property
-    def coefficient_of_variation(self) -> float:
-        """Standard deviation of the load (over all E experts) divided by its mean."""
-        mean = self.mean_load
-        if mean == 0:
-            return 0.0
-        variance = sum((load - mean) ** 2 for load in self.host_counts[:-1]) / self.num_experts
-        return math.sqrt(variance) / mean
-
-    @property
-    def max_violation(self) -> float:
-        """MaxVio: (largest load - mean load) / mean load; 0 is perfect balance, E - 1 is one expert for all."""
-        mean = self.mean_load
-        return (max(self.host_counts[:-1]) - mean) / mean if mean else 0.0
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the load's distribution over experts, in nats; log E is perfect balance."""
-        total = self.num_routed_pairs
-        return sum(load / total * math.log(total / load) for load in self.host_counts[:-1] if load)
-
-    @property
-    def normalized_entropy(self) -> float:
-        """entropy / log E, from 0 to 1; 1 for a single expert that has pairs."""
-        if self.num_experts == 1:
-            return float(self.num_routed_pairs > 0)
-        return self.entropy / math.log(self.num_experts)
-
-
-def routing_statistics(topk_ids: Tensor, num_experts: int) -> RoutingStatistics:
-    """Count how the pairs topk_ids (T, K) are spread over the experts, without a host read.
-
-    Example:
-        E=4, topk_ids=[[0, 1], [0, 2], [0, -1]] gives load [3, 1, 1, 0], mean load 1.25, MaxVio
-        (3 - 1.25) / 1.25 = 1.4, one dead expert and one skipped pair.
-    """
-    return RoutingStatistics(_pair_counts(topk_ids, num_experts))

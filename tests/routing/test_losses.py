@@ -1,0 +1,41 @@
+"""The auxiliary losses against hand-written numbers; test_router.py has their gradients and bad rows."""
+
+import math
+
+import pytest
+import torch
+
+from tritonmoe.routing import Routing, load_balance_loss, z_loss
+
+
+def make_routing(ids: list[list[int]], scores: torch.Tensor) -> Routing:
+    topk_ids = torch.tensor(ids)
+    return Routing(
+        topk_ids=topk_ids,
+        topk_weights=torch.ones(topk_ids.shape),
+        logits=scores.log(),
+        scores=scores,
+        num_nonfinite_rows=torch.zeros((), dtype=torch.int64),
+    )
+
+
+def test_load_balance_loss_by_hand():
+    uniform = torch.full((2, 4), 0.25)
+    assert load_balance_loss(make_routing([[0, 1], [2, 3]], uniform), 4).item() == 1.0
+    one_for_all = torch.tensor([[1.0, 0, 0, 0]] * 2)
+    assert load_balance_loss(make_routing([[0], [0]], one_for_all), 4).item() == 4.0
+    # f = [2/3, 1/3, 0]: one pair is skipped; P = mean of [.5, .5, 0] and [.25, .25, .5] (sigmoid-like, sums to 2)
+    scores = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]])
+    loss = load_balance_loss(make_routing([[0, 1], [0, -1]], scores), 3)
+    assert loss.item() == pytest.approx(3 * (2 / 3 * 0.375 + 1 / 3 * 0.375))
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), math.log(5.0)], [math.nan, 0.0]])
+    assert z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(8) ** 2) / 2)
+
+
+def test_the_loss_is_of_the_routers_experts():
+    routing = make_routing([[0, 1]], torch.full((1, 6), 1 / 6))
+    with pytest.raises(ValueError, match="num_experts is 5, and the routing has scores of 6 experts"):
+        load_balance_loss(routing, 5)

@@ -1,0 +1,22 @@
+"""Routing: which K experts each token goes to and with what weight; the losses and numbers that watch it.
+
+Selection without an auxiliary loss and expert groups as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437); the load
+balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any K; the z-loss of ST-MoE
+(https://arxiv.org/abs/2202.08906); MaxVio from loss-free balancing (https://arxiv.org/abs/2408.15664).
+"""
+
+from .checkpointing import save_topk
+from .losses import load_balance_loss, z_loss
+from .router import Routing, TopKRouter
+from .statistics import RoutingStatistics, expert_load, routing_statistics
+
+__all__ = [
+    "Routing",
+    "RoutingStatistics",
+    "TopKRouter",
+    "expert_load",
+    "load_balance_loss",
+    "routing_statistics",
+    "save_topk",
+    "z_loss",
+]
