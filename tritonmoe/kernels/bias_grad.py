@@ -15,7 +15,7 @@ SPAN = 2048
 """Pairs that one program sums, one after another; an expert of at least two spans is cut."""
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["expert_offsets"])
 def _bias_grad_kernel(
     values,  # (n, width): rows found through `index`
     index,  # (N,) int32 in source order: flat pair ids (SCALED), storage positions, or None for positions

@@ -9,7 +9,7 @@ from .launch import INTERPRETED, contiguous_columns, launch, output, round_to
 __all__ = ["combine"]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["index", "weights"])
 def _combine_kernel(
     y,  # (N, D)
     index,  # (T, J) integers, -1 where there is nothing to add

@@ -26,7 +26,7 @@ from .tile_choice import grouped_matmul_config
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["expert_offsets"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor

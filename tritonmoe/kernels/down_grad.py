@@ -98,7 +98,7 @@ def _down_grad_epilogue(
     return total
 
 
-@triton.jit(do_not_specialize=["N", "num_slots"])
+@triton.jit(do_not_specialize=["N", "num_slots"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
@@ -232,7 +232,7 @@ def _down_grad_kernel(
             tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
 def _sum_partials_kernel(
     partial_sums,  # (num_column_tiles, N) fp32
     dout,  # (R, D)

@@ -10,7 +10,7 @@ from .launch import INTERPRETED, launch, output
 __all__ = ["gather_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
 def _gather_rows_kernel(
     x,  # (R, D)
     pair_index,  # (N,) int32

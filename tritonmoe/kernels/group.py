@@ -66,7 +66,9 @@ def _scan_kernel(
     scan_tiles(tl.program_id(0), experts, starts, tile_table, expert_offsets, shifts, num_tiles, E, BLOCK_E, BLOCK_T)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_positions", "num_tiles"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "num_positions", "num_tiles"], do_not_specialize_on_alignment=["expert_offsets"]
+)
 def _place_kernel(
     topk_ids,  # (R, K) integers
     tile_table,  # int32 or None

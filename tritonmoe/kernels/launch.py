@@ -1,7 +1,7 @@
 """How kernels are launched: options that every launch pins, the lock around the interpreter, what kernels share.
 
-Kernel arguments that grow with the number of rows are never specialised: each new value would cost a compilation in the
-middle of training.
+Kernel arguments that grow with the number of rows are never specialised, nor is the alignment of indices and weights of
+which a chunk takes a part: each new value would cost a compilation in the middle of training.
 """
 
 import contextlib

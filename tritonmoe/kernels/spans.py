@@ -76,7 +76,7 @@ def add_to(sums, pointers, mask):
     return sums.to(wide) + stored.to(wide)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["span"], do_not_specialize_on_alignment=["expert_offsets"])
 def _sum_spans_kernel(
     workspace,  # (N // span, rows, columns) fp32
     expert_offsets,  # (E+1,) int32

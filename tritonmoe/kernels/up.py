@@ -117,7 +117,7 @@ def _tile_columns(
     return columns, mask
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
 def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated

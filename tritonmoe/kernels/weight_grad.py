@@ -39,7 +39,7 @@ def span_length(num_pairs: int, tiles_per_expert: int) -> int:
     return max(MIN_SPAN, triton.cdiv(num_pairs, triton.cdiv(ENOUGH_TILES, tiles_per_expert)))
 
 
-@triton.jit(do_not_specialize=["span", "num_tiles"])
+@triton.jit(do_not_specialize=["span", "num_tiles"], do_not_specialize_on_alignment=["expert_offsets"])
 def _outer_sums_kernel(
     pair_values,  # (N, P), by storage position
     row_values,  # (R, Q), by row

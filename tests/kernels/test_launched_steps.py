@@ -1,0 +1,32 @@
+"""What whole steps launch: nothing is compiled anew in the middle of training, and warmup compiles it all."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia.compiler")
+
+
+def launched(what):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "launched_steps.py"), what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_wherever_chunks_are_cut_nothing_is_compiled_anew():
+    """Chunks begin at any pair and row: only some of them at multiples of 16 bytes of indices and weights."""
+    first, *others = launched("chunks")
+    assert all(step == first for step in others)
+    kernels = Counter(name.split()[0] for name in first)
+    assert kernels.pop("_grouped_matmul_kernel") == 2  # down and up_grad
+    assert kernels.pop("_combine_kernel") == 3  # weighted, plain, and of the gradients of the weights
+    assert kernels.pop("_outer_sums_kernel") == 2
+    assert kernels.pop("_bias_grad_kernel") == 2
+    assert set(kernels.values()) == {1}
