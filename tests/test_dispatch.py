@@ -157,12 +157,13 @@ def test_plans_of_any_routing(drawn) -> None:
         assert plan.all_receive_splits == [plans[i].all_send_splits[k] for i in range(size)]
         sources = plan.row_sources().of_rows(torch.device("cpu")).tolist()
         assert [sources.count(i) for i in range(size)] == [row[k] for row in traffic]
-        for order, ranks in (
-            (plan.send_order().tolist(), plan.tokens.home_ranks.tolist()),
-            (plan.receive_order().tolist(), sources),
+        places = plan.place_received(as_ids([], top_k))
+        for orders, ranks in (
+            ((plan.send_order(), plan.home_order()), plan.tokens.home_ranks.tolist()),
+            ((*places, plan.return_order()), sources),
         ):
-            moved = range(plan.num_local, len(ranks))
-            assert order == sorted(moved, key=lambda row, ranks=ranks: (ranks[row], row))
+            by_rank = sorted(range(plan.num_local, len(ranks)), key=lambda row, ranks=ranks: (ranks[row], row))
+            assert all(order.tolist() == by_rank for order in orders)
 
 
 def row_splits_sent(overlap: OverlapPlan | tm.OverlapConfig) -> tuple[list[Tensor], list[list[list[int]]]]:

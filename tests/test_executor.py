@@ -153,7 +153,7 @@ def run_sleeping(
             plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
             layer_pass = LayerPass(
-                plan, transport, combine, lambda p, rows, i, w, s=slices: SleepingExperts(rows, s, seconds)
+                plan, transport, combine, lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds)
             )
             with torch.no_grad():
                 y, forward = layer_pass.forward(x, ids, torch.ones(num_tokens, 1))

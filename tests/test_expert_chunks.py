@@ -16,7 +16,7 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.count_exchange import check_counts
 from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
-from tritonmoe.expert_chunks import place_rows
+from tritonmoe.expert_chunks import RowPlaces, place_rows
 from tritonmoe.expert_parallel_call import group_received
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
@@ -74,9 +74,6 @@ def test_tokens_of_any_routing(drawn) -> None:
         of_tokens = [[places[k, t] for k in range(size) if (k, t) in places] for t in range(len(rows))]
         assert plan.home_index.shape == (len(rows), min(size, top_k))
         assert [[place for place in row if place >= 0] for row in plan.home_index.tolist()] == of_tokens
-        sent_places = range(len(meaning.sent)) if plan.sent_places is None else plan.sent_places.tolist()
-        assert (plan.sent_places is None) == (top_k == 1)
-        assert [meaning.sent[n][1:] for n in sent_places] == [entry[1:] for entry in meaning.returned]
         for counts, of in (
             (plan.rows, meaning.sent),
             (plan.return_rows, meaning.returned),
@@ -112,36 +109,44 @@ def test_plans_of_any_routing(drawn) -> None:
             ):
                 assert rows.stop - rows.start == sum(splits)
         assert sum(map(sum, plan.return_rows)) == plan.num_received
-        for order, of in ((plan.send_order(), meanings[k].sent), (plan.home_order(), meanings[k].returned)):
-            rank_and_token = [entry[1:] for entry in of[plan.num_local :]]
-            assert [rank_and_token[n - plan.num_local] for n in order.tolist()] == sorted(rank_and_token)
+        sent = [entry[1:] for entry in meanings[k].sent]
+        assert [sent[n] for n in plan.send_order().tolist()] == sorted(sent[plan.num_local :])
         # What comes, by (rank, token), then by segment.
         arrived = [(i, t) for i in range(size) for _, to, t in sorted(meanings[i].sent, key=lambda e: e[2]) if to == k]
         arrived = [(i, t) for i, t in arrived if not (overlap.local_first and i == k)]
         rows = [[e if e // local == k else -1 for e in ids[i][t]] for i, t in arrived]
-        placed = plan.place_received(as_ids(rows, top_k))
-        for order, of in (
-            (placed.receive_order(), [(s, i, t) for i in range(size) for s, to, t in meanings[i].sent if to == k]),
-            (placed.return_order(), [(s, i, t) for i in range(size) for s, to, t in meanings[i].returned if to == k]),
-        ):
-            stored = [entry[1:] for entry in sorted(of)]
+        places = plan.place_received(as_ids(rows, top_k))
+        for order, name in zip(places, ("sent", "returned"), strict=True):
+            stored = [entry[1:] for entry in rows_of(name, meanings, k)]
             assert [stored[n] for n in order.tolist()] == arrived
-        check_grouping(placed, ids, k, local, top_k, meanings)
+        # Gradients of topk_weights leave by (rank, chunk of return, token), and every rank expects them so.
+        returned = rows_of("returned", meanings, k)
+        leave = [returned[n] for n in plan.return_order().tolist()]
+        assert leave == sorted(returned[plan.num_local :], key=lambda entry: (entry[1], entry))
+        come = [meanings[k].returned[n] for n in plan.home_order().tolist()]
+        assert come == sorted(meanings[k].returned[plan.num_local :], key=lambda entry: (entry[1], entry))
+        check_grouping(plan, places, ids, k, local, top_k, meanings)
+
+
+def rows_of(name: str, meanings: list[Meaning], rank: int) -> list[tuple[int, int, int]]:
+    """(segment, source, token) of the rows that are "sent" to `rank`, or "returned" by it, as they are stored there."""
+    return sorted((s, i, t) for i, meaning in enumerate(meanings) for s, to, t in getattr(meaning, name) if to == rank)
 
 
 def check_grouping(
-    plan: DispatchPlan, ids: list[list[list[int]]], rank: int, local: int, top_k: int, meanings: list[Meaning]
+    plan: DispatchPlan,
+    places: RowPlaces,
+    ids: list[list[list[int]]],
+    rank: int,
+    local: int,
+    top_k: int,
+    meanings: list[Meaning],
 ) -> None:
     """Check the grouping of a rank's received rows: chunks, source order, and the way to the rows that return."""
-    size, overlap = plan.size, plan.overlap
-
-    def rows_of(name: str) -> list[tuple[int, int]]:
-        entries = [(s, i, t) for i in range(size) for s, to, t in getattr(meanings[i], name) if to == rank]
-        return [entry[1:] for entry in sorted(entries)]
-
-    received, returned = rows_of("sent"), rows_of("returned")
+    overlap = plan.overlap
+    received, returned = ([entry[1:] for entry in rows_of(name, meanings, rank)] for name in ("sent", "returned"))
     local_ids = [[e - rank * local for e in ids[i][t]] for i, t in received]
-    grouping = group_of(torch_backend, plan, as_ids(local_ids, top_k), local)
+    grouping = group_of(torch_backend, plan, places, as_ids(local_ids, top_k), local)
     bounds = overlap.bounds(local)
 
     def key(pair: int) -> tuple:
@@ -175,11 +180,11 @@ def check_grouping(
                 assert position < first + chunk.num_pairs - start  # of no later chunk
 
 
-def group_of(backend, plan: DispatchPlan, local_ids: Tensor, num_experts: int) -> Grouping:
+def group_of(backend, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_experts: int) -> Grouping:
     class Settings:
         ops = backend
 
-    return group_received(Settings, plan, local_ids, num_experts, plan.row_sources(), False)
+    return group_received(Settings, plan, places, local_ids, num_experts, plan.row_sources(), False)
 
 
 def test_worked_example() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.transports import LocalTransport, Transport
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 128, 24, 20, 5, 3
 
@@ -82,6 +82,9 @@ def test_saved_bytes_per_token(backend: str, save: str, parallel: bool) -> None:
     assert must <= num_bytes <= must + 24 * TOP_K, f"{num_bytes} bytes per token"
 
 
+both_routings = pytest.mark.parametrize("spread", [True, False], ids=["any_experts", "experts_of_one_rank"])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 @pytest.mark.parametrize(
     "overlap",
@@ -90,27 +93,50 @@ def test_saved_bytes_per_token(backend: str, save: str, parallel: bool) -> None:
         tm.OverlapPlan((1, 1, 1), local_first=False),
         tm.OverlapPlan((1, 1, 1), wire_dtype=torch.float8_e4m3fn),
         tm.OverlapPlan((1, 1), chunk_by="experts"),
+        tm.OverlapPlan((1, 1, 1, 1), local_first=False, chunk_by="experts"),
+        tm.OverlapPlan((1,) * 8, chunk_by="experts"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("size", [2, 8])
-def test_saved_bytes_per_received_row(size: int, overlap: tm.OverlapPlan, top_k: int) -> None:
-    """The same where rows travel, both ends' indices counted: at most 24K bytes for every received row.
+@both_routings
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_saved_bytes_per_received_row(size: int, spread: bool, overlap: tm.OverlapPlan, top_k: int) -> None:
+    """The same where rows travel, both ends' indices counted: at most 24K bytes for every received row."""
+    check_received_rows(size, spread, overlap, top_k, 24 * top_k)
 
-    28 with K = 1 in chunks of experts. Beside it a rank keeps expert offsets, and (W, W) counts on the CPU.
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@both_routings
+@pytest.mark.parametrize("size", [4, 8])
+def test_saved_bytes_per_received_row_on_two_levels(size: int, spread: bool, top_k: int) -> None:
+    """8 bytes more: where it lies at the relay, and where the relay's row came from."""
+    check_received_rows(size, spread, tm.OverlapPlan((1, 1)), top_k, 24 * top_k + 8, node_size=2)
+
+
+def check_received_rows(
+    size: int, spread: bool, overlap: tm.OverlapPlan, top_k: int, most: int, node_size: int | None = None
+) -> None:
+    """Check that indices take at most so many bytes for every row that experts receive.
+
+    Unless `spread`, all experts of a token are on one rank: then a received row has most pairs, K. Beside indices a
+    rank keeps expert offsets, and counts on the CPU, (W, W) and with two levels (segments, W).
     """
     if torch.cuda.is_available():
         pytest.skip("counts the CPU's memory: the GPU's backend is the same code")
-    generator, num_experts = torch.Generator().manual_seed(0), 16
+    generator, num_experts, num_tokens = torch.Generator().manual_seed(0), 16, 1008
     shape = (num_experts // size, 2 * INTERMEDIATE, HIDDEN), (num_experts // size, HIDDEN, INTERMEDIATE)
     weights = [tuple(torch.randn(*s).bfloat16().requires_grad_() for s in shape) for _ in range(size)]
-    x = [torch.randn(NUM_TOKENS, HIDDEN).bfloat16().requires_grad_() for _ in range(size)]
-    scores = torch.rand(size, NUM_TOKENS, num_experts, generator=generator)
+    x = [torch.randn(num_tokens, HIDDEN).bfloat16().requires_grad_() for _ in range(size)]
+    scores = torch.rand(size, num_tokens, num_experts, generator=generator)
+    if not spread:
+        of_rank = torch.arange(num_experts) * size // num_experts
+        scores += of_rank == torch.arange(num_tokens)[:, None] % size
     topk_weights, topk_ids = scores.topk(top_k)
     topk_weights.requires_grad_()
 
     def on_rank(transport: Transport) -> Tensor:
-        r, options = transport.rank, {"num_experts": num_experts, "transport": transport, "overlap": overlap}
+        r, over = transport.rank, transport if node_size is None else TwoLevelTransport(transport, node_size)
+        options = {"num_experts": num_experts, "transport": over, "overlap": overlap}
         return tm.expert_parallel_mlp(x[r], topk_ids[r], topk_weights[r], *weights[r], backend="torch", **options)
 
     def call() -> list[Tensor]:
@@ -131,5 +157,6 @@ def test_saved_bytes_per_received_row(size: int, overlap: tm.OverlapPlan, top_k:
     num_rows = sum(node.saved_tensors[0].shape[0] for node in nodes)
     must = 2 * HIDDEN * num_rows + 4 * INTERMEDIATE * topk_ids.numel()
     of_call = size * (4 * (num_experts // size + 1) * (overlap.num_segments + 3) + 2 * 8 * size**2 + 64)
-    per_row = 28 if top_k == 1 and overlap.chunk_by == "experts" else 24 * top_k
-    assert must < sum(kept.values()) <= must + per_row * num_rows + of_call
+    if node_size is not None:
+        of_call += size * 8 * overlap.num_segments * size
+    assert must < sum(kept.values()) <= must + most * num_rows + of_call

@@ -15,7 +15,7 @@ first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1],
 Before any row moves, one exchange of a fixed size tells every rank the counts and that all ranks mean the same call.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .count_exchange import CallHeader, check_counts, exchange_counts
 from .cpu_memory import to_device
-from .expert_chunks import first_and_last, inverse_order, pair_chunks, place_rows
+from .expert_chunks import RowPlaces, first_and_last, pair_chunks, place_rows
 from .grouping import RowSources
 from .overlap_config import OverlapPlan
 from .transports import HostCopy, Transport
@@ -50,8 +50,6 @@ class TokenPlan:
     """[segment][rank] home rows that return; chunks of tokens: `rows`."""
     nonfinite_rows: int = 0
     """Tokens whose router scores were not finite."""
-    sent_places: Tensor | None = None
-    """(S,) int32: where each home row, as they return, stood when sent; None, with K = 1 too: in the same place."""
     padding: Tensor | None = None
     """(S,) bool, with a capacity: which home rows are none."""
 
@@ -92,8 +90,6 @@ class DispatchPlan:
     """What every rank said."""
     num_local_experts: int = 0
     """Read with chunks of experts only."""
-    received_places: tuple[Tensor, Tensor] | None = None
-    """With chunks of experts, once `place_received` knows them: receive_order() and return_order()."""
 
     @property
     def num_chunks(self) -> int:
@@ -181,40 +177,41 @@ class DispatchPlan:
 
     def send_order(self) -> Tensor:
         """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token), padding at its chunk's end."""
-        keys = self.tokens.home_ranks[self.num_local :]
-        if self.overlap.chunk_by == "experts":
-            keys = keys * self.tokens.token_bounds[-1] + self.tokens.home_tokens[self.num_local :]
-        return torch.sort(keys, stable=True)[1] + self.num_local
+        if self.overlap.chunk_by == "tokens":
+            return self._by_rank(self.tokens.rows)
+        ranks, tokens = (of[self.num_local :] for of in (self.tokens.home_ranks, self.tokens.home_tokens))
+        return torch.sort(ranks * self.tokens.token_bounds[-1] + tokens)[1] + self.num_local
 
-    def home_order(self) -> Tensor:
-        """(S - local,) int64: the places of the same rows in the home buffer."""
-        order = self.send_order()
-        return order if self.tokens.sent_places is None else inverse_order(self.tokens.sent_places)[order]
+    def place_received(self, topk_ids: Tensor) -> RowPlaces:
+        """Say where the R - local rows that came here lie; with chunks of tokens the counts say it.
 
-    def receive_order(self) -> Tensor:
-        """(R - local,) integers: where rows that come by (rank, token), in a whole-layer exchange, are received."""
-        if self.received_places is not None:
-            return self.received_places[0]
-        sources = self.row_sources().of_rows(self.tokens.home_index.device)
-        return torch.sort(sources[self.num_local :], stable=True)[1] + self.num_local
-
-    def return_order(self) -> Tensor:
-        """(R - local,) integers: the places of the same rows among the sums that go home."""
-        return self.receive_order() if self.received_places is None else self.received_places[1]
-
-    def place_received(self, topk_ids: Tensor) -> "DispatchPlan":
-        """Give the plan that knows where received rows belong, from their ids (R - local, K) by (rank, token).
-
-        With chunks of tokens the counts have said it already.
+        topk_ids: (R - local, K), by (rank, token), as they come.
         """
         if self.overlap.chunk_by == "tokens":
-            return self
+            places = self._by_rank(self.receive_rows)
+            return RowPlaces(places, places)
         local_ids = topk_ids - self.rank * self.num_local_experts
         received, returned = place_rows(local_ids, self.num_local_experts, self.overlap)
-        received = received.to(torch.int32) + self.num_local
-        if topk_ids.shape[1] == 1:  # every row has one chunk
-            return replace(self, received_places=(received, received))
-        return replace(self, received_places=(received, returned.to(torch.int32) + self.num_local))
+        return RowPlaces(received + self.num_local, returned + self.num_local)
+
+    def return_order(self) -> Tensor:
+        """(R - local,) int64: sums that go home, by (rank, chunk of return, token), which backward needs no ids for."""
+        return self._by_rank(self.return_rows)
+
+    def home_order(self) -> Tensor:
+        """(S - local,) int64: the places of rows that come home in that order."""
+        return self._by_rank(self.tokens.return_rows)
+
+    def _by_rank(self, rows: list[list[int]]) -> Tensor:
+        """Give exchanged rows, counted by [segment][rank], which is how they are stored, by (rank, segment): int64."""
+        num_slices, device = self.overlap.num_local_slices, self.tokens.home_index.device
+        counts = torch.tensor(rows[num_slices:], dtype=torch.int64, device="cpu")
+        starts = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts) + self.num_local
+        by_rank = counts.T.flatten()
+        shifts = starts.T.flatten() - (by_rank.cumsum(0) - by_rank)
+        num_rows = int(by_rank.sum())
+        shifts, by_rank = to_device(torch.stack([shifts, by_rank]), device)
+        return torch.arange(num_rows, device=device) + shifts.repeat_interleave(by_rank, output_size=num_rows)
 
     def row_sources(self) -> RowSources:
         """Give the rank that sent each received row."""
@@ -278,7 +275,6 @@ def _plan_by_experts(
         pairs=pairs,
         return_rows=return_rows,
         nonfinite_rows=int(nonfinite_rows),
-        sent_places=None if topk_ids.shape[1] == 1 else _places(sent, num_tokens * size)[returned],
     )
 
 

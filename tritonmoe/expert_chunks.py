@@ -9,13 +9,24 @@ Example: two chunks, on a rank with two experts, of rows 0, 1, 2, 3 by (rank, to
 those of rows 0, 2 and 3 with chunk 1. So the receive buffer is 1, 2, 0, 3, and the order of return 1, 0, 2, 3.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .cpu_memory import to_device
 from .overlap_config import OverlapPlan
 
-__all__ = ["first_and_last", "inverse_order", "pair_chunks", "place_rows"]
+__all__ = ["RowPlaces", "first_and_last", "pair_chunks", "place_rows"]
+
+
+class RowPlaces(NamedTuple):
+    """Where rows that came by (rank, token) lie, both (n,) int64."""
+
+    received: Tensor
+    """In the receive buffer."""
+    returned: Tensor
+    """Among the sums that go home."""
 
 
 def pair_chunks(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> Tensor:
@@ -38,23 +49,25 @@ def first_and_last(segments: Tensor, owner: Tensor, size: int) -> tuple[Tensor, 
     return first[:, :size], last[:, :size]
 
 
-def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> tuple[Tensor, Tensor]:
-    """Say where rows that come to this rank lie, both (n,) int64 from zero: when received, and when sent back.
+def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> RowPlaces:
+    """Say where rows that come to this rank lie, counted from zero.
 
     local_ids: (n, K), rows by (rank, token); others than 0 .. num_local_experts - 1 are not this rank's, every row has
     one that is.
     """
     chunks = pair_chunks(local_ids, num_local_experts, overlap)
+    if local_ids.shape[1] == 1:  # every row has one chunk
+        places = _places(chunks[:, 0])
+        return RowPlaces(places, places)
     foreign = (local_ids < 0) | (local_ids >= num_local_experts)
     first = chunks.masked_fill(foreign, overlap.num_chunks).amin(1)
     last = chunks.masked_fill(foreign, -1).amax(1)
-    received, returned = (inverse_order(torch.sort(chunk, stable=True)[1]) for chunk in (first, last))
-    return received, returned
+    return RowPlaces(_places(first), _places(last))
 
 
-def inverse_order(order: Tensor) -> Tensor:
-    """Give the inverse (n,) int64 of a permutation (n,) of integers."""
-    order = order.to(torch.int64)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return inverse
+def _places(chunks: Tensor) -> Tensor:
+    """Give the place (n,) int64 of each row once they are sorted by their chunks (n,)."""
+    order = torch.sort(chunks, stable=True)[1]
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.shape[0], device=order.device)
+    return places

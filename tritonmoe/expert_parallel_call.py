@@ -18,6 +18,7 @@ from .capacity import poison
 from .config import is_fused
 from .dispatch import DispatchPlan
 from .errors import TransportError
+from .expert_chunks import RowPlaces
 from .experts_run import ExpertsRun
 from .grouping import Grouping, RowSources
 from .overlap.executor import ExpertsPass, LayerPass
@@ -77,16 +78,21 @@ def run_forward(
     settings, plan = call.settings, call.plan
     keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
 
-    def make_run(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsRun:
+    def make_run(
+        at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor, places: RowPlaces
+    ) -> ExpertsRun:
         """Make the experts of the rows that plan `at` brings here."""
         sources = at.row_sources() if call.two_level is None else call.two_level.row_sources()
         local_ids, is_two_level = ids - call.first_expert, call.two_level is not None
-        grouping = group_received(settings, at, local_ids, weights.gate_up_proj.shape[0], sources, is_two_level)
+        num_experts = weights.gate_up_proj.shape[0]
+        grouping = group_received(settings, at, places, local_ids, num_experts, sources, is_two_level)
         return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
 
-    def make_experts(at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor) -> ExpertsPass:
+    def make_experts(
+        at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor, places: RowPlaces
+    ) -> ExpertsPass:
         if call.two_level is None:
-            return make_run(at, rows, ids, received_weights)
+            return make_run(at, rows, ids, received_weights, places)
         inner, inside_node = call.two_level.inner(ids), call.inside_node
         assert inside_node is not None
         num_slices = at.overlap.num_local_slices
@@ -96,7 +102,6 @@ def run_forward(
     layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
     with _naming_rank(call):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
-    plan = call.plan = layer_pass.plan
     run = layer_pass.experts
     inner_plan = None
     if isinstance(run, NodePass):
@@ -197,19 +202,20 @@ def _naming_rank(call: ExpertParallelCall) -> Iterator[None]:
 def group_received(
     settings: ExpertSettings,
     plan: DispatchPlan,
+    places: RowPlaces,
     local_ids: Tensor,
     num_local_experts: int,
     row_sources: RowSources,
     is_two_level: bool,
 ) -> Grouping:
-    """Group the received rows, of experts local_ids (R, K), in the plan's chunks."""
-    row_offsets, pair_offsets, places = plan.receive_offsets, plan.pair_offsets, None
+    """Group the received rows, of experts local_ids (R, K), in the plan's chunks; `places` are of those not local."""
+    row_offsets, pair_offsets = plan.receive_offsets, plan.pair_offsets
     num_slices = plan.overlap.num_local_slices
     if plan.overlap.chunk_by == "experts":
         # By (rank, token) behind the local rows, all chunks are one, whose pairs are by expert then.
         local = torch.arange(plan.num_local, device=local_ids.device)
-        places = torch.cat([local, plan.receive_order()]), torch.cat([local, plan.return_order()])
-        local_ids = local_ids[places[0]]
+        received, returned = (torch.cat([local, of]) for of in places)
+        local_ids = local_ids[received]
         rows = row_sources.rows
         row_sources = RowSources(
             row_sources.ranks, torch.cat([rows[:num_slices], rows[num_slices:].sum(0, keepdim=True)])
@@ -232,8 +238,8 @@ def group_received(
             chunk_row_offsets=(0, plan.num_received),
             chunk_pair_offsets=(0, pair_offsets[-1]),
         ).among_empty_chunks(busy[0] if busy else 0, row_offsets, pair_offsets)
-    if places is None:
+    if plan.overlap.chunk_by == "tokens":
         return grouping
     return grouping.in_expert_chunks(
-        plan.overlap.bounds(num_local_experts), plan.return_offsets, plan.pair_offsets, *places
+        plan.overlap.bounds(num_local_experts), plan.return_offsets, plan.pair_offsets, received, returned
     )

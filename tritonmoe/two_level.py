@@ -167,7 +167,7 @@ def exchange_two_level_plan(
         relay_rows=relayed_from[3:].sum(2).T.tolist(),
         inner_receive_rows=received[0].view(num_segments, num_nodes, node_size).sum(1).tolist(),
         pair_offsets=offsets(received[1].tolist()),
-        source_rows=received[0],
+        source_rows=received[0].clone(),  # not a view, which would keep all that every rank told
         first_expert_of_node=node * experts_of_node,
         num_experts_of_node=experts_of_node,
         place=place,

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..backends.reference import WeightGrads
 from ..dispatch import DispatchPlan
 from ..errors import TransportError
+from ..expert_chunks import RowPlaces
 from ..placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from ..transports import PendingExchange, Transport
 from ..wire import DecodedExchange, WireFormat
 from .layer_report import PassReport, mark
 from .schedule import Schedule, Step, build_backward, build_forward
 
-__all__ = ["ExpertsPass", "LayerPass", "execute"]
+__all__ = ["ExpertsPass", "LayerPass", "MakeExperts", "execute"]
 
 
 def execute(
@@ -74,9 +75,9 @@ class ExpertsPass(Protocol):
     def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads: ...
 
 
-MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor], ExpertsPass]
-"""(the plan, which knows by now where received rows lie, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K)
-fp32) -> the experts of one call."""
+MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor, RowPlaces], ExpertsPass]
+"""(the plan, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32, where the rows lie) -> the experts of
+one call."""
 
 Combine = Callable[..., Tensor]
 """The combine op of the layer's backend."""
@@ -91,7 +92,6 @@ class LayerPass:
     """
 
     plan: DispatchPlan
-    """The backward of chunks of experts needs the plan as the forward has left it here."""
     transport: Transport
     combine: Combine
     make_experts: MakeExperts | None
@@ -131,9 +131,9 @@ class LayerPass:
         def group(_: int | None) -> None:
             if not plan.is_identity:
                 torch.index_select(x, 0, tokens.home_tokens[: plan.num_local], out=rows[: plan.num_local])
-            ids, self.received_weights = self.receive_metadata(metadata_in[0], topk_ids.shape[1])
+            ids, self.received_weights, places = self.receive_metadata(metadata_in[0], topk_ids.shape[1])
             assert self.make_experts is not None
-            self.experts = self.make_experts(self.plan, rows, ids, self.received_weights)
+            self.experts = self.make_experts(plan, rows, ids, self.received_weights, places)
 
         partials: dict[int, Tensor] = {}
 
@@ -271,11 +271,11 @@ class LayerPass:
         received[0][: plan.num_local] = pairs[: plan.num_local]
         return self._exchange_all(pairs.index_select(0, plan.send_order()), received), received
 
-    def receive_metadata(self, received: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
-        """Give the ids (R, K) int32 and weights (R, K) fp32 of the received rows, once the exchange has ended."""
-        self.plan = self.plan.place_received(received[1][:, :top_k])
-        received[0][self.plan.receive_order()] = received[1]
-        return _unpack_metadata(received[0], top_k)
+    def receive_metadata(self, received: list[Tensor], top_k: int) -> tuple[Tensor, Tensor, RowPlaces]:
+        """Give ids (R, K) int32, weights (R, K) fp32 and places of the received rows, once the exchange has ended."""
+        places = self.plan.place_received(received[1][:, :top_k])
+        received[0][places.received] = received[1]
+        return *_unpack_metadata(received[0], top_k), places
 
     def other_row_bytes(self, x: Tensor) -> int:
         """Give the bytes of one travelling row that is not one of the forward's dispatch of x (T, D)."""

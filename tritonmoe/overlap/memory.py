@@ -272,13 +272,10 @@ class _Walk:
         return (torch.stack(pairs) > 0).sum(0)
 
     def _grouping(self) -> Tensor:
-        """pair_index, source_order and inverse; with chunks of experts the places of rows beside them.
-
-        Those are where a row was received and where it returns, the same with K = 1, and returned_rows of the Grouping.
-        """
+        """pair_index, source_order and inverse; where rows may have several chunks of experts, returned_rows too."""
         received, top_k = _total(self.received), self.work.top_k
-        num_places = 0 if self.plan.chunk_by == "tokens" else 1 if top_k == 1 else 3
-        return (2 * _total(self.pairs) + received * (top_k + num_places)) * INDEX_BYTES
+        has_returned_rows = self.plan.chunk_by == "experts" and top_k > 1
+        return (2 * _total(self.pairs) + received * (top_k + has_returned_rows)) * INDEX_BYTES
 
     @property
     def _other_row_bytes(self) -> int:

@@ -15,7 +15,7 @@ from ..backends.reference import WeightGrads
 from ..dispatch import DispatchPlan
 from ..transports import PendingExchange, Transport
 from ..wire import WireFormat
-from .executor import ExpertsPass, LayerPass, execute
+from .executor import ExpertsPass, LayerPass, MakeExperts, execute
 from .layer_report import PassReport
 from .schedule import Step, build_inside
 
@@ -53,7 +53,7 @@ class NodePass:
         relayed: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        make_experts: Callable[[DispatchPlan, Tensor, Tensor, Tensor], ExpertsPass],
+        make_experts: MakeExperts,
     ) -> "NodePass":
         """Spread the ids (R, K) and weights (R, K) of the relayed rows inside the node, and make the experts."""
         rows = relayed.new_empty(plan.num_received, relayed.shape[1])
@@ -67,8 +67,8 @@ class NodePass:
             return pending
 
         def group(_: int | None) -> None:
-            ids, weights = inner.receive_metadata(metadata_in[0], topk_ids.shape[1])
-            experts = make_experts(plan, rows, ids, weights)
+            ids, weights, places = inner.receive_metadata(metadata_in[0], topk_ids.shape[1])
+            experts = make_experts(plan, rows, ids, weights, places)
             made.append(cls(plan, transport, num_local_slices, combine, relayed, experts, rows))
 
         step = Step("group", None, "compute")
