@@ -95,6 +95,7 @@ both_routings = pytest.mark.parametrize("spread", [True, False], ids=["any_exper
         tm.OverlapPlan((1, 1), chunk_by="experts"),
         tm.OverlapPlan((1, 1, 1, 1), local_first=False, chunk_by="experts"),
         tm.OverlapPlan((1,) * 8, chunk_by="experts"),
+        tm.OverlapPlan((1, 1, 1), capacity=1.0),
     ],
     ids=str,
 )
@@ -118,8 +119,9 @@ def check_received_rows(
 ) -> None:
     """Check that indices take at most so many bytes for every row that experts receive.
 
-    Unless `spread`, all experts of a token are on one rank: then a received row has most pairs, K. Beside indices a
-    rank keeps expert offsets, and counts on the CPU, (W, W) and with two levels (segments, W).
+    Unless `spread`, all experts of a token are on one rank, in turn: then a received row has most pairs, K, and with
+    K = 1 a capacity of 1 has no room left. Beside indices a rank keeps expert offsets, and counts on the CPU: (W, W),
+    those of a first run that overflowed too, and with two levels (segments, W).
     """
     if torch.cuda.is_available():
         pytest.skip("counts the CPU's memory: the GPU's backend is the same code")
@@ -157,6 +159,8 @@ def check_received_rows(
     num_rows = sum(node.saved_tensors[0].shape[0] for node in nodes)
     must = 2 * HIDDEN * num_rows + 4 * INTERMEDIATE * topk_ids.numel()
     of_call = size * (4 * (num_experts // size + 1) * (overlap.num_segments + 3) + 2 * 8 * size**2 + 64)
+    if overlap.capacity is not None:
+        of_call += size * 2 * 8 * size**2
     if node_size is not None:
         of_call += size * 8 * overlap.num_segments * size
     assert must < sum(kept.values()) <= must + most * num_rows + of_call

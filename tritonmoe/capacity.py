@@ -48,7 +48,7 @@ class CappedTokens:
     """The sender's half of a plan with a capacity, made without a host read, and what came of it."""
 
     tokens: TokenPlan
-    """With room for padding; `padding` says where it is."""
+    """With room for padding."""
     flags: HostCopy | None
     """Whether something didn't fit (0 or 1), and the tokens whose scores are not finite, on their way to the host; None
     in a CUDA graph."""
@@ -124,7 +124,6 @@ def plan_capped_tokens(
     places = places.masked_fill(stays, num_home)  # what doesn't travel goes behind the end
     home_tokens = torch.zeros(num_home + 1, dtype=torch.int32, device=device)
     home_tokens[places] = torch.div(order, size, rounding_mode="floor").to(torch.int32)
-    padding = torch.ones(num_home + 1, dtype=torch.bool, device=device).index_fill(0, places, False)
 
     overflows = ~fits.all()
     return CappedTokens(
@@ -135,7 +134,7 @@ def plan_capped_tokens(
             rows=rows,
             pairs=pairs,
             return_rows=rows,
-            padding=padding[:num_home],
+            has_padding=True,
         ),
         None if is_captured(device) else HostCopy(overflows, num_nonfinite_rows),
         (overflows | (num_nonfinite_rows > 0)).to(torch.int64).view(1),

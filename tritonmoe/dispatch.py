@@ -50,14 +50,19 @@ class TokenPlan:
     """[segment][rank] home rows that return; chunks of tokens: `rows`."""
     nonfinite_rows: int = 0
     """Tokens whose router scores were not finite."""
-    padding: Tensor | None = None
-    """(S,) bool, with a capacity: which home rows are none."""
+    has_padding: bool = False
+    """Whether home rows may be none, as with a capacity."""
 
     @property
     def home_ranks(self) -> Tensor:
         """(S,) int64: the rank of each home row, as they are sent."""
         rows = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
         return RowSources(tuple(range(rows.shape[1])), rows).of_rows(self.home_tokens.device)
+
+    def padding(self) -> Tensor:
+        """(S,) bool, made anew: which home rows no token has, with chunks of tokens, whose rows return as they left."""
+        rows = torch.ones(1 + self.home_tokens.shape[0], dtype=torch.bool, device=self.home_tokens.device)
+        return rows.index_fill_(0, (self.home_index.flatten() + 1).to(torch.int64), False)[1:]
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class DispatchPlan:
     @property
     def is_identity(self) -> bool:
         """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
-        is_full = self.tokens.padding is None and self.num_home == self.tokens.token_bounds[-1]
+        is_full = not self.tokens.has_padding and self.num_home == self.tokens.token_bounds[-1]
         return self.size == 1 and self.overlap.local_first and is_full
 
     @property

@@ -222,7 +222,7 @@ def group_received(
         )
         row_offsets, pair_offsets = ((*of[: num_slices + 1], of[-1]) for of in (row_offsets, pair_offsets))
     busy = [c for c, (first, last) in enumerate(pairwise(row_offsets)) if first < last]
-    if len(busy) > 1 or is_two_level or plan.tokens.padding is not None:
+    if len(busy) > 1 or is_two_level or plan.tokens.has_padding:
         grouping = settings.ops.group(
             local_ids,
             num_local_experts,

@@ -265,8 +265,8 @@ class LayerPass:
         """Send the ids (T, K) and weights (T, K) of all chunks; what arrives is for receive_metadata."""
         plan = self.plan
         pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, plan.tokens.home_tokens)
-        if plan.tokens.padding is not None:
-            pairs[:, : topk_ids.shape[1]].masked_fill_(plan.tokens.padding[:, None], -1)
+        if plan.tokens.has_padding:
+            pairs[:, : topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
         received = [pairs.new_empty(plan.num_received, pairs.shape[1])]
         received[0][: plan.num_local] = pairs[: plan.num_local]
         return self._exchange_all(pairs.index_select(0, plan.send_order()), received), received
