@@ -23,6 +23,8 @@ LAYERS = (
         "routing",
         "arguments",
         "flops",
+        "callable_activation",
+        "weight_gradients",
         "experts_run",
         "custom_ops",
         "experts",

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
 from .autograd import is_recomputing, without_autocast
+from .callable_activation import activation_parameters
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
 from .count_exchange import DTYPE_CODES, SAVES, CallHeader
 from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan, plan_tokens
 from .expert_parallel_call import ExpertParallelCall
-from .experts_run import activation_parameters
 from .overlap.layer_report import LayerReport
 from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser

@@ -16,11 +16,12 @@ from .arguments import (
     make_settings,
 )
 from .autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
+from .callable_activation import checked_activation, zero_padding
 from .config import Activation, ExpertLayout, KernelOptions, is_fused
 from .custom_ops import encode, moe_mlp_operator, run_backward, run_forward
-from .experts_run import checked_activation, weight_gradients, zero_padding
 from .flops import count_products, matrix_size
 from .grouping import Grouping
+from .weight_gradients import weight_gradients
 
 __all__ = ["moe_mlp"]
 

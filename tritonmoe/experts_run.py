@@ -5,7 +5,6 @@ Knows nothing of ranks, streams or transports. One device is the case of one chu
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +12,14 @@ from torch import Tensor
 from . import cpu_memory
 from .arguments import ExpertSettings, ExpertWeights, MainGrads
 from .backends.reference import WeightGrads, accumulation_dtype
-from .config import Activation, ExpertLayout, is_fused
+from .callable_activation import ActivationGraph, run_activation, zero_padding
+from .config import is_fused
 from .cpu_threads import for_each, num_workers
 from .flops import count_products, matrix_size
 from .grouping import Grouping, GroupingBlock
+from .weight_gradients import weight_gradients
 
-__all__ = ["ExpertsRun", "activation_parameters", "checked_activation", "weight_gradients", "zero_padding"]
+__all__ = ["ExpertsRun"]
 
 SMALLEST_BLOCK_PAIRS = 256
 """What more workers than blocks don't cut blocks below."""
@@ -49,8 +50,8 @@ class ExpertsRun:
     scaled_a: Tensor | None = None
     dweights: Tensor | None = None
     """Of all pairs in chunks of experts."""
-    activation_graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Callable activations: chunk -> (h as a leaf, a), the graph that backward goes through."""
+    activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
+    """Callable activations: chunk -> the graph that backward goes through."""
     reused: dict[str, Tensor] = field(default_factory=dict)
     """Memory that every chunk uses again."""
     activation_parameters: list[Tensor] = field(default_factory=list)
@@ -94,7 +95,9 @@ class ExpertsRun:
         else:
             w1, b1, w2, b2 = self.weights
             h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
-            a = self._call_activation(chunk, h, grouping)
+            a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
+            if graph is not None:
+                self.activation_graphs[chunk] = graph
             y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
         return ops.combine(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
@@ -168,11 +171,13 @@ class ExpertsRun:
                 for_each(backward_block, blocks, dout.device)
         else:
             w1, _, w2, b2 = self.weights
-            a = self.activation_graphs[chunk][1].detach()
+            graph = self.activation_graphs[chunk]
+            a = graph.a.detach()
             da, _, dweights = ops.down_grad(
                 dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
             )
-            dh.copy_(self._activation_backward(chunk, da))
+            zero_padding(da, grouping)
+            dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
             if needs_dx:
                 dx_pairs = ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
         dx = None
@@ -253,32 +258,6 @@ class ExpertsRun:
             topk_weights=self.topk_weights,
         )
 
-    def _call_activation(self, chunk: int, h: Tensor, grouping: Grouping) -> Tensor:
-        """Run a callable activation; under keep_hidden its graph is kept for backward."""
-        zero_padding(h, grouping)
-        if not self.keep_hidden:
-            with torch.no_grad():
-                return checked_activation(self.settings, h)
-        with torch.enable_grad():
-            leaf = h.detach().requires_grad_()
-            a = checked_activation(self.settings, leaf.clone())  # cloned: a callable may work in place
-        self.activation_graphs[chunk] = (leaf, a)
-        return a.detach()
-
-    def _activation_backward(self, chunk: int, da: Tensor) -> Tensor:
-        leaf, a = self.activation_graphs[chunk]
-        zero_padding(da, self.grouping.chunk(chunk))
-        inputs = [leaf, *(p for p in self.activation_parameters if p.requires_grad)]
-        # retain_graph: the layer's own backward may run twice, and this graph goes when the layer's does.
-        grads = torch.autograd.grad(a, inputs, da, retain_graph=True, allow_unused=True)
-        remaining = iter(grads[1:])
-        for i, parameter in enumerate(self.activation_parameters):
-            grad = next(remaining) if parameter.requires_grad else None
-            if grad is not None:
-                so_far = self.activation_grads[i]
-                self.activation_grads[i] = grad if so_far is None else so_far + grad
-        return torch.zeros_like(leaf) if grads[0] is None else grads[0]
-
     @property
     def _hidden_width(self) -> int:
         """2F, or F when ungated."""
@@ -335,99 +314,3 @@ class ExpertsRun:
 def _part(values: Tensor, positions: slice) -> Tensor:
     """Give values[positions], without a view where that is all of them: views are a small call's main cost."""
     return values if positions.stop - positions.start == values.shape[0] else values[positions]
-
-
-def weight_gradients(
-    settings: ExpertSettings,
-    grouping: Grouping,
-    needs: ExpertWeights | tuple[bool, bool, bool, bool],
-    main_grads: MainGrads | None,
-    *,
-    x: Tensor | None = None,
-    dh: Tensor | None = None,
-    dout: Tensor | None = None,
-    scaled_a: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-) -> WeightGrads:
-    """Call the weight_grad op for the weights that need it, and add to main_grads where there are such."""
-    needs_w1, needs_b1, needs_w2, needs_b2 = needs
-    if not any(needs):
-        return WeightGrads(None, None, None, None)
-    main = main_grads or MainGrads(None, None, None, None)
-    for is_needed, one, other in ((needs_w1, x, dh), (needs_w2, dout, scaled_a)):
-        if is_needed:
-            assert one is not None
-            assert other is not None
-            count_products(settings.ops, one, grouping.num_pairs, one.shape[1] * other.shape[1])
-    grads = settings.ops.weight_grad(
-        grouping,
-        settings.layout,
-        x=x if needs_w1 else None,
-        dh=dh if needs_w1 or needs_b1 else None,
-        dout=dout if needs_w2 or needs_b2 else None,
-        scaled_a=scaled_a if needs_w2 else None,
-        topk_weights=topk_weights if needs_b2 else None,
-        gate_up_bias=bool(needs_b1),
-        down_bias=bool(needs_b2),
-        accumulate_gate_up=main.gate_up_proj if needs_w1 else None,
-        accumulate_down=main.down_proj if needs_w2 else None,
-        options=settings.options,
-    )
-    return grads._replace(
-        gate_up_bias=_added(grads.gate_up_bias, main.gate_up_bias),
-        down_bias=_added(grads.down_bias, main.down_bias),
-    )
-
-
-def _added(grad: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
-    if grad is None or main_grad is None:
-        return grad
-    main_grad.add_(grad)
-    return None
-
-
-def zero_padding(values: Tensor, grouping: Grouping) -> None:
-    """Zero the positions past the last pair, which the kernels never write, before a callable reads them."""
-    if values.is_cuda or values.shape[0] > int(grouping.expert_offsets[-1]):
-        padding = torch.arange(values.shape[0], device=values.device) >= grouping.expert_offsets[-1]
-        values.masked_fill_(padding[:, None], 0)
-
-
-def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
-    """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
-    return _call_checked(settings.activation, settings.layout, h)
-
-
-def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:
-    assert callable(activation)
-    shape = tuple(h.shape)
-    a = activation(h)
-    expected = (shape[0], layout.intermediate_size(shape[1]))
-    if not isinstance(a, Tensor) or tuple(a.shape) != expected or a.dtype != h.dtype:
-        got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
-        raise ValueError(f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, got {got}")
-    return a.contiguous()
-
-
-def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
-    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
-
-    Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
-    """
-    width = gate_up_proj.shape[2 if layout.transposed else 1]
-    with torch.enable_grad():
-        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
-        out = _call_checked(activation, layout, empty.clone())
-    found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    nodes = [] if out.grad_fn is None else [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not empty:
-            found[id(leaf)] = leaf
-        nodes.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
-    return list(found.values())
