@@ -19,8 +19,8 @@ import tritonmoe as tm
 from tritonmoe import capacity as capacity_module
 from tritonmoe import expert_parallel_run as run_module
 from tritonmoe.capacity import capped_traffic, plan_capped_tokens, segment_room
-from tritonmoe.dispatch import plan_tokens
 from tritonmoe.overlap import layer_report as report_module
+from tritonmoe.token_plan import plan_tokens
 from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
 
 ROOMY, TIGHT = 1024.0, 0.2

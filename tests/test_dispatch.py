@@ -13,8 +13,9 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe import count_exchange
 from tritonmoe.count_exchange import CallHeader, check_headers
-from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
+from tritonmoe.dispatch import DispatchPlan, exchange_plan
 from tritonmoe.overlap_config import OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.token_plan import plan_tokens
 from tritonmoe.transports import Transport
 
 
@@ -47,7 +48,7 @@ def header(overlap: OverlapPlan | None = None, num_experts: int = 4, top_k: int 
 
 
 def test_worked_example() -> None:
-    """The one in the docstring of dispatch.py."""
+    """The one in the docstring of token_plan.py."""
     tokens = plan_tokens(torch.tensor([[0, 1], [1, 3]]), 4, 0, 2, OverlapPlan())
     assert tokens.home_tokens.tolist() == [0, 1, 1]
     assert tokens.home_index.tolist() == [[0, -1], [1, 2]]

@@ -10,11 +10,12 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.backends.reference import WeightGrads, combine
 from tritonmoe.count_exchange import CallHeader
-from tritonmoe.dispatch import exchange_plan, plan_tokens
+from tritonmoe.dispatch import exchange_plan
 from tritonmoe.overlap.executor import LayerPass, execute
 from tritonmoe.overlap.layer_report import PassReport
 from tritonmoe.overlap.schedule import Step, build_backward, build_forward
 from tritonmoe.overlap_config import OverlapPlan, equal_sizes
+from tritonmoe.token_plan import plan_tokens
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")

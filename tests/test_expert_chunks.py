@@ -15,7 +15,7 @@ import tritonmoe as tm
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.count_exchange import check_counts
-from tritonmoe.dispatch import DispatchPlan, exchange_plan, plan_tokens
+from tritonmoe.dispatch import DispatchPlan, exchange_plan
 from tritonmoe.expert_chunks import RowPlaces, place_rows
 from tritonmoe.expert_parallel_call import group_received
 from tritonmoe.grouping import Grouping
@@ -24,6 +24,7 @@ from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.simulator import simulate, simulate_layer
 from tritonmoe.overlap.tuner import SETTLING_CALLS
 from tritonmoe.overlap_config import OverlapPlan, equal_sizes
+from tritonmoe.token_plan import plan_tokens
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 
 both_ways = pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .count_exchange import CallHeader, exchange_counts, in_millionths
 from .cpu_memory import to_device
-from .dispatch import TokenPlan, by_slot, count_rows, owners, row_segments
 from .overlap_config import OverlapPlan
+from .token_plan import TokenPlan, by_slot, count_rows, owners, row_segments
 from .transports import HostCopy, PendingExchange, Transport
 
 __all__ = [

@@ -15,13 +15,14 @@ from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflo
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
 from .count_exchange import DTYPE_CODES, SAVES, CallHeader
 from .cpu_threads import num_workers
-from .dispatch import DispatchPlan, exchange_plan, plan_tokens
+from .dispatch import DispatchPlan, exchange_plan
 from .expert_parallel_call import ExpertParallelCall
 from .overlap.layer_report import LayerReport
 from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
 from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
+from .token_plan import plan_tokens
 from .transport_state import refuse, state_of
 from .transports import Transport, TwoLevelTransport
 from .two_level import check_two_level, exchange_two_level_plan

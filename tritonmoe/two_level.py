@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .count_exchange import CallHeader, check_counts, exchange_counts
 from .cpu_memory import to_device
-from .dispatch import DispatchPlan, TokenPlan, count_rows, offsets, order_rows, owners, row_segments
+from .dispatch import DispatchPlan, offsets
 from .errors import CountMismatch
 from .grouping import RowSources
 from .overlap_config import MAX_CHUNKS, OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
+from .token_plan import TokenPlan, count_rows, order_rows, owners, row_segments
 from .transports import HostCopy, TwoLevelTransport
 
 __all__ = ["TwoLevelPlan", "check_two_level", "exchange_two_level_plan"]

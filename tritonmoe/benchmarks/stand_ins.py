@@ -9,10 +9,11 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.reference import WeightGrads
 from ..count_exchange import DTYPE_CODES, CallHeader
-from ..dispatch import DispatchPlan, exchange_plan, plan_tokens
+from ..dispatch import DispatchPlan, exchange_plan
 from ..overlap.executor import ExpertsPass, LayerPass
 from ..overlap.layer_report import PassReport
 from ..overlap_config import OverlapPlan
+from ..token_plan import plan_tokens
 from ..transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
