@@ -79,6 +79,9 @@ def test_what_is_missing_is_said(command, capsys, monkeypatch):
     ):
         assert status_of([command, *wrong]) == 2
         assert message in capsys.readouterr().err
+    if command == "warmup":
+        assert main([command, "8", "2", "8", "8", "--ranks", "3"]) == 2
+        assert "E (8) must be divisible by --ranks (3); choose one of 1, 2, 4, 8" in capsys.readouterr().err
     show = ["--show"] if command == "tune" else []
     assert main([command, *SHAPE, *show, "--target", "sm_70"]) == 2
     assert "--target must be one of sm_80, sm_90" in capsys.readouterr().err

@@ -30,3 +30,29 @@ def test_wherever_chunks_are_cut_nothing_is_compiled_anew():
     assert kernels.pop("_outer_sums_kernel") == 2
     assert kernels.pop("_bias_grad_kernel") == 2
     assert set(kernels.values()) == {1}
+
+
+def test_warmup_compiles_all_that_steps_launch():
+    """In training and inference, recomputing h or not, adding to main_grad or not, in every class of tiles."""
+    for name, found in launched("warmup").items():
+        assert len(found["steps"]) > 50
+        assert not set(found["steps"]) - set(found["warmup"]), name
+
+
+def test_launches_find_what_warmup_compiled():
+    found = launched("cache_entries")
+    assert len(set(found["launch"])) > 10
+    assert found["launch"] == found["warmup"]
+
+
+def test_warmup_on_a_gpu_that_kernels_are_not_checked_for():
+    found = launched("warmup_of_an_untested_gpu")
+    count = len(found["said"])
+    assert count == len(set(found["tried"])) > 20
+    assert [line.split("]")[0] for line in found["said"]] == [f"[{n}/{count}" for n in range(1, count + 1)]
+    assert [line.split(": ", 1)[1] for line in found["said"][:3]] == [
+        "compiled for sm_86",
+        "RuntimeError: out of registers",
+        "compiled for sm_86",
+    ]
+    assert found["status"] == 1

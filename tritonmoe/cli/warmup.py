@@ -1,27 +1,35 @@
-"""`tritonmoe warmup`: compile a layer's kernels before the first step, here or, with --target, for another GPU.
+"""`tritonmoe warmup`: compile a layer's kernels before the first step, for this GPU or, with --target, for another.
 
-Triton keeps what it compiles in its cache ($TRITON_CACHE_DIR, default ~/.triton/cache).
+They are all that inference and training launch with the default options: with save="hidden" or "input", with gradients
+returned or added to an fp32 main_grad. Nothing is run. Triton keeps what it compiles in its cache ($TRITON_CACHE_DIR,
+default ~/.triton/cache).
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..benchmarks.shapes import LayerShape, draw_inputs
-from ..experts import moe_mlp
+from ..benchmarks.argument_types import positive
+from ..benchmarks.shapes import LayerShape
 from .layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "launches_of_layer"]
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("warmup", help="compile a layer's kernels ahead of time", description=__doc__)
     add_layer_arguments(parser)
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=1,
+        help="ranks that the experts are spread over (default 1); --tokens are then the rows that one of them receives",
+    )
     parser.add_argument("--target", help="compile for sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950, without a GPU")
     parser.set_defaults(run=run)
 
@@ -29,55 +37,76 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
         shape = layer_shape(arguments)
+        num_experts, num_ranks = shape.num_experts, arguments.ranks
+        if num_experts % num_ranks:
+            sizes = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+            raise ValueError(f"E ({num_experts}) must be divisible by --ranks ({num_ranks}); choose one of {sizes}")
     except ValueError as error:
         print(f"tritonmoe warmup: {error}", file=sys.stderr)
         return 2
-    tokens, dtype = arguments.tokens or tokens_of_every_class(shape), DTYPES[arguments.dtype]
-    if arguments.target is not None:
-        return compile_for(arguments.target, shape, tokens, dtype, say)
-    if not torch.cuda.is_available():
+    if arguments.target is None and not torch.cuda.is_available():
         print("tritonmoe warmup needs a GPU, or --target sm_90 (say) to compile for another machine's", file=sys.stderr)
         return 2
-    for number, num_tokens in enumerate(tokens, 1):
-        started = time.perf_counter()
-        inputs = draw_inputs(shape, num_tokens, "uniform", dtype, torch.device("cuda"))
-        with torch.no_grad():
-            moe_mlp(inputs.x, inputs.topk_ids, inputs.topk_weights, **inputs.arguments, backend="triton")
-        y = moe_mlp(inputs.x, inputs.topk_ids, inputs.topk_weights, **inputs.arguments, backend="triton")
-        torch.autograd.grad(y, list(inputs.leaves.values()), inputs.dout)
-        torch.cuda.synchronize()
-        say(f"[{number}/{len(tokens)}] {shape.name} T={num_tokens}: {time.perf_counter() - started:.1f} s")
-    return 0
-
-
-def compile_for(
-    target: str, shape: LayerShape, tokens: list[int], dtype: torch.dtype, say: Callable[[str], None]
-) -> int:
-    """Compile without running; 1 where a kernel is unfit."""
     try:
         from ..kernels import launch
-        from ..kernels.aot import ARCHITECTURES, Variant, compile_one, record_launches, source_of
+        from ..kernels.aot import ARCHITECTURES
     except ImportError as error:
         print(f"tritonmoe warmup: the package triton can't be imported: {error}", file=sys.stderr)
         return 2
-    if target not in ARCHITECTURES:
-        print(f"tritonmoe warmup: --target must be one of {', '.join(ARCHITECTURES)}, got {target!r}", file=sys.stderr)
+    if arguments.target is not None and arguments.target not in ARCHITECTURES:
+        choices = ", ".join(ARCHITECTURES)
+        print(f"tritonmoe warmup: --target must be one of {choices}, got {arguments.target!r}", file=sys.stderr)
         return 2
     if launch.INTERPRETED:
         print("tritonmoe warmup: Triton's interpreter is on, unset TRITON_INTERPRET", file=sys.stderr)
         return 2
+    here = torch.device("cuda")
+    target = launch.target_of(here) if arguments.target is None else ARCHITECTURES[arguments.target].target
+    jobs = launches_of_layer(shape, num_ranks, arguments.tokens, DTYPES[arguments.dtype], target)
+    status = 0
+    for number, (num_tokens, kernel, item) in enumerate(jobs, 1):
+        problem, sizes = compile_launch(f"T={num_tokens}", kernel, item, target)
+        say(f"[{number}/{len(jobs)}] T={num_tokens} {kernel}: {problem or sizes}")
+        status = 1 if problem else status
+    return status
+
+
+def launches_of_layer(
+    shape: LayerShape, num_ranks: int, tokens: list[int] | None, dtype: torch.dtype, target: Any
+) -> list[tuple[int, str, Any]]:
+    """Give (tokens, kernel, launch) of everything that a layer's steps would compile on `target`, each once.
+
+    Args:
+        shape: num_experts are those of all ranks.
+        tokens: per call; None for every class of tiles, and for as many pairs as weights' gradients are cut from.
+    """
+    from ..kernels.aot import Variant, record_launches, source_of
+    from ..kernels.weight_grad import MIN_SPAN
+
+    shape = replace(shape, num_experts=shape.num_experts // num_ranks)
+    tokens = tokens or sorted({*tokens_of_every_class(shape), -(-2 * MIN_SPAN // shape.top_k)})
     jobs, seen = [], set()
     for num_tokens in tokens:
-        variant = Variant.of(shape, dtype, num_tokens)
-        for kernel, item in record_launches(variant, ARCHITECTURES[target].target).items():
-            key = source_of(item, ARCHITECTURES[target].target).hash(), str(item.options)
+        variant = replace(Variant.of(shape, dtype, num_tokens), num_ranks=num_ranks)
+        for kernel, item in record_launches(variant, target).items():
+            key = source_of(item, target).hash(), str(item.options)
             if key not in seen:
                 seen.add(key)
                 jobs.append((num_tokens, kernel, item))
-    status = 0
-    for number, (num_tokens, kernel, item) in enumerate(jobs, 1):
-        compiled = compile_one(f"T={num_tokens}", kernel, item, target)
-        sizes = f"{compiled.registers} registers, {compiled.shared_bytes / 1024:.0f} KB shared"
-        say(f"[{number}/{len(jobs)}] T={num_tokens} {kernel}: {compiled.problem or sizes}")
-        status = 1 if compiled.problem else status
-    return status
+    return jobs
+
+
+def compile_launch(variant: str, kernel: str, item: Any, target: Any) -> tuple[str, str]:
+    """Compile into Triton's cache; give what is wrong, and what is needed where that is known of the architecture."""
+    from ..kernels import launch
+    from ..kernels.aot import ARCHITECTURES, compile_one, compile_unchecked
+
+    name = launch.architecture_of(target)
+    if name in ARCHITECTURES:
+        compiled = compile_one(variant, kernel, item, name)
+        return compiled.problem, f"{compiled.registers} registers, {compiled.shared_bytes / 1024:.0f} KB shared"
+    try:
+        compile_unchecked(item, target)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:2000], ""
+    return "", f"compiled for {name}"

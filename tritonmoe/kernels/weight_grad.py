@@ -155,10 +155,10 @@ def outer_sums(
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
     config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, {})
     # Rows without vector loads spill under any one limit of registers with one Triton or the other, without it nothing;
-    # but in fp32 they spill where the epilogue works in pieces.
+    # but some spill where the epilogue works in pieces.
     has_vector_loads = p_size % 8 == 0 and q_size % 8 == 0
     max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else None
-    if accumulate is not None and (has_vector_loads or pair_values.element_size() == 2):
+    if accumulate is not None and has_vector_loads:
         # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread, and one whose
         # columns are the pairs' spills 216 in four.
         pieces = 4 if pairs_first else 2

@@ -5,7 +5,7 @@ compiled here, argument specialisation included, is what a GPU would get.
 """
 
 from .architectures import ARCHITECTURES, Architecture
-from .compilation import Compiled, compile_all, compile_one
+from .compilation import Compiled, compile_all, compile_one, compile_unchecked
 from .launches import VARIANTS, Variant, record_launches, source_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Variant",
     "compile_all",
     "compile_one",
+    "compile_unchecked",
     "record_launches",
     "source_of",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch, measured_tiles
@@ -14,7 +16,7 @@ from .architectures import ARCHITECTURES
 from .launches import VARIANTS, record_launches, source_of
 from .machine_code import MachineCode, read_amd, read_nvidia
 
-__all__ = ["Compiled", "compile_all", "compile_one"]
+__all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ def _product_rows(ttir: str) -> int | None:
     return max(rows, default=None)
 
 
+def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
+    """Compile one launch, into the entry of Triton's cache where a launch on such a GPU looks for it."""
+    return triton.compile(source_of(item, target), target=target, options=item.options)
+
+
 def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str) -> Compiled:
     """Compile one launch for one target."""
     architecture = ARCHITECTURES[target_name]
     try:
-        source = source_of(item, architecture.target)
-        compiled = triton.compile(source, target=architecture.target, options=item.options)
+        compiled = compile_unchecked(item, architecture.target)
         assembly = compiled.asm
         code: MachineCode = (
             read_nvidia(assembly["cubin"], assembly["ptx"]) if "cubin" in assembly else read_amd(assembly["amdgcn"])

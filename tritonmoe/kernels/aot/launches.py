@@ -12,7 +12,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ...backends import triton as operations
 from ...config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
-from ...grouping import RowSources
+from ...grouping import Grouping, RowSources
 from .. import launch, measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
@@ -31,6 +31,9 @@ class Variant:
     top_k: int = 8
     bias: bool = True
     num_rows: int = 16384
+    """Of one device; with several ranks those that one of them receives, as num_experts are those that it holds."""
+    num_ranks: int = 1
+    """With several, rows come in chunks, beside exchanges."""
     options: KernelOptions = KernelOptions()
     tiles: Mapping[str, int | str] = field(default_factory=dict)
     """Fields that replace the heuristic's in every operation's TileConfig, as a measured entry would."""
@@ -71,6 +74,18 @@ VARIANTS = {
     "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
+    "bf16 of 8 ranks": Variant(num_ranks=8),
+    "fp32 of 8 ranks": Variant(torch.float32, num_ranks=8),
+    "gpt-oss of 2 ranks": Variant(
+        layout=ExpertLayout(interleaved=True, transposed=True),
+        activation=_CLAMPED,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_experts=64,
+        top_k=4,
+        num_ranks=2,
+    ),
+    "odd of 8 ranks": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6, num_ranks=8),
     "bf16 persistent": Variant(tiles={"persistent": True}),
     "bf16 one tile a program": Variant(tiles={"persistent": False}),
     "bf16 pointers": Variant(tiles={"tma": False}),
@@ -88,7 +103,7 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
             record_launches(heuristic, target)
         with measured_tiles.using(dict.fromkeys(asked, variant.tiles)):
             return record_launches(heuristic, target)
-    v, rows = variant, variant.num_rows
+    v, rows, options = variant, variant.num_rows, variant.options
     width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
     w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
     if v.layout.transposed:
@@ -101,7 +116,7 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
     w1, w2 = empty(v.num_experts, *w1_shape), empty(v.num_experts, *w2_shape)
     b1 = empty(v.num_experts, width) if v.bias else None
     b2 = empty(v.num_experts, v.hidden_size) if v.bias else None
-    ids = empty(rows, v.top_k, dtype=torch.int64)
+    ids = empty(rows, v.top_k, dtype=torch.int64 if v.num_ranks == 1 else torch.int32)
     weights = empty(rows, v.top_k, dtype=torch.float32)
     found: dict[str, launch.Launch] = {}
 
@@ -109,56 +124,72 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
 
         def name(operation: str) -> None:
             for item in launches:
-                found[f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"] = item
+                key = f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"
+                assert key not in found, key
+                found[key] = item
             launches.clear()
 
-        grouping = operations.group(ids, v.num_experts)
+        def weight_grads(grouping: Grouping, suffix: str = "") -> None:
+            def run(operation: str, **arguments: Any) -> None:
+                operations.weight_grad(grouping, v.layout, options=options, **arguments)
+                name(f"{operation}{suffix}")
+
+            run("weight_grad W1", x=x, dh=dh)
+            run("weight_grad W1 main_grad", x=x, dh=dh, accumulate_gate_up=empty(*w1.shape, dtype=torch.float32))
+            run("weight_grad W2", dout=dout, scaled_a=scaled_a)
+            main_grad = empty(*w2.shape, dtype=torch.float32)
+            run("weight_grad W2 main_grad", dout=dout, scaled_a=scaled_a, accumulate_down=main_grad)
+            if v.bias:
+                run("weight_grad b1", dh=dh, gate_up_bias=True)
+                run("weight_grad b2", dout=dout, topk_weights=weights, down_bias=True)
+
+        grouping = layer = operations.group(ids, v.num_experts)
         name("group")
         operations.group(ids[:8], v.num_experts)
         name("group few pairs")
-        sources = RowSources((0, 1), torch.tensor([[rows - rows // 2, 0], [0, rows // 2]]))
-        row_offsets = (0, rows - rows // 2, rows)
-        operations.group(
-            ids,
-            v.num_experts,
-            chunk_row_offsets=row_offsets,
-            chunk_pair_offsets=tuple(v.top_k * row for row in row_offsets),
-            row_sources=sources,
-        )
-        name("group in chunks")
-        operations.up(x, w1, b1, grouping, v.layout, v.activation, needs_h=False, options=v.options)
+        if v.num_ranks > 1:
+            options = options._replace(beside_exchanges=True)
+            sources = RowSources((0, 1), torch.tensor([[rows - rows // 2, 0], [0, rows // 2]]))
+            row_offsets = (0, rows - rows // 2, rows)
+            layer = operations.group(
+                ids,
+                v.num_experts,
+                chunk_row_offsets=row_offsets,
+                chunk_pair_offsets=tuple(v.top_k * row for row in row_offsets),
+                row_sources=sources,
+            )
+            name("group in chunks")
+        # A chunk's operations launch what those of one chunk do: where a chunk begins is not specialised.
+        operations.up(x, w1, b1, grouping, v.layout, v.activation, needs_h=False, options=options)
         name("up inference")
-        h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation, options=v.options)
+        h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation, options=options)
         name("up")
         assert h is not None
         assert a is not None
-        y = operations.down(a, w2, b2, grouping, v.layout, options=v.options)
+        y = operations.down(a, w2, b2, grouping, v.layout, options=options)
         name("down")
         operations.combine(y, grouping.inverse, weights)
         name("combine")
         operations.combine(y, grouping.inverse, weights, x)
         name("combine with a shared expert")
+        operations.up(x, w1, b1, grouping, v.layout, None, options=options)
+        name("up for h alone")
         dh, scaled_a, _ = operations.down_grad(
-            dout, w2, b2, h, weights, grouping, v.layout, v.activation, options=v.options
+            dout, w2, b2, h, weights, grouping, v.layout, v.activation, options=options
         )
         name("down_grad")
-        operations.up_grad(dh, w1, grouping, v.layout, options=v.options)
+        operations.up_grad(dh, w1, grouping, v.layout, options=options)
         name("up_grad")
-        operations.weight_grad(grouping, v.layout, x=x, dh=dh, gate_up_bias=v.bias, options=v.options)
-        name("weight_grad W1")
-        main_grad = empty(*w1.shape, dtype=torch.float32)
-        operations.weight_grad(grouping, v.layout, x=x, dh=dh, accumulate_gate_up=main_grad, options=v.options)
-        name("weight_grad W1 main_grad")
-        operations.weight_grad(
-            grouping,
-            v.layout,
-            dout=dout,
-            scaled_a=scaled_a,
-            topk_weights=weights,
-            down_bias=v.bias,
-            options=v.options,
-        )
-        name("weight_grad W2")
+        operations.combine(y, grouping.inverse)
+        name("combine without weights")
+        weight_grads(grouping)
+        if v.num_ranks > 1:
+            weight_grads(layer, " in chunks")
+            home_index = empty(rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
+            operations.combine(y, home_index)
+            name("combine at home")
+            operations.combine(weights, home_index)
+            name("combine weights' gradients at home")
     return found
 
 
