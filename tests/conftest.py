@@ -8,13 +8,16 @@ torch reads no compiled graph of an earlier state of this code back: its cache d
 import importlib.util
 import os
 import signal
+import sys
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+from tritonmoe.kernels.virtual_gpu import VIRTUAL_GPUS
+
+if not torch.cuda.is_available() and not any(argument.startswith("--virtual-gpu") for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
 if importlib.util.find_spec("triton") and "TRITON_INTERPRET" in os.environ:
@@ -29,6 +32,11 @@ if importlib.util.find_spec("triton") and "TRITON_INTERPRET" in os.environ:
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    help_text = "compile kernels for a GPU that isn't there, and run what was compiled in NumPy (tests/kernels)"
+    parser.addoption("--virtual-gpu", choices=VIRTUAL_GPUS, help=help_text)
 
 
 @pytest.fixture

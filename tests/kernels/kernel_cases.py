@@ -125,14 +125,27 @@ def run_operations(backend, layer, grouping, activation, given=None):
     return found | grads._asdict()
 
 
-def check_operations(layer, activation):
+class WithOptions:
+    """The operations of the Triton backend under given options."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def __getattr__(self, name):
+        operation = getattr(kernels, name)
+        if name in ("group", "combine"):
+            return operation
+        return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
+
+
+def check_operations(layer, activation, backend=kernels):
     """Compare every operation with the reference, each on the same operands."""
     expected_grouping = reference.group(layer.ids, layer.num_experts)
     expected = run_operations(reference, layer, expected_grouping, activation)
     exact = run_operations(reference, layer.double(), expected_grouping, activation, expected)
     with garbage_memory():
-        grouping = kernels.group(layer.ids, layer.num_experts)
-        actual = run_operations(kernels, layer, grouping, activation, expected)
+        grouping = backend.group(layer.ids, layer.num_experts)
+        actual = run_operations(backend, layer, grouping, activation, expected)
     assert actual.keys() == expected.keys()
     for name in actual:
         assert_close_to_exact(name, actual[name], expected[name], exact[name])

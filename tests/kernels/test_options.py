@@ -8,26 +8,13 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids, run_operations
+from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, random_ids, run_operations
 
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config import KernelOptions
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import aot, launch, tile_choice
-
-
-class WithOptions:
-    """The operations of the Triton backend under given options."""
-
-    def __init__(self, options):
-        self.options = options
-
-    def __getattr__(self, name):
-        operation = getattr(kernels, name)
-        if name in ("group", "combine"):
-            return operation
-        return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 1000])

@@ -7,6 +7,7 @@ which a chunk takes a part: each new value would cost a compilation in the middl
 import contextlib
 import dataclasses
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ __all__ = [
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+TRITON_VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
 _compiler_lock = threading.RLock()
@@ -81,11 +82,11 @@ def recording(target: GPUTarget, run: Callable[[Launch], None] | None = None) ->
     run: called with each launch as it is caught, to fill its outputs in another way than on the target.
     """
     global _recording
-    _recording = _Recording(target, run, [])
+    before, _recording = _recording, _Recording(target, run, [])
     try:
         yield _recording.launches
     finally:
-        _recording = None
+        _recording = before
 
 
 @functools.cache

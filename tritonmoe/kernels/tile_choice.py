@@ -106,6 +106,9 @@ def grouped_matmul_config(
         reads = (*tma.reads({"x": refused}, ""), *reads)
         gather = "pointers" if refused else gather
     config = dataclasses.replace(config, persistent=persistent, gather=gather, reads=reads)
+    by_tcgen05 = config.block_m >= 64 and (like.element_size() == 2 or launch.dot_precision(like.dtype) == "tf32")
+    if by_tcgen05 and _lacks_fences(target) and not _reads_all_by_tma(operation, config):
+        config = dataclasses.replace(config, num_stages=1)
     measured_tiles.note(key, config)
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)
@@ -153,6 +156,23 @@ def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
         # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
         num_stages = 7 if target.arch == 80 else 5
     return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
+
+
+def _lacks_fences(target: GPUTarget | None) -> bool:
+    """Say whether asynchronous copies through pointers are not safe: with one stage there are none.
+
+    tcgen05 reads shared memory through another proxy than cp.async writes it through, and before 3.7.1 Triton puts no
+    fence between the two. Results were seen to differ on Blackwell (pytorch/pytorch#181248). wgmma of Hopper should
+    have a fence too, and has none in any release before; no wrong result of it is known.
+    """
+    is_blackwell = target is not None and target.backend == "cuda" and target.arch // 10 == 10
+    return is_blackwell and launch.TRITON_VERSION < (3, 7, 1)
+
+
+def _reads_all_by_tma(operation: str, config: TileConfig) -> bool:
+    """Say whether no operand of a product comes through pointers."""
+    gathered = operation in ("down_grad", "weight_grad") or config.gather == "pointers"
+    return not gathered and bool(config.reads) and all(way == tma.BY_TMA for _, way in config.reads)
 
 
 def _why_no_tma(target: GPUTarget | None) -> str:

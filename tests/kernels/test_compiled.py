@@ -1,0 +1,40 @@
+"""What was compiled for each GPU gives the right values, and waits for all that is asynchronous: on a virtual GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tritonmoe.kernels.virtual_gpu import VIRTUAL_GPUS
+
+TESTS = ("test_missing_waits.py", "test_several_steps.py")
+
+
+def run(gpu, tmp_path, *arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    files = [str(Path(__file__).parent / name) for name in TESTS]
+    command = [sys.executable, "-m", "pytest", f"--virtual-gpu={gpu}", *files, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_one_layer_and_missing_waits(gpu, tmp_path):
+    result = run(gpu, tmp_path, "-k", "noticed or silu")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "2 passed" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_all_layers(gpu, tmp_path):
+    result = run(gpu, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_unknown_gpu(tmp_path):
+    result = run("sm_70", tmp_path)
+    assert result.returncode == 4
+    assert "invalid choice: 'sm_70'" in result.stderr

@@ -1,0 +1,54 @@
+"""The virtual GPU sees a wait, a barrier or a fence that is missing: one is deleted from what was compiled."""
+
+import re
+
+import torch
+from kernel_cases import LAYOUTS, Layer, random_ids
+
+from tritonmoe.backends import reference
+from tritonmoe.backends import triton as kernels
+from tritonmoe.kernels.virtual_gpu.faults import Deadlock, MemoryFault
+
+TRY_WAIT = r"\s*mbarrier\.try_wait[^;]*;\s*(?:\.loc[^\n]*\n\s*)*@!complete bra[^;]*;"
+DELETED = {
+    "sm_80": {"barriers": r"\n\s*bar\.sync[^;]*;", "waits for copies": r"\n\s*cp\.async\.wait_group[^;]*;"},
+    "sm_90": {
+        "barriers": r"\n\s*bar\.sync[^;]*;",
+        "waits for copies": r"\n\s*cp\.async\.wait_group[^;]*;",
+        "waits for TMA": TRY_WAIT,
+        "waits for wgmma": r"\n\s*wgmma\.wait_group[^;]*;",
+        "fences": r"\n\s*fence\.proxy\.async[^;]*;",
+    },
+    "sm_100": {
+        "barriers": r"\n\s*bar\.sync[^;]*;",
+        "waits for TMA and tcgen05": TRY_WAIT,
+        "fences": r"\n\s*fence\.proxy\.async[^;]*;",
+        "waits for stores to tensor memory": r"\n\s*tcgen05\.wait::st[^;]*;",
+    },
+}
+DELETED["sm_120"] = {name: DELETED["sm_90"][name] for name in ("barriers", "waits for TMA")}
+
+
+def test_deleting_a_wait_is_noticed(virtual_gpu, request):
+    gpu = request.config.getoption("--virtual-gpu")
+    layer = Layer(random_ids(200, 2, 3), 3, LAYOUTS["concatenated"], torch.bfloat16, hidden=272, intermediate=144)
+    grouping = reference.group(layer.ids, 3)
+    operands = (layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
+    expected = kernels.up(*operands)
+    for what, pattern in DELETED[gpu].items():
+        deleted = []
+
+        def delete(assembly, pattern=pattern, deleted=deleted):
+            text, count = re.subn(pattern, "\n", assembly)
+            deleted.append(count)
+            return text
+
+        virtual_gpu[:] = [delete]
+        try:
+            found = kernels.up(*operands)
+        except (MemoryFault, Deadlock):
+            continue
+        finally:
+            assert sum(deleted) > 0, f"{what}: there are none in the kernel"
+        same = all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+        assert not same, f"{what} can be deleted, and nothing is noticed"

@@ -1,0 +1,120 @@
+"""What instructions on registers compute, on all threads at once; the translated code calls these functions."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ballot",
+    "bits_of_field",
+    "byte_permutation",
+    "from_bfloat16",
+    "pick",
+    "population",
+    "quotient",
+    "reduce_warps",
+    "remainder",
+    "shift_left",
+    "shift_right",
+    "shuffle",
+    "to_bfloat16",
+]
+
+Array = NDArray
+
+
+def pick(mask: Array, new: Array, old: Array) -> Array:
+    """Give `new` in the threads of `mask` and `old` in the others."""
+    return np.where(mask, new, old)
+
+
+def from_bfloat16(bits: Array) -> Array:
+    """Give the float32 values of bfloat16 bits (uint16)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """Round float32 to the bits of bfloat16 (uint16), to nearest even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def population(values: Array) -> Array:
+    """Count the bits that are set in each of (n,) uint32."""
+    return np.unpackbits(np.ascontiguousarray(values).view(np.uint8)).reshape(-1, 32).sum(1, dtype=np.uint32)
+
+
+def quotient(left: Array, right: Array) -> Array:
+    """Divide integers and cut towards zero, exactly."""
+    safe = np.where(right == 0, 1, right)
+    whole = left // safe
+    return np.where((whole < 0) & (whole * safe != left), whole + 1, whole).astype(left.dtype)
+
+
+def remainder(left: Array, right: Array) -> Array:
+    """Give what `quotient` leaves."""
+    return (left - quotient(left, right) * right).astype(left.dtype)
+
+
+def shift_left(values: Array, amount: Array) -> Array:
+    """Shift unsigned integers; by their width or more gives 0."""
+    width = values.dtype.itemsize * 8
+    return np.where(amount < width, values << np.minimum(amount, width - 1).astype(values.dtype), 0).astype(
+        values.dtype
+    )
+
+
+def shift_right(values: Array, amount: Array) -> Array:
+    """Shift integers; by their width or more gives 0, or the sign in every bit."""
+    width = values.dtype.itemsize * 8
+    if values.dtype.kind == "i":
+        return values >> np.minimum(amount, width - 1).astype(values.dtype)
+    return np.where(amount < width, values >> np.minimum(amount, width - 1).astype(values.dtype), 0).astype(
+        values.dtype
+    )
+
+
+def bits_of_field(values: Array, position: Array, length: Array) -> Array:
+    """Give `length` bits from `position` on, with the sign extended where the type has one."""
+    width = values.dtype.itemsize * 8
+    unsigned = values.view(f"u{width // 8}")
+    field = shift_right(shift_left(unsigned, width - position - length), width - length)
+    if values.dtype.kind == "i":
+        up = np.asarray(width - length).astype(values.dtype)
+        return (field.view(values.dtype) << up) >> up
+    return field
+
+
+def byte_permutation(low: Array, high: Array, selector: Array) -> Array:
+    """Choose each of four bytes among the eight of (low, high) (uint32), by a nibble of the selector."""
+    source = np.broadcast_arrays(low, high, selector)
+    eight = source[0].astype(np.uint64) | (source[1].astype(np.uint64) << np.uint64(32))
+    result = np.zeros(len(eight), np.uint32)
+    for byte in range(4):
+        nibble = (source[2] >> np.uint32(4 * byte)) & np.uint32(15)
+        chosen = ((eight >> (np.uint64(8) * (nibble & 7).astype(np.uint64))) & np.uint64(255)).astype(np.uint32)
+        sign = np.where(chosen & 128, np.uint32(255), np.uint32(0))
+        result |= np.where(nibble & 8, sign, chosen) << np.uint32(8 * byte)
+    return result
+
+
+def shuffle(mode: str, values: Array, amount: Array) -> tuple[Array, Array]:
+    """Give each thread the value of another one of its warp, and whether there is such a one."""
+    lanes = np.arange(len(values))
+    lane, offset = lanes % 32, np.broadcast_to(amount, values.shape).astype(np.int64)
+    source = {"bfly": lane ^ offset, "up": lane - offset, "down": lane + offset, "idx": offset % 32}[mode]
+    inside = (source >= 0) & (source < 32)
+    return values[np.where(inside, lanes - lane + source, lanes)], inside
+
+
+def reduce_warps(operation: str, values: Array) -> Array:
+    """Give every thread the sum, minimum, maximum, ... of its warp."""
+    function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+    rows = values.reshape(-1, 32)
+    return np.repeat(function[operation].reduce(rows, 1, dtype=values.dtype), 32)
+
+
+def ballot(predicate: Array) -> Array:
+    """Give every thread the predicates of its warp, a bit for each lane."""
+    bits = predicate.reshape(-1, 32).astype(np.uint32) << np.arange(32, dtype=np.uint32)
+    return np.repeat(np.bitwise_or.reduce(bits, 1), 32)

@@ -1,0 +1,110 @@
+"""Where the elements of matrices are: in the registers of a warp, in shared memory, in tensor memory.
+
+The layouts are those of the PTX instruction set's manual: ldmatrix and stmatrix, mma.sync m16n8k16, wgmma and tcgen05,
+and their descriptors of matrices in shared memory.
+"""
+
+from functools import cache, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "accumulator_rows_and_columns",
+    "descriptor_places",
+    "load_matrices",
+    "mma_operands",
+    "product",
+    "store_matrices",
+    "swizzled",
+]
+
+LANE = np.arange(32)
+GROUP, MEMBER = LANE // 4, LANE % 4
+
+
+def swizzled(places: NDArray[np.intp], width: int) -> NDArray[np.intp]:
+    """Exchange 16-byte pieces as a swizzle of `width` bytes (0, 32, 64, 128) does: address bits 4.. xor bits 7.. ."""
+    if width == 0:
+        return places
+    mask = width // 16 - 1
+    return places ^ (((places >> 7) & mask) << 4)
+
+
+def load_matrices(rows: NDArray[np.uint8], transposed: bool) -> list[NDArray[np.uint32]]:
+    """Give the registers of ldmatrix: (32,) for each 8x8 matrix of 16-bit elements; rows (8 * matrices, 16) bytes."""
+    matrices = rows.view(np.uint16).reshape(-1, 8, 8)
+    if transposed:
+        matrices = matrices.transpose(0, 2, 1)
+    return [np.ascontiguousarray(matrix).reshape(32, 2).view(np.uint32)[:, 0] for matrix in matrices]
+
+
+def store_matrices(registers: list[NDArray[np.uint32]], transposed: bool) -> NDArray[np.uint8]:
+    """Give the rows (8 * matrices, 16 bytes) that stmatrix writes."""
+    matrices = np.stack([np.ascontiguousarray(register).view(np.uint16).reshape(8, 8) for register in registers])
+    if transposed:
+        matrices = matrices.transpose(0, 2, 1)
+    return np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
+
+
+def mma_operands(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Give A (warps, 16, 16) and B (warps, 16, 8) of m16n8k16 from registers (warps, 4 or 2, 32)."""
+    warps = len(a)
+    left = np.empty((warps, 16, 16), np.uint16)
+    for register in range(4):
+        pair = np.ascontiguousarray(a[:, register]).view(np.uint16).reshape(warps, 32, 2)
+        for half in range(2):
+            left[:, GROUP + 8 * (register % 2), 2 * MEMBER + half + 8 * (register // 2)] = pair[:, :, half]
+    right = np.empty((warps, 16, 8), np.uint16)
+    for register in range(2):
+        pair = np.ascontiguousarray(b[:, register]).view(np.uint16).reshape(warps, 32, 2)
+        for half in range(2):
+            right[:, 2 * MEMBER + half + 8 * register, GROUP] = pair[:, :, half]
+    return left, right
+
+
+def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Multiply float32 matrices, rounding each sum once: no element depends on where in the matrix it is.
+
+    Sums of float32 in a library for CPUs may be in another order for other rows.
+    """
+    return (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
+
+
+@cache
+def accumulator_rows_and_columns(num_registers: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Give the row of 16 and the column of each accumulator (num_registers, 32): of mma.sync, and a warp's of wgmma."""
+    register = np.arange(num_registers)[:, None]
+    return GROUP + register % 4 // 2 * 8, register // 4 * 8 + 2 * MEMBER + register % 2
+
+
+@lru_cache(4096)
+def descriptor_places(
+    descriptor: int, outer: int, depth: int, depth_contiguous: bool, *, tcgen05: bool
+) -> NDArray[np.intp]:
+    """Give where the bytes of 16-bit elements (outer, depth, 2) of a matrix are in shared memory, in one row.
+
+    Args:
+        descriptor: of wgmma or tcgen05. outer: rows of A or columns of B.
+        depth_contiguous: whether elements of one row follow each other (K-major), or those of one column (MN-major).
+    """
+    start = (descriptor & 0x3FFF) << 4
+    leading = ((descriptor >> 16) & 0x3FFF) << 4
+    stride = ((descriptor >> 32) & 0x3FFF) << 4
+    code = (descriptor >> 61) & 7 if tcgen05 else (descriptor >> 62) & 3
+    width = {0: 0, 1: 128, 2: 64, 3: 32, 4: 64, 6: 32}[code] if not tcgen05 else {0: 0, 2: 128, 4: 64, 6: 32}[code]
+    if (descriptor >> 49) & 7:
+        raise NotImplementedError("matrix descriptors with a base offset")
+    i, k = np.arange(outer)[:, None], np.arange(depth)[None, :]
+    if width == 0:  # core matrices of 8 rows of 16 bytes each
+        places = (
+            i // 8 * stride
+            + k // 8 * leading
+            + (i % 8 * 16 + k % 8 * 2 if depth_contiguous else i % 8 * 2 + k % 8 * 16)
+        )
+    elif depth_contiguous:
+        places = i // 8 * stride + i % 8 * width + k * 2
+    else:
+        places = i // (width // 2) * leading + i % (width // 2) * 2 + k // 8 * stride + k % 8 * width
+    places = swizzled(start + places, width)
+    return (places[..., None] + np.arange(2)).reshape(-1)
