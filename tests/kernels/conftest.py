@@ -31,3 +31,12 @@ def virtual_gpu(request):
 
     with launch.recording(aot.TARGETS[name], run) as launches:
         yield edits
+
+
+@pytest.fixture
+def reads_by_tma(request):
+    """Skip where the virtual GPU has no TMA, or none that gathers rows: others, and the interpreter, run the test."""
+    name = request.config.getoption("--virtual-gpu") or ""
+    gathers = "tma" in request.node.callspec.params.values() if hasattr(request.node, "callspec") else False
+    if name == "sm_80" or name.startswith("gfx") or (gathers and name == "sm_90"):
+        pytest.skip(f"{name} has no such TMA")

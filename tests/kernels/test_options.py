@@ -46,6 +46,26 @@ def test_num_sms_bounds_the_grid():
     assert launches[0].grid[0] > 100
 
 
+@pytest.mark.parametrize(("version", "stages"), [((3, 7, 0), 1), ((3, 7, 1), 3)])
+def test_loads_that_no_fence_follows_are_not_asynchronous(version, stages, monkeypatch):
+    """Where Triton puts no fence between cp.async and tcgen05; TMA and the tiles of mma.sync need none."""
+    monkeypatch.setattr(launch, "TRITON_VERSION", version)
+    kernels_by_tcgen05 = ("up up", "down_grad down_grad", "weight_grad W1 outer_sums", "weight_grad W2 outer_sums")
+    for target, variant, expected in (
+        ("sm_100", "bf16", stages),
+        ("sm_90", "bf16", 3),
+        ("sm_100", "128 tokens", 3),
+        ("sm_100", "fp32", 3),
+    ):
+        launches = aot.record_launches(aot.VARIANTS[variant], aot.TARGETS[target])
+        for name in kernels_by_tcgen05:
+            if variant == "128 tokens" and name.startswith("weight_grad"):
+                continue  # its tiles are as tall as ever
+            found = launches[name].options["num_stages"]
+            assert (found == 1) is (expected == 1), f"{target}, {variant}, {name}: {found} stages"
+        assert launches["down grouped_matmul"].options["num_stages"] >= 3
+
+
 @pytest.mark.parametrize(
     ("variant", "target", "registers"),
     [

@@ -15,9 +15,12 @@ from tritonmoe.config import KernelOptions
 from tritonmoe.kernels import aot, measured_tiles, tma
 
 WAYS = ("tma", "copy")
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 10, reason="no TMA that gathers rows"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 10, reason="no TMA that gathers rows"
+    ),
+    pytest.mark.usefixtures("reads_by_tma"),
+]
 
 
 @contextlib.contextmanager

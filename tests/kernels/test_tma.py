@@ -13,6 +13,7 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
 from tritonmoe.kernels import aot, measured_tiles, tile_choice, tma
 
+pytestmark = pytest.mark.usefixtures("reads_by_tma")
 OFF = "switched off by a test"
 WEIGHT, BOTH = {"weight": tma.BY_TMA}, {"values": tma.BY_TMA, "weight": tma.BY_TMA}
 BY_TMA = [WEIGHT, BOTH, WEIGHT, BOTH]
