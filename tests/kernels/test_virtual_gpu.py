@@ -90,6 +90,17 @@ def test_branches_that_separate_threads():
         ("ld.global.b64 %rd5, [%rd3];", MemoryFault, "misaligned"),
         ("setp.eq.b32 %p1, %r1, 3;\n@%p1 bra $L__end;\nbar.sync 0;\n$L__end:", Deadlock, "only some threads"),
         ("$L__forever:\nbra.uni $L__forever;", Deadlock, "doesn't end"),
+        (
+            "st.shared.b32 [%r2], 0;\nmov.b32 %r4, 0;\natom.relaxed.sys.shared.add.u32 %r5, [%r4], 1;",
+            MemoryFault,
+            "adds to shared memory that another touched",
+        ),
+        (
+            "setp.eq.b32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nmov.b32 %r4, 0;\n"
+            "setp.eq.b32 %p2, %r1, 40;\n@%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 0;",
+            MemoryFault,
+            "used by another warp than initialised it",
+        ),
         ("mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], 0;", MemoryFault, "no initialised mbarrier"),
     ],
 )
@@ -97,6 +108,21 @@ def test_faults(body, fault, message, monkeypatch):
     monkeypatch.setattr("tritonmoe.kernels.virtual_gpu.nvidia.machine.MAX_STEPS", 100)
     with pytest.raises(fault, match=rf"kernel, line \d+ of its PTX: .*{message}"):
         run(body)
+
+
+def test_threads_add_in_any_order():
+    found = run(
+        """
+        mov.b32 %r4, 0;
+        st.shared.b32 [%r2], 0;
+        bar.sync 0;
+        atom.relaxed.sys.shared.add.u32 %r5, [%r4], 2;
+        bar.sync 0;
+        ld.shared.b32 %r6, [%r4];
+        st.global.b32 [%rd3], %r6;
+        """
+    )
+    assert (found == 128).all()
 
 
 @pytest.mark.parametrize("kept", ["all", "wait", "barrier"])
