@@ -4,7 +4,7 @@ Threads go through the program together; where a branch separates them, those go
 others are. What is asynchronous happens as late as the program's waits allow: a missing wait leaves NaN, or raises.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,14 +158,11 @@ class Machine:
                 self._go(waiting, number + 1, stays)
         raise Deadlock(f"{MAX_STEPS} blocks have run: the program doesn't end")
 
-    def _first(self, waiting: Iterable[int]) -> int:
+    def _first(self, waiting: Collection[int]) -> int:
         """Give a block that the threads of no other one can still come to, so that they meet there."""
-        reachable = self.translation.reachable
-
-        def comes_later(block: int) -> bool:
-            return any(block in reachable[other] and other not in reachable[block] for other in waiting)
-
-        return min(block for block in waiting if not comes_later(block))
+        later, depths = self.translation.later, self.translation.depths
+        first = (block for block in waiting if not any(block in later[other] for other in waiting))
+        return max(first, key=depths.__getitem__)
 
     @staticmethod
     def _go(waiting: dict[int, Any], number: int, mask: Any) -> None:
