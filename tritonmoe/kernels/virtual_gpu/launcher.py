@@ -12,11 +12,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
 from ..aot.launches import source_of
+from .amd import machine as amd_machine
+from .amd import parser as amd_parser
+from .amd import translation as amd_translation
+from .amd.arguments import argument_segment
 from .memory import GlobalMemory
-from .nvidia.machine import run_grid
-from .nvidia.parser import parse
+from .nvidia import machine as nvidia_machine
+from .nvidia import parser as nvidia_parser
+from .nvidia import translation as nvidia_translation
 from .nvidia.tensor_map import TensorMap
-from .nvidia.translation import Translation, translate
 
 __all__ = ["run_launch"]
 
@@ -51,16 +55,28 @@ def run_launch(item: launch.Launch, target: GPUTarget, edit: Callable[[str], str
         else:
             parameters.append(int(np.float32(value).view(np.uint32)) if kind.startswith("fp") else int(value))
     x, y, z = (*item.grid, 1, 1)[:3]
-    translation = _translation(edit(compiled.asm["ptx"]))
+    shared_bytes = compiled.metadata.shared
+    if target.backend == "hip":
+        program = _amd_translation(edit(compiled.asm["amdgcn"]))
+        segment = argument_segment(program.kernel, parameters, (x, y, z), shared_bytes)
+        spans.append((segment.ctypes.data, segment.nbytes))
+        amd_machine.run_grid(program, segment, GlobalMemory(spans), shared_bytes, (x, y, z))
+        return
+    translation = _nvidia_translation(edit(compiled.asm["ptx"]))
     parameters += [0] * (len(translation.kernel.parameters) - len(parameters))  # scratch memory: none
     # Before 3.7.1 Triton fences no asynchronous copies; see `_lacks_fences` in ..tile_choice for what follows.
     checks_fences = target.arch != 90 or launch.TRITON_VERSION >= (3, 7, 1)
-    run_grid(translation, parameters, GlobalMemory(spans), compiled.metadata.shared, (x, y, z), checks_fences)
+    nvidia_machine.run_grid(translation, parameters, GlobalMemory(spans), shared_bytes, (x, y, z), checks_fences)
 
 
 @functools.lru_cache(256)
-def _translation(ptx: str) -> Translation:
-    return translate(parse(ptx))
+def _nvidia_translation(ptx: str) -> nvidia_translation.Translation:
+    return nvidia_translation.translate(nvidia_parser.parse(ptx))
+
+
+@functools.lru_cache(256)
+def _amd_translation(assembly: str) -> amd_translation.Translation:
+    return amd_translation.translate(amd_parser.parse(assembly))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -49,10 +49,10 @@ class GlobalMemory:
                 self._regions.append(_Region(base, data, np.zeros(size, np.int32), np.zeros(size, np.int32)))
         self._bases = np.array([region.base for region in self._regions], np.uint64)
 
-    def read(self, addresses: Words, size: int, program: int) -> NDArray[np.uint8]:
-        """Give (n, size) bytes at `addresses` (n,)."""
+    def read(self, addresses: Words, size: int, program: int, aligned: int = 0) -> NDArray[np.uint8]:
+        """Give (n, size) bytes at `addresses` (n,), which are multiples of `aligned`, or of `size` (0)."""
         out = np.empty((len(addresses), size), np.uint8)
-        for region, chosen, offsets in self._places(addresses, size):
+        for region, chosen, offsets in self._places(addresses, size, aligned or size):
             writers = region.writer[offsets]
             if ((writers != 0) & (writers != program)).any():
                 raise MemoryFault(f"program {program - 1} reads global memory that program {writers.max() - 1} wrote")
@@ -61,9 +61,9 @@ class GlobalMemory:
             out[chosen] = region.data[offsets]
         return out
 
-    def write(self, addresses: Words, values: NDArray[np.uint8], program: int) -> None:
+    def write(self, addresses: Words, values: NDArray[np.uint8], program: int, aligned: int = 0) -> None:
         """Write (n, size) bytes at `addresses` (n,); of equal addresses the last one counts."""
-        for region, chosen, offsets in self._places(addresses, values.shape[1]):
+        for region, chosen, offsets in self._places(addresses, values.shape[1], aligned or values.shape[1]):
             for owners, did in ((region.writer, "wrote"), (region.reader, "read")):
                 others = owners[offsets]
                 if ((others != 0) & (others != program)).any():
@@ -71,12 +71,14 @@ class GlobalMemory:
             region.writer[offsets] = program
             region.data[offsets] = values[chosen]
 
-    def _places(self, addresses: Words, size: int) -> Iterable[tuple[_Region, NDArray[np.intp], NDArray[np.intp]]]:
+    def _places(
+        self, addresses: Words, size: int, aligned: int
+    ) -> Iterable[tuple[_Region, NDArray[np.intp], NDArray[np.intp]]]:
         """Give for each region touched: which of `addresses`, and the (n, size) places of their bytes."""
         if not len(addresses):
             return
-        if size & (size - 1) == 0 and (addresses % np.uint64(size)).any():
-            raise MemoryFault(f"an access of {size} bytes to global memory is misaligned")
+        if aligned & (aligned - 1) == 0 and (addresses % np.uint64(aligned)).any():
+            raise MemoryFault(f"an access of {size} bytes to global memory is not aligned to {aligned}")
         which = np.searchsorted(self._bases, addresses, "right") - 1
         for index in np.unique(which):
             chosen = np.nonzero(which == index)[0]
@@ -110,6 +112,11 @@ class SharedMemory:
     def barrier(self) -> None:
         """Order all accesses of all warps before those after."""
         self.epoch += 1
+
+    def leave_unordered(self, places: NDArray[np.intp], warps: NDArray[np.intp], writes: bool) -> None:
+        """Take the last barrier back for accesses (n, bytes) of warps (n,) that may still be under way."""
+        tags = self._written if writes else self._read
+        tags[places] = self.epoch * 64 + warps[:, None]
 
     def fence(self) -> None:
         """Let matrix instructions and bulk copies see what threads wrote."""

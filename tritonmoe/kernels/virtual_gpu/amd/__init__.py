@@ -1,0 +1,1 @@
+"""Machines that execute AMDGCN assembly."""
