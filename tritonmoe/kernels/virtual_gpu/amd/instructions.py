@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
-__all__ = ["COMPARISONS", "NOTHING", "SCALAR", "VECTOR"]
+__all__ = ["COMPARISONS", "IMMEDIATE", "NOTHING", "SCALAR", "VECTOR"]
 
 NOTHING = ("s_nop", "s_setprio")
 """What only changes when something happens."""
+IMMEDIATE = ("s_addk_i32", "s_movk_i32", "s_mulk_i32")
+"""What has 16 bits with a sign in the instruction, and but for the move its result as the first source."""
 
 
 def _comparison(operator: str, negated: bool = False) -> Callable[[str, str], str]:
@@ -99,6 +101,7 @@ s_sub_i32            i4 i4,i4     {0} - {1}                       ? overflows({0
 s_add_u32            u4 u4,u4     {0} + {1}                       ? carries({0}, {1})
 s_addc_u32           u4 u4,u4     {0} + {1} + SCC                 ? carries({0}, {1}, SCC)
 s_mul_i32            u4 u4,u4     {0} * {1}
+s_mulk_i32           i4 i4,i4     {0} * {1}
 s_mul_hi_u32         u4 u4,u4     high({0}, {1})
 s_abs_i32            i4 i4        abs({0})                        ? T != 0
 s_min_i32            i4 i4,i4     np.minimum({0}, {1})            ? {0} < {1}

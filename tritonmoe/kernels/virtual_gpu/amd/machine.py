@@ -26,6 +26,8 @@ MAX_STEPS = 1_000_000
 Flags = NDArray[np.bool_]
 Words = NDArray[np.uint32]
 _WAITS = "s_barrier"
+NOWHERE = 0x7FFFFFFF
+"""Where Triton lets waves copy to that have nothing to copy: the hardware drops what is outside shared memory."""
 
 
 @dataclass
@@ -294,7 +296,14 @@ class Machine:
         return base + start + places, inside
 
     def load(
-        self, number: int | None, size: int, addresses: NDArray[np.uint64], inside: Any, lanes: Any, active: Any, offset: int
+        self,
+        number: int | None,
+        size: int,
+        addresses: NDArray[np.uint64],
+        inside: Any,
+        lanes: Any,
+        active: Any,
+        offset: int,
     ) -> None:
         """Load `size` bytes a lane, 0 for those not inside, to registers or (number None) to shared memory at M0."""
         inside, lanes = self._everyone(inside), self._everyone(lanes)
@@ -304,7 +313,9 @@ class Machine:
             values = np.ascontiguousarray(found.view(np.uint32).transpose(2, 0, 1))
             self._expect(self._vector_memory, active, lanes, number, values)
             return
-        starts = (self.views[3][M0].astype(np.int64) + offset + size * np.arange(LANES))[lanes]
+        base = self.views[3][M0].astype(np.int64)
+        lanes = lanes & (base != NOWHERE)
+        starts = (base + offset + size * np.arange(LANES))[lanes]
         if (starts % 4).any():
             raise MemoryFault("a copy to shared memory is not aligned to 4 bytes")
         places = starts[:, None] + np.arange(size)
@@ -323,7 +334,14 @@ class Machine:
         self._expect(self._vector_memory, active)
 
     def shared_read(
-        self, number: int, size: int, addresses: Words, offsets: tuple[int, ...], transposes: bool, lanes: Any, active: Any
+        self,
+        number: int,
+        size: int,
+        addresses: Words,
+        offsets: tuple[int, ...],
+        transposes: bool,
+        lanes: Any,
+        active: Any,
     ) -> None:
         """Load `size` bytes at each offset from shared memory; transposes: as DS_READ_B64_TR_B16."""
         running = self._everyone(lanes)

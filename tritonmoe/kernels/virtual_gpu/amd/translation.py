@@ -14,7 +14,7 @@ import numpy as np
 
 from ..control_flow import reverse_postorder
 from . import operations
-from .instructions import COMPARISONS, NOTHING, SCALAR, VECTOR
+from .instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
 from .parser import ENDS_BLOCK, Instruction, Kernel
 
 __all__ = ["EXEC", "M0", "VCC", "BlockCode", "Translation", "translate"]
@@ -237,9 +237,9 @@ class _Writer:
         kind, kinds, template, condition = SCALAR[name]
         if name.endswith("saveexec_b64"):
             operands = (operands[0], operands[1], "exec")
-        if name in ("s_addk_i32", "s_movk_i32"):
+        if name in IMMEDIATE:
             immediate = (int(operands[-1], 0) & 0xFFFF ^ 0x8000) - 0x8000
-            operands = (operands[0], *operands[:1] * (name == "s_addk_i32"), str(immediate))
+            operands = (operands[0], *operands[:1] * (name != "s_movk_i32"), str(immediate))
         inputs = operands[1:] if kind else operands
         values = [self.value(operand, one) for operand, one in zip(inputs, kinds, strict=True)]
         self.lines.append(f"T = {template.format(*values)}")
@@ -371,7 +371,9 @@ class _Writer:
         """Write a fused multiplication and addition whose sources may be float16 each."""
         uppers, narrow = self.choices(modifiers, "op_sel", 3, 0), self.choices(modifiers, "op_sel_hi", 3, 0)
         values = [
-            f"halves({self.value(operand, 'u4')}, {upper})" if half and _register(operand) else self.value(operand, "f4")
+            f"halves({self.value(operand, 'u4')}, {upper})"
+            if half and _register(operand)
+            else self.value(operand, "f4")
             for operand, upper, half in zip(operands[1:], uppers, narrow, strict=True)
         ]
         text = f"({values[0]}.astype('f8') * {values[1]} + {values[2]})"
