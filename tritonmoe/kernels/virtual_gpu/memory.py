@@ -115,8 +115,10 @@ class SharedMemory:
 
     def leave_unordered(self, places: NDArray[np.intp], warps: NDArray[np.intp], writes: bool) -> None:
         """Take the last barrier back for accesses (n, bytes) of warps (n,) that may still be under way."""
-        tags = self._written if writes else self._read
-        tags[places] = self.epoch * 64 + warps[:, None]
+        if writes:
+            self._written[places] = self.epoch * 64 + warps[:, None]
+        else:
+            self._mark_read(places, warps[:, None])
 
     def fence(self) -> None:
         """Let matrix instructions and bulk copies see what threads wrote."""
@@ -126,14 +128,7 @@ class SharedMemory:
         """Give (n, size) bytes at `addresses` (n,), read by the warps (n,)."""
         places = self._places(addresses, size, aligned or size)
         self._check_read(places, warps[:, None])
-        before = self._read[places]
-        tag = self.epoch * 64 + warps[:, None]
-        other = (before >> 6 == self.epoch) & (before != tag)
-        self._read[places] = np.where(other, self.epoch * 64 + SEVERAL, tag)
-        # Threads of one access that read the same byte: the tag left is one of theirs.
-        mixed = self._read[places] != np.where(other, self.epoch * 64 + SEVERAL, tag)
-        if mixed.any():
-            self._read[places[mixed]] = self.epoch * 64 + SEVERAL
+        self._mark_read(places, warps[:, None])
         return self.data[places]
 
     def write(self, addresses: Words, values: NDArray[np.uint8], warps: NDArray[np.intp], aligned: int = 0) -> None:
@@ -188,6 +183,16 @@ class SharedMemory:
         """Give the bytes that the instruction read."""
         self._busy[places] -= 1
         return self.data[places]
+
+    def _mark_read(self, places: NDArray[np.intp], warps: NDArray[np.intp]) -> None:
+        before = self._read[places]
+        tag = self.epoch * 64 + warps
+        other = (before >> 6 == self.epoch) & (before != tag)
+        self._read[places] = np.where(other, self.epoch * 64 + SEVERAL, tag)
+        # Threads of one access that read the same byte: the tag left is one of theirs.
+        mixed = self._read[places] != np.where(other, self.epoch * 64 + SEVERAL, tag)
+        if mixed.any():
+            self._read[places[mixed]] = self.epoch * 64 + SEVERAL
 
     def _places(self, addresses: Words, size: int, aligned: int) -> NDArray[np.intp]:
         start = addresses.astype(np.int64)
