@@ -27,6 +27,12 @@ DELETED = {
     },
 }
 DELETED["sm_120"] = {name: DELETED["sm_90"][name] for name in ("barriers", "waits for TMA")}
+DELETED["gfx942"] = {
+    "barriers": r"\n\s*s_barrier\b",
+    "waits for global memory": r"\n\s*s_waitcnt vmcnt[^\n]*",
+    "waits for shared memory": r"\n\s*s_waitcnt lgkmcnt[^\n]*",
+}
+DELETED["gfx950"] = DELETED["gfx942"]
 
 
 def test_deleting_a_wait_is_noticed(virtual_gpu, request):

@@ -5,5 +5,5 @@ Only what kernels of this project use is there; anything else raises. It says no
 
 __all__ = ["VIRTUAL_GPUS"]
 
-VIRTUAL_GPUS = ("sm_80", "sm_90", "sm_100", "sm_120")
+VIRTUAL_GPUS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 """What kernels can be compiled for, and run."""

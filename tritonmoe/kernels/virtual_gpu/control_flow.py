@@ -1,28 +1,61 @@
-"""The order in which a kernel's basic blocks come."""
+"""Which basic block goes first where threads or wavefronts are at several ones."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-__all__ = ["reverse_postorder"]
+__all__ = ["BlockOrder", "order_blocks"]
 
 
-def reverse_postorder(following: Sequence[Sequence[int]], entry: int = 0) -> tuple[int, ...]:
-    """Give each block's place such that, but for loops, it is before those that come after it.
+@dataclass(frozen=True)
+class BlockOrder:
+    """The order of a kernel's blocks, and last the end."""
 
-    following: for each block those that may come next; a number past the last block stands for the end.
-    """
-    number = len(following)
-    order = [number] * number
-    entered = {entry}
-    path = [entry]
+    later: tuple[frozenset[int], ...]
+    """For each block those that come after it, loops left aside."""
+    depths: tuple[int, ...]
+    """How many loops a block is in."""
+
+    def first(self, blocks: Collection[int]) -> int:
+        """Give one of `blocks` that nobody at another one of them can still come to, so that they meet there."""
+        if len(blocks) == 1:
+            return next(iter(blocks))
+        first = (block for block in blocks if not any(block in self.later[other] for other in blocks))
+        return max(first, key=self.depths.__getitem__)
+
+
+def order_blocks(following: Sequence[Sequence[int]], entry: int = 0) -> BlockOrder:
+    """Order blocks by those that may come next to each; one past the last is the end."""
+    after = [*following, ()]
+    before: list[list[int]] = [[] for _ in after]
+    for index, blocks in enumerate(after):
+        for block_after in blocks:
+            before[block_after].append(index)
+    later: dict[int, frozenset[int]] = {}
+    depths = [0] * len(after)
+    path, entered = [entry], {entry}
     while path:
-        after = following[path[-1]] if path[-1] < len(following) else ()
-        next_block = next((item for item in after if item not in entered), None)
-        if next_block is None:
-            number -= 1
-            if path[-1] < len(order):
-                order[path[-1]] = number
-            path.pop()
-        else:
+        index = path[-1]
+        next_block = next((number for number in after[index] if number not in entered), None)
+        if next_block is not None:
             entered.add(next_block)
             path.append(next_block)
-    return tuple(order)
+            continue
+        for head in after[index]:
+            if head not in later:  # it is on the path: a loop goes from there to here
+                for inside in _between(head, index, before):
+                    depths[inside] += 1
+        ahead = [number for number in after[index] if number in later]
+        later[index] = frozenset(ahead).union(*(later[number] for number in ahead))
+        path.pop()
+    return BlockOrder(tuple(later.get(index, frozenset()) for index in range(len(after))), tuple(depths))
+
+
+def _between(head: int, tail: int, before: list[list[int]]) -> set[int]:
+    """Give the blocks of the loop that begins with `head`, where `tail` branches back to."""
+    found, open_ends = {head}, [tail]
+    while open_ends:
+        block = open_ends.pop()
+        if block not in found:
+            found.add(block)
+            open_ends += before[block]
+    return found

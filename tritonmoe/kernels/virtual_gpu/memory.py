@@ -78,7 +78,7 @@ class GlobalMemory:
         if not len(addresses):
             return
         if aligned & (aligned - 1) == 0 and (addresses % np.uint64(aligned)).any():
-            raise MemoryFault(f"an access of {size} bytes to global memory is not aligned to {aligned}")
+            raise MemoryFault(f"an access of {size} bytes to global memory is misaligned (by {aligned})")
         which = np.searchsorted(self._bases, addresses, "right") - 1
         for index in np.unique(which):
             chosen = np.nonzero(which == index)[0]

@@ -1,6 +1,6 @@
 """Run one program of an AMD kernel: its wavefronts take turns, and wait for each other at barriers.
 
-Wavefronts at the same block run it together; of several blocks the one that comes before the others goes first.
+Wavefronts at the same block run it together; of several blocks one that the others don't lead to goes first.
 """
 
 import numpy as np
@@ -52,7 +52,6 @@ class Machine:
 
     def _run(self) -> None:
         blocks, labels = self.translation.blocks, self.translation.kernel.labels
-        order = np.array([*self.translation.order, len(blocks)])
         position = np.full(self.registers.num_waves, self.translation.kernel.entry)
         waiting = np.zeros(self.registers.num_waves, np.bool_)
         for _ in range(MAX_STEPS):
@@ -63,7 +62,7 @@ class Machine:
                 self.memory_unit.pass_barrier()
                 waiting[:] = False
                 continue
-            number = int(position[running][np.argmin(order[position[running]])])
+            number = self.translation.order.first(set(position[running].tolist()))
             active = running & (position == number)
             block = blocks[number]
             block.run(self, True if active.all() else active[:, None])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..control_flow import reverse_postorder
+from ..control_flow import BlockOrder, order_blocks
 from . import operations
 from .instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
 from .memory_instructions import MemoryWriter
@@ -36,8 +36,7 @@ class Translation:
 
     kernel: Kernel
     blocks: tuple[BlockCode, ...]
-    order: tuple[int, ...]
-    """For each block its place in reverse postorder: before all that come after it, but for loops."""
+    order: BlockOrder
     constants: list[Any] = field(repr=False)
 
 
@@ -73,7 +72,7 @@ def translate(kernel: Kernel) -> Translation:
     }
     exec(compile("\n".join(sources), f"<{kernel.name}>", "exec"), names)
     blocks = tuple(BlockCode(names[f"block_{number}"], branch) for number, branch in enumerate(branches))
-    return Translation(kernel, blocks, reverse_postorder(_following(kernel), kernel.entry), constants)
+    return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry), constants)
 
 
 def _following(kernel: Kernel) -> list[list[int]]:

@@ -4,7 +4,7 @@ Threads go through the program together; where a branch separates them, those go
 others are. What is asynchronous happens as late as the program's waits allow: a missing wait leaves NaN, or raises.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ class Machine:
         for _ in range(MAX_STEPS):
             if not waiting:
                 return
-            number = next(iter(waiting)) if len(waiting) == 1 else self._first(waiting)
+            number = self.translation.order.first(waiting)
             mask = waiting.pop(number)
             if number == len(blocks):
                 continue
@@ -157,12 +157,6 @@ class Machine:
                 self._go(waiting, target, taken)
                 self._go(waiting, number + 1, stays)
         raise Deadlock(f"{MAX_STEPS} blocks have run: the program doesn't end")
-
-    def _first(self, waiting: Collection[int]) -> int:
-        """Give a block that the threads of no other one can still come to, so that they meet there."""
-        later, depths = self.translation.later, self.translation.depths
-        first = (block for block in waiting if not any(block in later[other] for other in waiting))
-        return max(first, key=depths.__getitem__)
 
     @staticmethod
     def _go(waiting: dict[int, Any], number: int, mask: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import arithmetic
+from ..control_flow import BlockOrder, order_blocks
 from .code_writer import CodeWriter
 from .parser import Instruction, Kernel
 
@@ -27,10 +28,7 @@ class Translation:
 
     kernel: Kernel
     blocks: tuple[BlockCode, ...]
-    later: tuple[frozenset[int], ...]
-    """For each block, and last the end, those that come after it, loops left aside."""
-    depths: tuple[int, ...]
-    """How many loops a block is in."""
+    order: BlockOrder
     registers: dict[str, int]
     constants: list[Any] = field(repr=False)
 
@@ -63,49 +61,16 @@ def translate(kernel: Kernel) -> Translation:
     }
     exec(compile("\n".join(sources), f"<{kernel.name}>", "exec"), names)
     blocks = tuple(BlockCode(names[f"block_{number}"], branch) for number, branch in enumerate(branches))
-    return Translation(kernel, blocks, *_order(kernel), registers, constants)
+    return Translation(kernel, blocks, order_blocks(_following(kernel)), registers, constants)
 
 
-def _order(kernel: Kernel) -> tuple[tuple[frozenset[int], ...], tuple[int, ...]]:
-    """Give for each block, and last for the end, those that come after it, loops left aside; and how many it is in."""
-    after: list[list[int]] = []
+def _following(kernel: Kernel) -> list[list[int]]:
+    """Give for each block those that may come next; one past the last is the end."""
+    following = []
     for index, block in enumerate(kernel.blocks):
         last = block[-1] if block else None
         branches = last is not None and last.parts[0] in ("bra", "ret")
-        after.append([index + 1] if last is None or not branches or last.guard else [])
+        following.append([index + 1] if last is None or not branches or last.guard else [])
         if last is not None and last.parts[0] == "bra":
-            after[index].append(kernel.labels[str(last.operands[0])])
-    after.append([])
-    before: list[list[int]] = [[] for _ in after]
-    for index, blocks in enumerate(after):
-        for block_after in blocks:
-            before[block_after].append(index)
-    later: dict[int, frozenset[int]] = {}
-    depths = [0] * len(after)
-    path, entered = [0], {0}
-    while path:
-        index = path[-1]
-        following = next((number for number in after[index] if number not in entered), None)
-        if following is not None:
-            entered.add(following)
-            path.append(following)
-            continue
-        for head in after[index]:
-            if head not in later:  # it is on the path: a loop goes from there to here
-                for inside in _between(head, index, before):
-                    depths[inside] += 1
-        ahead = [number for number in after[index] if number in later]
-        later[index] = frozenset(ahead).union(*(later[number] for number in ahead))
-        path.pop()
-    return tuple(later.get(index, frozenset()) for index in range(len(after))), tuple(depths)
-
-
-def _between(head: int, tail: int, before: list[list[int]]) -> set[int]:
-    """Give the blocks of the loop that begins with `head`, where `tail` branches back to."""
-    found, open_ends = {head}, [tail]
-    while open_ends:
-        block = open_ends.pop()
-        if block not in found:
-            found.add(block)
-            open_ends += before[block]
-    return found
+            following[index].append(kernel.labels[str(last.operands[0])])
+    return following
