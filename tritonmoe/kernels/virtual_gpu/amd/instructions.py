@@ -103,6 +103,7 @@ s_addc_u32           u4 u4,u4     {0} + {1} + SCC                 ? carries({0},
 s_mul_i32            u4 u4,u4     {0} * {1}
 s_mulk_i32           i4 i4,i4     {0} * {1}
 s_mul_hi_u32         u4 u4,u4     high({0}, {1})
+s_mul_hi_i32         i4 i4,i4     (({0}.astype('i8') * {1}) >> 32).astype('i4')
 s_abs_i32            i4 i4        abs({0})                        ? T != 0
 s_min_i32            i4 i4,i4     np.minimum({0}, {1})            ? {0} < {1}
 s_max_i32            i4 i4,i4     np.maximum({0}, {1})            ? {0} > {1}
