@@ -93,7 +93,7 @@ def test_branches_that_separate_threads():
         (
             "st.shared.b32 [%r2], 0;\nmov.b32 %r4, 0;\natom.relaxed.sys.shared.add.u32 %r5, [%r4], 1;",
             MemoryFault,
-            "adds to shared memory that another touched",
+            "atomic operation on shared memory that another warp touched",
         ),
         (
             "setp.eq.b32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nmov.b32 %r4, 0;\n"

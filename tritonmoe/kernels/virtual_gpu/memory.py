@@ -24,7 +24,7 @@ UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype
 SEVERAL = 63
 """Stands for more than one warp where a byte's last reader is kept."""
 ATOMIC = 62
-"""Stands for any warps where a byte's last writer is kept: their additions have no order, and need none."""
+"""Stands for any warps where a byte's last writer is kept: their atomic operations have no order, and need none."""
 
 
 @dataclass
@@ -139,21 +139,16 @@ class SharedMemory:
         self._unfenced[places] = True
         self.data[places] = values
 
-    def add(self, addresses: Words, amounts: Words, warps: NDArray[np.intp]) -> Words:
-        """Add to words of 4 bytes, thread by thread, and give what was there before."""
+    def begin_atomic(self, addresses: Words, warps: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Give which words of 4 bytes (n,) are updated atomically: in any order, but not beside other accesses."""
         places = self._places(addresses, 4, 4)
         written, read, own = self._written[places], self._read[places], warps[:, None]
         conflicts = (written >> 6 == self.epoch) & (written & 63 != own) & (written & 63 != ATOMIC)
         conflicts |= (read >> 6 == self.epoch) & (read & 63 != own)
         if conflicts.any() or self._in_flight[places].any():
-            raise MemoryFault("a warp adds to shared memory that another touched, with no barrier between")
+            raise MemoryFault("an atomic operation on shared memory that another warp touched, with no barrier between")
         self._written[places] = self.epoch * 64 + ATOMIC
-        words = self.data.view(np.uint32)
-        old = np.empty(len(amounts), np.uint32)
-        for thread, place in enumerate(places[:, 0] // 4):
-            old[thread] = words[place]
-            words[place] += amounts[thread]
-        return old
+        return places[:, 0] // 4
 
     def begin_copy(self, places: NDArray[np.intp], warps: NDArray[np.intp]) -> None:
         """Let an asynchronous copy that a thread of `warps` started own the bytes at `places` until it lands."""

@@ -226,9 +226,8 @@ class MemoryUnit:
         """Update words of shared memory by each lane's value; atomic ones have no order to keep among themselves."""
         running = self._registers.everyone(lanes)
         starts = np.broadcast_to(addresses, running.shape)[running].astype(np.int64) + offset
-        if (starts % 4).any() or (starts < 0).any() or (starts >= len(self.shared.data)).any():
-            raise MemoryFault("an atomic operation outside shared memory, or not aligned to 4 bytes")
-        function.at(self.shared.data.view(np.uint32), starts // 4, np.broadcast_to(values, running.shape)[running])
+        words = self.shared.begin_atomic(starts.astype(np.uint64), self._waves[running])
+        function.at(self.shared.data.view(np.uint32), words, np.broadcast_to(values, running.shape)[running])
         self._expect(self._local_memory, active)
 
     def permute(self, number: int, addresses: Words, values: Words, offset: int, lanes: Any, active: Any) -> None:

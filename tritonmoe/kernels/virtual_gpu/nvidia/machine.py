@@ -304,7 +304,11 @@ class Machine:
             raise NotImplementedError(".".join(parts))
         result, addresses, amount = operands
         amounts = np.broadcast_to(amount, self.num_threads).astype("u4")[mask]
-        old = self.shared.add(addresses[mask], amounts, self.warps[mask])
+        words = self.shared.data.view(np.uint32)
+        old = np.empty(len(amounts), np.uint32)
+        for thread, word in enumerate(self.shared.begin_atomic(addresses[mask], self.warps[mask])):
+            old[thread] = words[word]
+            words[word] += amounts[thread]
         if result is not None:
             self.registers[result] = self.registers[result].copy()
             self.registers[result][mask] = old
