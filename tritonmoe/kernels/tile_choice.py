@@ -108,7 +108,8 @@ def grouped_matmul_config(
     config = dataclasses.replace(config, persistent=persistent, gather=gather, reads=reads)
     by_tcgen05 = config.block_m >= 64 and (like.element_size() == 2 or launch.dot_precision(like.dtype) == "tf32")
     if by_tcgen05 and _lacks_fences(target) and not _reads_all_by_tma(operation, config):
-        config = dataclasses.replace(config, num_stages=1)
+        subtiles = 4 if operation == "up" else config.subtiles  # with one stage two of 64 rows spill
+        config = dataclasses.replace(config, num_stages=1, persistent=False, subtiles=subtiles)
     measured_tiles.note(key, config)
     if operation == "weight_grad":
         config = config.clipped(width, config.block_k)
