@@ -1,6 +1,12 @@
 """The search of `tritonmoe tune`, on a time that is a formula."""
 
+import torch
+
+from tritonmoe.backends import triton as kernels
+from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.tuning import CHOICES, descend
+from tritonmoe.config import ExpertLayout
+from tritonmoe.kernels import aot, launch
 
 START = {
     "block_m": 128,
@@ -43,3 +49,26 @@ def test_what_cannot_run_is_never_chosen():
 def test_a_start_that_cannot_run_is_left():
     _, found = search(lambda candidate: None if candidate == START else 1.0)
     assert found != START
+
+
+def test_stages_that_are_not_used_are_not_measured(monkeypatch):
+    """Before Triton 3.7.1 loads through pointers have one stage on Blackwell, whatever is asked for."""
+    ids = torch.empty(4096, 8, dtype=torch.int64, device="meta")
+    x, w1 = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((4096, 2048), (64, 1536, 2048)))
+
+    def up():
+        grouping = kernels.group(ids, 64)
+        kernels.up(x, w1, None, grouping, ExpertLayout(), "silu")
+
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 7, 0))
+    monkeypatch.setattr(tuning, "draw_inputs", lambda *arguments: None)
+    monkeypatch.setattr(tuning, "operation_calls", lambda inputs, backend: {"up": up})
+    monkeypatch.setattr(tuning, "_seconds", lambda call: call() or 1.0)
+    lines: list[str] = []
+    with launch.recording(aot.TARGETS["sm_100"]):
+        assert tuning.tune(None, 4096, torch.bfloat16, torch.device("meta"), lines.append) == {}
+    lines = [line for line in lines if line.startswith("  ")]
+    stages = [line for line in lines if "num_stages" in line]
+    assert len(stages) == len(CHOICES["num_stages"])
+    assert all(line.endswith("can't run") for line in stages)
+    assert any(line.endswith("us") for line in lines if "group_m" in line)

@@ -382,6 +382,11 @@ def run_refused(name: str, directory: Path) -> None:
         with pytest.raises(ValueError, match=r"PEFT adapts model\.layers\.0\.mlp\.experts itself"):
             adapted(input_ids=batch())
         adapted.unload()(input_ids=batch())
+        wrapped = get_peft_model(make_model("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
+        tmt.parallelize(wrapped, dist.group.WORLD)
+        wrapped.set_experts_implementation("tritonmoe")
+        with pytest.raises(ValueError, match="the experts of MixtralForCausalLM are spread"):
+            wrapped.set_experts_implementation("eager")
 
 
 def refuses_other_implementations(model: nn.Module) -> None:

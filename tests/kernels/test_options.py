@@ -50,20 +50,27 @@ def test_num_sms_bounds_the_grid():
 def test_loads_that_no_fence_follows_are_not_asynchronous(version, stages, monkeypatch):
     """Where Triton puts no fence between cp.async and tcgen05; TMA and the tiles of mma.sync need none."""
     monkeypatch.setattr(launch, "TRITON_VERSION", version)
-    kernels_by_tcgen05 = ("up up", "down_grad down_grad", "weight_grad W1 outer_sums", "weight_grad W2 outer_sums")
-    for target, variant, expected in (
-        ("sm_100", "bf16", stages),
-        ("sm_90", "bf16", 3),
-        ("sm_100", "128 tokens", 3),
-        ("sm_100", "fp32", 3),
+    gathered = ("up up", "down_grad down_grad", "weight_grad W1 outer_sums", "weight_grad W2 outer_sums")
+    products = (*gathered, "down grouped_matmul", "up_grad grouped_matmul")
+    for target, variant, waiting in (
+        ("sm_100", "bf16", gathered),
+        ("sm_100", "bf16 gathered by TMA", gathered[1:]),
+        ("sm_100", "bf16 pointers", products),
+        ("sm_100", "128 tokens", gathered[2:]),  # the others' tiles are too low for tcgen05
+        ("sm_100", "fp32", ()),
+        ("sm_90", "bf16 pointers", ()),
     ):
         launches = aot.record_launches(aot.VARIANTS[variant], aot.TARGETS[target])
-        for name in kernels_by_tcgen05:
-            if variant == "128 tokens" and name.startswith("weight_grad"):
-                continue  # its tiles are as tall as ever
-            found = launches[name].options["num_stages"]
-            assert (found == 1) is (expected == 1), f"{target}, {variant}, {name}: {found} stages"
-        assert launches["down grouped_matmul"].options["num_stages"] >= 3
+        found = {name for name in products if launches[name].options["num_stages"] == 1}
+        assert found == (set(waiting) if stages == 1 else set()), f"{target}, {variant}"
+
+
+def test_tf32_goes_through_tcgen05_too(monkeypatch):
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 7, 0))
+    monkeypatch.setattr(launch, "dot_precision", lambda dtype: "tf32")
+    launches = aot.record_launches(aot.VARIANTS["fp32"], aot.TARGETS["sm_100"])
+    assert launches["up up"].options["num_stages"] == 1
+    assert launches["down grouped_matmul"].options["num_stages"] > 1
 
 
 @pytest.mark.parametrize(

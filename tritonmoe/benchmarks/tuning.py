@@ -85,8 +85,9 @@ def tune(
             def seconds(candidate: Fields, call: Callable[[], Any] = call, key: str = key) -> float | None:
                 with measured_tiles.using({key: candidate}), measured_tiles.asked() as chosen:
                     taken = _seconds(call)
-                if taken is None or chosen[key].gather != candidate.get("gather", ""):
-                    return None  # it fell back to pointers: not what was asked for
+                used = chosen[key]
+                if used.gather != candidate.get("gather", "") or used.num_stages != candidate["num_stages"]:
+                    return None  # it fell back to pointers, or to loads that are not asynchronous
                 return taken
 
             best = start

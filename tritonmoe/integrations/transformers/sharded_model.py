@@ -33,7 +33,8 @@ def bind_to_spread(model: nn.Module, found: dict[str, nn.Module]) -> None:
         if hasattr(type(module), "save_pretrained") and any(isinstance(p, DTensor) for p in module.parameters()):
             own: Any = module
             own.save_pretrained = functools.partial(_save_gathered, module)
-            own.set_experts_implementation = functools.partial(_set_experts_implementation, module)
+            if hasattr(type(module), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
+                own.set_experts_implementation = functools.partial(_set_experts_implementation, module)
     for name, experts in found.items():
         block_name, _, own_name = name.rpartition(".")
         if own_name:
@@ -120,7 +121,10 @@ def _save(model: Any, save_directory: Any, gathered: dict[str, Any], settings: d
     try:
         type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
     except (SafetensorError, OSError) as error:  # a disk that is full of weights is the first, and no OSError
-        if isinstance(error, OSError) and error.errno not in FULL:
+        is_full = (
+            error.errno in FULL if isinstance(error, OSError) else any(f"os error {n})" in str(error) for n in FULL)
+        )
+        if not is_full:
             raise
         size = sum(tensor.numel() * tensor.element_size() for tensor in gathered.values())
         there = sorted(os.listdir(save_directory)) if os.path.isdir(save_directory) else []
