@@ -121,9 +121,7 @@ def _save(model: Any, save_directory: Any, gathered: dict[str, Any], settings: d
     try:
         type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
     except (SafetensorError, OSError) as error:  # a disk that is full of weights is the first, and no OSError
-        is_full = (
-            error.errno in FULL if isinstance(error, OSError) else any(f"os error {n})" in str(error) for n in FULL)
-        )
+        is_full = error.errno in FULL if isinstance(error, OSError) else any(os.strerror(n) in str(error) for n in FULL)
         if not is_full:
             raise
         size = sum(tensor.numel() * tensor.element_size() for tensor in gathered.values())
