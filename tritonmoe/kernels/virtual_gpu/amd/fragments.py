@@ -65,6 +65,8 @@ def dpp_sources(control: str) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         return lane // 4 * 4 + choice[lane % 4], everywhere
     if name == "row_shr":
         return lane - int(value) * (place >= int(value)), place >= int(value)
+    if name == "row_shl":
+        return lane + int(value) * (place + int(value) < 16), place + int(value) < 16
     if name == "row_ror":
         return row * 16 + (place - int(value)) % 16, everywhere
     if name == "row_half_mirror":

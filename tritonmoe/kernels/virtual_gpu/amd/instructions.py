@@ -33,6 +33,9 @@ v_subrev_u32         u4 u4,u4     {1} - {0}
 v_mul_lo_u32         u4 u4,u4     {0} * {1}
 v_mul_hi_u32         u4 u4,u4     high({0}, {1})
 v_mul_u32_u24        u4 u4,u4     ({0} & 0xFFFFFF) * ({1} & 0xFFFFFF)
+v_mad_u32_u24        u4 u4,u4,u4  ({0} & 0xFFFFFF) * ({1} & 0xFFFFFF) + {2}
+v_mul_i32_i24        i4 i4,i4     (({0} << 8) >> 8) * (({1} << 8) >> 8)
+v_mad_i32_i24        i4 i4,i4,i4  (({0} << 8) >> 8) * (({1} << 8) >> 8) + {2}
 v_min_i32            i4 i4,i4     np.minimum({0}, {1})
 v_max_i32            i4 i4,i4     np.maximum({0}, {1})
 v_and_b32            u4 u4,u4     {0} & {1}
@@ -72,6 +75,7 @@ v_fmaak_f32          f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmamk_f32          f4 f4,f4,f4  fused({0}, {1}, {2})
 v_exp_f32            f4 f4        np.exp2({0})
 v_rcp_f32            f4 f4        1 / {0}
+v_rcp_iflag_f32      f4 f4        1 / {0}
 v_rndne_f32          f4 f4        np.rint({0})
 v_ldexp_f32          f4 f4,i4     np.ldexp({0}, {1})
 v_div_fixup_f32      f4 f4,f4,f4  divide_fixup({0}, {1}, {2})

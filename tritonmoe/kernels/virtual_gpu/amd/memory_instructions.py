@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from .fragments import LANES
 from .operands import OperandWriter
 
 __all__ = ["MemoryWriter"]
@@ -16,6 +17,9 @@ class MemoryWriter(OperandWriter):
 
     def memory(self, name: str, operands: tuple[str, ...], modifiers: dict[str, str]) -> None:
         unit, operation, *rest = name.split("_")
+        if name == "ds_swizzle_b32":
+            self.swizzle(operands, modifiers["offset"])
+            return
         offset = int(modifiers.get("offset", "0"), 0)
         if unit == "ds":
             self.shared(operation, rest, operands, offset, modifiers)
@@ -25,6 +29,16 @@ class MemoryWriter(OperandWriter):
             self.lines.append(f"u.scalar_load({self.number(operands[0])}, {count}, {text}, A)")
         else:
             self.device(unit, operation, rest, operands, offset, modifiers)
+
+    def swizzle(self, operands: tuple[str, ...], pattern: str) -> None:
+        """Write an exchange of lanes between neighbouring groups of some, which shared memory's wires do."""
+        found = re.fullmatch(r"swizzle\(SWAP,(1|2|4|8|16)\)", pattern)
+        if found is None:
+            raise NotImplementedError(pattern)
+        addresses = self.constant(((np.arange(LANES) ^ int(found[1])) * 4).astype(np.uint32))
+        self.lines.append(
+            f"u.permute({self.number(operands[0], 'V')}, {addresses}, {self.value(operands[1], 'u4')}, 0, X, A)"
+        )
 
     def device(
         self,

@@ -4,10 +4,12 @@ import re
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .fragments import LANES, dpp_sources
 from .parser import Instruction
 
-__all__ = ["ACCUMULATORS", "EXEC", "M0", "VCC", "OperandWriter", "register"]
+__all__ = ["ACCUMULATORS", "EXEC", "M0", "VCC", "OperandWriter", "dpp_lanes", "register"]
 
 VCC, M0, EXEC = 106, 124, 126
 """Where the named scalar registers are among the numbered ones."""
@@ -34,6 +36,26 @@ def register(operand: str) -> tuple[str, int, int] | None:
     first = int(found[2] or found[3])
     count = int(found[4]) - first + 1 if found[4] else 1
     return "S" if found[1] == "s" else "V", first + ACCUMULATORS * (found[1] == "a"), count
+
+
+def dpp_control(instruction: Instruction) -> str:
+    """Give which lane each lane reads from, as assembly names it ("row_shr:8")."""
+    return next(
+        f"{key}:{item}" if item else key
+        for key, item in instruction.modifiers.items()
+        if key.startswith(("quad", "row")) and key != "row_mask"
+    )
+
+
+def dpp_lanes(instruction: Instruction) -> NDArray[np.bool_]:
+    """Give the lanes that an instruction writes: of its rows and banks, and without bound_ctrl with a lane to read."""
+    lane = np.arange(LANES)
+    lanes = np.ones(LANES, bool)
+    for key, group in (("row_mask", lane // 16), ("bank_mask", lane % 16 // 4)):
+        lanes &= int(instruction.modifiers.get(key, "0xf"), 0) >> group & 1 == 1
+    if "dpp" in instruction.modifiers and instruction.modifiers.get("bound_ctrl") != "1":
+        lanes &= dpp_sources(dpp_control(instruction))[1]
+    return lanes
 
 
 class OperandWriter:
@@ -106,13 +128,7 @@ class OperandWriter:
                 text = self.value(operand, "u4")
                 values.append(f"(({text} >> {width * int(place)}) & {2**width - 1}).view('{kind}')")
             elif index == 0 and "dpp" in instruction.modifiers:
-                if instruction.modifiers.get("bound_ctrl") != "1" or instruction.modifiers["bank_mask"] != "0xf":
-                    raise NotImplementedError("lanes that keep their value")
-                control = next(
-                    f"{key}:{item}" if item else key
-                    for key, item in instruction.modifiers.items()
-                    if key.startswith(("quad", "row")) and key != "row_mask"
-                )
+                control = dpp_control(instruction)
                 values.append(f"r.dpp({self.value(operand, 'u4')}, {control!r}, X).view('{kind}')")
             else:
                 values.append(self.value(operand, kind))

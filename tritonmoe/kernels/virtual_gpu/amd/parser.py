@@ -103,7 +103,7 @@ def _instruction(text: str, line: int) -> Instruction:
     name = re.sub(r"_(e32|e64|dpp|sdwa)$", "", found[1])
     if name == "s_waitcnt":
         return Instruction(name, (), dict(re.findall(r"(\w+)\((\d+)\)", found[2])), line)
-    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", found[2] or "")
+    parts = re.findall(r"(?:[^,\[(]|\[[^\]]*\]|\([^)]*\))+", found[2] or "")
     operands, modifiers = [part.strip() for part in parts], {}
     if operands:
         operands[-1], *words = re.findall(r"(?:[^\s\[]|\[[^\]]*\])+", operands[-1])

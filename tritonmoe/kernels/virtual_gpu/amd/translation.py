@@ -16,7 +16,7 @@ from ..control_flow import BlockOrder, order_blocks
 from . import operations
 from .instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
 from .memory_instructions import MemoryWriter
-from .operands import EXEC, register
+from .operands import EXEC, dpp_lanes, register
 from .parser import ENDS_BLOCK, Instruction, Kernel
 
 __all__ = ["BlockCode", "Translation", "translate"]
@@ -159,14 +159,15 @@ class _Writer(MemoryWriter):
         if "clamp" in modifiers:
             template = "subtract_to_zero({0}, {1})"
         where = "X"
-        if modifiers.get("row_mask", "0xf") != "0xf":
-            rows = np.repeat([int(modifiers["row_mask"], 0) >> row & 1 == 1 for row in range(4)], 16)
-            where = f"X & {self.constant(rows)}"
+        if not dpp_lanes(instruction).all():
+            where = f"X & {self.constant(dpp_lanes(instruction))}"
         text = template.format(*values, **modifiers)
         self.put(operands[0], text, kind, where)
 
     def special(self, instruction: Instruction) -> None:
         name, operands, modifiers = instruction.name, instruction.operands, instruction.modifiers
+        if not dpp_lanes(instruction).all():
+            raise NotImplementedError("lanes that keep their value")
         if name == "s_waitcnt":
             counts = [int(modifiers.get(key, 99)) for key in ("vmcnt", "lgkmcnt")]
             self.lines.append(f"u.wait({counts[0]}, {counts[1]}, A)")
