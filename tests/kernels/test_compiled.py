@@ -21,7 +21,7 @@ def run(gpu, tmp_path, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
-@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942"])  # one with each kind of matrix instruction
 def test_one_layer_and_missing_waits(gpu, tmp_path):
     result = run(gpu, tmp_path, "-k", "noticed or silu")
     assert result.returncode == 0, result.stdout[-3000:]
