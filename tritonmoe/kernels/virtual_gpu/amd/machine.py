@@ -6,17 +6,15 @@ Wavefronts at the same block run it together; of several blocks one that the oth
 import numpy as np
 from numpy.typing import NDArray
 
-from ..faults import Deadlock, MemoryFault
+from ..faults import Deadlock
 from ..memory import GlobalMemory
+from ..programs import MAX_STEPS, faults_in, program_number, programs_of
 from .memory_unit import MemoryUnit
 from .operands import EXEC, VCC
 from .registers import Flags, Registers
 from .translation import Translation
 
 __all__ = ["Machine", "run_grid"]
-
-MAX_STEPS = 1_000_000
-"""Blocks that one program may run: more is taken for a loop that never ends."""
 
 
 class Machine:
@@ -34,8 +32,7 @@ class Machine:
         self.translation = translation
         self.line = 0
         self.registers = Registers(translation.kernel, arguments, program)
-        number = 1 + program[0] + grid[0] * (program[1] + grid[1] * program[2])
-        self.memory_unit = MemoryUnit(self.registers, memory, shared_bytes, number)
+        self.memory_unit = MemoryUnit(self.registers, memory, shared_bytes, program_number(program, grid))
 
     def run(self) -> None:
         """Run the program to its end.
@@ -43,12 +40,8 @@ class Machine:
         Raises:
             MemoryFault, Deadlock, NotImplementedError: with the line of the assembly.
         """
-        try:
-            with np.errstate(all="ignore"):
-                self._run()
-        except (MemoryFault, Deadlock, NotImplementedError) as error:
-            place = f"{self.translation.kernel.name}, line {self.line} of its assembly"
-            raise type(error)(f"{place}: {error}") from error
+        with faults_in(self.translation.kernel.name, self, "assembly"):
+            self._run()
 
     def _run(self) -> None:
         blocks, labels = self.translation.blocks, self.translation.kernel.labels
@@ -96,7 +89,5 @@ def run_grid(
     grid: tuple[int, int, int],
 ) -> None:
     """Run all programs of a launch, one after another, with the bytes of the argument segment."""
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                Machine(translation, arguments, memory, shared_bytes, (x, y, z), grid).run()
+    for program in programs_of(grid):
+        Machine(translation, arguments, memory, shared_bytes, program, grid).run()

@@ -48,12 +48,12 @@ def dpp_control(instruction: Instruction) -> str:
 
 
 def dpp_lanes(instruction: Instruction) -> NDArray[np.bool_]:
-    """Give the lanes that an instruction writes: of its rows and banks, and without bound_ctrl with a lane to read."""
+    """Give the lanes that a DPP instruction writes: of its rows and banks; no bound_ctrl: those with a lane to read."""
     lane = np.arange(LANES)
     lanes = np.ones(LANES, bool)
     for key, group in (("row_mask", lane // 16), ("bank_mask", lane % 16 // 4)):
         lanes &= int(instruction.modifiers.get(key, "0xf"), 0) >> group & 1 == 1
-    if "dpp" in instruction.modifiers and instruction.modifiers.get("bound_ctrl") != "1":
+    if instruction.modifiers.get("bound_ctrl") != "1":
         lanes &= dpp_sources(dpp_control(instruction))[1]
     return lanes
 

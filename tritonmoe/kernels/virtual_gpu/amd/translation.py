@@ -6,36 +6,26 @@ integers and float32 (U, I, F and SU, SI, SF in the code), pairs of scalar regis
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..control_flow import BlockOrder, order_blocks
+from ..programs import BlockCode, compile_blocks
 from . import operations
 from .instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
 from .memory_instructions import MemoryWriter
 from .operands import EXEC, dpp_lanes, register
 from .parser import ENDS_BLOCK, Instruction, Kernel
 
-__all__ = ["BlockCode", "Translation", "translate"]
-
-
-@dataclass(frozen=True)
-class BlockCode:
-    """A block's function (machine, mask of waves) and how it ends."""
-
-    run: Callable[[Any, Any], None]
-    branch: Instruction | None
+__all__ = ["Translation", "translate"]
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A kernel's blocks as code."""
+    """A kernel's blocks as functions of (machine, mask of waves)."""
 
     kernel: Kernel
-    blocks: tuple[BlockCode, ...]
+    blocks: tuple[BlockCode[Instruction], ...]
     order: BlockOrder
     constants: list[Any] = field(repr=False)
 
@@ -64,14 +54,7 @@ def translate(kernel: Kernel) -> Translation:
         )
         sources.append("\n    ".join((*begin, *writer.lines)))
         branches.append(branch)
-    names: dict[str, Any] = {
-        "np": np,
-        "K": constants,
-        "copyto": np.copyto,
-        **{name: getattr(operations, name) for name in operations.__all__},
-    }
-    exec(compile("\n".join(sources), f"<{kernel.name}>", "exec"), names)
-    blocks = tuple(BlockCode(names[f"block_{number}"], branch) for number, branch in enumerate(branches))
+    blocks = compile_blocks(kernel.name, sources, branches, constants, operations)
     return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry), constants)
 
 
@@ -159,14 +142,14 @@ class _Writer(MemoryWriter):
         if "clamp" in modifiers:
             template = "subtract_to_zero({0}, {1})"
         where = "X"
-        if not dpp_lanes(instruction).all():
-            where = f"X & {self.constant(dpp_lanes(instruction))}"
+        if "dpp" in modifiers and not (lanes := dpp_lanes(instruction)).all():
+            where = f"X & {self.constant(lanes)}"
         text = template.format(*values, **modifiers)
         self.put(operands[0], text, kind, where)
 
     def special(self, instruction: Instruction) -> None:
         name, operands, modifiers = instruction.name, instruction.operands, instruction.modifiers
-        if not dpp_lanes(instruction).all():
+        if "dpp" in modifiers and not dpp_lanes(instruction).all():
             raise NotImplementedError("lanes that keep their value")
         if name == "s_waitcnt":
             counts = [int(modifiers.get(key, 99)) for key in ("vmcnt", "lgkmcnt")]

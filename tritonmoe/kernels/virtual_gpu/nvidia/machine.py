@@ -13,15 +13,13 @@ from numpy.typing import NDArray
 
 from ..faults import Deadlock, MemoryFault
 from ..memory import GlobalMemory, SharedMemory
+from ..programs import MAX_STEPS, faults_in, program_number, programs_of
 from .code_writer import PARAMETER_SPACE
 from .matrix_unit import MatrixUnit, require_everyone
 from .tensor_map import TensorMap
 from .translation import Translation
 
 __all__ = ["Machine", "run_grid"]
-
-MAX_STEPS = 1_000_000
-"""Blocks that one program may run: more is taken for a loop that never ends."""
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Machine:
         self.translation, self.parameters, self.memory = translation, parameters, memory
         self.num_threads = translation.kernel.num_threads
         self.shared = SharedMemory(shared_bytes, checks_fences)
-        self.program_number = 1 + program[0] + grid[0] * (program[1] + grid[1] * program[2])
+        self.program_number = program_number(program, grid)
         self.line = 0
         threads = np.arange(self.num_threads)
         self.warps = threads // 32
@@ -114,12 +112,8 @@ class Machine:
         Raises:
             MemoryFault, Deadlock, NotImplementedError: with the line of the PTX.
         """
-        try:
-            with np.errstate(all="ignore"):
-                self._run()
-        except (MemoryFault, Deadlock, NotImplementedError) as error:
-            place = f"{self.translation.kernel.name}, line {self.line} of its PTX"
-            raise type(error)(f"{place}: {error}") from error
+        with faults_in(self.translation.kernel.name, self, "PTX"):
+            self._run()
         if any(self._copies) or self._matrices.busy:
             raise MemoryFault(f"{self.translation.kernel.name} ends while copies or products are under way")
 
@@ -140,7 +134,7 @@ class Machine:
             if branch is None:
                 self._go(waiting, number + 1, mask)
                 continue
-            target = len(blocks) if branch.parts[0] == "ret" else labels[branch.operands[0]]  # type: ignore[index]
+            target = len(blocks) if branch.parts[0] == "ret" else labels[str(branch.operands[0])]
             if not branch.guard:
                 self._go(waiting, target, mask)
                 continue
@@ -326,7 +320,5 @@ def run_grid(
 
     checks_fences: whether matrix instructions may not read what threads wrote with no proxy fence between.
     """
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                Machine(translation, parameters, memory, shared_bytes, (x, y, z), grid, checks_fences).run()
+    for program in programs_of(grid):
+        Machine(translation, parameters, memory, shared_bytes, program, grid, checks_fences).run()

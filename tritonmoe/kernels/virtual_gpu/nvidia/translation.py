@@ -1,33 +1,26 @@
 """Translate PTX to Python: each block becomes a function that computes all threads of a program at once, with NumPy."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from .. import arithmetic
 from ..control_flow import BlockOrder, order_blocks
+from ..programs import BlockCode, compile_blocks
 from .code_writer import CodeWriter
 from .parser import Instruction, Kernel
 
-__all__ = ["BlockCode", "Translation", "translate"]
-
-
-@dataclass(frozen=True)
-class BlockCode:
-    """A block's function (registers, machine, mask or None for all threads) and how it ends."""
-
-    run: Callable[[list[Any], Any, Any], None]
-    branch: Instruction | None
+__all__ = ["Translation", "translate"]
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A kernel's blocks as code; `registers` gives the number of a register."""
+    """A kernel's blocks as functions (registers, machine, mask or None for all threads).
+
+    `registers` gives the number of a register.
+    """
 
     kernel: Kernel
-    blocks: tuple[BlockCode, ...]
+    blocks: tuple[BlockCode[Instruction], ...]
     order: BlockOrder
     registers: dict[str, int]
     constants: list[Any] = field(repr=False)
@@ -54,13 +47,7 @@ def translate(kernel: Kernel) -> Translation:
                 writer.add(instruction)
         sources.append(f"def block_{number}(R, m, M):\n    " + "\n    ".join(writer.lines or ["pass"]))
         branches.append(branch)
-    names: dict[str, Any] = {
-        "np": np,
-        "K": constants,
-        **{name: getattr(arithmetic, name) for name in arithmetic.__all__},
-    }
-    exec(compile("\n".join(sources), f"<{kernel.name}>", "exec"), names)
-    blocks = tuple(BlockCode(names[f"block_{number}"], branch) for number, branch in enumerate(branches))
+    blocks = compile_blocks(kernel.name, sources, branches, constants, arithmetic)
     return Translation(kernel, blocks, order_blocks(_following(kernel)), registers, constants)
 
 
