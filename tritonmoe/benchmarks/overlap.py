@@ -21,15 +21,16 @@ from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from ..wire import WireFormat
-from .argument_types import output_file, positive
+from .argument_types import output_file, picture_file, positive
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
 from .overlap_rank import RankMeasurement, measure_rank
-from .overlap_report import as_table, summarize_overlap
+from .overlap_report import summarize_overlap
+from .overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from .overlap_variants import variants_of
 from .ranks import device_and_backend, gather
 from .replayed_peers import ReplayedPeers
-from .timing import summarize, write_json
+from .timing import summarize, write_figures
 from .workload import DTYPES, MODELS, WIRE_DTYPES, Workload
 
 __all__ = ["main"]
@@ -38,7 +39,12 @@ DESCRIPTION = "LINK_DESCRIPTION"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tritonmoe bench overlap", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tritonmoe bench overlap",
+        description=__doc__,
+        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
     where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
     where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
@@ -69,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output, beside the table")
     output.add_argument("--json", type=output_file, help="all figures")
     output.add_argument(
-        "--png", type=output_file, help="lanes of the best schedules, measured and planned, and the sweep"
+        "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
     )
     output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
     return parser
@@ -190,6 +196,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
         if arguments.netns % arguments.node_size:
             raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
+    files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
+    if len(set(files)) < len(files):
+        raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
     if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
         raise ValueError(f"--chunks must lie between 1 and 32, got {arguments.chunks}")
 
@@ -318,28 +327,27 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Print the figures, then write the files; a file that can't be written doesn't keep the others from it."""
+    """Write the files, then print the figures: they are there where nobody reads what is printed, and vice versa."""
     timelines: dict[str, list[Timeline]] = results.pop("timelines")
-    print(as_table(results), flush=True)
+    said, failures = [as_table(results)], []
 
-    def write_trace(path: Path) -> None:
-        write_chrome_trace(path, timelines)
-        print(f"wrote {path}: open it in https://ui.perfetto.dev")
+    def write_picture(path: Path) -> None:
+        lanes = [one[0] for one in timelines.values()]
+        texts = [headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
+        write_overlap_png(path, lanes, results, *texts)
 
-    def write_png(path: Path) -> None:
-        write_overlap_png(path, [one[0] for one in timelines.values()], results)
-        print(f"wrote {path}")
-
-    failures = []
-    for path, write in (
-        (arguments.json, lambda path: write_json(path, "overlap", results)),
-        (arguments.trace, write_trace),
-        (arguments.png, write_png),
+    for path, write, hint in (
+        (arguments.json, lambda path: write_figures(path, "overlap", results), ""),
+        (arguments.trace, lambda path: write_chrome_trace(path, timelines), ": open it in https://ui.perfetto.dev"),
+        (arguments.png, write_picture, ""),
     ):
+        if path is None:
+            continue
         try:
-            if path is not None:
-                write(path)
+            write(path)
+            said.append(f"wrote {path}{hint}")
         except OSError as error:
             failures.append(str(error))
+    print("\n".join(said), flush=True)
     if failures:
         raise OSError("; ".join(failures))

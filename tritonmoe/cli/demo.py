@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.argument_types import positive
+from ..benchmarks.argument_types import output_folder, positive
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_png
 from ..report.terminal import text_style
@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         default=Path("tritonmoe-demo"),
         help="folder of the picture and the trace (default %(default)s)",
     )
