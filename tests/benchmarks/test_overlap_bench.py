@@ -228,7 +228,7 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),
         (["--netns", "4", "--node-size", "2"], "belong together"),
         (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
-        (["--emulate", "2", "--chunks", "33"], "between 1 and 32, got [33]"),
+        (["--emulate", "2", "--chunks", "33"], "argument --chunks: must be a whole number from 1 to 32, got '33'"),
         (["--emulate", "2", "--tokens", "-3"], "argument --tokens: must be a whole number of at least 1, got '-3'"),
         (["--emulate", "2", "--dtype", "bfloat16", "--wire-dtype", "bfloat16"], "takes rows of torch.float32, got"),
         (["--emulate", "2", "--routing", __file__], "test_overlap_bench.py holds no ids: a file of ids is a tensor"),
@@ -240,6 +240,9 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--emulate", "2", "--json", "a", "--png", "a"], "must be different files, got a a"),
         (["--emulate", "2", "--json", "."], "argument --json: must be a file, and '.' is a directory"),
         (["--emulate", "2", "--trace", f"{__file__}/x"], "test_overlap_bench.py is no directory"),
+        (["--emulate", "2", "--timeout-s", "nan"], "argument --timeout-s: must be a positive number, got 'nan'"),
+        (["--emulate", "2", "--seed", str(2**32)], "argument --seed: must be a whole number from 0 to 4294967295, got"),
+        (["--emulate", "2", "--routing", "uniform:2"], "uniform, remote, zipf:S or a file of ids, got 'uniform:2'"),
         (["--emulate", "2", "--routing", "somewhere"], "uniform, remote, zipf:S or a file"),
     ],
 )

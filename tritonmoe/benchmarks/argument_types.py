@@ -2,20 +2,57 @@
 
 import argparse
 import importlib.util
+import math
 import os
 from pathlib import Path
 
-__all__ = ["output_file", "output_folder", "picture_file", "positive"]
+from ..overlap_config import MAX_CHUNKS
+
+__all__ = [
+    "chunk_count",
+    "output_file",
+    "output_folder",
+    "picture_file",
+    "positive",
+    "positive_number",
+    "seed",
+]
 
 
 def positive(text: str) -> int:
     """Give a whole number of at least 1."""
+    return _whole_number(text, 1, None)
+
+
+def chunk_count(text: str) -> int:
+    """Give a number of chunks."""
+    return _whole_number(text, 1, MAX_CHUNKS)
+
+
+def seed(text: str) -> int:
+    """Give a seed of which a generator can take some thousandfold."""
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text: str, least: int, most: int | None) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Give a number above zero, of seconds or milliseconds say."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
 
 

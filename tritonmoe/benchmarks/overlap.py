@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from ..emulation import run_on_emulated_ranks
+from ..errors import TransportError
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_overlap_png
 from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from ..wire import WireFormat
-from .argument_types import output_file, picture_file, positive
+from .argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
 from .overlap_rank import RankMeasurement, measure_rank
@@ -68,10 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    what.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
     parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--seed", type=seed, default=0)
     output = parser.add_argument_group("output, beside the table")
     output.add_argument("--json", type=output_file, help="all figures")
     output.add_argument(
@@ -90,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     except (TypeError, ValueError, OSError) as error:
         print(f"tritonmoe bench overlap: {error}", file=sys.stderr)
         return 2
+    except TransportError as error:
+        print(f"tritonmoe bench overlap: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -112,7 +116,10 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.netns is not None and "RANK" not in os.environ:
         return _run_namespaces(arguments, argv)
     if arguments.mpi:
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+            raise ValueError(f"--mpi needs mpi4py and an MPI: {error}; pip install 'tritonmoe[mpi]'") from error
 
         torch.set_num_threads(1)
         transport = MPITransport(MPI.COMM_WORLD, timeout_s=arguments.timeout_s)
@@ -182,12 +189,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--compute-ratio chooses the link's rate: it needs --emulate or --netns")
     num_ranks = arguments.emulate if arguments.emulate is not None else arguments.netns
     if num_ranks is not None:
-        num_experts = MODELS[arguments.model][0]
-        if num_ranks < 2 or num_experts % num_ranks:
-            raise ValueError(
-                f"the number of ranks must be 2 or more and divide the {num_experts} experts of "
-                f"{arguments.model}, got {num_ranks}"
-            )
+        _check_ranks(num_ranks, arguments.model)
     if (arguments.node_size is None) != (arguments.inter_rate is None):
         raise ValueError("--node-size and --inter-rate belong together")
     if arguments.node_size is not None:
@@ -199,8 +201,14 @@ def _check(arguments: argparse.Namespace) -> None:
     files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
     if len(set(files)) < len(files):
         raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
-    if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
-        raise ValueError(f"--chunks must lie between 1 and 32, got {arguments.chunks}")
+
+
+def _check_ranks(num_ranks: int, model: str) -> None:
+    num_experts = MODELS[model][0]
+    if num_ranks < 2 or num_experts % num_ranks:
+        raise ValueError(
+            f"the number of ranks must be 2 or more and divide the {num_experts} experts of {model}, got {num_ranks}"
+        )
 
 
 def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -239,6 +247,7 @@ def _measure(
     device: str,
 ) -> dict[str, Any]:
     """Measure on this rank and give everything that is shown, with every rank's timelines; the same on every rank."""
+    _check_ranks(transport.size, workload.model)
     measured = measure_rank(
         transport,
         workload,
