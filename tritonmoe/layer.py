@@ -275,8 +275,12 @@ class MoELayer(nn.Module):
         self.last_routing = routing
         aux_loss = routing.topk_weights.new_zeros(())
         if self.config.load_balance_loss_weight:
+            transport, is_global = self.experts.transport, self.config.load_balance_over == "global"
             aux_loss = aux_loss + self.config.load_balance_loss_weight * load_balance_loss(
-                routing, self.config.num_experts
+                routing,
+                self.config.num_experts,
+                # Behind the experts' call, in which the ranks have found that all make it.
+                reduce_load=transport.all_reduce if transport is not None and is_global else None,
             )
         if self.config.z_loss_weight:
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)

@@ -4,6 +4,7 @@ Run as a script it is one process of a group: contract_cases.py FOLDER BACKEND D
 contract_cases.py FOLDER mpi.
 """
 
+import functools
 import json
 import math
 import os
@@ -435,6 +436,29 @@ def a_collective_refused_on_one_rank_is_refused_on_all(transport: Transport) -> 
                 transport.all_reduce(torch.ones(2))
     assert good.tolist() == [1, 1]
     assert transport.all_reduce(good).tolist() == [size] * 2
+
+
+@case
+def load_balance_over_all_ranks(transport: Transport) -> None:
+    """The mean of the ranks' losses and gradients is that of one device with all tokens, whatever each rank has."""
+    rank, size = transport.rank, transport.size
+    config = tm.MoEConfig(8, 4, 2 * size, 2, load_balance_loss_weight=0.3, load_balance_over="global")
+    generator = torch.Generator("cpu").manual_seed(5)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    xs = [draw((4, 7, 0, 3)[r], 8).to(torch.get_default_device()) for r in range(size)]
+    layer, whole = (
+        tm.MoELayer(config, where, generator=generator.manual_seed(0), dtype=torch.float64)
+        for where in (transport, None)
+    )
+    layer(xs[rank])
+    whole(torch.cat(xs))
+    assert layer.aux_loss is not None
+    assert whole.aux_loss is not None
+    (grad,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)
+    (expected,) = torch.autograd.grad(whole.aux_loss, whole.router.weight)
+    torch.testing.assert_close(transport.all_reduce(layer.aux_loss.detach(), "mean"), whole.aux_loss.detach())
+    torch.testing.assert_close(transport.all_reduce(grad, "mean"), expected)
+    assert size == 1 or expected.abs().max() > 1e-3
 
 
 # What only processes can show: a peer that stays away, then is gone.
