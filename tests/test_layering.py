@@ -47,6 +47,7 @@ LAYERS = (
         "expert_parallel",
         "shared_expert",
         "layer",
+        "gradient_clipping",
         "probe",
         "emulation",
         "integrations",

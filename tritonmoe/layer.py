@@ -1,9 +1,11 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,10 @@ from .shared_expert import SharedExpert
 from .transport_state import LayerCalls, refuse
 from .transports import as_transport
 
-__all__ = ["GroupedExperts", "MoELayer"]
+__all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters"]
+
+_all_experts: "WeakSet[GroupedExperts]" = WeakSet()
+_all_experts_lock = threading.Lock()  # emulated ranks are threads
 
 
 class GroupedExperts(nn.Module):
@@ -93,6 +98,15 @@ class GroupedExperts(nn.Module):
         self.gate_up_proj_bias = empty(width) if config.bias else None
         self.down_proj_bias = empty(model_width) if config.bias else None
         self.reset_parameters(generator)
+        self._remember()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remember()  # a copy
+
+    def _remember(self) -> None:
+        with _all_experts_lock:
+            _all_experts.add(self)
 
     @property
     def last_report(self) -> LayerReport | None:
@@ -169,6 +183,17 @@ class GroupedExperts(nn.Module):
         )
 
 
+def experts_of_parameters() -> dict[int, GroupedExperts]:
+    """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
+
+    Asked of the modules, not noted on the parameters: those are exchanged for others (by deepcopy, load_state_dict with
+    assign=True, parametrizations), which would lose a note.
+    """
+    with _all_experts_lock:
+        modules = list(_all_experts)
+    return {id(parameter): module for module in modules for parameter in module.parameters()}
+
+
 class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
@@ -179,9 +204,9 @@ class MoELayer(nn.Module):
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
-    Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts. backend,
-    num_sms and batch_invariant are for the routed experts: the products of the router and of a shared expert are
-    PyTorch's, which may round a row differently with its neighbours.
+    Expert gradients are sums over the ranks; see expert_parallel_mlp. Clip them all with tritonmoe.clip_grad_norm_.
+    Arguments are those of GroupedExperts. backend, num_sms and batch_invariant are for the routed experts: the products
+    of the router and of a shared expert are PyTorch's, which may round a row differently with its neighbours.
     """
 
     def __init__(
