@@ -462,6 +462,22 @@ def test_ranks_that_balance_over_other_tokens_hear_of_it(odd: dict) -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=2)
 
 
+def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
+    config = replace(CONFIG, selection_bias=True)
+    whole = tm.MoELayer(config, generator=seeded())
+    whole(torch.cat([batch(rank) for rank in range(3)]))
+    load = whole.router.update_selection_bias()
+
+    def on_rank(transport: Transport) -> tuple[Tensor, Tensor]:
+        layer = copy.deepcopy(tm.MoELayer(config, transport, generator=seeded()))
+        layer(batch(transport.rank))
+        return layer.router.update_selection_bias(), layer.router.e_score_correction_bias
+
+    for summed, bias in tm.run_on_emulated_ranks(on_rank, 3):
+        assert torch.equal(summed, load)
+        assert torch.equal(bias, whole.router.e_score_correction_bias)
+
+
 def test_load_balance_over_needs_to_be_known() -> None:
     with pytest.raises(ValueError, match="load_balance_over must be 'rank' or 'global', got 'node'"):
         replace(CONFIG, load_balance_over="node")

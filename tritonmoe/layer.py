@@ -204,6 +204,7 @@ class MoELayer(nn.Module):
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
+    router.update_selection_bias() sums the load over the transport's ranks (router.reduce_load, which can be replaced).
     Expert gradients are sums over the ranks; see expert_parallel_mlp. Clip them all with tritonmoe.clip_grad_norm_.
     Arguments are those of GroupedExperts. backend, num_sms and batch_invariant are for the routed experts: the products
     of the router and of a shared expert are PyTorch's, which may round a row differently with its neighbours.
@@ -242,6 +243,8 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
+        if self.experts.transport is not None:
+            self.router.reduce_load = self.experts.transport.all_reduce
         self.shared_expert: nn.Module | None = None
         if config.shared_intermediate_size:
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
