@@ -91,7 +91,8 @@ def parallelize(
             the ranks' losses.
     Raises:
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            share weights with another module, or are adapted by PEFT themselves. Nothing is changed.
+            share weights with another module, or are adapted by PEFT themselves; init_process_group was not called.
+            Nothing is changed.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -105,6 +106,11 @@ def parallelize(
         raise TypeError(
             "the experts of a model are spread over a ProcessGroup or a DeviceMesh of one dimension, got "
             f"{group_or_mesh!r}"
+        )
+    if group_or_mesh is None and not torch.distributed.is_initialized():
+        raise ValueError(
+            "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "
+            "parallelize()"
         )
     transport = as_transport(group_or_mesh)
     found: dict[str, Any] = experts_modules(model)
