@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "SECOND_DERIVATIVE",
+    "caller_autocast",
     "checkpointed_region",
     "is_autocast_on",
     "is_recomputing",
@@ -39,6 +40,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def is_autocast_on(device: torch.device) -> bool:
     # Not torch.amp.is_autocast_available, which torch 2.10's dynamo can't trace; meta tensors have no autocast.
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def caller_autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Give a function that gives a context with the autocast that is on now, for code that is to run inside later."""
+    if not is_autocast_on(device):
+        return nullcontext
+    dtype, is_cached = torch.get_autocast_dtype(device.type), torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device.type, dtype, cache_enabled=is_cached)
 
 
 outside_graphs = torch._disable_dynamo

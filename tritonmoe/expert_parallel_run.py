@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
-from .autograd import is_recomputing, without_autocast
+from .autograd import caller_autocast, is_recomputing, without_autocast
 from .callable_activation import activation_parameters
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
@@ -216,9 +216,11 @@ def run_call(
             plan = exchange_plan(transport, replace(header, nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
     first_expert = rank * (num_experts // size)
 
+    autocast = caller_autocast(x.device)
+
     def in_caller_mode(filler: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            with torch.set_grad_enabled(grad_enabled):  # a Function's forward runs without
+            with torch.set_grad_enabled(grad_enabled), autocast():  # a Function's forward runs without either
                 filler()
 
         return run

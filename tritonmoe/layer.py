@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .arguments import ExpertWeights
+from .arguments import ExpertWeights, find_main_grads
 from .backends import check_name
 from .config import KernelOptions, MoEConfig, check_moe_config
 from .expert_parallel import run_expert_parallel
@@ -231,8 +231,8 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 bias.zero_()
 
-    def _weights(self) -> ExpertWeights:
-        """Give this rank's experts as plain tensors, whose gradients reach the parameters."""
+    def _weights(self, x: Tensor | None = None) -> ExpertWeights:
+        """Give this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
         parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         sharding, calls = self._sharding, self._calls
         if sharding is None or calls is None:
@@ -245,12 +245,19 @@ class GroupedExperts(nn.Module):
                 "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
             )
         first = len(parameters) * calls.layer
-        return ExpertWeights(
+        weights = ExpertWeights(
             *(
                 None if parameter is None else local_shard(parameter, sharding, self._gradient_scale, first + number)  # type: ignore[arg-type]
                 for number, parameter in enumerate(parameters)
             )
         )
+        is_narrow = x is not None and x.dtype in (torch.bfloat16, torch.float16)
+        if sharding.mesh is None or not is_narrow or weights.gate_up_proj.dtype != torch.float32:
+            return weights
+        if find_main_grads(weights) is not None:
+            return weights
+        # What FSDP2's mixed precision does to parameters that it manages; these it is told to leave alone.
+        return ExpertWeights(*(None if weight is None else weight.to(x.dtype) for weight in weights))  # type: ignore
 
     def forward(
         self,
@@ -287,7 +294,7 @@ class GroupedExperts(nn.Module):
                 batch_invariant=self.options.batch_invariant,
             )
         try:
-            weights = self._weights()
+            weights = self._weights(x)
         except Exception:
             refuse(self.transport)
             raise

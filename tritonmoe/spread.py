@@ -1,8 +1,10 @@
 """parallelize(): spread the experts of any module over ranks; expert_parameters(): which parameters those are."""
 
+import gc
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .expert_parallel_run import check_expert_parallel
@@ -13,7 +15,7 @@ from .transports import as_transport
 from .transports.data_parallel import sharded_modules
 from .transports.sharding import check_expert_gradients, check_same_weights, find_sharding
 
-__all__ = ["expert_parameters", "parallelize", "refuse_tied", "routed_experts"]
+__all__ = ["expert_parameters", "parallelize", "refuse_held", "refuse_tied", "routed_experts"]
 
 
 def parallelize(
@@ -52,6 +54,7 @@ def parallelize(
             f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there is nothing to spread: for a "
             "model of transformers it is tritonmoe.integrations.transformers.parallelize"
         )
+    refuse_held(module, found)
     check_overlap(OverlapConfig() if overlap is None else overlap)
     check_expert_gradients(expert_gradients)
     transport = as_transport(group_or_mesh)
@@ -92,6 +95,33 @@ def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
         for name, child in module.named_modules()
         if isinstance(child, GroupedExperts) and id(child) not in beside
     }
+
+
+def refuse_held(module: nn.Module, found: "dict[str, Any]") -> None:
+    """Raise ValueError where somebody keeps the parameters that spreading replaces: they would never move again."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    own = {id(parameter): name for name, experts in found.items() for parameter in experts.parameters(recurse=False)}
+    for name, experts in found.items():
+        if any(hasattr(parameter, "device_mesh") for parameter in experts.parameters(recurse=False)):
+            raise ValueError(
+                f"the experts of {name or 'the module'} are DTensors already: call parallelize() before fully_shard() "
+                "and parallelize_module()"
+            )
+    for held in gc.get_objects():
+        if issubclass(type(held), DistributedDataParallel):
+            holder, parameters = "DistributedDataParallel", held.module.parameters()
+        elif issubclass(type(held), torch.optim.Optimizer):
+            holder = type(held).__name__
+            parameters = (parameter for group in held.param_groups for parameter in group["params"])
+        else:
+            continue
+        name = next((own[id(parameter)] for parameter in parameters if id(parameter) in own), None)
+        if name is not None:
+            raise ValueError(
+                f"{holder} was made with the experts of {name or 'the module'} before they are spread, and would go on "
+                "with the parameters that were: call parallelize() first"
+            )
 
 
 def refuse_tied(module: nn.Module, found: "dict[str, Any]") -> None:

@@ -2,14 +2,22 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from tritonmoe.transports import EXPERT
+
 __all__ = ["ShardedNames", "explain_fully_shard", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
 
+logger = logging.getLogger("tritonmoe")
+
 MARK = "_tritonmoe_sharded"
+
+_known_members: set[tuple[int, ...]] = set()
+"""Of all modules that were marked."""
 
 
 class ShardedNames(NamedTuple):
@@ -23,6 +31,8 @@ class ShardedNames(NamedTuple):
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
     """Say that these parameters of the module itself are other ones on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
+    if members is not None:
+        _known_members.add(members)
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
@@ -74,17 +84,44 @@ def explain_fully_shard() -> None:
             raise ValueError(
                 f"fully_shard can't shard {module_info.param_name} of {type(module_info.module).__name__}, whose "
                 "experts are spread over these ranks already: pass "
-                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the experts over the replicas alone"
+                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself over their "
+                "replicas"
             ) from error
+        _warn_of_fewer_ranks(param, self.mesh_info.mesh, module_info)
 
     setattr(init, MARK, True)
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
+
+
+def _warn_of_fewer_ranks(param: Any, mesh: Any, module_info: Any) -> None:
+    """Log once where FSDP2 averages a whole dense parameter over a part of the ranks over which experts are averaged."""
+    ranks = set(mesh.mesh.flatten().tolist())
+    if hasattr(param, "device_mesh") or MARK in module_info.module.__dict__:
+        return
+    for members in [members for members in _known_members if ranks < set(members)]:
+        _known_members.discard(members)
+        logger.warning(
+            "fully_shard averages the gradient of %s of %s over the ranks %s, but experts' gradients are averaged over "
+            "the ranks %s: where both are of one model that every rank runs on tokens of its own, pass a mesh of all "
+            "of these ranks, or dense parameters drift apart",
+            module_info.param_name,
+            type(module_info.module).__name__,
+            sorted(ranks),
+            sorted(members),
+        )
 
 
 def _ignore(module: Any, group: Any, mesh: Any) -> None:
     """Name the marked parameters where DistributedDataParallel looks, after checking that it averages as they do."""
     import torch.distributed as dist
 
+    for name, parameter in module.named_parameters():
+        names = getattr(getattr(getattr(parameter, "_st_info", None), "mesh", None), "mesh_dim_names", None)
+        if EXPERT in (names or ()):
+            raise ValueError(
+                f"torch.distributed's replicate() has made a plain tensor of {name}, of which every rank holds other "
+                "experts, and would average them: use DistributedDataParallel"
+            )
     ignored = []
     for prefix, child, marked in sharded_modules(module):
         if marked.members is None:

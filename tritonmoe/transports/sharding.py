@@ -78,7 +78,8 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
     else:
         device_type = device.type
         if device_type == "meta":  # they will be where the group's backend is
-            device_type = "cuda" if "cuda" in dist.get_backend_config(world.group) else "cpu"
+            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(world.group)
+            device_type = "cuda" if has_cuda else "cpu"
         mesh = DeviceMesh.from_group(world.group, device_type, mesh_dim_names=(EXPERT,))
     return Sharding(transport, mesh, None, tuple(members))
 

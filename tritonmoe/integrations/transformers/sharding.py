@@ -13,7 +13,7 @@ from ...expert_parallel import run_expert_parallel
 from ...expert_parallel_run import check_expert_parallel
 from ...overlap_config import OverlapConfig, check_overlap
 from ...spread import parallelize as parallelize_layers
-from ...spread import refuse_tied, routed_experts
+from ...spread import refuse_held, refuse_tied, routed_experts
 from ...transport_state import LayerCalls
 from ...transports import Transport, as_transport
 from ...transports.sharding import (
@@ -153,6 +153,7 @@ def parallelize(
             )
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
+    refuse_held(model, found)
     refuse_tied(model, found)
     refuse_adapted(model, found)
     if layers and not found:
