@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/train_expert_parallel.py
 
 Uses NCCL where every process has a GPU of its own, gloo on a CPU otherwise. Each process holds its share of the
-experts and of the batch. Dense parameters (the router) are averaged as in data parallelism; expert gradients arrive as
-the sum over all ranks' losses, so they are divided by the number of ranks.
+experts and of the batch. DistributedDataParallel averages the gradients of dense parameters (the router) and leaves the
+experts alone, whose gradients the layer averages itself.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
 
@@ -42,7 +43,8 @@ def main() -> None:
         generator=torch.Generator().manual_seed(0),
         device=device,
     )
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    model = DistributedDataParallel(layer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(arguments.tokens, config.hidden_size, generator=generator)
@@ -52,14 +54,9 @@ def main() -> None:
 
     for step in range(arguments.steps):
         # Summed here and divided by the whole batch, so that ranks with fewer tokens weigh less.
-        loss = F.mse_loss(layer(x), target, reduction="sum") / (arguments.tokens * config.hidden_size) * size
+        loss = F.mse_loss(model(x), target, reduction="sum") / (arguments.tokens * config.hidden_size) * size
         optimizer.zero_grad()
         loss.backward()
-        for parameter in layer.router.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= size
-        for parameter in layer.experts.parameters():
-            parameter.grad /= size
         optimizer.step()
         mean_loss = loss.detach() / size
         dist.all_reduce(mean_loss)

@@ -132,7 +132,14 @@ def test_equals_one_device(num_ranks: int, form: str) -> None:
     expected.square().sum().backward()
 
     def on_rank(transport: Transport) -> tuple[Tensor, tm.MoELayer]:
-        layer = tm.MoELayer(config, transport, tm.OverlapConfig(2), generator=seeded(), dtype=torch.float64)
+        layer = tm.MoELayer(
+            config,
+            transport,
+            tm.OverlapConfig(2),
+            expert_gradients="sum",
+            generator=seeded(),
+            dtype=torch.float64,
+        )
         randomise_biases(layer.experts)
         y = layer(xs[transport.rank])
         y.square().sum().backward()
@@ -373,7 +380,14 @@ def test_training_on_two_ranks_is_training_on_one(num_chunks) -> None:
     assert expected[-1] < expected[0]
 
     def on_rank(transport: Transport) -> list[float]:
-        layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(num_chunks), generator=seeded(), dtype=torch.float64)
+        layer = tm.MoELayer(
+            CONFIG,
+            transport,
+            tm.OverlapConfig(num_chunks),
+            expert_gradients="sum",
+            generator=seeded(),
+            dtype=torch.float64,
+        )
 
         def sum_over_ranks(grad: Tensor) -> Tensor:
             both = transport.exchange(torch.cat([grad, grad]), [len(grad)] * 2, [len(grad)] * 2).wait()

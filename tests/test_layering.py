@@ -47,6 +47,7 @@ LAYERS = (
         "expert_parallel",
         "shared_expert",
         "layer",
+        "spread",
         "probe",
         "emulation",
         "integrations",

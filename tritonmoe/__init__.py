@@ -13,6 +13,7 @@ from .layer import GroupedExperts, MoELayer
 from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .routing import TopKRouter
+from .spread import expert_parameters, parallelize
 from .transports import LinkModel
 
 __version__ = "0.1.0"
@@ -32,7 +33,9 @@ __all__ = [
     "TopKRouter",
     "TransportError",
     "expert_parallel_mlp",
+    "expert_parameters",
     "moe_mlp",
+    "parallelize",
     "run_on_emulated_ranks",
     "transports",
 ]

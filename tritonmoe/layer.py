@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +22,47 @@ from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, 
 from .shared_expert import SharedExpert
 from .transport_state import LayerCalls, refuse
 from .transports import as_transport
+from .transports.sharding import (
+    Sharding,
+    check_expert_gradients,
+    check_replicas,
+    find_sharding,
+    local_shard,
+    shard_parameters,
+)
 
-__all__ = ["GroupedExperts", "MoELayer"]
+__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer"]
+
+PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+"""The names of the experts' parameters; a layer without biases has None for them."""
 
 
 class GroupedExperts(nn.Module):
-    """The experts of one rank as parameters, named and shaped as in transformers; runs moe_mlp, or its parallel twin.
+    """The experts as parameters, named and shaped as in transformers; runs moe_mlp, or its parallel twin.
 
-    Parameters: gate_up_proj (E/W, 2F, D), down_proj (E/W, D, F), and with config.bias gate_up_proj_bias (E/W, 2F) and
-    down_proj_bias (E/W, D); F instead of 2F when ungated, axes swapped when transposed.
+    Parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F), and with config.bias gate_up_proj_bias (E, 2F) and
+    down_proj_bias (E, D); F instead of 2F when ungated, axes swapped when transposed. On ranks that torch.distributed
+    knows each is a DTensor, Shard(0) over the dimension "expert"; on other transports it is this rank's E / W experts.
 
     Args:
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
-            two: nodes and ranks of a node (a TwoLevelTransport).
+            two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
+            TwoLevelTransport).
             Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
+        expert_gradients: "mean": gradients are as if averaged over all ranks, replicas included, as
+            DistributedDataParallel averages dense ones; "sum": over the ranks of the transport.
         backend, num_sms, batch_invariant: as in moe_mlp.
         generator: draws the weights; the same seed gives the same experts for every number of ranks. None draws
             from torch's global generator, which must then be in the same state on every rank.
     """
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,6 +71,7 @@ class GroupedExperts(nn.Module):
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
+        expert_gradients: Literal["mean", "sum"] = "mean",
         backend: str = "auto",
         num_sms: int | None = None,
         batch_invariant: bool = False,
@@ -61,38 +82,90 @@ class GroupedExperts(nn.Module):
         super().__init__()
         check_moe_config(config)
         self.config = config
-        self.transport = None if transport is None else as_transport(transport)
-        self.overlap = OverlapConfig() if overlap is None else overlap
-        check_overlap(self.overlap)
         check_name(backend)
         self.backend = backend
         self.options = KernelOptions(num_sms, batch_invariant).check()
-        size = 1 if self.transport is None else self.transport.size
-        rank = 0 if self.transport is None else self.transport.rank
-        if placement is not None and self.transport is None:
-            raise ValueError("placement says which rank holds which experts: it needs a transport")
-        self.placement = placement
-        self._calls = None if self.transport is None else LayerCalls(self.transport)
-        num_local = config.num_experts // size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, config.num_experts, size, placement)
-        first = rank * num_local
-        self.expert_ids = tuple(range(first, first + num_local))
-        """The experts of this rank, in the order of its weights."""
-        if placement is not None:
-            self.expert_ids = placement.experts_of_rank[rank]
         layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
         width = 2 * inner if layout.gated else inner
         up_shape = (model_width, width) if layout.transposed else (width, model_width)
         down_shape = (inner, model_width) if layout.transposed else (model_width, inner)
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_local, *shape, device=device, dtype=dtype))
-
-        self.gate_up_proj = empty(*up_shape)
-        self.down_proj = empty(*down_shape)
-        self.gate_up_proj_bias = empty(width) if config.bias else None
-        self.down_proj_bias = empty(model_width) if config.bias else None
+        shapes = dict(zip(PARAMETERS, (up_shape, down_shape, (width,), (model_width,)), strict=True))
+        self.expert_ids = tuple(range(config.num_experts))
+        """The experts of this rank, in the order of its weights."""
+        self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
+        parts: dict[str, Tensor | None] = {
+            name: torch.empty(len(self.expert_ids), *shape, device=device, dtype=dtype, requires_grad=True)
+            if config.bias or not name.endswith("bias")
+            else None
+            for name, shape in shapes.items()
+        }
+        self._hold(parts)
         self.reset_parameters(generator)
+
+    def _join(
+        self,
+        ranks: Any,
+        overlap: OverlapConfig | OverlapPlan | None,
+        placement: ExpertPlacement | None,
+        expert_gradients: str,
+        device: torch.device,
+    ) -> None:
+        """Decide which experts are this rank's, and how it meets the others; None for `ranks` is one device."""
+        self.overlap = OverlapConfig() if overlap is None else overlap
+        check_overlap(self.overlap)
+        check_expert_gradients(expert_gradients)
+        if placement is not None and ranks is None:
+            raise ValueError("placement says which rank holds which experts: it needs a transport")
+        self.placement = placement
+        self.transport = None if ranks is None else as_transport(ranks)
+        self._sharding: Sharding | None = None
+        self._calls: LayerCalls | None = None
+        self._gradient_scale = 1.0
+        if self.transport is None:
+            return
+        rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
+        num_local = num_experts // size if placement is None else placement.num_slots
+        check_expert_parallel(num_local, num_experts, size, placement)
+        self._sharding = find_sharding(ranks, self.transport, device)
+        self._calls = LayerCalls(self.transport)
+        if expert_gradients == "mean":
+            self._gradient_scale = 1 / size
+        first = rank * num_local
+        self.expert_ids = tuple(range(first, first + num_local))
+        if placement is not None:
+            self.expert_ids = placement.experts_of_rank[rank]
+
+    def _hold(self, parts: dict[str, Tensor | None]) -> None:
+        """Make parameters of this rank's experts."""
+        if self._sharding is None:
+            for name, part in parts.items():
+                self.register_parameter(name, None if part is None else nn.Parameter(part))
+            return
+        is_in_order = self.placement is None or self.placement.is_contiguous
+        shard_parameters(self, parts, self._sharding, is_in_order)
+
+    def spread_over(
+        self,
+        group_or_mesh: Any,
+        overlap: OverlapConfig | OverlapPlan | None = None,
+        *,
+        placement: ExpertPlacement | None = None,
+        expert_gradients: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        """Keep this rank's experts of all that are here, in place; parallelize() calls it, once it has checked.
+
+        Args: as those of the constructor; group_or_mesh: its `transport`.
+        """
+        whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
+        self._join(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
+        assert self._sharding is not None
+        ids = list(self.expert_ids)
+        self._hold(
+            {
+                name: None if weight is None else weight.detach()[ids].requires_grad_(weight.requires_grad)
+                for name, weight in whole.items()
+            }
+        )
 
     @property
     def last_report(self) -> LayerReport | None:
@@ -103,17 +176,34 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        if self._sharding is not None:
+            check_replicas(seed, self._sharding)
+        weights = self._weights()
         for local, expert in enumerate(self.expert_ids):
             own = torch.Generator().manual_seed(seed + expert)
             for weight, fan_in in (
-                (self.gate_up_proj[local], self.config.hidden_size),
-                (self.down_proj[local], self.config.intermediate_size),
+                (weights.gate_up_proj[local], self.config.hidden_size),
+                (weights.down_proj[local], self.config.intermediate_size),
             ):
                 bound = 1 / math.sqrt(fan_in)
                 weight.copy_(torch.empty(weight.shape, device="cpu").uniform_(-bound, bound, generator=own))
-        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+        for bias in (weights.gate_up_bias, weights.down_bias):
             if bias is not None:
                 bias.zero_()
+
+    def _weights(self) -> ExpertWeights:
+        """Give this rank's experts as plain tensors, whose gradients reach the parameters."""
+        parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        sharding, calls = self._sharding, self._calls
+        if sharding is None or calls is None:
+            return ExpertWeights(*parameters)
+        first = len(parameters) * calls.layer
+        return ExpertWeights(
+            *(
+                None if parameter is None else local_shard(parameter, sharding, self._gradient_scale, first + number)  # type: ignore[arg-type]
+                for number, parameter in enumerate(parameters)
+            )
+        )
 
     def forward(
         self,
@@ -149,11 +239,16 @@ class GroupedExperts(nn.Module):
                 num_sms=self.options.num_sms,
                 batch_invariant=self.options.batch_invariant,
             )
+        try:
+            weights = self._weights()
+        except Exception:
+            refuse(self.transport)
+            raise
         return run_expert_parallel(
             x,
             topk_ids,
             topk_weights,
-            ExpertWeights(self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias),
+            weights,
             num_experts=config.num_experts,
             transport=self.transport,
             overlap=self.overlap,
@@ -178,8 +273,9 @@ class MoELayer(nn.Module):
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
 
-    The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's.
-    Expert gradients are sums over the ranks; see expert_parallel_mlp. Arguments are those of GroupedExperts. backend,
+    The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
+    DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
+    itself, see GroupedExperts, whose arguments these are. backend,
     num_sms and batch_invariant are for the routed experts: the products of the router and of a shared expert are
     PyTorch's, which may round a row differently with its neighbours.
     """
@@ -191,6 +287,7 @@ class MoELayer(nn.Module):
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
+        expert_gradients: Literal["mean", "sum"] = "mean",
         backend: str = "auto",
         num_sms: int | None = None,
         batch_invariant: bool = False,
@@ -210,6 +307,7 @@ class MoELayer(nn.Module):
             transport,
             overlap,
             placement=placement,
+            expert_gradients=expert_gradients,
             backend=backend,
             num_sms=num_sms,
             batch_invariant=batch_invariant,

@@ -115,6 +115,11 @@ class ExpertPlacement:
         return 1 + max(max(slots) for slots in self.experts_of_rank)
 
     @property
+    def is_contiguous(self) -> bool:
+        """Whether it is the placement that a layer has without one."""
+        return not self.has_replicas and self == self.contiguous(self.num_experts, self.size)
+
+    @property
     def has_replicas(self) -> bool:
         return self.size * self.num_slots > self.num_experts
 

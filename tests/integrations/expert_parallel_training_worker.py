@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import tritonmoe as tm
 from tritonmoe.integrations import transformers as tmt
 
 
@@ -50,7 +51,7 @@ def run_fully_sharded(name: str, directory: Path) -> None:
     everybody = init_device_mesh("cpu", (size,))
     model: Any = make_model(name)
     names = list(model.state_dict())
-    tmt.parallelize(model, mesh["expert"], OVERLAP)
+    tmt.parallelize(model, mesh, OVERLAP)
     for layer in model.model.layers:
         fully_shard(layer.mlp.experts, mesh=mesh["data"])
         fully_shard(layer, mesh=everybody)
@@ -75,7 +76,7 @@ def run_sharded_beside_experts(name: str, directory: Path) -> None:
     expected, _ = reference(name, ids)
     model: Any = make_model(name)
     tmt.parallelize(model, dist.group.WORLD, OVERLAP)
-    experts = {p for layer in model.model.layers for p in layer.mlp.experts.parameters()}
+    experts = set(tm.expert_parameters(model))
     everybody = init_device_mesh("cpu", (size,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=everybody, ignored_params=experts)

@@ -11,7 +11,7 @@ import torch
 
 from tritonmoe import OverlapConfig
 from tritonmoe.integrations.transformers import register
-from tritonmoe.integrations.transformers.sharding import _ScaledGradient
+from tritonmoe.transports.sharding import _ScaledGradient
 
 WORKER = Path(__file__).parent / "expert_parallel_worker.py"
 TRAINING_WORKER = Path(__file__).parent / "expert_parallel_training_worker.py"
@@ -93,7 +93,7 @@ def test_overlap_of_the_ep_implementation_needs_its_registry(monkeypatch):
 
 def test_scaled_gradient():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    y = _ScaledGradient.apply(x, 0.25)
+    y = _ScaledGradient.apply(x, 0.25, None, 0)
     y.backward(torch.tensor([4.0, 8.0]))
     assert torch.equal(y, x)
     assert torch.equal(x.grad, torch.tensor([1.0, 2.0]))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..emulation import run_on_emulated_ranks
-from ..layer import GroupedExperts
 from ..overlap_config import OverlapConfig
+from ..spread import expert_parameters
 from ..transports import LinkModel, Transport
 from .demo_model import ByteModel, ModelShape, Text
 
@@ -99,7 +99,7 @@ def train(training: Training, on_step: Callable[[int, float], None] | None = Non
 def _train_rank(transport: Transport, training: Training, on_step: Callable[[int, float], None] | None) -> RankTraining:
     rank, size, device = transport.rank, transport.size, training.device
     model = ByteModel(training.shape, transport, training.overlap, seed=training.seed, device=device)
-    experts = [p for module in model.modules() if isinstance(module, GroupedExperts) for p in module.parameters()]
+    experts = expert_parameters(model)
     expert_ids = {id(parameter) for parameter in experts}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in expert_ids]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
@@ -123,7 +123,7 @@ def _train_rank(transport: Transport, training: Training, on_step: Callable[[int
         optimizer.zero_grad(set_to_none=True)
         (loss + auxiliary).backward()
         is_late = training.time_limit_s is not None and time.perf_counter() - started > training.time_limit_s
-        mean_loss, any_late = _average_gradients(dense, experts, loss.detach(), is_late, transport)
+        mean_loss, any_late = _average_gradients(dense, loss.detach(), is_late, transport)
         optimizer.step()
 
         seen.mean_losses.append(mean_loss)
@@ -148,9 +148,9 @@ def _train_rank(transport: Transport, training: Training, on_step: Callable[[int
 
 
 def _average_gradients(
-    dense: list[nn.Parameter], experts: list[nn.Parameter], loss: Tensor, is_late: bool, transport: Transport
+    dense: list[nn.Parameter], loss: Tensor, is_late: bool, transport: Transport
 ) -> tuple[float, bool]:
-    """Average the gradients over the ranks; give the mean loss, and whether any rank is late."""
+    """Average the dense gradients over the ranks; give the mean loss, and whether any rank is late."""
     gradients = [parameter.grad for parameter in dense if parameter.grad is not None]
     assert len(gradients) == len(dense), "every dense parameter takes part in every step"
     # Loss and flag travel with the gradients, so that all ranks stop after the same step.
@@ -160,9 +160,6 @@ def _average_gradients(
     for gradient in gradients:
         gradient.copy_(mean[offset : offset + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
-    for parameter in experts:
-        if parameter.grad is not None:
-            parameter.grad /= transport.size  # it is the sum over all ranks' losses
     mean_loss, late = mean[:2].tolist()
     return mean_loss, late > 0
 

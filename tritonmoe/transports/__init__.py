@@ -14,6 +14,7 @@ from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 __all__ = [
+    "EXPERT",
     "Death",
     "Delay",
     "EmulatedTransport",
@@ -29,6 +30,9 @@ __all__ = [
     "as_transport",
 ]
 
+EXPERT = "expert"
+"""What the dimension of a DeviceMesh is called over which experts are spread, where the other one is of replicas."""
+
 _of_meshes: "WeakKeyDictionary[Any, TwoLevelTransport]" = WeakKeyDictionary()
 _of_groups: "WeakValueDictionary[Any, ProcessGroupTransport]" = WeakValueDictionary()
 
@@ -37,20 +41,23 @@ def as_transport(ranks: Any) -> Transport:
     """Give the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
 
     Raises:
-        TypeError: `ranks` is none of these. ValueError: a DeviceMesh of more than two dimensions, or one of two (nodes,
-            ranks of a node: a TwoLevelTransport) that is not all ranks in their order.
+        TypeError: `ranks` is none of these.
+        ValueError: a DeviceMesh of more than two dimensions, or one of two, none of them called "expert" (nodes, ranks
+            of a node: a TwoLevelTransport), that is not all ranks in their order.
     """
     if isinstance(ranks, Transport):
         return ranks
     if hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names"):
+        if ranks.ndim == 2 and EXPERT in (ranks.mesh_dim_names or ()):
+            ranks = ranks[EXPERT]
         if ranks.ndim == 2:
             if ranks not in _of_meshes:
                 _of_meshes[ranks] = _two_level(ranks)
             return _of_meshes[ranks]
         if ranks.ndim != 1:
             raise ValueError(
-                "a DeviceMesh must have one dimension, or two for two levels (nodes, ranks of a node), got "
-                f"{ranks.ndim}: pass mesh['the expert axis']"
+                f'a DeviceMesh must have one dimension, or two: one called "{EXPERT}" and one of replicas, or nodes '
+                f"and ranks of a node; got {ranks.ndim}: pass mesh['replicas', '{EXPERT}'], with your names"
             )
         ranks = ranks.get_group()
     import torch.distributed

@@ -137,6 +137,13 @@ class ProcessGroupTransport(Transport):
         if "gloo" in self._backends.values():
             let_compute_go_on()
 
+    @property
+    def group(self) -> "ProcessGroup":
+        """The group that it was made on."""
+        group = torch.distributed.group.WORLD if self._group is None else self._group
+        assert group is not None
+        return group
+
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
         """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
         import torch.distributed as dist

@@ -31,9 +31,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     state = expert_parallel_state(self)
     if state is None:
         return run_experts(self, hidden_states, top_k_index, top_k_weights, moe_mlp, self.down_proj.shape[0])
-    return run_experts(
-        self, hidden_states, top_k_index, top_k_weights, state.mlp, state.num_experts, state.local_parameter
-    )
+    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.mlp, state.num_experts, state.local(self))
 
 
 def run_experts(
@@ -43,13 +41,13 @@ def run_experts(
     topk_weights: Tensor,
     mlp: Callable[..., Tensor],
     num_experts: int,
-    as_local: Callable[[Tensor], Tensor] = lambda weight: weight,
+    get: Callable[[str], Tensor] | None = None,
 ) -> Tensor:
     """Call `mlp` (moe_mlp, or expert_parallel_mlp with its ranks bound) with the weights and gate of `experts`.
 
     Args:
         num_experts: E of the ids, over all ranks.
-        as_local: makes the tensor to compute with from a parameter.
+        get: gives the tensor to compute with, by the parameter's name; None for the parameter itself.
     """
     has_gate = getattr(experts, "has_gate", True)
     has_bias = getattr(experts, "has_bias", False)
@@ -61,7 +59,7 @@ def run_experts(
         dtype = getattr(experts, up_name).dtype
 
     def cast(name: str) -> Tensor:
-        weight = as_local(getattr(experts, name))
+        weight = getattr(experts, name) if get is None else get(name)
         check_plain(name, weight)  # a cast would take the numbers of a quantised one for its values
         return weight.to(dtype)
 

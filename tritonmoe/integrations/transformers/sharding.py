@@ -1,15 +1,29 @@
 """parallelize(): spread the experts of a model over ranks; what its experts then need to know."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...expert_parallel import expert_parallel_mlp
+from ...arguments import ExpertWeights
+from ...config import Activation, KernelOptions
+from ...expert_parallel import run_expert_parallel
 from ...expert_parallel_run import check_expert_parallel
 from ...overlap_config import OverlapConfig, check_overlap
+from ...spread import parallelize as parallelize_layers
+from ...spread import refuse_tied, routed_experts
+from ...transport_state import LayerCalls
 from ...transports import Transport, as_transport
+from ...transports.sharding import (
+    Sharding,
+    check_expert_gradients,
+    check_same_weights,
+    find_sharding,
+    local_shard,
+    shard_parameters,
+)
 from .discovery import experts_modules
 from .patching import patch
 from .requirements import check_model
@@ -26,38 +40,58 @@ class ExpertParallelState:
 
     num_experts: int
     """E, over all ranks."""
-    transport: Transport
+    sharding: Sharding
     overlap: OverlapConfig
     gradient_scale: float
     """What the gradients of expert weights, sums over the ranks' losses, are multiplied with."""
+    calls: LayerCalls
+    names: tuple[str, ...]
+    """The parameters of which each rank holds its experts."""
 
-    def mlp(self, *arguments: Tensor, **settings: Any) -> Tensor:
-        """Run expert_parallel_mlp over these ranks."""
-        return expert_parallel_mlp(
-            *arguments, num_experts=self.num_experts, transport=self.transport, overlap=self.overlap, **settings
+    def mlp(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        *,
+        activation: Activation,
+        gated: bool,
+        interleaved: bool,
+        transposed: bool,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
+        return run_expert_parallel(
+            x,
+            topk_ids,
+            topk_weights,
+            ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias),
+            num_experts=self.num_experts,
+            transport=self.sharding.transport,
+            overlap=self.overlap,
+            placement=None,
+            layout_flags=(gated, interleaved, transposed),
+            activation=activation,
+            backend="auto",
+            save="hidden",
+            options=KernelOptions(),
+            calls=self.calls,
         )
 
-    def local_parameter(self, parameter: Any) -> Tensor:
-        """Give this rank's experts of a DTensor parameter; differentiable."""
-        from torch.distributed.tensor import DTensor
+    def local(self, experts: nn.Module) -> Callable[[str], Tensor]:
+        """Give the function that gives this rank's experts of a parameter, by its name; differentiable."""
+        first = len(self.names) * self.calls.layer
 
-        # FSDP2's hooks hand over gathered parameters: a DTensor where the experts are spread besides, else a tensor.
-        # Under torch.compile hasattr(parameter, "to_local") is False.
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        return local if self.gradient_scale == 1.0 else _ScaledGradient.apply(local, self.gradient_scale)
+        def local_parameter(name: str) -> Tensor:
+            parameter = getattr(experts, name)
+            if name not in self.names:
+                return parameter
+            return local_shard(parameter, self.sharding, self.gradient_scale, first + self.names.index(name))
 
-
-class _ScaledGradient(torch.autograd.Function):
-    """The tensor itself; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+        return local_parameter
 
 
 def expert_parallel_state(experts: nn.Module) -> ExpertParallelState | None:
@@ -81,11 +115,13 @@ def parallelize(
     tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
     `model.save_pretrained` gathers, so every rank must call it; the first one writes. Ranks whose texts end at
     different lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel, and so Trainer, leaves expert
-    parameters alone: spread the experts over all of its ranks. FSDP2's fully_shard comes after this, over another axis
-    for the experts or with them as `ignored_params`: docs/transformers.md.
+    parameters alone, in whatever module the model stands. FSDP2's fully_shard comes after this, over the replicas for
+    the experts or with `ignored_params=set(tritonmoe.expert_parameters(model))`: docs/transformers.md. The layers of a
+    model upcycled in place are spread too.
 
     Args:
-        group_or_mesh: a torch ProcessGroup or a DeviceMesh of one dimension.
+        group_or_mesh: a torch ProcessGroup or DeviceMesh of all ranks, or a DeviceMesh of two dimensions, one called
+            "expert" and one of replicas, over which the gradients of each expert are averaged too.
         overlap: the chunks; the same on every rank. None is OverlapConfig().
         expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
             the ranks' losses.
@@ -93,21 +129,17 @@ def parallelize(
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
             share weights with another module, or are adapted by PEFT themselves. Nothing is changed.
     """
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    if expert_gradients not in ("mean", "sum"):
-        raise ValueError(f'expert_gradients must be "mean" or "sum", got {expert_gradients!r}')
+    check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
     check_overlap(overlap)
     check_model(model)
-    if isinstance(group_or_mesh, Transport) or getattr(group_or_mesh, "ndim", 1) != 1:
-        raise TypeError(
-            "the experts of a model are spread over a ProcessGroup or a DeviceMesh of one dimension, got "
-            f"{group_or_mesh!r}"
-        )
+    if isinstance(group_or_mesh, Transport):
+        raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {group_or_mesh!r}")
     transport = as_transport(group_or_mesh)
     found: dict[str, Any] = experts_modules(model)
+    layers = routed_experts(model)
     for name, experts in found.items():
         if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
             raise ValueError(
@@ -115,46 +147,33 @@ def parallelize(
             )
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
-    _refuse_tied(model, found)
+    refuse_tied(model, found)
     refuse_adapted(model, found)
+    if layers and not found:
+        num_layers = parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+        bind_to_spread(model, {})
+        return num_layers
     patch(model)
-    mesh = group_or_mesh
-    if not isinstance(mesh, DeviceMesh):
-        mesh = DeviceMesh.from_group(group_or_mesh, next(model.parameters()).device.type)
+    sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
+    check_same_weights(model, found, sharding)
     scale = 1 / transport.size if expert_gradients == "mean" else 1.0
-    sharded = []
-    for name, experts in found.items():
+    for experts in found.values():
         num_experts = experts.down_proj.shape[0]
-        for own_name, parameter in list(experts.named_parameters(recurse=False)):
-            if parameter.shape[0] != num_experts:  # no stack of one per expert
-                continue
-            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-            setattr(experts, own_name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-            sharded.append(f"{name}.{own_name}")
-        state = ExpertParallelState(num_experts, transport, overlap, scale)
+        own: dict[str, Tensor | None] = {
+            name: _own_experts(parameter, transport)
+            for name, parameter in experts.named_parameters(recurse=False)
+            if parameter.shape[0] == num_experts  # a stack of one per expert
+        }
+        shard_parameters(experts, own, sharding)
+        state = ExpertParallelState(num_experts, sharding, overlap, scale, LayerCalls(transport), tuple(own))
         setattr(experts, STATE, state)
-    attributes: Any = model
-    attributes._ddp_params_and_buffers_to_ignore = [
-        *getattr(model, "_ddp_params_and_buffers_to_ignore", ()),
-        *sharded,
-    ]
     bind_to_spread(model, found)
-    return len(found)
+    if layers:
+        parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+    return len(found) + len(layers)
 
 
-def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
-    own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
-    names: dict[int, str] = {}
-    every = (
-        (f"{name}.{own_name}", parameter)
-        for name, module in model.named_modules()
-        for own_name, parameter in module.named_parameters(recurse=False)
-    )
-    for name, parameter in every:
-        first = names.setdefault(id(parameter), name)
-        if first != name and (name in own or first in own):
-            raise ValueError(
-                f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
-                "weights of its own before parallelize()"
-            )
+def _own_experts(parameter: nn.Parameter, transport: Transport) -> Tensor:
+    """Give a copy of this rank's experts."""
+    part = parameter.detach().tensor_split(transport.size)[transport.rank]
+    return part.clone(memory_format=torch.contiguous_format).requires_grad_(parameter.requires_grad)

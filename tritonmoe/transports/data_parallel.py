@@ -1,0 +1,88 @@
+"""Sharded parameters under DistributedDataParallel: it leaves them alone, in whatever module they stand."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["ShardedNames", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
+
+MARK = "_tritonmoe_sharded"
+
+
+class ShardedNames(NamedTuple):
+    """What a module says of its own parameters that are other ones on every rank."""
+
+    names: tuple[str, ...]
+    members: tuple[int, ...] | None
+    """The global ranks among which a gradient of one of them is averaged already; None where torch knows no ranks."""
+
+
+def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
+    """Say that these parameters of the module itself are other ones on every rank."""
+    setattr(module, MARK, ShardedNames(names, members))
+
+
+def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
+    """Give every module inside `module` that was marked, by name, `module` itself included."""
+    for name, child in module.named_modules():
+        marked = child.__dict__.get(MARK)
+        if marked is not None:
+            yield name, child, marked
+
+
+def ignore_sharded_parameters() -> None:
+    """Let DistributedDataParallel neither broadcast nor average parameters that are marked, from now on.
+
+    It reads the names to ignore from the module that it is given, which knows nothing of marks inside it.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    original: Any = DistributedDataParallel.__init__
+    if hasattr(original, MARK):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        given = signature.bind(self, *arguments, **keywords).arguments
+        _ignore(given["module"], given.get("process_group"), given.get("device_mesh"))
+        original(self, *arguments, **keywords)
+
+    setattr(init, MARK, True)
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def _ignore(module: Any, group: Any, mesh: Any) -> None:
+    """Name the marked parameters where DistributedDataParallel looks, after checking that it averages as they do."""
+    import torch.distributed as dist
+
+    ignored = []
+    for prefix, child, marked in sharded_modules(module):
+        if marked.members is None:
+            raise ValueError(
+                f"the experts of {prefix or type(child).__name__} are spread over ranks that torch.distributed does "
+                "not know, and DistributedDataParallel would mix the experts of its ranks: make the layer with a "
+                "ProcessGroup or a DeviceMesh"
+            )
+        ranks = dist.get_process_group_ranks(mesh.get_group() if mesh is not None else group)
+        if set(ranks) != set(marked.members):
+            raise ValueError(
+                f"DistributedDataParallel averages over the ranks {sorted(ranks)}, but gradients of the experts of "
+                f"{prefix or type(child).__name__} are averaged over the ranks {sorted(marked.members)}: spread them "
+                'over the same ranks, with a DeviceMesh of the dimensions "replica" and "expert" where each expert '
+                "has copies"
+            )
+        for name in marked.names:
+            parameter = getattr(child, name)
+            if parameter is not None:
+                parameter._ddp_ignored = True  # what its mixed precision asks
+                # Both spellings: it joins a module's name and a parameter's with a dot, the name "" of itself too.
+                ignored += [f"{prefix}.{name}", f"{prefix}.{name}".lstrip(".")]
+    if ignored:
+        module._ddp_params_and_buffers_to_ignore = [
+            *getattr(module, "_ddp_params_and_buffers_to_ignore", ()),
+            *ignored,
+        ]
