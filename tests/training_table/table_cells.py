@@ -147,17 +147,12 @@ def fully_shard_everything(form: Form, ranks: Ranks) -> None:
     check_training(form, ranks, model, fsdp2(form, model, set()), "FSDP2 of everything")
 
 
-def damage_an_expert(value: float, ranks: Ranks) -> Callable[[nn.Module], None]:
-    """Put the value into one expert's gradient, which one rank (of each replica) holds."""
-
-    def damage(model: nn.Module) -> None:
-        gradient = next(iter(tm.expert_parameters(model))).grad
-        assert isinstance(gradient, DTensor)
-        expert_rank = gradient.device_mesh.get_local_rank("expert")
-        if expert_rank == 1:
-            gradient.to_local()[0, 0] = value
-
-    return damage
+def damage_an_expert(model: nn.Module) -> None:
+    """Make one expert's gradient infinite, which one rank (of each replica) holds."""
+    gradient = next(iter(tm.expert_parameters(model))).grad
+    assert isinstance(gradient, DTensor)
+    if gradient.device_mesh.get_local_rank() == 1:
+        gradient.to_local()[0, 0] = math.inf
 
 
 def clip(form: Form, ranks: Ranks) -> None:
@@ -179,7 +174,7 @@ def clip(form: Form, ranks: Ranks) -> None:
             compare(actual, *expected, what)  # type: ignore[arg-type]
             assert_same_on_every_rank(actual, what)
         if form.trains_experts:
-            damage_an_expert(math.inf, ranks)(model)
+            damage_an_expert(model)
             raises_everywhere(functools.partial(plan.clip, model, error_if_nonfinite=True), "non-finite")
 
 
@@ -232,7 +227,7 @@ def scale_gradients(form: Form, ranks: Ranks) -> None:
         compare_step(run(0), form, ranks, plan, 0, what)
         if form.trains_experts:
             before = weights(model)
-            run(2, damage_an_expert(math.inf, ranks))
+            run(2, damage_an_expert)
             assert_same_bits(weights(model), before, f"{what}, step left out")
             scales: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(scales, scaler.get_scale())
