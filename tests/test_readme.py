@@ -20,6 +20,7 @@ def test_commands() -> None:
 
 def test_python_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    layer, transformers = blocks
+    layer, spread, transformers = blocks
     exec(compile(layer, "README.md", "exec"), {})
+    assert "tm.parallelize(" in spread
     assert 'experts_implementation="tritonmoe"' in transformers

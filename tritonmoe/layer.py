@@ -197,6 +197,13 @@ class GroupedExperts(nn.Module):
         sharding, calls = self._sharding, self._calls
         if sharding is None or calls is None:
             return ExpertWeights(*parameters)
+        is_trained = torch.is_grad_enabled() and self.gate_up_proj.requires_grad
+        if is_trained and sharding.mesh is not None and self.placement is not None and self.placement.has_replicas:
+            raise ValueError(
+                "experts that stand in several slots of a placement can't be trained as DTensors: clip_grad_norm_ "
+                "would count them several times. Use a placement without replicas, freeze them "
+                "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
+            )
         first = len(parameters) * calls.layer
         return ExpertWeights(
             *(

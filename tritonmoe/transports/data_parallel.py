@@ -1,4 +1,4 @@
-"""Sharded parameters under DistributedDataParallel: it leaves them alone, in whatever module they stand."""
+"""Sharded parameters under DistributedDataParallel, which leaves them alone, and FSDP2, which has to be told to."""
 
 import functools
 import inspect
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["ShardedNames", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
+__all__ = ["ShardedNames", "explain_fully_shard", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
 
 MARK = "_tritonmoe_sharded"
 
@@ -53,6 +53,32 @@ def ignore_sharded_parameters() -> None:
 
     setattr(init, MARK, True)
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def explain_fully_shard() -> None:
+    """Let FSDP2 say the way out where it is given marked parameters that it can't shard, from now on."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    original: Any = _fsdp_param.FSDPParam.__init__
+    if hasattr(original, MARK):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, param: Any, module_info: Any, *arguments: Any, **keywords: Any) -> None:
+        try:
+            original(self, param, module_info, *arguments, **keywords)
+        except Exception as error:
+            marked = module_info.module.__dict__.get(MARK)
+            if marked is None or module_info.param_name not in marked.names:
+                raise
+            raise ValueError(
+                f"fully_shard can't shard {module_info.param_name} of {type(module_info.module).__name__}, whose "
+                "experts are spread over these ranks already: pass "
+                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the experts over the replicas alone"
+            ) from error
+
+    setattr(init, MARK, True)
+    _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
 
 
 def _ignore(module: Any, group: Any, mesh: Any) -> None:

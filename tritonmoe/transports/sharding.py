@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tritonmoe.errors import CountMismatch
 from tritonmoe.transports import EXPERT, as_transport
 from tritonmoe.transports.base import Transport
-from tritonmoe.transports.data_parallel import ignore_sharded_parameters, mark_sharded
+from tritonmoe.transports.data_parallel import explain_fully_shard, ignore_sharded_parameters, mark_sharded
 from tritonmoe.transports.mixed_lists import allow_mixed_lists
 from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.two_level import TwoLevelTransport
@@ -92,13 +92,15 @@ def shard_parameters(
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
         is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
     """
-    mark_sharded(module, tuple(parts), sharding.members)
+    if sharding.mesh is not None or sharding.transport.size > 1:
+        mark_sharded(module, tuple(parts), sharding.members)
     for name, part in parts.items():
         module.register_parameter(name, None if part is None else _as_parameter(part, sharding))
     if sharding.mesh is None:
         return
     allow_mixed_lists()
     ignore_sharded_parameters()
+    explain_fully_shard()
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
     else:
