@@ -51,5 +51,5 @@ def results(tmp_path_factory) -> Any:
 )
 def test_cell(cell: table_ranks.Cell, results: Any) -> None:
     outcomes, _ = results("quick" if table_ranks.is_quick(cell) else "")["|".join(cell)]
-    assert len(outcomes) == 1, outcomes
-    assert table_ranks.is_expected(cell, outcomes[0]), outcomes[0]
+    for outcome in outcomes:
+        assert table_ranks.is_expected(cell, outcome), outcomes
