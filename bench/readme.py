@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tritonmoe.benchmarks.overlap_table import shown
 from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.kernels import aot, measured_tiles
@@ -258,18 +259,19 @@ def overlap_table(prefix: str) -> str:
         f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data[0]['environment'])}: network namespaces, "
         f"gloo, one core and one thread each, the link's rate chosen by `--compute-ratio`; {results['dtype']}, "
         f"T tokens a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are "
-        "medians of the rounds' own. Each pass has a bound of its own: a backward can't hide what the forward exposes.",
+        "medians of the rounds' own. bound_ratio is of max(T_compute, T_communication), pass_bound_ratio of each "
+        "pass's: a backward can't hide what the forward exposes.",
         "",
-        "| E, K, D, F | T | routing | pass | compute | communication | best without overlap | overlapped | of "
-        "max(compute, communication) | of each pass's | speed-up | auto, of max |",
+        "| E, K, D, F | T | routing | pass | T_compute | T_communication | T_serial | T_overlapped | bound_ratio | "
+        "pass_bound_ratio | speed_up | auto's bound_ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in data:
         results, summary = one["results"], one["results"]["summary"]
         times = [f"{summary[f'T_{kind}']['median_ms']:.1f}" for kind in ("compute", "communication", "serial")]
         over = summary["overlapped"]
-        ratios = [f"{over[name]['median']:.3f}" for name in ("bound_ratio", "pass_bound_ratio")]
-        ratios += [f"{over['speed_up']['median']:.2f}", f"{summary['auto']['bound_ratio']['median']:.3f}"]
+        ratios = [shown(over, name, quartiles=False) for name in ("bound_ratio", "pass_bound_ratio", "speed_up")]
+        ratios.append(shown(summary["auto"], "bound_ratio", quartiles=False))
         wire = f", wire_dtype {results['wire_dtype']}" if results.get("wire_dtype") else ""
         lines.append(
             f"| {', '.join(map(str, results['E_K_D_F']))} | {results['tokens']} | {results['routing']} | "
@@ -292,8 +294,8 @@ def two_levels_table(prefix: str) -> str:
         f"{results['dtype']}. Milliseconds, medians of {results['rounds']} interleaved rounds; bytes by the counters "
         "of the nodes' uplinks, all nodes together.",
         "",
-        "| uplink of a node | one level | two levels | auto on two levels | times as fast | MB, one level | MB, two "
-        "levels | computed |",
+        "| uplink of a node | one level | two levels | auto on two levels | two_levels_speed_up | MB, one level | "
+        "MB, two levels | computed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in data:
@@ -301,7 +303,10 @@ def two_levels_table(prefix: str) -> str:
         cells = [results["link"].rpartition(" ")[2]]
         for best in (summary["T_overlapped"], summary["T_two levels"]):
             cells.append(f"{spread(best)}: C={best['variant'].split(' C=')[1]}")
-        cells += [spread(results["variants"]["auto on two levels"]), f"{summary['two_levels_speed_up']['median']:.2f}"]
+        cells += [
+            spread(results["variants"]["auto on two levels"]),
+            shown(summary, "two_levels_speed_up", quartiles=False),
+        ]
         sent = results["uplink_bytes"]
         total = [sum(sent["one level"]), sum(sent["two levels"]), results["two_levels_computed_bytes"]]
         cells += [f"{count / 1e6:.2f}" for count in total]

@@ -28,6 +28,7 @@ ROOT = Path(tm.__file__).parents[1]
 REASON = unusable_reason()
 NEEDS_NAMESPACES = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 QUICK = ["--model", "tiny", "--rounds", "2", "--chunks", "1", "3"]
+MERITS = ("hidden_share", "exposed_ms", "bound_ratio", "pass_bound_ratio", "speed_up")
 
 
 def test_routings() -> None:
@@ -109,7 +110,7 @@ def check_results(path: Path, num_ranks: int) -> dict:
         fastest = min(t["median_ms"] for name, t in results["variants"].items() if name.startswith(kind))
         assert summary[f"T_{kind}"]["median_ms"] == fastest
     for kind in ("overlapped", "auto"):
-        for merit in ("hidden_share", "exposed_ms", "bound_ratio", "pass_bound_ratio", "speed_up", "contention"):
+        for merit in (*MERITS, "contention"):
             figure = summary[kind][merit]
             assert figure["lower_quartile"] <= figure["median"] <= figure["upper_quartile"]
             assert all(math.isfinite(value) for value in figure.values())
@@ -131,9 +132,28 @@ def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     best = results["summary"]["T_overlapped"]["variant"]
     assert {f"{best}: comm", f"{best}: compute", f"{best}, planned: comm", f"{best}, planned: compute"} <= lanes
-    said = capsys.readouterr().out
-    assert "emulated link" in said
-    assert "x max(compute, communication)" in said
+    said = capsys.readouterr()
+    assert "emulated link" in said.out
+    assert "measuring" not in said.out  # but on stderr, where ranks other than the first say nothing
+    words = [line.split(":")[0] for line in said.err.splitlines()]
+    assert words[0].startswith("choosing the link's rate")
+    assert words.count(f"measuring {len(results['variants'])} schedules in 2 rounds") == len(words) - 1
+    check_words(results, said.out)
+
+
+def check_words(results: dict, text: str) -> None:
+    """Every figure of the JSON stands in the text under its name and with its value, and in the legend."""
+    *table, legend = text.split("\n\n")
+    rows = {line.split()[0]: line for line in "\n".join(table).splitlines() if line.strip()}
+    of_kinds = [results["summary"][kind] for kind in ("overlapped", "auto")]
+    figures = {name for kind in of_kinds for name, value in kind.items() if isinstance(value, dict)}
+    assert figures == {"contention", "over_best"} | set(MERITS)
+    for name in figures:
+        assert all(f"{kind[name]['median']:.3f} (" in rows[name] for kind in of_kinds if name in kind)
+        assert f"\n{name} " in legend
+    for kind in ("compute", "communication", "serial", "overlapped"):
+        assert f"{results['summary'][f'T_{kind}']['median_ms']:.2f} ms" in rows[f"T_{kind}"]
+        assert f"T_{kind} " in legend
 
 
 def test_one_rank_computes_and_the_others_are_replayed(
@@ -208,12 +228,21 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--mpi", "--compute-ratio", "1"], "needs --emulate or --netns"),
         (["--netns", "4", "--node-size", "2"], "belong together"),
         (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
-        (["--emulate", "2", "--chunks", "33"], "between 1 and 32, got [33]"),
+        (["--emulate", "2", "--chunks", "33"], "argument --chunks: must be a whole number from 1 to 32, got '33'"),
         (["--emulate", "2", "--tokens", "-3"], "argument --tokens: must be a whole number of at least 1, got '-3'"),
         (["--emulate", "2", "--dtype", "bfloat16", "--wire-dtype", "bfloat16"], "takes rows of torch.float32, got"),
         (["--emulate", "2", "--routing", __file__], "test_overlap_bench.py holds no ids: a file of ids is a tensor"),
+        (
+            ["--emulate", "2", "--png", "x.txt"],
+            "argument --png: a picture is written as PNG: call it 'x.png', got 'x.txt'",
+        ),
+        (["--emulate", "2", "--png", f"{__file__}/x.png"], "test_overlap_bench.py is no directory"),
+        (["--emulate", "2", "--json", "a", "--png", "a"], "must be different files, got a a"),
         (["--emulate", "2", "--json", "."], "argument --json: must be a file, and '.' is a directory"),
         (["--emulate", "2", "--trace", f"{__file__}/x"], "test_overlap_bench.py is no directory"),
+        (["--emulate", "2", "--timeout-s", "nan"], "argument --timeout-s: must be a positive number, got 'nan'"),
+        (["--emulate", "2", "--seed", str(2**32)], "argument --seed: must be a whole number from 0 to 4294967295, got"),
+        (["--emulate", "2", "--routing", "uniform:2"], "uniform, remote, zipf:S or a file of ids, got 'uniform:2'"),
         (["--emulate", "2", "--routing", "somewhere"], "uniform, remote, zipf:S or a file"),
     ],
 )

@@ -1,20 +1,58 @@
 """What arguments of a command may be: refused while they are parsed, before anything is measured."""
 
 import argparse
+import importlib.util
+import math
 import os
 from pathlib import Path
 
-__all__ = ["output_file", "positive"]
+from ..overlap_config import MAX_CHUNKS
+
+__all__ = [
+    "chunk_count",
+    "output_file",
+    "output_folder",
+    "picture_file",
+    "positive",
+    "positive_number",
+    "seed",
+]
 
 
 def positive(text: str) -> int:
     """Give a whole number of at least 1."""
+    return _whole_number(text, 1, None)
+
+
+def chunk_count(text: str) -> int:
+    """Give a number of chunks."""
+    return _whole_number(text, 1, MAX_CHUNKS)
+
+
+def seed(text: str) -> int:
+    """Give a seed of which a generator can take some thousandfold."""
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text: str, least: int, most: int | None) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Give a number above zero, of seconds or milliseconds say."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
 
 
@@ -23,12 +61,39 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, and {text!r} is a directory")
-    folder = path.resolve().parent
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if path.exists() and not path.is_file():  # a device or a pipe is written to as it is
-        place = path
-    elif not place.is_dir():
+    if os.path.exists(path) and not path.is_file():
+        _check_access(path, text)  # a device or a pipe is written to as it is
+    else:
+        _check_folder(path.resolve().parent, text)
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """Give the path of a PNG that can be drawn and written, as far as that is known before."""
+    path = output_file(text)
+    if path.suffix.lower() not in (".png", ""):
+        name = path.with_suffix(".png")
+        raise argparse.ArgumentTypeError(f"a picture is written as PNG: call it {str(name)!r}, got {text!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("matplotlib, which draws it, is not installed: pip install 'tritonmoe[demo]'")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """Give the path of a folder that can be written to, as far as that is known before: it may be made yet."""
+    path = Path(text)
+    _check_folder(path.resolve(), text)
+    return path
+
+
+def _check_folder(folder: Path, text: str) -> None:
+    """Refuse a folder that files can't be written to, or that can't be made."""
+    place = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    if not place.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} can't be written: {place} is no directory")
+    _check_access(place, text)
+
+
+def _check_access(place: Path, text: str) -> None:
     if not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} can't be written: no permission to write to {place}")
-    return path

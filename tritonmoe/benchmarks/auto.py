@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from ..errors import TransportError
 from ..transports import ProcessGroupTransport, Transport
 from ..transports.process_group import torchrun_ranks
-from .argument_types import output_file, positive
+from .argument_types import chunk_count, output_file, positive, positive_number
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import Namespaces, ask, parse_rate
 from .overlap_prediction import predict
@@ -45,10 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 8], help="default 1 2 3 4 8")
+    parser.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 8], help="default 1 2 3 4 8")
     parser.add_argument("--sweep-rounds", type=positive, default=5, help="rounds of the first run (default 5)")
     parser.add_argument("--rounds", type=positive, default=21, help="rounds of the second run (default 21)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 
@@ -61,12 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tritonmoe bench auto: {error}", file=sys.stderr)
         return 2
+    except TransportError as error:
+        print(f"tritonmoe bench auto: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rates = [parse_rate(rate) for rate in arguments.rates]
-    if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
-        raise ValueError("--chunks must lie between 1 and 32")
     if "RANK" in os.environ:
         return _run_rank(arguments)
     if arguments.netns is None:
@@ -75,7 +77,9 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         )
     for model in arguments.models:
         if arguments.netns < 2 or MODELS[model][0] % arguments.netns:
-            raise ValueError(f"--netns must be 2 or more and divide the {MODELS[model][0]} experts of {model}")
+            raise ValueError(
+                f"--netns must be 2 or more and divide the {MODELS[model][0]} experts of {model}, got {arguments.netns}"
+            )
     command = [sys.executable, "-m", "tritonmoe", "bench", "auto", *argv]
     with Namespaces(command, arguments.netns, rates[0]) as namespaces:
         return namespaces.run(arguments.timeout_s)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from ..errors import TransportError
 from ..integrations.transformers.bench_model import load_spread, qwen3_moe_model
 from ..overlap_config import OverlapConfig
 from ..transports.process_group import torchrun_ranks
-from .argument_types import output_file, positive
+from .argument_types import chunk_count, output_file, positive, positive_number
 from .expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
 from .model_sizes import add_model_sizes, check_model_sizes
 from .namespaces import Namespaces, parse_rate
@@ -41,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
     add_model_sizes(parser)
-    parser.add_argument("--chunks", type=int, help="of tritonmoe; chosen by itself if left out")
+    parser.add_argument("--chunks", type=chunk_count, help="of tritonmoe; chosen by itself if left out")
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="of every exchange (default 120)")
+    parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"tritonmoe bench expert_parallel: {error}", file=sys.stderr)
         return 2
+    except TransportError as error:
+        print(f"tritonmoe bench expert_parallel: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from ..emulation import run_on_emulated_ranks
 from ..overlap.search import fixed_plan
 from ..overlap_config import OverlapConfig
 from ..transports import LinkModel, Transport
-from .argument_types import positive
+from .argument_types import chunk_count, positive_number
 from .stand_ins import FixedExperts, run_layer_pass
 from .timing import Samples, add_arguments, summarize, write_json
 
@@ -71,9 +71,13 @@ def measure(experts_s: float, communication_s: float, chunks: list[int], rounds:
 def main(argv: list[str] | None = None) -> None:
     """Print every variant's median, and its multiple of max(compute, communication)."""
     parser = argparse.ArgumentParser(prog="tritonmoe bench fixed_experts", description=__doc__)
-    parser.add_argument("--experts-ms", type=float, default=100.0, help="time of a rank's experts (default 100)")
-    parser.add_argument("--communication-ms", type=float, default=100.0, help="dispatch + combine (default 100)")
-    parser.add_argument("--chunks", type=positive, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--experts-ms", type=positive_number, default=100.0, help="time of a rank's experts (default 100)"
+    )
+    parser.add_argument(
+        "--communication-ms", type=positive_number, default=100.0, help="dispatch + combine (default 100)"
+    )
+    parser.add_argument("--chunks", type=chunk_count, nargs="+", default=[2, 4, 8])
     add_arguments(parser, rounds=11)
     arguments = parser.parse_args(argv)
     samples = measure(arguments.experts_ms / 1e3, arguments.communication_ms / 1e3, arguments.chunks, arguments.rounds)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..report.files import write_whole
-from .argument_types import output_file, positive
+from .argument_types import output_file, output_folder, positive
 from .gpu_cases import Setting, check, measure_kernels, measure_layer
 from .shapes import GPU_SHAPES, LayerShape, tiny
 from .timing import environment
@@ -75,7 +75,7 @@ def cases(is_tiny: bool) -> Iterator[Case]:
 def main(argv: list[str] | None = None) -> int:
     """Run the missing cases; give 0 when none is left, 3 when some are, 1 when one went wrong, 2 when it can't run."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of results; a rerun goes on in it")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder of results; a rerun goes on in it")
     parser.add_argument("--budget-s", type=float, default=420.0, help="start no case after so many seconds (420)")
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     parser.add_argument("--kinds", nargs="+", choices=list(MEASURES), default=list(MEASURES))

@@ -15,21 +15,23 @@ from typing import Any
 import torch
 
 from ..emulation import run_on_emulated_ranks
+from ..errors import TransportError
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_overlap_png
 from ..report.timeline import Timeline, layer_timeline, simulated_timeline
 from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from ..transports.process_group import torchrun_ranks
 from ..wire import WireFormat
-from .argument_types import output_file, positive
+from .argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
 from .measured_layer import Link, MeasuredLayer
 from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
 from .overlap_rank import RankMeasurement, measure_rank
-from .overlap_report import as_table, summarize_overlap
+from .overlap_report import summarize_overlap
+from .overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from .overlap_variants import variants_of
 from .ranks import device_and_backend, gather
 from .replayed_peers import ReplayedPeers
-from .timing import summarize, write_json
+from .timing import summarize, write_figures
 from .workload import DTYPES, MODELS, WIRE_DTYPES, Workload
 
 __all__ = ["main"]
@@ -38,7 +40,12 @@ DESCRIPTION = "LINK_DESCRIPTION"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tritonmoe bench overlap", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tritonmoe bench overlap",
+        description=__doc__,
+        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
     where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
     where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
@@ -62,14 +69,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    what.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
     parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="of every exchange (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--seed", type=seed, default=0)
     output = parser.add_argument_group("output, beside the table")
     output.add_argument("--json", type=output_file, help="all figures")
     output.add_argument(
-        "--png", type=output_file, help="lanes of the best schedules, measured and planned, and the sweep"
+        "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
     )
     output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
     return parser
@@ -84,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     except (TypeError, ValueError, OSError) as error:
         print(f"tritonmoe bench overlap: {error}", file=sys.stderr)
         return 2
+    except TransportError as error:
+        print(f"tritonmoe bench overlap: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -106,7 +116,10 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.netns is not None and "RANK" not in os.environ:
         return _run_namespaces(arguments, argv)
     if arguments.mpi:
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+            raise ValueError(f"--mpi needs mpi4py and an MPI: {error}; pip install 'tritonmoe[mpi]'") from error
 
         torch.set_num_threads(1)
         transport = MPITransport(MPI.COMM_WORLD, timeout_s=arguments.timeout_s)
@@ -176,12 +189,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--compute-ratio chooses the link's rate: it needs --emulate or --netns")
     num_ranks = arguments.emulate if arguments.emulate is not None else arguments.netns
     if num_ranks is not None:
-        num_experts = MODELS[arguments.model][0]
-        if num_ranks < 2 or num_experts % num_ranks:
-            raise ValueError(
-                f"the number of ranks must be 2 or more and divide the {num_experts} experts of "
-                f"{arguments.model}, got {num_ranks}"
-            )
+        _check_ranks(num_ranks, arguments.model)
     if (arguments.node_size is None) != (arguments.inter_rate is None):
         raise ValueError("--node-size and --inter-rate belong together")
     if arguments.node_size is not None:
@@ -190,8 +198,17 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
         if arguments.netns % arguments.node_size:
             raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
-    if not all(1 <= chunks <= 32 for chunks in arguments.chunks):
-        raise ValueError(f"--chunks must lie between 1 and 32, got {arguments.chunks}")
+    files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
+    if len(set(files)) < len(files):
+        raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
+
+
+def _check_ranks(num_ranks: int, model: str) -> None:
+    num_experts = MODELS[model][0]
+    if num_ranks < 2 or num_experts % num_ranks:
+        raise ValueError(
+            f"the number of ranks must be 2 or more and divide the {num_experts} experts of {model}, got {num_ranks}"
+        )
 
 
 def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -230,6 +247,7 @@ def _measure(
     device: str,
 ) -> dict[str, Any]:
     """Measure on this rank and give everything that is shown, with every rank's timelines; the same on every rank."""
+    _check_ranks(transport.size, workload.model)
     measured = measure_rank(
         transport,
         workload,
@@ -318,28 +336,27 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
 
 
 def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Print the figures, then write the files; a file that can't be written doesn't keep the others from it."""
+    """Write the files, then print the figures: they are there where nobody reads what is printed, and vice versa."""
     timelines: dict[str, list[Timeline]] = results.pop("timelines")
-    print(as_table(results), flush=True)
+    said, failures = [as_table(results)], []
 
-    def write_trace(path: Path) -> None:
-        write_chrome_trace(path, timelines)
-        print(f"wrote {path}: open it in https://ui.perfetto.dev")
+    def write_picture(path: Path) -> None:
+        lanes = [one[0] for one in timelines.values()]
+        texts = [headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
+        write_overlap_png(path, lanes, results, *texts)
 
-    def write_png(path: Path) -> None:
-        write_overlap_png(path, [one[0] for one in timelines.values()], results)
-        print(f"wrote {path}")
-
-    failures = []
-    for path, write in (
-        (arguments.json, lambda path: write_json(path, "overlap", results)),
-        (arguments.trace, write_trace),
-        (arguments.png, write_png),
+    for path, write, hint in (
+        (arguments.json, lambda path: write_figures(path, "overlap", results), ""),
+        (arguments.trace, lambda path: write_chrome_trace(path, timelines), ": open it in https://ui.perfetto.dev"),
+        (arguments.png, write_picture, ""),
     ):
+        if path is None:
+            continue
         try:
-            if path is not None:
-                write(path)
+            write(path)
+            said.append(f"wrote {path}{hint}")
         except OSError as error:
             failures.append(str(error))
+    print("\n".join(said), flush=True)
     if failures:
         raise OSError("; ".join(failures))

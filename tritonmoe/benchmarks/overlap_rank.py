@@ -15,6 +15,7 @@ from ..transports import Transport
 from .measured_layer import Link, MeasuredLayer
 from .overlap_prediction import predict
 from .overlap_variants import Variant, variants_of
+from .progress import Progress, say
 from .ranks import barrier, slowest
 from .timing import Samples
 from .workload import Workload
@@ -114,9 +115,16 @@ class Rounds:
 
 def run_rounds(rank: MeasuredLayer, variants: list[Variant], rounds: int) -> Rounds:
     """Run every variant in every round, after the calls that each needs to settle."""
-    for variant in variants:
-        for _ in range(SETTLING_CALLS if variant.num_chunks is None else 1):
+    settling = {variant: SETTLING_CALLS if variant.num_chunks is None else 1 for variant in variants}
+    progress = Progress(
+        f"measuring {len(variants)} schedules in {rounds} rounds",
+        sum(settling.values()) + rounds * len(variants),
+        speaks=rank.transport.rank == 0,
+    )
+    for variant, num_calls in settling.items():
+        for _ in range(num_calls):
             rank.run(variant)
+            progress.advance()
     order = list(variants)
     run = Rounds({str(variant): [] for variant in variants}, {str(variant): [] for variant in variants}, {})
     shuffle = random.Random(rank.workload.seed).shuffle  # the same order on every rank
@@ -124,6 +132,7 @@ def run_rounds(rank: MeasuredLayer, variants: list[Variant], rounds: int) -> Rou
         shuffle(order)
         for variant in order:
             elapsed, report = rank.timed(variant)
+            progress.advance()
             run.seconds[str(variant)].append(elapsed)
             run.pass_seconds[str(variant)].append([one.total_s for one in rank.passes])
             if report is not None:
@@ -133,6 +142,8 @@ def run_rounds(rank: MeasuredLayer, variants: list[Variant], rounds: int) -> Rou
 
 def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float, link: Link) -> float:
     """Set the rate from compute alone and the bytes of the busiest port, then correct it by what that rate gives."""
+    if rank.transport.rank == 0:
+        say(f"choosing the link's rate for compute that takes {compute_ratio:g} times as long as communication ...")
     compute = Variant("compute", 1)
     exchanges = 4 if rank.workload.backward else 2
     bytes_between = report.traffic_bytes

@@ -1,4 +1,4 @@
-"""What the overlap benchmark's times mean: shares, spreads, and the table that is printed."""
+"""What the overlap benchmark's times mean: figures of merit, their spreads, and which of them can't be."""
 
 import statistics
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 from .overlap_rank import RankMeasurement
 from .timing import Samples, summarize
 
-__all__ = ["as_table", "best", "summarize_overlap"]
+__all__ = ["BEYOND_BOUND", "best", "spread", "summarize_overlap"]
+
+BEYOND_BOUND = 0.01
+"""What a call at its bound may be measured beyond it, relative."""
 
 
 def best(seconds: Samples, kind: str) -> str:
@@ -28,11 +31,8 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
 def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
     """Give the figures of merit, each the median over the rounds with quartiles, for the best schedule and for auto.
 
-    With comp, comm and over the times of compute alone, communication alone and the overlapped layer in one round:
-    hidden_share = (comp + comm - over) / min(comp, comm), exposed_ms = over - comp, bound_ratio = over / max(comp,
-    comm), speed_up = serial / over. pass_bound_ratio = over / the sum of both passes' max(comp, comm), and what a call
-    takes outside its passes: a backward can't hide what the forward exposes. contention = the experts' time under
-    exchanges / alone, on this rank.
+    overlap_table.TERMS says what they are; "too_noisy" names those beyond their bound. A backward can't hide what the
+    forward exposes; what a call takes outside its passes counts in all bounds. contention is this rank's.
     """
     seconds = measured.seconds
     names = {kind: best(seconds, kind) for kind in ("compute", "communication", "serial", "overlapped")}
@@ -64,7 +64,7 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
             "contention": spread(contention),
             "num_chunks": [report.num_chunks for report in measured.reports[name]][-1],
         }
-    best_s = statistics.median(seconds[names["overlapped"]])
+        summary[kind]["too_noisy"] = _beyond_bounds(summary[kind], summary["T_compute"]["median_ms"])
     summary["auto"]["over_best"] = spread(
         [auto / over for auto, over in zip(seconds["auto"], seconds[names["overlapped"]], strict=True)]
     )
@@ -75,50 +75,15 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
         summary["two_levels_speed_up"] = spread([one / two for one, two in pairs])
         by_auto = zip(seconds["auto on two levels"], seconds[name], strict=True)
         summary["two_levels_auto_over_best"] = spread([auto / over for auto, over in by_auto])
-    summary["bound_ratio_of_medians"] = round(
-        best_s / max(statistics.median(compute), statistics.median(communication)), 4
-    )
     return summary
 
 
-def as_table(results: dict[str, Any]) -> str:
-    """Give the results as text."""
-    summary = results["summary"]
-    lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]
-    if results["wire_dtype"] is not None:
-        lines[0] += f", rows travel as {results['wire_dtype']}"
-    for name, times in results["variants"].items():
-        line = (
-            f"  {name:32} {times['median_ms']:9.2f} ms  ({times['lower_quartile_ms']:.2f} .. "
-            f"{times['upper_quartile_ms']:.2f})"
-        )
-        if name in results["predicted_ms"]:
-            line += f"  predicted {results['predicted_ms'][name]:.2f}"
-        lines.append(line)
-    for title in ("compute", "communication", "serial", "overlapped"):
-        row = summary[f"T_{title}"]
-        lines.append(f"T_{title:14} {row['median_ms']:9.2f} ms  {row['variant']}")
-    for kind in ("overlapped", "auto"):
-        row = summary[kind]
-        lines.append(
-            f"{kind:11} C={row['num_chunks']}: {row['bound_ratio']['median']:.3f} x max(compute, communication), "
-            f"{row['pass_bound_ratio']['median']:.3f} x that of each pass, "
-            f"hidden {row['hidden_share']['median']:.1%}, exposed {row['exposed_ms']['median']:.2f} ms, "
-            f"speed-up {row['speed_up']['median']:.2f}, contention {row['contention']['median']:.2f}"
-        )
-    for rank, sent in enumerate(results["sent_bytes"] or []):
-        computed = sent["rows"] + sent["metadata"]
-        lines.append(
-            f"rank {rank} sent {sent['measured']:.0f} bytes in a call, computed {computed:.0f} "
-            f"({sent['measured'] / computed - 1:+.2%})"
-        )
-    for levels, by_node in results["uplink_bytes"].items():
-        said = ", ".join(f"{sent:.0f}" for sent in by_node)
-        lines.append(f"{levels}: bytes in a call from each node to other nodes: {said}")
-    if "T_two levels" in summary:
-        ratio = summary["two_levels_speed_up"]
-        lines.append(
-            f"two levels against one: {ratio['median']:.2f} times as fast ({summary['T_two levels']['variant']}); "
-            f"auto there: {summary['two_levels_auto_over_best']['median']:.3f} of that time"
-        )
-    return "\n".join(lines)
+def _beyond_bounds(figures: dict[str, Any], compute_ms: float) -> list[str]:
+    """Name the figures that can't be: a call takes as long as its compute and as its communication, or longer."""
+    beyond = {
+        "bound_ratio": 1 - figures["bound_ratio"]["median"],
+        "pass_bound_ratio": 1 - figures["pass_bound_ratio"]["median"],
+        "hidden_share": figures["hidden_share"]["median"] - 1,
+        "exposed_ms": -figures["exposed_ms"]["median"] / compute_ms,
+    }
+    return [name for name, excess in beyond.items() if excess > BEYOND_BOUND]

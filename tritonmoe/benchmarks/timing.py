@@ -26,6 +26,7 @@ __all__ = [
     "interleave",
     "package_versions",
     "summarize",
+    "write_figures",
     "write_json",
 ]
 
@@ -137,8 +138,13 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def write_json(path: Path | None, name: str, results: Any) -> None:
-    """Write the results with the machine and versions, if a path was given."""
+    """Write the results with the machine and versions, if a path was given, and say so."""
     if path is not None:
-        figures = {"benchmark": name, "environment": environment(), "results": results}
-        write_whole(path, json.dumps(figures, indent=1), "file of figures")
+        write_figures(path, name, results)
         print(f"wrote {path}")
+
+
+def write_figures(path: Path, name: str, results: Any) -> None:
+    """Write the results with the machine and versions."""
+    figures = {"benchmark": name, "environment": environment(), "results": results}
+    write_whole(path, json.dumps(figures, indent=1), "file of figures")

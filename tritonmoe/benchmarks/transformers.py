@@ -15,7 +15,7 @@ import torch
 from ..integrations.transformers import collect_statistics
 from ..integrations.transformers.bench_model import qwen3_moe_model
 from ..integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
-from .argument_types import output_file, positive
+from .argument_types import picture_file, positive
 from .model_sizes import add_model_sizes, check_model_sizes
 from .step_memory import kept_for_backward_mb, peak_mb
 from .timing import Samples, add_arguments, interleave, summarize, write_json
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=positive, default=1024, help="T of training and prefill (default 1024)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens that decode generates (default 16)")
     add_model_sizes(parser)
-    parser.add_argument("--png", type=output_file, help="also draw the figures")
+    parser.add_argument("--png", type=picture_file, help="also draw the figures")
     add_arguments(parser, rounds=7)
     arguments = parser.parse_args(argv)
     try:

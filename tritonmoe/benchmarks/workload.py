@@ -70,7 +70,7 @@ def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
     num_tokens, routing = workload.num_tokens, workload.routing
     generator = torch.Generator().manual_seed(workload.seed * 7919 + rank + 1)
     kind, _, exponent = routing.partition(":")
-    if kind in ("uniform", "remote", "zipf"):
+    if routing in ("uniform", "remote") or kind == "zipf":
         log_share = torch.zeros(num_experts)
         if kind == "zipf":
             places = torch.randperm(num_experts, generator=torch.Generator().manual_seed(workload.seed))

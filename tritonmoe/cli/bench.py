@@ -1,11 +1,14 @@
 """`tritonmoe bench NAME ...`: run one of the benchmarks; the arguments behind NAME are its own."""
 
 import argparse
+import sys
 from typing import Any
 
 from ..benchmarks import BENCHMARKS, load
 
 __all__ = ["add_parser"]
+
+EXTRAS = ("matplotlib", "numpy", "transformers")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,4 +22,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return load(arguments.name)(arguments.rest) or 0
+    try:
+        return load(arguments.name)(arguments.rest) or 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"tritonmoe bench {arguments.name} needs {package}: pip install 'tritonmoe[bench]'", file=sys.stderr)
+        return 2

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.argument_types import positive
+from ..benchmarks.argument_types import output_folder, positive, seed
 from ..report.perfetto import write_chrome_trace
 from ..report.png import write_png
 from ..report.terminal import text_style
@@ -52,10 +52,10 @@ def add_parser(subparsers: Any) -> None:
         type=positive,
         help=f"training steps (default {DEFAULT_STEPS}, fewer after {TRAINING_TIME_LIMIT_S:.0f} s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of parameters and batches (default 0)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         default=Path("tritonmoe-demo"),
         help="folder of the picture and the trace (default %(default)s)",
     )

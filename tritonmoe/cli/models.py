@@ -19,8 +19,9 @@ COLUMNS = ("model type", "experts class", "weights", "activation")
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("models", help="list the model families that are supported", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.set_defaults(run=run)
 
 

@@ -1,5 +1,6 @@
 """One picture of a layer's communication: the traffic between ranks, and the lanes of one rank over time."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,30 @@ def write_png(
     write_picture(path, figure)
 
 
-def write_overlap_png(path: Path, timelines: Sequence[Timeline], results: Mapping[str, Any]) -> None:
+def write_overlap_png(
+    path: Path, timelines: Sequence[Timeline], results: Mapping[str, Any], notes: Sequence[str], legend: str
+) -> None:
     """Draw the timelines to one scale and the time of every schedule over the number of chunks.
 
     results: what the overlap benchmark gives: link, model, tokens, routing, pass, variants, summary.
+    notes, legend: the figures that stand above the drawings, and the meaning of words in lines below.
     Raises:
         ImportError: matplotlib is not installed. OSError: the picture could not be written; no part of it is left.
     """
-    figure = _make_figure(14, 4.4 + 1.7 * len(timelines))
-    bound = results["summary"]["bound_ratio_of_medians"]
-    figure.suptitle(
+    legend_height = 0.2 * (1 + len(legend.splitlines()))
+    figure = _make_figure(14, 4.6 + 1.7 * len(timelines) + legend_height)
+    title = (
         f"{results['model']}, T={results['tokens']} on each of {results['ranks']} ranks, {results['routing']} routing, "
-        f"{results['pass']}: {bound:.2f} x max(compute, communication)\n{results['link']}",
-        fontsize=12,
+        f"{results['pass']}; {results['link']}"
     )
-    grid = figure.add_gridspec(len(timelines) + 1, 1, height_ratios=[1.0] * len(timelines) + [2.2])
+    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in (title, *notes)), fontsize=12)
+    heights = [*[1.7] * len(timelines), 3.7, legend_height]
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     _draw_timelines(figure, [grid[number, 0] for number in range(len(timelines))], timelines)
     _draw_sweep(figure.add_subplot(grid[len(timelines), 0]), results)
+    words = figure.add_subplot(grid[len(timelines) + 1, 0])
+    words.set_axis_off()
+    words.text(0, 1, legend, va="top", family="monospace", fontsize=9, transform=words.transAxes)
     write_picture(path, figure)
 
 
@@ -98,7 +106,7 @@ def _draw_sweep(axes: Any, results: Mapping[str, Any]) -> None:
         axes.errorbar(chunks, medians, yerr=[below, above], marker="o", capsize=3, label=name)
     for kind in ("compute", "communication"):
         time_ms = results["summary"][f"T_{kind}"]["median_ms"]
-        axes.axhline(time_ms, color="#333333", lw=1, ls="--" if kind == "compute" else ":", label=f"{kind} alone")
+        axes.axhline(time_ms, color="#333333", lw=1, ls="--" if kind == "compute" else ":", label=f"T_{kind}")
     axes.axhline(results["summary"]["auto"]["median_ms"], color="#e45756", lw=1, label="auto")
     axes.set_xlabel("number of chunks")
     axes.set_xticks(sorted({num_chunks for points in series.values() for num_chunks, _ in points}))

@@ -56,9 +56,11 @@ def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
     """
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s)
-    )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        raise TransportError(f"the ranks did not meet within {timeout_s:g} s: {error}") from error
     yield ProcessGroupTransport(timeout_s=timeout_s)
     dist.destroy_process_group()
 

@@ -1,0 +1,142 @@
+"""What `tritonmoe bench overlap` says: figures that can't be, words that are explained, how long it will take."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tritonmoe.benchmarks import argument_types
+from tritonmoe.benchmarks.overlap import make_parser
+from tritonmoe.benchmarks.overlap_report import summarize_overlap
+from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
+from tritonmoe.benchmarks.progress import Progress, duration
+from tritonmoe.benchmarks.transformers import main as bench_transformers
+from tritonmoe.cli import main
+
+SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"]
+
+
+def results_of(overlapped_ms: float, communication_ms: float = 40.0, passes: tuple = ((40, 60), (10, 30))) -> dict:
+    """Give the results of three rounds, of compute that takes 100 ms; "auto" takes 120."""
+    times = {"compute": 100.0, "communication C=1": communication_ms, "serial C=1": 140.0}
+    times |= {"overlapped C=2": overlapped_ms, "auto": 120.0}
+    report = SimpleNamespace(forward=SimpleNamespace(compute_s=0.03), num_chunks=2)
+    measured: Any = SimpleNamespace(
+        seconds={name: [time_ms / 1e3] * 3 for name, time_ms in times.items()},
+        pass_seconds={
+            name: [[time_ms / 1e3] * 3 for time_ms in of_passes]
+            for name, of_passes in zip(("compute", "communication C=1"), passes, strict=True)
+        },
+        reports={name: [report] * 3 for name in ("compute", "overlapped C=2", "auto")},
+    )
+    summary = summarize_overlap(measured)
+    about = {"link": "a link", "model": "tiny", "tokens": 9, "routing": "uniform", "pass": "forward", "rounds": 7}
+    nothing: dict = {"wire_dtype": None, "variants": {}, "predicted_ms": {}, "sent_bytes": None, "uplink_bytes": {}}
+    return {**about, **nothing, "summary": summary}
+
+
+@pytest.mark.parametrize(
+    ("overlapped_ms", "too_noisy"),
+    [
+        (120.0, []),
+        (100.0, []),
+        (99.7, []),  # a call at its bound, as well as it can be measured
+        (99.4, ["hidden_share"]),  # 1.015 of the communication, which is the shorter one
+        (73.6, SUSPECTS),  # hidden 1.66
+    ],
+)
+def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[str]) -> None:
+    results = results_of(overlapped_ms)
+    assert results["summary"]["overlapped"]["too_noisy"] == too_noisy
+    assert results["summary"]["auto"]["too_noisy"] == []
+    text, picture = as_table(results), headline(results)
+    rows = {line.split()[0]: line for line in text.partition("\n\n")[0].splitlines()}
+    for name in SUSPECTS:
+        assert ("too noisy: " in rows[name]) == (name in too_noisy)
+    assert ("hidden_share too noisy: " in picture) == ("hidden_share" in too_noisy)
+    assert "%" not in text
+    notes = noise_notes(results)
+    assert len(notes) == bool(too_noisy)
+    for note in notes:
+        assert note in text
+        assert f"too noisy ({', '.join(too_noisy)})" in note
+        assert f"overlapped C=2 took {overlapped_ms:.2f} ms, beside 100.00 ms of compute and 40.00 ms of comm" in note
+        assert "Measure more rounds (--rounds 21), or on a quieter machine" in note
+
+
+def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
+    assert results_of(190.0, 200.0)["summary"]["overlapped"]["too_noisy"] == ["bound_ratio", "hidden_share"]
+    # The passes' longer sides: 40 of compute, 80 of communication.
+    uneven = results_of(105.0, 90.0, ((40, 60), (10, 80)))["summary"]["overlapped"]
+    assert uneven["pass_bound_ratio"]["median"] == 0.875
+    assert uneven["too_noisy"] == ["pass_bound_ratio"]
+
+
+def test_every_word_is_explained() -> None:
+    usage = make_parser().format_help()
+    assert as_terms(TERMS) in usage
+    assert set(TERMS_OF_PICTURE) <= set(TERMS)
+    explained = as_terms(TERMS_OF_PICTURE)
+    said = headline(results_of(110.0)).partition(": ")[2].split(", ")
+    assert [one.split()[0] for one in said] == ["bound_ratio", "hidden_share", "speed_up"]
+    assert all(f"\n{one.split()[0]} " in explained for one in said)
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = Progress("measuring", 50)
+    silent = Progress("measuring", 50, speaks=False)
+    for _ in range(50):
+        clock[0] += 1.5
+        progress.advance()
+        silent.advance()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "measuring: 50 calls ...",
+        "measuring: 2 of 50 calls, about 1 min 12 s left",
+        "measuring: 9 of 50 calls, about 1 min 2 s left",
+        "measuring: 16 of 50 calls, about 51 s left",
+        "measuring: 23 of 50 calls, about 40 s left",
+        "measuring: 30 of 50 calls, about 30 s left",
+        "measuring: 37 of 50 calls, about 20 s left",
+        "measuring: 44 of 50 calls, about 9 s left",
+        "measuring: done in 1 min 15 s",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(59.4, "59 s"), (59.6, "1 min 0 s"), (7500.0, "2 h 5 min")])
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+# Paths that can't be written are refused before anything is measured.
+
+
+def test_a_picture_is_a_png(complaint_of, tmp_path) -> None:
+    assert "'x.png', got 'x.txt'" in complaint_of(bench_transformers, ["--png", "x.txt"])
+    for name in ("x.png", "x.PNG", "x", "new/x.png"):
+        path = tmp_path / name
+        assert argument_types.picture_file(str(path)) == path
+    assert str(argument_types.picture_file("/dev/null")) == "/dev/null"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_needs_matplotlib(complaint_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(argument_types.importlib.util, "find_spec", lambda name: None)
+    said = complaint_of(bench_transformers, ["--png", "x.png"])
+    assert "matplotlib, which draws it, is not installed: pip install 'tritonmoe[demo]'" in said
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--out"], ["bench", "overlap", "--emulate", "2", "--png"]])
+def test_no_permission(arguments: list[str], complaint_of, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(argument_types.os, "access", lambda place, mode: str(place) != str(tmp_path))
+    for path in (tmp_path / "x.png", tmp_path / "new" / "x.png"):
+        said = complaint_of(main, [*arguments, str(path)])
+        assert f"can't be written: no permission to write to {tmp_path}" in said
+
+
+def test_a_folder_is_no_file(complaint_of) -> None:
+    assert "test_overlap_table.py is no directory" in complaint_of(main, ["demo", "--out", __file__])

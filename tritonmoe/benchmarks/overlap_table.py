@@ -1,0 +1,122 @@
+"""How the overlap benchmark's figures are shown: the words they are called by, the table, the legend."""
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from .overlap_report import BEYOND_BOUND
+
+__all__ = ["TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
+
+TERMS = {
+    "T_compute": "the layer whose rows are there at once: nothing travels",
+    "T_communication": "its exchanges, with experts that compute nothing; the fastest number of chunks",
+    "T_serial": "compute and exchanges in turn; the fastest number of chunks",
+    "T_overlapped": "the fastest overlapped schedule",
+    "auto": 'num_chunks="auto": the schedule that the layer chose by itself',
+    "free transport": "an overlapped schedule whose rows are there at once: what its steps cost",
+    "predicted": "what the simulator says, given what steps and the link cost",
+    "planned": "in pictures and traces: the lanes that the simulator predicts",
+    "bound_ratio": "time / max(T_compute, T_communication): at least 1; 1 where the shorter one is wholly hidden",
+    "pass_bound_ratio": "time / the sum of that maximum of the forward and that of the backward: at least 1",
+    "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): at most 1",
+    "exposed_ms": "time - T_compute: at least 0",
+    "speed_up": "T_serial / time",
+    "contention": "the experts' time in forward beside exchanges / alone, of the rank where it is largest",
+    "over_best": "auto's time / T_overlapped",
+    "two_levels_speed_up": "T_overlapped / the fastest time on two levels",
+    "two_levels_auto_over_best": "auto's time on two levels / the fastest there",
+}
+"""What is measured, and the figures of merit, by their names in text, JSON and pictures."""
+TERMS_OF_PICTURE = (
+    *("T_compute", "T_communication", "T_serial", "auto", "free transport", "planned"),
+    *("bound_ratio", "hidden_share", "speed_up"),
+)
+OF_ROUNDS = (
+    "A time is that of the slowest rank, a figure the median of the rounds' own, with its quartiles. What lies beyond "
+    f"its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
+)
+FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up", "contention", "over_best")
+TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
+
+
+def shown(figures: dict[str, Any], name: str, *, quartiles: bool = True) -> str:
+    """Give one figure of merit as text: "1.018 (0.985 .. 1.044)", "too noisy: 0.953 (0.902 .. 0.981)"."""
+    one = figures[name]
+    text = f"{one['median']:.3f}"
+    if quartiles:
+        text += f" ({one['lower_quartile']:.3f} .. {one['upper_quartile']:.3f})"
+    return f"too noisy: {text}" if name in figures.get("too_noisy", ()) else text
+
+
+def noise_notes(results: dict[str, Any]) -> list[str]:
+    """Say of each schedule that was faster than it can be what was measured, and what to do."""
+    summary = results["summary"]
+    compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
+    return [
+        f"too noisy ({', '.join(figures['too_noisy'])}): a call can't be faster than the larger of its compute and its "
+        f"communication, of all of it or of a pass. {_title(figures)} took {figures['median_ms']:.2f} ms, beside "
+        f"{compute:.2f} ms of compute and {communication:.2f} ms of communication alone. Measure more rounds "
+        f"(--rounds {3 * results['rounds']}), or on a quieter machine."
+        for figures in (summary["overlapped"], summary["auto"])
+        if figures["too_noisy"]
+    ]
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Give the best schedule's figures in one line."""
+    figures = results["summary"]["overlapped"]
+    names = ("bound_ratio", "hidden_share", "speed_up")
+    said = ", ".join(f"{name} {shown(figures, name, quartiles=False)}" for name in names)
+    return f"{_title(figures)}: {said}"
+
+
+def as_terms(names: Iterable[str]) -> str:
+    """Give a legend: a line for each of these terms, then what is true of all figures."""
+    names = list(names)
+    width = max(map(len, names))
+    return "\n".join([*(f"{name:{width}}  {TERMS[name]}" for name in names), *textwrap.wrap(OF_ROUNDS, 100)])
+
+
+def _title(figures: dict[str, Any]) -> str:
+    """Give a schedule's name with its chunks: the layer's choice has no number in it."""
+    return f"auto (C={figures['num_chunks']})" if figures["variant"] == "auto" else figures["variant"]
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """Give the results as text."""
+    summary = results["summary"]
+    lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]
+    if results["wire_dtype"] is not None:
+        lines[0] += f", rows travel as {results['wire_dtype']}"
+    for name, times in results["variants"].items():
+        line = (
+            f"  {name:32} {times['median_ms']:9.2f} ms  ({times['lower_quartile_ms']:.2f} .. "
+            f"{times['upper_quartile_ms']:.2f})"
+        )
+        if name in results["predicted_ms"]:
+            line += f"  predicted {results['predicted_ms'][name]:.2f}"
+        lines.append(line)
+    for title in ("compute", "communication", "serial", "overlapped", "two levels"):
+        if f"T_{title}" not in summary:
+            continue
+        row = summary[f"T_{title}"]
+        lines.append(f"T_{title:14} {row['median_ms']:9.2f} ms  {row['variant']}")
+    columns = [summary[kind] for kind in ("overlapped", "auto")]
+    rows = [("", *map(_title, columns))]
+    rows += [(name, *(shown(figures, name) if name in figures else "" for figures in columns)) for name in FIGURES]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if "T_two levels" in summary:
+        lines += [f"{name} {shown(summary, name)}" for name in TWO_LEVELS]
+    for rank, sent in enumerate(results["sent_bytes"] or []):
+        computed = sent["rows"] + sent["metadata"]
+        lines.append(
+            f"rank {rank} sent {sent['measured']:.0f} bytes in a call, computed {computed:.0f} "
+            f"({sent['measured'] / computed - 1:+.2%})"
+        )
+    for levels, by_node in results["uplink_bytes"].items():
+        said = ", ".join(f"{sent:.0f}" for sent in by_node)
+        lines.append(f"{levels}: bytes in a call from each node to other nodes: {said}")
+    terms = [name for name in TERMS if name not in TWO_LEVELS or "T_two levels" in summary]
+    return "\n".join([*lines, *noise_notes(results), "", as_terms(terms)])
