@@ -11,6 +11,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     *(
         "errors",
+        "files",
         "handles",
         "cpu_memory",
         "cpu_threads",

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -67,6 +68,32 @@ def test_routing_files(tmp_path: Path) -> None:
             draw_ids(Workload("tiny", 4, routing), 0, 2)
     with pytest.raises(ValueError, match=r"needs top_k \(2\) experts on other ranks, and there are 0"):
         draw_ids(Workload("tiny", 4, "remote"), 0, 1)
+
+
+def test_files_of_no_ids(tmp_path: Path) -> None:
+    def refused(path: Path, words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            draw_ids(Workload("tiny", 1, str(path)), 0, 2)
+
+    for text in (
+        "",
+        "{}",
+        "[[1, 2], [3]]",
+        '[["a", "b"]]',
+        "[[NaN, 1]]",
+        "[[1e999, 1]]",
+        "[" * 9999,
+        f"[[{10**30}, 1]]",
+    ):
+        (tmp_path / "ids.json").write_text(text)
+        refused(tmp_path / "ids.json", "holds no ids|must hold a tensor of integers")
+    for value in (torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), [1, 2]):
+        torch.save(value, tmp_path / "ids.pt")
+        refused(tmp_path / "ids.pt", "must hold a tensor of integers")
+    (tmp_path / "ids.pt").write_bytes(pickle.dumps(Path, 2))
+    refused(tmp_path / "ids.pt", "holds no ids")
+    (tmp_path / "ids.pt").write_bytes(b"")
+    refused(tmp_path / "ids.pt", "holds no ids")
 
 
 @pytest.mark.parametrize(("text", "bits"), [("1gbit", 1e9), ("2.5mbit", 2.5e6), ("7kbit", 7e3), ("8bit", 8.0)])

@@ -314,7 +314,8 @@ def test_a_killed_process_leaves_nothing_that_loads(tmp_path):
     assert not any(path.suffix == ".safetensors" for path in left.iterdir())
     with pytest.raises((OSError, ValueError)):
         transformers.AutoModelForCausalLM.from_pretrained(left)
-    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **OPTIONS)  # and the next one is not in its way
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **OPTIONS)  # and the next one removes it
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "moe"}
 
 
 def test_a_disk_without_room_is_seen_before(tmp_path, monkeypatch):
@@ -350,7 +351,12 @@ def test_sources_that_are_not_whole(tmp_path):
         ("index", lambda d: os.truncate(d / "model.safetensors.index.json", 50), "is damaged .*half written"),
         ("list", lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "is damaged .*half written"),
         ("config", lambda d: (d / "config.json").unlink(), "has no config.json"),
-        ("swapped", lambda d: shutil.copy(d / shards[0], d / shards[1]), "which no shard holds"),
+        ("swapped", lambda d: shutil.copy(d / shards[0], d / shards[1]), f"twice, in {shards[0]} and in {shards[1]}"),
+        (
+            "fewer",
+            lambda d: save_file({"another": torch.ones(1)}, d / shards[1], metadata={"format": "pt"}),
+            "which no shard holds",
+        ),
     ):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         damage(tmp_path / name)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,7 +41,40 @@ def test_what_is_written_is_read_and_merged(cache):
     measured_tiles.write(cache, {KEY: {"block_n": 64}})
     measured_tiles.write(cache, {"other": {"num_warps": 4}})
     assert measured_tiles.read(cache) == {KEY: {"block_n": 64}, "other": {"num_warps": 4}}
-    assert [path.name for path in cache.parent.iterdir()] == ["tiles.json"]
+    assert sorted(path.name for path in cache.parent.iterdir()) == ["tiles.json", "tiles.lock"]
+
+
+def test_others_may_read_it_if_the_umask_says_so(cache):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            measured_tiles.write(cache.with_name(f"{umask}.json"), {KEY: {"block_n": 64}})
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(cache.with_name(f"{umask}.json").stat().st_mode) == mode
+        assert stat.S_IMODE(cache.with_name(f"{umask}.lock").stat().st_mode) == mode
+
+
+def test_those_who_write_at_once_lose_nothing(cache, monkeypatch):
+    """Each reads what is there slowly, so that without the lock it would miss what the others add meanwhile."""
+    read = measured_tiles.read
+
+    def slow(path):
+        entries = read(path)
+        time.sleep(0.02)
+        return entries
+
+    monkeypatch.setattr(measured_tiles, "read", slow)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: measured_tiles.write(cache, {f"key {n}": {"block_n": 64}}), range(12)))
+    assert read(cache) == {f"key {n}": {"block_n": 64} for n in range(12)}
+
+
+def test_a_pipe_in_its_place_is_an_error(cache):
+    cache.parent.mkdir()
+    os.mkfifo(cache)
+    with pytest.raises(ValueError, match=r"tiles\.json must be a file, and is a pipe.*delete it"):
+        measured_tiles.read(cache)
 
 
 @pytest.mark.parametrize(
@@ -46,16 +83,24 @@ def test_what_is_written_is_read_and_merged(cache):
         "no json",
         "[]",
         "{}",
+        '{"tiles": []}',
+        "[" * 100_000,
+        '{"tiles": {"k": 3}}',
+        '{"tiles": {"k": {"block_m": 64}, "k": {"block_m": 32}}}',
         '{"tiles": {"k": {"block": 1}}}',
+        '{"tiles": {"k": {"num_stages": NaN}}}',
+        '{"tiles": {"k": {"num_stages": 1' + "0" * 5000 + "}}}",
         '{"tiles": {"k": {"block_m": "16"}}}',
         '{"tiles": {"k": {"tma": "yes"}}}',
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_damaged_file_is_an_error(cache, text):
     cache.parent.mkdir()
     cache.write_text(text)
-    with pytest.raises(ValueError, match="delete it and run `tritonmoe tune` again"):
+    with pytest.raises(ValueError, match=r"tiles\.json is.*delete it and run `tritonmoe tune` again") as raised:
         measured_tiles.read(cache)
+    assert ("k: " in str(raised.value) or "'k'" in str(raised.value)) == ('"k"' in text)
 
 
 def test_a_launch_takes_the_cache_file(cache):
@@ -104,7 +149,12 @@ REFUSED = [
     ("block_k", 0, "block_k must be a power of two from 16 on"),
     ("num_warps", 3, "num_warps must be a power of two up to 32"),
     ("num_warps", 64, "num_warps must be a power of two up to 32"),
+    ("block_m", 2**62, "block_m must be a power of two from 16 on, up to 1024"),
+    ("num_warps", True, "num_warps must be a power of two up to 32"),
     ("num_stages", 0, "num_stages must be an integer from 1 on"),
+    ("num_stages", 10**9, "num_stages must be an integer from 1 on, up to 1024"),
+    ("num_stages", True, "num_stages must be an integer from 1 on"),
+    ("subtiles", 1.0, "subtiles must be 1, 2 or 4"),
     ("group_m", 0, "group_m must be an integer from 1 on"),
     ("subtiles", 3, "subtiles must be 1, 2 or 4"),
     ("gather", "by hand", "gather must be one of pointers, tma, copy"),

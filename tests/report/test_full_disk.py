@@ -14,7 +14,6 @@ import pytest
 
 import tritonmoe as tm
 from tritonmoe.benchmarks.namespaces import unusable_reason
-from tritonmoe.report.files import write_whole
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tm.__file__).parents[1])}
 MOUNT = 'mount -t tmpfs -o size=4k none "$1" && '
@@ -107,33 +106,3 @@ def test_a_benchmark_gives_its_figures(disk: Path, tmp_path: Path, python: list[
         assert f"the {what} could not be written: No space left on device" in ended.stderr
     if python != TORCHRUN:  # which shows its own
         assert "Traceback" not in ended.stderr
-
-
-def test_files_are_whole(tmp_path: Path) -> None:
-    file, link = tmp_path / "file", tmp_path / "link"
-    link.symlink_to(file)
-    for path in (file, link):
-        write_whole(path, f"by {path.name}", "note")
-        assert file.read_text() == f"by {path.name}"
-    assert link.is_symlink()
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
-    write_whole(tmp_path / "new" / "folder" / "file", "content", "note")
-    assert (tmp_path / "new" / "folder" / "file").read_text() == "content"
-    with pytest.raises(OSError, match="the note could not be written: Not a directory"):
-        write_whole(file / "folder" / "file", "", "note")
-
-
-def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    write_bytes = Path.write_bytes
-
-    def interrupted(part: Path, data: bytes) -> int:
-        write_bytes(part, data[: len(data) // 2])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, "new", "note")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

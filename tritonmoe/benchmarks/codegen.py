@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..report.files import write_whole
+from ..files import write_whole
 from .argument_types import output_file, positive
 
 __all__ = ["OLDEST_TRITON", "main", "source_hash"]

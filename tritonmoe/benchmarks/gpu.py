@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..report.files import write_whole
+from ..files import write_whole
 from .argument_types import output_file, output_folder, positive
 from .gpu_cases import Setting, check, measure_kernels, measure_layer
 from .shapes import GPU_SHAPES, LayerShape, tiny

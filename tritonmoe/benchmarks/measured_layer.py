@@ -60,6 +60,7 @@ class MeasuredLayer:
         self.experts = GroupedExperts(
             MoEConfig(model_width, inner, num_experts, top_k),
             transport,
+            expert_gradients="sum",  # the mean is one more pass over the gradients, which hides nothing
             generator=torch.Generator().manual_seed(workload.seed),
             device=device,
             dtype=dtype,

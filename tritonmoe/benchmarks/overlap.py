@@ -6,6 +6,7 @@ GPU, which they would share, one does, and the others are replayed to it.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -260,7 +261,7 @@ def _measure(
     summary = summarize_overlap(measured)
     timelines = _timelines(measured, summary, transport.rank)
     own = {
-        "timelines": timelines,
+        "timelines": {name: dataclasses.asdict(timeline) for name, timeline in timelines.items()},
         "sent_bytes": measured.sent_bytes,
         "predicted": {name: seconds for name, (seconds, _) in measured.predicted.items()},
         "rows_between_nodes": measured.rows_between_nodes,
@@ -299,7 +300,7 @@ def _measure(
         "sent_bytes": None if measured.sent_bytes is None else [r["sent_bytes"] for r in ranks],
         "uplink_bytes": measured.uplink_bytes,
         "two_levels_computed_bytes": _bytes_between_nodes([r["rows_between_nodes"] for r in ranks], measured, workload),
-        "timelines": {name: [r["timelines"][name] for r in ranks] for name in timelines},
+        "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
 
 

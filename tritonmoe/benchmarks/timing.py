@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..report.files import write_whole
+from ..files import write_whole
 from .argument_types import output_file, positive
 
 __all__ = [

@@ -1,6 +1,5 @@
 """What a layer benchmark runs: the shapes of known models, tokens, and where their router sends them."""
 
-import json
 import math
 import pickle
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import overlap_config
+from ..files import read_json
 
 __all__ = ["MODELS", "Workload", "draw_ids"]
 
@@ -25,6 +25,7 @@ MODELS = {
 }
 """E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_IDS_BYTES = 1 << 30
 WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None}
 
 
@@ -89,19 +90,29 @@ def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
     path = Path(routing)
     if not path.is_file():
         raise ValueError(f"routing must be uniform, remote, zipf:S or a file of ids, got {routing!r}")
-    try:
-        ids = (
-            torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.tensor(json.loads(path.read_text()))
-        )
-    except (ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} holds no ids: a file of ids is a tensor written by torch.save (.pt), or JSON, a list of rows"
-        ) from error
+    ids = _read_ids(path)
     if ids.dim() != 2 or ids.shape[1] != top_k or len(ids) < size * num_tokens:
         raise ValueError(
             f"{path} must have at least W * T = {size} * {num_tokens} rows of K = {top_k} ids, got {tuple(ids.shape)}"
         )
     return ids[rank * num_tokens : (rank + 1) * num_tokens].to(torch.int64)
+
+
+def _read_ids(path: Path) -> Tensor:
+    """Give the tensor of integers that a file holds; raises ValueError where it holds anything else."""
+    try:
+        if path.suffix == ".pt":
+            ids = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            ids = torch.tensor(read_json(path, MAX_IDS_BYTES))
+    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} holds no ids: a file of ids is a tensor written by torch.save (.pt), or JSON, a list of rows"
+        ) from error
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{path} must hold a tensor of integers, the ids, got {kind}")
+    return ids
 
 
 def _exponent(routing: str, exponent: str) -> float:

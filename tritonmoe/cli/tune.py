@@ -5,8 +5,7 @@ What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/trito
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +50,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
     path = measured_tiles.cache_file()
     try:
-        keep(path, {})  # a damaged file, or a folder that is read-only, is said before anything is measured
+        measured_tiles.write(
+            path, {}
+        )  # a damaged file, or a folder that is read-only, is said before anything is measured
     except (OSError, ValueError) as error:
         print(
             f"tritonmoe tune can't keep what it would find: {error}. TRITONMOE_CACHE_DIR names another folder",
@@ -61,26 +62,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     for num_tokens in tokens:
         say(f"{shape.name} T={num_tokens} {arguments.dtype}")
         found = tune(shape, num_tokens, DTYPES[arguments.dtype], torch.device("cuda"), say)
-        keep(path, found)
+        measured_tiles.write(path, found)
         say(f"{len(found)} entries written to {path}")
     return 0
-
-
-def keep(path: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
-    """Add entries to the cache file, while other processes that do so wait; other users may read it.
-
-    Raises what `measured_tiles.read` does, and OSError.
-    """
-    from ..kernels import measured_tiles
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        measured_tiles.write(path, entries)
-        path.chmod(0o644)
 
 
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:

@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import locked, read_json, write_whole
 from .tile_config import TileConfig, refusal
 
 __all__ = [
@@ -117,15 +117,20 @@ def read(path: Path) -> dict[str, dict[str, int | str]]:
     Raises:
         ValueError: the file is not one that `write` wrote, or a field can't be what an entry says.
     """
-    if not path.exists():
-        return {}
     try:
-        entries = json.loads(path.read_text())["tiles"]
+        found = read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("tiles"), dict):
+            raise ValueError('it has no object "tiles"')
+        entries: dict[str, dict[str, int | str]] = found["tiles"]
         for key, fields in entries.items():
+            if not isinstance(fields, dict):
+                raise ValueError(f"{key}: an entry is an object of fields, got {fields!r}")
             for name, value in fields.items():
                 if refused := refusal(name, value):
                     raise ValueError(f"{key}: {refused}")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a file of tile configurations ({error}): "
             "correct it, or delete it and run `tritonmoe tune` again"
@@ -134,11 +139,13 @@ def read(path: Path) -> dict[str, dict[str, int | str]]:
 
 
 def write(path: Path, entries: Entries) -> None:
-    """Add entries to a cache file, whole or not at all."""
+    """Add entries to a cache file, whole or not at all; others who do so wait, so that no entry is lost.
+
+    The lock is the file of the same name that ends in .lock. On Windows nobody waits. Raises what `read` does, and
+    OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**read(path), **entries}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"tiles": dict(sorted(merged.items()))}, file, indent=1)
-    os.replace(temporary, path)
+    with locked(path.with_suffix(".lock")):
+        merged = {**read(path), **entries}
+        write_whole(path, json.dumps({"tiles": dict(sorted(merged.items()))}, indent=1), "file of tile configurations")
     _cached.cache_clear()

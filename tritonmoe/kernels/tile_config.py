@@ -15,30 +15,42 @@ GATHERS = ("pointers", "tma", "copy")
 """How `up` gets rows through an index: see `TileConfig`."""
 
 
+MAX_BLOCK = 1024
+"""Of a side of a tile. Triton's own limit is on a tile's elements."""
+MAX_COUNT = 1024
+"""Of stages, and of row tiles side by side: more is a damaged file."""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_power_of_two(value: Any) -> bool:
-    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
+    return _is_integer(value) and value > 0 and value & (value - 1) == 0
 
 
 def refusal(name: str, value: Any) -> str:
     """Say why field `name` of a TileConfig can't be `value`; empty where it can."""
     if name in ("block_m", "block_n", "block_k"):
-        fits, rule = _is_power_of_two(value) and value >= 16, "a power of two from 16 on: Triton has no other tiles"
+        fits = _is_power_of_two(value) and 16 <= value <= MAX_BLOCK
+        rule = f"a power of two from 16 on, up to {MAX_BLOCK}: Triton has no other tiles"
     elif name == "num_warps":
         fits, rule = _is_power_of_two(value) and value <= 32, "a power of two up to 32"
     elif name == "subtiles":
-        fits, rule = value in (1, 2, 4), "1, 2 or 4"
+        fits, rule = _is_integer(value) and value in (1, 2, 4), "1, 2 or 4"
     elif name == "gather":
         fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
     elif name in ("persistent", "tma"):
-        fits, rule = value in (False, True), "false or true"
+        fits, rule = isinstance(value, bool), "false or true"
     elif name in ("num_stages", "group_m"):
-        fits, rule = isinstance(value, int) and value >= 1, "an integer from 1 on"
+        fits = _is_integer(value) and 1 <= value <= MAX_COUNT
+        rule = f"an integer from 1 on, up to {MAX_COUNT}"
     else:
         return f"a tile configuration has no field {name!r}"
     return "" if fits else f"{name} must be {rule}, got {value!r}"
 
 
-@functools.cache
+@functools.lru_cache(None, typed=True)  # 1.0 is no 1
 def _check(
     block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int, subtiles: int, gather: str
 ) -> None:

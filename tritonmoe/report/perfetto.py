@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_whole
+from ..files import write_whole
 from .timeline import LANES, Timeline
 
 __all__ = ["chrome_trace", "write_chrome_trace"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..overlap.layer_report import LayerReport, PassReport, StepTiming
 from ..overlap.simulator import SimulatedStep, Simulation
@@ -54,6 +55,15 @@ class Timeline:
     rank: int
     forward: PassTimeline
     backward: PassTimeline
+
+    @staticmethod
+    def of_plain(plain: dict[str, Any]) -> "Timeline":
+        """Give the timeline whose dataclasses.asdict() this is, or what is left of it as JSON."""
+        passes = {
+            which: PassTimeline(tuple(Span(**span) for span in plain[which]["spans"]), plain[which]["total_s"])
+            for which in ("forward", "backward")
+        }
+        return Timeline(plain["name"], plain["rank"], **passes)
 
     @property
     def total_s(self) -> float:

@@ -1,19 +1,21 @@
-"""Checkpoint directories: read tensors from safetensors shards one at a time, write shards, publish all or nothing."""
+"""Checkpoint directories: read tensors from safetensors shards one at a time, write shards."""
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointReader", "ShardWriter", "check_destination", "parse_size", "unpublished"]
+from ...files import parse_json, read_json
+from .checkpoint_paths import check_name, file_inside
+
+__all__ = ["CheckpointReader", "ShardWriter", "parse_size"]
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MAX_INDEX_BYTES = 128 << 20
+"""Of a million tensors. Safetensors allows a header 100 MB."""
 
 
 def parse_size(size: int | str) -> int:
@@ -34,59 +36,52 @@ def parse_size(size: int | str) -> int:
 class CheckpointReader:
     """The tensors of a checkpoint directory by name, read when asked for.
 
+    The directory may come from anybody: nothing outside of it is read (`file_inside`), and nothing that is no file.
+
     Raises:
-        ValueError: the directory is no whole safetensors checkpoint; nothing is read before that is known.
+        ValueError: the directory is no whole safetensors checkpoint, or leads elsewhere; no tensor is read before that
+            is known.
     """
 
     def __init__(self, directory: str | os.PathLike, stem: str = "model") -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.directory = Path(directory)
         index = self.directory / f"{stem}.safetensors.index.json"
-        listed: dict[str, str] | None = None
-        if index.exists():
-            try:
-                listed = json.loads(index.read_text())["weight_map"]
-                files = sorted(set(listed.values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{index} is damaged ({error}): the checkpoint is half written") from error
-        else:
-            files = [f"{stem}.safetensors"]
-            if not (self.directory / files[0]).exists():
-                found = sorted(path.name for path in self.directory.glob("*"))[:8]
-                there = "it holds " + (", ".join(found) or "nothing")
-                if not self.directory.is_dir():
-                    there = "it is a file" if self.directory.exists() else "no such directory"
-                raise ValueError(
-                    f"{self.directory} has neither {index.name} nor {files[0]} "
-                    f"({there}); bring other formats into this one with from_pretrained and save_pretrained"
-                )
+        listed = _files_by_tensor(self.directory, stem)
+        files = sorted(set(listed.values())) or [f"{stem}.safetensors"]
         missing = [name for name in files if not (self.directory / name).exists()]
         if missing:
             raise ValueError(
-                f"{self.directory} is half written: {index.name} names {', '.join(missing[:4])}, "
+                f"{self.directory} is half written: {index.name if listed else 'it'} names {', '.join(missing[:4])}, "
                 f"{len(missing)} of {len(files)} shards, which are not there"
             )
+        paths = {name: file_inside(self.directory, name) for name in files}
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for name in files:
-            try:
-                handle = safe_open(self.directory / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.directory / name} is damaged or half written ({error})") from error
-            self._handles[name] = handle
-            self._file_of |= dict.fromkeys(handle.keys(), name)
-        lost = sorted(set(listed or ()) - self._file_of.keys())
+        for name, path in paths.items():
+            self._handles[name] = handle = _open(path)
+            for tensor in handle.keys():  # noqa: SIM118
+                if not tensor.isprintable():
+                    raise ValueError(f"{path} holds a tensor whose name can't be printed: {tensor!r}")
+                if tensor in self._file_of:
+                    raise ValueError(
+                        f"{self.directory} holds {tensor} twice, in {self._file_of[tensor]} and in {name}: nobody "
+                        "knows which one is meant"
+                    )
+                self._file_of[tensor] = name
+        lost = sorted(listed.keys() - self._file_of.keys())
         if lost:
             raise ValueError(
                 f"{self.directory} is half written: {index.name} names {', '.join(lost[:4])} ({len(lost)} tensors), "
                 "which no shard holds"
             )
         self.num_files = len(files)
-        self.num_bytes = sum((self.directory / name).stat().st_size for name in files)
+        self.num_bytes = sum(path.stat().st_size for path in paths.values())
 
     def keys(self) -> list[str]:
         return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[self._file_of[name]].get_tensor(name)
@@ -95,6 +90,53 @@ class CheckpointReader:
         """Give a tensor's dtype, reading at most one of its rows."""
         part = self._handles[self._file_of[name]].get_slice(name)
         return (part[:1] if part.get_shape() else self[name]).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+
+
+def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
+    """Give what the index says; nothing where there is a single file."""
+    index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+    if not os.path.lexists(index):
+        if os.path.lexists(single):
+            return {}
+        found = sorted(path.name for path in directory.glob("*"))[:8]
+        there = "it holds " + (", ".join(found) or "nothing")
+        if not directory.is_dir():
+            there = "it is a file" if directory.exists() else "no such directory"
+        raise ValueError(
+            f"{directory} has neither {index.name} nor {single.name} "
+            f"({there}); bring other formats into this one with from_pretrained and save_pretrained"
+        )
+    try:
+        found = read_json(file_inside(directory, index.name), MAX_INDEX_BYTES)
+    except FileNotFoundError as error:
+        raise ValueError(f"{index} leads to no file: the checkpoint is half written") from error
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f'{index} is damaged or half written: it has no "weight_map" from tensors to files')
+    for tensor, name in listed.items():
+        check_name(name, f"{index}: weight_map[{tensor!r}]")
+    if os.path.lexists(single) and single.name not in listed.values():
+        raise ValueError(
+            f"{directory} holds two checkpoints, {single.name} and the shards of {index.name}: from_pretrained would "
+            "read the former. Move away what is not meant"
+        )
+    return listed
+
+
+def _open(path: Path) -> Any:
+    """Give an open file of tensors, which safetensors has found to lie in it side by side, without gaps."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or half written ({error})") from error
+    with path.open("rb") as file:
+        parse_json(file.read(int.from_bytes(file.read(8), "little")), path)  # a name may not stand there twice
+    return opened
 
 
 class ShardWriter:
@@ -150,59 +192,3 @@ class ShardWriter:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             (self.directory / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         return num_shards
-
-
-def check_destination(
-    directory: str | os.PathLike, num_bytes: int, may_hold: Callable[[str], bool] = lambda name: False
-) -> Path:
-    """Give the path of a directory that may be written: absent or empty, on a disk with room for num_bytes.
-
-    Args:
-        may_hold: says which files, by their names, may be there already.
-    """
-    path = Path(directory)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise FileExistsError(f"{path} exists already and is not an empty directory: choose another, or empty it")
-    in_the_way = sorted(inside.name for inside in path.glob("*") if not may_hold(inside.name))
-    if in_the_way:
-        raise FileExistsError(
-            f"{path} exists already and is not an empty directory, it holds {', '.join(in_the_way[:4])}: choose "
-            "another, or empty it"
-        )
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if num_bytes > free:
-        raise OSError(
-            f"{path} would take {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free: make room, or "
-            "choose a directory on another disk"
-        )
-    return path
-
-
-@contextlib.contextmanager
-def unpublished(directory: Path, entry: str | None = None, stem: str = "model") -> Iterator[Path]:
-    """Give a temporary directory beside `directory`, which becomes it when the block ends, or goes when it raises.
-
-    A process that is killed leaves the temporary directory, named .NAME.unfinished-PID, and nothing else.
-
-    Args:
-        entry: a file without which nothing loads. Given it, a directory that holds other files takes the new ones in
-            when all are written: what it has of `entry` and of the weights called `stem` goes, `entry` comes last.
-    """
-    is_taken_in = entry is not None and directory.is_dir() and any(directory.iterdir())
-    place = directory if is_taken_in else directory.absolute().parent
-    temporary = place / f".{directory.absolute().name}.unfinished-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if is_taken_in:
-            for stale in [directory / str(entry), *directory.glob(f"{stem}*.safetensors*")]:
-                stale.unlink(missing_ok=True)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == entry):
-                os.replace(path, directory / path.name)
-            temporary.rmdir()
-        else:
-            os.rename(temporary, directory)  # over an empty directory, or none: all or nothing
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
+from .checkpoint_destination import check_destination, unpublished
+from .checkpoint_files import CheckpointReader, ShardWriter, parse_size
+from .checkpoint_model import build_skeleton, find_model_class, read_config
+from .checkpoint_paths import file_inside
 from .expert_init import UpcycleSettings
 from .ffn_blocks import LayerChoice, refuse_quantised
 from .requirements import WEIGHT_DTYPES, check_transformers
 from .upcycle import make_conversion
 from .upcycle_inplace import InplaceConversion
-from .upcycle_native import NativeConversion, build_model
+from .upcycle_native import NativeConversion
 from .upcycle_saved import WEIGHTS_STEM, write_description
 
 __all__ = ["upcycle_checkpoint"]
@@ -62,6 +65,7 @@ def upcycle_checkpoint(
     dense = _dense_skeleton(source, reader)
     refuse_quantised(dense)
     names = _match_names(dense, reader, source)
+    small_files = _small_files(source)
     _refuse_quantised_files(dense, names, reader, source)
     conversion = make_conversion(dense, checked, target=target, layers=layers)
     itemsize = next(dense.parameters()).element_size()
@@ -82,7 +86,8 @@ def upcycle_checkpoint(
             writer.add(name, tensor)
             show(min(writer.num_bytes, total), total)
         writer.close()
-        _copy_small_files(source, directory)
+        for path in small_files:
+            shutil.copy2(path, directory / path.name)
         if isinstance(conversion, InplaceConversion):
             write_description(directory, type(dense).__name__, dense.config, conversion)
         else:
@@ -94,18 +99,14 @@ def upcycle_checkpoint(
 
 
 def _dense_skeleton(source: Path, reader: CheckpointReader) -> Any:
-    import transformers
-
-    if not (source / "config.json").exists():
-        raise ValueError(f"{source} has no config.json: is it a checkpoint of transformers, wholly written?")
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = read_config(source)
     names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    model_class = find_model_class(names[0]) if isinstance(names, list | tuple) and names else None
     if model_class is None:
         raise ValueError(f"{source / 'config.json'} names no architecture that transformers knows, but {names}")
     dtypes = {reader.dtype(name) for name in reader.keys()}  # noqa: SIM118
     floating = sorted(dtypes.intersection(WEIGHT_DTYPES), key=lambda d: -d.itemsize)
-    return build_model(model_class, config, floating[0] if floating else torch.float32, "meta")
+    return build_skeleton(model_class, config, floating[0] if floating else torch.float32, reader)
 
 
 def _refuse_quantised_files(dense: Any, names: dict[str, str], reader: CheckpointReader, source: Path) -> None:
@@ -195,10 +196,10 @@ def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return revert_weight_conversion(model, state)
 
 
-def _copy_small_files(source: Path, directory: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy2(path, directory / path.name)
+def _small_files(source: Path) -> list[Path]:
+    """Give the files that are copied; raises ValueError for a link to a file elsewhere (`file_inside`)."""
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    return [file_inside(source, name) for name in names if name != "config.json" and not name.endswith(WEIGHT_SUFFIXES)]
 
 
 def _progress_on_stderr(done: int, total: int) -> None:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from .checkpoint_files import CheckpointReader, ShardWriter, check_destination, parse_size, unpublished
+from ...files import read_json
+from .checkpoint_destination import check_destination, unpublished
+from .checkpoint_files import CheckpointReader, ShardWriter, parse_size
+from .checkpoint_model import build_skeleton, find_model_class, read_config, read_generation_config
+from .checkpoint_paths import file_inside
 from .expert_init import UpcycleSettings
-from .ffn_blocks import find_blocks, select_blocks
+from .ffn_blocks import FFNBlock, find_blocks, select_blocks
 from .requirements import check_transformers
 from .upcycle_inplace import InplaceConversion, replace_blocks
 from .upcycle_native import build_model
@@ -86,25 +91,21 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
 
     directory = Path(directory)
     class_name, settings, paths = _read_description(directory)
-    model_class = getattr(transformers, class_name, None)
+    model_class = find_model_class(class_name)
     if model_class is None:
         raise ValueError(
             f"{directory} holds a {class_name}, which transformers {transformers.__version__} doesn't have"
         )
     reader = CheckpointReader(directory, WEIGHTS_STEM)
     first_router = f"{next(iter(paths.values()))}.router.weight"
-    if first_router not in reader.keys():  # noqa: SIM118
+    if first_router not in reader:
         raise ValueError(f"{directory} does not fit its {DESCRIPTION_FILE}: it has no {first_router}")
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     stored_dtype = reader.dtype(first_router)
+    skeleton = build_skeleton(model_class, config, stored_dtype, reader)
+    _check_shapes(skeleton, settings, _described_blocks(skeleton, paths, directory), reader)
     model: Any = build_model(model_class, config, stored_dtype, "cpu")
-    blocks = select_blocks(find_blocks(model), [int(index) for index in paths])
-    differing = [block.path for block in blocks if paths[str(block.index)] != block.path]
-    if differing:
-        raise ValueError(
-            f"{DESCRIPTION_FILE} in {directory} names other blocks than this transformers finds "
-            f"({', '.join(differing[:4])})"
-        )
+    blocks = _described_blocks(model, paths, directory)
     replace_blocks(model, settings, blocks, stored_dtype)
     state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
     try:
@@ -115,10 +116,38 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
     if lost or unexpected:
         raise ValueError(f"{directory} does not fit {class_name}: missing {lost[:4]}, unknown {unexpected[:4]}")
     model.tie_weights()
-    if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    if (generation_config := read_generation_config(directory)) is not None:
+        model.generation_config = generation_config
     remember_conversion(model, InplaceConversion(model, settings, blocks))
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _described_blocks(model: nn.Module, paths: dict[str, str], directory: Path) -> list[FFNBlock]:
+    """Give the model's blocks that the description names; raises ValueError where it means others."""
+    blocks = select_blocks(find_blocks(model), [int(index) for index in paths])
+    differing = [block.path for block in blocks if paths[str(block.index)] != block.path]
+    if differing:
+        raise ValueError(
+            f"{DESCRIPTION_FILE} in {directory} names other blocks than this transformers finds "
+            f"({', '.join(differing[:4])})"
+        )
+    return blocks
+
+
+def _check_shapes(
+    skeleton: nn.Module, settings: UpcycleSettings, blocks: list[FFNBlock], reader: CheckpointReader
+) -> None:
+    """Raise ValueError before memory is taken for sizes that config.json claims and no tensor has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    for block in blocks:
+        rows = settings.expert_width(block.intermediate_size) * (2 if block.gated else 1)
+        shapes[f"{block.path}.experts.gate_up_proj"] = settings.num_experts, rows, block.hidden_size
+    for name, shape in shapes.items():
+        if name in reader and reader.shape(name) != shape:
+            raise ValueError(
+                f"{reader.directory} does not fit its config.json: {name} is {reader.shape(name)} in the file, "
+                f"{shape} in the model"
+            )
 
 
 def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, str]]:
@@ -129,12 +158,16 @@ def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, 
             f"{directory} has no {DESCRIPTION_FILE}: it holds no model upcycled in place, or is half written. Natively "
             "upcycled models load with from_pretrained"
         )
-    if not (directory / "config.json").exists():
-        raise ValueError(f"{directory} has no config.json: it is half written")
+    found = read_json(file_inside(directory, DESCRIPTION_FILE))
     try:
-        found = json.loads(path.read_text())
         if found["format"] == FORMAT:
-            return found["model_class"], UpcycleSettings(**found["settings"]), {**found["blocks"]}
+            blocks = found["blocks"]
+            if not isinstance(blocks, dict) or not blocks:
+                raise TypeError(f"blocks must be an object that isn't empty, got {str(blocks)[:40]}")
+            for index, name in blocks.items():
+                if not re.fullmatch(r"0|[1-9]\d{0,5}", index) or not isinstance(name, str):
+                    raise TypeError(f"blocks[{index!r}] must be the path of a block by its position, got {name!r}")
+            return found["model_class"], UpcycleSettings(**found["settings"]), blocks
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): the directory is half written") from error
     raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
