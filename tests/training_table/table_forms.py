@@ -185,7 +185,7 @@ def upcycled() -> nn.Module:
 def with_adapters(model: Any) -> nn.Module:
     """Give the model with LoRA on its attention, everything else frozen."""
     torch.manual_seed(3)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return get_peft_model(model, config)
 
 
