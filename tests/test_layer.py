@@ -388,12 +388,7 @@ def test_training_on_two_ranks_is_training_on_one(num_chunks) -> None:
             generator=seeded(),
             dtype=torch.float64,
         )
-
-        def sum_over_ranks(grad: Tensor) -> Tensor:
-            both = transport.exchange(torch.cat([grad, grad]), [len(grad)] * 2, [len(grad)] * 2).wait()
-            return both[: len(grad)] + both[len(grad) :]
-
-        return train(layer, xs, 2, (transport.rank, sum_over_ranks))
+        return train(layer, xs, 2, (transport.rank, transport.all_reduce))
 
     shares = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert [sum(step) for step in zip(*shares, strict=True)] == pytest.approx(expected, rel=1e-5)
@@ -430,6 +425,76 @@ def test_activation_checkpointing_on_two_ranks() -> None:
         return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["plain", "non-reentrant", "reentrant", "compiled"])
+def test_load_balance_over_all_ranks(kind: str) -> None:
+    """A step with it, in every way that a layer is run, is a step of one device with all tokens."""
+    if kind == "compiled" and torch.__version__.startswith("2.10."):
+        pytest.skip("torch 2.10 crashes where two threads compile, as emulated ranks do")
+    torch._dynamo.reset()
+    config = replace(CONFIG, load_balance_loss_weight=3.0, load_balance_over="global", score_function="sigmoid")
+    xs = [batch(rank, dtype=torch.float64) for rank in range(2)]
+
+    def step(layer: tm.MoELayer, x: Tensor, kind: str, weight: int) -> tuple[Tensor, Tensor]:
+        def call(x: Tensor) -> tuple[Tensor, Tensor]:
+            y = layer(x)
+            return y, layer.aux_loss
+
+        x = x.clone().requires_grad_()
+        if kind == "compiled":
+            y, aux_loss = torch.compile(call, backend="aot_eager")(x)
+        else:
+            y, aux_loss = call(x) if kind == "plain" else checkpoint(call, x, use_reentrant=kind == "reentrant")
+        (y.square().sum() + weight * aux_loss).backward()
+        return aux_loss.detach(), x.grad
+
+    def on_rank(transport: Transport) -> list[Tensor]:
+        layer = tm.MoELayer(config, transport, tm.OverlapConfig(2), generator=seeded(), dtype=torch.float64)
+        aux_loss, dx = step(layer, xs[transport.rank], kind, 1)
+        return [transport.all_reduce(aux_loss, "mean"), dx, transport.all_reduce(layer.router.weight.grad)]
+
+    results = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+    whole = tm.MoELayer(config, generator=seeded(), dtype=torch.float64)
+    aux_loss, dx = step(whole, torch.cat(xs), "plain", len(xs))  # the sum over the ranks is W times the mean
+    dx_of_ranks = torch.cat([result[1] for result in results])
+    for mean_loss, _, router_grad in results:
+        torch.testing.assert_close(mean_loss, aux_loss)
+        torch.testing.assert_close(router_grad, whole.router.weight.grad)
+    torch.testing.assert_close(dx_of_ranks, dx)
+
+
+@pytest.mark.parametrize("odd", [{"load_balance_over": "rank"}, {"load_balance_loss_weight": 0.0}], ids=str)
+def test_ranks_that_balance_over_other_tokens_hear_of_it(odd: dict) -> None:
+    config = replace(CONFIG, load_balance_loss_weight=0.1, load_balance_over="global")
+
+    def on_rank(transport: Transport) -> None:
+        layer = tm.MoELayer(replace(config, **odd) if transport.rank else config, transport, generator=seeded())
+        with pytest.raises(tm.TransportError):
+            layer(layer(batch()))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=2)
+
+
+def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
+    config = replace(CONFIG, selection_bias=True)
+    whole = tm.MoELayer(config, generator=seeded())
+    whole(torch.cat([batch(rank) for rank in range(3)]))
+    load = whole.router.update_selection_bias()
+
+    def on_rank(transport: Transport) -> tuple[Tensor, Tensor]:
+        layer = copy.deepcopy(tm.MoELayer(config, transport, generator=seeded()))
+        layer(batch(transport.rank))
+        return layer.router.update_selection_bias(), layer.router.e_score_correction_bias
+
+    for summed, bias in tm.run_on_emulated_ranks(on_rank, 3):
+        assert torch.equal(summed, load)
+        assert torch.equal(bias, whole.router.e_score_correction_bias)
+
+
+def test_load_balance_over_needs_to_be_known() -> None:
+    with pytest.raises(ValueError, match="load_balance_over must be 'rank' or 'global', got 'node'"):
+        replace(CONFIG, load_balance_over="node")
 
 
 def test_state_dict_of_one_device_loads_on_ranks_by_slicing() -> None:

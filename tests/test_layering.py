@@ -49,6 +49,7 @@ LAYERS = (
         "shared_expert",
         "layer",
         "spread",
+        "gradient_clipping",
         "probe",
         "emulation",
         "integrations",

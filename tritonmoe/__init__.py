@@ -9,6 +9,7 @@ from .emulation import run_on_emulated_ranks
 from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from .expert_parallel import expert_parallel_mlp
 from .experts import moe_mlp
+from .gradient_clipping import clip_grad_norm_
 from .layer import GroupedExperts, MoELayer
 from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
@@ -32,6 +33,7 @@ __all__ = [
     "OverlapPlan",
     "TopKRouter",
     "TransportError",
+    "clip_grad_norm_",
     "expert_parallel_mlp",
     "expert_parameters",
     "moe_mlp",

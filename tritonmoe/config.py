@@ -185,6 +185,9 @@ class MoEConfig:
     top_k_groups: int = 1
     """... and only the best this many groups are eligible for a token."""
     load_balance_loss_weight: float = 0.0
+    load_balance_over: Literal["rank", "global"] = "rank"
+    """Whose tokens the load balance loss keeps balanced: each rank's own, or together those of all ranks of the layer's
+    transport, as on one device that has them all (one small all_reduce per forward); see docs/design.md."""
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -215,6 +218,8 @@ class MoEConfig:
         for name in ("load_balance_loss_weight", "z_loss_weight"):
             if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+        if self.load_balance_over not in ("rank", "global"):
+            raise ValueError(f"load_balance_over must be 'rank' or 'global', got {self.load_balance_over!r}")
         if self.score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"score_function must be 'softmax' or 'sigmoid', got {self.score_function!r}")
         if self.softmax_after_topk and self.score_function != "softmax":

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .config import MAX_PAIRS
 from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
-from .overlap_config import MAX_CHUNKS, WIRE_DTYPES, OverlapPlan
-from .transports import Transport, TwoLevelTransport
+from .overlap_config import WIRE_DTYPES, OverlapPlan
+from .transports import Transport
+from .transports.base import MAX_HEADER, MAX_SEGMENTS
 
 __all__ = [
     "DTYPE_CODES",
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 MAGIC = 0x7417_0E
-MAX_SEGMENTS = MAX_CHUNKS + 2
-"""Chunks, and the two local slices before them."""
 CHUNK_BY = ("tokens", "experts")
 SAVES = ("hidden", "input")
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
@@ -120,6 +119,7 @@ def in_millionths(capacity: float) -> int:
 
 
 HEADER_SIZE = len(fields(CallHeader))
+assert HEADER_SIZE <= MAX_HEADER
 SAME_CALL = ("sequence", "layer", "num_experts", "top_k", "hidden_size", "dtype", "placement")
 CHOSEN = ("num_chunks", "chunk_sizes", "local_start", "window", "backward_window", "chunk_by")
 """What num_chunks="auto" chooses."""
@@ -133,16 +133,9 @@ KINDS = {
 """What may differ between ranks, and makes them choose differently: its name, and the words for its values."""
 
 
-def _message_size(transport: Transport) -> int:
-    size = transport.size
-    if isinstance(transport, TwoLevelTransport):
-        return HEADER_SIZE + 2 * size + MAX_SEGMENTS * (3 + transport.node_size)
-    return HEADER_SIZE + 2 * size + 3 * MAX_SEGMENTS
-
-
 def refuse_call(transport: Transport, sequence: int) -> None:
     """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
-    counts = torch.zeros(transport.size, _message_size(transport), dtype=torch.int64, device="cpu")
+    counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
     names = [field.name for field in fields(CallHeader)]
     counts[:, names.index("magic")] = MAGIC
     counts[:, names.index("sequence")] = sequence
@@ -165,10 +158,10 @@ def exchange_counts(
         told this one, shaped as `counts`.
     """
     num_kinds, num_segments, size = counts.shape
-    message = torch.zeros(size, _message_size(transport), dtype=torch.int64, device="cpu")
+    message = torch.zeros(size, transport.message_length, dtype=torch.int64, device="cpu")
     message[:, :HEADER_SIZE] = torch.tensor([getattr(header, field.name) for field in fields(header)], device="cpu")
-    first = HEADER_SIZE + 2 * size
-    message[:, HEADER_SIZE:first] = counts[:2].sum(1).flatten()
+    first = MAX_HEADER + 2 * size
+    message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
     try:
         received = transport.exchange_counts(message)
@@ -176,7 +169,7 @@ def exchange_counts(
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
     headers = [CallHeader(*row) for row in received[:, :HEADER_SIZE].tolist()]
     check_headers(headers)
-    traffic = received[:, HEADER_SIZE:first].reshape(size, 2, size).transpose(0, 1).contiguous()
+    traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
     return headers, traffic, told

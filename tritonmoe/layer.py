@@ -1,9 +1,11 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +33,13 @@ from .transports.sharding import (
     shard_parameters,
 )
 
-__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer"]
+__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer", "experts_of_parameters"]
 
 PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 """The names of the experts' parameters; a layer without biases has None for them."""
+
+_all_experts: "WeakSet[GroupedExperts]" = WeakSet()
+_all_experts_lock = threading.Lock()  # emulated ranks are threads
 
 
 class GroupedExperts(nn.Module):
@@ -101,6 +106,15 @@ class GroupedExperts(nn.Module):
         }
         self._hold(parts)
         self.reset_parameters(generator)
+        self._remember()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remember()  # a copy
+
+    def _remember(self) -> None:
+        with _all_experts_lock:
+            _all_experts.add(self)
 
     def _join(
         self,
@@ -166,6 +180,14 @@ class GroupedExperts(nn.Module):
                 for name, weight in whole.items()
             }
         )
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks that train these experts, replicas included, in place; give it back."""
+        if self._sharding is not None:
+            self._sharding.transport.all_reduce(tensor)
+            if self._sharding.replicas is not None:
+                as_transport(self._sharding.replicas).all_reduce(tensor)
+        return tensor
 
     @property
     def last_report(self) -> LayerReport | None:
@@ -271,6 +293,17 @@ class GroupedExperts(nn.Module):
         )
 
 
+def experts_of_parameters() -> dict[int, GroupedExperts]:
+    """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
+
+    Asked of the modules, not noted on the parameters: those are exchanged for others (by deepcopy, load_state_dict with
+    assign=True, parametrizations), which would lose a note.
+    """
+    with _all_experts_lock:
+        modules = list(_all_experts)
+    return {id(parameter): module for module in modules for parameter in module.parameters()}
+
+
 class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
@@ -282,9 +315,10 @@ class MoELayer(nn.Module):
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
-    itself, see GroupedExperts, whose arguments these are. backend,
-    num_sms and batch_invariant are for the routed experts: the products of the router and of a shared expert are
-    PyTorch's, which may round a row differently with its neighbours.
+    itself, see GroupedExperts, whose arguments these are. router.update_selection_bias() sums the load over all ranks
+    (router.reduce_load, which can be replaced). On transports other than torch.distributed's, clip all gradients with
+    tritonmoe.clip_grad_norm_. backend, num_sms and batch_invariant are for the routed experts: the products of the
+    router and of a shared expert are PyTorch's, which may round a row differently with its neighbours.
     """
 
     def __init__(
@@ -322,6 +356,8 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
+        if self.experts.transport is not None:
+            self.router.reduce_load = self.experts.sum_over_ranks
         self.shared_expert: nn.Module | None = None
         if config.shared_intermediate_size:
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
@@ -380,8 +416,12 @@ class MoELayer(nn.Module):
         self.last_routing = routing
         aux_loss = routing.topk_weights.new_zeros(())
         if self.config.load_balance_loss_weight:
+            is_global = not one_device and self.config.load_balance_over == "global"
             aux_loss = aux_loss + self.config.load_balance_loss_weight * load_balance_loss(
-                routing, self.config.num_experts
+                routing,
+                self.config.num_experts,
+                # Behind the experts' call, in which the ranks have found that all make it.
+                reduce_load=self.experts.sum_over_ranks if is_global else None,
             )
         if self.config.z_loss_weight:
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)

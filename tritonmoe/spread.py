@@ -67,6 +67,9 @@ def parallelize(
     check_same_weights(module, found, find_sharding(group_or_mesh, transport, device))
     for experts in found.values():
         experts.spread_over(group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
+    for layer in module.modules():
+        if isinstance(layer, MoELayer) and layer.router.reduce_load is None:
+            layer.router.reduce_load = layer.experts.sum_over_ranks
     return len(found)
 
 

@@ -7,10 +7,8 @@ import math
 import pytest
 import torch
 
-import tritonmoe as tm
 from tritonmoe.cli import demo, main
 from tritonmoe.cli.demo_measure import LayerShape
-from tritonmoe.cli.demo_training import all_reduce_mean
 
 
 @pytest.fixture
@@ -87,12 +85,3 @@ def test_steps_must_be_positive(value, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--steps", value])
     assert "--steps" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("count", [1, 7, 12])
-def test_all_reduce_mean(count):
-    def run(transport):
-        return all_reduce_mean(torch.arange(count) + 10.0 * transport.rank, transport)
-
-    for mean in tm.run_on_emulated_ranks(run, 3):
-        assert torch.equal(mean, torch.arange(count) + 10.0)

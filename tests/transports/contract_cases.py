@@ -4,6 +4,7 @@ Run as a script it is one process of a group: contract_cases.py FOLDER BACKEND D
 contract_cases.py FOLDER mpi.
 """
 
+import functools
 import json
 import math
 import os
@@ -20,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritonmoe.errors import TransportError
+import tritonmoe as tm
+from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
 
 CASES: dict[str, Callable[[Transport], None]] = {}
@@ -235,6 +237,228 @@ def bad_arguments_send_nothing(transport: Transport) -> None:
     with pytest.raises(TypeError, match="integer"):
         transport.exchange(rows, [1.0] * size, good)  # type: ignore[list-item]
     check_round(transport, uneven(size))
+
+
+# Collectives.
+
+ALL_DTYPES = (
+    *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn),
+)
+SHAPES = ((), (1,), (7,), (0,), (2, 0), (3, 2, 5))
+
+
+def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Give numbers whose sum in a narrow dtype, or in another order than by rank, has other bits; integers wrap."""
+    drawn = torch.randn(
+        *shape, 2, generator=torch.Generator("cpu").manual_seed(rank), dtype=torch.float64, device="cpu"
+    )
+    drawn = drawn * 10.0 ** (3 * (rank % 2))
+    if dtype.is_complex:
+        values = torch.view_as_complex(drawn).to(dtype)
+    elif dtype.is_floating_point:
+        values = drawn[..., 0].to(torch.float32 if dtype.itemsize < 8 else dtype).to(dtype)
+    else:
+        values = (drawn[..., 0] * 50).long().to(dtype)
+    return values.to(torch.get_default_device())
+
+
+def reduced(parts: list[Tensor], op: str) -> Tensor:
+    """Reduce in rank order, one part after the other, in fp32 or wider."""
+    dtype = parts[0].dtype
+    wide = dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+    total, *others = (part.to(wide if dtype.is_floating_point or dtype.is_complex else torch.int64) for part in parts)
+    for other in others:
+        total = {"max": torch.maximum, "min": torch.minimum}.get(op, torch.add)(total, other)
+    return (total / len(parts) if op == "mean" else total).to(dtype)
+
+
+def ops_of(dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype.is_complex:
+        return "sum", "mean"
+    if dtype == torch.bool:
+        return "max", "min"
+    return ("sum", "mean", "max", "min") if dtype.is_floating_point else ("sum", "max", "min")
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert (actual.dtype, actual.shape, actual.device) == (expected.dtype, expected.shape, expected.device)
+    copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in (actual, expected)]
+    as_bytes = [copy.view(-1, 1).view(torch.uint8).tolist() for copy in copies]
+    assert as_bytes[0] == as_bytes[1], (actual, expected)
+
+
+@case
+def all_reduce_of_every_dtype_and_shape(transport: Transport) -> None:
+    for dtype in ALL_DTYPES:
+        for shape in SHAPES if dtype in (torch.float32, torch.uint8) else SHAPES[2:3]:
+            for op in ops_of(dtype):
+                parts = [of_rank(rank, shape, dtype) for rank in range(transport.size)]
+                own = parts[transport.rank].clone()
+                assert transport.all_reduce(own, op) is own
+                assert_same_bits(own, reduced(parts, op))
+
+
+@case
+def all_reduce_of_a_strided_tensor(transport: Transport) -> None:
+    parts = [of_rank(rank, (6, 4), torch.float32) for rank in range(transport.size)]
+    buffer = parts[transport.rank].clone()
+    own = buffer[1:5:2].T
+    transport.all_reduce(own)
+    expected = parts[transport.rank].clone()
+    expected[1:5:2] = reduced(parts, "sum")[1:5:2]
+    assert_same_bits(buffer, expected)
+
+
+@case
+def collectives_of_parameters_and_in_inference_mode(transport: Transport) -> None:
+    size = transport.size
+    parameter = torch.nn.Parameter(torch.full((3,), float(transport.rank)))
+    version = parameter._version
+    transport.all_reduce(parameter, "mean")
+    assert parameter.tolist() == [(size - 1) / 2] * 3
+    assert parameter.is_leaf
+    assert size == 1 or parameter._version > version  # a graph that needs the old value would say so
+    with torch.inference_mode():
+        assert transport.all_reduce(torch.ones(2)).tolist() == [size] * 2
+        assert transport.broadcast(torch.full((2,), transport.rank), size - 1).tolist() == [size - 1] * 2
+
+
+@case
+def all_reduce_gives_a_nan_of_any_rank(transport: Transport) -> None:
+    for op in ("sum", "mean", "max", "min"):
+        own = torch.ones(3)
+        own[1] = math.nan if transport.rank == transport.size - 1 else 1.0
+        assert transport.all_reduce(own, op).isnan().tolist() == [False, True, False]
+
+
+@case
+def broadcast_from_every_rank(transport: Transport) -> None:
+    for source in range(transport.size):
+        for dtype in ALL_DTYPES:
+            for shape in SHAPES if dtype in (torch.float32, torch.uint8) else SHAPES[2:3]:
+                expected = of_rank(source, shape, dtype)
+                own = of_rank(transport.rank, shape, dtype)
+                assert transport.broadcast(own, source) is own
+                assert_same_bits(own, expected)
+    odd = torch.tensor([0x7FC00001, -(2**31)], dtype=torch.int32).view(torch.float32)  # a NaN of its own, and -0.0
+    own = odd.clone() if transport.rank == 0 else torch.zeros(2)
+    assert_same_bits(transport.broadcast(own), odd)
+
+
+@case
+def a_barrier_waits_for_all(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    transport.barrier()
+    if size > 1 and rank == size - 1:
+        time.sleep(LATE_S)
+    before = time.perf_counter()
+    transport.barrier()
+    assert size == 1 or rank == size - 1 or time.perf_counter() - before > 0.5 * LATE_S
+
+
+@case
+def collectives_that_differ_are_refused_on_every_rank(transport: Transport) -> None:
+    """In shape, dtype, op, source, call, or a layer call: the same error everywhere, and the next call works."""
+    rank, size = transport.rank, transport.size
+    if size == 1:
+        return
+    is_odd = rank == size - 1
+
+    def layer_call() -> object:
+        weights = torch.zeros(1, 2, 4), torch.zeros(1, 4, 1)
+        ids = torch.zeros(3, 1, dtype=torch.int64)
+        return tm.expert_parallel_mlp(
+            torch.zeros(3, 4), ids, torch.ones(3, 1), *weights, num_experts=size, transport=transport
+        )
+
+    calls: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
+        (
+            r"of \(2,\).*of \(3,\)",
+            lambda: transport.all_reduce(torch.ones(2)),
+            lambda: transport.all_reduce(torch.ones(3)),
+        ),
+        (
+            r"of \(2, 3\).*of \(6,\)",
+            lambda: transport.broadcast(torch.ones(2, 3)),
+            lambda: transport.broadcast(torch.ones(6)),
+        ),
+        (
+            "float32.*bfloat16",
+            lambda: transport.all_reduce(torch.ones(2)),
+            lambda: transport.all_reduce(torch.ones(2, dtype=torch.bfloat16)),
+        ),
+        (
+            r"\(sum\).*\(max\)",
+            lambda: transport.all_reduce(torch.ones(2)),
+            lambda: transport.all_reduce(torch.ones(2), "max"),
+        ),
+        (
+            "from rank 0.*from rank 1",
+            lambda: transport.broadcast(torch.ones(2), 0),
+            lambda: transport.broadcast(torch.ones(2), 1),
+        ),
+        ("barrier.*all_reduce", transport.barrier, lambda: transport.all_reduce(torch.ones(2))),
+        ("something", lambda: transport.all_reduce(torch.ones(2)), layer_call),
+        ("something", layer_call, lambda: transport.broadcast(torch.ones(2))),
+    ]
+    for words, ours, odd in calls:
+        own = torch.ones(2)
+        with pytest.raises(CountMismatch, match=words):
+            odd() if is_odd else ours()
+        assert transport.all_reduce(own).tolist() == [size] * 2
+
+
+@case
+def a_collective_refused_on_one_rank_is_refused_on_all(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    good = torch.ones(2)
+    bad: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (TypeError, "must be a tensor, got list", lambda: transport.all_reduce([1.0])),  # type: ignore[arg-type]
+        (TypeError, "must be dense", lambda: transport.all_reduce(torch.eye(2).to_sparse())),
+        (TypeError, "must be dense", lambda: transport.broadcast(torch.ones(2, device="meta"))),
+        (ValueError, "hangs on a graph", lambda: transport.all_reduce(torch.ones(2, requires_grad=True) * 2)),
+        (ValueError, "repeats its elements", lambda: transport.broadcast(torch.ones(1).expand(2))),
+        (ValueError, "op must be one of sum, mean, max, min, got 'avg'", lambda: transport.all_reduce(good, "avg")),
+        (ValueError, "a mean of torch.int64", lambda: transport.all_reduce(good.long(), "mean")),
+        (ValueError, "a sum of torch.bool", lambda: transport.all_reduce(good.bool())),
+        (ValueError, "complex numbers have no max", lambda: transport.all_reduce(good + 1j, "max")),
+        (ValueError, f"one of the ranks 0..{size - 1}, got {size}", lambda: transport.broadcast(good, size)),
+        (ValueError, "got -1", lambda: transport.broadcast(good, -1)),
+        (ValueError, "got True", lambda: transport.broadcast(good, True)),
+    ]
+    for kind, words, call in bad:
+        if rank == size - 1:
+            with pytest.raises(kind, match=words):
+                call()
+        else:
+            with pytest.raises(TransportError, match=rf"ranks \[{size - 1}\] refused the arguments of their part"):
+                transport.all_reduce(torch.ones(2))
+    assert good.tolist() == [1, 1]
+    assert transport.all_reduce(good).tolist() == [size] * 2
+
+
+@case
+def load_balance_over_all_ranks(transport: Transport) -> None:
+    """The mean of the ranks' losses and gradients is that of one device with all tokens, whatever each rank has."""
+    rank, size = transport.rank, transport.size
+    config = tm.MoEConfig(8, 4, 2 * size, 2, load_balance_loss_weight=0.3, load_balance_over="global")
+    generator = torch.Generator("cpu").manual_seed(5)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    xs = [draw((4, 7, 0, 3)[r], 8).to(torch.get_default_device()) for r in range(size)]
+    layer, whole = (
+        tm.MoELayer(config, where, generator=generator.manual_seed(0), dtype=torch.float64)
+        for where in (transport, None)
+    )
+    layer(xs[rank])
+    whole(torch.cat(xs))
+    assert layer.aux_loss is not None
+    assert whole.aux_loss is not None
+    (grad,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)
+    (expected,) = torch.autograd.grad(whole.aux_loss, whole.router.weight)
+    torch.testing.assert_close(transport.all_reduce(layer.aux_loss.detach(), "mean"), whole.aux_loss.detach())
+    torch.testing.assert_close(transport.all_reduce(grad, "mean"), expected)
+    assert size == 1 or expected.abs().max() > 1e-3
 
 
 # What only processes can show: a peer that stays away, then is gone.

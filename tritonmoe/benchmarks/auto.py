@@ -25,7 +25,7 @@ from .overlap_prediction import predict
 from .overlap_rank import run_rounds
 from .overlap_report import best, spread
 from .overlap_variants import Variant, overlapped_variants
-from .ranks import barrier, device_and_backend, gather, slowest
+from .ranks import device_and_backend, gather, slowest
 from .timing import Samples, summarize, write_json
 from .workload import DTYPES, MODELS, Workload
 
@@ -102,7 +102,7 @@ def _run_rank(arguments: argparse.Namespace) -> int:
         for rate, model, routing in itertools.product(rates, arguments.models, arguments.routings):
             if arguments.netns is not None and ranks.rank == 0:
                 ask(f"rate {parse_rate(rate)}")
-            barrier(ranks)
+            ranks.barrier()
             workload = Workload(model, arguments.tokens, routing, arguments.dtype, not arguments.forward_only)
             transport = ProcessGroupTransport(timeout_s=arguments.timeout_s)  # a new one has learnt nothing yet
             case = {"rate": rate, **measure_case(transport, workload, device, arguments)}

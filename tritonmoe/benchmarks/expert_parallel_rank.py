@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..transports import Transport
 from .namespaces import ask, interface_bytes
-from .ranks import barrier, slowest
+from .ranks import slowest
 from .timing import Samples
 
 __all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
@@ -72,7 +72,7 @@ def measure_steps(
         for model in models.values():
             model.zero_grad(set_to_none=True)
         _synchronize(ids.device)
-        barrier(transport)
+        transport.barrier()
         started = time.perf_counter()
         step(variant)
         _synchronize(ids.device)
@@ -90,7 +90,7 @@ def measure_steps(
             if bits is not None:
                 if transport.rank == 0:
                     ask(f"rate {bits}")
-                barrier(transport)
+                transport.barrier()
             shuffle(variants)
             for variant in variants:
                 before = 0 if rate is None else interface_bytes()[1]

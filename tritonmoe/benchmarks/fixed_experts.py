@@ -30,7 +30,7 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
     topk_ids = torch.randint(NUM_EXPERTS, (NUM_TOKENS, 1), generator=generator)
     x = torch.randn(NUM_TOKENS, MODEL_WIDTH, generator=generator)
     overlap = fixed_plan(config, config.num_chunks, transport.size)
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))  # a barrier
+    transport.barrier()
     (report,) = run_layer_pass(
         transport,
         overlap,

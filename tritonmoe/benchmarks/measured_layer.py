@@ -17,7 +17,7 @@ from ..transport_state import state_of
 from ..transports import LocalTransport, Transport, TwoLevelTransport
 from ..transports.replay import ReplayTransport
 from .overlap_variants import Variant
-from .ranks import barrier, slowest
+from .ranks import slowest
 from .replayed_peers import ReplayedPeers
 from .stand_ins import FixedExperts, run_layer_pass
 from .workload import Workload, draw_ids
@@ -91,7 +91,7 @@ class MeasuredLayer:
         replay = ReplayTransport(self.transport)
         self._run_layer(replay, plan)
         self.synchronize()
-        barrier(self.transport)  # from here on no other rank computes
+        self.transport.barrier()  # from here on no other rank computes
         return replay.received
 
     def _transport_for_next(self, variant: Variant) -> Transport:
@@ -149,7 +149,7 @@ class MeasuredLayer:
         """Run a variant when all ranks are ready, and give this rank's seconds."""
         transport = self._transport_for_next(variant)
         self.synchronize()
-        barrier(self.measured_ranks)
+        self.measured_ranks.barrier()
         started = time.perf_counter()
         report = self._run(variant, transport)
         self.synchronize()

@@ -16,7 +16,7 @@ from .measured_layer import Link, MeasuredLayer
 from .overlap_prediction import predict
 from .overlap_variants import Variant, variants_of
 from .progress import Progress, say
-from .ranks import barrier, slowest
+from .ranks import slowest
 from .timing import Samples
 from .workload import Workload
 
@@ -155,7 +155,7 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
         if rank.transport.rank == 0:
             assert link.set_rate is not None
             link.set_rate(rate)
-        barrier(rank.measured_ranks)
+        rank.measured_ranks.barrier()
         if correct:
             communication_s = min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4))
             rate *= compute_ratio * communication_s / rank.median_s(compute)
@@ -171,7 +171,7 @@ def _count_bytes(
         return None, []
 
     def counters() -> tuple[int, list[int]]:
-        barrier(rank.transport)
+        rank.transport.barrier()
         time.sleep(SETTLE_S)
         assert link.read_bytes is not None
         return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..transports import Transport
 
-__all__ = ["barrier", "device_and_backend", "gather", "slowest"]
+__all__ = ["device_and_backend", "gather", "slowest"]
 
 
 def device_and_backend() -> tuple[str, str]:
@@ -22,11 +22,6 @@ def device_and_backend() -> tuple[str, str]:
         torch.cuda.set_device(device)
         return device, "NCCL"
     return "cpu", "gloo"
-
-
-def barrier(transport: Transport) -> None:
-    """Return when every rank has come here."""
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
 
 
 def slowest(transport: Transport, seconds: list[float]) -> list[float]:

@@ -41,7 +41,7 @@ def forward_report(transport: Transport, experts_s: float, config: OverlapConfig
         plans.append(plan)
         return FixedExperts(experts_s, plan.receive_offsets, rows, top_k=1)
 
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))  # a barrier
+    transport.barrier()
     weights = torch.ones(NUM_TOKENS, 1)
     (timings,) = run_layer_pass(transport, overlap, x, topk_ids, weights, NUM_EXPERTS, make_experts)
     (plan,) = plans

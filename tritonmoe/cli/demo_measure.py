@@ -194,7 +194,7 @@ def _any_rank(transport: Transport, flag: bool) -> bool:
 def _barrier(transport: Transport, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    _any_rank(transport, False)
+    transport.barrier()
 
 
 def _passes(report: LayerReport) -> list[PassReport]:

@@ -13,7 +13,7 @@ from ..spread import expert_parameters
 from ..transports import LinkModel, Transport
 from .demo_model import ByteModel, ModelShape, Text
 
-__all__ = ["RankTraining", "Training", "all_reduce_mean", "row_bytes_per_layer", "train"]
+__all__ = ["RankTraining", "Training", "row_bytes_per_layer", "train"]
 
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
@@ -61,19 +61,6 @@ class RankTraining:
     num_parameters: int = 0
     num_expert_parameters: int = 0
     """Of this rank's experts."""
-
-
-def all_reduce_mean(values: Tensor, transport: Transport) -> Tensor:
-    """Average values (n,) over the ranks, summed in rank order: the same bits on every rank.
-
-    Every rank sums one part and sends the sum to all, which moves 2 * (W - 1) / W * n numbers per rank.
-    """
-    size, count = transport.size, values.numel()
-    part = -(-count // size)
-    padded = torch.nn.functional.pad(values, (0, size * part - count))
-    splits = [part] * size
-    mean = transport.exchange(padded, splits, splits).wait().view(size, part).sum(0) / size
-    return transport.exchange(mean.repeat(size), splits, splits).wait()[:count]
 
 
 def row_bytes_per_layer(traffic_bytes: Tensor, rank: int) -> int:
@@ -155,7 +142,7 @@ def _average_gradients(
     assert len(gradients) == len(dense), "every dense parameter takes part in every step"
     # Loss and flag travel with the gradients, so that all ranks stop after the same step.
     extra = torch.stack([loss, torch.full_like(loss, float(is_late))])
-    mean = all_reduce_mean(torch.cat([extra, *(gradient.flatten() for gradient in gradients)]), transport)
+    mean = transport.all_reduce(torch.cat([extra, *(gradient.flatten() for gradient in gradients)]), "mean")
     offset = extra.numel()
     for gradient in gradients:
         gradient.copy_(mean[offset : offset + gradient.numel()].view_as(gradient))
@@ -179,4 +166,4 @@ def _held_out_loss(model: ByteModel, transport: Transport, training: Training) -
     for _ in range(HELD_OUT_BATCHES):
         loss, _ = model(*_batch(training.text.held_out, training.shape, generator, training.device))
         total += loss
-    return float(all_reduce_mean(total, transport)) / HELD_OUT_BATCHES
+    return float(transport.all_reduce(total, "mean")) / HELD_OUT_BATCHES

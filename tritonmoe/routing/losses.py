@@ -1,20 +1,40 @@
 """Auxiliary losses: they keep the load balanced and the logits small."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .router import Routing
-from .statistics import expert_load
+from .statistics import expert_load, reduce_counts
 
 __all__ = ["load_balance_loss", "z_loss"]
 
 
-def load_balance_loss(routing: Routing, num_experts: int) -> Tensor:
+def load_balance_loss(
+    routing: Routing, num_experts: int, *, reduce_load: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Give E * sum over e of f_e * P_e, a scalar that is 1.0 under uniform routing for any K.
 
     f_e is the fraction of the routed (not skipped) pairs that chose expert e, a constant to autograd; P_e is the
     mean over tokens of the score of e, normalised over experts. Switch Transformers' loss, divided by K.
     Tokens with a non-finite logit are left out. T = 0 gives 0, attached to the graph.
+
+    With reduce_load, f_e is the fraction of all ranks' pairs, and P_e is the sum over this rank's tokens divided by
+    their mean number N / W on the W ranks. The mean of the W losses is then E * sum over e of f_e * (the mean over all
+    N tokens of the score of e): the loss of one device that has all tokens. The mean of the ranks' gradients is its
+    gradient, since f_e is a constant, whatever the number of tokens of each rank. (A mean of the ranks' own losses is
+    another one, because a loss is a product of two of its batch's means: it keeps every rank's batch balanced.)
+    Where ranks have different numbers of tokens, one rank's loss means nothing by itself.
+
+    Args:
+        reduce_load: sums an (E + 2,) int64 tensor over data-parallel ranks and returns it (in place is fine), as
+            Transport.all_reduce does; every rank calls it. None: this rank's pairs alone.
+    Raises:
+        ValueError: num_experts is not the router's. TypeError: reduce_load gave no counts.
+    Example:
+        E=2, K=1, scores (.75, .25) of rank 0's token and (.25, .75) of rank 1's: alone each has 2 * .75 = 1.5; with
+        reduce_load f is (1/2, 1/2) and each has 1, as one device with both tokens.
     """
     scores = routing.scores  # (T, E)
     if scores.shape[1] != num_experts:
@@ -22,8 +42,12 @@ def load_balance_loss(routing: Routing, num_experts: int) -> Tensor:
     total = scores.sum(dim=1, keepdim=True)
     is_counted = total > 0  # False for NaN as well
     probabilities = torch.where(is_counted, scores, 0.0) / torch.where(is_counted, total, 1.0)
-    mean_probability = probabilities.sum(dim=0) / is_counted.sum().clamp(min=1)
-    load = expert_load(routing.topk_ids, num_experts).to(scores.dtype)
+    load, num_tokens, num_ranks = expert_load(routing.topk_ids, num_experts), is_counted.sum(), 1
+    if reduce_load is not None:
+        counts = torch.cat([load, num_tokens.view(1), torch.ones_like(load[:1])])
+        load, num_tokens, num_ranks = reduce_counts(counts, reduce_load).split([num_experts, 1, 1])
+    mean_probability = probabilities.sum(dim=0) / (num_tokens.clamp(min=1).to(scores.dtype) / num_ranks)
+    load = load.to(scores.dtype)
     fraction = load / load.sum().clamp(min=1)
     return num_experts * (fraction * mean_probability).sum()
 

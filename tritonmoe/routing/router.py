@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..autograd import is_recomputing
 from ..config import MoEConfig, check_moe_config, is_number
-from .statistics import expert_load
+from .statistics import expert_load, reduce_counts
 
 __all__ = ["Routing", "TopKRouter"]
 
@@ -77,8 +77,8 @@ class TopKRouter(nn.Module):
 
     Args:
         config: scores, renormalisation, scaling, selection bias and expert groups; see MoEConfig.
-        reduce_load: sums an (E,) int64 tensor over data-parallel ranks and returns it (in place is fine); called
-            by update_selection_bias on every rank. None: this rank's load alone.
+        reduce_load: sums an (E,) int64 tensor over data-parallel ranks and returns it (in place is fine), as
+            Transport.all_reduce does; called by update_selection_bias on every rank. None: this rank's load alone.
         device, dtype: of `weight` (E, D).
 
     With config.selection_bias there are two buffers: `e_score_correction_bias` (E,), which stays fp32 whatever the
@@ -210,13 +210,7 @@ class TopKRouter(nn.Module):
             raise ValueError(f"rate must be finite and not negative, got {rate!r}")
         load = self.load.clone()
         if self.reduce_load is not None:
-            load = self.reduce_load(load)
-            if not isinstance(load, Tensor) or load.shape != self.load.shape:
-                got = tuple(load.shape) if isinstance(load, Tensor) else type(load).__name__
-                raise TypeError(
-                    f"reduce_load must return the summed load {tuple(self.load.shape)}, got {got}: all_reduce() sums "
-                    "in place and returns none, so return the tensor that it was given"
-                )
+            load = reduce_counts(load, self.reduce_load)
         direction = (load.sum() - load.numel() * load).sign()  # in integers: a balanced expert does not move
         self.e_score_correction_bias += rate * direction.to(self.e_score_correction_bias.dtype)
         self.load.zero_()

@@ -1,13 +1,14 @@
 """How the pairs of a batch are spread over the experts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["RoutingStatistics", "expert_load", "routing_statistics"]
+__all__ = ["RoutingStatistics", "expert_load", "reduce_counts", "routing_statistics"]
 
 
 def expert_load(topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -20,6 +21,22 @@ def _pair_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
     ids = topk_ids.flatten().long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))
+
+
+def reduce_counts(counts: Tensor, reduce_load: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum counts (n,) over data-parallel ranks with a function of the user's.
+
+    Raises:
+        TypeError: it gave something else.
+    """
+    shape, summed = counts.shape, reduce_load(counts)
+    if not isinstance(summed, Tensor) or summed.shape != shape:
+        got = tuple(summed.shape) if isinstance(summed, Tensor) else type(summed).__name__
+        raise TypeError(
+            f"reduce_load must return the summed load {tuple(shape)}, got {got}: all_reduce() of torch.distributed "
+            "sums in place and returns none, so return the tensor that it was given"
+        )
+    return summed
 
 
 @dataclass(frozen=True)

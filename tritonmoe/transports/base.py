@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from ..handles import Handled
+from ..overlap_config import MAX_CHUNKS
+from .collectives import all_reduce, barrier, broadcast, run_outside_graphs
 
 __all__ = ["PendingExchange", "Transport", "as_counts", "as_wire", "check_counts", "check_exchange", "describe"]
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 """Dtypes that every transport moves as they are; the rest travels as bytes."""
+
+MAX_HEADER = 64
+"""Integers that one rank says of a layer call or a collective."""
+MAX_SEGMENTS = MAX_CHUNKS + 2
+"""Of a layer call: chunks, and the two local slices before them."""
 
 
 class PendingExchange(ABC):
@@ -35,7 +42,7 @@ class PendingExchange(ABC):
 
 
 class Transport(Handled, ABC):
-    """The two calls that communicate; every rank makes the same ones in the same order."""
+    """Two calls that communicate, and collectives made of them; every rank makes the same ones in the same order."""
 
     rank: int
     size: int
@@ -69,6 +76,46 @@ class Transport(Handled, ABC):
             ValueError: counts is not (W, L) int64 on the CPU.
             TransportError: the exchange failed or took longer than the transport's timeout.
         """
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce `tensor` over all ranks, in place, and give it: the same bits on every rank and in every run.
+
+        It is reduced in rank order, in fp32 or wider (integers as int64), and rounded once. One rank alone keeps its
+        tensor. Where this raises, the tensor is as it was. Blocks as exchange_counts and PendingExchange.wait do.
+        torch.compile leaves its graph for it.
+
+        Args:
+            tensor: any shape (none, empty and strided ones too), on the CPU or CUDA; the same shape and dtype on every
+                rank. One that hangs on a graph is refused: no gradient passes.
+            op: "sum", "mean" (floating point and complex), "max" or "min" (not complex; a NaN anywhere gives NaN).
+                bool has "max", whether any rank has it set, and "min".
+        Raises:
+            ValueError, TypeError: on the rank whose arguments don't fit; the others raise TransportError.
+            CountMismatch: the ranks' shapes, dtypes, ops or calls differ. TransportError: an exchange failed.
+        Example:
+            Two ranks with [1, 2] and [10, 20] both have [11, 22] after transport.all_reduce(tensor).
+        """
+        return run_outside_graphs(all_reduce, self, tensor, op)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Write rank `source`'s tensor into every rank's, bit by bit, in place, and give it; all else as all_reduce."""
+        return run_outside_graphs(broadcast, self, tensor, source)
+
+    def barrier(self) -> None:
+        """Return once every rank has come here. Only hosts wait: what a device still computes, it goes on with.
+
+        Raises:
+            CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
+        """
+        run_outside_graphs(barrier, self)
+
+    @property
+    def message_length(self) -> int:
+        """L of the exchange_counts with which layer calls and collectives begin.
+
+        One length for all: ranks that begin different ones then tell each other so, where gloo would abort.
+        """
+        return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
 
     def shares_link(self, device: torch.device) -> bool:
         """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
+from tritonmoe.transports.base import (
+    MAX_HEADER,
+    MAX_SEGMENTS,
+    PendingExchange,
+    Transport,
+    as_counts,
+    check_counts,
+    check_exchange,
+)
 
 __all__ = ["GroupView", "TwoLevelTransport"]
 
@@ -111,6 +119,10 @@ class TwoLevelTransport(Transport):
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         return self.world.exchange_counts(counts)
+
+    @property
+    def message_length(self) -> int:
+        return MAX_HEADER + 2 * self.size + MAX_SEGMENTS * (3 + self.node_size)
 
     def shares_link(self, device: torch.device) -> bool:
         return self.between_nodes.shares_link(device)
