@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe import arguments as argument_checks
@@ -726,6 +729,59 @@ def test_scores_that_are_not_finite_on_one_device(value: float) -> None:
         layer(torch.ones(5, 8))
     layer(torch.ones(5, 8))
     layer(torch.ones(5, 8))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "exported", "mode"])
+def test_scores_that_are_not_finite_in_the_call_itself(way: str) -> None:
+    layer = tm.MoELayer(CONFIG, check="now")
+    good, bad = torch.randn(5, 8), torch.ones(5, 8)
+    bad[[1, 3]] = float("nan")
+    calls = {
+        "compiled": lambda: torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        "exported": lambda: torch.export.export(layer, (good,)).module(),
+    }
+    call = calls.get(way, lambda: layer)()
+    with FlopCounterMode(display=False) if way == "mode" else nullcontext():
+        for grad_enabled in (True, False) if way != "exported" else (True,):
+            with torch.set_grad_enabled(grad_enabled), pytest.raises(tm.NonFiniteScores, match="2 tokens are NaN or"):
+                call(bad)
+            with torch.set_grad_enabled(grad_enabled):
+                y = call(good)
+    assert torch.equal(y, layer(good))  # and it is not said a second time
+    if way == "compiled":
+        call(good).sum().backward()
+        actual = layer.experts.down_proj.grad
+        layer.zero_grad()
+        layer(good).sum().backward()
+        assert torch.equal(actual, layer.experts.down_proj.grad)
+
+
+@pytest.mark.parametrize("value", [True, None, "later"])
+def test_when_to_check_scores(value: object) -> None:
+    with pytest.raises(ValueError, match="check must be 'next' or 'now', got"):
+        tm.MoELayer(CONFIG, check=value)
+
+
+def test_inputs_that_are_not_dense() -> None:
+    layer = tm.MoELayer(CONFIG)
+    x = torch.ones(3, 8)
+    for value in (x.to_sparse(), torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)):
+        with pytest.raises(TypeError, match=r"x must be a dense tensor, got a .* one: pass its tokens as one \(T, D\)"):
+            layer(value)
+
+
+def test_a_shared_expert_of_another_dtype() -> None:
+    layer = tm.MoELayer(replace(CONFIG, shared_intermediate_size=4)).half()
+    with pytest.raises(TypeError, match=r"shared expert is torch\.float16 and x is torch\.float32: cast one"):
+        layer(torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("transport", [None, LocalTransport()], ids=["one_device", "expert_parallel"])
+def test_jit_trace_is_refused(transport: Transport | None) -> None:
+    """It would keep the routing of the tokens that it was shown."""
+    layer = tm.MoELayer(CONFIG, transport)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace can't record experts.*torch\.export"):
+        torch.jit.trace(layer, (torch.ones(3, 8),), check_trace=False)
 
 
 def test_scores_that_are_not_finite_on_one_rank() -> None:

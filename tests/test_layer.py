@@ -1,6 +1,8 @@
 """MoELayer and GroupedExperts: the same experts for every number of ranks, reports, losses, training."""
 
 import copy
+import io
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -535,3 +537,117 @@ def test_a_copy_of_a_layer_after_a_step() -> None:
     layer(x).sum().backward()
     duplicate = copy.deepcopy(layer)
     torch.testing.assert_close(duplicate(x), layer(x), rtol=0, atol=0)
+
+
+def test_repr_says_sizes_ranks_and_backend() -> None:
+    config = replace(CONFIG, transposed=True, shared_intermediate_size=5, load_balance_loss_weight=0.5)
+    assert repr(tm.MoELayer(config, backend="reference", check="now")).split("\n")[1:-1] == [
+        "  load_balance_loss_weight=0.5, check=now",
+        "  (router): TopKRouter(hidden_size=8, num_experts=12, top_k=3, softmax)",
+        "  (experts): GroupedExperts(hidden_size=8, intermediate_size=6; num_experts=12, top_k=3; "
+        "silu, gated, transposed; backend=reference)",
+        "  (shared_expert): SharedExpert(hidden_size=8, intermediate_size=5; silu, gated)",
+    ]
+    said = tm.run_on_emulated_ranks(lambda t: repr(tm.GroupedExperts(replace(CONFIG, gated=False), t)), 3)
+    assert "experts 4 to 7 on rank 1 of 3, EmulatedTransport" in said[1]
+    assert "silu, ungated" in said[1]
+    placement = tm.ExpertPlacement(((1, *range(2, 7)), (0, *range(7, 12))))
+    said = tm.run_on_emulated_ranks(lambda t: repr(tm.GroupedExperts(CONFIG, t, placement=placement)), 2)
+    assert "experts 0, 7, 8, 9, 10, 11 on rank 1 of 2" in said[1]
+
+
+def test_meta_device_and_to_empty() -> None:
+    """Every module with weights of its own can draw them, as whoever materialises a model asks it to."""
+    config = replace(CONFIG, bias=True, selection_bias=True, shared_intermediate_size=5)
+    layer = tm.MoELayer(config, device="meta")
+    assert layer(torch.randn(4, 8, device="meta")).is_meta
+    assert layer(torch.randn(4, 8, device="meta")).is_meta
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.fill_(99)
+    for module in layer.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.reset_parameters()
+    assert all((tensor.abs() < 10).all() for tensor in (*layer.parameters(), *layer.buffers()))
+    layer(batch()).sum().backward()
+
+
+def test_assigning_a_state_dict_to_a_meta_layer() -> None:
+    """What is not in it must not stay on the meta device, where counts are lost without a word."""
+    config = replace(CONFIG, selection_bias=True)
+    source = tm.MoELayer(config, generator=seeded())
+    state = source.state_dict()
+    state["router.e_score_correction_bias"] = state["router.e_score_correction_bias"].bfloat16()
+    layer = tm.MoELayer(config, device="meta")
+    layer.load_state_dict(state, assign=True)
+    assert layer.router.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(layer(batch()), source(batch()))
+    assert int(layer.router.load.sum()) == 5 * 3
+    assert torch.equal(layer.router.update_selection_bias(), source.router.update_selection_bias())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_have_the_bits_of_the_layer(way: str) -> None:
+    config = replace(CONFIG, selection_bias=True, shared_intermediate_size=5, load_balance_loss_weight=0.1)
+    for transport in (None, LocalTransport()):
+        layer = tm.MoELayer(config, transport, check="now")
+        layer(batch()).sum().backward()
+        file = io.BytesIO()
+        if way == "torch.save":
+            torch.save(layer, file)
+            file.seek(0)
+        copies = {
+            "deepcopy": lambda layer=layer: copy.deepcopy(layer),
+            "pickle": lambda layer=layer: pickle.loads(pickle.dumps(layer)),
+            "torch.save": lambda file=file: torch.load(file, weights_only=False),
+        }
+        duplicate = copies[way]()
+        assert torch.equal(duplicate(batch()), layer(batch()))
+        duplicate.router.weight.data.zero_()
+        assert layer.router.weight.any()
+        assert repr(duplicate) == repr(layer)
+
+
+def test_parametrised_and_tied_weights() -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    first, second, plain = (tm.MoELayer(CONFIG, generator=seeded()) for _ in range(3))
+    second.experts.gate_up_proj = first.experts.gate_up_proj
+    (first(batch()) + second(batch())).square().sum().backward()
+    (2 * plain(batch())).square().sum().backward()
+    torch.testing.assert_close(first.experts.gate_up_proj.grad, plain.experts.gate_up_proj.grad)
+    plain.zero_grad()
+    halved = tm.MoELayer(CONFIG, generator=seeded())
+    nn.utils.parametrize.register_parametrization(halved.experts, "gate_up_proj", Halved())
+    with torch.no_grad():
+        plain.experts.gate_up_proj /= 2
+    y = halved(batch())
+    assert torch.equal(y, plain(batch()))
+    y.sum().backward()
+    plain(batch()).sum().backward()
+    original = halved.experts.parametrizations.gate_up_proj.original
+    torch.testing.assert_close(original.grad, plain.experts.gate_up_proj.grad / 2)
+
+
+def test_hooks_frozen_layers_and_inference_mode() -> None:
+    layer = tm.MoELayer(replace(CONFIG, load_balance_loss_weight=0.1), generator=seeded())
+    expected = layer(2 * batch()).detach()
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    layer.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    layer.experts.register_forward_hook(lambda _, inputs, y: seen.append(("forward", tuple(y.shape))))
+    layer.register_full_backward_hook(lambda _, dx, dy: seen.append(("backward", tuple(dx[0].shape))))
+    layer.experts.register_full_backward_hook(lambda _, dx, dy: seen.append(("experts", tuple(dx[0].shape))))
+    x = batch().requires_grad_()
+    y = layer(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert seen == [(name, (5, 8)) for name in ("forward", "experts", "backward")]
+    with torch.inference_mode():
+        assert torch.equal(layer(batch()), expected)
+    layer(batch().requires_grad_()).sum().backward()  # what inference left does no harm
+    layer.requires_grad_(False)
+    assert not layer(batch()).requires_grad
+    assert not layer.aux_loss.requires_grad

@@ -55,7 +55,15 @@ class ExpertSettings(NamedTuple):
 
 
 def check_tensors(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> None:
-    """Raise TypeError unless all of them are dense tensors, and the biases tensors or None."""
+    """Raise TypeError unless all of them are dense tensors, and the biases tensors or None.
+
+    Also RuntimeError under torch.jit.trace, which would record where these tokens go as constants.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
+            "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
+        )
     required = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights}
     for name, tensor in {**required, **weights._asdict()}.items():
         if tensor is None and name in ("gate_up_bias", "down_bias"):

@@ -15,7 +15,8 @@ from .expert_parallel_operator import expert_parallel_operator
 from .expert_parallel_run import MAX_FILLERS, run_call
 from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
-from .transport_state import LayerCalls
+from .transforms import NOT_EXPERT_PARALLEL, is_transformed
+from .transport_state import LayerCalls, refuse
 from .transports import Transport
 
 __all__ = ["expert_parallel_mlp", "run_expert_parallel"]
@@ -156,7 +157,8 @@ def run_expert_parallel(
     if not torch.compiler.is_compiling():
         return _run_eagerly(x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments)
     activation, layout_flags = arguments.pop("activation"), arguments.pop("layout_flags")
-    if not is_fused(activation) or find_main_grads(weights) is not None or len(fillers) > MAX_FILLERS:
+    leaves_graph = not is_fused(activation) or find_main_grads(weights) is not None or is_transformed()
+    if leaves_graph or len(fillers) > MAX_FILLERS:
         arguments = {**arguments, "activation": activation, "layout_flags": layout_flags}
         return _run_callable_or_main_grad(
             x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments
@@ -186,6 +188,9 @@ def _run_eagerly(
     fillers: Sequence[Callable[[], None]],
     arguments: dict[str, Any],
 ) -> Tensor:
+    if is_transformed():
+        refuse(arguments["transport"])
+        raise RuntimeError(NOT_EXPERT_PARALLEL)
     y, report = run_call(
         x,
         topk_ids,

@@ -21,6 +21,7 @@ from .config import Activation, ExpertLayout, KernelOptions, is_fused
 from .custom_ops import encode, moe_mlp_operator, run_backward, run_forward
 from .flops import count_products, matrix_size
 from .grouping import Grouping
+from .transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
 from .weight_gradients import weight_gradients
 
 __all__ = ["moe_mlp"]
@@ -158,6 +159,9 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
+NO_OWNERS = ExpertWeights(None, None, None, None)  # type: ignore[arg-type]
+
+
 def _run_eagerly(
     settings: ExpertSettings,
     owners: ExpertWeights,
@@ -167,16 +171,19 @@ def _run_eagerly(
     weights: ExpertWeights,
 ) -> Tensor:
     """Run the experts as autograd Functions, or as none where no gradient is wanted."""
+    transformed = is_transformed()
+    if transformed:
+        topk_ids, owners = unwrapped(topk_ids), NO_OWNERS
     if is_fused(settings.activation):
-        if _needs_grad(x, topk_weights, weights):
-            return _MoEMLP.apply(settings, owners, topk_ids, x, topk_weights, *weights)
+        if transformed or _needs_grad(x, topk_weights, weights):
+            return run_function(_MoEMLP, settings, owners, topk_ids, x, topk_weights, *weights)
         out, _, _ = run_forward(settings, x, topk_ids, topk_weights, weights, keep_hidden=False)
         return out
     w1, b1, w2, b2 = weights
     grouping = settings.ops.group(topk_ids, w1.shape[0])
-    h = _UpHalf.apply(settings, owners, grouping, x, w1, b1)
+    h = run_function(_UpHalf, settings, owners, grouping, x, w1, b1)
     a = checked_activation(settings, h)
-    return _DownHalf.apply(settings, owners, grouping, a, topk_weights, w2, b2)
+    return run_function(_DownHalf, settings, owners, grouping, a, topk_weights, w2, b2)
 
 
 def _needs_grad(x: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> bool:
@@ -243,8 +250,10 @@ def moe_mlp(
     x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
     check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
     has_main_grads = find_main_grads(owners) is not None
+    if has_main_grads and is_transformed():
+        raise RuntimeError(MAIN_GRAD)
     with without_autocast(x.device):
-        if is_fused(activation) and not has_main_grads and _is_traced(x):
+        if is_fused(activation) and not has_main_grads and not is_transformed() and _is_traced(x):
             keep_hidden = save == "hidden" and _needs_grad(x, topk_weights, weights)
             check_options(save, options)
             operator_settings = encode(activation, layout, backend, options)

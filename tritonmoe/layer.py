@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .arguments import ExpertWeights
 from .backends import check_name
 from .config import KernelOptions, MoEConfig, check_moe_config
-from .errors import NonFiniteScores
 from .expert_parallel import run_expert_parallel
 from .expert_parallel_run import check_expert_parallel, check_fillers
 from .experts import moe_mlp
+from .nonfinite import NonFiniteCheck
 from .overlap.layer_report import LayerReport
 from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
@@ -189,6 +189,22 @@ class GroupedExperts(nn.Module):
                 as_transport(self._sharding.replicas).all_reduce(tensor)
         return tensor
 
+    def extra_repr(self) -> str:
+        config, transport = self.config, self.transport
+        flags = [name for name in ("interleaved", "transposed", "bias") if getattr(config, name)]
+        said = [
+            f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
+            f"num_experts={config.num_experts}, top_k={config.top_k}",
+            ", ".join([str(config.activation), "gated" if config.gated else "ungated", *flags]),
+            f"backend={self.backend}",
+        ]
+        if transport is not None:
+            held = f"experts {', '.join(map(str, self.expert_ids))}"
+            if self.placement is None:
+                held = f"experts {self.expert_ids[0]} to {self.expert_ids[-1]}"
+            said.append(f"{held} on rank {transport.rank} of {transport.size}, {type(transport).__name__}")
+        return "; ".join(said)
+
     @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call; None on one device."""
@@ -198,6 +214,8 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        if self.gate_up_proj.is_meta:  # what would be drawn has no place
+            return
         if self._sharding is not None:
             check_replicas(seed, self._sharding)
         weights = self._weights()
@@ -319,6 +337,11 @@ class MoELayer(nn.Module):
     (router.reduce_load, which can be replaced). On transports other than torch.distributed's, clip all gradients with
     tritonmoe.clip_grad_norm_. backend, num_sms and batch_invariant are for the routed experts: the products of the
     router and of a shared expert are PyTorch's, which may round a row differently with its neighbours.
+
+    check: when a token whose router scores are NaN or infinite, which goes to no expert, raises NonFiniteScores. With a
+    transport always in its call, on every rank. On one device "next" says it at the next call, so that no call waits
+    for the device, and says nothing in compiled code; "now" waits for the router in every call and raises in the call
+    itself, in compiled code (fullgraph too) and exported programs as well, but can't be captured by a CUDA graph.
     """
 
     def __init__(
@@ -332,6 +355,7 @@ class MoELayer(nn.Module):
         backend: str = "auto",
         num_sms: int | None = None,
         batch_invariant: bool = False,
+        check: Literal["next", "now"] = "next",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -363,7 +387,12 @@ class MoELayer(nn.Module):
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
         self.aux_loss: Tensor | None = None
         self.last_routing: Routing | None = None
-        self._reported_nonfinite: Tensor | None = None
+        self._nonfinite = NonFiniteCheck(check)
+
+    def extra_repr(self) -> str:
+        weights = {name: getattr(self.config, name) for name in ("load_balance_loss_weight", "z_loss_weight")}
+        said = [f"{name}={weight}" for name, weight in weights.items() if weight]
+        return ", ".join([*said, f"check={self._nonfinite.when}"])
 
     @property
     def last_report(self) -> LayerReport | None:
@@ -386,13 +415,19 @@ class MoELayer(nn.Module):
         try:
             if not isinstance(x, Tensor):
                 raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+            if x.is_nested or x.layout != torch.strided:
+                kind = "nested" if x.is_nested else str(x.layout)
+                raise TypeError(f"x must be a dense tensor, got a {kind} one: pass its tokens as one (T, D) tensor")
             if x.dim() < 1 or x.shape[-1] != self.config.hidden_size:
                 raise ValueError(f"x must be (..., D) with D = {self.config.hidden_size}, got {tuple(x.shape)}")
             check_fillers(fillers)
-            if one_device and not torch.compiler.is_compiling():
-                self._raise_earlier_nonfinite()
+            if one_device:
+                self._nonfinite.raise_earlier()
             flat = x.reshape(-1, x.shape[-1])
             routing = self.router(flat)
+            topk_ids = routing.topk_ids
+            if one_device:
+                topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
         except Exception:
             if self.experts.transport is not None:
                 refuse(self.experts.transport)
@@ -404,15 +439,13 @@ class MoELayer(nn.Module):
             own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
         y = self.experts(
             flat,
-            routing.topk_ids,
+            topk_ids,
             routing.topk_weights,
             num_nonfinite_rows=routing.num_nonfinite_rows,
             fillers=[_one_after_the_other(pair) for pair in zip_longest(own_fillers, fillers)],
         )
         if halves:
             y = y + halves[1]
-        if one_device and not torch.compiler.is_compiling():
-            self._remember_nonfinite(routing.num_nonfinite_rows)
         self.last_routing = routing
         aux_loss = routing.topk_weights.new_zeros(())
         if self.config.load_balance_loss_weight:
@@ -430,25 +463,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
-        return {**self.__dict__, "aux_loss": None, "last_routing": None, "_reported_nonfinite": None}
-
-    def _remember_nonfinite(self, count: Tensor) -> None:
-        """Start copying the flag to the host; the next call reads it, so that this one waits for nothing."""
-        if not count.is_cuda:
-            self._reported_nonfinite = count
-            return
-        if self._reported_nonfinite is None or not self._reported_nonfinite.is_pinned():
-            self._reported_nonfinite = torch.zeros((), dtype=count.dtype, pin_memory=True, device="cpu")
-        self._reported_nonfinite.copy_(count, non_blocking=True)
-
-    def _raise_earlier_nonfinite(self) -> None:
-        if self._reported_nonfinite is not None and int(self._reported_nonfinite):
-            count = int(self._reported_nonfinite)
-            self._reported_nonfinite = None
-            raise NonFiniteScores(
-                f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer (those "
-                "tokens went to no expert): look for an overflow in the activations before the router"
-            )
+        return {**self.__dict__, "aux_loss": None, "last_routing": None}
 
 
 def _one_after_the_other(fillers: Sequence[Callable[[], None] | None]) -> Callable[[], None]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autograd import is_autocast_on
 from .backends.reference import accumulation_dtype, apply_activation
 from .config import ClampedSwiGLU, MoEConfig
 
@@ -37,15 +38,30 @@ class SharedExpert(nn.Module):
         width = 2 * inner if self.layout.gated else inner
         shapes = {"gate_up_proj": (width, model_width), "down_proj": (model_width, inner)}
         for name, (rows, columns) in shapes.items():
-            bound = 1 / math.sqrt(columns)
-            drawn = torch.empty(rows, columns, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.register_parameter(
-                name, nn.Parameter((drawn.T if self.layout.transposed else drawn).to(device, dtype).contiguous())
-            )
+            shape = (columns, rows) if self.layout.transposed else (rows, columns)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw both weights uniformly, as the routed experts' are drawn."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            rows_out = self._rows_out(weight)
+            bound = 1 / math.sqrt(rows_out.shape[1])
+            if not weight.is_meta:
+                rows_out.copy_(torch.empty(rows_out.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+    def extra_repr(self) -> str:
+        model_width, inner = self.down_proj.shape[:: -1 if self.layout.transposed else 1]
+        gate = "gated" if self.layout.gated else "ungated"
+        return f"hidden_size={model_width}, intermediate_size={inner}; {self.activation}, {gate}"
 
     def up(self, x: Tensor) -> Tensor:
         """Give (T, F), the activation of x (T, D) times the up-projection."""
-        h = F.linear(x, self._rows_out(self.gate_up_proj))
+        weight = self.gate_up_proj
+        if x.dtype != weight.dtype and not is_autocast_on(x.device):
+            raise TypeError(f"the shared expert is {weight.dtype} and x is {x.dtype}: cast one to the other's dtype")
+        h = F.linear(x, self._rows_out(weight))
         if isinstance(self.activation, str | ClampedSwiGLU):
             return apply_activation(h.to(accumulation_dtype(h.dtype)), self.layout, self.activation).to(h.dtype)
         return self.activation(h)

@@ -1,6 +1,8 @@
 """patch(): what is switched is counted and named; where nothing can be, it says so and changes nothing."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -219,3 +221,24 @@ def test_experts_that_are_left_are_reported(caplog):
     assert report.num_switched == 2
     assert report.left == ("llama4.model.layers.0.feed_forward", "llama4.model.layers.1.feed_forward")
     assert "left llama4.model.layers.0.feed_forward (Llama4TextMoe)" in caplog.text
+
+
+def test_a_pickled_patched_model_registers_where_it_is_loaded(monkeypatch):
+    """The registry is as in a process that has not heard of tritonmoe."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    model = mixtral().eval()
+    patch(model)
+    ids = torch.arange(6).view(2, 3)
+    expected = model(ids).logits
+    pickled = pickle.dumps(model)
+    monkeypatch.delitem(ExpertsInterface._global_mapping, "tritonmoe")
+    with pytest.raises(KeyError, match="tritonmoe"):
+        model(ids)
+    assert torch.equal(pickle.loads(pickled)(ids).logits, expected)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
+
+
+def test_parallelize_before_there_are_ranks():
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group\(\) before parallelize"):
+        parallelize(mixtral(), torch.distributed.group.WORLD)

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import logging
+import pickle
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tritonmoe.integrations.transformers.expert_init import DenseFFN, UpcycleSet
 from tritonmoe.integrations.transformers.ffn_blocks import find_blocks
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
+NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "t5_gated": {"dropout_rate": 0.0}}
 EXACT_FP32 = 2e-6  # of the largest output; the dense models themselves differ by 1e-7 from their fp64 selves
 
 
@@ -372,7 +374,78 @@ def test_aux_loss_that_would_teach_nothing_is_refused():
     assert aux_loss(moe) > 0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
+def test_a_training_loss_contains_the_auxiliary_loss(name):
+    moe = upcycle(make_dense(name, **NO_DROPOUT[name]), 4, 2)
+    batch = make_batch(moe)
+    batch["labels"] = batch["input_ids"]
+    with torch.no_grad():
+        expected = moe(**batch).loss  # evaluation
+        assert torch.equal(moe.train()(**batch).loss, expected)
+    output = moe(**batch)
+    assert torch.equal(output.loss, expected + aux_loss(moe))
+    assert output["loss"] is output.loss
+    assert output[0] is output.loss
+    assert torch.equal(moe(**batch, return_dict=False)[0], output.loss)
+    for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+        assert torch.equal(other(**batch).loss, output.loss)
+
+
+def test_peft_and_trainer_train_with_the_auxiliary_loss(tmp_path):
+    """One step of Trainer moves the routers as a step by hand on both losses does."""
+    pytest.importorskip("accelerate")
+    moe = upcycle(make_dense("gpt2", **NO_DROPOUT["gpt2"]), 4, 2).train()
+    by_hand = copy.deepcopy(moe)
+    rows = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits = by_hand(rows).logits[:, :-1]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) + aux_loss(by_hand)
+    loss.backward()
+    torch.optim.SGD(by_hand.parameters(), lr=1.0).step()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    transformers.Trainer(moe, arguments, train_dataset=data).train()
+    for ours, theirs in zip(moe.transformer.h, by_hand.transformer.h, strict=True):
+        torch.testing.assert_close(ours.mlp.c_fc.router.weight, theirs.mlp.c_fc.router.weight, atol=1e-6, rtol=1e-5)
+    peft = pytest.importorskip("peft")
+    expected = moe(rows, labels=rows).loss
+    adapted = peft.get_peft_model(moe, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).train()
+    torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+
+
+def test_an_auxiliary_loss_that_nobody_takes_is_logged_once(caplog):
+    moe = upcycle(make_dense("gpt2"), 4, 2).train()
+    ids = make_batch(moe)["input_ids"]
+    for _ in range(3):
+        moe(ids)
+        aux_loss(moe)
+    assert not caplog.text
+    for _ in range(4):
+        moe(ids)
+    assert caplog.text.count("nobody took the auxiliary loss of GPT2LMHeadModel") == 1
+
+
 # Saving
+
+
+def test_a_pickled_copy_saves_itself_as_the_model_does(tmp_path):
+    moe = upcycle(make_dense("gpt2"), 4, 2)
+    for name, other in (("copied", copy.deepcopy(moe)), ("pickled", pickle.loads(pickle.dumps(moe)))):
+        with torch.no_grad():
+            other.lm_head.weight.add_(1)
+        other.save_pretrained(tmp_path / name)
+        assert states_equal(load_upcycled(tmp_path / name), other)
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -488,3 +488,16 @@ def test_command(tmp_path, capsys):
     assert main(["upcycle", *arguments, "--granularity", "3"]) == 2
     assert "multiple of granularity" in capsys.readouterr().err
     assert not (tmp_path / "odd").exists()
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    """Also one whose files name its experts otherwise than the model does."""
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 16)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "num_local_experts": 4}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "mixtral")
+    upcycle(make_dense("gpt2"), 4, 2).save_pretrained(tmp_path / "inplace")
+    with pytest.raises(ValueError, match="MixtralForCausalLM has experts already"):
+        upcycle_checkpoint(tmp_path / "mixtral", tmp_path / "out", num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match="holds a model that was upcycled already"):
+        upcycle_checkpoint(tmp_path / "inplace", tmp_path / "out", num_experts=4, top_k=2)
+    assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import is_recomputing
+from ..autograd import is_recomputing, without_autocast
 from ..config import MoEConfig, check_moe_config, is_number
+from ..transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 from .statistics import expert_load, reduce_counts
 
 __all__ = ["Routing", "TopKRouter"]
@@ -44,7 +45,7 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         dtype = _score_dtype(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             logits = F.linear(x.to(dtype), weight.to(dtype))
         return logits, logits.isfinite().all(dim=1, keepdim=True)
 
@@ -59,13 +60,15 @@ class _RouterLogits(torch.autograd.Function):
         x, weight, is_finite = ctx.saved_tensors
         dlogits = torch.where(is_finite, dlogits, 0.0)
         dx = dweight = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if ctx.needs_input_grad[0]:
                 dx = torch.where(is_finite, dlogits @ weight.to(dlogits.dtype), 0.0).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 finite_x = torch.where(is_finite, x.to(dlogits.dtype), 0.0)
                 dweight = (dlogits.T @ finite_x).to(weight.dtype)
         return dx, dweight
+
+    vmap = staticmethod(refuse_vmap)  # and no jvp, which torch.compile can't take
 
 
 def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -127,10 +130,18 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = bias.to(cast.device)
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # assign=True leaves `load`, which isn't saved, on the meta device, and the bias in whatever dtype was given.
+        if self.load is not None and self.load.is_meta and not self.weight.is_meta:
+            self.load = torch.zeros_like(self.load, device=self.weight.device)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+
     def extra_repr(self) -> str:
-        return (
-            f"hidden_size={self.config.hidden_size}, num_experts={self.config.num_experts}, top_k={self.config.top_k}"
-        )
+        config = self.config
+        said = f"hidden_size={config.hidden_size}, num_experts={config.num_experts}, top_k={config.top_k}"
+        return f"{said}, {config.score_function}{', selection_bias' if config.selection_bias else ''}"
 
     def forward(self, x: Tensor) -> Routing:
         """Route the tokens x (T, D), any floating dtype; logits and everything after are fp32.
@@ -149,6 +160,7 @@ class TopKRouter(nn.Module):
             raise ValueError(f"the router takes (T, {config.hidden_size}) tokens, got shape {tuple(x.shape)}")
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
+        refuse_tangents(x, self.weight)
         logits, is_finite = _RouterLogits.apply(x, self.weight)
         finite_logits = torch.where(is_finite, logits, 0.0)
         if config.score_function == "softmax":
@@ -175,7 +187,8 @@ class TopKRouter(nn.Module):
             num_nonfinite_rows=is_finite.logical_not().sum(),
         )
         if self.load is not None and self.training and not is_recomputing():
-            self.load += expert_load(routing.topk_ids, config.num_experts)
+            with below_transforms():
+                self.load += expert_load(unwrapped(routing.topk_ids), config.num_experts)
         return routing
 
     def _select(self, ranked_by: Tensor) -> Tensor:

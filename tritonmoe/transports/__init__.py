@@ -63,7 +63,8 @@ def as_transport(ranks: Any) -> Transport:
     import torch.distributed
 
     if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
-        raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}")
+        hint = ": torch.distributed.group.WORLD is None before init_process_group()" if ranks is None else ""
+        raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}{hint}")
     transport = _of_groups.get(ranks)
     if transport is None:
         transport = _of_groups[ranks] = ProcessGroupTransport(ranks)

@@ -202,9 +202,12 @@ class _ScaledGradient(torch.autograd.Function):
     """The tensor itself; its gradient times a factor, and averaged over replicas."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
-        ctx.scale, ctx.replicas, ctx.number = scale, replicas, number
+    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.scale, ctx.replicas, ctx.number = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

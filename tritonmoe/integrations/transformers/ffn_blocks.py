@@ -17,6 +17,7 @@ __all__ = [
     "LayerChoice",
     "find_blocks",
     "parent_and_name",
+    "refuse_experts",
     "refuse_quantised",
     "select_blocks",
 ]
@@ -129,6 +130,15 @@ class FFNBlock:
         return DenseFFN(up, weight(self.down), gate, up_bias, gate_bias, down_bias)
 
 
+def refuse_experts(model: nn.Module) -> None:
+    """Raise ValueError where the model is a Mixture of Experts, or was upcycled."""
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "experts" or type(module).__name__.endswith(("Experts", "MoELayer")):
+            raise ValueError(
+                f"{type(model).__name__} has experts already (at {path}): upcycling starts from a dense model"
+            )
+
+
 def find_blocks(model: nn.Module) -> list[FFNBlock]:
     """Give every dense feed-forward block of the model, in the order of its modules.
 
@@ -137,9 +147,7 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
     """
     name = type(model).__name__
     refuse_quantised(model)
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] == "experts" or type(module).__name__.endswith(("Experts", "MoELayer")):
-            raise ValueError(f"{name} has experts already (at {path}): upcycling starts from a dense model")
+    refuse_experts(model)
     blocks: list[FFNBlock] = []
     for path, module in model.named_modules():
         for names in NAMES:

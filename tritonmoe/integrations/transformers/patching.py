@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 FEED_FORWARD = re.compile(r"(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate)$")
 MAX_NAMED = 3
+REGISTRATION = "_tritonmoe_registration"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,27 @@ class PatchReport:
         return len(self.switched)
 
 
+class _Registration:
+    """What a patched experts module carries: unpickled in another process, it registers the implementation there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+    def __deepcopy__(self, _: Any) -> "_Registration":
+        return self
+
+
+def _registered() -> _Registration:
+    from . import register
+
+    register()
+    return _Registration()
+
+
 def patch(model: nn.Module) -> PatchReport:
     """Make every experts module of `model` run through tritonmoe, in place; parameters and their names stay.
+
+    A pickled patched model registers the implementation by itself where it is loaded.
 
     `model` is a model of transformers, or any module that contains one (a PEFT model, a wrapper). Patching again
     changes nothing; `model.set_experts_implementation("eager")` goes back.
@@ -59,6 +79,7 @@ def patch(model: nn.Module) -> PatchReport:
     for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
         config: Any = experts.config
         config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+        experts.__dict__[REGISTRATION] = _Registration()
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))

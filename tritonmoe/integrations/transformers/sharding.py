@@ -127,7 +127,8 @@ def parallelize(
             the ranks' losses.
     Raises:
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            share weights with another module, or are adapted by PEFT themselves. Nothing is changed.
+            share weights with another module, or are adapted by PEFT themselves; init_process_group was not called.
+            Nothing is changed.
     """
     from torch.distributed.tensor import DTensor
 
@@ -137,6 +138,11 @@ def parallelize(
     check_model(model)
     if isinstance(group_or_mesh, Transport):
         raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {group_or_mesh!r}")
+    if group_or_mesh is None and not torch.distributed.is_initialized():
+        raise ValueError(
+            "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "
+            "parallelize()"
+        )
     transport = as_transport(group_or_mesh)
     found: dict[str, Any] = experts_modules(model)
     layers = routed_experts(model)

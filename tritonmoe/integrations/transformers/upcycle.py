@@ -47,8 +47,8 @@ def upcycle(
         layers: "all", positions of the blocks to convert, or a function of (position, path).
         seed: draws routers, noise and re-drawn units; the same seed gives the same bits.
     Returns:
-        A model of the target's class, which saves and loads as any other; in place, a copy of `model` with
-        MoE layers inside, whose save_pretrained goes with load_upcycled(), and whose balancing loss is aux_loss().
+        A model of the target's class, which saves and loads as any other; in place, a copy of `model` with MoE layers
+        inside, whose save_pretrained goes with load_upcycled(), and whose own loss in training contains aux_loss().
     Raises:
         ValueError: there is nothing to replace, or the result could not equal the dense model; nothing is changed.
         ImportError: transformers is missing or older than 5.7.

@@ -16,12 +16,12 @@ from .checkpoint_files import CheckpointReader, ShardWriter, parse_size
 from .checkpoint_model import build_skeleton, find_model_class, read_config
 from .checkpoint_paths import file_inside
 from .expert_init import UpcycleSettings
-from .ffn_blocks import LayerChoice, refuse_quantised
+from .ffn_blocks import LayerChoice, refuse_experts, refuse_quantised
 from .requirements import WEIGHT_DTYPES, check_transformers
 from .upcycle import make_conversion
 from .upcycle_inplace import InplaceConversion
 from .upcycle_native import NativeConversion
-from .upcycle_saved import WEIGHTS_STEM, write_description
+from .upcycle_saved import DESCRIPTION_FILE, WEIGHTS_STEM, write_description
 
 __all__ = ["upcycle_checkpoint"]
 
@@ -61,9 +61,12 @@ def upcycle_checkpoint(
     check_transformers()
     source, shard_bytes = Path(source), parse_size(max_shard_size)
     checked = UpcycleSettings(**settings)
+    if (source / DESCRIPTION_FILE).exists():
+        raise ValueError(f"{source} holds a model that was upcycled already: upcycling starts from a dense model")
     reader = CheckpointReader(source)
     dense = _dense_skeleton(source, reader)
     refuse_quantised(dense)
+    refuse_experts(dense)  # before its tensors, which the files of such a model may name otherwise
     names = _match_names(dense, reader, source)
     small_files = _small_files(source)
     _refuse_quantised_files(dense, names, reader, source)

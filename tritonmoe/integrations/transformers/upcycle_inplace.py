@@ -1,6 +1,7 @@
 """Any other architecture: its feed-forward blocks become MoE layers inside a copy of the model."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,14 @@ from ...layer import GroupedExperts, MoELayer
 from .expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from .ffn_blocks import FFNBlock, parent_and_name
 
-__all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "aux_loss", "replace_blocks"]
+__all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "add_aux_loss", "aux_loss", "replace_blocks"]
 
 AUX_LOSS_WEIGHT = 0.01
 """Weight of the load balance loss in aux_loss(), as in Switch Transformers; the loss itself is 1 at perfect balance."""
+
+IS_LEFT = "_tritonmoe_aux_loss_is_left"
+
+log = logging.getLogger("tritonmoe")
 
 
 class UpcycledFFN(MoELayer):
@@ -47,9 +52,10 @@ class UpcycledFFN(MoELayer):
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Give the sum of the load balance losses of a model upcycled in place, to be added to the model's own loss.
+    """Give the sum of the load balance losses of a model upcycled in place, for losses that aren't the model's own.
 
-    Valid after a forward; AUX_LOSS_WEIGHT is in it already. Natively upcycled models add theirs themselves.
+    Valid after a forward; AUX_LOSS_WEIGHT is in it already. The loss that a model gives in training, where it has
+    labels, contains it, as that of natively upcycled models does: don't add it there.
 
     Raises:
         ValueError: the model was not upcycled in place.
@@ -59,6 +65,9 @@ def aux_loss(model: nn.Module) -> Tensor:
     layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
+    for module in model.modules():
+        if module.__dict__.get(IS_LEFT):
+            del module.__dict__[IS_LEFT]
     found = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
     if len(found) < len(layers):
         raise RuntimeError("aux_loss() is there after the model's forward, not before")
@@ -71,6 +80,38 @@ def aux_loss(model: nn.Module) -> Tensor:
             'checkpointing: enable it with {"use_reentrant": False}, or call aux_loss() under torch.no_grad()'
         )
     return torch.stack([loss.to(found[0].device) for loss in found]).sum()
+
+
+def add_aux_loss(model: nn.Module, _: Any, output: Any) -> Any:
+    """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
+
+    Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models.
+    """
+    if not model.training or not torch.is_grad_enabled():
+        return output
+    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.dim():
+        _warn_of_earlier(model)
+        return output
+    loss = loss + aux_loss(model).to(loss.device)
+    if isinstance(output, tuple):
+        return loss, *output[1:]
+    output.loss = loss
+    return output
+
+
+def _warn_of_earlier(model: nn.Module) -> None:
+    """Say once that nobody took the auxiliary loss of the last training forward, which gave no loss of its own."""
+    if torch.compiler.is_compiling():
+        return
+    if model.__dict__.get(IS_LEFT) is True:
+        log.warning(
+            "nobody took the auxiliary loss of %s in its last training forward, so nothing balances its experts: give "
+            "it labels, so that its own loss contains it (Trainer's label_smoothing_factor and compute_loss_func take "
+            "them away), or add tritonmoe.integrations.transformers.aux_loss(model) to yours",
+            type(model).__name__,
+        )
+    model.__dict__[IS_LEFT] = model.__dict__.get(IS_LEFT) is None  # then False: said
 
 
 def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFNBlock], dtype: torch.dtype) -> None:

@@ -1,10 +1,10 @@
 """Save and load models upcycled in place, which from_pretrained can't rebuild."""
 
+import functools
 import json
 import os
 import re
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from .checkpoint_paths import file_inside
 from .expert_init import UpcycleSettings
 from .ffn_blocks import FFNBlock, find_blocks, select_blocks
 from .requirements import check_transformers
-from .upcycle_inplace import InplaceConversion, replace_blocks
+from .upcycle_inplace import InplaceConversion, add_aux_loss, replace_blocks
 from .upcycle_native import build_model
 
 __all__ = ["DESCRIPTION_FILE", "WEIGHTS_STEM", "load_upcycled", "remember_conversion", "write_description"]
@@ -66,9 +66,12 @@ def _is_no_weight_of_another(name: str) -> bool:
 
 
 def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
-    """Let the model know how it was made, and save itself that way."""
+    """Let the model know how it was made, save itself that way, and add its auxiliary loss to its own."""
     model.upcycling = _describe(conversion)
-    model.save_pretrained = MethodType(save_pretrained, model)
+    model.save_pretrained = functools.partial(
+        save_pretrained, model
+    )  # a bound method would be the class's when unpickled
+    model.register_forward_hook(add_aux_loss)
 
 
 def write_description(directory: Path, class_name: str, config: Any, conversion: InplaceConversion) -> None:
