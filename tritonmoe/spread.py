@@ -116,10 +116,10 @@ def refuse_held(module: nn.Module, found: "dict[str, Any]") -> None:
             parameters = (parameter for group in held.param_groups for parameter in group["params"])
         else:
             continue
-        name = next((own[id(parameter)] for parameter in parameters if id(parameter) in own), None)
-        if name is not None:
+        kept = [own[id(parameter)] for parameter in parameters if id(parameter) in own]
+        if kept:
             raise ValueError(
-                f"{holder} was made with the experts of {name or 'the module'} before they are spread, and would go on "
+                f"{holder} was made with the experts of {kept[0] or 'the module'} before they are spread, and would go on "
                 "with the parameters that were: call parallelize() first"
             )
 

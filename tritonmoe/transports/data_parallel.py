@@ -84,8 +84,8 @@ def explain_fully_shard() -> None:
             raise ValueError(
                 f"fully_shard can't shard {module_info.param_name} of {type(module_info.module).__name__}, whose "
                 "experts are spread over these ranks already: pass "
-                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself over their "
-                "replicas"
+                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself over "
+                "their replicas"
             ) from error
         _warn_of_fewer_ranks(param, self.mesh_info.mesh, module_info)
 
@@ -94,7 +94,7 @@ def explain_fully_shard() -> None:
 
 
 def _warn_of_fewer_ranks(param: Any, mesh: Any, module_info: Any) -> None:
-    """Log once where FSDP2 averages a whole dense parameter over a part of the ranks over which experts are averaged."""
+    """Log once where FSDP2 averages a dense parameter over a part of the ranks over which experts are averaged."""
     ranks = set(mesh.mesh.flatten().tolist())
     if hasattr(param, "device_mesh") or MARK in module_info.module.__dict__:
         return
