@@ -119,8 +119,8 @@ def refuse_held(module: nn.Module, found: "dict[str, Any]") -> None:
         kept = [own[id(parameter)] for parameter in parameters if id(parameter) in own]
         if kept:
             raise ValueError(
-                f"{holder} was made with the experts of {kept[0] or 'the module'} before they are spread, and would go on "
-                "with the parameters that were: call parallelize() first"
+                f"{holder} was made with the experts of {kept[0] or 'the module'} before they are spread, and would "
+                "go on with the parameters that were: call parallelize() first"
             )
 
 

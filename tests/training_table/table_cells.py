@@ -147,6 +147,13 @@ def fully_shard_everything(form: Form, ranks: Ranks) -> None:
     check_training(form, ranks, model, fsdp2(form, model, set()), "FSDP2 of everything")
 
 
+def replicate_everything(form: Form, ranks: Ranks) -> None:
+    from torch.distributed._composable.replicate import replicate
+
+    model = form.make(ranks)
+    check_training(form, ranks, model, replicate(model), "replicate")
+
+
 def damage_an_expert(model: nn.Module) -> None:
     """Make one expert's gradient infinite, which one rank (of each replica) holds."""
     gradient = next(iter(tm.expert_parameters(model))).grad
@@ -424,7 +431,8 @@ def cells_of(folder: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Form, R
         "DDP with its options": (ALL, train_with_ddp_options),
         "FSDP2": (ALL, functools.partial(train_wrapped, "FSDP2")),
         "FSDP2, reshard off": (ALL, functools.partial(train_wrapped, "FSDP2, reshard off")),
-        "FSDP2 without ignored_params": (ALL, fully_shard_everything),
+        "replicate()": (ALL, replicate_everything),
+    "FSDP2 without ignored_params": (ALL, fully_shard_everything),
         "HSDP": (REPLICAS, functools.partial(train_wrapped, "HSDP")),
         "FSDP2 of experts over replicas": (REPLICAS, functools.partial(train_wrapped, "experts over the replicas")),
         "accumulated gradients": (ALL, accumulate),

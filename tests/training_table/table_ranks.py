@@ -32,6 +32,7 @@ LIMIT_S = 150.0
 REFUSED = {
     "FSDP2 without ignored_params": r"expert_parameters",
     "experts over fewer ranks": r"replica",
+    "replicate()": r"DistributedDataParallel",
 }
 """Rows in which an error is what must happen, and what it names."""
 Cell = tuple[str, str, str]
@@ -47,6 +48,7 @@ FORMS_OF_ALL_ROWS = (
 FORMS_OF_FOUR = ("module inside a wrapper", "transformers model")
 FIRST_ROWS = ("DDP", "FSDP2", "FSDP2 without ignored_params", "clip_grad_norm_", "AdamW foreach", "DCP, same ranks")
 FIRST_ROWS += ("one-device weights, load_state_dict", "one-device weights, set_model_state_dict")
+FIRST_ROWS += ("replicate()",)
 ROWS_OF_FOUR = ("DDP", "clip_grad_norm_", "DCP, same ranks", "DCP from 1", "DCP from 2x2", "experts over fewer ranks")
 ROWS_OF_REPLICAS = (*FIRST_ROWS, "HSDP", "FSDP2 of experts over replicas", "accumulated gradients", "GradScaler")
 ROWS_OF_REPLICAS += ("deepcopy", "DCP from 1", "DCP from 4")

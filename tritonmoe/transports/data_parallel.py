@@ -84,8 +84,8 @@ def explain_fully_shard() -> None:
             raise ValueError(
                 f"fully_shard can't shard {module_info.param_name} of {type(module_info.module).__name__}, whose "
                 "experts are spread over these ranks already: pass "
-                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself over "
-                "their replicas"
+                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself "
+                "over their replicas"
             ) from error
         _warn_of_fewer_ranks(param, self.mesh_info.mesh, module_info)
 
