@@ -5,7 +5,7 @@ Whoever calls these, an autograd Function or an operator, saves the tensors.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .arguments import ExpertSettings, ExpertWeights, find_main_grads
 from .backends.reference import WeightGrads
+from .call_header import CallHeader
 from .capacity import poison
 from .config import is_fused
+from .count_exchange import BackwardAgreement
 from .dispatch import DispatchPlan
 from .errors import TransportError
 from .expert_chunks import RowPlaces
@@ -24,7 +26,8 @@ from .grouping import Grouping, RowSources
 from .overlap.executor import ExpertsPass, LayerPass
 from .overlap.layer_report import LayerReport
 from .overlap.node_pass import NodePass
-from .placement import ExpertPlacement
+from .placement import ExpertPlacement, replica_bits
+from .transport_state import TransportState
 from .transports import PendingExchange, Transport
 from .two_level import TwoLevelPlan
 from .wire import WireFormat
@@ -39,7 +42,11 @@ class ExpertParallelCall:
     settings: ExpertSettings
     owners: ExpertWeights | None
     """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
-    rank: int
+    all_ranks: Transport
+    state: TransportState
+    sequence: int
+    layer: int
+    """All three as in the call's header: by them ranks know that they run the same backward."""
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
     plan: DispatchPlan
@@ -55,9 +62,10 @@ class ExpertParallelCall:
     """In a captured call with a capacity: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
     """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
-    sequence: int = 0
-    under_way: dict[int, Any] = field(default_factory=dict)
-    """That of the transport's state, from which a backward takes its call."""
+
+    @property
+    def rank(self) -> int:
+        return self.all_ranks.rank
 
 
 @dataclass
@@ -146,7 +154,10 @@ def run_backward(
 
     Args:
         rows, received_weights, h: what the forward's run had. dout: (T, D). parameters: of a callable activation.
+    Raises:
+        CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
+    agreement = _post_agreement(call, needs_weights)
     run = ExpertsRun(
         call.settings,
         weights,
@@ -174,6 +185,9 @@ def run_backward(
         received_weights=received_weights,
         placement=call.placement,
     )
+    if agreement is not None:
+        agreement.wait()
+    call.state.note_backward(call.sequence)
     with _naming_rank(call):
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights)
     if isinstance(experts, NodePass):
@@ -182,10 +196,27 @@ def run_backward(
     kept.report.backward = timings
     if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
         call.report.backward = timings
-    call.under_way.pop(call.sequence, None)
+    call.state.under_way.pop(call.sequence, None)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
     return dx, dtopk_weights, grads, run.activation_grads
+
+
+def _post_agreement(call: ExpertParallelCall, needs_weights: tuple[bool, bool, bool, bool]) -> BackwardAgreement | None:
+    """Tell the other ranks which backward this is; None without others, or where the host would wait for a device.
+
+    There, the next forward's header says which backwards have run.
+    """
+    if call.all_ranks.size == 1 or call.all_ranks.counts_cross_device:
+        return None
+    header = CallHeader(
+        sequence=call.sequence,
+        layer=call.layer,
+        is_backward=1,
+        replica_grads=replica_bits(call.placement, needs_weights),
+        **call.state.history(),
+    )
+    return BackwardAgreement(call.all_ranks, header)
 
 
 @contextmanager

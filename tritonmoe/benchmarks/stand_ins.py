@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..backends.reference import WeightGrads
-from ..count_exchange import DTYPE_CODES, CallHeader
+from ..call_header import DTYPE_CODES, CallHeader
 from ..dispatch import DispatchPlan, exchange_plan
 from ..overlap.executor import ExpertsPass, LayerPass
 from ..overlap.layer_report import PassReport
