@@ -19,7 +19,7 @@ from .capacity import poison
 from .config import is_fused
 from .count_exchange import BackwardAgreement
 from .dispatch import DispatchPlan
-from .errors import TransportError
+from .errors import CountMismatch, TransportError
 from .expert_chunks import RowPlaces
 from .experts_run import ExpertsRun
 from .grouping import Grouping, RowSources
@@ -185,11 +185,9 @@ def run_backward(
         received_weights=received_weights,
         placement=call.placement,
     )
-    if agreement is not None:
-        agreement.wait()
-    call.state.note_backward(call.sequence)
     with _naming_rank(call):
-        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights)
+        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights, agreement)
+    call.state.note_backward(call.sequence)
     if isinstance(experts, NodePass):
         timings.inside = experts.reports
     assert call.report is not None
@@ -225,7 +223,7 @@ def _naming_rank(call: ExpertParallelCall) -> Iterator[None]:
     try:
         yield
     except TransportError as error:
-        if call.two_level is None:
+        if call.two_level is None or isinstance(error, CountMismatch):  # that one has the words of all ranks
             raise
         raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
 

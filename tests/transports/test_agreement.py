@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from agreement_cases import (
 from processes import run_processes
 
 import tritonmoe as tm
+from tritonmoe import expert_parallel_run
 from tritonmoe.transports import EmulatedTransport, PendingExchange, Transport, TwoLevelTransport
 
 SLACK_S = 10.0
@@ -77,6 +79,20 @@ def test_on_two_levels() -> None:
     met = tm.run_on_emulated_ranks(lambda world: outcome(backward_in_another_order, world), 4, timeout_s=TIMEOUT_S)
     for one in met:
         assert re.search("^CountMismatch: .*rank 2: backward of layer 0, .*rank 3: backward of layer 1,", one["raised"])
+
+
+def test_one_rank_captures_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would exchange its flag on the device, where the other ranks' flags cross the host."""
+    of_thread = threading.local()
+    monkeypatch.setattr(expert_parallel_run, "is_captured", lambda device: of_thread.is_captured)
+    words = r"on whether a CUDA graph captures this layer call \(rank 0: not captured, rank 1: captured\)"
+
+    def on_rank(transport: Transport) -> None:
+        of_thread.is_captured = transport.rank == 1
+        with pytest.raises(tm.CountMismatch, match=words):
+            layer_on(transport, overlap=tm.OverlapConfig(2, capacity=4.0))(tokens(transport))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("is_same", [True, False])

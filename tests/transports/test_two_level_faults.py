@@ -69,7 +69,7 @@ def on_rank(rank: int, exchange: str) -> str:
     if exchange == "counts":
         return f"^TransportError: {where(exchange)}"
     if exchange == "backward counts":
-        return "^TransportError: before the backward of layer 0, call 0: "
+        return f"^TransportError: rank {rank} of {SIZE} on two levels: before the backward of layer 0, call 0: "
     return f"^TransportError: rank {rank} of {SIZE} on two levels: {where(exchange)}"
 
 
