@@ -15,9 +15,12 @@ class _PartOfExchange(PendingExchange):
 
     def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
         self._pending, self._ranks = pending, list(ranks)
+        self._received: Tensor | None = None
 
     def wait(self) -> Tensor:
-        return self._pending.wait()[self._ranks]
+        if self._received is None:
+            self._received = self._pending.wait()[self._ranks]
+        return self._received
 
 
 class GroupView(Transport):
