@@ -17,7 +17,7 @@ from .header_check import check_headers
 from .overlap_config import MAX_CHUNKS
 from .transports import Transport, TwoLevelTransport
 
-__all__ = ["BackwardAgreement", "check_counts", "check_sizes", "exchange_counts", "refuse_call"]
+__all__ = ["BackwardAgreement", "check_counts", "check_sizes", "exchange_counts", "post_backward", "refuse_call"]
 
 MAX_SEGMENTS = MAX_CHUNKS + 2
 """Chunks, and the two local slices before them."""
@@ -76,6 +76,16 @@ class BackwardAgreement:
             raise TransportError(f"before the {self._header.place}: {error}") from error
         if not torch.equal(received, self._message):  # every rank says what this one does
             check_headers(_headers(received))
+
+
+def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
+    """Start a backward's agreement; None on one rank, and where the host would have to wait for a device.
+
+    There, the next forward's header says which backwards have run.
+    """
+    if transport.size == 1 or transport.counts_cross_device:
+        return None
+    return BackwardAgreement(transport, header)
 
 
 def exchange_counts(

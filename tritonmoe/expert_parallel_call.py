@@ -17,7 +17,7 @@ from .backends.reference import WeightGrads
 from .call_header import CallHeader
 from .capacity import poison
 from .config import is_fused
-from .count_exchange import BackwardAgreement
+from .count_exchange import post_backward
 from .dispatch import DispatchPlan
 from .errors import CountMismatch, TransportError
 from .expert_chunks import RowPlaces
@@ -157,7 +157,14 @@ def run_backward(
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
-    agreement = _post_agreement(call, needs_weights)
+    header = CallHeader(
+        sequence=call.sequence,
+        layer=call.layer,
+        is_backward=1,
+        replica_grads=replica_bits(call.placement, needs_weights),
+        **call.state.history(),
+    )
+    agreement = post_backward(call.all_ranks, header)
     run = ExpertsRun(
         call.settings,
         weights,
@@ -198,23 +205,6 @@ def run_backward(
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
     return dx, dtopk_weights, grads, run.activation_grads
-
-
-def _post_agreement(call: ExpertParallelCall, needs_weights: tuple[bool, bool, bool, bool]) -> BackwardAgreement | None:
-    """Tell the other ranks which backward this is; None without others, or where the host would wait for a device.
-
-    There, the next forward's header says which backwards have run.
-    """
-    if call.all_ranks.size == 1 or call.all_ranks.counts_cross_device:
-        return None
-    header = CallHeader(
-        sequence=call.sequence,
-        layer=call.layer,
-        is_backward=1,
-        replica_grads=replica_bits(call.placement, needs_weights),
-        **call.state.history(),
-    )
-    return BackwardAgreement(call.all_ranks, header)
 
 
 @contextmanager
