@@ -1,7 +1,7 @@
 """S_ik, the plan of a call and its agreement, against sets built token by token."""
 
+import functools
 import re
-from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe import count_exchange
-from tritonmoe.count_exchange import CallHeader, check_headers
+from tritonmoe import header_check
+from tritonmoe.call_header import CallHeader, activation_fields
+from tritonmoe.config import Activation
 from tritonmoe.dispatch import DispatchPlan, exchange_plan
+from tritonmoe.header_check import check_headers
 from tritonmoe.overlap_config import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.token_plan import plan_tokens
 from tritonmoe.transports import Transport
@@ -44,7 +46,7 @@ def header(overlap: OverlapPlan | None = None, num_experts: int = 4, top_k: int 
         nonfinite_rows=0,
         vote=0,
     )
-    return replace(common, **changes)
+    return common._replace(**changes)
 
 
 def test_worked_example() -> None:
@@ -210,16 +212,60 @@ def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
         assert torch.equal(total, 2 * traffic[rank] + 2 * traffic[:, rank])
 
 
-MUST_AGREE = (*count_exchange.SAME_CALL, *count_exchange.SAME_PLAN)
-MISMATCHES = [f.name for f in fields(CallHeader) if f.name in MUST_AGREE]
+COMPARED = {name: one for one in (*header_check.SAME_CALL, *header_check.SAME_PLAN) for name in one.fields}
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
+@pytest.mark.parametrize("name", COMPARED)
 def test_headers_must_agree(name: str) -> None:
-    headers = [header(), header(), replace(header(), **{name: 7})]
-    value = getattr(header(), name)
-    with pytest.raises(tm.CountMismatch, match=f"disagree on {name}.*rank 0: {value}, rank 1: {value}, rank 2: 7"):
+    """In words for all that a user knows: rank 2 says something else than the others."""
+    headers = [header(), header(), header()._replace(**{name: 1 + getattr(header(), name)})]
+    label = re.escape(COMPARED[name].label)
+    with pytest.raises(tm.CountMismatch, match=rf"disagree on {label} .*rank 0: .*, rank 1: .*, rank 2: ") as caught:
         check_headers(headers)
+    assert re.search(r"\(rank 0: (.*), rank 1: \1, rank 2: ", str(caught.value)) or name in ("chunk_sizes", "placement")
+
+
+def activation_header(activation: Activation) -> CallHeader:
+    return header(**activation_fields(activation))
+
+
+def test_the_words_of_activations() -> None:
+    def a_callable_with_a_name_of_many_letters(h: Tensor) -> Tensor:
+        return h
+
+    words = {
+        "relu2": "relu2",
+        "ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)": tm.ClampedSwiGLU(7.0, 1.702, 1.0),
+        "ClampedSwiGLU(7.0, alpha=-1.0, up_offset=0.0)": tm.ClampedSwiGLU(7, -1, -0.0),
+        "the callable silu": torch.nn.functional.silu,
+        "the callable GELU": torch.nn.GELU(),
+        "the callable activation_header": functools.partial(activation_header),
+        "the callable able_with_a_name_of_many_letters": a_callable_with_a_name_of_many_letters,
+    }
+    for said, activation in words.items():
+        check_headers([activation_header(activation)] * 2)
+        with pytest.raises(tm.CountMismatch, match=rf"on activation .*\(rank 0: silu, rank 1: {re.escape(said)}\): "):
+            check_headers([activation_header("silu"), activation_header(activation)])
+
+
+def test_headers_of_other_calls() -> None:
+    """Where each rank is, and what may have made them part."""
+    order = "every rank must make the same layers and the same calls"
+    here, there = header(layer=1, sequence=4), header(layer=0, sequence=3, is_backward=1)
+    match = r"rank 0: forward of layer 1, call 4; rank 1: backward of layer 0, call 3\): " + order
+    with pytest.raises(tm.CountMismatch, match=match):
+        check_headers([here, there])
+    with pytest.raises(tm.CountMismatch, match="rank 1: forward of expert_parallel_mlp, call 4"):
+        check_headers([here, header(sequence=4)])
+    with pytest.raises(tm.CountMismatch, match="backward of layer 0, call 3; rank 1: forward of layer 0, call 3"):
+        check_headers([there, there._replace(is_backward=0)])
+    fewer = there._replace(layers_made=2, layers_alive=1)
+    match = (
+        "made or freed on some ranks alone .* rank 0 has made 3, of which 3 live; rank 1 has made 2, of which 1 live"
+    )
+    with pytest.raises(tm.CountMismatch, match=match):
+        check_headers([here._replace(layers_made=3, layers_alive=3), fewer])
+    check_headers([there, fewer])  # another layer has been made, and may be called later
 
 
 def test_headers_that_stop_a_call() -> None:
@@ -245,13 +291,15 @@ def test_headers_of_other_kinds_of_calls() -> None:
     with pytest.raises(tm.CountMismatch, match=re.escape(words)):
         check_headers([header(auto=1), header(auto=1), header(auto=1, window=7, **other)])
     for headers in ([header(), header(window=7, **other)], [header(auto=1), header(auto=1, serial=1, **other)]):
-        with pytest.raises(tm.CountMismatch, match=r"rank 1: [17]\): give every rank the same configuration"):
+        with pytest.raises(tm.CountMismatch, match=r"rank 1: (7|True)\): give every rank the same configuration"):
             check_headers(headers)
 
 
 def test_the_call_is_compared_before_its_plan() -> None:
-    with pytest.raises(tm.CountMismatch, match="disagree on layer of"):
-        check_headers([header(), header(layer=1, num_chunks=5)])
+    with pytest.raises(tm.CountMismatch, match="disagree on top_k of"):
+        check_headers([header(), header(top_k=1, num_chunks=5)])
+    with pytest.raises(tm.CountMismatch, match="disagree on which call this is"):
+        check_headers([header(), header(layer=1, top_k=5)])
 
 
 def test_an_error_is_reported_before_a_mismatch() -> None:

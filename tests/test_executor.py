@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.backends.reference import WeightGrads, combine
-from tritonmoe.count_exchange import CallHeader
+from tritonmoe.call_header import CallHeader
 from tritonmoe.dispatch import exchange_plan
 from tritonmoe.overlap.executor import LayerPass, execute
 from tritonmoe.overlap.layer_report import PassReport

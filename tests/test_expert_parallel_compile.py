@@ -457,3 +457,20 @@ def test_refused_arguments_reach_the_other_ranks() -> None:
             torch.compile(call, fullgraph=True, backend="aot_eager")(**draw(transport))
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+@compiles_in_threads
+def test_backward_of_another_call_is_refused_on_every_rank() -> None:
+    def on_rank(transport: Transport) -> None:
+        layers = [tm.GroupedExperts(CONFIG, transport) for _ in range(2)]
+        compiled = [torch.compile(layer, fullgraph=True, backend="aot_eager") for layer in layers]
+        leaves = draw(transport)
+
+        def losses() -> list[Tensor]:
+            return [call(leaves["x"], leaves["topk_ids"], leaves["topk_weights"]).sum() for call in compiled]
+
+        with pytest.raises(tm.CountMismatch, match="rank 0: backward of layer 0, call 0; rank 1: backward of layer 1"):
+            losses()[transport.rank].backward()
+        sum(losses()).backward()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonmoe as tm
-from tritonmoe.transports import HostCopy, Transport, TwoLevelTransport
+from tritonmoe.transports import HostCopy, PendingExchange, Transport, TwoLevelTransport
 
 READS = ("tolist", "item", "cpu", "numpy", "__int__", "__bool__", "__float__", "__index__")
 
@@ -46,14 +46,14 @@ def test_one_read_before_the_count_exchange(levels: int, monkeypatch: pytest.Mon
 
     def on_rank(world: Transport) -> list[str]:
         before: list[str] = []
-        exchange_counts = world.exchange_counts
+        post_counts = world.post_counts
 
-        def exchanged(counts: Tensor) -> Tensor:
+        def posted(counts: Tensor) -> PendingExchange:
             before.extend(reads.of_device)
             del reads.of_device
-            return exchange_counts(counts)
+            return post_counts(counts)
 
-        world.exchange_counts = exchanged
+        world.post_counts = posted
         transport = world if levels == 1 else TwoLevelTransport(world, 2)
         layer = tm.MoELayer(
             tm.MoEConfig(8, 4, 4, 2), transport, tm.OverlapConfig(2), generator=torch.Generator().manual_seed(0)
@@ -153,15 +153,15 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 def test_with_a_capacity_nothing_is_read_before_the_last_combine(
     local_first: bool, capacity: float | None, noted: threading.local
 ) -> None:
-    """Metadata, two dispatches, two combines; then one flag. Backward reads nothing."""
+    """Metadata, two dispatches, two combines; then one flag. Backward reads nothing of the device."""
     batch = Batch(2, 6, 2, torch.float32, device=KERNEL_DEVICE)
     overlap = tm.OverlapConfig(2, local_first, capacity=capacity)
 
     def on_rank(transport: Transport) -> tuple[list[str], list[str]]:
         happened: list[str] = []
-        exchange, exchange_counts = transport.exchange, transport.exchange_counts
+        exchange, post_counts = transport.exchange, transport.post_counts
         transport.exchange = lambda *a, **k: happened.append("rows") or exchange(*a, **k)
-        transport.exchange_counts = lambda counts: happened.append("counts") or exchange_counts(counts)
+        transport.post_counts = lambda counts: happened.append("counts") or post_counts(counts)
         leaves = {name: value.requires_grad_() for name, value in batch.of_rank(transport.rank).items()}
         given = [*leaves.values(), batch.ids[transport.rank], batch.tokens["dout"][transport.rank]]
         noted.mode = DeviceReads(given, happened)
@@ -178,7 +178,8 @@ def test_with_a_capacity_nothing_is_read_before_the_last_combine(
         expected += exact
     for forward, backward in tm.run_on_emulated_ranks(on_rank, 2, device=KERNEL_DEVICE, timeout_s=120):
         assert forward == expected
-        assert set(backward) == {"rows"}
+        assert backward[0] == "counts"
+        assert set(backward[1:]) == {"rows"}
 
 
 @pytest.mark.parametrize("name", ["tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"])

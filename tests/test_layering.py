@@ -34,6 +34,8 @@ LAYERS = (
         "transports",
         "wire",
         "expert_chunks",
+        "call_header",
+        "header_check",
         "count_exchange",
         "token_plan",
         "capacity",

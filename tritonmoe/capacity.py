@@ -16,14 +16,15 @@ that is not captured raises CapacityOverflow.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .count_exchange import CallHeader, exchange_counts, in_millionths
+from .call_header import CallHeader, in_millionths
+from .count_exchange import exchange_counts
 from .cpu_memory import to_device
 from .overlap_config import OverlapPlan
 from .token_plan import TokenPlan, by_slot, count_rows, owners, row_segments
@@ -148,7 +149,7 @@ def some_rank_overflowed(transport: Transport, header: CallHeader, capped: Cappe
     """
     assert capped.flags is not None
     overflows, nonfinite_rows = capped.flags.wait()
-    header = replace(header, nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
+    header = header._replace(nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
     no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64, device="cpu")
     headers, _, _ = exchange_counts(transport, header, no_counts, where="after the last chunk")
     return any(h.overflowed for h in headers)

@@ -14,7 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .count_exchange import CallHeader, check_counts, exchange_counts
+from .call_header import CallHeader
+from .count_exchange import check_counts, exchange_counts
 from .cpu_memory import to_device
 from .expert_chunks import RowPlaces, place_rows
 from .grouping import RowSources

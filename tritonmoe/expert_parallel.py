@@ -113,7 +113,8 @@ def expert_parallel_mlp(
         (T, D) in x.dtype.
     Raises:
         ValueError, TypeError: on the rank whose arguments don't fit; the others raise TransportError. Nothing moves.
-        CountMismatch: the ranks make different calls. NonFiniteScores: a rank's topk_weights are not finite.
+        CountMismatch: the ranks make different calls, or, in backward, run the backwards of different calls.
+        NonFiniteScores: a rank's topk_weights are not finite.
         TransportError: an exchange failed or timed out.
     """
     if not isinstance(transport, Transport):

@@ -5,7 +5,7 @@ Whoever calls these, an autograd Function or an operator, saves the tensors.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,17 +14,20 @@ from torch import Tensor
 
 from .arguments import ExpertSettings, ExpertWeights, find_main_grads
 from .backends.reference import WeightGrads
+from .call_header import CallHeader
 from .capacity import poison
 from .config import is_fused
+from .count_exchange import post_backward
 from .dispatch import DispatchPlan
-from .errors import TransportError
+from .errors import CountMismatch, TransportError
 from .expert_chunks import RowPlaces
 from .experts_run import ExpertsRun
 from .grouping import Grouping, RowSources
 from .overlap.executor import ExpertsPass, LayerPass
 from .overlap.layer_report import LayerReport
 from .overlap.node_pass import NodePass
-from .placement import ExpertPlacement
+from .placement import ExpertPlacement, replica_bits
+from .transport_state import TransportState
 from .transports import PendingExchange, Transport
 from .two_level import TwoLevelPlan
 from .wire import WireFormat
@@ -39,7 +42,11 @@ class ExpertParallelCall:
     settings: ExpertSettings
     owners: ExpertWeights | None
     """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
-    rank: int
+    all_ranks: Transport
+    state: TransportState
+    sequence: int
+    layer: int
+    """All three as in the call's header: by them ranks know that they run the same backward."""
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
     plan: DispatchPlan
@@ -55,9 +62,10 @@ class ExpertParallelCall:
     """In a captured call with a capacity: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
     """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
-    sequence: int = 0
-    under_way: dict[int, Any] = field(default_factory=dict)
-    """That of the transport's state, from which a backward takes its call."""
+
+    @property
+    def rank(self) -> int:
+        return self.all_ranks.rank
 
 
 @dataclass
@@ -146,7 +154,17 @@ def run_backward(
 
     Args:
         rows, received_weights, h: what the forward's run had. dout: (T, D). parameters: of a callable activation.
+    Raises:
+        CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
+    header = CallHeader(
+        sequence=call.sequence,
+        layer=call.layer,
+        is_backward=1,
+        replica_grads=replica_bits(call.placement, needs_weights),
+        **call.state.history(),
+    )
+    agreement = post_backward(call.all_ranks, header)
     run = ExpertsRun(
         call.settings,
         weights,
@@ -175,14 +193,15 @@ def run_backward(
         placement=call.placement,
     )
     with _naming_rank(call):
-        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights)
+        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights, agreement)
+    call.state.note_backward(call.sequence)
     if isinstance(experts, NodePass):
         timings.inside = experts.reports
     assert call.report is not None
     kept.report.backward = timings
     if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
         call.report.backward = timings
-    call.under_way.pop(call.sequence, None)
+    call.state.under_way.pop(call.sequence, None)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
     return dx, dtopk_weights, grads, run.activation_grads
@@ -194,7 +213,7 @@ def _naming_rank(call: ExpertParallelCall) -> Iterator[None]:
     try:
         yield
     except TransportError as error:
-        if call.two_level is None:
+        if call.two_level is None or isinstance(error, CountMismatch):  # that one has the words of all ranks
             raise
         raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
 

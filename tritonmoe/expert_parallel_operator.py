@@ -25,8 +25,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .arguments import ExpertWeights
 from .autograd import without_autocast
+from .call_header import CHUNK_BY
 from .config import KernelOptions
-from .count_exchange import CHUNK_BY
 from .custom_ops import OperatorSettings, decode_activation, gradient_shapes, refuse_second_derivative
 from .expert_parallel_call import ExpertParallelCall, run_backward, run_forward
 from .expert_parallel_run import Needs, run_call

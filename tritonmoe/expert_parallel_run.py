@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
 from .autograd import caller_autocast, is_recomputing, without_autocast
+from .call_header import DTYPE_CODES, SAVES, CallHeader, activation_fields
 from .callable_activation import activation_parameters
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
-from .count_exchange import DTYPE_CODES, SAVES, CallHeader
 from .cpu_threads import num_workers
 from .dispatch import DispatchPlan, exchange_plan
 from .expert_parallel_call import ExpertParallelCall
@@ -21,7 +21,7 @@ from .overlap.layer_report import LayerReport
 from .overlap.memory import BufferWidths, WorkingSet
 from .overlap.tuner import Message, PlanChooser
 from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
-from .placement import ExpertPlacement
+from .placement import ExpertPlacement, replica_bits
 from .token_plan import plan_tokens
 from .transport_state import refuse, state_of
 from .transports import Transport, TwoLevelTransport
@@ -139,9 +139,6 @@ def run_call(
     is_compiled = needs is not None
     needs = needs or Needs.of(x, topk_weights, weights, parameters)
     grad_enabled = needs.grad_enabled
-    replica_grads = 0
-    if placement is not None and placement.has_replicas:
-        replica_grads = sum(2**i for i, needed in enumerate(needs.weights) if needed)
     inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
     kind: tuple = ()
     chooser, again = None, None
@@ -194,12 +191,22 @@ def run_call(
             needs_topk_weights=int(needs.topk_weights),
             compiled=int(is_compiled),
             placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
-            replica_grads=replica_grads,
+            replica_grads=replica_bits(placement, needs.weights),
             replay_overflowed=int(not in_graph and replay_overflowed(state.captured_flags, x.device)),
             layer=layer,
             auto=int(isinstance(overlap, OverlapConfig) and overlap.is_auto),
             save=SAVES.index(save),
             deterministic=int(torch.are_deterministic_algorithms_enabled()),
+            topk_weights_dtype=DTYPE_CODES.get(topk_weights.dtype, 0),
+            captured=int(in_graph),
+            intermediate_size=inner,
+            gated=int(layout.gated),
+            interleaved=int(layout.interleaved),
+            transposed=int(layout.transposed and placement is not None and placement.has_replicas),
+            gate_up_bias=int(weights.gate_up_bias is not None),
+            down_bias=int(weights.down_bias is not None),
+            **activation_fields(activation),
+            **state.history(),
             **message._asdict(),
         )
         two_level, inside_node, row_transport, capped, flag = None, None, transport, None, None
@@ -213,7 +220,7 @@ def run_call(
                 flag = post_flag(transport, capped)
         else:
             tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
-            plan = exchange_plan(transport, replace(header, nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
+            plan = exchange_plan(transport, header._replace(nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
     first_expert = rank * (num_experts // size)
 
     autocast = caller_autocast(x.device)
@@ -227,9 +234,19 @@ def run_call(
 
     def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
         call = ExpertParallelCall(
-            settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node
+            settings,
+            owners,
+            transport,
+            state,
+            sequence,
+            layer,
+            row_transport,
+            plan,
+            first_expert,
+            placement,
+            two_level,
+            inside_node,
         )
-        call.sequence, call.under_way = sequence, state.under_way
         call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag
         with without_autocast(x.device):
             y = apply(call, topk_ids, x, topk_weights, weights, parameters)
@@ -244,7 +261,7 @@ def run_call(
         chosen = replace(chosen, capacity=None)
         with torch.no_grad():
             tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen)
-            plan = exchange_plan(transport, replace(header, capacity=0), tokens, chosen)
+            plan = exchange_plan(transport, header._replace(capacity=0), tokens, chosen)
         first_run, (y, report) = report, run_plan(plan)
         report.first_run = first_run
     if again is not None:

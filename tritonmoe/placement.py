@@ -5,6 +5,7 @@ placement is the one whose slots are the experts. A routed pair is sent to a slo
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from .backends.reference import WeightGrads, accumulation_dtype
 from .config import is_integer
 from .cpu_memory import to_device
 
-__all__ = ["ExpertPlacement", "pack_replica_grads", "sum_replica_grads"]
+__all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,13 @@ def _fill(ranks: list[list[int]], replicas: list[int], slots: int) -> None:
                 break
         else:
             raise AssertionError(f"no rank can take expert {expert}")
+
+
+def replica_bits(placement: ExpertPlacement | None, needs_weights: Sequence[bool]) -> int:
+    """Give a bit for each kind of weight whose gradients are summed over replicas, 0 where there are no replicas."""
+    if placement is None or not placement.has_replicas:
+        return 0
+    return sum(2**i for i, needed in enumerate(needs_weights) if needed)
 
 
 def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int) -> tuple[Tensor, list[int]]:

@@ -1,8 +1,9 @@
 """What lives as long as a transport: how many layers and calls it has seen, and what its calls have learnt."""
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ class TransportState:
 
     num_calls: int = 0
     num_layers: int = 0
+    layers: "WeakSet[LayerCalls]" = field(default_factory=WeakSet)
+    """Those that live."""
+    num_backwards: int = 0
+    last_backward: int = -1
+    """The number of the call whose backward was the latest."""
+    backwards: int = 0
+    """A checksum of the numbers of all calls whose backwards have run, in their order."""
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
     captured_flags: list[Tensor] = field(default_factory=list)
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
@@ -40,6 +48,22 @@ class TransportState:
     """By number of the call: forwards inside a checkpoint whose backward is still to come."""
     recompute: tuple[Any, int, int] = (None, -1, 0)
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
+
+    def history(self) -> dict[str, int]:
+        """Give what a header says of the layers and backwards so far."""
+        return {
+            "layers_made": self.num_layers,
+            "layers_alive": len(self.layers),
+            "num_backwards": self.num_backwards,
+            "last_backward": self.last_backward,
+            "backwards": self.backwards,
+        }
+
+    def note_backward(self, sequence: int) -> None:
+        """Remember that a call's backward runs."""
+        self.num_backwards += 1
+        self.last_backward = sequence
+        self.backwards = zlib.crc32(sequence.to_bytes(8, "little"), self.backwards)
 
     def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
         """Remember a forward, if it is one that will be recomputed."""
@@ -77,6 +101,7 @@ class LayerCalls(Handled):
         """By this the ranks know that they call the same layer."""
         self.last_report: LayerReport | None = None
         state.num_layers += 1
+        state.layers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_report": None}

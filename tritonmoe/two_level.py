@@ -9,12 +9,13 @@ Example: 4 ranks in nodes of 2, a token of rank 0 that needs ranks 2 and 3: one 
 from there one inner row to rank 2 itself and one to rank 3.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .count_exchange import CallHeader, check_counts, exchange_counts
+from .call_header import CallHeader
+from .count_exchange import check_counts, exchange_counts
 from .cpu_memory import to_device
 from .dispatch import DispatchPlan, offsets
 from .errors import CountMismatch
@@ -126,7 +127,7 @@ def exchange_two_level_plan(
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)
     _, rank_counts = count_rows(owner, segments.repeat_interleave(node_size, dim=1), num_segments)
     outer_counts, rank_counts, nonfinite_rows = HostCopy(outer_counts, rank_counts, num_nonfinite_rows).wait()
-    header = replace(header, nonfinite_rows=int(nonfinite_rows))
+    header = header._replace(nonfinite_rows=int(nonfinite_rows))
     outer_rows, outer_pairs = outer_counts.tolist()
     rank_rows, rank_pairs = rank_counts
 

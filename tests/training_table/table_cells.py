@@ -432,7 +432,7 @@ def cells_of(folder: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Form, R
         "FSDP2": (ALL, functools.partial(train_wrapped, "FSDP2")),
         "FSDP2, reshard off": (ALL, functools.partial(train_wrapped, "FSDP2, reshard off")),
         "replicate()": (ALL, replicate_everything),
-    "FSDP2 without ignored_params": (ALL, fully_shard_everything),
+        "FSDP2 without ignored_params": (ALL, fully_shard_everything),
         "HSDP": (REPLICAS, functools.partial(train_wrapped, "HSDP")),
         "FSDP2 of experts over replicas": (REPLICAS, functools.partial(train_wrapped, "experts over the replicas")),
         "accumulated gradients": (ALL, accumulate),

@@ -198,6 +198,24 @@ def counts(transport: Transport) -> None:
 
 
 @case
+def counts_and_rows_in_flight_waited_in_any_order(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    columns = torch.arange(5, device="cpu")
+    splits = uneven(size)
+    posted = []
+    for number in range(3):
+        counts = 1000 * number + 100 * rank + 10 * torch.arange(size, device="cpu")[:, None] + columns
+        posted.append(transport.post_counts(counts))
+        rows = transport.exchange(sent_rows(rank, splits, (2,)), splits[rank], column(splits, rank))
+    assert_same(rows.wait(), expected_rows(rank, splits, (2,)))
+    for number in (2, 0, 1):
+        received = posted[number].wait()
+        senders = torch.arange(size, device="cpu")[:, None]
+        assert received.tolist() == (1000 * number + 100 * senders + 10 * rank + columns).tolist()
+        assert posted[number].wait() is received
+
+
+@case
 def rows_of_a_graph_and_of_inference_mode(transport: Transport) -> None:
     rank, size = transport.rank, transport.size
     splits = uneven(size, 1)

@@ -18,6 +18,7 @@ from tritonmoe.count_exchange import MAX_SEGMENTS
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.timeline import layer_timeline
 from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport
+from tritonmoe.transports.local import CompletedExchange
 
 SIZE, TWO_LEVEL_SIZE, NODE_SIZE = 3, 4, 2
 VICTIM = SIZE - 1
@@ -32,6 +33,7 @@ EXCHANGES = (
     "dispatch 1",
     "combine 0",
     "combine 1",
+    "backward counts",
     "combine_backward 0",
     "combine_backward 1",
     "dispatch_backward 0",
@@ -49,6 +51,7 @@ TWO_LEVEL_EXCHANGES = (
     *("node_dispatch 0", "node_combine 0", "combine 0"),
     *("node_dispatch 1", "node_combine 1", "combine 1"),
     *("node_dispatch local end", "node_combine local end"),
+    "backward counts",
     *("combine_backward 0", "combine_backward 1"),
     *("node_combine_backward local", "node_dispatch_backward local", "node_routing_backward local"),
     *("node_combine_backward local end", "node_dispatch_backward local end", "node_routing_backward local end"),
@@ -77,9 +80,9 @@ class WatchedTransport(Transport):
         self._before()
         return self._transport.exchange(rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         self._before()
-        return self._transport.exchange_counts(counts)
+        return self._transport.post_counts(counts)
 
 
 def failing(transport: Transport, exchange: str, fault: Callable[[], None]) -> Transport:
@@ -114,10 +117,10 @@ class DamagingTransport(WatchedTransport):
         super().__init__(transport, lambda: None)
         self._place, self._bit = place, bit
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        received = super().exchange_counts(counts)
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        received = super().post_counts(counts).wait()
         received[DAMAGED, self._place] ^= self._bit
-        return received
+        return CompletedExchange(received)
 
 
 def damaging(transport: Transport, *what: int) -> Transport:

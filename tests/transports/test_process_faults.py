@@ -116,7 +116,7 @@ def test_mpi_is_aborted_after_the_line_that_names_step_and_chunk(tmp_path: Path)
     [
         ("corrupted_counts", f"CountMismatch: rank {VICTIM} got counts of rank {DAMAGED} that contradict each other"),
         ("different_chunks", "CountMismatch: the ranks disagree on num_chunks"),
-        ("different_layer_order", "CountMismatch: the ranks disagree on layer"),
+        ("different_layer_order", "CountMismatch: the ranks disagree on which call this is"),
         ("full_disk", "the trace could not be written: No space left on device"),
     ],
 )
@@ -187,7 +187,10 @@ def test_corrupted_counts() -> None:
     ("name", "words"),
     [
         ("different_chunks", "the ranks disagree on num_chunks .*rank 0: 2, rank 1: 2, rank 2: 3"),
-        ("different_layer_order", "the ranks disagree on layer .*rank 0: 0, rank 1: 0, rank 2: 1"),
+        (
+            "different_layer_order",
+            "the ranks disagree on which call this is .*rank 1: forward of layer 0, .*rank 2: forward of layer 1,",
+        ),
     ],
 )
 def test_ranks_that_disagree(name: str, words: str) -> None:

@@ -68,6 +68,8 @@ def on_rank(rank: int, exchange: str) -> str:
     """Give how a rank's whole error begins."""
     if exchange == "counts":
         return f"^TransportError: {where(exchange)}"
+    if exchange == "backward counts":
+        return f"^TransportError: rank {rank} of {SIZE} on two levels: before the backward of layer 0, call 0: "
     return f"^TransportError: rank {rank} of {SIZE} on two levels: {where(exchange)}"
 
 
@@ -119,7 +121,10 @@ def test_corrupted_counts() -> None:
 
 DISAGREEMENTS = [
     (different_chunks, "the ranks disagree on num_chunks .*rank 0: 2, rank 1: 2, rank 2: 2, rank 3: 3"),
-    (different_layer_order, "the ranks disagree on layer .*rank 0: 0, rank 1: 0, rank 2: 0, rank 3: 1"),
+    (
+        different_layer_order,
+        "the ranks disagree on which call this is .*rank 2: forward of layer 0, .*rank 3: forward of layer 1,",
+    ),
 ]
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..backends import choose
 from ..backends.reference import WeightGrads
-from ..count_exchange import DTYPE_CODES, CallHeader
+from ..call_header import DTYPE_CODES, CallHeader
+from ..count_exchange import post_backward
 from ..dispatch import DispatchPlan, exchange_plan
 from ..overlap.executor import ExpertsPass, LayerPass
 from ..overlap.layer_report import PassReport
@@ -87,5 +88,6 @@ def run_layer_pass(
     layer_pass = LayerPass(plan, transport, ops.combine, lambda plan, rows, *_: make_experts(rows, plan))
     reports = [layer_pass.forward(x, topk_ids, topk_weights)[1]]
     if dout is not None:
-        reports.append(layer_pass.backward(dout, (False, False, False, False))[3])
+        agreement = post_backward(transport, CallHeader(is_backward=1))
+        reports.append(layer_pass.backward(dout, (False, False, False, False), agreement)[3])
     return reports

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import WeightGrads
+from ..count_exchange import BackwardAgreement
 from ..dispatch import DispatchPlan
 from ..errors import TransportError
 from ..expert_chunks import RowPlaces
@@ -170,9 +171,15 @@ class LayerPass:
         return out, execute(schedule, actions, x.device)
 
     def backward(
-        self, dout: Tensor, needs_weights: tuple[bool, bool, bool, bool]
+        self,
+        dout: Tensor,
+        needs_weights: tuple[bool, bool, bool, bool],
+        agreement: BackwardAgreement | None = None,
     ) -> tuple[Tensor | None, Tensor | None, WeightGrads, PassReport]:
-        """Give dx (T, D) and dtopk_weights (T, K) fp32, where some rank needs them, the weight gradients, timings."""
+        """Give dx (T, D) and dtopk_weights (T, K) fp32, where some rank needs them, the weight gradients, timings.
+
+        agreement: under way while the buffers are made; no row is posted before it has ended.
+        """
         plan, tokens, experts_pass = self.plan, self.plan.tokens, self.experts
         assert experts_pass is not None
         assert self.received_weights is not None
@@ -258,6 +265,8 @@ class LayerPass:
             "replica_backward": replica_backward,
             "reduce_replica_backward": reduce_replica_backward,
         }
+        if agreement is not None:
+            agreement.wait()
         report = execute(schedule, actions, dout.device)
         return dx, dtopk_weights[0] if dtopk_weights else None, weight_grads[0], report
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..count_exchange import CallHeader
+from ..call_header import CallHeader
 from ..overlap_config import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from .cost_model import LayerWork
 from .layer_report import LayerReport

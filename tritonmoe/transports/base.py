@@ -67,15 +67,19 @@ class Transport(Handled, ABC):
         """
 
     @abstractmethod
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        """Send row k of counts (W, L) int64 on the CPU to rank k; give the rows received, (W, L). Blocks.
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        """Start sending row k of counts (W, L) int64 on the CPU to rank k; wait() gives the rows received, (W, L).
 
-        L must be the same on every rank.
+        L must be the same on every rank. Returns at once, unless counts_cross_device.
 
         Raises:
             ValueError: counts is not (W, L) int64 on the CPU.
-            TransportError: the exchange failed or took longer than the transport's timeout.
+            TransportError: the exchange failed.
         """
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        """Do what post_counts does, and wait: (W, L). Raises TransportError too where it takes too long."""
+        return self.post_counts(counts).wait()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce `tensor` over all ranks, in place, and give it: the same bits on every rank and in every run.
@@ -116,6 +120,11 @@ class Transport(Handled, ABC):
         One length for all: ranks that begin different ones then tell each other so, where gloo would abort.
         """
         return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
+
+    @property
+    def counts_cross_device(self) -> bool:
+        """Whether counts travel behind the work of a device (a group that has only NCCL), so that the host waits."""
+        return False
 
     def shares_link(self, device: torch.device) -> bool:
         """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).
@@ -172,7 +181,7 @@ def check_exchange(
 
 
 def check_counts(transport: Transport, counts: Tensor) -> None:
-    """Check the argument of exchange_counts."""
+    """Check the argument of post_counts."""
     if not isinstance(counts, Tensor):
         raise TypeError(f"counts must be a tensor, got {type(counts).__name__}")
     if counts.dim() != 2 or counts.shape[0] != transport.size:

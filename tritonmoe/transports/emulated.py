@@ -43,10 +43,10 @@ class EmulatedTransport(Transport):
     ) -> PendingExchange:
         return self._exchange("exchange", rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         check_counts(self, counts)
         ones = [1] * self.size
-        return self._exchange("exchange_counts", counts.contiguous(), ones, ones, None).wait()
+        return self._exchange("exchange_counts", counts.contiguous(), ones, ones, None)
 
     def close(self) -> None:
         """Say that this rank makes no further exchanges; the last rank to do so ends the world."""

@@ -154,11 +154,11 @@ class MPITransport(Transport):
         self._progress.add(exchange)
         return exchange
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         self._check_open()
         check_counts(self, counts)
         ones = [1] * self.size
-        return self.exchange(counts.contiguous(), ones, ones).wait()
+        return self.exchange(counts.contiguous(), ones, ones)
 
     def shares_link(self, device: torch.device) -> bool:
         return True

@@ -21,6 +21,7 @@ from tritonmoe.transports.base import (
     describe,
 )
 from tritonmoe.transports.gloo import GlooExchange, let_compute_go_on
+from tritonmoe.transports.local import CompletedExchange
 from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
@@ -186,22 +187,26 @@ class ProcessGroupTransport(Transport):
             return exchange
         return CollectiveExchange(self._post(out, rows, output_splits, input_splits, what), rows, out, what)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    @property
+    def counts_cross_device(self) -> bool:
+        return "cpu" not in self._backends
+
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         self._check_open()
         check_counts(self, counts)
-        if "cpu" not in self._backends:
-            return self._exchange_counts_on_device(counts)
+        if self.counts_cross_device:
+            return CompletedExchange(self._exchange_counts_on_device(counts))
         ones = [1] * self.size
         counts = counts.contiguous()
         if not self._is_gloo(counts.device):
-            return self.exchange(counts, ones, ones).wait()
+            return self.exchange(counts, ones, ones)
         # One collective: with thousands of ranks, posting a message for each takes longer than these few bytes.
         received = torch.empty_like(counts)
         what = f"gloo, {describe(self, ones, ones)}"
         exchange = GlooExchange(counts, received, what, self._timeout_s)
         exchange.messages.append(self._post(received, counts, ones, ones, what))
         self._progress.add(exchange)
-        return exchange.wait()
+        return exchange
 
     def close(self) -> None:
         self._end()

@@ -18,6 +18,19 @@ from tritonmoe.transports.base import (
 __all__ = ["GroupView", "TwoLevelTransport"]
 
 
+class _PartOfExchange(PendingExchange):
+    """The counts of some ranks."""
+
+    def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
+        self._pending, self._ranks = pending, list(ranks)
+        self._received: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._received is None:
+            self._received = self._pending.wait()[self._ranks]
+        return self._received
+
+
 class GroupView(Transport):
     """Some ranks of a transport as a transport of their own: the others send each other nothing at the same time.
 
@@ -43,11 +56,11 @@ class GroupView(Transport):
         out = check_exchange(self, rows, input_splits, output_splits, out)
         return self._world.exchange(rows, self._of_world(input_splits), self._of_world(output_splits), out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         check_counts(self, counts)
         of_world = counts.new_zeros(self._world.size, counts.shape[1])
         of_world[list(self._ranks)] = counts
-        return self._world.exchange_counts(of_world)[list(self._ranks)]
+        return _PartOfExchange(self._world.post_counts(of_world), self._ranks)
 
     def shares_link(self, device: torch.device) -> bool:
         return self._world.shares_link(device)
@@ -117,8 +130,12 @@ class TwoLevelTransport(Transport):
     ) -> PendingExchange:
         return self.world.exchange(rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        return self.world.exchange_counts(counts)
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        return self.world.post_counts(counts)
+
+    @property
+    def counts_cross_device(self) -> bool:
+        return self.world.counts_cross_device
 
     @property
     def message_length(self) -> int:
