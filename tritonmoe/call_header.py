@@ -16,6 +16,7 @@ __all__ = [
     "CLAMPED",
     "CLAMPED_FIELDS",
     "DTYPE_CODES",
+    "EXPERT_GRADIENTS",
     "HEADER_SIZE",
     "MAGIC",
     "NAME_FIELDS",
@@ -28,6 +29,8 @@ __all__ = [
 MAGIC = 0x7417_0E
 CHUNK_BY = ("tokens", "experts")
 SAVES = ("hidden", "input")
+EXPERT_GRADIENTS = ("sum", "mean")
+"""What a layer makes of the sums over ranks that its experts' gradients are."""
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 CLAMPED, CALLABLE = len(ACTIVATION_NAMES), len(ACTIVATION_NAMES) + 1
 """What CallHeader.activation is for an activation without a name of ours."""
@@ -127,6 +130,8 @@ class CallHeader(NamedTuple):
     interleaved: int = 0
     transposed: int = 0
     """Said with replicas only, whose gradients are summed as they lie; otherwise each rank's own affair."""
+    expert_gradients: int = 0
+    """A place in EXPERT_GRADIENTS."""
     gate_up_bias: int = 0
     """Whether there is one ..."""
     down_bias: int = 0

@@ -200,6 +200,7 @@ def _run_eagerly(
         owners=weights,
         apply=_apply,
         layer=-1 if calls is None else calls.layer,
+        expert_gradients="sum" if calls is None else calls.expert_gradients,
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         **arguments,

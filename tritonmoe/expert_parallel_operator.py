@@ -159,6 +159,7 @@ def _expert_parallel_mlp(
             save=save,  # type: ignore[arg-type]
             options=KernelOptions(num_sms, batch_invariant),
             layer=-1 if calls is None else calls.layer,
+            expert_gradients="sum" if calls is None else calls.expert_gradients,
             num_nonfinite_rows=num_nonfinite_rows,
         )
     if calls is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import ExpertWeights, cast_for_autocast, check_arguments, check_tensors, find_main_grads, make_settings
 from .autograd import caller_autocast, is_recomputing, without_autocast
-from .call_header import DTYPE_CODES, SAVES, CallHeader, activation_fields
+from .call_header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields
 from .callable_activation import activation_parameters
 from .capacity import is_captured, plan_capped_tokens, post_flag, replay_overflowed, some_rank_overflowed, watched
 from .config import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
@@ -87,6 +87,7 @@ def run_call(
     save: Literal["hidden", "input"],
     options: KernelOptions,
     layer: int = -1,
+    expert_gradients: str = "sum",
     num_nonfinite_rows: Tensor | None = None,
     fillers: Sequence[Callable[[], None]] = (),
 ) -> tuple[Tensor, LayerReport]:
@@ -203,6 +204,7 @@ def run_call(
             gated=int(layout.gated),
             interleaved=int(layout.interleaved),
             transposed=int(layout.transposed and placement is not None and placement.has_replicas),
+            expert_gradients=EXPERT_GRADIENTS.index(expert_gradients),
             gate_up_bias=int(weights.gate_up_bias is not None),
             down_bias=int(weights.down_bias is not None),
             **activation_fields(activation),

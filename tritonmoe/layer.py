@@ -141,7 +141,7 @@ class GroupedExperts(nn.Module):
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
         self._sharding = find_sharding(ranks, self.transport, device)
-        self._calls = LayerCalls(self.transport)
+        self._calls = LayerCalls(self.transport, expert_gradients)
         if expert_gradients == "mean":
             self._gradient_scale = 1 / size
         first = rank * num_local

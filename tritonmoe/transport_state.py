@@ -95,10 +95,12 @@ def state_of(transport: Transport) -> TransportState:
 class LayerCalls(Handled):
     """What a layer's calls have in common: its place among the layers on its transport, and the latest report."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, expert_gradients: str = "sum") -> None:
         state = state_of(transport)
         self.layer = state.num_layers
         """By this the ranks know that they call the same layer."""
+        self.expert_gradients = expert_gradients
+        """What becomes of its gradients: in EXPERT_GRADIENTS."""
         self.last_report: LayerReport | None = None
         state.num_layers += 1
         state.layers.add(self)

@@ -264,6 +264,11 @@ def one_rank_never_comes_to_its_backward(transport: Transport) -> None:
 # Settings
 
 
+@disagree(disagree_on("expert_gradients", "mean", "sum"))
+def expert_gradients(transport: Transport) -> None:
+    one_call(transport, expert_gradients=by_rank(transport, "mean", "sum"))
+
+
 @disagree(disagree_on("activation", "silu", "gelu"))
 def activation(transport: Transport) -> None:
     one_call(transport, replace(CONFIG, activation=by_rank(transport, "silu", "gelu")))
@@ -330,7 +335,10 @@ def dtype(transport: Transport) -> None:
 def layout_of_replicas(transport: Transport) -> None:
     """Their gradients are summed as they lie."""
     placement = tm.ExpertPlacement(((0, 1, 2), (3, 2, 0)))
-    one_call(transport, replace(CONFIG, transposed=by_rank(transport, False, True)), placement=placement)
+    config = replace(CONFIG, transposed=by_rank(transport, False, True))
+    layer = layer_on(transport, config, placement=placement)
+    layer.experts.requires_grad_(False)  # processes don't train experts in several slots
+    layer(tokens(transport))
 
 
 @disagree(r"ranks \[1\] run under torch\.no_grad\(\) while other ranks need gradients")

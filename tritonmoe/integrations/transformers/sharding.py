@@ -172,7 +172,9 @@ def parallelize(
             if parameter.shape[0] == num_experts  # a stack of one per expert
         }
         shard_parameters(experts, own, sharding)
-        state = ExpertParallelState(num_experts, sharding, overlap, scale, LayerCalls(transport), tuple(own))
+        state = ExpertParallelState(
+            num_experts, sharding, overlap, scale, LayerCalls(transport, expert_gradients), tuple(own)
+        )
         setattr(experts, STATE, state)
     bind_to_spread(model, found)
     if layers:
