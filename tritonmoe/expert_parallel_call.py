@@ -25,7 +25,7 @@ from .overlap.executor import ExpertsPass, LayerPass
 from .overlap.layer_report import LayerReport
 from .overlap.node_pass import NodePass
 from .placement import ExpertPlacement
-from .transports import PendingExchange, Transport
+from .transports import PendingExchange, Transport, leaving_nobody_waiting
 from .two_level import TwoLevelPlan
 from .wire import WireFormat
 
@@ -39,7 +39,7 @@ class ExpertParallelCall:
     settings: ExpertSettings
     owners: ExpertWeights | None
     """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
-    rank: int
+    all_ranks: Transport
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
     plan: DispatchPlan
@@ -58,6 +58,10 @@ class ExpertParallelCall:
     sequence: int = 0
     under_way: dict[int, Any] = field(default_factory=dict)
     """That of the transport's state, from which a backward takes its call."""
+
+    @property
+    def rank(self) -> int:
+        return self.all_ranks.rank
 
 
 @dataclass
@@ -100,7 +104,7 @@ def run_forward(
         return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
 
     layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
-    with _naming_rank(call):
+    with _in_the_middle(call):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
     run = layer_pass.experts
     inner_plan = None
@@ -174,7 +178,7 @@ def run_backward(
         received_weights=received_weights,
         placement=call.placement,
     )
-    with _naming_rank(call):
+    with _in_the_middle(call):
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights)
     if isinstance(experts, NodePass):
         timings.inside = experts.reports
@@ -189,10 +193,14 @@ def run_backward(
 
 
 @contextmanager
-def _naming_rank(call: ExpertParallelCall) -> Iterator[None]:
-    """Let an error on two levels say which rank of all it is of: exchanges count the ranks of their level."""
+def _in_the_middle(call: ExpertParallelCall) -> Iterator[None]:
+    """Let the other ranks hear where this one fails in the middle of a call.
+
+    On two levels the error says which rank of all it is of: exchanges count the ranks of their level.
+    """
     try:
-        yield
+        with leaving_nobody_waiting(call.all_ranks):
+            yield
     except TransportError as error:
         if call.two_level is None:
             raise

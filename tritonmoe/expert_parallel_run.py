@@ -225,7 +225,7 @@ def run_call(
 
     def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
         call = ExpertParallelCall(
-            settings, owners, rank, row_transport, plan, first_expert, placement, two_level, inside_node
+            settings, owners, transport, row_transport, plan, first_expert, placement, two_level, inside_node
         )
         call.sequence, call.under_way = sequence, state.under_way
         call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag

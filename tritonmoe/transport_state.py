@@ -18,6 +18,8 @@ from .transports import Transport
 __all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
+CALLS_OF_GENERATION = 10**9
+"""So far apart calls of two generations of a transport are numbered, which no forward and backward may confuse."""
 
 
 class UnderWay(NamedTuple):
@@ -31,6 +33,8 @@ class UnderWay(NamedTuple):
 class TransportState:
     """Of one transport."""
 
+    generation: int = 0
+    """Of the transport, to which the rest belongs."""
     num_calls: int = 0
     num_layers: int = 0
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
@@ -40,6 +44,12 @@ class TransportState:
     """By number of the call: forwards inside a checkpoint whose backward is still to come."""
     recompute: tuple[Any, int, int] = (None, -1, 0)
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
+
+    def begin_generation(self, generation: int) -> None:
+        """Forget what ranks have counted and learnt differently before the transport was rebuilt."""
+        kept = {name: getattr(self, name) for name in ("num_layers", "captured_flags")}
+        fresh = TransportState(generation, num_calls=generation * CALLS_OF_GENERATION, **kept)
+        vars(self).update(vars(fresh))
 
     def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
         """Remember a forward, if it is one that will be recomputed."""
@@ -65,7 +75,10 @@ _states: "WeakKeyDictionary[Transport, TransportState]" = WeakKeyDictionary()
 
 
 def state_of(transport: Transport) -> TransportState:
-    return _states.setdefault(transport, TransportState())
+    state = _states.setdefault(transport, TransportState())
+    if state.generation != transport.generation:
+        state.begin_generation(transport.generation)
+    return state
 
 
 class LayerCalls(Handled):

@@ -18,6 +18,7 @@ from tritonmoe.count_exchange import MAX_SEGMENTS
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.timeline import layer_timeline
 from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport
+from tritonmoe.transports.local import CompletedExchange
 
 SIZE, TWO_LEVEL_SIZE, NODE_SIZE = 3, 4, 2
 VICTIM = SIZE - 1
@@ -77,9 +78,19 @@ class WatchedTransport(Transport):
         self._before()
         return self._transport.exchange(rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         self._before()
-        return self._transport.exchange_counts(counts)
+        return self._transport.post_counts(counts)
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self._transport.generation
+
+    def give_up(self, what: str) -> None:
+        self._transport.give_up(what)
+
+    def rebuild(self) -> None:
+        self._transport.rebuild()
 
 
 def failing(transport: Transport, exchange: str, fault: Callable[[], None]) -> Transport:
@@ -114,10 +125,10 @@ class DamagingTransport(WatchedTransport):
         super().__init__(transport, lambda: None)
         self._place, self._bit = place, bit
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        received = super().exchange_counts(counts)
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        received = super().post_counts(counts).wait()
         received[DAMAGED, self._place] ^= self._bit
-        return received
+        return CompletedExchange(received)
 
 
 def damaging(transport: Transport, *what: int) -> Transport:

@@ -51,10 +51,14 @@ class LocalTransport(Transport):
             out.copy_(rows)
         return CompletedExchange(received)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         self._check_open()
         check_counts(self, counts)
-        return counts.clone()
+        return CompletedExchange(counts.clone())
+
+    def rebuild(self) -> None:
+        self._check_open()
+        self.generation += 1
 
     def close(self) -> None:
         self._is_closed = True

@@ -131,16 +131,16 @@ class ReplayTransport(Transport):
         out = check_exchange(self, rows, input_splits, output_splits, out)
         return self._replay(rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         if self._position is None:
             self.received.append(self._transport.exchange_counts(counts))
-            return self.received[-1].clone()
+            return CompletedExchange(self.received[-1].clone())
         check_counts(self, counts)
         ones = [1] * self.size
         told = self._replay(counts, ones, ones, torch.empty_like(counts)).wait()
         is_new = counts[self.rank] != told[self.rank]
         told[:, is_new] = counts[self.rank, is_new]
-        return told
+        return CompletedExchange(told)
 
     def _replay(self, rows: Tensor, input_splits: list[int], output_splits: list[int], out: Tensor) -> PendingExchange:
         """Give the next recorded rows in `out`."""

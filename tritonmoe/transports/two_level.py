@@ -10,6 +10,22 @@ from tritonmoe.transports.base import PendingExchange, Transport, as_counts, che
 __all__ = ["GroupView", "TwoLevelTransport"]
 
 
+class SelectedRows(PendingExchange):
+    """Counts of all ranks under way, of which those of some ranks are given."""
+
+    def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
+        self._pending, self._ranks = pending, list(ranks)
+        self._received: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._received is None:
+            self._received = self._pending.wait()[self._ranks]
+        return self._received
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
+
+
 class GroupView(Transport):
     """Some ranks of a transport as a transport of their own: the others send each other nothing at the same time.
 
@@ -35,11 +51,22 @@ class GroupView(Transport):
         out = check_exchange(self, rows, input_splits, output_splits, out)
         return self._world.exchange(rows, self._of_world(input_splits), self._of_world(output_splits), out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
+    def post_counts(self, counts: Tensor) -> PendingExchange:
         check_counts(self, counts)
         of_world = counts.new_zeros(self._world.size, counts.shape[1])
         of_world[list(self._ranks)] = counts
-        return self._world.exchange_counts(of_world)[list(self._ranks)]
+        return SelectedRows(self._world.post_counts(of_world), self._ranks)
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self._world.generation
+
+    def give_up(self, what: str) -> None:
+        self._world.give_up(what)
+
+    def rebuild(self) -> None:
+        """Rebuild the transport of all ranks, which all of them must call."""
+        self._world.rebuild()
 
     def shares_link(self, device: torch.device) -> bool:
         return self._world.shares_link(device)
@@ -109,8 +136,26 @@ class TwoLevelTransport(Transport):
     ) -> PendingExchange:
         return self.world.exchange(rows, input_splits, output_splits, out)
 
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        return self.world.exchange_counts(counts)
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        return self.world.post_counts(counts)
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self.world.generation
+
+    def give_up(self, what: str) -> None:
+        for transport in self._levels():
+            transport.give_up(what)
+
+    def rebuild(self) -> None:
+        """Rebuild the transports of all levels, one after the other, each within its timeout."""
+        for transport in self._levels():
+            transport.rebuild()
+
+    def _levels(self) -> list[Transport]:
+        """Give the transports that are no view of another one."""
+        levels = (self.world, self.between_nodes, self.inside_node)
+        return [level for level in levels if not isinstance(level, GroupView)]
 
     def shares_link(self, device: torch.device) -> bool:
         return self.between_nodes.shares_link(device)
