@@ -130,14 +130,12 @@ class Notices:
         started = time.perf_counter()
         wanted = max(generation, self._last_meeting + 1) if is_rebuild else generation
         others = [rank for rank in range(self._size) if rank != self._rank]
-        pause, said = POLL_S[0], -1
+        pause = POLL_S[0]
         try:
             while True:
                 self._last_meeting = wanted
                 left_s = started + timeout_s - time.perf_counter()
-                question = functools.partial(self._meetings, None if wanted == said else wanted, others)
-                theirs = self._ask(question, max(STORE_S, left_s))
-                said = wanted
+                theirs = self._ask(functools.partial(self._meetings, wanted, others), max(STORE_S, left_s))
                 latest = max([wanted, *theirs.values()])
                 absent = [rank for rank in others if theirs[rank] < latest]
                 if not absent and latest == wanted:
@@ -165,12 +163,15 @@ class Notices:
         notice = self._read(rank, "latest")
         return None if notice is None or notice.number == self.number else notice
 
-    def _meetings(self, wanted: int | None, others: Sequence[int]) -> dict[int, int]:
-        """Say which generation this rank wants, if that is new, and give what the others want, -1 if nothing."""
-        if wanted is not None:
+    def _meetings(self, wanted: int, others: Sequence[int]) -> dict[int, int]:
+        """Say which generation this rank wants, and give what the others want, -1 if nothing."""
+        if self._meeting_of(self._rank) != wanted:  # it may be an earlier question's answer that comes late
             self._store.set(f"meeting/{self.number}/{self._rank}", str(wanted))
-        keys = {rank: f"meeting/{self.number}/{rank}" for rank in others}
-        return {rank: int(self._store.get(key)) if self._store.check([key]) else -1 for rank, key in keys.items()}
+        return {rank: self._meeting_of(rank) for rank in others}
+
+    def _meeting_of(self, rank: int) -> int:
+        key = f"meeting/{self.number}/{rank}"
+        return int(self._store.get(key)) if self._store.check([key]) else -1
 
     def _leave(self) -> None:
         """Take the wish back, so that a rank that comes later doesn't take this one for present."""
