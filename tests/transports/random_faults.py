@@ -186,6 +186,7 @@ def run_rank(rank: int, folder: Path, world: int, faults: list[Fault], first: in
         world_size=SIZE,
         timeout=timedelta(seconds=300),
     )
+    torch.distributed.barrier()  # ranks that have just started may be further apart than the timeout
     transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
     transport.exchange_counts(torch.zeros(SIZE, 1, dtype=torch.int64))
     with (folder / f"{world}.{rank}.lines").open("w", buffering=1) as lines:

@@ -25,7 +25,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.transports import ProcessGroupTransport, TwoLevelTransport, as_transport
 
 CASES: dict[str, Callable[[], None]] = {}
-TIMEOUT_S = 1.5
+TIMEOUT_S = 2.5
 SLACK_S = 6.0
 
 
@@ -41,6 +41,7 @@ def tell(transport: ProcessGroupTransport, value: int = 0, length: int = 1) -> l
 
 
 def connected(**options: float) -> ProcessGroupTransport:
+    torch.distributed.barrier()  # ranks that have just started may be further apart than the timeout
     transport = ProcessGroupTransport(**{"timeout_s": TIMEOUT_S, **options})
     assert tell(transport) == [0, 1]
     return transport
@@ -69,6 +70,7 @@ def crossed_calls_of_two_transports() -> None:
     one, other = connected(), connected()
     rank = one.rank
     words = heard(lambda: tell((one, other)[rank]))
+    torch.distributed.barrier()  # otherwise a rank may hear that its peer rebuilds already
     found = re.search(rf"rank {1 - rank} .*in transport (\d+) of this group, and here it is (\d+)", words)
     assert found, words
     numbers = [int(number) for number in found.groups()]
@@ -122,7 +124,7 @@ def a_rank_that_comes_too_late_to_rebuild() -> None:
     transport = connected()
     if transport.rank == 0:
         words = heard(transport.rebuild)
-        assert re.search(r"rank 0 of 2: ranks \[1\] did not come within timeout_s = 1.5", words), words
+        assert re.search(r"rank 0 of 2: ranks \[1\] did not come within timeout_s", words), words
         assert "broken on rank 0 of 2 since its first failure: rank 0 called rebuild()" in heard(
             lambda: tell(transport)
         )
