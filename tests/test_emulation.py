@@ -255,7 +255,10 @@ def test_ranks_that_make_different_exchanges(change: Callable[[Transport], None]
             change(transport) if transport.rank else exchange_ones(transport, num_rows=1)
         assert "rank 0" in str(raised.value)
         assert "rank 1" in str(raised.value)
-        exchange_ones(transport)  # the next exchange is not harmed
+        with pytest.raises(TransportError, match="is broken since its first failure"):
+            exchange_ones(transport)
+        transport.rebuild()
+        exchange_ones(transport)
 
     run_on_emulated_ranks(fn, 2)
 

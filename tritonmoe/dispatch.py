@@ -21,7 +21,7 @@ from .expert_chunks import RowPlaces, place_rows
 from .grouping import RowSources
 from .overlap_config import OverlapPlan
 from .token_plan import TokenPlan
-from .transports import Transport
+from .transports import Transport, leaving_nobody_waiting
 
 __all__ = ["DispatchPlan", "exchange_plan", "offsets"]
 
@@ -195,7 +195,8 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows], device="cpu")  # (3, segments, W)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
     receive_rows, receive_pairs, return_rows = received.tolist()
-    check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
+    with leaving_nobody_waiting(transport):
+        check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
     return DispatchPlan(
         rank=transport.rank,
         size=transport.size,

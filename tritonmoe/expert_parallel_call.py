@@ -27,8 +27,8 @@ from .overlap.executor import ExpertsPass, LayerPass
 from .overlap.layer_report import LayerReport
 from .overlap.node_pass import NodePass
 from .placement import ExpertPlacement, replica_bits
-from .transport_state import TransportState
-from .transports import PendingExchange, Transport
+from .transport_state import state_of
+from .transports import PendingExchange, Transport, leaving_nobody_waiting
 from .two_level import TwoLevelPlan
 from .wire import WireFormat
 
@@ -43,10 +43,9 @@ class ExpertParallelCall:
     owners: ExpertWeights | None
     """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
     all_ranks: Transport
-    state: TransportState
     sequence: int
     layer: int
-    """All three as in the call's header: by them ranks know that they run the same backward."""
+    """Both as in the call's header: by them ranks know that they run the same backward."""
     transport: Transport
     """What the plan's rows go over: of all ranks, or between nodes."""
     plan: DispatchPlan
@@ -108,7 +107,7 @@ def run_forward(
         return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
 
     layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
-    with _naming_rank(call):
+    with _in_the_middle(call):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
     run = layer_pass.experts
     inner_plan = None
@@ -157,12 +156,13 @@ def run_backward(
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
+    state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
         sequence=call.sequence,
         layer=call.layer,
         is_backward=1,
         replica_grads=replica_bits(call.placement, needs_weights),
-        **call.state.history(),
+        **state.history(),
     )
     agreement = post_backward(call.all_ranks, header)
     run = ExpertsRun(
@@ -192,26 +192,30 @@ def run_backward(
         received_weights=received_weights,
         placement=call.placement,
     )
-    with _naming_rank(call):
+    with _in_the_middle(call):
         dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights, agreement)
-    call.state.note_backward(call.sequence)
+    state.note_backward(call.sequence)
     if isinstance(experts, NodePass):
         timings.inside = experts.reports
     assert call.report is not None
     kept.report.backward = timings
     if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
         call.report.backward = timings
-    call.state.under_way.pop(call.sequence, None)
+    state.under_way.pop(call.sequence, None)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
     return dx, dtopk_weights, grads, run.activation_grads
 
 
 @contextmanager
-def _naming_rank(call: ExpertParallelCall) -> Iterator[None]:
-    """Let an error on two levels say which rank of all it is of: exchanges count the ranks of their level."""
+def _in_the_middle(call: ExpertParallelCall) -> Iterator[None]:
+    """Let the other ranks hear where this one fails in the middle of a call.
+
+    On two levels the error says which rank of all it is of: exchanges count the ranks of their level.
+    """
     try:
-        yield
+        with leaving_nobody_waiting(call.all_ranks):
+            yield
     except TransportError as error:
         if call.two_level is None or isinstance(error, CountMismatch):  # that one has the words of all ranks
             raise

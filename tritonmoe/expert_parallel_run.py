@@ -239,7 +239,6 @@ def run_call(
             settings,
             owners,
             transport,
-            state,
             sequence,
             layer,
             row_transport,

@@ -19,6 +19,8 @@ from .transports import Transport
 __all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
+CALLS_OF_GENERATION = 10**9
+"""So far apart calls of two generations of a transport are numbered, which no forward and backward may confuse."""
 
 
 class UnderWay(NamedTuple):
@@ -32,6 +34,8 @@ class UnderWay(NamedTuple):
 class TransportState:
     """Of one transport."""
 
+    generation: int = 0
+    """Of the transport, to which the rest belongs."""
     num_calls: int = 0
     num_layers: int = 0
     layers: "WeakSet[LayerCalls]" = field(default_factory=WeakSet)
@@ -65,6 +69,12 @@ class TransportState:
         self.last_backward = sequence
         self.backwards = zlib.crc32(sequence.to_bytes(8, "little"), self.backwards)
 
+    def begin_generation(self, generation: int) -> None:
+        """Forget what ranks have counted and learnt differently before the transport was rebuilt."""
+        kept = {name: getattr(self, name) for name in ("num_layers", "layers", "captured_flags")}
+        fresh = TransportState(generation, num_calls=generation * CALLS_OF_GENERATION, **kept)
+        vars(self).update(vars(fresh))
+
     def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
         """Remember a forward, if it is one that will be recomputed."""
         region = checkpointed_region()
@@ -89,7 +99,10 @@ _states: "WeakKeyDictionary[Transport, TransportState]" = WeakKeyDictionary()
 
 
 def state_of(transport: Transport) -> TransportState:
-    return _states.setdefault(transport, TransportState())
+    state = _states.setdefault(transport, TransportState())
+    if state.generation != transport.generation:
+        state.begin_generation(transport.generation)
+    return state
 
 
 class LayerCalls(Handled):

@@ -23,7 +23,7 @@ from .grouping import RowSources
 from .overlap_config import MAX_CHUNKS, OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .token_plan import TokenPlan, count_rows, order_rows, owners, row_segments
-from .transports import HostCopy, TwoLevelTransport
+from .transports import HostCopy, TwoLevelTransport, leaving_nobody_waiting
 
 __all__ = ["TwoLevelPlan", "check_two_level", "exchange_two_level_plan"]
 
@@ -139,10 +139,10 @@ def exchange_two_level_plan(
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
     headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
     told_rows, told_pairs = received[:2].tolist()
-    check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
-
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
-    check_relayed(relayed_from[2:], traffic, transport)
+    with leaving_nobody_waiting(transport):
+        check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
+        check_relayed(relayed_from[2:], traffic, transport)
     order = order_rows(outer_keys, num_nodes, topk_ids.shape[1], outer_rows)
     tokens = TokenPlan(overlap.bounds(num_tokens), *order, outer_rows, outer_pairs, outer_rows)
     receive_rows = relayed_from[2].tolist()

@@ -7,7 +7,6 @@ contract_cases.py FOLDER mpi.
 import functools
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -479,29 +478,39 @@ def load_balance_over_all_ranks(transport: Transport) -> None:
     assert size == 1 or expected.abs().max() > 1e-3
 
 
-# What only processes can show: a peer that stays away, then is gone.
+# What only processes can show: a peer that stays away, or is gone.
+
+
+def a_peer_that_never_made_one(transport: Transport, folder: Path) -> None:
+    assert_survivor_raises(transport, "gave no sign", at_least_s=0.9 * TIMEOUT_S)
 
 
 def a_peer_that_never_calls(transport: Transport, folder: Path) -> None:
-    assert_survivor_raises(transport, at_least_s=0.9 * TIMEOUT_S)
+    words = "" if isinstance(transport, MPITransport) else "gave no sign"
+    assert_survivor_raises(transport, words, at_least_s=0.9 * TIMEOUT_S)
+    with pytest.raises(TransportError, match=r"since its first failure|after an earlier failure"):
+        transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
 
 
 def a_peer_that_died(transport: Transport, folder: Path) -> None:
     (folder / f"survivor{transport.rank}").touch()
     time.sleep(0.5)  # the last rank sees the files of all others and ends
-    assert_survivor_raises(transport, at_least_s=0.0)
+    assert_survivor_raises(transport, "has ended: its connection is closed", at_least_s=0.0)
 
 
-def assert_survivor_raises(transport: Transport, at_least_s: float) -> None:
+def assert_survivor_raises(transport: Transport, words: str, at_least_s: float) -> None:
     size = transport.size
     before = time.perf_counter()
-    words = re.escape(f"rank {transport.rank} of {size}, input_splits {[2] * size}")
-    with pytest.raises(TransportError, match=words):
+    where = re.escape(f"rank {transport.rank} of {size}, input_splits {[2] * size}")
+    who = f".*rank {size - 1} {words}" if words else rf".*has not heard from ranks \[.*{size - 1}\]"
+    with pytest.raises(TransportError, match=where + who):
         transport.exchange(torch.zeros(2 * size, 2), [2] * size, [2] * size).wait()
-    assert at_least_s <= time.perf_counter() - before < 3 * TIMEOUT_S
+    assert at_least_s <= time.perf_counter() - before < 5 * TIMEOUT_S
 
 
-FATAL_CASES = {function.__name__: function for function in (a_peer_that_never_calls, a_peer_that_died)}
+FATAL_CASES = {
+    function.__name__: function for function in (a_peer_that_never_made_one, a_peer_that_never_calls, a_peer_that_died)
+}
 
 
 MPI_FATAL_CASES = ("a_message_too_short", "a_message_too_long", "a_peer_that_never_calls")
@@ -522,8 +531,10 @@ def check_wrong_splits(transport: Transport, sent: int, expected: int, words: st
     output_splits[rank] = sent
     with pytest.raises(TransportError, match=words):
         transport.exchange(torch.zeros(sent * size, 2), input_splits, output_splits).wait()
-    with pytest.raises(TransportError, match="no use after an earlier failure"):
+    with pytest.raises(TransportError, match="of no use after an earlier failure"):
         check_round(transport, uneven(size))
+    with pytest.raises(TransportError, match="MPI has no way back"):
+        transport.rebuild()
 
 
 @contextmanager
@@ -562,13 +573,14 @@ def run_one_process(folder: Path, backend: str, device: str, rank: int, size: in
         transport = ProcessGroupTransport(timeout_s=20.0)
         for function in CASES.values():
             run_case(results, function, transport)
+        fatal_transports = [ProcessGroupTransport(timeout_s=TIMEOUT_S) for _ in FATAL_CASES]
+        for transport in fatal_transports[1:]:
+            transport.exchange_counts(torch.zeros(size, 1, dtype=torch.int64, device="cpu"))
         if rank == size - 1:
             wait_for_files(folder, "survivor*", size - 1)
         else:
-            transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
-            for fatal in FATAL_CASES.values():
+            for fatal, transport in zip(FATAL_CASES.values(), fatal_transports, strict=True):
                 run_case(results, fatal, transport, folder)
-    os._exit(0)  # with exchanges under way, gloo's own threads abort an ordinary exit
 
 
 def run_one_mpi_process(folder: Path) -> None:

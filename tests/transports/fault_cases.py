@@ -84,6 +84,16 @@ class WatchedTransport(Transport):
         self._before()
         return self._transport.post_counts(counts)
 
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self._transport.generation
+
+    def give_up(self, what: str) -> None:
+        self._transport.give_up(what)
+
+    def rebuild(self) -> None:
+        self._transport.rebuild()
+
 
 def failing(transport: Transport, exchange: str, fault: Callable[[], None]) -> Transport:
     """Give the same transport with a fault before one exchange, whichever level it is on."""

@@ -10,36 +10,59 @@ from processes import ENVIRONMENT
 from tritonmoe.transports.gloo import GlooExchange
 
 
-class Message:
-    def wait(self) -> None:
-        pass
+class PostedMessages:
+    """Stands in for GlooLinks: notes what is posted, and how it is tagged."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[str, int, list[float]]] = []
+        self.tags: list[int] = []
+
+    def receive(self, part: torch.Tensor, peer: int, tag: int) -> object:
+        return self._post("receive", part, peer, tag)
+
+    def send(self, part: torch.Tensor, peer: int, tag: int) -> object:
+        return self._post("send", part, peer, tag)
+
+    def _post(self, what: str, part: torch.Tensor, peer: int, tag: int) -> object:
+        self.posted.append((what, peer, part.tolist()))
+        self.tags.append(tag)
+        return object()
 
 
-def test_receives_are_posted_before_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+def post(number: int, rows: torch.Tensor, there: list[int], here: list[int]) -> tuple[PostedMessages, torch.Tensor]:
+    """Post exchange `number` of rank 1 of 4."""
+    links, out = PostedMessages(), rows.new_zeros(sum(here))
+    exchange = GlooExchange(links, None, rows, out, what="", timeout_s=1)  # type: ignore[arg-type]
+    exchange.post_rows(1, number, rows, there, here, out)
+    assert len(exchange.messages) == len(links.posted)
+    return links, out
+
+
+def test_receives_are_posted_before_sends() -> None:
     """Otherwise the rank that comes later lets its peers wait until its own rows have left."""
-    posted: list[tuple[str, int, list[float]]] = []
-
-    def irecv(rows: torch.Tensor, *, group_src: int, **_: object) -> Message:
-        posted.append(("receive", group_src, rows.tolist()))
-        return Message()
-
-    def isend(rows: torch.Tensor, *, group_dst: int, **_: object) -> Message:
-        posted.append(("send", group_dst, rows.tolist()))
-        return Message()
-
-    monkeypatch.setattr(torch.distributed, "irecv", irecv)
-    monkeypatch.setattr(torch.distributed, "isend", isend)
-    rows, out = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(5)
-    exchange = GlooExchange(rows, out, what="", timeout_s=1)
-    exchange.post_rows(None, 1, rows, [2, 1, 0, 1], [0, 1, 3, 1], out)
+    links, out = post(7, torch.tensor([1.0, 2.0, 3.0, 4.0]), [2, 1, 0, 1], [0, 1, 3, 1])
     nothing = [0.0]
-    assert posted == [("receive", 3, nothing), ("receive", 2, nothing * 3), ("send", 3, [4.0]), ("send", 0, [1.0, 2.0])]
+    sent = [("send", 3, [4.0]), ("send", 0, [1.0, 2.0])]
+    assert links.posted == [("receive", 3, nothing), ("receive", 2, nothing * 3), *sent]
     assert out.tolist() == [3.0, 0.0, 0.0, 0.0, 0.0]
-    assert len(exchange.messages) == 4
+
+
+def test_messages_of_other_exchanges_sizes_or_dtypes_have_other_tags() -> None:
+    """gloo aborts a process that receives more than it expects."""
+    splits = [1, 1, 1, 1]
+    tags = [
+        post(number, torch.zeros(4 * width, dtype=dtype), [width] * 4, [width] * 4)[0].tags
+        for number in (1, 2)
+        for width in (1, 2)
+        for dtype in (torch.int64, torch.float32)
+    ]
+    assert all(len(set(of_one)) == 1 for of_one in tags)
+    assert len({of_one[0] for of_one in tags}) == len(tags)
+    assert post(1, torch.zeros(4, dtype=torch.int64), splits, splits)[0].tags == tags[0]
 
 
 POLICIES = """
-import os, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from pathlib import Path
 from tritonmoe.transports import ProcessGroupTransport
 
@@ -49,7 +72,7 @@ def policies():
     return [os.sched_getscheduler(int(task.name)) for task in tasks]
 before = os.sched_getscheduler(0)
 print(len(policies()), "named")
-ProcessGroupTransport()
+ProcessGroupTransport().exchange_counts(torch.zeros(1, 1, dtype=torch.int64))
 assert set(policies()) <= {os.SCHED_BATCH}, policies()
 assert os.sched_getscheduler(0) == before != os.SCHED_BATCH
 dist.destroy_process_group()

@@ -57,6 +57,7 @@ def test_a_killed_rank(name: str, where: str) -> None:
     for rank in SURVIVORS:
         assert ranks[rank]["error"] == "TransportError", ranks
         assert re.search(f"^{where}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert f"rank {VICTIM} has ended: its connection is closed and it left no word" in ranks[rank]["words"], ranks
         assert ranks[rank]["seconds"] < 0.5 + TIMEOUT_S + SLACK_S
 
 
@@ -78,6 +79,7 @@ def test_a_rank_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> None:
     assert re.search(rf"^step \w+, chunk [01]: .*rank {VICTIM} of {SIZE}", ranks[VICTIM]["words"]), ranks
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert f"has not heard from ranks [{VICTIM}] within" in ranks[rank]["words"], ranks
         assert 0.9 * timeout_s < ranks[rank]["seconds"] < timeout_s + SLACK_S
 
 
@@ -180,6 +182,7 @@ def test_corrupted_counts() -> None:
     where = "(metadata, all chunks|dispatch, chunk [01])"
     for rank in SURVIVORS:
         assert re.search(f"^step {where}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert f"rank {VICTIM} failed with CountMismatch" in ranks[rank]["words"], ranks
         assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
 
 
@@ -207,6 +210,7 @@ def test_a_full_disk_under_the_trace_of_one_rank() -> None:
     for rank in SURVIVORS:
         where = "count exchange of layer call 1, before any chunk"
         assert re.search(f"^{where}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert f"rank {VICTIM} has ended" in ranks[rank]["words"], ranks
         assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
 
 
@@ -221,4 +225,5 @@ def test_control_c_in_one_rank() -> None:
     assert ranks[VICTIM]["error"] == "KeyboardInterrupt"
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
+        assert f"rank {VICTIM} failed with KeyboardInterrupt" in ranks[rank]["words"], ranks
         assert ranks[rank]["seconds"] < LATE_S + SLACK_S

@@ -1,16 +1,16 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
-from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
 from tritonmoe.transports.emulated import EmulatedTransport, EmulatedWorld
 from tritonmoe.transports.emulated_faults import Death, Delay
 from tritonmoe.transports.host_copy import HostCopy
 from tritonmoe.transports.link_model import LinkModel
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
-from tritonmoe.transports.process_group import ProcessGroupTransport
+from tritonmoe.transports.process_group import ProcessGroupTransport, is_registered
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 __all__ = [
@@ -28,13 +28,15 @@ __all__ = [
     "Transport",
     "TwoLevelTransport",
     "as_transport",
+    "leaving_nobody_waiting",
 ]
 
 EXPERT = "expert"
 """What the dimension of a DeviceMesh is called over which experts are spread, where the other one is of replicas."""
 
 _of_meshes: "WeakKeyDictionary[Any, TwoLevelTransport]" = WeakKeyDictionary()
-_of_groups: "WeakValueDictionary[Any, ProcessGroupTransport]" = WeakValueDictionary()
+_of_groups: dict[Any, ProcessGroupTransport] = {}
+"""For as long as their groups exist: when a layer's memory is freed differs between ranks, and may not matter."""
 
 
 def as_transport(ranks: Any) -> Transport:
@@ -65,10 +67,11 @@ def as_transport(ranks: Any) -> Transport:
     if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
         hint = ": torch.distributed.group.WORLD is None before init_process_group()" if ranks is None else ""
         raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}{hint}")
-    transport = _of_groups.get(ranks)
-    if transport is None:
-        transport = _of_groups[ranks] = ProcessGroupTransport(ranks)
-    return transport
+    for group in [group for group in _of_groups if not is_registered(group)]:
+        del _of_groups[group]
+    if ranks not in _of_groups:
+        _of_groups[ranks] = ProcessGroupTransport(ranks)
+    return _of_groups[ranks]
 
 
 def _two_level(mesh: Any) -> TwoLevelTransport:

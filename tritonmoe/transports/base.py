@@ -1,17 +1,31 @@
 """Transport: moves rows between ranks and knows nothing of experts; PendingExchange: rows under way."""
 
 import operator
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..errors import TransportError
 from ..handles import Handled
 from ..overlap_config import MAX_CHUNKS
 from .collectives import all_reduce, barrier, broadcast, run_outside_graphs
 
-__all__ = ["PendingExchange", "Transport", "as_counts", "as_wire", "check_counts", "check_exchange", "describe"]
+__all__ = [
+    "PendingExchange",
+    "Transport",
+    "as_counts",
+    "as_wire",
+    "check_counts",
+    "check_exchange",
+    "describe",
+    "leaving_nobody_waiting",
+    "raise_in_child",
+]
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 """Dtypes that every transport moves as they are; the rest travels as bytes."""
@@ -42,10 +56,16 @@ class PendingExchange(ABC):
 
 
 class Transport(Handled, ABC):
-    """Two calls that communicate, and collectives made of them; every rank makes the same ones in the same order."""
+    """Two calls that communicate, and collectives made of them; every rank makes the same ones in the same order.
+
+    Where an exchange fails, or a rank leaves a layer call in the middle, the transport is broken: every later call
+    raises TransportError that names the first failure, until all ranks have called rebuild().
+    """
 
     rank: int
     size: int
+    generation: int = 0
+    """How often the transport was rebuilt, the same on every rank: messages of two generations never meet."""
 
     @abstractmethod
     def exchange(
@@ -74,11 +94,15 @@ class Transport(Handled, ABC):
 
         Raises:
             ValueError: counts is not (W, L) int64 on the CPU.
-            TransportError: the exchange failed.
         """
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
-        """Do what post_counts does, and wait: (W, L). Raises TransportError too where it takes too long."""
+        """Post the counts, wait, and give the rows received.
+
+        Raises:
+            ValueError: counts is not (W, L) int64 on the CPU.
+            TransportError: the exchange failed or took longer than the transport's timeout.
+        """
         return self.post_counts(counts).wait()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -132,6 +156,26 @@ class Transport(Handled, ABC):
         Where they take their turn, as on one stream of NCCL or one connection of gloo, the first posted arrives first.
         """
         return False
+
+    def give_up(self, what: str) -> None:
+        """Break the transport, unless it is broken already, and let the other ranks hear what this rank did.
+
+        Their exchanges that need this rank raise TransportError that says "rank k" and `what`, as "failed with an
+        OSError". One rank alone has nobody who waits for it.
+        """
+
+    def rebuild(self) -> None:
+        """Make the transport anew over the same ranks: what is under way is dropped, and can't be received any more.
+
+        All ranks must call it, those included that have seen no failure: their exchanges under way end. Calls are
+        counted from the same number on all ranks afterwards; `num_chunks="auto"` starts to measure again. Layers, their
+        parameters and their places stay, and so do outputs: all ranks may still run the backward of one.
+
+        Raises:
+            TransportError: a rank has ended or doesn't come within the timeout (it may be called again), or the
+                transport has no way back.
+        """
+        raise TransportError(f"a {type(self).__name__} has no way back after a failure: make a new one")
 
     def __deepcopy__(self, memo: dict) -> "Transport":
         # A connection, not a value: the copy of a layer talks over the same one.
@@ -207,6 +251,24 @@ def as_wire(tensor: Tensor) -> Tensor:
     if tensor.dtype in WIRE_DTYPES:
         return tensor
     return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).view(torch.uint8)
+
+
+def raise_in_child(transport: Transport, pid: int) -> NoReturn:
+    """Refuse a call in a process that was forked from the one, `pid`, in which the transport was made."""
+    raise TransportError(
+        f"this {type(transport).__name__} was made in process {pid} and can't be used in its child {os.getpid()}, "
+        "which shares its connections: use it in the process that made it, or make another one in the child"
+    )
+
+
+@contextmanager
+def leaving_nobody_waiting(transport: Transport) -> Iterator[None]:
+    """Break the transport where this rank leaves a call in its middle, so that others needn't wait for a timeout."""
+    try:
+        yield
+    except BaseException as error:
+        transport.give_up(f"failed with {type(error).__name__}: {error}")
+        raise
 
 
 def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:

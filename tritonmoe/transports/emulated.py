@@ -4,6 +4,7 @@ Exchanges are matched by number: the s-th one of a rank belongs to the s-th one 
 waits for a peer.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
+from tritonmoe.transports.base import (
+    PendingExchange,
+    Transport,
+    as_counts,
+    check_counts,
+    check_exchange,
+    raise_in_child,
+)
 from tritonmoe.transports.device_clock import DeviceClock
 from tritonmoe.transports.emulated_delivery import Delivery
 from tritonmoe.transports.emulated_exchange import EmulatedExchange
@@ -48,6 +56,17 @@ class EmulatedTransport(Transport):
         ones = [1] * self.size
         return self._exchange("exchange_counts", counts.contiguous(), ones, ones, None)
 
+    def give_up(self, what: str) -> None:
+        self.world.give_up(self.rank, what)
+
+    def rebuild(self) -> None:
+        """Meet the other ranks, as Transport.rebuild() says; exchanges of faults are counted from the largest number.
+
+        A rank that has ended can't come any more.
+        """
+        self._check_process()
+        self.world.rebuild(self.rank)
+
     def close(self) -> None:
         """Say that this rank makes no further exchanges; the last rank to do so ends the world."""
         self.world.end_rank(self.rank, None)
@@ -60,6 +79,7 @@ class EmulatedTransport(Transport):
         output_splits: Sequence[int],
         out: Tensor | None,
     ) -> EmulatedExchange:
+        self._check_process()
         input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
         out = check_exchange(self, rows, input_splits, output_splits, out)
         if rows.is_cuda and rows.device != self.world.device:
@@ -72,6 +92,10 @@ class EmulatedTransport(Transport):
             exchange = EmulatedExchange(self, call, rows, input_splits, output_splits, out)
         self.world.post(exchange)
         return exchange
+
+    def _check_process(self) -> None:
+        if self.world.pid != os.getpid():
+            raise_in_child(self, self.world.pid)
 
 
 class EmulatedWorld:
@@ -117,6 +141,10 @@ class EmulatedWorld:
         self._posted: dict[int, list[EmulatedExchange]] = {}  # by number; goes when every rank is in it
         self.unfinished: set[EmulatedExchange] = set()
         self._ended: dict[int, str | None] = {}  # what the rank raised, if it did; in the order of their ends
+        self._given_up: dict[int, str] = {}  # what the rank did, in this generation
+        self._wants_rebuild: set[int] = set()
+        self._has_met = threading.Condition(self.lock)
+        self.pid = os.getpid()
         self._closed_because: str | None = None
         self._is_closed = threading.Event()
 
@@ -139,6 +167,11 @@ class EmulatedWorld:
                 raise TransportError(f"exchange on closed emulated ranks: {self._closed_because} ({exchange.words})")
             if rank in self._ended:
                 raise TransportError(f"exchange on a rank that has ended ({exchange.words})")
+            if rank in self._given_up:
+                raise TransportError(
+                    f"this EmulatedTransport is broken since its first failure: rank {rank} {self._given_up[rank]}. "
+                    f"Call transport.rebuild() on all ranks ({exchange.words})"
+                )
             exchange.number = number = self._num_posted[rank]
             self._num_posted[rank] += 1
             self._delivery.post(exchange)
@@ -149,8 +182,8 @@ class EmulatedWorld:
             peers.append(exchange)
             if len(peers) == self.num_ranks:
                 del self._posted[number]
-            for ended_rank in self._ended:
-                self._fail_if_waiting_for(exchange, ended_rank)
+            for stopped_rank in (*self._ended, *self._given_up):
+                self._fail_if_waiting_for(exchange, stopped_rank)
             exchange.finish_if_complete()
 
     def wait(self, exchange: EmulatedExchange) -> None:
@@ -162,21 +195,41 @@ class EmulatedWorld:
             )
             if exchange.finished is not None:
                 return
-            if exchange.failure is not None:
-                raise type(exchange.failure)(*exchange.failure.args)
+            error = self._error_of(exchange)
+            self._give_up(exchange.rank, f"gave up: {error}")
+            raise error
+
+    def give_up(self, rank: int, what: str) -> None:
+        """Fail the exchanges that wait for a rank until all ranks have come to rebuild(). The first call counts."""
+        with self.lock:
+            self._give_up(rank, what)
+
+    def rebuild(self, rank: int) -> None:
+        """Wait until all ranks are here, then forget the exchanges of this generation."""
+        with self.lock:
             if self._closed_because is not None:
-                raise TransportError(
-                    f"exchange {exchange.number} was cut off: {self._closed_because} ({exchange.words})"
-                )
-            absent = [rank for rank in exchange.incoming if self._num_posted[rank] <= exchange.number]
-            if absent:
-                reason = f"has not heard from ranks {absent}"
-            else:
-                under_way = sorted({*exchange.incoming, *exchange.outgoing})
-                reason = f"still has rows under way from or to ranks {under_way}: give a longer timeout_s"
+                raise TransportError(f"rebuild() on closed emulated ranks: {self._closed_because}")
+            self._give_up(rank, "called rebuild()")
+            generation = self.transports[rank].generation
+            self._wants_rebuild.add(rank)
+            if len(self._wants_rebuild) == self.num_ranks:
+                self._begin_generation()
+            self._has_met.notify_all()
+            transport = self.transports[rank]
+            self._has_met.wait_for(
+                lambda: transport.generation > generation or self._ended or self._closed_because, self.timeout_s
+            )
+            if transport.generation > generation:
+                return
+            self._wants_rebuild.discard(rank)
+            said = f"rebuild() failed on rank {rank} of {self.num_ranks}"
+            if self._ended:
+                raise PeerFailure(f"{said}: {' and '.join(map(self._end_of, self._ended))}")
+            if self._closed_because is not None:
+                raise TransportError(f"{said}: {self._closed_because}")
+            absent = [peer for peer in range(self.num_ranks) if peer not in {*self._wants_rebuild, rank}]
             raise TransportError(
-                f"exchange {exchange.number} took longer than timeout_s = {self.timeout_s}: "
-                f"rank {exchange.rank} {reason} ({exchange.words})"
+                f"{said}: ranks {absent} did not come within timeout_s = {self.timeout_s}. Call it again on all ranks"
             )
 
     def end_rank(self, rank: int, error: BaseException | None) -> None:
@@ -188,6 +241,7 @@ class EmulatedWorld:
             self._ended[rank] = None if error is None else f"{type(error).__name__}: {error}"
             for exchange in list(self.unfinished):
                 self._fail_if_waiting_for(exchange, rank)
+            self._has_met.notify_all()
             all_have_ended = len(self._ended) == self.num_ranks
         if all_have_ended:
             self.close("all ranks have ended")
@@ -203,9 +257,48 @@ class EmulatedWorld:
             for exchange in self.unfinished:
                 exchange.has_changed.notify_all()
             self.unfinished.clear()
+            self._has_met.notify_all()
         self._delivery.join()
 
     # The methods below are called with the lock held.
+
+    def _error_of(self, exchange: EmulatedExchange) -> TransportError:
+        """Say why an exchange is not complete."""
+        if exchange.failure is not None:
+            return type(exchange.failure)(*exchange.failure.args)
+        if self._closed_because is not None:
+            return TransportError(f"exchange {exchange.number} was cut off: {self._closed_because} ({exchange.words})")
+        absent = [rank for rank in exchange.incoming if self._num_posted[rank] <= exchange.number]
+        if absent:
+            reason = f"has not heard from ranks {absent}"
+        else:
+            under_way = sorted({*exchange.incoming, *exchange.outgoing})
+            reason = f"still has rows under way from or to ranks {under_way}: give a longer timeout_s"
+        return TransportError(
+            f"exchange {exchange.number} took longer than timeout_s = {self.timeout_s}: "
+            f"rank {exchange.rank} {reason} ({exchange.words})"
+        )
+
+    def _give_up(self, rank: int, what: str) -> None:
+        if rank in self._given_up or self.num_ranks == 1:
+            return
+        self._given_up[rank] = what
+        for exchange in list(self.unfinished):
+            self._fail_if_waiting_for(exchange, rank)
+
+    def _begin_generation(self) -> None:
+        for exchange in list(self.unfinished):
+            exchange.fail(TransportError(f"exchange {exchange.number} was dropped by rebuild() ({exchange.words})"))
+        self._posted.clear()
+        self._given_up.clear()
+        self._wants_rebuild.clear()
+        self._num_posted = [max(self._num_posted)] * self.num_ranks
+        for transport in self.transports:
+            transport.generation += 1
+
+    def _end_of(self, rank: int) -> str:
+        error = self._ended[rank]
+        return f"rank {rank} returned or closed" if error is None else f"rank {rank} failed with {error}"
 
     def _pair(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
         """Send the two messages between two ranks on their way, or fail both ranks where they disagree."""
@@ -229,12 +322,14 @@ class EmulatedWorld:
     def _fail_if_waiting_for(self, exchange: EmulatedExchange, rank: int) -> None:
         if rank == exchange.rank or self._num_posted[rank] > exchange.number:
             return
-        error = self._ended[rank]
-        if error is None:
+        where = f"exchange {exchange.number}"
+        if rank in self._given_up:  # the first that it did
+            failure: TransportError = PeerFailure(f"{where}: rank {rank} {self._given_up[rank]} ({exchange.words})")
+        elif self._ended[rank] is None:
             failure = TransportError(
-                f"exchange {exchange.number}: rank {rank} returned or closed after {self._num_posted[rank]} exchanges, "
+                f"{where}: rank {rank} returned or closed after {self._num_posted[rank]} exchanges, "
                 f"but every rank must make the same ones ({exchange.words})"
             )
         else:
-            failure = PeerFailure(f"exchange {exchange.number}: rank {rank} failed with {error} ({exchange.words})")
+            failure = PeerFailure(f"{where}: {self._end_of(rank)} ({exchange.words})")
         exchange.fail(failure)

@@ -1,31 +1,38 @@
-"""Exchanges between the processes of a gloo group; rows travel as one message from each rank to each other.
+"""Exchanges between processes over gloo; rows travel as one message from each rank to each other.
 
 Not gloo's all_to_all, which posts its sends before its receives: on the rank that comes later the sent rows then stand
 before the note that lets the peer send, on the one connection between the two, and the directions take turns.
+
+Each generation of a transport has connections of its own, so that nothing of it can reach another one, or collectives
+of the user's group. A rank that can't go on cuts them: that ends the waiting of all others at once.
 """
 
 import contextlib
 import os
 import sys
 import time
+import zlib
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.progress import ThreadedExchange
+from tritonmoe.transports.notices import Breakdown
+from tritonmoe.transports.progress import SECONDS_TO_STOP, ThreadedExchange
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import Store
 
-__all__ = ["GlooExchange", "let_compute_go_on"]
+__all__ = ["GlooExchange", "GlooLinks", "let_compute_go_on"]
 
-TAG = 0x6D6F65
-"""Of all exchanges: gloo keeps the order of messages with one tag from one rank to another."""
+FOREVER = timedelta(days=365)
+"""Where gloo itself waits too long, it closes all connections; when that is, is the transport's business."""
 
+AT_ONCE = timedelta(milliseconds=1)
 
 THREAD_NAME = "gloo_tcp_loop"
 
@@ -44,13 +51,62 @@ def let_compute_go_on() -> None:
                     os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
+class LostConnection(Exception):
+    """A message can't be posted, since the connection to its peer is closed."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
+
+
+class GlooLinks:
+    """This rank's connections to all others, in one generation of a transport; all ranks make theirs together.
+
+    Raises RuntimeError where that takes longer than timeout_s.
+    """
+
+    def __init__(self, store: "Store", rank: int, size: int, timeout_s: float) -> None:
+        import torch.distributed as dist
+
+        self._peers = [peer for peer in range(size) if peer != rank]
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        let_compute_go_on()
+
+    def receive(self, part: Tensor, peer: int, tag: int) -> Any:
+        try:
+            return self._gloo.recv([part], peer, tag)
+        except RuntimeError as error:
+            raise LostConnection(peer) from error
+
+    def send(self, part: Tensor, peer: int, tag: int) -> Any:
+        try:
+            return self._gloo.send([part], peer, tag)
+        except RuntimeError as error:
+            raise LostConnection(peer) from error
+
+    def cut(self) -> None:
+        """Close all connections: what is under way ends with an error here, and on the other ranks.
+
+        gloo does so when it has waited too long for a message, as for one that nobody sends.
+        """
+        for peer in self._peers:
+            with contextlib.suppress(RuntimeError):
+                self._gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, 0).wait(AT_ONCE)
+
+
 class GlooExchange(ThreadedExchange):
-    """Messages under way: those that post_rows() has posted, or the work of one collective."""
+    """The messages of one exchange, those that post_rows() has posted."""
+
+    def __init__(
+        self, links: GlooLinks, breakdown: Breakdown, rows: Tensor, out: Tensor, what: str, timeout_s: float
+    ) -> None:
+        super().__init__(rows, out, what, timeout_s)
+        self._links, self._breakdown = links, breakdown
 
     def post_rows(
         self,
-        group: "ProcessGroup | None",
         rank: int,
+        number: int,
         rows: Tensor,
         input_splits: Sequence[int],
         output_splits: Sequence[int],
@@ -58,32 +114,56 @@ class GlooExchange(ThreadedExchange):
     ) -> None:
         """Post all messages.
 
-        Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group.
+        Args: as in Transport.exchange, checked, in a dtype that travels; rank: of this process in the group; number: of
+            the exchange among those of this generation.
         Raises:
             TransportError: a peer's connection is closed.
         """
-        dist = torch.distributed
+
+        def tag(part: Tensor) -> int:
+            # Ends that disagree on exchange, size or dtype never meet: gloo aborts a process that gets too many bytes.
+            kind = f"{number} {part.numel() * part.element_size()} {part.dtype}"
+            return zlib.crc32(kind.encode()) >> 1 | 1
+
         try:
             self.post(
                 rank,
                 rows.split(list(input_splits)),
                 out.split(list(output_splits)),
-                lambda part, peer: dist.irecv(part, group=group, group_src=peer, tag=TAG),
-                lambda part, peer: dist.isend(part, group=group, group_dst=peer, tag=TAG),
+                lambda part, peer: self._links.receive(part, peer, tag(part)),
+                lambda part, peer: self._links.send(part, peer, tag(part)),
             )
-        except RuntimeError as error:
-            raise TransportError(f"exchange could not be posted ({self.what}): {error}") from error
+        except LostConnection as lost:
+            self._lose(lost.peer)
+            self.fail("")
 
     def block(self) -> None:
-        try:
-            for number, message in enumerate(self.messages, 1):
-                message.wait()
-                if number == self.num_receives:
-                    self.arrived_at = time.perf_counter()
-        except RuntimeError as error:
-            self.failure = str(error)
-        self.messages.clear()
+        has_lost = []
+        num_receives = sum(message.is_received for message in self.messages)
+        for number, message in enumerate(self.messages, 1):
+            try:
+                message.request.wait(FOREVER)
+            except RuntimeError:
+                self._lose(message.peer)
+                has_lost.append(message)
+            if number == num_receives:
+                self.arrived_at = time.perf_counter()
+        self.messages = has_lost
+        if has_lost:
+            self.failure = "messages were lost"
+            self._breakdown.note(*self.missing())  # unless the reason is known
+
+    def _lose(self, peer: int) -> None:
+        """Note that the peer's connection is closed, where that isn't the consequence of a failure known here."""
+        if self._breakdown.claim():
+            self._breakdown.note(f"lost its connection to rank {peer}", [peer], [peer])
+            self._links.cut()
 
     def fail(self, reason: str) -> NoReturn:
+        if self.failure is None and self._breakdown.claim():  # it takes too long
+            self._links.cut()
+            self.has_ended.wait(SECONDS_TO_STOP)
+            self._breakdown.note(*self.missing())
         elapsed = time.perf_counter() - self.posted_at
-        raise TransportError(f"exchange failed {elapsed:.2f} s after it was posted ({self.what}): {reason}")
+        where = f"exchange failed {elapsed:.2f} s after it was posted ({self.what})"
+        raise TransportError(f"{where}: {self._breakdown.explain()}")

@@ -56,6 +56,10 @@ class LocalTransport(Transport):
         check_counts(self, counts)
         return CompletedExchange(counts.clone())
 
+    def rebuild(self) -> None:
+        self._check_open()
+        self.generation += 1
+
     def close(self) -> None:
         self._is_closed = True
 

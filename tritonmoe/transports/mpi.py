@@ -6,6 +6,7 @@ in Waitall() as long as an exchange is under way. Polling with Test() can cost s
 
 import atexit
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from tritonmoe.transports.base import (
     check_counts,
     check_exchange,
     describe,
+    raise_in_child,
 )
 from tritonmoe.transports.progress import ProgressThread, ThreadedExchange
 
@@ -64,19 +66,33 @@ class MPIExchange(ThreadedExchange):
         self._mpi = transport.mpi
 
     def block(self) -> None:
-        statuses = [self._mpi.Status() for _ in self.messages]
-        try:
-            # While it waits for one exchange, MPI moves the rows of all others too.
-            self._mpi.Request.Waitall(self.messages, statuses)
-        except self._mpi.Exception as error:
-            codes = {status.Get_error() for status in statuses} - {self._mpi.SUCCESS, self._mpi.ERR_PENDING}
-            said = ", ".join(sorted(self._mpi.Get_error_string(code) for code in codes))
-            self.failure = said or str(error)
-        else:
-            self.failure = _find_short_message(self, statuses)
+        messages = dict(enumerate(self.messages))
+        requests = [message.request for message in self.messages]
+        failures: list[str] = []
+        while True:
+            statuses = [self._mpi.Status() for _ in requests]
+            try:
+                # While it waits for one exchange, MPI moves the rows of all others too.
+                ended = self._mpi.Request.Waitsome(requests, statuses)
+            except self._mpi.Exception as error:
+                codes = {status.Get_error() for status in statuses} - {self._mpi.SUCCESS, self._mpi.ERR_PENDING}
+                said = ", ".join(sorted(self._mpi.Get_error_string(code) for code in codes))
+                self.failure = said or str(error)
+                return
+            if ended is None:
+                break
+            for place, status in zip(ended, statuses, strict=False):
+                if messages.pop(place).is_received:
+                    failures += _find_short_message(self.expectations[place], status)
+            self.messages = list(messages.values())
+            if self.arrived_at is None and not any(message.is_received for message in self.messages):
+                self.arrived_at = time.perf_counter()
+        self.failure = failures[0] if failures else None
 
     def fail(self, reason: str) -> NoReturn:
         elapsed = time.perf_counter() - self.posted_at
+        if self.failure is None:
+            reason += f": rank {self._transport.rank} {self.missing()[0]}"
         self._transport.fail(
             f"exchange {self.number} failed {elapsed:.2f} s after it was posted (mpi, {self.what}): {reason}"
         )
@@ -112,6 +128,7 @@ class MPITransport(Transport):
         self._comm = comm.Dup()
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
         self.timeout_s = timeout_s
+        self._pid = os.getpid()
         self._num_posted = 0
         self._row_types: dict[int, Any] = {}
         self._failure: str | None = None
@@ -164,14 +181,30 @@ class MPITransport(Transport):
         return True
 
     def close(self) -> None:
-        self._end()
+        if self._pid == os.getpid():
+            self._end()
+
+    def give_up(self, what: str) -> None:
+        """Break this transport; the other ranks don't hear of it, they wait until their timeout."""
+        if self.size > 1:
+            self._break(f"rank {self.rank} {what}")
+
+    def rebuild(self) -> None:
+        """Raise TransportError: MPI has no way back."""
+        raise TransportError(
+            "MPI has no way back after a failed exchange, MPI_Finalize would wait for the missing rows for ever: end "
+            "the processes and start the job again"
+        )
 
     def fail(self, reason: str) -> NoReturn:
         """Raise TransportError; nothing more goes over this transport."""
+        self._break(reason)
+        raise TransportError(reason)
+
+    def _break(self, reason: str) -> None:
         if self._failure is None:
             self._failure = reason
             _abort_at_exit(self.mpi, reason)
-        raise TransportError(reason)
 
     def _as_message(self, rows: Tensor) -> tuple[Any, int, Any]:
         """Give the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
@@ -183,10 +216,15 @@ class MPITransport(Transport):
         return memory, rows.shape[0], self._row_types[row_bytes]
 
     def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise_in_child(self, self._pid)
         if not self._end.alive:
             raise TransportError("this MPITransport is closed: make a new one")
         if self._failure is not None:
-            raise TransportError(f"this MPITransport is of no use after an earlier failure: {self._failure}")
+            raise TransportError(
+                f"this MPITransport is of no use after an earlier failure: {self._failure}. MPI has no way back: end "
+                "the processes and start the job again"
+            )
 
 
 def _end(mpi: Any, progress: ProgressThread) -> None:
@@ -195,14 +233,13 @@ def _end(mpi: Any, progress: ProgressThread) -> None:
         _abort_at_exit(mpi, "a transport was closed with exchanges under way")
 
 
-def _find_short_message(exchange: MPIExchange, statuses: list[Any]) -> str | None:
-    """Say which peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
-    received = statuses[: exchange.num_receives]
-    for (peer, num_rows, row_type), status in zip(exchange.expectations, received, strict=True):
-        arrived = status.Get_elements(row_type)
-        if arrived != num_rows * row_type.Get_size():
-            return f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"
-    return None
+def _find_short_message(expectation: tuple[int, int, Any], status: Any) -> list[str]:
+    """Say that the peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
+    peer, num_rows, row_type = expectation
+    arrived = status.Get_elements(row_type)
+    if arrived == num_rows * row_type.Get_size():
+        return []
+    return [f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"]
 
 
 _aborts: list[str] = []

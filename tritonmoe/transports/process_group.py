@@ -1,5 +1,6 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
+import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,16 +20,18 @@ from tritonmoe.transports.base import (
     check_counts,
     check_exchange,
     describe,
+    raise_in_child,
 )
-from tritonmoe.transports.gloo import GlooExchange, let_compute_go_on
+from tritonmoe.transports.gloo import GlooExchange, GlooLinks
 from tritonmoe.transports.local import CompletedExchange
+from tritonmoe.transports.notices import Breakdown, Missed, Notices
 from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ProcessGroupTransport", "available", "torchrun_ranks"]
+__all__ = ["ProcessGroupTransport", "available", "is_registered", "torchrun_ranks"]
 
 
 def available() -> dict[str, str | None]:
@@ -47,6 +50,14 @@ def available() -> dict[str, str | None]:
             nccl = "there is no CUDA device"
         reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
     return reasons
+
+
+def is_registered(group: "ProcessGroup") -> bool:
+    """Say whether the group still exists: destroy_process_group() ends it."""
+    try:
+        return torch.distributed.get_rank(group) >= 0
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -69,7 +80,8 @@ def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
 class CollectiveExchange(PendingExchange):
     """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
 
-    def __init__(self, work: Any, rows: Tensor, out: Tensor, what: str) -> None:
+    def __init__(self, breakdown: Breakdown, work: Any, rows: Tensor, out: Tensor, what: str) -> None:
+        self._breakdown = breakdown
         self._work = work
         self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
         self._out = out
@@ -82,6 +94,8 @@ class CollectiveExchange(PendingExchange):
             self._work.wait()
         except RuntimeError as error:
             elapsed = time.perf_counter() - self._posted_at
+            if self._breakdown.claim():
+                self._breakdown.note(f"lost an exchange: {error}")
             raise TransportError(
                 f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
             ) from error
@@ -97,16 +111,18 @@ class CollectiveExchange(PendingExchange):
 class ProcessGroupTransport(Transport):
     """Rows between the processes of a torch.distributed group.
 
-    CPU tensors travel on the group's CPU backend (gloo), CUDA tensors on its CUDA backend (NCCL), so a group of
-    "cpu:gloo,cuda:nccl" serves both. The group stays its maker's: close() doesn't destroy it.
-    Splits are not compared between ranks here: NCCL hangs and gloo reads untouched memory or aborts the process where
-    they disagree, so callers agree on them through exchange_counts first.
+    CPU tensors travel over gloo where that is the group's CPU backend, on connections of the transport's own, made with
+    its first exchange; CUDA tensors on the group's CUDA backend (NCCL). So a group of "cpu:gloo,cuda:nccl" serves both.
+    The group stays its maker's: close() doesn't destroy it.
+    Splits are not compared between ranks here: where they disagree gloo waits until the timeout and NCCL for ever, so
+    callers agree on them through exchange_counts first. Transports of one group are numbered as they are made, and the
+    exchanges of one never meet another's: make them, and call them, in the same order on every rank.
 
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
-        timeout_s: how long wait() and exchange_counts() wait for CPU tensors on gloo before they raise; None is the
+        timeout_s: how long wait(), exchange_counts() and rebuild() wait for gloo before they raise; None is the
             group's own timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the
-            process. For CUDA tensors on gloo it is the group's own timeout.
+            process.
     Raises:
         ValueError: torch.distributed is not available or not initialised, or this process is not in the group.
     """
@@ -123,29 +139,36 @@ class ProcessGroupTransport(Transport):
                 "torch.distributed is not initialised: call torch.distributed.init_process_group() first, "
                 "or use LocalTransport()"
             )
-        if group is None:
-            group = dist.group.WORLD
+        group = group or dist.group.WORLD
+        assert group is not None
         self.rank = dist.get_rank(group)
         if self.rank < 0:
             raise ValueError("this process is not a member of the group: make the transport on the members only")
         self.size = dist.get_world_size(group)
-        self._group = group
-        self._timeout_s = timeout_s
+        self._group: ProcessGroup = group
+        self._device_group: ProcessGroup = group
         # get_backend_config gives "cpu:gloo,cuda:nccl"
         self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
+        device_type = "cpu" if "cpu" in self._backends else next(iter(self._backends))
+        self._timeout_s = _timeout_of(group, device_type) if timeout_s is None else timeout_s
+        self._pid = os.getpid()
+        self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
+        self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
         self._staging: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts_stream: torch.cuda.Stream | None = None
-        self._progress = ProgressThread("gloo-progress")
-        self._end = weakref.finalize(self, self._progress.end)
-        if "gloo" in self._backends.values():
-            let_compute_go_on()
+        self._is_closed = False
+        self._begin_generation(0)
+
+    def _begin_generation(self, generation: int) -> None:
+        self.generation = generation
+        self._breakdown = Breakdown(self._notices, self.rank, generation)
+        self._links: GlooLinks | None = None
+        self._num_posted = 0
 
     @property
     def group(self) -> "ProcessGroup":
         """The group that it was made on."""
-        group = torch.distributed.group.WORLD if self._group is None else self._group
-        assert group is not None
-        return group
+        return self._group
 
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
         """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
@@ -169,7 +192,7 @@ class ProcessGroupTransport(Transport):
         output_splits: Sequence[int],
         out: Tensor | None = None,
     ) -> PendingExchange:
-        self._check_open()
+        self._check_usable()
         input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
         out = check_exchange(self, rows, input_splits, output_splits, out)
         backend = self._backends.get(rows.device.type)
@@ -179,39 +202,119 @@ class ProcessGroupTransport(Transport):
                 f'initialise it with backend="cpu:gloo,cuda:nccl", or move the rows'
             )
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
-        if self._is_gloo(rows.device):
-            exchange = GlooExchange(rows, out, what, self._timeout_s)
-            wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
-            exchange.post_rows(self._group, self.rank, wire_rows, input_splits, output_splits, wire_out)
-            self._progress.add(exchange)
-            return exchange
-        return CollectiveExchange(self._post(out, rows, output_splits, input_splits, what), rows, out, what)
+        if not self._is_gloo(rows.device):
+            return CollectiveExchange(
+                self._breakdown, self._post(out, rows, output_splits, input_splits, what), rows, out, what
+            )
+        if self._links is None:
+            self._meet_first(what)
+        assert self._links is not None
+        exchange = GlooExchange(self._links, self._breakdown, rows, out, what, self._timeout_s)
+        wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
+        self._num_posted += 1
+        exchange.post_rows(self.rank, self._num_posted, wire_rows, input_splits, output_splits, wire_out)
+        self._progress.add(exchange)
+        return exchange
 
     @property
     def counts_cross_device(self) -> bool:
         return "cpu" not in self._backends
 
     def post_counts(self, counts: Tensor) -> PendingExchange:
-        self._check_open()
+        self._check_usable()
         check_counts(self, counts)
         if self.counts_cross_device:
             return CompletedExchange(self._exchange_counts_on_device(counts))
         ones = [1] * self.size
-        counts = counts.contiguous()
-        if not self._is_gloo(counts.device):
-            return self.exchange(counts, ones, ones)
-        # One collective: with thousands of ranks, posting a message for each takes longer than these few bytes.
-        received = torch.empty_like(counts)
-        what = f"gloo, {describe(self, ones, ones)}"
-        exchange = GlooExchange(counts, received, what, self._timeout_s)
-        exchange.messages.append(self._post(received, counts, ones, ones, what))
-        self._progress.add(exchange)
-        return exchange
+        return self.exchange(counts.contiguous(), ones, ones)
+
+    def give_up(self, what: str) -> None:
+        if self.size > 1 and self._pid == os.getpid() and self._breakdown.claim():
+            self._breakdown.note(what)
+            if self._links is not None:
+                self._links.cut()
+
+    def rebuild(self) -> None:
+        """Connect anew, as Transport.rebuild() says.
+
+        With NCCL the old communicator is aborted, the group's own too: nothing else can use that any more, so give
+        the transport a group of its own. Later exchanges of CUDA tensors use a new group over the same ranks.
+        """
+        self._check_open()
+        unknown = set(self._backends.values()) - {"gloo", "nccl"}
+        if unknown:
+            raise TransportError(f"a group of {unknown} has no way back after a failure: make a new group")
+        self.give_up("called rebuild()")
+        before = time.perf_counter()
+        has_device = "cuda" in self._backends and torch.cuda.is_available()
+        try:
+            if has_device and self._backends["cuda"] == "nccl":
+                self._device_group._get_backend(torch.device("cuda")).abort()
+            generation = self._notices.meet(self.generation + 1, self._timeout_s, self._breakdown.ended())
+            links = self._connect(generation, self._timeout_s - (time.perf_counter() - before))
+            if has_device:
+                self._device_group = self._new_device_group()
+        except RuntimeError as error:
+            raise TransportError(
+                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. Where all ranks live, call it again on "
+                "all of them; otherwise start the job again"
+            ) from error
+        self._drop_links()
+        self._begin_generation(generation)
+        self._keep_links(links)
+        self._notices.take_down()
 
     def close(self) -> None:
-        self._end()
+        if self._is_closed or self._pid != os.getpid():
+            return
+        if self._links is not None:
+            self.give_up("closed its transport")
+        self._is_closed = True
+        self._drop_links()
         self._staging.clear()
         self._counts_stream = None
+
+    def _meet_first(self, what: str) -> None:
+        """Connect for the first exchange of all."""
+        before = time.perf_counter()
+        try:
+            self._notices.meet(self.generation, self._timeout_s, is_rebuild=False)
+            self._keep_links(self._connect(self.generation, self._timeout_s - (time.perf_counter() - before)))
+        except RuntimeError as error:
+            if self._breakdown.claim():
+                self._breakdown.note(f"could not connect: {error}", error.ranks if isinstance(error, Missed) else ())
+            raise TransportError(f"exchange could not be posted ({what}): {self._breakdown.explain()}") from error
+
+    def _connect(self, generation: int, timeout_s: float) -> GlooLinks | None:
+        """Make the connections of a generation to ranks that have met for it; None without gloo for the CPU."""
+        import torch.distributed as dist
+
+        if not self._is_gloo(torch.device("cpu")):
+            return None
+        store = dist.PrefixStore(f"{self._notices.number}/{generation}", self._store)
+        return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s))
+
+    def _keep_links(self, links: GlooLinks | None) -> None:
+        if links is not None:
+            self._links = links
+            self._progress = ProgressThread("gloo-progress")
+            # Also runs when the process ends.
+            self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links)
+
+    def _drop_links(self) -> None:
+        if self._links is not None:
+            self._end()
+            self._links = None
+
+    def _new_device_group(self) -> "ProcessGroup":
+        import torch.distributed as dist
+
+        return dist.new_group(
+            dist.get_process_group_ranks(self._group),
+            timeout=timedelta(seconds=self._timeout_s),
+            backend=f"cuda:{self._backends['cuda']}",
+            use_local_synchronization=True,
+        )
 
     def _is_gloo(self, device: torch.device) -> bool:
         return device.type == "cpu" and self._backends.get("cpu") == "gloo"
@@ -222,9 +325,10 @@ class ProcessGroupTransport(Transport):
         wire_out, wire_rows = as_wire(out.detach()), as_wire(rows.detach())
         try:
             return dist.all_to_all_single(
-                wire_out, wire_rows, output_splits, input_splits, group=self._group, async_op=True
+                wire_out, wire_rows, output_splits, input_splits, group=self._device_group, async_op=True
             )
         except RuntimeError as error:
+            self.give_up(f"could not post an exchange: {error}")
             raise TransportError(f"exchange could not be posted ({what}): {error}") from error
 
     def _exchange_counts_on_device(self, counts: Tensor) -> Tensor:
@@ -252,5 +356,37 @@ class ProcessGroupTransport(Transport):
         return pinned_out.clone()
 
     def _check_open(self) -> None:
-        if not self._end.alive:
+        if self._pid != os.getpid():
+            raise_in_child(self, self._pid)
+        if self._is_closed:
             raise TransportError("this ProcessGroupTransport is closed: make a new one")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._breakdown.has_happened:
+            raise TransportError(
+                f"this ProcessGroupTransport is broken on rank {self.rank} of {self.size} since its first failure: "
+                f"{self._breakdown.explain()}. Call transport.rebuild() on all ranks, or make one on a new group"
+            )
+
+
+def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
+    """Give the group's own timeout in seconds, for tensors on a kind of device."""
+    options = getattr(group._get_backend(torch.device(device_type)), "options", None)
+    timeout = torch.distributed.constants.default_pg_timeout if options is None else options._timeout
+    return timeout.total_seconds()
+
+
+_num_transports: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+
+
+def _next_number(group: "ProcessGroup") -> int:
+    """Number the transports that this rank makes on a group."""
+    _num_transports[group] = number = _num_transports.get(group, -1) + 1
+    return number
+
+
+def _end_links(pid: int, progress: ProgressThread, links: GlooLinks) -> None:
+    """Let the thread end; exchanges that nobody waited for get a little time. A child has no such thread."""
+    if os.getpid() == pid and not progress.end():
+        links.cut()

@@ -5,16 +5,25 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tritonmoe.transports.base import PendingExchange
 
-__all__ = ["ProgressThread", "ThreadedExchange"]
+__all__ = ["Message", "ProgressThread", "ThreadedExchange"]
 
 SECONDS_TO_STOP = 2.0
 """How long a process that ends waits for exchanges that nobody waited for."""
+
+
+class Message(NamedTuple):
+    """One message under way."""
+
+    request: Any
+    """The library's; it doesn't keep the exchange alive."""
+    peer: int
+    is_received: bool
 
 
 class ThreadedExchange(PendingExchange):
@@ -22,9 +31,8 @@ class ThreadedExchange(PendingExchange):
 
     def __init__(self, rows: Tensor, out: Tensor, what: str, timeout_s: float | None) -> None:
         self.what = what
-        self.messages: list[Any] = []
-        """Requests of the library, those that receive first; none of them keeps this exchange alive."""
-        self.num_receives = 0
+        self.messages: list[Message] = []
+        """Those that haven't ended, as far as that is known; those that are received first."""
         self.has_ended = threading.Event()
         self.arrived_at: float | None = None
         self.failure: str | None = None
@@ -53,12 +61,11 @@ class ThreadedExchange(PendingExchange):
         for step in range(1, size):
             peer = (rank - step) % size
             if received[peer].numel():
-                self.messages.append(receive(received[peer], peer))
-        self.num_receives = len(self.messages)
+                self.messages.append(Message(receive(received[peer], peer), peer, True))
         for step in range(1, size):
             peer = (rank + step) % size
             if sent[peer].numel():
-                self.messages.append(send(sent[peer], peer))
+                self.messages.append(Message(send(sent[peer], peer), peer, False))
         received[rank].copy_(sent[rank])
 
     @abstractmethod
@@ -69,9 +76,18 @@ class ThreadedExchange(PendingExchange):
     def fail(self, reason: str) -> None:
         """Raise TransportError."""
 
+    def missing(self) -> tuple[str, list[int]]:
+        """Say, behind "rank k", what has not come in time, and give the ranks that it takes for that."""
+        messages = list(self.messages)
+        ranks = sorted({message.peer for message in messages if message.is_received})
+        if ranks:
+            return f"has not heard from ranks {ranks} within timeout_s = {self._timeout_s}", ranks
+        ranks = sorted({message.peer for message in messages})
+        return f"could not send all rows to ranks {ranks} within timeout_s = {self._timeout_s}", ranks
+
     def wait(self) -> Tensor:
         if not self.has_ended.wait(self._timeout_s):
-            self.fail(f"it took longer than timeout_s = {self._timeout_s}: its rows have not all left and arrived")
+            self.fail(f"it took longer than timeout_s = {self._timeout_s}")
         if self.failure is not None:
             self.fail(self.failure)
         self._rows = None

@@ -18,8 +18,8 @@ from tritonmoe.transports.base import (
 __all__ = ["GroupView", "TwoLevelTransport"]
 
 
-class _PartOfExchange(PendingExchange):
-    """The counts of some ranks."""
+class SelectedRows(PendingExchange):
+    """Counts of all ranks under way, of which those of some ranks are given."""
 
     def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
         self._pending, self._ranks = pending, list(ranks)
@@ -29,6 +29,9 @@ class _PartOfExchange(PendingExchange):
         if self._received is None:
             self._received = self._pending.wait()[self._ranks]
         return self._received
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
 
 
 class GroupView(Transport):
@@ -60,7 +63,18 @@ class GroupView(Transport):
         check_counts(self, counts)
         of_world = counts.new_zeros(self._world.size, counts.shape[1])
         of_world[list(self._ranks)] = counts
-        return _PartOfExchange(self._world.post_counts(of_world), self._ranks)
+        return SelectedRows(self._world.post_counts(of_world), self._ranks)
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self._world.generation
+
+    def give_up(self, what: str) -> None:
+        self._world.give_up(what)
+
+    def rebuild(self) -> None:
+        """Rebuild the transport of all ranks, which all of them must call."""
+        self._world.rebuild()
 
     def shares_link(self, device: torch.device) -> bool:
         return self._world.shares_link(device)
@@ -140,6 +154,24 @@ class TwoLevelTransport(Transport):
     @property
     def message_length(self) -> int:
         return MAX_HEADER + 2 * self.size + MAX_SEGMENTS * (3 + self.node_size)
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        return self.world.generation
+
+    def give_up(self, what: str) -> None:
+        for transport in self._levels():
+            transport.give_up(what)
+
+    def rebuild(self) -> None:
+        """Rebuild the transports of all levels, one after the other, each within its timeout."""
+        for transport in self._levels():
+            transport.rebuild()
+
+    def _levels(self) -> list[Transport]:
+        """Give the transports that are no view of another one."""
+        levels = (self.world, self.between_nodes, self.inside_node)
+        return [level for level in levels if not isinstance(level, GroupView)]
 
     def shares_link(self, device: torch.device) -> bool:
         return self.between_nodes.shares_link(device)

@@ -1,0 +1,273 @@
+"""Notices: what the ranks of a group leave in its store when a transport breaks, and how they meet to rebuild it.
+
+A rank whose exchange fails puts up a notice before it lets go of its connections, so that whoever finds one closed can
+read why; a rank that has died leaves none. Nothing here is used as long as all is well.
+"""
+
+import contextlib
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from tritonmoe.errors import TransportError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+__all__ = ["Breakdown", "Missed", "Notice", "Notices"]
+
+Result = TypeVar("Result")
+
+GRACE_S = 1.0
+"""How long a rank looks for the notice of another one that has let go, or that it has waited for in vain."""
+STORE_S = 2.0
+"""How long the store may take for an answer: the process that hosts it may be the one that stands still."""
+POLL_S = (0.005, 0.2)
+"""From how often to how seldom a waiting rank looks into the store."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Why a rank can't go on in one generation of a transport."""
+
+    number: int
+    """Which of the transports made on this group it is, in the order in which they were made."""
+    generation: int
+    what: str
+    """What the rank did, behind "rank k"."""
+    because_of: tuple[int, ...] = ()
+    """Ranks that it waited for; none where it failed by itself."""
+    closed: tuple[int, ...] = ()
+    """Those of them whose connections were closed."""
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Notice":
+        number, generation, what, because_of, closed = json.loads(text)
+        return cls(number, generation, what, tuple(because_of), tuple(closed))
+
+
+class Missed(TransportError):
+    """Some ranks did not come to a meeting."""
+
+    def __init__(self, words: str, ranks: list[int]) -> None:
+        super().__init__(words.format(ranks))
+        self.ranks = ranks
+
+
+class Notices:
+    """One rank's view of the notices of one transport.
+
+    Args:
+        store: that of the group; a prefix keeps the keys apart from torch's.
+        number: of the transport on this group, the same on every rank.
+    """
+
+    def __init__(self, store: "Store", rank: int, size: int, number: int) -> None:
+        self._store, self.number = store, number
+        self._rank, self._size = rank, size
+        self._last_meeting = -1
+
+    def put_up(self, notice: Notice) -> None:
+        """Publish why this rank lets go; where the store can't be reached, nobody will read it."""
+        with contextlib.suppress(TransportError):
+            self._set_notices(json.dumps(astuple(notice)))
+
+    def take_down(self) -> None:
+        """Take this rank's notice back, once all ranks have met."""
+        self._set_notices("")
+
+    def _set_notices(self, text: str) -> None:
+        def write() -> None:
+            for where in (self.number, "latest"):
+                self._store.set(f"notice/{where}/{self._rank}", text)
+
+        self._ask(write)
+
+    def find_roots(self, suspects: Sequence[int], generation: int) -> tuple[list[int], dict[int, Notice]]:
+        """Follow the notices of the ranks that were waited for to those that leave none, or failed by themselves.
+
+        Returns:
+            Those ranks, none where ranks wait for each other in a circle, and all notices that were found.
+        """
+        notices: dict[int, Notice] = {}
+        until = time.perf_counter() + GRACE_S
+        while True:
+            roots, unread, seen = [], list(suspects), {self._rank}
+            while unread:
+                rank = unread.pop()
+                if rank in seen:
+                    continue
+                seen.add(rank)
+                notice = notices.get(rank) or self._read(rank)
+                if notice is None or notice.generation < generation:
+                    roots.append(rank)
+                    continue
+                notices[rank] = notice
+                if notice.because_of:
+                    unread += notice.because_of
+                else:
+                    roots.append(rank)
+            silent = [rank for rank in roots if rank not in notices]
+            if not silent or time.perf_counter() > until:
+                return sorted(roots), notices
+            time.sleep(0.05)
+
+    def meet(self, generation: int, timeout_s: float, ended: Sequence[int] = (), *, is_rebuild: bool = True) -> int:
+        """Wait until all ranks want to connect, and give the number of the generation that they agree on.
+
+        It is at least `generation`, and larger where an earlier meeting was missed by some ranks.
+
+        Args:
+            ended: ranks that seem to have died: they get GRACE_S to show that they haven't.
+            is_rebuild: whether the ranks leave an earlier generation; the first one has no other number.
+        Raises:
+            Missed: a rank has ended, didn't come within timeout_s, or has given up this generation already.
+        """
+        started = time.perf_counter()
+        wanted = max(generation, self._last_meeting + 1) if is_rebuild else generation
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        pause = POLL_S[0]
+        try:
+            while True:
+                self._last_meeting = wanted
+                left_s = started + timeout_s - time.perf_counter()
+                theirs = self._ask(functools.partial(self._meetings, wanted, others), max(STORE_S, left_s))
+                latest = max([wanted, *theirs.values()])
+                absent = [rank for rank in others if theirs[rank] < latest]
+                if not absent and latest == wanted:
+                    return wanted
+                waited = time.perf_counter() - started
+                if is_rebuild:
+                    wanted = latest
+                    gone = [rank for rank in absent if rank in ended and theirs[rank] < generation]
+                    if gone and waited > GRACE_S:
+                        raise Missed("ranks {} have ended: their connections are closed and they left no word", gone)
+                else:
+                    given_up = [rank for rank in others if theirs[rank] > wanted or self._read(rank)]
+                    if given_up:
+                        raise Missed("ranks {} have given up already", given_up)
+                if waited > timeout_s:
+                    raise Missed(f"ranks {{}} did not come within timeout_s = {timeout_s}", absent)
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_S[1])
+        except BaseException:
+            self._leave()
+            raise
+
+    def find_elsewhere(self, rank: int) -> Notice | None:
+        """Give the rank's latest notice if it is of another transport on this group."""
+        notice = self._read(rank, "latest")
+        return None if notice is None or notice.number == self.number else notice
+
+    def _meetings(self, wanted: int, others: Sequence[int]) -> dict[int, int]:
+        """Say which generation this rank wants, and give what the others want, -1 if nothing."""
+        if self._meeting_of(self._rank) != wanted:  # it may be an earlier question's answer that comes late
+            self._store.set(f"meeting/{self.number}/{self._rank}", str(wanted))
+        return {rank: self._meeting_of(rank) for rank in others}
+
+    def _meeting_of(self, rank: int) -> int:
+        key = f"meeting/{self.number}/{rank}"
+        return int(self._store.get(key)) if self._store.check([key]) else -1
+
+    def _leave(self) -> None:
+        """Take the wish back, so that a rank that comes later doesn't take this one for present."""
+        with contextlib.suppress(TransportError):
+            self._ask(lambda: self._store.set(f"meeting/{self.number}/{self._rank}", "-1"))
+
+    def _read(self, rank: int, where: int | str | None = None) -> Notice | None:
+        key = f"notice/{self.number if where is None else where}/{rank}"
+        try:
+            text = self._ask(lambda: self._store.get(key) if self._store.check([key]) else b"")
+        except TransportError:
+            return None
+        return Notice.from_json(text) if text else None
+
+    def _ask(self, question: Callable[[], Result], within_s: float = STORE_S) -> Result:
+        """Do something with the store, in a thread of its own, since nobody knows how long that takes.
+
+        Raises:
+            TransportError: the store can't be reached.
+        """
+        answers: list[Result] = []
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                answers.append(question())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="store-question", daemon=True)
+        thread.start()
+        thread.join(within_s)
+        if answers:
+            return answers[0]
+        why = f"{type(errors[0]).__name__}: {errors[0]}" if errors else f"it gave no answer within {within_s:.1f} s"
+        raise TransportError(f"the store of the group, which one of its processes hosts, can't be reached ({why})")
+
+
+class Breakdown:
+    """Whether one generation of a transport is broken on this rank, and why. The first failure counts."""
+
+    def __init__(self, notices: Notices, rank: int, generation: int) -> None:
+        self._notices, self._rank, self._generation = notices, rank, generation
+        self._lock = threading.Lock()
+        self._is_claimed = False
+        self._is_known = threading.Event()
+        self._notice: Notice | None = None
+        self._words = ""
+        self._ended: tuple[int, ...] = ()
+
+    def claim(self) -> bool:
+        """Say whether this failure is the first; whoever is told so must call note()."""
+        with self._lock:
+            is_first, self._is_claimed = not self._is_claimed, True
+        return is_first
+
+    def note(self, what: str, because_of: Sequence[int] = (), closed: Sequence[int] = ()) -> None:
+        """Say why, unless that is known, and put up a notice; the arguments are those of a Notice."""
+        if self._notice is not None:
+            return
+        self._notice = Notice(self._notices.number, self._generation, what, tuple(because_of), tuple(closed))
+        self._notices.put_up(self._notice)
+        self._is_known.set()
+
+    @property
+    def has_happened(self) -> bool:
+        return self._is_claimed
+
+    def ended(self) -> tuple[int, ...]:
+        """Give the ranks whose connections were closed and that left no word: they have died, as it seems."""
+        self.explain()
+        return self._ended
+
+    def explain(self) -> str:
+        """Say what this rank waited for and, as far as the other ranks tell, whose fault it is."""
+        self._is_known.wait(GRACE_S)
+        with self._lock:
+            if not self._words and self._notice is not None:
+                self._words = self._find_words(self._notice)
+        return self._words
+
+    def _find_words(self, own: Notice) -> str:
+        said = [f"rank {self._rank} {own.what}"]
+        if own.because_of:
+            roots, notices = self._notices.find_roots(own.because_of, self._generation)
+            closed = {*own.closed, *(rank for notice in notices.values() for rank in notice.closed)}
+            said += [f"rank {rank} {notice.what}" for rank, notice in sorted(notices.items())]
+            self._ended = tuple(rank for rank in roots if rank not in notices and rank in closed)
+            for rank in sorted({*roots} - {*notices}):
+                if rank in self._ended:
+                    said.append(f"rank {rank} has ended: its connection is closed and it left no word")
+                elif (elsewhere := self._notices.find_elsewhere(rank)) is not None:
+                    said.append(
+                        f"rank {rank} {elsewhere.what} in transport {elsewhere.number} of this group, and here it is "
+                        f"{own.number}: make the calls of a group's transports in the same order on every rank"
+                    )
+                else:
+                    said.append(f"rank {rank} gave no sign: it is late, stands still or does something else")
+        return "; ".join(said)
