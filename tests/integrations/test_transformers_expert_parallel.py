@@ -96,7 +96,8 @@ def test_trainer_resumes_bit_for_bit_and_on_another_number_of_ranks(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cases", [("killed:mixtral", "best:mixtral"), ("resumed:gpt2", "best:gpt2"), ("adapted:mixtral",)]
+    "cases",
+    [("killed:mixtral", "best:mixtral"), ("resumed:gpt2", "best:gpt2", "saved_alone:gpt2"), ("adapted:mixtral",)],
 )
 def test_more_of_trainer_checkpoints(tmp_path, cases):
     run(2, tmp_path, *cases, worker=CHECKPOINTS_WORKER)

@@ -91,28 +91,40 @@ def run_resumed(name: str, directory: Path) -> None:
         assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
+def run_saved_alone(name: str, directory: Path) -> None:
+    """Spread by tritonmoe.parallelize, which knows nothing of save_pretrained: refused, and whole by the way out."""
+    model = tmt.upcycle(make_dense(name), num_experts=4, top_k=2)
+    expected = weights(model)
+    tm.parallelize(model, dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"experts of this model are spread .*gather_state_dicts\(model\)"):
+        model.save_pretrained(directory / "alone")
+    assert not (directory / "alone").exists()
+    tm.gather_state_dicts(model)
+    state = model.state_dict()
+    if rank == 0:
+        model.save_pretrained(directory / "alone", state_dict=state)
+        loaded = load(name, directory / "alone")
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
 def run_killed(name: str, directory: Path) -> None:
     """A checkpoint that ends before trainer_state.json is passed over, or refused where it is named."""
     directory = directory / "killed"
-    trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1)
-    trainer.train()
+    make_trainer(make_spread(name), directory, max_steps=2, save_steps=1).train()
+    assert (directory / "checkpoint-2" / "trainer_state.json").exists()
     dist.barrier()
-    if rank == 0:
-        (directory / "checkpoint-2" / "trainer_state.json").unlink()
-    dist.barrier()
-    trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1)
-    with pytest.raises(ValueError, match=r"checkpoint-2 has no trainer_state\.json: .*half written"):
-        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("killed while the optimizer is written")
 
+    trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.checkpoint.save", fail)
-        with pytest.raises(RuntimeError, match="killed"):
-            trainer.train(resume_from_checkpoint=True)  # from step 1, then writes checkpoint-2 anew
-    assert trainer.state.global_step == 2
+        with pytest.raises(RuntimeError, match="killed"):  # over the whole checkpoint of this step
+            trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
     assert not (directory / "checkpoint-2" / "trainer_state.json").exists()
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no trainer_state\.json: .*half written"):
+        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
     dist.barrier()
     trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1, save_total_limit=1)
     trainer.train(resume_from_checkpoint=True)
@@ -277,6 +289,7 @@ def make_tokenizer() -> Any:
 
 CASES = {
     "resumed": run_resumed,
+    "saved_alone": run_saved_alone,
     "killed": run_killed,
     "best": run_best,
     "write": run_write,

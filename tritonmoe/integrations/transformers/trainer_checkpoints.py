@@ -176,7 +176,8 @@ def _load_saved(model: Any, directory: Path) -> bool:
     if (directory / DESCRIPTION_FILE).exists():
         loaded: Any = load_upcycled(directory)
     elif hasattr(type(model), "from_pretrained") and not saves_adapters(model):
-        loaded = type(model).from_pretrained(directory, dtype=next(model.parameters()).dtype)
+        widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+        loaded = type(model).from_pretrained(directory, dtype=widest)  # rounds nothing
     else:
         return False
     model.load_state_dict(loaded.state_dict())
