@@ -29,9 +29,10 @@ def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("expert_parallel")
 
 
-def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER) -> None:
+def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER, restarts: int = 0) -> None:
     """Run the cases, in this order, on so many processes; all must pass."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command.append(f"--max-restarts={restarts}")
     result = subprocess.run(
         [*command, str(worker), str(directory), *cases],
         capture_output=True,
@@ -101,6 +102,11 @@ def test_trainer_resumes_bit_for_bit_and_on_another_number_of_ranks(directory):
 )
 def test_more_of_trainer_checkpoints(tmp_path, cases):
     run(2, tmp_path, *cases, worker=CHECKPOINTS_WORKER)
+
+
+@pytest.mark.slow
+def test_trainer_goes_on_after_a_rank_was_killed_inside_a_checkpoint(tmp_path):
+    run(2, tmp_path, "restarted:mixtral", worker=CHECKPOINTS_WORKER, restarts=1)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """What every rank runs of Trainer's checkpoints: `torchrun trainer_checkpoints_worker.py DIRECTORY CASE...`."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
 from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
 from tiny_models import make_dense
 from torch import Tensor, nn
@@ -135,6 +138,31 @@ def run_killed(name: str, directory: Path) -> None:
             trainer.train(resume_from_checkpoint=str(directory / missing))
     with pytest.raises(ValueError, match="holds no whole checkpoint of Trainer"):
         make_trainer(make_spread(name), directory / "empty").train(resume_from_checkpoint=True)
+
+
+def run_restarted(name: str, directory: Path) -> None:
+    """A rank is killed inside the second checkpoint; torchrun starts all ranks again, which end as if undisturbed."""
+    path = directory / "restarted"
+    is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    own_save = distributed_checkpoint.save
+    num_saves = 0
+
+    def save(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_saves
+        num_saves += 1
+        if is_first_start and rank == 1 and num_saves == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own_save(*arguments, **keywords)
+
+    trainer = make_trainer(make_spread(name, dropout=0.1), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.save", save)
+        trainer.train(resume_from_checkpoint=not is_first_start)
+    assert not is_first_start
+    undisturbed = make_trainer(make_spread(name, dropout=0.1), directory / "undisturbed")
+    undisturbed.train()
+    assert losses(trainer) == losses(undisturbed)
+    assert_same(weights(trainer.model), weights(undisturbed.model))
 
 
 def run_best(name: str, directory: Path) -> None:
@@ -291,6 +319,7 @@ CASES = {
     "resumed": run_resumed,
     "saved_alone": run_saved_alone,
     "killed": run_killed,
+    "restarted": run_restarted,
     "best": run_best,
     "write": run_write,
     "read": run_read,
