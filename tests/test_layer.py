@@ -470,3 +470,11 @@ def test_a_copy_of_a_layer_after_a_step() -> None:
     layer(x).sum().backward()
     duplicate = copy.deepcopy(layer)
     torch.testing.assert_close(duplicate(x), layer(x), rtol=0, atol=0)
+
+
+def test_state_dicts_of_ranks_that_torch_does_not_know_are_not_gathered():
+    def on_rank(transport: Transport) -> None:
+        with pytest.raises(ValueError, match=r"torch\.distributed does not know.*state_dict\(\) gives this rank's"):
+            tm.gather_state_dicts(nn.Sequential(tm.MoELayer(CONFIG, transport)))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

@@ -93,19 +93,25 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-    """Make state_dict() of the module and of its optimizers whole tensors on the CPU, from now on; every rank calls it.
+    """Make spread experts whole tensors on the CPU in state_dict() of the module and its optimizers, from now on.
 
-    For what calls state_dict() on every rank and writes on one: Accelerate's save_state, Lightning's checkpoints. They
-    load over any number of ranks, into a module whose optimizers were given to this function too, and on one device.
-    Every rank then holds the whole state for a moment; torch.distributed.checkpoint needs none of this.
+    Every rank then calls state_dict(). For what does that and writes on one rank: Accelerate's save_state, Lightning's
+    checkpoints. They load on one device, and over any number of ranks where the optimizers were given to this function
+    too. Every rank holds the whole state for a moment; torch.distributed.checkpoint needs none of this. What FSDP2
+    spreads of dense parameters is left to it.
 
     Raises:
-        ValueError: the module has no experts that are spread over ranks.
+        ValueError: the module has no experts that are spread over ranks, or torch doesn't know these ranks.
         TypeError: something else than an optimizer of torch, as what Accelerator.prepare gives: pass what it was given.
     """
     found = list(sharded_modules(module))
     if not found:
         raise ValueError(f"{type(module).__name__} has no experts that are spread over ranks: parallelize() it first")
+    if any(sharded.members is None for _, _, sharded in found):
+        raise ValueError(
+            f"the experts of {type(module).__name__} are spread over ranks that torch.distributed does not know, and "
+            "state_dict() gives this rank's: make the layer with a ProcessGroup or a DeviceMesh"
+        )
     for optimizer in optimizers:
         if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
             raise TypeError(
