@@ -651,3 +651,11 @@ def test_hooks_frozen_layers_and_inference_mode() -> None:
     layer.requires_grad_(False)
     assert not layer(batch()).requires_grad
     assert not layer.aux_loss.requires_grad
+
+
+def test_state_dicts_of_ranks_that_torch_does_not_know_are_not_gathered():
+    def on_rank(transport: Transport) -> None:
+        with pytest.raises(ValueError, match=r"torch\.distributed does not know.*state_dict\(\) gives this rank's"):
+            tm.gather_state_dicts(nn.Sequential(tm.MoELayer(CONFIG, transport)))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

@@ -14,7 +14,7 @@ from .layer import GroupedExperts, MoELayer
 from .overlap_config import OverlapConfig, OverlapPlan
 from .placement import ExpertPlacement
 from .routing import TopKRouter
-from .spread import expert_parameters, parallelize
+from .spread import expert_parameters, gather_state_dicts, parallelize
 from .transports import LinkModel
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parallel_mlp",
     "expert_parameters",
+    "gather_state_dicts",
     "moe_mlp",
     "parallelize",
     "run_on_emulated_ranks",

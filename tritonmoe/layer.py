@@ -418,6 +418,7 @@ class MoELayer(nn.Module):
         fillers: as in expert_parallel_mlp, behind the halves of the shared expert: the scores of a router that needs
             this x too, say.
         """
+        self._refuse_adapted()
         one_device = self.experts.transport is None
         try:
             if not isinstance(x, Tensor):
@@ -467,6 +468,13 @@ class MoELayer(nn.Module):
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
         self.aux_loss = aux_loss
         return y.view(x.shape)
+
+    def _refuse_adapted(self) -> None:
+        if type(self.experts).__name__ == "ParamWrapper":
+            raise ValueError(
+                "PEFT adapts the experts of this MoELayer themselves (target_parameters), which it can't run: adapt "
+                "other modules (target_modules), and unload() this adapter"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last call left is no part of a copy: it hangs on that call's graph.

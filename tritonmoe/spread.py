@@ -1,5 +1,6 @@
-"""parallelize(): spread the experts of any module over ranks; expert_parameters(): which parameters those are."""
+"""parallelize(): spread the experts of any module over ranks; which parameters those are; their whole state dicts."""
 
+import functools
 import gc
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -14,8 +15,18 @@ from .placement import ExpertPlacement
 from .transports import as_transport
 from .transports.data_parallel import sharded_modules
 from .transports.sharding import check_expert_gradients, check_same_weights, find_sharding
+from .transports.whole_states import gather_optimizer, whole
 
-__all__ = ["expert_parameters", "parallelize", "refuse_held", "refuse_tied", "routed_experts"]
+__all__ = [
+    "check_not_adapted",
+    "expert_parameters",
+    "gather_state_dicts",
+    "parallelize",
+    "refuse_adapted",
+    "refuse_held",
+    "refuse_tied",
+    "routed_experts",
+]
 
 
 def parallelize(
@@ -41,7 +52,8 @@ def parallelize(
         overlap, placement, expert_gradients: as in MoELayer; the same on every rank.
     Raises:
         ValueError: there are no such experts, they are spread already, can't be divided by the ranks, share weights
-            with another module, or have other values on another rank. Nothing is changed then.
+            with another module, are adapted by PEFT themselves, or have other values on another rank. Nothing is
+            changed then.
         TypeError: `group_or_mesh` is none.
     Example:
         E=8 experts of (8, 2F, D) on a mesh of 4 ranks: parameters of global shape (8, 2F, D), two experts on each rank.
@@ -66,6 +78,7 @@ def parallelize(
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
     refuse_tied(module, found)
+    refuse_adapted(module, found)
     device = next(iter(found.values())).gate_up_proj.device
     check_same_weights(module, found, find_sharding(group_or_mesh, transport, device))
     for experts in found.values():
@@ -83,6 +96,43 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
     """
     found = [getattr(child, name) for _, child, sharded in sharded_modules(module) for name in sharded.names]
     return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+
+
+def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    """Make spread experts whole tensors on the CPU in state_dict() of the module and its optimizers, from now on.
+
+    Every rank then calls state_dict(). For what does that and writes on one rank: Accelerate's save_state, Lightning's
+    checkpoints. They load on one device, and over any number of ranks where the optimizers were given to this function
+    too. Every rank holds the whole state for a moment; torch.distributed.checkpoint needs none of this. What FSDP2
+    spreads of dense parameters is left to it.
+
+    Raises:
+        ValueError: the module has no experts that are spread over ranks, or torch doesn't know these ranks.
+        TypeError: something else than an optimizer of torch, as what Accelerator.prepare gives: pass what it was given.
+    """
+    found = list(sharded_modules(module))
+    if not found:
+        raise ValueError(f"{type(module).__name__} has no experts that are spread over ranks: parallelize() it first")
+    if any(sharded.members is None for _, _, sharded in found):
+        raise ValueError(
+            f"the experts of {type(module).__name__} are spread over ranks that torch.distributed does not know, and "
+            "state_dict() gives this rank's: make the layer with a ProcessGroup or a DeviceMesh"
+        )
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+            raise TypeError(
+                f"optimizers of torch are needed, before anything wraps them, got {type(optimizer).__name__}"
+            )
+    for _, child, sharded in found:
+        child.register_state_dict_post_hook(functools.partial(_gather, sharded.names))
+    for optimizer in optimizers:
+        gather_optimizer(optimizer)
+
+
+def _gather(names: tuple[str, ...], _: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in names:
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = whole(state_dict[prefix + name])
 
 
 def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
@@ -140,3 +190,20 @@ def refuse_tied(module: nn.Module, found: "dict[str, Any]") -> None:
                 f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
                 "weights of its own before parallelize()"
             )
+
+
+def refuse_adapted(module: nn.Module, found: "dict[str, Any]") -> None:
+    """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
+    for name in found:
+        parts = name.split(".")
+        for length in range(len(parts)):
+            check_not_adapted(name, module.get_submodule(".".join(parts[:length])))
+
+
+def check_not_adapted(name: str, owner: nn.Module) -> None:
+    """Raise ValueError where this is PEFT's wrapper around the experts called `name`."""
+    if type(owner).__name__ == "ParamWrapper":
+        raise ValueError(
+            f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
+            "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"
+        )

@@ -172,8 +172,8 @@ def run_trainer(name: str, directory: Path) -> None:
         return model
 
     check_training(name, make_spread, directory)
-    for how in ({"is_main_process": rank == 0}, {"state_dict": None}):  # as Trainer's own checkpoints, on one rank
-        with pytest.raises(ValueError, match=r"every rank must call it.*save_strategy"):
+    for how in ({"is_main_process": rank == 0}, {"state_dict": None}):  # as one rank alone calls
+        with pytest.raises(ValueError, match=r"every rank must call it.*trainer\.save_model\(directory\)"):
             make_spread().save_pretrained(directory / "alone", **how)
     assert not (directory / "alone").exists()
 

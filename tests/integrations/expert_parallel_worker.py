@@ -447,7 +447,10 @@ CASES = {
 def main(cases: dict[str, Callable[[str, Path], None]]) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    # torchrun keeps one store for all restarts, in which gloo would find the addresses of dead ranks.
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     directory = Path(sys.argv[1])
     for case in sys.argv[2:]:
         kind, _, name = case.partition(":")

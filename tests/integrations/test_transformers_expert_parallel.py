@@ -1,4 +1,7 @@
-"""Models spread over gloo processes against one process: logits, every gradient, greedy text, checkpoints."""
+"""Models spread over gloo processes against one process: logits, every gradient, greedy text, checkpoints.
+
+Lightning and TRL are no part of the extra `test`: `pip install lightning trl`.
+"""
 
 import importlib.metadata
 import os
@@ -15,6 +18,8 @@ from tritonmoe.transports.sharding import _ScaledGradient
 
 WORKER = Path(__file__).parent / "expert_parallel_worker.py"
 TRAINING_WORKER = Path(__file__).parent / "expert_parallel_training_worker.py"
+CHECKPOINTS_WORKER = Path(__file__).parent / "trainer_checkpoints_worker.py"
+FRAMEWORKS_WORKER = Path(__file__).parent / "frameworks_worker.py"
 VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
 HAS_EP_REGISTRY = VERSION >= (5, 23)
 
@@ -24,9 +29,10 @@ def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("expert_parallel")
 
 
-def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER) -> None:
+def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER, restarts: int = 0) -> None:
     """Run the cases, in this order, on so many processes; all must pass."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command.append(f"--max-restarts={restarts}")
     result = subprocess.run(
         [*command, str(worker), str(directory), *cases],
         capture_output=True,
@@ -82,6 +88,47 @@ def test_trainer_and_fsdp_on_two_processes_equal_one(directory):
 def test_trainer_and_fsdp_with_the_ep_implementation(directory):
     run(4, directory, "ep_implementation:mixtral", "ep_implementation:gpt_oss", worker=TRAINING_WORKER)
     run(2, directory, "trainer_with_ep_implementation:mixtral", worker=TRAINING_WORKER)
+
+
+def test_trainer_resumes_bit_for_bit_and_on_another_number_of_ranks(directory):
+    run(2, directory, "resumed:mixtral", "write:mixtral", worker=CHECKPOINTS_WORKER)
+    run(1, directory, "read:mixtral", worker=CHECKPOINTS_WORKER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [("killed:mixtral", "best:mixtral"), ("resumed:gpt2", "best:gpt2", "saved_alone:gpt2"), ("adapted:mixtral",)],
+)
+def test_more_of_trainer_checkpoints(tmp_path, cases):
+    run(2, tmp_path, *cases, worker=CHECKPOINTS_WORKER)
+
+
+@pytest.mark.slow
+def test_trainer_goes_on_after_a_rank_was_killed_inside_a_checkpoint(tmp_path):
+    run(2, tmp_path, "restarted:mixtral", worker=CHECKPOINTS_WORKER, restarts=1)
+
+
+@pytest.mark.slow
+def test_trainer_checkpoints_go_over_more_ranks(tmp_path):
+    run(1, tmp_path, "write:qwen3_moe", worker=CHECKPOINTS_WORKER)
+    run(4, tmp_path, "read:qwen3_moe", worker=CHECKPOINTS_WORKER)
+
+
+def test_what_rank_0_saves_alone_is_refused_or_whole(directory):
+    run(2, directory, "pickled:", "accelerate:", worker=FRAMEWORKS_WORKER)
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path):
+    pytest.importorskip("lightning")
+    run(2, tmp_path, "lightning:", worker=FRAMEWORKS_WORKER)
+
+
+@pytest.mark.slow
+def test_trl(tmp_path):
+    pytest.importorskip("trl")
+    run(2, tmp_path, "trl:mixtral", worker=CHECKPOINTS_WORKER)
 
 
 def test_overlap_of_the_ep_implementation_needs_its_registry(monkeypatch):

@@ -16,6 +16,7 @@ from tritonmoe.transports.data_parallel import explain_fully_shard, ignore_shard
 from tritonmoe.transports.mixed_lists import allow_mixed_lists
 from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.whole_states import part_of, refuse_pickling
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,6 +103,7 @@ def shard_parameters(
     allow_mixed_lists()
     ignore_sharded_parameters()
     explain_fully_shard()
+    refuse_pickling(sharding.mesh)
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
     else:
@@ -252,9 +254,7 @@ def _shard_loaded(names: Sequence[str], module: nn.Module, state_dict: dict[str,
         if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
             continue
         if parameter.placements == (Shard(0),) and value.shape == parameter.shape:  # else torch says what differs
-            mesh = parameter.device_mesh
-            part = value.tensor_split(mesh.size())[mesh.get_local_rank()].to(parameter.to_local().device)
-            state_dict[prefix + name] = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+            state_dict[prefix + name] = part_of(value, parameter)
 
 
 def _refuse_state_dict(module: nn.Module, *_: Any) -> None:

@@ -6,14 +6,18 @@ Without that, what only whole experts can do ends in DTensor's own errors, deep 
 import errno
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import TransportError
+from ...spread import check_not_adapted, expert_parameters
+from ...transports.data_parallel import sharded_modules
+from ...transports.whole_states import whole
 
-__all__ = ["bind_to_spread", "refuse_adapted"]
+__all__ = ["bind_to_spread", "gathered_state", "on_first_rank", "saves_adapters"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAMED = 8
@@ -29,12 +33,14 @@ def bind_to_spread(model: nn.Module, found: dict[str, nn.Module]) -> None:
     """
     from torch.distributed.tensor import DTensor
 
-    for module in model.modules():  # a model of transformers may stand inside another, or inside any module
-        if hasattr(type(module), "save_pretrained") and any(isinstance(p, DTensor) for p in module.parameters()):
-            own: Any = module
-            own.save_pretrained = functools.partial(_save_gathered, module)
-            if hasattr(type(module), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
-                own.set_experts_implementation = functools.partial(_set_experts_implementation, module)
+    own: Any
+    for own in model.modules():  # a model of transformers may stand inside another, or inside any module
+        if hasattr(type(own), "save_pretrained") and any(isinstance(p, DTensor) for p in own.parameters()):
+            # a model upcycled in place has a way of its own
+            save = own.__dict__.get("save_pretrained", functools.partial(_save_as_its_class, own))
+            own.save_pretrained = functools.partial(_save_gathered, own, save)
+            if hasattr(type(own), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
+                own.set_experts_implementation = functools.partial(_set_experts_implementation, own)
     for name, experts in found.items():
         block_name, _, own_name = name.rpartition(".")
         if own_name:
@@ -42,24 +48,8 @@ def bind_to_spread(model: nn.Module, found: dict[str, nn.Module]) -> None:
             block.register_forward_pre_hook(functools.partial(_check_experts, name, own_name, experts))
 
 
-def refuse_adapted(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
-    for name in found:
-        parts = name.split(".")
-        for length in range(len(parts)):
-            _check_not_adapted(name, model.get_submodule(".".join(parts[:length])))
-
-
-def _check_not_adapted(name: str, owner: nn.Module) -> None:
-    if type(owner).__name__ == "ParamWrapper":
-        raise ValueError(
-            f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
-            "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"
-        )
-
-
 def _check_experts(name: str, own_name: str, experts: Any, block: nn.Module, _: Any) -> None:
-    _check_not_adapted(name, getattr(block, own_name))
+    check_not_adapted(name, getattr(block, own_name))
     _check_implementation(name, experts.config._experts_implementation)
 
 
@@ -81,50 +71,106 @@ def _set_experts_implementation(model: Any, experts_implementation: str | dict[s
     type(model).set_experts_implementation(model, experts_implementation)
 
 
-def _save_gathered(model: Any, save_directory: Any, **settings: Any) -> None:
-    """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not."""
+def saves_adapters(model: nn.Module) -> bool:
+    """Say whether what this model saves is adapters of PEFT, not itself."""
+    is_wrapper = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+    return is_wrapper or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def gathered_state(model: nn.Module, state_dict: dict[str, Any] | None = None, *, keep: bool) -> dict[str, Any]:
+    """Give what is to be saved with every DTensor gathered, on the CPU; every rank calls, without `keep` it gets {}.
+
+    Args:
+        state_dict: None is the model's. What saves adapters leaves out frozen experts.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    left_out = frozen if saves_adapters(model) else set()
+    gathered = {}
+    for name, value in (model.state_dict() if state_dict is None else state_dict).items():
+        if name in left_out and hasattr(value, "full_tensor"):
+            continue
+        value = whole(value)
+        if keep:
+            gathered[name] = value
+    return gathered
+
+
+def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool, where: Any) -> None:
+    """Run `write` where `is_first`, and raise on every rank where it failed; every rank calls, and waits for it."""
     from torch.distributed.tensor import DTensor, Partial
 
-    # Trainer's checkpoints, on one rank: with is_main_process, before transformers 5.24 with state_dict=None.
-    if "is_main_process" in settings or settings.get("state_dict", settings) is None:
-        raise ValueError(
-            "save_pretrained gathers the experts, so every rank must call it, and this is how Trainer saves "
-            'checkpoints on one rank: give Trainer save_strategy="no", then call model.save_pretrained(directory) on '
-            "every rank, and torch.distributed.checkpoint for what a training goes on from"
-        )
-    state_dict = settings.pop("state_dict", None) or model.state_dict()
-    gathered = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state_dict.items()
-    }
-    # FSDP2 spreads parameters over more ranks than the experts alone.
-    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    everybody = max(meshes, key=lambda mesh: mesh.size())
     error: Exception | None = None
-    if everybody.get_rank() == int(everybody.mesh.min()):
+    if is_first:
         try:
-            _save(model, save_directory, gathered, settings)
+            write()
         except Exception as caught:
             error = caught
+    everybody = _everybody(model)
     failed = torch.tensor(int(error is not None), device=everybody.device_type)
     # also a barrier: nobody reads a half-written directory
     num_failed = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim).full_tensor()
     if error is not None:
         raise error
     if num_failed.item():
-        raise TransportError(f"the first rank could not save to {save_directory}: its own error says why")
+        raise TransportError(f"the first rank could not save to {where}: its own error says why")
 
 
-def _save(model: Any, save_directory: Any, gathered: dict[str, Any], settings: dict[str, Any]) -> None:
+def _everybody(model: nn.Module) -> Any:
+    """Give the mesh of all ranks that hold the experts or copies of them, or dense shards."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    # FSDP2 spreads parameters over more ranks than the experts alone.
+    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    members = {rank for _, _, marked in sharded_modules(model) for rank in marked.members or ()}
+    if len(members) > largest.size() and len(members) == dist.get_world_size():  # with copies, on a mesh of two axes
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, largest.device_type)
+    return largest
+
+
+def _save_gathered(model: Any, save: Callable[..., None], save_directory: Any, **settings: Any) -> None:
+    """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not.
+
+    A state dict of whole tensors is written by whoever calls, as `save`, the model's own way, does.
+    """
+    state_dict = settings.get("state_dict")
+    is_whole = state_dict and not any(hasattr(value, "full_tensor") for value in state_dict.values())
+    if is_whole or (saves_adapters(model) and not any(p.requires_grad for p in expert_parameters(model))):
+        _save(save, save_directory, settings)
+        return
+    # As one rank alone calls: with is_main_process, and Trainer before transformers 5.24 with state_dict=None.
+    if state_dict is None and ("is_main_process" in settings or "state_dict" in settings):
+        raise ValueError(
+            "save_pretrained gathers the experts, so every rank must call it, and one that says is_main_process or "
+            "state_dict=None may be alone: call model.save_pretrained(directory) on every rank, or "
+            "trainer.save_model(directory), as Trainer's own checkpoints do"
+        )
+    everybody = _everybody(model)
+    is_first = everybody.get_rank() == int(everybody.mesh.min())
+    state = gathered_state(model, state_dict, keep=is_first)
+    settings = {**settings, "state_dict": state, "is_main_process": True}
+    on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
+
+
+def _save_as_its_class(model: Any, save_directory: Any, **settings: Any) -> None:
+    type(model).save_pretrained(model, save_directory, **settings)
+
+
+def _save(save: Callable[..., None], save_directory: Any, settings: dict[str, Any]) -> None:
     """Raises OSError, saying what is there now, where the disk is full."""
     from safetensors import SafetensorError
 
     try:
-        type(model).save_pretrained(model, save_directory, state_dict=gathered, **settings)
+        save(save_directory, **settings)
     except (SafetensorError, OSError) as error:  # a disk that is full of weights is the first, and no OSError
         is_full = error.errno in FULL if isinstance(error, OSError) else any(os.strerror(n) in str(error) for n in FULL)
         if not is_full:
             raise
-        size = sum(tensor.numel() * tensor.element_size() for tensor in gathered.values())
+        tensors = (settings.get("state_dict") or {}).values()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         there = sorted(os.listdir(save_directory)) if os.path.isdir(save_directory) else []
         more = f" and {len(there) - MAX_NAMED} more" if len(there) > MAX_NAMED else ""
         raise OSError(

@@ -13,7 +13,7 @@ from ...expert_parallel import run_expert_parallel
 from ...expert_parallel_run import check_expert_parallel
 from ...overlap_config import OverlapConfig, check_overlap
 from ...spread import parallelize as parallelize_layers
-from ...spread import refuse_held, refuse_tied, routed_experts
+from ...spread import refuse_adapted, refuse_held, refuse_tied, routed_experts
 from ...transport_state import LayerCalls
 from ...transports import Transport, as_transport
 from ...transports.sharding import (
@@ -27,7 +27,8 @@ from ...transports.sharding import (
 from .discovery import experts_modules
 from .patching import patch
 from .requirements import check_model
-from .sharded_model import bind_to_spread, refuse_adapted
+from .sharded_model import bind_to_spread
+from .trainer_checkpoints import let_trainer_save_spread_models
 
 __all__ = ["ExpertParallelState", "expert_parallel_state", "parallelize"]
 
@@ -113,7 +114,8 @@ def parallelize(
     differ in size. Every expert parameter becomes a DTensor, Shard(0) over the ranks, with its name unchanged: make
     the optimizer afterwards (a parameter group of their own, where its fused implementations mix no DTensors with
     tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
-    `model.save_pretrained` gathers, so every rank must call it; the first one writes. Ranks whose texts end at
+    `model.save_pretrained` gathers, so every rank must call it; the first one writes. Trainer's checkpoints do too, and
+    torch.save of one rank's state dict is refused (tritonmoe.gather_state_dicts). Ranks whose texts end at
     different lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel, and so Trainer, leaves expert
     parameters alone, in whatever module the model stands. FSDP2's fully_shard comes after this, over the replicas for
     the experts or with `ignored_params=set(tritonmoe.expert_parameters(model))`: docs/transformers.md. The layers of a
@@ -155,10 +157,11 @@ def parallelize(
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     refuse_held(model, found)
     refuse_tied(model, found)
-    refuse_adapted(model, found)
+    refuse_adapted(model, found | layers)
     if layers and not found:
         num_layers = parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
         bind_to_spread(model, {})
+        let_trainer_save_spread_models()
         return num_layers
     patch(model)
     sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
@@ -177,6 +180,7 @@ def parallelize(
         )
         setattr(experts, STATE, state)
     bind_to_spread(model, found)
+    let_trainer_save_spread_models()
     if layers:
         parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
     return len(found) + len(layers)

@@ -41,12 +41,20 @@ def save_pretrained(
     files, as Trainer's does, and an earlier such model, which is replaced once the new one is written.
 
     Raises:
+        ValueError: the experts are spread over ranks by tritonmoe.parallelize.
         FileExistsError: the directory is a file, or holds weights that from_pretrained would load instead.
         OSError: the disk is full; what was there before is there still.
     """
     if not is_main_process:
         return
     state = model.state_dict() if state_dict is None else state_dict
+    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        raise ValueError(
+            "the experts of this model are spread over ranks, and one rank has a part of them: spread them with "
+            "tritonmoe.integrations.transformers.parallelize, after which save_pretrained gathers; here, call "
+            "tritonmoe.gather_state_dicts(model) on every rank, then model.state_dict(), and save it on one rank with "
+            "state_dict="
+        )
     tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if name in state}
     state = {name: tensor for name, tensor in state.items() if name not in tied}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())

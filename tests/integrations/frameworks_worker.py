@@ -1,0 +1,208 @@
+"""What every rank runs of Accelerate, Lightning and torch.save: `torchrun frameworks_worker.py DIRECTORY CASE...`.
+
+Each case compares with one process on the whole batch. Rank 0 alone writes what these frameworks save.
+"""
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from expert_parallel_worker import OVERLAP, assert_close, main, rank, size, whole
+from torch import Tensor, nn
+
+import tritonmoe as tm
+
+WIDTH, ROWS, STEPS = 16, 12, 4
+CONFIG = tm.MoEConfig(WIDTH, 8, 8, 2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.moe = tm.MoELayer(CONFIG)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(self.first(x))
+
+
+def make_model(is_spread: bool = True) -> Model:
+    torch.manual_seed(0)
+    model = Model()
+    if is_spread:
+        tm.parallelize(model, dist.group.WORLD, OVERLAP)  # with "auto" the bits depend on times
+    return model
+
+
+def data() -> Tensor:
+    return torch.randn(STEPS * ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def own_rows(step: int) -> Tensor:
+    return data()[step * ROWS : (step + 1) * ROWS].tensor_split(size)[rank]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+
+
+def on_one_device(*steps: int) -> dict[str, Tensor]:
+    model = make_model(is_spread=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    for step in steps:
+        rows = data()[step * ROWS : (step + 1) * ROWS]
+        model(rows).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def run_pickled(name: str, directory: Path) -> None:
+    """What rank 0 alone would keep of the experts of all is refused, in whatever it stands."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(own_rows(0)).sum().backward()
+    optimizer.step()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for saved in (model.state_dict(), parallel.state_dict(), optimizer.state_dict(), model):
+        with pytest.raises(ValueError, match=r"keep one rank's experts alone .*distributed.checkpoint; .*gather_state"):
+            torch.save(saved, io.BytesIO())
+    dense = {key: value for key, value in model.state_dict().items() if "experts" not in key}
+    torch.save(dense, io.BytesIO())
+    for same in (copy.deepcopy(model), copy.deepcopy(model.state_dict())):
+        state = same.state_dict() if isinstance(same, nn.Module) else same
+        assert all(torch.equal(whole(state[key]), whole(value)) for key, value in model.state_dict().items())
+
+    tm.gather_state_dicts(model, optimizer)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if rank == 0:
+        torch.save(saved, directory / "whole.pt")
+    dist.barrier()
+    loaded = torch.load(directory / "whole.pt")
+    one = make_model(is_spread=False)
+    one.load_state_dict(loaded["model"])
+    torch.optim.AdamW(one.parameters()).load_state_dict(loaded["optimizer"])
+    again = make_model()
+    other = torch.optim.AdamW(again.parameters())
+    tm.gather_state_dicts(again, other)
+    again.load_state_dict(loaded["model"])
+    other.load_state_dict(loaded["optimizer"])
+    for own, expected in zip(again.parameters(), one.parameters(), strict=True):
+        assert torch.equal(whole(own), expected)
+    for number, state in loaded["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(other.state_dict()["state"][number][key], value)
+    for wrong in (nn.Linear(2, 2), make_model(is_spread=False)):
+        with pytest.raises(ValueError, match="has no experts that are spread over ranks: parallelize"):
+            tm.gather_state_dicts(wrong)
+    with pytest.raises(TypeError, match="optimizers of torch are needed, before anything wraps them, got Linear"):
+        tm.gather_state_dicts(again, nn.Linear(2, 2))
+
+
+def run_accelerate(name: str, directory: Path) -> None:
+    """Training goes on after save_state and load_state as if it had not ended, and equals one device."""
+    from accelerate import Accelerator
+
+    def prepare(is_gathered: bool = True) -> tuple[Any, Any, Any]:
+        accelerator = Accelerator(cpu=True)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+        if is_gathered:
+            tm.gather_state_dicts(model, optimizer)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def train(accelerator: Any, model: Any, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            accelerator.backward(model(own_rows(step)).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer = prepare()
+    train(accelerator, model, optimizer, range(2))
+    accelerator.save_state(str(directory / "accelerate"))
+    train(accelerator, model, optimizer, range(2, STEPS))
+    expected = weights(accelerator.unwrap_model(model))
+    assert_close(expected, on_one_device(*range(STEPS)))
+
+    accelerator, model, optimizer = prepare()
+    accelerator.load_state(str(directory / "accelerate"))
+    train(accelerator, model, optimizer, range(2, STEPS))
+    actual = weights(accelerator.unwrap_model(model))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+    accelerator, model, optimizer = prepare(is_gathered=False)
+    train(accelerator, model, optimizer, range(1))
+    (directory / "refused").mkdir(exist_ok=True)
+    if rank == 0:
+        with pytest.raises(ValueError, match="gather_state_dicts"):
+            accelerator.save_state(str(directory / "refused"), safe_serialization=False)
+        with pytest.raises(RuntimeError, match="data pointer"):  # of safetensors, which can't read a DTensor
+            accelerator.save_state(str(directory / "refused"))
+
+
+def run_lightning(name: str, directory: Path) -> None:
+    """strategy="ddp": gradients, checkpoints that rank 0 writes, a resumed run."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self, is_gathered: bool) -> None:
+            super().__init__()
+            self.model, self.is_gathered = make_model(), is_gathered
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
+            if self.is_gathered:
+                tm.gather_state_dicts(self, optimizer)
+            return optimizer
+
+    def fit(num_epochs: int, path: Path, is_gathered: bool = True, **settings: Any) -> tuple[Any, Module]:
+        module = Module(is_gathered)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=size,
+            strategy="ddp",
+            max_epochs=num_epochs,
+            gradient_clip_val=0.1,
+            default_root_dir=path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+        )
+        rows = torch.stack([own_rows(step) for step in range(2)])  # an epoch, after which a run can resume
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows))
+        trainer.fit(module, loader, **settings)
+        return trainer, module
+
+    path = directory / "lightning"
+    trainer, _ = fit(1, path)
+    trainer.save_checkpoint(path / "two.ckpt")
+    _, undisturbed = fit(2, path)
+    expected = weights(undisturbed.model)
+    assert_close(expected, on_one_device(0, 1, 0, 1))
+    _, resumed = fit(2, path, ckpt_path=path / "two.ckpt")
+    actual = weights(resumed.model)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    loaded = torch.load(path / "two.ckpt", weights_only=False)["state_dict"]
+    assert_close({key: loaded[f"model.{key}"] for key in expected}, on_one_device(0, 1))
+
+    trainer, _ = fit(1, path, is_gathered=False)
+    if rank == 0:
+        with pytest.raises(ValueError, match="gather_state_dicts"):
+            trainer.save_checkpoint(path / "refused.ckpt")
+
+
+CASES = {"pickled": run_pickled, "accelerate": run_accelerate, "lightning": run_lightning}
+
+if __name__ == "__main__":
+    main(CASES)

@@ -1,0 +1,331 @@
+"""What every rank runs of Trainer's checkpoints: `torchrun trainer_checkpoints_worker.py DIRECTORY CASE...`."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
+from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
+from tiny_models import make_dense
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import tritonmoe as tm
+from tritonmoe.integrations import transformers as tmt
+
+STEPS = 4
+
+
+def make_spread(name: str, dropout: float = 0.0) -> Any:
+    """The model that all start from; dropout makes the random state of every rank matter."""
+    model: Any
+    if name == "gpt2":
+        model = tmt.upcycle(make_dense(name), num_experts=4, top_k=2, shared_expert=True).train()
+        model.transformer.drop.p = dropout
+    else:
+        model = make_model(name).train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    return model
+
+
+def load(name: str, directory: Path) -> dict[str, Tensor]:
+    kind = tmt.load_upcycled if name == "gpt2" else AutoModelForCausalLM.from_pretrained
+    return kind(directory).state_dict()
+
+
+def make_trainer(model: nn.Module, directory: Path, trainer: Any = Trainer, **settings: Any) -> Any:
+    ids = batch(4 * STEPS)
+    arguments = {
+        "per_device_train_batch_size": 4 // size,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    dataset = [{"input_ids": row, "labels": row} for row in ids]
+    return trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(directory), **arguments),
+        train_dataset=dataset,
+        eval_dataset=dataset[:4],
+    )
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(value.detach()).clone() for name, value in model.state_dict().items()}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def run_resumed(name: str, directory: Path) -> None:
+    """Four steps in one go, and two steps, a checkpoint and two more: the same losses and weights, bit for bit."""
+    directory = directory / f"resumed-{name}"
+    undisturbed = make_trainer(make_spread(name, dropout=0.1), directory)
+    undisturbed.train()
+    expected, expected_losses = weights(undisturbed.model), losses(undisturbed)
+    torch.manual_seed(17 + rank)
+    resumed = make_trainer(make_spread(name, dropout=0.1), directory)
+    resumed.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    assert losses(resumed) == expected_losses
+    assert_same(weights(resumed.model), expected)
+    # what is saved loads anywhere, and is what was trained
+    resumed.save_model(str(directory / "model"))
+    for saved in ("checkpoint-4", "model"):
+        loaded = load(name, directory / saved)
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+def run_saved_alone(name: str, directory: Path) -> None:
+    """Spread by tritonmoe.parallelize, which knows nothing of save_pretrained: refused, and whole by the way out."""
+    model = tmt.upcycle(make_dense(name), num_experts=4, top_k=2)
+    expected = weights(model)
+    tm.parallelize(model, dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"experts of this model are spread .*gather_state_dicts\(model\)"):
+        model.save_pretrained(directory / "alone")
+    assert not (directory / "alone").exists()
+    tm.gather_state_dicts(model)
+    state = model.state_dict()
+    if rank == 0:
+        model.save_pretrained(directory / "alone", state_dict=state)
+        loaded = load(name, directory / "alone")
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+def run_killed(name: str, directory: Path) -> None:
+    """A checkpoint that ends before trainer_state.json is passed over, or refused where it is named."""
+    directory = directory / "killed"
+    make_trainer(make_spread(name), directory, max_steps=2, save_steps=1).train()
+    assert (directory / "checkpoint-2" / "trainer_state.json").exists()
+    dist.barrier()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed while the optimizer is written")
+
+    trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.save", fail)
+        with pytest.raises(RuntimeError, match="killed"):  # over the whole checkpoint of this step
+            trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
+    assert not (directory / "checkpoint-2" / "trainer_state.json").exists()
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no trainer_state\.json: .*half written"):
+        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    dist.barrier()
+    trainer = make_trainer(make_spread(name), directory, max_steps=2, save_steps=1, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert [path.name for path in directory.glob("checkpoint-*")] == ["checkpoint-2"]
+    for missing in ("nowhere", "checkpoint-2/optimizer_sharded"):
+        with pytest.raises(ValueError, match="has no trainer_state"):
+            trainer.train(resume_from_checkpoint=str(directory / missing))
+    with pytest.raises(ValueError, match="holds no whole checkpoint of Trainer"):
+        make_trainer(make_spread(name), directory / "empty").train(resume_from_checkpoint=True)
+
+
+def run_restarted(name: str, directory: Path) -> None:
+    """A rank is killed inside the second checkpoint; torchrun starts all ranks again, which end as if undisturbed."""
+    path = directory / "restarted"
+    is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    own_save = distributed_checkpoint.save
+    num_saves = 0
+
+    def save(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_saves
+        num_saves += 1
+        if is_first_start and rank == 1 and num_saves == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own_save(*arguments, **keywords)
+
+    trainer = make_trainer(make_spread(name, dropout=0.1), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.save", save)
+        trainer.train(resume_from_checkpoint=not is_first_start)
+    assert not is_first_start
+    undisturbed = make_trainer(make_spread(name, dropout=0.1), directory / "undisturbed")
+    undisturbed.train()
+    assert losses(trainer) == losses(undisturbed)
+    assert_same(weights(trainer.model), weights(undisturbed.model))
+
+
+def run_best(name: str, directory: Path) -> None:
+    """load_best_model_at_end puts the experts of the best checkpoint back on every rank."""
+    directory = directory / "best"
+
+    class RaiseLearningRate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:  # so that what follows is worse
+                for group in kwargs["optimizer"].param_groups:
+                    group["lr"] = 10.0
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(make_spread(name), directory, lr_scheduler_type="constant", save_total_limit=1, **settings)
+    trainer.add_callback(RaiseLearningRate())
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert_same(weights(trainer.model), load(name, best))
+
+
+def run_write(name: str, directory: Path) -> None:
+    trainer = make_trainer(make_spread(name), directory / f"over-{name}")
+    trainer.train()
+    if rank == 0:
+        torch.save((losses(trainer), weights(trainer.model)), directory / f"over-{name}.pt")
+    else:
+        weights(trainer.model)
+
+
+def run_read(name: str, directory: Path) -> None:
+    """Another number of ranks goes on with the same global batch."""
+    copied = directory / f"read-{name}-{size}"
+    if rank == 0:
+        shutil.copytree(directory / f"over-{name}" / "checkpoint-2", copied / "checkpoint-2")
+    dist.barrier()
+    trainer = make_trainer(make_spread(name), copied)
+    trainer.train(resume_from_checkpoint=True)
+    expected_losses, expected = torch.load(directory / f"over-{name}.pt")
+    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(expected_losses), atol=2e-4, rtol=0)
+    assert_close(weights(trainer.model), expected)
+
+
+def make_adapted(name: str, order: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = make_model(name)
+    if order == "after":
+        tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    if order != "one":
+        torch.manual_seed(3)
+        model = get_peft_model(model, config)
+    if order == "before":
+        tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    return model
+
+
+def run_adapted(name: str, directory: Path) -> None:
+    """LoRA on the attention, before parallelize() and after it: gradients, adapters of one rank, resumed, merged."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
+    one_device = make_adapted(name, "adapted")
+    output = one_device(input_ids=ids, labels=ids)
+    output.loss.backward()
+    logits = output.logits.detach()
+    expected = gradients(one_device)
+    for order in ("before", "after"):
+        model = make_adapted(name, order)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(input_ids=ids[own], labels=ids[own]).loss.backward()
+        assert_close(gradients(model), expected)
+        if rank == 0:
+            model.save_pretrained(directory / f"adapter-{order}")
+        dist.barrier()
+        for base in (make_model(name), make_adapted(name, "one"), make_spread(name)):
+            loaded = PeftModel.from_pretrained(base, directory / f"adapter-{order}").eval()
+            torch.testing.assert_close(loaded(input_ids=ids[own]).logits, logits[own])
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids[own]).logits, logits[own], atol=1e-4, rtol=1e-4)
+
+        path = directory / f"adapted-{order}"
+        undisturbed = make_trainer(make_adapted(name, order), path)
+        undisturbed.train()
+        saved = [file.name for file in (path / "checkpoint-2").iterdir()]
+        assert "adapter_model.safetensors" in saved
+        assert "model.safetensors" not in saved
+        resumed = make_trainer(make_adapted(name, order), path)
+        resumed.train(resume_from_checkpoint=str(path / "checkpoint-2"))
+        assert losses(resumed) == losses(undisturbed)
+        assert_same(weights(resumed.model), weights(undisturbed.model))
+
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    for model, spread in ((make_dense("gemma2"), tmt.parallelize), (None, tm.parallelize)):
+        layers = nn.Sequential(tm.MoELayer(tm.MoEConfig(16, 8, 4, 2)))
+        inputs = {"input": torch.randn(5, 16)}
+        if model is not None:
+            layers, inputs = tmt.upcycle(model, 4, 2, target="inplace"), {"input_ids": ids}
+        adapted = get_peft_model(layers, config)
+        with pytest.raises(ValueError, match=r"PEFT adapts the experts of this MoELayer .*target_modules.*unload"):
+            adapted(**inputs)
+        with pytest.raises(ValueError, match=r"PEFT adapts \S*experts\S* itself"):
+            spread(adapted, dist.group.WORLD)
+        layers = adapted.unload()
+        spread(layers, dist.group.WORLD)
+        with pytest.raises(ValueError, match="PEFT adapts the experts of this MoELayer"):
+            get_peft_model(layers, config)(**inputs)
+
+
+def run_trl(name: str, directory: Path) -> None:
+    """TRL's SFTTrainer, which is a Trainer of its own."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def make() -> Any:
+        arguments = SFTConfig(
+            output_dir=str(directory / "trl"),
+            per_device_train_batch_size=4 // size,
+            max_steps=STEPS,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        ids = batch(4 * STEPS)
+        dataset = Dataset.from_dict({"input_ids": ids.tolist()})
+        tokenizer = make_tokenizer()
+        return SFTTrainer(make_spread(name), arguments, train_dataset=dataset, processing_class=tokenizer)
+
+    undisturbed = make()
+    undisturbed.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(directory / "trl" / "checkpoint-2"))
+    assert losses(resumed) == losses(undisturbed)
+    assert_same(weights(resumed.model), weights(undisturbed.model))
+    assert_same(load(name, directory / "trl" / "checkpoint-4"), weights(undisturbed.model))
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(61))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+CASES = {
+    "resumed": run_resumed,
+    "saved_alone": run_saved_alone,
+    "killed": run_killed,
+    "restarted": run_restarted,
+    "best": run_best,
+    "write": run_write,
+    "read": run_read,
+    "adapted": run_adapted,
+    "trl": run_trl,
+}
+
+if __name__ == "__main__":
+    main(CASES)

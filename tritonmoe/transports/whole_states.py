@@ -1,0 +1,95 @@
+"""State dicts of spread parameters: no file of one rank's part, and whole tensors where every rank asks."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["gather_optimizer", "part_of", "refuse_pickling", "whole"]
+
+MARK = "_tritonmoe_refused_meshes"
+
+
+def refuse_pickling(mesh: "DeviceMesh") -> None:
+    """Let pickle, and so torch.save, raise for DTensors over this mesh of several ranks, from now on.
+
+    A pickled DTensor is one rank's part that says it is that of whoever reads it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not hasattr(DTensor, MARK):
+        original: Callable = DTensor.__reduce_ex__
+        refused: set[DeviceMesh] = set()
+
+        @functools.wraps(original)
+        def reduce(tensor: Any, protocol: Any) -> Any:
+            if tensor.device_mesh in refused:
+                raise ValueError(
+                    "torch.save, or pickle, would keep one rank's experts alone of those that are spread over "
+                    f"{tensor.device_mesh.size()} ranks: save with torch.distributed.checkpoint; or, where every rank "
+                    "calls state_dict() as under Accelerate and Lightning, call tritonmoe.gather_state_dicts(module, "
+                    "optimizer) before training, which makes its tensors whole"
+                )
+            return original(tensor, protocol)
+
+        setattr(DTensor, MARK, refused)
+        DTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]
+    if mesh.size() > 1:
+        getattr(DTensor, MARK).add(mesh)
+
+
+def whole(value: Any) -> Any:
+    """Give a DTensor gathered, on the CPU, and anything else as it is; every rank of its mesh calls."""
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def part_of(value: Tensor, parameter: Any) -> Tensor:
+    """Give this rank's part of a whole tensor, as a DTensor like the parameter.
+
+    Raises:
+        ValueError: the parameter is sharded over several dimensions of a mesh.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    if parameter.placements != (Shard(0),):
+        raise ValueError(
+            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
+        )
+    mesh = parameter.device_mesh
+    part = value.tensor_split(mesh.size())[mesh.get_local_rank()].to(parameter.to_local().device)
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state_dict() whole, and let its load_state_dict() take what is whole."""
+    optimizer.register_state_dict_post_hook(_gathered_state)
+    optimizer.register_load_state_dict_pre_hook(_divided_state)
+
+
+def _gathered_state(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {number: {name: whole(value) for name, value in own.items()} for number, own in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def _divided_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    parameters = {
+        number: parameter
+        for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+        for number, parameter in zip(saved["params"], group["params"], strict=False)
+    }  # torch says what differs in length
+    state = {}
+    for number, own in state_dict["state"].items():
+        parameter = parameters.get(number)
+        is_spread = hasattr(parameter, "placements")
+        state[number] = {
+            name: part_of(value, parameter)
+            if is_spread and isinstance(value, Tensor) and not hasattr(value, "placements") and value.dim()
+            else value
+            for name, value in own.items()
+        }
+    return {**state_dict, "state": state}
