@@ -215,11 +215,18 @@ def _in_the_middle(call: ExpertParallelCall) -> Iterator[None]:
     """
     try:
         with leaving_nobody_waiting(call.all_ranks):
-            yield
+            try:
+                yield
+            except CountMismatch as error:
+                mismatch = error
+            else:
+                return
     except TransportError as error:
-        if call.two_level is None or isinstance(error, CountMismatch):  # that one has the words of all ranks
+        if call.two_level is None:
             raise
         raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
+    # Every rank hears of another backward before a row of it has moved: all can go on.
+    raise mismatch
 
 
 def group_received(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import tritonmoe as tm
 from tritonmoe.count_exchange import MAX_SEGMENTS
@@ -165,7 +166,7 @@ def run_layer(
     weights.requires_grad_()
     if options:
         # One rank alone, with an activation of its own.
-        up, down, num_experts = experts.gate_up_proj, experts.down_proj, CONFIG.num_experts
+        up, down, num_experts = local(experts.gate_up_proj), local(experts.down_proj), CONFIG.num_experts
         y = tm.expert_parallel_mlp(
             x, ids, weights, up, down, num_experts=num_experts, transport=transport, overlap=overlap, **options
         )
@@ -174,7 +175,12 @@ def run_layer(
     y.square().sum().backward()
     assert x.grad is not None
     assert experts.gate_up_proj.grad is not None
-    return float(y.detach().sum() + x.grad.sum() + experts.gate_up_proj.grad.sum()), experts
+    return float(y.detach().sum() + x.grad.sum() + local(experts.gate_up_proj.grad).sum()), experts
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Give this rank's experts, of a DTensor too."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def killed_in(exchange: str) -> Callable[[Transport], object]:
