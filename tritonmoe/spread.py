@@ -10,7 +10,7 @@ from .layer import GroupedExperts, MoELayer
 from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
 from .placement import ExpertPlacement
 from .transports import as_transport
-from .transports.data_parallel import sharded_modules
+from .transports.data_parallel import refuse_wrapped, sharded_modules
 from .transports.sharding import check_expert_gradients, check_same_weights, find_sharding
 
 __all__ = ["expert_parameters", "parallelize", "refuse_tied", "routed_experts"]
@@ -62,6 +62,7 @@ def parallelize(
         num_experts = experts.config.num_experts
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
+    refuse_wrapped(module, found.values())
     refuse_tied(module, found)
     device = next(iter(found.values())).gate_up_proj.device
     check_same_weights(module, found, find_sharding(group_or_mesh, transport, device))

@@ -2,14 +2,23 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["ShardedNames", "explain_fully_shard", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
+__all__ = [
+    "ShardedNames",
+    "explain_fully_shard",
+    "ignore_sharded_parameters",
+    "mark_own_buffers",
+    "mark_sharded",
+    "refuse_wrapped",
+    "sharded_modules",
+]
 
 MARK = "_tritonmoe_sharded"
+OWN_BUFFERS = "_tritonmoe_own_buffers"
 
 
 class ShardedNames(NamedTuple):
@@ -23,6 +32,30 @@ class ShardedNames(NamedTuple):
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
     """Say that these parameters of the module itself are other ones on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
+
+
+def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Say that these buffers of the module itself are other ones on every rank, and are to stay so."""
+    setattr(module, OWN_BUFFERS, names)
+    ignore_sharded_parameters()
+
+
+def refuse_wrapped(module: nn.Module, found: Iterable[nn.Module]) -> None:
+    """Raise ValueError where DistributedDataParallel or FSDP2 has these modules' parameters already, by the old ones.
+
+    Args:
+        found: modules in `module` whose parameters are about to be exchanged for others.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, child in module.named_modules():
+        if isinstance(child, DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the module'} is a DistributedDataParallel already, which would wait for gradients of "
+                "the whole experts: parallelize() the module first, then wrap it"
+            )
+    if any(hasattr(parameter, "placements") for child in found for parameter in child.parameters(recurse=False)):
+        raise ValueError("the experts are DTensors already: parallelize() the module before fully_shard")
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
@@ -56,9 +89,13 @@ def ignore_sharded_parameters() -> None:
 
 
 def explain_fully_shard() -> None:
-    """Let FSDP2 say the way out where it is given marked parameters that it can't shard, from now on."""
-    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    """Let FSDP2 say the way out where it is given what it can't make right, from now on.
 
+    That is marked parameters which are spread over its ranks already, and others over fewer ranks than these average.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    _check_ranks_of_groups(_fsdp_param_group.FSDPParamGroup)
     original: Any = _fsdp_param.FSDPParam.__init__
     if hasattr(original, MARK):
         return
@@ -81,11 +118,44 @@ def explain_fully_shard() -> None:
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
 
 
+def _check_ranks_of_groups(group_class: Any) -> None:
+    original: Any = group_class.__init__
+    if hasattr(original, MARK):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, params: Any, modules: Any, mesh_info: Any, *arguments: Any, **keywords: Any) -> None:
+        _check_ranks(params, modules, mesh_info.mesh)
+        original(self, params, modules, mesh_info, *arguments, **keywords)
+
+    setattr(init, MARK, True)
+    group_class.__init__ = init
+
+
+def _check_ranks(parameters: Any, modules: Any, mesh: Any) -> None:
+    """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
+    sharded = [found for module in modules for found in sharded_modules(module)]
+    of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
+    if all(id(parameter) in of_experts for parameter in parameters):
+        return
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    for _, child, marked in sharded:
+        if marked.members is not None and sorted(marked.members) != ranks:
+            raise ValueError(
+                f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
+                f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
+                "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
+            )
+
+
 def _ignore(module: Any, group: Any, mesh: Any) -> None:
-    """Name the marked parameters where DistributedDataParallel looks, after checking that it averages as they do."""
+    """Name what is marked where DistributedDataParallel looks, after checking that it averages as experts do."""
     import torch.distributed as dist
 
     ignored = []
+    for prefix, child in module.named_modules():
+        for name in child.__dict__.get(OWN_BUFFERS, ()):
+            ignored.append(f"{prefix}.{name}".lstrip("."))
     for prefix, child, marked in sharded_modules(module):
         if marked.members is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from ...spread import parallelize as parallelize_layers
 from ...spread import refuse_tied, routed_experts
 from ...transport_state import LayerCalls
 from ...transports import Transport, as_transport
+from ...transports.data_parallel import refuse_wrapped
 from ...transports.sharding import (
     Sharding,
     check_expert_gradients,
@@ -153,6 +154,7 @@ def parallelize(
             )
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
+    refuse_wrapped(model, found.values())
     refuse_tied(model, found)
     refuse_adapted(model, found)
     if layers and not found:
