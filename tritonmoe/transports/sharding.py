@@ -58,6 +58,7 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
     if getattr(ranks, "mesh_dim_names", None) and EXPERT in ranks.mesh_dim_names and ranks.ndim == 2:
         other = next(name for name in ranks.mesh_dim_names if name != EXPERT)
         replicas = ranks[other] if ranks[other].size() > 1 else None
+        _check_order(ranks, ranks.mesh_dim_names.index(EXPERT))
         return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
     world = transport.world if isinstance(transport, TwoLevelTransport) else transport
     if not isinstance(world, ProcessGroupTransport):
@@ -75,12 +76,24 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
         )
     if getattr(ranks, "ndim", None) == 1:
         mesh = ranks
+        _check_order(mesh, 0)
     else:
         device_type = device.type
         if device_type == "meta":  # they will be where the group's backend is
-            device_type = "cuda" if "cuda" in dist.get_backend_config(world.group) else "cpu"
+            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(world.group)
+            device_type = "cuda" if has_cuda else "cpu"
         mesh = DeviceMesh.from_group(world.group, device_type, mesh_dim_names=(EXPERT,))
     return Sharding(transport, mesh, None, tuple(members))
+
+
+def _check_order(mesh: "DeviceMesh", dim: int) -> None:
+    """Raise ValueError unless the ranks stand in the mesh as in their group, whose order says who gets which rows."""
+    if bool((mesh.mesh.diff(dim=dim) < 0).any()):
+        raise ValueError(
+            f"the ranks {mesh.mesh.tolist()} of a DeviceMesh don't ascend along the dimension over which experts are "
+            "spread, and every rank would hold other experts than its place in the mesh says: sort them, as "
+            "init_device_mesh() does"
+        )
 
 
 def shard_parameters(
@@ -242,18 +255,46 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
         torch._assert_async(numbers[0] == -numbers[1], said)
 
 
-def _shard_loaded(names: Sequence[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _shard_loaded(
+    names: Sequence[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    *_: Any,
+) -> None:
     """Turn whole parameters of a state dict into this rank's part of them, before they are loaded."""
     from torch.distributed.tensor import DTensor, Shard
 
     for name in names:
         value, parameter = state_dict.get(prefix + name), getattr(module, name)
+        if isinstance(value, DTensor) and isinstance(parameter, DTensor):
+            _check_whose(prefix + name, value)
         if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
             continue
         if parameter.placements == (Shard(0),) and value.shape == parameter.shape:  # else torch says what differs
             mesh = parameter.device_mesh
-            part = value.tensor_split(mesh.size())[mesh.get_local_rank()].to(parameter.to_local().device)
+            part = value.tensor_split(mesh.size())[mesh.get_local_rank()]
+            if metadata.get("assign_to_params_buffers"):
+                part = part.clone()  # a view would keep the whole one
+            elif not parameter.is_meta:
+                part = part.to(parameter.to_local().device)
             state_dict[prefix + name] = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+
+
+def _check_whose(name: str, value: Any) -> None:
+    """Raise ValueError for a DTensor that another rank has written: torch.save writes the part of its rank alone."""
+    import torch.distributed as dist
+
+    mesh = value.device_mesh
+    here = (mesh.mesh == dist.get_rank()).nonzero().flatten().tolist()
+    if list(mesh.get_coordinate() or ()) != here:
+        raise ValueError(
+            f"{name} was saved by another rank and holds that rank's experts, not this one's: torch.save() of a state "
+            "dict writes the experts of its rank alone. Save on every rank, each a file of its own; or save with "
+            "torch.distributed.checkpoint; or gather with get_model_state_dict(module, options=StateDictOptions("
+            "full_state_dict=True)) on every rank and save on one"
+        )
 
 
 def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
