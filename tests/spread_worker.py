@@ -163,6 +163,23 @@ def case_fully_shard() -> None:
         torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
 
 
+def case_changed_in_place() -> None:
+    """What a layer under FSDP2 gives may be added to."""
+    one, many = Net(), spread()
+    ignored = set(tm.expert_parameters(many))
+    fully_shard(many.first)
+    fully_shard(many.moe, ignored_params=ignored)
+    for net, tokens in ((one, batches()), (many, [here()])):
+        losses = []
+        for x in tokens:
+            y = net.moe(net.first(x[None]))
+            y += x
+            losses.append(y.square().mean())
+        torch.stack(losses).mean().backward()
+    for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+
 def case_too_late() -> None:
     """What holds the whole experts already would wait for their gradients, or has made other DTensors of them."""
     wrapped = nn.ModuleDict({"inner": DistributedDataParallel(Net())})

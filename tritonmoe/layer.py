@@ -462,7 +462,8 @@ class MoELayer(nn.Module):
         if self.config.z_loss_weight:
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
         self.aux_loss = aux_loss
-        return y.view(x.shape)
+        # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
