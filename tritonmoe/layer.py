@@ -24,6 +24,7 @@ from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, 
 from .shared_expert import SharedExpert
 from .transport_state import LayerCalls, refuse
 from .transports import as_transport
+from .transports.data_parallel import mark_own_buffers
 from .transports.sharding import (
     Sharding,
     check_expert_gradients,
@@ -237,7 +238,7 @@ class GroupedExperts(nn.Module):
         sharding, calls = self._sharding, self._calls
         if sharding is None or calls is None:
             return ExpertWeights(*parameters)
-        is_trained = torch.is_grad_enabled() and self.gate_up_proj.requires_grad
+        is_trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
         if is_trained and sharding.mesh is not None and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
                 "experts that stand in several slots of a placement can't be trained as DTensors: clip_grad_norm_ "
@@ -389,6 +390,8 @@ class MoELayer(nn.Module):
         )
         if self.experts.transport is not None:
             self.router.reduce_load = self.experts.sum_over_ranks
+        if config.selection_bias:
+            mark_own_buffers(self.router, ("load",))
         self.shared_expert: nn.Module | None = None
         if config.shared_intermediate_size:
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
@@ -467,7 +470,8 @@ class MoELayer(nn.Module):
         if self.config.z_loss_weight:
             aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
         self.aux_loss = aux_loss
-        return y.view(x.shape)
+        # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
     def _refuse_adapted(self) -> None:
         if type(self.experts).__name__ == "ParamWrapper":

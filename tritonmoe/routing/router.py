@@ -87,7 +87,8 @@ class TopKRouter(nn.Module):
     With config.selection_bias there are two buffers: `e_score_correction_bias` (E,), which stays fp32 whatever the
     module is cast to (bf16 would swallow its small steps), and `load` (E,) int64, not saved in checkpoints: pairs
     per expert over the training forwards since the last update. DistributedDataParallel copies buffers from
-    rank 0 before each forward, which falsifies `load`: give it broadcast_buffers=False.
+    rank 0 before each forward, which falsifies `load`: where the router stands in no MoELayer, which sees to that, give
+    it broadcast_buffers=False.
     """
 
     weight: nn.Parameter

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,14 +9,17 @@ from torch import nn
 
 from tritonmoe.transports import EXPERT
 
-__all__ = ["ShardedNames", "explain_fully_shard", "ignore_sharded_parameters", "mark_sharded", "sharded_modules"]
-
-logger = logging.getLogger("tritonmoe")
+__all__ = [
+    "ShardedNames",
+    "explain_fully_shard",
+    "ignore_sharded_parameters",
+    "mark_own_buffers",
+    "mark_sharded",
+    "sharded_modules",
+]
 
 MARK = "_tritonmoe_sharded"
-
-_known_members: set[tuple[int, ...]] = set()
-"""Of all modules that were marked."""
+OWN_BUFFERS = "_tritonmoe_own_buffers"
 
 
 class ShardedNames(NamedTuple):
@@ -31,8 +33,12 @@ class ShardedNames(NamedTuple):
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
     """Say that these parameters of the module itself are other ones on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
-    if members is not None:
-        _known_members.add(members)
+
+
+def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Say that these buffers of the module itself are other ones on every rank, and are to stay so."""
+    setattr(module, OWN_BUFFERS, names)
+    ignore_sharded_parameters()
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
@@ -66,9 +72,13 @@ def ignore_sharded_parameters() -> None:
 
 
 def explain_fully_shard() -> None:
-    """Let FSDP2 say the way out where it is given marked parameters that it can't shard, from now on."""
-    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    """Let FSDP2 say the way out where it is given what it can't make right, from now on.
 
+    That is marked parameters which are spread over its ranks already, and others over fewer ranks than these average.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    _check_ranks_of_groups(_fsdp_param_group.FSDPParamGroup)
     original: Any = _fsdp_param.FSDPParam.__init__
     if hasattr(original, MARK):
         return
@@ -87,32 +97,43 @@ def explain_fully_shard() -> None:
                 "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself "
                 "over their replicas"
             ) from error
-        _warn_of_fewer_ranks(param, self.mesh_info.mesh, module_info)
 
     setattr(init, MARK, True)
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
 
 
-def _warn_of_fewer_ranks(param: Any, mesh: Any, module_info: Any) -> None:
-    """Log once where FSDP2 averages a dense parameter over a part of the ranks over which experts are averaged."""
-    ranks = set(mesh.mesh.flatten().tolist())
-    if hasattr(param, "device_mesh") or MARK in module_info.module.__dict__:
+def _check_ranks_of_groups(group_class: Any) -> None:
+    original: Any = group_class.__init__
+    if hasattr(original, MARK):
         return
-    for members in [members for members in _known_members if ranks < set(members)]:
-        _known_members.discard(members)
-        logger.warning(
-            "fully_shard averages the gradient of %s of %s over the ranks %s, but experts' gradients are averaged over "
-            "the ranks %s: where both are of one model that every rank runs on tokens of its own, pass a mesh of all "
-            "of these ranks, or dense parameters drift apart",
-            module_info.param_name,
-            type(module_info.module).__name__,
-            sorted(ranks),
-            sorted(members),
-        )
+
+    @functools.wraps(original)
+    def init(self: Any, params: Any, modules: Any, mesh_info: Any, *arguments: Any, **keywords: Any) -> None:
+        _check_ranks(params, modules, mesh_info.mesh)
+        original(self, params, modules, mesh_info, *arguments, **keywords)
+
+    setattr(init, MARK, True)
+    group_class.__init__ = init
+
+
+def _check_ranks(parameters: Any, modules: Any, mesh: Any) -> None:
+    """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
+    sharded = [found for module in modules for found in sharded_modules(module)]
+    of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
+    if all(id(parameter) in of_experts for parameter in parameters):
+        return
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    for _, child, marked in sharded:
+        if marked.members is not None and sorted(marked.members) != ranks:
+            raise ValueError(
+                f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
+                f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
+                "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
+            )
 
 
 def _ignore(module: Any, group: Any, mesh: Any) -> None:
-    """Name the marked parameters where DistributedDataParallel looks, after checking that it averages as they do."""
+    """Name what is marked where DistributedDataParallel looks, after checking that it averages as experts do."""
     import torch.distributed as dist
 
     for name, parameter in module.named_parameters():
@@ -123,6 +144,9 @@ def _ignore(module: Any, group: Any, mesh: Any) -> None:
                 "experts, and would average them: use DistributedDataParallel"
             )
     ignored = []
+    for prefix, child in module.named_modules():
+        for name in child.__dict__.get(OWN_BUFFERS, ()):
+            ignored.append(f"{prefix}.{name}".lstrip("."))
     for prefix, child, marked in sharded_modules(module):
         if marked.members is None:
             raise ValueError(

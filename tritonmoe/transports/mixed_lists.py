@@ -6,13 +6,16 @@ DTensors of two meshes. A model with sharded experts and whole dense parameters 
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["allow_mixed_lists"]
+
+WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
+"""Operations that DTensor doesn't know, element by element: on each rank they take its parts."""
 
 _without_handler = threading.RLock()
 
@@ -24,10 +27,9 @@ def allow_mixed_lists() -> None:
     """
     handlers = _handlers()
     aten = torch.ops.aten
-    names = [name for name in dir(aten) if name.startswith(("_foreach_", "_fused_"))]
-    operations = [getattr(packet, overload) for packet in (getattr(aten, n) for n in names) for overload in _of(packet)]
-    for operation in (*operations, aten.stack.default):
+    for operation in (*_operations_on_lists(), aten.stack.default):
         handlers.setdefault(operation, _run_by_kind)
+    handlers.setdefault(aten._local_scalar_dense.default, _number_of)
     unscale = aten._amp_foreach_non_finite_check_and_unscale_.default
     if getattr(handlers[unscale], "func", None) is not _unscale_by_kind:
         handlers[unscale] = functools.partial(_unscale_by_kind, handlers[unscale])
@@ -41,8 +43,15 @@ def _handlers() -> dict[Any, Callable]:
     return dispatcher._custom_op_handlers
 
 
-def _of(packet: Any) -> list[str]:
-    return [overload for overload in packet.overloads() if "out" not in overload]
+def _operations_on_lists() -> Iterator[Any]:
+    """Give every operation that optimizers and clipping make of lists; dir(torch.ops.aten) has only those used yet."""
+    for full_name in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = full_name.partition("::")
+        packet_name, _, overload = name.partition(".")
+        if namespace == "aten" and packet_name.startswith(("_foreach_", "_fused_")) and "out" not in overload:
+            operation = getattr(getattr(torch.ops.aten, packet_name), overload or "default")
+            if any(str(argument.type) == "List[Tensor]" for argument in operation._schema.arguments):
+                yield operation
 
 
 def _by_kind(lists: Sequence[Sequence[Tensor]]) -> dict[Any, list[int]]:
@@ -65,7 +74,7 @@ def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> 
     places = _by_kind([tensors for tensors in lists if len(tensors) == length])
     is_mixed = len(places) > 1
     if operation is torch.ops.aten.stack.default:
-        if is_mixed and all(tensor.dim() == 0 for tensor in lists[0]):
+        if all(tensor.dim() == 0 for tensor in lists[0]) and (is_mixed or any(_is_part(t) for t in lists[0])):
             return torch.stack([_whole(tensor) for tensor in lists[0]], *arguments[1:], **keywords)
         places = {None: list(range(length))}
 
@@ -79,10 +88,10 @@ def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> 
         own = handlers.pop(operation)
         try:
             for where in places.values():
-                returned = operation(
-                    *(at(value, where) for value in arguments),
-                    **{name: at(value, where) for name, value in keywords.items()},
-                )
+                some = [at(value, where) for value in arguments]
+                if operation._schema.name in WITHOUT_RULES:
+                    some = _on_this_rank(some)
+                returned = operation(*some, **{name: at(value, where) for name, value in keywords.items()})
                 if isinstance(returned, (list, tuple)) and is_mixed:
                     for place, result in zip(where, returned, strict=True):
                         results[place] = result
@@ -93,6 +102,40 @@ def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> 
     if operation._schema.name == "aten::_foreach_norm":  # of different kinds, these are summed next
         results = [_whole(result) for result in results]
     return results
+
+
+def _on_this_rank(arguments: list[Any]) -> list[Any]:
+    """Give the arguments with every list of DTensors as the parts on this rank, if those lie alike in all lists."""
+    lists = [value for value in arguments if _is_list_of_tensors(value) and hasattr(value[0], "placements")]
+    for tensors in zip(*lists, strict=False):
+        if any(_is_part(t) or t.placements != tensors[0].placements for t in tensors if hasattr(t, "placements")):
+            return arguments  # DTensor says what it can't do
+
+    def part(value: Any) -> Any:
+        if not _is_list_of_tensors(value):
+            return value
+        return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in value]
+
+    return [part(value) for value in arguments]
+
+
+def _is_part(tensor: Any) -> bool:
+    """Say whether it is a DTensor of which each rank has a part that is still to be summed with the others'."""
+    if not hasattr(tensor, "placements"):
+        return False
+    mesh = tensor.device_mesh
+    return any(placement.is_partial() and mesh.size(dim) > 1 for dim, placement in enumerate(tensor.placements))
+
+
+def _number_of(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> Any:
+    """Give what .item() gives; PyTorch gives this rank's part of a sum as if it were the sum."""
+    (tensor,) = arguments
+    if _is_part(tensor):
+        raise ValueError(
+            "this number is a sum or norm over experts that are spread over ranks, and .item(), float() and bool() "
+            "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
+        )
+    return operation(tensor.to_local(), **keywords)
 
 
 def _unscale_by_kind(unscale_dtensors: Callable, operation: Any, arguments: tuple, keywords: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
     if getattr(ranks, "mesh_dim_names", None) and EXPERT in ranks.mesh_dim_names and ranks.ndim == 2:
         other = next(name for name in ranks.mesh_dim_names if name != EXPERT)
         replicas = ranks[other] if ranks[other].size() > 1 else None
+        _check_order(ranks, ranks.mesh_dim_names.index(EXPERT))
         return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
     world = transport.world if isinstance(transport, TwoLevelTransport) else transport
     if not isinstance(world, ProcessGroupTransport):
@@ -76,6 +77,7 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
         )
     if getattr(ranks, "ndim", None) == 1:
         mesh = ranks
+        _check_order(mesh, 0)
     else:
         device_type = device.type
         if device_type == "meta":  # they will be where the group's backend is
@@ -83,6 +85,16 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
             device_type = "cuda" if has_cuda else "cpu"
         mesh = DeviceMesh.from_group(world.group, device_type, mesh_dim_names=(EXPERT,))
     return Sharding(transport, mesh, None, tuple(members))
+
+
+def _check_order(mesh: "DeviceMesh", dim: int) -> None:
+    """Raise ValueError unless the ranks stand in the mesh as in their group, whose order says who gets which rows."""
+    if bool((mesh.mesh.diff(dim=dim) < 0).any()):
+        raise ValueError(
+            f"the ranks {mesh.mesh.tolist()} of a DeviceMesh don't ascend along the dimension over which experts are "
+            "spread, and every rank would hold other experts than its place in the mesh says: sort them, as "
+            "init_device_mesh() does"
+        )
 
 
 def shard_parameters(
@@ -245,7 +257,13 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
         torch._assert_async(numbers[0] == -numbers[1], said)
 
 
-def _shard_loaded(names: Sequence[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _shard_loaded(
+    names: Sequence[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
     """Turn whole parameters of a state dict into this rank's part of them, before they are loaded."""
     from torch.distributed.tensor import DTensor, Shard
 

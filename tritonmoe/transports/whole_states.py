@@ -61,7 +61,9 @@ def part_of(value: Tensor, parameter: Any) -> Tensor:
             f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
         )
     mesh = parameter.device_mesh
-    part = value.tensor_split(mesh.size())[mesh.get_local_rank()].to(parameter.to_local().device)
+    part = value.tensor_split(mesh.size())[mesh.get_local_rank()].clone()  # a view would keep the whole
+    if not parameter.is_meta:
+        part = part.to(parameter.to_local().device)
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
 
 

@@ -1,0 +1,201 @@
+"""Ranks of test_spread.py: `spread_worker.py CASE...` under torchrun says "passed CASE" of each on rank 0."""
+
+import copy
+import functools
+import io
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import tritonmoe as tm
+
+CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
+BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)
+
+
+class Net(nn.Module):
+    def __init__(self, config: tm.MoEConfig = CONFIG, transport=None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.moe = tm.MoELayer(config, transport)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.moe(torch.tanh(self.first(x)))
+
+
+def spread(ranks=None, **settings) -> Net:
+    net = Net(**settings)
+    tm.parallelize(net, dist.group.WORLD if ranks is None else ranks)
+    return net
+
+
+def batches(step: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(3 + rank, 8, generator=generator) for rank in range(dist.get_world_size())]
+
+
+def here(step: int = 0) -> torch.Tensor:
+    return batches(step)[dist.get_rank()]
+
+
+def replicas_and_experts() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "expert"))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def case_optimizers() -> None:
+    sgd = functools.partial(torch.optim.SGD, lr=0.5)
+    kinds: list[Callable] = [
+        functools.partial(sgd, momentum=0.9, fused=True),
+        functools.partial(sgd, momentum=0.9, foreach=True),
+        functools.partial(torch.optim.Adagrad, lr=0.01, eps=1e-3, fused=True),
+    ]
+    for kind in kinds:
+        one, many = Net(), DistributedDataParallel(spread())
+        optimizers = kind(one.parameters()), kind(many.parameters())
+        for step in range(2):
+            torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+            many(here(step)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+            torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+    spread_weights, copies = list(spread().parameters()), list(spread().parameters())
+    with torch.no_grad():
+        for weight in copies:
+            weight.zero_()
+        torch._foreach_copy_(copies, spread_weights)
+    assert all(torch.equal(whole(a), whole(b)) for a, b in zip(copies, spread_weights, strict=True))
+
+
+def case_numbers() -> None:
+    """A norm over experts is no number of one rank; that of a list, and operations without lists, go on as before."""
+    net = spread()
+    net(here()).square().mean().backward()
+    grad = net.moe.experts.down_proj.grad
+    with pytest.raises(ValueError, match="full_tensor"):
+        grad.norm().item()
+    with pytest.raises(ValueError, match="full_tensor"):
+        float(grad.square().sum())
+    expected = grad.norm().full_tensor().item()
+    assert torch.nn.utils.clip_grad_norm_([net.moe.experts.down_proj], 1.0).item() == pytest.approx(expected)
+    x = distribute_tensor(torch.randn(4, 8), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
+    assert nn.functional.rms_norm(x, (8,)).shape == (4, 8)
+    assert x.sum().item() == x.to_local().sum().item()
+
+
+def case_selection_bias() -> None:
+    """DistributedDataParallel, which copies rank 0's buffers, leaves each rank's own load alone."""
+    for ranks in (None, replicas_and_experts()):
+        one, many = Net(BIASED), DistributedDataParallel(spread(ranks, config=BIASED))
+        for step in range(3):
+            for x in batches(step):
+                one(x)
+            many(here(step))
+        one.moe.router.update_selection_bias(0.1)
+        many.module.moe.router.update_selection_bias(0.1)
+        assert torch.equal(one.moe.router.e_score_correction_bias, many.module.moe.router.e_score_correction_bias)
+
+
+def case_file_of_one_rank() -> None:
+    """A state dict that torch.save wrote on rank 0 would hold its experts alone."""
+    with pytest.raises(ValueError, match=r"torch\.distributed\.checkpoint"):
+        torch.save(spread().state_dict(), io.BytesIO())
+
+
+def case_assigned() -> None:
+    """Whole weights that are assigned arrive, on a module without storage too, and none keeps them all."""
+    one = Net()
+    with torch.device("meta"):
+        empty = Net(transport=dist.group.WORLD)
+    for net in (empty, spread()):
+        net.load_state_dict(copy.deepcopy(one.state_dict()), assign=True)
+        torch.testing.assert_close(net(here()), one(here()), atol=1e-6, rtol=0)
+        for parameter in tm.expert_parameters(net):
+            assert parameter.to_local().untyped_storage().nbytes() == parameter.to_local().nbytes
+
+
+def case_meshes() -> None:
+    for ranks in ([1, 0, 3, 2], [[3, 1], [0, 2]], [[1, 0], [2, 3]]):
+        mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("replica", "expert")[-torch.tensor(ranks).dim() :])
+        with pytest.raises(ValueError, match="don't ascend"):
+            spread(mesh)
+    spread(DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("replica", "expert")))
+
+
+def case_fully_shard() -> None:
+    """Dense parameters are averaged over all ranks that train the experts beside them, or refused."""
+    mesh = replicas_and_experts()
+    for own in (mesh["replica"], mesh["expert"]):
+        net = spread(mesh)
+        with pytest.raises(ValueError, match="drift apart"):
+            fully_shard(net, mesh=own, ignored_params=set(tm.expert_parameters(net)))
+    net = spread(mesh)
+    fully_shard(net.moe.experts, mesh=mesh["replica"])
+    fully_shard(net)
+    one = Net()
+    torch.stack([one(x).square().mean() for x in batches()]).mean().backward()
+    net(here()).square().mean().backward()
+    for expected, got in zip(one.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+
+def case_changed_in_place() -> None:
+    """What a layer under FSDP2 gives may be added to."""
+    one, many = Net(), spread()
+    ignored = set(tm.expert_parameters(many))
+    fully_shard(many.first)
+    fully_shard(many.moe, ignored_params=ignored)
+    for net, tokens in ((one, batches()), (many, [here()])):
+        losses = []
+        for x in tokens:
+            y = net.moe(net.first(x[None]))
+            y += x
+            losses.append(y.square().mean())
+        torch.stack(losses).mean().backward()
+    for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+
+def case_too_late() -> None:
+    """What holds the whole experts already would wait for their gradients, or has made other DTensors of them."""
+    wrapped = nn.ModuleDict({"inner": DistributedDataParallel(Net())})
+    with pytest.raises(ValueError, match="DistributedDataParallel was made with the experts"):
+        tm.parallelize(wrapped, dist.group.WORLD)
+    sharded = Net()
+    fully_shard(sharded)
+    with pytest.raises(ValueError, match="before fully_shard"):
+        tm.parallelize(sharded, dist.group.WORLD)
+
+
+def case_replicated_slots() -> None:
+    net = Net()
+    placement = tm.ExpertPlacement.balanced(torch.arange(8.0) + 1, dist.get_world_size(), 3)
+    tm.parallelize(net, dist.group.WORLD, placement=placement)
+    net.moe.experts.gate_up_proj.requires_grad_(False)
+    with pytest.raises(ValueError, match="several slots"):
+        net(here())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in sys.argv[1:]:
+        globals()[f"case_{case}"]()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"passed {case}", flush=True)
+    dist.destroy_process_group()
