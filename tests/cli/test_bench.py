@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch.distributed
 
 from tritonmoe import benchmarks
 from tritonmoe.benchmarks import overlap
@@ -42,5 +43,9 @@ def test_one_rank_is_not_enough(monkeypatch: pytest.MonkeyPatch, capsys) -> None
     """Under torchrun and mpiexec, where their number is no argument."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert main(["bench", "overlap"]) == 2
+    try:
+        assert main(["bench", "overlap"]) == 2
+    finally:
+        if torch.distributed.is_initialized():  # it is left for the process to end
+            torch.distributed.destroy_process_group()
     assert "ranks must be 2 or more and divide the 8 experts of coarse, got 1" in capsys.readouterr().err
