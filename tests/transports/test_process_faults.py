@@ -226,5 +226,6 @@ def test_control_c_in_one_rank() -> None:
     assert ranks[VICTIM]["error"] == "KeyboardInterrupt"
     for rank in SURVIVORS:
         assert re.search(f"^step {WHERE}: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
-        assert f"rank {VICTIM} failed with KeyboardInterrupt" in ranks[rank]["words"], ranks
+        # Between its counts and its rows it leaves no word, and ends.
+        assert re.search(f"rank {VICTIM} (failed with KeyboardInterrupt|has ended)", ranks[rank]["words"]), ranks
         assert ranks[rank]["seconds"] < LATE_S + SLACK_S
