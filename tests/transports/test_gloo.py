@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, run_processes
 
 from tritonmoe.transports.gloo import GlooExchange
 
@@ -85,3 +86,24 @@ def test_threads_of_gloo_do_not_interrupt() -> None:
     assert ended.returncode == 0, ended.stderr
     if ended.stdout.strip() == "0 named":
         pytest.skip("this torch's gloo gives its threads no names")
+
+
+UNWAITED = """
+import sys, time, torch, torch.distributed as dist
+from tritonmoe.transports import ProcessGroupTransport
+
+store, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+transport, rows = ProcessGroupTransport(), torch.ones(2, 2)
+transport.exchange(rows, [1, 1], [1, 1]).wait()
+if rank == 1:
+    transport.exchange(rows, [1, 1], [1, 1])
+else:
+    time.sleep(4)
+"""
+
+
+def test_an_exchange_that_nobody_waits_for_does_not_abort_the_process(tmp_path: Path) -> None:
+    """A thread that is inside gloo when the interpreter ends would: "terminate called without an active exception"."""
+    ended = [run_processes(2, "gloo", "-c", UNWAITED, str(tmp_path / f"store{k}")) for k in range(3)]
+    assert all(of.statuses == [0, 0] for of in ended), ended

@@ -299,7 +299,7 @@ class ProcessGroupTransport(Transport):
             self._links = links
             self._progress = ProgressThread("gloo-progress")
             # Also runs when the process ends.
-            self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links)
+            self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links, self._breakdown)
 
     def _drop_links(self) -> None:
         if self._links is not None:
@@ -386,7 +386,12 @@ def _next_number(group: "ProcessGroup") -> int:
     return number
 
 
-def _end_links(pid: int, progress: ProgressThread, links: GlooLinks) -> None:
-    """Let the thread end; exchanges that nobody waited for get a little time. A child has no such thread."""
+def _end_links(pid: int, progress: ProgressThread, links: GlooLinks, breakdown: Breakdown) -> None:
+    """Let the thread end; exchanges that nobody waited for get a little time. A child has no such thread.
+
+    A thread that came back from gloo while the interpreter ends would abort the process.
+    """
     if os.getpid() == pid and not progress.end():
+        breakdown.claim()  # what the thread sees now is no failure to tell of
         links.cut()
+        progress.end()
