@@ -1,6 +1,7 @@
-"""`python -m bench.readme [--check]`: write the tables of README and docs, or check that they match bench/results."""
+"""`python -m bench.readme [--check]`: write the tables of README and docs, or check that they are current."""
 
 import argparse
+import ast
 import json
 import re
 import statistics
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from tritonmoe import aot
 from tritonmoe.benchmarks.overlap_table import shown
 from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.kernels import aot, measured_tiles
+from tritonmoe.kernels.tiles import measured as measured_tiles
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -386,7 +388,24 @@ def upcycle_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def files_table(package: str) -> str:
+    """Give every file of a package with the first line of its docstring, a room's own line before its files."""
+    lines = ["| file | what it is |", "| --- | --- |"]
+    for path in sorted(
+        (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py")
+    ):
+        name = path.relative_to(ROOT / package)
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, f"{path} has no docstring"
+        is_room = name.name == "__init__.py"
+        shown = f"**{name.parent}/**" if is_room and name.parent.parts else name.as_posix()
+        first_line = docstring.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| {shown} | {first_line} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "files": files_table,
     "auto": auto_table,
     "overlap": overlap_table,
     "two_levels": two_levels_table,

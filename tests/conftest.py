@@ -15,7 +15,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
-from tritonmoe.kernels.virtual_gpu import VIRTUAL_GPUS
+from virtual_gpu import VIRTUAL_GPUS
 
 if not torch.cuda.is_available() and not any(argument.startswith("--virtual-gpu") for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
-from tritonmoe import arguments as argument_checks
-from tritonmoe import backends, count_exchange
+from tritonmoe import backends
+from tritonmoe.dispatch import count_exchange
+from tritonmoe.experts import arguments as argument_checks
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_expert_parallel import KERNEL_DEVICE
-from test_placement import REPLICATED
+from batches import KERNEL_DEVICE
+from placed_batches import REPLICATED
 from torch import Tensor
 
 import tritonmoe as tm

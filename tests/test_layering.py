@@ -1,4 +1,4 @@
-"""Who may import whom, and the four fences: triton, torch.distributed, CUDA streams and events, transformers."""
+"""Who may import whom: the order of rooms, no circles between files, and the four fences."""
 
 import ast
 from collections.abc import Iterator
@@ -8,88 +8,52 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = (
-    *(
-        "errors",
-        "files",
-        "handles",
-        "cpu_memory",
-        "cpu_threads",
-        "config",
-        "overlap_config",
-        "grouping",
-        "kernels",
-        "backends",
-        "autograd",
-        "transforms",
-        "routing",
-        "arguments",
-        "flops",
-        "callable_activation",
-        "weight_gradients",
-        "experts_run",
-        "custom_ops",
-        "experts",
-        "placement",
-        "transports",
-        "wire",
-        "expert_chunks",
-        "call_header",
-        "header_check",
-        "count_exchange",
-        "token_plan",
-        "capacity",
-        "dispatch",
-        "two_level",
-        "overlap",
-        "transport_state",
-    ),
-    *(
-        "expert_parallel_call",
-        "expert_parallel_run",
-        "expert_parallel_operator",
-        "expert_parallel",
-        "shared_expert",
-        "nonfinite",
-        "layer",
-        "spread",
-        "gradient_clipping",
-        "probe",
-        "emulation",
-        "integrations",
-        "report",
-        "benchmarks",
-        "cli",
-    ),
+ROOMS = (
+    *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
+    *("dispatch", "overlap", "simulation", "tuning", "expert_parallel", "layer", "integrations", "report", "diagnosis"),
+    *("benchmarks", "demo", "cli"),
 )
-"""A file imports from its own layer and from those that stand before it."""
+"""A file imports from its own room and from those that stand before it."""
 FENCES = {
-    "triton": ("kernels/",),
+    "triton": ("kernels/", "aot/"),
     "torch.distributed": ("transports/", "integrations/"),
     "transformers": ("integrations/",),
-    "torch.cuda.Stream": ("emulation.py", "transports/"),
-    "torch.cuda.Event": ("overlap/layer_report.py", "emulation.py", "transports/"),
-    "torch.cuda.stream": ("emulation.py", "transports/"),
-    "torch.cuda.current_stream": ("overlap/layer_report.py", "emulation.py", "transports/"),
+    "torch.cuda.Stream": ("transports/",),
+    "torch.cuda.Event": ("overlap/report.py", "runtime/host_device.py", "transports/"),
+    "torch.cuda.stream": ("transports/",),
+    "torch.cuda.current_stream": ("overlap/report.py", "runtime/host_device.py", "transports/"),
 }
 EXCEPTIONS = {
-    # what it uses beyond its fence or layer, and why
-    ("kernels/aot/launches.py", "tritonmoe.backends"): "compiles the operations as they are launched",
-    ("__init__.py", "*"): "gives out the public names of every layer",
+    # what it uses beyond its fence or room, and why
+    ("__init__.py", "*"): "gives out the public names of every room",
     ("__main__.py", "*"): "starts the command line",
 }
 
 
-def names_used(path: Path) -> Iterator[str]:
-    """Absolute dotted names that a file imports or reaches through an imported torch."""
-    package = ("tritonmoe", *path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    """Give the dotted name of a file's module."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def names_used(path: Path, *, for_types: bool = True) -> Iterator[str]:
+    """Absolute dotted names that a file imports, also inside functions, or reaches through an imported torch.
+
+    for_types: also what is imported under `if TYPE_CHECKING`, which never runs.
+    """
+    tree = ast.parse(path.read_text())
+    for block in ast.walk(tree) if not for_types else ():
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            block.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            assert not node.level, f"{path} has a relative import: write the whole name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
             dotted = ast.unparse(node)
             if dotted.startswith("torch."):
@@ -117,17 +81,51 @@ def test_fences(fence: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
+def test_a_file_imports_only_from_its_room_and_those_before(path: Path) -> None:
     relative = path.relative_to(ROOT)
     if tolerated(relative.as_posix(), "*"):
         return
     own = relative.parts[0].removesuffix(".py")
-    assert own in LAYERS, f"{own} has no place in the order of layers"
-    allowed = LAYERS[: LAYERS.index(own) + 1]
+    assert own in ROOMS, f"{own} has no place in the order of rooms"
+    allowed = ROOMS[: ROOMS.index(own) + 1]
     for name in names_used(path):
         if is_within(name, "tritonmoe") and not tolerated(relative.as_posix(), name):
-            layer = f"{name}.".split(".")[1]
-            assert layer in allowed or layer == "__version__", f"{relative} imports {name}"
+            room = f"{name}.".split(".")[1]
+            assert room in allowed or room == "__version__", f"{relative} imports {name}"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
+    used = set()
+    for name in names_used(path, for_types=False):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name and name != module_of(path):
+            used.add(name)
+    return used
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Give every set of modules that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph[todo.pop()] - seen:
+                seen.add(name)
+                todo.append(name)
+        reached[start] = seen
+    found = {frozenset({a} | {b for b in reached[a] if a in reached[b]}) for a in graph if a in reached[a]}
+    return sorted(sorted(circle) for circle in found)
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"f"}}
+    assert circles(graph) == [["a", "b", "c"], ["f"]]
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    assert circles({name: imported_modules(path) for name, path in MODULES.items()}) == []
 
 
 def test_every_exception_is_needed() -> None:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tritonmoe as tm
 from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
-from tritonmoe.config import Activation, ExpertLayout, KernelOptions
-from tritonmoe.custom_ops import encode
+from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions
+from tritonmoe.experts.operator import encode
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 

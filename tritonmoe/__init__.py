@@ -3,19 +3,19 @@
 Importing this touches no device, patches nothing, and works where triton is not installed.
 """
 
-from . import transports
-from .config import ClampedSwiGLU, MoEConfig
-from .emulation import run_on_emulated_ranks
-from .errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
-from .expert_parallel import expert_parallel_mlp
-from .experts import moe_mlp
-from .gradient_clipping import clip_grad_norm_
-from .layer import GroupedExperts, MoELayer
-from .overlap_config import OverlapConfig, OverlapPlan
-from .placement import ExpertPlacement
-from .routing import TopKRouter
-from .spread import expert_parameters, gather_state_dicts, parallelize
-from .transports import LinkModel
+from tritonmoe import transports
+from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
+from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
+from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
+from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.routing import TopKRouter
+from tritonmoe.transports import LinkModel
+from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_memory import to_device
+from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["Grouping", "GroupingBlock", "RowSources"]
 

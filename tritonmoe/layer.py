@@ -10,22 +10,22 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .arguments import ExpertWeights, find_main_grads
-from .backends import check_name
-from .config import KernelOptions, MoEConfig, check_moe_config
-from .expert_parallel import run_expert_parallel
-from .expert_parallel_run import check_expert_parallel, check_fillers
-from .experts import moe_mlp
-from .nonfinite import NonFiniteCheck
-from .overlap.layer_report import LayerReport
-from .overlap_config import OverlapConfig, OverlapPlan, check_overlap
-from .placement import ExpertPlacement
-from .routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
-from .shared_expert import SharedExpert
-from .transport_state import LayerCalls, refuse
-from .transports import as_transport
-from .transports.data_parallel import mark_own_buffers
-from .transports.sharding import (
+from tritonmoe.backends import check_name
+from tritonmoe.config.layer import KernelOptions, MoEConfig, check_moe_config
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.run import check_expert_parallel, check_fillers
+from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.experts.arguments import ExpertWeights, find_main_grads
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.experts.shared_expert import SharedExpert
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
+from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.transports import as_transport
+from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
+from tritonmoe.transports.sharding.parameters import (
     Sharding,
     check_expert_gradients,
     check_replicas,

@@ -22,7 +22,7 @@ from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.workload import MODELS, Workload, draw_ids
 from tritonmoe.cli import main as tritonmoe_main
-from tritonmoe.overlap.cost_model import LayerWork, LinkCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.transports import Transport
 
 ROOT = Path(tm.__file__).parents[1]

@@ -4,7 +4,7 @@ import pytest
 
 from tritonmoe.benchmarks.roofline import H100, Work, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape
-from tritonmoe.config import ExpertLayout
+from tritonmoe.config.layer import ExpertLayout
 
 SHAPE = LayerShape("small", num_experts=4, top_k=2, hidden_size=8, intermediate_size=3)
 

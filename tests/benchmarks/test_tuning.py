@@ -2,11 +2,12 @@
 
 import torch
 
+from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.tuning import CHOICES, descend
-from tritonmoe.config import ExpertLayout
-from tritonmoe.kernels import aot, launch
+from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.kernels import launch
 
 START = {
     "block_m": 128,

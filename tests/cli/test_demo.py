@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tritonmoe.cli import demo, main
-from tritonmoe.cli.demo_measure import LayerShape
+from tritonmoe.demo.measure import LayerShape
 
 
 @pytest.fixture

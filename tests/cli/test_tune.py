@@ -11,7 +11,7 @@ from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli import main, tune
 from tritonmoe.cli.layer_arguments import tokens_of_every_class
-from tritonmoe.kernels import measured_tiles
+from tritonmoe.kernels.tiles import measured as measured_tiles
 
 SHAPE = ["128", "8", "2048", "768", "bfloat16"]
 

@@ -7,7 +7,7 @@ from kernel_cases import DEVICE
 from torch import Tensor
 
 from tritonmoe.backends import reference
-from tritonmoe.config import ExpertLayout, FusedActivation
+from tritonmoe.config.layer import ExpertLayout, FusedActivation
 from tritonmoe.grouping import Grouping
 
 

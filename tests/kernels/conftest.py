@@ -22,8 +22,9 @@ def virtual_gpu(request):
     if not name:
         yield edits
         return
-    from tritonmoe.kernels import aot, launch
-    from tritonmoe.kernels.virtual_gpu.launcher import run_launch
+    from tritonmoe import aot
+    from tritonmoe.kernels import launch
+    from virtual_gpu.launcher import run_launch
 
     def run(caught):
         launches.clear()

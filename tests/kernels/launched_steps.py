@@ -15,13 +15,13 @@ from triton.compiler import compiler, make_backend
 from triton.runtime.driver import driver
 
 import tritonmoe as tm
-from tritonmoe import backends, cli
+from tritonmoe import aot, backends, cli
+from tritonmoe.aot import source_of
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.warmup import launches_of_layer
-from tritonmoe.kernels import aot, launch
-from tritonmoe.kernels.aot import source_of
+from tritonmoe.kernels import launch
 
 TARGET = aot.TARGETS["sm_90"]
 E, K, D, F = 8, 2, 64, 32

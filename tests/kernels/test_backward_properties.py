@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids
 from tolerance import assert_close_to_exact
 
+from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config import ClampedSwiGLU, KernelOptions
-from tritonmoe.kernels import aot, bias_grad, launch, weight_grad
+from tritonmoe.config.layer import ClampedSwiGLU, KernelOptions
+from tritonmoe.kernels import bias_grad, launch, weight_grad
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonmoe.kernels.virtual_gpu import VIRTUAL_GPUS
+from virtual_gpu import VIRTUAL_GPUS
 
 TESTS = ("test_missing_waits.py", "test_several_steps.py")
 

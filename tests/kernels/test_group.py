@@ -10,11 +10,12 @@ from kernel_cases import DEVICE, assert_same_grouping, chunked_rows, garbage_mem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config import ExpertLayout
+from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels import aot, launch
+from tritonmoe.kernels import launch
 
 
 def test_group_worked_example():

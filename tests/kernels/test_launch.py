@@ -9,8 +9,9 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
+from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
-from tritonmoe.kernels import aot, launch
+from tritonmoe.kernels import launch
 
 NUM_THREADS = 6
 

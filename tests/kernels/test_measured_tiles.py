@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tritonmoe import aot
 from tritonmoe.benchmarks.tuning import CHOICES
-from tritonmoe.kernels import aot, measured_tiles
-from tritonmoe.kernels.tile_config import TileConfig, refusal
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles.config import TileConfig, refusal
 
 KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
 

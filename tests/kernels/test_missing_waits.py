@@ -8,7 +8,7 @@ from kernel_cases import LAYOUTS, Layer, random_ids
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.virtual_gpu.faults import Deadlock, MemoryFault
+from virtual_gpu.faults import Deadlock, MemoryFault
 
 TRY_WAIT = r"\s*mbarrier\.try_wait[^;]*;\s*(?:\.loc[^\n]*\n\s*)*@!complete bra[^;]*;"
 DELETED = {

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, random_ids, run_operations
 
+from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.config import KernelOptions
+from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels import aot, launch, tile_choice
+from tritonmoe.kernels import launch
+from tritonmoe.kernels.tiles import choice as tile_choice
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 1000])

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import ACTIVATIONS, LAYOUTS, Layer, check_operations, random_ids
 
-from tritonmoe.config import ClampedSwiGLU
+from tritonmoe.config.layer import ClampedSwiGLU
 
 FEW_CASES, MANY_CASES = 60, 200
 DEEPSEEK_V4 = ClampedSwiGLU(0.5)

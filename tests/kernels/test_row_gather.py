@@ -8,11 +8,13 @@ import torch
 from kernel_cases import DEVICE, LAYOUTS, Layer, chunked_rows, garbage_memory, random_ids
 from tolerance import assert_close_to_exact
 
+from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
-from tritonmoe.config import KernelOptions
-from tritonmoe.kernels import aot, measured_tiles, tma
+from tritonmoe.config.layer import KernelOptions
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import tma
 
 WAYS = ("tma", "copy")
 pytestmark = [

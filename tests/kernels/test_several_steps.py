@@ -5,8 +5,8 @@ import torch
 from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, WithOptions, check_operations, random_ids
 
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config import KernelOptions
-from tritonmoe.kernels import measured_tiles
+from tritonmoe.config.layer import KernelOptions
+from tritonmoe.kernels.tiles import measured as measured_tiles
 
 ON_THREE = KernelOptions(num_sms=3)
 

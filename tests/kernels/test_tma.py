@@ -8,10 +8,13 @@ from kernel_cases import DEVICE, LAYOUTS, Layer, garbage_memory, random_ids
 from tolerance import assert_close_to_exact
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
-from tritonmoe.kernels import aot, measured_tiles, tile_choice, tma
+from tritonmoe.kernels.tiles import choice as tile_choice
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import tma
 
 pytestmark = pytest.mark.usefixtures("reads_by_tma")
 OFF = "switched off by a test"

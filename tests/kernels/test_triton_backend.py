@@ -16,9 +16,9 @@ from kernel_cases import (
     row_sources,
 )
 
+from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.kernels import aot
 
 OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.config import KernelOptions
+from tritonmoe.config.layer import KernelOptions
 from tritonmoe.kernels import bias_grad, launch, spans, weight_grad
 from tritonmoe.kernels.spans import span_of_slot
 

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from tritonmoe.overlap.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.overlap.layer_report import PassReport
+from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.schedule import Step
-from tritonmoe.overlap.simulator import simulate_layer
-from tritonmoe.overlap.two_level_work import TwoLevelWork
 from tritonmoe.report.perfetto import chrome_trace, write_chrome_trace
 from tritonmoe.report.png import write_png
 from tritonmoe.report.terminal import lane_timelines
@@ -27,6 +24,9 @@ from tritonmoe.report.timeline import (
     pass_timeline,
     simulated_timeline,
 )
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import TwoLevelTransport
 
 TIMELINE = Timeline(

@@ -14,7 +14,7 @@ from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from tritonmoe.config import MoEConfig
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing import Routing, TopKRouter, load_balance_loss, routing_statistics, z_loss
 
 

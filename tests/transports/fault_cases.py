@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import tritonmoe as tm
-from tritonmoe.count_exchange import MAX_SEGMENTS
+from tritonmoe.dispatch.count_exchange import MAX_SEGMENTS
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.timeline import layer_timeline
 from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport

@@ -27,7 +27,7 @@ from agreement_cases import (
 from processes import run_processes
 
 import tritonmoe as tm
-from tritonmoe import expert_parallel_run
+from tritonmoe.expert_parallel import run as expert_parallel_run
 from tritonmoe.transports import EmulatedTransport, PendingExchange, Transport, TwoLevelTransport
 
 SLACK_S = 10.0

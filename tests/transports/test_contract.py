@@ -12,9 +12,9 @@ import pytest
 import torch
 from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
-from tritonmoe.emulation import run_on_emulated_ranks
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
+from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
 GLOO_SIZES = MPI_SIZES = (2, 3)
 LINK = LinkModel(bandwidth_gb_per_s=0.001, latency_us=500)
@@ -208,7 +208,9 @@ def test_closed_mpi() -> None:
 
 
 def test_importing_the_transports_leaves_torch_distributed_alone() -> None:
-    code = "import sys, torch; before = set(sys.modules); import tritonmoe.transports, tritonmoe.emulation; "
+    code = (
+        "import sys, torch; before = set(sys.modules); import tritonmoe.transports, tritonmoe.transports.emulated.run; "
+    )
     code += "new = set(sys.modules) - before; "
     code += "assert not any(m.startswith(('torch.distributed', 'mpi4py')) for m in new), new"
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)

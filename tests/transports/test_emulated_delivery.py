@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_emulation import QUICK_S, within
 
-from tritonmoe.emulation import run_on_emulated_ranks
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import EmulatedWorld, LinkModel, Transport
+from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
 
 @within(QUICK_S)

@@ -13,7 +13,7 @@ from fault_cases import SIZE, TWO_LEVEL_SIZE, VICTIM, fails_in_backward_experts,
 from random_faults import Fault, OwnError
 
 import tritonmoe as tm
-from tritonmoe.transport_state import CALLS_OF_GENERATION, state_of
+from tritonmoe.expert_parallel.state import CALLS_OF_GENERATION, state_of
 from tritonmoe.transports import Death, LocalTransport, Transport, TwoLevelTransport
 
 

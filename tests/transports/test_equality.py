@@ -8,9 +8,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from test_expert_parallel import NAMES, Batch, assert_equals_one_device
+from batches import NAMES, Batch, assert_equals_one_device
 
 import tritonmoe as tm
 from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport, TwoLevelTransport, as_transport

@@ -14,7 +14,7 @@ from torch import bfloat16, cuda, float16, float32, float64, version
 from torch import device as Device
 from torch import dtype as DType
 
-from ..config import MAX_EXPERTS, MAX_TOP_K, KernelOptions
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 
 __all__ = ["BACKENDS", "choose", "launches_kernels", "triton_unusable_reason"]
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping, RowSources
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
     "WeightGrads",

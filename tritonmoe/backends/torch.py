@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping, RowSources
-from .reference import WeightGrads, accumulation_dtype, apply_activation, copies_rows, split_gate
-from .torch_products import expert_slices, outer_sums, pair_products
+from tritonmoe.backends.reference import WeightGrads, accumulation_dtype, apply_activation, copies_rows, split_gate
+from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_products
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = ["combine", "copies_rows", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cpu_memory
-from ..cpu_threads import for_each, num_workers
-from ..grouping import Grouping
-from .reference import accumulation_dtype
+from tritonmoe.backends.reference import accumulation_dtype
+from tritonmoe.grouping import Grouping
+from tritonmoe.runtime import cpu_memory
+from tritonmoe.runtime.cpu_threads import for_each, num_workers
 
 __all__ = ["expert_slices", "outer_sums", "pads", "pair_products"]
 

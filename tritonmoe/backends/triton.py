@@ -3,17 +3,17 @@
 from torch import Tensor
 from torch import device as Device
 
-from ..config import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping, RowSources
-from ..kernels import bias_grad as bias_grad_kernels
-from ..kernels import combine as combine_kernels
-from ..kernels import down as down_kernels
-from ..kernels import down_grad as down_grad_kernels
-from ..kernels import group as group_kernels
-from ..kernels import measured_tiles
-from ..kernels import up as up_kernels
-from ..kernels import weight_grad as weight_grad_kernels
-from .reference import WeightGrads
+from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.grouping import Grouping, RowSources
+from tritonmoe.kernels import bias_grad as bias_grad_kernels
+from tritonmoe.kernels import down as down_kernels
+from tritonmoe.kernels import down_grad as down_grad_kernels
+from tritonmoe.kernels import gather_sum as combine_kernels
+from tritonmoe.kernels import group as group_kernels
+from tritonmoe.kernels import up as up_kernels
+from tritonmoe.kernels import weight_grad as weight_grad_kernels
+from tritonmoe.kernels.tiles import measured as measured_tiles
 
 __all__ = [
     "WeightGrads",

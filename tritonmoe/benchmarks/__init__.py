@@ -8,10 +8,6 @@ __all__ = ["BENCHMARKS", "load"]
 BENCHMARKS = (
     "overlap",
     "auto",
-    "fixed_experts",
-    "simulator",
-    "moe_mlp",
-    "scheduler",
     "transformers",
     "expert_parallel",
 )

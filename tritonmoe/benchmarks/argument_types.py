@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from ..overlap_config import MAX_CHUNKS
+from tritonmoe.config.overlap import MAX_CHUNKS
 
 __all__ = [
     "chunk_count",

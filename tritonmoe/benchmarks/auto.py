@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from ..errors import TransportError
-from ..transports import ProcessGroupTransport, Transport
-from ..transports.process_group import torchrun_ranks
-from .argument_types import chunk_count, output_file, positive, positive_number
-from .measured_layer import Link, MeasuredLayer
-from .namespaces import Namespaces, ask, parse_rate
-from .overlap_prediction import predict
-from .overlap_rank import run_rounds
-from .overlap_report import best, spread
-from .overlap_variants import Variant, overlapped_variants
-from .ranks import device_and_backend, gather, slowest
-from .timing import Samples, summarize, write_json
-from .workload import DTYPES, MODELS, Workload
+from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
+from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
+from tritonmoe.benchmarks.namespaces import Namespaces, ask, parse_rate
+from tritonmoe.benchmarks.overlap_prediction import predict
+from tritonmoe.benchmarks.overlap_rank import run_rounds
+from tritonmoe.benchmarks.overlap_report import best, spread
+from tritonmoe.benchmarks.overlap_variants import Variant, overlapped_variants
+from tritonmoe.benchmarks.ranks import device_and_backend, gather, slowest
+from tritonmoe.benchmarks.timing import Samples, summarize, write_json
+from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
+from tritonmoe.errors import TransportError
+from tritonmoe.transports import ProcessGroupTransport, Transport
+from tritonmoe.transports.process_group import torchrun_ranks
 
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 

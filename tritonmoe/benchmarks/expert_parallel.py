@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from ..errors import TransportError
-from ..integrations.transformers.bench_model import load_spread, qwen3_moe_model
-from ..overlap_config import OverlapConfig
-from ..transports.process_group import torchrun_ranks
-from .argument_types import chunk_count, output_file, positive, positive_number
-from .expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
-from .model_sizes import add_model_sizes, check_model_sizes
-from .namespaces import Namespaces, parse_rate
-from .ranks import gather
-from .timing import summarize, write_json
-from .workload import DTYPES
+from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
+from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
+from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes
+from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.ranks import gather
+from tritonmoe.benchmarks.timing import summarize, write_json
+from tritonmoe.benchmarks.workload import DTYPES
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.errors import TransportError
+from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_moe_model
+from tritonmoe.transports.process_group import torchrun_ranks
 
 __all__ = ["main", "make_parser", "summarize_steps"]
 

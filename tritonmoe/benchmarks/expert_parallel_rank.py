@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transports import Transport
-from .namespaces import ask, interface_bytes
-from .ranks import slowest
-from .timing import Samples
+from tritonmoe.benchmarks.namespaces import ask, interface_bytes
+from tritonmoe.benchmarks.ranks import slowest
+from tritonmoe.benchmarks.timing import Samples
+from tritonmoe.transports import Transport
 
 __all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from ..files import write_whole
-from .argument_types import output_file, output_folder, positive
-from .gpu_cases import Setting, check, measure_kernels, measure_layer
-from .shapes import GPU_SHAPES, LayerShape, tiny
-from .timing import environment
+from tritonmoe.benchmarks.argument_types import output_file, output_folder, positive
+from tritonmoe.benchmarks.gpu_cases import Setting, check, measure_kernels, measure_layer
+from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
+from tritonmoe.benchmarks.timing import environment
+from tritonmoe.runtime.files import write_whole
 
 __all__ = ["Case", "cases", "main"]
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..experts import moe_mlp
-from ..integrations.transformers import peers
-from .roofline import backward_flops, forward_flops, kernel_work
-from .shapes import LayerInputs, LayerShape, draw_inputs
-from .timing import Samples, interleave, summarize
+from tritonmoe import backends
+from tritonmoe.benchmarks.roofline import backward_flops, forward_flops, kernel_work
+from tritonmoe.benchmarks.shapes import LayerInputs, LayerShape, draw_inputs
+from tritonmoe.benchmarks.timing import Samples, interleave, summarize
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.integrations.transformers import peers
 
 __all__ = ["Setting", "check", "measure_kernels", "measure_layer", "operation_calls"]
 

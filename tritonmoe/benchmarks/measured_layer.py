@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import MoEConfig
-from ..layer import GroupedExperts
-from ..overlap.layer_report import LayerReport, PassReport
-from ..overlap.search import fixed_plan
-from ..overlap.tuner import PlanChooser
-from ..overlap_config import OverlapConfig, OverlapPlan
-from ..transport_state import state_of
-from ..transports import LocalTransport, Transport, TwoLevelTransport
-from ..transports.replay import ReplayTransport
-from .overlap_variants import Variant
-from .ranks import slowest
-from .replayed_peers import ReplayedPeers
-from .stand_ins import FixedExperts, run_layer_pass
-from .workload import Workload, draw_ids
+from tritonmoe.benchmarks.overlap_variants import Variant
+from tritonmoe.benchmarks.ranks import slowest
+from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
+from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.workload import Workload, draw_ids
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.expert_parallel.state import state_of
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
+from tritonmoe.transports.emulated.replay import ReplayTransport
+from tritonmoe.tuning.search import fixed_plan
+from tritonmoe.tuning.tuner import PlanChooser
 
 __all__ = ["Link", "MeasuredLayer"]
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .argument_types import positive
+from tritonmoe.benchmarks.argument_types import positive
 
 __all__ = ["add_model_sizes", "check_model_sizes"]
 

@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 
-from ..emulation import run_on_emulated_ranks
-from ..errors import TransportError
-from ..report.perfetto import write_chrome_trace
-from ..report.png import write_overlap_png
-from ..report.timeline import Timeline, layer_timeline, simulated_timeline
-from ..transports import EmulatedTransport, LinkModel, MPITransport, Transport
-from ..transports.process_group import torchrun_ranks
-from ..wire import WireFormat
-from .argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
-from .measured_layer import Link, MeasuredLayer
-from .namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
-from .overlap_rank import RankMeasurement, measure_rank
-from .overlap_report import summarize_overlap
-from .overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
-from .overlap_variants import variants_of
-from .ranks import device_and_backend, gather
-from .replayed_peers import ReplayedPeers
-from .timing import summarize, write_figures
-from .workload import DTYPES, MODELS, WIRE_DTYPES, Workload
+from tritonmoe.benchmarks.argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
+from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
+from tritonmoe.benchmarks.namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
+from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
+from tritonmoe.benchmarks.overlap_report import summarize_overlap
+from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
+from tritonmoe.benchmarks.overlap_variants import variants_of
+from tritonmoe.benchmarks.ranks import device_and_backend, gather
+from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
+from tritonmoe.benchmarks.timing import summarize, write_figures
+from tritonmoe.benchmarks.workload import DTYPES, MODELS, WIRE_DTYPES, Workload
+from tritonmoe.errors import TransportError
+from tritonmoe.report.perfetto import write_chrome_trace
+from tritonmoe.report.png import write_overlap_png
+from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
+from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
+from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["main"]
 

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 import torch
 
-from ..overlap.cost_model import LayerWork, StepCosts
-from ..overlap.layer_report import LayerReport
-from ..overlap.measured import layer_work, median_steps
-from ..overlap.simulator import Simulation, simulate_layer
-from ..overlap.two_level_work import TwoLevelWork
-from ..probe import probe_link
-from ..transports import TwoLevelTransport
-from .measured_layer import MeasuredLayer
-from .overlap_variants import Variant
-from .ranks import gather
-from .replayed_peers import work_of_one
-from .timing import Samples
+from tritonmoe.benchmarks.measured_layer import MeasuredLayer
+from tritonmoe.benchmarks.overlap_variants import Variant
+from tritonmoe.benchmarks.ranks import gather
+from tritonmoe.benchmarks.replayed_peers import work_of_one
+from tritonmoe.benchmarks.timing import Samples
+from tritonmoe.diagnosis.probe import probe_link
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.simulation.cost_model import LayerWork, StepCosts
+from tritonmoe.simulation.simulator import Simulation, simulate_layer
+from tritonmoe.simulation.two_level_work import TwoLevelWork
+from tritonmoe.transports import TwoLevelTransport
+from tritonmoe.tuning.measured import layer_work, median_steps
 
 __all__ = ["predict"]
 

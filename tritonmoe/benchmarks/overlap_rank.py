@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..overlap.layer_report import LayerReport
-from ..overlap.measured import layer_work
-from ..overlap.simulator import Simulation
-from ..overlap.tuner import SETTLING_CALLS
-from ..transports import Transport
-from .measured_layer import Link, MeasuredLayer
-from .overlap_prediction import predict
-from .overlap_variants import Variant, variants_of
-from .progress import Progress, say
-from .ranks import slowest
-from .timing import Samples
-from .workload import Workload
+from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
+from tritonmoe.benchmarks.overlap_prediction import predict
+from tritonmoe.benchmarks.overlap_variants import Variant, variants_of
+from tritonmoe.benchmarks.progress import Progress, say
+from tritonmoe.benchmarks.ranks import slowest
+from tritonmoe.benchmarks.timing import Samples
+from tritonmoe.benchmarks.workload import Workload
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.simulation.simulator import Simulation
+from tritonmoe.transports import Transport
+from tritonmoe.tuning.measured import layer_work
+from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
 

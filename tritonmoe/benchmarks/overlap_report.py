@@ -3,8 +3,8 @@
 import statistics
 from typing import Any
 
-from .overlap_rank import RankMeasurement
-from .timing import Samples, summarize
+from tritonmoe.benchmarks.overlap_rank import RankMeasurement
+from tritonmoe.benchmarks.timing import Samples, summarize
 
 __all__ = ["BEYOND_BOUND", "best", "spread", "summarize_overlap"]
 

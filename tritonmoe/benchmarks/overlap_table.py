@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from .overlap_report import BEYOND_BOUND
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
 
 __all__ = ["TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..overlap_config import OverlapConfig, ramp_sizes
+from tritonmoe.config.overlap import OverlapConfig, ramp_sizes
 
 __all__ = ["Variant", "overlapped_variants", "variants_of"]
 

@@ -6,10 +6,10 @@ from queue import SimpleQueue
 
 import torch
 
-from ..overlap.cost_model import LayerWork, LinkCosts
-from ..overlap_config import OverlapPlan
-from ..transports.link_model import LinkModel
-from ..transports.replay import Port
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.transports.emulated.link_model import LinkModel
+from tritonmoe.transports.emulated.replay import Port
 
 __all__ = ["ReplayedPeers", "work_of_one"]
 

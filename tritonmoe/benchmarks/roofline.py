@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .shapes import LayerShape
+from tritonmoe.benchmarks.shapes import LayerShape
 
 __all__ = ["H100", "Card", "Work", "backward_flops", "forward_flops", "kernel_work"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Activation, ClampedSwiGLU, ExpertLayout
+from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout
 
 __all__ = ["GPU_SHAPES", "LayerInputs", "LayerShape", "draw_inputs", "draw_routing", "tiny"]
 

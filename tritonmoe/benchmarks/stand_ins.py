@@ -6,16 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..backends.reference import WeightGrads
-from ..call_header import DTYPE_CODES, CallHeader
-from ..count_exchange import post_backward
-from ..dispatch import DispatchPlan, exchange_plan
-from ..overlap.executor import ExpertsPass, LayerPass
-from ..overlap.layer_report import PassReport
-from ..overlap_config import OverlapPlan
-from ..token_plan import plan_tokens
-from ..transports import Transport
+from tritonmoe.backends import choose
+from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.count_exchange import post_backward
+from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
+from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
+from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.overlap.executor import ExpertsPass, LayerPass
+from tritonmoe.overlap.report import PassReport
+from tritonmoe.transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
 

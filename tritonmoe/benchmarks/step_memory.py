@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..cpu_memory import recycled
+from tritonmoe.runtime.cpu_memory import recycled
 
 __all__ = ["kept_for_backward_mb", "peak_mb"]
 

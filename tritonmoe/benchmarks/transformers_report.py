@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.files import write_picture
+from tritonmoe.report.files import write_picture
 
 __all__ = ["as_table", "write_png"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..kernels import measured_tiles
-from ..kernels.tile_config import GATHERS
-from .gpu_cases import operation_calls
-from .shapes import LayerShape, draw_inputs
-from .timing import interleave
+from tritonmoe.benchmarks.gpu_cases import operation_calls
+from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
+from tritonmoe.benchmarks.timing import interleave
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles.config import GATHERS
 
 __all__ = ["CHOICES", "descend", "tune"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import overlap_config
-from ..files import read_json
+from tritonmoe.config import overlap as overlap_config
+from tritonmoe.runtime.files import read_json
 
 __all__ = ["MODELS", "Workload", "draw_ids"]
 

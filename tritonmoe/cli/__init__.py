@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import bench, demo, env, models, tune, upcycle, warmup
+from tritonmoe.cli import bench, demo, env, models, tune, upcycle, warmup
 
 __all__ = ["main"]
 

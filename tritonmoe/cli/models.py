@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..benchmarks.timing import package_versions
-from ..integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
-from ..integrations.transformers.upcycle_native import NATIVE_TARGETS
+from tritonmoe.benchmarks.timing import package_versions
+from tritonmoe.integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
+from tritonmoe.integrations.transformers.upcycle.native import NATIVE_TARGETS
 
 __all__ = ["add_parser"]
 

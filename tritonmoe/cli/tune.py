@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..backends import triton_unusable_reason
-from ..benchmarks.shapes import LayerShape
-from .layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+from tritonmoe.backends import triton_unusable_reason
+from tritonmoe.benchmarks.shapes import LayerShape
+from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
 __all__ = ["add_parser"]
 
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
             file=sys.stderr,
         )
         return 2
-    from ..benchmarks.tuning import tune
-    from ..kernels import measured_tiles
+    from tritonmoe.benchmarks.tuning import tune
+    from tritonmoe.kernels.tiles import measured as measured_tiles
 
     path = measured_tiles.cache_file()
     try:
@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
     """Print every product's tile, how its operands are read, and where the choice comes from."""
     try:
-        from ..kernels import measured_tiles
-        from ..kernels.aot import ARCHITECTURES, Variant, record_launches
+        from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
+        from tritonmoe.kernels.tiles import measured as measured_tiles
     except ImportError as error:
         print(f"tritonmoe tune: the package triton can't be imported: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..benchmarks.argument_types import positive, seed
+from tritonmoe.benchmarks.argument_types import positive, seed
 
 __all__ = ["add_parser"]
 
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..integrations.transformers import upcycle_checkpoint
+    from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 
     try:
         made = upcycle_checkpoint(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.argument_types import positive
-from ..benchmarks.shapes import LayerShape
-from .layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+from tritonmoe.benchmarks.argument_types import positive
+from tritonmoe.benchmarks.shapes import LayerShape
+from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
 __all__ = ["add_parser", "launches_of_layer"]
 
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         print("tritonmoe warmup needs a GPU, or --target sm_90 (say) to compile for another machine's", file=sys.stderr)
         return 2
     try:
-        from ..kernels import launch
-        from ..kernels.aot import ARCHITECTURES
+        from tritonmoe.aot import ARCHITECTURES
+        from tritonmoe.kernels import launch
     except ImportError as error:
         print(f"tritonmoe warmup: the package triton can't be imported: {error}", file=sys.stderr)
         return 2
@@ -80,8 +80,8 @@ def launches_of_layer(
         shape: num_experts are those of all ranks.
         tokens: per call; None for every class of tiles, and for as many pairs as weights' gradients are cut from.
     """
-    from ..kernels.aot import Variant, record_launches, source_of
-    from ..kernels.weight_grad import MIN_SPAN
+    from tritonmoe.aot import Variant, record_launches, source_of
+    from tritonmoe.kernels.weight_grad import MIN_SPAN
 
     shape = replace(shape, num_experts=shape.num_experts // num_ranks)
     tokens = tokens or sorted({*tokens_of_every_class(shape), -(-2 * MIN_SPAN // shape.top_k)})
@@ -98,8 +98,8 @@ def launches_of_layer(
 
 def compile_launch(variant: str, kernel: str, item: Any, target: Any) -> tuple[str, str]:
     """Compile into Triton's cache; give what is wrong, and what is needed where that is known of the architecture."""
-    from ..kernels import launch
-    from ..kernels.aot import ARCHITECTURES, compile_one, compile_unchecked
+    from tritonmoe.aot import ARCHITECTURES, compile_one, compile_unchecked
+    from tritonmoe.kernels import launch
 
     name = launch.architecture_of(target)
     if name in ARCHITECTURES:

@@ -1,0 +1,1 @@
+"""Other libraries that models and training loops are written in."""

@@ -1,0 +1,1 @@
+"""The Triton kernels, a file each, and how they are launched."""

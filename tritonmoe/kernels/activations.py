@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..config import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import ClampedSwiGLU, FusedActivation
 
 __all__ = ["activate", "activate_with_slopes", "activation_options"]
 

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouping import Grouping
-from .launch import INTERPRETED, contiguous_columns, launch, round_to
-from .spans import num_span_slots, num_workspace_rows, span_of_slot, sum_spans
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, round_to
+from tritonmoe.kernels.spans import num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 
 __all__ = ["bias_grad"]
 

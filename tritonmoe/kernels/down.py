@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import ExpertLayout, KernelOptions
-from ..grouping import Grouping
-from . import tma, weight_tiles
-from .launch import (
+from tritonmoe.config.layer import ExpertLayout, KernelOptions
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels import weight_tiles
+from tritonmoe.kernels.launch import (
     contiguous_columns,
     dot,
     dot_precision,
@@ -21,7 +21,8 @@ from .launch import (
     split_columns,
     tile_of_slot,
 )
-from .tile_choice import grouped_matmul_config
+from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 
 __all__ = ["down", "up_grad"]
 

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping
-from . import tma, weight_tiles
-from .activations import activate_with_slopes, activation_options
-from .launch import (
+from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels import weight_tiles
+from tritonmoe.kernels.activations import activate_with_slopes, activation_options
+from tritonmoe.kernels.launch import (
     TRITON_VERSION,
     contiguous_columns,
     dot,
@@ -25,7 +25,8 @@ from .launch import (
     split_columns,
     tile_of_slot,
 )
-from .tile_choice import grouped_matmul_config
+from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 
 __all__ = ["down_grad"]
 

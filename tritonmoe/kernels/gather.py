@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouping import Grouping
-from .launch import INTERPRETED, launch, output
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels.launch import INTERPRETED, launch, output
 
 __all__ = ["gather_rows"]
 

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cpu_memory import to_device
-from ..grouping import RowSources
-from .group_steps import count_tile, place_tile, scan_tiles
-from .launch import INTERPRETED, launch
+from tritonmoe.grouping import RowSources
+from tritonmoe.kernels.group_steps import count_tile, place_tile, scan_tiles
+from tritonmoe.kernels.launch import INTERPRETED, launch
+from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["MAX_FEW_PAIRS", "TileTable", "group_few_pairs", "group_pairs"]
 

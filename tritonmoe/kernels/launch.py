@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from ..config import KernelOptions
-from .tile_config import TileConfig
+from tritonmoe.config.layer import KernelOptions
+from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = [
     "INTERPRETED",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch, round_to
+from tritonmoe.kernels.launch import INTERPRETED, launch, round_to
 
 __all__ = ["add_to", "num_span_slots", "num_workspace_rows", "span_of_slot", "sum_spans"]
 

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import ExpertLayout, FusedActivation, KernelOptions
-from ..grouping import Grouping
-from . import tma, weight_tiles
-from .activations import activate, activation_options
-from .gather import gather_rows
-from .launch import (
+from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels import weight_tiles
+from tritonmoe.kernels.activations import activate, activation_options
+from tritonmoe.kernels.gather import gather_rows
+from tritonmoe.kernels.launch import (
     contiguous_columns,
     dot,
     dot_precision,
@@ -24,7 +24,8 @@ from .launch import (
     split_columns,
     tile_of_slot,
 )
-from .tile_choice import grouped_matmul_config
+from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 
 __all__ = ["up"]
 

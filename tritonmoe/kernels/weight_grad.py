@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import KernelOptions
-from ..grouping import Grouping
-from .launch import (
+from tritonmoe.config.layer import KernelOptions
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels.launch import (
     contiguous_columns,
     dot,
     dot_precision,
@@ -19,8 +19,8 @@ from .launch import (
     slot_and_column_tile,
     split_columns,
 )
-from .spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
-from .tile_choice import grouped_matmul_config
+from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
+from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 
 __all__ = ["outer_sums", "span_length"]
 

@@ -1,0 +1,1 @@
+"""In which order a call's steps run, and what runs them."""

@@ -11,16 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..backends.reference import WeightGrads
-from ..count_exchange import BackwardAgreement
-from ..dispatch import DispatchPlan
-from ..errors import TransportError
-from ..expert_chunks import RowPlaces
-from ..placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
-from ..transports import PendingExchange, Transport
-from ..wire import DecodedExchange, WireFormat
-from .layer_report import PassReport, mark
-from .schedule import Schedule, Step, build_backward, build_forward
+from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.dispatch.count_exchange import BackwardAgreement
+from tritonmoe.dispatch.expert_chunks import RowPlaces
+from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.errors import TransportError
+from tritonmoe.overlap.report import PassReport, mark
+from tritonmoe.overlap.schedule import Schedule, Step, build_backward, build_forward
+from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.transports.wire import DecodedExchange, WireFormat
 
 __all__ = ["ExpertsPass", "LayerPass", "MakeExperts", "execute"]
 

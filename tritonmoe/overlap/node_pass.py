@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends.reference import WeightGrads
-from ..dispatch import DispatchPlan
-from ..transports import PendingExchange, Transport
-from ..wire import WireFormat
-from .executor import ExpertsPass, LayerPass, MakeExperts, execute
-from .layer_report import PassReport
-from .schedule import Step, build_inside
+from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.overlap.executor import ExpertsPass, LayerPass, MakeExperts, execute
+from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.schedule import Step, build_inside
+from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["NodePass"]
 

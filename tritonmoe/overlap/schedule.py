@@ -19,7 +19,7 @@ On two levels these are the steps between nodes, and some of them have steps of 
 from dataclasses import dataclass
 from typing import Literal
 
-from ..overlap_config import LOCAL_PARTS, OverlapPlan
+from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
 
 __all__ = [
     "INSIDE",

@@ -1,0 +1,1 @@
+"""What a run was like, for people: terminal, PNG, Perfetto trace."""

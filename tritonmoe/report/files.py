@@ -4,7 +4,7 @@ import io
 import os
 from typing import Any
 
-from ..files import write_whole
+from tritonmoe.runtime.files import write_whole
 
 __all__ = ["write_picture"]
 

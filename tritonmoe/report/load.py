@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from .files import write_picture
+from tritonmoe.report.files import write_picture
 
 __all__ = ["write_load_png"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
-from .timeline import LANES, Timeline
+from tritonmoe.report.timeline import LANES, Timeline
+from tritonmoe.runtime.files import write_whole
 
 __all__ = ["chrome_trace", "write_chrome_trace"]
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_picture
-from .terminal import short_name
-from .timeline import Span, Timeline
+from tritonmoe.report.files import write_picture
+from tritonmoe.report.terminal import short_name
+from tritonmoe.report.timeline import Span, Timeline
 
 __all__ = ["write_overlap_png", "write_png"]
 

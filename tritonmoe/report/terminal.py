@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from ..overlap.schedule import INSIDE
-from .timeline import LANES, NODE, Span, Timeline
+from tritonmoe.overlap.schedule import INSIDE
+from tritonmoe.report.timeline import LANES, NODE, Span, Timeline
 
 __all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "short_name", "sparkline", "text_style"]
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..overlap.layer_report import LayerReport, PassReport, StepTiming
-from ..overlap.simulator import SimulatedStep, Simulation
+from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
+from tritonmoe.simulation.simulator import SimulatedStep, Simulation
 
 __all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
 

@@ -5,10 +5,10 @@ balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any 
 (https://arxiv.org/abs/2202.08906); MaxVio from loss-free balancing (https://arxiv.org/abs/2408.15664).
 """
 
-from .checkpointing import save_topk
-from .losses import load_balance_loss, z_loss
-from .router import Routing, TopKRouter
-from .statistics import RoutingStatistics, expert_load, routing_statistics
+from tritonmoe.routing.checkpointing import save_topk
+from tritonmoe.routing.losses import load_balance_loss, z_loss
+from tritonmoe.routing.router import Routing, TopKRouter
+from tritonmoe.routing.statistics import RoutingStatistics, expert_load, routing_statistics
 
 __all__ = [
     "Routing",

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .router import Routing
-from .statistics import expert_load, reduce_counts
+from tritonmoe.routing.router import Routing
+from tritonmoe.routing.statistics import expert_load, reduce_counts
 
 __all__ = ["load_balance_loss", "z_loss"]
 

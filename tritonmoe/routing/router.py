@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import is_recomputing, without_autocast
-from ..config import MoEConfig, check_moe_config, is_number
-from ..transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
-from .statistics import expert_load, reduce_counts
+from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
+from tritonmoe.routing.statistics import expert_load, reduce_counts
+from tritonmoe.runtime.autograd import is_recomputing, without_autocast
+from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
 __all__ = ["Routing", "TopKRouter"]
 

@@ -10,10 +10,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import TransportError
-from ..handles import Handled
-from ..overlap_config import MAX_CHUNKS
-from .collectives import all_reduce, barrier, broadcast, run_outside_graphs
+from tritonmoe.config.overlap import MAX_CHUNKS
+from tritonmoe.errors import TransportError
+from tritonmoe.runtime.handles import Handled
+from tritonmoe.transports.collectives import all_reduce, barrier, broadcast, run_outside_graphs
 
 __all__ = [
     "PendingExchange",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tritonmoe.autograd import outside_graphs
-from tritonmoe.config import is_integer
+from tritonmoe.config.layer import is_integer
 from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.runtime.autograd import outside_graphs
 
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport

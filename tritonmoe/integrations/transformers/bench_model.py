@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...overlap_config import OverlapConfig
+from tritonmoe.config.overlap import OverlapConfig
 
 __all__ = ["load_spread", "qwen3_moe_model"]
 
@@ -32,7 +32,7 @@ def qwen3_moe_model(
     """
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    from . import register
+    from tritonmoe.integrations.transformers import register
 
     register()
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def load_spread(directory: Path, num_ranks: int, ep_implementation: str, overlap
     """
     from transformers import AutoModelForCausalLM
 
-    from . import register
+    from tritonmoe.integrations.transformers import register
 
     register(overlap)
     from transformers.distributed import DistributedConfig

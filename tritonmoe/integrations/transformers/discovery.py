@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .gates import CLAMPED_GATES
-from .requirements import check_transformers
+from tritonmoe.integrations.transformers.gates import CLAMPED_GATES
+from tritonmoe.integrations.transformers.requirements import check_transformers
 
 __all__ = [
     "ExpertsClass",

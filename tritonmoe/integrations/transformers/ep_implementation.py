@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
-from ...expert_parallel import expert_parallel_mlp
-from ...overlap_config import OverlapConfig
-from ...transports import as_transport
-from .experts import run_experts
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.integrations.transformers.experts import run_experts
+from tritonmoe.transports import as_transport
 
 __all__ = ["OverlappedEP"]
 

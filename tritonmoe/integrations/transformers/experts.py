@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_plain
-from ...autograd import without_autocast
-from ...config import Activation, is_fused
-from ...experts import moe_mlp
-from .gates import choose_activation
-from .sharding import expert_parallel_state
+from tritonmoe.config.layer import Activation, is_fused
+from tritonmoe.experts.arguments import check_plain
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.integrations.transformers.gates import choose_activation
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.runtime.autograd import without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ...layer import MoELayer
-from .discovery import UNSUPPORTED_NAMES, experts_modules
-from .requirements import check_model, quantised_kind
+from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.registration import register
+from tritonmoe.integrations.transformers.requirements import check_model, quantised_kind
+from tritonmoe.layer import MoELayer
 
 __all__ = ["PatchReport", "patch"]
 
@@ -45,8 +47,6 @@ class _Registration:
 
 
 def _registered() -> _Registration:
-    from . import register
-
     register()
     return _Registration()
 
@@ -64,8 +64,6 @@ def patch(model: nn.Module) -> PatchReport:
             jetmoe, switch_transformers, ...), or experts are quantised. The modules are named, and nothing is changed.
         TypeError: `model` is none. ImportError: transformers is missing or older than 5.7.
     """
-    from . import EXPERTS_IMPLEMENTATION, register
-
     register()
     check_model(model)
     from transformers import PreTrainedModel

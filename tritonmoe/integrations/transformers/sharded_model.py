@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import TransportError
-from ...spread import check_not_adapted, expert_parameters
-from ...transports.data_parallel import sharded_modules
-from ...transports.whole_states import whole
+from tritonmoe.errors import TransportError
+from tritonmoe.integrations.torch_distributed.parallelize import check_not_adapted, expert_parameters
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.whole_states import whole
 
 __all__ = ["bind_to_spread", "gathered_state", "on_first_rank", "saves_adapters"]
 
@@ -54,8 +55,6 @@ def _check_experts(name: str, own_name: str, experts: Any, block: nn.Module, _: 
 
 
 def _check_implementation(name: str, implementation: str | None) -> None:
-    from . import EXPERTS_IMPLEMENTATION
-
     if implementation != EXPERTS_IMPLEMENTATION:
         raise ValueError(
             f'the experts of {name} are spread over ranks, and only experts_implementation="{EXPERTS_IMPLEMENTATION}" '

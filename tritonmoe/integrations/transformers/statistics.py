@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ...autograd import is_recomputing
-from ...layer import MoELayer
-from ...routing import RoutingStatistics, routing_statistics
-from .discovery import experts_modules
-from .requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.layer import MoELayer
+from tritonmoe.routing import RoutingStatistics, routing_statistics
+from tritonmoe.runtime.autograd import is_recomputing
 
 __all__ = ["ModelStatistics", "ScalarWriter", "collect_statistics"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...spread import expert_parameters
-from .sharded_model import gathered_state, on_first_rank, saves_adapters
-from .upcycle_saved import DESCRIPTION_FILE, load_upcycled
+from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
+from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank, saves_adapters
+from tritonmoe.integrations.transformers.upcycle.saved import DESCRIPTION_FILE, load_upcycled
 
 __all__ = ["let_trainer_save_spread_models"]
 

@@ -1,0 +1,161 @@
+"""Every kernel compiles for every target, without a GPU: no spills, within its limits, with its matrix instruction."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import triton
+
+from tritonmoe.aot import ARCHITECTURES, Compiled
+from tritonmoe.aot.machine_code import read_amd
+
+MODULE = [sys.executable, "-m", "tritonmoe.aot"]
+BY_TMA = {
+    "up up": 1,
+    "up inference up": 1,
+    "down grouped_matmul": 2,
+    "down_grad down_grad": 1,
+    "up_grad grouped_matmul": 2,
+}
+"""Kernels that read operands by TMA, and how many."""
+REGISTERS_BY_TMA = {"sm_90": 208, "sm_100": 176, "sm_120": 200}
+"""What a thread of up may use where both its operands come by TMA: no addresses of rows."""
+ONE_TILE = "bf16 one tile a program"
+TMA_TARGETS = (
+    "sm_90",
+    "sm_100",
+    *(["sm_120"] if [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 7] else []),
+)
+
+
+def test_interpreter_cannot_compile():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(MODULE, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+def test_kernels_compile_and_fit(tmp_path):
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run([*MODULE, "--json"], env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout)
+    assert {item["target"] for item in compiled} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
+    assert all(item["registers"] > 0 and item["occupancy"] > 0 for item in compiled)
+    for operation in ("up", "down", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2"):
+        for target, matrix in (("sm_90", "wgmma"), ("sm_100", "tcgen05")):
+            loops = [
+                item["loop"]
+                for item in compiled
+                if item["kernel"].startswith(f"{operation} ") and item["target"] == target and item["matrix"] == matrix
+            ]
+            assert loops, f"{operation} on {target}"
+            assert all(0 < loop[matrix] < loop["all"] for loop in loops)
+    by_key = {(item["variant"], item["kernel"], item["target"]): item for item in compiled}
+    for kernel, tma_operands in BY_TMA.items():
+        for target in (*TMA_TARGETS, "sm_80", "gfx942", "gfx950"):
+            by_tma, pointers = (by_key.get((variant, kernel, target)) for variant in ("bf16", "bf16 pointers"))
+            assert by_tma is not None
+            if target in TMA_TARGETS:
+                # As many matrix instructions: the same sums, so a row's bits don't depend on how tiles are read.
+                assert pointers is not None
+                assert by_tma["tma_operands"] == by_tma["loop"]["TMA"] == tma_operands
+                assert pointers["tma_operands"] == 0
+                assert by_tma["loop"][by_tma["matrix"]] == pointers["loop"][by_tma["matrix"]]
+            else:
+                assert pointers is None, "compiled twice"
+                assert by_tma["tma_operands"] == 0
+    for kernel in BY_TMA:
+        for target in ARCHITECTURES:
+            persistent, one_tile = (by_key.get((variant, kernel, target)) for variant in ("bf16", ONE_TILE))
+            assert (one_tile is not None) is (target in ("sm_90", "sm_100")), "compiled twice, or not at all"
+            if one_tile is not None:
+                # One loop over all tiles of a program: the next one's loads are under way while one is stored.
+                assert "store" in persistent["loop"]
+                assert "store" not in one_tile["loop"]
+                assert persistent["loop"][persistent["matrix"]] == one_tile["loop"][one_tile["matrix"]]
+    gathered_by_tma = [target for target in TMA_TARGETS if target != "sm_90"]
+    for variant, targets in (("bf16 gathered by TMA", gathered_by_tma), ("bf16 rows copied", ("sm_90", "sm_100"))):
+        for target in ARCHITECTURES:
+            for kernel in ("up up", "up inference up"):
+                found = by_key.get((variant, kernel, target))
+                assert (found is not None) is (target in targets), "compiled twice, or not at all"
+                if found is not None:
+                    assert found["tma_operands"] == 2
+                    assert "cp.async" in by_key["bf16", kernel, target]["loop"]
+                    assert "cp.async" not in found["loop"], "rows through pointers"
+                    assert found["registers"] <= REGISTERS_BY_TMA[target]
+                    matrix = found["matrix"]
+                    assert found["loop"][matrix] == by_key["bf16", kernel, target]["loop"][matrix]
+            copies = (variant, "up inference gather_rows", target) in by_key
+            assert copies is (variant == "bf16 rows copied" and target in targets)
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared_kb", "num_warps", "programs"),
+    [
+        ("sm_90", 128, 0, 8, 2),  # 16 warps of 128 registers
+        ("sm_90", 129, 0, 8, 1),  # registers are given out in eights
+        ("sm_90", 168, 100, 4, 2),  # 12 warps, but 101 KB of 228 each
+        ("sm_90", 16, 0, 4, 16),  # 64 warps
+        ("sm_90", 255, 228, 8, 0),
+        ("sm_120", 16, 0, 4, 12),  # 48 warps
+        ("gfx942", 128, 32, 8, 2),
+        ("gfx942", 256, 64, 4, 1),
+        ("gfx950", 256, 64, 4, 2),
+    ],
+)
+def test_occupancy(target, registers, shared_kb, num_warps, programs):
+    assert ARCHITECTURES[target].occupancy(registers, shared_kb * 1024, num_warps) == programs
+
+
+def test_tensor_memory_limits_occupancy():
+    assert ARCHITECTURES["sm_100"].occupancy(64, 1024, 4) == 8
+    assert ARCHITECTURES["sm_100"].occupancy(64, 1024, 4, tensor_memory_columns=256) == 2
+
+
+AMD_ASSEMBLY = """
+_kernel:
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_2:
+\tds_read_b128 v[0:3], v4
+\ts_barrier
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\ts_cbranch_scc1 .LBB0_2
+\tglobal_store_dwordx4 v[4:5], v[0:3], off
+\ts_cbranch_vccnz .LBB0_1
+    .max_flat_workgroup_size: 512
+    .vgpr_count:     118
+    .vgpr_spill_count: 3
+    .wavefront_size: 64
+"""
+
+
+def test_the_innermost_loop_is_counted():
+    code = read_amd(AMD_ASSEMBLY)
+    assert (code.registers, code.spills, code.num_warps, code.matrix) == (118, 3, 8, "mfma")
+    assert code.loop == {"all": 4, "mfma": 1, "shared": 1, "barrier": 1}
+
+
+@pytest.mark.parametrize(
+    ("measured", "problem"),
+    [
+        ({}, ""),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 228 * 1024}, "needs 233472 bytes of shared memory, there are 232448"),
+        ({"occupancy": 0}, "no program fits: 128 registers, 8 warps"),
+        ({"matrix": "mma.sync"}, "its loop has mma.sync, not wgmma"),
+        ({"matrix": ""}, "its loop has no matrix instruction, not wgmma"),
+        ({"tma_operands": 2, "loop": {"wgmma": 4, "TMA": 1}}, "its loop has 1 TMA loads for 2 descriptors"),
+        ({"error": "PTXASError: no"}, "PTXASError: no"),
+    ],
+)
+def test_what_is_unfit(measured, problem):
+    fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
+    assert Compiled("bf16", "up", "sm_90", **(fit | measured)).problem == problem

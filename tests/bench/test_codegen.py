@@ -1,0 +1,110 @@
+"""python -m bench.codegen: one Triton after another in a process of its own, and a hash of what was compiled."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import codegen
+
+
+@pytest.fixture
+def no_compiling(monkeypatch):
+    """Take the compiler's and pip's place: remember commands, give one row. Triton 9.9 is installed."""
+    monkeypatch.setattr(codegen.importlib.metadata, "version", lambda package: "9.9")
+    commands = []
+    row = {"variant": "bf16", "kernel": "up up", "target": "sm_90", "problem": ""}
+
+    class Done:
+        returncode = 0
+        stdout = json.dumps([row])
+
+    def run(command, env=None, **kwargs):
+        if command[1:3] == ["-m", "pip"]:
+            (Path(command[command.index("--target") + 1]) / "triton").mkdir(parents=True)
+        commands.append((command, env))
+        return Done()
+
+    monkeypatch.setattr(codegen.subprocess, "run", run)
+    return commands, row, Done
+
+
+def run(tmp_path, *arguments):
+    return codegen.main(["--overlays", str(tmp_path / "tritons"), "--json", str(tmp_path / "table.json"), *arguments])
+
+
+def test_both_tritons_are_in_the_table(tmp_path, no_compiling):
+    commands, _, _ = no_compiling
+    assert run(tmp_path, "--triton-versions", "3.6.0", "9.9") == 0
+    (pip, _), (older, older_environment), (newest, newest_environment) = commands
+    assert pip[-1] == "triton==3.6.0"
+    assert older == newest == [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", "2", "--all"]
+    assert older_environment["PYTHONPATH"].startswith(str(tmp_path / "tritons" / "3.6.0"))
+    assert str(tmp_path) not in newest_environment["PYTHONPATH"]
+    assert "TRITON_INTERPRET" not in older_environment | newest_environment
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["source_hash"] == codegen.source_hash()
+    assert [row["triton"] for row in table["results"]] == table["triton_versions"]
+    assert table["triton_versions"][0] == "3.6.0"
+
+
+def test_a_triton_that_pip_does_not_find(tmp_path, monkeypatch, capsys):
+    def fails(command, **options):
+        raise codegen.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(codegen.subprocess, "run", fails)
+    assert run(tmp_path, "--triton-versions", "0.0") == 2
+    assert "Triton 0.0 could not be installed into" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_a_downloaded_triton_is_kept(tmp_path, no_compiling):
+    commands, _, _ = no_compiling
+    for _ in range(2):
+        assert run(tmp_path, "--triton-versions", "3.6.0") == 0
+    assert sum(command[1:3] == ["-m", "pip"] for command, _ in commands) == 1
+
+
+def test_an_unfit_kernel_and_a_compiler_that_fails(tmp_path, no_compiling):
+    _, row, done = no_compiling
+    done.stdout = json.dumps([row | {"problem": "spills 8 bytes"}])
+    done.returncode = 1
+    assert run(tmp_path, "--triton-versions", "3.6.0") == 1
+    assert (tmp_path / "table.json").exists()
+    (tmp_path / "table.json").unlink()
+    done.returncode, done.stdout = 2, ""
+    assert run(tmp_path, "--triton-versions", "3.6.0") == 2
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
+    for name in ("aot/launches.py", "backends/triton.py", "kernels/up.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one\n")
+    monkeypatch.setattr(codegen, "ROOT", tmp_path)
+    seen = {codegen.source_hash()}
+    for name in ("kernels/up.py", "aot/launches.py", "backends/triton.py"):
+        (tmp_path / name).write_text("two\n")
+        seen.add(codegen.source_hash())
+    (tmp_path / "kernels/new.py").write_text("")
+    seen.add(codegen.source_hash())
+    (tmp_path / "aot/machine_code.py").write_text("reads what came out\n")
+    assert len(seen) == 5
+    assert codegen.source_hash() in seen
+
+
+def test_the_committed_table_is_of_these_sources():
+    table = json.loads((codegen.ROOT.parent / codegen.RESULT).read_text())
+    assert table["source_hash"] == codegen.source_hash(), "stale: run python -m bench.codegen"
+    assert len(table["triton_versions"]) == 2
+    assert {row["triton"] for row in table["results"]} == set(table["triton_versions"])
+
+
+def test_every_kernel_of_the_committed_table_is_fit():
+    rows = json.loads((codegen.ROOT.parent / codegen.RESULT).read_text())["results"]
+    unfit = [
+        f"Triton {row['triton']}: {row['variant']} {row['kernel']} {row['target']}" for row in rows if "problem" in row
+    ]
+    assert not unfit
+    assert not any("spills" in row or "error" in row for row in rows)

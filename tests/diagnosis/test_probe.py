@@ -1,0 +1,115 @@
+"""What is probed: links, and the steps of a layer by their size; and that plans are found from it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonmoe as tm
+import tritonmoe.diagnosis.probe
+from tritonmoe.diagnosis.probe import probe, probe_link, probe_steps
+from tritonmoe.overlap import report as layer_report
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.transports import LocalTransport, Transport
+from tritonmoe.tuning.search import search
+
+NUM_TOKENS = 256
+
+
+def test_probe_of_an_emulated_link() -> None:
+    """All ranks get the same numbers; no link is found to be much faster than it is."""
+    found = tm.run_on_emulated_ranks(probe_link, 2, link=tm.LinkModel(0.1, latency_us=3000))
+    assert found[0] == found[1]
+    assert 0 < found[0].bytes_per_s < 2 * 0.1e9
+    slower = tm.run_on_emulated_ranks(probe_link, 2, link=tm.LinkModel(0.04))
+    assert 0 < slower[0].bytes_per_s < 2 * 0.04e9
+
+
+def test_probe_of_one_rank() -> None:
+    assert probe_link(LocalTransport()).bytes_per_s == float("inf")
+
+
+def test_probe_on_ranks_of_a_group_of_three() -> None:
+    def on_rank(transport: Transport) -> LinkCosts:
+        return probe_link(transport)
+
+    found = tm.run_on_emulated_ranks(on_rank, 3)
+    assert all(costs == found[0] for costs in found)
+
+
+def test_a_link_too_fast_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where noise is all that is measured, no line rises with the bytes."""
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "fit_line", lambda points: (0.0, 0.0))
+    found = tm.run_on_emulated_ranks(probe_link, 2)
+    assert found[0].bytes_per_s == float("inf")
+    assert found[0].contention == 0.0
+
+
+def batch(rank: int, num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    weights, ids = torch.rand(num_tokens, 4, generator=generator).topk(2)
+    return torch.randn(num_tokens, 8, generator=generator), ids, weights
+
+
+def test_the_steps_of_a_layer() -> None:
+    def on_rank(transport: Transport) -> tuple[LinkCosts, StepCosts]:
+        experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport, tm.OverlapConfig(3), backend="torch")
+        found = probe(experts, *batch(transport.rank))
+        assert experts.overlap == tm.OverlapConfig(3)
+        assert experts.transport is transport
+        assert all(weight.grad is None for weight in experts.parameters())
+        return found
+
+    plan = tm.OverlapPlan((1,))
+    schedules = build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True)
+    kinds = {step.kind for schedule in schedules for step in schedule}
+    (link, costs), (other_link, other_costs) = tm.run_on_emulated_ranks(on_rank, 2)
+    assert link == other_link
+    assert set(costs.unit_s) == set(other_costs.unit_s) == kinds
+    assert all(costs.seconds(kind, float(NUM_TOKENS)) > 0 for kind in kinds)
+
+
+def test_plans_are_found_from_the_curve_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of 3 ms for every chunk and 20 us for every pair: one more chunk must hide more than 3 ms."""
+    clock = [0.0]  # stands still but for the activation
+    monkeypatch.setattr(layer_report, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow_silu(h: Tensor) -> Tensor:
+        clock[0] += 0.003 + 0.00002 * h.shape[0]
+        gate, up = h.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2, activation=slow_silu), backend="torch")
+    link, costs = probe(experts, *batch(0))
+    assert link.bytes_per_s == float("inf")
+    assert experts.transport is None
+    for pairs in (3.0, 16.0, 100.0, 512.0, 2048.0):
+        assert costs.seconds("experts", pairs) == pytest.approx(0.003 + 0.00002 * pairs)
+    assert costs.of_one_more_chunk("experts", 512.0) == pytest.approx(0.003)
+    work = LayerWork.of(torch.full((8, 8), 32.0), 2.0, row_bytes=1, top_k=0)  # 512 pairs on every rank
+    config = tm.OverlapConfig(local_first=False)
+    for exchange_s, one_chunk_pays in ((0.002, True), (0.02, False)):
+        link = LinkCosts(0.0, 7 * 32 / exchange_s)
+        (one,) = simulate_layer(tm.OverlapPlan(local_first=False), work, costs, link, backward=False)
+        assert one.total_s == pytest.approx(0.003 + 512 * 0.00002 + 2 * exchange_s)
+        best = search(config, work, costs, link, backward=False)[0][1]
+        assert (best.num_chunks == 1) == one_chunk_pays
+
+
+def test_few_tokens_and_none() -> None:
+    def on_rank(transport: Transport) -> StepCosts:
+        experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport, backend="torch")
+        return probe_steps(experts, *batch(transport.rank, 3 * transport.rank))
+
+    for costs in tm.run_on_emulated_ranks(on_rank, 2):
+        assert costs.seconds("experts", 2.0) >= 0
+
+
+def test_a_forward_alone() -> None:
+    with torch.no_grad():
+        costs = probe_steps(tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2)), *batch(0, 8))
+    assert "experts" in costs.unit_s
+    assert "experts_backward" not in costs.unit_s

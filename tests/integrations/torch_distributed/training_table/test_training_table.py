@@ -1,0 +1,55 @@
+"""Experts spread over gloo processes inside what users put around them: equal to one device, or refused with a way out.
+
+A failing test names its cell: the row (what is around), the column (what holds the experts) and the ranks. `python
+tests/training_table/table_ranks.py` prints the table.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import table_ranks
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
+from processes import ENVIRONMENT
+
+CELLS = [cell for _, cells in table_ranks.passes() for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Any:
+    @functools.cache
+    def run(which: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("training_table")
+        ended = subprocess.run(
+            [sys.executable, table_ranks.__file__, str(folder), which],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=3000,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return json.loads((folder / "results.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id="-".join(cell), marks=() if table_ranks.is_quick(cell) else pytest.mark.slow)
+        for cell in CELLS
+    ],
+)
+def test_cell(cell: table_ranks.Cell, results: Any) -> None:
+    outcomes, _ = results("quick" if table_ranks.is_quick(cell) else "")["|".join(cell)]
+    for outcome in outcomes:
+        assert table_ranks.is_expected(cell, outcome), outcomes

@@ -1,0 +1,267 @@
+"""Schedules are data: what any of them must hold, and one written out."""
+
+import itertools
+
+import pytest
+
+from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.overlap.schedule import (
+    LOCAL_END,
+    LOCAL_START,
+    Schedule,
+    Step,
+    build_backward,
+    build_forward,
+    check_schedule,
+)
+
+CHUNKS = (1, 2, 3, 32)
+LOCAL_STARTS = {"travel": None, "start": LOCAL_PARTS, "end": 0, "both": LOCAL_PARTS // 2}
+WINDOWS = (1, 2, 32)
+
+
+def plans() -> list[tuple[OverlapPlan, str]]:
+    found = []
+    for num_chunks, (name, local_start) in itertools.product(CHUNKS, LOCAL_STARTS.items()):
+        local = {"local_first": False} if local_start is None else {"local_start": local_start}
+        for window in WINDOWS:
+            plan = OverlapPlan(equal_sizes(num_chunks), **local, window=window, backward_window=window)
+            found.append((plan, f"C{num_chunks}-{name}-window{window}"))
+        found.append((OverlapPlan(equal_sizes(num_chunks), **local, serial=True), f"C{num_chunks}-{name}-serial"))
+    return found
+
+
+def forwards() -> list:
+    return [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
+
+
+def backwards() -> list:
+    return [
+        pytest.param(build_backward(plan, needs_x=x, needs_topk_weights=w), plan, id=f"backward-{name}-x{x:d}-w{w:d}")
+        for (plan, name), x, w in itertools.product(plans(), (True, False), (True, False))
+    ]
+
+
+def kinds(schedule: Schedule, lane: str | None = None) -> list[str]:
+    return [str(step) for step in schedule if lane in (None, step.lane)]
+
+
+def position(schedule: Schedule, kind: str, chunk: int | None) -> int:
+    return next(n for n, step in enumerate(schedule) if (step.kind, step.chunk) == (kind, chunk))
+
+
+def test_two_chunks_written_out() -> None:
+    plan = OverlapPlan((1, 2))
+    schedule = build_forward(plan)
+    assert kinds(schedule, "comm") == ["metadata", "dispatch 0", "dispatch 1", "combine 0", "combine 1"]
+    assert kinds(schedule, "compute") == [
+        "group",
+        "experts local",
+        "experts 0",
+        "experts 1",
+        "experts local end",
+        "reduce 0",
+        "reduce 1",
+    ]
+    backward = build_backward(plan, needs_x=True, needs_topk_weights=True)
+    assert kinds(backward, "comm") == [
+        "combine_backward 0",
+        "combine_backward 1",
+        "dispatch_backward 0",
+        "dispatch_backward 1",
+        "routing_backward",
+    ]
+    assert kinds(backward, "compute") == [
+        "experts_backward local",
+        "experts_backward local end",
+        "experts_backward 0",
+        "experts_backward 1",
+        "weight_grad",
+        "reduce_backward 0",
+        "reduce_backward 1",
+        "reduce_routing_backward",
+    ]
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_fillers(serial: bool) -> None:
+    """The first needs no rows at all, not even the metadata; the second hides the last combine."""
+    schedule = build_forward(OverlapPlan((1, 1), serial=serial), num_fillers=2)
+    first, second = position(schedule, "filler", 0), position(schedule, "filler", 1)
+    assert schedule[first].after == schedule[second].after == ()
+    assert first < position(schedule, "group", None)
+    assert position(schedule, "combine", 1) < second
+    if not serial:
+        assert position(schedule, "dispatch", 1) < first
+        assert second < position(schedule, "reduce", 0)
+    assert kinds(build_forward(OverlapPlan((1, 1), serial=serial), num_fillers=1)) == [
+        name for name in kinds(schedule) if name != "filler 1"
+    ]
+
+
+def test_a_window_of_one_written_out() -> None:
+    """Dispatch 1 goes out when dispatch 0 has arrived, and combine 1 when combine 0 has."""
+    schedule = build_forward(OverlapPlan((1, 1), local_start=LOCAL_PARTS, window=1))
+    assert [(str(step), [str(schedule[n]) for n in step.after]) for step in schedule] == [
+        ("metadata", []),
+        ("dispatch 0", []),
+        ("group", ["metadata"]),
+        ("experts local", ["group"]),
+        ("dispatch 1", ["dispatch 0"]),
+        ("experts 0", ["dispatch 0", "group"]),
+        ("combine 0", ["experts 0"]),
+        ("experts 1", ["dispatch 1", "group"]),
+        ("combine 1", ["experts 1", "combine 0"]),
+        ("reduce 0", ["combine 0", "experts local"]),
+        ("reduce 1", ["combine 1", "experts local"]),
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
+def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, plan: OverlapPlan) -> None:
+    check_schedule(schedule)
+    assert len(set(kinds(schedule))) == len(schedule)
+    for n, step in enumerate(schedule):
+        if step.lane == "comm":
+            assert any(n in later.after for later in schedule[n + 1 :]), step
+    for kind in {step.kind for step in schedule if step.chunk is not None}:
+        chunks = [step.chunk for step in schedule if step.kind == kind and step.chunk >= 0]
+        assert chunks == list(range(plan.num_chunks)), kind
+
+
+@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
+def test_exchanges_under_way(schedule: Schedule, plan: OverlapPlan) -> None:
+    """A serial schedule has one; a window bounds the dispatches and the combines, and is used up."""
+    under_way: dict[int, str] = {}
+    most = {"any": 0}
+    for n, step in enumerate(schedule):
+        for earlier in step.after:
+            under_way.pop(earlier, None)
+        if step.lane == "comm":
+            under_way[n] = step.kind
+            most["any"] = max(most["any"], len(under_way))
+            kind_count = sum(kind == step.kind for kind in under_way.values())
+            most[step.kind] = max(most.get(step.kind, 0), kind_count)
+    assert not under_way
+    if plan.serial:
+        assert most["any"] == 1
+        return
+    is_forward = "dispatch" in most
+    window = min(plan.window if is_forward else plan.backward_window, plan.num_chunks)
+    assert most["dispatch" if is_forward else "combine_backward"] == window
+    assert most["combine" if is_forward else "combine_backward"] == window
+    assert most.get("dispatch_backward", window) == window
+
+
+@pytest.mark.parametrize(("schedule", "plan"), forwards())
+def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
+    group = position(schedule, "group", None)
+    assert position(schedule, "metadata", None) in schedule[group].after
+    local = [n for n, step in enumerate(schedule) if step.kind == "experts" and step.chunk < 0]
+    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
+    assert [schedule[n].chunk for n in local] == (expected if plan.local_first else [])
+    assert all(group in schedule[n].after for n in local)
+    for c in range(plan.num_chunks):
+        experts = position(schedule, "experts", c)
+        assert {position(schedule, "dispatch", c), group} <= set(schedule[experts].after)
+        combine = position(schedule, "combine", c)
+        assert experts in schedule[combine].after
+        assert {combine, *local} <= set(schedule[position(schedule, "reduce", c)].after)
+        if not plan.serial:
+            for n in local:
+                # The first slice hides the first dispatch, the last one the last combine.
+                first = position(schedule, "dispatch", 0) < n < position(schedule, "experts", 0)
+                last = combine < n < position(schedule, "reduce", c)
+                assert first if schedule[n].chunk == LOCAL_START else last
+
+
+@pytest.mark.parametrize(("schedule", "plan"), backwards())
+def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
+    present = {(s.kind, s.chunk) for s in schedule}
+    weight_grad = position(schedule, "weight_grad", None)
+    experts = [n for n, step in enumerate(schedule) if step.kind == "experts_backward"]
+    assert weight_grad > max(experts)
+    assert set(experts) <= set(schedule[weight_grad].after)
+    for c in range(plan.num_chunks):
+        own = position(schedule, "experts_backward", c)
+        assert position(schedule, "combine_backward", c) in schedule[own].after
+        if ("dispatch_backward", c) in present:
+            home = position(schedule, "dispatch_backward", c)
+            assert own in schedule[home].after
+            assert home in schedule[position(schedule, "reduce_backward", c)].after
+            if not plan.serial:
+                # The last exchanges go home behind the weight gradients.
+                assert home < weight_grad < position(schedule, "reduce_backward", c)
+    if ("routing_backward", None) in present:
+        routing = position(schedule, "routing_backward", None)
+        assert set(experts) <= set(schedule[routing].after)
+        assert routing in schedule[position(schedule, "reduce_routing_backward", None)].after
+
+
+def test_gradients_that_no_rank_needs_are_left_out() -> None:
+    plan = OverlapPlan(equal_sizes(3))
+    schedule = build_backward(plan, needs_x=False, needs_topk_weights=False)
+    assert {s.kind for s in schedule} == {"combine_backward", "experts_backward", "weight_grad"}
+    only_x = build_backward(plan, needs_x=True, needs_topk_weights=False)
+    assert not any("routing" in s.kind for s in only_x)
+    only_weights = build_backward(plan, needs_x=False, needs_topk_weights=True)
+    assert not any(s.kind in ("dispatch_backward", "reduce_backward") for s in only_weights)
+
+
+@pytest.mark.parametrize("local_start", [0, 5, LOCAL_PARTS, None])
+def test_overlap_and_serial_hold_the_same_steps(local_start: int | None) -> None:
+    """The exchanges are the same ones; only when each is waited for differs."""
+    local = {"local_first": False} if local_start is None else {"local_start": local_start}
+    overlapped = [OverlapPlan((1, 2, 1), **local, window=w, backward_window=w) for w in (1, 2, 3)]
+    serial = OverlapPlan((1, 2, 1), **local, serial=True)
+    for plan in overlapped:
+        assert sorted(kinds(build_forward(plan))) == sorted(kinds(build_forward(serial)))
+        backwards = [build_backward(p, needs_x=True, needs_topk_weights=True) for p in (plan, serial)]
+        assert sorted(kinds(backwards[0])) == sorted(kinds(backwards[1]))
+
+
+def test_sizes() -> None:
+    assert [ramp_sizes(c) for c in (1, 2, 3, 5, 6)] == [(1,), (1, 1), (1, 2, 1), (1, 2, 4, 2, 1), (1, 2, 4, 4, 2, 1)]
+    assert ramp_sizes(4, 5) == (1, 5, 5, 1)
+    assert ramp_sizes(3, 1) == equal_sizes(3)
+    assert max(ramp_sizes(32)) == 16
+    assert OverlapPlan((1, 2)).bounds(9) == (0, 3, 9)
+    assert OverlapPlan((1, 2, 4, 2, 1)).bounds(10) == (0, 1, 3, 7, 9, 10)
+    assert OverlapPlan(equal_sizes(3)).bounds(2) == (0, 0, 1, 2)
+    assert [OverlapPlan((1,), local_start=n).local_bound(9) for n in (0, 8, 16)] == [0, 4, 9]
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (1, -1), (1.0, 2), (True,), (1001,), (1,) * 33], ids=str)
+def test_sizes_that_are_refused(sizes: tuple) -> None:
+    with pytest.raises(ValueError, match="chunk sizes must be"):
+        OverlapPlan(sizes)
+
+
+@pytest.mark.parametrize("field", ["window", "backward_window", "local_start"])
+def test_numbers_that_are_refused(field: str) -> None:
+    for value in (-1, 33):
+        with pytest.raises(ValueError, match=f"{field} must be"):
+            OverlapPlan((1,), **{field: value})
+
+
+def test_a_plan_prints_itself() -> None:
+    assert str(OverlapPlan((1, 1, 1))) == "3 equal chunks, 8/16 of the local pairs first"
+    plan = OverlapPlan((1, 2, 1), local_first=False, window=2, backward_window=1)
+    assert str(plan) == (
+        "3 chunks of relative sizes 1, 2, 1, 2 exchanges of a kind under way in forward, "
+        "1 exchanges of a kind under way in backward"
+    )
+    assert str(OverlapPlan(local_first=False, serial=True)) == "1 chunk, not overlapped"
+    by_expert = OverlapPlan((1, 1), local_first=False, chunk_by="experts")
+    assert str(by_expert) == "2 equal chunks of experts"
+
+
+def test_wrong_schedules_are_refused() -> None:
+    post, use = Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,))
+    check_schedule((post, use))
+    with pytest.raises(ValueError, match=r"no step waits for the exchange of step 0 \(dispatch 0\)"):
+        check_schedule((post, Step("experts", 0, "compute")))
+    with pytest.raises(ValueError, match=r"step 0 \(experts 0\) needs step 0"):
+        check_schedule((use, post))
+    with pytest.raises(ValueError, match="needs step 5"):
+        check_schedule((post, Step("experts", 0, "compute", (0, 5))))

@@ -1,0 +1,134 @@
+"""Activation checkpointing of experts: a backward goes on with what the recompute made, and plans change between."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tritonmoe as tm
+from tritonmoe.expert_parallel import run as expert_parallel_run
+from tritonmoe.runtime import autograd
+from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.transports import Transport
+from tritonmoe.tuning.tuner import SETTLING_CALLS
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept_by_others() -> None:
+    """A backward that raises leaves what its recomputes kept."""
+    autograd._kept_by_recomputes.clear()
+
+
+def swiglu(rows: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def make_layers(transport: Transport, overlap: tm.OverlapConfig, **changes) -> list[tm.MoELayer]:
+    config = tm.MoEConfig(hidden_size=32, intermediate_size=16, num_experts=8, top_k=3, **changes)
+    return [tm.MoELayer(config, transport, overlap, generator=torch.Generator().manual_seed(s)) for s in range(2)]
+
+
+def step(layers: list[tm.MoELayer], x: Tensor, regions: list[list[int]], use_reentrant: bool | None) -> list[Tensor]:
+    """The output, and the gradients of x and every parameter; None checkpoints nothing."""
+
+    def run(region: list[int], rows: Tensor) -> Tensor:
+        for index in region:
+            rows = rows + layers[index](rows)
+        return rows
+
+    x = x.clone().requires_grad_()
+    y = x
+    for region in regions:
+        y = run(region, y) if use_reentrant is None else checkpoint(run, region, y, use_reentrant=use_reentrant)
+    parameters = [p for layer in layers for p in layer.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in parameters)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": swiglu}], ids=["fused", "callable"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("regions", [[[0], [1]], [[0, 1]]], ids=["a_layer_each", "both_layers"])
+def test_gradients_while_auto_still_tries_plans(
+    regions: list[list[int]], use_reentrant: bool, changes: dict[str, Callable]
+) -> None:
+    def on_rank(transport: Transport) -> set[int]:
+        tried = make_layers(transport, tm.OverlapConfig(), **changes)
+        fixed = make_layers(transport, tm.OverlapConfig(2), **changes)
+        num_chunks = set()
+        for number in range(SETTLING_CALLS // 2 + 2):
+            x = torch.randn(24 + 8 * transport.rank, 32, generator=torch.Generator().manual_seed(number))
+            results = [step(tried, x, regions, use_reentrant), step(fixed, x, regions, None)]
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+            num_chunks.add(tried[0].last_report.num_chunks)
+        return num_chunks
+
+    for num_chunks in tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60):
+        assert len(num_chunks) > 1
+    assert not autograd._kept_by_recomputes
+
+
+@pytest.mark.parametrize("regions", [[[0], [1]], [[0, 1]]], ids=["a_layer_each", "both_layers"])
+def test_a_recompute_takes_the_plan_of_its_forward(regions: list[list[int]], monkeypatch) -> None:
+    calls: dict[int, list[tuple[bool, tm.OverlapPlan]]] = {0: [], 1: []}
+    plan_tokens = expert_parallel_run.plan_tokens
+
+    def recorded(topk_ids, num_experts, rank, size, chosen, *others):
+        calls[rank].append((is_recomputing(), chosen))
+        return plan_tokens(topk_ids, num_experts, rank, size, chosen, *others)
+
+    monkeypatch.setattr(expert_parallel_run, "plan_tokens", recorded)
+
+    def on_rank(transport: Transport) -> None:
+        layers = make_layers(transport, tm.OverlapConfig())
+        for number in range(SETTLING_CALLS // 2 + 1):
+            step(layers, torch.randn(40, 32, generator=torch.Generator().manual_seed(number)), regions, False)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+    for of_rank in calls.values():
+        for first in range(0, len(of_rank), 4):
+            kinds, plans = zip(*of_rank[first : first + 4], strict=True)
+            assert kinds == (False, False, True, True)
+            assert plans[2:] == ((plans[1], plans[0]) if len(regions) == 2 else plans[:2])
+    assert len({plan for _, plan in calls[0]}) > 1
+
+
+@pytest.mark.parametrize("activation", ["silu", swiglu], ids=["fused", "callable"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_routes_that_flip_in_the_recompute(activation, use_reentrant: bool) -> None:
+    """As PyTorch's own operations have it: all of the backward is that of the recompute."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((9, 8), (9, 2), (5, 12, 8), (5, 8, 6))]
+    routes = [torch.rand(9, 5).topk(2).indices for _ in range(2)]
+
+    def run(ids: Tensor, *tensors: Tensor) -> Tensor:
+        x, weights, up, down = tensors
+        return tm.moe_mlp(x, ids, weights, up, down, activation=activation).square()
+
+    expected = torch.autograd.grad(run(routes[1], *leaves).sum(), leaves)
+    pending = iter(routes)
+    checkpoint(lambda *tensors: run(next(pending), *tensors), *leaves, use_reentrant=use_reentrant).sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+    assert not autograd._kept_by_recomputes
+
+
+def test_a_second_backward_recomputes_again() -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((9, 8), (9, 2), (5, 12, 8), (5, 8, 6))]
+    ids = torch.rand(9, 5).topk(2).indices
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return tm.moe_mlp(x, ids, weights, up, down)
+
+    expected = torch.autograd.grad(run(*leaves).sum(), leaves)
+    out = checkpoint(run, *leaves, use_reentrant=False).sum()
+    for _ in range(2):
+        grads = torch.autograd.grad(out, leaves, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    assert not autograd._kept_by_recomputes

@@ -1,0 +1,193 @@
+"""Layers, routings and comparisons that the tests of the kernels share."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from tolerance import assert_close_to_exact
+
+from tritonmoe.backends import reference
+from tritonmoe.backends import triton as kernels
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout
+from tritonmoe.grouping import RowSources
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = {
+    "concatenated": ExpertLayout(),
+    "interleaved": ExpertLayout(interleaved=True),
+    "transposed": ExpertLayout(transposed=True),
+    "interleaved-transposed": ExpertLayout(interleaved=True, transposed=True),
+    "ungated": ExpertLayout(gated=False),
+    "ungated-transposed": ExpertLayout(gated=False, transposed=True),
+}
+GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", GPT_OSS)
+
+
+@contextlib.contextmanager
+def garbage_memory():
+    """Fill what torch.empty gives with NaN (integers: a number that is no index)."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spoil(make):
+            def spoiled(*args, **kwargs):
+                tensor = make(*args, **kwargs)
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+
+            return spoiled
+
+        patch.setattr(torch, "empty", spoil(torch.empty))
+        patch.setattr(torch, "empty_like", spoil(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", spoil(torch.Tensor.new_empty))
+        yield
+
+
+class Layer:
+    """Random weights and rows of one layer, in one dtype."""
+
+    def __init__(self, ids, num_experts, layout, dtype=torch.float32, *, hidden=20, intermediate=12, bias=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+        width = 2 * intermediate if layout.gated else intermediate
+        self.layout, self.ids, self.num_experts = layout, ids.to(DEVICE), num_experts
+        self.w1 = random(num_experts, width, hidden, scale=hidden**-0.5)
+        self.w2 = random(num_experts, hidden, intermediate, scale=intermediate**-0.5)
+        if layout.transposed:
+            self.w1, self.w2 = self.w1.mT.contiguous(), self.w2.mT.contiguous()
+        self.b1 = random(num_experts, width, scale=0.5) if bias else None
+        self.b2 = random(num_experts, hidden, scale=0.5) if bias else None
+        self.x, self.dout = random(ids.shape[0], hidden), random(ids.shape[0], hidden)
+        self.weights = torch.rand(ids.shape, generator=generator).to(DEVICE)
+
+    def double(self):
+        """Give the same numbers in fp64."""
+        twin = object.__new__(Layer)
+        for name, value in vars(self).items():
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            setattr(twin, name, value.double() if is_float else value)
+        return twin
+
+
+def run_operations(backend, layer, grouping, activation, given=None):
+    """Run every operation once; with `given`, on the operands that another run produced.
+
+    Returns results by name; those in storage order are cut to the pairs that do work.
+    """
+    num_active = int(grouping.expert_offsets[-1])
+    layout, found = layer.layout, {}
+
+    def pad(tensor):
+        """Give the operand of the other run in this run's dtype and length, NaN behind the last pair."""
+        padded = torch.full((grouping.num_pairs, *tensor.shape[1:]), float("nan"), device=DEVICE)
+        padded[:num_active] = tensor
+        return padded.to(layer.x.dtype)
+
+    def operand(name, own):
+        return own if given is None else pad(given[name])
+
+    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layout, activation)
+    found["h"] = h[:num_active]
+    if a is None:
+        a = torch.full_like(h[:, : h.shape[1] // 2] if layout.gated else h, 0.5)
+        h = a
+    else:
+        found["a"] = a[:num_active]
+        h, a = operand("h", h), operand("a", a)
+    y = backend.down(a, layer.w2, layer.b2, grouping, layout)
+    found["y"] = y[:num_active]
+    found["out"] = backend.combine(operand("y", y), grouping.inverse, layer.weights)
+    found["unweighted"] = backend.combine(operand("y", y), grouping.inverse)
+    found["added"] = backend.combine(operand("y", y), grouping.inverse, layer.weights, layer.dout)
+    dh, scaled_a, dweights = backend.down_grad(
+        layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, activation
+    )
+    found |= {"dh": dh[:num_active], "scaled_a": scaled_a[:num_active], "dweights": dweights[:num_active]}
+    if activation is None:
+        return found
+    dh, scaled_a = operand("dh", dh), operand("scaled_a", scaled_a)
+    found["dx"] = backend.up_grad(dh, layer.w1, grouping, layout)[:num_active]
+    grads = backend.weight_grad(
+        grouping,
+        layout,
+        x=layer.x,
+        dh=dh,
+        dout=layer.dout,
+        scaled_a=scaled_a,
+        topk_weights=layer.weights,
+        gate_up_bias=True,
+        down_bias=True,
+    )
+    return found | grads._asdict()
+
+
+class WithOptions:
+    """The operations of the Triton backend under given options."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def __getattr__(self, name):
+        operation = getattr(kernels, name)
+        if name in ("group", "combine"):
+            return operation
+        return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
+
+
+def check_operations(layer, activation, backend=kernels):
+    """Compare every operation with the reference, each on the same operands."""
+    expected_grouping = reference.group(layer.ids, layer.num_experts)
+    expected = run_operations(reference, layer, expected_grouping, activation)
+    exact = run_operations(reference, layer.double(), expected_grouping, activation, expected)
+    with garbage_memory():
+        grouping = backend.group(layer.ids, layer.num_experts)
+        actual = run_operations(backend, layer, grouping, activation, expected)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_close_to_exact(name, actual[name], expected[name], exact[name])
+    return actual
+
+
+def random_ids(num_rows, top_k, num_experts, *, skip=0.2, seed=0):
+    """Draw ids, some of them skipped (below zero or too large), some twice in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, num_experts, (num_rows, top_k), generator=generator)
+    skipped = torch.rand(num_rows, top_k, generator=generator) < skip
+    outside = torch.where(torch.rand(num_rows, top_k, generator=generator) < 0.5, -1, num_experts + 3)
+    return torch.where(skipped, outside, ids)
+
+
+def chunked_rows(num_rows, num_chunks, num_sources, seed=0):
+    """Give chunk_row_offsets and the sources of the rows, in any order of the ranks; some chunks and runs are empty."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(0, num_rows + 1, (num_chunks - 1,), generator=generator).sort().values.tolist()
+    offsets = (0, *cuts, num_rows)
+    sources = row_sources(offsets, torch.randint(0, num_sources, (num_rows,), generator=generator), num_sources)
+    ranks = tuple(torch.randperm(num_sources, generator=generator).tolist())
+    return offsets, dataclasses.replace(sources, ranks=ranks)
+
+
+def row_sources(row_offsets, sources, num_sources):
+    """Give the RowSources of rows that come by source in each chunk."""
+    rows = [torch.bincount(sources[a:b], minlength=num_sources) for a, b in itertools.pairwise(row_offsets)]
+    return RowSources(tuple(range(num_sources)), torch.stack(rows))
+
+
+def assert_same_grouping(actual, expected):
+    """Compare integers exactly; behind the last pair there is padding of -1."""
+    num_pairs = expected.num_pairs
+    assert torch.equal(actual.pair_index[:num_pairs], expected.pair_index)
+    assert (actual.pair_index[num_pairs:] == -1).all()
+    for name in ("expert_offsets", "inverse", "chunk_expert_offsets"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        assert getattr(actual, name).dtype == torch.int32
+    assert actual.chunk_row_offsets == expected.chunk_row_offsets
+    if expected.source_order is None:
+        assert actual.source_order is None
+    else:
+        assert torch.equal(actual.source_order, expected.source_order)
+        assert actual.chunk_pair_offsets == expected.chunk_pair_offsets

@@ -1,0 +1,25 @@
+"""Compile every kernel ahead of time, without a GPU, and check that it fits: python -m tritonmoe.aot
+
+The backend's own operations run on meta tensors while `launch.recording` collects their launches, so what is
+compiled here, argument specialisation included, is what a GPU would get.
+"""
+
+from tritonmoe.aot.architectures import ARCHITECTURES, Architecture
+from tritonmoe.aot.compilation import Compiled, compile_all, compile_one, compile_unchecked
+from tritonmoe.aot.launches import VARIANTS, Variant, record_launches, source_of
+
+__all__ = [
+    "ARCHITECTURES",
+    "TARGETS",
+    "VARIANTS",
+    "Architecture",
+    "Compiled",
+    "Variant",
+    "compile_all",
+    "compile_one",
+    "compile_unchecked",
+    "record_launches",
+    "source_of",
+]
+
+TARGETS = {name: architecture.target for name, architecture in ARCHITECTURES.items()}

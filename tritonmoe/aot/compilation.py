@@ -1,0 +1,148 @@
+"""Compile launches, several processes at a time, and judge what came out."""
+
+import concurrent.futures
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tritonmoe.aot.architectures import ARCHITECTURES
+from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
+from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
+from tritonmoe.kernels import launch
+from tritonmoe.kernels.tiles import measured as measured_tiles
+
+__all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs on one target."""
+
+    variant: str
+    kernel: str
+    target: str
+    registers: int = 0
+    """A thread's registers (vector registers on AMD)."""
+    spills: int = 0
+    """Bytes of stack a thread uses on NVIDIA, spilled vector registers on AMD."""
+    shared_bytes: int = 0
+    num_warps: int = 0
+    occupancy: int = 0
+    """Programs that fit side by side on a multiprocessor (AMD: a compute unit)."""
+    matrix: str = ""
+    """The matrix instruction in the loop."""
+    expected_matrix: str = ""
+    """The one that must be there; empty where the kernel has no product in half precision."""
+    tma_operands: int = 0
+    """Operands that the launch hands over as descriptors, to be read by TMA."""
+    loop: dict[str, int] = field(default_factory=dict)
+    """Instructions by kind in the innermost loop around the matrix instruction (no such loop: in the whole kernel)."""
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Say what is wrong; empty when the kernel is fit to run."""
+        architecture = ARCHITECTURES[self.target]
+        limit = architecture.shared_bytes_per_program
+        if self.error:
+            return self.error
+        if self.spills:
+            return f"spills {self.spills} {'bytes' if self.target.startswith('sm_') else 'registers'}"
+        if self.shared_bytes > limit:
+            return f"needs {self.shared_bytes} bytes of shared memory, there are {limit}"
+        if self.occupancy < 1:
+            return f"no program fits: {self.registers} registers, {self.num_warps} warps"
+        if self.expected_matrix and self.matrix != self.expected_matrix:
+            return f"its loop has {self.matrix or 'no matrix instruction'}, not {self.expected_matrix}"
+        if self.loop.get("TMA", 0) < self.tma_operands:
+            return f"its loop has {self.loop.get('TMA', 0)} TMA loads for {self.tma_operands} descriptors"
+        return ""
+
+
+def _product_rows(ttir: str) -> int | None:
+    """Give the rows of the tiles that a kernel multiplies in fp16 or bf16; None where it multiplies none."""
+    rows = [
+        int(match[2]) for match in re.finditer(r"tt\.dot .*?tensor<[\dx]+x(bf16|f16)\S*> \* .*-> tensor<(\d+)x", ttir)
+    ]
+    return max(rows, default=None)
+
+
+def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
+    """Compile one launch, into the entry of Triton's cache where a launch on such a GPU looks for it."""
+    return triton.compile(source_of(item, target), target=target, options=item.options)
+
+
+def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str) -> Compiled:
+    """Compile one launch for one target."""
+    architecture = ARCHITECTURES[target_name]
+    try:
+        compiled = compile_unchecked(item, architecture.target)
+        assembly = compiled.asm
+        code: MachineCode = (
+            read_nvidia(assembly["cubin"], assembly["ptx"]) if "cubin" in assembly else read_amd(assembly["amdgcn"])
+        )
+    except Exception as error:
+        return Compiled(variant, kernel, target_name, error=f"{type(error).__name__}: {error}"[:2000])
+    rows = _product_rows(assembly["ttir"])
+    if rows is None:
+        expected = ""
+    elif architecture.target.backend == "cuda" and rows < 64:
+        expected = "mma.sync"  # wgmma and tcgen05 multiply 64 rows at least
+    else:
+        expected = architecture.matrix_instruction
+    shared = compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    return Compiled(
+        variant,
+        kernel,
+        target_name,
+        registers=code.registers,
+        spills=code.spills,
+        shared_bytes=shared,
+        num_warps=code.num_warps,
+        occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),
+        matrix=code.matrix,
+        expected_matrix=expected,
+        tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
+        loop=code.loop,
+    )
+
+
+def _run(job: tuple[str, str, str]) -> Compiled:
+    variant, target, kernel = job
+    with measured_tiles.using({}):
+        launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+    return compile_one(variant, kernel, launches[kernel], target)
+
+
+def compile_all(
+    targets: Iterable[str],
+    variants: Iterable[str],
+    num_workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Compiled]:
+    """Compile the kernels of the given variants for the given targets; what launches alike is compiled once."""
+    jobs, seen = [], set()
+    for variant in variants:
+        for target in targets:
+            with measured_tiles.using({}):  # whatever somebody tuned on this machine
+                launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+            for kernel, item in launches.items():
+                source = source_of(item, ARCHITECTURES[target].target)
+                key = (target, source.hash(), str(item.options))
+                if key not in seen:
+                    seen.add(key)
+                    jobs.append((variant, target, kernel))
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        for result in pool.map(_run, jobs):
+            results.append(result)
+            progress(len(results), len(jobs))
+    return results

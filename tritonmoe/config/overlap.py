@@ -1,0 +1,249 @@
+"""Frozen, checked settings of how exchanges overlap with compute: what a layer may choose from, and one choice."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+
+from tritonmoe.config.layer import check_flags, is_integer, is_number
+
+__all__ = [
+    "LOCAL_PARTS",
+    "MAX_CHUNKS",
+    "WIRE_DTYPES",
+    "OverlapConfig",
+    "OverlapPlan",
+    "check_chunk_sizes",
+    "check_overlap",
+    "equal_sizes",
+    "ramp_sizes",
+]
+
+MAX_CHUNKS = 32
+WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
+"""What rows may travel as; see transports/wire.py."""
+MAX_CHUNK_SIZE = 1000
+MAX_CAPACITY = 1024
+LOCAL_PARTS = 16
+"""Local pairs are split by sixteenths."""
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    """What a layer may choose from when it cuts a batch into chunks and hides their exchanges behind compute.
+
+    Raises ValueError for a chunk count outside 1..32, or a shape that doesn't fit it.
+    """
+
+    num_chunks: int | Literal["auto"] = "auto"
+    """Chunks per call; "auto" measures the first calls and chooses (see tuning/tuner.py)."""
+    local_first: bool = True
+    """Run the pairs that this rank owns itself as filler, while the first and the last exchange are under way."""
+    serial: bool = False
+    """Wait for every exchange where it is posted: the non-overlapped baseline of the same chunks."""
+    shape: Literal["auto", "equal", "ramp"] | tuple[int, ...] = "auto"
+    """Chunks of one size ("equal"), each twice the one before, up to 16 times the first, and then back ("ramp"), or
+    their relative sizes: (1, 2, 4, 2, 1) gives a tenth of the tokens (or experts) to the first and the last of five
+    chunks. "auto" is the tuner's choice with num_chunks="auto", and "equal" otherwise."""
+    wire_dtype: torch.dtype | None = None
+    """How rows travel: None as they are; torch.bfloat16 (fp32 layers) everywhere; torch.float8_e4m3fn in the forward
+    dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
+    arrived, rows that stay on their rank are not touched."""
+    chunk_by: Literal["tokens", "experts", "auto"] = "auto"
+    """What is cut into chunks: every rank's tokens, or every rank's experts. With "experts" rows that travelled read
+    each weight once, in one product; a row travels with the first chunk that needs it and returns with the last, so
+    more rows leave early and return late, and the results of all pairs are kept until then. "auto" is the tuner's
+    choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
+
+    capacity: float | None = None
+    """Room for the rows of each (rank, peer, chunk): this times their mean under routing to uniformly drawn experts,
+    and the same for their pairs (dispatch/capacity.py has the formula and an example). Rows then leave without waiting
+    for counts to reach the host; ranks compare their headers before, from the host alone. Where some rank's rows don't
+    fit, all ranks run the call again without a capacity before it returns: results are always exact, and
+    last_report.overflowed says so. What travels is the room, padding included. Chunks of experts and a
+    TwoLevelTransport have no such mode. Calls with backend="triton" can be captured by a CUDA graph: see
+    docs/design.md, "Capacity"."""
+
+    memory_budget_bytes: int | None = None
+    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
+    fit into so many bytes on every rank: what overlap.memory.peak_bytes says for the rows of the call before. Nothing
+    is tuned then; where nothing fits, last_report.choice says how much the least is."""
+
+    def __post_init__(self) -> None:
+        check_wire_dtype(self.wire_dtype)
+        check_flags(self, "local_first", "serial")
+        if self.chunk_by not in ("tokens", "experts", "auto"):
+            raise ValueError(f"chunk_by must be 'tokens', 'experts' or 'auto', got {self.chunk_by!r}")
+        check_capacity(self.capacity, self.chunk_by)
+        chunks = self.num_chunks
+        if chunks != "auto" and (not is_integer(chunks) or not 1 <= chunks <= MAX_CHUNKS):
+            raise ValueError(f"num_chunks must be 'auto' or 1..{MAX_CHUNKS}, got {chunks!r}")
+        budget = self.memory_budget_bytes
+        if budget is not None:
+            if not is_integer(budget) or budget < 1:
+                raise ValueError(f"memory_budget_bytes must be a positive number of bytes, got {budget!r}")
+            if self.num_chunks != "auto" or self.shape not in ("auto", "equal") or self.wire_dtype is not None:
+                raise ValueError(
+                    "memory_budget_bytes chooses the number of equal chunks, of rows sent as they are: leave "
+                    "num_chunks, shape and wire_dtype out"
+                )
+            if self.chunk_by == "experts":
+                raise ValueError(
+                    "memory_budget_bytes needs chunks of tokens: with chunk_by='experts' the results of all pairs are "
+                    "kept until the last chunk, whatever the number of chunks"
+                )
+        if isinstance(self.shape, tuple):
+            check_chunk_sizes(self.shape)
+            if self.num_chunks not in ("auto", len(self.shape)):
+                raise ValueError(
+                    f"shape gives {len(self.shape)} chunk sizes and num_chunks is {self.num_chunks}: leave num_chunks "
+                    "out, or give as many sizes"
+                )
+        elif self.shape not in ("auto", "equal", "ramp"):
+            raise ValueError(
+                f"shape must be 'auto', 'equal', 'ramp' or a tuple of relative chunk sizes, got {self.shape!r}"
+            )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number of chunks is to be chosen."""
+        return self.num_chunks == "auto" and not isinstance(self.shape, tuple)
+
+
+def check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless rows can travel as this."""
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}, got {wire_dtype!r}")
+
+
+def check_capacity(capacity: float | None, chunk_by: str) -> None:
+    """Raise ValueError unless this is None, or a factor that rows in chunks of tokens can be counted with."""
+    if capacity is not None and not (is_number(capacity) and 0.001 <= capacity <= MAX_CAPACITY):
+        raise ValueError(f"capacity must be None or a number of 0.001..{MAX_CAPACITY}, got {capacity!r}")
+    if capacity is not None and chunk_by == "experts":
+        raise ValueError(
+            "capacity needs chunks of tokens, since the chunk of experts that a row leaves with, and the one that it "
+            "returns with, follow from its routing alone: use chunk_by='tokens', or leave capacity out"
+        )
+
+
+def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
+    """Raise ValueError unless these are the relative sizes of 1..32 chunks."""
+    is_tuple = isinstance(sizes, tuple) and 1 <= len(sizes) <= MAX_CHUNKS
+    if not is_tuple or not all(is_integer(size) and 1 <= size <= MAX_CHUNK_SIZE for size in sizes):
+        raise ValueError(
+            f"chunk sizes must be a tuple of 1..{MAX_CHUNKS} whole numbers of 1..{MAX_CHUNK_SIZE}, relative to each "
+            f"other, got {sizes!r}"
+        )
+
+
+LARGEST_SIZE = 16
+"""Of a ramp's chunks, relative to the first."""
+
+
+def equal_sizes(num_chunks: int) -> tuple[int, ...]:
+    """Give the relative sizes of chunks of one size."""
+    return (1,) * num_chunks
+
+
+def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
+    """Give the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 4, 2, 1).
+
+    The first dispatch and the last combine, which nothing hides, are then short. A chunk may be so many times the one
+    before as computing it takes longer than sending it: while one is computed, the next one arrives.
+
+    Args:
+        growth: of each chunk over the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
+    """
+    return tuple(min(growth ** min(c, num_chunks - 1 - c), LARGEST_SIZE) for c in range(num_chunks))
+
+
+@dataclass(frozen=True)
+class OverlapPlan:
+    """One way to run a layer call: what the tuner chooses, the executor runs and the simulator prices.
+
+    Give one as a layer's `overlap` to run it as it is: `layer.last_report.overlap` of an earlier run, say. It must be
+    the same on every rank.
+    """
+
+    chunk_sizes: tuple[int, ...] = (1,)
+    """Relative sizes of the chunks; each is that share of every rank's own tokens, or experts."""
+    local_first: bool = True
+    """Whether this rank's own pairs stay out of the exchanges and are filler."""
+    local_start: int = LOCAL_PARTS // 2
+    """Sixteenths of those pairs that run before the first chunk's experts; the rest runs behind the last's."""
+    window: int = MAX_CHUNKS
+    """Forward: at most so many dispatches, and so many combines, are under way at once."""
+    backward_window: int = MAX_CHUNKS
+    serial: bool = False
+    wire_dtype: torch.dtype | None = None
+    """As in OverlapConfig."""
+    chunk_by: Literal["tokens", "experts"] = "tokens"
+    """As in OverlapConfig."""
+    capacity: float | None = None
+    """As in OverlapConfig."""
+
+    def __post_init__(self) -> None:
+        check_wire_dtype(self.wire_dtype)
+        if self.chunk_by not in ("tokens", "experts"):
+            raise ValueError(f"chunk_by must be 'tokens' or 'experts', got {self.chunk_by!r}")
+        check_capacity(self.capacity, self.chunk_by)
+        check_chunk_sizes(self.chunk_sizes)
+        check_flags(self, "local_first", "serial")
+        if not is_integer(self.local_start) or not 0 <= self.local_start <= LOCAL_PARTS:
+            raise ValueError(f"local_start must be 0..{LOCAL_PARTS} sixteenths, got {self.local_start!r}")
+        for name in ("window", "backward_window"):
+            if not is_integer(getattr(self, name)) or not 1 <= getattr(self, name) <= MAX_CHUNKS:
+                raise ValueError(f"{name} must be 1..{MAX_CHUNKS}, got {getattr(self, name)!r}")
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_sizes)
+
+    @property
+    def num_local_slices(self) -> int:
+        """How many segments of rows stand before the chunks: two with local_first, at the start and at the end."""
+        return 2 if self.local_first else 0
+
+    @property
+    def num_segments(self) -> int:
+        return self.num_local_slices + self.num_chunks
+
+    def bounds(self, count: int) -> tuple[int, ...]:
+        """Give the (C+1) bounds of the chunks of a rank's tokens, or of its experts: sizes (1, 2) cut 9 at 0, 3, 9."""
+        total, reached = sum(self.chunk_sizes), (0, *accumulate(self.chunk_sizes))
+        return tuple(count * size // total for size in reached)
+
+    def local_bound(self, num_tokens: int) -> int:
+        """Give the first token whose local pairs run at the end."""
+        return num_tokens * self.local_start // LOCAL_PARTS
+
+    def __str__(self) -> str:
+        sizes = self.chunk_sizes
+        if len(set(sizes)) == 1:
+            words = f"{len(sizes)} equal chunks" if len(sizes) > 1 else "1 chunk"
+        else:
+            words = f"{len(sizes)} chunks of relative sizes {', '.join(map(str, sizes))}"
+        if self.chunk_by == "experts":
+            words += " of experts"
+        if self.serial:
+            words += ", not overlapped"
+        if self.local_first:
+            words += f", {self.local_start}/{LOCAL_PARTS} of the local pairs first"
+        for name, window in (("forward", self.window), ("backward", self.backward_window)):
+            if window < len(sizes):
+                words += f", {window} exchanges of a kind under way in {name}"
+        if self.wire_dtype is not None:
+            words += f", rows sent as {str(self.wire_dtype).removeprefix('torch.')}"
+        if self.capacity is not None:
+            words += f", capacity {self.capacity}"
+        return words
+
+
+def check_overlap(overlap: object) -> None:
+    """Raise TypeError unless this is an OverlapConfig or an OverlapPlan."""
+    if not isinstance(overlap, (OverlapConfig, OverlapPlan)):
+        raise TypeError(
+            f"overlap must be an OverlapConfig or an OverlapPlan, got {overlap!r}: use OverlapConfig(num_chunks=4), say"
+        )

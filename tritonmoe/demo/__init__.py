@@ -1,0 +1,1 @@
+"""What `tritonmoe demo` runs."""

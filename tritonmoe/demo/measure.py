@@ -1,0 +1,215 @@
+"""One MoE layer behind an emulated link: forward and backward, serial against overlapped, round by round."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.demo.training import row_bytes_per_layer
+from tritonmoe.layer import MoELayer
+from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.report.timeline import Timeline, layer_timeline
+from tritonmoe.transports import LinkModel, Transport
+from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+
+__all__ = ["LATENCY_US", "VARIANTS", "LayerMeasurement", "LayerShape", "measure_layer"]
+
+NUM_CHUNKS = 4
+VARIANTS = {
+    "serial": OverlapConfig(num_chunks=NUM_CHUNKS, serial=True),
+    "overlapped": OverlapConfig(num_chunks=NUM_CHUNKS),
+    "serial, one chunk": OverlapConfig(num_chunks=1, serial=True),
+}
+"""The same chunks with and without overlap, and the batch in one piece, often the faster of the serial ones."""
+
+LATENCY_US = 20.0
+CALIBRATION_ROUNDS = 3
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The layer that is timed, and the tokens of each rank."""
+
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int = 8
+    top_k: int = 2
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of_device(cls, device: torch.device) -> "LayerShape":
+        """Give a shape whose products are long beside the cost of starting them."""
+        if device.type == "cuda":
+            return cls(8192, 1024, 2048, dtype=torch.bfloat16)
+        return cls(512, 256, 512)
+
+
+@dataclass
+class LayerMeasurement:
+    """What all ranks saw, over the rounds."""
+
+    shape: LayerShape
+    bandwidth_gb_per_s: float
+    """Chosen so that the four row exchanges take as long as the layer does where rows travel at once."""
+    free_link_s: float
+    """Forward and backward where rows travel at once: the layer's compute. The shortest calibration round."""
+    exchange_s: float
+    """What the link needs for the rows of the busiest rank."""
+    traffic_rows: list[list[int]]
+    """(W, W) of the measured batch."""
+    total_s: dict[str, list[float]]
+    """By variant: forward and backward of each round, the longest of the ranks."""
+    exposed_share: dict[str, float]
+    """By variant: waiting for exchanges / exchanges under way, each summed over ranks and rounds."""
+    timelines: dict[str, list[Timeline]]
+    """By variant: every rank in the round whose speed-up is the median."""
+
+    @property
+    def slowest_rank(self) -> int:
+        """The rank that the overlapped timelines were longest on."""
+        return max(self.timelines["overlapped"], key=lambda timeline: timeline.total_s).rank
+
+    def timelines_of(self, rank: int) -> list[Timeline]:
+        """Give one rank's serial and overlapped timeline."""
+        return [self.timelines["serial"][rank], self.timelines["overlapped"][rank]]
+
+    def median_s(self, variant: str) -> float:
+        return statistics.median(self.total_s[variant])
+
+    def speed_ups(self, baseline: str) -> list[float]:
+        """Give baseline / overlapped of each round."""
+        pairs = zip(self.total_s[baseline], self.total_s["overlapped"], strict=True)
+        return [serial / overlapped for serial, overlapped in pairs]
+
+    def speed_up(self, baseline: str) -> float:
+        """Give the median over the rounds."""
+        return statistics.median(self.speed_ups(baseline))
+
+
+def measure_layer(
+    shape: LayerShape, num_ranks: int, device: torch.device, *, seed: int, rounds: int, time_limit_s: float
+) -> LayerMeasurement:
+    """Pick a link for this machine, then time the variants in turn on one batch.
+
+    Stops before `rounds` where time_limit_s is over, though not before three rounds.
+    """
+
+    def run(variants: dict[str, OverlapConfig], num_rounds: int, link: LinkModel | None) -> list[_Reports]:
+        return run_on_emulated_ranks(
+            lambda transport: _run_rank(transport, shape, variants, device, seed, num_rounds, time_limit_s),
+            num_ranks,
+            device=device,
+            link=link,
+            timeout_s=120.0,
+        )
+
+    calibration = run({"overlapped": VARIANTS["overlapped"]}, CALIBRATION_ROUNDS, None)
+    free_link_s = min(_longest_s(calibration, "overlapped"))
+    first = calibration[0]["overlapped"][0]
+    busiest_bytes = max(row_bytes_per_layer(first.traffic_bytes, rank) for rank in range(num_ranks))
+    bandwidth_gb_per_s = busiest_bytes / free_link_s / 1e9
+    measured = run(VARIANTS, rounds, LinkModel(bandwidth_gb_per_s, LATENCY_US))
+    total_s = {variant: _longest_s(measured, variant) for variant in VARIANTS}
+    ratios = [serial / overlapped for serial, overlapped in zip(total_s["serial"], total_s["overlapped"], strict=True)]
+    typical = ratios.index(statistics.median_low(ratios))
+    return LayerMeasurement(
+        shape=shape,
+        bandwidth_gb_per_s=bandwidth_gb_per_s,
+        free_link_s=free_link_s,
+        exchange_s=busiest_bytes / (bandwidth_gb_per_s * 1e9),
+        traffic_rows=first.traffic_rows.tolist(),
+        total_s=total_s,
+        exposed_share={variant: _exposed_share(measured, variant) for variant in VARIANTS},
+        timelines={
+            variant: [layer_timeline(variant, reports[variant][typical]) for reports in measured]
+            for variant in VARIANTS
+        },
+    )
+
+
+_Reports = dict[str, list[LayerReport]]
+"""By variant: one rank's report of every round."""
+
+
+def _run_rank(
+    transport: Transport,
+    shape: LayerShape,
+    variants: dict[str, OverlapConfig],
+    device: torch.device,
+    seed: int,
+    num_rounds: int,
+    time_limit_s: float,
+) -> _Reports:
+    config = MoEConfig(shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
+    layers = {
+        variant: MoELayer(
+            config,
+            transport,
+            overlap,
+            generator=torch.Generator().manual_seed(seed),
+            device=device,
+            dtype=shape.dtype,
+        )
+        for variant, overlap in variants.items()
+    }
+    generator = torch.Generator().manual_seed(seed * 1009 + transport.rank + 1)
+    size = (shape.num_tokens, shape.hidden_size)
+    x = torch.randn(size, generator=generator).to(device, shape.dtype).requires_grad_()
+    dout = torch.randn(size, generator=generator).to(device, shape.dtype)
+    reports: _Reports = {variant: [] for variant in variants}
+    started = time.perf_counter()
+    for number in range(num_rounds + 1):
+        for variant, layer in layers.items():
+            _barrier(transport, device)
+            y = layer(x)
+            # A rank that comes late to the backward would make the others' waiting look like communication.
+            _barrier(transport, device)
+            y.backward(dout)
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+            report = layer.last_report
+            assert report is not None
+            assert report.backward is not None
+            for layer_pass in (report.forward, report.backward):
+                _ = layer_pass.steps  # read now: until then they hold the exchanges' rows
+            if number > 0:  # the first round warms up
+                reports[variant].append(report)
+        is_over = number >= MIN_ROUNDS and time.perf_counter() - started > time_limit_s
+        if _any_rank(transport, is_over):
+            break
+    return reports
+
+
+def _any_rank(transport: Transport, flag: bool) -> bool:
+    """Say whether any rank says True; every rank waits for all."""
+    flags = torch.full((transport.size, 1), int(flag), dtype=torch.int64)
+    return bool(transport.exchange_counts(flags).any())
+
+
+def _barrier(transport: Transport, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    transport.barrier()
+
+
+def _passes(report: LayerReport) -> list[PassReport]:
+    return [report.forward] if report.backward is None else [report.forward, report.backward]
+
+
+def _longest_s(ranks: list[_Reports], variant: str) -> list[float]:
+    """Give forward and backward of each round, the longest of the ranks."""
+    by_rank = [[sum(p.total_s for p in _passes(report)) for report in reports[variant]] for reports in ranks]
+    return [max(seconds) for seconds in zip(*by_rank, strict=True)]
+
+
+def _exposed_share(ranks: list[_Reports], variant: str) -> float:
+    passes = [p for reports in ranks for report in reports[variant] for p in _passes(report)]
+    communication_s = sum(p.communication_s for p in passes)
+    # A thread that is woken late, on busy cores, has waited for longer than its exchange took.
+    exposed_s = sum(min(p.exposed_communication_s, p.communication_s) for p in passes)
+    return exposed_s / communication_s if communication_s else 0.0

@@ -1,0 +1,1 @@
+"""What bounds a step, and what would help."""

@@ -1,0 +1,156 @@
+"""The one exchange before any row of a layer call: every rank's header and counts, checked alike on every rank.
+
+Its size is fixed whatever the call, so that ranks that disagree can still say so. A backward has one of the same size,
+so that its header meets the header of whatever the other ranks do.
+"""
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import MAX_PAIRS
+from tritonmoe.dispatch.header import HEADER_SIZE, CallHeader
+from tritonmoe.dispatch.header_check import check_headers
+from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.transports import Transport
+from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
+
+__all__ = ["BackwardAgreement", "check_counts", "check_sizes", "exchange_counts", "post_backward", "refuse_call"]
+
+assert HEADER_SIZE <= MAX_HEADER
+
+
+def _message(transport: Transport, header: CallHeader) -> Tensor:
+    """Give what every rank is told: (W, L) int64, the header, and behind it room for counts, zeros."""
+    size, length = transport.size, transport.message_length
+    row = array("q", header).tobytes().ljust(8 * length, b"\0")
+    return torch.frombuffer(bytearray(row * size), dtype=torch.int64).view(
+        size, length
+    )  # of Python numbers torch.tensor takes ten times as long
+
+
+def _headers(received: Tensor) -> list[CallHeader]:
+    return [CallHeader._make(row) for row in received[:, :HEADER_SIZE].tolist()]
+
+
+def refuse_call(transport: Transport, sequence: int) -> None:
+    """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
+    transport.exchange_counts(_message(transport, CallHeader(sequence=sequence, error=1)))
+
+
+class BackwardAgreement:
+    """Tells every rank which backward this one runs, and hears the same of them; posted here, under way until wait().
+
+    Rows may be posted behind wait() only: where ranks run different backwards, rows of different sizes would meet, for
+    which gloo aborts the process.
+
+    Args:
+        transport: of all ranks. header: what says which backward it is.
+    """
+
+    def __init__(self, transport: Transport, header: CallHeader) -> None:
+        self._header = header
+        self._message = _message(transport, header)
+        self._pending = transport.post_counts(self._message)
+
+    def wait(self) -> None:
+        """Return when all ranks are known to run this backward.
+
+        Raises:
+            CountMismatch: on every rank alike, where some rank runs another backward or a forward. TransportError: a
+            rank didn't come, or refused the arguments of a forward.
+        """
+        try:
+            received = self._pending.wait()
+        except TransportError as error:
+            raise TransportError(f"before the {self._header.place}: {error}") from error
+        if not torch.equal(received, self._message):  # every rank says what this one does
+            check_headers(_headers(received))
+
+
+def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
+    """Start a backward's agreement; None on one rank, and where the host would have to wait for a device.
+
+    There, the next forward's header says which backwards have run.
+    """
+    if transport.size == 1 or transport.counts_cross_device:
+        return None
+    return BackwardAgreement(transport, header)
+
+
+def exchange_counts(
+    transport: Transport, header: CallHeader, counts: Tensor, where: str = "before any chunk"
+) -> tuple[list[CallHeader], Tensor, Tensor]:
+    """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
+
+    The counts that this rank is told are for check_counts.
+
+    Args:
+        counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
+            pairs that it will compute.
+    Returns:
+        Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
+        told this one, shaped as `counts`.
+    """
+    num_kinds, num_segments, size = counts.shape
+    message, first = _message(transport, header), MAX_HEADER + 2 * size
+    message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
+    message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
+    try:
+        received = transport.exchange_counts(message)
+    except TransportError as error:
+        raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
+    headers = _headers(received)
+    check_headers(headers)
+    traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
+    check_sizes(traffic[0].sum(0).tolist(), header.top_k)
+    told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
+    return headers, traffic, told
+
+
+def check_counts(
+    rows: Sequence[Sequence[int]],
+    pairs: Sequence[Sequence[int]],
+    return_rows: Sequence[Sequence[int]],
+    traffic: Tensor,
+    traffic_pairs: Tensor,
+    top_k: int,
+    rank: int,
+) -> None:
+    """Raise CountMismatch unless what every rank says of its segments is what it says of the whole call.
+
+    Some transports would read memory that was never written, or abort, where counts are wrong.
+
+    Args:
+        rows, pairs, return_rows: [segment][rank]: rows that come to this rank, their pairs that it computes, rows that
+            it returns. traffic, traffic_pairs: (W, W), of rows and of pairs.
+    """
+    totals = zip(traffic[:, rank].tolist(), traffic_pairs[:, rank].tolist(), strict=True)
+    for sender, (total, total_pairs) in enumerate(totals):
+        row_counts, pair_counts, return_counts = (
+            [segment[sender] for segment in counts] for counts in (rows, pairs, return_rows)
+        )
+        here, is_right = 0, sum(row_counts) == sum(return_counts) == total and sum(pair_counts) == total_pairs
+        for r, p, back in zip(row_counts, pair_counts, return_counts, strict=True):
+            here += r  # rows that have come and not gone back
+            is_right &= 0 <= r <= p and 0 <= back <= p <= top_k * here
+            here -= back
+        if not is_right:
+            returning = "" if return_counts == row_counts else f", of which {return_counts} return,"
+            raise CountMismatch(
+                f"rank {rank} got counts of rank {sender} that contradict each other: {total} rows in all, by segment "
+                f"{row_counts} rows{returning} with {pair_counts} pairs of at most {top_k} a row, {total_pairs} in "
+                "all: they were damaged on their way"
+            )
+
+
+def check_sizes(received: Sequence[int], top_k: int) -> None:
+    """Raise ValueError where some rank would receive more pairs than int32 positions can number."""
+    for rank, rows in enumerate(received):
+        if rows * top_k > MAX_PAIRS:
+            raise ValueError(
+                f"rank {rank} would receive {rows} rows of {top_k} pairs, more than {MAX_PAIRS} in all, the range of "
+                "the int32 positions: use smaller batches or more ranks"
+            )

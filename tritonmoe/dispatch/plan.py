@@ -1,0 +1,222 @@
+"""The plan of one layer call, which all ranks agree on: where every row lies on both sides, and in what order.
+
+Two buffers mirror each other: the home buffer (dispatch/send_plan.py), and the *receive* buffer, which has a row for
+each token that came here. It is stored by (segment, rank, token) too; with chunks of experts the sums that go home have
+another order than the rows that came (dispatch/expert_chunks.py).
+
+Before any row moves, one exchange of a fixed size tells every rank the counts and that all ranks mean the same call.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.count_exchange import check_counts, exchange_counts
+from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.dispatch.send_plan import TokenPlan
+from tritonmoe.grouping import RowSources
+from tritonmoe.runtime.cpu_memory import to_device
+from tritonmoe.transports import Transport, leaving_nobody_waiting
+
+__all__ = ["DispatchPlan", "exchange_plan", "offsets"]
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Every size and offset of one layer call; backward uses it again, with no exchange of its own."""
+
+    rank: int
+    size: int
+    overlap: OverlapPlan
+    tokens: TokenPlan
+    receive_rows: list[list[int]]
+    """[segment][rank] rows that come from each rank (local segments: from this one)."""
+    return_rows: list[list[int]]
+    """[segment][rank] rows that go back to each rank; chunks of tokens: `receive_rows`."""
+    send_offsets: tuple[int, ...]
+    """Where each segment starts among the home rows that are sent, and its end."""
+    receive_offsets: tuple[int, ...]
+    """The same in the receive buffer."""
+    pair_offsets: tuple[int, ...]
+    """The same for the pairs that this rank's experts compute."""
+    traffic: Tensor
+    """(W, W) int64 on the CPU: the size of S_ik for every i (row) and k."""
+    traffic_pairs: Tensor
+    """The same for the pairs of rank i that rank k computes."""
+    needs_any: bool
+    needs_x: bool
+    needs_topk_weights: bool
+    """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
+    headers: list[CallHeader]
+    """What every rank said."""
+    num_local_experts: int = 0
+    """Read with chunks of experts only."""
+
+    @property
+    def num_chunks(self) -> int:
+        return self.overlap.num_chunks
+
+    @cached_property
+    def home_offsets(self) -> tuple[int, ...]:
+        """Where each segment starts in the home buffer, and its end."""
+        if self.tokens.return_rows is self.tokens.rows:
+            return self.send_offsets
+        return offsets(self.tokens.return_rows)
+
+    @cached_property
+    def return_offsets(self) -> tuple[int, ...]:
+        """Where each segment starts among the sums that go home, and its end."""
+        return self.receive_offsets if self.return_rows is self.receive_rows else offsets(self.return_rows)
+
+    def segment(self, chunk: int) -> int:
+        """Give the segment of an exchanged chunk, or with local_first of the local rows (chunks -2 and -1)."""
+        return chunk + self.overlap.num_local_slices
+
+    def send_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.send_offsets[segment : segment + 2])
+
+    def receive_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.receive_offsets[segment : segment + 2])
+
+    def return_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.return_offsets[segment : segment + 2])
+
+    def home_slice(self, chunk: int) -> slice:
+        segment = self.segment(chunk)
+        return slice(*self.home_offsets[segment : segment + 2])
+
+    def token_slice(self, chunk: int) -> slice:
+        return slice(*self.tokens.token_bounds[chunk : chunk + 2])
+
+    def send_splits(self, chunk: int) -> list[int]:
+        return self.tokens.rows[self.segment(chunk)]
+
+    def receive_splits(self, chunk: int) -> list[int]:
+        return self.receive_rows[self.segment(chunk)]
+
+    def return_splits(self, chunk: int) -> list[int]:
+        return self.return_rows[self.segment(chunk)]
+
+    def home_splits(self, chunk: int) -> list[int]:
+        return self.tokens.return_rows[self.segment(chunk)]
+
+    @property
+    def num_local(self) -> int:
+        """Rows that are not exchanged: all buffers start with them."""
+        return self.send_offsets[self.overlap.num_local_slices]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
+        is_full = not self.tokens.has_padding and self.num_home == self.tokens.token_bounds[-1]
+        return self.size == 1 and self.overlap.local_first and is_full
+
+    @property
+    def num_home(self) -> int:
+        return self.send_offsets[-1]
+
+    @property
+    def num_received(self) -> int:
+        return self.receive_offsets[-1]
+
+    @property
+    def all_send_splits(self) -> list[int]:
+        """Rows to each rank over all chunks."""
+        return [sum(column) for column in zip(*self.tokens.rows[self.overlap.num_local_slices :], strict=True)]
+
+    @property
+    def all_receive_splits(self) -> list[int]:
+        return [sum(column) for column in zip(*self.receive_rows[self.overlap.num_local_slices :], strict=True)]
+
+    @property
+    def rows_to_itself(self) -> int:
+        """Exchanged rows that this rank sends to itself: none with local_first."""
+        return self.all_send_splits[self.rank]
+
+    def send_order(self) -> Tensor:
+        """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token), padding at its chunk's end."""
+        if self.overlap.chunk_by == "tokens":
+            return self._by_rank(self.tokens.rows)
+        ranks, tokens = (of[self.num_local :] for of in (self.tokens.home_ranks, self.tokens.home_tokens))
+        return torch.sort(ranks * self.tokens.token_bounds[-1] + tokens)[1] + self.num_local
+
+    def place_received(self, topk_ids: Tensor) -> RowPlaces:
+        """Say where the R - local rows that came here lie; with chunks of tokens the counts say it.
+
+        topk_ids: (R - local, K), by (rank, token), as they come.
+        """
+        if self.overlap.chunk_by == "tokens":
+            places = self._by_rank(self.receive_rows)
+            return RowPlaces(places, places)
+        local_ids = topk_ids - self.rank * self.num_local_experts
+        received, returned = place_rows(local_ids, self.num_local_experts, self.overlap)
+        return RowPlaces(received + self.num_local, returned + self.num_local)
+
+    def return_order(self) -> Tensor:
+        """(R - local,) int64: sums that go home, by (rank, chunk of return, token), which backward needs no ids for."""
+        return self._by_rank(self.return_rows)
+
+    def home_order(self) -> Tensor:
+        """(S - local,) int64: the places of rows that come home in that order."""
+        return self._by_rank(self.tokens.return_rows)
+
+    def _by_rank(self, rows: list[list[int]]) -> Tensor:
+        """Give exchanged rows, counted by [segment][rank], which is how they are stored, by (rank, segment): int64."""
+        num_slices, device = self.overlap.num_local_slices, self.tokens.home_index.device
+        counts = torch.tensor(rows[num_slices:], dtype=torch.int64, device="cpu")
+        starts = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts) + self.num_local
+        by_rank = counts.T.flatten()
+        shifts = starts.T.flatten() - (by_rank.cumsum(0) - by_rank)
+        num_rows = int(by_rank.sum())
+        shifts, by_rank = to_device(torch.stack([shifts, by_rank]), device)
+        return torch.arange(num_rows, device=device) + shifts.repeat_interleave(by_rank, output_size=num_rows)
+
+    def row_sources(self) -> RowSources:
+        """Give the rank that sent each received row."""
+        return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
+
+
+def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:
+    """Run the one count exchange of a layer call and give the plan that all ranks agree on.
+
+    Raises, on every rank alike:
+        TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
+        NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
+        ValueError: a rank would receive more pairs than int32 positions can number.
+    """
+    counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows], device="cpu")  # (3, segments, W)
+    headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
+    receive_rows, receive_pairs, return_rows = received.tolist()
+    with leaving_nobody_waiting(transport):
+        check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
+    return DispatchPlan(
+        rank=transport.rank,
+        size=transport.size,
+        overlap=overlap,
+        tokens=tokens,
+        receive_rows=receive_rows,
+        return_rows=return_rows if overlap.chunk_by == "experts" else receive_rows,
+        send_offsets=offsets(tokens.rows),
+        receive_offsets=offsets(receive_rows),
+        pair_offsets=offsets(receive_pairs),
+        traffic=traffic,
+        traffic_pairs=traffic_pairs,
+        needs_any=any(h.needs_any for h in headers),
+        needs_x=any(h.needs_x for h in headers),
+        needs_topk_weights=any(h.needs_topk_weights for h in headers),
+        headers=headers,
+        num_local_experts=header.num_experts // transport.size,
+    )
+
+
+def offsets(counts: list[list[int]]) -> tuple[int, ...]:
+    """Give where each segment starts, and the end of the last, from its counts by rank."""
+    return (0, *accumulate(map(sum, counts)))

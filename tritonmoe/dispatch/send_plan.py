@@ -1,0 +1,204 @@
+"""S_ik: which tokens of this rank travel to which rank, in which chunk: the sender's half of a plan, from ids alone.
+
+S_ik is the set of tokens of rank i that need any expert of rank k: a token that needs three experts of one rank
+travels there once. The *home* buffer has a row for each (token, rank that needs it) of this rank. It is stored by
+(segment, rank, token): with local_first, segments 0 and 1 hold the rows that never leave this rank (those that run
+first, and the rest) and segment c + 2 the rows of chunk c; otherwise segment c is chunk c and this rank's own rows
+travel in the chunks like all others. A chunk is a range of tokens, or of every rank's experts: then rows return in
+other segments than they travelled in, and are stored at home in the order of return (dispatch/expert_chunks.py).
+
+Example: W=2, E=4 (rank 0 owns experts 0 and 1), on rank 0 two tokens with topk_ids [[0, 1], [1, 3]], one chunk,
+local_first, half of the local rows first: token 0 needs rank 0, token 1 needs both. Home rows are token 0 (local,
+first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1], [1, 2]].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.expert_chunks import first_and_last, pair_chunks
+from tritonmoe.grouping import RowSources
+from tritonmoe.runtime.cpu_memory import to_device
+from tritonmoe.runtime.host_device import HostCopy
+
+__all__ = ["TokenPlan", "by_slot", "count_rows", "order_rows", "owners", "plan_tokens", "row_segments"]
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """The sender's half of a plan, known without any exchange."""
+
+    token_bounds: tuple[int, ...]
+    """(C+1): this rank's tokens token_bounds[c] .. token_bounds[c+1] have all their sums once chunk c has come home."""
+    home_tokens: Tensor
+    """(S,) int32: the token of each home row, as they are sent."""
+    home_index: Tensor
+    """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; and -1."""
+    rows: list[list[int]]
+    """[segment][rank] home rows that are sent."""
+    pairs: list[list[int]]
+    """[segment][rank] routed pairs that are computed."""
+    return_rows: list[list[int]]
+    """[segment][rank] home rows that return; chunks of tokens: `rows`."""
+    nonfinite_rows: int = 0
+    """Tokens whose router scores were not finite."""
+    has_padding: bool = False
+    """Whether home rows may be none, as with a capacity."""
+
+    @property
+    def home_ranks(self) -> Tensor:
+        """(S,) int64: the rank of each home row, as they are sent."""
+        rows = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
+        return RowSources(tuple(range(rows.shape[1])), rows).of_rows(self.home_tokens.device)
+
+    def padding(self) -> Tensor:
+        """(S,) bool, made anew: which home rows no token has, with chunks of tokens, whose rows return as they left."""
+        rows = torch.ones(1 + self.home_tokens.shape[0], dtype=torch.bool, device=self.home_tokens.device)
+        return rows.index_fill_(0, (self.home_index.flatten() + 1).to(torch.int64), False)[1:]
+
+
+def plan_tokens(
+    topk_ids: Tensor,
+    num_experts: int,
+    rank: int,
+    size: int,
+    overlap: OverlapPlan,
+    num_nonfinite_rows: Tensor | None = None,
+) -> TokenPlan:
+    """Decide which token goes where and when, from this rank's ids (T, K) alone.
+
+    Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call is here: of the counts, and
+    of num_nonfinite_rows, a scalar, with them.
+    """
+    owner = owners(topk_ids, num_experts, size)
+    if num_nonfinite_rows is None:
+        num_nonfinite_rows = owner.new_zeros(())
+    if overlap.chunk_by == "experts":
+        return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows)
+    segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
+    row_keys, counts = count_rows(owner, segments, overlap.num_segments)
+    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
+    rows, pairs = read.tolist()
+    bounds = overlap.bounds(topk_ids.shape[0])
+    order = order_rows(row_keys, size, topk_ids.shape[1], rows)
+    return TokenPlan(bounds, *order, rows, pairs, rows, int(nonfinite_rows))
+
+
+def _plan_by_experts(
+    topk_ids: Tensor,
+    owner: Tensor,
+    num_local_experts: int,
+    rank: int,
+    size: int,
+    overlap: OverlapPlan,
+    num_nonfinite_rows: Tensor,
+) -> TokenPlan:
+    num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
+    segments = pair_chunks(topk_ids % num_local_experts, num_local_experts, overlap) + overlap.num_local_slices
+    if overlap.local_first:
+        segments = torch.where(owner == rank, _local_slices(num_tokens, overlap, topk_ids.device)[:, None], segments)
+    first, last = first_and_last(segments, owner, size)
+    row_keys, counts = count_rows(owner, first, num_segments)
+    return_keys, return_counts = count_rows(owner, last, num_segments)
+    absent = num_segments * size
+    pairs = count_keys((segments * size + owner).masked_fill(owner == size, absent), absent)
+    counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
+    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
+    rows, pairs, return_rows = read.tolist()
+    sent, returned = _sorted_rows(row_keys, rows), _sorted_rows(return_keys, return_rows)
+    return TokenPlan(
+        token_bounds=(0,) * overlap.num_chunks + (num_tokens,),
+        home_tokens=_tokens_of(sent, size),
+        home_index=by_slot(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1]),
+        rows=rows,
+        pairs=pairs,
+        return_rows=return_rows,
+        nonfinite_rows=int(nonfinite_rows),
+    )
+
+
+def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
+    """Give the rank (T, K) int64 that owns each pair's expert, `size` for a skipped pair."""
+    skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+    owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64)
+    return owner.masked_fill(skipped, size)
+
+
+def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
+    """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
+    positions = torch.arange(num_tokens, device=device)
+    starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64, device="cpu"), device)
+    chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
+    segments = chunks[:, None].repeat(1, size)
+    if overlap.local_first:
+        segments[:, rank] = _local_slices(num_tokens, overlap, device)
+    return segments
+
+
+def _local_slices(num_tokens: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
+    """Give the segment (T,) int64 of each token's row for its own rank, with local_first."""
+    return (torch.arange(num_tokens, device=device) >= overlap.local_bound(num_tokens)).to(torch.int64)
+
+
+def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Count the home rows and their pairs by (segment, rank).
+
+    Args:
+        owner: (T, K) int64, W for a skipped pair. segments: (T, W) int64.
+    Returns:
+        The key of each (token, rank), (T * W,) int64: segment * W + rank, num_segments * W where it does not travel;
+        and the counts of rows and of pairs, (2, num_segments, W) int64.
+    """
+    num_tokens, size = segments.shape
+    absent = num_segments * size
+    keys = segments.new_full((num_tokens, size + 1), absent)
+    keys[:, :size] = segments * size + torch.arange(size, device=segments.device)
+    needs = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, owner, True)[:, :size]
+    row_keys = keys[:, :size].masked_fill(~needs, absent).flatten()
+    counts = torch.stack([count_keys(row_keys, absent), count_keys(keys.gather(1, owner), absent)])
+    return row_keys, counts.view(2, num_segments, size)
+
+
+def count_keys(keys: Tensor, limit: int) -> Tensor:
+    """Count how often each of 0 .. limit - 1 is in keys (int64, at most `limit`), without a host read: (limit,)."""
+    keys = keys.flatten()
+    return keys.new_zeros(limit + 1).scatter_add_(0, keys, keys.new_ones(()).expand(keys.shape))[:limit]
+
+
+def order_rows(row_keys: Tensor, size: int, top_k: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Give home_tokens and home_index of a TokenPlan from count_rows's keys and its rows on the host."""
+    order = _sorted_rows(row_keys, rows)
+    return _tokens_of(order, size), by_slot(_places(order, row_keys.shape[0]).view(-1, size), top_k)
+
+
+def _sorted_rows(row_keys: Tensor, rows: list[list[int]]) -> Tensor:
+    """Give the rows that travel in the order of their keys: (S,) int64, token * W + rank."""
+    return torch.sort(row_keys, stable=True)[1][: sum(map(sum, rows))]
+
+
+def _tokens_of(order: Tensor, size: int) -> Tensor:
+    return torch.div(order, size, rounding_mode="floor").to(torch.int32)
+
+
+def _places(order: Tensor, num_keys: int) -> Tensor:
+    """Give where each of (token, rank) stands in `order`, (T * W,) int32, -1 where it does not travel."""
+    places = torch.full((num_keys,), -1, dtype=torch.int32, device=order.device)
+    places[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
+    return places
+
+
+def by_slot(home_index: Tensor, top_k: int) -> Tensor:
+    """Bring the numbers of each row of (T, W), of which at most top_k are not -1, to its start: (T, min(W, top_k)).
+
+    Example:
+        [[-1, 4, -1, 7], [-1, -1, 5, -1]] and top_k = 2 give [[4, 7], [5, -1]].
+    """
+    num_slots = max(1, top_k)
+    if home_index.shape[1] <= num_slots:
+        return home_index
+    present = home_index >= 0
+    slots = (present.cumsum(1) - 1).masked_fill(~present, num_slots)  # -1 all go to one column, which is cut off
+    places = home_index.new_full((home_index.shape[0], num_slots + 1), -1).scatter_(1, slots, home_index)
+    return places[:, :num_slots].contiguous()

@@ -1,0 +1,227 @@
+"""expert_parallel_mlp: the experts spread over many ranks, eager or traced."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions, is_fused
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward
+from tritonmoe.expert_parallel.operator import expert_parallel_operator
+from tritonmoe.expert_parallel.run import MAX_FILLERS, run_call
+from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.experts.arguments import ExpertWeights, cast_for_autocast, find_main_grads
+from tritonmoe.experts.operator import encode
+from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
+from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
+from tritonmoe.transports import Transport
+
+__all__ = ["expert_parallel_mlp", "run_expert_parallel"]
+
+DEFAULT_OVERLAP = OverlapConfig()
+
+
+class _ExpertParallelMLP(torch.autograd.Function):
+    """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: ExpertParallelCall,
+        topk_ids: Tensor,
+        x: Tensor,
+        topk_weights: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        down_proj: Tensor,
+        down_bias: Tensor | None,
+        anchor: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
+        out, run, kept = run_forward(call, topk_ids, x, topk_weights, weights)
+        ctx.call = call
+        ctx.weights_dtype = topk_weights.dtype
+        if kept.plan.needs_any:
+            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, keep_beside(ctx, kept), *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
+        dx, dtopk_weights, grads, activation_grads = run_backward(
+            ctx.call,
+            kept_beside(ctx, mark),
+            rows,
+            received_weights,
+            ExpertWeights(w1, b1, w2, b2),
+            h,
+            dout,
+            ctx.needs_input_grad[4:8],
+            parameters,
+        )
+        if dtopk_weights is not None:
+            dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
+        return None, None, dx, dtopk_weights, *grads, None, *activation_grads
+
+
+def expert_parallel_mlp(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    num_experts: int,
+    transport: Transport,
+    overlap: OverlapConfig | OverlapPlan | None = None,
+    placement: ExpertPlacement | None = None,
+    activation: Activation = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    backend: str = "auto",
+    save: Literal["hidden", "input"] = "hidden",
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
+    fillers: Sequence[Callable[[], None]] = (),
+) -> Tensor:
+    """Do what moe_mlp does with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
+
+    Rank k holds the experts k * E / W .. (k + 1) * E / W. Every rank makes every call, forward and backward; T may
+    differ between ranks, zero included. Expert gradients are the sum over all ranks' losses: where dense gradients
+    are averaged over W ranks, divide these by W.
+
+    Args:
+        x: this rank's tokens (T, D). topk_ids: (T, K) global expert ids. topk_weights: (T, K), used in fp32.
+        gate_up_proj, down_proj, gate_up_bias, down_bias: this rank's E / W experts, shapes as in moe_mlp.
+        num_experts: E over all ranks, divisible by transport.size.
+        overlap: what to choose the chunks from, or the OverlapPlan to run; the same on every rank. None is
+            OverlapConfig().
+        placement: which experts this rank's weights are, where not the contiguous ones: gate_up_proj is then
+            (slots, 2F, D), and so on. Gradients of replicas are summed over their owners, so that they stay equal.
+        fillers: at most two functions that need no exchange (halves of a dense block, the next router): the first is
+            called while the first rows are under way, the second while the last are. They run in the caller's grad
+            mode and keep what they make; their gradients are ordinary autograd's.
+    Returns:
+        (T, D) in x.dtype.
+    Raises:
+        ValueError, TypeError: on the rank whose arguments don't fit; the others raise TransportError. Nothing moves.
+        CountMismatch: the ranks make different calls, or, in backward, run the backwards of different calls.
+        NonFiniteScores: a rank's topk_weights are not finite.
+        TransportError: an exchange failed or timed out.
+    """
+    if not isinstance(transport, Transport):
+        raise TypeError(
+            f"transport must be a Transport, got {type(transport).__name__}: for a torch ProcessGroup it is "
+            "tritonmoe.transports.ProcessGroupTransport(group)"
+        )
+    return run_expert_parallel(
+        x,
+        topk_ids,
+        topk_weights,
+        ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias),
+        num_experts=num_experts,
+        transport=transport,
+        overlap=DEFAULT_OVERLAP if overlap is None else overlap,
+        placement=placement,
+        layout_flags=(gated, interleaved, transposed),
+        activation=activation,
+        backend=backend,
+        save=save,
+        options=KernelOptions(num_sms, batch_invariant),
+        fillers=fillers,
+    )
+
+
+def run_expert_parallel(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    *,
+    calls: LayerCalls | None = None,
+    num_nonfinite_rows: Tensor | None = None,
+    fillers: Sequence[Callable[[], None]] = (),
+    **arguments: Any,
+) -> Tensor:
+    """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function.
+
+    calls: the layer's, which get the report. The others are run_call's.
+    """
+    if not torch.compiler.is_compiling():
+        return _run_eagerly(x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments)
+    activation, layout_flags = arguments.pop("activation"), arguments.pop("layout_flags")
+    leaves_graph = not is_fused(activation) or find_main_grads(weights) is not None or is_transformed()
+    if leaves_graph or len(fillers) > MAX_FILLERS:
+        arguments = {**arguments, "activation": activation, "layout_flags": layout_flags}
+        return _run_callable_or_main_grad(
+            x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments
+        )
+    settings = encode(activation, ExpertLayout(*layout_flags), arguments.pop("backend"), arguments.pop("options"))
+    x, topk_weights, weights = cast_for_autocast(x, topk_weights, weights)
+    return expert_parallel_operator(
+        x,
+        topk_ids,
+        topk_weights,
+        weights,
+        settings=settings,
+        calls=calls,
+        num_nonfinite_rows=num_nonfinite_rows,
+        fillers=fillers,
+        **arguments,
+    )
+
+
+def _run_eagerly(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    calls: LayerCalls | None,
+    num_nonfinite_rows: Tensor | None,
+    fillers: Sequence[Callable[[], None]],
+    arguments: dict[str, Any],
+) -> Tensor:
+    if is_transformed():
+        refuse(arguments["transport"])
+        raise RuntimeError(NOT_EXPERT_PARALLEL)
+    y, report = run_call(
+        x,
+        topk_ids,
+        topk_weights,
+        weights,
+        owners=weights,
+        apply=_apply,
+        layer=-1 if calls is None else calls.layer,
+        expert_gradients="sum" if calls is None else calls.expert_gradients,
+        num_nonfinite_rows=num_nonfinite_rows,
+        fillers=fillers,
+        **arguments,
+    )
+    if calls is not None:
+        calls.last_report = report
+    return y
+
+
+def _apply(
+    call: ExpertParallelCall,
+    topk_ids: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    # A rank that needs no gradient itself still takes part in the others' backward.
+    anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+    return _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
+
+
+_run_callable_or_main_grad = outside_graphs(_run_eagerly)
+"""Breaks the graph: an operator takes no callable and returns gradients."""

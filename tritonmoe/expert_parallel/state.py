@@ -1,0 +1,129 @@
+"""What lives as long as a transport: how many layers and calls it has seen, and what its calls have learnt."""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.count_exchange import refuse_call
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.autograd import checkpointed_region
+from tritonmoe.runtime.handles import Handled
+from tritonmoe.transports import Transport
+from tritonmoe.tuning.tuner import PlanChooser
+
+__all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
+
+MAX_UNDER_WAY = 4096
+CALLS_OF_GENERATION = 10**9
+"""So far apart calls of two generations of a transport are numbered, which no forward and backward may confuse."""
+
+
+class UnderWay(NamedTuple):
+    kind: tuple
+    plan: OverlapPlan
+    region: Any
+    """checkpointed_region() of the forward."""
+
+
+@dataclass
+class TransportState:
+    """Of one transport."""
+
+    generation: int = 0
+    """Of the transport, to which the rest belongs."""
+    num_calls: int = 0
+    num_layers: int = 0
+    layers: "WeakSet[LayerCalls]" = field(default_factory=WeakSet)
+    """Those that live."""
+    num_backwards: int = 0
+    last_backward: int = -1
+    """The number of the call whose backward was the latest."""
+    backwards: int = 0
+    """A checksum of the numbers of all calls whose backwards have run, in their order."""
+    choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
+    captured_flags: list[Tensor] = field(default_factory=list)
+    """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
+    under_way: dict[int, UnderWay] = field(default_factory=dict)
+    """By number of the call: forwards inside a checkpoint whose backward is still to come."""
+    recompute: tuple[Any, int, int] = (None, -1, 0)
+    """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
+
+    def history(self) -> dict[str, int]:
+        """Give what a header says of the layers and backwards so far."""
+        return {
+            "layers_made": self.num_layers,
+            "layers_alive": len(self.layers),
+            "num_backwards": self.num_backwards,
+            "last_backward": self.last_backward,
+            "backwards": self.backwards,
+        }
+
+    def note_backward(self, sequence: int) -> None:
+        """Remember that a call's backward runs."""
+        self.num_backwards += 1
+        self.last_backward = sequence
+        self.backwards = zlib.crc32(sequence.to_bytes(8, "little"), self.backwards)
+
+    def begin_generation(self, generation: int) -> None:
+        """Forget what ranks have counted and learnt differently before the transport was rebuilt."""
+        kept = {name: getattr(self, name) for name in ("num_layers", "layers", "captured_flags")}
+        fresh = TransportState(generation, num_calls=generation * CALLS_OF_GENERATION, **kept)
+        vars(self).update(vars(fresh))
+
+    def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
+        """Remember a forward, if it is one that will be recomputed."""
+        region = checkpointed_region()
+        if region is not None:
+            self.under_way[sequence] = UnderWay(kind, plan, region)
+        if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
+            del self.under_way[next(iter(self.under_way))]
+
+    def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
+        """Give the plan of the forward that this call recomputes: a region's calls come in their first order.
+
+        None in reentrant checkpointing, where the recompute is the only call that keeps anything.
+        """
+        region, backward = checkpointed_region(), torch._C._current_graph_task_id()
+        number = self.recompute[2] + 1 if self.recompute[:2] == (region, backward) else 0
+        self.recompute = region, backward, number
+        calls = [call for call in self.under_way.values() if call.region == region]
+        return calls[number].plan if number < len(calls) and calls[number].kind == kind else None
+
+
+_states: "WeakKeyDictionary[Transport, TransportState]" = WeakKeyDictionary()
+
+
+def state_of(transport: Transport) -> TransportState:
+    state = _states.setdefault(transport, TransportState())
+    if state.generation != transport.generation:
+        state.begin_generation(transport.generation)
+    return state
+
+
+class LayerCalls(Handled):
+    """What a layer's calls have in common: its place among the layers on its transport, and the latest report."""
+
+    def __init__(self, transport: Transport, expert_gradients: str = "sum") -> None:
+        state = state_of(transport)
+        self.layer = state.num_layers
+        """By this the ranks know that they call the same layer."""
+        self.expert_gradients = expert_gradients
+        """What becomes of its gradients: in EXPERT_GRADIENTS."""
+        self.last_report: LayerReport | None = None
+        state.num_layers += 1
+        state.layers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last_report": None}
+
+
+def refuse(transport: Transport) -> None:
+    """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
+    state = state_of(transport)
+    state.num_calls += 1
+    refuse_call(transport, state.num_calls - 1)

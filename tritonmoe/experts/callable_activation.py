@@ -1,0 +1,96 @@
+"""Activations that are callables: run, checked, differentiated between the two products, their parameters found."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import Activation, ExpertLayout
+from tritonmoe.experts.arguments import ExpertSettings
+from tritonmoe.grouping import Grouping
+
+__all__ = ["ActivationGraph", "activation_parameters", "checked_activation", "run_activation", "zero_padding"]
+
+
+class ActivationGraph(NamedTuple):
+    """What autograd recorded of one call."""
+
+    h: Tensor
+    """(n, 2F), a leaf."""
+    a: Tensor
+    """(n, F)."""
+
+    def backward(self, da: Tensor, parameters: Sequence[Tensor], grads: list[Tensor | None]) -> Tensor:
+        """Give h's gradient, and add those of the callable's parameters to `grads`."""
+        inputs = [self.h, *(p for p in parameters if p.requires_grad)]
+        # retain_graph: the layer's own backward may run twice, and this graph goes when the layer's does.
+        dh, *found = torch.autograd.grad(self.a, inputs, da, retain_graph=True, allow_unused=True)
+        remaining = iter(found)
+        for i, parameter in enumerate(parameters):
+            grad = next(remaining) if parameter.requires_grad else None
+            if grad is not None:
+                so_far = grads[i]
+                grads[i] = grad if so_far is None else so_far + grad
+        return torch.zeros_like(self.h) if dh is None else dh
+
+
+def run_activation(
+    settings: ExpertSettings, h: Tensor, grouping: Grouping, keep_graph: bool
+) -> tuple[Tensor, ActivationGraph | None]:
+    """Run a callable activation on a chunk's h; give a, detached, and its graph where a backward may come."""
+    zero_padding(h, grouping)
+    if not keep_graph:
+        with torch.no_grad():
+            return checked_activation(settings, h), None
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        a = checked_activation(settings, leaf.clone())  # cloned: a callable may work in place
+    return a.detach(), ActivationGraph(leaf, a)
+
+
+def zero_padding(values: Tensor, grouping: Grouping) -> None:
+    """Zero the positions past the last pair, which the kernels never write, before a callable reads them."""
+    if values.is_cuda or values.shape[0] > int(grouping.expert_offsets[-1]):
+        padding = torch.arange(values.shape[0], device=values.device) >= grouping.expert_offsets[-1]
+        values.masked_fill_(padding[:, None], 0)
+
+
+def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
+    """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
+    return _call_checked(settings.activation, settings.layout, h)
+
+
+def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:
+    assert callable(activation)
+    shape = tuple(h.shape)
+    a = activation(h)
+    expected = (shape[0], layout.intermediate_size(shape[1]))
+    if not isinstance(a, Tensor) or tuple(a.shape) != expected or a.dtype != h.dtype:
+        got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
+        raise ValueError(f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, got {got}")
+    return a.contiguous()
+
+
+def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
+    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
+
+    Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
+    """
+    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    with torch.enable_grad():
+        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
+        out = _call_checked(activation, layout, empty.clone())
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    nodes = [] if out.grad_fn is None else [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not empty:
+            found[id(leaf)] = leaf
+        nodes.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
+    return list(found.values())

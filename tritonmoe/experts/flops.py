@@ -1,0 +1,87 @@
+"""What operators and kernels cost, told to torch.utils.flop_counter once somebody counts.
+
+A FlopCounterMode sees operators. This package's own have formulas here; those of the other backends are PyTorch's. The
+kernels of the Triton backend, where they don't run inside an operator, are no operators: count_products() calls one in
+their place that does nothing but cost what they do.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tritonmoe.backends import launches_kernels
+
+__all__ = ["FLOP_FORMULAS", "backward_flops", "count_products", "matrix_size", "num_products", "register_flop_formulas"]
+
+
+def matrix_size(weight: Tensor) -> int:
+    """Multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
+    return weight.shape[1] * weight.shape[2]
+
+
+def num_products(topk_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:
+    """Multiplications of every pair with one expert's gate_up_proj."""
+    return topk_shape[0] * topk_shape[1] * gate_up_proj_shape[1] * gate_up_proj_shape[2]
+
+
+def backward_flops(up: int, down: int, needs: Sequence[bool], computes_h: bool) -> int:
+    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
+
+    up, down: multiplications of the forward. needs: of x, topk_weights, and the weights in ExpertWeights's order.
+    """
+    needs_x, _, needs_up, _, needs_down, _ = needs
+    return 2 * (up * (needs_x + needs_up + computes_h) + down * (1 + needs_down))
+
+
+@torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())
+def _grouped_products(like: Tensor, flops: int) -> None:
+    """Do nothing: stands for kernels that somebody counts. like: a tensor on their device."""
+
+
+def _given_flops(like_shape: Any, flops: int, *_: Any, **__: Any) -> int:
+    return flops
+
+
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.tritonmoe.grouped_products: _given_flops}
+"""Operator -> its FLOPs, from shapes in place of tensors; modules with operators add theirs."""
+
+
+def register_flop_formulas() -> None:
+    """Tell torch.utils.flop_counter what the operators cost, once somebody counts.
+
+    Not before: its module imports triton. A FlopCounterMode copies the formulas when it is made, so those that are at
+    work already are told as well.
+    """
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is None:
+        return
+    for operator, formula in FLOP_FORMULAS.items():
+        if operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+    for counter in _counters_at_work(flop_counter):
+        counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in FLOP_FORMULAS})
+
+
+def count_products(ops: ModuleType, like: Tensor, num_pairs: int, multiplications: int) -> None:
+    """Count kernels that multiply each of num_pairs pairs so many times; nothing where the mode sees the products.
+
+    On one device skipped pairs are counted too: how many there are is known to the device alone.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0 or not launches_kernels(ops):
+        return
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is not None and any(_counters_at_work(flop_counter)):
+        register_flop_formulas()
+        _grouped_products(like, 2 * num_pairs * multiplications)
+
+
+def _counters_at_work(flop_counter: ModuleType) -> Iterator[Any]:
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            yield counter

@@ -1,0 +1,316 @@
+"""ExpertsRun: the experts of one rank, a chunk at a time, forward and backward.
+
+Knows nothing of ranks, streams or transports. One device is the case of one chunk.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tritonmoe.backends.reference import WeightGrads, accumulation_dtype
+from tritonmoe.config.layer import is_fused
+from tritonmoe.experts.arguments import ExpertSettings, ExpertWeights, MainGrads
+from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
+from tritonmoe.experts.flops import count_products, matrix_size
+from tritonmoe.experts.weight_gradients import weight_gradients
+from tritonmoe.grouping import Grouping, GroupingBlock
+from tritonmoe.runtime import cpu_memory
+from tritonmoe.runtime.cpu_threads import for_each, num_workers
+
+__all__ = ["ExpertsRun"]
+
+SMALLEST_BLOCK_PAIRS = 256
+"""What more workers than blocks don't cut blocks below."""
+
+
+@dataclass
+class ExpertsRun:
+    """One call of this rank's experts, chunk by chunk in order, forward and backward.
+
+    forward(c) needs the rows of chunk c's pairs to be in `rows`; backward(c) the same of `dout`. weight_grad() comes
+    after the last backward. Tensors that outlive a chunk (h, dh, s*a) are allocated once for the whole layer.
+    """
+
+    settings: ExpertSettings
+    weights: ExpertWeights
+    rows: Tensor
+    """(R, D) received rows of all chunks."""
+    topk_weights: Tensor
+    """(R, K)."""
+    grouping: Grouping
+    keep_hidden: bool
+    """Whether h is kept for a backward; False in inference and with save="input"."""
+    h: Tensor | None = None
+    """(N, 2F), filled by forward, or given back to a run that only does backward."""
+    main_grads: MainGrads | None = None
+    """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
+    dh: Tensor | None = None
+    scaled_a: Tensor | None = None
+    dweights: Tensor | None = None
+    """Of all pairs in chunks of experts."""
+    activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
+    """Callable activations: chunk -> the graph that backward goes through."""
+    reused: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that every chunk uses again."""
+    activation_parameters: list[Tensor] = field(default_factory=list)
+    activation_grads: list[Tensor | None] = field(default_factory=list)
+    """Callable activations: the gradients of activation_parameters so far."""
+
+    def __post_init__(self) -> None:
+        self.activation_grads = [None] * len(self.activation_parameters)
+
+    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
+        """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        grouping = self.grouping.chunk(chunk)
+        if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
+            return self._no_sums(grouping) if out is None else out
+        sizes = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        count_products(ops, self.rows, grouping.num_pairs, sum(sizes))
+        results = self._results(chunk)
+        y = None if results is None else results[self._among_results(chunk)]
+        if is_fused(activation):
+            blocks = self._blocks(grouping)
+            is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
+            if self.keep_hidden and self.h is None and not is_whole:
+                self.h = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
+            h = None if self.h is None else _part(self.h, self._pairs(chunk))
+            if len(blocks) == 1:
+                h, y = self._forward_block(blocks[0], needs_h=self.keep_hidden, out_h=h, out_y=y)
+                if self.keep_hidden and is_whole:
+                    self.h = h
+            else:
+                pairs_h = h
+                pairs_y = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1]) if y is None else y
+
+                def forward_block(block: GroupingBlock) -> None:
+                    out_h = None if pairs_h is None else pairs_h[block.positions]
+                    self._forward_block(block, out_h=out_h, out_y=pairs_y[block.positions])
+
+                for_each(forward_block, blocks, self.rows.device)
+                y = pairs_y
+        else:
+            w1, b1, w2, b2 = self.weights
+            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
+            a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
+            if graph is not None:
+                self.activation_graphs[chunk] = graph
+            y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
+        return ops.combine(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
+
+    def _no_sums(self, grouping: Grouping) -> Tensor:
+        """Give the sums of rows without a pair, which are a capacity's padding."""
+        return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
+
+    def _forward_block(
+        self,
+        block: GroupingBlock,
+        needs_h: bool = False,
+        out_h: Tensor | None = None,
+        out_y: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        w1, b1, w2, b2 = self._block_weights(block)
+        h, a = ops.up(
+            self.rows,
+            w1,
+            b1,
+            block.grouping,
+            layout,
+            activation,
+            needs_h=needs_h,
+            out_h=out_h,
+            options=options,
+        )
+        return h, ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
+
+    def backward(
+        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Compute one chunk; give dx (R_c, D), None unless needed, and topk_weights' gradient (R_c, K) in fp32.
+
+        Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
+        """
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        grouping = self.grouping.chunk(chunk)
+        pairs = self._pairs(chunk)
+        if self.dh is None or self.scaled_a is None:
+            self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
+            inner = layout.intermediate_size(self._hidden_width)
+            self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
+        if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
+            dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
+            if not needs_dx:
+                return None, dweights
+            return self._no_sums(grouping) if out is None else out, dweights
+        up, down = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        computes_h = is_fused(activation) and self.h is None
+        count_products(ops, self.rows, grouping.num_pairs, down + (needs_dx + computes_h) * up)
+        dh, scaled_a = _part(self.dh, pairs), _part(self.scaled_a, pairs)
+        results = self._results(chunk) if needs_dx else None
+        dx_pairs = None if results is None else results[self._among_results(chunk)]
+        if is_fused(activation):
+            h = None if self.h is None else _part(self.h, pairs)
+            blocks = self._blocks(grouping)
+            if len(blocks) == 1:
+                dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx, dx_pairs)
+            else:
+                if needs_dx and dx_pairs is None:
+                    dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
+                dweights = torch.empty(grouping.num_pairs, dtype=accumulation_dtype(dout.dtype), device=dout.device)
+
+                def backward_block(block: GroupingBlock) -> None:
+                    part, _ = self._backward_block(block, dout, h, dh, scaled_a, needs_dx, dx_pairs)
+                    dweights[block.positions] = part
+
+                for_each(backward_block, blocks, dout.device)
+        else:
+            w1, _, w2, b2 = self.weights
+            graph = self.activation_graphs[chunk]
+            a = graph.a.detach()
+            da, _, dweights = ops.down_grad(
+                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
+            )
+            zero_padding(da, grouping)
+            dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
+            if needs_dx:
+                dx_pairs = ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
+        dx = None
+        if dx_pairs is not None:
+            dx = ops.combine(dx_pairs if results is None else results, grouping.inverse, out=out)
+        return dx, grouping.pairs_to_rows(self._with_earlier_chunks(chunk, dweights))
+
+    def _backward_block(
+        self,
+        block: GroupingBlock,
+        dout: Tensor,
+        h: Tensor | None,
+        dh: Tensor,
+        scaled_a: Tensor,
+        needs_dx: bool,
+        dx_pairs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights and its dx."""
+        ops, layout, activation = self.settings[:3]
+        options = self.settings.options
+        w1, b1, w2, b2 = self._block_weights(block)
+        positions = block.positions
+        if h is None:
+            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None, options=options)
+        else:
+            hidden = _part(h, positions)
+        part_dh = _part(dh, positions)
+        _, _, dweights = ops.down_grad(
+            dout,
+            w2,
+            b2,
+            hidden,
+            self.topk_weights,
+            block.grouping,
+            layout,
+            activation,
+            out_dh=part_dh,
+            out_scaled_a=_part(scaled_a, positions),
+            options=options,
+        )
+        if not needs_dx:
+            return dweights, None
+        out = None if dx_pairs is None else _part(dx_pairs, positions)
+        return dweights, ops.up_grad(part_dh, w1, block.grouping, layout, out=out, options=options)
+
+    def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
+        """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
+        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
+        if most is not None and num_pairs > most:
+            workers = num_workers(self.rows.device)
+            if workers > 1:
+                most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
+        return grouping.blocks(most)
+
+    def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
+        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
+            return self.weights
+        w1, b1, w2, b2 = self.weights
+        experts = block.experts
+        return ExpertWeights(
+            w1[experts], None if b1 is None else b1[experts], w2[experts], None if b2 is None else b2[experts]
+        )
+
+    def weight_grad(self, dout: Tensor, needs: ExpertWeights | tuple[bool, bool, bool, bool]) -> WeightGrads:
+        """Give the gradients of the weights; needs says which, in the order of ExpertWeights.
+
+        None where not needed, and where the gradient was added to one of main_grads.
+        """
+        return weight_gradients(
+            self.settings,
+            self.grouping,
+            needs,
+            self.main_grads,
+            x=self.rows,
+            dh=self.dh,
+            dout=dout,
+            scaled_a=self.scaled_a,
+            topk_weights=self.topk_weights,
+        )
+
+    @property
+    def _hidden_width(self) -> int:
+        """2F, or F when ungated."""
+        return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
+
+    def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Give (num_pairs, width) of memory that is not needed after this chunk."""
+        if name not in self.reused:
+            largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
+            self.reused[name] = cpu_memory.empty(largest, width, like=self.rows)
+        return self.reused[name][:num_pairs]
+
+    def _pairs(self, chunk: int) -> slice:
+        return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
+
+    def _row_weights(self, chunk: int) -> Tensor:
+        """Give topk_weights (R_c, K) of the rows that the chunk finishes."""
+        rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+        if self.grouping.returned_rows is None:
+            return _part(self.topk_weights, rows)
+        return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
+
+    def _results(self, chunk: int) -> Tensor | None:
+        """Give the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
+
+        None where the chunk is a range of rows, with all that its sums take.
+        """
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            return None
+        if "results" not in self.reused:
+            offsets = self.grouping.chunk_pair_offsets
+            self.reused["results"] = cpu_memory.empty(offsets[-1] - offsets[first], self.rows.shape[1], like=self.rows)
+        return self.reused["results"]
+
+    def _among_results(self, chunk: int) -> slice:
+        first = self.grouping.first_expert_chunk
+        assert first is not None
+        start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
+        return slice(pairs[0] - start, pairs[1] - start)
+
+    def _with_earlier_chunks(self, chunk: int, dweights: Tensor) -> Tensor:
+        """Give what inverse's positions count from: one number per pair of this chunk, or of all chunks of experts."""
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            return dweights
+        if self.dweights is None:
+            offsets = self.grouping.chunk_pair_offsets
+            self.dweights = dweights.new_empty(offsets[-1] - offsets[first])
+        self.dweights[self._among_results(chunk)] = dweights
+        return self.dweights
+
+
+def _part(values: Tensor, positions: slice) -> Tensor:
+    """Give values[positions], without a view where that is all of them: views are a small call's main cost."""
+    return values if positions.stop - positions.start == values.shape[0] else values[positions]

@@ -1,0 +1,1 @@
+"""Expert parallelism for any module: parallelize() and what goes around a training step."""

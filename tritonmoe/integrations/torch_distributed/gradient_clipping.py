@@ -1,0 +1,97 @@
+"""clip_grad_norm_: the norm of a whole model's gradients, where every rank has the dense ones and its experts' own."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from tritonmoe.layer import GroupedExperts, experts_of_parameters
+from tritonmoe.transports import Transport
+
+__all__ = ["clip_grad_norm_"]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Do what torch.nn.utils.clip_grad_norm_ does, with the norm that one device would find.
+
+    torch's own knows a plain tensor's gradient on this rank alone. Experts differ, so every rank finds another norm,
+    scales the averaged dense gradients differently, and the ranks' copies drift apart without an error. Here the
+    experts of a GroupedExperts (a MoELayer's too) count on all ranks of its transport, replicas once; DTensors count
+    over their meshes, also beside plain tensors; all else counts as the same on every rank.
+
+    Every rank makes the call, once dense gradients are averaged, with the same parameters in the same order, whether or
+    not they have a gradient there. Weights that expert_parallel_mlp gets from elsewhere than a GroupedExperts count as
+    dense: reduce the norm of these with Transport.all_reduce.
+
+    Args: torch's; norm_type: positive, or inf.
+    Returns:
+        The norm before clipping, () fp32 (fp64 where a gradient is), the same bits on every rank.
+    Raises:
+        ValueError: norm_type is not positive. RuntimeError: with error_if_nonfinite, the norm is not finite (on every
+            rank). TransportError: the ranks could not add up their parts. Nothing is scaled then.
+    """
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
+    experts = experts_of_parameters()
+    dense: list[Tensor] = []
+    of_transports: dict[Transport, list[tuple[Tensor, GroupedExperts]]] = {}
+    of_meshes: dict[Any, list[Tensor]] = {}
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+        module = experts.get(id(parameter))
+        if hasattr(parameter, "device_mesh"):
+            of_meshes.setdefault(parameter.device_mesh, []).append(parameter)
+        elif module is not None and module.transport is not None:
+            of_transports.setdefault(module.transport, []).append((parameter, module))
+        else:
+            dense.append(parameter)
+    norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
+    for sharded in of_meshes.values():
+        norm = get_total_norm(_grads(sharded), norm_type, foreach=foreach)
+        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double())
+    for transport, spread in of_transports.items():
+        counted = [part for pair in spread for part in _counted_here(*pair)]
+        own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
+        # A rank without a gradient takes part too: the others wait for it.
+        if norm_type == math.inf:
+            norms.append(transport.all_reduce(own, "max"))
+        else:
+            norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped: look "
+            "for what overflowed, or set error_if_nonfinite=False to scale them by it all the same"
+        )
+    plain = [*dense, *(parameter for spread in of_transports.values() for parameter, _ in spread)]
+    if not any(grad.dtype == torch.float64 for group in (plain, *of_meshes.values()) for grad in _grads(group)):
+        total = total.float()
+    for group in (plain, *of_meshes.values()):
+        clip_grads_with_norm_(group, max_norm, total, foreach=foreach)
+    return total
+
+
+def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _counted_here(parameter: Tensor, module: GroupedExperts) -> list[Tensor]:
+    """Give the gradient of the experts that count on this rank, if any: a replica counts on its first owner."""
+    if parameter.grad is None:
+        return []
+    placement = module.placement
+    if placement is None or not placement.has_replicas or module.transport is None:
+        return [parameter.grad]
+    rank = module.transport.rank
+    slots = [slot for slot, expert in enumerate(module.expert_ids) if placement.first_owner(expert) == rank]
+    return [parameter.grad[slots]] if slots else []

@@ -1,0 +1,124 @@
+"""parallelize(): spread the experts of a model over ranks."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.overlap import OverlapConfig, check_overlap
+from tritonmoe.expert_parallel.run import check_expert_parallel
+from tritonmoe.expert_parallel.state import LayerCalls
+from tritonmoe.integrations.torch_distributed.parallelize import parallelize as parallelize_layers
+from tritonmoe.integrations.torch_distributed.parallelize import (
+    refuse_adapted,
+    refuse_held,
+    refuse_tied,
+    routed_experts,
+)
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.integrations.transformers.requirements import check_model
+from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
+from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState, expert_parallel_state
+from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
+from tritonmoe.transports import Transport, as_transport
+from tritonmoe.transports.sharding.parameters import (
+    check_expert_gradients,
+    check_same_weights,
+    find_sharding,
+    shard_parameters,
+)
+
+__all__ = ["parallelize"]
+
+
+def parallelize(
+    model: nn.Module,
+    group_or_mesh: Any,
+    overlap: OverlapConfig | None = None,
+    *,
+    expert_gradients: Literal["mean", "sum"] = "mean",
+) -> int:
+    """Spread the experts of a transformers model over ranks, in place; give the number of experts modules.
+
+    Every rank calls it with the same weights, and then runs its own batch through the whole model, its own experts and,
+    by overlapped exchanges, those of the others. All ranks make the same calls, forward and backward; batches may
+    differ in size. Every expert parameter becomes a DTensor, Shard(0) over the ranks, with its name unchanged: make
+    the optimizer afterwards (a parameter group of their own, where its fused implementations mix no DTensors with
+    tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
+    `model.save_pretrained` gathers, so every rank must call it; the first one writes. Trainer's checkpoints do too, and
+    torch.save of one rank's state dict is refused (tritonmoe.gather_state_dicts). Ranks whose texts end at
+    different lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel, and so Trainer, leaves expert
+    parameters alone, in whatever module the model stands. FSDP2's fully_shard comes after this, over the replicas for
+    the experts or with `ignored_params=set(tritonmoe.expert_parameters(model))`: docs/transformers.md. The layers of a
+    model upcycled in place are spread too.
+
+    Args:
+        group_or_mesh: a torch ProcessGroup or DeviceMesh of all ranks, or a DeviceMesh of two dimensions, one called
+            "expert" and one of replicas, over which the gradients of each expert are averaged too.
+        overlap: the chunks; the same on every rank. None is OverlapConfig().
+        expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
+            the ranks' losses.
+    Raises:
+        ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
+            share weights with another module, or are adapted by PEFT themselves; init_process_group was not called.
+            Nothing is changed.
+    """
+    from torch.distributed.tensor import DTensor
+
+    check_expert_gradients(expert_gradients)
+    overlap = OverlapConfig() if overlap is None else overlap
+    check_overlap(overlap)
+    check_model(model)
+    if isinstance(group_or_mesh, Transport):
+        raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {group_or_mesh!r}")
+    if group_or_mesh is None and not torch.distributed.is_initialized():
+        raise ValueError(
+            "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "
+            "parallelize()"
+        )
+    transport = as_transport(group_or_mesh)
+    found: dict[str, Any] = experts_modules(model)
+    layers = routed_experts(model)
+    for name, experts in found.items():
+        if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
+            raise ValueError(
+                f"the experts of {name} are spread over ranks already: parallelize a model once, and before fully_shard"
+            )
+        num_experts = experts.down_proj.shape[0]
+        check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
+    refuse_held(model, found)
+    refuse_tied(model, found)
+    refuse_adapted(model, found | layers)
+    if layers and not found:
+        num_layers = parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+        bind_to_spread(model, {})
+        let_trainer_save_spread_models()
+        return num_layers
+    patch(model)
+    sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
+    check_same_weights(model, found, sharding)
+    scale = 1 / transport.size if expert_gradients == "mean" else 1.0
+    for experts in found.values():
+        num_experts = experts.down_proj.shape[0]
+        own: dict[str, Tensor | None] = {
+            name: _own_experts(parameter, transport)
+            for name, parameter in experts.named_parameters(recurse=False)
+            if parameter.shape[0] == num_experts  # a stack of one per expert
+        }
+        shard_parameters(experts, own, sharding)
+        state = ExpertParallelState(
+            num_experts, sharding, overlap, scale, LayerCalls(transport, expert_gradients), tuple(own)
+        )
+        setattr(experts, STATE, state)
+    bind_to_spread(model, found)
+    let_trainer_save_spread_models()
+    if layers:
+        parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+    return len(found) + len(layers)
+
+
+def _own_experts(parameter: nn.Parameter, transport: Transport) -> Tensor:
+    """Give a copy of this rank's experts."""
+    part = parameter.detach().tensor_split(transport.size)[transport.rank]
+    return part.clone(memory_format=torch.contiguous_format).requires_grad_(parameter.requires_grad)

@@ -1,0 +1,46 @@
+"""register(): make transformers' models know tritonmoe by its name."""
+
+import torch
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.integrations.transformers.experts import experts_forward
+from tritonmoe.integrations.transformers.names import EP_REGISTRY_SINCE, EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.requirements import check_transformers
+
+__all__ = ["register"]
+
+
+def register(overlap: OverlapConfig | None = None) -> None:
+    """Give transformers' MoE models the experts implementation "tritonmoe"; calling it again changes nothing.
+
+    From transformers 5.23 on it also gives `DistributedConfig` the expert-parallel implementation "tritonmoe", whose
+    exchanges overlap with the experts; earlier releases have parallelize().
+
+    Args:
+        overlap: the chunks of ep_implementation="tritonmoe" from now on; the same on every rank. None leaves them.
+    Raises:
+        ImportError: transformers is missing or older than 5.7.
+    Example:
+        register()
+        model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tritonmoe")
+        model.set_experts_implementation("eager")      # and back: model.set_experts_implementation("tritonmoe")
+        expert_parallel = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="tritonmoe")
+        model = AutoModelForCausalLM.from_pretrained(name, distributed_config=expert_parallel)
+    """
+    version = check_transformers()
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    if version >= EP_REGISTRY_SINCE and torch.distributed.is_available():
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+
+        from tritonmoe.integrations.transformers.ep_implementation import OverlappedEP
+
+        if overlap is not None:
+            OverlappedEP.overlap = overlap
+        EPImplementationInterface.register(EXPERTS_IMPLEMENTATION, OverlappedEP)
+    elif overlap is not None:
+        raise ImportError(
+            f"register(overlap=...) is for an expert-parallel implementation, which transformers "
+            f"{'.'.join(map(str, version))} doesn't know (5.23 and later do): use parallelize(model, group, overlap)"
+        )

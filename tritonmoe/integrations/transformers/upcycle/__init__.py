@@ -1,0 +1,1 @@
+"""Upcycling: dense feed-forward blocks of a checkpoint become experts."""

@@ -1,0 +1,245 @@
+"""Any other architecture: its feed-forward blocks become MoE layers inside a copy of the model."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
+from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
+from tritonmoe.layer import GroupedExperts, MoELayer
+
+__all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "add_aux_loss", "aux_loss", "replace_blocks"]
+
+AUX_LOSS_WEIGHT = 0.01
+"""Weight of the load balance loss in aux_loss(), as in Switch Transformers; the loss itself is 1 at perfect balance."""
+
+IS_LEFT = "_tritonmoe_aux_loss_is_left"
+
+log = logging.getLogger("tritonmoe")
+
+
+class UpcycledFFN(MoELayer):
+    """The MoE layer that stands where a dense block or its first linear stood; (..., D) -> (..., D), in x.dtype.
+
+    The experts compute in the dtype of their weights, under autocast too. With a shared expert, which every token
+    reaches, its output is added to that of the routed ones.
+    """
+
+    def __init__(self, config: MoEConfig, shared_width: int | None, **factory: Any) -> None:
+        super().__init__(config, **factory)
+        self.shared_expert: GroupedExperts | None = None
+        if shared_width is not None:
+            shared = MoEConfig(
+                config.hidden_size, shared_width, 1, 1, config.activation, gated=config.gated, bias=config.bias
+            )
+            self.shared_expert = GroupedExperts(shared, **factory)
+
+    def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
+        self._refuse_adapted()
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(self.experts.gate_up_proj.dtype)
+            y = super().forward(rows, fillers=fillers)
+            if self.shared_expert is not None:
+                flat = rows.reshape(-1, rows.shape[-1])
+                ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
+                ones = torch.ones(flat.shape[0], 1, device=flat.device)
+                y = y + self.shared_expert(flat, ids, ones).view(y.shape)
+        return y.to(x.dtype)
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Give the sum of the load balance losses of a model upcycled in place, for losses that aren't the model's own.
+
+    Valid after a forward; AUX_LOSS_WEIGHT is in it already. The loss that a model gives in training, where it has
+    labels, contains it, as that of natively upcycled models does: don't add it there.
+
+    Raises:
+        ValueError: the model was not upcycled in place.
+        RuntimeError: there was no forward, or one without a graph in training, as reentrant checkpointing makes them:
+            the loss would teach the routers nothing.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
+    for module in model.modules():
+        if module.__dict__.get(IS_LEFT):
+            del module.__dict__[IS_LEFT]
+    found = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
+    if len(found) < len(layers):
+        raise RuntimeError("aux_loss() is there after the model's forward, not before")
+    if torch.is_grad_enabled() and any(
+        layer.training and layer.router.weight.requires_grad and not loss.requires_grad
+        for layer, loss in zip(layers, found, strict=True)
+    ):
+        raise RuntimeError(
+            "the model's training forward made no graph for its auxiliary loss, as under reentrant activation "
+            'checkpointing: enable it with {"use_reentrant": False}, or call aux_loss() under torch.no_grad()'
+        )
+    return torch.stack([loss.to(found[0].device) for loss in found]).sum()
+
+
+def add_aux_loss(model: nn.Module, _: Any, output: Any) -> Any:
+    """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
+
+    Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models.
+    """
+    if not model.training or not torch.is_grad_enabled():
+        return output
+    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.dim():
+        _warn_of_earlier(model)
+        return output
+    loss = loss + aux_loss(model).to(loss.device)
+    if isinstance(output, tuple):
+        return loss, *output[1:]
+    output.loss = loss
+    return output
+
+
+def _warn_of_earlier(model: nn.Module) -> None:
+    """Say once that nobody took the auxiliary loss of the last training forward, which gave no loss of its own."""
+    if torch.compiler.is_compiling():
+        return
+    if model.__dict__.get(IS_LEFT) is True:
+        log.warning(
+            "nobody took the auxiliary loss of %s in its last training forward, so nothing balances its experts: give "
+            "it labels, so that its own loss contains it (Trainer's label_smoothing_factor and compute_loss_func take "
+            "them away), or add tritonmoe.integrations.transformers.aux_loss(model) to yours",
+            type(model).__name__,
+        )
+    model.__dict__[IS_LEFT] = model.__dict__.get(IS_LEFT) is None  # then False: said
+
+
+def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFNBlock], dtype: torch.dtype) -> None:
+    """Put an MoE layer in the place of each block, its weights on the meta device, to be assigned."""
+    generator = torch.Generator()  # what it draws is thrown away; the global generator is left alone
+    for block in blocks:
+        config = MoEConfig(
+            block.hidden_size,
+            settings.expert_width(block.intermediate_size),
+            settings.num_experts,
+            settings.top_k,
+            block.activation,
+            gated=block.gated,
+            bias=block.has_up_bias or block.has_down_bias,
+            load_balance_loss_weight=AUX_LOSS_WEIGHT,
+        )
+        shared_width = block.intermediate_size if settings.shared_expert else None
+        layer = UpcycledFFN(config, shared_width, generator=generator, device="meta", dtype=dtype)
+        replaced: list[tuple[str, Any]] = [(block.path, layer)]
+        if not block.whole:
+            replaced += [(block.down, nn.Identity())]
+            if block.act_path:
+                replaced += [(block.act_path, nn.Identity())]
+            for path in block.inner_dropouts:
+                parent, name = parent_and_name(model, path)
+                replaced += [(path, nn.Identity() if isinstance(getattr(parent, name), nn.Module) else 0.0)]
+        for path, value in replaced:
+            parent, name = parent_and_name(model, path)
+            setattr(parent, name, value)
+
+
+class InplaceConversion:
+    """Names and tensors of a model with its blocks replaced; the dense model may be on the meta device."""
+
+    def __init__(self, dense: Any, settings: UpcycleSettings, blocks: list[FFNBlock]) -> None:
+        self.settings = settings
+        self.blocks = blocks
+        self.config = dense.config
+        for block in blocks:
+            settings.expert_width(block.intermediate_size)
+
+    def block_names(self, block: FFNBlock) -> list[str]:
+        """Give the state dict names of the MoE layer that stands for `block`."""
+        owners = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
+        parts = ["gate_up_proj", "down_proj"]
+        if block.has_up_bias or block.has_down_bias:
+            parts += ["gate_up_proj_bias", "down_proj_bias"]
+        names = ["router.weight", *(f"{owner}.{part}" for owner in owners for part in parts)]
+        return [f"{block.path}.{name}" for name in names]
+
+    @torch.no_grad()
+    def block_state(self, block: FFNBlock, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Give the tensors of the MoE layer, `get` being a lookup in the dense state dict."""
+        dense = block.read(get)
+        dense = dense._replace(down=dense.down.to(dense.up.dtype))  # T5 keeps it in fp32
+        if block.has_up_bias or block.has_down_bias:  # an expert has both or none
+            wide = dense.up.new_zeros(block.intermediate_size)
+            dense = dense._replace(
+                up_bias=wide if dense.up_bias is None else dense.up_bias,
+                gate_bias=wide if dense.gate_bias is None and block.gated else dense.gate_bias,
+                down_bias=dense.up.new_zeros(block.hidden_size) if dense.down_bias is None else dense.down_bias,
+            )
+        made = make_experts(self.settings, block.index, dense)
+        state: dict[str, Tensor | None] = {
+            "router.weight": made.router,
+            "experts.gate_up_proj": made.gate_up_proj,
+            "experts.down_proj": made.down_proj,
+            "experts.gate_up_proj_bias": made.gate_up_bias,
+            "experts.down_proj_bias": made.down_bias,
+        }
+        if self.settings.shared_expert:
+            halves = [half for half in (dense.gate, dense.up) if half is not None]
+            biases = [half for half in (dense.gate_bias, dense.up_bias) if half is not None]
+            state["shared_expert.gate_up_proj"] = torch.cat(halves)[None]
+            state["shared_expert.down_proj"] = dense.down[None] * SHARED_SCALE
+            state["shared_expert.gate_up_proj_bias"] = torch.cat(biases)[None] if biases else None
+            state["shared_expert.down_proj_bias"] = (
+                dense.down_bias[None] * SHARED_SCALE if dense.down_bias is not None else None
+            )
+        return {f"{block.path}.{name}": tensor for name, tensor in state.items() if tensor is not None}
+
+    @torch.no_grad()
+    def convert(self, dense: Any) -> nn.Module:
+        """Give a copy of the model with its blocks replaced, each compared with the block it replaces."""
+        model = copy.deepcopy(dense)
+        if hasattr(model.config, "quantization_config"):  # of a GGUF file; its weights are dequantised
+            del model.config.quantization_config
+        source = dense.state_dict()
+        for block in self.blocks:
+            state = self.block_state(block, source.__getitem__)
+            router = state[f"{block.path}.router.weight"]
+            original = _computation(model, block)
+            replace_blocks(model, self.settings, [block], router.dtype)
+            layer = model.get_submodule(block.path)
+            names = {name.removeprefix(f"{block.path}."): tensor for name, tensor in state.items()}
+            layer.load_state_dict(names, strict=True, assign=True)
+            layer.train(dense.training)
+            if self.settings.init == "copy":
+                _compare(block, layer, original)
+        return model
+
+
+def _computation(model: nn.Module, block: FFNBlock) -> Callable[[Tensor], Tensor]:
+    """Give what the block computes, in the model's own modules."""
+    if block.whole:
+        return model.get_submodule(block.path)
+    assert block.act_path is not None
+    parent, name = parent_and_name(model, block.act_path)
+    up, act, down = model.get_submodule(block.up), getattr(parent, name), model.get_submodule(block.down)
+    return lambda x: down(act(up(x)))
+
+
+def _compare(block: FFNBlock, layer: Any, original: Any) -> None:
+    """Raise ValueError where the MoE layer does not compute what the block that it replaces computed."""
+    weight = next(layer.parameters())
+    generator = torch.Generator().manual_seed(block.index)
+    x = torch.randn(1, 16, block.hidden_size, generator=generator, device="cpu").to(weight)
+    if isinstance(original, nn.Module):
+        original.eval()  # it is a copy, which nobody will run again
+    expected, actual = original(x), layer(x)
+    layer.aux_loss = layer.last_routing = None  # of this run
+    scale = expected.abs().max().item() or 1.0
+    error = (actual.double() - expected.double()).abs().max().item() / scale
+    allowed = 1e-4 + 8 * torch.finfo(weight.dtype).eps
+    if not error <= allowed:
+        raise ValueError(
+            f"the experts made from {block.path} differ from it by {error:.1e} of its largest output (allowed "
+            f"{allowed:.1e}): it computes more than its linears and its activation, so it can't be upcycled; leave it "
+            "out with layers="
+        )

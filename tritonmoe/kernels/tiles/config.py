@@ -1,0 +1,118 @@
+"""What a tile configuration is: chosen in tile_choice.py, or measured and kept in measured_tiles.py."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from tritonmoe.kernels.tiles import tma
+
+__all__ = ["GATHERS", "TileConfig", "refusal"]
+
+GATHERS = ("pointers", "tma", "copy")
+"""How `up` gets rows through an index: see `TileConfig`."""
+
+
+MAX_BLOCK = 1024
+"""Of a side of a tile. Triton's own limit is on a tile's elements."""
+MAX_COUNT = 1024
+"""Of stages, and of row tiles side by side: more is a damaged file."""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_power_of_two(value: Any) -> bool:
+    return _is_integer(value) and value > 0 and value & (value - 1) == 0
+
+
+def refusal(name: str, value: Any) -> str:
+    """Say why field `name` of a TileConfig can't be `value`; empty where it can."""
+    if name in ("block_m", "block_n", "block_k"):
+        fits = _is_power_of_two(value) and 16 <= value <= MAX_BLOCK
+        rule = f"a power of two from 16 on, up to {MAX_BLOCK}: Triton has no other tiles"
+    elif name == "num_warps":
+        fits, rule = _is_power_of_two(value) and value <= 32, "a power of two up to 32"
+    elif name == "subtiles":
+        fits, rule = _is_integer(value) and value in (1, 2, 4), "1, 2 or 4"
+    elif name == "gather":
+        fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
+    elif name in ("persistent", "tma"):
+        fits, rule = isinstance(value, bool), "false or true"
+    elif name in ("num_stages", "group_m"):
+        fits = _is_integer(value) and 1 <= value <= MAX_COUNT
+        rule = f"an integer from 1 on, up to {MAX_COUNT}"
+    else:
+        return f"a tile configuration has no field {name!r}"
+    return "" if fits else f"{name} must be {rule}, got {value!r}"
+
+
+@functools.lru_cache(None, typed=True)  # 1.0 is no 1
+def _check(
+    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int, subtiles: int, gather: str
+) -> None:
+    """Raise ValueError for the first field that can't be; cached, as every product of every step asks."""
+    for name, value in locals().items():
+        if refused := refusal(name, value):
+            raise ValueError(f"A tile configuration's {refused}")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One program's tile: block_m pairs by block_n columns, in steps of block_k, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    """Row tiles that run side by side over all column tiles, so that their weights stay in L2."""
+    subtiles: int = 1
+    """Pieces in which the epilogue handles the columns: fewer live registers."""
+    persistent: bool = False
+    """Whether there are only as many programs as free multiprocessors, which load their next tile while they store one.
+    Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
+    tma: bool = False
+    """Whether operands that allow it are read by TMA."""
+    gather: str = ""
+    """How `up` gets the rows of x: through "pointers", by "tma", which gathers them (Blackwell), or by TMA as boxes of
+    a "copy" in storage order. Empty for the other operations."""
+    reads: tuple[tuple[str, str], ...] = ()
+    """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
+
+    def __post_init__(self) -> None:
+        gather = self.gather or GATHERS[0]
+        _check(
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.num_warps,
+            self.num_stages,
+            self.group_m,
+            self.subtiles,
+            gather,
+        )
+
+    def by_tma(self, operand: str) -> bool:
+        """Say whether tiles of `operand` are read by TMA."""
+        return (operand, tma.BY_TMA) in self.reads
+
+    def __str__(self) -> str:
+        fields = [
+            f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads" and value != ""
+        ]
+        return " ".join(fields) + "".join(f"; {operand} by {way}" for operand, way in self.reads)
+
+    def clipped(self, width: int, depth: int) -> "TileConfig":
+        """Shrink the tile to a product with `width` columns summed over `depth`."""
+        block_n = min(self.block_n, max(16, triton.next_power_of_2(width)))
+        return dataclasses.replace(
+            self,
+            block_n=block_n,
+            block_k=min(self.block_k, max(16, triton.next_power_of_2(depth))),
+            subtiles=max(1, min(self.subtiles, block_n // 16)),
+        )

@@ -1,0 +1,151 @@
+"""Tile configurations that were measured, by what they were measured for: they stand before the heuristic's.
+
+An entry replaces fields of the heuristic's TileConfig (tile_choice.py). Its key has the architecture, the dtype, the
+operation, the product's width and depth rounded up to powers of two, and the class of pairs per expert
+(`tile_choice.row_class`): never the number of rows, so that nothing is compiled anew in the middle of training.
+`tritonmoe tune` measures entries and keeps them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonmoe.kernels.tiles.config import TileConfig, refusal
+from tritonmoe.runtime.files import locked, read_json, write_whole
+
+__all__ = [
+    "SHIPPED",
+    "Entries",
+    "asked",
+    "cache_file",
+    "choose",
+    "has_gather",
+    "note",
+    "read",
+    "tile_key",
+    "using",
+    "write",
+]
+
+Entries = Mapping[str, Mapping[str, int | str]]
+"""Key -> the fields of TileConfig that it replaces."""
+
+SHIPPED: Entries = {}
+"""Measured entries that come with the package: none yet."""
+
+_replacement: Entries | None = None
+_asked: dict[str, TileConfig] | None = None
+
+
+@functools.cache
+def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, depth: int, rows: int | None) -> str:
+    """Give the key of one grouped product.
+
+    Args:
+        architecture: "sm_90", "gfx942".
+        width, depth: as for `tile_choice.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
+    Example:
+        tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is "sm_90 bfloat16 up 1024x2048 rows 128".
+    """
+    width, depth = (1 << max(0, size - 1).bit_length() for size in (width, depth))
+    return f"{architecture} {str(dtype).removeprefix('torch.')} {operation} {width}x{depth} rows {rows or 'any'}"
+
+
+def choose(key: str, default: TileConfig) -> TileConfig:
+    """Give `default` with the fields that an entry for `key` replaces."""
+    entries = _cached() if _replacement is None else _replacement
+    fields: Mapping[str, Any] = entries.get(key, SHIPPED.get(key, {}))
+    return dataclasses.replace(default, **fields)
+
+
+def has_gather(way: str) -> bool:
+    """Say whether an entry, of any product, gets rows this way."""
+    entries = {**SHIPPED, **(_cached() if _replacement is None else _replacement)}
+    return any(fields.get("gather") == way for fields in entries.values())
+
+
+def note(key: str, config: TileConfig) -> None:
+    """Tell `asked` which TileConfig the product of this key got."""
+    if _asked is not None:
+        _asked[key] = config
+
+
+@contextlib.contextmanager
+def using(entries: Entries) -> Iterator[None]:
+    """Take these entries instead of the cache file's inside the block; {} leaves the heuristic and SHIPPED."""
+    global _replacement
+    before, _replacement = _replacement, entries
+    try:
+        yield
+    finally:
+        _replacement = before
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[dict[str, TileConfig]]:
+    """Collect the keys that are asked for inside the block, with the TileConfig that each got."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def cache_file() -> Path:
+    """Give where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe."""
+    folder = os.environ.get("TRITONMOE_CACHE_DIR")
+    return (Path(folder) if folder else Path.home() / ".cache" / "tritonmoe") / "tiles.json"
+
+
+@functools.cache
+def _cached() -> Entries:
+    """Read the cache file once: every launch asks."""
+    return read(cache_file())
+
+
+def read(path: Path) -> dict[str, dict[str, int | str]]:
+    """Give the entries of a cache file; none where there is no file.
+
+    Raises:
+        ValueError: the file is not one that `write` wrote, or a field can't be what an entry says.
+    """
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("tiles"), dict):
+            raise ValueError('it has no object "tiles"')
+        entries: dict[str, dict[str, int | str]] = found["tiles"]
+        for key, fields in entries.items():
+            if not isinstance(fields, dict):
+                raise ValueError(f"{key}: an entry is an object of fields, got {fields!r}")
+            for name, value in fields.items():
+                if refused := refusal(name, value):
+                    raise ValueError(f"{key}: {refused}")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a file of tile configurations ({error}): "
+            "correct it, or delete it and run `tritonmoe tune` again"
+        ) from error
+    return entries
+
+
+def write(path: Path, entries: Entries) -> None:
+    """Add entries to a cache file, whole or not at all; others who do so wait, so that no entry is lost.
+
+    The lock is the file of the same name that ends in .lock. On Windows nobody waits. Raises what `read` does, and
+    OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):
+        merged = {**read(path), **entries}
+        write_whole(path, json.dumps({"tiles": dict(sorted(merged.items()))}, indent=1), "file of tile configurations")
+    _cached.cache_clear()

@@ -1,0 +1,92 @@
+"""NonFiniteCheck: raises for tokens whose router scores are NaN or infinite, in their call or in the next one.
+
+That is on one device: over ranks the count exchange does that, always in the same call.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import NonFiniteScores
+from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.runtime.transforms import unwrapped
+
+__all__ = ["NonFiniteCheck"]
+
+WHERE_TO_LOOK = "(those tokens went to no expert): look for an overflow in the activations before the router"
+
+
+@torch.library.custom_op("tritonmoe::check_scores", mutates_args=())
+def _check_scores(topk_ids: Tensor, num_nonfinite_rows: Tensor) -> Tensor:
+    """Give a copy of topk_ids, on which what follows depends, or raise NonFiniteScores. Waits for the device."""
+    _raise_now(num_nonfinite_rows)
+    return topk_ids.clone()
+
+
+@_check_scores.register_fake
+def _checked_shape(topk_ids: Tensor, num_nonfinite_rows: Tensor) -> Tensor:
+    return torch.empty_like(topk_ids)
+
+
+def _raise_now(num_nonfinite_rows: Tensor) -> None:
+    if is_captured(num_nonfinite_rows.device):
+        raise ValueError(
+            "check='now' reads the router's flag on the host, which a CUDA graph can't capture: use check='next'"
+        )
+    count = int(num_nonfinite_rows)
+    if count:
+        raise NonFiniteScores(f"router scores of {count} tokens are NaN or infinite {WHERE_TO_LOOK}")
+
+
+class NonFiniteCheck:
+    """Looks at the router's count of skipped tokens, without waiting for the device unless asked to.
+
+    Args:
+        when: "next": the count is copied to the host, and the next eager call reads it; a call inside compiled code
+            neither copies nor reads. "now": this call waits for the router and raises, in compiled code too.
+    """
+
+    def __init__(self, when: Literal["next", "now"]) -> None:
+        if when not in ("next", "now"):
+            raise ValueError(f"check must be 'next' or 'now', got {when!r}")
+        self.when = when
+        self._earlier: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"when": self.when, "_earlier": None}
+
+    def raise_earlier(self) -> None:
+        """Raise NonFiniteScores if an earlier call had such tokens and nobody has heard of it."""
+        if torch.compiler.is_compiling() or self._earlier is None:
+            return
+        count = int(self._earlier)
+        if count:
+            self._earlier = None
+            raise NonFiniteScores(
+                f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer "
+                f"{WHERE_TO_LOOK}. check='now' raises in the forward itself"
+            )
+
+    def look(self, topk_ids: Tensor, num_nonfinite_rows: Tensor) -> Tensor:
+        """Give topk_ids, to go on with; raises NonFiniteScores now, or remembers the count for raise_earlier()."""
+        if self.when == "now" and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+            return _check_scores(topk_ids, num_nonfinite_rows)
+        if torch.compiler.is_compiling():
+            return topk_ids
+        count = unwrapped(num_nonfinite_rows)
+        if count.is_meta or type(count) is not Tensor:  # has no value
+            return topk_ids
+        if self.when == "now":
+            _raise_now(count)
+        else:
+            self._remember(count)
+        return topk_ids
+
+    def _remember(self, count: Tensor) -> None:
+        if not count.is_cuda:
+            self._earlier = count
+            return
+        if self._earlier is None or not self._earlier.is_pinned():
+            self._earlier = torch.zeros((), dtype=count.dtype, pin_memory=True, device="cpu")
+        self._earlier.copy_(count, non_blocking=True)

@@ -1,0 +1,35 @@
+"""Between host and device: a few integers on their way to the host, and whether a CUDA graph is being captured."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["HostCopy", "is_captured"]
+
+
+class HostCopy:
+    """Integer tensors of one device for the host, all in one copy.
+
+    On CUDA it goes into pinned memory and is only enqueued here; wait() waits for it alone, not for what was enqueued
+    behind it. On a CPU the values are there already.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._values = values = torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
+
+    def wait(self) -> list[Tensor]:
+        """Give the tensors as int64 on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        parts = self._values.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def is_captured(device: torch.device) -> bool:
+    """Say whether a CUDA graph is being captured, so that nothing can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

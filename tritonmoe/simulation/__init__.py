@@ -1,0 +1,1 @@
+"""What a schedule would cost in time and memory, without running it."""

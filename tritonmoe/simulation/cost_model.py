@@ -1,0 +1,271 @@
+"""What a layer's steps and exchanges cost: lines and curves through measured times, read by the simulator."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
+from tritonmoe.overlap.schedule import Step
+
+__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+
+Size = TypeVar("Size", float, Tensor)
+
+
+@dataclass(frozen=True)
+class LinkCosts:
+    """The link of every rank, the same in both directions.
+
+    With node_size, ranks of one node (node_size neighbours) reach each other at bytes_per_s and others at
+    inter_bytes_per_s, through a second port of each rank's own.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    is_shared: bool = False
+    """Whether exchanges under way share the port (MPI) or take their turn (NCCL, gloo, emulated ranks)."""
+    alone_share: float = 1.0
+    """What one exchange alone reaches of bytes_per_s: about half where its two directions take turns."""
+    node_size: int | None = None
+    inter_bytes_per_s: float | None = None
+    contention: float = 0.0
+    """The share of its speed that compute loses while an exchange is under way: to the cores that move the rows, or the
+    multiprocessors."""
+
+    def __post_init__(self) -> None:
+        if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
+            raise ValueError(f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed, got {self}")
+        if not 0 <= self.contention < 1:
+            raise ValueError(f"contention must lie in [0, 1), got {self.contention}")
+        if (self.node_size is None) != (self.inter_bytes_per_s is None):
+            raise ValueError(f"node_size and inter_bytes_per_s belong together, got {self}")
+        if self.node_size is not None and not (self.node_size >= 1 and (self.inter_bytes_per_s or 0) > 0):
+            raise ValueError(f"node_size and inter_bytes_per_s must be positive, got {self}")
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What all ranks of one layer call send and compute."""
+
+    rows: Tensor
+    """(W, W) float64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k."""
+    pairs: Tensor
+    """(W, W) float64: their routed pairs on rank k."""
+    row_bytes: int
+    """Of one row of the forward's dispatch."""
+    top_k: int
+    other_row_bytes: int | None = None
+    """Of one row of the other exchanges of rows, where a wire format makes them differ."""
+
+    @classmethod
+    def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
+        """Give the work of a traffic matrix (W, W) whose rows have so many pairs each."""
+        rows = traffic_rows.to(torch.float64)
+        return cls(rows, rows * pairs_per_row, row_bytes, top_k)
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[0]
+
+    def bytes_per_row(self, kind: str) -> int:
+        """Give the bytes of one row in an exchange of this kind."""
+        if kind == "metadata":
+            return 8 * self.top_k  # int32 ids and fp32 weights
+        if kind == "routing_backward":
+            return 4 * self.top_k
+        return self.row_bytes if kind == "dispatch" or self.other_row_bytes is None else self.other_row_bytes
+
+    def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Give rows sent, rows returned and pairs (W,) of every segment, each chunk its share."""
+        own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()
+        home, received, pairs = self._sums
+        slices: list[float] = []
+        if plan.local_first:
+            home, received, pairs = home - own_rows, received - own_rows, pairs - own_pairs
+            slices = [plan.local_start / LOCAL_PARTS, 1 - plan.local_start / LOCAL_PARTS]
+        shares = [size / sum(plan.chunk_sizes) for size in plan.chunk_sizes]
+        leaving, returning = self.shares(plan)
+        return (
+            [own_rows * part for part in slices] + [home * share for share in leaving],
+            [own_rows * part for part in slices] + [received * share for share in returning],
+            [own_pairs * part for part in slices] + [pairs * share for share in shares],
+        )
+
+    def shares(self, plan: OverlapPlan) -> tuple[list[float], list[float]]:
+        """Give the share of the travelling rows that leaves with each chunk, and that returns with it.
+
+        With chunks of experts as if every row had the same number of pairs, whose chunks are independent.
+        Example:
+            Two equal chunks of experts, two pairs per row: (0.75, 0.25) and (0.25, 0.75).
+        """
+        total = sum(plan.chunk_sizes)
+        if plan.chunk_by == "tokens":
+            shares = [size / total for size in plan.chunk_sizes]
+            return shares, shares
+        own_rows, own_pairs = (
+            float(of.diagonal().sum()) if plan.local_first else 0.0 for of in (self.rows, self.pairs)
+        )
+        rows = float(self.rows.sum()) - own_rows
+        pairs_per_row = max(1.0, (float(self.pairs.sum()) - own_pairs) / rows) if rows else 1.0
+        reached = [size / total for size in accumulate(plan.chunk_sizes, initial=0)]
+        leaving = [(1 - first) ** pairs_per_row - (1 - last) ** pairs_per_row for first, last in pairwise(reached)]
+        returning = [last**pairs_per_row - first**pairs_per_row for first, last in pairwise(reached)]
+        return leaving, returning
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
+
+    def ports(self, link: LinkCosts) -> tuple[Tensor, Tensor]:
+        """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it."""
+        own = self.rows.diagonal()
+        out, into = self._sums[0] - own, self._sums[1] - own
+        if link.node_size is None:
+            return out / link.bytes_per_s, into / link.bytes_per_s
+        assert link.inter_bytes_per_s is not None
+        num_nodes = -(-self.size // link.node_size)
+        inside_out, inside_in = torch.zeros_like(out), torch.zeros_like(into)
+        for node in range(num_nodes):
+            ranks = slice(node * link.node_size, (node + 1) * link.node_size)
+            inside_out[ranks] = self.rows[ranks, ranks].sum(1) - own[ranks]
+            inside_in[ranks] = self.rows[ranks, ranks].sum(0) - own[ranks]
+        return (
+            torch.maximum(inside_out / link.bytes_per_s, (out - inside_out) / link.inter_bytes_per_s),
+            torch.maximum(inside_in / link.bytes_per_s, (into - inside_in) / link.inter_bytes_per_s),
+        )
+
+
+PAIR_KINDS = ("experts", "experts_backward", "group", "weight_grad")
+RETURNING_KINDS = ("combine", "dispatch_backward")
+
+
+def step_units(
+    step: Step, num_local: int, home: Sequence[Size], received: Sequence[Size], pairs: Sequence[Size]
+) -> Size:
+    """Give what a step's cost is proportional to: its pairs, or its rows. The sizes are by segment.
+
+    num_local: how many of the segments are local ones.
+    """
+    if step.kind in PAIR_KINDS:
+        of = pairs
+    elif step.kind in RETURNING_KINDS:
+        of = received
+    else:
+        of = home
+    if step.chunk is not None and step.kind != "filler":
+        return of[num_local + step.chunk]
+    total = of[0]
+    for size in of[1:]:
+        total = total + size
+    return total
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of the compute lane, by kind of step: fixed_s of one step, and unit_s of each of its pairs or rows.
+
+    A kind that is missing costs nothing, and so does a step without any. For an exchange it is what posting costs:
+    packing its rows.
+    """
+
+    fixed_s: Mapping[str, float]
+    unit_s: Mapping[str, float]
+    bends: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Where the line is a curve: (units, seconds that each unit beyond them costs more, or less), ascending."""
+
+    def seconds(self, kind: str, units: Size) -> Size:
+        total = units * self.unit_s.get(kind, 0.0) + (units > 0) * self.fixed_s.get(kind, 0.0)
+        for bend, unit_s in self.bends.get(kind, ()):
+            total = total + (units > bend) * (units - bend) * unit_s
+        return total
+
+    def of_one_more_chunk(self, kind: str, units: float) -> float:
+        """Give the seconds by which two steps of half the units take longer than one step."""
+        return 2 * self.seconds(kind, units / 2) - self.seconds(kind, units)
+
+    @classmethod
+    def fit(cls, samples: Iterable[tuple[str, float, float]]) -> "StepCosts":
+        """Fit a line to (kind, units, seconds) of measured steps, kind by kind; neither part is negative."""
+        lines = {kind: fit_line(points) for kind, points in _by_kind(samples).items()}
+        return cls({k: fixed for k, (fixed, _) in lines.items()}, {k: unit for k, (_, unit) in lines.items()})
+
+    @classmethod
+    def through(cls, samples: Iterable[tuple[str, float, float]]) -> "StepCosts":
+        """Join (kind, units, seconds) of measured steps by straight lines, kind by kind.
+
+        More units never cost less. Beyond the largest, and below the smallest, its neighbour's line goes on, though not
+        below zero.
+        """
+        lines = {kind: _join(points) for kind, points in _by_kind(samples).items()}
+        return cls(
+            {kind: fixed for kind, (fixed, _) in lines.items()},
+            {kind: slopes[0][1] for kind, (_, slopes) in lines.items()},
+            {
+                kind: [(at, after - before) for (_, before), (at, after) in pairwise(slopes)]
+                for kind, (_, slopes) in lines.items()
+            },
+        )
+
+
+def _by_kind(samples: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Give (units, seconds) by kind."""
+    by_kind: dict[str, list[tuple[float, float]]] = {}
+    for kind, units, seconds in samples:
+        by_kind.setdefault(kind, []).append((units, seconds))
+    return by_kind
+
+
+ALIKE = 1.05
+"""Times the smaller one: so many units are taken for the same number."""
+
+
+def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
+    """Give seconds at zero units, and the slopes of a curve through the points as (units from which, seconds per unit).
+
+    Points of about the same units are one, with their median time, of two the shorter: a line through them would be
+    noise.
+
+    Example:
+        _join([(2, 3), (4, 4), (8, 12)]) gives (2, [(0, 0.5), (4, 2)]).
+    """
+    alike: list[list[tuple[float, float]]] = []
+    for point in sorted(point for point in points if point[0] > 0):
+        if alike and point[0] <= ALIKE * alike[-1][0][0]:
+            alike[-1].append(point)
+        else:
+            alike.append([point])
+    if not alike:
+        return 0.0, [(0.0, 0.0)]
+    sizes = [statistics.mean(units for units, _ in group) for group in alike]
+    times = list(accumulate((statistics.median_low([seconds for _, seconds in group]) for group in alike), max))
+    slopes = [(b - a) / (v - u) for (u, v), (a, b) in zip(pairwise(sizes), pairwise(times), strict=True)]
+    fixed = max(0.0, times[0] - slopes[0] * sizes[0]) if slopes else 0.0
+    first = (times[0] - fixed) / sizes[0]
+    joined = [(0.0, first), *zip(sizes, slopes, strict=False)]
+    return fixed, [piece for n, piece in enumerate(joined) if n == 0 or piece[1] != joined[n - 1][1]]
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Give (fixed, slope), neither negative, of the line through (x, y) with the least squared error.
+
+    Example:
+        fit_line([(0, 1), (2, 2), (4, 3)]) gives (1, 0.5).
+    """
+    count = len(points)
+    mean_x, mean_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    fixed = mean_y - slope * mean_x
+    if slope <= 0 or not spread:
+        # All alike, or falling: with nothing to tell them apart, the cost is proportional where it can be.
+        return (0.0, max(0.0, mean_y / mean_x)) if mean_x > 0 and not spread else (max(0.0, mean_y), 0.0)
+    if fixed < 0:
+        squares = sum(x * x for x, _ in points)
+        return 0.0, sum(x * y for x, y in points) / squares
+    return fixed, slope

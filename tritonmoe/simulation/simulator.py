@@ -1,0 +1,239 @@
+"""How long a schedule takes: the steps that the executor runs, walked with costs instead of tensors.
+
+All ranks are walked at once, step by step, in vectors over the ranks. That is exact for what the executor does: it
+posts nothing while it waits, so nothing that comes later in the schedule can hold up an exchange that is waited for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.schedule import INSIDE, Schedule, Step, build_backward, build_forward, build_inside
+from tritonmoe.simulation.cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.two_level_work import TwoLevelWork
+
+__all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
+
+EXACT_RANKS = 64
+"""Up to so many ranks every message has its own time; above, an exchange ends with its busiest port."""
+COLUMNS = 72
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """One step on all ranks: (W,) seconds from the start of the pass."""
+
+    step: Step
+    start_s: Tensor
+    end_s: Tensor
+    """For an exchange: when its rows had arrived."""
+    inside: "Sequence[SimulatedStep]" = field(default_factory=list)
+    """On two levels: what it does inside the node."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One simulated pass; print it for its timeline on rank 0."""
+
+    steps: list[SimulatedStep]
+    """In the schedule's order."""
+    end_s: Tensor
+    """(W,)."""
+
+    @property
+    def total_s(self) -> float:
+        """Give the time of the slowest rank."""
+        return float(self.end_s.max())
+
+    def __str__(self) -> str:
+        return self.timeline(0)
+
+    def timeline(self, rank: int) -> str:
+        """Give one line per step that takes time, with a bar from its start to its end."""
+        spans = [(str(s.step), s.step.lane, float(s.start_s[rank]), float(s.end_s[rank])) for s in self.steps]
+        total_s = max(self.total_s, 1e-12)
+        width = max(len(name) for name, *_ in spans)
+        lines = [f"rank {rank}, {total_s * 1e3:.3f} ms"]
+        for lane, mark in (("comm", "="), ("compute", "#")):
+            lines.append(lane)
+            for name, own_lane, start, end in spans:
+                if own_lane == lane and end > start:
+                    first = min(COLUMNS - 1, int(start / total_s * COLUMNS))
+                    last = max(first + 1, round(end / total_s * COLUMNS))
+                    bar = " " * first + mark * (last - first)
+                    lines.append(f"  {name:{width}} |{bar:{COLUMNS}}| {start * 1e3:9.3f} .. {end * 1e3:.3f} ms")
+        return "\n".join(lines)
+
+
+class _Ports:
+    """The exchanges under way on every rank's port.
+
+    group_of_rank: (W,) which ranks exchange with each other, where not all do.
+    """
+
+    def __init__(self, work: LayerWork, link: LinkCosts, group_of_rank: Tensor | None = None) -> None:
+        self.link = link
+        self.group_of_rank = (
+            torch.zeros(work.size, dtype=torch.int64, device="cpu") if group_of_rank is None else group_of_rank
+        )
+        self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
+        self.out_s, self.in_s = work.ports(link)
+        self.is_exact = work.size <= EXACT_RANKS
+        self.clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
+        """Taking turns: when the port is free. Sharing: up to when `remaining` is worked off."""
+        self.remaining: dict[int, Tensor] = {}
+        self.arrivals: dict[int, Tensor] = {}
+
+    def post(self, number: int, now: Tensor, row_bytes: float) -> None:
+        if self.link.is_shared:
+            self._work_off(now)
+            self.remaining[number] = torch.maximum(self.out_s, self.in_s) * row_bytes
+            return
+        start = torch.maximum(now, self.clock)
+        out_s, in_s = self.out_s * row_bytes, self.in_s * row_bytes
+        self.clock = start + torch.maximum(out_s, in_s) / self.link.alone_share
+        if self.is_exact:
+            # A message from i to k occupies both ends' ports until the busier one is done.
+            message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
+            arrival = torch.maximum(start[:, None], start) + message_s
+            assert self.is_in_one_group is not None
+            arrival = arrival.where(self.is_in_one_group, -1.0)
+            if len(arrival) > 1:
+                arrival.fill_diagonal_(-1.0)
+            arrival = torch.maximum(arrival.amax(0), arrival.amax(1))
+        else:
+            busiest = self._of_group(torch.maximum(out_s, in_s)) / self.link.alone_share
+            arrival = self._of_group(start) + busiest
+        self.arrivals[number] = arrival + self.link.latency_s
+
+    def beside(self, now: Tensor, seconds: Tensor) -> Tensor:
+        """Give how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
+        lost = self.link.contention
+        if not lost:
+            return seconds
+        if self.link.is_shared:
+            self._work_off(now)
+            busy_until = self.clock
+            if self.remaining:
+                levels, widths = self._levels()
+                busy_until = busy_until + (
+                    torch.diff(levels, dim=0, prepend=torch.zeros_like(levels[:1])) * widths
+                ).sum(0)
+        else:
+            busy_until = self.clock
+        return seconds + lost * torch.minimum(seconds / (1 - lost), (busy_until - now).clamp(min=0))
+
+    def arrival(self, number: int) -> Tensor:
+        """Give (W,) when the exchange has arrived, if nothing is posted before that."""
+        if number not in self.arrivals:
+            levels, widths = self._levels()
+            below = torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
+            reached = (self.remaining[number] - below).clamp(min=0).minimum(levels - below)
+            own = self.clock + (reached * widths).sum(0)
+            self.arrivals[number] = self._of_group(own) + self.link.latency_s
+        return self.arrivals[number]
+
+    def _of_group(self, values: Tensor) -> Tensor:
+        """Give every rank the largest value of its group."""
+        most = torch.zeros_like(values).scatter_reduce(0, self.group_of_rank, values, "amax", include_self=False)
+        return most[self.group_of_rank]
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """Give the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
+        levels = torch.stack(list(self.remaining.values())).sort(0).values
+        widths = torch.arange(len(levels), 0, -1, dtype=levels.dtype, device="cpu")
+        widths[-1] = 1 / self.link.alone_share
+        return levels, widths[:, None]
+
+    def _work_off(self, now: Tensor) -> None:
+        """Let every port work until `now`, all its exchanges at the same speed."""
+        elapsed = (now - self.clock).clamp(min=0)
+        self.clock = torch.maximum(self.clock, now)
+        if not self.remaining:
+            return
+        levels, widths = self._levels()
+        steps = levels - torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
+        before = torch.cumsum(steps * widths, 0) - steps * widths
+        level = ((elapsed - before) / widths).clamp(min=0).minimum(steps).sum(0)
+        for number, left in self.remaining.items():
+            self.remaining[number] = (left - level).clamp(min=0)
+        for number in [n for n, left in self.remaining.items() if n in self.arrivals and not left.any()]:
+            del self.remaining[number]
+
+
+def simulate(
+    schedule: Schedule, plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts
+) -> Simulation:
+    """Give the times of every step of a schedule on all ranks, which start together.
+
+    work: on two levels a TwoLevelWork, whose outer rows go over `link`.
+    Example:
+        W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
+    """
+    levels = work if isinstance(work, TwoLevelWork) else None
+    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
+    sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
+    needs_x = any(step.kind == "dispatch_backward" for step in schedule)
+    now = torch.zeros(work.size, dtype=torch.float64, device="cpu")
+    under_way: set[int] = set()
+    steps: list[SimulatedStep] = []
+    for position, step in enumerate(schedule):
+        for earlier in step.after:
+            if earlier in under_way:
+                under_way.remove(earlier)
+                arrival = ports.arrival(earlier)
+                now = torch.maximum(now, arrival)
+                steps[earlier] = SimulatedStep(schedule[earlier], steps[earlier].start_s, arrival)
+        start = now
+        inside = build_inside(step, needs_x=needs_x) if levels is not None else ()
+        if inside:
+            assert levels is not None
+            done = _walk_inside(inside, levels, levels.inside(plan, step.chunk), costs, start)
+            now = done[-1].end_s
+            steps.append(SimulatedStep(step, start, now, done))
+            continue
+        units = step_units(step, plan.num_local_slices, *sizes)
+        seconds = torch.as_tensor(costs.seconds(step.kind, units), dtype=torch.float64, device="cpu")
+        now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
+        if step.lane == "comm":
+            under_way.add(position)
+            shares = returning if step.kind in RETURNING_KINDS else leaving
+            share = 1.0 if step.chunk is None else shares[step.chunk]
+            ports.post(position, now, share * outer.bytes_per_row(step.kind))
+        steps.append(SimulatedStep(step, start, now))
+    return Simulation(steps, now)
+
+
+def _walk_inside(
+    schedule: Schedule, levels: TwoLevelWork, work: LayerWork, costs: StepCosts, start: Tensor
+) -> list[SimulatedStep]:
+    """Give the steps inside nodes, of the given rows and pairs, from (W,) on; every exchange is waited for at once.
+
+    They cost what the same steps between nodes do.
+    """
+    sizes = [[of] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
+    ports = _Ports(work, levels.link, levels.node_of_rank)
+    now, steps = start, []
+    for position, step in enumerate(schedule):
+        begun = now
+        kind = step.kind.removeprefix(INSIDE)
+        now = now + costs.seconds(kind, step_units(Step(kind, None, step.lane), 0, *sizes))
+        if step.lane == "comm":
+            ports.post(position, now, work.bytes_per_row(kind))
+            now = torch.maximum(now, ports.arrival(position))
+        steps.append(SimulatedStep(step, begun, now))
+    return steps
+
+
+def simulate_layer(
+    plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts, *, backward: bool
+) -> Sequence[Simulation]:
+    """Give the simulated forward and, with every gradient needed, the backward."""
+    schedules = [build_forward(plan)]
+    if backward:
+        schedules.append(build_backward(plan, needs_x=True, needs_topk_weights=True))
+    return [simulate(schedule, plan, work, costs, link) for schedule in schedules]

@@ -1,0 +1,193 @@
+"""Delivery: when the messages of emulated exchanges leave and arrive, and the thread that copies them then.
+
+A rank's port turns to its exchanges one after the other, as they were posted, each when its rows are ready. On CUDA the
+thread also looks when that is, where an exchange's time starts.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import TransportError
+from tritonmoe.transports.emulated.exchange import EmulatedExchange
+from tritonmoe.transports.emulated.link_model import LinkModel
+
+__all__ = ["Delivery"]
+
+POLL_S = 50e-6
+"""How often the thread looks whether a device has computed rows; when it did is read from the device."""
+
+
+class Delivery:
+    """The ports of all ranks, and one thread that copies a message when both of its ends have posted and its time came.
+
+    Methods are called with the world's lock held, unless they say otherwise.
+    """
+
+    def __init__(self, num_ranks: int, device: torch.device, link: LinkModel | None, lock: threading.Lock) -> None:
+        self._link = link
+        self._device = device
+        self._lock = lock
+        self._port_is_free_at = [0.0] * num_ranks
+        self._not_started: list[deque[EmulatedExchange]] = [deque() for _ in range(num_ranks)]  # as posted, by rank
+        self._messages: list[tuple[float, int, EmulatedExchange, EmulatedExchange]] = []  # heap by arrival time
+        self._message_number = itertools.count()
+        self._has_messages = threading.Condition(lock)
+        self._thread: threading.Thread | None = None
+        self._copy_streams: list[torch.cuda.Stream] = []
+        self._is_closed = False
+
+    def post(self, exchange: EmulatedExchange) -> None:
+        """Let the rank's port turn to the exchange, after those before it and when its rows are ready."""
+        if exchange.ready is None or self._link is None:
+            exchange.ready_at = time.perf_counter()
+        self._not_started[exchange.rank].append(exchange)
+        self._start_ready(exchange.rank)
+        if exchange.start is None:
+            self._wake()
+
+    def connect(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
+        """Send the two messages between two ranks as soon as both ports have turned to them."""
+        if one.start is not None and other.start is not None:
+            self._send(one, other)
+        for end, peer in ((one, other), (other, one)):
+            if end.start is None:
+                end.peers.append(peer)
+
+    def close(self) -> None:
+        """Forget what is under way and let the thread end."""
+        self._is_closed = True
+        self._messages.clear()
+        for waiting in self._not_started:
+            for exchange in waiting:
+                exchange.peers.clear()
+            waiting.clear()
+        self._has_messages.notify_all()
+
+    def join(self) -> None:
+        """Wait until the thread has ended. Called without the lock."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _start_ready(self, rank: int) -> None:
+        """Let a rank's port turn to the exchanges whose rows are ready, up to the first one whose rows are not."""
+        waiting = self._not_started[rank]
+        while waiting and (start := waiting[0].ready_at) is not None:
+            exchange = waiting.popleft()
+            if self._link is not None:
+                start = max(start, self._port_is_free_at[rank])
+                occupied_s = self._link.transfer_s(max(exchange.bytes_out, exchange.bytes_in))
+                self._port_is_free_at[rank] = start + occupied_s
+            exchange.start = start
+            for peer in exchange.peers:
+                if peer.start is not None:
+                    self._send(exchange, peer)
+            exchange.peers.clear()
+
+    def _send(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
+        """Send the two messages between two ranks, whose ports have both turned to them, on their way."""
+        assert one.start is not None
+        assert other.start is not None
+        for sender, receiver in ((one, other), (other, one)):
+            arrival = max(one.start, other.start)
+            if self._link is not None:
+                num_bytes = max(sender.bytes_out, receiver.bytes_in)
+                arrival += self._link.transfer_s(num_bytes) + self._link.latency_us * 1e-6
+            heapq.heappush(self._messages, (arrival, next(self._message_number), sender, receiver))
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the thread look at what has changed; it starts with the first such call."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver, name="emulated-delivery", daemon=True)
+            self._thread.start()
+        self._has_messages.notify()
+
+    def _deliver(self) -> None:
+        """Run the delivery thread. Called without the lock."""
+        # Rows posted under inference mode may be written only under it; everybody else's may be too.
+        with torch.inference_mode():
+            while self._deliver_next():
+                pass
+
+    def _deliver_next(self) -> bool:
+        """Copy the next message, or wait a while; False when the world is closed. Called without the lock."""
+        if any(self._not_started):
+            self._note_ready()
+        with self._lock:
+            if self._is_closed:
+                return False
+            wait_s = self._messages[0][0] - time.perf_counter() if self._messages else None
+            if wait_s is None or wait_s > 0:
+                if any(self._not_started):
+                    wait_s = POLL_S if wait_s is None else min(wait_s, POLL_S)
+                self._has_messages.wait(wait_s)
+                return True
+            _, _, sender, receiver = heapq.heappop(self._messages)
+            source, target = sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
+            is_wanted = receiver.failure is None
+        # Not under the lock: posting must never wait for a copy.
+        failure = None
+        copied = None
+        if is_wanted and source.shape[0] > 0:
+            try:
+                copied = self._copy(sender, receiver, source, target)
+            except Exception as error:
+                failure = (
+                    f"exchange {sender.number}: copying from rank {sender.rank} to {receiver.rank} failed: {error}"
+                )
+        with self._lock:
+            del sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
+            for exchange in (sender, receiver):
+                if copied is not None:
+                    exchange.copied.append(copied)
+                if failure is not None:
+                    exchange.fail(TransportError(f"{failure} ({exchange.words})"))
+                exchange.finish_if_complete()
+        return True
+
+    def _note_ready(self) -> None:
+        """Start the exchanges whose rows the device has computed since. Called without the lock."""
+        with self._lock:
+            firsts = [waiting[0] for waiting in self._not_started if waiting]
+        for exchange in firsts:
+            assert exchange.ready is not None
+            failure = None
+            try:
+                if not exchange.ready.has_come():
+                    continue
+                # Not under the lock either: it asks the device what time it is.
+                ready_at = exchange.ready.time()
+            except Exception as error:
+                ready_at = time.perf_counter()
+                failure = f"exchange {exchange.number}: the rows of rank {exchange.rank} were not computed: {error}"
+            with self._lock:
+                exchange.ready_at = ready_at
+                if failure is not None:
+                    exchange.fail(TransportError(f"{failure} ({exchange.words})"))
+                self._start_ready(exchange.rank)
+
+    def _copy(
+        self, sender: EmulatedExchange, receiver: EmulatedExchange, source: Tensor, target: Tensor
+    ) -> torch.cuda.Event | None:
+        """Copy one message; on CUDA enqueue it and give the event behind it. Called without the lock."""
+        if not target.is_cuda:
+            target.copy_(source)
+            return None
+        if not self._copy_streams:
+            self._copy_streams = [torch.cuda.Stream(self._device, priority=-1) for _ in self._not_started]
+        stream = self._copy_streams[receiver.rank]
+        with torch.cuda.stream(stream):
+            for end in (sender, receiver):
+                assert end.ready is not None, "CUDA rows are posted with an event"
+                stream.wait_event(end.ready.event)
+            target.copy_(source, non_blocking=True)
+            # A rank may drop either tensor without ever waiting; the allocator must then know of this copy.
+            source.record_stream(stream)
+            target.record_stream(stream)
+            return stream.record_event()

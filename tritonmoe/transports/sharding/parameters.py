@@ -1,0 +1,283 @@
+"""Parameters of which each rank holds a part, as DTensors, which optimizers, clipping and checkpoints understand."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.errors import CountMismatch
+from tritonmoe.transports import EXPERT, as_transport
+from tritonmoe.transports.base import Transport
+from tritonmoe.transports.process_group import ProcessGroupTransport
+from tritonmoe.transports.sharding.data_parallel import explain_fully_shard, ignore_sharded_parameters, mark_sharded
+from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.transports.sharding.whole_states import part_of, refuse_pickling
+from tritonmoe.transports.two_level import TwoLevelTransport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "Sharding",
+    "check_expert_gradients",
+    "check_replicas",
+    "check_same_weights",
+    "find_sharding",
+    "local_shard",
+    "shard_parameters",
+]
+
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over which ranks the parameters of a module are spread, and which other ranks hold copies of them."""
+
+    transport: Transport
+    mesh: "DeviceMesh | None"
+    """Of one dimension; None where torch.distributed does not know the ranks, and parameters stay plain tensors."""
+    replicas: "DeviceMesh | None" = None
+    """Of one dimension: the ranks with the same part as this one; None where there is no other."""
+    members: tuple[int, ...] | None = None
+    """All of these ranks, by their global number."""
+
+
+def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sharding:
+    """Give how parameters on this device are spread over `ranks`, whose transport is `transport`.
+
+    Args:
+        ranks: what as_transport() takes.
+    Raises:
+        ValueError: the ranks are fewer than torch.distributed has, and nothing says what the others hold.
+    """
+    if getattr(ranks, "mesh_dim_names", None) and EXPERT in ranks.mesh_dim_names and ranks.ndim == 2:
+        other = next(name for name in ranks.mesh_dim_names if name != EXPERT)
+        replicas = ranks[other] if ranks[other].size() > 1 else None
+        _check_order(ranks, ranks.mesh_dim_names.index(EXPERT))
+        return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
+    world = transport.world if isinstance(transport, TwoLevelTransport) else transport
+    if not isinstance(world, ProcessGroupTransport):
+        return Sharding(transport, None)
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    members = dist.get_process_group_ranks(world.group)
+    if len(members) < dist.get_world_size():
+        raise ValueError(
+            f"the experts would be spread over the ranks {members} of {dist.get_world_size()}, and nothing says "
+            "whether the other ranks hold copies, whose gradients must be averaged: pass a DeviceMesh of two "
+            f'dimensions, init_device_mesh(..., mesh_dim_names=("replica", "{EXPERT}")), its first of size 1 where '
+            "there are no copies"
+        )
+    if getattr(ranks, "ndim", None) == 1:
+        mesh = ranks
+        _check_order(mesh, 0)
+    else:
+        device_type = device.type
+        if device_type == "meta":  # they will be where the group's backend is
+            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(world.group)
+            device_type = "cuda" if has_cuda else "cpu"
+        mesh = DeviceMesh.from_group(world.group, device_type, mesh_dim_names=(EXPERT,))
+    return Sharding(transport, mesh, None, tuple(members))
+
+
+def _check_order(mesh: "DeviceMesh", dim: int) -> None:
+    """Raise ValueError unless the ranks stand in the mesh as in their group, whose order says who gets which rows."""
+    if bool((mesh.mesh.diff(dim=dim) < 0).any()):
+        raise ValueError(
+            f"the ranks {mesh.mesh.tolist()} of a DeviceMesh don't ascend along the dimension over which experts are "
+            "spread, and every rank would hold other experts than its place in the mesh says: sort them, as "
+            "init_device_mesh() does"
+        )
+
+
+def shard_parameters(
+    module: nn.Module, parts: dict[str, Tensor | None], sharding: Sharding, is_in_order: bool = True
+) -> None:
+    """Give the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
+
+    Args:
+        parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
+        is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
+    """
+    if sharding.mesh is not None or sharding.transport.size > 1:
+        mark_sharded(module, tuple(parts), sharding.members)
+    for name, part in parts.items():
+        module.register_parameter(name, None if part is None else _as_parameter(part, sharding))
+    if sharding.mesh is None:
+        return
+    allow_mixed_lists()
+    ignore_sharded_parameters()
+    explain_fully_shard()
+    refuse_pickling(sharding.mesh)
+    if is_in_order:
+        module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
+    else:
+        module.register_load_state_dict_pre_hook(_refuse_state_dict)
+        module.register_state_dict_pre_hook(_refuse_state_dict)
+
+
+def _as_parameter(part: Tensor, sharding: Sharding) -> nn.Parameter:
+    values: Tensor = part.detach()
+    if sharding.mesh is not None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        values = DTensor.from_local(values, sharding.mesh, [Shard(0)], run_check=False)
+    return nn.Parameter(values, requires_grad=part.requires_grad)
+
+
+def check_expert_gradients(expert_gradients: object) -> None:
+    """Raise ValueError unless this says what gradients of experts are."""
+    if expert_gradients not in ("mean", "sum"):
+        raise ValueError(f'expert_gradients must be "mean" or "sum", got {expert_gradients!r}')
+
+
+def check_replicas(seed: int, sharding: Sharding) -> None:
+    """Raise ValueError unless the ranks that hold the same experts draw them from the same seed; all of them call."""
+    if sharding.replicas is not None:
+        seeds = _of_all(torch.tensor([seed], device="cpu"), as_transport(sharding.replicas))
+        if len(set(seeds.flatten().tolist())) > 1:
+            raise ValueError(
+                "the ranks that hold copies of the same experts would draw different ones: pass a generator with the "
+                "same seed on every rank, or call torch.manual_seed() with it before the layer is made"
+            )
+
+
+def check_same_weights(module: nn.Module, found: Mapping[str, nn.Module], sharding: Sharding) -> None:
+    """Raise ValueError on every rank unless all ranks have the same weights in these modules of `module`.
+
+    Every rank calls it. Weights on the meta device have no values yet, and pass.
+    """
+    there = {
+        f"{prefix}.{name}".lstrip("."): weight
+        for prefix, child in found.items()
+        for name, weight in child.named_parameters(recurse=False)
+        if not weight.is_meta
+    }
+    sums = torch.tensor([_checksum(weight) for weight in there.values()], dtype=torch.int64, device="cpu")
+    replicas = [] if sharding.replicas is None else [as_transport(sharding.replicas)]
+    for transport in (sharding.transport, *replicas):
+        lengths = _of_all(torch.tensor([len(there)], device="cpu"), transport).flatten().tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the ranks' modules have {lengths} expert weights: make the same module on every rank")
+        for name, column in zip(there, _of_all(sums, transport).T.tolist(), strict=True):
+            if len(set(column)) > 1:
+                others = [rank for rank, value in enumerate(column) if value != column[0]]
+                raise ValueError(
+                    f"{name} of {type(module).__name__} has another value on ranks {others} than on rank 0, and each "
+                    "rank would keep its part of another model: load the same checkpoint on every rank, or call "
+                    "torch.manual_seed() with the same seed before the module is made"
+                )
+
+
+def _of_all(numbers: Tensor, transport: Transport) -> Tensor:
+    """Give the (L,) int64 numbers of every rank: (W, L)."""
+    return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
+
+
+def _checksum(weight: Tensor) -> int:
+    """Give a checksum of the bits of (E, ...), the experts in their order."""
+    bits = weight.detach().contiguous().view(BITS[weight.element_size()])
+    return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
+
+
+def local_shard(parameter: Any, sharding: Sharding, scale: float, number: int) -> Tensor:
+    """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
+
+    Args:
+        scale: what the gradient of this rank's rows is multiplied with.
+        number: of the parameter, by which ranks with the same rows know that they average the same gradient.
+    """
+    # FSDP2's hooks hand over gathered parameters: a DTensor where they are spread besides, else a tensor.
+    # Under torch.compile hasattr(parameter, "to_local") is False.
+    local = parameter
+    if sharding.mesh is not None:
+        from torch.distributed.tensor import DTensor
+
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if hasattr(parameter, "main_grad"):
+        if scale != 1.0 or sharding.replicas is not None:
+            raise ValueError(
+                "what is added to the main_grad of a weight can be neither scaled nor averaged any more: make the "
+                'layer with expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
+            )
+        local.main_grad = parameter.main_grad
+    if scale == 1.0 and sharding.replicas is None:
+        return local
+    return _ScaledGradient.apply(local, scale, sharding.replicas, number)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The tensor itself; its gradient times a factor, and averaged over replicas."""
+
+    @staticmethod
+    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.scale, ctx.replicas, ctx.number = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.replicas is None:
+            # In place, since nobody else has what the experts' backward has just made.
+            is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+            return grad * ctx.scale if is_traced else grad.mul_(ctx.scale), None, None, None
+        _check_number(ctx.number, ctx.replicas, grad.device)
+        from torch.distributed._functional_collectives import all_reduce
+
+        # Divided first, so that a sum in a narrow dtype overflows no earlier than its mean.
+        total = all_reduce(grad * (ctx.scale / ctx.replicas.size()), "sum", ctx.replicas)
+        return total, None, None, None
+
+
+def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> None:
+    """Raise CountMismatch unless all replicas are at the same parameter; on a GPU the device reports it."""
+    if torch.compiler.is_compiling():  # one graph for all, in one order
+        return
+    import torch.distributed as dist
+
+    numbers = torch.tensor([number, -number], device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
+    said = (
+        "the ranks that hold copies of the same experts run the backward of different layers: every rank must run the "
+        "same backwards in the same order"
+    )
+    if device.type == "cpu":
+        if int(numbers[0]) != -int(numbers[1]):
+            raise CountMismatch(f"{said} (parameters {-int(numbers[1])} to {int(numbers[0])}, here {number})")
+    else:
+        torch._assert_async(numbers[0] == -numbers[1], said)
+
+
+def _shard_loaded(
+    names: Sequence[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Turn whole parameters of a state dict into this rank's part of them, before they are loaded."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    for name in names:
+        value, parameter = state_dict.get(prefix + name), getattr(module, name)
+        if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if parameter.placements == (Shard(0),) and value.shape == parameter.shape:  # else torch says what differs
+            state_dict[prefix + name] = part_of(value, parameter)
+
+
+def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
+    raise ValueError(
+        f"the experts of this {type(module).__name__} stand in the order of its placement's slots, in which no other "
+        "layer could read them: save and load the layer without a placement. placement.first_owner(expert) says whose "
+        "parameter.to_local() holds an expert"
+    )

@@ -1,0 +1,135 @@
+"""How rows travel: as they are, as bf16, or as fp8 with a scale for every 128 columns of a row.
+
+The fp8 format follows DeepSeek-V3's dispatch (arXiv 2412.19437): e4m3 values, one fp32 scale per row and block of 128
+columns. e4m3 has no infinity, so the code of its largest number stands for one here, and finite values use the range
+up to the number below it: NaN and both infinities arrive as what they were.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.transports import PendingExchange
+
+__all__ = ["DecodedExchange", "WireFormat"]
+
+BLOCK_COLUMNS = 128
+LARGEST_FINITE = 416.0
+"""The number below 448, e4m3's largest, whose code means infinity here."""
+INFINITY = 448.0
+SMALLEST_SCALE = 2.0**-126
+"""A block of zeros, or of numbers too small for fp32's normal range, is divided by this."""
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """What rows (n, D) of `dtype` look like between ranks: (n, columns) of `wire_dtype`, bytes for fp8.
+
+    wire_dtype None sends rows as they are; torch.bfloat16 is for fp32 rows, torch.float8_e4m3fn for any but fp64.
+    Raises TypeError for another combination.
+    Example:
+        WireFormat(torch.float32, torch.float8_e4m3fn).row_bytes(300) is 300 + 3 * 4 = 312.
+    """
+
+    dtype: torch.dtype
+    wire_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        takes = {
+            None: (self.dtype,),
+            torch.bfloat16: (torch.float32,),
+            torch.float8_e4m3fn: (torch.float32, torch.bfloat16, torch.float16),
+        }
+        if self.dtype not in takes[self.wire_dtype]:
+            allowed = ", ".join(map(str, takes[self.wire_dtype]))
+            raise TypeError(f"wire_dtype={self.wire_dtype} takes rows of {allowed}, got {self.dtype}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether rows arrive with the bits that they had."""
+        return self.wire_dtype is None
+
+    def row_bytes(self, width: int) -> int:
+        """Give the bytes of one travelling row of `width` columns."""
+        if self.wire_dtype == torch.float8_e4m3fn:
+            return width + 4 * num_blocks(width)
+        return width * (self.wire_dtype or self.dtype).itemsize
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Give what is sent for rows (n, D)."""
+        if self.wire_dtype is None:
+            return rows
+        if self.wire_dtype == torch.bfloat16:
+            return rows.to(torch.bfloat16)
+        values, scales = _quantize(rows)
+        return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], dim=1)
+
+    def squares(self, rows: Tensor, encoded: Tensor) -> Tensor:
+        """Give (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
+        arrived = torch.empty_like(rows)
+        self.decode(encoded, arrived)
+        wide = rows.to(torch.float32)
+        return torch.stack([(arrived.to(torch.float32) - wide).square().sum(), wide.square().sum()])
+
+    def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
+        """Give memory for `num_rows` received rows of `width` columns, as they travel."""
+        if self.wire_dtype == torch.float8_e4m3fn:
+            return torch.empty(num_rows, self.row_bytes(width), dtype=torch.uint8, device=device)
+        return torch.empty(num_rows, width, dtype=self.wire_dtype or self.dtype, device=device)
+
+    def decode(self, received: Tensor, out: Tensor) -> None:
+        """Write the rows that `received` stands for into out (n, D)."""
+        if self.wire_dtype == torch.float8_e4m3fn:
+            scale_bytes = 4 * num_blocks(out.shape[1])
+            scales = received[:, :scale_bytes].clone(memory_format=torch.contiguous_format).view(torch.float32)
+            _dequantize(received[:, scale_bytes:].view(torch.float8_e4m3fn), scales, out)
+        else:
+            out.copy_(received)
+
+
+class DecodedExchange(PendingExchange):
+    """An exchange of encoded rows that gives the rows they stand for: they are decoded where they are waited for."""
+
+    def __init__(self, pending: PendingExchange, wire: WireFormat, out: Tensor) -> None:
+        self._pending, self._wire, self._out = pending, wire, out
+        self._done = False
+
+    def wait(self) -> Tensor:
+        received = self._pending.wait()
+        if not self._done:
+            self._wire.decode(received, self._out)
+            self._done = True
+        return self._out
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
+
+
+def num_blocks(width: int) -> int:
+    """Give the number of blocks of BLOCK_COLUMNS in a row, the last one perhaps shorter."""
+    return -(-width // BLOCK_COLUMNS)
+
+
+def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Give e4m3 values (n, D) and scales (n, blocks) fp32."""
+    num_rows, width = rows.shape
+    padded = torch.nn.functional.pad(rows.to(torch.float32), (0, num_blocks(width) * BLOCK_COLUMNS - width))
+    blocks = padded.view(num_rows, num_blocks(width), BLOCK_COLUMNS)
+    infinite = blocks.isinf()
+    finite = blocks.masked_fill(infinite, 0)
+    largest = finite.abs().nan_to_num(nan=0.0).amax(2)
+    scales = (largest / LARGEST_FINITE).clamp(min=SMALLEST_SCALE)
+    scaled = (finite / scales.unsqueeze(2)).clamp(-LARGEST_FINITE, LARGEST_FINITE)
+    scaled = torch.where(infinite, torch.sign(blocks) * INFINITY, scaled)
+    return scaled.to(torch.float8_e4m3fn).view(num_rows, num_blocks(width) * BLOCK_COLUMNS)[
+        :, :width
+    ].contiguous(), scales
+
+
+def _dequantize(values: Tensor, scales: Tensor, out: Tensor) -> None:
+    wide = values.to(torch.float32)
+    each = scales.repeat_interleave(BLOCK_COLUMNS, dim=1)[:, : wide.shape[1]]
+    result = wide * each
+    infinite = wide.abs() == INFINITY
+    out.copy_(torch.where(infinite, torch.sign(wide) * torch.inf, result))

@@ -1,0 +1,1 @@
+"""How num_chunks="auto" chooses: measure, search, try."""

@@ -1,0 +1,89 @@
+"""What the reports of a layer's calls say: the work of all ranks, what the steps cost, and the link."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.schedule import Step
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
+
+__all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]
+
+SMALLEST_ALONE_SHARE = 0.4
+
+
+def layer_work(report: LayerReport) -> LayerWork:
+    """Give what all ranks did in a call, the same on every rank."""
+    rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
+    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
+
+
+def most_work(report: LayerReport) -> LayerWork:
+    """Give what all ranks have room for, whichever run of the call had more of it."""
+    work = layer_work(report)
+    if report.first_run is None:
+        return work
+    first = layer_work(report.first_run)
+    return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
+
+
+def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
+    """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
+
+    Of calls with equal plans, each step's median over equal units counts, and of two the shorter time.
+    """
+    seconds: dict[tuple[OverlapPlan, Step, float], list[float]] = {}
+    for report in reports:
+        sizes = [
+            [float(last - first) for first, last in pairwise(offsets)]
+            for offsets in (report.home_offsets, report.receive_offsets, report.pair_offsets)
+        ]
+        timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
+        for timing in timings:
+            step = timing.step
+            units = step_units(step, report.overlap.num_local_slices, *sizes)
+            elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
+            seconds.setdefault((report.overlap, step, units), []).append(elapsed)
+    return [(step.kind, units, statistics.median_low(times)) for (_, step, units), times in seconds.items()]
+
+
+def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
+    """Fit a line to the steps of every kind that this rank measured."""
+    return StepCosts.fit(median_steps(reports))
+
+
+def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
+    """Fit the link to the metadata and dispatches of calls with one and two chunks.
+
+    is_shared: whether exchanges that are under way together share the link.
+    """
+    alone: dict[tuple[int, str, float], float] = {}  # by bytes: the shortest seconds of an exchange on an idle link
+    together: dict[int, float] = {}  # by number of chunks: the shortest seconds of all dispatches, by their bytes
+    for report in reports:
+        work = layer_work(report)
+        busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
+        exchanges = [t for t in report.forward.steps if t.step.kind in ("metadata", "dispatch")]
+        free_at = 0.0
+        for timing in exchanges:
+            began = max(timing.start_s + timing.post_s, free_at)
+            free_at = timing.end_s
+            if is_shared and timing.step.chunk is not None and report.num_chunks > 1:
+                continue
+            share = 1.0 if timing.step.chunk is None else work.shares(report.overlap)[0][timing.step.chunk]
+            num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
+            key, seconds = (report.num_chunks, str(timing.step), num_bytes), max(0.0, timing.end_s - began)
+            alone[key] = min(seconds, alone.get(key, seconds))
+        dispatches = [t for t in exchanges if t.step.kind == "dispatch"]
+        whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
+        of_a_byte = whole_s / max(1.0, busiest * work.bytes_per_row("dispatch"))
+        together[report.num_chunks] = min(of_a_byte, together.get(report.num_chunks, of_a_byte))
+    latency_s, byte_s = fit_line([(num_bytes, seconds) for (_, _, num_bytes), seconds in alone.items()])
+    alone_share = 1.0
+    if is_shared and together[1] > 0:
+        alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[2] / together[1]))
+    return LinkCosts(latency_s, 1 / max(byte_s * alone_share, 1e-18), is_shared, alone_share)

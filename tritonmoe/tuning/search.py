@@ -1,0 +1,194 @@
+"""Plans for a call: where nothing is measured, within a memory budget, and the fastest ones that the simulator finds.
+
+With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time of
+C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
+Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. Chunks that
+grow and then shrink show less of the first dispatch and the last combine: each may be 2 A / B times the one before, and
+still arrives while that one is computed. These closed forms are where the search starts.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.simulation.simulator import simulate_layer
+
+__all__ = [
+    "budgeted_plan",
+    "closed_form_growth",
+    "closed_form_num_chunks",
+    "fixed_plan",
+    "plan_of",
+    "preferred",
+    "search",
+    "takes_chunks_of_experts",
+]
+
+COMMUNICATION_BOUND_NUM_CHUNKS = 3
+MOST_GROWTH = 8
+SMALLEST_EPS_S = 50e-6
+SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
+SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
+SEARCHED_WINDOWS = (2, 3)
+ALIKE = 0.01
+"""Plans predicted to be so close to the fastest are taken as equally fast, and the fewest chunks are tried first: they
+have the fewest exchanges, of whose small costs predictions know little."""
+BUDGETED_WINDOW = 2
+
+
+def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
+    """Give the number of equal chunks that the model above predicts to be fastest, 1 where overlap can't pay.
+
+    Args:
+        experts_s: A, seconds of all experts in one chunk. communication_s: B, seconds of dispatch and combine.
+        eps_s: seconds that one more chunk adds to A.
+    Example:
+        closed_form_num_chunks(0.010, 0.008, 0.000150) gives 7.
+    """
+    eps_s = max(eps_s, SMALLEST_EPS_S, 0.005 * experts_s)
+    if communication_s <= 2 * eps_s or experts_s <= 2 * eps_s:
+        return 1
+    if communication_s > experts_s:
+        return COMMUNICATION_BOUND_NUM_CHUNKS
+    return max(1, min(MAX_CHUNKS, round(math.sqrt(communication_s / eps_s))))
+
+
+def closed_form_growth(experts_s: float, communication_s: float) -> int:
+    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed.
+
+    It is 2 A / B, at least 2 and at most MOST_GROWTH.
+
+    Example:
+        closed_form_growth(0.010, 0.005) gives 4.
+    """
+    return round(max(2.0, min(MOST_GROWTH, 2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
+
+
+def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
+    """Give the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
+    if isinstance(config.shape, tuple):
+        sizes = config.shape
+    else:
+        sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
+    local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
+    return plan_of(config, sizes, local_start=local_start, serial=config.serial)
+
+
+def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
+    """Give a plan with what the configuration leaves no choice about."""
+    chunk_by = "experts" if config.chunk_by == "experts" else "tokens"
+    return OverlapPlan(chunk_sizes, config.local_first, chunk_by=chunk_by, **others)  # type: ignore[arg-type]
+
+
+def takes_chunks_of_experts(config: OverlapConfig) -> bool:
+    """Say whether nothing else in the configuration excludes them."""
+    try:
+        replace(config, chunk_by="experts")
+    except ValueError:
+        return False
+    return True
+
+
+def budgeted_plan(
+    config: OverlapConfig, work: LayerWork | None, widths: BufferWidths, working_sets: Collection[WorkingSet]
+) -> tuple[OverlapPlan, str]:
+    """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
+
+    Args:
+        work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
+        working_sets: every rank's. The plan fits with each of them on every rank, so that all choose the same one.
+    """
+    budget = config.memory_budget_bytes
+    assert budget is not None
+    least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
+    if work is None:
+        return least, f"{least}: takes least, until a call has shown how many rows there are"
+
+    def most(plan: OverlapPlan) -> int:
+        return max(peak_bytes(plan, work, replace(widths, working_set=each)).most for each in working_sets)
+
+    peak = most(least)
+    if peak > budget:
+        return least, f"{least}: takes least, and with {peak} bytes still more than memory_budget_bytes = {budget}"
+    why = f"the fewest chunks within memory_budget_bytes = {budget}"
+    for num_chunks in range(1, MAX_CHUNKS + 1):
+        plan = replace(
+            least,
+            chunk_sizes=equal_sizes(num_chunks),
+            window=BUDGETED_WINDOW,
+            backward_window=BUDGETED_WINDOW,
+        )
+        if most(plan) <= budget:
+            return plan, f"{plan}: {why}"
+    return least, f"{least}: {why}"
+
+
+def search(
+    config: OverlapConfig,
+    work: LayerWork,
+    costs: StepCosts,
+    link: LinkCosts,
+    *,
+    backward: bool,
+    fits: Callable[[OverlapPlan], bool] = lambda plan: True,
+) -> list[tuple[float, OverlapPlan]]:
+    """Give predicted seconds and plan, the fastest first: chunks and shapes, then local split, then windows.
+
+    fits: says whether a plan may be used.
+    """
+    predicted: dict[OverlapPlan, float] = {}
+
+    def seconds(plan: OverlapPlan) -> float:
+        if plan not in predicted:
+            passes = simulate_layer(plan, work, costs, link, backward=backward)
+            predicted[plan] = sum(simulation.total_s for simulation in passes)
+        return predicted[plan]
+
+    def best(count: int) -> list[OverlapPlan]:
+        return sorted(predicted, key=seconds)[:count]
+
+    def tries(plan: OverlapPlan) -> None:
+        if fits(plan):
+            seconds(plan)
+
+    one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
+    steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
+    experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
+    communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
+    eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
+    seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
+    seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
+    growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])
+    for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
+        for growth in growths:
+            tries(plan_of(config, ramp_sizes(num_chunks, growth)))
+    if config.local_first:
+        for plan in best(2):
+            for local_start in SEARCHED_LOCAL_STARTS:
+                tries(replace(plan, local_start=local_start))
+    for plan in best(2):
+        for window in SEARCHED_WINDOWS:
+            if window < plan.num_chunks:
+                tries(replace(plan, window=window))
+                if backward:
+                    tries(replace(plan, backward_window=window))
+                    tries(replace(plan, window=window, backward_window=window))
+    return [(seconds(plan), plan) for plan in best(len(predicted))]
+
+
+def preferred(found: Sequence[tuple[float, OverlapPlan]]) -> list[tuple[float, OverlapPlan]]:
+    """Sort predicted seconds and plans: the fastest and those ALIKE by number of chunks, the others by seconds.
+
+    Example:
+        (1.000, 16 chunks), (1.005, 3 chunks) and (1.1, 2 chunks) give the order 3, 16, 2.
+    """
+    limit_s = (1 + ALIKE) * min((seconds for seconds, _ in found), default=0.0)
+
+    def key(seconds_and_plan: tuple[float, OverlapPlan]) -> tuple[float, int, float]:
+        seconds, plan = seconds_and_plan
+        return (0.0, plan.num_chunks, seconds) if seconds <= limit_s else (seconds, 0, seconds)
+
+    return sorted(found, key=key)

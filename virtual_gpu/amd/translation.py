@@ -1,0 +1,256 @@
+"""Translate AMDGCN to Python: each block becomes a function that computes all wavefronts at it at once, with NumPy.
+
+A vector register is an array (waves, 64) of 32-bit words, a scalar register one (waves, 1); both have views as signed
+integers and float32 (U, I, F and SU, SI, SF in the code), pairs of scalar registers as 64-bit words and as bytes
+(SQ, SB). X are the lanes that run an instruction (EXEC of the waves at hand), A those waves; True stands for all.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from virtual_gpu.amd import operations
+from virtual_gpu.amd.instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
+from virtual_gpu.amd.memory_instructions import MemoryWriter
+from virtual_gpu.amd.operands import EXEC, dpp_lanes, register
+from virtual_gpu.amd.parser import ENDS_BLOCK, Instruction, Kernel
+from virtual_gpu.control_flow import BlockOrder, order_blocks
+from virtual_gpu.programs import BlockCode, compile_blocks
+
+__all__ = ["Translation", "translate"]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A kernel's blocks as functions of (machine, mask of waves)."""
+
+    kernel: Kernel
+    blocks: tuple[BlockCode[Instruction], ...]
+    order: BlockOrder
+    constants: list[Any] = field(repr=False)
+
+
+def translate(kernel: Kernel) -> Translation:
+    """Translate all blocks of `kernel`.
+
+    Raises:
+        NotImplementedError: for an instruction that the machine doesn't know, with its line.
+    """
+    constants: list[Any] = []
+    sources, branches = [], []
+    for number, block in enumerate(kernel.blocks):
+        writer = _Writer(constants)
+        branch = None
+        for instruction in block:
+            if instruction.name.startswith(ENDS_BLOCK):
+                branch = instruction
+            else:
+                writer.add(instruction)
+        begin = (
+            f"def block_{number}(m, A):",
+            "r, u = m.registers, m.memory_unit",
+            "U, I, F, SU, SI, SF, SQ, SB, SCC = r.views",
+            "X = r.lanes(A)",
+        )
+        sources.append("\n    ".join((*begin, *writer.lines)))
+        branches.append(branch)
+    blocks = compile_blocks(kernel.name, sources, branches, constants, operations)
+    return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry), constants)
+
+
+def _following(kernel: Kernel) -> list[list[int]]:
+    """Give for each block those that may come next; one past the last is the end."""
+    following = []
+    for index, block in enumerate(kernel.blocks):
+        name = block[-1].name if block else ""
+        after = [] if name in ("s_branch", "s_endpgm") else [index + 1]
+        if name.startswith(("s_branch", "s_cbranch")):
+            after.append(kernel.labels[block[-1].operands[0]])
+        following.append(after)
+    return following
+
+
+class _Writer(MemoryWriter):
+    """Writes the lines of one block."""
+
+    def add(self, instruction: Instruction) -> None:
+        if instruction.name in NOTHING:
+            return
+        self.lines.append(f"m.line = {instruction.line}")
+        try:
+            self.write(instruction)
+        except (KeyError, ValueError, NotImplementedError) as error:
+            raise NotImplementedError(
+                f"line {instruction.line}: the machine doesn't know {instruction.name} "
+                f"{', '.join(instruction.operands)} {instruction.modifiers}"
+            ) from error
+
+    def write(self, instruction: Instruction) -> None:
+        name, operands = instruction.name, instruction.operands
+        if name in SCALAR:
+            self.scalar(name, operands)
+        elif name in VECTOR:
+            self.vector(instruction)
+        elif name.startswith("v_cmp_"):
+            _, _, comparison, kind = name.split("_")
+            left, right = self.sources(instruction, operands[1:], [self.kind(kind)] * 2)
+            self.lines.append(f"r.put_mask({self.number(operands[0])}, {COMPARISONS[comparison](left, right)}, X, A)")
+        elif name.startswith("s_cmp"):
+            _, comparison, kind = name.replace("cmpk", "cmp").removeprefix("s_").split("_")
+            left, right = (self.value(operand, self.kind(kind)) for operand in operands)
+            self.lines.append(f"copyto(SCC, {COMPARISONS[comparison](left, right)}, where=A)")
+        elif name.startswith(("buffer_", "global_", "ds_", "s_load_")):
+            self.memory(name, operands, instruction.modifiers)
+        else:
+            self.special(instruction)
+
+    def scalar(self, name: str, operands: tuple[str, ...]) -> None:
+        kind, kinds, template, condition = SCALAR[name]
+        if name.endswith("saveexec_b64"):
+            operands = (operands[0], operands[1], "exec")
+        if name in IMMEDIATE:
+            immediate = (int(operands[-1], 0) & 0xFFFF ^ 0x8000) - 0x8000
+            operands = (operands[0], *operands[:1] * (name != "s_movk_i32"), str(immediate))
+        inputs = operands[1:] if kind else operands
+        values = [self.value(operand, one) for operand, one in zip(inputs, kinds, strict=True)]
+        self.lines.append(f"T = {template.format(*values)}")
+        if condition:
+            self.lines.append(f"C = {condition.format(*values)}")
+        if kind:
+            number = self.number(operands[0])
+            if name.endswith("saveexec_b64"):
+                self.lines.append(f"copyto(SQ[{number}], SQ[{EXEC}], where=A)")
+                number = EXEC
+            view = "SQ" if kind == "u8" else f"S{kind[0].upper()}"
+            self.lines.append(f"copyto({view}[{number}], T, where=A)")
+            if number in (EXEC, EXEC + 1):
+                self.lines.append("X = r.lanes(A)")
+        if condition:
+            self.lines.append("copyto(SCC, C, where=A)")
+
+    def vector(self, instruction: Instruction) -> None:
+        kind, kinds, template = VECTOR[instruction.name]
+        modifiers = instruction.modifiers
+        if ("clamp" in modifiers and instruction.name != "v_sub_u32") or "op_sel" in modifiers:
+            raise NotImplementedError("a modifier")
+        if modifiers.get("dst_sel", "DWORD") != "DWORD":
+            raise NotImplementedError("a part of a register as the result")
+        operands = instruction.operands
+        if instruction.name == "v_fmac_f32":
+            operands = (*operands, operands[0])
+        values = self.sources(instruction, operands[1:], list(kinds))
+        if "clamp" in modifiers:
+            template = "subtract_to_zero({0}, {1})"
+        where = "X"
+        if "dpp" in modifiers and not (lanes := dpp_lanes(instruction)).all():
+            where = f"X & {self.constant(lanes)}"
+        text = template.format(*values, **modifiers)
+        self.put(operands[0], text, kind, where)
+
+    def special(self, instruction: Instruction) -> None:
+        name, operands, modifiers = instruction.name, instruction.operands, instruction.modifiers
+        if "dpp" in modifiers and not dpp_lanes(instruction).all():
+            raise NotImplementedError("lanes that keep their value")
+        if name == "s_waitcnt":
+            counts = [int(modifiers.get(key, 99)) for key in ("vmcnt", "lgkmcnt")]
+            self.lines.append(f"u.wait({counts[0]}, {counts[1]}, A)")
+        elif name == "v_cndmask_b32":
+            no, yes = self.sources(instruction, operands[1:3], ["u4", "u4"])
+            self.put(operands[0], f"np.where(mask_of_bits(SB[{self.number(operands[3])}]), {yes}, {no})", "u4")
+        elif name == "v_addc_co_u32":
+            left, right = (self.value(operand, "u4") for operand in operands[2:4])
+            self.lines.append(f"T = mask_of_bits(SB[{self.number(operands[4])}]).astype('u4')")
+            self.lines.append(f"C = carries({left}, {right}, T)")
+            self.put(operands[0], f"{left} + {right} + T", "u4")
+            self.lines.append(f"r.put_mask({self.number(operands[1])}, C, X, A)")
+        elif name in ("v_mad_u64_u32", "v_mad_i64_i32"):
+            kind = "u" if "u64" in name else "i"
+            left, right = (f"{self.value(operand, f'{kind}4')}.astype('{kind}8')" for operand in operands[2:4])
+            self.lines.append(f"P = {left} * {right}")
+            self.lines.append(f"T = (P + {self.value(operands[4], f'{kind}8')}).view('u8')")
+            self.put(operands[0], "T", "u8")
+            if kind == "i" and operands[4] != "0":
+                raise NotImplementedError("a sum whose sign may overflow")
+            self.lines.append(f"r.put_mask({self.number(operands[1])}, T < P.view('u8'), X, A)")
+        elif name == "v_div_scale_f32":
+            values = ", ".join(self.value(operand, "f4") for operand in operands[2:])
+            self.lines.append(f"T, C = divide_scale({values})")
+            self.put(operands[0], "T", "f4")
+            self.lines.append(f"r.put_mask({self.number(operands[1])}, C, X, A)")
+        elif name == "v_readlane_b32":
+            lane = int(operands[2])
+            text = f"U[{self.number(operands[1], 'V')}][:, {lane}:{lane + 1}]"
+            self.lines.append(f"copyto(SU[{self.number(operands[0])}], {text}, where=A)")
+        elif name == "v_writelane_b32":
+            lane = int(operands[2])
+            text = f"U[{self.number(operands[0], 'V')}][:, {lane}:{lane + 1}]"
+            self.lines.append(f"copyto({text}, {self.value(operands[1], 'u4')}, where=A)")
+        elif name == "v_readfirstlane_b32":
+            text = f"r.first_lane(U[{self.number(operands[1], 'V')}], X)"
+            self.lines.append(f"copyto(SU[{self.number(operands[0])}], {text}, where=A)")
+        elif swap := re.fullmatch(r"v_permlane(16|32)_swap_b32", name):
+            left, right = (str(self.number(operand, "V")) for operand in operands)
+            self.lines.append(f"r.swap_lanes({left}, {right}, {swap[1]}, X, A)")
+        elif product := re.fullmatch(r"v_mfma_f32_(\d+)x\1x(\d+)_(bf16|f16|f32)", name):
+            a, b = (register(operand) for operand in operands[1:3])
+            start: Any = register(operands[3])
+            if a is None or b is None or modifiers or (start is None and operands[3] != "0"):
+                raise NotImplementedError("a matrix product of constants")
+            numbers = self.number(operands[0], "V"), a[1:], b[1:], start and start[1]
+            self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {product[3]!r}, A)")
+        elif name.startswith("v_pk_"):
+            self.packed(name, operands, modifiers)
+        elif name.startswith("v_fma_mix"):
+            self.mixed(name, operands, modifiers)
+        else:
+            raise NotImplementedError(name)
+
+    @staticmethod
+    def choices(modifiers: dict[str, str], key: str, count: int, default: int) -> list[int]:
+        """Give the bits of a modifier like op_sel:[1,0]."""
+        if key not in modifiers:
+            return [default] * count
+        return [int(item) for item in modifiers[key].strip("[]").split(",")]
+
+    def packed(self, name: str, operands: tuple[str, ...], modifiers: dict[str, str]) -> None:
+        """Write an instruction on pairs of float32; each half of the result chooses halves of the sources."""
+        count = len(operands) - 1
+        chosen = [self.choices(modifiers, key, count, index) for index, key in enumerate(("op_sel", "op_sel_hi"))]
+        negated = [self.choices(modifiers, key, count, 0) for key in ("neg_lo", "neg_hi")]
+        texts = []
+        for half in range(2):
+            values = []
+            for index, operand in enumerate(operands[1:]):
+                found = register(operand)
+                upper = chosen[half][index]
+                if name == "v_pk_mov_b32":
+                    upper = chosen[0][index]
+                if found is None:
+                    if upper:
+                        raise NotImplementedError("the upper half of a constant")
+                    text = self.value(operand, "f4")
+                else:
+                    text = f"{'S' * (found[0] == 'S')}F[{found[1] + upper}]"
+                values.append(f"(-{text})" if negated[half][index] else text)
+            template = {"add": "{0} + {1}", "mul": "{0} * {1}", "fma": "fused({0}, {1}, {2})", "mov": f"+{{{half}}}"}
+            texts.append(template[name.split("_")[2]].format(*values))
+        number = self.number(operands[0], "V")
+        self.lines.append(f"T, P = {texts[0]}, {texts[1]}")
+        self.lines.append(f"copyto(F[{number}], T, where=X)")
+        self.lines.append(f"copyto(F[{number + 1}], P, where=X)")
+
+    def mixed(self, name: str, operands: tuple[str, ...], modifiers: dict[str, str]) -> None:
+        """Write a fused multiplication and addition whose sources may be float16 each."""
+        uppers, narrow = self.choices(modifiers, "op_sel", 3, 0), self.choices(modifiers, "op_sel_hi", 3, 0)
+        values = [
+            f"halves({self.value(operand, 'u4')}, {upper})" if half and register(operand) else self.value(operand, "f4")
+            for operand, upper, half in zip(operands[1:], uppers, narrow, strict=True)
+        ]
+        text = f"({values[0]}.astype('f8') * {values[1]} + {values[2]})"
+        if name == "v_fma_mix_f32":
+            self.put(operands[0], f"{text}.astype('f4')", "f4")
+        else:
+            number = self.number(operands[0], "V")
+            rounded = f"{text}.astype('f2').view('u2').astype('u4')"
+            keep, shift = (0xFFFF, 16) if name == "v_fma_mixhi_f16" else (0xFFFF0000, 0)
+            self.put(operands[0], f"(U[{number}] & {keep}) | ({rounded} << {shift})", "u4")

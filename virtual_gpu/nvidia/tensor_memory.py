@@ -1,0 +1,151 @@
+"""Blackwell's tensor memory: 128 lanes by 512 columns of 32 bits, which tcgen05 multiplies into."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virtual_gpu.faults import MemoryFault
+from virtual_gpu.memory import SharedMemory
+from virtual_gpu.nvidia import fragments
+
+__all__ = ["TensorMemory"]
+
+LANES, COLUMNS = 128, 512
+
+
+@dataclass
+class _Product:
+    """A product that was started; it reads and writes when a barrier that counts it is waited for."""
+
+    address: int
+    rows: NDArray[np.intp]
+    """The lane of each row of the result."""
+    num_columns: int
+    left: NDArray[np.intp]
+    right: NDArray[np.intp]
+    accumulates: bool
+    decode: tuple[str, str]
+
+
+class TensorMemory:
+    """The tensor memory of one program."""
+
+    def __init__(
+        self, shared: SharedMemory, decode: Callable[[str], Callable[[NDArray[np.uint16]], NDArray[np.float32]]]
+    ):
+        self._shared, self._decode = shared, decode
+        self._words = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
+        self._busy = np.zeros((LANES, COLUMNS), np.int16)
+        self._unread = np.zeros((LANES, COLUMNS), bool)
+        """Words that a load, not waited for yet, may still read: its registers are ordered, its accesses are not."""
+        self._unwritten = np.zeros((LANES, COLUMNS), bool)
+        """Words that a store, not waited for yet, may still write."""
+        self._allocated = np.zeros(COLUMNS, bool)
+        self._products: list[_Product] = []
+        self._num_done = 0
+
+    @property
+    def num_started(self) -> int:
+        """Products started so far."""
+        return self._num_done + len(self._products)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether columns are allocated, or products under way."""
+        return bool(self._allocated.any() or self._products)
+
+    def allocate(self, num_columns: int) -> int:
+        """Give the address of free columns."""
+        if num_columns not in (32, 64, 128, 256, 512):
+            raise MemoryFault(f"{num_columns} columns of tensor memory: not a power of two from 32 to 512")
+        for first in range(0, COLUMNS, num_columns):
+            if not self._allocated[first : first + num_columns].any():
+                self._allocated[first : first + num_columns] = True
+                return first
+        raise MemoryFault(f"{num_columns} columns of tensor memory are not free")
+
+    def free(self, address: int, num_columns: int) -> None:
+        """Give columns back."""
+        for waiting in (self._busy, self._unread, self._unwritten):
+            if waiting[:, address : address + num_columns].any():
+                raise MemoryFault("tensor memory is freed while it is accessed")
+        self._allocated[address : address + num_columns] = False
+
+    def places(self, address: int, shape: str, count: int, split: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Give the lane and column of each register (count, 32) of a warp's load or store."""
+        lane, column = address >> 16, address & 0xFFFF
+        register, thread = np.arange(count)[:, None], np.arange(32)[None, :]
+        if shape == "32x32b":
+            lanes, columns = lane + thread + 0 * register, column + register + 0 * thread
+        elif shape == "16x32bx2":
+            lanes, columns = lane + thread % 16 + 0 * register, column + register + thread // 16 * split
+        else:
+            raise NotImplementedError(f"tcgen05 loads and stores of {shape}")
+        if lanes.max() >= LANES or columns.max() >= COLUMNS or not self._allocated[columns].all():
+            raise MemoryFault(f"columns {columns.min()} to {columns.max()} of tensor memory are not allocated")
+        if self._busy[lanes, columns].any():
+            raise MemoryFault("tensor memory is accessed while a product still writes it")
+        return lanes, columns
+
+    def read(self, places: tuple[NDArray[np.intp], NDArray[np.intp]]) -> NDArray[np.uint32]:
+        """Give the words at `places`."""
+        self._unread[places] = True
+        return self._words[places]
+
+    def write(self, places: tuple[NDArray[np.intp], NDArray[np.intp]], words: NDArray[np.uint32]) -> None:
+        """Write words to `places`."""
+        self._unwritten[places] = True
+        self._words[places] = words
+
+    def wait_for_loads(self) -> None:
+        """Let all loads be done."""
+        self._unread[:] = False
+
+    def wait_for_stores(self) -> None:
+        """Let all stores be done."""
+        self._unwritten[:] = False
+
+    def start(self, address: int, left: int, right: int, instruction: int, accumulates: int) -> None:
+        """Start a product of matrices in shared memory, from the descriptors of tcgen05.mma kind::f16."""
+        if instruction >> 4 & 3 != 1 or instruction >> 13 & 3:
+            raise NotImplementedError(f"tcgen05.mma with the descriptor {instruction:#x}")
+        kinds = {0: "f16", 1: "bf16"}
+        num_columns, num_rows = (instruction >> 17 & 63) * 8, (instruction >> 24 & 31) * 16
+        row = np.arange(num_rows)
+        lanes = row if num_rows == 128 else row // 16 * 32 + row % 16
+        product = _Product(
+            address & 0xFFFF,
+            lanes + (address >> 16),
+            num_columns,
+            fragments.descriptor_places(left, num_rows, 16, not instruction >> 15 & 1, tcgen05=True),
+            fragments.descriptor_places(right, num_columns, 16, not instruction >> 16 & 1, tcgen05=True),
+            bool(accumulates),
+            (kinds[instruction >> 7 & 7], kinds[instruction >> 10 & 7]),
+        )
+        for places in (product.left, product.right):
+            self._shared.begin_matrix_read(places)
+        columns = slice(product.address, product.address + num_columns)
+        if not self._allocated[columns].all() or product.address + num_columns > COLUMNS:
+            raise MemoryFault(f"a product into columns {columns} of tensor memory, which are not allocated")
+        if (self._unread | self._unwritten)[product.rows, columns].any():
+            raise MemoryFault("a product into tensor memory that loads or stores, not waited for, still access")
+        self._busy[product.rows, columns] += 1
+        self._products.append(product)
+
+    def finish(self, count: int) -> None:
+        """Let the first `count` products of all started so far be done."""
+        while self._num_done < count:
+            product = self._products.pop(0)
+            self._num_done += 1
+            left, right = (
+                self._decode(kind)(self._shared.end_matrix_read(places).view(np.uint16).reshape(-1, 16))
+                for kind, places in zip(product.decode, (product.left, product.right), strict=True)
+            )
+            columns = slice(product.address, product.address + product.num_columns)
+            result = fragments.product(left, right.T)
+            if product.accumulates:
+                result = result + self._words[product.rows, columns].view(np.float32)
+            self._words[product.rows, columns] = result.view(np.uint32)
+            self._busy[product.rows, columns] -= 1
