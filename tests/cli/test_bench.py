@@ -11,7 +11,7 @@ from tritonmoe.cli import bench, main
 from tritonmoe.errors import TransportError
 
 
-@pytest.mark.parametrize("name", ["transformers", "moe_mlp"])
+@pytest.mark.parametrize("name", ["transformers"])
 def test_transformers_is_missing(name: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     # As in a process that has not loaded them yet.
     for module in [module for module in sys.modules if module.startswith("transformers.")]:

@@ -138,7 +138,7 @@ def test_processes_that_tune_at_once_lose_nothing(cache):
     script = """
 import sys
 from pathlib import Path
-from tritonmoe.kernels import measured_tiles
+from tritonmoe.kernels.tiles import measured as measured_tiles
 print(flush=True)
 sys.stdin.readline()
 for n in range(25):

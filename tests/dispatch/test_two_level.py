@@ -21,9 +21,9 @@ class WideBatch(Batch):
     """Also for six ranks."""
 
     def __post_init__(self) -> None:
-        import test_expert_parallel
+        import batches
 
-        test_expert_parallel.NUM_TOKENS |= COUNTS
+        batches.NUM_TOKENS |= COUNTS
         super().__post_init__()
 
 

@@ -195,7 +195,7 @@ def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
     code = f"""if True:
         import os, signal
         from pathlib import Path
-        from tritonmoe.files import locked
+        from tritonmoe.runtime.files import locked
         with locked(Path({str(tmp_path / "lock")!r})):
             os.kill(os.getpid(), signal.SIGKILL)
     """

@@ -36,7 +36,7 @@ def start_writer(directory: Path) -> subprocess.Popen:
     code = f"""if True:
         import sys
         from pathlib import Path
-        from tritonmoe.integrations.transformers.checkpoint_destination import unpublished
+        from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import unpublished
         with unpublished(Path({str(directory)!r})) as temporary:
             (temporary / "file").write_text("by another")
             print(temporary.name, flush=True)
