@@ -160,7 +160,7 @@ def gpu_cell(case: dict, run: str) -> str:
     return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
 
 
-BOUND_KERNELS = ("up", "down", "combine", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
+BOUND_KERNELS = ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
 
 
 def bounds_table(num_tokens: str) -> str:
@@ -179,7 +179,7 @@ def bounds_table(num_tokens: str) -> str:
             f"{' m' if work[name].bound(H100) == 'memory' else ''}"
             for name in BOUND_KERNELS
         ]
-        forward_s = sum(work[name].seconds(H100) for name in ("group", "up", "down", "combine"))
+        forward_s = sum(work[name].seconds(H100) for name in ("group", "up", "down", "gather_sum"))
         both_s = sum(item.seconds(H100) for item in work.values())
         forward = forward_flops(shape, int(num_tokens))
         both = forward + backward_flops(shape, int(num_tokens))

@@ -16,7 +16,7 @@ from tritonmoe.backends import triton as triton_backend
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout
 from tritonmoe.grouping import Grouping, RowSources
 
-OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
+OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
 LAYOUTS = {
     "concatenated": ExpertLayout(),
     "interleaved": ExpertLayout(interleaved=True),
@@ -125,8 +125,8 @@ def run(backend: ModuleType, o: Operands, activation, into_views: bool = False) 
         given = views(out=o.y[pairs])
         keep(y=backend.down(o.a[pairs], o.w2, o.b2, grouping, layout, **given))
         keep(y_no_bias=backend.down(o.a[pairs], o.w2, None, grouping, layout))
-        keep(out=backend.combine(o.y[pairs], grouping.inverse, o.weights[rows], **views(out=o.x[rows])))
-        keep(unweighted=backend.combine(o.y[pairs], grouping.inverse, **views(out=o.x[rows])))
+        keep(out=backend.gather_sum(o.y[pairs], grouping.inverse, o.weights[rows], **views(out=o.x[rows])))
+        keep(unweighted=backend.gather_sum(o.y[pairs], grouping.inverse, **views(out=o.x[rows])))
         for name, hidden, act in (("", o.h[pairs], activation), ("callable_", o.a[pairs], None)):
             given = views(out_dh=hidden, out_scaled_a=o.a[pairs])
             dh, scaled_a, dweights = backend.down_grad(
@@ -202,9 +202,9 @@ def test_given_outputs_are_filled(num_chunks: int, dtype: torch.dtype, backend: 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
 def test_combine_example(backend: ModuleType) -> None:
     y, index = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0, 2], [-1, 1], [-1, -1]], dtype=torch.int32)
-    assert backend.combine(y, index).tolist() == [[5.0], [2.0], [0.0]]
+    assert backend.gather_sum(y, index).tolist() == [[5.0], [2.0], [0.0]]
     weights = torch.tensor([[10.0, 100.0], [torch.nan, 0.5], [torch.inf, torch.nan]])
-    assert backend.combine(y, index, weights).tolist() == [[410.0], [1.0], [0.0]]
+    assert backend.gather_sum(y, index, weights).tolist() == [[410.0], [1.0], [0.0]]
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
@@ -216,23 +216,23 @@ def test_combine_of_nothing(num_rows: int, num_slots: int, num_pairs: int, dtype
     y = torch.ones(num_pairs, 4, dtype=dtype)
     index = torch.full((num_rows, num_slots), -1, dtype=torch.int32)
     for weights in (None, torch.ones(num_rows, num_slots)):
-        out = backend.combine(y, index, weights)
+        out = backend.gather_sum(y, index, weights)
         assert torch.equal(out, torch.zeros(num_rows, 4, dtype=dtype))
         given = torch.full((num_rows, 4), torch.nan, dtype=dtype)
-        backend.combine(y, index, weights, out=given)
+        backend.gather_sum(y, index, weights, out=given)
         assert torch.equal(given, out)
         add = torch.arange(num_rows * 4).view(num_rows, 4).to(dtype)
-        assert torch.equal(backend.combine(y, index, weights, add), add)
+        assert torch.equal(backend.gather_sum(y, index, weights, add), add)
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
 def test_combine_sums_in_fp32_and_in_slot_order(backend: ModuleType) -> None:
     """In bf16 steps 256 + 1 - 256 would be 0; fp32 sums that need an order tell slots apart."""
     y = torch.tensor([[256.0], [1.0], [-256.0]], dtype=torch.bfloat16)
-    assert backend.combine(y, torch.tensor([[0, 1, 2]], dtype=torch.int32)).tolist() == [[1.0]]
+    assert backend.gather_sum(y, torch.tensor([[0, 1, 2]], dtype=torch.int32)).tolist() == [[1.0]]
     y = torch.tensor([[2.0**25], [1.0], [-(2.0**25)]])
-    assert backend.combine(y, torch.tensor([[0, 1, 2]], dtype=torch.int32)).tolist() == [[0.0]]
-    assert backend.combine(y, torch.tensor([[0, 2, 1]], dtype=torch.int32)).tolist() == [[1.0]]
+    assert backend.gather_sum(y, torch.tensor([[0, 1, 2]], dtype=torch.int32)).tolist() == [[0.0]]
+    assert backend.gather_sum(y, torch.tensor([[0, 2, 1]], dtype=torch.int32)).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
@@ -242,11 +242,11 @@ def test_combine_adds_before_it_rounds(dtype: torch.dtype, backend: ModuleType) 
     add = torch.tensor([[-256.0], [2.0], [torch.inf]], dtype=dtype)
     given = torch.empty(3, 1, dtype=dtype)
     for weights in (None, torch.ones(3, 2)):
-        assert backend.combine(y, index, weights, add).tolist() == [[1.0], [3.0], [torch.inf]]
-        assert backend.combine(y, index, weights, add.expand(3, 1), out=given) is given
+        assert backend.gather_sum(y, index, weights, add).tolist() == [[1.0], [3.0], [torch.inf]]
+        assert backend.gather_sum(y, index, weights, add.expand(3, 1), out=given) is given
         assert given.tolist() == [[1.0], [3.0], [torch.inf]]
     wide = torch.zeros(3, 2, dtype=dtype)[:, ::2]
-    assert backend.combine(y, index[1:2], None, wide[:1]).tolist() == [[1.0]]
+    assert backend.gather_sum(y, index[1:2], None, wide[:1]).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])

@@ -16,7 +16,7 @@ def test_bytes_by_hand():
     w1, w2, index = 4 * 6 * 8 * 2, 4 * 3 * 8 * 2, 10 * 4
     assert work["up"] == Work(2 * 10 * 8 * 6, x + index + w1 + h + a)
     assert work["down"] == Work(2 * 10 * 8 * 3, a + w2 + pairs)
-    assert work["combine"].num_bytes == pairs + index + 40 + x
+    assert work["gather_sum"].num_bytes == pairs + index + 40 + x
     assert work["down_grad"].num_bytes == x + index + 40 + w2 + h + h + a + 40
     assert work["up_grad"] == Work(2 * 10 * 8 * 6, h + w1 + pairs)
     assert work["weight_grad W1"].num_bytes == x + index + h + w1
@@ -60,4 +60,4 @@ def test_training_is_compute_bound_and_decode_is_not():
     shape = GPU_SHAPES["Qwen3-30B-A3B"]
     assert kernel_work(shape, 32768)["up"].bound(H100) == "compute"
     assert kernel_work(shape, 1)["up"].bound(H100) == "memory"
-    assert kernel_work(shape, 32768)["combine"].bound(H100) == "memory"
+    assert kernel_work(shape, 32768)["gather_sum"].bound(H100) == "memory"

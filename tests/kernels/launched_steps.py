@@ -59,7 +59,7 @@ def caught_group(*arguments, **keywords):
 
 OPERATIONS = ModuleType(kernels.__name__)
 OPERATIONS.MAX_BLOCK_PAIRS, OPERATIONS.copies_rows, OPERATIONS.group = None, kernels.copies_rows, caught_group
-for operation in ("up", "down", "combine", "down_grad", "up_grad", "weight_grad"):
+for operation in ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad"):
     setattr(OPERATIONS, operation, caught(operation))
 backends.choose = lambda *arguments, **keywords: OPERATIONS
 

@@ -70,8 +70,8 @@ def check(folder):
     out_y = kernels.down(out_a, layer.w2, layer.b2, grouping, layout, out=far.like(y))
     same("y", out_y, y)
     index, far_index = grouping.inverse, far.copy(grouping.inverse)
-    out = kernels.combine(y, index, near.weights, near.dout)
-    far_out = kernels.combine(out_y, far_index, layer.weights, layer.dout, out=far.like(out))
+    out = kernels.gather_sum(y, index, near.weights, near.dout)
+    far_out = kernels.gather_sum(out_y, far_index, layer.weights, layer.dout, out=far.like(out))
     same("out", far_out, out)
     dh, scaled_a, dweights = kernels.down_grad(near.dout, near.w2, near.b2, h, near.weights, grouping, layout, "silu")
     out_dh, out_scaled_a, out_dweights = kernels.down_grad(

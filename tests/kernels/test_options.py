@@ -135,8 +135,8 @@ def rows_of_layer(layer, options):
     dh, _, dweights = backend.down_grad(layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, "silu")
     dx = backend.up_grad(dh, layer.w1, grouping, layout)
     return {
-        "out": kernels.combine(y, grouping.inverse, layer.weights),
-        "dx": kernels.combine(dx, grouping.inverse),
+        "out": kernels.gather_sum(y, grouping.inverse, layer.weights),
+        "dx": kernels.gather_sum(dx, grouping.inverse),
         "dweights": grouping.pairs_to_rows(dweights),
     }
 

@@ -20,7 +20,7 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 
-OPERATIONS = ("group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad")
+OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -130,8 +130,8 @@ def test_out_arguments():
     assert torch.equal(out_dx[:num_active], kernels.up_grad(dh, layer.w1, grouping, layout)[:num_active])
 
     out = torch.empty(11, 20, device=DEVICE)
-    assert kernels.combine(y, grouping.inverse, layer.weights, out=out) is out
-    assert torch.equal(out, kernels.combine(y, grouping.inverse, layer.weights))
+    assert kernels.gather_sum(y, grouping.inverse, layer.weights, out=out) is out
+    assert torch.equal(out, kernels.gather_sum(y, grouping.inverse, layer.weights))
 
     # dh may take the place of h.
     out_scaled_a = torch.empty_like(scaled_a)
@@ -177,7 +177,7 @@ def run_in_chunks(layer, row_offsets, sources, activation):
         rows = slice(*row_offsets[index : index + 2])
         h, a = kernels.up(layer.x, layer.w1, layer.b1, chunk, layout, activation)
         y = kernels.down(a, layer.w2, layer.b2, chunk, layout)
-        outs.append(kernels.combine(y, chunk.inverse, layer.weights[rows]))
+        outs.append(kernels.gather_sum(y, chunk.inverse, layer.weights[rows]))
         *_, pair_dweights = kernels.down_grad(
             layer.dout,
             layer.w2,
@@ -191,7 +191,7 @@ def run_in_chunks(layer, row_offsets, sources, activation):
             out_scaled_a=scaled_a[pairs],
         )
         dweights.append(chunk.pairs_to_rows(pair_dweights))
-        dxs.append(kernels.combine(kernels.up_grad(dh[pairs], layer.w1, chunk, layout), chunk.inverse))
+        dxs.append(kernels.gather_sum(kernels.up_grad(dh[pairs], layer.w1, chunk, layout), chunk.inverse))
     grads = kernels.weight_grad(
         grouping,
         layout,
@@ -241,7 +241,7 @@ def test_launches_from_several_threads():
         grouping = kernels.group(layer.ids, 3)
         _, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
         y = kernels.down(a, layer.w2, layer.b2, grouping, layer.layout)
-        return kernels.combine(y, grouping.inverse, layer.weights)
+        return kernels.gather_sum(y, grouping.inverse, layer.weights)
 
     expected = [run(layer) for layer in layers]
     results = [None] * len(layers)

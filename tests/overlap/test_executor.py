@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends.reference import WeightGrads, combine
+from tritonmoe.backends.reference import WeightGrads, gather_sum
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
@@ -154,7 +154,7 @@ def run_sleeping(
             plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
             layer_pass = LayerPass(
-                plan, transport, combine, lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds)
+                plan, transport, gather_sum, lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds)
             )
             with torch.no_grad():
                 y, forward = layer_pass.forward(x, ids, torch.ones(num_tokens, 1))

@@ -100,9 +100,9 @@ def run_operations(backend, layer, grouping, activation, given=None):
         h, a = operand("h", h), operand("a", a)
     y = backend.down(a, layer.w2, layer.b2, grouping, layout)
     found["y"] = y[:num_active]
-    found["out"] = backend.combine(operand("y", y), grouping.inverse, layer.weights)
-    found["unweighted"] = backend.combine(operand("y", y), grouping.inverse)
-    found["added"] = backend.combine(operand("y", y), grouping.inverse, layer.weights, layer.dout)
+    found["out"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights)
+    found["unweighted"] = backend.gather_sum(operand("y", y), grouping.inverse)
+    found["added"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights, layer.dout)
     dh, scaled_a, dweights = backend.down_grad(
         layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, activation
     )
@@ -133,7 +133,7 @@ class WithOptions:
 
     def __getattr__(self, name):
         operation = getattr(kernels, name)
-        if name in ("group", "combine"):
+        if name in ("group", "gather_sum"):
             return operation
         return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
 

@@ -169,10 +169,10 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
         assert a is not None
         y = operations.down(a, w2, b2, grouping, v.layout, options=options)
         name("down")
-        operations.combine(y, grouping.inverse, weights)
-        name("combine")
-        operations.combine(y, grouping.inverse, weights, x)
-        name("combine with a shared expert")
+        operations.gather_sum(y, grouping.inverse, weights)
+        name("gather_sum")
+        operations.gather_sum(y, grouping.inverse, weights, x)
+        name("gather_sum with a shared expert")
         operations.up(x, w1, b1, grouping, v.layout, None, options=options)
         name("up for h alone")
         dh, scaled_a, _ = operations.down_grad(
@@ -181,16 +181,16 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
         name("down_grad")
         operations.up_grad(dh, w1, grouping, v.layout, options=options)
         name("up_grad")
-        operations.combine(y, grouping.inverse)
-        name("combine without weights")
+        operations.gather_sum(y, grouping.inverse)
+        name("gather_sum without weights")
         weight_grads(grouping)
         if v.num_ranks > 1:
             weight_grads(layer, " in chunks")
             home_index = empty(rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
-            operations.combine(y, home_index)
-            name("combine at home")
-            operations.combine(weights, home_index)
-            name("combine weights' gradients at home")
+            operations.gather_sum(y, home_index)
+            name("gather_sum at home")
+            operations.gather_sum(weights, home_index)
+            name("gather_sum weights' gradients at home")
     return found
 
 

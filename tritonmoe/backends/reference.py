@@ -23,10 +23,10 @@ from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
     "WeightGrads",
-    "combine",
     "copies_rows",
     "down",
     "down_grad",
+    "gather_sum",
     "group",
     "up",
     "up_grad",
@@ -214,7 +214,7 @@ def down(
     return y
 
 
-def combine(
+def gather_sum(
     y: Tensor,
     index: Tensor,
     weights: Tensor | None = None,
@@ -262,7 +262,7 @@ def down_grad(
     out_scaled_a: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry dout back through combine, the down-projection and the activation.
+    """Carry dout back through gather_sum, the down-projection and the activation.
 
     Args:
         dout: (R, D) rows of all chunks. topk_weights: (R, K) of all chunks.

@@ -18,14 +18,14 @@ from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_pr
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from tritonmoe.grouping import Grouping, RowSources
 
-__all__ = ["combine", "copies_rows", "down", "down_grad", "group", "up", "up_grad", "weight_grad"]
+__all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
 
 MAX_BLOCK_PAIRS: int | None = 768
 """Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""
 FEW_PAIRS = 16
 """Up to so many pairs, those of one token, grouping in Python pays."""
 COMBINE_BLOCK_TERMS = 768
-"""Rows of a narrow dtype that combine widens at a time."""
+"""Rows of a narrow dtype that gather_sum widens at a time."""
 ELEMENTWISE_SIZE = 2**20
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
 
@@ -193,7 +193,7 @@ def down(
     return pair_products(a, None, _in_out(down_proj, layout), down_bias, grouping, out)
 
 
-def combine(
+def gather_sum(
     y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     num_rows, num_slots = index.shape

@@ -9,7 +9,7 @@ from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import bias_grad as bias_grad_kernels
 from tritonmoe.kernels import down as down_kernels
 from tritonmoe.kernels import down_grad as down_grad_kernels
-from tritonmoe.kernels import gather_sum as combine_kernels
+from tritonmoe.kernels import gather_sum as gather_sum_kernels
 from tritonmoe.kernels import group as group_kernels
 from tritonmoe.kernels import up as up_kernels
 from tritonmoe.kernels import weight_grad as weight_grad_kernels
@@ -17,10 +17,10 @@ from tritonmoe.kernels.tiles import measured as measured_tiles
 
 __all__ = [
     "WeightGrads",
-    "combine",
     "copies_rows",
     "down",
     "down_grad",
+    "gather_sum",
     "group",
     "up",
     "up_grad",
@@ -127,7 +127,7 @@ def down(
     return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out, options=options)
 
 
-def combine(
+def gather_sum(
     y: Tensor,
     index: Tensor,
     weights: Tensor | None = None,
@@ -136,7 +136,7 @@ def combine(
     out: Tensor | None = None,
 ) -> Tensor:
     """One gather-sum in slot order."""
-    return combine_kernels.combine(y, index, weights, add, out=out)
+    return gather_sum_kernels.gather_sum(y, index, weights, add, out=out)
 
 
 def down_grad(

@@ -82,10 +82,10 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
         "group": Work(0, 8 * n + 2 * index),
         "up": Work(up_flops, x + w1 + index + hidden + inner),
         "down": Work(down_flops, inner + w2 + pairs),
-        "combine": Work(2 * n * d, pairs + index + gate_weights + x),
+        "gather_sum": Work(2 * n * d, pairs + index + gate_weights + x),
         "down_grad": Work(down_flops, x + w2 + hidden + index + gate_weights + hidden + inner + 4 * n),
         "up_grad": Work(up_flops, hidden + w1 + pairs),
-        "combine_grad": Work(n * d, pairs + index + x),
+        "gather_sum_grad": Work(n * d, pairs + index + x),
         "weight_grad W1": Work(up_flops, x + hidden + index + all_w1),
         "weight_grad W2": Work(down_flops, x + inner + index + all_w2),
     }

@@ -85,7 +85,7 @@ def run_layer_pass(
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     ops = choose("auto", x.device, x.dtype)
-    layer_pass = LayerPass(plan, transport, ops.combine, lambda plan, rows, *_: make_experts(rows, plan))
+    layer_pass = LayerPass(plan, transport, ops.gather_sum, lambda plan, rows, *_: make_experts(rows, plan))
     reports = [layer_pass.forward(x, topk_ids, topk_weights)[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))

@@ -103,10 +103,10 @@ def run_forward(
         inner, inside_node = call.two_level.inner(ids), call.inside_node
         assert inside_node is not None
         num_slices = at.overlap.num_local_slices
-        combine = settings.ops.combine
-        return NodePass.receive(inner, inside_node, num_slices, combine, rows, ids, received_weights, make_run)
+        gather_sum = settings.ops.gather_sum
+        return NodePass.receive(inner, inside_node, num_slices, gather_sum, rows, ids, received_weights, make_run)
 
-    layer_pass = LayerPass(plan, call.transport, settings.ops.combine, make_experts, fillers=call.fillers)
+    layer_pass = LayerPass(plan, call.transport, settings.ops.gather_sum, make_experts, fillers=call.fillers)
     with _in_the_middle(call):
         out, timings = layer_pass.forward(x, topk_ids, topk_weights)
     run = layer_pass.experts
@@ -180,13 +180,13 @@ def run_backward(
     experts: ExpertsPass = run
     if kept.inner_plan is not None:
         assert call.inside_node is not None
-        num_slices, combine = kept.plan.overlap.num_local_slices, call.settings.ops.combine
-        experts = NodePass(kept.inner_plan, call.inside_node, num_slices, combine, rows.new_empty(0), run, rows)
+        num_slices, gather_sum = kept.plan.overlap.num_local_slices, call.settings.ops.gather_sum
+        experts = NodePass(kept.inner_plan, call.inside_node, num_slices, gather_sum, rows.new_empty(0), run, rows)
         received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
     layer_pass = LayerPass(
         kept.plan,
         call.transport,
-        call.settings.ops.combine,
+        call.settings.ops.gather_sum,
         make_experts=None,
         experts=experts,
         received_weights=received_weights,

@@ -99,7 +99,7 @@ class _UpHalf(torch.autograd.Function):
         if needs_x:
             count_products(settings.ops, dh, grouping.num_pairs, matrix_size(weight))
             dx_pairs = settings.ops.up_grad(dh, weight, grouping, settings.layout, options=settings.options)
-            dx = settings.ops.combine(dx_pairs, grouping.inverse)
+            dx = settings.ops.gather_sum(dx_pairs, grouping.inverse)
         needs = (needs_weight, needs_bias, False, False)
         grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), x=x, dh=dh)
         return None, None, None, dx, grads.gate_up_proj, grads.gate_up_bias
@@ -123,7 +123,7 @@ class _DownHalf(torch.autograd.Function):
         y = settings.ops.down(a, weight, bias, grouping, settings.layout, options=settings.options)
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(a, topk_weights, weight, bias, keep_beside(ctx, grouping))
-        return settings.ops.combine(y, grouping.inverse, topk_weights)
+        return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
 
     @staticmethod
     @once_differentiable

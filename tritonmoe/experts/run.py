@@ -99,7 +99,7 @@ class ExpertsRun:
             if graph is not None:
                 self.activation_graphs[chunk] = graph
             y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
-        return ops.combine(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
+        return ops.gather_sum(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
         """Give the sums of rows without a pair, which are a capacity's padding."""
@@ -182,7 +182,7 @@ class ExpertsRun:
                 dx_pairs = ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
         dx = None
         if dx_pairs is not None:
-            dx = ops.combine(dx_pairs if results is None else results, grouping.inverse, out=out)
+            dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(self._with_earlier_chunks(chunk, dweights))
 
     def _backward_block(

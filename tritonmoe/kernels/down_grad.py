@@ -1,4 +1,4 @@
-"""Backward through combine, the down-projection and the activation at once."""
+"""Backward through gather_sum, the down-projection and the activation at once."""
 
 import torch
 import triton

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, output, round_to
 
-__all__ = ["combine"]
+__all__ = ["gather_sum"]
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["index", "weights"])
-def _combine_kernel(
+def _gather_sum_kernel(
     y,  # (N, D)
     index,  # (T, J) integers, -1 where there is nothing to add
     weights,  # (T, J) or None
@@ -55,16 +55,16 @@ def _combine_kernel(
     tl.store(out_pointers, round_to(total, out.dtype.element_ty), mask=mask)
 
 
-def combine(
+def gather_sum(
     y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Launch the gather-sum: see `backends.reference.combine`."""
+    """Launch the gather-sum: see `backends.reference.gather_sum`."""
     num_tokens, width = index.shape[0], y.shape[1]
     out = output(y, num_tokens, width, out)
     y = contiguous_columns(y)
     block_t, block_d = (32, 64) if INTERPRETED else (4, min(512, triton.next_power_of_2(width)))
     launch(
-        _combine_kernel,
+        _gather_sum_kernel,
         (triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d)),
         y,
         index,

@@ -80,8 +80,8 @@ MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor, RowPlaces], Expert
 """(the plan, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32, where the rows lie) -> the experts of
 one call."""
 
-Combine = Callable[..., Tensor]
-"""The combine op of the layer's backend."""
+GatherSum = Callable[..., Tensor]
+"""The gather_sum op of the layer's backend."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class LayerPass:
 
     plan: DispatchPlan
     transport: Transport
-    combine: Combine
+    gather_sum: GatherSum
     make_experts: MakeExperts | None
     experts: ExpertsPass | None = None
     rows: Tensor | None = None
@@ -236,7 +236,7 @@ class LayerPass:
         def reduce_routing_backward(_: int | None) -> None:
             dweights_home[0][plan.home_order()] = dweights_home[1]
             # Every pair is computed by one rank only: the other ranks' terms are zero.
-            dtopk_weights.append(self.combine(dweights_home[0], tokens.home_index))
+            dtopk_weights.append(self.gather_sum(dweights_home[0], tokens.home_index))
 
         def replica_backward(_: int | None) -> PendingExchange:
             assert self.placement is not None
@@ -332,7 +332,7 @@ class LayerPass:
         if self.plan.is_identity:
             return
         tokens = self.plan.token_slice(chunk)
-        self.combine(home, self.plan.tokens.home_index[tokens], out=out[tokens])
+        self.gather_sum(home, self.plan.tokens.home_index[tokens], out=out[tokens])
 
     def _exchange_all(self, packed: Tensor, received: list[Tensor], is_return: bool = False) -> PendingExchange:
         """Exchange rows of all chunks at once, by (rank, token); what arrives is appended to `received`."""

@@ -32,7 +32,7 @@ class NodePass:
     """Of the ranks of this node."""
     num_local_slices: int
     """How many of the segments are the outer plan's local ones."""
-    combine: Callable[..., Tensor]
+    gather_sum: Callable[..., Tensor]
     relayed: Tensor
     """(R, D) rows that the outer level brought here."""
     experts: ExpertsPass
@@ -49,7 +49,7 @@ class NodePass:
         plan: DispatchPlan,
         transport: Transport,
         num_local_slices: int,
-        combine: Callable[..., Tensor],
+        gather_sum: Callable[..., Tensor],
         relayed: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
@@ -57,7 +57,7 @@ class NodePass:
     ) -> "NodePass":
         """Spread the ids (R, K) and weights (R, K) of the relayed rows inside the node, and make the experts."""
         rows = relayed.new_empty(plan.num_received, relayed.shape[1])
-        inner = LayerPass(plan, transport, combine, make_experts)
+        inner = LayerPass(plan, transport, gather_sum, make_experts)
         metadata_in: list[list[Tensor]] = []
         made: list[NodePass] = []
 
@@ -69,7 +69,7 @@ class NodePass:
         def group(_: int | None) -> None:
             ids, weights, places = inner.receive_metadata(metadata_in[0], topk_ids.shape[1])
             experts = make_experts(plan, rows, ids, weights, places)
-            made.append(cls(plan, transport, num_local_slices, combine, relayed, experts, rows))
+            made.append(cls(plan, transport, num_local_slices, gather_sum, relayed, experts, rows))
 
         step = Step("group", None, "compute")
         report = execute(build_inside(step, needs_x=True), {"node_metadata": metadata, "group": group}, rows.device)
@@ -126,7 +126,7 @@ class NodePass:
         return self.experts.weight_grad(self.dout_rows, needs)
 
     def layer_pass(self) -> LayerPass:
-        return LayerPass(self.plan, self.transport, self.combine, make_experts=None)
+        return LayerPass(self.plan, self.transport, self.gather_sum, make_experts=None)
 
     def _run(
         self,
@@ -158,4 +158,4 @@ class _Sums:
     def take(self, out: Tensor | None) -> None:
         plan = self.of.plan
         index = plan.tokens.home_index[plan.token_slice(self.chunk)]
-        self.result, self._home = self.of.combine(self._home, index, out=out), None
+        self.result, self._home = self.of.gather_sum(self._home, index, out=out), None
