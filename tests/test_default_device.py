@@ -103,5 +103,9 @@ def host_factories(path: Path) -> Iterator[str]:
 
 def test_every_new_tensor_names_its_device() -> None:
     """Those in pinned memory, too, which only a GPU makes; kernels/ are run above, the rest are own programs."""
-    paths = [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in ("kernels", "benchmarks", "cli")]
+    paths = [
+        p
+        for p in ROOT.rglob("*.py")
+        if p.relative_to(ROOT).parts[0] not in ("aot", "kernels", "benchmarks", "demo", "cli")
+    ]
     assert [found for path in paths for found in host_factories(path)] == []
