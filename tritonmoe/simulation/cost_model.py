@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.steps import Step, StepKind, Unit
 
-__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -73,13 +73,15 @@ class LayerWork:
     def size(self) -> int:
         return self.rows.shape[0]
 
-    def bytes_per_row(self, kind: str) -> int:
+    def bytes_per_row(self, kind: StepKind) -> int:
         """Give the bytes of one row in an exchange of this kind."""
-        if kind == "metadata":
+        if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
-        if kind == "routing_backward":
+        if kind is StepKind.ROUTING_BACKWARD:
             return 4 * self.top_k
-        return self.row_bytes if kind == "dispatch" or self.other_row_bytes is None else self.other_row_bytes
+        if kind is StepKind.DISPATCH or self.other_row_bytes is None:
+            return self.row_bytes
+        return self.other_row_bytes
 
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Give rows sent, rows returned and pairs (W,) of every segment, each chunk its share."""
@@ -141,25 +143,19 @@ class LayerWork:
         )
 
 
-PAIR_KINDS = ("experts", "experts_backward", "group", "weight_grad")
-RETURNING_KINDS = ("combine", "dispatch_backward")
-
-
 def step_units(
-    step: Step, num_local: int, home: Sequence[Size], received: Sequence[Size], pairs: Sequence[Size]
+    step: Step, num_local_slices: int, sent: Sequence[Size], returned: Sequence[Size], pairs: Sequence[Size]
 ) -> Size:
-    """Give what a step's cost is proportional to: its pairs, or its rows. The sizes are by segment.
+    """Give how many of its kind's units (Unit) a step has.
 
-    num_local: how many of the segments are local ones.
+    Args:
+        num_local_slices: how many of the segments are local ones.
+        sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
     """
-    if step.kind in PAIR_KINDS:
-        of = pairs
-    elif step.kind in RETURNING_KINDS:
-        of = received
-    else:
-        of = home
-    if step.chunk is not None and step.kind != "filler":
-        return of[num_local + step.chunk]
+    of = {Unit.SENT_ROWS: sent, Unit.RETURNED_ROWS: returned, Unit.PAIRS: pairs}[step.kind.unit]
+    segment = step.segment(num_local_slices)
+    if segment is not None:
+        return of[segment]
     total = of[0]
     for size in of[1:]:
         total = total + size

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import INSIDE, Schedule, Step, build_backward, build_forward, build_inside
-from tritonmoe.simulation.cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
+from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
@@ -47,6 +48,10 @@ class Simulation:
     def total_s(self) -> float:
         """Give the time of the slowest rank."""
         return float(self.end_s.max())
+
+    def lane_s(self, *kinds: StepKind) -> float:
+        """Give the summed duration of the steps of these kinds, of each step that of the slowest rank."""
+        return sum(float((s.end_s - s.start_s).max()) for kind in kinds for s in self.steps if s.step.kind is kind)
 
     def __str__(self) -> str:
         return self.timeline(0)
@@ -177,7 +182,7 @@ def simulate(
     outer = work.outer if isinstance(work, TwoLevelWork) else work
     ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
     sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
-    needs_x = any(step.kind == "dispatch_backward" for step in schedule)
+    needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
     now = torch.zeros(work.size, dtype=torch.float64, device="cpu")
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
@@ -201,7 +206,7 @@ def simulate(
         now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
         if step.lane == "comm":
             under_way.add(position)
-            shares = returning if step.kind in RETURNING_KINDS else leaving
+            shares = returning if step.kind.way is Way.HOME else leaving
             share = 1.0 if step.chunk is None else shares[step.chunk]
             ports.post(position, now, share * outer.bytes_per_row(step.kind))
         steps.append(SimulatedStep(step, start, now))
@@ -220,10 +225,10 @@ def _walk_inside(
     now, steps = start, []
     for position, step in enumerate(schedule):
         begun = now
-        kind = step.kind.removeprefix(INSIDE)
-        now = now + costs.seconds(kind, step_units(Step(kind, None, step.lane), 0, *sizes))
+        between_nodes = Step(step.kind.twin, None)
+        now = now + costs.seconds(between_nodes.kind, step_units(between_nodes, 0, *sizes))
         if step.lane == "comm":
-            ports.post(position, now, work.bytes_per_row(kind))
+            ports.post(position, now, work.bytes_per_row(between_nodes.kind))
             now = torch.maximum(now, ports.arrival(position))
         steps.append(SimulatedStep(step, begun, now))
     return steps

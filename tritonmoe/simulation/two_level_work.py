@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.schedule import LOCAL_START
+from tritonmoe.overlap.steps import LOCAL_START
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 
 __all__ = ["TwoLevelWork"]

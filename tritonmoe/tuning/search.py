@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
@@ -155,10 +156,9 @@ def search(
             seconds(plan)
 
     one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
-    steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
-    experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
-    communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
-    eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
+    experts_s = one.lane_s(StepKind.EXPERTS)
+    communication_s = one.lane_s(StepKind.DISPATCH, StepKind.COMBINE)
+    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(work.pairs.sum(0).max()))
     seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
     seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
     growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])

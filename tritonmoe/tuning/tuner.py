@@ -24,6 +24,7 @@ import torch
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.simulation.memory import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.tuning.measured import layer_costs, layer_work, link_costs, most_work
@@ -271,8 +272,8 @@ class PlanChooser:
         votes = [pack(plan) for plan in tried]
         steps = one.forward
         self.sides = (
-            f"experts {steps.lane_s('experts') * 1e3:.2f} ms, "
-            f"exchanges {steps.lane_s('dispatch', 'combine') * 1e3:.2f} ms in one chunk"
+            f"experts {steps.lane_s(StepKind.EXPERTS) * 1e3:.2f} ms, "
+            f"exchanges {steps.lane_s(StepKind.DISPATCH, StepKind.COMBINE) * 1e3:.2f} ms in one chunk"
         )
         votes += [0] * (NUM_VOTES - len(votes))
         fastest_s = min(seconds for seconds, _ in found)
