@@ -29,13 +29,10 @@ from tritonmoe.tuning.tuner import (
     NUM_VOTES,
     SETTLING_CALLS,
     TRIAL_ROUNDS,
-    Message,
     PlanChooser,
     _TriedCall,
-    other_chunks_first,
-    pack,
-    unpack,
 )
+from tritonmoe.tuning.votes import Message, other_chunks_first, pack, unpack
 
 AUTO = tm.OverlapConfig()
 

@@ -24,7 +24,7 @@ def layer_work(report: LayerReport) -> LayerWork:
 
 
 def most_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks have room for, whichever run of the call had more of it."""
+    """Give the work of a call, or with a capacity its room; of a call that ran twice the larger of both."""
     work = layer_work(report)
     if report.first_run is None:
         return work
@@ -35,7 +35,7 @@ def most_work(report: LayerReport) -> LayerWork:
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:
     """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
-    Of calls with equal plans, each step's median over equal units counts, and of two the shorter time.
+    Where calls with equal plans have the same step with as many units, its median time counts, of two the shorter one.
     """
     seconds: dict[tuple[OverlapPlan, Step, float], list[float]] = {}
     for report in reports:
