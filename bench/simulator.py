@@ -45,7 +45,7 @@ def forward_report(transport: Transport, experts_s: float, config: OverlapConfig
     weights = torch.ones(NUM_TOKENS, 1)
     (timings,) = run_layer_pass(transport, overlap, x, topk_ids, weights, NUM_EXPERTS, make_experts)
     (plan,) = plans
-    offsets = plan.home_offsets, plan.receive_offsets, plan.pair_offsets
+    offsets = plan.send_offsets, plan.return_offsets, plan.pair_offsets
     return LayerReport(plan.rank, plan.traffic, plan.traffic_pairs, ROW_BYTES, overlap, 1, *offsets, forward=timings)
 
 

@@ -13,9 +13,12 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.overlap.executor import LayerPass, execute
+from tritonmoe.overlap.executor import execute
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.schedule import Step, build_backward, build_forward
+from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")
@@ -62,12 +65,12 @@ def run_late(plan: OverlapPlan, num_steps: int = 3) -> list[str]:
             results[chunk] = home[chunk].item()
 
         actions = {
-            "metadata": lambda _: LateExchange(torch.zeros(1), 1.0, log, "metadata"),
-            "group": lambda _: None,
-            "dispatch": dispatch,
-            "experts": experts,
-            "combine": combine_,
-            "reduce": reduce,
+            StepKind.METADATA: lambda: LateExchange(torch.zeros(1), 1.0, log, "metadata"),
+            StepKind.GROUP: lambda: None,
+            StepKind.DISPATCH: dispatch,
+            StepKind.EXPERTS: experts,
+            StepKind.COMBINE: combine_,
+            StepKind.REDUCE: reduce,
         }
         execute(build_forward(plan), actions, CPU)
         assert results == {c: 2 * (10.0 * step + c) for c in range(num_chunks)}
@@ -99,11 +102,12 @@ def test_a_window_holds_back_exchanges() -> None:
 
 def test_every_exchange_is_waited_for_once_even_if_two_steps_need_it() -> None:
     log: list[str] = []
-    schedule = (Step("a", 0, "comm"), Step("b", 0, "compute", (0,)), Step("c", 0, "compute", (0, 1)))
+    a, b, c = StepKind.DISPATCH, StepKind.EXPERTS, StepKind.REDUCE
+    schedule = (Step(a, 0), Step(b, 0, (0,)), Step(c, 0, (0, 1)))
     actions = {
-        "a": lambda _: LateExchange(torch.zeros(1), 1.0, log, "a"),
-        "b": lambda _: log.append("b"),
-        "c": lambda _: log.append("c"),
+        a: lambda _: LateExchange(torch.zeros(1), 1.0, log, "a"),
+        b: lambda _: log.append("b"),
+        c: lambda _: log.append("c"),
     }
     execute(schedule, actions, CPU)
     assert log == ["post a", "wait a", "b", "c"]
@@ -114,7 +118,7 @@ def test_an_error_of_a_step_comes_out() -> None:
         raise ZeroDivisionError("in the experts")
 
     with pytest.raises(ZeroDivisionError, match="in the experts"):
-        execute((Step("experts", 0, "compute"),), {"experts": fails}, CPU)
+        execute((Step(StepKind.EXPERTS, 0),), {StepKind.EXPERTS: fails}, CPU)
 
 
 class SleepingExperts:
@@ -153,13 +157,19 @@ def run_sleeping(
             header = CallHeader.of(overlap, **(HEADER | {"sequence": step, "hidden_size": width}))
             plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
-            layer_pass = LayerPass(
-                plan, transport, gather_sum, lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds)
-            )
+            exchanges = RowExchanges(plan, transport, gather_sum)
             with torch.no_grad():
-                y, forward = layer_pass.forward(x, ids, torch.ones(num_tokens, 1))
+                forward_pass = ForwardPass(
+                    exchanges,
+                    lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds),
+                    x,
+                    ids,
+                    torch.ones(num_tokens, 1),
+                )
+                y, forward = forward_pass.run()
                 assert torch.equal(y, 2 * x)
-                dx, dweights, _, backward = layer_pass.backward(dout, (False,) * 4)
+                experts, weights = forward_pass.experts, forward_pass.received_weights
+                dx, dweights, _, backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
                 assert torch.equal(dx, 2 * dout)
                 assert torch.equal(dweights, torch.ones(num_tokens, 1))
         return y, dx, forward, backward
@@ -239,8 +249,8 @@ def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     pending = LateExchange(torch.zeros(1), 1.0, [], "dispatch")
-    schedule = (Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,)))
-    actions = {"dispatch": lambda _: pending, "experts": lambda _: None}
+    schedule = (Step(StepKind.DISPATCH, 0), Step(StepKind.EXPERTS, 0, (0,)))
+    actions = {StepKind.DISPATCH: lambda _: pending, StepKind.EXPERTS: lambda _: None}
     report = execute(schedule, actions, torch.device("cuda", 3))
     assert report.total_s == pytest.approx(7e-3)
     times = [t for timing in report.steps for t in (timing.start_s, timing.post_s, timing.wait_s)]
@@ -257,10 +267,10 @@ def test_a_peer_that_never_comes_is_an_error_of_the_step() -> None:
             arrived.wait(5)
             return ""
         splits = [1, 1]
-        schedule = (Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,)))
+        schedule = (Step(StepKind.DISPATCH, 0), Step(StepKind.EXPERTS, 0, (0,)))
         actions = {
-            "dispatch": lambda _: transport.exchange(torch.zeros(2, 1), splits, splits),
-            "experts": lambda _: None,
+            StepKind.DISPATCH: lambda _: transport.exchange(torch.zeros(2, 1), splits, splits),
+            StepKind.EXPERTS: lambda _: None,
         }
         try:
             execute(schedule, actions, CPU)

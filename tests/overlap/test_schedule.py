@@ -1,19 +1,14 @@
 """Schedules are data: what any of them must hold, and one written out."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import (
-    LOCAL_END,
-    LOCAL_START,
-    Schedule,
-    Step,
-    build_backward,
-    build_forward,
-    check_schedule,
-)
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule
+from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind, Way
 
 CHUNKS = (1, 2, 3, 32)
 LOCAL_STARTS = {"travel": None, "start": LOCAL_PARTS, "end": 0, "both": LOCAL_PARTS // 2}
@@ -257,11 +252,186 @@ def test_a_plan_prints_itself() -> None:
 
 
 def test_wrong_schedules_are_refused() -> None:
-    post, use = Step("dispatch", 0, "comm"), Step("experts", 0, "compute", (0,))
+    post, use = Step(StepKind.DISPATCH, 0), Step(StepKind.EXPERTS, 0, (0,))
     check_schedule((post, use))
     with pytest.raises(ValueError, match=r"no step waits for the exchange of step 0 \(dispatch 0\)"):
-        check_schedule((post, Step("experts", 0, "compute")))
+        check_schedule((post, Step(StepKind.EXPERTS, 0)))
     with pytest.raises(ValueError, match=r"step 0 \(experts 0\) needs step 0"):
         check_schedule((use, post))
     with pytest.raises(ValueError, match="needs step 5"):
-        check_schedule((post, Step("experts", 0, "compute", (0, 5))))
+        check_schedule((post, Step(StepKind.EXPERTS, 0, (0, 5))))
+
+
+def schedule_of(*lines: tuple[str, ...]) -> Schedule:
+    """Write a schedule out: each line is a step and the steps that it waits for, all by name, "dispatch 0"."""
+    names = [name for name, *_ in lines]
+    chunks = {"local": LOCAL_START, "end": LOCAL_END}
+
+    def step(name: str, *after: str) -> Step:
+        kind, _, chunk = name.partition(" ")
+        number = None if not chunk else chunks[chunk] if chunk in chunks else int(chunk)
+        return Step(StepKind.named(kind), number, tuple(map(names.index, after)))
+
+    return tuple(step(*line) for line in lines)
+
+
+FORWARD = (
+    ("metadata",),
+    ("dispatch 0",),
+    ("dispatch 1",),
+    ("group", "metadata"),
+    ("experts local", "group"),
+    ("experts 0", "dispatch 0", "group"),
+    ("combine 0", "experts 0"),
+    ("experts 1", "dispatch 1", "group"),
+    ("combine 1", "experts 1"),
+    ("experts end", "group"),
+    ("reduce 0", "combine 0"),
+    ("reduce 1", "combine 1"),
+)
+BACKWARD = (
+    ("combine_backward 0",),
+    ("combine_backward 1",),
+    ("experts_backward local",),
+    ("experts_backward 0", "combine_backward 0"),
+    ("dispatch_backward 0", "experts_backward 0"),
+    ("experts_backward 1", "combine_backward 1"),
+    ("dispatch_backward 1", "experts_backward 1"),
+    ("routing_backward",),
+    ("weight_grad",),
+    ("replica_backward", "weight_grad"),
+    ("reduce_backward 0", "dispatch_backward 0"),
+    ("reduce_backward 1", "dispatch_backward 1"),
+    ("reduce_routing_backward", "routing_backward"),
+    ("reduce_replica_backward", "replica_backward"),
+)
+
+
+def test_the_orders_that_others_are_made_from_are_good() -> None:
+    check_schedule(schedule_of(*FORWARD))
+    check_schedule(schedule_of(*BACKWARD))
+
+
+TOO_LATE = {
+    "experts before their dispatch": (FORWARD, "experts 0", "dispatch 0"),
+    "experts before the pairs are grouped": (FORWARD, "experts local", "group"),
+    "expert chunks out of order": (FORWARD, "experts 1", "experts 0", "combine 0"),
+    "combine before its experts": (FORWARD, "combine 1", "experts 1"),
+    "reduce before its combine": (FORWARD, "reduce 0", "combine 0"),
+    "reduce before an earlier combine": (FORWARD, "reduce 1", "combine 0", "reduce 0"),
+    "local experts after a reduce that reads them": (FORWARD, "reduce 0", "experts end"),
+    "gradients of experts before their rows": (BACKWARD, "experts_backward 1", "combine_backward 1"),
+    "gradients of expert chunks out of order": (
+        *(BACKWARD, "experts_backward 1", "experts_backward 0"),
+        "dispatch_backward 0",
+    ),
+    "dispatch_backward before its gradients": (BACKWARD, "dispatch_backward 1", "experts_backward 1"),
+    "reduce_backward before its exchange": (BACKWARD, "reduce_backward 0", "dispatch_backward 0"),
+    "reduce_backward before an earlier exchange": (
+        *(BACKWARD, "reduce_backward 1", "dispatch_backward 0"),
+        "reduce_backward 0",
+    ),
+    "local gradients after a reduce that reads them": (
+        *(BACKWARD, "reduce_backward 0", "experts_backward local"),
+        *("routing_backward", "weight_grad", "replica_backward"),
+    ),
+    "weight_grad before the last data gradient": (
+        *(BACKWARD, "weight_grad", "experts_backward 1"),
+        *("dispatch_backward 1", "routing_backward"),
+    ),
+    "routing_backward before the last data gradient": (
+        *(BACKWARD, "routing_backward", "experts_backward 1"),
+        "dispatch_backward 1",
+    ),
+    "replica_backward before the weight gradients": (BACKWARD, "replica_backward", "weight_grad"),
+}
+"""The order, a step, a step that it reads, and others that must stand behind that one."""
+
+
+@pytest.mark.parametrize("case", TOO_LATE)
+def test_orders_that_read_what_is_not_there_are_refused(case: str) -> None:
+    """What a step reads is moved behind it; the step itself waits for all exchanges before it, and so does the last."""
+    lines, reader, *moved = TOO_LATE[case]
+    waits = {name: after for name, *after in lines}
+    names = [name for name in waits if name not in moved]
+    place = names.index(reader) + 1
+    names[place:place] = moved
+    exchanges = [name for name in names[:-1] if StepKind.named(name.split()[0]).lane == "comm"]
+    waits[reader] = waits[names[-1]] = exchanges
+    kept = [(name, *(other for other in waits[name] if other in names[:n])) for n, name in enumerate(names)]
+    reads = rf"step \d+ \({reader}\) reads what step \d+ \({moved[0].replace('end', 'local end')}\) gives"
+    with pytest.raises(ValueError, match=reads):
+        check_schedule(schedule_of(*kept))
+
+
+WITHOUT = {
+    "reduce": (FORWARD, "combine 1"),
+    "group": (FORWARD, "metadata"),
+    "experts": (FORWARD, "dispatch 0"),
+    "combine": (FORWARD, "experts 1"),
+    "experts_backward": (BACKWARD, "combine_backward 1"),
+    "reduce_backward": (BACKWARD, "dispatch_backward 0"),
+    "reduce_routing_backward": (BACKWARD, "routing_backward"),
+    "reduce_replica_backward": (BACKWARD, "replica_backward"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_step_whose_input_nobody_brings_is_refused(kind: str) -> None:
+    lines, missing = WITHOUT[kind]
+    kept = [tuple(name for name in line if name != missing) for line in lines if line[0] != missing]
+    kept.append(("filler 0", *(name for name, *_ in kept)))
+    with pytest.raises(ValueError, match=rf"{kind}( \d)? reads what {missing} gives, which is not in the schedule"):
+        check_schedule(schedule_of(*kept))
+
+
+def test_an_exchange_that_only_a_later_step_waits_for_is_refused() -> None:
+    lines = [line for line in FORWARD if line[0] != "reduce 0"]
+    lines[lines.index(("experts 0", "dispatch 0", "group"))] = ("experts 0", "group")
+    lines[-1] = (*lines[-1], "combine 0", "dispatch 0")
+    message = r"step 5 \(experts 0\) reads what step 1 \(dispatch 0\) brings, and does not wait for it"
+    with pytest.raises(ValueError, match=message):
+        check_schedule(schedule_of(*lines))
+
+
+def test_a_step_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a step stands twice in .*combine 1"):
+        check_schedule(schedule_of(*FORWARD, ("reduce 1",)))
+
+
+@pytest.mark.parametrize("step", [Step(StepKind.EXPERTS, 3), Step(StepKind.EXPERTS_BACKWARD, LOCAL_END)], ids=str)
+def test_orders_inside_a_node_are_checked_too(step: Step) -> None:
+    inside = build_inside(step, needs_x=True)
+    check_schedule(inside)
+    for position in range(len(inside) - 1):
+        if inside[position].kind is StepKind.NODE_REDUCE_BACKWARD:
+            continue  # the exchange of routing gradients may go before the sums
+        swapped = [replace(one, after=()) for one in inside]
+        swapped[position : position + 2] = swapped[position + 1], swapped[position]
+        swapped.append(Step(StepKind.FILLER, 0, tuple(range(len(inside)))))
+        with pytest.raises(ValueError, match="reads what"):
+            check_schedule(tuple(swapped))
+
+
+def test_the_adjoint_of_an_exchange_goes_the_other_way() -> None:
+    for kind in StepKind:
+        assert str(kind) == f"{kind}" == kind.value
+        assert kind.twin.lane == kind.lane
+        assert kind.twin.unit == kind.unit
+        assert kind.twin.way == kind.way
+        if kind.adjoint is not None:
+            assert kind.adjoint.adjoint is kind
+            assert kind.adjoint.lane == kind.lane
+            assert {kind.way, kind.adjoint.way} in ({Way.TO_EXPERTS, Way.HOME}, {None})
+    exchanges = [kind for kind in StepKind if kind.way is not None]
+    assert all(kind.adjoint is not None for kind in exchanges)
+    assert StepKind.NODE_COMBINE.adjoint is StepKind.NODE_COMBINE_BACKWARD
+
+
+def test_a_kind_is_equal_to_its_name() -> None:
+    """Reports are read by name, timing.step.kind == "experts", say, and so are tables of costs."""
+    assert StepKind.EXPERTS == "experts"
+    assert {StepKind.EXPERTS: 1}["experts"] == {"experts": 1}[StepKind.EXPERTS]
+    assert json.dumps({StepKind.EXPERTS: StepKind.WEIGHT_GRAD}) == '{"experts": "weight_grad"}'
+    with pytest.raises(ValueError, match="expert"):
+        StepKind.named("expert")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.report import ExchangeMarks, PassReport
+from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.report.perfetto import chrome_trace, write_chrome_trace
 from tritonmoe.report.png import write_png
 from tritonmoe.report.terminal import lane_timelines
@@ -48,9 +48,9 @@ def test_exchanges_that_queue_follow_one_another():
     start = report._origin
     # Posted at 1.0, 1.1 and 1.2 ms; arrived at 5, 8 and 7 ms; waited for in another order.
     for chunk, finished in ((1, 0.008), (0, 0.005), (2, 0.007)):
-        step = Step("dispatch", chunk, "comm")
+        step = Step(StepKind.DISPATCH, chunk)
         posted = start + 0.001 + 0.0001 * chunk
-        report._exchanges.append((step, posted, posted, start + 0.008, start + 0.009, start + finished))
+        report.exchanges.append(ExchangeMarks(step, posted, posted, start + 0.008, start + 0.009, start + finished))
     spans = pass_timeline(report).spans
     assert [span.name for span in spans] == ["dispatch 0", "dispatch 1", "dispatch 2"]
     edges = [edge for span in spans for edge in (span.start_s, span.end_s)]

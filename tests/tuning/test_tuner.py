@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.transports import LocalTransport, Transport
@@ -29,13 +29,10 @@ from tritonmoe.tuning.tuner import (
     NUM_VOTES,
     SETTLING_CALLS,
     TRIAL_ROUNDS,
-    Message,
     PlanChooser,
     _TriedCall,
-    other_chunks_first,
-    pack,
-    unpack,
 )
+from tritonmoe.tuning.votes import Message, other_chunks_first, pack, unpack
 
 AUTO = tm.OverlapConfig()
 
@@ -89,8 +86,8 @@ class Pass:
         self.steps = []
         for n in range(num_chunks):
             first, last = (dispatch_s * part / num_chunks for part in (n, n + 1))
-            self.steps.append(Timing(Step("dispatch", n, "comm"), 0.0, last))
-            self.steps.append(Timing(Step("experts", n, "compute"), first, first + experts_s / num_chunks + chunk_s))
+            self.steps.append(Timing(Step(StepKind.DISPATCH, n), 0.0, last))
+            self.steps.append(Timing(Step(StepKind.EXPERTS, n), first, first + experts_s / num_chunks + chunk_s))
 
     def lane_s(self, *kinds: str) -> float:
         return sum(t.end_s - t.start_s for t in self.steps if t.step.kind in kinds)
@@ -108,7 +105,7 @@ class Report:
         self.overlap, self.num_chunks = plan, plan.num_chunks
         self.traffic_rows = self.traffic_pairs = torch.tensor([[0, 1000], [1000, 0]])
         bounds = tuple(1000 * n // plan.num_chunks for n in range(plan.num_chunks + 1))
-        self.home_offsets = self.receive_offsets = self.pair_offsets = (0,) * plan.num_local_slices + bounds
+        self.send_offsets = self.return_offsets = self.pair_offsets = (0,) * plan.num_local_slices + bounds
         self.forward = Pass(plan.num_chunks, experts_s, dispatch_s, total_s, chunk_s)
 
 
@@ -202,7 +199,7 @@ def test_calls_of_different_sizes_are_different_points(order: tuple[int, int]) -
     for times in order:
         report = Report(plan, experts_s=0.1 * times, dispatch_s=0.2 * times)
         report.traffic_rows = report.traffic_pairs = times * report.traffic_rows
-        report.home_offsets = report.receive_offsets = report.pair_offsets = (0, 0, 0, 1000 * times)
+        report.send_offsets = report.return_offsets = report.pair_offsets = (0, 0, 0, 1000 * times)
         reports.append(report)
     costs, link = layer_costs(reports), link_costs(reports, is_shared=False)
     assert sorted(units for kind, units, _ in median_steps(reports) if kind == "experts") == [1000, 4000]

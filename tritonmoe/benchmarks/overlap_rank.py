@@ -15,6 +15,7 @@ from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.benchmarks.workload import Workload
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.simulation.simulator import Simulation
 from tritonmoe.transports import Transport
 from tritonmoe.tuning.measured import layer_work
@@ -89,7 +90,7 @@ def measure_rank(
         seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
-        other_row_bytes=layer_work(report).bytes_per_row("combine"),
+        other_row_bytes=layer_work(report).bytes_per_row(StepKind.COMBINE),
         reports=reports,
         pass_seconds={
             name: [slowest(rank.measured_ranks, list(of_pass)) for of_pass in zip(*passes, strict=True)]
@@ -185,11 +186,16 @@ def _count_bytes(
     rows = report.traffic_rows.clone().fill_diagonal_(0)
     to_others, from_others = int(rows[own].sum()), int(rows[:, own].sum())
     bytes_per_row = layer_work(report).bytes_per_row
-    row_bytes = to_others * bytes_per_row("dispatch") + from_others * bytes_per_row("combine")
-    metadata_bytes = to_others * bytes_per_row("metadata")
+    num_rows: dict[Way | None, int] = {Way.TO_EXPERTS: to_others, Way.HOME: from_others}
+
+    def exchanged_bytes(*kinds: StepKind) -> int:
+        return sum(num_rows[kind.way] * bytes_per_row(kind) for kind in kinds)
+
+    row_bytes = exchanged_bytes(StepKind.DISPATCH, StepKind.COMBINE)
+    metadata_bytes = exchanged_bytes(StepKind.METADATA)
     if rank.workload.backward:
-        row_bytes += to_others * bytes_per_row("combine_backward") + from_others * bytes_per_row("dispatch_backward")
-        metadata_bytes += from_others * bytes_per_row("routing_backward")
+        row_bytes += exchanged_bytes(StepKind.COMBINE_BACKWARD, StepKind.DISPATCH_BACKWARD)
+        metadata_bytes += exchanged_bytes(StepKind.ROUTING_BACKWARD)
     measured = (sent_after - sent) / COUNTED_CALLS
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
     uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]

@@ -13,8 +13,9 @@ from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.overlap.executor import ExpertsPass, LayerPass
+from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
@@ -34,16 +35,16 @@ class FixedExperts:
         self.rows = rows
         self.top_k = top_k
 
-    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
-        first, last = self.row_offsets[chunk : chunk + 2]
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
+        first, last = self.row_offsets[segment : segment + 2]
         if self.total_s:
             time.sleep(self.total_s * (last - first) / max(1, self.row_offsets[-1]))
         return self.rows[first:last] if out is None else out.zero_()
 
     def backward(
-        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        first, last = self.row_offsets[chunk : chunk + 2]
+        first, last = self.row_offsets[segment : segment + 2]
         dweights = torch.zeros(last - first, self.top_k, dtype=torch.float32, device=dout.device)
         if not needs_dx:
             return None, dweights
@@ -84,10 +85,12 @@ def run_layer_pass(
         nonfinite_rows=0,
     )
     plan = exchange_plan(transport, header, tokens, overlap)
-    ops = choose("auto", x.device, x.dtype)
-    layer_pass = LayerPass(plan, transport, ops.gather_sum, lambda plan, rows, *_: make_experts(rows, plan))
-    reports = [layer_pass.forward(x, topk_ids, topk_weights)[1]]
+    exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)
+    forward = ForwardPass(exchanges, lambda plan, rows, *_: make_experts(rows, plan), x, topk_ids, topk_weights)
+    reports = [forward.run()[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))
-        reports.append(layer_pass.backward(dout, (False, False, False, False), agreement)[3])
+        needs_weights = (False, False, False, False)
+        backward = BackwardPass(exchanges, forward.experts, forward.received_weights, dout, needs_weights)
+        reports.append(backward.run(agreement).report)
     return reports

@@ -26,11 +26,11 @@ from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import ExpertSettings, ExpertWeights, find_main_grads
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.grouping import Grouping, RowSources
-from tritonmoe.overlap.executor import ExpertsPass, LayerPass
+from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
 from tritonmoe.overlap.node_pass import NodePass
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
-from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["ExpertParallelCall", "Kept", "group_received", "run_backward", "run_forward"]
 
@@ -102,13 +102,13 @@ def run_forward(
             return make_run(at, rows, ids, received_weights, places)
         inner, inside_node = call.two_level.inner(ids), call.inside_node
         assert inside_node is not None
-        num_slices = at.overlap.num_local_slices
-        gather_sum = settings.ops.gather_sum
-        return NodePass.receive(inner, inside_node, num_slices, gather_sum, rows, ids, received_weights, make_run)
+        exchanges = RowExchanges(inner, inside_node, settings.ops.gather_sum)
+        return NodePass.receive(exchanges, at.overlap.num_local_slices, rows, ids, received_weights, make_run)
 
-    layer_pass = LayerPass(plan, call.transport, settings.ops.gather_sum, make_experts, fillers=call.fillers)
+    exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
+    layer_pass = ForwardPass(exchanges, make_experts, x, topk_ids, topk_weights, call.fillers)
     with _in_the_middle(call):
-        out, timings = layer_pass.forward(x, topk_ids, topk_weights)
+        out, timings = layer_pass.run()
     run = layer_pass.experts
     inner_plan = None
     if isinstance(run, NodePass):
@@ -119,7 +119,7 @@ def run_forward(
         call.rank,
         plan.traffic,
         plan.traffic_pairs,
-        WireFormat(x.dtype, plan.overlap.wire_dtype).row_bytes(x.shape[1]),
+        layer_pass.dispatch_wire.row_bytes(x.shape[1]),
         plan.overlap,
         topk_ids.shape[1],
         plan.send_offsets,
@@ -127,7 +127,7 @@ def run_forward(
         plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
         forward=timings,
         wire_squares=layer_pass.wire_squares,
-        other_row_bytes=layer_pass.other_row_bytes(x),
+        other_row_bytes=layer_pass.wire.row_bytes(x.shape[1]),
         rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
     )
     if call.flag is not None:
@@ -180,20 +180,13 @@ def run_backward(
     experts: ExpertsPass = run
     if kept.inner_plan is not None:
         assert call.inside_node is not None
-        num_slices, gather_sum = kept.plan.overlap.num_local_slices, call.settings.ops.gather_sum
-        experts = NodePass(kept.inner_plan, call.inside_node, num_slices, gather_sum, rows.new_empty(0), run, rows)
+        exchanges = RowExchanges(kept.inner_plan, call.inside_node, call.settings.ops.gather_sum)
+        experts = NodePass(exchanges, kept.plan.overlap.num_local_slices, rows.new_empty(0), run, rows)
         received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
-    layer_pass = LayerPass(
-        kept.plan,
-        call.transport,
-        call.settings.ops.gather_sum,
-        make_experts=None,
-        experts=experts,
-        received_weights=received_weights,
-        placement=call.placement,
-    )
+    exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
+    layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
     with _in_the_middle(call):
-        dx, dtopk_weights, grads, timings = layer_pass.backward(dout, needs_weights, agreement)
+        dx, dtopk_weights, grads, timings = layer_pass.run(agreement)
     state.note_backward(call.sequence)
     if isinstance(experts, NodePass):
         timings.inside = experts.reports

@@ -5,7 +5,6 @@ pass, over the slow link, are under way; they are waited for where they are post
 The steps are those of schedule.build_inside, which the simulator prices too.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +12,13 @@ from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.overlap.executor import ExpertsPass, LayerPass, MakeExperts, execute
+from tritonmoe.overlap.executor import Actions, execute
+from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.schedule import Step, build_inside
-from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
+from tritonmoe.overlap.schedule import build_inside
+from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["NodePass"]
@@ -24,138 +26,192 @@ __all__ = ["NodePass"]
 
 @dataclass
 class NodePass:
-    """One layer call's inner level on one rank; see ExpertsPass for the calls. A chunk here is an outer segment."""
+    """One layer call's inner level on one rank; see ExpertsPass for the calls."""
 
-    plan: DispatchPlan
-    """The inner plan: its tokens are the rows that this rank relays."""
-    transport: Transport
-    """Of the ranks of this node."""
+    exchanges: RowExchanges
+    """Those inside the node. The tokens of their plan are the rows that this rank relays, and each of its chunks is a
+    segment of the outer plan."""
     num_local_slices: int
-    """How many of the segments are the outer plan's local ones."""
-    gather_sum: Callable[..., Tensor]
+    """How many of the outer plan's segments are local ones."""
     relayed: Tensor
     """(R, D) rows that the outer level brought here."""
     experts: ExpertsPass
     rows: Tensor
     """(R', D): what the experts work on."""
-    dout_rows: Tensor | None = None
-    """(R', D): the gradients of the experts' outputs."""
     reports: list[tuple[Step, PassReport]] = field(default_factory=list)
-    """Of every step so far, what it did inside the node."""
+    """What every step so far did inside the node."""
+    _dout_rows: Tensor | None = None
 
     @classmethod
     def receive(
         cls,
-        plan: DispatchPlan,
-        transport: Transport,
+        exchanges: RowExchanges,
         num_local_slices: int,
-        gather_sum: Callable[..., Tensor],
         relayed: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         make_experts: MakeExperts,
     ) -> "NodePass":
         """Spread the ids (R, K) and weights (R, K) of the relayed rows inside the node, and make the experts."""
-        rows = relayed.new_empty(plan.num_received, relayed.shape[1])
-        inner = LayerPass(plan, transport, gather_sum, make_experts)
-        metadata_in: list[list[Tensor]] = []
-        made: list[NodePass] = []
+        received = _Metadata(exchanges, relayed, topk_ids, topk_weights, make_experts)
+        step = Step(StepKind.GROUP, None)
+        actions = {StepKind.NODE_METADATA: received.metadata, StepKind.GROUP: received.group}
+        report = execute(build_inside(step, needs_x=True), actions, relayed.device)
+        return cls(exchanges, num_local_slices, relayed, received.experts, received.rows, [(step, report)])
 
-        def metadata(_: int | None) -> PendingExchange:
-            pending, metadata = inner.send_metadata(topk_ids, topk_weights)
-            metadata_in.append(metadata)
-            return pending
+    @property
+    def plan(self) -> DispatchPlan:
+        return self.exchanges.plan
 
-        def group(_: int | None) -> None:
-            ids, weights, places = inner.receive_metadata(metadata_in[0], topk_ids.shape[1])
-            experts = make_experts(plan, rows, ids, weights, places)
-            made.append(cls(plan, transport, num_local_slices, gather_sum, relayed, experts, rows))
+    @property
+    def dout_rows(self) -> Tensor:
+        """(R', D): the gradients of the experts' outputs, made at the first use."""
+        if self._dout_rows is None:
+            self._dout_rows = torch.empty_like(self.rows)
+        return self._dout_rows
 
-        step = Step("group", None, "compute")
-        report = execute(build_inside(step, needs_x=True), {"node_metadata": metadata, "group": group}, rows.device)
-        made[0].reports.append((step, report))
-        return made[0]
+    def segment(self, chunk: int) -> int:
+        """Give the segment of a chunk of the outer plan, which is a chunk of the inner one."""
+        return chunk + self.num_local_slices
 
-    def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
-        """Give the weighted partial sums of the relayed rows of `chunk`, over the experts of this node."""
-        partials: list[Tensor] = []
-        sums = _Sums(self, chunk)
-
-        def experts(_: int | None) -> None:
-            partials.append(self.experts.forward(chunk))
-
-        actions = {
-            "node_dispatch": lambda _: self._spread(self.relayed, chunk, self.rows),
-            "experts": experts,
-            "node_combine": lambda _: sums.post(partials.pop()),
-            "node_reduce": lambda _: sums.take(out),
-        }
-        self._run("experts", chunk, actions)
-        assert sums.result is not None
-        return sums.result
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
+        """Give the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
+        inside = _Forward(self, out)
+        self._run(StepKind.EXPERTS, segment, inside.actions())
+        return inside.sums.result
 
     def backward(
-        self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Give dx of the relayed rows of `chunk`, None unless needed, and the gradient of their topk_weights."""
-        if self.dout_rows is None:
-            self.dout_rows = torch.empty_like(self.rows)
-        dout_rows = self.dout_rows
-        grads: list[tuple[Tensor | None, Tensor]] = []
-        dx, dweights = _Sums(self, chunk), _Sums(self, chunk)
-
-        def experts(_: int | None) -> None:
-            grads.append(self.experts.backward(chunk, dout_rows, needs_dx))
-
-        actions = {
-            "node_combine_backward": lambda _: self._spread(dout, chunk, dout_rows),
-            "experts_backward": experts,
-            "node_dispatch_backward": lambda _: dx.post(grads[0][0]),
-            "node_reduce_backward": lambda _: dx.take(out),
-            # Every pair is computed by one rank only: the other ranks' terms are zero.
-            "node_routing_backward": lambda _: dweights.post(grads[0][1].to(torch.float32)),
-            "node_reduce_routing_backward": lambda _: dweights.take(None),
-        }
-        self._run("experts_backward", chunk, actions, needs_dx)
-        assert dweights.result is not None
-        return dx.result, dweights.result
+        """Give dx of the relayed rows of a segment, None unless needed, and the gradient of their topk_weights."""
+        inside = _Backward(self, dout, needs_dx, out)
+        self._run(StepKind.EXPERTS_BACKWARD, segment, inside.actions(), needs_dx)
+        return inside.dx.result if needs_dx else None, inside.dweights.result
 
     def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
-        """Give the gradients of this rank's experts."""
-        assert self.dout_rows is not None
+        """Give the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
         return self.experts.weight_grad(self.dout_rows, needs)
 
-    def layer_pass(self) -> LayerPass:
-        return LayerPass(self.plan, self.transport, self.gather_sum, make_experts=None)
+    def spread(self, relayed: Tensor, segment: int, received: Tensor) -> PendingExchange:
+        """Send the rows of a segment from their relay to the ranks of this node that need them."""
+        return self.exchanges.send_chunk(relayed, segment, received, WireFormat(relayed.dtype))
 
-    def _run(
-        self,
-        kind: str,
-        chunk: int,
-        actions: Mapping[str, Callable[[int | None], PendingExchange | None]],
-        needs_x: bool = True,
-    ) -> None:
-        step = Step(kind, chunk - self.num_local_slices, "compute")
+    def _run(self, kind: StepKind, segment: int, actions: Actions, needs_x: bool = True) -> None:
+        step = Step(kind, segment - self.num_local_slices)
         self.reports.append((step, execute(build_inside(step, needs_x=needs_x), actions, self.rows.device)))
 
-    def _spread(self, relayed: Tensor, chunk: int, received: Tensor) -> PendingExchange:
-        return self.layer_pass().send_chunk(relayed, chunk, received, WireFormat(relayed.dtype))
+
+@dataclass
+class _Metadata:
+    """The steps that make the experts of a node."""
+
+    exchanges: RowExchanges
+    relayed: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    make_experts: MakeExperts
+    rows: Tensor = field(init=False)
+    experts: ExpertsPass = field(init=False)
+    arriving: ArrivingMetadata = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.relayed.new_empty(self.exchanges.plan.num_received, self.relayed.shape[1])
+
+    def metadata(self) -> PendingExchange:
+        pending, self.arriving = self.exchanges.send_metadata(self.topk_ids, self.topk_weights)
+        return pending
+
+    def group(self) -> None:
+        ids, weights, places = self.exchanges.receive_metadata(self.arriving, self.topk_ids.shape[1])
+        self.experts = self.make_experts(self.exchanges.plan, self.rows, ids, weights, places)
 
 
 class _Sums:
     """One row per received row of a chunk on its way back to the relay, and its sum there, in rank order, in fp32."""
 
-    def __init__(self, of: NodePass, chunk: int) -> None:
-        self.of, self.chunk = of, chunk
-        self.result: Tensor | None = None
-        self._home: Tensor | None = None
+    result: Tensor
+    """The sums, once they are taken."""
 
-    def post(self, partial: Tensor | None) -> PendingExchange:
-        assert partial is not None
-        self._home = partial.new_empty(self.of.plan.num_home, partial.shape[1])
-        return self.of.layer_pass().return_chunk(partial, self.chunk, self._home, WireFormat(partial.dtype))
+    def __init__(self, exchanges: RowExchanges, out: Tensor | None = None) -> None:
+        self.exchanges, self.out = exchanges, out
 
-    def take(self, out: Tensor | None) -> None:
-        plan = self.of.plan
-        index = plan.tokens.home_index[plan.token_slice(self.chunk)]
-        self.result, self._home = self.of.gather_sum(self._home, index, out=out), None
+    def post(self, partial: Tensor, segment: int) -> PendingExchange:
+        self._home = partial.new_empty(self.exchanges.plan.num_home, partial.shape[1])
+        return self.exchanges.return_chunk(partial, segment, self._home, WireFormat(partial.dtype))
+
+    def take(self, segment: int) -> None:
+        plan = self.exchanges.plan
+        index = plan.tokens.home_index[plan.token_slice(segment)]
+        self.result = self.exchanges.gather_sum(self._home, index, out=self.out)
+        del self._home
+
+
+class _Forward:
+    """The steps inside the node of one chunk's forward."""
+
+    def __init__(self, node: NodePass, out: Tensor | None) -> None:
+        self.node = node
+        self.sums = _Sums(node.exchanges, out)
+        self.partials: dict[int, Tensor] = {}
+
+    def actions(self) -> Actions:
+        return {
+            StepKind.NODE_DISPATCH: self.dispatch,
+            StepKind.EXPERTS: self.experts,
+            StepKind.NODE_COMBINE: self.combine,
+            StepKind.NODE_REDUCE: self.reduce,
+        }
+
+    def dispatch(self, chunk: int) -> PendingExchange:
+        return self.node.spread(self.node.relayed, self.node.segment(chunk), self.node.rows)
+
+    def experts(self, chunk: int) -> None:
+        self.partials[chunk] = self.node.experts.forward(self.node.segment(chunk))
+
+    def combine(self, chunk: int) -> PendingExchange:
+        return self.sums.post(self.partials.pop(chunk), self.node.segment(chunk))
+
+    def reduce(self, chunk: int) -> None:
+        self.sums.take(self.node.segment(chunk))
+
+
+class _Backward:
+    """The steps inside the node of one chunk's backward."""
+
+    def __init__(self, node: NodePass, dout: Tensor, needs_dx: bool, out: Tensor | None) -> None:
+        self.node, self.dout, self.needs_dx = node, dout, needs_dx
+        self.dx, self.dweights = _Sums(node.exchanges, out), _Sums(node.exchanges)
+        self.partials: dict[int, Tensor] = {}
+        self.weight_partials: dict[int, Tensor] = {}
+
+    def actions(self) -> Actions:
+        return {
+            StepKind.NODE_COMBINE_BACKWARD: self.combine_backward,
+            StepKind.EXPERTS_BACKWARD: self.experts_backward,
+            StepKind.NODE_DISPATCH_BACKWARD: self.dispatch_backward,
+            StepKind.NODE_REDUCE_BACKWARD: self.reduce_backward,
+            StepKind.NODE_ROUTING_BACKWARD: self.routing_backward,
+            StepKind.NODE_REDUCE_ROUTING_BACKWARD: self.reduce_routing_backward,
+        }
+
+    def combine_backward(self, chunk: int) -> PendingExchange:
+        return self.node.spread(self.dout, self.node.segment(chunk), self.node.dout_rows)
+
+    def experts_backward(self, chunk: int) -> None:
+        segment, node = self.node.segment(chunk), self.node
+        partial, self.weight_partials[chunk] = node.experts.backward(segment, node.dout_rows, self.needs_dx)
+        if partial is not None:
+            self.partials[chunk] = partial
+
+    def dispatch_backward(self, chunk: int) -> PendingExchange:
+        return self.dx.post(self.partials.pop(chunk), self.node.segment(chunk))
+
+    def reduce_backward(self, chunk: int) -> None:
+        self.dx.take(self.node.segment(chunk))
+
+    def routing_backward(self, chunk: int) -> PendingExchange:
+        return self.dweights.post(self.weight_partials.pop(chunk).to(torch.float32), self.node.segment(chunk))
+
+    def reduce_routing_backward(self, chunk: int) -> None:
+        # Every pair is computed by one rank only: the other ranks' terms are zero.
+        self.dweights.take(self.node.segment(chunk))

@@ -1,20 +1,25 @@
 """What a layer call did: the time of every step of a pass, what travelled, and the plan that ran."""
 
 import time
+import warnings
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["LayerReport", "PassReport", "StepTiming", "mark"]
+__all__ = ["ExchangeMarks", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "mark"]
+
+Mark = float | torch.cuda.Event | None
+"""A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
 
 
-def mark(device: torch.device) -> "float | torch.cuda.Event | None":
-    """A moment on the lane that computes: the host's clock, or an event of its stream; None in a CUDA graph."""
+def mark(device: torch.device) -> Mark:
+    """Take the present moment."""
     if is_captured(device):
         return None
     if device.type == "cuda":
@@ -22,6 +27,27 @@ def mark(device: torch.device) -> "float | torch.cuda.Event | None":
         event.record(torch.cuda.current_stream(device))  # which need not be the current device
         return event
     return time.perf_counter()
+
+
+class StepMarks(NamedTuple):
+    """When a step of the compute lane ran."""
+
+    step: Step
+    started: Mark
+    ended: Mark
+
+
+class ExchangeMarks(NamedTuple):
+    """When an exchange ran, as the compute lane sees it."""
+
+    step: Step
+    started: Mark
+    """Before its rows were packed."""
+    posted: Mark
+    wait_started: Mark
+    wait_ended: Mark
+    finished: float | None
+    """When its rows had arrived, by the host's clock, as far as the transport knows."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +68,26 @@ class PassReport:
     """The timings of one pass over a layer; read lazily, since on CUDA that waits until the device has ended it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._origin = mark(device)
-        self._end = self._origin
-        self._compute: list[tuple[Step, object, object]] = []
-        self._exchanges: list[tuple[Step, object, object, object, object, float | None]] = []
-        self._steps: list[StepTiming] | None = None
+        self.device = device
+        self.computed: list[StepMarks] = []
+        self.exchanges: list[ExchangeMarks] = []
         self.inside: list[tuple[Step, PassReport]] = []
         """On two levels: what steps did inside the node, with times from the start of each."""
+        self._steps: list[StepTiming] | None = None
+        self._origin = mark(device)
+        self._end = self._origin
 
-    def _seconds(self, mark: object) -> float:
-        if self._origin is None:
-            raise RuntimeError("a CUDA graph captured this call, and replays are not timed: time them as a whole")
-        if isinstance(mark, float):
-            assert isinstance(self._origin, float)
-            return mark - self._origin
-        return self._origin.elapsed_time(mark) / 1e3  # type: ignore[union-attr, arg-type]
+    def end(self) -> None:
+        """Note that the pass ends now."""
+        self._end = mark(self.device)
+
+    def _seconds(self, moment: Mark) -> float:
+        """Give the seconds from the start of the pass."""
+        if isinstance(moment, float) and isinstance(self._origin, float):
+            return moment - self._origin
+        if isinstance(moment, torch.cuda.Event) and isinstance(self._origin, torch.cuda.Event):
+            return self._origin.elapsed_time(moment) / 1e3
+        raise RuntimeError("a CUDA graph captured this call, and replays are not timed: time them as a whole")
 
     @property
     def steps(self) -> list[StepTiming]:
@@ -64,15 +95,22 @@ class PassReport:
         if self._steps is None:
             self._wait_until_over()
             steps = [
-                StepTiming(step, self._seconds(first), self._seconds(last), 0.0) for step, first, last in self._compute
+                StepTiming(step, self._seconds(started), self._seconds(ended), 0.0)
+                for step, started, ended in self.computed
             ]
-            for step, started, posted, before, after, finished in self._exchanges:
-                waited = self._seconds(after) - self._seconds(before)
-                posting = self._seconds(posted) - self._seconds(started)
-                end = self._seconds(after if finished is None else finished)
-                steps.append(StepTiming(step, self._seconds(started), end, waited, posting))
+            steps += map(self._exchange_timing, self.exchanges)
             self._steps = sorted(steps, key=lambda timing: timing.start_s)
         return self._steps
+
+    def _exchange_timing(self, marks: ExchangeMarks) -> StepTiming:
+        started_s, wait_ended_s = self._seconds(marks.started), self._seconds(marks.wait_ended)
+        return StepTiming(
+            marks.step,
+            started_s,
+            wait_ended_s if marks.finished is None else self._seconds(marks.finished),
+            wait_s=wait_ended_s - self._seconds(marks.wait_started),
+            post_s=self._seconds(marks.posted) - started_s,
+        )
 
     @property
     def steps_inside(self) -> list[StepTiming]:
@@ -104,7 +142,7 @@ class PassReport:
         """How long the compute lane stood still for exchanges."""
         return sum(timing.wait_s for timing in self.steps)
 
-    def lane_s(self, *kinds: str) -> float:
+    def lane_s(self, *kinds: StepKind | str) -> float:
         """Give the summed duration of the steps of these kinds."""
         return sum(timing.end_s - timing.start_s for timing in self.steps if timing.step.kind in kinds)
 
@@ -138,12 +176,12 @@ class LayerReport:
     overlap: OverlapPlan
     """What ran; give it as a layer's `overlap` to run the same again."""
     top_k: int
-    home_offsets: tuple[int, ...]
-    """Where this rank's rows for each segment (local rows, then chunks) start when sent, and the end."""
-    receive_offsets: tuple[int, ...]
-    """The same for the rows that came here, when they return."""
+    send_offsets: tuple[int, ...]
+    """Where the rows of each segment (local rows, then chunks) start among those that this rank sends, and the end."""
+    return_offsets: tuple[int, ...]
+    """Where the rows of each segment start among those that came to this rank, in the order of return, and the end."""
     pair_offsets: tuple[int, ...]
-    """The same for their routed pairs."""
+    """Where the pairs of each segment start among those that this rank computes, and the end."""
     forward: PassReport
     backward: PassReport | None = None
     other_row_bytes: int | None = None
@@ -157,6 +195,18 @@ class LayerReport:
     run before. All else here is of the second run, whose results are the call's."""
     rows_between_nodes: int | None = None
     """On a TwoLevelTransport: the rows that this rank sends to other nodes in the forward's dispatch."""
+
+    @property
+    def home_offsets(self) -> tuple[int, ...]:
+        """The former name of send_offsets, for one release."""
+        _warn_of_new_name("home_offsets", "send_offsets")
+        return self.send_offsets
+
+    @property
+    def receive_offsets(self) -> tuple[int, ...]:
+        """The former name of return_offsets, for one release."""
+        _warn_of_new_name("receive_offsets", "return_offsets")
+        return self.return_offsets
 
     @property
     def overflowed(self) -> bool:
@@ -183,3 +233,8 @@ class LayerReport:
         """(W, W) int64: bytes that rank i sends to rank k in the forward's dispatch; own rows: 0."""
         off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64, device="cpu")
         return self.traffic_rows * off_diagonal * self.row_bytes
+
+
+def _warn_of_new_name(old: str, new: str) -> None:
+    words = f"LayerReport.{old} is now LayerReport.{new}; the old name goes with the next release"
+    warnings.warn(words, DeprecationWarning, stacklevel=3)

@@ -2,7 +2,8 @@
 
 A schedule is a tuple of Steps in issue order. A step on the compute lane runs when it is reached; a step on the comm
 lane is only posted there, and ends when a later step names it in `after`. The comm lane has the same order on every
-rank, since exchanges are matched by it. Forward, two chunks, local rows at both ends (time runs to the right):
+rank, since exchanges are matched by it. This is a forward of two chunks with local rows at both ends (time runs to the
+right):
 
     comm     metadata | dispatch 0 | dispatch 1            | combine 0     | combine 1
     compute             group      | experts first | experts 0     | experts 1     | experts last | reduce 0 | reduce 1
@@ -10,72 +11,34 @@ rank, since exchanges are matched by it. Forward, two chunks, local rows at both
 All dispatches come before the first combine, unless the plan's window is smaller: then dispatch c + window is posted
 when dispatch c has arrived, and combine c + window when combine c has.
 
-Backward has the adjoint of combine first (gradients of the output go to where the experts are), and the weight
-gradients after the last data gradient, so that they hide the last exchanges; there, local rows all run at the start.
+A backward starts with the adjoint of combine, which sends the gradients of the output to where the experts are. Its
+weight gradients come after the last data gradient, so that they hide the last exchanges; its local rows all run at the
+start.
 
-On two levels these are the steps between nodes, and some of them have steps of their own inside a node: build_inside.
+On two levels these are the steps between nodes; build_inside gives those that some of them have inside a node.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from enum import Enum
+from functools import lru_cache
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
+from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind
 
-__all__ = [
-    "INSIDE",
-    "LOCAL_END",
-    "LOCAL_NAMES",
-    "LOCAL_START",
-    "Schedule",
-    "Step",
-    "build_backward",
-    "build_forward",
-    "build_inside",
-    "check_schedule",
-]
-
-LOCAL_START, LOCAL_END = -2, -1
-"""The chunk numbers of the rows that never leave their rank: those that run first, and the rest."""
-LOCAL_NAMES = {LOCAL_START: "local", LOCAL_END: "local end"}
-
-INSIDE = "node_"
-"""What the kinds of steps inside a node start with that have a twin between nodes."""
-
-Lane = Literal["compute", "comm"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One thing to do.
-
-    Kinds of a forward: metadata, dispatch, filler, group, experts, combine, reduce. Of a backward: combine_backward,
-    experts_backward, dispatch_backward, routing_backward (the exchange of the gate weights' gradients), weight_grad,
-    reduce_backward, reduce_routing_backward, replica_backward (the exchange of replicated experts' gradients) and
-    reduce_replica_backward. Inside a node the same with node_ before it, but for group and experts.
-    """
-
-    kind: str
-    chunk: int | None
-    """Chunk number, LOCAL_START, LOCAL_END, or None for a step of the whole layer."""
-    lane: Lane
-    after: tuple[int, ...] = ()
-    """Positions of the earlier steps whose results this one uses."""
-
-    def __str__(self) -> str:
-        if self.chunk is None:
-            return self.kind
-        return f"{self.kind} {LOCAL_NAMES.get(self.chunk, self.chunk)}"
-
+__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "check_schedule"]
 
 Schedule = tuple[Step, ...]
+
+KEPT_SCHEDULES = 256
+"""So many schedules of each function are kept, since a layer's plan is the same from call to call."""
 
 
 class _Builder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def add(self, kind: str, chunk: int | None, lane: Lane, *after: int) -> int:
-        self.steps.append(Step(kind, chunk, lane, after))
+    def add(self, kind: StepKind, chunk: int | None, *after: int) -> int:
+        self.steps.append(Step(kind, chunk, after))
         return len(self.steps) - 1
 
     def build(self) -> Schedule:
@@ -84,17 +47,92 @@ class _Builder:
         return schedule
 
 
+class _Of(Enum):
+    """Which steps of a kind must have ended before a step of another kind may start."""
+
+    CHUNKS_SO_FAR = "that of the same chunk, which must be there, and those of all chunks before it"
+    LOCAL_ROWS = "those of local rows"
+    ALL = "every one"
+
+
+NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
+    StepKind.GROUP: ((StepKind.METADATA, _Of.CHUNKS_SO_FAR),),
+    StepKind.EXPERTS: (
+        (StepKind.GROUP, _Of.ALL),
+        (StepKind.DISPATCH, _Of.CHUNKS_SO_FAR),
+        (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
+    ),
+    StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),),
+    StepKind.REDUCE: ((StepKind.COMBINE, _Of.CHUNKS_SO_FAR), (StepKind.EXPERTS, _Of.LOCAL_ROWS)),
+    StepKind.EXPERTS_BACKWARD: (
+        (StepKind.COMBINE_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
+    ),
+    StepKind.DISPATCH_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),),
+    StepKind.REDUCE_BACKWARD: (
+        (StepKind.DISPATCH_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.EXPERTS_BACKWARD, _Of.LOCAL_ROWS),
+    ),
+    StepKind.ROUTING_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
+    StepKind.REDUCE_ROUTING_BACKWARD: ((StepKind.ROUTING_BACKWARD, _Of.CHUNKS_SO_FAR),),
+    StepKind.WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
+    StepKind.REPLICA_BACKWARD: ((StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
+    StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
+}
+"""What a step reads. With chunks of experts a row travels with the first chunk that needs it, is computed by several,
+and returns with the last: so a chunk needs the chunks before it too. Kinds inside a node need what their twins do."""
+
+
 def check_schedule(schedule: Schedule) -> None:
-    """Raise ValueError unless every step comes after what it needs and every exchange is waited for."""
-    waited = set()
+    """Raise ValueError unless every step starts when all that it reads is there, and every exchange is waited for.
+
+    What a step names in `after` must come before it. Beyond that, no order may read what is not there yet: see NEEDS.
+    """
+    waited_at: dict[int, int] = {}
     for position, step in enumerate(schedule):
         for earlier in step.after:
             if not 0 <= earlier < position:
                 raise ValueError(f"step {position} ({step}) needs step {earlier}, which does not come before it")
-            waited.add(earlier)
+            waited_at.setdefault(earlier, position)
     for position, step in enumerate(schedule):
-        if step.lane == "comm" and position not in waited:
+        if step.lane == "comm" and position not in waited_at:
             raise ValueError(f"no step waits for the exchange of step {position} ({step})")
+    _check_needs(schedule, waited_at)
+
+
+def _check_needs(schedule: Schedule, waited_at: dict[int, int]) -> None:
+    """Raise ValueError where a step starts before what it reads has ended: an exchange ends where it is waited for."""
+    positions = {(step.kind.twin, step.chunk): position for position, step in enumerate(schedule)}
+    if len(positions) < len(schedule):
+        raise ValueError(f"a step stands twice in {', '.join(map(str, schedule))}")
+    for position, step in enumerate(schedule):
+        for needed in _needed_by(step, positions):
+            name = f"step {needed} ({schedule[needed]})"
+            if needed >= position:
+                raise ValueError(f"step {position} ({step}) reads what {name} gives, which does not come before it")
+            if schedule[needed].lane == "comm" and waited_at[needed] > position:
+                raise ValueError(f"step {position} ({step}) reads what {name} brings, and does not wait for it")
+
+
+def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) -> Iterator[int]:
+    """Give the positions of the steps whose results a step reads; ValueError where that of its own chunk is missing."""
+    for kind, which in NEEDS.get(step.kind.twin, ()):
+        there = {chunk for of, chunk in positions if of is kind}
+        is_local = step.chunk is not None and step.chunk < 0
+        if which is _Of.CHUNKS_SO_FAR and step.chunk not in there and not is_local:
+            raise ValueError(f"{step} reads what {Step(kind, step.chunk)} gives, which is not in the schedule")
+        found = (positions[kind, chunk] for chunk in _chunks_needed(which, step.chunk, there))
+        yield from (position for position in found if position != positions[step.kind.twin, step.chunk])
+
+
+def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
+    if which is _Of.ALL:
+        return there
+    if which is _Of.LOCAL_ROWS:
+        return there & {LOCAL_START, LOCAL_END}
+    if own is None or own < 0:  # the whole layer, or rows that have come with no chunk
+        return there & {own}
+    return {chunk for chunk in there if chunk is not None and 0 <= chunk <= own}
 
 
 def local_slices(plan: OverlapPlan) -> list[int]:
@@ -104,90 +142,93 @@ def local_slices(plan: OverlapPlan) -> list[int]:
     return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
 
 
+@lru_cache(maxsize=KEPT_SCHEDULES)
 def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
     """Give the forward's steps; a serial plan waits for each exchange before anything else is started.
 
-    num_fillers: work of the caller's that needs no exchange: the first one runs under the first dispatch, a second one
-        under the last combine.
+    num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
+        dispatch, a second one under the last combine.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
-    metadata = builder.add("metadata", None, "comm")
-    dispatches = [builder.add("dispatch", c, "comm") for c in range(min(window, num_chunks))]
+    metadata = builder.add(StepKind.METADATA, None)
+    dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks))]
     if num_fillers > 0:
-        builder.add("filler", 0, "compute")
-    group = builder.add("group", None, "compute", metadata)
+        builder.add(StepKind.FILLER, 0)
+    group = builder.add(StepKind.GROUP, None, metadata)
     slices = local_slices(plan)
-    local = [builder.add("experts", c, "compute", group) for c in slices if plan.serial or c == LOCAL_START]
+    local = [builder.add(StepKind.EXPERTS, c, group) for c in slices if plan.serial or c == LOCAL_START]
     combines: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            dispatches.append(builder.add("dispatch", c, "comm"))
+            dispatches.append(builder.add(StepKind.DISPATCH, c))
         elif c + window < num_chunks:
-            dispatches.append(builder.add("dispatch", c + window, "comm", dispatches[c]))
-        experts = builder.add("experts", c, "compute", dispatches[c], group)
+            dispatches.append(builder.add(StepKind.DISPATCH, c + window, dispatches[c]))
+        experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group)
         earlier = combines[c - window : c - window + 1] if 0 < window <= c else []
-        combines.append(builder.add("combine", c, "comm", experts, *earlier))
+        combines.append(builder.add(StepKind.COMBINE, c, experts, *earlier))
         if plan.serial:
-            builder.add("reduce", c, "compute", combines[c], *local)
+            builder.add(StepKind.REDUCE, c, combines[c], *local)
     if num_fillers > 1:
-        builder.add("filler", 1, "compute")
+        builder.add(StepKind.FILLER, 1)
     if not plan.serial:
-        local += [builder.add("experts", c, "compute", group) for c in slices if c == LOCAL_END]
+        local += [builder.add(StepKind.EXPERTS, c, group) for c in slices if c == LOCAL_END]
         for c, combine in enumerate(combines):
-            builder.add("reduce", c, "compute", combine, *local)
+            builder.add(StepKind.REDUCE, c, combine, *local)
     return builder.build()
 
 
+@lru_cache(maxsize=KEPT_SCHEDULES)
 def build_backward(
     plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool, sums_replicas: bool = False
 ) -> Schedule:
     """Give the backward's steps; exchanges whose gradient no rank needs are left out."""
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
-    sends = [builder.add("combine_backward", c, "comm") for c in range(min(window, num_chunks))]
-    computed = [builder.add("experts_backward", c, "compute") for c in local_slices(plan)]
+    sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
+    computed = [builder.add(StepKind.EXPERTS_BACKWARD, c) for c in local_slices(plan)]
     returns: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            sends.append(builder.add("combine_backward", c, "comm"))
+            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c))
         elif c + window < num_chunks:
-            sends.append(builder.add("combine_backward", c + window, "comm", sends[c]))
-        experts = builder.add("experts_backward", c, "compute", sends[c])
+            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c + window, sends[c]))
+        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c])
         computed.append(experts)
         if needs_x:
             earlier = returns[c - window : c - window + 1] if 0 < window <= c else []
-            returns.append(builder.add("dispatch_backward", c, "comm", experts, *earlier))
+            returns.append(builder.add(StepKind.DISPATCH_BACKWARD, c, experts, *earlier))
             if plan.serial:
-                builder.add("reduce_backward", c, "compute", returns[c])
-    routing = builder.add("routing_backward", None, "comm", *computed) if needs_topk_weights else None
+                builder.add(StepKind.REDUCE_BACKWARD, c, returns[c])
+    routing = builder.add(StepKind.ROUTING_BACKWARD, None, *computed) if needs_topk_weights else None
     if plan.serial and routing is not None:
-        builder.add("reduce_routing_backward", None, "compute", routing)
-    weight_grad = builder.add("weight_grad", None, "compute", *computed)
-    replicas = builder.add("replica_backward", None, "comm", weight_grad) if sums_replicas else None
+        builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
+    weight_grad = builder.add(StepKind.WEIGHT_GRAD, None, *computed)
+    replicas = builder.add(StepKind.REPLICA_BACKWARD, None, weight_grad) if sums_replicas else None
     if not plan.serial:
         for c, home in enumerate(returns):
-            builder.add("reduce_backward", c, "compute", home)
+            builder.add(StepKind.REDUCE_BACKWARD, c, home)
         if routing is not None:
-            builder.add("reduce_routing_backward", None, "compute", routing)
+            builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
     if replicas is not None:
-        builder.add("reduce_replica_backward", None, "compute", replicas)
+        builder.add(StepKind.REDUCE_REPLICA_BACKWARD, None, replicas)
     return builder.build()
 
 
+@lru_cache(maxsize=KEPT_SCHEDULES)
 def build_inside(step: Step, *, needs_x: bool) -> Schedule:
     """Give what a step of two levels does inside a node, where every exchange is waited for at once; () if nothing."""
     builder, c = _Builder(), step.chunk
-    if step.kind == "group":
-        builder.add("group", None, "compute", builder.add("node_metadata", None, "comm"))
-    elif step.kind == "experts":
-        experts = builder.add("experts", c, "compute", builder.add("node_dispatch", c, "comm"))
-        builder.add("node_reduce", c, "compute", builder.add("node_combine", c, "comm", experts))
-    elif step.kind == "experts_backward":
-        experts = builder.add("experts_backward", c, "compute", builder.add("node_combine_backward", c, "comm"))
+    if step.kind is StepKind.GROUP:
+        builder.add(StepKind.GROUP, None, builder.add(StepKind.NODE_METADATA, None))
+    elif step.kind is StepKind.EXPERTS:
+        experts = builder.add(StepKind.EXPERTS, c, builder.add(StepKind.NODE_DISPATCH, c))
+        builder.add(StepKind.NODE_REDUCE, c, builder.add(StepKind.NODE_COMBINE, c, experts))
+    elif step.kind is StepKind.EXPERTS_BACKWARD:
+        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, builder.add(StepKind.NODE_COMBINE_BACKWARD, c))
         if needs_x:
-            home = builder.add("node_dispatch_backward", c, "comm", experts)
-            builder.add("node_reduce_backward", c, "compute", home)
-        routing = builder.add("node_routing_backward", c, "comm", experts)
-        builder.add("node_reduce_routing_backward", c, "compute", routing)
+            home = builder.add(StepKind.NODE_DISPATCH_BACKWARD, c, experts)
+            builder.add(StepKind.NODE_REDUCE_BACKWARD, c, home)
+        routing = builder.add(StepKind.NODE_ROUTING_BACKWARD, c, experts)
+        builder.add(StepKind.NODE_REDUCE_ROUTING_BACKWARD, c, routing)
     return builder.build()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from tritonmoe.overlap.schedule import INSIDE
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.report.timeline import LANES, NODE, Span, Timeline
 
 __all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "short_name", "sparkline", "text_style"]
@@ -14,20 +14,21 @@ __all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "short_
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
 
 SHORT_NAMES = {
-    "metadata": "m",
-    "dispatch": "d",
-    "group": "g",
-    "experts": "e",
-    "combine": "c",
-    "reduce": "r",
-    "combine_backward": "d",
-    "experts_backward": "e",
-    "dispatch_backward": "c",
-    "routing_backward": "m",
-    "weight_grad": "w",
-    "reduce_backward": "r",
-    "reduce_routing_backward": "r",
+    StepKind.METADATA: "m",
+    StepKind.DISPATCH: "d",
+    StepKind.GROUP: "g",
+    StepKind.EXPERTS: "e",
+    StepKind.COMBINE: "c",
+    StepKind.REDUCE: "r",
+    StepKind.COMBINE_BACKWARD: "d",
+    StepKind.EXPERTS_BACKWARD: "e",
+    StepKind.DISPATCH_BACKWARD: "c",
+    StepKind.ROUTING_BACKWARD: "m",
+    StepKind.WEIGHT_GRAD: "w",
+    StepKind.REDUCE_BACKWARD: "r",
+    StepKind.REDUCE_ROUTING_BACKWARD: "r",
 }
+"""A backward's exchange of rows has the letter of the forward's in the same direction."""
 TIMELINE_LEGEND = (
     "d dispatch (in backward: output gradients to the experts), e experts,",
     "c combine (in backward: input gradients home), w weight gradients, r sums at",
@@ -108,7 +109,7 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
 
 def short_name(span: Span) -> str:
     """Give one letter for a kind of step, the same inside a node and between nodes."""
-    return SHORT_NAMES.get(span.kind.removeprefix(INSIDE), "?")
+    return SHORT_NAMES.get(StepKind.named(span.kind).twin, "?")
 
 
 def _label(span: Span) -> str:

@@ -99,7 +99,7 @@ def _spans(steps: Sequence[StepTiming], inside: Sequence[StepTiming]) -> tuple[S
             # A small exchange may arrive just before the one that it was posted after: it is shown as a point.
             reached_s = max(start_s, timing.end_s)
             step = timing.step
-            spans.append(Span(str(step), step.kind, step.chunk, lane, start_s, reached_s, timing.start_s))
+            spans.append(Span(str(step), str(step.kind), step.chunk, lane, start_s, reached_s, timing.start_s))
     return tuple(spans)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.steps import Step, StepKind, Unit
 
-__all__ = ["RETURNING_KINDS", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -29,14 +29,14 @@ class LinkCosts:
     latency_s: float
     bytes_per_s: float
     is_shared: bool = False
-    """Whether exchanges under way share the port (MPI) or take their turn (NCCL, gloo, emulated ranks)."""
+    """Whether exchanges that are under way together share the port (MPI) or take turns (NCCL, gloo, emulated ranks)."""
     alone_share: float = 1.0
-    """What one exchange alone reaches of bytes_per_s: about half where its two directions take turns."""
+    """The share of bytes_per_s that one exchange alone reaches: about half where its two directions take turns."""
     node_size: int | None = None
     inter_bytes_per_s: float | None = None
     contention: float = 0.0
-    """The share of its speed that compute loses while an exchange is under way: to the cores that move the rows, or the
-    multiprocessors."""
+    """The share of its speed that compute loses while an exchange is under way, since cores or multiprocessors move the
+    rows."""
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
@@ -58,10 +58,10 @@ class LayerWork:
     pairs: Tensor
     """(W, W) float64: their routed pairs on rank k."""
     row_bytes: int
-    """Of one row of the forward's dispatch."""
+    """The bytes of one row in the forward's dispatch."""
     top_k: int
     other_row_bytes: int | None = None
-    """Of one row of the other exchanges of rows, where a wire format makes them differ."""
+    """The bytes of one row in the other exchanges of rows, where a wire format makes them differ from row_bytes."""
 
     @classmethod
     def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
@@ -73,16 +73,18 @@ class LayerWork:
     def size(self) -> int:
         return self.rows.shape[0]
 
-    def bytes_per_row(self, kind: str) -> int:
+    def bytes_per_row(self, kind: StepKind) -> int:
         """Give the bytes of one row in an exchange of this kind."""
-        if kind == "metadata":
+        if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
-        if kind == "routing_backward":
+        if kind is StepKind.ROUTING_BACKWARD:
             return 4 * self.top_k
-        return self.row_bytes if kind == "dispatch" or self.other_row_bytes is None else self.other_row_bytes
+        if kind is StepKind.DISPATCH or self.other_row_bytes is None:
+            return self.row_bytes
+        return self.other_row_bytes
 
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Give rows sent, rows returned and pairs (W,) of every segment, each chunk its share."""
+        """Give rows sent, rows returned and pairs (W,) of every segment, as if each chunk had exactly its share."""
         own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()
         home, received, pairs = self._sums
         slices: list[float] = []
@@ -98,9 +100,10 @@ class LayerWork:
         )
 
     def shares(self, plan: OverlapPlan) -> tuple[list[float], list[float]]:
-        """Give the share of the travelling rows that leaves with each chunk, and that returns with it.
+        """Give the share of the travelling rows that leaves with each chunk, and the share that returns with it.
 
-        With chunks of experts as if every row had the same number of pairs, whose chunks are independent.
+        With chunks of experts these are the shares that there would be if every row had the same number of pairs, in
+        chunks that are independent of each other.
         Example:
             Two equal chunks of experts, two pairs per row: (0.75, 0.25) and (0.25, 0.75).
         """
@@ -126,9 +129,8 @@ class LayerWork:
         """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it."""
         own = self.rows.diagonal()
         out, into = self._sums[0] - own, self._sums[1] - own
-        if link.node_size is None:
+        if link.node_size is None or link.inter_bytes_per_s is None:  # both or neither
             return out / link.bytes_per_s, into / link.bytes_per_s
-        assert link.inter_bytes_per_s is not None
         num_nodes = -(-self.size // link.node_size)
         inside_out, inside_in = torch.zeros_like(out), torch.zeros_like(into)
         for node in range(num_nodes):
@@ -141,25 +143,19 @@ class LayerWork:
         )
 
 
-PAIR_KINDS = ("experts", "experts_backward", "group", "weight_grad")
-RETURNING_KINDS = ("combine", "dispatch_backward")
-
-
 def step_units(
-    step: Step, num_local: int, home: Sequence[Size], received: Sequence[Size], pairs: Sequence[Size]
+    step: Step, num_local_slices: int, sent: Sequence[Size], returned: Sequence[Size], pairs: Sequence[Size]
 ) -> Size:
-    """Give what a step's cost is proportional to: its pairs, or its rows. The sizes are by segment.
+    """Give how many of its kind's units (Unit) a step has.
 
-    num_local: how many of the segments are local ones.
+    Args:
+        num_local_slices: how many of the segments are local ones.
+        sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
     """
-    if step.kind in PAIR_KINDS:
-        of = pairs
-    elif step.kind in RETURNING_KINDS:
-        of = received
-    else:
-        of = home
-    if step.chunk is not None and step.kind != "filler":
-        return of[num_local + step.chunk]
+    of = {Unit.SENT_ROWS: sent, Unit.RETURNED_ROWS: returned, Unit.PAIRS: pairs}[step.kind.unit]
+    segment = step.segment(num_local_slices)
+    if segment is not None:
+        return of[segment]
     total = of[0]
     for size in of[1:]:
         total = total + size
@@ -168,16 +164,16 @@ def step_units(
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of the compute lane, by kind of step: fixed_s of one step, and unit_s of each of its pairs or rows.
+    """The seconds of the compute lane that steps of each kind take: fixed_s of a step, and unit_s of each of its units.
 
-    A kind that is missing costs nothing, and so does a step without any. For an exchange it is what posting costs:
-    packing its rows.
+    The kind of a step says what its unit is (steps.Unit). A kind that is missing costs nothing, and so does a step
+    without a unit. The cost of an exchange is that of posting it, which packs its rows.
     """
 
     fixed_s: Mapping[str, float]
     unit_s: Mapping[str, float]
     bends: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
-    """Where the line is a curve: (units, seconds that each unit beyond them costs more, or less), ascending."""
+    """Where the line of a kind bends: (units, seconds that each unit beyond them costs more, or less), ascending."""
 
     def seconds(self, kind: str, units: Size) -> Size:
         total = units * self.unit_s.get(kind, 0.0) + (units > 0) * self.fixed_s.get(kind, 0.0)
@@ -199,8 +195,8 @@ class StepCosts:
     def through(cls, samples: Iterable[tuple[str, float, float]]) -> "StepCosts":
         """Join (kind, units, seconds) of measured steps by straight lines, kind by kind.
 
-        More units never cost less. Beyond the largest, and below the smallest, its neighbour's line goes on, though not
-        below zero.
+        More units never cost less. The first and the last line go on beyond the smallest and the largest step, though
+        not below zero.
         """
         lines = {kind: _join(points) for kind, points in _by_kind(samples).items()}
         return cls(
@@ -222,14 +218,14 @@ def _by_kind(samples: Iterable[tuple[str, float, float]]) -> dict[str, list[tupl
 
 
 ALIKE = 1.05
-"""Times the smaller one: so many units are taken for the same number."""
+"""Two numbers of units are taken for the same one if the larger is at most this many times the smaller."""
 
 
 def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
     """Give seconds at zero units, and the slopes of a curve through the points as (units from which, seconds per unit).
 
-    Points of about the same units are one, with their median time, of two the shorter: a line through them would be
-    noise.
+    Points of about the same number of units (ALIKE) are taken as one with their median time, of two with the shorter
+    one: the slope of a line through them would be noise.
 
     Example:
         _join([(2, 3), (4, 4), (8, 12)]) gives (2, [(0, 0.5), (4, 2)]).

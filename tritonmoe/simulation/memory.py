@@ -3,89 +3,30 @@
 Like the simulator it walks all ranks at once, in vectors over the ranks.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import Schedule, Step, build_backward, build_forward
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.simulation.buffer_widths import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork
 
 __all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes"]
 
 INDEX_BYTES = 4
-TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
-"""F columns, in fp32 or wider, with which they compute the activation of a block's pairs, and its backward."""
+"""Of one id, position or fp32 weight of a pair."""
+FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
+"""How many tensors of F columns, in fp32 or wider, a backend needs to compute the activation of a block's pairs, and
+the gradient of the activation."""
 SQUARES_BYTES = 3 * 4
-"""For each element sent in a wire format: three fp32 numbers while the error that it makes is measured."""
+"""Three fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
 
-
-class WorkingSet(NamedTuple):
-    """How much a rank's experts work on at a time: where ranks have other machines or backends, not the same on all."""
-
-    max_block_pairs: int | None = None
-    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module); None: a chunk's, as the kernels
-    do."""
-    num_workers: int = 1
-    """On how many blocks, or experts' weight gradients, it works at a time."""
-    copies_rows: bool = False
-    """Whether it may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
-
-    def pack(self) -> int:
-        """Give it as one positive integer."""
-        return ((self.max_block_pairs or 0) * 1024 + self.num_workers) * 2 + self.copies_rows
-
-    @classmethod
-    def unpack(cls, value: int) -> "WorkingSet":
-        rest, copies_rows = divmod(value, 2)
-        max_block_pairs, num_workers = divmod(rest, 1024)
-        return cls(max_block_pairs or None, num_workers, bool(copies_rows))
-
-
-ALL_AT_ONCE = WorkingSet()
-
-
-@dataclass(frozen=True)
-class BufferWidths:
-    """What decides, beside rows and pairs, how large the buffers of a layer call are."""
-
-    hidden_size: int
-    """D."""
-    intermediate_size: int
-    """F."""
-    num_local_experts: int
-    """E / W."""
-    dtype_bytes: int
-    """Of one element of rows, h and weights."""
-    gated: bool = True
-    """h has 2F columns, F where not."""
-    save: str = "hidden"
-    """As in moe_mlp: whether h is kept for the backward."""
-    has_backward: bool = True
-    working_set: WorkingSet = ALL_AT_ONCE
-
-    @property
-    def row_bytes(self) -> int:
-        return self.hidden_size * self.dtype_bytes
-
-    @property
-    def inner_bytes(self) -> int:
-        return self.intermediate_size * self.dtype_bytes
-
-    @property
-    def hidden_bytes(self) -> int:
-        return self.inner_bytes * (2 if self.gated else 1)
-
-    @property
-    def temporary_bytes(self) -> int:
-        return self.intermediate_size * max(4, self.dtype_bytes)
-
-    @property
-    def keeps_hidden(self) -> bool:
-        return self.has_backward and self.save == "hidden"
+Held = Step | str | tuple[str, int]
+"""What holds bytes: an exchange, until it is waited for; a named buffer; or the sums of one segment."""
 
 
 class PeakBytes(NamedTuple):
@@ -104,186 +45,225 @@ class PeakBytes(NamedTuple):
 def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> PeakBytes:
     """Tell before any call what a layer of several ranks will hold at its peak, under `plan`.
 
-    That is every buffer of rows or pairs, from the first exchange to the end of the pass: received rows, rows and sums
-    at home, h and its gradients, what exchanges under way hold, what the experts of one chunk need meanwhile. Not in
-    it are the caller's tensors, what the call gives back (y, and the gradients of x, of topk_weights and of the
-    weights), index arithmetic over (T, W) and (R, K) that is over before the experts run, and what a callable
-    activation keeps itself. Every chunk is taken to have its share of every rank's rows, every expert its share of the
-    pairs. Tests hold it to a tenth of what is really held.
+    Counted is every buffer of rows or pairs, from the first exchange to the end of the pass: received rows, rows and
+    sums at home, h and its gradients, what exchanges under way hold, and what the experts of one chunk need meanwhile.
+    Not counted are the caller's tensors, what the call gives back (y, and the gradients of x, of topk_weights and of
+    the weights), index arithmetic over (T, W) and (R, K) that is over before the experts run, and what a callable
+    activation keeps itself. Every chunk is taken to have its share of every rank's rows, and every expert its share of
+    the pairs. Tests check that the result differs by at most a tenth from what is really held.
 
-    With plan.capacity `work` has the room for rows and pairs, whatever there is (capacity.capped_traffic; a layer's
-    report says it too). Backends that go block by block keep only the pairs that are there, so it is the most they may
-    hold. A call that overflows lets its first run go and then holds what its rows need without a capacity.
+    With plan.capacity, `work` must have the rows and pairs for which there is room, used or not
+    (capacity.capped_traffic gives them, and so does a layer's report). Backends that go block by block keep only the
+    pairs that are there, so the result is the most that they may hold. A call that overflows frees the buffers of its
+    first run, and then holds what its rows need without a capacity.
     """
-    forward = _Walk(plan, work, widths).forward()
-    backward = _Walk(plan, work, widths).backward() if widths.has_backward else 0
+    forward = _ForwardWalk(plan, work, widths).peak_bytes()
+    backward = _BackwardWalk(plan, work, widths).peak_bytes() if widths.has_backward else 0
     return PeakBytes(forward, backward)
 
 
-@dataclass
 class _Walk:
-    """One pass: what is held, by name or step, the sum of it now and the most so far; all are (W,) float64."""
+    """What one pass holds from step to step; all numbers of bytes are (W,) float64."""
 
-    plan: OverlapPlan
-    work: LayerWork
-    widths: BufferWidths
-    held: dict[Any, Tensor] = field(default_factory=dict)
-    now: Tensor = field(init=False)
-    peak: Tensor = field(init=False)
-    largest_pairs: Tensor = field(init=False)
-    """Of the segment that has most."""
+    def __init__(self, plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> None:
+        self.plan, self.work, self.widths = plan, work, widths
+        self.first_chunk = plan.num_local_slices
+        self.sent, self.returned, self.pairs = work.segments(plan)
+        self.num_sent, self.num_received, self.num_pairs = (_total(of) for of in (self.sent, self.returned, self.pairs))
+        self.largest_pairs = torch.stack(self.pairs).amax(0)  # of the segment that has most
+        self.held: dict[Held, Tensor] = {}
+        self.now = self.peak = torch.zeros(work.size, dtype=torch.float64, device="cpu")
 
-    def __post_init__(self) -> None:
-        self.home, self.received, self.pairs = self.work.segments(self.plan)
-        self.now = self.peak = torch.zeros(self.work.size, dtype=torch.float64, device="cpu")
-        self.largest_pairs = torch.stack(self.pairs).amax(0)
+    def walk(self, schedule: Schedule, actions: Mapping[StepKind, Callable[[Step], None]]) -> int:
+        """Give the most bytes that are held at any time, on the rank that holds most.
 
-    def forward(self) -> int:
-        widths, metadata_bytes = self.widths, 2 * INDEX_BYTES * self.work.top_k
-        home, received, pairs = _total(self.home), _total(self.received), _total(self.pairs)
-        first = self.plan.num_local_slices
-        self._hold("rows", received * widths.row_bytes)
-        self._hold("home", home * widths.row_bytes)
-        for step in self._walk(build_forward(self.plan)):
-            if step.kind == "metadata":
-                # As they travel and in their place, until the pass ends.
-                self._hold("metadata", (received + _total(self.received[first:])) * metadata_bytes)
-                self._hold(step, _total(self.home[first:]) * metadata_bytes)
-            elif step.kind == "dispatch":
-                self._post_rows(step, self.home, self.received, self.work.row_bytes)
-            elif step.kind == "group":
-                self._hold("grouping", self._grouping())
-                self._hold("weights", received * metadata_bytes / 2)
-            elif step.kind == "experts":
-                if widths.keeps_hidden:
-                    self._hold("h", pairs * widths.hidden_bytes)
-                per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
-                temporaries = TEMPORARIES * widths.temporary_bytes
-                self._compute(step, widths.inner_bytes, per_pair + temporaries)
-            elif step.kind == "combine":
-                self._return_rows(step)
-        return self._most()
-
-    def backward(self) -> int:
-        widths, top_k_bytes = self.widths, INDEX_BYTES * self.work.top_k
-        home, received, pairs = _total(self.home), _total(self.received), _total(self.pairs)
-        self._hold("saved", received * (widths.row_bytes + top_k_bytes) + self._grouping())
-        if widths.keeps_hidden:
-            self._hold("h", pairs * widths.hidden_bytes)
-        self._hold("dout", received * (widths.row_bytes + top_k_bytes))
-        self._hold("home", home * widths.row_bytes)
-        for step in self._walk(build_backward(self.plan, needs_x=True, needs_topk_weights=True)):
-            if step.kind == "combine_backward":
-                self._post_rows(step, self.home, self.received, self._other_row_bytes)
-            elif step.kind == "experts_backward":
-                self._hold("gradients", pairs * (widths.hidden_bytes + widths.inner_bytes))
-                again = 0 if widths.keeps_hidden else widths.hidden_bytes
-                temporaries = BACKWARD_TEMPORARIES * widths.temporary_bytes
-                self._compute(step, again, widths.inner_bytes + again + temporaries)
-            elif step.kind == "dispatch_backward":
-                self._return_rows(step)
-            elif step.kind == "weight_grad" and widths.working_set.max_block_pairs is not None:
-                gathered = pairs * min(1.0, widths.working_set.num_workers / widths.num_local_experts)
-                # One range of pairs is in source order already: only its rows are gathered.
-                self._count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
-            elif step.kind == "routing_backward":
-                self._hold("dtopk_weights", 2 * home * top_k_bytes)
-                self._hold(step, received * top_k_bytes)
-        return self._most()
-
-    def _walk(self, schedule: Schedule) -> Iterator[Step]:
-        """Give each step once what it waits for is let go; what is held when it has run counts."""
+        A step starts once what it waits for is freed; what is held when it has run counts.
+        """
         for step in schedule:
             for earlier in step.after:
                 if schedule[earlier] in self.held:
-                    self._let_go(schedule[earlier])
-            yield step
+                    self._free(schedule[earlier])
+            if step.kind in actions:
+                actions[step.kind](step)
             self._count(torch.zeros_like(self.peak))
+        return int(self.peak.max().ceil())
 
     def _count(self, meanwhile: Tensor) -> None:
-        """Take in that `meanwhile` is there on top of what is held."""
+        """Take into the peak that for a moment so many bytes are there on top of what is held."""
         self.peak = torch.maximum(self.peak, self.now + meanwhile)
 
-    def _hold(self, what: object, num_bytes: Tensor) -> None:
-        """Hold so many bytes from here on, once."""
+    def _hold(self, what: Held, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, unless `what` is held already."""
         if what not in self.held:
             self.held[what] = num_bytes
             self.now = self.now + num_bytes
 
-    def _hold_at_least(self, what: object, num_bytes: Tensor) -> None:
-        """Hold so many bytes from here on, with what is held of it already."""
+    def _hold_at_least(self, what: Held, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, or as many as are held of `what` already, if those are more."""
         so_far = self.held.get(what, torch.zeros_like(num_bytes))
         self.held[what] = torch.maximum(so_far, num_bytes)
         self.now = self.now + self.held[what] - so_far
 
-    def _let_go(self, what: object) -> None:
+    def _free(self, what: Held) -> None:
         self.now = self.now - self.held.pop(what)
 
-    def _post_rows(self, step: Step, sent: list[Tensor], arriving: list[Tensor], wire_bytes: int) -> None:
-        """Rows are packed; a wire format sends a copy, and receives into memory of its own."""
-        assert step.chunk is not None
-        segment = step.chunk + self.plan.num_local_slices
-        packed = sent[segment] * self.widths.row_bytes
-        if wire_bytes == self.widths.row_bytes:
+    def _post_rows(self, step: Step, sent: list[Tensor], arriving: list[Tensor]) -> None:
+        """Pack the rows of a step's chunk; a wire format sends a copy of them, and receives into memory of its own."""
+        segment, row_bytes = _segment(step, self.plan), self.widths.row_bytes
+        wire_bytes = self.work.bytes_per_row(step.kind)
+        packed = sent[segment] * row_bytes
+        if wire_bytes == row_bytes:
             self._hold(step, packed)
             return
         self._hold(step, (sent[segment] + arriving[segment]) * wire_bytes)
-        measuring = SQUARES_BYTES * self.widths.hidden_size if step.kind == "dispatch" else 0
+        measuring = SQUARES_BYTES * self.widths.hidden_size if step.kind is StepKind.DISPATCH else 0
         self._count(packed + sent[segment] * measuring)
 
-    def _return_rows(self, step: Step) -> None:
-        """The sums travel as they are, or as a copy."""
-        self._let_go(("partial", step.chunk))
-        self._post_rows(step, self.received, self.home, self._other_row_bytes)
+    def send_rows(self, step: Step) -> None:
+        """Post rows that go to their experts."""
+        self._post_rows(step, self.sent, self.returned)
+
+    def return_sums(self, step: Step) -> None:
+        """Post a chunk's sums, which go home as they are, or as a copy."""
+        self._free(("sums", _segment(step, self.plan)))
+        self._post_rows(step, self.returned, self.sent)
 
     def _compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
-        """The experts of one segment: rows by pair, and per pair of the segment, or of a block, so many bytes more."""
-        assert step.chunk is not None
-        segment, widths = step.chunk + self.plan.num_local_slices, self.widths
-        is_kept = self.plan.chunk_by == "experts" and step.chunk >= 0
-        if is_kept:
-            self._hold("results", _total(self.pairs[self.plan.num_local_slices :]) * widths.row_bytes)
+        """Compute the experts of a segment.
+
+        Args:
+            whole_bytes: what a backend that computes all pairs of a chunk at a time needs for each of them meanwhile.
+            block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row.
+        """
+        segment, widths = _segment(step, self.plan), self.widths
+        is_chunk = segment >= self.first_chunk
+        keeps_results = self.plan.chunk_by == "experts" and is_chunk
+        if keeps_results:
+            self._hold("results", _total(self.pairs[self.first_chunk :]) * widths.row_bytes)
         if widths.working_set.max_block_pairs is None:
-            # The copy that `up` makes of its rows is gone before there are results.
-            is_copied = widths.working_set.copies_rows and (step.kind == "experts" or not widths.keeps_hidden)
-            meanwhile = self.pairs[segment] * (whole_bytes + (is_copied or not is_kept) * widths.row_bytes)
+            # The copy that `up` makes of its rows is freed before there are results.
+            copies = widths.working_set.copies_rows and (step.kind is StepKind.EXPERTS or not widths.keeps_hidden)
+            meanwhile = self.pairs[segment] * (whole_bytes + (copies or not keeps_results) * widths.row_bytes)
         else:
-            pairs, block_pairs = self.pairs[segment], widths.working_set.max_block_pairs
-            has_blocks = pairs > block_pairs
-            # First the rows of a block's pairs are gathered; then there are results of pairs, and the rows' sums, which
-            # are copied to where they go.
-            block = pairs.clamp(max=block_pairs * widths.working_set.num_workers) * (widths.row_bytes + block_bytes)
-            sums = self.received[segment] * widths.row_bytes
-            if not is_kept:
-                self._hold_at_least("y", has_blocks * self.largest_pairs * widths.row_bytes)
-                sums = sums + ~has_blocks * pairs * widths.row_bytes
-            self._count(block)
-            meanwhile = sums
-        if step.chunk >= 0:
-            self._hold(("partial", step.chunk), self.received[segment] * widths.row_bytes)
+            meanwhile = self._compute_blocks(segment, widths.working_set.max_block_pairs, block_bytes, keeps_results)
+        if is_chunk:
+            self._hold(("sums", segment), self.returned[segment] * widths.row_bytes)
         self._count(meanwhile)
 
-    def _num_ranges(self) -> Tensor:
-        """How many segments with pairs are grouped each for itself: all chunks of experts are grouped as one."""
-        pairs = self.pairs
-        if self.plan.chunk_by == "experts":
-            first = self.plan.num_local_slices
-            pairs = [*pairs[:first], _total(pairs[first:])]
-        return (torch.stack(pairs) > 0).sum(0)
+    def _compute_blocks(self, segment: int, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:
+        """Compute a segment block by block, and give what is there when its last block is done.
 
-    def _grouping(self) -> Tensor:
-        """pair_index, source_order and inverse; where rows may have several chunks of experts, returned_rows too."""
-        received, top_k = _total(self.received), self.work.top_k
+        First the rows of a block's pairs are gathered. Then there are the results of pairs, and the sums of rows, which
+        are copied to where they go.
+        """
+        pairs, row_bytes = self.pairs[segment], self.widths.row_bytes
+        sums = self.returned[segment] * row_bytes
+        if not keeps_results:
+            has_blocks = pairs > max_block_pairs
+            self._hold_at_least("y", has_blocks * self.largest_pairs * row_bytes)
+            sums = sums + ~has_blocks * pairs * row_bytes
+        self._count(pairs.clamp(max=max_block_pairs * self.widths.working_set.num_workers) * (row_bytes + block_bytes))
+        return sums
+
+    def _grouping_bytes(self) -> Tensor:
+        """Give the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows."""
+        top_k = self.work.top_k
         has_returned_rows = self.plan.chunk_by == "experts" and top_k > 1
-        return (2 * _total(self.pairs) + received * (top_k + has_returned_rows)) * INDEX_BYTES
+        return (2 * self.num_pairs + self.num_received * (top_k + has_returned_rows)) * INDEX_BYTES
+
+
+class _ForwardWalk(_Walk):
+    def peak_bytes(self) -> int:
+        self._hold("rows", self.num_received * self.widths.row_bytes)
+        self._hold("home", self.num_sent * self.widths.row_bytes)
+        actions = {
+            StepKind.METADATA: self.metadata,
+            StepKind.DISPATCH: self.send_rows,
+            StepKind.GROUP: self.group,
+            StepKind.EXPERTS: self.experts,
+            StepKind.COMBINE: self.return_sums,
+        }
+        return self.walk(build_forward(self.plan), actions)
 
     @property
-    def _other_row_bytes(self) -> int:
-        other = self.work.other_row_bytes
-        return self.work.row_bytes if other is None else other
+    def metadata_bytes(self) -> int:
+        """Of one row: K ids and K weights."""
+        return 2 * INDEX_BYTES * self.work.top_k
 
-    def _most(self) -> int:
-        return int(self.peak.max().ceil())
+    def metadata(self, step: Step) -> None:
+        """Hold ids and weights twice until the pass ends: as they arrive, and in the order of the received rows."""
+        travelling = _total(self.returned[self.first_chunk :])
+        self._hold("metadata", (self.num_received + travelling) * self.metadata_bytes)
+        self._hold(step, _total(self.sent[self.first_chunk :]) * self.metadata_bytes)
+
+    def group(self, step: Step) -> None:
+        self._hold("grouping", self._grouping_bytes())
+        self._hold("weights", self.num_received * self.metadata_bytes / 2)
+
+    def experts(self, step: Step) -> None:
+        widths = self.widths
+        if widths.keeps_hidden:
+            self._hold("h", self.num_pairs * widths.hidden_bytes)
+        per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
+        self._compute(step, widths.inner_bytes, per_pair + FORWARD_TEMPORARIES * widths.temporary_bytes)
+
+
+class _BackwardWalk(_Walk):
+    def peak_bytes(self) -> int:
+        widths = self.widths
+        row_and_weights = widths.row_bytes + self.weights_bytes
+        self._hold("saved", self.num_received * row_and_weights + self._grouping_bytes())
+        if widths.keeps_hidden:
+            self._hold("h", self.num_pairs * widths.hidden_bytes)
+        self._hold("dout", self.num_received * row_and_weights)
+        self._hold("home", self.num_sent * widths.row_bytes)
+        actions = {
+            StepKind.COMBINE_BACKWARD: self.send_rows,
+            StepKind.EXPERTS_BACKWARD: self.experts_backward,
+            StepKind.DISPATCH_BACKWARD: self.return_sums,
+            StepKind.WEIGHT_GRAD: self.weight_grad,
+            StepKind.ROUTING_BACKWARD: self.routing_backward,
+        }
+        return self.walk(build_backward(self.plan, needs_x=True, needs_topk_weights=True), actions)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of one row: K gate weights, or their gradients."""
+        return INDEX_BYTES * self.work.top_k
+
+    def experts_backward(self, step: Step) -> None:
+        widths = self.widths
+        self._hold("gradients", self.num_pairs * (widths.hidden_bytes + widths.inner_bytes))
+        again = 0 if widths.keeps_hidden else widths.hidden_bytes
+        temporaries = BACKWARD_TEMPORARIES * widths.temporary_bytes
+        self._compute(step, again, widths.inner_bytes + again + temporaries)
+
+    def weight_grad(self, step: Step) -> None:
+        """Gather the rows of the experts that are computed at a time, where a backend goes block by block."""
+        widths = self.widths
+        if widths.working_set.max_block_pairs is None:
+            return
+        gathered = self.num_pairs * min(1.0, widths.working_set.num_workers / widths.num_local_experts)
+        # One range of pairs is in source order already: only its rows are gathered.
+        self._count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
+
+    def routing_backward(self, step: Step) -> None:
+        self._hold("dtopk_weights", 2 * self.num_sent * self.weights_bytes)
+        self._hold(step, self.num_received * self.weights_bytes)
+
+    def _num_ranges(self) -> Tensor:
+        """Give how many ranges of pairs are grouped each for itself: all chunks of experts are grouped as one."""
+        pairs = self.pairs
+        if self.plan.chunk_by == "experts":
+            pairs = [*pairs[: self.first_chunk], _total(pairs[self.first_chunk :])]
+        return (torch.stack(pairs) > 0).sum(0)
+
+
+def _segment(step: Step, plan: OverlapPlan) -> int:
+    segment = step.segment(plan.num_local_slices)
+    if segment is None:
+        raise ValueError(f"step {step} is of no segment")
+    return segment
 
 
 def _total(parts: list[Tensor]) -> Tensor:

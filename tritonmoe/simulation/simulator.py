@@ -1,7 +1,8 @@
 """How long a schedule takes: the steps that the executor runs, walked with costs instead of tensors.
 
-All ranks are walked at once, step by step, in vectors over the ranks. That is exact for what the executor does: it
-posts nothing while it waits, so nothing that comes later in the schedule can hold up an exchange that is waited for.
+All ranks are walked at once, step by step, in vectors over the ranks. This gives the executor's times exactly: the
+executor posts nothing while it waits, so nothing that comes later in the schedule can delay an exchange that is waited
+for.
 """
 
 from collections.abc import Sequence
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import INSIDE, Schedule, Step, build_backward, build_forward, build_inside
-from tritonmoe.simulation.cost_model import RETURNING_KINDS, LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
+from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
 
 EXACT_RANKS = 64
-"""Up to so many ranks every message has its own time; above, an exchange ends with its busiest port."""
+"""Up to so many ranks the time of every message is computed; beyond, an exchange ends when its busiest port is done."""
 COLUMNS = 72
 
 
@@ -48,6 +50,10 @@ class Simulation:
         """Give the time of the slowest rank."""
         return float(self.end_s.max())
 
+    def lane_s(self, *kinds: StepKind) -> float:
+        """Give the summed duration of the steps of these kinds, of each step that of the slowest rank."""
+        return sum(float((s.end_s - s.start_s).max()) for kind in kinds for s in self.steps if s.step.kind is kind)
+
     def __str__(self) -> str:
         return self.timeline(0)
 
@@ -69,9 +75,9 @@ class Simulation:
 
 
 class _Ports:
-    """The exchanges under way on every rank's port.
+    """The port of every rank, through which its exchanges pass: in turn, or all that are under way at the same speed.
 
-    group_of_rank: (W,) which ranks exchange with each other, where not all do.
+    group_of_rank: (W,) numbers; ranks with the same one exchange with each other. None where all ranks do.
     """
 
     def __init__(self, work: LayerWork, link: LinkCosts, group_of_rank: Tensor | None = None) -> None:
@@ -81,13 +87,15 @@ class _Ports:
         )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.out_s, self.in_s = work.ports(link)
-        self.is_exact = work.size <= EXACT_RANKS
         self.clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
-        """Taking turns: when the port is free. Sharing: up to when `remaining` is worked off."""
+        """(W,): where exchanges take turns, when the port is free; where they share it, up to when it has worked."""
         self.remaining: dict[int, Tensor] = {}
+        """Where exchanges share the port: the seconds of work (W,) that each of them has left."""
         self.arrivals: dict[int, Tensor] = {}
+        """When each exchange has arrived (W,), as far as that is known."""
 
     def post(self, number: int, now: Tensor, row_bytes: float) -> None:
+        """Post exchange `number` at (W,) `now`, of so many bytes for each row that travels."""
         if self.link.is_shared:
             self._work_off(now)
             self.remaining[number] = torch.maximum(self.out_s, self.in_s) * row_bytes
@@ -95,11 +103,10 @@ class _Ports:
         start = torch.maximum(now, self.clock)
         out_s, in_s = self.out_s * row_bytes, self.in_s * row_bytes
         self.clock = start + torch.maximum(out_s, in_s) / self.link.alone_share
-        if self.is_exact:
+        if self.is_in_one_group is not None:
             # A message from i to k occupies both ends' ports until the busier one is done.
             message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
             arrival = torch.maximum(start[:, None], start) + message_s
-            assert self.is_in_one_group is not None
             arrival = arrival.where(self.is_in_one_group, -1.0)
             if len(arrival) > 1:
                 arrival.fill_diagonal_(-1.0)
@@ -169,7 +176,7 @@ def simulate(
 ) -> Simulation:
     """Give the times of every step of a schedule on all ranks, which start together.
 
-    work: on two levels a TwoLevelWork, whose outer rows go over `link`.
+    work: what is sent and computed; on two levels a TwoLevelWork, whose outer rows go over `link`.
     Example:
         W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
     """
@@ -177,7 +184,7 @@ def simulate(
     outer = work.outer if isinstance(work, TwoLevelWork) else work
     ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
     sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
-    needs_x = any(step.kind == "dispatch_backward" for step in schedule)
+    needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
     now = torch.zeros(work.size, dtype=torch.float64, device="cpu")
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
@@ -189,9 +196,7 @@ def simulate(
                 now = torch.maximum(now, arrival)
                 steps[earlier] = SimulatedStep(schedule[earlier], steps[earlier].start_s, arrival)
         start = now
-        inside = build_inside(step, needs_x=needs_x) if levels is not None else ()
-        if inside:
-            assert levels is not None
+        if levels is not None and (inside := build_inside(step, needs_x=needs_x)):
             done = _walk_inside(inside, levels, levels.inside(plan, step.chunk), costs, start)
             now = done[-1].end_s
             steps.append(SimulatedStep(step, start, now, done))
@@ -201,7 +206,7 @@ def simulate(
         now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
         if step.lane == "comm":
             under_way.add(position)
-            shares = returning if step.kind in RETURNING_KINDS else leaving
+            shares = returning if step.kind.way is Way.HOME else leaving
             share = 1.0 if step.chunk is None else shares[step.chunk]
             ports.post(position, now, share * outer.bytes_per_row(step.kind))
         steps.append(SimulatedStep(step, start, now))
@@ -211,19 +216,19 @@ def simulate(
 def _walk_inside(
     schedule: Schedule, levels: TwoLevelWork, work: LayerWork, costs: StepCosts, start: Tensor
 ) -> list[SimulatedStep]:
-    """Give the steps inside nodes, of the given rows and pairs, from (W,) on; every exchange is waited for at once.
+    """Give the times of the steps inside nodes, which start at (W,) `start`; every exchange is waited for at once.
 
-    They cost what the same steps between nodes do.
+    A step inside a node costs what its twin between nodes does. work: what is sent and computed inside the nodes.
     """
     sizes = [[of] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
     ports = _Ports(work, levels.link, levels.node_of_rank)
     now, steps = start, []
     for position, step in enumerate(schedule):
         begun = now
-        kind = step.kind.removeprefix(INSIDE)
-        now = now + costs.seconds(kind, step_units(Step(kind, None, step.lane), 0, *sizes))
+        between_nodes = Step(step.kind.twin, None)
+        now = now + costs.seconds(between_nodes.kind, step_units(between_nodes, 0, *sizes))
         if step.lane == "comm":
-            ports.post(position, now, work.bytes_per_row(kind))
+            ports.post(position, now, work.bytes_per_row(between_nodes.kind))
             now = torch.maximum(now, ports.arrival(position))
         steps.append(SimulatedStep(step, begun, now))
     return steps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.schedule import LOCAL_START
+from tritonmoe.overlap.steps import LOCAL_START
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 
 __all__ = ["TwoLevelWork"]
@@ -22,26 +22,28 @@ class TwoLevelWork:
     """
 
     outer: LayerWork
-    """Rows from rank i to the rank with its place in each node, and to itself those that its own node needs. Pairs are
-    those of the rank in the column: from its own node on the diagonal, from other nodes anywhere else."""
+    """Between nodes: the rows from rank i to the rank with its place in each other node, and on the diagonal the rows
+    that its own node needs. Pairs stand in the column of the rank that computes them: those of its own node's tokens on
+    the diagonal, those of other nodes' tokens anywhere else."""
     own: LayerWork
-    """Inside nodes: the rows and pairs of ranks of this node, from the source itself."""
+    """Inside nodes: the rows that a rank sends to the ranks of its own node, and their pairs."""
     relayed: LayerWork
-    """Inside nodes: the rows of other nodes, from their relay."""
+    """Inside nodes: the rows that a relay passes on from other nodes, and their pairs."""
     node_size: int
     link: LinkCosts
-    """Of a rank inside its node."""
+    """The link of a rank inside its node."""
 
     @classmethod
     def of(
         cls, work: LayerWork, rows_to_nodes: Tensor, link: LinkCosts, *, inside_row_bytes: int | None = None
     ) -> "TwoLevelWork":
-        """Give both levels' work.
+        """Give the work of both levels.
 
         Args:
-            work: that of the same routing on one level, which says what each rank needs.
+            work: the work of the same routing on one level, which says what each rank needs.
             rows_to_nodes: (W, nodes), how many tokens of each rank need any rank of a node, its own included.
-            link: of a rank inside its node. inside_row_bytes: of a row there; None is work.row_bytes.
+            link: the link of a rank inside its node.
+            inside_row_bytes: the bytes of a row there; None is work.row_bytes.
         Raises:
             ValueError: the ranks don't make whole nodes, or a node needs fewer rows than one of its ranks, or more than
                 all of them.
@@ -85,16 +87,16 @@ class TwoLevelWork:
 
     @property
     def node_of_rank(self) -> Tensor:
-        """(W,) which ranks exchange inside nodes."""
+        """(W,): ranks with the same number exchange inside a node."""
         return torch.arange(self.size, device="cpu") // self.node_size
 
     @property
     def place_of_rank(self) -> Tensor:
-        """(W,) which ranks exchange between nodes."""
+        """(W,): ranks with the same number exchange between nodes."""
         return torch.arange(self.size, device="cpu") % self.node_size
 
     def inside(self, plan: OverlapPlan, chunk: int | None) -> LayerWork:
-        """Give what a chunk of the outer plan, a local slice of it, or for None all of it is inside the nodes."""
+        """Give the work inside nodes of a chunk or local slice of the outer plan; None for all of them together."""
         whole = LayerWork(
             self.own.rows + self.relayed.rows,
             self.own.pairs + self.relayed.pairs,

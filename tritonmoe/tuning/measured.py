@@ -9,7 +9,7 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.schedule import Step
+from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]
@@ -24,7 +24,7 @@ def layer_work(report: LayerReport) -> LayerWork:
 
 
 def most_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks have room for, whichever run of the call had more of it."""
+    """Give the work of a call, or with a capacity its room; of a call that ran twice the larger of both."""
     work = layer_work(report)
     if report.first_run is None:
         return work
@@ -32,16 +32,16 @@ def most_work(report: LayerReport) -> LayerWork:
     return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
 
 
-def median_steps(reports: Sequence[LayerReport]) -> list[tuple[str, float, float]]:
+def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:
     """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
-    Of calls with equal plans, each step's median over equal units counts, and of two the shorter time.
+    Where calls with equal plans have the same step with as many units, its median time counts, of two the shorter one.
     """
     seconds: dict[tuple[OverlapPlan, Step, float], list[float]] = {}
     for report in reports:
         sizes = [
             [float(last - first) for first, last in pairwise(offsets)]
-            for offsets in (report.home_offsets, report.receive_offsets, report.pair_offsets)
+            for offsets in (report.send_offsets, report.return_offsets, report.pair_offsets)
         ]
         timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
         for timing in timings:
@@ -67,7 +67,7 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
     for report in reports:
         work = layer_work(report)
         busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
-        exchanges = [t for t in report.forward.steps if t.step.kind in ("metadata", "dispatch")]
+        exchanges = [t for t in report.forward.steps if t.step.kind.way is Way.TO_EXPERTS]
         free_at = 0.0
         for timing in exchanges:
             began = max(timing.start_s + timing.post_s, free_at)
@@ -78,9 +78,9 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
             num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
             key, seconds = (report.num_chunks, str(timing.step), num_bytes), max(0.0, timing.end_s - began)
             alone[key] = min(seconds, alone.get(key, seconds))
-        dispatches = [t for t in exchanges if t.step.kind == "dispatch"]
+        dispatches = [t for t in exchanges if t.step.kind is StepKind.DISPATCH]
         whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
-        of_a_byte = whole_s / max(1.0, busiest * work.bytes_per_row("dispatch"))
+        of_a_byte = whole_s / max(1.0, busiest * work.bytes_per_row(StepKind.DISPATCH))
         together[report.num_chunks] = min(of_a_byte, together.get(report.num_chunks, of_a_byte))
     latency_s, byte_s = fit_line([(num_bytes, seconds) for (_, _, num_bytes), seconds in alone.items()])
     alone_share = 1.0

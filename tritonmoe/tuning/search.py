@@ -1,10 +1,10 @@
 """Plans for a call: where nothing is measured, within a memory budget, and the fastest ones that the simulator finds.
 
-With B the time of a layer's exchanges, A that of its experts and eps what one more chunk costs the experts, the time of
-C equal chunks is about A + C * eps + B / C where compute is the longer side, which is least at C = sqrt(B / eps).
-Where the exchanges are the longer side, C = 3 is enough to hide the experts, and more only adds latency. Chunks that
-grow and then shrink show less of the first dispatch and the last combine: each may be 2 A / B times the one before, and
-still arrives while that one is computed. These closed forms are where the search starts.
+Let B be the time of a layer's exchanges, A that of its experts, and eps what one more chunk costs the experts. Where
+compute is the longer side, C equal chunks take about A + C * eps + B / C, which is least at C = sqrt(B / eps). Where
+the exchanges are the longer side, C = 3 is enough to hide the experts, and more chunks only add latency. Of chunks that
+grow and then shrink, less of the first dispatch and of the last combine is exposed: each chunk may be 2 A / B times as
+large as the one before, and still arrives while that one is computed. The search starts with these closed forms.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
@@ -34,8 +35,8 @@ SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
 SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
 SEARCHED_WINDOWS = (2, 3)
 ALIKE = 0.01
-"""Plans predicted to be so close to the fastest are taken as equally fast, and the fewest chunks are tried first: they
-have the fewest exchanges, of whose small costs predictions know little."""
+"""Plans whose predicted time is within this share of the fastest one's count as equally fast. Of those, plans with
+fewer chunks are tried first: they have fewer exchanges, of whose small costs predictions know little."""
 BUDGETED_WINDOW = 2
 
 
@@ -84,7 +85,7 @@ def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) 
 
 
 def takes_chunks_of_experts(config: OverlapConfig) -> bool:
-    """Say whether nothing else in the configuration excludes them."""
+    """Say whether nothing else in the configuration excludes chunks of experts."""
     try:
         replace(config, chunk_by="experts")
     except ValueError:
@@ -98,11 +99,16 @@ def budgeted_plan(
     """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
 
     Args:
-        work: that of the call before; without one, and where nothing fits, it is the plan that takes least.
-        working_sets: every rank's. The plan fits with each of them on every rank, so that all choose the same one.
+        work: what the call before sent and computed; None before the first call. Without it, and where no plan fits,
+            the result is the plan that takes least memory.
+        working_sets: those of all ranks. The plan fits with each of them on every rank, so that all ranks choose the
+            same one.
+    Raises:
+        ValueError: config has no budget.
     """
     budget = config.memory_budget_bytes
-    assert budget is not None
+    if budget is None:
+        raise ValueError("memory_budget_bytes is None: there is no budget to fit a plan into")
     least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
     if work is None:
         return least, f"{least}: takes least, until a call has shown how many rows there are"
@@ -135,9 +141,13 @@ def search(
     backward: bool,
     fits: Callable[[OverlapPlan], bool] = lambda plan: True,
 ) -> list[tuple[float, OverlapPlan]]:
-    """Give predicted seconds and plan, the fastest first: chunks and shapes, then local split, then windows.
+    """Give pairs of predicted seconds and plan, the fastest first.
 
-    fits: says whether a plan may be used.
+    Numbers and shapes of chunks are searched first; for the two best of them the share of local pairs that runs first,
+    and for the two best of all these the windows.
+
+    Args:
+        backward: whether the backward counts too. fits: says whether a plan may be used.
     """
     predicted: dict[OverlapPlan, float] = {}
 
@@ -155,10 +165,9 @@ def search(
             seconds(plan)
 
     one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
-    steps = {kind: [s for s in one.steps if s.step.kind == kind] for kind in ("experts", "dispatch", "combine")}
-    experts_s = sum(float((s.end_s - s.start_s).max()) for s in steps["experts"])
-    communication_s = sum(float((s.end_s - s.start_s).max()) for s in steps["dispatch"] + steps["combine"])
-    eps_s = costs.of_one_more_chunk("experts", float(work.pairs.sum(0).max()))
+    experts_s = one.lane_s(StepKind.EXPERTS)
+    communication_s = one.lane_s(StepKind.DISPATCH, StepKind.COMBINE)
+    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(work.pairs.sum(0).max()))
     seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
     seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
     growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])

@@ -1,15 +1,19 @@
 """num_chunks="auto": measure a few calls, search in the simulator, try the best plans, keep the fastest.
 
-The calls of one kind go through three stages, the same on every rank at every call:
-1. Calls with one and two chunks, twice, nothing computed before the first rows arrive, give the costs of every step and
-   of the link: four with chunks of tokens, and four with chunks of experts where both may be chosen. Each rank searches
-   the simulator for its best plans, one of them in chunks of tokens, and votes for them.
-2. The votes of the rank that predicts the longest time are tried in turn, one chunk among them, three rounds of real
-   calls. What counts is the slowest rank, per row of the busiest one, the median of the rounds.
-3. The fastest plan stays, or one chunk unless that plan is at least 3 % faster. Where calls of the same size later take
-   10 % longer or shorter, all starts again.
+Calls that are alike (of one transport, with the same sizes, dtypes and gradient mode) share a chooser, which goes
+through three stages. At every call it is in the same stage on every rank.
 
-Everything that ranks must agree on is an integer in the count header that every rank has seen (`Message`).
+1. It measures calls with one chunk and with two, each twice, in which nothing is computed before the first rows arrive.
+   They give the costs of every step and of the link. These are four calls with chunks of tokens, and where chunks of
+   experts may be chosen too, four more with those. Then each rank searches the simulator for the plans that are best
+   for itself, and votes for two of them; one of the two has chunks of tokens.
+2. It tries the votes of the rank that predicts the longest time, and one chunk beside them, in turn: three rounds of
+   real calls. A call's time is that of its slowest rank divided by the rows of its busiest rank; of a plan the median
+   of the three rounds counts.
+3. It keeps the fastest plan if that is at least 3 % faster than one chunk, and one chunk otherwise. Where calls of the
+   same size later take 10 % longer or shorter, it starts again.
+
+Everything that ranks must agree on is an integer in the count header, which every rank sees (votes.Message).
 """
 
 import statistics
@@ -17,100 +21,62 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.simulation.memory import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.tuning.measured import layer_costs, layer_work, link_costs, most_work
 from tritonmoe.tuning.search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts
+from tritonmoe.tuning.votes import Message, other_chunks_first, pack, unpack
 
-__all__ = ["SETTLING_CALLS", "Message", "PlanChooser"]
+__all__ = ["SETTLING_CALLS", "PlanChooser"]
 
 MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
-"""Chunks of the measured calls: two sizes to tell apart what a chunk and what a pair costs, twice, since the shorter of
-two times is the one that nothing disturbed."""
+"""How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs; each is
+measured twice, since the shorter of two times is the less disturbed one."""
 NUM_VOTES = 2
+"""For how many plans a rank votes."""
 TRIAL_ROUNDS = 3
+"""How often each plan is tried."""
 SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
-"""Calls of one kind until the plan is chosen, where each call's backward comes before the next call; without chunks of
-experts to choose from four fewer."""
+"""How many calls it takes until the plan is chosen, if the backward of each call comes before the next call. Where
+chunks of experts are no choice, it takes four fewer."""
 MAX_TRIAL_CALLS = 64
-"""After so many calls without enough measured ones (no backward ever comes, say), the first vote is taken."""
+"""The first vote is taken where so many calls were not enough to measure every plan; no backward may ever come, say."""
 SMALLEST_GAIN = 0.03
+"""A plan is kept if it is faster than one chunk by at least this share."""
 TRIED_EXCESS = 0.10
-"""A plan is tried unless it is predicted to be slower than one chunk by more than this: predictions are no better."""
+"""A plan is tried if it is predicted to be slower than one chunk by less than this share: predictions are as wrong as
+that."""
 DRIFT = 0.10
+"""The search starts again if calls take longer or shorter by this share than when the plan was tried."""
 DRIFT_CALLS = 16
+"""Of how many calls the median is compared for that."""
 SAME_SIZE = 0.10
-"""Calls are compared with the tried ones where their busiest rank has as many rows, within this share."""
+"""A call is compared with the tried ones if its busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
-
-
-class Message(NamedTuple):
-    """What a rank's count header says to the other ranks' choosers: integers, the same meaning on every rank."""
-
-    vote: int = 0
-    """The plan that this rank would try first, of those that it predicts to be fastest, packed; 0 for no wish."""
-    second_vote: int = 0
-    predicted_ns: int = 0
-    """The shortest time that it predicts for any plan."""
-    measured_call: int = -1
-    """Which of the tried calls `measured_ns` is of; -1 for none."""
-    measured_ns: int = 0
-    working_set: int = 0
-    """With a memory budget: how much this rank's experts work on at a time, packed (memory.WorkingSet)."""
-
-    @classmethod
-    def of(cls, header: CallHeader) -> "Message":
-        return cls(*(getattr(header, name) for name in cls._fields))
-
-    @property
-    def votes(self) -> list[int]:
-        return [vote for vote in (self.vote, self.second_vote) if vote]
-
-
-def pack(plan: OverlapPlan) -> int:
-    """Give a searched plan as one positive integer; unpack() reads it."""
-    growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
-    value = plan.num_chunks
-    for part in (growth, int(plan.chunk_by == "experts"), plan.local_start, plan.window, plan.backward_window):
-        value = value * 64 + part
-    return value
-
-
-def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
-    parts = []
-    for _ in range(5):
-        value, part = divmod(value, 64)
-        parts.append(part)
-    backward_window, window, local_start, is_of_experts, growth = parts
-    config = replace(config, chunk_by="experts" if is_of_experts else "tokens")
-    return plan_of(
-        config, ramp_sizes(value, growth), local_start=local_start, window=window, backward_window=backward_window
-    )
-
-
-def other_chunks_first(plans: Sequence[OverlapPlan]) -> list[OverlapPlan]:
-    """Give the first plan of each way to cut, then the others: two windows of the same chunks take about as long."""
-    firsts = {(plan.chunk_by, plan.chunk_sizes): plan for plan in reversed(plans)}
-    return sorted(plans, key=lambda plan: firsts[plan.chunk_by, plan.chunk_sizes] != plan)  # which keeps their order
+"""How many chunks there are under torch.use_deterministic_algorithms, where no time may decide."""
 
 
 @dataclass
 class _TriedCall:
+    """A call whose time the other ranks have not heard yet."""
+
     number: int
+    """It counts from when the candidates were known."""
     rows: int
-    """Received by the busiest rank."""
+    """How many rows the busiest rank received."""
     report: LayerReport
     has_backward: bool
+    """Whether the time of its backward counts too."""
 
     def nanoseconds(self) -> int | None:
-        """Give the time of the whole call on this rank, None as long as it isn't over."""
+        """Give the time of the whole call on this rank, None as long as the call isn't over."""
         passes = [self.report.forward]
         if self.report.first_run is not None:
             passes.append(self.report.first_run.forward)
@@ -125,40 +91,45 @@ class _TriedCall:
 
 @dataclass
 class PlanChooser:
-    """The state of "auto" for one transport and one kind of call; the same on every rank at every call."""
+    """The state of "auto" for calls of one transport that are alike; it is in the same stage on every rank."""
 
     config: OverlapConfig
     size: int
+    """W."""
     is_shared: bool = False
-    """Whether the transport's exchanges share the link."""
+    """Whether exchanges that are under way together share the transport's link."""
     widths: BufferWidths | None = None
-    """Of the calls, whatever a rank's working set; a memory budget needs them."""
+    """The widths of the calls' buffers, whatever a rank's working set; a memory budget needs them."""
     working_set: WorkingSet = ALL_AT_ONCE
-    """This rank's in the next call; the other ranks hear of it."""
+    """How much this rank's experts work on at a time in the next call, which the other ranks will hear."""
     can_cut_experts: bool = False
     """Whether the transport takes chunks of experts."""
     choice: str = "nothing is measured yet"
     """Why the present plan was chosen, in one sentence."""
     measured: list[LayerReport] = field(default_factory=list)
+    """The reports of the calls that were measured before the search."""
     candidates: list[OverlapPlan] = field(default_factory=list)
-    """What is tried, one chunk first; empty before the votes."""
+    """The plans that are tried, one chunk first; empty before the votes."""
     chosen: OverlapPlan | None = None
+    """The plan that is kept, once all candidates are tried."""
     num_tried: int = 0
-    """Calls since the candidates were known."""
+    """How many calls there were since the candidates were known."""
     tried: deque[_TriedCall] = field(default_factory=deque)
-    """Calls whose times have not been told to the other ranks yet."""
+    """Those of them whose times the other ranks have not heard yet, the oldest first."""
     times: dict[int, list[float]] = field(default_factory=dict)
-    """By candidate: nanoseconds per row of the busiest rank."""
+    """How long each candidate took: nanoseconds per row of the busiest rank, by the candidate's number."""
     usual: tuple[float, float] | None = None
     """Nanoseconds per row, and rows, of the chosen plan when it was tried."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    """Nanoseconds per row of the last calls of the chosen plan."""
     num_searches: int = 0
+    """How often a plan was chosen: the more often, the larger a drift must be to start again."""
     last_work: LayerWork | None = None
-    """Of the call before, where a memory budget asks for it; with a capacity, its room."""
+    """What the call before sent and computed, where a memory budget asks for it; with a capacity, its room."""
     last_working_sets: set[WorkingSet] = field(default_factory=set)
-    """Every rank's in that call."""
+    """The working sets of all ranks in that call."""
     sides: str = ""
-    """The predicted experts' and exchanges' times, for `choice`."""
+    """How long experts and exchanges take in one chunk, in words for `choice`."""
 
     @property
     def is_tuned(self) -> bool:
@@ -173,8 +144,8 @@ class PlanChooser:
         )
 
     @property
-    def kinds(self) -> tuple[Literal["tokens", "experts"], ...]:
-        """What the chunks that are measured and searched are of."""
+    def ways_to_cut(self) -> tuple[Literal["tokens", "experts"], ...]:
+        """The values of chunk_by that are measured and searched."""
         if self.config.chunk_by != "auto":
             return (self.config.chunk_by,)
         has_several = self.widths is not None and self.widths.num_local_experts > 1
@@ -184,9 +155,10 @@ class PlanChooser:
 
     @property
     def _measured_plans(self) -> list[OverlapPlan]:
+        """The plans of the calls that are measured before the search, in turn."""
         both = [
-            plan_of(replace(self.config, chunk_by=kind), equal_sizes(num_chunks), local_start=0)
-            for kind in self.kinds
+            plan_of(replace(self.config, chunk_by=chunk_by), equal_sizes(num_chunks), local_start=0)
+            for chunk_by in self.ways_to_cut
             for num_chunks in MEASURED_NUM_CHUNKS[:2]
         ]
         return both + both
@@ -208,6 +180,7 @@ class PlanChooser:
         return plans[number]
 
     def _untuned_plan(self) -> OverlapPlan:
+        """Give the plan of the next call where no time decides, and note why."""
         config = self.config
         if not config.is_auto:
             num_chunks, self.choice = config.num_chunks, "as configured"
@@ -225,7 +198,10 @@ class PlanChooser:
         return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
 
     def _candidate_of(self, number: int) -> int:
-        """Give which candidate a tried call runs: each once a round, in an order that shifts from round to round."""
+        """Give the number of the candidate that a tried call runs.
+
+        In each round every candidate runs once, in an order that shifts from round to round.
+        """
         count = len(self.candidates)
         return (number + number // count) % count
 
@@ -245,13 +221,14 @@ class PlanChooser:
 
     def _vote(self) -> Message:
         """Search in the simulator for the plans that this rank wishes to try."""
-        by_kind = {kind: [r for r in self.measured if r.overlap.chunk_by == kind] for kind in self.kinds}
-        link = link_costs(by_kind[self.kinds[0]], self.is_shared)
-        one = by_kind[self.kinds[0]][2]
+        measured = {way: [r for r in self.measured if r.overlap.chunk_by == way] for way in self.ways_to_cut}
+        first_way = measured[self.ways_to_cut[0]]
+        link = link_costs(first_way, self.is_shared)
+        one = first_way[2]  # the second call with one chunk
         found: list[tuple[float, OverlapPlan]] = []
-        for kind, reports in by_kind.items():
+        for way, reports in measured.items():
             found += search(
-                replace(self.config, chunk_by=kind),
+                replace(self.config, chunk_by=way),
                 layer_work(one),
                 layer_costs(reports),
                 link,
@@ -264,27 +241,28 @@ class PlanChooser:
         best = [plan for seconds, plan in found if plan.num_chunks > 1 and seconds < limit_s]
         best = other_chunks_first(best)
         tried, others = best[:NUM_VOTES], best[NUM_VOTES:]
-        # The costs of chunks of experts depend on where the routing goes: they never keep the best of tokens out.
+        # How fast chunks of experts are depends on where the routing goes, so the best chunks of tokens are tried too.
         by_tokens = [plan for plan in others if plan.chunk_by == "tokens"]
         if by_tokens and all(plan.chunk_by == "experts" for plan in tried):
             tried[-1] = by_tokens[0]
         votes = [pack(plan) for plan in tried]
         steps = one.forward
         self.sides = (
-            f"experts {steps.lane_s('experts') * 1e3:.2f} ms, "
-            f"exchanges {steps.lane_s('dispatch', 'combine') * 1e3:.2f} ms in one chunk"
+            f"experts {steps.lane_s(StepKind.EXPERTS) * 1e3:.2f} ms, "
+            f"exchanges {steps.lane_s(StepKind.DISPATCH, StepKind.COMBINE) * 1e3:.2f} ms in one chunk"
         )
         votes += [0] * (NUM_VOTES - len(votes))
         fastest_s = min(seconds for seconds, _ in found)
         return Message(votes[0], votes[1], predicted_ns=max(1, int(fastest_s * 1e9)))
 
     def _has_no_empty_chunk(self, plan: OverlapPlan) -> bool:
+        """Say whether every chunk of a plan has an expert, where its chunks are of experts."""
         if plan.chunk_by == "tokens" or self.widths is None:
             return True
         return all(first < last for first, last in pairwise(plan.bounds(self.widths.num_local_experts)))
 
     def observe(self, messages: Sequence[Message], report: LayerReport, has_backward: bool) -> None:
-        """Take in one call: what every rank's header said, and this rank's report."""
+        """Take in one call: what every rank's header said, and what this rank's report says."""
         report.choice = self.choice
         if not self.is_tuned:
             if self.config.memory_budget_bytes is not None:
@@ -308,9 +286,10 @@ class PlanChooser:
             self._search_again_if_drifted()
 
     def _count_votes(self, messages: Sequence[Message]) -> None:
+        """Take the votes of one rank as candidates, once all ranks have voted."""
         if not all(message.predicted_ns for message in messages):
             return
-        # The slowest rank sets the pace of all; among equals the first one.
+        # The rank that takes longest sets the pace of all; among equals the first one is taken.
         votes = max(messages, key=lambda message: message.predicted_ns).votes
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
         self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
@@ -325,7 +304,7 @@ class PlanChooser:
             )
 
     def _hear_times(self, messages: Sequence[Message]) -> None:
-        """Take in the time of one call, where all ranks tell that of the same one."""
+        """Take in the time of one call, if all ranks tell their time of the same call."""
         numbers = {message.measured_call for message in messages}
         if len(numbers) > 1 or not self.tried or numbers != {self.tried[0].number}:
             return
@@ -338,6 +317,7 @@ class PlanChooser:
             self.recent.append(per_row)
 
     def _choose_if_tried(self) -> None:
+        """Choose a plan once every candidate is measured, or once that has taken too many calls."""
         is_enough = all(len(times) >= TRIAL_ROUNDS for times in self.times.values())
         if not is_enough and self.num_tried < MAX_TRIAL_CALLS:
             return
@@ -363,6 +343,7 @@ class PlanChooser:
         self.choice = f"{words}, median of {TRIAL_ROUNDS} rounds ({self.sides})"
 
     def _search_again_if_drifted(self) -> None:
+        """Start with the first stage again if the chosen plan's calls take another time than they did."""
         if self.usual is None or len(self.recent) < DRIFT_CALLS:
             return
         recent = statistics.median(self.recent)

@@ -1,0 +1,275 @@
+"""ForwardPass and BackwardPass: the buffers of one layer call on one rank, and what every kind of step does to them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.dispatch.count_exchange import BackwardAgreement
+from tritonmoe.dispatch.expert_chunks import RowPlaces
+from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.overlap.executor import Actions, execute
+from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.steps import StepKind, Way
+from tritonmoe.transports import PendingExchange
+from tritonmoe.transports.wire import WireFormat
+
+__all__ = ["BackwardPass", "ExpertsPass", "ForwardPass", "LayerGrads", "MakeExperts"]
+
+
+class ExpertsPass(Protocol):
+    """What a pass needs of the experts of one call: ExpertsRun, NodePass, or a stand-in of fixed duration."""
+
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
+        """Give the weighted sums over this rank's experts of the rows that a segment finishes."""
+        ...
+
+    def backward(
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Give dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
+        ...
+
+    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
+        """Give the gradients of the experts' weights, over all segments."""
+        ...
+
+
+MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor, RowPlaces], ExpertsPass]
+"""(the plan, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32, where the rows lie) -> the experts of
+one call."""
+
+
+class ForwardPass:
+    """The forward of one layer call on one rank.
+
+    Args:
+        make_experts: makes the experts of the received rows, before any of them has arrived.
+        x: (T, D). topk_ids, topk_weights: (T, K).
+        fillers: the caller's work, as in expert_parallel_mlp.
+    """
+
+    rows: Tensor
+    """(R, D) received rows."""
+    experts: ExpertsPass
+    """The experts of the call, from the group step on."""
+    received_weights: Tensor
+    """(R, K) fp32, from the group step on."""
+    wire_squares: Tensor | None = None
+    """As in LayerReport."""
+    _metadata: ArrivingMetadata
+
+    def __init__(
+        self,
+        exchanges: RowExchanges,
+        make_experts: MakeExperts,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        fillers: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.exchanges, self.plan = exchanges, exchanges.plan
+        self.make_experts = make_experts
+        self.x, self.topk_ids, self.topk_weights = x, topk_ids, topk_weights
+        self.fillers = fillers
+        plan, width = self.plan, x.shape[1]
+        self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
+        self.home = x.new_empty(plan.num_home, width)
+        self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
+        self.partials: dict[int, Tensor] = {}
+        self.dispatch_wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
+        self.wire = exchanges.wire_after_dispatch(x.dtype)
+        if not self.dispatch_wire.is_exact:
+            self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
+
+    def run(self) -> tuple[Tensor, PassReport]:
+        """Give y (T, D), and the timings."""
+        schedule = build_forward(self.plan.overlap, len(self.fillers))
+        return self.out, execute(schedule, self.actions(), self.x.device)
+
+    def actions(self) -> Actions:
+        return {
+            StepKind.METADATA: self.metadata,
+            StepKind.DISPATCH: self.dispatch,
+            StepKind.FILLER: self.filler,
+            StepKind.GROUP: self.group,
+            StepKind.EXPERTS: self.compute_experts,
+            StepKind.COMBINE: self.combine,
+            StepKind.REDUCE: self.reduce,
+        }
+
+    def metadata(self) -> PendingExchange:
+        pending, self._metadata = self.exchanges.send_metadata(self.topk_ids, self.topk_weights)
+        return pending
+
+    def dispatch(self, chunk: int) -> PendingExchange:
+        return self.exchanges.send_chunk(self.x, chunk, self.rows, self.dispatch_wire, self.wire_squares)
+
+    def filler(self, number: int) -> None:
+        self.fillers[number]()
+
+    def group(self) -> None:
+        plan = self.plan
+        if not plan.is_identity:
+            local = slice(plan.num_local)
+            torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
+        top_k = self.topk_ids.shape[1]
+        ids, self.received_weights, places = self.exchanges.receive_metadata(self._metadata, top_k)
+        self.experts = self.make_experts(plan, self.rows, ids, self.received_weights, places)
+
+    def compute_experts(self, chunk: int) -> None:
+        segment = self.plan.segment(chunk)
+        if chunk < 0:
+            self.experts.forward(segment, out=self.home[self.plan.home_slice(chunk)])
+        else:
+            self.partials[chunk] = self.experts.forward(segment)
+
+    def combine(self, chunk: int) -> PendingExchange:
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+
+    def reduce(self, chunk: int) -> None:
+        self.exchanges.sum_at_home(self.home, chunk, self.out)
+
+
+class LayerGrads(NamedTuple):
+    """What a backward gives."""
+
+    x: Tensor | None
+    """(T, D) where some rank needs it."""
+    topk_weights: Tensor | None
+    """(T, K) fp32 where some rank needs it."""
+    weights: WeightGrads
+    report: PassReport
+    """The timings."""
+
+
+class BackwardPass:
+    """The backward of one layer call on one rank.
+
+    Args:
+        experts, received_weights: those of the forward, or experts that go on from what it saved.
+        dout: (T, D), the gradient of the output. needs_weights: which weights need a gradient.
+        placement: where replicas of experts are, whose gradients are summed.
+    """
+
+    dx: Tensor
+    """(T, D), where some rank needs it."""
+    dtopk_weights: Tensor
+    """(T, K) fp32, where some rank needs it, from its reduce step on."""
+    weight_grads: WeightGrads
+    """This rank's, from the weight_grad step on."""
+    replicas: ExpertPlacement
+    """Where replicas are, if gradients are summed over them."""
+
+    def __init__(
+        self,
+        exchanges: RowExchanges,
+        experts: ExpertsPass,
+        received_weights: Tensor,
+        dout: Tensor,
+        needs_weights: tuple[bool, bool, bool, bool],
+        placement: ExpertPlacement | None = None,
+    ) -> None:
+        self.exchanges, self.plan = exchanges, exchanges.plan
+        self.experts, self.dout, self.needs_weights = experts, dout, needs_weights
+        plan, width = self.plan, dout.shape[1]
+        self.dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
+        self.home = dout.new_empty(plan.num_home, width)
+        if plan.needs_x:
+            self.dx = self.home if plan.is_identity else dout.new_empty(dout.shape[0], width)
+        self.dweights = torch.zeros_like(received_weights)
+        self.partials: dict[int, Tensor] = {}
+        self.wire = exchanges.wire_after_dispatch(dout.dtype)
+        self.sums_replicas = False
+        if placement is not None and placement.has_replicas and any(needs_weights):
+            self.sums_replicas, self.replicas = True, placement
+
+    def run(self, agreement: BackwardAgreement | None = None) -> LayerGrads:
+        """Run the steps.
+
+        agreement: the exchange in which ranks agree on this backward, under way while the buffers were made; no row is
+            posted before it has ended.
+        """
+        plan = self.plan
+        schedule = build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=self.sums_replicas,
+        )
+        if agreement is not None:
+            agreement.wait()
+        report = execute(schedule, self.actions(), self.dout.device)
+        dx = self.dx if plan.needs_x else None
+        dtopk_weights = self.dtopk_weights if plan.needs_topk_weights else None
+        return LayerGrads(dx, dtopk_weights, self.weight_grads, report)
+
+    def actions(self) -> Actions:
+        return {
+            StepKind.COMBINE_BACKWARD: self.combine_backward,
+            StepKind.EXPERTS_BACKWARD: self.experts_backward,
+            StepKind.DISPATCH_BACKWARD: self.dispatch_backward,
+            StepKind.ROUTING_BACKWARD: self.routing_backward,
+            StepKind.WEIGHT_GRAD: self.weight_grad,
+            StepKind.REDUCE_BACKWARD: self.reduce_backward,
+            StepKind.REDUCE_ROUTING_BACKWARD: self.reduce_routing_backward,
+            StepKind.REPLICA_BACKWARD: self.replica_backward,
+            StepKind.REDUCE_REPLICA_BACKWARD: self.reduce_replica_backward,
+        }
+
+    def combine_backward(self, chunk: int) -> PendingExchange:
+        return self.exchanges.send_chunk(self.dout, chunk, self.dout_rows, self.wire)
+
+    def experts_backward(self, chunk: int) -> None:
+        plan, segment = self.plan, self.plan.segment(chunk)
+        if chunk < 0:
+            self._local_experts_backward(segment, plan.home_slice(chunk))
+            return
+        returned = plan.return_slice(chunk)
+        partial, self.dweights[returned] = self.experts.backward(segment, self.dout_rows, plan.needs_x)
+        if partial is not None:
+            self.partials[chunk] = partial
+
+    def _local_experts_backward(self, segment: int, stays: slice) -> None:
+        """Compute the gradients of rows that stay: where they lie at home they lie in the receive buffer too."""
+        plan = self.plan
+        if not plan.is_identity:
+            torch.index_select(self.dout, 0, plan.tokens.home_tokens[stays], out=self.dout_rows[stays])
+        out = self.home[stays] if plan.needs_x else None
+        _, self.dweights[stays] = self.experts.backward(segment, self.dout_rows, plan.needs_x, out=out)
+
+    def dispatch_backward(self, chunk: int) -> PendingExchange:
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+
+    def routing_backward(self) -> PendingExchange:
+        plan, dweights = self.plan, self.dweights
+        self.dweights_home = dweights.new_empty(plan.num_home, dweights.shape[1])
+        self.dweights_home[: plan.num_local] = dweights[: plan.num_local]
+        pending, self.arriving_dweights = self.exchanges.exchange_all(
+            dweights.index_select(0, plan.return_order()), Way.HOME
+        )
+        return pending
+
+    def weight_grad(self) -> None:
+        self.weight_grads = self.experts.weight_grad(self.dout_rows, self.needs_weights)
+
+    def reduce_backward(self, chunk: int) -> None:
+        self.exchanges.sum_at_home(self.home, chunk, self.dx)
+
+    def reduce_routing_backward(self) -> None:
+        self.dweights_home[self.plan.home_order()] = self.arriving_dweights
+        # Every pair is computed by one rank only: the other ranks' terms are zero.
+        self.dtopk_weights = self.exchanges.gather_sum(self.dweights_home, self.plan.tokens.home_index)
+
+    def replica_backward(self) -> PendingExchange:
+        packed, splits = pack_replica_grads(self.weight_grads, self.replicas, self.plan.rank)
+        self.arriving_grads = torch.empty_like(packed)
+        return self.exchanges.transport.exchange(packed, splits, splits, self.arriving_grads)
+
+    def reduce_replica_backward(self) -> None:
+        self.weight_grads = sum_replica_grads(self.weight_grads, self.arriving_grads, self.replicas, self.plan.rank)

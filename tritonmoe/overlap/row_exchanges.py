@@ -1,0 +1,127 @@
+"""RowExchanges: how the rows, ids and weights of one plan travel over a transport, in either direction and pass."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tritonmoe.dispatch.expert_chunks import RowPlaces
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.overlap.steps import Way
+from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.transports.wire import DecodedExchange, WireFormat
+
+__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges"]
+
+
+class GatherSum(Protocol):
+    """The operation gather_sum of a backend, as it is used for sums at home: without weights."""
+
+    def __call__(self, y: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor: ...
+
+
+class ArrivingMetadata(NamedTuple):
+    """The ids and weights of received rows while their exchange is under way, packed as (rows, 2K) int32."""
+
+    stored: Tensor
+    """One row for each received row; so far it has those that stay on this rank."""
+    arriving: Tensor
+    """Those that travel, by (rank, token)."""
+
+
+@dataclass(frozen=True)
+class RowExchanges:
+    """The exchanges of one layer call on one level, and the sums of what they bring home."""
+
+    plan: DispatchPlan
+    transport: Transport
+    gather_sum: GatherSum
+
+    def send_metadata(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[PendingExchange, ArrivingMetadata]:
+        """Send the ids (T, K) and weights (T, K) of all chunks; what arrives is for receive_metadata."""
+        plan = self.plan
+        pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, plan.tokens.home_tokens)
+        if plan.tokens.has_padding:
+            pairs[:, : topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
+        stored = pairs.new_empty(plan.num_received, pairs.shape[1])
+        stored[: plan.num_local] = pairs[: plan.num_local]
+        pending, arriving = self.exchange_all(pairs.index_select(0, plan.send_order()), Way.TO_EXPERTS)
+        return pending, ArrivingMetadata(stored, arriving)
+
+    def receive_metadata(self, metadata: ArrivingMetadata, top_k: int) -> tuple[Tensor, Tensor, RowPlaces]:
+        """Give ids (R, K) int32, weights (R, K) fp32 and places of the received rows, once the exchange has ended."""
+        stored, arrived = metadata
+        places = self.plan.place_received(arrived[:, :top_k])
+        stored[places.received] = arrived
+        return *_unpack_metadata(stored, top_k), places
+
+    def send_chunk(
+        self, values: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
+    ) -> PendingExchange:
+        """Replicate rows of `values` (T, D) to every rank that needs them: dispatch, and the adjoint of combine.
+
+        Args:
+            received: (R, D), where the rows of the chunk arrive. wire: how they travel.
+            squares: (2,) fp32, to which the squared error of the wire format and the squares of the rows are added.
+        """
+        plan = self.plan
+        packed = values.index_select(0, plan.tokens.home_tokens[plan.send_slice(chunk)])
+        out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
+        return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
+
+    def return_chunk(self, partial: Tensor, chunk: int, home: Tensor, wire: WireFormat) -> PendingExchange:
+        """Bring the chunk's finished rows home, one per received row: combine, and the adjoint of dispatch."""
+        plan = self.plan
+        out = home[plan.home_slice(chunk)]
+        splits = plan.return_splits(chunk), plan.home_splits(chunk)
+        return self._exchange_rows(partial, splits, out, wire)
+
+    def sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
+        """Sum the rows at home (S, D) of the tokens that are whole with this chunk, in rank order, in fp32.
+
+        The sums are written to the rows of those tokens in `out` (T, D).
+        """
+        if self.plan.is_identity:
+            return
+        tokens = self.plan.token_slice(chunk)
+        self.gather_sum(home, self.plan.tokens.home_index[tokens], out=out[tokens])
+
+    def exchange_all(self, packed: Tensor, way: Way) -> tuple[PendingExchange, Tensor]:
+        """Exchange rows of all chunks at once, by (rank, token); the second result is where they arrive."""
+        splits = self.plan.all_send_splits, self.plan.all_receive_splits
+        if way is Way.HOME:
+            splits = splits[1], splits[0]
+        arriving = packed.new_empty(sum(splits[1]), packed.shape[1])
+        return self.transport.exchange(packed, *splits, arriving), arriving
+
+    def wire_after_dispatch(self, dtype: torch.dtype) -> WireFormat:
+        """Give how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
+        wire_dtype = self.plan.overlap.wire_dtype
+        return WireFormat(dtype, None if wire_dtype == torch.float8_e4m3fn else wire_dtype)
+
+    def _exchange_rows(
+        self,
+        rows: Tensor,
+        splits: tuple[list[int], list[int]],
+        out: Tensor,
+        wire: WireFormat,
+        squares: Tensor | None = None,
+    ) -> PendingExchange:
+        if wire.is_exact:
+            return self.transport.exchange(rows, *splits, out)
+        encoded = wire.encode(rows)
+        if squares is not None:
+            squares += wire.squares(rows, encoded)
+        arriving = wire.empty(out.shape[0], out.shape[1], out.device)
+        return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)
+
+
+def _pack_metadata(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Give (T, 2K) int32: ids, then the bits of the fp32 weights."""
+    ids = topk_ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
+    return torch.cat([ids, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
+
+
+def _unpack_metadata(packed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return packed[:, :top_k], packed[:, top_k:].contiguous().view(torch.float32)
