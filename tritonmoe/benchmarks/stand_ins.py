@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import choose
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
@@ -49,8 +49,8 @@ class FixedExperts:
             return None, dweights
         return dout[first:last] if out is None else out.zero_(), dweights
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
-        return WeightGrads(None, None, None, None)
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
+        return NO_WEIGHTS
 
 
 def run_layer_pass(
@@ -89,5 +89,5 @@ def run_layer_pass(
     reports = [layer_pass.forward(x, topk_ids, topk_weights)[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))
-        reports.append(layer_pass.backward(dout, (False, False, False, False), agreement)[3])
+        reports.append(layer_pass.backward(dout, PerWeight(False, False, False, False), agreement)[3])
     return reports

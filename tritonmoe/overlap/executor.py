@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
@@ -73,7 +74,7 @@ class ExpertsPass(Protocol):
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]: ...
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads: ...
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads: ...
 
 
 MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor, RowPlaces], ExpertsPass]
@@ -173,7 +174,7 @@ class LayerPass:
     def backward(
         self,
         dout: Tensor,
-        needs_weights: tuple[bool, bool, bool, bool],
+        needs_weights: PerWeight[bool],
         agreement: BackwardAgreement | None = None,
     ) -> tuple[Tensor | None, Tensor | None, WeightGrads, PassReport]:
         """Give dx (T, D) and dtopk_weights (T, K) fp32, where some rank needs them, the weight gradients, timings.

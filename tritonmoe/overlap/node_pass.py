@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import ExpertsPass, LayerPass, MakeExperts, execute
 from tritonmoe.overlap.report import PassReport
@@ -120,7 +121,7 @@ class NodePass:
         assert dweights.result is not None
         return dx.result, dweights.result
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Give the gradients of this rank's experts."""
         assert self.dout_rows is not None
         return self.experts.weight_grad(self.dout_rows, needs)
