@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tritonmoe as tm
 from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
-from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions
-from tritonmoe.experts.operator import encode
+from tritonmoe.config.layer import Activation
+from tritonmoe.experts.spec import decode, encode, expert_spec
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 
@@ -96,12 +96,14 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
         leaves[name]
         for name in ("x", "topk_ids", "topk_weights", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
     ]
-    settings = encode(activation, ExpertLayout(**layout), "auto", KernelOptions())
-    opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", *settings))
+    flags = (layout.get("gated", True), layout.get("interleaved", False), layout.get("transposed", False))
+    spec = expert_spec(activation, *flags, "auto", save, None, False)
+    assert decode(encode(spec)) == spec
+    opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
     tensors = [tensor.detach() for tensor in tensors]
     h = torch.randn(T * K, leaves["gate_up_bias"].shape[1]) if save == "hidden" else None
     needs = [True, True, True, True, False, True]
-    opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, *settings))
+    opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 
 @pytest.mark.parametrize("save", ["hidden", "input"])

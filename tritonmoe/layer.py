@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
-from tritonmoe.config.layer import KernelOptions, MoEConfig, check_moe_config
+from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.run import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.arguments import ExpertWeights, find_main_grads
-from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
+from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.shared_expert import SharedExpert
+from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
@@ -232,12 +234,14 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 bias.zero_()
 
-    def _weights(self, x: Tensor | None = None) -> ExpertWeights:
+    def _weights(self, x: Tensor | None = None) -> PerWeight[Tensor]:
         """Give this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
-        parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        parameters: PerWeight[Tensor] = PerWeight(
+            self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        )
         sharding, calls = self._sharding, self._calls
         if sharding is None or calls is None:
-            return ExpertWeights(*parameters)
+            return parameters
         is_trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
         if is_trained and sharding.mesh is not None and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
@@ -246,19 +250,23 @@ class GroupedExperts(nn.Module):
                 "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
             )
         first = len(parameters) * calls.layer
-        weights = ExpertWeights(
-            *(
-                None if parameter is None else local_shard(parameter, sharding, self._gradient_scale, first + number)  # type: ignore[arg-type]
-                for number, parameter in enumerate(parameters)
-            )
-        )
-        is_narrow = x is not None and x.dtype in (torch.bfloat16, torch.float16)
-        if sharding.mesh is None or not is_narrow or weights.gate_up_proj.dtype != torch.float32:
+        local = [
+            None if parameter is None else local_shard(parameter, sharding, self._gradient_scale, first + number)
+            for number, parameter in enumerate(parameters)
+        ]
+        weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]
+        if x is None or x.dtype not in (torch.bfloat16, torch.float16) or sharding.mesh is None:
             return weights
-        if find_main_grads(weights) is not None:
+        if weights.gate_up_proj.dtype != torch.float32 or find_main_grads(weights) is not None:
             return weights
         # What FSDP2's mixed precision does to parameters that it manages; these it is told to leave alone.
-        return ExpertWeights(*(None if weight is None else weight.to(x.dtype) for weight in weights))  # type: ignore
+        dtype = x.dtype
+        return weights.map(lambda weight: weight.to(dtype))
+
+    def _spec(self) -> ExpertSpec:
+        config, options = self.config, self.options
+        layout = config.gated, config.interleaved, config.transposed
+        return expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
 
     def forward(
         self,
@@ -274,49 +282,18 @@ class GroupedExperts(nn.Module):
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
         fillers: as in expert_parallel_mlp; on one device they are called first.
         """
-        config = self.config
         if self.transport is None:
             for filler in fillers:
                 filler()
-            return moe_mlp(
-                x,
-                topk_ids,
-                topk_weights,
-                self.gate_up_proj,
-                self.down_proj,
-                activation=config.activation,
-                gated=config.gated,
-                interleaved=config.interleaved,
-                transposed=config.transposed,
-                gate_up_bias=self.gate_up_proj_bias,
-                down_bias=self.down_proj_bias,
-                backend=self.backend,
-                num_sms=self.options.num_sms,
-                batch_invariant=self.options.batch_invariant,
-            )
+            return run_experts(self._spec(), ExpertInputs(x, topk_ids, topk_weights, self._weights()))
         try:
-            weights = self._weights(x)
+            spec = CallSpec(self._spec(), self.config.num_experts, self.overlap, self.placement)
+            inputs = ExpertInputs(x, topk_ids, topk_weights, self._weights(x))
         except Exception:
             refuse(self.transport)
             raise
-        return run_expert_parallel(
-            x,
-            topk_ids,
-            topk_weights,
-            weights,
-            num_experts=config.num_experts,
-            transport=self.transport,
-            overlap=self.overlap,
-            placement=self.placement,
-            layout_flags=(config.gated, config.interleaved, config.transposed),
-            activation=config.activation,
-            backend=self.backend,
-            save="hidden",
-            options=self.options,
-            calls=self._calls,
-            num_nonfinite_rows=num_nonfinite_rows,
-            fillers=fillers,
-        )
+        arguments = CallArguments(spec, self.transport, inputs, self._calls, num_nonfinite_rows, fillers)
+        return run_expert_parallel(arguments)
 
 
 def experts_of_parameters() -> dict[int, GroupedExperts]:

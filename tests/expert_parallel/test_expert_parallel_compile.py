@@ -17,12 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
-from tritonmoe.config.layer import ExpertLayout, KernelOptions
 from tritonmoe.config.overlap import ramp_sizes
 from tritonmoe.expert_parallel import expert_parallel_mlp as expert_parallel
 from tritonmoe.expert_parallel import operator as expert_parallel_operator
-from tritonmoe.expert_parallel.operator import decode_overlap, decode_placement, encode_overlap, encode_placement
-from tritonmoe.experts.operator import encode
+from tritonmoe.expert_parallel.call_spec import CallSpec, decode, encode
+from tritonmoe.experts.spec import expert_spec
 from tritonmoe.runtime import handles
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -31,6 +30,7 @@ CONFIG = tm.MoEConfig(
     hidden_size=D, intermediate_size=FF, num_experts=E, top_k=K, bias=True, load_balance_loss_weight=0.1
 )
 PLAN = tm.OverlapPlan((1, 2), local_start=3, window=1)
+SILU = expert_spec("silu", True, False, False, "auto", "hidden", None, False)
 compiles_in_threads = pytest.mark.skipif(
     torch.__version__.startswith("2.10."), reason="torch 2.10 crashes where two threads compile, as emulated ranks do"
 )
@@ -205,9 +205,7 @@ def test_operators_pass_opcheck() -> None:
     leaves = draw(transport)
     names = ("x", "topk_ids", "topk_weights", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
     tensors = [leaves[name] for name in names]
-    settings = encode("silu", ExpertLayout(), "auto", KernelOptions())
-    overlap = encode_overlap(tm.OverlapConfig(2))
-    arguments = (True, [True] * 6, E, overlap, None, [], "hidden", *settings)
+    arguments = (True, [True] * 6, encode(CallSpec(SILU, E, tm.OverlapConfig(2))))
     operator = torch.ops.tritonmoe.expert_parallel_mlp.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(operator, (transport.handle, None, *tensors, None, *arguments), test_utils=checks)
@@ -266,9 +264,28 @@ def test_flop_counter(gated: bool) -> None:
     ],
 )
 def test_settings_come_out_of_the_operator_as_they_went_in(overlap: tm.OverlapConfig | tm.OverlapPlan) -> None:
-    assert decode_overlap(tuple(encode_overlap(overlap)), overlap.capacity) == overlap
+    clamped = expert_spec(tm.ClampedSwiGLU(7.5, 1.702, 1.0), True, True, True, "torch", "input", 7, True)
     for placement in (None, tm.ExpertPlacement(((0, 1, 2), (3, 2, 0))), tm.ExpertPlacement(((0,), (1,), (0,)))):
-        assert decode_placement(tuple(encode_placement(placement))) == placement
+        for experts in (SILU, clamped):
+            spec = CallSpec(experts, E, overlap, placement)
+            assert decode(encode(spec)) == spec
+            assert decode(encode(spec)) is decode(encode(replace(spec)))
+
+
+def test_settings_that_differ_between_layers_under_one_compiled_function() -> None:
+    """torch.compile leaves numbers open that it has seen to change; operators take settings as a string."""
+    transport = LocalTransport()
+
+    def call(leaves: dict[str, Tensor], activation: tm.ClampedSwiGLU, overlap: tm.OverlapConfig) -> Tensor:
+        return tm.expert_parallel_mlp(
+            **leaves, num_experts=E, transport=transport, activation=activation, overlap=overlap
+        )
+
+    leaves = draw(transport)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number in range(3):
+        settings = tm.ClampedSwiGLU(0.1 + number, 1.3 * number), tm.OverlapConfig(1 + number, capacity=1.1 + number)
+        assert torch.equal(compiled(leaves, *settings), call(leaves, *settings))
 
 
 # What has no operator
@@ -312,13 +329,13 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
 
     def spied(direction: str, function: Callable, place: int) -> Callable:
         def spy(*args, **kwargs):
-            log.append(f"{direction} {names[args[place].gate_up_proj.data_ptr()]}")
+            log.append(f"{direction} {names[args[place].weights.gate_up_proj.data_ptr()]}")
             return function(*args, **kwargs)
 
         return spy
 
     for module in (expert_parallel, expert_parallel_operator):
-        for name, place in (("run_forward", 4), ("run_backward", 4)):
+        for name, place in (("run_forward", 1), ("run_backward", 2)):
             monkeypatch.setattr(module, name, spied(name, getattr(module, name), place))
     found = []
     leaves = draw(LocalTransport())

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from tritonmoe.backends import reference
 from tritonmoe.config.layer import ExpertLayout
-from tritonmoe.experts.arguments import ExpertSettings
 from tritonmoe.experts.callable_activation import activation_parameters, run_activation
+from tritonmoe.experts.spec import ExpertSettings
 
 LAYOUT = ExpertLayout(gated=False)
 GROUPING = reference.group(torch.tensor([[0, 1], [1, -1]]), 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
-from tritonmoe.expert_parallel import run as expert_parallel_run
+from tritonmoe.expert_parallel import agree as agreement
 from tritonmoe.runtime import autograd
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.transports import Transport
@@ -76,13 +76,13 @@ def test_gradients_while_auto_still_tries_plans(
 @pytest.mark.parametrize("regions", [[[0], [1]], [[0, 1]]], ids=["a_layer_each", "both_layers"])
 def test_a_recompute_takes_the_plan_of_its_forward(regions: list[list[int]], monkeypatch) -> None:
     calls: dict[int, list[tuple[bool, tm.OverlapPlan]]] = {0: [], 1: []}
-    plan_tokens = expert_parallel_run.plan_tokens
+    plan_tokens = agreement.plan_tokens
 
     def recorded(topk_ids, num_experts, rank, size, chosen, *others):
         calls[rank].append((is_recomputing(), chosen))
         return plan_tokens(topk_ids, num_experts, rank, size, chosen, *others)
 
-    monkeypatch.setattr(expert_parallel_run, "plan_tokens", recorded)
+    monkeypatch.setattr(agreement, "plan_tokens", recorded)
 
     def on_rank(transport: Transport) -> None:
         layers = make_layers(transport, tm.OverlapConfig())

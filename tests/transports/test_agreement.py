@@ -27,7 +27,7 @@ from agreement_cases import (
 from processes import run_processes
 
 import tritonmoe as tm
-from tritonmoe.expert_parallel import run as expert_parallel_run
+from tritonmoe.expert_parallel import check as expert_parallel_check
 from tritonmoe.transports import EmulatedTransport, PendingExchange, Transport, TwoLevelTransport
 
 SLACK_S = 10.0
@@ -88,7 +88,7 @@ def test_on_two_levels() -> None:
 def test_one_rank_captures_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would exchange its flag on the device, where the other ranks' flags cross the host."""
     of_thread = threading.local()
-    monkeypatch.setattr(expert_parallel_run, "is_captured", lambda device: of_thread.is_captured)
+    monkeypatch.setattr(expert_parallel_check, "is_captured", lambda device: of_thread.is_captured)
     words = r"on whether a CUDA graph captures this layer call \(rank 0: not captured, rank 1: captured\)"
 
     def on_rank(transport: Transport) -> None:

@@ -12,13 +12,12 @@ out_t = sum of s*y over the token's pairs), given dout:
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions, PerWeight
 from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
@@ -42,13 +41,8 @@ def copies_rows() -> bool:
     return False
 
 
-class WeightGrads(NamedTuple):
-    """Gradients of the expert weights; None where they were not asked for."""
-
-    gate_up_proj: Tensor | None
-    gate_up_bias: Tensor | None
-    down_proj: Tensor | None
-    down_bias: Tensor | None
+WeightGrads = PerWeight
+"""Gradients of the expert weights; None where they were not asked for."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

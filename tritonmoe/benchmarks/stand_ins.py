@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import choose
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
@@ -50,8 +50,8 @@ class FixedExperts:
             return None, dweights
         return dout[first:last] if out is None else out.zero_(), dweights
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
-        return WeightGrads(None, None, None, None)
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
+        return NO_WEIGHTS
 
 
 def run_layer_pass(
@@ -90,7 +90,7 @@ def run_layer_pass(
     reports = [forward.run()[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))
-        needs_weights = (False, False, False, False)
+        needs_weights = PerWeight(False, False, False, False)
         backward = BackwardPass(exchanges, forward.experts, forward.received_weights, dout, needs_weights)
         reports.append(backward.run(agreement).report)
     return reports

@@ -1,4 +1,4 @@
-"""Frozen, checked settings: the weights' layout, the activation, the layer.
+"""Frozen, checked settings: the weights' layout, the activation, the layer; and one value for each kind of weight.
 
 Shapes in this project: T tokens on this rank, D model width, F expert width, E experts, E_local experts on one
 rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received rows. See docs/glossary.md.
@@ -7,19 +7,22 @@ rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received r
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, TypeVar
 
 import torch
+from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 __all__ = [
     "ACTIVATION_NAMES",
     "MAX_PAIRS",
+    "NO_WEIGHTS",
     "Activation",
     "ClampedSwiGLU",
     "ExpertLayout",
     "FusedActivation",
     "KernelOptions",
     "MoEConfig",
+    "PerWeight",
     "check_activation",
     "check_flags",
     "check_moe_config",
@@ -124,6 +127,29 @@ class ExpertLayout:
     def intermediate_size(self, hidden_width: int) -> int:
         """Give F from the width of h (2F when gated, F when not)."""
         return hidden_width // 2 if self.gated else hidden_width
+
+
+Value = TypeVar("Value", covariant=True)
+Other = TypeVar("Other")
+
+
+class PerWeight(NamedTuple, Generic[Value]):
+    """One value for each kind of weight that experts have: the weights, their gradients, or what is wanted of them.
+
+    ExpertLayout says which shapes the weights have. What stands for a bias is None where the experts have no such bias.
+    """
+
+    gate_up_proj: Value
+    gate_up_bias: Value | None
+    down_proj: Value
+    down_bias: Value | None
+
+    def map(self, function: Callable[[Value], Other]) -> "PerWeight[Other]":
+        """Give function(value) in the place of each value, and None where there is None."""
+        return PerWeight(*(None if value is None else function(value) for value in self))  # type: ignore[arg-type]
+
+
+NO_WEIGHTS: PerWeight[None] = PerWeight(None, None, None, None)
 
 
 class KernelOptions(NamedTuple):

@@ -5,7 +5,6 @@ placement is the one whose slots are the experts. A routed pair is sent to a slo
 """
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads, accumulation_dtype
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.layer import PerWeight, is_integer
 from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]
@@ -187,7 +186,7 @@ def _fill(ranks: list[list[int]], replicas: list[int], slots: int) -> None:
             raise AssertionError(f"no rank can take expert {expert}")
 
 
-def replica_bits(placement: ExpertPlacement | None, needs_weights: Sequence[bool]) -> int:
+def replica_bits(placement: ExpertPlacement | None, needs_weights: PerWeight[bool]) -> int:
     """Give a bit for each kind of weight whose gradients are summed over replicas, 0 where there are no replicas."""
     if placement is None or not placement.has_replicas:
         return 0

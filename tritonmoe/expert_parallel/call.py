@@ -5,66 +5,150 @@ Whoever calls these, an autograd Function or an operator, saves the tensors.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads
-from tritonmoe.config.layer import is_fused
-from tritonmoe.dispatch.capacity import poison
+from tritonmoe.config.layer import PerWeight, is_fused
+from tritonmoe.dispatch.capacity import CappedTokens, poison
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.dispatch.two_level import TwoLevelPlan
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.experts.arguments import ExpertSettings, ExpertWeights, find_main_grads
+from tritonmoe.experts.arguments import ExpertInputs, Needs, find_main_grads
+from tritonmoe.experts.callable_activation import ActivationGraph
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping, RowSources
-from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
-from tritonmoe.overlap.node_pass import NodePass
-from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
+from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
-__all__ = ["ExpertParallelCall", "Kept", "group_received", "run_backward", "run_forward"]
+__all__ = [
+    "CallGradients",
+    "ExpertParallelCall",
+    "Kept",
+    "ReceivedExperts",
+    "Recorder",
+    "SavedTensors",
+    "group_received",
+    "run_backward",
+    "run_forward",
+]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExpertParallelCall:
-    """One expert-parallel call, from the plan to the end of its backward."""
+    """One call on a transport of one level, from the plan to the end of its backward.
+
+    TwoLevelCall (two_level_call.py) overrides what two levels do otherwise: the methods here are all of it.
+    """
 
     settings: ExpertSettings
-    owners: ExpertWeights | None
+    owners: PerWeight[Tensor] | None
     """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
     all_ranks: Transport
-    sequence: int
-    layer: int
-    """Both as in the call's header: by them ranks know that they run the same backward."""
     transport: Transport
-    """What the plan's rows go over: of all ranks, or between nodes."""
+    """What the plan's rows go over."""
+    header: CallHeader
+    """What this rank told the others: by its `sequence` and `layer` they know that they run the same backward."""
     plan: DispatchPlan
     first_expert: int
     """The first slot of this rank, where slots are experts unless there is a placement."""
-    placement: ExpertPlacement | None = None
-    two_level: TwoLevelPlan | None = None
-    """On a TwoLevelTransport: both levels; `plan` is the outer one."""
-    inside_node: Transport | None = None
+    placement: ExpertPlacement | None
     fillers: Sequence[Callable[[], None]] = ()
-    report: LayerReport | None = None
+    report: LayerReport = field(init=False)
+    """Made by the forward."""
+    capped: CappedTokens | None = None
+    """With a capacity: what was decided without a word from the device, and whether it was right."""
     flag: PendingExchange | None = None
-    """In a captured call with a capacity: every rank's flag, under way while the rows are."""
+    """With a capacity in a CUDA graph: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
     """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
 
+    def make_experts(self, weights: PerWeight[Tensor], keep_hidden: bool) -> MakeExperts:
+        """Give what makes the experts of the rows that the plan brings here."""
+        return ReceivedExperts(self, weights, keep_hidden)
+
+    def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:
+        """Group the rows that `plan` brings here, of experts local_ids (R, K)."""
+        return group_received(self.settings, plan, places, local_ids, num_local_experts, plan.row_sources(), False)
+
+    def after_forward(self, experts: ExpertsPass, timings: PassReport) -> tuple[ExpertsRun, DispatchPlan | None]:
+        """Give the experts of this rank and, of two levels, the inner plan, of what ran the forward."""
+        assert isinstance(experts, ExpertsRun)
+        return experts, None
+
+    def experts_of_backward(self, run: ExpertsRun, kept: "Kept") -> tuple[ExpertsPass, Tensor]:
+        """Give what stands for the experts in the plan's backward, and a tensor shaped as the plan's topk_weights."""
+        return run, run.topk_weights
+
+    def after_backward(self, experts: ExpertsPass, timings: PassReport) -> None:
+        """Take into the report what two levels did inside a node."""
+
     @property
-    def rank(self) -> int:
-        return self.all_ranks.rank
+    def pair_offsets(self) -> tuple[int, ...]:
+        """Where the pairs of each segment start that this rank's experts compute, and their end."""
+        return self.plan.pair_offsets
+
+    @property
+    def rows_between_nodes(self) -> int | None:
+        """The rows that this rank sends to other nodes; None on one level."""
+        return None
+
+    def located(self, error: TransportError) -> TransportError:
+        """Give an error of an exchange as one that names a rank of all ranks."""
+        return error
+
+
+@dataclass(frozen=True)
+class ReceivedExperts:
+    """Makes this rank's experts of the rows that came here, once their ids have come too."""
+
+    call: ExpertParallelCall
+    weights: PerWeight[Tensor]
+    keep_hidden: bool
+
+    def __call__(
+        self, plan: DispatchPlan, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, places: RowPlaces
+    ) -> ExpertsRun:
+        call, num_local_experts = self.call, self.weights.gate_up_proj.shape[0]
+        grouping = call.group(plan, places, topk_ids - call.first_expert, num_local_experts)
+        return ExpertsRun(call.settings, self.weights, rows, topk_weights, grouping, self.keep_hidden)
+
+
+class Recorder(Protocol):
+    """How a planned call is run so that its backward can follow: by an autograd Function, or inside an operator."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the call stands in a compiled graph."""
+        ...
+
+    @property
+    def grad_enabled(self) -> bool:
+        """Whether the call was made with gradients enabled."""
+        ...
+
+    @property
+    def owners(self) -> PerWeight[Tensor] | None:
+        """As in ExpertParallelCall."""
+        ...
+
+    def needs(self, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Needs:
+        """Give of what this rank wants a gradient."""
+        ...
+
+    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
+        """Run the forward and give its result (T, D)."""
+        ...
 
 
 @dataclass
@@ -74,49 +158,45 @@ class Kept:
     plan: DispatchPlan
     inner_plan: DispatchPlan | None
     grouping: Grouping
-    activation_graphs: Any
+    activation_graphs: dict[int, ActivationGraph]
     report: LayerReport
 
 
-def run_forward(
-    call: ExpertParallelCall, topk_ids: Tensor, x: Tensor, topk_weights: Tensor, weights: ExpertWeights
-) -> tuple[Tensor, ExpertsRun, Kept]:
+class SavedTensors(NamedTuple):
+    """The tensors that a backward needs of its forward."""
+
+    rows: Tensor
+    """(R, D), what this rank's experts worked on."""
+    topk_weights: Tensor
+    """(R, K) fp32, of those rows."""
+    weights: PerWeight[Tensor]
+    h: Tensor | None
+    activation_parameters: Sequence[Tensor] = ()
+
+
+class CallGradients(NamedTuple):
+    """What a backward gives; the first two where any rank needs them."""
+
+    x: Tensor | None
+    topk_weights: Tensor | None
+    """In fp32."""
+    weights: PerWeight[Tensor | None]
+    activation_parameters: list[Tensor | None]
+
+
+def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor, ExpertsRun, Kept]:
     """Give out (T, D), the experts' run, whose rows, topk_weights and h are for a backward to save, and the rest."""
+    x, topk_ids, topk_weights, weights = inputs
     settings, plan = call.settings, call.plan
-    keep = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
-
-    def make_run(
-        at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor, places: RowPlaces
-    ) -> ExpertsRun:
-        """Make the experts of the rows that plan `at` brings here."""
-        sources = at.row_sources() if call.two_level is None else call.two_level.row_sources()
-        local_ids, is_two_level = ids - call.first_expert, call.two_level is not None
-        num_experts = weights.gate_up_proj.shape[0]
-        grouping = group_received(settings, at, places, local_ids, num_experts, sources, is_two_level)
-        return ExpertsRun(settings, weights, rows, received_weights, grouping, keep)
-
-    def make_experts(
-        at: DispatchPlan, rows: Tensor, ids: Tensor, received_weights: Tensor, places: RowPlaces
-    ) -> ExpertsPass:
-        if call.two_level is None:
-            return make_run(at, rows, ids, received_weights, places)
-        inner, inside_node = call.two_level.inner(ids), call.inside_node
-        assert inside_node is not None
-        exchanges = RowExchanges(inner, inside_node, settings.ops.gather_sum)
-        return NodePass.receive(exchanges, at.overlap.num_local_slices, rows, ids, received_weights, make_run)
-
+    keep_hidden = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
+    make_experts = call.make_experts(weights, keep_hidden)
     layer_pass = ForwardPass(exchanges, make_experts, x, topk_ids, topk_weights, call.fillers)
     with _in_the_middle(call):
         out, timings = layer_pass.run()
-    run = layer_pass.experts
-    inner_plan = None
-    if isinstance(run, NodePass):
-        timings.inside = run.reports
-        inner_plan, run = run.plan, run.experts
-    assert isinstance(run, ExpertsRun)
+    run, inner_plan = call.after_forward(layer_pass.experts, timings)
     call.report = LayerReport(
-        call.rank,
+        call.all_ranks.rank,
         plan.traffic,
         plan.traffic_pairs,
         layer_pass.dispatch_wire.row_bytes(x.shape[1]),
@@ -124,11 +204,11 @@ def run_forward(
         topk_ids.shape[1],
         plan.send_offsets,
         plan.return_offsets,
-        plan.pair_offsets if call.two_level is None else call.two_level.pair_offsets,
+        call.pair_offsets,
         forward=timings,
         wire_squares=layer_pass.wire_squares,
         other_row_bytes=layer_pass.wire.row_bytes(x.shape[1]),
-        rows_between_nodes=None if call.two_level is None else sum(plan.all_send_splits) - plan.rows_to_itself,
+        rows_between_nodes=call.rows_between_nodes,
     )
     if call.flag is not None:
         call.is_wrong = call.flag.wait().any().view(1)
@@ -137,29 +217,17 @@ def run_forward(
 
 
 def run_backward(
-    call: ExpertParallelCall,
-    kept: Kept,
-    rows: Tensor,
-    received_weights: Tensor,
-    weights: ExpertWeights,
-    h: Tensor | None,
-    dout: Tensor,
-    needs_weights: tuple[bool, bool, bool, bool],
-    parameters: Sequence[Tensor] = (),
-) -> tuple[Tensor | None, Tensor | None, WeightGrads, list[Tensor | None]]:
-    """Give the gradients of x, of topk_weights in fp32, of the weights, and of a callable activation's parameters.
+    call: ExpertParallelCall, kept: Kept, saved: SavedTensors, dout: Tensor, needs_weights: PerWeight[bool]
+) -> CallGradients:
+    """Give the gradients of a call from that of its result, dout (T, D).
 
-    The first two where any rank needs them.
-
-    Args:
-        rows, received_weights, h: what the forward's run had. dout: (T, D). parameters: of a callable activation.
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
     state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
-        sequence=call.sequence,
-        layer=call.layer,
+        sequence=call.header.sequence,
+        layer=call.header.layer,
         is_backward=1,
         replica_grads=replica_bits(call.placement, needs_weights),
         **state.history(),
@@ -167,45 +235,34 @@ def run_backward(
     agreement = post_backward(call.all_ranks, header)
     run = ExpertsRun(
         call.settings,
-        weights,
-        rows,
-        received_weights,
+        saved.weights,
+        saved.rows,
+        saved.topk_weights,
         kept.grouping,
         False,
-        h,
+        saved.h,
         activation_graphs=kept.activation_graphs,
-        activation_parameters=list(parameters),
+        activation_parameters=list(saved.activation_parameters),
         main_grads=None if call.owners is None else find_main_grads(call.owners),
     )
-    experts: ExpertsPass = run
-    if kept.inner_plan is not None:
-        assert call.inside_node is not None
-        exchanges = RowExchanges(kept.inner_plan, call.inside_node, call.settings.ops.gather_sum)
-        experts = NodePass(exchanges, kept.plan.overlap.num_local_slices, rows.new_empty(0), run, rows)
-        received_weights = received_weights.new_empty(kept.plan.num_received, received_weights.shape[1])
+    experts, received_weights = call.experts_of_backward(run, kept)
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
     layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
     with _in_the_middle(call):
         dx, dtopk_weights, grads, timings = layer_pass.run(agreement)
-    state.note_backward(call.sequence)
-    if isinstance(experts, NodePass):
-        timings.inside = experts.reports
-    assert call.report is not None
+    state.note_backward(call.header.sequence)
+    call.after_backward(experts, timings)
     kept.report.backward = timings
     if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
         call.report.backward = timings
-    state.under_way.pop(call.sequence, None)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
-    return dx, dtopk_weights, grads, run.activation_grads
+    return CallGradients(dx, dtopk_weights, grads, run.activation_grads)
 
 
 @contextmanager
 def _in_the_middle(call: ExpertParallelCall) -> Iterator[None]:
-    """Let the other ranks hear where this one fails in the middle of a call.
-
-    On two levels the error says which rank of all it is of: exchanges count the ranks of their level.
-    """
+    """Let the other ranks hear where this one fails in the middle of a call."""
     try:
         with leaving_nobody_waiting(call.all_ranks):
             try:
@@ -215,9 +272,10 @@ def _in_the_middle(call: ExpertParallelCall) -> Iterator[None]:
             else:
                 return
     except TransportError as error:
-        if call.two_level is None:
+        located = call.located(error)
+        if located is error:
             raise
-        raise TransportError(f"rank {call.rank} of {len(call.plan.headers)} on two levels: {error}") from error
+        raise located from error
     # Every rank hears of another backward before a row of it has moved: all can go on.
     raise mismatch
 

@@ -6,15 +6,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions, is_fused
+from tritonmoe.config.layer import Activation, PerWeight, is_fused
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward
+from tritonmoe.expert_parallel.call import ExpertParallelCall, SavedTensors, run_backward, run_forward
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
-from tritonmoe.expert_parallel.run import MAX_FILLERS, run_call
-from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.arguments import ExpertWeights, cast_for_autocast, find_main_grads
-from tritonmoe.experts.operator import encode
+from tritonmoe.expert_parallel.run import run_call
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
+from tritonmoe.experts.spec import expert_spec
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 from tritonmoe.transports import Transport
@@ -34,15 +36,12 @@ class _ExpertParallelMLP(torch.autograd.Function):
         topk_ids: Tensor,
         x: Tensor,
         topk_weights: Tensor,
-        gate_up_proj: Tensor,
-        gate_up_bias: Tensor | None,
-        down_proj: Tensor,
-        down_bias: Tensor | None,
         anchor: Tensor | None,
-        *parameters: Tensor,
+        *weights_and_parameters: Any,
     ) -> Tensor:
-        weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
-        out, run, kept = run_forward(call, topk_ids, x, topk_weights, weights)
+        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:4])
+        parameters = weights_and_parameters[4:]
+        out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights))
         ctx.call = call
         ctx.weights_dtype = topk_weights.dtype
         if kept.plan.needs_any:
@@ -53,20 +52,32 @@ class _ExpertParallelMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
-        dx, dtopk_weights, grads, activation_grads = run_backward(
-            ctx.call,
-            kept_beside(ctx, mark),
-            rows,
-            received_weights,
-            ExpertWeights(w1, b1, w2, b2),
-            h,
-            dout,
-            ctx.needs_input_grad[4:8],
-            parameters,
-        )
+        saved = SavedTensors(rows, received_weights, PerWeight(w1, b1, w2, b2), h, parameters)
+        needs_weights = PerWeight(*ctx.needs_input_grad[5:9])
+        grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_weights)
+        dtopk_weights = grads.topk_weights
         if dtopk_weights is not None:
             dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
-        return None, None, dx, dtopk_weights, *grads, None, *activation_grads
+        return None, None, grads.x, dtopk_weights, None, *grads.weights, *grads.activation_parameters
+
+
+class _AsFunction:
+    """A Recorder that runs a call as an autograd Function."""
+
+    is_compiled = False
+
+    def __init__(self, owners: PerWeight[Tensor]) -> None:
+        self.grad_enabled = torch.is_grad_enabled()
+        self.owners = owners
+
+    def needs(self, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Needs:
+        return Needs.of(inputs, activation_parameters)
+
+    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
+        x, topk_ids, topk_weights, weights = inputs
+        # A rank that needs no gradient itself still takes part in the others' backward.
+        anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+        return _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
 
 
 def expert_parallel_mlp(
@@ -122,106 +133,36 @@ def expert_parallel_mlp(
             f"transport must be a Transport, got {type(transport).__name__}: for a torch ProcessGroup it is "
             "tritonmoe.transports.ProcessGroupTransport(group)"
         )
-    return run_expert_parallel(
-        x,
-        topk_ids,
-        topk_weights,
-        ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias),
-        num_experts=num_experts,
-        transport=transport,
-        overlap=DEFAULT_OVERLAP if overlap is None else overlap,
-        placement=placement,
-        layout_flags=(gated, interleaved, transposed),
-        activation=activation,
-        backend=backend,
-        save=save,
-        options=KernelOptions(num_sms, batch_invariant),
-        fillers=fillers,
-    )
+    try:
+        experts = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+    except Exception:
+        refuse(transport)
+        raise
+    spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
+    return run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
 
 
-def run_expert_parallel(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    *,
-    calls: LayerCalls | None = None,
-    num_nonfinite_rows: Tensor | None = None,
-    fillers: Sequence[Callable[[], None]] = (),
-    **arguments: Any,
-) -> Tensor:
-    """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function.
-
-    calls: the layer's, which get the report. The others are run_call's.
-    """
+def run_expert_parallel(arguments: CallArguments) -> Tensor:
+    """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function."""
     if not torch.compiler.is_compiling():
-        return _run_eagerly(x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments)
-    activation, layout_flags = arguments.pop("activation"), arguments.pop("layout_flags")
-    leaves_graph = not is_fused(activation) or find_main_grads(weights) is not None or is_transformed()
-    if leaves_graph or len(fillers) > MAX_FILLERS:
-        arguments = {**arguments, "activation": activation, "layout_flags": layout_flags}
-        return _run_callable_or_main_grad(
-            x, topk_ids, topk_weights, weights, calls, num_nonfinite_rows, fillers, arguments
-        )
-    settings = encode(activation, ExpertLayout(*layout_flags), arguments.pop("backend"), arguments.pop("options"))
-    x, topk_weights, weights = cast_for_autocast(x, topk_weights, weights)
-    return expert_parallel_operator(
-        x,
-        topk_ids,
-        topk_weights,
-        weights,
-        settings=settings,
-        calls=calls,
-        num_nonfinite_rows=num_nonfinite_rows,
-        fillers=fillers,
-        **arguments,
-    )
+        return _run_eagerly(arguments)
+    is_callable, weights = not is_fused(arguments.spec.experts.activation), arguments.inputs.weights
+    leaves_graph = is_callable or find_main_grads(weights) is not None or is_transformed()
+    if leaves_graph or len(arguments.fillers) > MAX_FILLERS:
+        return _run_callable_or_main_grad(arguments)
+    return expert_parallel_operator(arguments._replace(inputs=cast_for_autocast(arguments.inputs)))
 
 
-def _run_eagerly(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    calls: LayerCalls | None,
-    num_nonfinite_rows: Tensor | None,
-    fillers: Sequence[Callable[[], None]],
-    arguments: dict[str, Any],
-) -> Tensor:
+def _run_eagerly(arguments: CallArguments) -> Tensor:
     if is_transformed():
-        refuse(arguments["transport"])
+        refuse(arguments.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
-    y, report = run_call(
-        x,
-        topk_ids,
-        topk_weights,
-        weights,
-        owners=weights,
-        apply=_apply,
-        layer=-1 if calls is None else calls.layer,
-        expert_gradients="sum" if calls is None else calls.expert_gradients,
-        num_nonfinite_rows=num_nonfinite_rows,
-        fillers=fillers,
-        **arguments,
-    )
-    if calls is not None:
-        calls.last_report = report
-    return y
+    return run_call(arguments, _AsFunction(arguments.inputs.weights))
 
 
-def _apply(
-    call: ExpertParallelCall,
-    topk_ids: Tensor,
-    x: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    parameters: Sequence[Tensor],
-) -> Tensor:
-    # A rank that needs no gradient itself still takes part in the others' backward.
-    anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
-    return _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, *weights, anchor, *parameters)
-
-
-_run_callable_or_main_grad = outside_graphs(_run_eagerly)
-"""Breaks the graph: an operator takes no callable and returns gradients."""
+@outside_graphs
+def _run_callable_or_main_grad(arguments: CallArguments) -> Tensor:
+    """Break the graph: an operator takes no callable and returns gradients."""
+    return _run_eagerly(arguments)

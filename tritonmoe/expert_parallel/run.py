@@ -1,333 +1,135 @@
-"""A layer call from its arguments to its result: checks, a plan that all ranks agree on, and its run."""
+"""run_call(): an expert-parallel call from its arguments to its result: check, choose a plan, agree, run."""
 
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions, is_fused, is_integer
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
-from tritonmoe.dispatch.capacity import (
-    plan_capped_tokens,
-    post_flag,
-    replay_overflowed,
-    some_rank_overflowed,
-    watched,
-)
-from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields
-from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
-from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
-from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.dispatch.two_level import check_two_level, exchange_two_level_plan
-from tritonmoe.expert_parallel.call import ExpertParallelCall
-from tritonmoe.expert_parallel.state import refuse, state_of
-from tritonmoe.experts.arguments import (
-    ExpertWeights,
-    cast_for_autocast,
-    check_arguments,
-    check_tensors,
-    find_main_grads,
-    make_settings,
-)
-from tritonmoe.experts.callable_activation import activation_parameters
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.capacity import some_rank_overflowed, watched
+from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
+from tritonmoe.expert_parallel.call import ExpertParallelCall, Recorder
+from tritonmoe.expert_parallel.call_spec import CallArguments
+from tritonmoe.expert_parallel.check import CheckedCall, check
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
-from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.transports import Transport, TwoLevelTransport
-from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.tuner import Message, PlanChooser
 
-__all__ = ["MAX_FILLERS", "Needs", "check_expert_parallel", "check_fillers", "run_call"]
-
-MAX_FILLERS = 2
-
-Apply = Callable[[ExpertParallelCall, Tensor, Tensor, Tensor, ExpertWeights, Sequence[Tensor]], Tensor]
-"""(call, topk_ids, x, topk_weights, weights, parameters of a callable activation) -> y, by run_forward."""
+__all__ = ["run_call"]
 
 
-class Needs(NamedTuple):
-    """What this rank needs a gradient of."""
+def run_call(arguments: CallArguments, recorder: Recorder) -> Tensor:
+    """Give the result (T, D) of a call; its report goes to the layer that calls.
 
-    grad_enabled: bool
-    x: bool
-    topk_weights: bool
-    gate_up_proj: bool
-    gate_up_bias: bool
-    down_proj: bool
-    down_bias: bool
-    parameters: bool = False
-
-    @classmethod
-    def of(cls, x: Tensor, topk_weights: Tensor, weights: ExpertWeights, parameters: Sequence[Tensor]) -> "Needs":
-        """Ask the tensors, in the caller's grad mode."""
-        enabled = torch.is_grad_enabled()
-        tensors = (x, topk_weights, *weights)
-        needs_x, needs_topk_weights, w1, b1, w2, b2 = (enabled and t is not None and t.requires_grad for t in tensors)
-        return cls(
-            enabled, needs_x, needs_topk_weights, w1, b1, w2, b2, enabled and any(p.requires_grad for p in parameters)
-        )
-
-    @property
-    def weights(self) -> tuple[bool, bool, bool, bool]:
-        """In the order of ExpertWeights."""
-        return self[3:7]
-
-    @property
-    def any(self) -> bool:
-        return any(self[1:])
-
-
-def run_call(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    *,
-    owners: ExpertWeights | None,
-    apply: Apply,
-    needs: Needs | None = None,
-    num_experts: int,
-    transport: Transport,
-    overlap: OverlapConfig | OverlapPlan,
-    placement: ExpertPlacement | None,
-    layout_flags: tuple[bool, bool, bool],
-    activation: Activation,
-    backend: str,
-    save: Literal["hidden", "input"],
-    options: KernelOptions,
-    layer: int = -1,
-    expert_gradients: str = "sum",
-    num_nonfinite_rows: Tensor | None = None,
-    fillers: Sequence[Callable[[], None]] = (),
-) -> tuple[Tensor, LayerReport]:
-    """Check the arguments, agree on a plan with the other ranks, and run it; a capacity that overflowed, twice.
-
-    Args:
-        owners: the weights as the user holds them, where a main_grad hangs; None where there can be none.
-        apply: runs one planned call.
-        needs: which gradients a compiled graph was made for; None to ask the tensors.
-        The others are expert_parallel_mlp's, and GroupedExperts.forward's.
-    Returns:
-        What `apply` gave, and the report.
+    Raises:
+        What check() and agree() raise, and TransportError where an exchange fails.
     """
-    rank, size = transport.rank, transport.size
-    state = state_of(transport)
-    try:
-        check_tensors(x, topk_ids, topk_weights, weights)
-        check_overlap(overlap)
-        check_fillers(fillers)
-        x, topk_weights, weights = cast_for_autocast(x, topk_weights, weights)
-        # Refuses bad ones here, before anything is sent.
-        has_main_grads = owners is not None and find_main_grads(owners) is not None
-        if has_main_grads and placement is not None and placement.has_replicas:
-            raise ValueError(
-                "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
-                "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
-            )
-        layout = ExpertLayout(*layout_flags)
-        check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
-        check_expert_parallel(weights.gate_up_proj.shape[0], num_experts, size, placement)
-        if x.dtype not in DTYPE_CODES:
-            raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {x.dtype}")
-        WireFormat(x.dtype, overlap.wire_dtype)
-        if isinstance(transport, TwoLevelTransport):
-            check_two_level(overlap, placement)
-        in_graph = is_captured(x.device)
-        if in_graph and overlap.capacity is None:
-            raise ValueError(
-                "a CUDA graph can't capture an expert-parallel call that waits for its counts: give OverlapConfig a "
-                "capacity, or leave these layers out of the graph"
-            )
-        options = options._replace(beside_exchanges=size > 1)
-        settings = make_settings(x, topk_ids, weights, layout, activation, backend, save, options)
-        parameters = [] if is_fused(activation) else activation_parameters(activation, weights.gate_up_proj, layout)
-    except Exception:
-        refuse(transport)
-        raise
-    sequence = state.num_calls
-    state.num_calls += 1
-    is_compiled = needs is not None
-    needs = needs or Needs.of(x, topk_weights, weights, parameters)
-    grad_enabled = needs.grad_enabled
-    inner = layout.intermediate_size(weights.gate_up_proj.shape[2 if layout.transposed else 1])
+    call = check(arguments, recorder)
+    choice = choose_plan(call)
+    agreed = agree(call, choice.overlap, choice.message)
+    y, report = run(call, agreed)
+    choice.learn(call, agreed, report)
+    if call.layer is not None:
+        call.layer.last_report = report
+    return y
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan that this rank proposes for a call, which must be every rank's, and who chose it."""
+
+    overlap: OverlapPlan
+    message: Message
+    """What this rank tells the other ranks' choosers."""
+    chooser: PlanChooser | None = None
+    """None for a plan that was given."""
     kind: tuple = ()
-    chooser, again = None, None
-    if isinstance(overlap, OverlapConfig):
-        widths = BufferWidths(
-            x.shape[1],
-            inner,
-            weights.gate_up_proj.shape[0],
-            x.dtype.itemsize,
-            gated=layout.gated,
-            save=save,
-            has_backward=grad_enabled,
-        )
-        kind = (num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
-        chooser = state.choosers.setdefault(
-            kind,
-            PlanChooser(
-                overlap,
-                size,
-                transport.shares_link(x.device),
-                widths,
-                can_cut_experts=not isinstance(transport, TwoLevelTransport),
-            ),
-        )
-        ops = settings.ops
-        chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
-        if is_recomputing():
-            again = state.plan_to_recompute(kind)
-        chosen = chooser.plan() if again is None else again
-        message = chooser.message() if again is None and not in_graph else Message()
-    else:
-        chosen, message = overlap, Message()
-    chosen = replace(chosen, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
-    with torch.no_grad():
-        if placement is not None:
-            topk_ids, num_experts = placement.slots(topk_ids, rank), size * placement.num_slots
-        if num_nonfinite_rows is None:
-            skipped = (topk_ids < 0) | (topk_ids >= num_experts)
-            num_nonfinite_rows = (~(torch.isfinite(topk_weights) | skipped)).any(dim=1).sum()
-        header = CallHeader.of(
-            chosen,
-            sequence=sequence,
-            num_experts=num_experts,
-            top_k=topk_ids.shape[1],
-            hidden_size=x.shape[1],
-            dtype=DTYPE_CODES[x.dtype],
-            grad_enabled=int(grad_enabled),
-            needs_any=int(needs.any),
-            needs_x=int(needs.x),
-            needs_topk_weights=int(needs.topk_weights),
-            compiled=int(is_compiled),
-            placement=0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode()),
-            replica_grads=replica_bits(placement, needs.weights),
-            replay_overflowed=int(not in_graph and replay_overflowed(state.captured_flags, x.device)),
-            layer=layer,
-            auto=int(isinstance(overlap, OverlapConfig) and overlap.is_auto),
-            save=SAVES.index(save),
-            deterministic=int(torch.are_deterministic_algorithms_enabled()),
-            topk_weights_dtype=DTYPE_CODES.get(topk_weights.dtype, 0),
-            captured=int(in_graph),
-            intermediate_size=inner,
-            gated=int(layout.gated),
-            interleaved=int(layout.interleaved),
-            transposed=int(layout.transposed and placement is not None and placement.has_replicas),
-            expert_gradients=EXPERT_GRADIENTS.index(expert_gradients),
-            gate_up_bias=int(weights.gate_up_bias is not None),
-            down_bias=int(weights.down_bias is not None),
-            **activation_fields(activation),
-            **state.history(),
-            **message._asdict(),
-        )
-        two_level, inside_node, row_transport, capped, flag = None, None, transport, None, None
-        if isinstance(transport, TwoLevelTransport):
-            two_level = exchange_two_level_plan(transport, header, topk_ids, num_experts, chosen, num_nonfinite_rows)
-            plan, row_transport, inside_node = two_level.outer, transport.between_nodes, transport.inside_node
-        elif chosen.capacity is not None:
-            capped = plan_capped_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
-            plan = exchange_plan(transport, header, capped.tokens, chosen)
-            if in_graph:
-                flag = post_flag(transport, capped)
+    """Of the call, as in TransportState.choosers."""
+    is_recompute: bool = False
+    """Whether it is the plan of the forward that activation checkpointing runs again."""
+
+    def learn(self, call: CheckedCall, agreed: ExpertParallelCall, report: LayerReport) -> None:
+        """Let the chooser take in a call, and remember its plan for a recompute."""
+        if self.chooser is None:
+            return
+        if self.is_recompute:
+            report.choice = "the plan of the forward that is recomputed"
+            return
+        if call.is_captured:  # it has no times, and no later call may read its events
+            report.choice = self.chooser.choice
         else:
-            tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen, num_nonfinite_rows)
-            plan = exchange_plan(transport, header._replace(nonfinite_rows=tokens.nonfinite_rows), tokens, chosen)
-    first_expert = rank * (num_experts // size)
+            messages = [Message.of(header) for header in agreed.plan.headers]
+            self.chooser.observe(messages, report, agreed.plan.needs_any)
+        if agreed.plan.needs_any and not is_recomputing():
+            call.state.start(call.sequence, self.kind, report.overlap)
 
-    autocast = caller_autocast(x.device)
 
-    def in_caller_mode(filler: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.set_grad_enabled(grad_enabled), autocast():  # a Function's forward runs without either
-                filler()
+def choose_plan(call: CheckedCall) -> Choice:
+    """Give the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
+    overlap = call.spec.overlap
+    if isinstance(overlap, OverlapPlan):
+        return Choice(overlap, Message())
+    kind, chooser = find_chooser(call, overlap)
+    again = call.state.plan_to_recompute(kind) if is_recomputing() else None
+    plan = chooser.plan() if again is None else again
+    message = chooser.message() if again is None and not call.is_captured else Message()
+    if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
+        plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
+    return Choice(plan, message, chooser, kind, is_recompute=again is not None)
 
-        return run
 
-    def run_plan(plan: DispatchPlan, fillers: Sequence[Callable[[], None]] = ()) -> tuple[Tensor, LayerReport]:
-        call = ExpertParallelCall(
-            settings,
-            owners,
-            transport,
-            sequence,
-            layer,
-            row_transport,
-            plan,
-            first_expert,
-            placement,
-            two_level,
-            inside_node,
-        )
-        call.fillers, call.flag = [in_caller_mode(filler) for filler in fillers], flag
-        with without_autocast(x.device):
-            y = apply(call, topk_ids, x, topk_weights, weights, parameters)
-        assert call.report is not None
-        if call.is_wrong is not None:
-            state.captured_flags.append(watched(call.is_wrong))
-        return y, call.report
+def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
+    """Give the kind of the call, and the transport's chooser for its kind."""
+    x, topk_ids, topk_weights, weights = call.inputs
+    settings = call.settings
+    widths = BufferWidths(
+        x.shape[1],
+        call.intermediate_size,
+        weights.gate_up_proj.shape[0],
+        x.dtype.itemsize,
+        gated=settings.layout.gated,
+        save=settings.save,
+        has_backward=call.recorder.grad_enabled,
+    )
+    kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
+    chooser = call.state.choosers.get(kind)
+    if chooser is None:
+        is_shared, can_cut_experts = call.transport.shares_link(x.device), call.two_level is None
+        chooser = PlanChooser(overlap, call.transport.size, is_shared, widths, can_cut_experts=can_cut_experts)
+        call.state.choosers[kind] = chooser
+    ops = settings.ops
+    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
+    return kind, chooser
 
-    y, report = run_plan(plan, fillers)
-    if capped is not None and not in_graph and some_rank_overflowed(transport, header, capped):
-        del y, capped  # and with them what the first run keeps for a backward
-        chosen = replace(chosen, capacity=None)
-        with torch.no_grad():
-            tokens = plan_tokens(topk_ids, num_experts, rank, size, chosen)
-            plan = exchange_plan(transport, header._replace(capacity=0), tokens, chosen)
-        first_run, (y, report) = report, run_plan(plan)
-        report.first_run = first_run
-    if again is not None:
-        report.choice = "the plan of the forward that is recomputed"
-    elif chooser is not None:
-        # A captured call has no times, and no later one may read its events.
-        if in_graph:
-            report.choice = chooser.choice
-        else:
-            chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
-        if plan.needs_any and not is_recomputing():
-            state.start(sequence, kind, chosen)
+
+def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerReport]:
+    """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
+    autocast = caller_autocast(call.inputs.x.device)
+    agreed.fillers = [partial(_run_filler, filler, call.recorder.grad_enabled, autocast) for filler in call.fillers]
+    y = _run_planned(call, agreed)
+    report = agreed.report
+    if agreed.is_wrong is not None:
+        call.state.captured_flags.append(watched(agreed.is_wrong))
+    if agreed.capped is not None and some_rank_overflowed(call.transport, agreed.header, agreed.capped):
+        del y  # and with it what the first run keeps for a backward
+        again = agree_without_capacity(call, agreed.header, replace(report.overlap, capacity=None))
+        y = _run_planned(call, again)
+        again.report.first_run = report
+        return y, again.report
     return y, report
 
 
-def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:
-    """Raise TypeError or ValueError unless these are at most two functions."""
-    if not isinstance(fillers, Sequence) or not all(callable(filler) for filler in fillers):
-        raise TypeError(f"fillers must be a list of functions that take nothing, got {fillers!r}")
-    if len(fillers) > MAX_FILLERS:
-        raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
+def _run_planned(call: CheckedCall, agreed: ExpertParallelCall) -> Tensor:
+    with without_autocast(call.inputs.x.device):
+        return call.recorder.run(agreed, call.inputs, call.activation_parameters)
 
 
-def check_expert_parallel(
-    num_local_experts: int, num_experts: int, size: int, placement: ExpertPlacement | None = None
-) -> None:
-    """Raise ValueError or TypeError unless num_experts can be split over `size` ranks and this rank holds its share."""
-    if not is_integer(num_experts):
-        raise TypeError(f"num_experts must be a whole number, E over all ranks, got {num_experts!r}")
-    if placement is not None and not isinstance(placement, ExpertPlacement):
-        raise TypeError(f"placement must be an ExpertPlacement or None, got {placement!r}")
-    if placement is not None:
-        if (placement.size, placement.num_experts) != (size, num_experts):
-            raise ValueError(
-                f"placement is for {placement.num_experts} experts on {placement.size} ranks, the layer has "
-                f"{num_experts} experts on {size} ranks"
-            )
-        if num_local_experts != placement.num_slots:
-            raise ValueError(
-                f"placement gives each rank {placement.num_slots} slots, but this rank's gate_up_proj has "
-                f"{num_local_experts} experts: pass the experts of placement.experts_of_rank[rank], in that order"
-            )
-        return
-    if num_experts < 1 or num_experts % size:
-        sizes = [w for w in range(1, num_experts + 1) if num_experts % w == 0]
-        raise ValueError(
-            f"num_experts ({num_experts}) must be divisible by the number of ranks ({size}); "
-            f"choose one of {', '.join(map(str, sizes))} ranks"
-        )
-    if num_local_experts != num_experts // size:
-        raise ValueError(
-            f"each of {size} ranks holds num_experts / ranks = {num_experts // size} experts, but this rank's "
-            f"gate_up_proj has {num_local_experts}: pass only this rank's experts"
-        )
+def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callable[[], AbstractContextManager]) -> None:
+    """Run a filler in the modes of the caller: a Function's forward runs without either."""
+    with torch.set_grad_enabled(grad_enabled), autocast():
+        filler()

@@ -24,7 +24,10 @@ CALLS_OF_GENERATION = 10**9
 
 
 class UnderWay(NamedTuple):
+    """A forward inside a checkpoint, whose recompute and backward are still to come."""
+
     kind: tuple
+    """Of the call, as in TransportState.choosers."""
     plan: OverlapPlan
     region: Any
     """checkpointed_region() of the forward."""
@@ -46,10 +49,11 @@ class TransportState:
     backwards: int = 0
     """A checksum of the numbers of all calls whose backwards have run, in their order."""
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
+    """By kind of call: what calls have in common that may take the same plan."""
     captured_flags: list[Tensor] = field(default_factory=list)
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
     under_way: dict[int, UnderWay] = field(default_factory=dict)
-    """By number of the call: forwards inside a checkpoint whose backward is still to come."""
+    """By number of the call."""
     recompute: tuple[Any, int, int] = (None, -1, 0)
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
 
@@ -63,8 +67,14 @@ class TransportState:
             "backwards": self.backwards,
         }
 
+    def next_call(self) -> int:
+        """Give the number of the call that begins now."""
+        self.num_calls += 1
+        return self.num_calls - 1
+
     def note_backward(self, sequence: int) -> None:
-        """Remember that a call's backward runs."""
+        """Remember that a call's backward has run."""
+        self.under_way.pop(sequence, None)
         self.num_backwards += 1
         self.last_backward = sequence
         self.backwards = zlib.crc32(sequence.to_bytes(8, "little"), self.backwards)
@@ -124,6 +134,4 @@ class LayerCalls(Handled):
 
 def refuse(transport: Transport) -> None:
     """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
-    state = state_of(transport)
-    state.num_calls += 1
-    refuse_call(transport, state.num_calls - 1)
+    refuse_call(transport, state_of(transport).next_call())

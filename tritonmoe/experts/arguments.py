@@ -1,60 +1,76 @@
-"""What the experts of one rank are called with: weights and settings, checked and brought to one dtype."""
+"""What the experts of one rank are called with, and what is wanted of them: tensors, checked and of one dtype."""
 
-from types import ModuleType
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tritonmoe import backends
-from tritonmoe.config.layer import MAX_PAIRS, Activation, ExpertLayout, KernelOptions, check_activation
+from tritonmoe.config.layer import MAX_PAIRS, ExpertLayout, PerWeight
 from tritonmoe.runtime.autograd import is_autocast_on
 
 __all__ = [
-    "ExpertSettings",
-    "ExpertWeights",
-    "MainGrads",
+    "ExpertInputs",
+    "Needs",
     "cast_for_autocast",
     "check_arguments",
     "check_num_pairs",
-    "check_options",
     "check_plain",
     "check_tensors",
     "find_main_grads",
-    "make_settings",
 ]
 
 
-class ExpertWeights(NamedTuple):
-    """The weights of this rank's experts; see ExpertLayout for the shapes."""
+class ExpertInputs(NamedTuple):
+    """The tensors of one call: this rank's tokens, where they are routed to, and this rank's experts."""
 
-    gate_up_proj: Tensor
-    gate_up_bias: Tensor | None
-    down_proj: Tensor
-    down_bias: Tensor | None
-
-
-class MainGrads(NamedTuple):
-    """`main_grad` of each weight that has one: where its gradient is added instead of being returned."""
-
-    gate_up_proj: Tensor | None
-    gate_up_bias: Tensor | None
-    down_proj: Tensor | None
-    down_bias: Tensor | None
+    x: Tensor
+    """(T, D)."""
+    topk_ids: Tensor
+    """(T, K) int32 or int64."""
+    topk_weights: Tensor
+    """(T, K)."""
+    weights: PerWeight[Tensor]
 
 
-class ExpertSettings(NamedTuple):
-    """What stays the same from call to call: the ops and how they run, the layout, the activation, what is saved."""
+class Needs(NamedTuple):
+    """Of which inputs of a call a gradient is wanted."""
 
-    ops: ModuleType
-    layout: ExpertLayout
-    activation: Activation
-    save: Literal["hidden", "input"] = "hidden"
-    options: KernelOptions = KernelOptions()
+    x: bool
+    topk_weights: bool
+    weights: PerWeight[bool]
+    activation: bool = False
+    """Of any parameter that a callable activation uses."""
+
+    @classmethod
+    def of(cls, inputs: ExpertInputs, activation_parameters: Sequence[Tensor] = ()) -> "Needs":
+        """Ask the tensors, in the grad mode that is on."""
+        if not torch.is_grad_enabled():
+            return NO_NEEDS
+        weights = PerWeight(*(weight is not None and weight.requires_grad for weight in inputs.weights))
+        of_activation = any(parameter.requires_grad for parameter in activation_parameters)
+        return cls(inputs.x.requires_grad, inputs.topk_weights.requires_grad, weights, of_activation)
+
+    @classmethod
+    def from_list(cls, flags: Sequence[bool]) -> "Needs":
+        """Give the needs of which as_list() is `flags`."""
+        needs_x, needs_topk_weights, *weights = flags
+        return cls(needs_x, needs_topk_weights, PerWeight(*weights))
+
+    def as_list(self) -> list[bool]:
+        """Give x, topk_weights, then the weights in PerWeight's order: what an operator takes, without `activation`."""
+        return [self.x, self.topk_weights, *map(bool, self.weights)]
+
+    @property
+    def any(self) -> bool:
+        return self.x or self.topk_weights or self.activation or any(self.weights)
 
 
-def check_tensors(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> None:
+NO_NEEDS = Needs(False, False, PerWeight(False, False, False, False))
+
+
+def check_tensors(inputs: ExpertInputs) -> None:
     """Raise TypeError unless all of them are dense tensors, and the biases tensors or None.
 
     Also RuntimeError under torch.jit.trace, which would record where these tokens go as constants.
@@ -64,8 +80,9 @@ def check_tensors(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Ex
             "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
             "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
-    required = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights}
-    for name, tensor in {**required, **weights._asdict()}.items():
+    x, topk_ids, topk_weights, weights = inputs
+    names = ("x", "topk_ids", "topk_weights", *PerWeight._fields)
+    for name, tensor in zip(names, (x, topk_ids, topk_weights, *weights), strict=True):
         if tensor is None and name in ("gate_up_bias", "down_bias"):
             continue
         if not isinstance(tensor, Tensor):
@@ -74,16 +91,22 @@ def check_tensors(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Ex
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
 
 
-def check_arguments(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    layout: ExpertLayout,
-    activation: Activation,
-) -> None:
-    """Raise ValueError or TypeError, with the rule and the values, unless these arguments fit together."""
-    check_activation(activation, layout.gated)
+def check_arguments(inputs: ExpertInputs, layout: ExpertLayout) -> None:
+    """Raise ValueError or TypeError, with the rule and the values, unless these tensors fit together."""
+    _check_tokens(inputs)
+    _check_weights(inputs.x, inputs.weights, layout)
+    device = inputs.x.device
+    for name, tensor in (
+        ("topk_ids", inputs.topk_ids),
+        ("topk_weights", inputs.topk_weights),
+        *zip(PerWeight._fields, inputs.weights, strict=True),
+    ):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
+
+
+def _check_tokens(inputs: ExpertInputs) -> None:
+    x, topk_ids, topk_weights, _ = inputs
     if x.dim() != 2:
         raise ValueError(f"x must be (T, D), got shape {tuple(x.shape)}: flatten leading dimensions first")
     if not x.is_floating_point():
@@ -100,23 +123,26 @@ def check_arguments(
         raise TypeError(f"topk_weights must be floating point, got {topk_weights.dtype}")
     if not torch.compiler.is_compiling():  # there it would limit every number of tokens that is left open
         check_num_pairs(topk_ids)
+
+
+def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) -> None:
     w1, b1, w2, b2 = weights
     check_plain("gate_up_proj", w1)
     check_plain("down_proj", w2)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
-    num_experts, model_width, dtype, device = w1.shape[0], x.shape[1], x.dtype, x.device
+    num_experts, model_width = w1.shape[0], x.shape[1]
     if num_experts < 1:
         raise ValueError(f"there must be at least one expert, got gate_up_proj {tuple(w1.shape)}")
     width = w1.shape[2 if layout.transposed else 1]
     if layout.gated and width % 2:
         raise ValueError(f"a gated gate_up_proj needs an even 2F axis, got {tuple(w1.shape)}")
     inner = layout.intermediate_size(width)
+    if inner < 1 or model_width < 1:
+        raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {tuple(w1.shape)}")
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
     up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
-    if inner < 1 or model_width < 1:
-        raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {tuple(w1.shape)}")
     for name, tensor, want, axes in (
         ("gate_up_proj", w1, want_w1, up_axes),
         ("down_proj", w2, want_w2, down_axes),
@@ -131,18 +157,8 @@ def check_arguments(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {dtype}: cast one to the other's dtype")
-    for name, tensor in (
-        ("topk_ids", topk_ids),
-        ("topk_weights", topk_weights),
-        ("gate_up_proj", w1),
-        ("down_proj", w2),
-        ("gate_up_bias", b1),
-        ("down_bias", b2),
-    ):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
 
 
 def check_num_pairs(topk_ids: Tensor) -> None:
@@ -169,64 +185,46 @@ def check_plain(name: str, weight: Tensor) -> None:
         )
 
 
-def cast_for_autocast(x: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor, ExpertWeights]:
+def cast_for_autocast(inputs: ExpertInputs) -> ExpertInputs:
     """Do what torch.autocast does for a matrix product: x and the weights in its dtype, topk_weights in fp32.
 
     Nothing changes where autocast is off, and, as there, for fp64.
     """
+    x, topk_ids, topk_weights, weights = inputs
     if not is_autocast_on(x.device):
-        return x, topk_weights, weights
+        return inputs
     dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Tensor, to: torch.dtype) -> Tensor:
-        return tensor.to(to) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-    for name, weight in weights._asdict().items():
+    for name, weight in zip(PerWeight._fields, weights, strict=True):
         if weight is not None:
             check_plain(name, weight)
-    cast_weights = ExpertWeights(*(None if w is None else cast(w, dtype) for w in weights))  # type: ignore[arg-type]
-    return cast(x, dtype), cast(topk_weights, torch.float32), cast_weights
+    cast_weights = weights.map(lambda weight: _cast_unless_fp64(weight, dtype))
+    topk_weights = _cast_unless_fp64(topk_weights, torch.float32)
+    return ExpertInputs(_cast_unless_fp64(x, dtype), topk_ids, topk_weights, cast_weights)
 
 
-def find_main_grads(weights: ExpertWeights) -> MainGrads | None:
+def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def find_main_grads(weights: PerWeight[Tensor]) -> PerWeight[Tensor | None] | None:
     """Give the `main_grad` of every weight that has one and is trained; None where no weight has.
 
+    A gradient is added to the weight's main_grad instead of being returned.
     Raises:
         ValueError: a main_grad has not its weight's shape and device.
     """
     if not any(hasattr(weight, "main_grad") for weight in weights if weight is not None):
         return None
     found: list[Tensor | None] = []
-    for name, weight in weights._asdict().items():
-        main_grad = getattr(weight, "main_grad", None) if weight is not None and weight.requires_grad else None
+    for name, weight in zip(PerWeight._fields, weights, strict=True):
+        if weight is None or not weight.requires_grad:
+            found.append(None)
+            continue
+        main_grad = getattr(weight, "main_grad", None)
         if main_grad is not None and (main_grad.shape != weight.shape or main_grad.device != weight.device):
             raise ValueError(
                 f"{name}.main_grad is {tuple(main_grad.shape)} on {main_grad.device}: it must have the weight's shape "
                 f"{tuple(weight.shape)} and device {weight.device}"
             )
         found.append(main_grad)
-    return None if all(main_grad is None for main_grad in found) else MainGrads(*found)
-
-
-def make_settings(
-    x: Tensor,
-    topk_ids: Tensor,
-    weights: ExpertWeights,
-    layout: ExpertLayout,
-    activation: Activation,
-    backend: str,
-    save: Literal["hidden", "input"],
-    options: KernelOptions,
-) -> ExpertSettings:
-    """Check `save` and `options` and choose the backend for them, x's device and dtype, E on this device, and K."""
-    check_options(save, options)
-    num_experts, top_k = weights.gate_up_proj.shape[0], topk_ids.shape[1]
-    ops = backends.choose(backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
-    return ExpertSettings(ops, layout, activation, save, options)
-
-
-def check_options(save: str, options: KernelOptions) -> None:
-    """Raise ValueError or TypeError unless `save` and `options` can be used."""
-    if save not in ("hidden", "input"):
-        raise ValueError(f"save must be 'hidden' or 'input', got {save!r}")
-    options.check()
+    return None if all(main_grad is None for main_grad in found) else PerWeight(*found)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import Activation, ExpertLayout
-from tritonmoe.experts.arguments import ExpertSettings
+from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping
 
 __all__ = ["ActivationGraph", "activation_parameters", "checked_activation", "run_activation", "zero_padding"]

@@ -16,23 +16,33 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tritonmoe.backends import launches_kernels
 
-__all__ = ["FLOP_FORMULAS", "backward_flops", "count_products", "matrix_size", "num_products", "register_flop_formulas"]
+__all__ = [
+    "FLOP_FORMULAS",
+    "Shape",
+    "backward_flops",
+    "count_products",
+    "matrix_size",
+    "num_products",
+    "register_flop_formulas",
+]
+
+Shape = tuple[int, ...]
 
 
 def matrix_size(weight: Tensor) -> int:
-    """Multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
+    """Give the multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
     return weight.shape[1] * weight.shape[2]
 
 
-def num_products(topk_shape: tuple[int, ...], gate_up_proj_shape: tuple[int, ...]) -> int:
-    """Multiplications of every pair with one expert's gate_up_proj."""
-    return topk_shape[0] * topk_shape[1] * gate_up_proj_shape[1] * gate_up_proj_shape[2]
+def num_products(topk_ids: Shape, weight: Shape) -> int:
+    """Give the multiplications of every pair with its expert's matrix of a weight (E, ., .)."""
+    return topk_ids[0] * topk_ids[1] * weight[1] * weight[2]
 
 
 def backward_flops(up: int, down: int, needs: Sequence[bool], computes_h: bool) -> int:
     """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
 
-    up, down: multiplications of the forward. needs: of x, topk_weights, and the weights in ExpertWeights's order.
+    up, down: multiplications of the forward. needs: Needs.as_list().
     """
     needs_x, _, needs_up, _, needs_down, _ = needs
     return 2 * (up * (needs_x + needs_up + computes_h) + down * (1 + needs_down))
@@ -43,7 +53,7 @@ def _grouped_products(like: Tensor, flops: int) -> None:
     """Do nothing: stands for kernels that somebody counts. like: a tensor on their device."""
 
 
-def _given_flops(like_shape: Any, flops: int, *_: Any, **__: Any) -> int:
+def _given_flops(like: Shape, flops: int, *_: Any, **__: Any) -> int:
     return flops
 
 

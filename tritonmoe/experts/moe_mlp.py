@@ -5,47 +5,45 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import Activation, ExpertLayout, KernelOptions, is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
 from tritonmoe.experts.arguments import (
-    ExpertSettings,
-    ExpertWeights,
+    ExpertInputs,
+    Needs,
     cast_for_autocast,
     check_arguments,
-    check_options,
     check_tensors,
     find_main_grads,
-    make_settings,
 )
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products, matrix_size
-from tritonmoe.experts.operator import encode, moe_mlp_operator, run_backward, run_forward
-from tritonmoe.experts.weight_gradients import weight_gradients
+from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
+from tritonmoe.experts.weight_gradients import GradientOperands, weight_gradients
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
 from tritonmoe.runtime.transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
 
-__all__ = ["moe_mlp"]
+__all__ = ["moe_mlp", "run_experts"]
+
+Owners = PerWeight[Tensor | None]
+"""The weights as the user holds them (autocast hands over copies): a main_grad hangs on them."""
 
 
 class _MoEMLP(torch.autograd.Function):
-    """moe_mlp with a fused activation, called eagerly: what the operator (operator.py) does, at a tenth of its cost.
-
-    `owners` are the weights as the user holds them (autocast hands over copies): a main_grad hangs on them.
-    """
+    """moe_mlp with a fused activation, called eagerly: what the operator (operator.py) does, at a tenth of its cost."""
 
     @staticmethod
     def forward(
         ctx: Any,
         settings: ExpertSettings,
-        owners: ExpertWeights,
+        owners: Owners,
         topk_ids: Tensor,
         x: Tensor,
         topk_weights: Tensor,
-        *weights: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
-        experts = ExpertWeights(*weights)  # type: ignore[arg-type]
-        keep_hidden = settings.save == "hidden"
-        out, h, grouping = run_forward(settings, x, topk_ids, topk_weights, experts, keep_hidden)
+        inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights))
+        out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(x, topk_weights, *weights, h, keep_beside(ctx, grouping))
         return out
@@ -54,18 +52,9 @@ class _MoEMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, topk_weights, *weights, h, mark = ctx.saved_tensors
-        grads = run_backward(
-            ctx.settings,
-            x,
-            topk_weights,
-            ExpertWeights(*weights),
-            kept_beside(ctx, mark),
-            h,
-            dout,
-            ctx.needs_input_grad[3:],
-            find_main_grads(ctx.owners),
-        )
-        return None, None, None, *grads
+        saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h)
+        needs = Needs.from_list(ctx.needs_input_grad[3:])
+        return None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
 
 
 class _UpHalf(torch.autograd.Function):
@@ -75,7 +64,7 @@ class _UpHalf(torch.autograd.Function):
     def forward(
         ctx: Any,
         settings: ExpertSettings,
-        owners: ExpertWeights,
+        owners: Owners,
         grouping: Grouping,
         x: Tensor,
         weight: Tensor,
@@ -100,8 +89,8 @@ class _UpHalf(torch.autograd.Function):
             count_products(settings.ops, dh, grouping.num_pairs, matrix_size(weight))
             dx_pairs = settings.ops.up_grad(dh, weight, grouping, settings.layout, options=settings.options)
             dx = settings.ops.gather_sum(dx_pairs, grouping.inverse)
-        needs = (needs_weight, needs_bias, False, False)
-        grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), x=x, dh=dh)
+        needs, operands = PerWeight(needs_weight, needs_bias, False, False), GradientOperands(x=x, dh=dh)
+        grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), operands)
         return None, None, None, dx, grads.gate_up_proj, grads.gate_up_bias
 
 
@@ -112,7 +101,7 @@ class _DownHalf(torch.autograd.Function):
     def forward(
         ctx: Any,
         settings: ExpertSettings,
-        owners: ExpertWeights,
+        owners: Owners,
         grouping: Grouping,
         a: Tensor,
         topk_weights: Tensor,
@@ -136,15 +125,9 @@ class _DownHalf(torch.autograd.Function):
             dout, weight, bias, a, topk_weights, grouping, settings.layout, None, options=settings.options
         )
         zero_padding(da, grouping)
-        grads = weight_gradients(
-            settings,
-            grouping,
-            (False, False, needs_weight, needs_bias),
-            find_main_grads(ctx.owners),
-            dout=dout,
-            scaled_a=scaled_a,
-            topk_weights=topk_weights,
-        )
+        needs = PerWeight(False, False, needs_weight, needs_bias)
+        operands = GradientOperands(dout=dout, scaled_a=scaled_a, topk_weights=topk_weights)
+        grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), operands)
         dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs_topk_weights else None
         return None, None, None, da, dtopk_weights, grads.down_proj, grads.down_bias
 
@@ -159,25 +142,16 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-NO_OWNERS = ExpertWeights(None, None, None, None)  # type: ignore[arg-type]
-
-
-def _run_eagerly(
-    settings: ExpertSettings,
-    owners: ExpertWeights,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-) -> Tensor:
+def _run_eagerly(settings: ExpertSettings, owners: Owners, inputs: ExpertInputs) -> Tensor:
     """Run the experts as autograd Functions, or as none where no gradient is wanted."""
+    x, topk_ids, topk_weights, weights = inputs
     transformed = is_transformed()
     if transformed:
-        topk_ids, owners = unwrapped(topk_ids), NO_OWNERS
+        topk_ids, owners = unwrapped(topk_ids), NO_WEIGHTS
     if is_fused(settings.activation):
-        if transformed or _needs_grad(x, topk_weights, weights):
+        if transformed or Needs.of(inputs).any:
             return run_function(_MoEMLP, settings, owners, topk_ids, x, topk_weights, *weights)
-        out, _, _ = run_forward(settings, x, topk_ids, topk_weights, weights, keep_hidden=False)
+        out, _, _ = run_forward(settings, inputs, keep_hidden=False)
         return out
     w1, b1, w2, b2 = weights
     grouping = settings.ops.group(topk_ids, w1.shape[0])
@@ -186,16 +160,10 @@ def _run_eagerly(
     return run_function(_DownHalf, settings, owners, grouping, a, topk_weights, w2, b2)
 
 
-def _needs_grad(x: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, topk_weights, *weights)
-    )
-
-
 @outside_graphs
-def _run_callable_or_main_grad(*arguments: Any) -> Tensor:
-    settings, owners, x, topk_ids, topk_weights, weights = arguments
-    return _run_eagerly(make_settings(x, topk_ids, weights, *settings), owners, x, topk_ids, topk_weights, weights)
+def _run_callable_or_main_grad(spec: ExpertSpec, owners: Owners, inputs: ExpertInputs) -> Tensor:
+    """Break the graph: an operator takes no callable and returns gradients."""
+    return _run_eagerly(choose_backend(spec, inputs), owners, inputs)
 
 
 def moe_mlp(
@@ -243,23 +211,22 @@ def moe_mlp(
         Two experts that multiply by 2 and by 3 (D = F = 1, ungated relu), K = 2:
         x = [[1]], topk_ids = [[0, 1]], topk_weights = [[10, 100]] gives [[1 * 2 * 10 + 1 * 3 * 100]] = [[320]].
     """
-    layout = ExpertLayout(gated, interleaved, transposed)
-    options = KernelOptions(num_sms, batch_invariant)
-    owners = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
-    check_tensors(x, topk_ids, topk_weights, owners)
-    x, topk_weights, weights = cast_for_autocast(x, topk_weights, owners)
-    check_arguments(x, topk_ids, topk_weights, weights, layout, activation)
+    spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    return run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+
+
+def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+    """Check the tensors, and run the experts as an operator where something traces, otherwise eagerly."""
+    check_tensors(inputs)
+    owners, inputs = inputs.weights, cast_for_autocast(inputs)
+    check_arguments(inputs, spec.layout)
     has_main_grads = find_main_grads(owners) is not None
     if has_main_grads and is_transformed():
         raise RuntimeError(MAIN_GRAD)
-    with without_autocast(x.device):
-        if is_fused(activation) and not has_main_grads and not is_transformed() and _is_traced(x):
-            keep_hidden = save == "hidden" and _needs_grad(x, topk_weights, weights)
-            check_options(save, options)
-            operator_settings = encode(activation, layout, backend, options)
-            return moe_mlp_operator(x, topk_ids, topk_weights, weights, keep_hidden, operator_settings)
-        arguments = (layout, activation, backend, save, options)
+    with without_autocast(inputs.x.device):
+        if is_fused(spec.activation) and not has_main_grads and not is_transformed() and _is_traced(inputs.x):
+            return moe_mlp_operator(spec.check(), inputs, spec.save == "hidden" and Needs.of(inputs).any)
         if torch.compiler.is_compiling():
-            return _run_callable_or_main_grad(arguments, owners, x, topk_ids, topk_weights, weights)
-        settings = make_settings(x, topk_ids, weights, *arguments)
-        return _run_eagerly(settings, owners, x, topk_ids, topk_weights, weights)
+            return _run_callable_or_main_grad(spec.check(), owners, inputs)
+        return _run_eagerly(choose_backend(spec, inputs), owners, inputs)

@@ -5,27 +5,27 @@ operator with a name, tensors in and out, and shapes that are known without runn
 way, since an operator with a gradient formula costs about 200 microseconds a call and an autograd Function 16;
 experts/moe_mlp.py decides. Both run the two functions `run_forward` and `run_backward`, so they give the same bits.
 
-Operators take no objects and give no None: settings are spelled out (OperatorSettings), and what is not wanted has no
-elements. The grouping is not saved but made again in backward: it is short work, and 8K bytes a token less.
+Operators take no objects and give no None: an ExpertSpec comes as the string that spec.encode() makes of it, and what
+is not wanted has no elements. The grouping is not saved but made again in backward: it is short work, and 8K bytes a
+token less.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonmoe import backends
-from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions
-from tritonmoe.experts.arguments import ExpertSettings, ExpertWeights, MainGrads, check_num_pairs
-from tritonmoe.experts.flops import FLOP_FORMULAS, backward_flops, num_products, register_flop_formulas
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.experts.arguments import ExpertInputs, Needs, check_num_pairs
+from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, num_products, register_flop_formulas
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import SECOND_DERIVATIVE, without_autocast
 
 __all__ = [
-    "OperatorSettings",
-    "decode_activation",
-    "encode",
+    "SavedForward",
     "gradient_shapes",
     "moe_mlp_operator",
     "refuse_second_derivative",
@@ -33,20 +33,23 @@ __all__ = [
     "run_forward",
 ]
 
-Needs = tuple[bool, bool, bool, bool, bool, bool]
-"""Which gradients are wanted: x, topk_weights, then the weights in the order of ExpertWeights."""
+
+class SavedForward(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    x: Tensor
+    topk_weights: Tensor
+    weights: PerWeight[Tensor]
+    grouping: Grouping
+    h: Tensor | None
+    """(N, 2F), or None where backward computes it again."""
 
 
 def run_forward(
-    settings: ExpertSettings,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    keep_hidden: bool,
-    h: Tensor | None = None,
+    settings: ExpertSettings, inputs: ExpertInputs, keep_hidden: bool, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Give out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
+    x, topk_ids, topk_weights, weights = inputs
     grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
     run = ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden)
     if h is not None:
@@ -56,62 +59,17 @@ def run_forward(
 
 def run_backward(
     settings: ExpertSettings,
-    x: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    grouping: Grouping,
-    h: Tensor | None,
+    saved: SavedForward,
     dout: Tensor,
     needs: Needs,
-    main_grads: MainGrads | None = None,
+    main_grads: PerWeight[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Give the wanted gradients in the order of `needs`, None for the others and for those added to main_grads."""
-    needs_x, needs_topk_weights, *needs_weights = needs
+    """Give the wanted gradients of x, topk_weights and the weights; None for the others and for those in main_grads."""
+    x, topk_weights, weights, grouping, h = saved
     run = ExpertsRun(settings, weights, x, topk_weights, grouping, False, h, main_grads=main_grads)
-    dx, dweights = run.backward(0, dout, needs_x)
-    grads = run.weight_grad(dout, tuple(needs_weights))  # type: ignore[arg-type]
-    return dx, dweights.to(topk_weights.dtype) if needs_topk_weights else None, *grads
-
-
-class OperatorSettings(NamedTuple):
-    """ExpertSettings as an operator takes them."""
-
-    activation: str
-    """A name, or "clamped_swiglu" with the next three."""
-    limit: float
-    alpha: float
-    up_offset: float
-    gated: bool
-    interleaved: bool
-    transposed: bool
-    backend: str
-    num_sms: int | None
-    batch_invariant: bool
-
-
-def encode(activation: Activation, layout: ExpertLayout, backend: str, options: KernelOptions) -> OperatorSettings:
-    if isinstance(activation, ClampedSwiGLU):
-        name, constants = "clamped_swiglu", (activation.limit, activation.alpha, activation.up_offset)
-    else:
-        assert isinstance(activation, str)
-        name, constants = activation, (0.0, 0.0, 0.0)
-    flags = layout.gated, layout.interleaved, layout.transposed
-    return OperatorSettings(name, *constants, *flags, backend, options.num_sms, options.batch_invariant)
-
-
-def decode_activation(name: str, limit: float, alpha: float, up_offset: float) -> Activation:
-    return ClampedSwiGLU(limit, alpha, up_offset) if name == "clamped_swiglu" else name
-
-
-def decode(encoded: tuple[Any, ...], x: Tensor, topk_ids: Tensor, gate_up_proj: Tensor) -> ExpertSettings:
-    name, limit, alpha, up_offset, gated, interleaved, transposed, backend, *options = encoded
-    num_experts, top_k = gate_up_proj.shape[0], topk_ids.shape[1]
-    return ExpertSettings(
-        backends.choose(backend, x.device, x.dtype, KernelOptions(*options), num_experts=num_experts, top_k=top_k),
-        ExpertLayout(gated, interleaved, transposed),
-        decode_activation(name, limit, alpha, up_offset),
-        options=KernelOptions(*options),
-    )
+    dx, dweights = run.backward(0, dout, needs.x)
+    grads = run.weight_grad(dout, needs.weights)
+    return dx, dweights.to(topk_weights.dtype) if needs.topk_weights else None, *grads
 
 
 @torch.library.custom_op("tritonmoe::moe_mlp", mutates_args=())
@@ -124,45 +82,31 @@ def _moe_mlp(
     down_proj: Tensor,
     down_bias: Tensor | None,
     keep_hidden: bool,
-    activation: str,
-    limit: float,
-    alpha: float,
-    up_offset: float,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    backend: str,
-    num_sms: int | None,
-    batch_invariant: bool,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Give out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
-    encoded = activation, limit, alpha, up_offset, gated, interleaved, transposed, backend, num_sms, batch_invariant
-    settings = decode(encoded, x, topk_ids, gate_up_proj)
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
+    settings = choose_backend(decode(spec), inputs)
     check_num_pairs(topk_ids)
-    weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
-    h = x.new_empty(topk_ids.numel() if keep_hidden else 0, _hidden_width(gate_up_proj, transposed))
+    h = _empty_hidden(x, topk_ids, gate_up_proj, keep_hidden, spec)
     with without_autocast(x.device):
-        out, _, grouping = run_forward(
-            settings, x, topk_ids, topk_weights, weights, keep_hidden, h if keep_hidden else None
-        )
+        out, _, grouping = run_forward(settings, inputs, keep_hidden, h if keep_hidden else None)
     h[grouping.num_pairs :].zero_()
     return out, h
 
 
 @_moe_mlp.register_fake
 def _moe_mlp_shapes(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    keep_hidden: bool,
-    *settings: Any,
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    width = _hidden_width(gate_up_proj, OperatorSettings(*settings).transposed)
-    return x.new_empty(x.shape), x.new_empty(topk_ids.numel() if keep_hidden else 0, width)
+    *_, keep_hidden, spec = others
+    return x.new_empty(x.shape), _empty_hidden(x, topk_ids, gate_up_proj, keep_hidden, spec)
+
+
+def _empty_hidden(x: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, keep_hidden: bool, spec: str) -> Tensor:
+    width = gate_up_proj.shape[2 if decode(spec).layout.transposed else 1]
+    return x.new_empty(topk_ids.numel() if keep_hidden else 0, width)
 
 
 @torch.library.custom_op("tritonmoe::moe_mlp_backward", mutates_args=())
@@ -177,62 +121,35 @@ def _moe_mlp_backward(
     down_bias: Tensor | None,
     h: Tensor | None,
     needs: list[bool],
-    activation: str,
-    limit: float,
-    alpha: float,
-    up_offset: float,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    backend: str,
-    num_sms: int | None,
-    batch_invariant: bool,
+    spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the gradients of x, topk_weights and the weights, in the order of Needs; no elements where not wanted."""
-    encoded = activation, limit, alpha, up_offset, gated, interleaved, transposed, backend, num_sms, batch_invariant
-    settings = decode(encoded, x, topk_ids, gate_up_proj)
-    weights = ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    """Give the gradients of x, topk_weights and the weights; no elements where not wanted. needs: Needs.as_list()."""
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    settings = choose_backend(decode(spec), ExpertInputs(x, topk_ids, topk_weights, weights))
     with without_autocast(x.device):
         grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
-        h = None if h is None else h[: grouping.num_pairs]
-        grads = run_backward(settings, x, topk_weights, weights, grouping, h, dout, tuple(needs))  # type: ignore[arg-type]
+        saved = SavedForward(x, topk_weights, weights, grouping, None if h is None else h[: grouping.num_pairs])
+        grads = run_backward(settings, saved, dout, Needs.from_list(needs))
     dx, dtopk_weights, dw1, db1, dw2, db2 = (x.new_empty(0) if grad is None else grad for grad in grads)
     return dx, dtopk_weights, dw1, db1, dw2, db2
 
 
 @_moe_mlp_backward.register_fake
-def _moe_mlp_backward_shapes(
-    dout: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    h: Tensor | None,
-    needs: list[bool],
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    return gradient_shapes((x, topk_weights, gate_up_proj, gate_up_bias, down_proj, down_bias), needs)
+def _moe_mlp_backward_shapes(dout: Tensor, x: Tensor, topk_ids: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *differentiable, _, needs, _ = others
+    return gradient_shapes(x, differentiable, needs)
 
 
-def gradient_shapes(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Give fake gradients of the inputs, the first of which is there; no elements where not wanted."""
-    x = inputs[0]
-    assert x is not None
+def gradient_shapes(x: Tensor, others: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Give fake gradients of x and of the others; no elements where not wanted."""
     return tuple(
         tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
-        for tensor, needed in zip(inputs, needs, strict=True)
+        for tensor, needed in zip((x, *others), needs, strict=True)
     )
 
 
-def _hidden_width(gate_up_proj: Tensor, transposed: bool) -> int:
-    return gate_up_proj.shape[2 if transposed else 1]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, keep_hidden, ctx.settings = inputs[:7], inputs[7], inputs[8:]
+    *tensors, keep_hidden, ctx.spec = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
     ctx.save_for_backward(*tensors, h if keep_hidden else None)
@@ -242,9 +159,9 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needs_x, _, *needs_others = ctx.needs_input_grad[:7]
     needs = [needs_x, *needs_others]
-    grads = _moe_mlp_backward(dout, *tensors, needs, *ctx.settings)
+    grads = _moe_mlp_backward(dout, *tensors, needs, ctx.spec)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, None, *others, None, *(None for _ in ctx.settings)
+    return dx, None, *others, None, None
 
 
 def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -255,45 +172,25 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def _forward_flops(
-    x_shape: Any, ids_shape: Any, weights_shape: Any, up_shape: Any, up_bias: Any, down_shape: Any, *_: Any, **__: Any
-) -> int:
-    """Give 6*N*D*F gated, 4*N*D*F ungated; N = T*K, skipped pairs included."""
-    return 2 * (num_products(ids_shape, up_shape) + num_products(ids_shape, down_shape))
+def _forward_flops(x: Shape, topk_ids: Shape, topk_weights: Shape, up: Shape, *others: Any, **__: Any) -> int:
+    """Give 6*N*D*F gated, 4*N*D*F ungated; N = T*K, skipped pairs included. Shapes stand for tensors."""
+    _, down, *_ = others
+    return 2 * (num_products(topk_ids, up) + num_products(topk_ids, down))
 
 
-def _backward_flops(
-    dout_shape: Any,
-    x_shape: Any,
-    ids_shape: Any,
-    weights_shape: Any,
-    up_shape: Any,
-    up_bias: Any,
-    down_shape: Any,
-    down_bias: Any,
-    h_shape: Any,
-    needs: list[bool],
-    *settings: Any,
-    **__: Any,
-) -> int:
-    up, down = num_products(ids_shape, up_shape), num_products(ids_shape, down_shape)
-    return backward_flops(up, down, needs, h_shape is None)
+def _backward_flops(dout: Shape, x: Shape, topk_ids: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
+    up, _, down, _, h, needs, _ = others
+    return backward_flops(num_products(topk_ids, up), num_products(topk_ids, down), needs, h is None)
 
 
 FLOP_FORMULAS[torch.ops.tritonmoe.moe_mlp] = _forward_flops
 FLOP_FORMULAS[torch.ops.tritonmoe.moe_mlp_backward] = _backward_flops
 
 
-def moe_mlp_operator(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    keep_hidden: bool,
-    settings: OperatorSettings,
-) -> Tensor:
+def moe_mlp_operator(spec: ExpertSpec, inputs: ExpertInputs, keep_hidden: bool) -> Tensor:
     """Call the operator tritonmoe::moe_mlp: (T, D)."""
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    out, _ = _moe_mlp(x, topk_ids, topk_weights, *weights, keep_hidden, *settings)
+    x, topk_ids, topk_weights, weights = inputs
+    out, _ = _moe_mlp(x, topk_ids, topk_weights, *weights, keep_hidden, encode(spec))
     return out

@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads, accumulation_dtype
-from tritonmoe.config.layer import is_fused
-from tritonmoe.experts.arguments import ExpertSettings, ExpertWeights, MainGrads
+from tritonmoe.backends.reference import accumulation_dtype
+from tritonmoe.config.layer import PerWeight, is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products, matrix_size
-from tritonmoe.experts.weight_gradients import weight_gradients
+from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.weight_gradients import GradientOperands, weight_gradients
 from tritonmoe.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
@@ -22,7 +22,7 @@ from tritonmoe.runtime.cpu_threads import for_each, num_workers
 __all__ = ["ExpertsRun"]
 
 SMALLEST_BLOCK_PAIRS = 256
-"""What more workers than blocks don't cut blocks below."""
+"""Blocks are made smaller so that every worker has its share, but never smaller than this."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ExpertsRun:
     """
 
     settings: ExpertSettings
-    weights: ExpertWeights
+    weights: PerWeight[Tensor]
     rows: Tensor
     """(R, D) received rows of all chunks."""
     topk_weights: Tensor
@@ -44,7 +44,7 @@ class ExpertsRun:
     """Whether h is kept for a backward; False in inference and with save="input"."""
     h: Tensor | None = None
     """(N, 2F), filled by forward, or given back to a run that only does backward."""
-    main_grads: MainGrads | None = None
+    main_grads: PerWeight[Tensor | None] | None = None
     """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
@@ -232,31 +232,15 @@ class ExpertsRun:
                 most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
         return grouping.blocks(most)
 
-    def _block_weights(self, block: GroupingBlock) -> ExpertWeights:
+    def _block_weights(self, block: GroupingBlock) -> PerWeight[Tensor]:
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
             return self.weights
-        w1, b1, w2, b2 = self.weights
-        experts = block.experts
-        return ExpertWeights(
-            w1[experts], None if b1 is None else b1[experts], w2[experts], None if b2 is None else b2[experts]
-        )
+        return self.weights.map(lambda weight: weight[block.experts])
 
-    def weight_grad(self, dout: Tensor, needs: ExpertWeights | tuple[bool, bool, bool, bool]) -> WeightGrads:
-        """Give the gradients of the weights; needs says which, in the order of ExpertWeights.
-
-        None where not needed, and where the gradient was added to one of main_grads.
-        """
-        return weight_gradients(
-            self.settings,
-            self.grouping,
-            needs,
-            self.main_grads,
-            x=self.rows,
-            dh=self.dh,
-            dout=dout,
-            scaled_a=self.scaled_a,
-            topk_weights=self.topk_weights,
-        )
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
+        """Give the gradients of the weights that need one; None for the others, and for those added to main_grads."""
+        operands = GradientOperands(self.rows, self.dh, dout, self.scaled_a, self.topk_weights)
+        return weight_gradients(self.settings, self.grouping, needs, self.main_grads, operands)
 
     @property
     def _hidden_width(self) -> int:

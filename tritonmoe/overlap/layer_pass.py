@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
@@ -35,7 +36,7 @@ class ExpertsPass(Protocol):
         """Give dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
         ...
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Give the gradients of the experts' weights, over all segments."""
         ...
 
@@ -172,7 +173,7 @@ class BackwardPass:
         experts: ExpertsPass,
         received_weights: Tensor,
         dout: Tensor,
-        needs_weights: tuple[bool, bool, bool, bool],
+        needs_weights: PerWeight[bool],
         placement: ExpertPlacement | None = None,
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan

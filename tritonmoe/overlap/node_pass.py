@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import Actions, execute
 from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
@@ -88,7 +89,7 @@ class NodePass:
         self._run(StepKind.EXPERTS_BACKWARD, segment, inside.actions(), needs_dx)
         return inside.dx.result if needs_dx else None, inside.dweights.result
 
-    def weight_grad(self, dout: Tensor, needs: tuple[bool, bool, bool, bool]) -> WeightGrads:
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Give the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
         return self.experts.weight_grad(self.dout_rows, needs)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.run import check_expert_parallel
+from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules

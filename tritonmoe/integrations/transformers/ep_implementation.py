@@ -1,6 +1,5 @@
 """The expert-parallel implementation "tritonmoe" of transformers 5.23 and later; this file imports transformers."""
 
-import functools
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -8,7 +7,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.integrations.transformers.experts import run_experts
 from tritonmoe.transports import as_transport
 
@@ -38,17 +40,18 @@ class OverlappedEP(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Give (T, D) of hidden_states (T, D), global ids and weights (T, K)."""
-        mlp = functools.partial(
-            expert_parallel_mlp, num_experts=self.num_experts, transport=self.transport, overlap=self.overlap
-        )
         if self.tp_mesh.size() == 1:
-            return run_experts(self.experts, hidden_states, top_k_index, top_k_weights, mlp, self.num_experts)
+            return run_experts(self.experts, hidden_states, top_k_index, top_k_weights, self._run, self.num_experts)
         # Through DTensors: the gradients of the slices must be gathered, or each rank's would be partial.
         rows, ids, weights = (self._own_slice(tensor) for tensor in (hidden_states, top_k_index, top_k_weights))
-        out = run_experts(self.experts, rows, ids, weights, mlp, self.num_experts)
+        out = run_experts(self.experts, rows, ids, weights, self._run, self.num_experts)
         shape = hidden_states.shape
         spread = DTensor.from_local(out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1))
         return spread.full_tensor()
+
+    def _run(self, spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+        call_spec = CallSpec(spec, self.num_experts, self.overlap)
+        return run_expert_parallel(CallArguments(call_spec, self.transport, inputs))
 
     def _own_slice(self, tensor: Tensor) -> Tensor:
         shared = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)

@@ -1,15 +1,15 @@
 """The experts function that transformers calls; its contract is in transformers/integrations/moe.py."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import Activation, is_fused
-from tritonmoe.experts.arguments import check_plain
+from tritonmoe.config.layer import Activation, PerWeight, is_fused
+from tritonmoe.experts.arguments import ExpertInputs, check_plain
 from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.integrations.transformers.gates import choose_activation
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
@@ -30,8 +30,29 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     state = expert_parallel_state(self)
     if state is None:
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, moe_mlp, self.down_proj.shape[0])
-    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.mlp, state.num_experts, state.local(self))
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, _on_one_device, self.down_proj.shape[0])
+    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state.local(self))
+
+
+Run = Callable[[ExpertSpec, ExpertInputs], Tensor]
+"""Runs plain experts, of which rows and weights have one dtype: (T, D)."""
+
+
+def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+    x, topk_ids, topk_weights, weights = inputs
+    return moe_mlp(
+        x,
+        topk_ids,
+        topk_weights,
+        weights.gate_up_proj,
+        weights.down_proj,
+        activation=spec.activation,
+        gated=spec.layout.gated,
+        interleaved=spec.layout.interleaved,
+        transposed=spec.layout.transposed,
+        gate_up_bias=weights.gate_up_bias,
+        down_bias=weights.down_bias,
+    )
 
 
 def run_experts(
@@ -39,13 +60,14 @@ def run_experts(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    mlp: Callable[..., Tensor],
+    run: Run,
     num_experts: int,
     get: Callable[[str], Tensor] | None = None,
 ) -> Tensor:
-    """Call `mlp` (moe_mlp, or expert_parallel_mlp with its ranks bound) with the weights and gate of `experts`.
+    """Call `run` with the weights and gate of `experts`.
 
     Args:
+        run: moe_mlp, or expert_parallel_mlp over the ranks that hold the experts.
         num_experts: E of the ids, over all ranks.
         get: gives the tensor to compute with, by the parameter's name; None for the parameter itself.
     """
@@ -64,23 +86,23 @@ def run_experts(
         return weight.to(dtype)
 
     activation, is_interleaved = choose_activation(experts)
-    run = functools.partial(
-        mlp,
-        activation=activation if is_fused(activation) else _keep_dtype(activation),
-        gated=has_gate,
-        interleaved=is_interleaved,
-        transposed=getattr(experts, "is_transposed", False),
-        gate_up_bias=cast(f"{up_name}_bias") if has_bias else None,
-        down_bias=cast("down_proj_bias") if has_bias else None,
+    if not is_fused(activation):
+        activation = _keep_dtype(activation)
+    is_transposed = getattr(experts, "is_transposed", False)
+    spec = expert_spec(activation, has_gate, is_interleaved, is_transposed, "auto", "hidden", None, False)
+    weights = PerWeight(
+        cast(up_name),
+        cast(f"{up_name}_bias") if has_bias else None,
+        cast("down_proj"),
+        cast("down_proj_bias") if has_bias else None,
     )
-    weights = cast(up_name), cast("down_proj")
-    rows = hidden_states.to(dtype)
+    inputs = ExpertInputs(hidden_states.to(dtype), topk_ids, topk_weights, weights)
     # the casts are done: autocast would now only round the fp32 sums inside
     with without_autocast(hidden_states.device):
         if getattr(experts, "has_post_expert_norm", False):
-            out = _normed_experts(run, experts.post_expert_norm, rows, topk_ids, topk_weights, weights, num_experts)
+            out = _normed_experts(run, spec, inputs, experts.post_expert_norm, num_experts)
         else:
-            out = run(rows, topk_ids, topk_weights, *weights)
+            out = run(spec, inputs)
     return out.to(hidden_states.dtype)
 
 
@@ -90,21 +112,14 @@ def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:
     return lambda rows: activation(rows).to(rows.dtype)
 
 
-def _normed_experts(
-    run: Callable[..., Tensor],
-    norm: nn.Module,
-    rows: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: tuple[Tensor, Tensor],
-    num_experts: int,
-) -> Tensor:
+def _normed_experts(run: Run, spec: ExpertSpec, inputs: ExpertInputs, norm: nn.Module, num_experts: int) -> Tensor:
     """Norm each expert's output before it is weighted (muse_spark): K=1 on T*K rows, then the sum here."""
+    rows, topk_ids, topk_weights, weights = inputs
     num_tokens, top_k = topk_ids.shape
     is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
     pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)
     unit_weights = torch.ones(num_tokens * top_k, 1, device=rows.device)
-    pairs = norm(run(pair_rows, topk_ids.reshape(-1, 1), unit_weights, *weights))
+    pairs = norm(run(spec, ExpertInputs(pair_rows, topk_ids.reshape(-1, 1), unit_weights, weights)))
     pairs = torch.where(is_routed.unsqueeze(2), pairs.view(num_tokens, top_k, rows.shape[1]), 0.0)
     pair_weights = torch.where(is_routed, topk_weights, 0.0)
     pair_weights = pair_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))

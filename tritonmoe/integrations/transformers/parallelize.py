@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig, check_overlap
-from tritonmoe.expert_parallel.run import check_expert_parallel
+from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.integrations.torch_distributed.parallelize import parallelize as parallelize_layers
 from tritonmoe.integrations.torch_distributed.parallelize import (

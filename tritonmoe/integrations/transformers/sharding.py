@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import Activation, KernelOptions
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.arguments import ExpertWeights
+from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
     local_shard,
@@ -35,38 +36,10 @@ class ExpertParallelState:
     names: tuple[str, ...]
     """The parameters of which each rank holds its experts."""
 
-    def mlp(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        *,
-        activation: Activation,
-        gated: bool,
-        interleaved: bool,
-        transposed: bool,
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-    ) -> Tensor:
+    def run(self, spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
         """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
-        return run_expert_parallel(
-            x,
-            topk_ids,
-            topk_weights,
-            ExpertWeights(gate_up_proj, gate_up_bias, down_proj, down_bias),
-            num_experts=self.num_experts,
-            transport=self.sharding.transport,
-            overlap=self.overlap,
-            placement=None,
-            layout_flags=(gated, interleaved, transposed),
-            activation=activation,
-            backend="auto",
-            save="hidden",
-            options=KernelOptions(),
-            calls=self.calls,
-        )
+        call_spec = CallSpec(spec, self.num_experts, self.overlap)
+        return run_expert_parallel(CallArguments(call_spec, self.sharding.transport, inputs, self.calls))
 
     def local(self, experts: nn.Module) -> Callable[[str], Tensor]:
         """Give the function that gives this rank's experts of a parameter, by its name; differentiable."""

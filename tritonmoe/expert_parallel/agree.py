@@ -1,0 +1,151 @@
+"""agree(): the one exchange before any row moves, after which all ranks have the same plan for one call.
+
+A transport of two levels and a capacity each change how it is made, in a function of its own.
+"""
+
+import zlib
+
+import torch
+
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
+from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields
+from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
+from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
+from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
+from tritonmoe.dispatch.two_level import exchange_two_level_plan
+from tritonmoe.expert_parallel.call import ExpertParallelCall
+from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
+from tritonmoe.transports import TwoLevelTransport
+from tritonmoe.tuning.tuner import Message
+
+__all__ = ["agree", "agree_without_capacity"]
+
+
+@torch.no_grad()
+def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertParallelCall:
+    """Tell every rank what this call is and how many rows it sends there, hear the same of them, and plan the call.
+
+    Args:
+        overlap: the plan that was chosen. message: what this rank tells the other ranks' tuners.
+    Raises, on every rank alike:
+        CountMismatch, TransportError, NonFiniteScores, CapacityOverflow, ValueError: as exchange_plan says.
+    """
+    header = call_header(call, overlap, message)
+    if call.two_level is not None:
+        return _agree_on_two_levels(call, header, overlap, call.two_level)
+    if overlap.capacity is not None:
+        return _agree_on_capacity(call, header, overlap)
+    tokens = _plan_tokens(call, overlap)
+    header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
+    return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+
+
+@torch.no_grad()
+def agree_without_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> ExpertParallelCall:
+    """Plan a call again by its counts, after one in which some rank's rows did not fit. header: of that call."""
+    header = header._replace(capacity=0)
+    return _planned(call, exchange_plan(call.transport, header, _plan_tokens(call, overlap), overlap), header)
+
+
+def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
+    rank, size, topk_ids = call.transport.rank, call.transport.size, call.inputs.topk_ids
+    return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows)
+
+
+def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> ExpertParallelCall:
+    """Give a call whose plan is made, on one level."""
+    return ExpertParallelCall(
+        settings=call.settings,
+        owners=call.recorder.owners,
+        all_ranks=call.transport,
+        transport=call.transport,
+        header=header,
+        plan=plan,
+        first_expert=call.transport.rank * (call.num_slots // call.transport.size),
+        placement=call.spec.placement,
+    )
+
+
+def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> ExpertParallelCall:
+    """Plan with the room that the capacity gives, which reads no device; whether all fits is known behind the call.
+
+    In a CUDA graph that is told on the device, beside the rows.
+    """
+    transport, topk_ids = call.transport, call.inputs.topk_ids
+    capped = plan_capped_tokens(
+        topk_ids, call.num_slots, transport.rank, transport.size, overlap, call.num_nonfinite_rows
+    )
+    planned = _planned(call, exchange_plan(transport, header, capped.tokens, overlap), header)
+    if call.is_captured:
+        planned.flag = post_flag(transport, capped)
+    else:
+        planned.capped = capped
+    return planned
+
+
+def _agree_on_two_levels(
+    call: CheckedCall, header: CallHeader, overlap: OverlapPlan, transport: TwoLevelTransport
+) -> TwoLevelCall:
+    both = exchange_two_level_plan(
+        transport, header, call.inputs.topk_ids, call.num_slots, overlap, call.num_nonfinite_rows
+    )
+    return TwoLevelCall(
+        settings=call.settings,
+        owners=call.recorder.owners,
+        all_ranks=transport,
+        transport=transport.between_nodes,
+        header=header,
+        plan=both.outer,
+        first_expert=transport.rank * (call.num_slots // transport.size),
+        placement=call.spec.placement,
+        two_level=both,
+        inside_node=transport.inside_node,
+    )
+
+
+def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
+    """Give what this rank says of a call to every rank, counts and nonfinite_rows apart."""
+    spec, inputs, needs, placement = call.spec, call.inputs, call.needs, call.spec.placement
+    experts, weights = spec.experts, inputs.weights
+    has_replicas = placement is not None and placement.has_replicas
+    is_replay_wrong = not call.is_captured and replay_overflowed(call.state.captured_flags, inputs.x.device)
+    gradients = "sum" if call.layer is None else call.layer.expert_gradients
+    return CallHeader.of(
+        overlap,
+        sequence=call.sequence,
+        layer=-1 if call.layer is None else call.layer.layer,
+        num_experts=call.num_slots,
+        top_k=inputs.topk_ids.shape[1],
+        hidden_size=inputs.x.shape[1],
+        intermediate_size=call.intermediate_size,
+        dtype=DTYPE_CODES[inputs.x.dtype],
+        topk_weights_dtype=DTYPE_CODES.get(inputs.topk_weights.dtype, 0),
+        grad_enabled=int(call.recorder.grad_enabled),
+        needs_any=int(needs.any),
+        needs_x=int(needs.x),
+        needs_topk_weights=int(needs.topk_weights),
+        compiled=int(call.recorder.is_compiled),
+        captured=int(call.is_captured),
+        replay_overflowed=int(is_replay_wrong),
+        placement=placement_checksum(placement),
+        replica_grads=replica_bits(placement, needs.weights),
+        auto=int(isinstance(spec.overlap, OverlapConfig) and spec.overlap.is_auto),
+        save=SAVES.index(experts.save),
+        deterministic=int(torch.are_deterministic_algorithms_enabled()),
+        gated=int(experts.layout.gated),
+        interleaved=int(experts.layout.interleaved),
+        transposed=int(experts.layout.transposed and has_replicas),
+        gate_up_bias=int(weights.gate_up_bias is not None),
+        down_bias=int(weights.down_bias is not None),
+        expert_gradients=EXPERT_GRADIENTS.index(gradients),
+        **activation_fields(experts.activation),
+        **call.state.history(),
+        **message._asdict(),
+    )
+
+
+def placement_checksum(placement: ExpertPlacement | None) -> int:
+    """Give what tells two placements apart; 0 for the contiguous one."""
+    return 0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode())

@@ -1,0 +1,196 @@
+"""check(): whether the arguments of an expert-parallel call fit together, before anything of it is sent."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import PerWeight, is_fused, is_integer
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
+from tritonmoe.dispatch.header import DTYPE_CODES
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.dispatch.two_level import check_two_level
+from tritonmoe.expert_parallel.call import Recorder
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
+from tritonmoe.experts.arguments import (
+    ExpertInputs,
+    Needs,
+    cast_for_autocast,
+    check_arguments,
+    check_tensors,
+    find_main_grads,
+)
+from tritonmoe.experts.callable_activation import activation_parameters
+from tritonmoe.experts.spec import ExpertSettings, choose_backend
+from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports.wire import WireFormat
+
+__all__ = ["MAX_FILLERS", "CheckedCall", "check", "check_expert_parallel", "check_fillers"]
+
+MAX_FILLERS = 2
+
+
+@dataclass(frozen=True)
+class CheckedCall:
+    """One call whose arguments fit together on this rank, and what follows from them alone."""
+
+    spec: CallSpec
+    recorder: Recorder
+    transport: Transport
+    state: TransportState
+    sequence: int
+    """The number of the call: how many this transport has seen before."""
+    layer: LayerCalls | None
+    inputs: ExpertInputs
+    """In autocast's dtypes; topk_ids are slots where there is a placement."""
+    num_slots: int
+    """Of all ranks; slots are experts unless there is a placement."""
+    num_nonfinite_rows: Tensor
+    fillers: Sequence[Callable[[], None]]
+    settings: ExpertSettings
+    activation_parameters: list[Tensor]
+    needs: Needs
+    is_captured: bool
+    """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
+    two_level: TwoLevelTransport | None
+    """The transport, where it has two levels."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """F."""
+        layout, weight = self.settings.layout, self.inputs.weights.gate_up_proj
+        return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
+
+
+def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
+    """Check a call on this rank, before anything of it is sent.
+
+    Raises:
+        ValueError, TypeError: the arguments don't fit together. The other ranks hear of it, and raise too.
+    """
+    spec, transport, inputs, layer, num_nonfinite_rows, fillers = arguments
+    try:
+        spec.experts.check()
+        check_overlap(spec.overlap)
+        check_tensors(inputs)
+        check_fillers(fillers)
+        inputs = cast_for_autocast(inputs)
+        check_main_grads(recorder.owners, spec.placement)
+        check_arguments(inputs, spec.experts.layout)
+        weight = inputs.weights.gate_up_proj
+        check_expert_parallel(weight.shape[0], spec.num_experts, transport.size, spec.placement)
+        check_dtype(inputs.x.dtype, spec.overlap)
+        two_level = transport if isinstance(transport, TwoLevelTransport) else None
+        if two_level is not None:
+            check_two_level(spec.overlap, spec.placement)
+        is_in_graph = is_captured(inputs.x.device)
+        if is_in_graph:
+            check_capture(spec.overlap)
+        settings = choose_backend(spec.experts, inputs, beside_exchanges=transport.size > 1)
+        activation, layout = settings.activation, settings.layout
+        parameters = [] if is_fused(activation) else activation_parameters(activation, weight, layout)
+    except Exception:
+        refuse(transport)
+        raise
+    needs = recorder.needs(inputs, parameters)
+    num_slots = spec.num_experts
+    with torch.no_grad():
+        if spec.placement is not None:
+            inputs = inputs._replace(topk_ids=spec.placement.slots(inputs.topk_ids, transport.rank))
+            num_slots = transport.size * spec.placement.num_slots
+        if num_nonfinite_rows is None:
+            num_nonfinite_rows = count_nonfinite_rows(inputs, num_slots)
+    state = state_of(transport)
+    return CheckedCall(
+        spec=spec,
+        recorder=recorder,
+        transport=transport,
+        state=state,
+        sequence=state.next_call(),
+        layer=layer,
+        inputs=inputs,
+        num_slots=num_slots,
+        num_nonfinite_rows=num_nonfinite_rows,
+        fillers=fillers,
+        settings=settings,
+        activation_parameters=parameters,
+        needs=needs,
+        is_captured=is_in_graph,
+        two_level=two_level,
+    )
+
+
+def count_nonfinite_rows(inputs: ExpertInputs, num_slots: int) -> Tensor:
+    """Give how many tokens have a weight, of a pair that is not skipped, that is not finite: a scalar, not read."""
+    skipped = (inputs.topk_ids < 0) | (inputs.topk_ids >= num_slots)
+    return (~(torch.isfinite(inputs.topk_weights) | skipped)).any(dim=1).sum()
+
+
+def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:
+    """Raise TypeError or ValueError unless these are at most two functions."""
+    if not isinstance(fillers, Sequence) or not all(callable(filler) for filler in fillers):
+        raise TypeError(f"fillers must be a list of functions that take nothing, got {fillers!r}")
+    if len(fillers) > MAX_FILLERS:
+        raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
+
+
+def check_main_grads(owners: PerWeight[Tensor] | None, placement: ExpertPlacement | None) -> None:
+    """Raise ValueError for a main_grad that doesn't fit its weight, or that a weight with replicas has."""
+    has_main_grads = owners is not None and find_main_grads(owners) is not None
+    if has_main_grads and placement is not None and placement.has_replicas:
+        raise ValueError(
+            "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
+            "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
+        )
+
+
+def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> None:
+    """Raise TypeError or ValueError unless rows of this dtype can travel, in the wire format that is asked for."""
+    if dtype not in DTYPE_CODES:
+        raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {dtype}")
+    WireFormat(dtype, overlap.wire_dtype)
+
+
+def check_capture(overlap: OverlapConfig | OverlapPlan) -> None:
+    """Raise ValueError for a call that a CUDA graph can't capture."""
+    if overlap.capacity is None:
+        raise ValueError(
+            "a CUDA graph can't capture an expert-parallel call that waits for its counts: give OverlapConfig a "
+            "capacity, or leave these layers out of the graph"
+        )
+
+
+def check_expert_parallel(
+    num_local_experts: int, num_experts: int, size: int, placement: ExpertPlacement | None = None
+) -> None:
+    """Raise ValueError or TypeError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    if not is_integer(num_experts):
+        raise TypeError(f"num_experts must be a whole number, E over all ranks, got {num_experts!r}")
+    if placement is not None and not isinstance(placement, ExpertPlacement):
+        raise TypeError(f"placement must be an ExpertPlacement or None, got {placement!r}")
+    if placement is not None:
+        if (placement.size, placement.num_experts) != (size, num_experts):
+            raise ValueError(
+                f"placement is for {placement.num_experts} experts on {placement.size} ranks, the layer has "
+                f"{num_experts} experts on {size} ranks"
+            )
+        if num_local_experts != placement.num_slots:
+            raise ValueError(
+                f"placement gives each rank {placement.num_slots} slots, but this rank's gate_up_proj has "
+                f"{num_local_experts} experts: pass the experts of placement.experts_of_rank[rank], in that order"
+            )
+        return
+    if num_experts < 1 or num_experts % size:
+        sizes = [w for w in range(1, num_experts + 1) if num_experts % w == 0]
+        raise ValueError(
+            f"num_experts ({num_experts}) must be divisible by the number of ranks ({size}); "
+            f"choose one of {', '.join(map(str, sizes))} ranks"
+        )
+    if num_local_experts != num_experts // size:
+        raise ValueError(
+            f"each of {size} ranks holds num_experts / ranks = {num_experts // size} experts, but this rank's "
+            f"gate_up_proj has {num_local_experts}: pass only this rank's experts"
+        )

@@ -1,0 +1,162 @@
+"""ExpertSpec: how experts compute, decided and checked once for all calls alike; also as a string, for operators."""
+
+import ast
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from tritonmoe import backends
+from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions, check_activation, is_fused
+from tritonmoe.experts.arguments import ExpertInputs
+
+__all__ = [
+    "ExpertSettings",
+    "ExpertSpec",
+    "choose_backend",
+    "decode",
+    "encode",
+    "expert_spec",
+    "from_plain",
+    "literal",
+    "to_plain",
+]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """How experts compute, whatever they are called with: the keyword arguments of moe_mlp that are no tensors."""
+
+    layout: ExpertLayout
+    activation: Activation
+    backend: str
+    save: Literal["hidden", "input"]
+    options: KernelOptions
+
+    def check(self) -> "ExpertSpec":
+        """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
+        check_activation(self.activation, self.layout.gated)
+        if self.save not in ("hidden", "input"):
+            raise ValueError(f"save must be 'hidden' or 'input', got {self.save!r}")
+        self.options.check()
+        return self
+
+
+class ExpertSettings(NamedTuple):
+    """An ExpertSpec whose backend is chosen, for one device, dtype, number of experts and K."""
+
+    ops: ModuleType
+    layout: ExpertLayout
+    activation: Activation
+    save: Literal["hidden", "input"] = "hidden"
+    options: KernelOptions = KernelOptions()
+
+
+def expert_spec(
+    activation: Activation,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    backend: str,
+    save: Literal["hidden", "input"],
+    num_sms: int | None,
+    batch_invariant: bool,
+) -> ExpertSpec:
+    """Give the checked spec of these arguments, which calls with the same arguments share.
+
+    Under torch.compile it is not checked yet, so that ranks can be told of a wrong one when the graph runs.
+    Raises:
+        ValueError, TypeError: experts can't compute like this.
+    """
+    arguments = activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant
+    if torch.compiler.is_compiling():
+        return _make_spec(*arguments)
+    if is_fused(activation):  # a callable, and the parameters that it may hold, would be kept alive
+        try:
+            return _checked_spec(*arguments)
+        except TypeError:  # perhaps since an argument has no hash, which is not what is wrong with it
+            pass
+    return _make_spec(*arguments).check()
+
+
+def _make_spec(
+    activation: Activation,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    backend: str,
+    save: Literal["hidden", "input"],
+    num_sms: int | None,
+    batch_invariant: bool,
+) -> ExpertSpec:
+    layout = ExpertLayout(gated, interleaved, transposed)
+    return ExpertSpec(layout, activation, backend, save, KernelOptions(num_sms, batch_invariant))
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: 1 is not True here
+def _checked_spec(*arguments: Any) -> ExpertSpec:
+    return _make_spec(*arguments).check()
+
+
+def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: bool = False) -> ExpertSettings:
+    """Choose the backend for x's device and dtype, the number of experts on this device, and K.
+
+    beside_exchanges: as in KernelOptions.
+    Raises:
+        ValueError, TypeError: the backend is not known, or can't compute such a call.
+    """
+    options = spec.options._replace(beside_exchanges=True) if beside_exchanges else spec.options
+    num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
+    x = inputs.x
+    ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
+    return ExpertSettings(ops, spec.layout, spec.activation, spec.save, options)
+
+
+# As a string
+
+
+def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
+    """Give a spec whose activation is fused as a tuple of Python literals, which from_plain() reads."""
+    activation: Any = spec.activation
+    if isinstance(activation, ClampedSwiGLU):
+        activation = activation.limit, activation.alpha, activation.up_offset
+    layout, options = spec.layout, spec.options
+    flags = layout.gated, layout.interleaved, layout.transposed
+    return activation, *flags, spec.backend, spec.save, options.num_sms, options.batch_invariant
+
+
+def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
+    activation, *others = plain
+    return _make_spec(ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation, *others)
+
+
+def literal(plain: object) -> str:
+    """Give the literal of what to_plain() gave, or of a tuple of such; ast.literal_eval() reads it."""
+    return repr(_settled(plain) if torch.compiler.is_compiling() else plain)
+
+
+def _settled(plain: Any) -> Any:
+    """Give the same with numbers that are known: while it traces, torch.compile may have left their values open."""
+    if isinstance(plain, tuple):
+        return tuple([_settled(value) for value in plain])
+    if isinstance(plain, bool):
+        return plain
+    if isinstance(plain, int):
+        return len(range(plain))
+    if isinstance(plain, float):
+        numerator, denominator = plain.as_integer_ratio()
+        return numerator / denominator
+    return plain
+
+
+def encode(spec: ExpertSpec) -> str:
+    """Give a spec whose activation is fused as the string that an operator takes for it."""
+    return literal(to_plain(spec))
+
+
+@lru_cache(maxsize=1024)
+def decode(encoded: str) -> ExpertSpec:
+    """Give the spec that encode() made the string of, checked."""
+    return from_plain(ast.literal_eval(encoded)).check()
