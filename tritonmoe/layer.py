@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakSet
 
 import torch
@@ -23,7 +23,7 @@ from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
-from tritonmoe.transports import as_transport
+from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
@@ -73,7 +73,7 @@ class GroupedExperts(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        transport: Any = None,
+        transport: "Ranks | None" = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -109,7 +109,7 @@ class GroupedExperts(nn.Module):
         self.reset_parameters(generator)
         self._remember()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._remember()  # a copy
 
@@ -119,7 +119,7 @@ class GroupedExperts(nn.Module):
 
     def _join(
         self,
-        ranks: Any,
+        ranks: "Ranks | None",
         overlap: OverlapConfig | OverlapPlan | None,
         placement: ExpertPlacement | None,
         expert_gradients: str,
@@ -136,7 +136,7 @@ class GroupedExperts(nn.Module):
         self._sharding: Sharding | None = None
         self._calls: LayerCalls | None = None
         self._gradient_scale = 1.0
-        if self.transport is None:
+        if ranks is None or self.transport is None:
             return
         rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
         num_local = num_experts // size if placement is None else placement.num_slots
@@ -161,7 +161,7 @@ class GroupedExperts(nn.Module):
 
     def spread_over(
         self,
-        group_or_mesh: Any,
+        group_or_mesh: Ranks,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -355,7 +355,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        transport: Any = None,
+        transport: "Ranks | None" = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -480,7 +480,7 @@ class MoELayer(nn.Module):
                 "other modules (target_modules), and unload() this adapter"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
         return {**self.__dict__, "aux_loss": None, "last_routing": None}
 

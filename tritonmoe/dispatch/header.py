@@ -3,7 +3,7 @@
 import functools
 import struct
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -175,7 +175,7 @@ def activation_fields(activation: Activation) -> dict[str, int]:
     if isinstance(activation, ClampedSwiGLU):
         numbers = struct.pack("<3d", *(0.0 + getattr(activation, name) for name in CLAMPED_FIELDS))  # not -0.0
         return {"activation": CLAMPED, **dict(zip(CLAMPED_FIELDS, struct.unpack("<3q", numbers), strict=True))}
-    named: Any = activation
+    named: object = activation
     while isinstance(named, functools.partial):
         named = named.func
     name = str(getattr(named, "__qualname__", type(named).__qualname__)).encode()[-NAME_BYTES:].ljust(NAME_BYTES)

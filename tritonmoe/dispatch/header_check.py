@@ -7,7 +7,7 @@ import functools
 import struct
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tritonmoe.config.layer import ACTIVATION_NAMES
 from tritonmoe.config.overlap import WIRE_DTYPES
@@ -114,7 +114,7 @@ SAME_PLAN = (
     _field("capacity", _capacity_words),
     Compared("which replicated weights need gradients in this layer call", ("replica_grads",), _replica_words),
 )
-KINDS: dict[str, tuple[str, Any]] = {
+KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
     "auto": ("num_chunks", ("given", '"auto"')),
     "grad_enabled": ("grad mode", ("torch.no_grad()", "torch.enable_grad()")),
     "save": ("save", SAVES),
@@ -190,7 +190,7 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
 
 
 @functools.cache
-def _getter(compared: tuple[Compared, ...]) -> Callable[[CallHeader], Any]:
+def _getter(compared: tuple[Compared, ...]) -> Callable[[CallHeader], object]:
     return attrgetter(*(name for one in compared for name in one.fields))
 
 

@@ -131,7 +131,7 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = bias.to(cast.device)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)
         # assign=True leaves `load`, which isn't saved, on the meta device, and the bias in whatever dtype was given.
         if self.load is not None and self.load.is_meta and not self.weight.is_meta:

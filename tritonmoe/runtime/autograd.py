@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -89,11 +89,11 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 _numbers = itertools.count()
-_kept_by_recomputes: dict[int, Any] = {}
+_kept_by_recomputes: dict[int, object] = {}
 
 
-def keep_beside(ctx: Any, value: Any) -> Tensor:
-    """Keep what is no tensor and belongs to the saved ones (a grouping, a plan); gives the mark to save with them.
+def keep_beside(ctx: Any, value: object) -> Tensor:
+    """Keep what is no tensor and belongs to the saved ones (a grouping, a plan), and give the mark to save with them.
 
     Non-reentrant checkpointing hands the backward of the first forward's node the tensors that a recompute saved. Their
     rows are in the recompute's order, which need not be the first one's: the plan may have changed since, and near-tie
@@ -103,8 +103,11 @@ def keep_beside(ctx: Any, value: Any) -> Tensor:
     ctx.kept = number, value
     if is_recomputing():
         _kept_by_recomputes[number] = value
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(partial(_kept_by_recomputes.pop, number, None))  # when this backward ends
+
+        def forget() -> None:
+            _kept_by_recomputes.pop(number, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
     return torch.tensor(number, device="cpu")
 
 

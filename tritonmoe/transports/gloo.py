@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from tritonmoe.transports.notices import Breakdown
 from tritonmoe.transports.progress import SECONDS_TO_STOP, ThreadedExchange
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, Work
 
 __all__ = ["GlooExchange", "GlooLinks", "let_compute_go_on"]
 
@@ -59,6 +59,14 @@ class LostConnection(Exception):
         self.peer = peer
 
 
+class PointToPoint(Protocol):
+    """The part of torch's ProcessGroupGloo that is used here, which its type declarations leave out."""
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> "Work": ...
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> "Work": ...
+
+
 class GlooLinks:
     """This rank's connections to all others, in one generation of a transport; all ranks make theirs together.
 
@@ -69,16 +77,16 @@ class GlooLinks:
         import torch.distributed as dist
 
         self._peers = [peer for peer in range(size) if peer != rank]
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        self._gloo = cast(PointToPoint, dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s)))
         let_compute_go_on()
 
-    def receive(self, part: Tensor, peer: int, tag: int) -> Any:
+    def receive(self, part: Tensor, peer: int, tag: int) -> "Work":
         try:
             return self._gloo.recv([part], peer, tag)
         except RuntimeError as error:
             raise LostConnection(peer) from error
 
-    def send(self, part: Tensor, peer: int, tag: int) -> Any:
+    def send(self, part: Tensor, peer: int, tag: int) -> "Work":
         try:
             return self._gloo.send([part], peer, tag)
         except RuntimeError as error:
@@ -94,7 +102,7 @@ class GlooLinks:
                 self._gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, 0).wait(AT_ONCE)
 
 
-class GlooExchange(ThreadedExchange):
+class GlooExchange(ThreadedExchange["Work"]):
     """The messages of one exchange, those that post_rows() has posted."""
 
     def __init__(

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 __all__ = ["ProcessGroupTransport", "available", "is_registered", "torchrun_ranks"]
 
@@ -80,7 +80,7 @@ def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
 class CollectiveExchange(PendingExchange):
     """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
 
-    def __init__(self, breakdown: Breakdown, work: Any, rows: Tensor, out: Tensor, what: str) -> None:
+    def __init__(self, breakdown: Breakdown, work: "Work", rows: Tensor, out: Tensor, what: str) -> None:
         self._breakdown = breakdown
         self._work = work
         self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
@@ -319,17 +319,18 @@ class ProcessGroupTransport(Transport):
     def _is_gloo(self, device: torch.device) -> bool:
         return device.type == "cpu" and self._backends.get("cpu") == "gloo"
 
-    def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> Any:
+    def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> "Work":
         import torch.distributed as dist
 
         wire_out, wire_rows = as_wire(out.detach()), as_wire(rows.detach())
         try:
-            return dist.all_to_all_single(
+            work = dist.all_to_all_single(
                 wire_out, wire_rows, output_splits, input_splits, group=self._device_group, async_op=True
             )
         except RuntimeError as error:
             self.give_up(f"could not post an exchange: {error}")
             raise TransportError(f"exchange could not be posted ({what}): {error}") from error
+        return work
 
     def _exchange_counts_on_device(self, counts: Tensor) -> Tensor:
         """Send counts through a group that has only NCCL: pinned memory to the device, and back."""
@@ -377,7 +378,7 @@ def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
     return timeout.total_seconds()
 
 
-_num_transports: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+_num_transports: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
 
 
 def _next_number(group: "ProcessGroup") -> int:
