@@ -34,7 +34,7 @@ from tritonmoe.transports.sharding.parameters import (
     shard_parameters,
 )
 
-__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer", "experts_of_parameters"]
+__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
 PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 """The names of the experts' parameters; a layer without biases has None for them."""
@@ -173,7 +173,6 @@ class GroupedExperts(nn.Module):
         """
         whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
         self._join(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
-        assert self._sharding is not None
         ids = list(self.expert_ids)
         self._hold(
             {
@@ -317,6 +316,14 @@ class GroupedExperts(nn.Module):
             num_nonfinite_rows=num_nonfinite_rows,
             fillers=fillers,
         )
+
+
+def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
+    """Give the report of a layer's last call; RuntimeError where there was none over a transport."""
+    report = layer.last_report
+    if report is None:
+        raise RuntimeError(f"this {type(layer).__name__} has made no expert-parallel call yet")
+    return report
 
 
 def experts_of_parameters() -> dict[int, GroupedExperts]:

@@ -71,8 +71,7 @@ def measure_rank(
     compute_ratio: give the link the rate at which compute takes so many times as long as communication.
     """
     rank = MeasuredLayer(transport, workload, torch.device(device), link)
-    report = rank.run(Variant("serial", 1))
-    assert report is not None
+    report = rank.run_layer(Variant("serial", 1))
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
     variants = variants_of(chunks, workload.shape[0] // transport.size, link.two_levels is not None)
     rounds_run = run_rounds(rank, variants, rounds)
@@ -82,9 +81,7 @@ def measure_rank(
     rows_between_nodes = None
     if link.two_levels is not None:
         _, uplink_bytes["two levels"] = _count_bytes(rank, report, Variant("two levels", 2))
-        two_levels = rank.run(Variant("two levels", 2))
-        assert two_levels is not None
-        rows_between_nodes = two_levels.rows_between_nodes
+        rows_between_nodes = rank.run_layer(Variant("two levels", 2)).rows_between_nodes
     return RankMeasurement(
         seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
@@ -166,15 +163,14 @@ def _count_bytes(
     rank: MeasuredLayer, report: LayerReport, variant: Variant
 ) -> tuple[dict[str, float] | None, list[float]]:
     """Count the bytes of one call; computed are the rows, ids, weights and gradients of weights of one level."""
-    link = rank.link
-    if link.read_bytes is None:
+    link, read_bytes = rank.link, rank.link.read_bytes
+    if read_bytes is None:
         return None, []
 
     def counters() -> tuple[int, list[int]]:
         rank.transport.barrier()
         time.sleep(SETTLE_S)
-        assert link.read_bytes is not None
-        return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
+        return read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
 
     rank.run(variant)
     sent, uplinks = counters()

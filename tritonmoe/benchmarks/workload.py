@@ -26,7 +26,9 @@ MODELS = {
 """E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_IDS_BYTES = 1 << 30
-WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None}
+NAMED_WIRE_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Workload:
 
     @property
     def torch_wire_dtype(self) -> torch.dtype | None:
-        return None if self.wire_dtype is None else WIRE_DTYPES[self.wire_dtype]
+        return None if self.wire_dtype is None else NAMED_WIRE_DTYPES[self.wire_dtype]
 
 
 def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.demo.training import row_bytes_per_layer
-from tritonmoe.layer import MoELayer
+from tritonmoe.layer import MoELayer, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.report.timeline import Timeline, layer_timeline
 from tritonmoe.transports import LinkModel, Transport
@@ -172,10 +172,8 @@ def _run_rank(
             y.backward(dout)
             x.grad = None
             layer.zero_grad(set_to_none=True)
-            report = layer.last_report
-            assert report is not None
-            assert report.backward is not None
-            for layer_pass in (report.forward, report.backward):
+            report = report_of(layer)
+            for layer_pass in _passes(report):
                 _ = layer_pass.steps  # read now: until then they hold the exchanges' rows
             if number > 0:  # the first round warms up
                 reports[variant].append(report)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.layer import GroupedExperts
+from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
@@ -156,8 +156,7 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
         if y.requires_grad:
             weights = [weight for weight in experts.parameters() if weight.requires_grad]
             torch.autograd.grad(y, [*leaves, *weights], torch.ones_like(y))
-        assert experts.last_report is not None
-        return experts.last_report
+        return report_of(experts)
 
     with _one_chunk(experts):
         run(num_tokens)

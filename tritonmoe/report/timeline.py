@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
+from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation
 
 __all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
@@ -57,7 +57,7 @@ class Timeline:
     backward: PassTimeline
 
     @staticmethod
-    def of_plain(plain: dict[str, Any]) -> "Timeline":
+    def of_plain(plain: Json) -> "Timeline":
         """Give the timeline whose dataclasses.asdict() this is, or what is left of it as JSON."""
         passes = {
             which: PassTimeline(tuple(Span(**span) for span in plain[which]["spans"]), plain[which]["total_s"])
