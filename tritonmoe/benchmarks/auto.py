@@ -28,7 +28,7 @@ from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import ProcessGroupTransport, Transport
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 

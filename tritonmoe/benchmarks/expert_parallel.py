@@ -27,7 +27,7 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_moe_model
 from tritonmoe.runtime.files import Json
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "make_parser", "summarize_steps"]
 

@@ -28,7 +28,7 @@ from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeli
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["main", "make_parser"]

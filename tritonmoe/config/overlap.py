@@ -66,9 +66,9 @@ class OverlapConfig:
     docs/design.md, "Capacity"."""
 
     memory_budget_bytes: int | None = None
-    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
-    fit into so many bytes on every rank: what overlap.memory.peak_bytes says for the rows of the call before. Nothing
-    is tuned then; where nothing fits, last_report.choice says how much the least is."""
+    """With num_chunks="auto": choose the fewest equal chunks, two exchanges of a kind under way, with which the buffers
+    of a call fit into so many bytes on every rank, by simulation.memory.peak_bytes for the rows of the call before.
+    Nothing is tuned then; where nothing fits, last_report.choice says how much the least is."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)

@@ -62,11 +62,11 @@ class _FirstDerivative(torch.autograd.Function):
     """Hands gradients on, attached to a graph that raises when they are differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: object, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.detach() for grad in grads)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: object, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
@@ -77,7 +77,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """
 
     @wraps(backward)
-    def once(ctx: Any, dout: Tensor) -> tuple:
+    def once(ctx: object, dout: Tensor) -> tuple:
         creates_graph = torch.is_grad_enabled()
         with torch.no_grad(), without_autocast(dout.device):
             grads = backward(ctx, dout)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["allow_mixed_lists"]
 
-Handler: TypeAlias = "Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]"
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
+"""What an operation is called with: tensors, lists of tensors, numbers."""
+Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 """What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
 
 WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
@@ -74,7 +77,7 @@ def _is_list_of_tensors(value: object) -> TypeGuard[Sequence[Tensor]]:
     return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
 
 
-def _run_by_kind(operation: "OpOverload", arguments: tuple[Any, ...], keywords: dict[str, Any]) -> object:
+def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
     """Run an operation once for each kind of tensor in its lists, and put the results where its operands stood."""
     lists = [value for value in (*arguments, *keywords.values()) if _is_list_of_tensors(value)]
     length = len(lists[0])
@@ -139,7 +142,7 @@ def _is_part(tensor: Tensor) -> bool:
     return any(placement.is_partial() and mesh.size(dim) > 1 for dim, placement in enumerate(tensor.placements))
 
 
-def _number_of(operation: "OpOverload", arguments: tuple[Any, ...], keywords: dict[str, Any]) -> object:
+def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
     """Give what .item() gives; refuse it where PyTorch would give this rank's part of a sum as if it were the sum."""
     (tensor,) = arguments
     if _is_part(tensor):
@@ -151,7 +154,7 @@ def _number_of(operation: "OpOverload", arguments: tuple[Any, ...], keywords: di
 
 
 def _unscale_by_kind(
-    unscale_dtensors: Handler, operation: "OpOverload", arguments: tuple[Any, ...], keywords: dict[str, Any]
+    unscale_dtensors: Handler, operation: "OpOverload", arguments: Arguments, keywords: Keywords
 ) -> None:
     """Unscale gradients; found_inf is set on every rank where a DTensor's gradient overflowed on any."""
     grads, *others = arguments
