@@ -44,9 +44,9 @@ _FUSED_NAMES = {
 """Name of an activation's class, or of a plain function, in torch and transformers -> our name."""
 
 
-def fused_name(act_fn: Any) -> str | None:
+def fused_name(act_fn: object) -> str | None:
     """Give the kernels' name for an activation module or function of torch or transformers; None if it has none."""
-    kind: Any = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
+    kind: object = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
     if getattr(kind, "__module__", "").split(".")[0] not in ("torch", "transformers"):
         return None
     if isinstance(act_fn, nn.GELU):

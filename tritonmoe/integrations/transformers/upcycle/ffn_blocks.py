@@ -69,7 +69,7 @@ INNER_DROPOUT_NAMES = ("activation_dropout", "intermediate_dropout")
 class GatedActivation:
     """act(gate) * up on rows that hold the gate's half, then up's; for activations that the kernels don't know."""
 
-    def __init__(self, act: Any) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         self.act = act
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _submodule(module: nn.Module, path: str) -> Any:
     return found
 
 
-def _linear_shape(module: Any) -> tuple[int, int] | None:
+def _linear_shape(module: object) -> tuple[int, int] | None:
     """Give (in, out) of a Linear or Conv1D, None for anything else."""
     from transformers.pytorch_utils import Conv1D
 
