@@ -1,4 +1,4 @@
-"""num_chunks="auto" against the fastest plan of a sweep, and the simulator against that sweep's times.
+"""`tritonmoe bench auto`: num_chunks="auto" against a sweep's fastest plan, the simulator against the sweep's times.
 
 A case is a rate of the link, a model and a routing. In its first run, every plan of the sweep is measured in
 interleaved rounds, and the simulator predicts each. In its second run, the sweep's fastest overlapped plan and its

@@ -20,7 +20,7 @@ from tritonmoe.runtime.files import Json
 __all__ = ["Setting", "check", "measure_layer", "time_variants"]
 
 MOST_CHECKED_PARAMETERS = 1_700_000_000
-"""In fp64, with their gradients, these take 27 GB."""
+"""So many parameters and their gradients take 27 GB in fp64."""
 BATCHED_MM_LARGEST_PAIRS = 64
 """batched_mm copies the weights for every pair."""
 EAGER_LARGEST_EXPERTS = 256

@@ -40,7 +40,7 @@ class Link:
     """Bytes that every node has sent to other nodes."""
     two_levels: TwoLevelTransport | None = None
     peers: ReplayedPeers | None = None
-    """Where rank 0 alone is measured."""
+    """The replayed ranks, where rank 0 alone is measured."""
 
     def both_levels(self) -> TwoLevelTransport:
         """Give the transport of two levels, for the variants that are measured only where there is one."""
@@ -82,7 +82,7 @@ class MeasuredLayer:
         self._replays: dict[Variant, ReplayTransport] = {}
         self._recordings: dict[OverlapPlan, list[torch.Tensor]] = {}
         self.passes: list[PassReport] = []
-        """Of the latest run."""
+        """The passes of the latest run."""
 
     def run(self, variant: Variant) -> LayerReport | None:
         """Run one variant, forward and, with the workload's backward, backward; None of communication alone."""

@@ -24,7 +24,7 @@ __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
 
 COUNTED_CALLS = 4
 SETTLE_S = 0.3
-"""Until what a socket has taken has passed the interface's counters."""
+"""How long it takes until what a socket has taken has passed the interface's counters."""
 
 
 @dataclass
@@ -32,28 +32,27 @@ class RankMeasurement:
     """What every rank knows after the rounds."""
 
     seconds: Samples
-    """By variant, round by round, the slowest rank's."""
+    """The slowest rank's seconds, by variant, round by round."""
     traffic_rows: list[list[int]]
     row_bytes: int
-    """Of the forward's dispatch."""
+    """Bytes of a row in the forward's dispatch."""
     other_row_bytes: int
-    """Of the other exchanges of rows."""
+    """Bytes of a row in the other exchanges."""
     reports: dict[str, list[LayerReport]]
-    """This rank's, by variant that ran the layer itself, round by round."""
+    """This rank's reports, by variant that ran the layer itself, round by round."""
     rate: float | None
     """Bits per second that the link was given for the wished compute ratio."""
     sent_bytes: dict[str, float] | None
-    """Of one serial call of this rank: computed, and measured by the interface's counters."""
+    """Bytes that this rank sends in one serial call: computed, and measured by the interface's counters."""
     uplink_bytes: dict[str, list[float]]
-    """Of one serial call, by node; "one level", "two levels"."""
+    """Bytes over each node's uplink in one serial call; by "one level" and "two levels"."""
     rows_between_nodes: int | None
     """With two levels: rows that this rank sends to other nodes in the forward's dispatch."""
     pass_seconds: dict[str, list[list[float]]]
-    """Of compute and communication, by variant: forward and, if it runs, backward, round by round, the slowest rank's.
+    """The slowest rank's seconds of forward and, if it runs, backward, by variant of compute and communication alone.
     What a call takes outside its passes (planning, the count exchange, autograd) is in neither."""
     predicted: dict[str, tuple[float, Sequence[Simulation]]]
-    """By variant that ran the layer in a given number of chunks, on one level or two: the simulator's seconds, from
-    this rank's costs."""
+    """The simulator's seconds, from this rank's costs, by variant that ran the layer in a given number of chunks."""
 
 
 def measure_rank(

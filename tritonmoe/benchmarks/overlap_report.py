@@ -9,7 +9,7 @@ from tritonmoe.runtime.files import Json
 __all__ = ["BEYOND_BOUND", "best", "spread", "summarize_overlap"]
 
 BEYOND_BOUND = 0.01
-"""What a call at its bound may be measured beyond it, relative."""
+"""How far beyond its bound a call at that bound may be measured, relative to the bound."""
 
 
 def best(seconds: Samples, kind: str) -> str:

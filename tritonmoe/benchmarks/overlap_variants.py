@@ -8,7 +8,7 @@ from tritonmoe.config.overlap import OverlapConfig, ramp_sizes
 __all__ = ["Variant", "overlapped_variants", "variants_of"]
 
 GROWTHS = (2, 4)
-"""Of the ramps in a sweep."""
+"""The growths of the ramps in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Variant:
     "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto".
     "two levels": overlapped, each token once to every other node; "auto on two levels"."""
     num_chunks: int | None = None
-    """None: the layer's own choice."""
+    """The number of chunks; None leaves it to the layer."""
     growth: int = 1
-    """Of each chunk over the one before, as in ramp_sizes()."""
+    """How many times the one before a chunk is, as in ramp_sizes()."""
     chunk_by: Literal["tokens", "experts"] = "tokens"
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from tritonmoe.runtime.cpu_memory import recycled
 __all__ = ["kept_for_backward_mb", "peak_mb"]
 
 SILENT = "6"
-"""Above it the profiler's library prints two lines for every run."""
+"""The log level at which the profiler's library doesn't print two lines for every run."""
 
 
 def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> float:
@@ -34,7 +34,7 @@ def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterab
 def peak_mb(run: Callable[[], object]) -> float:
     """Give the most megabytes (1e6 bytes) that a call holds at once, beside what was there before it.
 
-    On a GPU of its allocator, else of torch's CPU allocator, as the profiler sees it.
+    On a GPU its allocator says it, else torch's CPU allocator, as the profiler sees that.
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

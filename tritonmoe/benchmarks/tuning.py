@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
 Fields = Mapping[str, int | str]
 """Some of the fields of a TileConfig, by name."""
 LEAST_GAIN = 1.02
-"""How many times as fast as the heuristic's an entry must be: less is noise."""
+"""An entry must be so many times as fast as the heuristic's: less is noise."""
 BATCH_S = 0.01
 
 

@@ -36,7 +36,7 @@ class Results:
     layer: LayerMeasurement
     png: Path | None
     trace: Path | None
-    """None: it could not be written."""
+    """The path of the picture; None where it could not be written."""
     elapsed_s: float
 
 

@@ -121,7 +121,7 @@ PROBE_SIZES = 6
 def probe(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[LinkCosts, StepCosts]:
     """Measure the link of a layer's transport, and what its steps cost; every rank calls it, with its own batch.
 
-    With both, overlap.simulator prices any plan on any number of ranks whose work is given, and overlap.search.search
+    With both, simulation.simulator prices any plan on any number of ranks whose work is given, and tuning.search.search
     finds the best one, without a further call. On one device there is no link, and nothing to pack for it.
 
     Args: as in GroupedExperts.forward. Backward, with the gradients of both tensors, is measured unless under no_grad.

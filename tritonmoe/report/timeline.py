@@ -19,7 +19,7 @@ class Span:
     """One step on one lane, in seconds."""
 
     name: str
-    """As the schedule says it: "dispatch 1", "experts local", "weight_grad", "node_dispatch 1"."""
+    """The name of the step in the schedule: "dispatch 1", "experts local", "weight_grad", "node_dispatch 1"."""
     kind: str
     chunk: int | None
     lane: str
@@ -71,7 +71,7 @@ class Timeline:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """Those that are drawn: compute and comm, and that of the node where there are two levels."""
+        """The lanes that are drawn: compute and comm, and the node's where there are two levels."""
         return tuple(lane for lane in LANES if lane != NODE or any(span.lane == NODE for span in self.spans))
 
     @property

@@ -1,6 +1,6 @@
 """NonFiniteCheck: raises for tokens whose router scores are NaN or infinite, in their call or in the next one.
 
-That is on one device: over ranks the count exchange does that, always in the same call.
+It is for one device. Over ranks the count exchange does the same, always in the call itself.
 """
 
 from typing import Literal

@@ -1,5 +1,7 @@
-"""What every autograd Function of this package needs: no autocast inside, one derivative only, said clearly, and what
-is kept beside saved tensors, also under activation checkpointing."""
+"""What autograd Functions of this package share: no autocast inside, one derivative only, things kept beside tensors.
+
+A second derivative is refused in words, and what is kept survives activation checkpointing.
+"""
 
 import inspect
 import itertools

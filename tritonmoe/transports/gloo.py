@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["GlooExchange", "GlooLinks", "let_compute_go_on"]
 
 FOREVER = timedelta(days=365)
-"""Where gloo itself waits too long, it closes all connections; when that is, is the transport's business."""
+"""The timeout that gloo gets, at whose end it closes all connections: the transport decides itself when to do that."""
 
 AT_ONCE = timedelta(milliseconds=1)
+"""The timeout of a wait that is to make gloo close all connections."""
 
 THREAD_NAME = "gloo_tcp_loop"
 
@@ -40,8 +41,8 @@ THREAD_NAME = "gloo_tcp_loop"
 def let_compute_go_on() -> None:
     """Let gloo's own threads wait for the end of a time slice instead of interrupting compute (SCHED_BATCH on Linux).
 
-    Woken for every few packets, such a thread would interrupt, and where compute was just handing rows over to gloo,
-    spin for the lock that the interrupted thread holds. A core that is idle still runs it at once.
+    Otherwise such a thread, which is woken for every few packets, interrupts compute; and where compute was just
+    handing rows over to gloo, it spins for the lock that the interrupted thread holds. An idle core runs it at once.
     Older gloos (torch 2.10) don't name their threads, which then stay as they are.
     """
     if sys.platform == "linux":

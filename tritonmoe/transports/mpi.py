@@ -38,10 +38,10 @@ __all__ = ["MPITransport", "available"]
 logger = logging.getLogger("tritonmoe")
 
 NUM_TAGS = 32768
-"""What every MPI has at least; exchanges so far apart are never under way together."""
+"""The number of tags that every MPI has at least: exchanges so far apart are never under way together."""
 
 SECONDS_BEFORE_ABORT = 1.0
-"""MPI_Abort kills ranks in the midst of their error message, and launchers drop what they haven't read yet."""
+"""How long a rank waits before MPI_Abort, which kills others in the midst of an error message that nobody has read."""
 
 
 def available() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""A thread that is inside a library's wait as long as messages of its transport are under way (gloo, MPI)."""
+"""ProgressThread: it waits inside gloo or MPI for as long as messages of its transport are under way."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""ReplayTransport: one rank of many, alone: the other ranks answer as they did in a call that was recorded."""
+"""ReplayTransport: one rank of many runs alone; the others answer as they did in a call that was recorded."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from tritonmoe.transports.local import CompletedExchange
 __all__ = ["Port", "ReplayTransport"]
 
 SPIN_S = 200e-6
-"""How long before the time a sleep ends: it may overshoot. The rest is polled."""
+"""A sleep ends so long before the time that is waited for, since it may overshoot; the rest is polled."""
 
 
 class Port:

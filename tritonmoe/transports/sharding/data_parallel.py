@@ -38,12 +38,12 @@ class ShardedNames(NamedTuple):
 
 
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
-    """Say that these parameters of the module itself are other ones on every rank."""
+    """Mark these parameters of the module itself as others on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
 
 
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Say that these buffers of the module itself are other ones on every rank, and are to stay so."""
+    """Mark these buffers of the module itself as others on every rank, which are to stay so."""
     setattr(module, OWN_BUFFERS, names)
     ignore_sharded_parameters()
 

@@ -26,7 +26,7 @@ Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 """What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
 
 WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
-"""Operations that DTensor doesn't know, element by element: on each rank they take its parts."""
+"""Operations that DTensor has no rules for. They work element by element, so that each rank runs them on its parts."""
 
 _without_handler = threading.RLock()
 
@@ -54,7 +54,7 @@ def _handlers() -> "dict[OpOverload, Handler]":
 
 
 def _operations_on_lists() -> "Iterator[OpOverload]":
-    """Give every operation that optimizers and clipping make of lists; dir(torch.ops.aten) has only those used yet."""
+    """Give every operation on lists that optimizers and clipping use; dir(torch.ops.aten) lists those called before."""
     for full_name in torch._C._dispatch_get_all_op_names():
         namespace, _, name = full_name.partition("::")
         packet_name, _, overload = name.partition(".")
