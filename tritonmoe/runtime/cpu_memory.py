@@ -104,9 +104,9 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu" or num_bytes < SMALLEST_RECYCLED_BYTES:
         return like.new_empty(*shape)
     block = recycled.take(num_bytes)
-    owner = (ctypes.c_char * num_bytes).from_address(block.data_ptr())
-    weakref.finalize(owner, recycled.give_back, block).atexit = False
-    return torch.frombuffer(owner, dtype=like.dtype).view(shape)
+    memory = (ctypes.c_char * num_bytes).from_address(block.data_ptr())
+    weakref.finalize(memory, recycled.give_back, block).atexit = False
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 _read_by_replays: list[Tensor] = []

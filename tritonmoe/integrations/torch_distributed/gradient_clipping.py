@@ -29,8 +29,8 @@ def clip_grad_norm_(
 
     torch's own only knows the gradient that a plain tensor has on this rank. Experts differ, so every rank finds
     another norm, scales the averaged dense gradients differently, and the ranks' copies drift apart without an error.
-    Here the experts of a GroupedExperts (a MoELayer's too) count on all ranks of its transport, replicas once; DTensors count
-    over their meshes, also beside plain tensors; all else counts as the same on every rank.
+    Here the experts of a GroupedExperts (a MoELayer's too) count on all ranks of its transport, replicas once; DTensors
+    count over their meshes, also beside plain tensors; all else counts as the same on every rank.
 
     Every rank makes the call, once dense gradients are averaged, with the same parameters in the same order, whether or
     not they have a gradient there. Weights that expert_parallel_mlp gets from elsewhere than a GroupedExperts count as

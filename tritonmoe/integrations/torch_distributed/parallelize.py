@@ -200,9 +200,9 @@ def refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
             check_not_adapted(name, module.get_submodule(".".join(parts[:length])))
 
 
-def check_not_adapted(name: str, owner: nn.Module) -> None:
+def check_not_adapted(name: str, wrapper: nn.Module) -> None:
     """Raise ValueError where this is PEFT's wrapper around the experts called `name`."""
-    if type(owner).__name__ == "ParamWrapper":
+    if type(wrapper).__name__ == "ParamWrapper":
         raise ValueError(
             f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
             "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"

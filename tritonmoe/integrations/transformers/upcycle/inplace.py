@@ -159,11 +159,11 @@ class InplaceConversion:
 
     def block_names(self, block: FFNBlock) -> list[str]:
         """Give the state dict names of the MoE layer that stands for `block`."""
-        owners = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
+        modules = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
         parts = ["gate_up_proj", "down_proj"]
         if block.has_up_bias or block.has_down_bias:
             parts += ["gate_up_proj_bias", "down_proj_bias"]
-        names = ["router.weight", *(f"{owner}.{part}" for owner in owners for part in parts)]
+        names = ["router.weight", *(f"{module}.{part}" for module in modules for part in parts)]
         return [f"{block.path}.{name}" for name in names]
 
     @torch.no_grad()
