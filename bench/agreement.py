@@ -20,7 +20,7 @@ from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel import call
 from tritonmoe.transports import Transport
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main"]
 

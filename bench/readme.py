@@ -392,7 +392,7 @@ def files_table(package: str) -> str:
     """Give every file of a package with the first line of its docstring, a room's own line before its files."""
     lines = ["| file | what it is |", "| --- | --- |"]
     for path in sorted(
-        (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py")
+        (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)
     ):
         name = path.relative_to(ROOT / package)
         docstring = ast.get_docstring(ast.parse(path.read_text()))

@@ -89,13 +89,13 @@ def test_two_chunks_from_two_ranks(backend: ModuleType) -> None:
 @every_backend
 def test_slots_of_experts(backend: ModuleType) -> None:
     grouping = backend.group(torch.tensor([[1], [3], [1]], device=DEVICE), 4)
-    slots = grouping.slots
+    places = grouping.padded_pairs
     assert grouping.host_counts == ([1, 3], [2, 1])
-    assert slots.used.tolist() == [False, False, True, True, False, False, True, False]
-    assert slots.of_pairs.tolist() == [2, 3, 6]
-    assert slots.pairs[slots.used].tolist() == [0, 1, 2]
-    assert slots.pairs[7] == 2, "an unused slot has a pair of its own expert"
-    assert all(0 <= pair < 3 for pair in slots.pairs.tolist())
+    assert places.used.tolist() == [False, False, True, True, False, False, True, False]
+    assert places.of_pairs.tolist() == [2, 3, 6]
+    assert places.pairs[places.used].tolist() == [0, 1, 2]
+    assert places.pairs[7] == 2, "an unused place has a pair of its own expert"
+    assert all(0 <= pair < 3 for pair in places.pairs.tolist())
 
 
 @every_backend

@@ -50,7 +50,7 @@ class RowSources:
 
 @dataclass(frozen=True)
 class Grouping:
-    """The stored order of N pairs taken from R rows of K slots; made by the `group` op.
+    """The stored order of N pairs taken from R rows of K ids; made by the `group` op.
 
     N may be larger than the number of pairs that do work (an upper bound that needs no host read); then
     positions from expert_offsets[-1] on are padding: pair_index is -1 there and no op reads or writes them. With
@@ -58,7 +58,7 @@ class Grouping:
     """
 
     pair_index: torch.Tensor
-    """(N,) int32: storage position -> flat pair id, row * K + slot; rows count from the layer's first row."""
+    """(N,) int32: storage position -> flat pair id, row * K + topk_slot; rows count from the layer's first row."""
     expert_offsets: torch.Tensor
     """(E+1,) int32, leading zero: where each expert's pairs start in source order (one chunk: also in storage)."""
     inverse: torch.Tensor
@@ -73,9 +73,9 @@ class Grouping:
     chunk_pair_offsets: tuple[int, ...]
     """(C+1) host integers: chunk c holds storage positions chunk_pair_offsets[c] .. [c+1]."""
     layer_rows: int | None = None
-    """The rows of the layer that this is a chunk of; None: this is the layer."""
+    """The number of rows of the layer of which this is a chunk; None where this is the whole layer."""
     first_expert_chunk: int | None = None
-    """From here on chunks are of experts."""
+    """The first chunk that is a range of experts, as all chunks from it on are; None where all are ranges of rows."""
     returned_rows: torch.Tensor | None = None
     """(R,) int32, with chunks of experts: the row that each row of `inverse` is among those that pair_index counts.
     None where that is the same one."""
@@ -95,7 +95,7 @@ class Grouping:
 
     @property
     def num_layer_rows(self) -> int:
-        """The layer's rows: the same in every chunk."""
+        """The rows of the whole layer, the same number in every chunk."""
         return self.chunk_row_offsets[-1] if self.layer_rows is None else self.layer_rows
 
     @property
@@ -124,15 +124,15 @@ class Grouping:
         return [e for e, count in enumerate(counts) if count], [count for count in counts if count]
 
     @cached_property
-    def slots(self) -> "Slots":
-        """As many slots for every expert as the one with most pairs needs (a host read where tensors are on a device).
+    def padded_pairs(self) -> "PaddedPairs":
+        """As many places for every expert as the one with most pairs needs (a host read where tensors are on a device).
 
         Example:
-            expert_offsets [0, 2, 3]: two slots each, pairs [0, 1, 2, 2], of_pairs [0, 1, 2].
+            expert_offsets [0, 2, 3]: two places each, pairs [0, 1, 2, 2], of_pairs [0, 1, 2].
         """
         counts = self.expert_offsets[1:] - self.expert_offsets[:-1]
         used = (torch.arange(max(self.host_counts[1]), device=counts.device) < counts.unsqueeze(1)).view(-1)
-        return Slots(used.cumsum(0, dtype=torch.int32).clamp_(min=1).sub_(1), used.nonzero().view(-1), used)
+        return PaddedPairs(used.cumsum(0, dtype=torch.int32).clamp_(min=1).sub_(1), used.nonzero().view(-1), used)
 
     def chunk(self, index: int) -> "Grouping":
         """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
@@ -253,23 +253,24 @@ class Grouping:
         return torch.cat([values, values.new_zeros(1)])[self.inverse]  # -1 is the last one
 
 
-class Slots(NamedTuple):
-    """The experts' pairs padded to one number of slots per expert: E times the largest number, expert by expert."""
+class PaddedPairs(NamedTuple):
+    """The experts' pairs padded to one number per expert: E times the largest number of places, expert by expert."""
 
     pairs: torch.Tensor
-    """(slots,) int32: the storage position of its pair; unused: of an earlier pair, of its expert if there is any."""
+    """(places,) int32: the storage position of the pair in each place. A place without a pair repeats an earlier pair,
+    one of its expert if there is any."""
     of_pairs: torch.Tensor
-    """(N,) int64: the slot of each pair."""
+    """(N,) int64: the place of each pair."""
     used: torch.Tensor
-    """(slots,) bool."""
+    """(places,) bool: whether a place has a pair of its own."""
 
 
 @dataclass(frozen=True)
 class GroupingBlock:
-    """Some of one chunk's pairs, for operations that go pair by pair (not for combine: `inverse` is the chunk's)."""
+    """Some of one chunk's pairs, for operations that go pair by pair (not for gather_sum: `inverse` is the chunk's)."""
 
     positions: slice
-    """Where they are stored in the chunk."""
+    """Where the pairs are stored in the chunk."""
     experts: slice
-    """The experts that they belong to; `grouping` counts its experts from the first of these."""
+    """The experts that the pairs belong to; `grouping` counts its experts from the first of these."""
     grouping: Grouping

@@ -1,10 +1,9 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakSet
 
 import torch
@@ -20,12 +19,14 @@ from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
+from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, load_balance_loss, routing_statistics, z_loss
+from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
+from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
-from tritonmoe.transports import as_transport
+from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
@@ -36,10 +37,7 @@ from tritonmoe.transports.sharding.parameters import (
     shard_parameters,
 )
 
-__all__ = ["PARAMETERS", "GroupedExperts", "MoELayer", "experts_of_parameters"]
-
-PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-"""The names of the experts' parameters; a layer without biases has None for them."""
+__all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
 _all_experts: "WeakSet[GroupedExperts]" = WeakSet()
 _all_experts_lock = threading.Lock()  # emulated ranks are threads
@@ -75,7 +73,7 @@ class GroupedExperts(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        transport: Any = None,
+        transport: "Ranks | None" = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -93,25 +91,14 @@ class GroupedExperts(nn.Module):
         check_name(backend)
         self.backend = backend
         self.options = KernelOptions(num_sms, batch_invariant).check()
-        layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
-        width = 2 * inner if layout.gated else inner
-        up_shape = (model_width, width) if layout.transposed else (width, model_width)
-        down_shape = (inner, model_width) if layout.transposed else (model_width, inner)
-        shapes = dict(zip(PARAMETERS, (up_shape, down_shape, (width,), (model_width,)), strict=True))
         self.expert_ids = tuple(range(config.num_experts))
         """The experts of this rank, in the order of its weights."""
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
-        parts: dict[str, Tensor | None] = {
-            name: torch.empty(len(self.expert_ids), *shape, device=device, dtype=dtype, requires_grad=True)
-            if config.bias or not name.endswith("bias")
-            else None
-            for name, shape in shapes.items()
-        }
-        self._hold(parts)
+        self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
         self._remember()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._remember()  # a copy
 
@@ -121,7 +108,7 @@ class GroupedExperts(nn.Module):
 
     def _join(
         self,
-        ranks: Any,
+        ranks: "Ranks | None",
         overlap: OverlapConfig | OverlapPlan | None,
         placement: ExpertPlacement | None,
         expert_gradients: str,
@@ -138,7 +125,7 @@ class GroupedExperts(nn.Module):
         self._sharding: Sharding | None = None
         self._calls: LayerCalls | None = None
         self._gradient_scale = 1.0
-        if self.transport is None:
+        if ranks is None or self.transport is None:
             return
         rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
         num_local = num_experts // size if placement is None else placement.num_slots
@@ -163,7 +150,7 @@ class GroupedExperts(nn.Module):
 
     def spread_over(
         self,
-        group_or_mesh: Any,
+        group_or_mesh: Ranks,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -175,7 +162,6 @@ class GroupedExperts(nn.Module):
         """
         whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
         self._join(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
-        assert self._sharding is not None
         ids = list(self.expert_ids)
         self._hold(
             {
@@ -222,14 +208,7 @@ class GroupedExperts(nn.Module):
         if self._sharding is not None:
             check_replicas(seed, self._sharding)
         weights = self._weights()
-        for local, expert in enumerate(self.expert_ids):
-            own = torch.Generator().manual_seed(seed + expert)
-            for weight, fan_in in (
-                (weights.gate_up_proj[local], self.config.hidden_size),
-                (weights.down_proj[local], self.config.intermediate_size),
-            ):
-                bound = 1 / math.sqrt(fan_in)
-                weight.copy_(torch.empty(weight.shape, device="cpu").uniform_(-bound, bound, generator=own))
+        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, self.expert_ids, seed)
         for bias in (weights.gate_up_bias, weights.down_bias):
             if bias is not None:
                 bias.zero_()
@@ -296,6 +275,14 @@ class GroupedExperts(nn.Module):
         return run_expert_parallel(arguments)
 
 
+def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
+    """Give the report of a layer's last call; RuntimeError where there was none over a transport."""
+    report = layer.last_report
+    if report is None:
+        raise RuntimeError(f"this {type(layer).__name__} has made no expert-parallel call yet")
+    return report
+
+
 def experts_of_parameters() -> dict[int, GroupedExperts]:
     """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
 
@@ -332,7 +319,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        transport: Any = None,
+        transport: "Ranks | None" = None,
         overlap: OverlapConfig | OverlapPlan | None = None,
         *,
         placement: ExpertPlacement | None = None,
@@ -349,9 +336,7 @@ class MoELayer(nn.Module):
         self.config = config
         self.router = TopKRouter(config, device=device, dtype=dtype)
         with torch.no_grad():
-            bound = 1 / math.sqrt(config.hidden_size)
-            drawn = torch.empty(self.router.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.router.weight.copy_(drawn)
+            draw_uniform(self.router.weight, config.hidden_size, generator)
         self.experts = GroupedExperts(
             config,
             transport,
@@ -435,18 +420,9 @@ class MoELayer(nn.Module):
         if halves:
             y = y + halves[1]
         self.last_routing = routing
-        aux_loss = routing.topk_weights.new_zeros(())
-        if self.config.load_balance_loss_weight:
-            is_global = not one_device and self.config.load_balance_over == "global"
-            aux_loss = aux_loss + self.config.load_balance_loss_weight * load_balance_loss(
-                routing,
-                self.config.num_experts,
-                # Behind the experts' call, in which the ranks have found that all make it.
-                reduce_load=self.experts.sum_over_ranks if is_global else None,
-            )
-        if self.config.z_loss_weight:
-            aux_loss = aux_loss + self.config.z_loss_weight * z_loss(routing.logits)
-        self.aux_loss = aux_loss
+        is_global = not one_device and self.config.load_balance_over == "global"
+        # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
+        self.aux_loss = auxiliary_loss(routing, self.config, self.experts.sum_over_ranks if is_global else None)
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
 
@@ -457,7 +433,7 @@ class MoELayer(nn.Module):
                 "other modules (target_modules), and unload() this adapter"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
         return {**self.__dict__, "aux_loss": None, "last_routing": None}
 

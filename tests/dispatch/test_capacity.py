@@ -21,6 +21,7 @@ from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.expert_parallel import check as check_module
 from tritonmoe.overlap import report as report_module
 from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
+from tritonmoe.transports.device_group import CountsCrossing
 
 ROOMY, TIGHT = 1024.0, 0.2
 
@@ -468,7 +469,7 @@ def test_refused() -> None:
 
 def test_counts_do_not_cross_nccl_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     transport = object.__new__(ProcessGroupTransport)
-    transport.size, transport._backends = 2, {"cuda": "nccl"}
+    transport.size, transport._backends, transport._counts_crossing = 2, {"cuda": "nccl"}, CountsCrossing()
     monkeypatch.setattr(ProcessGroupTransport, "_check_usable", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="cpu:gloo,cuda:nccl"):

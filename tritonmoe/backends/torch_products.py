@@ -63,14 +63,14 @@ def pair_products(
     """
     width = matrices.shape[2]
     if pads(grouping):
-        slots = grouping.slots
-        padded = values.index_select(0, slots.pairs if index is None else index.index_select(0, slots.pairs))
+        places = grouping.padded_pairs
+        padded = values.index_select(0, places.pairs if index is None else index.index_select(0, places.pairs))
         padded = padded.view(grouping.num_experts, -1, values.shape[1])
         products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
         products = products.view(-1, width)
         if out is None:
-            return products.index_select(0, slots.of_pairs)
-        return torch.index_select(products, 0, slots.of_pairs, out=out)
+            return products.index_select(0, places.of_pairs)
+        return torch.index_select(products, 0, places.of_pairs, out=out)
     if out is None:
         out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
@@ -160,12 +160,12 @@ def outer_sums(
     widths = (pair_values.shape[1], row_values.shape[1])
     out = cpu_memory.empty(num_experts, *(widths if pairs_first else widths[::-1]), like=pair_values)
     if pads(grouping):
-        slots = grouping.slots
-        left, right = factors(slots.pairs)
-        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~slots.used.unsqueeze(1), 0)
+        places = grouping.padded_pairs
+        left, right = factors(places.pairs)
+        (left if left.shape[1] < right.shape[1] else right).masked_fill_(~places.used.unsqueeze(1), 0)
         torch.bmm(left.view(num_experts, -1, left.shape[1]).mT, right.view(num_experts, -1, right.shape[1]), out=out)
         for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
-            if first == last:  # its slots have other experts' pairs, perhaps not finite
+            if first == last:  # its places have other experts' pairs, perhaps not finite
                 out[e].zero_()
         return out
 

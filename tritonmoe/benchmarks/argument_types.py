@@ -5,10 +5,12 @@ import importlib.util
 import math
 import os
 from pathlib import Path
+from typing import TypeAlias
 
 from tritonmoe.config.overlap import MAX_CHUNKS
 
 __all__ = [
+    "Subparsers",
     "chunk_count",
     "output_file",
     "output_folder",
@@ -17,6 +19,9 @@ __all__ = [
     "positive_number",
     "seed",
 ]
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What add_subparsers() gives, to which every subcommand adds its own parser."""
 
 
 def positive(text: str) -> int:

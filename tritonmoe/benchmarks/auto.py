@@ -1,4 +1,4 @@
-"""num_chunks="auto" against the fastest plan of a sweep, and the simulator against that sweep's times.
+"""`tritonmoe bench auto`: num_chunks="auto" against a sweep's fastest plan, the simulator against the sweep's times.
 
 A case is a rate of the link, a model and a routing. In its first run, every plan of the sweep is measured in
 interleaved rounds, and the simulator predicts each. In its second run, the sweep's fastest overlapped plan and its
@@ -11,13 +11,13 @@ import itertools
 import os
 import statistics
 import sys
-from typing import Any
 
 import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
+from tritonmoe.benchmarks.inside_namespace import ask
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.benchmarks.namespaces import Namespaces, ask, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.overlap_prediction import predict
 from tritonmoe.benchmarks.overlap_rank import run_rounds
 from tritonmoe.benchmarks.overlap_report import best, spread
@@ -26,8 +26,9 @@ from tritonmoe.benchmarks.ranks import device_and_backend, gather, slowest
 from tritonmoe.benchmarks.timing import Samples, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
 from tritonmoe.errors import TransportError
+from tritonmoe.runtime.files import Json
 from tritonmoe.transports import ProcessGroupTransport, Transport
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 
@@ -124,9 +125,7 @@ def _run_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure_case(
-    transport: Transport, workload: Workload, device: str, arguments: argparse.Namespace
-) -> dict[str, Any]:
+def measure_case(transport: Transport, workload: Workload, device: str, arguments: argparse.Namespace) -> Json:
     """Measure one case in two runs; every rank makes the same call and gives the same result."""
     rank = MeasuredLayer(transport, workload, torch.device(device), Link())
     num_local_experts = workload.shape[0] // transport.size
@@ -162,7 +161,7 @@ def measure_case(
     }
 
 
-def summarize_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize_cases(cases: list[Json]) -> Json:
     """Give the median and the worst of all cases: auto over the sweep's winner, auto over no overlap, the simulator."""
     excess = [case["auto_over_winner"]["median"] - 1 for case in cases]
     errors = [abs(error) for case in cases for error in case["errors"].values()]
@@ -175,7 +174,7 @@ def summarize_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _as_line(case: dict[str, Any]) -> str:
+def _as_line(case: Json) -> str:
     again, winner = case["again_ms"], case["winner"]
     errors = [abs(error) for error in case["errors"].values()]
     return (
@@ -186,7 +185,7 @@ def _as_line(case: dict[str, Any]) -> str:
     )
 
 
-def _as_words(results: dict[str, Any]) -> str:
+def _as_words(results: Json) -> str:
     return (
         f"{len(results['cases'])} cases: auto against the sweep's winner {results['auto_excess_median']:+.1%} in the "
         f"median, {results['auto_excess_largest']:+.1%} at worst; against no overlap "

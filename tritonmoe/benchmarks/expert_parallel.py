@@ -26,7 +26,8 @@ from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_moe_model
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.runtime.files import Json
+from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "make_parser", "summarize_steps"]
 
@@ -121,12 +122,12 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
     return 0
 
 
-def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_ranks: int) -> dict[str, Any]:
+def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_ranks: int) -> Json:
     """Give all that is shown: times by variant, the best of transformers' own, and how much faster ours is."""
     best = min((str(peer) for peer in PEERS), key=lambda name: statistics.median(measured.seconds[name]))
-    variants: dict[str, Any] = {}
+    variants: Json = {}
     for name, seconds in measured.seconds.items():
-        case: dict[str, Any] = {"step": summarize(seconds)}
+        case: Json = {"step": summarize(seconds)}
         if measured.seconds_on_fast_link:
             fast = measured.seconds_on_fast_link[name]
             case["step_on_fast_link"] = summarize(fast)
@@ -155,7 +156,7 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
     return results
 
 
-def _as_table(results: dict[str, Any]) -> str:
+def _as_table(results: Json) -> str:
     lines = [f"{results['link']}; {results['tokens']} tokens a rank, {results['dtype']}; forward and backward, ms"]
     for name, case in results["variants"].items():
         step = case["step"]

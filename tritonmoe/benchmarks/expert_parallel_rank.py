@@ -2,15 +2,15 @@
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from tritonmoe.benchmarks.namespaces import ask, interface_bytes
+from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import Samples
+from tritonmoe.benchmarks.timing import Samples, synchronize
 from tritonmoe.transports import Transport
 
 __all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
@@ -29,6 +29,11 @@ class Variant:
     def __str__(self) -> str:
         return f"{self.exchange}, {self.experts}"
 
+
+Models: TypeAlias = dict[str, Any]
+"""A language model of transformers by the exchange that it uses, all with the same weights."""
+Step: TypeAlias = Callable[[Variant], Tensor]
+"""Runs a training step of a variant and gives its loss."""
 
 OURS = Variant("tritonmoe", "tritonmoe")
 PEERS = (Variant("all_to_all", "grouped_mm"), Variant("all_to_all", "eager"))
@@ -51,9 +56,7 @@ class RankSteps:
     """The same of its gradients: over all parameters, the norm of the difference over the norm."""
 
 
-def measure_steps(
-    transport: Transport, models: dict[str, Any], ids: Tensor, rounds: int, rate: float | None
-) -> RankSteps:
+def measure_steps(transport: Transport, models: Models, ids: Tensor, rounds: int, rate: float | None) -> RankSteps:
     """Measure forward and backward of this rank's batch `ids`, in interleaved rounds; every rank makes the same call.
 
     Args:
@@ -71,11 +74,11 @@ def measure_steps(
     def timed(variant: Variant) -> float:
         for model in models.values():
             model.zero_grad(set_to_none=True)
-        _synchronize(ids.device)
+        synchronize()
         transport.barrier()
         started = time.perf_counter()
         step(variant)
-        _synchronize(ids.device)
+        synchronize()
         return time.perf_counter() - started
 
     loss_difference, gradient_difference = _differences(models, variants, step)
@@ -111,7 +114,7 @@ WARMUP = 6
 """Steps until "auto" has chosen its chunks: it takes some calls of a layer, and a step makes one for each layer."""
 
 
-def _differences(models: dict[str, Any], variants: list[Variant], step: Any) -> tuple[float, float]:
+def _differences(models: Models, variants: list[Variant], step: Step) -> tuple[float, float]:
     """Give the largest relative differences of losses and of gradients from the first peer's."""
     expected_loss, expected = _loss_and_gradients(models, PEERS[0], step)
     losses, gradients = [], []
@@ -123,7 +126,7 @@ def _differences(models: dict[str, Any], variants: list[Variant], step: Any) -> 
     return max(losses), max(gradients)
 
 
-def _loss_and_gradients(models: dict[str, Any], variant: Variant, step: Any) -> tuple[float, dict[str, Tensor]]:
+def _loss_and_gradients(models: Models, variant: Variant, step: Step) -> tuple[float, dict[str, Tensor]]:
     model = models[variant.exchange]
     model.zero_grad(set_to_none=True)
     loss = float(step(variant))
@@ -132,8 +135,3 @@ def _loss_and_gradients(models: dict[str, Any], variant: Variant, step: Any) -> 
         grad = parameter.grad
         gradients[name] = (grad.to_local() if hasattr(grad, "to_local") else grad).float().clone()
     return loss, gradients
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

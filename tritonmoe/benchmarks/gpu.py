@@ -17,21 +17,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tritonmoe.benchmarks.argument_types import output_file, output_folder, positive
-from tritonmoe.benchmarks.gpu_cases import Setting, check, measure_kernels, measure_layer
+from tritonmoe.benchmarks.gpu_cases import Setting, check, measure_layer
+from tritonmoe.benchmarks.gpu_kernels import measure_kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
 from tritonmoe.benchmarks.timing import environment
-from tritonmoe.runtime.files import write_whole
+from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["Case", "cases", "main"]
 
 TOKENS = (32768, 4096, 512, 64, 8, 1)
 ROUTINGS = ("uniform", "zipf")
-MEASURES: dict[str, Callable[[LayerShape, int, str, Setting], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[LayerShape, int, str, Setting], Json]] = {
     "check": check,
     "layer": measure_layer,
     "kernels": measure_kernels,
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     return 3 if len(finished) < len(wanted) else 0
 
 
-def _run(case: Case, setting: Setting) -> dict[str, Any]:
+def _run(case: Case, setting: Setting) -> Json:
     """Measure one case; one that doesn't fit into memory, or raises, is finished too, and says so."""
     try:
         return MEASURES[case.kind](case.shape, case.num_tokens, case.routing, setting)
@@ -156,7 +156,7 @@ def _device_works(device: torch.device) -> bool:
     return True
 
 
-def _headline(result: dict[str, Any]) -> str:
+def _headline(result: Json) -> str:
     if "out_of_memory" in result:
         return "out of memory"
     if "failed" in result:
@@ -172,7 +172,7 @@ def _headline(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {kernel['us']} us" for name, kernel in result.items() if isinstance(kernel, dict))
 
 
-def _belongs_elsewhere(folder: Path, run: dict[str, Any]) -> str | None:
+def _belongs_elsewhere(folder: Path, run: Json) -> str | None:
     """Note what the folder's results belong to, or say why this run's can't join them."""
     path = folder / "run.json"
     if not path.exists():
@@ -212,5 +212,5 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _write(path: Path, values: Any) -> None:
+def _write(path: Path, values: object) -> None:
     write_whole(path, json.dumps(values, indent=1), "file of figures")

@@ -1,26 +1,26 @@
-"""The cases of `python -m bench.gpu`: correctness against fp64, single kernels, and the layer beside its peers."""
+"""What `tritonmoe bench gpu` measures of a layer: correctness against fp64, and its time beside its peers."""
 
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonmoe import backends
-from tritonmoe.benchmarks.roofline import backward_flops, forward_flops, kernel_work
+from tritonmoe.benchmarks.roofline import backward_flops, forward_flops
 from tritonmoe.benchmarks.shapes import LayerInputs, LayerShape, draw_inputs
-from tritonmoe.benchmarks.timing import Samples, interleave, summarize
+from tritonmoe.benchmarks.timing import Samples, interleave, summarize, synchronize
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.transformers import peers
+from tritonmoe.runtime.files import Json
 
-__all__ = ["Setting", "check", "measure_kernels", "measure_layer", "operation_calls"]
+__all__ = ["Setting", "check", "measure_layer", "time_variants"]
 
 MOST_CHECKED_PARAMETERS = 1_700_000_000
-"""In fp64, with their gradients, these take 27 GB."""
+"""So many parameters and their gradients take 27 GB in fp64."""
 BATCHED_MM_LARGEST_PAIRS = 64
 """batched_mm copies the weights for every pair."""
 EAGER_LARGEST_EXPERTS = 256
@@ -38,7 +38,7 @@ class Setting:
     """A timed batch of calls lasts about so long."""
 
 
-def check(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+def check(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> Json:
     """Compare y and every gradient with fp64; allowed is twice the error of plain PyTorch in the same dtype.
 
     Experts are left out where fp64 weights would not fit; results["num_experts"] says how many remained.
@@ -74,21 +74,21 @@ def _values(inputs: LayerInputs, backend: str, dtype: torch.dtype) -> dict[str, 
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
-def measure_layer(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
+def measure_layer(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> Json:
     """Time moe_mlp, its peers and dense products of the same FLOPs in the same rounds; memory and grouping too."""
     inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
     functions, left_out = _implementations(inputs, setting)
-    results: dict[str, Any] = {}
+    results: Json = {}
     for backward in (False, True):
         flops = forward_flops(shape, num_tokens) + (backward_flops(shape, num_tokens) if backward else 0)
         variants = {name: _step(inputs, function, backward) for name, function in functions.items()}
         variants["dense products"] = _dense_products(inputs, backward)
-        times, failed = _time(variants, setting)
+        times, failed = time_variants(variants, setting)
         left_out |= failed
         results["forward+backward" if backward else "forward"] = _rates(times, flops)
     results["memory"] = _memory(inputs, functions["tritonmoe"])
     ops = backends.choose(setting.backend, setting.device, setting.dtype)
-    times, _ = _time({"group": lambda: ops.group(inputs.topk_ids, shape.num_experts)}, setting)
+    times, _ = time_variants({"group": lambda: ops.group(inputs.topk_ids, shape.num_experts)}, setting)
     results["group_us"] = round(1e6 * statistics.median(times["group"]), 2)
     results["left_out"] = left_out
     return results
@@ -164,7 +164,7 @@ def _dense_products(inputs: LayerInputs, backward: bool) -> Callable[[], None]:
     return run
 
 
-def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Samples, dict[str, str]]:
+def time_variants(variants: Mapping[str, Callable[[], object]], setting: Setting) -> tuple[Samples, dict[str, str]]:
     """Time all variants in the same rounds, in batches of calls; one that fails is left out, with its error."""
     batches: dict[str, Callable[[], None]] = {}
     counts: dict[str, int] = {}
@@ -172,10 +172,10 @@ def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Sam
     for name, run in variants.items():
         try:
             run()
-            _synchronize(setting.device)
+            synchronize()
             started = time.perf_counter()
             run()
-            _synchronize(setting.device)
+            synchronize()
         except Exception as error:
             if name == "tritonmoe":
                 raise
@@ -184,7 +184,7 @@ def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Sam
             continue
         count = max(1, min(200, round(setting.batch_s / (time.perf_counter() - started))))
 
-        def batch(run: Callable[[], Any] = run, count: int = count) -> None:
+        def batch(run: Callable[[], object] = run, count: int = count) -> None:
             for _ in range(count):
                 run()
 
@@ -193,9 +193,9 @@ def _time(variants: dict[str, Callable[[], Any]], setting: Setting) -> tuple[Sam
     return {name: [seconds / counts[name] for seconds in times] for name, times in samples.items()}, failed
 
 
-def _rates(times: Samples, flops: int) -> dict[str, Any]:
+def _rates(times: Samples, flops: int) -> Json:
     """Give each variant's times and TFLOP/s, and its fraction of the dense products' rate: medians of same rounds."""
-    rates: dict[str, Any] = {}
+    rates: Json = {}
     dense_s = statistics.median(times["dense products"]) if "dense products" in times else None
     for name, seconds in times.items():
         median_s = statistics.median(seconds)
@@ -229,79 +229,3 @@ def _memory(inputs: LayerInputs, function: Callable[[], Tensor]) -> dict[str, in
     peak = torch.cuda.max_memory_allocated() - before if cuda else None
     del grads
     return {"saved_tensor_bytes": sum(saved.values()), "kept_bytes": kept, "peak_bytes": peak}
-
-
-def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], Any]]:
-    """Give every operation of a step, forward and backward, as a function that runs it alone."""
-    shape, layout = inputs.shape, inputs.shape.layout
-    ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
-    x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
-    w = {name: weight.detach() for name, weight in inputs.weights.items()}
-    w1, w2, b1, b2 = w["gate_up_proj"], w["down_proj"], w.get("gate_up_bias"), w.get("down_bias")
-    activation = shape.activation
-    grouping = ops.group(inputs.topk_ids, shape.num_experts)
-    h, a = ops.up(x, w1, b1, grouping, layout, activation)
-    y = ops.down(a, w2, b2, grouping, layout)
-    dh, scaled_a, _ = ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation)
-    dx = ops.up_grad(dh, w1, grouping, layout)
-    return {
-        "group": lambda: ops.group(inputs.topk_ids, shape.num_experts),
-        "up": lambda: ops.up(x, w1, b1, grouping, layout, activation),
-        "up, inference": lambda: ops.up(x, w1, b1, grouping, layout, activation, needs_h=False),
-        "down": lambda: ops.down(a, w2, b2, grouping, layout),
-        "gather_sum": lambda: ops.gather_sum(y, grouping.inverse, gates),
-        "down_grad": lambda: ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation),
-        "up_grad": lambda: ops.up_grad(dh, w1, grouping, layout),
-        "gather_sum_grad": lambda: ops.gather_sum(dx, grouping.inverse),
-        "weight_grad W1": lambda: ops.weight_grad(grouping, layout, x=x, dh=dh),
-        "weight_grad W2": lambda: ops.weight_grad(grouping, layout, dout=dout, scaled_a=scaled_a),
-    }
-
-
-def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> dict[str, Any]:
-    """Time each operation beside a dense product of its FLOPs, where it has one."""
-    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
-    runs = operation_calls(inputs, setting.backend)
-    works = kernel_work(shape, num_tokens, element_bytes=inputs.x.element_size())
-    works["up, inference"] = works["up"]
-    dense = _dense_by_kernel(inputs)
-    results: dict[str, Any] = {}
-    for name, run in runs.items():
-        variants = {"kernel": run} | ({"dense product": dense[name]} if name in dense else {})
-        times, failed = _time(variants, setting)
-        if failed:
-            raise RuntimeError(f"{name}: {failed}")
-        summary = summarize(times["kernel"])
-        seconds = statistics.median(times["kernel"])
-        results[name] = {
-            **summary,
-            "us": round(seconds * 1e6, 2),
-            "tflops": round(works[name].flops / seconds / 1e12, 3),
-            "gb_per_s": round(works[name].num_bytes / seconds / 1e9, 1),
-        }
-        if name in dense:
-            results[name]["fraction_of_dense"] = round(statistics.median(times["dense product"]) / seconds, 3)
-    return results
-
-
-def _dense_by_kernel(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:
-    """Give for every kernel with a product one dense product of the same FLOPs."""
-    shape, x = inputs.shape, inputs.x.detach()
-    n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
-    width = 2 * f if shape.layout.gated else f
-    rows, hidden, inner = (x.new_empty(n, columns).normal_() for columns in (d, width, f))
-    w1, w2 = x.new_empty(width, d).normal_(), x.new_empty(d, f).normal_()
-    return {
-        "up": lambda: rows @ w1.mT,
-        "up, inference": lambda: rows @ w1.mT,
-        "down": lambda: inner @ w2.mT,
-        "down_grad": lambda: rows @ w2,
-        "up_grad": lambda: hidden @ w1,
-        "weight_grad W1": lambda: hidden.mT @ rows,
-        "weight_grad W2": lambda: rows.mT @ inner,
-    }
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,11 +11,12 @@ from tritonmoe.benchmarks.overlap_variants import Variant
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.timing import synchronize
 from tritonmoe.benchmarks.workload import Workload, draw_ids
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.layer import GroupedExperts
+from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 from tritonmoe.transports.emulated.replay import ReplayTransport
@@ -39,7 +40,12 @@ class Link:
     """Bytes that every node has sent to other nodes."""
     two_levels: TwoLevelTransport | None = None
     peers: ReplayedPeers | None = None
-    """Where rank 0 alone is measured."""
+    """The replayed ranks, where rank 0 alone is measured."""
+
+    def both_levels(self) -> TwoLevelTransport:
+        """Give the transport of two levels, for the variants that are measured only where there is one."""
+        assert self.two_levels is not None, "a variant on two levels needs --node-size"
+        return self.two_levels
 
     def measured_ranks(self, transport: Transport) -> Transport:
         """Give what the ranks that are measured tell each other their figures over."""
@@ -76,21 +82,21 @@ class MeasuredLayer:
         self._replays: dict[Variant, ReplayTransport] = {}
         self._recordings: dict[OverlapPlan, list[torch.Tensor]] = {}
         self.passes: list[PassReport] = []
-        """Of the latest run."""
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """The passes of the latest run."""
 
     def run(self, variant: Variant) -> LayerReport | None:
-        """Run one variant, forward and, with the workload's backward, backward."""
+        """Run one variant, forward and, with the workload's backward, backward; None of communication alone."""
         return self._run(variant, self._transport_for_next(variant))
+
+    def run_layer(self, variant: Variant) -> LayerReport:
+        """Run one variant in which the layer runs itself."""
+        return self._run_layer(self._transport_for_next(variant), variant.config())
 
     def record(self, plan: OverlapPlan) -> list[torch.Tensor]:
         """Run a call of this plan, as all ranks do at once, and give what this rank received in it."""
         replay = ReplayTransport(self.transport)
         self._run_layer(replay, plan)
-        self.synchronize()
+        synchronize()
         self.transport.barrier()  # from here on no other rank computes
         return replay.received
 
@@ -98,8 +104,7 @@ class MeasuredLayer:
         """Give what the next call of this variant goes over; a call that no peer can answer yet is recorded before."""
         peers = self.link.peers
         if variant.kind.endswith("two levels"):
-            assert self.link.two_levels is not None
-            return self.link.two_levels
+            return self.link.both_levels()
         is_free = variant.kind in ("compute", "free transport")
         if peers is None and not is_free:
             return self.transport
@@ -140,19 +145,18 @@ class MeasuredLayer:
         else:
             with torch.no_grad():
                 experts(self.x, self.topk_ids, self.topk_weights)
-        report = experts.last_report
-        assert report is not None
+        report = report_of(experts)
         self.passes = [one for one in (report.forward, report.backward) if one is not None]
         return report
 
     def timed(self, variant: Variant) -> tuple[float, LayerReport | None]:
         """Run a variant when all ranks are ready, and give this rank's seconds."""
         transport = self._transport_for_next(variant)
-        self.synchronize()
+        synchronize()
         self.measured_ranks.barrier()
         started = time.perf_counter()
         report = self._run(variant, transport)
-        self.synchronize()
+        synchronize()
         seconds = time.perf_counter() - started
         for layer_pass in self.passes:
             _ = layer_pass.steps  # read now: until then they hold on to the device's events

@@ -16,14 +16,14 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
-__all__ = ["Namespaces", "interface_bytes", "parse_rate", "unusable_reason"]
+from tritonmoe.benchmarks.inside_namespace import CONTROL, INTERFACE
+
+__all__ = ["INTERFACE", "Namespaces", "parse_rate", "unusable_reason"]
 
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 COMMANDS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
-INTERFACE = "eth0"
 MTU = 9000
 """Headers are then less than 1 % of the bytes on the wire."""
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -65,18 +65,6 @@ def unusable_reason() -> str | None:
     return None
 
 
-def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
-    """Give the bytes that an interface of this process's own namespace has received and sent, by its counters."""
-    # Not /sys: it shows the namespace in which it was mounted.
-    with open("/proc/self/net/dev") as file:
-        for line in file:
-            name, _, counters = line.partition(":")
-            if name.strip() == interface:
-                fields = counters.split()
-                return int(fields[0]), int(fields[8])
-    raise ValueError(f"this process's network namespace has no interface {interface}")
-
-
 class Namespaces:
     """The processes and their links, as a context manager; leaving it ends them all.
 
@@ -85,7 +73,8 @@ class Namespaces:
             so on in its environment, as under torchrun, and with one core of its own where there are enough.
         num_ranks: N.
         rate: bits per second of every rank's link, in each direction.
-        node_size: ranks per node, which share an uplink of inter_rate; None: all ranks meet in one bridge.
+        node_size: ranks per node, which share an uplink; None: all ranks meet in one bridge.
+        inter_rate: bits per second of such an uplink; None is the rate of a link.
     Raises:
         OSError: this machine or user can't make namespaces; the message says what is missing.
     """
@@ -104,7 +93,7 @@ class Namespaces:
             raise OSError(f"network namespaces can't be used here: {reason}")
         self._command = list(command)
         self.num_ranks = num_ranks
-        self.rate, self.inter_rate = rate, inter_rate
+        self.rate, self.inter_rate = rate, rate if inter_rate is None else inter_rate
         self.node_size = num_ranks if node_size is None else node_size
         self.num_nodes = num_ranks // self.node_size
         self._processes: list[subprocess.Popen] = []
@@ -166,8 +155,7 @@ class Namespaces:
         """Give the bytes that every node has sent to other nodes, by its uplink's counters."""
         if self.num_nodes == 1:
             return []
-        assert self._hub is not None
-        lines = _run_in(self._hub.pid, ["cat /proc/self/net/dev"]).splitlines()
+        lines = self._in_hub(["cat /proc/self/net/dev"]).splitlines()
         sent = {line.partition(":")[0].strip(): int(line.partition(":")[2].split()[8]) for line in lines if ":" in line}
         return [sent[f"up{node}"] for node in range(self.num_nodes)]
 
@@ -231,7 +219,6 @@ class Namespaces:
                 f"tc qdisc add dev r{rank} root {bucket}",
             ]
         if self.num_nodes > 1:
-            assert self.inter_rate is not None
             commands += ["ip link add core type bridge", "ip link set core up"]
             for node in range(self.num_nodes):
                 commands += [f"ip link add up{node} mtu {MTU} type veth peer name down{node} mtu {MTU}"]
@@ -253,9 +240,10 @@ class Namespaces:
                 ],
             )
 
-    def _in_hub(self, commands: list[str]) -> None:
+    def _in_hub(self, commands: list[str]) -> str:
+        """Run commands in the hub's network namespace, and give what they print."""
         assert self._hub is not None
-        _run_in(self._hub.pid, commands)
+        return _run_in(self._hub.pid, commands)
 
     def _end(self) -> None:
         everybody = [*self._processes, *([self._hub] if self._hub else [])]
@@ -267,22 +255,6 @@ class Namespaces:
                 process.stdin.close()
         self._control.close()
         self._control_of_rank.close()
-
-
-CONTROL = "TRITONMOE_NAMESPACES_CONTROL"
-
-
-def ask(question: str) -> str | None:
-    """Ask, on rank 0, the process that made the namespaces; None where there is none."""
-    number = os.environ.get(CONTROL)
-    if number is None:
-        return None
-    control = socket.socket(fileno=int(number))
-    try:
-        control.sendall(question.encode() + b"\n")
-        return control.recv(4096).decode().strip()
-    finally:
-        control.detach()
 
 
 def _address(rank: int) -> str:
@@ -297,7 +269,7 @@ def _bucket(rate: float) -> str:
 
 def _run_in(pid: int, commands: Sequence[str]) -> str:
     """Run commands in the network namespace of a process."""
-    done: Any = subprocess.run(
+    done = subprocess.run(
         ["nsenter", "-t", str(pid), "-n", "sh", "-ec", "\n".join(commands)], capture_output=True, text=True
     )
     if done.returncode:

@@ -1,9 +1,4 @@
-"""How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
-
-On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
---netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
-GPU, which they would share, one does, and the others are replayed to it.
-"""
+"""`tritonmoe bench overlap`: measure how much of a layer's communication the schedule hides, and show it."""
 
 import argparse
 import dataclasses
@@ -11,76 +6,34 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
+from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.benchmarks.namespaces import INTERFACE, Namespaces, ask, interface_bytes, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.overlap_arguments import check_arguments, check_ranks, make_parser
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
-from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
+from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.ranks import device_and_backend, gather
 from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.benchmarks.timing import summarize, write_figures
-from tritonmoe.benchmarks.workload import DTYPES, MODELS, WIRE_DTYPES, Workload
+from tritonmoe.benchmarks.workload import Workload
 from tritonmoe.errors import TransportError
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_overlap_png
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
+from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
-from tritonmoe.transports.process_group import torchrun_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 DESCRIPTION = "LINK_DESCRIPTION"
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tritonmoe bench overlap",
-        description=__doc__,
-        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
-    where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
-    where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
-    where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
-    link = where.add_mutually_exclusive_group()
-    link.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
-    where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
-    where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
-    link.add_argument(
-        "--compute-ratio",
-        type=float,
-        metavar="X",
-        help="choose the rate instead: compute takes X times as long as communication",
-    )
-    what = parser.add_argument_group("layer")
-    what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
-    what.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
-    what.add_argument("--dtype", choices=DTYPES, default="float32")
-    what.add_argument("--wire-dtype", choices=WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)")
-    what.add_argument(
-        "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
-    )
-    what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
-    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
-    parser.add_argument("--seed", type=seed, default=0)
-    output = parser.add_argument_group("output, beside the table")
-    output.add_argument("--json", type=output_file, help="all figures")
-    output.add_argument(
-        "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
-    )
-    output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
-    _check(arguments)
+    check_arguments(arguments)
     workload = Workload(
         arguments.model,
         arguments.tokens,
@@ -144,12 +97,12 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> dict[str, Any]:
+def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> Json:
     """Measure N ranks that all compute, on a CPU."""
     description = f"{arguments.emulate} emulated ranks in one process, emulated link"
     model = LinkModel(parse_rate(arguments.rate) / 8e9)
 
-    def on_rank(transport: Transport) -> dict[str, Any]:
+    def on_rank(transport: Transport) -> Json:
         assert isinstance(transport, EmulatedTransport)
         link = Link(set_rate=lambda bits: setattr(transport.world, "link", LinkModel(bits / 8e9)))
         return _measure(transport, arguments, workload, link, description, "cpu")
@@ -157,13 +110,13 @@ def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> dict[str,
     return run_on_emulated_ranks(on_rank, arguments.emulate, link=model, timeout_s=arguments.timeout_s)[0]
 
 
-def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str) -> dict[str, Any]:
+def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str) -> Json:
     """Measure rank 0 alone: the others compute only while a call of each plan is recorded, before it is measured."""
     num_ranks = arguments.emulate
     description = f"one of {num_ranks} ranks computes, the others are replayed; emulated link"
     peers = ReplayedPeers(num_ranks, LinkModel(parse_rate(arguments.rate) / 8e9))
 
-    def on_rank(transport: Transport) -> dict[str, Any]:
+    def on_rank(transport: Transport) -> Json:
         if transport.rank == 0:
             link = Link(set_rate=lambda bits: setattr(peers.port, "link", LinkModel(bits / 8e9)), peers=peers)
             with peers:
@@ -173,43 +126,6 @@ def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str)
         return {}
 
     return run_on_emulated_ranks(on_rank, num_ranks, device=device, timeout_s=arguments.timeout_s)[0]
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    parse_rate(arguments.rate)
-    modes = [name for name in ("emulate", "netns", "mpi") if getattr(arguments, name)]
-    if len(modes) > 1 or (not modes and "RANK" not in os.environ):
-        raise ValueError(
-            "choose one of --emulate N, --netns N and --mpi (under mpiexec), or start it under torchrun: "
-            "torchrun --nproc-per-node 2 -m tritonmoe bench overlap"
-        )
-    if arguments.compute_ratio is not None:
-        if not 0 < arguments.compute_ratio < 1000:
-            raise ValueError(f"--compute-ratio must lie between 0 and 1000, got {arguments.compute_ratio}")
-        if modes not in (["emulate"], ["netns"]):
-            raise ValueError("--compute-ratio chooses the link's rate: it needs --emulate or --netns")
-    num_ranks = arguments.emulate if arguments.emulate is not None else arguments.netns
-    if num_ranks is not None:
-        _check_ranks(num_ranks, arguments.model)
-    if (arguments.node_size is None) != (arguments.inter_rate is None):
-        raise ValueError("--node-size and --inter-rate belong together")
-    if arguments.node_size is not None:
-        parse_rate(arguments.inter_rate)
-        if arguments.netns is None or not 2 <= arguments.node_size < arguments.netns:
-            raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
-        if arguments.netns % arguments.node_size:
-            raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
-    files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
-    if len(set(files)) < len(files):
-        raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
-
-
-def _check_ranks(num_ranks: int, model: str) -> None:
-    num_experts = MODELS[model][0]
-    if num_ranks < 2 or num_experts % num_ranks:
-        raise ValueError(
-            f"the number of ranks must be 2 or more and divide the {num_experts} experts of {model}, got {num_ranks}"
-        )
 
 
 def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -236,7 +152,7 @@ def _link_of_namespaces(rank: int) -> Link:
     def read_uplinks() -> list[int]:
         return json.loads(ask("uplinks") or "[]")
 
-    return Link(set_rate, lambda: interface_bytes(INTERFACE), read_uplinks if rank == 0 else None)
+    return Link(set_rate, lambda: interface_bytes(), read_uplinks if rank == 0 else None)
 
 
 def _measure(
@@ -246,9 +162,9 @@ def _measure(
     link: Link,
     description: str,
     device: str,
-) -> dict[str, Any]:
+) -> Json:
     """Measure on this rank and give everything that is shown, with every rank's timelines; the same on every rank."""
-    _check_ranks(transport.size, workload.model)
+    check_ranks(transport.size, workload.model)
     measured = measure_rank(
         transport,
         workload,
@@ -304,7 +220,7 @@ def _measure(
     }
 
 
-def _timelines(measured: RankMeasurement, summary: dict[str, Any], rank: int) -> dict[str, Timeline]:
+def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:
     """Give what is drawn, by name: the best serial schedule, the best overlapped ones and what the simulator says."""
     timelines = {}
     for kind in ("serial", "overlapped", "two levels"):
@@ -336,7 +252,7 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
     return total * (measured.row_bytes + measured.other_row_bytes + 8 * top_k)
 
 
-def _write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+def _write(arguments: argparse.Namespace, results: Json) -> None:
     """Write the files, then print the figures: they are there where nobody reads what is printed, and vice versa."""
     timelines: dict[str, list[Timeline]] = results.pop("timelines")
     said, failures = [as_table(results)], []

@@ -12,7 +12,7 @@ from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.diagnosis.probe import probe_link
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.simulation.cost_model import LayerWork, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate_layer
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import TwoLevelTransport
@@ -45,10 +45,10 @@ def predict(
         elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)
         for elapsed, report in zip(seconds["compute"], reports["compute"], strict=True)
     ]
-    between_nodes, two_levels = link, None
+    of_two_levels: dict[str, tuple[TwoLevelWork, LinkCosts]] = {}
     if rank.link.two_levels is not None:
         between_nodes = probe_link(rank.link.two_levels.between_nodes, rank.device)
-        two_levels = _two_level_work(rank, reports, rank.link.two_levels)
+        of_two_levels["two levels"] = _two_level_work(rank, reports, rank.link.two_levels), between_nodes
     predicted: dict[str, tuple[float, Sequence[Simulation]]] = {}
     for variant in variants:
         if variant.kind in ("serial", "overlapped", "two levels"):
@@ -57,8 +57,7 @@ def predict(
             work: LayerWork | TwoLevelWork = of_layer if peers is None else work_of_one(of_layer, report.rank)
             over = link
             if variant.kind == "two levels":
-                assert two_levels is not None
-                work, over = two_levels, between_nodes
+                work, over = of_two_levels["two levels"]
             passes = simulate_layer(
                 report.overlap, work, costs[variant.chunk_by], over, backward=rank.workload.backward
             )

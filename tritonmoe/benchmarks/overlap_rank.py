@@ -25,7 +25,7 @@ __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
 
 COUNTED_CALLS = 4
 SETTLE_S = 0.3
-"""Until what a socket has taken has passed the interface's counters."""
+"""How long it takes until what a socket has taken has passed the interface's counters."""
 
 
 @dataclass
@@ -33,28 +33,27 @@ class RankMeasurement:
     """What every rank knows after the rounds."""
 
     seconds: Samples
-    """By variant, round by round, the slowest rank's."""
+    """The slowest rank's seconds, by variant, round by round."""
     traffic_rows: list[list[int]]
     row_bytes: int
-    """Of the forward's dispatch."""
+    """Bytes of a row in the forward's dispatch."""
     other_row_bytes: int
-    """Of the other exchanges of rows."""
+    """Bytes of a row in the other exchanges."""
     reports: dict[str, list[LayerReport]]
-    """This rank's, by variant that ran the layer itself, round by round."""
+    """This rank's reports, by variant that ran the layer itself, round by round."""
     rate: float | None
     """Bits per second that the link was given for the wished compute ratio."""
     sent_bytes: dict[str, float] | None
-    """Of one serial call of this rank: computed, and measured by the interface's counters."""
+    """Bytes that this rank sends in one serial call: computed, and measured by the interface's counters."""
     uplink_bytes: dict[str, list[float]]
-    """Of one serial call, by node; "one level", "two levels"."""
+    """Bytes over each node's uplink in one serial call; by "one level" and "two levels"."""
     rows_between_nodes: int | None
     """With two levels: rows that this rank sends to other nodes in the forward's dispatch."""
     pass_seconds: dict[str, list[list[float]]]
-    """Of compute and communication, by variant: forward and, if it runs, backward, round by round, the slowest rank's.
+    """The slowest rank's seconds of forward and, if it runs, backward, by variant of compute and communication alone.
     What a call takes outside its passes (planning, the count exchange, autograd) is in neither."""
     predicted: dict[str, tuple[float, Sequence[Simulation]]]
-    """By variant that ran the layer in a given number of chunks, on one level or two: the simulator's seconds, from
-    this rank's costs."""
+    """The simulator's seconds, from this rank's costs, by variant that ran the layer in a given number of chunks."""
 
 
 def measure_rank(
@@ -72,8 +71,7 @@ def measure_rank(
     compute_ratio: give the link the rate at which compute takes so many times as long as communication.
     """
     rank = MeasuredLayer(transport, workload, torch.device(device), link)
-    report = rank.run(Variant("serial", 1))
-    assert report is not None
+    report = rank.run_layer(Variant("serial", 1))
     rate = None if compute_ratio is None else _choose_rate(rank, report, compute_ratio, link)
     variants = variants_of(chunks, workload.shape[0] // transport.size, link.two_levels is not None)
     rounds_run = run_rounds(rank, variants, rounds)
@@ -83,9 +81,7 @@ def measure_rank(
     rows_between_nodes = None
     if link.two_levels is not None:
         _, uplink_bytes["two levels"] = _count_bytes(rank, report, Variant("two levels", 2))
-        two_levels = rank.run(Variant("two levels", 2))
-        assert two_levels is not None
-        rows_between_nodes = two_levels.rows_between_nodes
+        rows_between_nodes = rank.run_layer(Variant("two levels", 2)).rows_between_nodes
     return RankMeasurement(
         seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
         traffic_rows=report.traffic_rows.tolist(),
@@ -167,15 +163,14 @@ def _count_bytes(
     rank: MeasuredLayer, report: LayerReport, variant: Variant
 ) -> tuple[dict[str, float] | None, list[float]]:
     """Count the bytes of one call; computed are the rows, ids, weights and gradients of weights of one level."""
-    link = rank.link
-    if link.read_bytes is None:
+    link, read_bytes = rank.link, rank.link.read_bytes
+    if read_bytes is None:
         return None, []
 
     def counters() -> tuple[int, list[int]]:
         rank.transport.barrier()
         time.sleep(SETTLE_S)
-        assert link.read_bytes is not None
-        return link.read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
+        return read_bytes()[1], link.read_uplinks() if link.read_uplinks is not None else []
 
     rank.run(variant)
     sent, uplinks = counters()

@@ -1,15 +1,15 @@
 """What the overlap benchmark's times mean: figures of merit, their spreads, and which of them can't be."""
 
 import statistics
-from typing import Any
 
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement
 from tritonmoe.benchmarks.timing import Samples, summarize
+from tritonmoe.runtime.files import Json
 
 __all__ = ["BEYOND_BOUND", "best", "spread", "summarize_overlap"]
 
 BEYOND_BOUND = 0.01
-"""What a call at its bound may be measured beyond it, relative."""
+"""How far beyond its bound a call at that bound may be measured, relative to the bound."""
 
 
 def best(seconds: Samples, kind: str) -> str:
@@ -28,7 +28,7 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     }
 
 
-def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
+def summarize_overlap(measured: RankMeasurement) -> Json:
     """Give the figures of merit, each the median over the rounds with quartiles, for the best schedule and for auto.
 
     overlap_table.TERMS says what they are; "too_noisy" names those beyond their bound. A backward can't hide what the
@@ -38,9 +38,7 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
     names = {kind: best(seconds, kind) for kind in ("compute", "communication", "serial", "overlapped")}
     compute, communication, serial = (seconds[names[kind]] for kind in ("compute", "communication", "serial"))
     alone = statistics.median(report.forward.compute_s for report in measured.reports[names["compute"]])
-    summary: dict[str, Any] = {
-        f"T_{kind}": {"variant": name, **summarize(seconds[name])} for kind, name in names.items()
-    }
+    summary: Json = {f"T_{kind}": {"variant": name, **summarize(seconds[name])} for kind, name in names.items()}
     pass_bounds = [
         whole - sum(computes) + sum(map(max, computes, communications))
         for whole, computes, communications in zip(
@@ -78,7 +76,7 @@ def summarize_overlap(measured: RankMeasurement) -> dict[str, Any]:
     return summary
 
 
-def _beyond_bounds(figures: dict[str, Any], compute_ms: float) -> list[str]:
+def _beyond_bounds(figures: Json, compute_ms: float) -> list[str]:
     """Name the figures that can't be: a call takes as long as its compute and as its communication, or longer."""
     beyond = {
         "bound_ratio": 1 - figures["bound_ratio"]["median"],

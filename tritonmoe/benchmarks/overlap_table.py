@@ -2,9 +2,9 @@
 
 import textwrap
 from collections.abc import Iterable
-from typing import Any
 
 from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
+from tritonmoe.runtime.files import Json
 
 __all__ = ["TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
 
@@ -40,7 +40,7 @@ FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "spe
 TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
 
 
-def shown(figures: dict[str, Any], name: str, *, quartiles: bool = True) -> str:
+def shown(figures: Json, name: str, *, quartiles: bool = True) -> str:
     """Give one figure of merit as text: "1.018 (0.985 .. 1.044)", "too noisy: 0.953 (0.902 .. 0.981)"."""
     one = figures[name]
     text = f"{one['median']:.3f}"
@@ -49,7 +49,7 @@ def shown(figures: dict[str, Any], name: str, *, quartiles: bool = True) -> str:
     return f"too noisy: {text}" if name in figures.get("too_noisy", ()) else text
 
 
-def noise_notes(results: dict[str, Any]) -> list[str]:
+def noise_notes(results: Json) -> list[str]:
     """Say of each schedule that was faster than it can be what was measured, and what to do."""
     summary = results["summary"]
     compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
@@ -63,7 +63,7 @@ def noise_notes(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def headline(results: dict[str, Any]) -> str:
+def headline(results: Json) -> str:
     """Give the best schedule's figures in one line."""
     figures = results["summary"]["overlapped"]
     names = ("bound_ratio", "hidden_share", "speed_up")
@@ -78,12 +78,12 @@ def as_terms(names: Iterable[str]) -> str:
     return "\n".join([*(f"{name:{width}}  {TERMS[name]}" for name in names), *textwrap.wrap(OF_ROUNDS, 100)])
 
 
-def _title(figures: dict[str, Any]) -> str:
+def _title(figures: Json) -> str:
     """Give a schedule's name with its chunks: the layer's choice has no number in it."""
     return f"auto (C={figures['num_chunks']})" if figures["variant"] == "auto" else figures["variant"]
 
 
-def as_table(results: dict[str, Any]) -> str:
+def as_table(results: Json) -> str:
     """Give the results as text."""
     summary = results["summary"]
     lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]

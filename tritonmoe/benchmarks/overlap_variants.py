@@ -1,14 +1,14 @@
 """The ways in which the overlap benchmark runs a layer call: compute alone, communication alone, serial, overlapped."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 from tritonmoe.config.overlap import OverlapConfig, ramp_sizes
 
 __all__ = ["Variant", "overlapped_variants", "variants_of"]
 
 GROWTHS = (2, 4)
-"""Of the ramps in a sweep."""
+"""The growths of the ramps in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Variant:
     "communication": the overlapped schedule with experts that compute nothing. "serial", "overlapped", "auto".
     "two levels": overlapped, each token once to every other node; "auto on two levels"."""
     num_chunks: int | None = None
-    """None: the layer's own choice."""
+    """The number of chunks; None leaves it to the layer."""
     growth: int = 1
-    """Of each chunk over the one before, as in ramp_sizes()."""
-    chunk_by: str = "tokens"
+    """How many times the one before a chunk is, as in ramp_sizes()."""
+    chunk_by: Literal["tokens", "experts"] = "tokens"
 
     def __str__(self) -> str:
         words = self.kind if self.num_chunks is None or self.kind == "compute" else f"{self.kind} C={self.num_chunks}"
@@ -38,10 +38,9 @@ class Variant:
     def config(self) -> OverlapConfig:
         if self.num_chunks is None:
             return OverlapConfig()
-        chunk_by: Any = self.chunk_by
         is_serial = self.kind in ("serial", "compute")
         sizes = ramp_sizes(self.num_chunks, self.growth)
-        return OverlapConfig(serial=is_serial, shape=sizes, chunk_by=chunk_by)
+        return OverlapConfig(serial=is_serial, shape=sizes, chunk_by=self.chunk_by)
 
 
 def variants_of(chunks: list[int], num_local_experts: int, two_levels: bool = False) -> list[Variant]:

@@ -18,9 +18,9 @@ class Progress:
     """Counts the calls of a measurement; the time they still need is that of the calls so far.
 
     Args:
-        what: is measured.
-        num_calls: that advance() will be told of.
-        speaks: False: says nothing, as all ranks but one.
+        what: says what is measured.
+        num_calls: how often advance() will be called.
+        speaks: False on all ranks but one, which say nothing.
     """
 
     def __init__(self, what: str, num_calls: int, *, speaks: bool = True) -> None:

@@ -31,7 +31,7 @@ def slowest(transport: Transport, seconds: list[float]) -> list[float]:
     return (everybody.amax(0).double() / 1e9).tolist()
 
 
-def gather(transport: Transport, value: Any) -> list[Any]:
+def gather(transport: Transport, value: object) -> list[Any]:
     """Give every rank's value, on every rank, in rank order.
 
     It travels as JSON, for what a peer sends must not be unpickled: numbers, text and None, in lists and in

@@ -22,7 +22,7 @@ class ReplayedPeers:
 
     def __init__(self, num_ranks: int, link: LinkModel) -> None:
         self.port = Port(link)
-        """Of rank 0, in every call that is not recorded."""
+        """The port of rank 0, in every call that is not recorded."""
         self._plans: list[SimpleQueue[OverlapPlan | None]] = [SimpleQueue() for _ in range(num_ranks)]
 
     def ask(self, plan: OverlapPlan | None) -> None:

@@ -25,7 +25,7 @@ class FixedExperts:
     """Experts that take a given time for all rows of a call, each row its share, and compute nothing.
 
     Args:
-        total_s: of a forward; a backward takes no time.
+        total_s: seconds of a forward; a backward takes no time.
         row_offsets: where each segment starts in `rows`, and its end.
     """
 

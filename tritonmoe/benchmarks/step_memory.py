@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from tritonmoe.runtime.cpu_memory import recycled
 __all__ = ["kept_for_backward_mb", "peak_mb"]
 
 SILENT = "6"
-"""Above it the profiler's library prints two lines for every run."""
+"""The log level at which the profiler's library doesn't print two lines for every run."""
 
 
 def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> float:
@@ -32,10 +31,10 @@ def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterab
     return round(total / 1e6, 3)
 
 
-def peak_mb(run: Callable[[], Any]) -> float:
+def peak_mb(run: Callable[[], object]) -> float:
     """Give the most megabytes (1e6 bytes) that a call holds at once, beside what was there before it.
 
-    On a GPU of its allocator, else of torch's CPU allocator, as the profiler sees it.
+    On a GPU its allocator says it, else torch's CPU allocator, as the profiler sees that.
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -47,10 +46,9 @@ def peak_mb(run: Callable[[], Any]) -> float:
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    kineto: Any = profile.profiler
-    changes = [
-        (event.start_ns(), event.nbytes()) for event in kineto.kineto_results.events() if event.name() == "[memory]"
-    ]
+    assert profile.profiler is not None  # it is made when the profile starts
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     held = most = 0
     for _, num_bytes in sorted(changes, key=lambda change: change[0]):
         held += num_bytes

@@ -10,13 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tritonmoe import __version__
 from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.runtime.files import write_whole
+from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = [
     "Samples",
@@ -27,6 +26,7 @@ __all__ = [
     "interleave",
     "package_versions",
     "summarize",
+    "synchronize",
     "write_figures",
     "write_json",
 ]
@@ -37,7 +37,7 @@ OUTSIDER_ROUNDS = 3
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]],
+    variants: Mapping[str, Callable[[], object]],
     rounds: int,
     seconds: float = 0.0,
     slice_s: float = 0.1,
@@ -67,19 +67,20 @@ def interleave(
     return samples
 
 
-def _median_call(run: Callable[[], Any], slice_s: float) -> float:
+def _median_call(run: Callable[[], object], slice_s: float) -> float:
     run()
-    _synchronize()
+    synchronize()
     calls: list[float] = []
     while not calls or sum(calls) < slice_s:
         started = time.perf_counter()
         run()
-        _synchronize()
+        synchronize()
         calls.append(time.perf_counter() - started)
     return statistics.median(calls)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the GPU has done what it was told, where this process uses one."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -96,7 +97,7 @@ def summarize(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Give the machine and the versions that a figure belongs to."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
@@ -144,14 +145,14 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
 
 
-def write_json(path: Path | None, name: str, results: Any) -> None:
+def write_json(path: Path | None, name: str, results: object) -> None:
     """Write the results with the machine and versions, if a path was given, and say so."""
     if path is not None:
         write_figures(path, name, results)
         print(f"wrote {path}")
 
 
-def write_figures(path: Path, name: str, results: Any) -> None:
+def write_figures(path: Path, name: str, results: object) -> None:
     """Write the results with the machine and versions."""
     figures = {"benchmark": name, "environment": environment(), "results": results}
     write_whole(path, json.dumps(figures, indent=1), "file of figures")

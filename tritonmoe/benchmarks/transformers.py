@@ -21,6 +21,7 @@ from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.integrations.transformers import collect_statistics
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
+from tritonmoe.runtime.files import Json
 
 __all__ = ["main"]
 
@@ -120,13 +121,13 @@ def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], No
     return set_and_run
 
 
-def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> Json:
     """Give times and memory of every implementation, the best other one and the median ratio of its times to ours."""
     peers, reasons = peers_that_run(subject, kind, num_tokens)
     names = [OURS, *peers]
     samples = interleave({name: variant(subject, kind, name) for name in names}, rounds, seconds=seconds)
     best = min(peers, key=lambda name: statistics.median(samples[name]))
-    case: dict[str, Any] = {
+    case: Json = {
         "times": {name: summarize(times) for name, times in samples.items()},
         "best_other": best,
         "ratio": round(_ratio(samples, best), 3),

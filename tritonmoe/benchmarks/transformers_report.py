@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.report.files import write_picture
+from tritonmoe.runtime.files import Json
 
 __all__ = ["as_table", "write_png"]
 
 
-def as_table(results: list[dict[str, Any]], names: Sequence[str]) -> str:
+def as_table(results: list[Json], names: Sequence[str]) -> str:
     """Give a line for each case: median ms and peak MB under every implementation, and the ratio.
 
     Args:
@@ -36,7 +36,7 @@ def as_table(results: list[dict[str, Any]], names: Sequence[str]) -> str:
     return "\n".join(["median ms / peak MB of a call; ratio: best other time over ours", *text, *kept])
 
 
-def write_png(path: Path, results: list[dict[str, Any]], names: Sequence[str]) -> None:
+def write_png(path: Path, results: list[Json], names: Sequence[str]) -> None:
     """Draw a bar for every implementation of every case, as a multiple of the median time of names[0]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,5 +59,5 @@ def write_png(path: Path, results: list[dict[str, Any]], names: Sequence[str]) -
     write_picture(path, figure)
 
 
-def _measured(results: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def _measured(results: list[Json], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name in case["times"] for case in results)]

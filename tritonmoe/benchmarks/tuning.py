@@ -4,11 +4,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.gpu_cases import operation_calls
+from tritonmoe.benchmarks.gpu_kernels import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
 from tritonmoe.benchmarks.timing import interleave
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -31,7 +30,7 @@ CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
 Fields = Mapping[str, int | str]
 """Some of the fields of a TileConfig, by name."""
 LEAST_GAIN = 1.02
-"""How many times as fast as the heuristic's an entry must be: less is noise."""
+"""An entry must be so many times as fast as the heuristic's: less is noise."""
 BATCH_S = 0.01
 
 
@@ -82,7 +81,7 @@ def tune(
             progress(f"{name}: {key}: {config}")
             start = {field: value for field, value in asdict(config).items() if field in CHOICES and value != ""}
 
-            def seconds(candidate: Fields, call: Callable[[], Any] = call, key: str = key) -> float | None:
+            def seconds(candidate: Fields, call: Callable[[], object] = call, key: str = key) -> float | None:
                 with measured_tiles.using({key: candidate}), measured_tiles.asked() as chosen:
                     taken = _seconds(call)
                 used = chosen[key]
@@ -108,7 +107,7 @@ def _changes(start: Fields, candidate: Fields) -> str:
     return ", ".join(f"{field} {value}" for field, value in candidate.items() if value != start[field])
 
 
-def _seconds(call: Callable[[], Any]) -> float | None:
+def _seconds(call: Callable[[], object]) -> float | None:
     """Time one call in a batch; None where its configuration doesn't compile or doesn't fit."""
     try:
         call()
@@ -126,7 +125,7 @@ def _seconds(call: Callable[[], Any]) -> float | None:
         return None
 
 
-def _agrees(call: Callable[[], Any], key: str, best: Fields) -> bool:
+def _agrees(call: Callable[[], object], key: str, best: Fields) -> bool:
     """Say whether the results are the heuristic's, up to the rounding of sums: compilers have bugs."""
     with measured_tiles.using({}):
         expected = _tensors(call())
@@ -138,13 +137,13 @@ def _agrees(call: Callable[[], Any], key: str, best: Fields) -> bool:
     )
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
+def _tensors(result: object) -> list[torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return [result] if result.is_floating_point() and result.numel() else []
     return [tensor for item in result for tensor in _tensors(item)] if isinstance(result, tuple) else []
 
 
-def _gain(call: Callable[[], Any], key: str, best: Fields) -> float:
+def _gain(call: Callable[[], object], key: str, best: Fields) -> float:
     """Compare with the heuristic in the same interleaved rounds."""
 
     def run(entries: measured_tiles.Entries) -> Callable[[], None]:

@@ -23,10 +23,12 @@ MODELS = {
     "qwen3-235b-a22b": (128, 8, 4096, 1536),
     "deepseek-v3": (256, 8, 7168, 2048),
 }
-"""E, K, D, F; those before mixtral-8x7b are small enough for a CPU."""
+"""E, K, D and F by name; the models before mixtral-8x7b are small enough for a CPU."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_IDS_BYTES = 1 << 30
-WIRE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None}
+NAMED_WIRE_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in overlap_config.WIRE_DTYPES if dtype is not None
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Workload:
 
     model: str
     num_tokens: int
-    """T of each rank."""
+    """T, the tokens of each rank."""
     routing: str = "uniform"
     """"uniform", "zipf:S" (expert popularity falls as its place to the power of -S; places drawn at random),
     "remote" (uniform over the experts of the other ranks), or a file of ids."""
@@ -43,7 +45,7 @@ class Workload:
     backward: bool = True
     seed: int = 0
     wire_dtype: str | None = None
-    """As in OverlapConfig."""
+    """OverlapConfig.wire_dtype, by its name."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,7 +57,7 @@ class Workload:
 
     @property
     def torch_wire_dtype(self) -> torch.dtype | None:
-        return None if self.wire_dtype is None else WIRE_DTYPES[self.wire_dtype]
+        return None if self.wire_dtype is None else NAMED_WIRE_DTYPES[self.wire_dtype]
 
 
 def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:

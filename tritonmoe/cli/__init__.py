@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TextIO
 
 from tritonmoe.cli import bench, demo, env, models, tune, upcycle, warmup
 
@@ -52,10 +52,10 @@ def _checked_output() -> Iterator[None]:
 class _Output:
     """A standard stream of which a write that fails is a SystemExit: no `except OSError` takes it for a file's."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:

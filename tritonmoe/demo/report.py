@@ -5,7 +5,6 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from tritonmoe.demo.measure import VARIANTS, LayerMeasurement
 from tritonmoe.demo.model import ModelShape, Text
 from tritonmoe.demo.training import RankTraining
 from tritonmoe.report.terminal import TIMELINE_LEGEND, TextStyle, heat_map, lane_timelines, sparkline
+from tritonmoe.runtime.files import Json
 from tritonmoe.transports import LinkModel
 
 __all__ = ["Results", "as_json", "as_text", "rate_text"]
@@ -36,7 +36,7 @@ class Results:
     layer: LayerMeasurement
     png: Path | None
     trace: Path | None
-    """None: it could not be written."""
+    """The path of the picture; None where it could not be written."""
     elapsed_s: float
 
 
@@ -163,7 +163,7 @@ def _text_of_layer(results: Results, style: TextStyle) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: Results) -> dict[str, Any]:
+def as_json(results: Results) -> Json:
     """Give what --json prints."""
     layer, training = results.layer, results.training
     total, experts = _parameters(results)

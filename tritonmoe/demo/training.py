@@ -19,7 +19,7 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 10
 HELD_OUT_BATCHES = 2
 ROW_EXCHANGES = 4
-"""Dispatch, combine, and the adjoint of each."""
+"""The exchanges of rows of a layer in a step: dispatch, combine, and the adjoint of each."""
 
 
 @dataclass
@@ -51,16 +51,16 @@ class RankTraining:
     held_out_losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     layer_s: list[float] = field(default_factory=list)
-    """Forward and backward of all MoE layers of each step."""
+    """Seconds of forward and backward of all MoE layers, for each step."""
     exchanged_bytes: list[int] = field(default_factory=list)
     """Bytes that this step's MoE layers moved in the busier direction of this rank's link, per layer."""
     traffic_rows: list[list[int]] = field(default_factory=list)
-    """(W, W) of the first MoE layer in the last step."""
+    """(W, W): how many tokens of rank i rank k needed, in the first MoE layer of the last step."""
     expert_load: list[int] = field(default_factory=list)
     """(E,) pairs per expert of this rank's tokens, over the MoE layers of the last step."""
     num_parameters: int = 0
     num_expert_parameters: int = 0
-    """Of this rank's experts."""
+    """The parameters of this rank's experts."""
 
 
 def row_bytes_per_layer(traffic_bytes: Tensor, rank: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.layer import GroupedExperts
+from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
@@ -121,7 +121,7 @@ PROBE_SIZES = 6
 def probe(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[LinkCosts, StepCosts]:
     """Measure the link of a layer's transport, and what its steps cost; every rank calls it, with its own batch.
 
-    With both, overlap.simulator prices any plan on any number of ranks whose work is given, and overlap.search.search
+    With both, simulation.simulator prices any plan on any number of ranks whose work is given, and tuning.search.search
     finds the best one, without a further call. On one device there is no link, and nothing to pack for it.
 
     Args: as in GroupedExperts.forward. Backward, with the gradients of both tensors, is measured unless under no_grad.
@@ -156,8 +156,7 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
         if y.requires_grad:
             weights = [weight for weight in experts.parameters() if weight.requires_grad]
             torch.autograd.grad(y, [*leaves, *weights], torch.ones_like(y))
-        assert experts.last_report is not None
-        return experts.last_report
+        return report_of(experts)
 
     with _one_chunk(experts):
         run(num_tokens)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import exchange_counts
 from tritonmoe.dispatch.header import CallHeader, in_millionths
-from tritonmoe.dispatch.send_plan import TokenPlan, by_slot, count_rows, owners, row_segments
+from tritonmoe.dispatch.send_plan import TokenPlan, compact_columns, count_rows, owners_of_pairs, row_segments
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy, is_captured
 from tritonmoe.transports import PendingExchange, Transport
@@ -49,10 +49,10 @@ class CappedTokens:
     """The sender's half of a plan with a capacity, made without a host read, and what came of it."""
 
     tokens: TokenPlan
-    """With room for padding."""
+    """Its rows and pairs are the room that the capacity gives, padding included."""
     flags: HostCopy | None
-    """Whether something didn't fit (0 or 1), and the tokens whose scores are not finite, on their way to the host; None
-    in a CUDA graph."""
+    """Two numbers on their way to the host: whether something didn't fit (0 or 1), and how many tokens have scores that
+    are not finite. None in a CUDA graph, where nothing can be read."""
     is_wrong: Tensor
     """(1,) int64 on the device: 1 where something didn't fit or isn't finite."""
 
@@ -70,7 +70,7 @@ def segment_room(
     pairs: list[list[int]] = []
 
     def cut(token_bounds: Sequence[int], ranks: list[int]) -> None:
-        """Give every segment its share; rounding leaves each at least a pair and at most top_k pairs per row."""
+        """Give every segment its share of the room, with at least one pair and at most top_k pairs per row."""
         reached = [room * bound // max(1, num_tokens) for bound in token_bounds]
         beyond_one = [(pairs_room - room) * row // max(1, room) for row in reached]
         for (first, last), (first_pair, last_pair) in zip(pairwise(reached), pairwise(beyond_one), strict=True):
@@ -113,7 +113,7 @@ def plan_capped_tokens(
     starts = torch.cat([room_rows.new_zeros(1), room_rows.cumsum(0)])  # by key; of rows that don't travel: the end
 
     segments = row_segments(num_tokens, rank, size, overlap, device)
-    row_keys, counts = count_rows(owners(topk_ids, num_experts, size), segments, overlap.num_segments)
+    row_keys, counts = count_rows(owners_of_pairs(topk_ids, num_experts, size), segments, overlap.num_segments)
     fits = (counts <= room).all(0)  # (segments, W)
     # A row's place is its segment's start and how many rows of the segment come before it.
     sorted_keys, order = torch.sort(row_keys, stable=True)
@@ -131,7 +131,7 @@ def plan_capped_tokens(
         TokenPlan(
             token_bounds=overlap.bounds(num_tokens),
             home_tokens=home_tokens[:num_home],
-            home_index=by_slot(home_index.view(-1, size), top_k),
+            home_index=compact_columns(home_index.view(-1, size), top_k),
             rows=rows,
             pairs=pairs,
             return_rows=rows,
@@ -145,7 +145,7 @@ def plan_capped_tokens(
 def some_rank_overflowed(transport: Transport, header: CallHeader, capped: CappedTokens) -> bool:
     """Say whether rows of any rank didn't fit; called by every rank, behind its last combine.
 
-    Raises what exchange_plan raises; NonFiniteScores is only known here.
+    It raises what exchange_plan raises, NonFiniteScores included, which with a capacity is known no earlier.
     """
     assert capped.flags is not None
     overflows, nonfinite_rows = capped.flags.wait()
@@ -182,7 +182,7 @@ def watched(is_wrong: Tensor) -> Tensor:
 def replay_overflowed(flags: Sequence[Tensor], device: torch.device) -> bool:
     """Say, once, whether a replay that is enqueued on the current stream before has set one of its flags.
 
-    Waits for that stream.
+    It waits for that stream.
     """
     if not flags:
         return False

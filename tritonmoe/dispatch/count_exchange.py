@@ -1,7 +1,7 @@
-"""The one exchange before any row of a layer call: every rank's header and counts, checked alike on every rank.
+"""The header of a layer call, 3 of 3: the one exchange before any row brings headers and counts, which are checked.
 
-Its size is fixed whatever the call, so that ranks that disagree can still say so. A backward has one of the same size,
-so that its header meets the header of whatever the other ranks do.
+The exchange has one size whatever the call, so that ranks that disagree can still tell each other so. A backward begins
+with an exchange of the same size, so that its header meets the header of whatever the other ranks do.
 """
 
 from array import array
@@ -23,7 +23,7 @@ assert HEADER_SIZE <= MAX_HEADER
 
 
 def _message(transport: Transport, header: CallHeader) -> Tensor:
-    """Give what every rank is told: (W, L) int64, the header, and behind it room for counts, zeros."""
+    """Give what every rank is told, (W, L) int64: the header, and zeros behind it, where the counts will stand."""
     size, length = transport.size, transport.message_length
     row = array("q", header).tobytes().ljust(8 * length, b"\0")
     return torch.frombuffer(bytearray(row * size), dtype=torch.int64).view(
@@ -71,9 +71,9 @@ class BackwardAgreement:
 
 
 def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
-    """Start a backward's agreement; None on one rank, and where the host would have to wait for a device.
+    """Start a backward's agreement; give None on one rank, and where the host would have to wait for a device.
 
-    There, the next forward's header says which backwards have run.
+    In the latter case the header of the next forward tells which backwards have run.
     """
     if transport.size == 1 or transport.counts_cross_device:
         return None
@@ -121,7 +121,7 @@ def check_counts(
 ) -> None:
     """Raise CountMismatch unless what every rank says of its segments is what it says of the whole call.
 
-    Some transports would read memory that was never written, or abort, where counts are wrong.
+    With wrong counts some transports would read memory that was never written, or abort.
 
     Args:
         rows, pairs, return_rows: [segment][rank]: rows that come to this rank, their pairs that it computes, rows that

@@ -24,9 +24,9 @@ class RowPlaces(NamedTuple):
     """Where rows that came by (rank, token) lie, both (n,) int64."""
 
     received: Tensor
-    """In the receive buffer."""
+    """Their places in the receive buffer."""
     returned: Tensor
-    """Among the sums that go home."""
+    """The places of their sums among those that go home."""
 
 
 def pair_chunks(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> Tensor:
@@ -52,8 +52,8 @@ def first_and_last(segments: Tensor, owner: Tensor, size: int) -> tuple[Tensor, 
 def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> RowPlaces:
     """Say where rows that come to this rank lie, counted from zero.
 
-    local_ids: (n, K), rows by (rank, token); others than 0 .. num_local_experts - 1 are not this rank's, every row has
-    one that is.
+    local_ids: (n, K), rows by (rank, token). Ids outside 0 .. num_local_experts - 1 are experts of other ranks; every
+        row has at least one id inside.
     """
     chunks = pair_chunks(local_ids, num_local_experts, overlap)
     if local_ids.shape[1] == 1:  # every row has one chunk

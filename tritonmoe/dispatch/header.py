@@ -1,9 +1,12 @@
-"""CallHeader: what a rank says of a layer call, or of its backward, before the rows move."""
+"""The header of a layer call, 1 of 3: its fields, in which a rank describes its call, or its backward, to all others.
+
+header_check.py compares the headers of all ranks, and count_exchange.py brings them there.
+"""
 
 import functools
 import struct
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -30,35 +33,36 @@ MAGIC = 0x7417_0E
 CHUNK_BY = ("tokens", "experts")
 SAVES = ("hidden", "input")
 EXPERT_GRADIENTS = ("sum", "mean")
-"""What a layer makes of the sums over ranks that its experts' gradients are."""
+"""Whether the gradients of a layer's experts stay sums over the ranks, or are divided by their number."""
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 CLAMPED, CALLABLE = len(ACTIVATION_NAMES), len(ACTIVATION_NAMES) + 1
-"""What CallHeader.activation is for an activation without a name of ours."""
+"""The codes in CallHeader.activation of a ClampedSwiGLU and of a callable, which have no place in ACTIVATION_NAMES."""
 NAME_BYTES = 32
-"""Of a callable's qualified name so many travel, the last ones."""
+"""So many bytes of a callable's qualified name travel: the last ones."""
 CLAMPED_FIELDS = ("limit", "alpha", "up_offset")
 NAME_FIELDS = ("name_0", "name_1", "name_2", "name_3")
 
 
 class CallHeader(NamedTuple):
-    """What one rank says of one layer call; every rank sees every rank's. All are integers on the wire."""
+    """What one rank says of one layer call. Every rank gets the header of every rank; all fields travel as integers."""
 
     magic: int = MAGIC
     sequence: int = 0
-    """The number of the call: how many this transport has seen before, of a backward, before its forward."""
+    """The number of the call: how many calls this transport has seen before it; a backward has its forward's number."""
     layer: int = -1
-    """Which of the layers made on this transport calls, in the order in which they were made; -1: a function call."""
+    """Which layer calls, counted in the order in which layers were made on this transport; -1: no layer, a function."""
     is_backward: int = 0
-    """Whether this is a call's backward; then nothing is said of what its forward has agreed on."""
+    """Whether this is a call's backward. Then the header leaves out what its forward has agreed on."""
     layers_made: int = 0
-    """How many layers this rank has made on the transport ..."""
+    """How many layers this rank has made on the transport."""
     layers_alive: int = 0
+    """How many of them still exist."""
     num_backwards: int = 0
-    """How many backwards this rank has run on the transport, ..."""
+    """How many backwards this rank has run on the transport."""
     last_backward: int = -1
-    """... the sequence of the latest, ..."""
+    """The sequence number of the latest of them."""
     backwards: int = 0
-    """... and a checksum of all of them in their order."""
+    """A checksum of all of them in their order."""
     num_chunks: int = 0
     num_experts: int = 0
     top_k: int = 0
@@ -78,15 +82,17 @@ class CallHeader(NamedTuple):
     """A place in CHUNK_BY."""
     grad_enabled: int = 0
     needs_any: int = 0
-    """Whether this rank needs any gradient of the call ..."""
+    """Whether this rank needs any gradient of the call."""
     needs_x: int = 0
+    """Whether it needs that of x."""
     needs_topk_weights: int = 0
+    """Whether it needs that of topk_weights."""
     error: int = 0
     """Whether this rank's arguments were refused."""
     nonfinite_rows: int = 0
-    """Tokens whose router scores were not finite."""
+    """How many of this rank's tokens have router scores that are not finite."""
     vote: int = 0
-    """What this rank tells the other ranks' tuners: see Message in tuning/tuner.py."""
+    """This field and the next five are what this rank tells the other ranks' tuners: see Message in tuning/tuner.py."""
     second_vote: int = 0
     predicted_ns: int = 0
     measured_call: int = -1
@@ -101,7 +107,7 @@ class CallHeader(NamedTuple):
     overflowed: int = 0
     """In the exchange that ends a call with a capacity: whether this rank had rows that it has no room for."""
     replay_overflowed: int = 0
-    """Whether that was so in a replay of a CUDA graph before this call."""
+    """Whether rows had no room in a replay of a CUDA graph before this call."""
     captured: int = 0
     """Whether a CUDA graph is capturing this rank's call."""
     compiled: int = 0
@@ -113,15 +119,15 @@ class CallHeader(NamedTuple):
     deterministic: int = 0
     """torch.are_deterministic_algorithms_enabled()."""
     topk_weights_dtype: int = 0
-    """A code from DTYPE_CODES, 0 for another one."""
+    """A code from DTYPE_CODES, 0 for a dtype that has none."""
     activation: int = 0
     """A place in ACTIVATION_NAMES, CLAMPED or CALLABLE."""
     limit: int = 0
-    """The bits of ClampedSwiGLU's numbers ..."""
+    """This field and the next two hold the bits of ClampedSwiGLU's numbers."""
     alpha: int = 0
     up_offset: int = 0
     name_0: int = 0
-    """The bytes of a callable's name ..."""
+    """This field and the next three hold the bytes of a callable's name."""
     name_1: int = 0
     name_2: int = 0
     name_3: int = 0
@@ -129,12 +135,13 @@ class CallHeader(NamedTuple):
     gated: int = 0
     interleaved: int = 0
     transposed: int = 0
-    """Said with replicas only, whose gradients are summed as they lie; otherwise each rank's own affair."""
+    """Compared only where experts have replicas, whose gradients are summed as they lie in memory."""
     expert_gradients: int = 0
     """A place in EXPERT_GRADIENTS."""
     gate_up_bias: int = 0
-    """Whether there is one ..."""
+    """Whether the up-projection has a bias."""
     down_bias: int = 0
+    """Whether the down-projection has one."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
@@ -169,13 +176,13 @@ def in_millionths(capacity: float) -> int:
 
 
 def activation_fields(activation: Activation) -> dict[str, int]:
-    """Give the header's fields that say which activation this is; of a callable only its name can be said."""
+    """Give the header's fields that say which activation this is; a callable travels as the end of its name."""
     if isinstance(activation, str):
         return {"activation": ACTIVATION_NAMES.index(activation)}
     if isinstance(activation, ClampedSwiGLU):
         numbers = struct.pack("<3d", *(0.0 + getattr(activation, name) for name in CLAMPED_FIELDS))  # not -0.0
         return {"activation": CLAMPED, **dict(zip(CLAMPED_FIELDS, struct.unpack("<3q", numbers), strict=True))}
-    named: Any = activation
+    named: object = activation
     while isinstance(named, functools.partial):
         named = named.func
     name = str(getattr(named, "__qualname__", type(named).__qualname__)).encode()[-NAME_BYTES:].ljust(NAME_BYTES)

@@ -1,13 +1,13 @@
-"""Compares the headers of all ranks, and says in a user's words where they are not at the same call.
+"""The header of a layer call, 2 of 3: all ranks' headers are compared, and a user reads in words where they differ.
 
-Every rank has all headers, so every rank raises the same.
+Every rank has all headers, so every rank raises the same error.
 """
 
 import functools
 import struct
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tritonmoe.config.layer import ACTIVATION_NAMES
 from tritonmoe.config.overlap import WIRE_DTYPES
@@ -68,7 +68,7 @@ class Compared(NamedTuple):
     label: str
     fields: tuple[str, ...]
     words: Callable[..., str] | None = str
-    """None: the fields are checksums, of which no words can be made."""
+    """Makes words of the fields' values; None where they are checksums, which have no words."""
 
 
 def _field(name: str, words: Callable[..., str] | None = str) -> Compared:
@@ -105,7 +105,7 @@ CHOSEN = (
     _field("backward_window"),
     _field("chunk_by", _one_of(CHUNK_BY)),
 )
-"""What num_chunks="auto" chooses."""
+"""The fields that follow from what num_chunks="auto" chooses."""
 SAME_PLAN = (
     *CHOSEN,
     _field("local_first", _FALSE_TRUE),
@@ -114,14 +114,14 @@ SAME_PLAN = (
     _field("capacity", _capacity_words),
     Compared("which replicated weights need gradients in this layer call", ("replica_grads",), _replica_words),
 )
-KINDS: dict[str, tuple[str, Any]] = {
+KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
     "auto": ("num_chunks", ("given", '"auto"')),
     "grad_enabled": ("grad mode", ("torch.no_grad()", "torch.enable_grad()")),
     "save": ("save", SAVES),
     "deterministic": ("torch.use_deterministic_algorithms", ("not set", "set")),
     "topk_weights_dtype": ("dtype of topk_weights", DTYPE_NAMES),
 }
-"""What may differ between ranks, and makes them choose differently: its name, and the words for its values."""
+"""Fields that may differ between ranks, which then choose other plans: what each is called, and its values' names."""
 
 
 def check_headers(headers: Sequence[CallHeader]) -> None:
@@ -190,7 +190,7 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
 
 
 @functools.cache
-def _getter(compared: tuple[Compared, ...]) -> Callable[[CallHeader], Any]:
+def _getter(compared: tuple[Compared, ...]) -> Callable[[CallHeader], object]:
     return attrgetter(*(name for one in compared for name in one.fields))
 
 
@@ -217,7 +217,7 @@ def _words(compared: Compared, values: Sequence[tuple[int, ...]], rank: int) -> 
 
 
 def _other_kinds(headers: Sequence[CallHeader]) -> str:
-    """Say what makes ranks choose another plan for this call, and the way out; "" where none chose, or all alike."""
+    """Say why ranks chose different plans for this call, and the way out; "" where none chose, or nothing differs."""
     said = []
     for name, (words, words_of_value) in KINDS.items():
         ranks: dict[int, list[int]] = {}

@@ -20,9 +20,9 @@ __all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts of every rank, by slot; the same object on every rank.
+    """The experts of every rank, by slot; every rank must be given an equal placement.
 
-    Raises ValueError unless all ranks have as many slots, every expert has one, and none has two on one rank.
+    It raises ValueError unless all ranks have as many slots, every expert has one, and none has two on one rank.
     Example:
         ExpertPlacement(((0, 1, 2), (3, 2, 0))) spreads E=4 experts over two ranks of three slots; experts 0 and 2 have
         a replica on each. owners(2) is (0, 1) and first_owner(2) is 0.
@@ -101,7 +101,7 @@ class ExpertPlacement:
 
     @property
     def size(self) -> int:
-        """W."""
+        """W, the number of ranks."""
         return len(self.experts_of_rank)
 
     @property
@@ -111,12 +111,12 @@ class ExpertPlacement:
 
     @cached_property
     def num_experts(self) -> int:
-        """E."""
+        """E, the number of different experts."""
         return 1 + max(max(slots) for slots in self.experts_of_rank)
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether it is the placement that a layer has without one."""
+        """Whether rank k holds the experts k * E / W .. (k + 1) * E / W, as in a layer without a placement."""
         return not self.has_replicas and self == self.contiguous(self.num_experts, self.size)
 
     @property
@@ -124,7 +124,7 @@ class ExpertPlacement:
         return self.size * self.num_slots > self.num_experts
 
     def owners(self, expert: int) -> tuple[int, ...]:
-        """Give the ranks that hold `expert`, in ascending order."""
+        """Give the owners of `expert`, the ranks that hold it, in ascending order."""
         return tuple(rank for rank, slots in enumerate(self.experts_of_rank) if expert in slots)
 
     def first_owner(self, expert: int) -> int:
@@ -211,7 +211,7 @@ def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int
 def sum_replica_grads(grads: WeightGrads, received: Tensor, placement: ExpertPlacement, rank: int) -> WeightGrads:
     """Add the other owners' gradients (the rows of pack_replica_grads) to this rank's, in place.
 
-    Summed in rank order in fp32 on every owner, so that all replicas get the same bits.
+    Every owner sums in rank order and in fp32, so that all replicas get the same bits.
     """
     held = placement.experts_of_rank[rank]
     arrived: dict[int, dict[int, int]] = {}  # expert -> owner -> received row

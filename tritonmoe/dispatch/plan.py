@@ -35,9 +35,9 @@ class DispatchPlan:
     overlap: OverlapPlan
     tokens: TokenPlan
     receive_rows: list[list[int]]
-    """[segment][rank] rows that come from each rank (local segments: from this one)."""
+    """[segment][rank] rows that come from each rank; in the local segments they come from this one."""
     return_rows: list[list[int]]
-    """[segment][rank] rows that go back to each rank; chunks of tokens: `receive_rows`."""
+    """[segment][rank] rows that go back to each rank; with chunks of tokens the same as `receive_rows`."""
     send_offsets: tuple[int, ...]
     """Where each segment starts among the home rows that are sent, and its end."""
     receive_offsets: tuple[int, ...]
@@ -49,13 +49,15 @@ class DispatchPlan:
     traffic_pairs: Tensor
     """The same for the pairs of rank i that rank k computes."""
     needs_any: bool
+    """Whether some rank needs any gradient: then every rank runs the backward."""
     needs_x: bool
+    """Whether some rank needs the gradient of x: then every rank takes part in that gradient's exchanges."""
     needs_topk_weights: bool
-    """What some rank needs a gradient of: then every rank takes part in that gradient's exchanges."""
+    """The same for topk_weights."""
     headers: list[CallHeader]
-    """What every rank said."""
+    """What every rank said of this call."""
     num_local_experts: int = 0
-    """Read with chunks of experts only."""
+    """The experts of one rank, which only chunks of experts ask for."""
 
     @property
     def num_chunks(self) -> int:
@@ -110,7 +112,7 @@ class DispatchPlan:
 
     @property
     def num_local(self) -> int:
-        """Rows that are not exchanged: all buffers start with them."""
+        """How many rows are not exchanged: all buffers start with them."""
         return self.send_offsets[self.overlap.num_local_slices]
 
     @property
@@ -129,7 +131,7 @@ class DispatchPlan:
 
     @property
     def all_send_splits(self) -> list[int]:
-        """Rows to each rank over all chunks."""
+        """Give how many rows go to each rank over all chunks."""
         return [sum(column) for column in zip(*self.tokens.rows[self.overlap.num_local_slices :], strict=True)]
 
     @property
@@ -138,7 +140,7 @@ class DispatchPlan:
 
     @property
     def rows_to_itself(self) -> int:
-        """Exchanged rows that this rank sends to itself: none with local_first."""
+        """How many rows this rank sends to itself in exchanges: none with local_first."""
         return self.all_send_splits[self.rank]
 
     def send_order(self) -> Tensor:
@@ -169,7 +171,7 @@ class DispatchPlan:
         return self._by_rank(self.tokens.return_rows)
 
     def _by_rank(self, rows: list[list[int]]) -> Tensor:
-        """Give exchanged rows, counted by [segment][rank], which is how they are stored, by (rank, segment): int64."""
+        """Give the places (int64) of exchanged rows by (rank, segment); they lie and are counted by (segment, rank)."""
         num_slices, device = self.overlap.num_local_slices, self.tokens.home_index.device
         counts = torch.tensor(rows[num_slices:], dtype=torch.int64, device="cpu")
         starts = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts) + self.num_local

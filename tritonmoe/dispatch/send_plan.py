@@ -23,7 +23,7 @@ from tritonmoe.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy
 
-__all__ = ["TokenPlan", "by_slot", "count_rows", "order_rows", "owners", "plan_tokens", "row_segments"]
+__all__ = ["TokenPlan", "compact_columns", "count_rows", "order_rows", "owners_of_pairs", "plan_tokens", "row_segments"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class TokenPlan:
     home_tokens: Tensor
     """(S,) int32: the token of each home row, as they are sent."""
     home_index: Tensor
-    """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; and -1."""
+    """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; -1 for no row."""
     rows: list[list[int]]
     """[segment][rank] home rows that are sent."""
     pairs: list[list[int]]
     """[segment][rank] routed pairs that are computed."""
     return_rows: list[list[int]]
-    """[segment][rank] home rows that return; chunks of tokens: `rows`."""
+    """[segment][rank] home rows that return; with chunks of tokens the same as `rows`."""
     nonfinite_rows: int = 0
-    """Tokens whose router scores were not finite."""
+    """How many tokens have router scores that are not finite."""
     has_padding: bool = False
-    """Whether home rows may be none, as with a capacity."""
+    """Whether some home rows are padding, which belongs to no token; only with a capacity."""
 
     @property
     def home_ranks(self) -> Tensor:
@@ -54,7 +54,7 @@ class TokenPlan:
         return RowSources(tuple(range(rows.shape[1])), rows).of_rows(self.home_tokens.device)
 
     def padding(self) -> Tensor:
-        """(S,) bool, made anew: which home rows no token has, with chunks of tokens, whose rows return as they left."""
+        """(S,) bool: which home rows are padding. Only for chunks of tokens, whose rows return in their order."""
         rows = torch.ones(1 + self.home_tokens.shape[0], dtype=torch.bool, device=self.home_tokens.device)
         return rows.index_fill_(0, (self.home_index.flatten() + 1).to(torch.int64), False)[1:]
 
@@ -72,7 +72,7 @@ def plan_tokens(
     Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call is here: of the counts, and
     of num_nonfinite_rows, a scalar, with them.
     """
-    owner = owners(topk_ids, num_experts, size)
+    owner = owners_of_pairs(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:
         num_nonfinite_rows = owner.new_zeros(())
     if overlap.chunk_by == "experts":
@@ -95,6 +95,7 @@ def _plan_by_experts(
     overlap: OverlapPlan,
     num_nonfinite_rows: Tensor,
 ) -> TokenPlan:
+    """Do what plan_tokens does where a chunk is a range of every rank's own experts."""
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
     segments = pair_chunks(topk_ids % num_local_experts, num_local_experts, overlap) + overlap.num_local_slices
     if overlap.local_first:
@@ -111,7 +112,7 @@ def _plan_by_experts(
     return TokenPlan(
         token_bounds=(0,) * overlap.num_chunks + (num_tokens,),
         home_tokens=_tokens_of(sent, size),
-        home_index=by_slot(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1]),
+        home_index=compact_columns(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1]),
         rows=rows,
         pairs=pairs,
         return_rows=return_rows,
@@ -119,8 +120,8 @@ def _plan_by_experts(
     )
 
 
-def owners(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
-    """Give the rank (T, K) int64 that owns each pair's expert, `size` for a skipped pair."""
+def owners_of_pairs(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
+    """Give the owner (T, K) int64 of each pair, the rank that owns its expert; `size` for a skipped pair."""
     skipped = (topk_ids < 0) | (topk_ids >= num_experts)
     owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64)
     return owner.masked_fill(skipped, size)
@@ -170,7 +171,7 @@ def count_keys(keys: Tensor, limit: int) -> Tensor:
 def order_rows(row_keys: Tensor, size: int, top_k: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Give home_tokens and home_index of a TokenPlan from count_rows's keys and its rows on the host."""
     order = _sorted_rows(row_keys, rows)
-    return _tokens_of(order, size), by_slot(_places(order, row_keys.shape[0]).view(-1, size), top_k)
+    return _tokens_of(order, size), compact_columns(_places(order, row_keys.shape[0]).view(-1, size), top_k)
 
 
 def _sorted_rows(row_keys: Tensor, rows: list[list[int]]) -> Tensor:
@@ -189,16 +190,16 @@ def _places(order: Tensor, num_keys: int) -> Tensor:
     return places
 
 
-def by_slot(home_index: Tensor, top_k: int) -> Tensor:
+def compact_columns(home_index: Tensor, top_k: int) -> Tensor:
     """Bring the numbers of each row of (T, W), of which at most top_k are not -1, to its start: (T, min(W, top_k)).
 
     Example:
         [[-1, 4, -1, 7], [-1, -1, 5, -1]] and top_k = 2 give [[4, 7], [5, -1]].
     """
-    num_slots = max(1, top_k)
-    if home_index.shape[1] <= num_slots:
+    num_columns = max(1, top_k)
+    if home_index.shape[1] <= num_columns:
         return home_index
     present = home_index >= 0
-    slots = (present.cumsum(1) - 1).masked_fill(~present, num_slots)  # -1 all go to one column, which is cut off
-    places = home_index.new_full((home_index.shape[0], num_slots + 1), -1).scatter_(1, slots, home_index)
-    return places[:, :num_slots].contiguous()
+    columns = (present.cumsum(1) - 1).masked_fill(~present, num_columns)  # -1 all go to one column, which is cut off
+    compacted = home_index.new_full((home_index.shape[0], num_columns + 1), -1).scatter_(1, columns, home_index)
+    return compacted[:, :num_columns].contiguous()

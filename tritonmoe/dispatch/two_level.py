@@ -19,7 +19,7 @@ from tritonmoe.dispatch.count_exchange import check_counts, exchange_counts
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.plan import DispatchPlan, offsets
-from tritonmoe.dispatch.send_plan import TokenPlan, count_rows, order_rows, owners, row_segments
+from tritonmoe.dispatch.send_plan import TokenPlan, count_rows, order_rows, owners_of_pairs, row_segments
 from tritonmoe.errors import CountMismatch
 from tritonmoe.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
@@ -47,7 +47,7 @@ class TwoLevelPlan:
     first_expert_of_node: int
     num_experts_of_node: int
     place: int
-    """This rank's in its node."""
+    """The place of this rank in its node."""
 
     def inner(self, topk_ids: Tensor) -> DispatchPlan:
         """Give the inner plan once the ids (R, K) of the outer rows are here; reads nothing on the host."""
@@ -57,7 +57,7 @@ class TwoLevelPlan:
         rows = torch.arange(topk_ids.shape[0], device=topk_ids.device)
         starts = to_device(torch.tensor(bounds[1:-1], dtype=torch.int64, device="cpu"), topk_ids.device)
         segments = torch.bucketize(rows, starts, right=True)[:, None].expand(-1, size)
-        owner = owners(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
+        owner = owners_of_pairs(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
         row_keys, _ = count_rows(owner, segments, len(self.relay_rows))
         order = order_rows(row_keys, size, topk_ids.shape[1], self.relay_rows)
         return DispatchPlan(
@@ -114,14 +114,14 @@ def exchange_two_level_plan(
     overlap: OverlapPlan,
     num_nonfinite_rows: Tensor,
 ) -> TwoLevelPlan:
-    """Plan both levels from this rank's ids (T, K) and one count exchange. Raises what exchange_plan raises.
+    """Plan both levels from this rank's ids (T, K) and one count exchange. It raises what exchange_plan raises.
 
     The one host read of a layer call is here: of the counts, and of num_nonfinite_rows, a scalar, with them.
     """
     size, node_size, num_nodes = transport.size, transport.node_size, transport.num_nodes
     node, place = divmod(transport.rank, node_size)
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
-    owner = owners(topk_ids, num_experts, size)
+    owner = owners_of_pairs(topk_ids, num_experts, size)
     outer_owner = torch.div(owner, node_size, rounding_mode="floor")  # skipped: W // node_size is no node either
     segments = row_segments(num_tokens, node, num_nodes, overlap, topk_ids.device)
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)

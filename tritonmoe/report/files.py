@@ -2,15 +2,19 @@
 
 import io
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tritonmoe.runtime.files import write_whole
 
 __all__ = ["write_picture"]
 
 
-def write_picture(path: str | os.PathLike, figure: Any, **options: Any) -> None:
-    """Write a matplotlib figure as a PNG; raises what write_whole does."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_picture(path: str | os.PathLike, figure: "Figure", bbox_inches: str | None = None) -> None:
+    """Write a matplotlib figure as a PNG. It raises what write_whole raises; bbox_inches is that of savefig."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", **options)
+    figure.savefig(drawn, format="png", bbox_inches=bbox_inches)
     write_whole(path, drawn.getvalue(), "picture")

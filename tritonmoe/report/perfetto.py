@@ -6,21 +6,20 @@ Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsK
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.report.timeline import LANES, Timeline
-from tritonmoe.runtime.files import write_whole
+from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["chrome_trace", "write_chrome_trace"]
 
 
-def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]:
+def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> Json:
     """Give the trace of several runs, each with one timeline per rank, all beginning at time 0.
 
     A process is a rank (pid), a thread a lane of a run (tid = 3 * run + lane: compute, comm, inside the node), and an
     event a step, named as in the schedule, with kind, chunk and run among its arguments. Times are in microseconds.
     """
-    events: list[dict[str, Any]] = []
+    events: list[Json] = []
     for rank in sorted({timeline.rank for timelines in runs.values() for timeline in timelines}):
         events.append({"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
         events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
@@ -33,7 +32,7 @@ def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]:
                 for span in timeline.spans:
                     if span.lane != lane:
                         continue
-                    args: dict[str, Any] = {"chunk": span.chunk, "kind": span.kind, "run": run}
+                    args: Json = {"chunk": span.chunk, "kind": span.kind, "run": run}
                     if lane == "comm":
                         args["posted_us"] = _microseconds(span.posted_s)
                     start_us = _microseconds(span.start_s)

@@ -3,11 +3,17 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tritonmoe.report.files import write_picture
 from tritonmoe.report.terminal import short_name
 from tritonmoe.report.timeline import Span, Timeline
+from tritonmoe.runtime.files import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 __all__ = ["write_overlap_png", "write_png"]
 
@@ -43,7 +49,7 @@ def write_png(
 
 
 def write_overlap_png(
-    path: Path, timelines: Sequence[Timeline], results: Mapping[str, Any], notes: Sequence[str], legend: str
+    path: Path, timelines: Sequence[Timeline], results: Json, notes: Sequence[str], legend: str
 ) -> None:
     """Draw the timelines to one scale and the time of every schedule over the number of chunks.
 
@@ -69,7 +75,7 @@ def write_overlap_png(
     write_picture(path, figure)
 
 
-def _make_figure(width: float, height: float) -> Any:
+def _make_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -83,7 +89,7 @@ def _make_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _draw_timelines(figure: Any, cells: Sequence[Any], timelines: Sequence[Timeline]) -> None:
+def _draw_timelines(figure: "Figure", cells: "Sequence[SubplotSpec]", timelines: Sequence[Timeline]) -> None:
     longest_ms = max((timeline.total_s for timeline in timelines), default=0.0) * 1e3
     for number, timeline in enumerate(timelines):
         axes = figure.add_subplot(cells[number])
@@ -94,7 +100,7 @@ def _draw_timelines(figure: Any, cells: Sequence[Any], timelines: Sequence[Timel
             figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=9, frameon=False)
 
 
-def _draw_sweep(axes: Any, results: Mapping[str, Any]) -> None:
+def _draw_sweep(axes: "Axes", results: Json) -> None:
     series: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
     for variant in results["sweep"]:
         series.setdefault(variant["series"], []).append((variant["num_chunks"], results["variants"][variant["name"]]))
@@ -115,7 +121,7 @@ def _draw_sweep(axes: Any, results: Mapping[str, Any]) -> None:
     axes.legend(fontsize=9, ncols=2)
 
 
-def _draw_heat_map(axes: Any, traffic_rows: Sequence[Sequence[int]]) -> None:
+def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
     num_ranks = len(traffic_rows)
     largest = max((value for values in traffic_rows for value in values), default=0)
     axes.imshow(traffic_rows, cmap="viridis", vmin=0, vmax=max(1, largest))
@@ -132,7 +138,7 @@ def _draw_heat_map(axes: Any, traffic_rows: Sequence[Sequence[int]]) -> None:
                 axes.text(k, i, str(value), ha="center", va="center", color=color, fontsize=11)
 
 
-def _draw_lanes(axes: Any, timeline: Timeline, longest_ms: float) -> None:
+def _draw_lanes(axes: "Axes", timeline: Timeline, longest_ms: float) -> None:
     axes.set_title(f"{timeline.name}: {timeline.total_s * 1e3:.0f} ms (rank {timeline.rank})", fontsize=11, loc="left")
     lanes = timeline.lanes
     for span in timeline.spans:

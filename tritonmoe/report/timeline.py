@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
+from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation
 
 __all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
@@ -19,7 +19,7 @@ class Span:
     """One step on one lane, in seconds."""
 
     name: str
-    """As the schedule says it: "dispatch 1", "experts local", "weight_grad", "node_dispatch 1"."""
+    """The name of the step in the schedule: "dispatch 1", "experts local", "weight_grad", "node_dispatch 1"."""
     kind: str
     chunk: int | None
     lane: str
@@ -57,7 +57,7 @@ class Timeline:
     backward: PassTimeline
 
     @staticmethod
-    def of_plain(plain: dict[str, Any]) -> "Timeline":
+    def of_plain(plain: Json) -> "Timeline":
         """Give the timeline whose dataclasses.asdict() this is, or what is left of it as JSON."""
         passes = {
             which: PassTimeline(tuple(Span(**span) for span in plain[which]["spans"]), plain[which]["total_s"])
@@ -71,7 +71,7 @@ class Timeline:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """Those that are drawn: compute and comm, and that of the node where there are two levels."""
+        """The lanes that are drawn: compute and comm, and the node's where there are two levels."""
         return tuple(lane for lane in LANES if lane != NODE or any(span.lane == NODE for span in self.spans))
 
     @property

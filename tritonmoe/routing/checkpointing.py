@@ -1,12 +1,15 @@
 """save_topk(): activation checkpointing whose recompute sends every token where the forward sent it."""
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 __all__ = ["save_topk"]
 
@@ -33,7 +36,13 @@ class _KeepTopK(TorchDispatchMode):
         super().__init__()
         self.kept = kept
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: "OpOverload",
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.topk.default:
             self.kept.append(result[1].clone())
@@ -51,7 +60,13 @@ class _ReuseTopK(TorchDispatchMode):
         self.position = 0  # a second backward recomputes from the start again
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: "OpOverload",
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.topk.default:
             return func(*args, **kwargs)

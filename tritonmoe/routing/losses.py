@@ -5,10 +5,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing.router import Routing
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 
-__all__ = ["load_balance_loss", "z_loss"]
+__all__ = ["auxiliary_loss", "load_balance_loss", "z_loss"]
+
+
+def auxiliary_loss(
+    routing: Routing, config: MoEConfig, reduce_load: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Give the weighted sum of the losses that a layer's config asks for, a scalar; zero where it asks for none.
+
+    reduce_load: as in load_balance_loss; None balances this rank's tokens alone.
+    """
+    loss = routing.topk_weights.new_zeros(())
+    if config.load_balance_loss_weight:
+        balance = load_balance_loss(routing, config.num_experts, reduce_load=reduce_load)
+        loss = loss + config.load_balance_loss_weight * balance
+    if config.z_loss_weight:
+        loss = loss + config.z_loss_weight * z_loss(routing.logits)
+    return loss
 
 
 def load_balance_loss(

@@ -1,9 +1,9 @@
 """NonFiniteCheck: raises for tokens whose router scores are NaN or infinite, in their call or in the next one.
 
-That is on one device: over ranks the count exchange does that, always in the same call.
+It is for one device. Over ranks the count exchange does the same, always in the call itself.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class NonFiniteCheck:
         self.when = when
         self._earlier: Tensor | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"when": self.when, "_earlier": None}
 
     def raise_earlier(self) -> None:

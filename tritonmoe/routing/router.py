@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
@@ -131,7 +132,7 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = bias.to(cast.device)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)
         # assign=True leaves `load`, which isn't saved, on the meta device, and the bias in whatever dtype was given.
         if self.load is not None and self.load.is_meta and not self.weight.is_meta:
@@ -198,12 +199,12 @@ class TopKRouter(nn.Module):
         if self.e_score_correction_bias is not None:
             ranked_by = ranked_by + self.e_score_correction_bias
         if config.top_k_groups < config.num_expert_groups:
-            group_size = config.num_experts // config.num_expert_groups
-            grouped = ranked_by.unflatten(1, (config.num_expert_groups, group_size))  # (T, groups, group size)
-            group_scores = grouped.topk(min(2, group_size), dim=2).values.sum(dim=2)
+            grouped = rearrange(ranked_by, "token (group expert) -> token group expert", group=config.num_expert_groups)
+            group_scores = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
             group_ids = group_scores.topk(config.top_k_groups, dim=1).indices
             is_eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, group_ids, True)
-            ranked_by = grouped.masked_fill(~is_eligible.unsqueeze(2), float("-inf")).flatten(1)
+            eligible = grouped.masked_fill(~is_eligible.unsqueeze(2), float("-inf"))
+            ranked_by = rearrange(eligible, "token group expert -> token (group expert)")
         return ranked_by.topk(config.top_k, dim=1).indices
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ def reduce_counts(counts: Tensor, reduce_load: Callable[[Tensor], Tensor]) -> Te
     """Sum counts (n,) over data-parallel ranks with a function of the user's.
 
     Raises:
-        TypeError: it gave something else.
+        TypeError: reduce_load gave something else.
     """
     shape, summed = counts.shape, reduce_load(counts)
     if not isinstance(summed, Tensor) or summed.shape != shape:

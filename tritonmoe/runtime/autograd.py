@@ -1,12 +1,14 @@
-"""What every autograd Function of this package needs: no autocast inside, one derivative only, said clearly, and what
-is kept beside saved tensors, also under activation checkpointing."""
+"""What autograd Functions of this package share: no autocast inside, one derivative only, things kept beside tensors.
+
+A second derivative is refused in words, and what is kept survives activation checkpointing.
+"""
 
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -62,11 +64,11 @@ class _FirstDerivative(torch.autograd.Function):
     """Hands gradients on, attached to a graph that raises when they are differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: object, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.detach() for grad in grads)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: object, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
@@ -77,7 +79,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """
 
     @wraps(backward)
-    def once(ctx: Any, dout: Tensor) -> tuple:
+    def once(ctx: object, dout: Tensor) -> tuple:
         creates_graph = torch.is_grad_enabled()
         with torch.no_grad(), without_autocast(dout.device):
             grads = backward(ctx, dout)
@@ -89,11 +91,11 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 _numbers = itertools.count()
-_kept_by_recomputes: dict[int, Any] = {}
+_kept_by_recomputes: dict[int, object] = {}
 
 
-def keep_beside(ctx: Any, value: Any) -> Tensor:
-    """Keep what is no tensor and belongs to the saved ones (a grouping, a plan); gives the mark to save with them.
+def keep_beside(ctx: Any, value: object) -> Tensor:
+    """Keep what is no tensor and belongs to the saved ones (a grouping, a plan), and give the mark to save with them.
 
     Non-reentrant checkpointing hands the backward of the first forward's node the tensors that a recompute saved. Their
     rows are in the recompute's order, which need not be the first one's: the plan may have changed since, and near-tie
@@ -103,8 +105,11 @@ def keep_beside(ctx: Any, value: Any) -> Tensor:
     ctx.kept = number, value
     if is_recomputing():
         _kept_by_recomputes[number] = value
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(partial(_kept_by_recomputes.pop, number, None))  # when this backward ends
+
+        def forget() -> None:
+            _kept_by_recomputes.pop(number, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
     return torch.tensor(number, device="cpu")
 
 

@@ -7,8 +7,8 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ SMALLEST_RECYCLED_BYTES = 2**20
 SMALLEST_FREED_BYTES = 2**24
 """Smaller pieces are used again so soon and so often that to mark them costs as much as to use them."""
 LARGEST_WASTE = 1.25
-"""So many times the bytes asked for a recycled block may have."""
+"""A recycled block may have at most so many times the bytes that were asked for."""
 HUGE_PAGE_BYTES = 2**21
 _MADV_FREE = 8
 _MADV_HUGEPAGE = 14
 
 
 @cache
-def _madvise() -> Any:
+def _madvise() -> Callable[[int, int, int], int] | None:
     """Give the C library's madvise where it knows huge pages, else None."""
     if sys.platform != "linux":
         return None
@@ -55,9 +55,9 @@ class _Recycled:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.returned: deque[Tensor] = deque()
-        """What came back since; appended to by finalizers, which may run anywhere and so take no lock."""
+        """The blocks that came back since take() last looked. Finalizers add them, which may run anywhere: no lock."""
         self.unused: list[Tensor] = []
-        """From the smallest to the largest."""
+        """The blocks in which no tensor lies, from the smallest to the largest."""
 
     def take(self, num_bytes: int) -> Tensor:
         """Give a block of num_bytes or somewhat more, uninitialised."""
@@ -104,9 +104,9 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu" or num_bytes < SMALLEST_RECYCLED_BYTES:
         return like.new_empty(*shape)
     block = recycled.take(num_bytes)
-    owner = (ctypes.c_char * num_bytes).from_address(block.data_ptr())
-    weakref.finalize(owner, recycled.give_back, block).atexit = False
-    return torch.frombuffer(owner, dtype=like.dtype).view(shape)
+    memory = (ctypes.c_char * num_bytes).from_address(block.data_ptr())
+    weakref.finalize(memory, recycled.give_back, block).atexit = False
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 _read_by_replays: list[Tensor] = []

@@ -16,12 +16,12 @@ import torch
 __all__ = ["for_each", "num_workers"]
 
 MOST_WORKERS = 4
-"""They share the interpreter's lock; the threads beyond that share their operations."""
+"""Workers share the interpreter's lock, so that more of them gain nothing; further threads go to their operations."""
 
 Item = TypeVar("Item")
 
 _starting = threading.Lock()
-"""While workers start, what number of threads new ones begin with is not that of the caller."""
+"""Held while workers start: a thread that starts meanwhile begins with another number of threads than its caller's."""
 
 
 def num_workers(device: torch.device) -> int:
@@ -30,10 +30,10 @@ def num_workers(device: torch.device) -> int:
 
 
 def for_each(function: Callable[[Item], object], items: Sequence[Item], device: torch.device) -> None:
-    """Call `function` on every item, on a CPU several at a time, without gradients; give back when all are done.
+    """Call `function` on every item, on a CPU several at a time, without gradients; return when all are done.
 
-    What it raises for an item is raised here when the others are done. It is a loop on a GPU, with one thread, and
-    where a mode watches operations (FlopCounterMode), which would see none of another thread.
+    What it raises for an item is raised here when the others are done. It is a plain loop on a GPU, where there is one
+    thread, and where a mode watches operations (FlopCounterMode), which would see none of another thread.
     """
     count = min(num_workers(device), len(items))
     if count < 2 or torch._C._len_torch_dispatch_stack() > 0:
@@ -58,7 +58,7 @@ def for_each(function: Callable[[Item], object], items: Sequence[Item], device: 
 def _workers(count: int, threads_each: int) -> ThreadPoolExecutor:
     """Start `count` threads whose operations have threads_each threads.
 
-    set_num_threads in one thread is also what threads started later begin with: that is put back.
+    set_num_threads() in one thread also sets with how many threads later ones begin; that is put back.
     """
     executor = ThreadPoolExecutor(count, thread_name_prefix="tritonmoe-experts")
     started = threading.Barrier(count)

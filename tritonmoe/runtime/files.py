@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["check_regular", "locked", "parse_json", "read_json", "write_whole"]
+__all__ = ["Json", "check_regular", "locked", "parse_json", "read_json", "write_whole"]
+
+Json: TypeAlias = dict[str, Any]
+"""An object of JSON: strings, numbers, true, false, null, lists and objects by name."""
 
 MAX_DEPTH = 64
-"""Of objects and lists in a JSON file: a config nests some ten of them."""
+"""How deep objects and lists may nest in a JSON file: in a config some ten of them do."""
 MAX_JSON_BYTES = 16 << 20
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -97,7 +100,7 @@ def parse_json(text: bytes, path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it nests deeper than {MAX_DEPTH}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged or half written: {error}") from error
-    unseen: list[tuple[str, int, Any]] = [("", 1, found)]
+    unseen: list[tuple[str, int, object]] = [("", 1, found)]
     while unseen:
         key, depth, value = unseen.pop()
         if isinstance(value, dict | list):
@@ -114,8 +117,8 @@ def parse_json(text: bytes, path: Path) -> Any:
     return found
 
 
-def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _as_object(pairs: list[tuple[str, object]]) -> Json:
+    found: Json = {}
     for name, value in pairs:
         if name in found:
             raise ValueError(f"it has the key {name!r} twice")

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["Handled", "find", "hold"]
 
 _numbers = itertools.count(int.from_bytes(os.urandom(7), sys.byteorder))
-_objects: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+_objects: "weakref.WeakValueDictionary[int, Handled | _Memory]" = weakref.WeakValueDictionary()
 
 
 class Handled:
@@ -25,7 +25,7 @@ class Handled:
     handle: Tensor
     """() int64; find() gives the object."""
 
-    def __new__(cls, *_: Any, **__: Any) -> "Handled":
+    def __new__(cls, *_: object, **__: object) -> "Handled":
         self = super().__new__(cls)
         number = next(_numbers)
         _objects[number] = self
@@ -33,17 +33,17 @@ class Handled:
             self.handle = torch.tensor(number, device="cpu")
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "handle"}
 
 
 class _Memory(bytearray):
     """The memory of one tensor, which keeps a value for as long as that tensor's storage lives."""
 
-    value: Any
+    value: object
 
 
-def hold(value: Any) -> Tensor:
+def hold(value: object) -> Tensor:
     """Give a handle (1,) that keeps `value` alive until the last tensor of this storage is gone."""
     number = next(_numbers)
     memory = _Memory(number.to_bytes(8, sys.byteorder))

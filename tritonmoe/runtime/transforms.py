@@ -6,7 +6,7 @@ a transform is active: a Function with setup_context costs several times as much
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -67,8 +67,8 @@ def below_transforms() -> AbstractContextManager:
     return torch._C._DisableFuncTorch() if is_transformed() else nullcontext()
 
 
-def refuse_vmap(*_: Any) -> Any:
-    """Stand as a Function's vmap."""
+def refuse_vmap(*_: object) -> NoReturn:
+    """Stand as the vmap of a Function that has none, and say so."""
     raise RuntimeError(NO_VMAP)
 
 
@@ -78,20 +78,20 @@ def refuse_tangents(*tensors: Tensor) -> None:
         raise RuntimeError(NO_JVP)
 
 
-def refuse_jvp(ctx: Any, *grad_inputs: Any) -> Any:
-    """Stand as a Function's jvp."""
+def refuse_jvp(ctx: object, *grad_inputs: object) -> NoReturn:
+    """Stand as the jvp of a Function that has none, and say so."""
     raise RuntimeError(NO_JVP)
 
 
-def run_function(function: Any, *arguments: Any) -> Tensor:
+def run_function(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
     """Apply an autograd Function that has one output and whose backward is once_differentiable."""
     if not is_transformed():
         return function.apply(*arguments)
     return _run_transformed(function, *arguments)
 
 
-@outside_graphs  # where it compiles what surrounds a transform
-def _run_transformed(function: Any, *arguments: Any) -> Tensor:
+@outside_graphs  # where torch.compile compiles what surrounds a transform
+def _run_transformed(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
     out, _ = _Transformed.apply(function, *arguments)
     return out
 
@@ -110,12 +110,12 @@ class _Transformed(torch.autograd.Function):
     """(a Function, its arguments) -> its output, and what it kept, below all transforms."""
 
     @staticmethod
-    def forward(function: Any, *arguments: Any) -> tuple[Tensor, _Context]:
+    def forward(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, _Context]:
         kept = _Context()
         return function.forward(kept, *arguments), kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, _Context]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, _Context]) -> None:
         function, *arguments = inputs
         ctx.function, ctx.kept = function, output[1]
         ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
@@ -135,17 +135,19 @@ class _TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     @outside_graphs
-    def forward(function: Any, kept: _Context, needs: tuple[bool, ...], dout: Tensor, *_: Tensor) -> tuple:
+    def forward(
+        function: type[torch.autograd.Function], kept: _Context, needs: tuple[bool, ...], dout: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         kept.needs_input_grad = needs
         with torch.no_grad(), without_autocast(dout.device):
             return function.backward(kept, dout)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple) -> None:
+    def setup_context(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor | None, ...]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
+    def backward(ctx: object, *_: Tensor) -> NoReturn:
         raise RuntimeError(SECOND_DERIVATIVE)
 
     vmap = staticmethod(refuse_vmap)

@@ -1,17 +1,22 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from weakref import WeakKeyDictionary
 
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
 from tritonmoe.transports.emulated.faults import Death, Delay
 from tritonmoe.transports.emulated.link_model import LinkModel
-from tritonmoe.transports.emulated.world import EmulatedTransport, EmulatedWorld
+from tritonmoe.transports.emulated.transport import EmulatedTransport
+from tritonmoe.transports.emulated.world import EmulatedWorld
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport, is_registered
 from tritonmoe.transports.two_level import TwoLevelTransport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "EXPERT",
@@ -25,22 +30,37 @@ __all__ = [
     "MPITransport",
     "PendingExchange",
     "ProcessGroupTransport",
+    "Ranks",
     "Transport",
     "TwoLevelTransport",
     "as_transport",
+    "is_mesh",
     "leaving_nobody_waiting",
 ]
 
 EXPERT = "expert"
 """What the dimension of a DeviceMesh is called over which experts are spread, where the other one is of replicas."""
 
-_of_meshes: "WeakKeyDictionary[Any, TwoLevelTransport]" = WeakKeyDictionary()
-_of_groups: dict[Any, ProcessGroupTransport] = {}
-"""For as long as their groups exist: when a layer's memory is freed differs between ranks, and may not matter."""
+Ranks: TypeAlias = "Transport | ProcessGroup | DeviceMesh"
+"""What people pass to say over which ranks experts are spread."""
+
+_of_meshes: "WeakKeyDictionary[DeviceMesh, TwoLevelTransport]" = WeakKeyDictionary()
+_of_groups: "dict[ProcessGroup, ProcessGroupTransport]" = {}
+"""The transports of groups, kept for as long as their groups exist.
+
+When the memory of a layer is freed differs between ranks, so it must not decide when a transport ends.
+"""
 
 
-def as_transport(ranks: Any) -> Transport:
+def is_mesh(ranks: object) -> "TypeGuard[DeviceMesh]":
+    """Say whether `ranks` is a DeviceMesh, also where this torch was built without torch.distributed."""
+    return hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names")
+
+
+def as_transport(ranks: "Ranks | None") -> Transport:
     """Give the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
+
+    None is refused: `torch.distributed.group.WORLD` is None before init_process_group().
 
     Raises:
         TypeError: `ranks` is none of these.
@@ -49,19 +69,18 @@ def as_transport(ranks: Any) -> Transport:
     """
     if isinstance(ranks, Transport):
         return ranks
-    if hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names"):
-        if ranks.ndim == 2 and EXPERT in (ranks.mesh_dim_names or ()):
-            ranks = ranks[EXPERT]
-        if ranks.ndim == 2:
-            if ranks not in _of_meshes:
-                _of_meshes[ranks] = _two_level(ranks)
-            return _of_meshes[ranks]
-        if ranks.ndim != 1:
+    if is_mesh(ranks):
+        mesh = ranks[EXPERT] if ranks.ndim == 2 and EXPERT in (ranks.mesh_dim_names or ()) else ranks
+        if mesh.ndim == 2:
+            if mesh not in _of_meshes:
+                _of_meshes[mesh] = _two_level(mesh)
+            return _of_meshes[mesh]
+        if mesh.ndim != 1:
             raise ValueError(
                 f'a DeviceMesh must have one dimension, or two: one called "{EXPERT}" and one of replicas, or nodes '
-                f"and ranks of a node; got {ranks.ndim}: pass mesh['replicas', '{EXPERT}'], with your names"
+                f"and ranks of a node; got {mesh.ndim}: pass mesh['replicas', '{EXPERT}'], with your names"
             )
-        ranks = ranks.get_group()
+        ranks = mesh.get_group()
     import torch.distributed
 
     if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
@@ -74,7 +93,7 @@ def as_transport(ranks: Any) -> Transport:
     return _of_groups[ranks]
 
 
-def _two_level(mesh: Any) -> TwoLevelTransport:
+def _two_level(mesh: "DeviceMesh") -> TwoLevelTransport:
     import torch.distributed
 
     if mesh.mesh.flatten().tolist() != list(range(torch.distributed.get_world_size())):

@@ -27,13 +27,13 @@ __all__ = [
     "raise_in_child",
 ]
 
-WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
-"""Dtypes that every transport moves as they are; the rest travels as bytes."""
+NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
+"""Dtypes that every transport moves as they are; tensors of all others travel as bytes."""
 
 MAX_HEADER = 64
-"""Integers that one rank says of a layer call or a collective."""
+"""The most integers with which one rank describes a layer call or a collective to the others."""
 MAX_SEGMENTS = MAX_CHUNKS + 2
-"""Of a layer call: chunks, and the two local slices before them."""
+"""The most segments that a layer call has: its chunks, and the two local slices before them."""
 
 
 class PendingExchange(ABC):
@@ -248,7 +248,7 @@ def as_wire(tensor: Tensor) -> Tensor:
 
     Dimension 0 still counts the rows: int32 (R,) becomes uint8 (R, 4), int32 (R, D) becomes uint8 (R, 4*D).
     """
-    if tensor.dtype in WIRE_DTYPES:
+    if tensor.dtype in NATIVE_DTYPES:
         return tensor
     return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).view(torch.uint8)
 

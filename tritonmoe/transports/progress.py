@@ -1,11 +1,12 @@
-"""A thread that is inside a library's wait as long as messages of its transport are under way (gloo, MPI)."""
+"""ProgressThread: it waits inside gloo or MPI for as long as messages of its transport are under way."""
 
 import queue
 import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -17,22 +18,27 @@ SECONDS_TO_STOP = 2.0
 """How long a process that ends waits for exchanges that nobody waited for."""
 
 
-class Message(NamedTuple):
+Request = TypeVar("Request")
+"""What the library gives for a message that it was told to send or receive."""
+
+
+@dataclass(frozen=True)
+class Message(Generic[Request]):
     """One message under way."""
 
-    request: Any
+    request: Request
     """The library's; it doesn't keep the exchange alive."""
     peer: int
     is_received: bool
 
 
-class ThreadedExchange(PendingExchange):
+class ThreadedExchange(PendingExchange, Generic[Request]):
     """The messages of one exchange; a ProgressThread waits for them, so that the caller's wait can be interrupted."""
 
     def __init__(self, rows: Tensor, out: Tensor, what: str, timeout_s: float | None) -> None:
         self.what = what
-        self.messages: list[Message] = []
-        """Those that haven't ended, as far as that is known; those that are received first."""
+        self.messages: list[Message[Request]] = []
+        """The messages that haven't ended, as far as that is known; those that this rank receives stand first."""
         self.has_ended = threading.Event()
         self.arrived_at: float | None = None
         self.failure: str | None = None
@@ -46,10 +52,10 @@ class ThreadedExchange(PendingExchange):
         rank: int,
         sent: Sequence[Tensor],
         received: Sequence[Tensor],
-        receive: Callable[[Tensor, int], Any],
-        send: Callable[[Tensor, int], Any],
+        receive: Callable[[Tensor, int], Request],
+        send: Callable[[Tensor, int], Request],
     ) -> None:
-        """Post a message to and from every other rank that has rows, the receives first, and copy its own.
+        """Post a message to and from every other rank that has rows, the receives first, and copy this rank's own.
 
         A peer whose receive is posted can send at once, and the library needs no copy of what comes.
 
@@ -70,10 +76,10 @@ class ThreadedExchange(PendingExchange):
 
     @abstractmethod
     def block(self) -> None:
-        """Wait for all messages, on the progress thread; sets `failure` where one fails, and arrived_at where known."""
+        """Wait for all messages, on the progress thread; set `failure` where one fails, and arrived_at where known."""
 
     @abstractmethod
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         """Raise TransportError."""
 
     def missing(self) -> tuple[str, list[int]]:
@@ -116,7 +122,7 @@ class ProgressThread:
         self._under_way.put(exchange)
 
     def end(self) -> bool:
-        """Let the thread end when nothing is under way any more; says whether it has."""
+        """Let the thread end when nothing is under way any more, and say whether it has ended."""
         self._under_way.put(None)
         if self._thread is None or self._thread is threading.current_thread():
             return True

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from einops import rearrange
 from quantised_weights import Int4Tensor, Params4bit
 from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, make_dense
 from torch import nn
@@ -302,7 +303,8 @@ def test_a_token_takes_all_parts_of_a_copy():
     moe(**make_batch(dense))
     for layer in moe.transformer.h:
         ids = layer.mlp.c_fc.last_routing.topk_ids
-        assert (ids // 2).sort(dim=1).values.unflatten(1, (2, 2)).diff(dim=2).eq(0).all()
+        copies = rearrange((ids // 2).sort(dim=1).values, "token (copy part) -> token copy part", part=2)
+        assert copies.diff(dim=2).eq(0).all()
 
 
 def test_equal_scores_everywhere_leave_copies_exact():

@@ -1,8 +1,8 @@
-"""clip_grad_norm_: the norm of a whole model's gradients, where every rank has the dense ones and its experts' own."""
+"""clip_grad_norm_: clips by the norm of a whole model's gradients, where every rank has those of its own experts."""
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmoe.layer import GroupedExperts, experts_of_parameters
 from tritonmoe.transports import Transport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["clip_grad_norm_"]
 
@@ -24,10 +27,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Do what torch.nn.utils.clip_grad_norm_ does, with the norm that one device would find.
 
-    torch's own knows a plain tensor's gradient on this rank alone. Experts differ, so every rank finds another norm,
-    scales the averaged dense gradients differently, and the ranks' copies drift apart without an error. Here the
-    experts of a GroupedExperts (a MoELayer's too) count on all ranks of its transport, replicas once; DTensors count
-    over their meshes, also beside plain tensors; all else counts as the same on every rank.
+    torch's own only knows the gradient that a plain tensor has on this rank. Experts differ, so every rank finds
+    another norm, scales the averaged dense gradients differently, and the ranks' copies drift apart without an error.
+    Here the experts of a GroupedExperts (a MoELayer's too) count on all ranks of its transport, replicas once; DTensors
+    count over their meshes, also beside plain tensors; all else counts as the same on every rank.
 
     Every rank makes the call, once dense gradients are averaged, with the same parameters in the same order, whether or
     not they have a gradient there. Weights that expert_parallel_mlp gets from elsewhere than a GroupedExperts count as
@@ -46,7 +49,7 @@ def clip_grad_norm_(
     experts = experts_of_parameters()
     dense: list[Tensor] = []
     of_transports: dict[Transport, list[tuple[Tensor, GroupedExperts]]] = {}
-    of_meshes: dict[Any, list[Tensor]] = {}
+    of_meshes: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         module = experts.get(id(parameter))
         if hasattr(parameter, "device_mesh"):

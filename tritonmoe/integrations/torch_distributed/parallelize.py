@@ -2,8 +2,8 @@
 
 import functools
 import gc
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.layer import GroupedExperts, MoELayer
-from tritonmoe.transports import as_transport
+from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.parameters import check_expert_gradients, check_same_weights, find_sharding
-from tritonmoe.transports.sharding.whole_states import gather_optimizer, whole
+from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole
 
 __all__ = [
     "check_not_adapted",
@@ -31,7 +31,7 @@ __all__ = [
 
 def parallelize(
     module: nn.Module,
-    group_or_mesh: Any,
+    group_or_mesh: Ranks,
     overlap: OverlapConfig | OverlapPlan | None = None,
     *,
     placement: ExpertPlacement | None = None,
@@ -129,7 +129,7 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
         gather_optimizer(optimizer)
 
 
-def _gather(names: tuple[str, ...], _: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+def _gather(names: tuple[str, ...], _: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
     for name in names:
         if prefix + name in state_dict:
             state_dict[prefix + name] = whole(state_dict[prefix + name])
@@ -147,7 +147,7 @@ def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
     }
 
 
-def refuse_held(module: nn.Module, found: "dict[str, Any]") -> None:
+def refuse_held(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where somebody keeps the parameters that spreading replaces: they would never move again."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -174,7 +174,7 @@ def refuse_held(module: nn.Module, found: "dict[str, Any]") -> None:
             )
 
 
-def refuse_tied(module: nn.Module, found: "dict[str, Any]") -> None:
+def refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
     own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
     names: dict[int, str] = {}
@@ -192,7 +192,7 @@ def refuse_tied(module: nn.Module, found: "dict[str, Any]") -> None:
             )
 
 
-def refuse_adapted(module: nn.Module, found: "dict[str, Any]") -> None:
+def refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
     for name in found:
         parts = name.split(".")
@@ -200,9 +200,9 @@ def refuse_adapted(module: nn.Module, found: "dict[str, Any]") -> None:
             check_not_adapted(name, module.get_submodule(".".join(parts[:length])))
 
 
-def check_not_adapted(name: str, owner: nn.Module) -> None:
+def check_not_adapted(name: str, wrapper: nn.Module) -> None:
     """Raise ValueError where this is PEFT's wrapper around the experts called `name`."""
-    if type(owner).__name__ == "ParamWrapper":
+    if type(wrapper).__name__ == "ParamWrapper":
         raise ValueError(
             f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
             "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"

@@ -2,12 +2,15 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["load_spread", "qwen3_moe_model"]
 
@@ -23,7 +26,7 @@ def qwen3_moe_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     skew: float = 0.0,
-) -> Any:
+) -> "PreTrainedModel":
     """Give a random Qwen3-MoE language model with a small vocabulary, so that its experts are most of its work.
 
     Args:
@@ -65,16 +68,19 @@ def qwen3_moe_model(
     return model
 
 
-def _skewed(head_start: Tensor, top_k: int, gate: Any, arguments: tuple, output: tuple) -> tuple[Tensor, ...]:
+def _skewed(
+    head_start: Tensor, top_k: int, gate: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Route again with a head start for some experts; router outputs are (logits, weights, ids)."""
-    rows = arguments[0].reshape(-1, gate.weight.shape[1])
-    logits = torch.nn.functional.linear(rows, gate.weight).float() + head_start
+    weight = gate.get_parameter("weight")
+    rows = arguments[0].reshape(-1, weight.shape[1])
+    logits = torch.nn.functional.linear(rows, weight).float() + head_start
     weights, ids = logits.softmax(-1).topk(top_k)
     weights = weights / weights.sum(-1, keepdim=True)
     return (logits.to(output[0].dtype), weights.to(output[1].dtype), ids)
 
 
-def load_spread(directory: Path, num_ranks: int, ep_implementation: str, overlap: OverlapConfig) -> Any:
+def load_spread(directory: Path, num_ranks: int, ep_implementation: str, overlap: OverlapConfig) -> "PreTrainedModel":
     """Give a saved model spread over all ranks: dense weights sharded by FSDP, experts by `ep_implementation`.
 
     Args:

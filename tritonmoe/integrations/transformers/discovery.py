@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES
 from tritonmoe.integrations.transformers.requirements import check_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "ExpertsClass",
@@ -81,12 +84,23 @@ def unsupported_classes() -> list[UnsupportedClass]:
     ]
 
 
-def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+class ExpertsModule(nn.Module):
+    """What type checkers see of a module under `use_experts_implementation`; no module is made of this class."""
+
+    num_experts: int
+    gate_up_proj: nn.Parameter
+    """Called up_proj where there is no gate."""
+    down_proj: nn.Parameter
+    post_expert_norm: nn.Module
+    config: "PreTrainedConfig"
+
+
+def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
     """Give the modules of `model` whose forward asks transformers' registry which implementation to run, by name."""
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
-def is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
     """Say whether this module runs through transformers' ExpertsInterface (and not, say, through that of fp8)."""
     forward = type(module).forward
     if "experts_interface" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
@@ -110,7 +124,9 @@ def _describe(model_type: str, module_name: str, node: ast.stmt) -> ExpertsClass
     assert isinstance(node, ast.ClassDef)
     calls = [decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call)]
     keywords = [keyword for call in calls if ast.unparse(call.func) == DECORATOR for keyword in call.keywords]
-    flags: dict[str, Any] = {k.arg: k.value.value for k in keywords if k.arg and isinstance(k.value, ast.Constant)}
+    flags: dict[str, bool] = {
+        k.arg: bool(k.value.value) for k in keywords if k.arg and isinstance(k.value, ast.Constant)
+    }
     return ExpertsClass(
         model_type,
         module_name,

@@ -44,9 +44,9 @@ _FUSED_NAMES = {
 """Name of an activation's class, or of a plain function, in torch and transformers -> our name."""
 
 
-def fused_name(act_fn: Any) -> str | None:
+def fused_name(act_fn: object) -> str | None:
     """Give the kernels' name for an activation module or function of torch or transformers; None if it has none."""
-    kind: Any = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
+    kind: object = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
     if getattr(kind, "__module__", "").split(".")[0] not in ("torch", "transformers"):
         return None
     if isinstance(act_fn, nn.GELU):
@@ -68,9 +68,9 @@ def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
         return apply_gate, False  # replaced on this module, or not transformers' own code
     if method.__name__ == DEFAULT_GATE and getattr(experts, "is_concatenated", True):
         return fused_name(act_fn) or apply_gate, False
-    owner = next(cls.__name__ for cls in type(experts).__mro__ if "_apply_gate" in cls.__dict__)
-    if owner in CLAMPED_GATES:
-        limit_name, alpha_name, is_interleaved = CLAMPED_GATES[owner]
+    defined_by = next(cls.__name__ for cls in type(experts).__mro__ if "_apply_gate" in cls.__dict__)
+    if defined_by in CLAMPED_GATES:
+        limit_name, alpha_name, is_interleaved = CLAMPED_GATES[defined_by]
         limit = getattr(experts, limit_name, None)
         if limit is not None and alpha_name is not None:
             return ClampedSwiGLU(float(limit), alpha=float(getattr(experts, alpha_name)), up_offset=1.0), is_interleaved

@@ -1,4 +1,4 @@
-"""The name that transformers knows tritonmoe by, and since when it has the place for it."""
+"""The name that transformers knows tritonmoe by, and the release from which on models take it for whole meshes."""
 
 __all__ = ["EP_REGISTRY_SINCE", "EXPERTS_IMPLEMENTATION"]
 

@@ -1,6 +1,6 @@
 """parallelize(): spread the experts of a model over ranks."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,16 @@ from tritonmoe.integrations.torch_distributed.parallelize import (
     refuse_tied,
     routed_experts,
 )
-from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.patching import patch
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
 from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState, expert_parallel_state
 from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
-from tritonmoe.transports import Transport, as_transport
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.transports import Ranks, Transport, as_transport
 from tritonmoe.transports.sharding.parameters import (
+    Sharding,
     check_expert_gradients,
     check_same_weights,
     find_sharding,
@@ -34,7 +36,7 @@ __all__ = ["parallelize"]
 
 def parallelize(
     model: nn.Module,
-    group_or_mesh: Any,
+    group_or_mesh: Ranks,
     overlap: OverlapConfig | None = None,
     *,
     expert_gradients: Literal["mean", "sum"] = "mean",
@@ -64,8 +66,6 @@ def parallelize(
             share weights with another module, or are adapted by PEFT themselves; init_process_group was not called.
             Nothing is changed.
     """
-    from torch.distributed.tensor import DTensor
-
     check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
     check_overlap(overlap)
@@ -78,8 +78,28 @@ def parallelize(
             "parallelize()"
         )
     transport = as_transport(group_or_mesh)
-    found: dict[str, Any] = experts_modules(model)
+    found = experts_modules(model)
     layers = routed_experts(model)
+    _check_spreadable(model, found, layers, transport)
+    if found or not layers:
+        patch(model)  # it says what is missing where there is nothing to spread
+        sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
+        check_same_weights(model, found, sharding)
+        for experts in found.values():
+            _spread(experts, sharding, overlap, expert_gradients)
+    if layers:
+        parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+    bind_to_spread(model, found)
+    let_trainer_save_spread_models()
+    return len(found) + len(layers)
+
+
+def _check_spreadable(
+    model: nn.Module, found: dict[str, ExpertsModule], layers: dict[str, GroupedExperts], transport: Transport
+) -> None:
+    """Raise ValueError, before anything is changed, where these experts of `model` can't be spread."""
+    from torch.distributed.tensor import DTensor
+
     for name, experts in found.items():
         if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
             raise ValueError(
@@ -89,33 +109,21 @@ def parallelize(
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     refuse_held(model, found)
     refuse_tied(model, found)
-    refuse_adapted(model, found | layers)
-    if layers and not found:
-        num_layers = parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
-        bind_to_spread(model, {})
-        let_trainer_save_spread_models()
-        return num_layers
-    patch(model)
-    sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
-    check_same_weights(model, found, sharding)
+    refuse_adapted(model, {**found, **layers})
+
+
+def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
+    """Keep this rank's experts of a module, as DTensors, and note on the module how rows reach the others."""
+    transport, num_experts = sharding.transport, experts.down_proj.shape[0]
+    own: dict[str, Tensor | None] = {
+        name: _own_experts(parameter, transport)
+        for name, parameter in experts.named_parameters(recurse=False)
+        if parameter.shape[0] == num_experts  # a stack of one per expert
+    }
+    shard_parameters(experts, own, sharding)
     scale = 1 / transport.size if expert_gradients == "mean" else 1.0
-    for experts in found.values():
-        num_experts = experts.down_proj.shape[0]
-        own: dict[str, Tensor | None] = {
-            name: _own_experts(parameter, transport)
-            for name, parameter in experts.named_parameters(recurse=False)
-            if parameter.shape[0] == num_experts  # a stack of one per expert
-        }
-        shard_parameters(experts, own, sharding)
-        state = ExpertParallelState(
-            num_experts, sharding, overlap, scale, LayerCalls(transport, expert_gradients), tuple(own)
-        )
-        setattr(experts, STATE, state)
-    bind_to_spread(model, found)
-    let_trainer_save_spread_models()
-    if layers:
-        parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
-    return len(found) + len(layers)
+    calls = LayerCalls(transport, expert_gradients)
+    setattr(experts, STATE, ExpertParallelState(num_experts, sharding, overlap, scale, calls, tuple(own)))
 
 
 def _own_experts(parameter: nn.Parameter, transport: Transport) -> Tensor:

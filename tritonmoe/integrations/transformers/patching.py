@@ -2,8 +2,8 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -39,10 +39,10 @@ class PatchReport:
 class _Registration:
     """What a patched experts module carries: unpickled in another process, it registers the implementation there."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _registered, ()
 
-    def __deepcopy__(self, _: Any) -> "_Registration":
+    def __deepcopy__(self, _: object) -> "_Registration":
         return self
 
 
@@ -75,15 +75,14 @@ def patch(model: nn.Module) -> PatchReport:
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
-        config: Any = experts.config
-        config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
+        experts.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
         experts.__dict__[REGISTRATION] = _Registration()
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))
 
 
-def _other_experts(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Give the outermost modules that are called experts, neither holding nor held by any that were found."""
     others: dict[str, nn.Module] = {}
     for name, module in model.named_modules():  # a module comes before those inside it
@@ -94,8 +93,8 @@ def _other_experts(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, n
     return others
 
 
-def _check(model: nn.Module, found: dict[str, nn.Module], left: dict[str, nn.Module]) -> None:
-    quantised = {name: module for name, module in (found | left).items() if _quantised_kinds(module)}
+def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
+    quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
     if quantised:
         kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
         raise ValueError(

@@ -2,10 +2,11 @@
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from tritonmoe.integrations.transformers.discovery import ExpertsModule
 
 __all__ = [
     "PEERS",
@@ -108,7 +109,7 @@ def register_liger() -> None:
     """
     from transformers.integrations.moe import ExpertsInterface
 
-    def run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def run(experts: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return liger_function(experts.gate_up_proj, experts.down_proj)(hidden_states, top_k_index, top_k_weights)
 
     ExpertsInterface.register("liger", run)

@@ -1,4 +1,4 @@
-"""What must be there before anything starts: a transformers that is new enough, weights that are not quantised."""
+"""Checks before anything starts: transformers is new enough, a model is a module, weights are not quantised."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""What a model does otherwise once its experts are spread over ranks: it saves itself gathered, and refuses some calls.
+"""What changes in a model whose experts are spread over ranks: it saves itself gathered, and refuses some calls.
 
 Without that, what only whole experts can do ends in DTensor's own errors, deep inside a forward.
 """
@@ -6,17 +6,22 @@ Without that, what only whole experts can do ends in DTensor's own errors, deep 
 import errno
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.torch_distributed.parallelize import check_not_adapted, expert_parameters
+from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.whole_states import whole
+from tritonmoe.transports.sharding.whole_states import StateDict, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 __all__ = ["bind_to_spread", "gathered_state", "on_first_rank", "saves_adapters"]
 
@@ -24,7 +29,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAMED = 8
 
 
-def bind_to_spread(model: nn.Module, found: dict[str, nn.Module]) -> None:
+def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None:
     """Give every model of transformers in `model` its own save_pretrained and set_experts_implementation.
 
     The blocks around the experts check before each forward what can be changed without these.
@@ -49,7 +54,7 @@ def bind_to_spread(model: nn.Module, found: dict[str, nn.Module]) -> None:
             block.register_forward_pre_hook(functools.partial(_check_experts, name, own_name, experts))
 
 
-def _check_experts(name: str, own_name: str, experts: Any, block: nn.Module, _: Any) -> None:
+def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
     check_not_adapted(name, getattr(block, own_name))
     _check_implementation(name, experts.config._experts_implementation)
 
@@ -62,7 +67,7 @@ def _check_implementation(name: str, implementation: str | None) -> None:
         )
 
 
-def _set_experts_implementation(model: Any, experts_implementation: str | dict[str, str]) -> None:
+def _set_experts_implementation(model: "PreTrainedModel", experts_implementation: str | dict[str, str]) -> None:
     """Do what transformers' does, after raising ValueError for an implementation that needs all experts here."""
     by_config = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
     for implementation in by_config.values():
@@ -76,7 +81,7 @@ def saves_adapters(model: nn.Module) -> bool:
     return is_wrapper or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def gathered_state(model: nn.Module, state_dict: dict[str, Any] | None = None, *, keep: bool) -> dict[str, Any]:
+def gathered_state(model: nn.Module, state_dict: StateDict | None = None, *, keep: bool) -> StateDict:
     """Give what is to be saved with every DTensor gathered, on the CPU; every rank calls, without `keep` it gets {}.
 
     Args:
@@ -94,7 +99,7 @@ def gathered_state(model: nn.Module, state_dict: dict[str, Any] | None = None, *
     return gathered
 
 
-def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool, where: Any) -> None:
+def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool, where: str | os.PathLike) -> None:
     """Run `write` where `is_first`, and raise on every rank where it failed; every rank calls, and waits for it."""
     from torch.distributed.tensor import DTensor, Partial
 
@@ -114,7 +119,7 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
         raise TransportError(f"the first rank could not save to {where}: its own error says why")
 
 
-def _everybody(model: nn.Module) -> Any:
+def _everybody(model: nn.Module) -> "DeviceMesh":
     """Give the mesh of all ranks that hold the experts or copies of them, or dense shards."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -130,7 +135,9 @@ def _everybody(model: nn.Module) -> Any:
     return largest
 
 
-def _save_gathered(model: Any, save: Callable[..., None], save_directory: Any, **settings: Any) -> None:
+def _save_gathered(
+    model: nn.Module, save: Callable[..., None], save_directory: str | os.PathLike, **settings: Any
+) -> None:
     """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not.
 
     A state dict of whole tensors is written by whoever calls, as `save`, the model's own way, does.
@@ -154,12 +161,12 @@ def _save_gathered(model: Any, save: Callable[..., None], save_directory: Any, *
     on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
 
 
-def _save_as_its_class(model: Any, save_directory: Any, **settings: Any) -> None:
+def _save_as_its_class(model: "PreTrainedModel", save_directory: str | os.PathLike, **settings: Any) -> None:
     type(model).save_pretrained(model, save_directory, **settings)
 
 
-def _save(save: Callable[..., None], save_directory: Any, settings: dict[str, Any]) -> None:
-    """Raises OSError, saying what is there now, where the disk is full."""
+def _save(save: Callable[..., None], save_directory: str | os.PathLike, settings: dict[str, Any]) -> None:
+    """Call `save`; where the disk is full, raise OSError that says what is there now."""
     from safetensors import SafetensorError
 
     try:

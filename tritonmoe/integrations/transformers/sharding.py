@@ -1,4 +1,4 @@
-"""What an experts module that parallelize() has spread over ranks knows of them."""
+"""ExpertParallelState: what parallelize() leaves on an experts module, by which it reaches the other ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

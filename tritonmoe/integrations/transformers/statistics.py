@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ NUMBERS = ("max_violation", "coefficient_of_variation", "normalized_entropy", "n
 class ScalarWriter(Protocol):
     """What a logger must have: TensorBoard's SummaryWriter does."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Log one number."""
 
 
@@ -77,9 +77,9 @@ class ModelStatistics:
 
 @contextmanager
 def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
-    """Count, while the context lasts, where the tokens of a transformers model go; any experts implementation.
+    """Count, while the context lasts, where the tokens of a transformers model go, under any experts implementation.
 
-    So for models upcycled in place too. A forward that activation checkpointing runs again counts once.
+    Models upcycled in place are counted too. A forward that activation checkpointing runs again counts once.
 
     Raises:
         ValueError: the model has no experts that go through transformers' registry, nor tritonmoe's own.
@@ -92,9 +92,9 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """
     check_transformers()
     check_model(model)
-    found: dict[str, Any] = {}
+    found: dict[str, nn.Module] = {}
     num_experts: dict[str, int] = {}
-    registered: dict[str, Any] = experts_modules(model)
+    registered = experts_modules(model)
     for name, module in model.named_modules():
         if name in registered:
             found[name], num_experts[name] = module, registered[name].down_proj.shape[0]
@@ -105,7 +105,7 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
         raise ValueError(f"{type(model).__name__} has no experts that go through transformers' registry")
     statistics = ModelStatistics(num_experts)
 
-    def count(name: str, arguments: tuple, keywords: dict[str, Any]) -> None:
+    def count(name: str, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
         if not is_recomputing():
             with torch.no_grad():
                 topk_ids = keywords["top_k_index"] if "top_k_index" in keywords else arguments[1]

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank, saves_adapters
 from tritonmoe.integrations.transformers.upcycle.saved import DESCRIPTION_FILE, load_upcycled
+from tritonmoe.transports.sharding.whole_states import StateDict
 
 __all__ = ["let_trainer_save_spread_models"]
 
@@ -29,6 +30,24 @@ OPTIMIZER = "optimizer_sharded"
 """The directory of the optimizer's shards. Called so, Trainer asks for optimizer.pt where the experts aren't spread."""
 TRAINER_STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
 MARK = "_tritonmoe_saves_spread_models"
+
+
+class SpreadTrainer(Protocol):
+    """What is used here of a Trainer at work: of its many optional parts, those that it has by then."""
+
+    model: nn.Module
+    args: Any
+    state: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    push_to_hub: Callable[..., object]
+    _save: Callable[..., None]
+    _get_output_dir: Callable[..., str]
+
+
+Original: TypeAlias = Callable[..., Any]
+"""Trainer's own method, which one of these functions stands in for."""
 
 
 def let_trainer_save_spread_models() -> None:
@@ -57,7 +76,7 @@ def let_trainer_save_spread_models() -> None:
 
 def _for_spread_models(original: Callable, function: Callable) -> Callable:
     @functools.wraps(original)
-    def method(trainer: Any, *arguments: Any, **keywords: Any) -> Any:
+    def method(trainer: "SpreadTrainer", *arguments: object, **keywords: object) -> object:
         if not any(hasattr(parameter, "device_mesh") for parameter in expert_parameters(trainer.model)):
             return original(trainer, *arguments, **keywords)
         return function(original, trainer, *arguments, **keywords)
@@ -66,8 +85,12 @@ def _for_spread_models(original: Callable, function: Callable) -> Callable:
 
 
 def train(
-    original: Any, trainer: Any, resume_from_checkpoint: str | bool | None = None, *rest: Any, **named: Any
-) -> Any:
+    original: Original,
+    trainer: "SpreadTrainer",
+    resume_from_checkpoint: str | bool | None = None,
+    *rest: object,
+    **named: object,
+) -> object:
     """Resume from whole checkpoints only; True takes the last one."""
     if resume_from_checkpoint is True:
         resume_from_checkpoint = _last_whole_checkpoint(Path(trainer.args.output_dir))
@@ -90,7 +113,9 @@ def _last_whole_checkpoint(directory: Path) -> str:
     return str(whole[0])
 
 
-def save_model(original: Any, trainer: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+def save_model(
+    original: Original, trainer: "SpreadTrainer", output_dir: str | None = None, _internal_call: bool = False
+) -> None:
     """Gather the model on every rank, and write it on the one that writes."""
     directory = trainer.args.output_dir if output_dir is None else output_dir
     model: nn.Module = trainer.model
@@ -101,7 +126,7 @@ def save_model(original: Any, trainer: Any, output_dir: str | None = None, _inte
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
-def _save_checkpoint(original: Any, trainer: Any, model: nn.Module, trial: Any) -> None:
+def _save_checkpoint(original: Original, trainer: "SpreadTrainer", model: nn.Module, trial: object) -> None:
     """Take back that an older checkpoint of this step was whole, then save, which ends with saying so again."""
     directory = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
     if trainer.args.should_save:
@@ -111,7 +136,7 @@ def _save_checkpoint(original: Any, trainer: Any, model: nn.Module, trial: Any) 
     trainer.accelerator.wait_for_everyone()
 
 
-def _save_optimizer_and_scheduler(original: Any, trainer: Any, output_dir: str) -> None:
+def _save_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", output_dir: str) -> None:
     import torch.distributed.checkpoint as distributed_checkpoint
 
     distributed_checkpoint.save(_optimizer_state(trainer), checkpoint_id=os.path.join(output_dir, OPTIMIZER))
@@ -119,13 +144,13 @@ def _save_optimizer_and_scheduler(original: Any, trainer: Any, output_dir: str) 
         torch.save(trainer.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
 
-def _save_rng_state(original: Any, trainer: Any, output_dir: str) -> None:
+def _save_rng_state(original: Original, trainer: "SpreadTrainer", output_dir: str) -> None:
     """Wait for every rank's state: trainer_state.json is written next."""
     original(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
+def _load_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", checkpoint: str | None) -> None:
     import torch.distributed.checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
@@ -145,30 +170,30 @@ def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str |
     trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
-def _optimizer_state(trainer: Any) -> dict[str, Any]:
+def _optimizer_state(trainer: "SpreadTrainer") -> StateDict:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return {"optimizer": get_optimizer_state_dict(trainer.model, _own_optimizer(trainer))}
 
 
-def _own_optimizer(trainer: Any) -> torch.optim.Optimizer:
+def _own_optimizer(trainer: "SpreadTrainer") -> torch.optim.Optimizer:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # without Accelerate's around it
 
 
 def _load_from_checkpoint(
-    original: Any, trainer: Any, resume_from_checkpoint: str, model: nn.Module | None = None
+    original: Original, trainer: "SpreadTrainer", resume_from_checkpoint: str, model: nn.Module | None = None
 ) -> None:
     model = trainer.model if model is None else model
     if not _load_saved(model, Path(resume_from_checkpoint)):
         original(trainer, resume_from_checkpoint, model)
 
 
-def _load_best_model(original: Any, trainer: Any) -> None:
+def _load_best_model(original: Original, trainer: "SpreadTrainer") -> None:
     if not _load_saved(trainer.model, Path(trainer.state.best_model_checkpoint)):
         original(trainer)
 
 
-def _load_saved(model: Any, directory: Path) -> bool:
+def _load_saved(model: nn.Module, directory: Path) -> bool:
     """Load what a model's own save_pretrained wrote; False where Trainer's way is right, for adapters and modules.
 
     On disk most families have one tensor an expert, under another name, which load_state_dict passes over.
@@ -177,7 +202,8 @@ def _load_saved(model: Any, directory: Path) -> bool:
         loaded: Any = load_upcycled(directory)
     elif hasattr(type(model), "from_pretrained") and not saves_adapters(model):
         widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-        loaded = type(model).from_pretrained(directory, dtype=widest)  # rounds nothing
+        model_class: Any = type(model)
+        loaded = model_class.from_pretrained(directory, dtype=widest)  # rounds nothing
     else:
         return False
     model.load_state_dict(loaded.state_dict())

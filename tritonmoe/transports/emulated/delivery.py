@@ -54,7 +54,7 @@ class Delivery:
     def connect(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
         """Send the two messages between two ranks as soon as both ports have turned to them."""
         if one.start is not None and other.start is not None:
-            self._send(one, other)
+            self._send(one, other, max(one.start, other.start))
         for end, peer in ((one, other), (other, one)):
             if end.start is None:
                 end.peers.append(peer)
@@ -86,15 +86,13 @@ class Delivery:
             exchange.start = start
             for peer in exchange.peers:
                 if peer.start is not None:
-                    self._send(exchange, peer)
+                    self._send(exchange, peer, max(start, peer.start))
             exchange.peers.clear()
 
-    def _send(self, one: EmulatedExchange, other: EmulatedExchange) -> None:
-        """Send the two messages between two ranks, whose ports have both turned to them, on their way."""
-        assert one.start is not None
-        assert other.start is not None
+    def _send(self, one: EmulatedExchange, other: EmulatedExchange, start: float) -> None:
+        """Send the two messages between two ranks on their way; at `start` both ports have turned to them."""
         for sender, receiver in ((one, other), (other, one)):
-            arrival = max(one.start, other.start)
+            arrival = start
             if self._link is not None:
                 num_bytes = max(sender.bytes_out, receiver.bytes_in)
                 arrival += self._link.transfer_s(num_bytes) + self._link.latency_us * 1e-6
@@ -155,14 +153,14 @@ class Delivery:
         """Start the exchanges whose rows the device has computed since. Called without the lock."""
         with self._lock:
             firsts = [waiting[0] for waiting in self._not_started if waiting]
-        for exchange in firsts:
-            assert exchange.ready is not None
+        # An exchange without a moment, on a CPU, was ready when it was posted.
+        for exchange, ready in ((exchange, exchange.ready) for exchange in firsts if exchange.ready is not None):
             failure = None
             try:
-                if not exchange.ready.has_come():
+                if not ready.has_come():
                     continue
                 # Not under the lock either: it asks the device what time it is.
-                ready_at = exchange.ready.time()
+                ready_at = ready.time()
             except Exception as error:
                 ready_at = time.perf_counter()
                 failure = f"exchange {exchange.number}: the rows of rank {exchange.rank} were not computed: {error}"

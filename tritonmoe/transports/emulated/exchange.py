@@ -13,7 +13,7 @@ from tritonmoe.transports.base import PendingExchange, describe
 from tritonmoe.transports.device_clock import Moment
 
 if TYPE_CHECKING:
-    from tritonmoe.transports.emulated.world import EmulatedTransport
+    from tritonmoe.transports.emulated.transport import EmulatedTransport
 
 __all__ = ["EmulatedExchange"]
 

@@ -1,4 +1,4 @@
-"""Faults of emulated ranks, by script, and what they raise."""
+"""Faults: which exchanges of emulated ranks come late or never, by a script, and what that raises."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class PeerFailure(TransportError):
 class FaultScript:
     """Which exchange of which rank comes late, or never.
 
-    Raises TypeError or ValueError for what is no fault, or names a rank or exchange that there can't be.
+    It raises TypeError or ValueError for what is no fault, or names a rank or exchange that there can't be.
     """
 
     def __init__(self, faults: Sequence[Delay | Death], num_ranks: int) -> None:

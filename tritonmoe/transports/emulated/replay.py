@@ -1,4 +1,4 @@
-"""ReplayTransport: one rank of many, alone: the other ranks answer as they did in a call that was recorded."""
+"""ReplayTransport: one rank of many runs alone; the others answer as they did in a call that was recorded."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from tritonmoe.transports.local import CompletedExchange
 __all__ = ["Port", "ReplayTransport"]
 
 SPIN_S = 200e-6
-"""How long before the time a sleep ends: it may overshoot. The rest is polled."""
+"""A sleep ends so long before the time that is waited for, since it may overshoot; the rest is polled."""
 
 
 class Port:
@@ -129,7 +129,7 @@ class ReplayTransport(Transport):
             return CompletedExchange(received)
         input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
         out = check_exchange(self, rows, input_splits, output_splits, out)
-        return self._replay(rows, input_splits, output_splits, out)
+        return self._replay(self._position, rows, input_splits, output_splits, out)
 
     def post_counts(self, counts: Tensor) -> PendingExchange:
         if self._position is None:
@@ -137,15 +137,16 @@ class ReplayTransport(Transport):
             return CompletedExchange(self.received[-1].clone())
         check_counts(self, counts)
         ones = [1] * self.size
-        told = self._replay(counts, ones, ones, torch.empty_like(counts)).wait()
+        told = self._replay(self._position, counts, ones, ones, torch.empty_like(counts)).wait()
         is_new = counts[self.rank] != told[self.rank]
         told[:, is_new] = counts[self.rank, is_new]
         return CompletedExchange(told)
 
-    def _replay(self, rows: Tensor, input_splits: list[int], output_splits: list[int], out: Tensor) -> PendingExchange:
-        """Give the next recorded rows in `out`."""
-        assert self._position is not None
-        position, self._position = self._position, self._position + 1
+    def _replay(
+        self, position: int, rows: Tensor, input_splits: list[int], output_splits: list[int], out: Tensor
+    ) -> PendingExchange:
+        """Give the recorded rows of this position in `out`, and go on to the next one."""
+        self._position = position + 1
         recorded = self.received[position] if position < len(self.received) else None
         if recorded is None or (recorded.shape, recorded.dtype) != (out.shape, out.dtype):
             what = "none" if recorded is None else f"{tuple(recorded.shape)} {recorded.dtype}"

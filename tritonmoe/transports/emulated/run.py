@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -55,6 +55,13 @@ def run_on_emulated_ranks(
     Example:
         run_on_emulated_ranks(lambda transport: transport.rank, num_ranks=3) gives [0, 1, 2].
     """
+    _check_arguments(fn, num_ranks, link, faults, timeout_s)
+    world = EmulatedWorld(num_ranks, device=device, link=link, faults=faults, timeout_s=timeout_s)
+    return _RankThreads(fn, world).run()
+
+
+def _check_arguments(fn: object, num_ranks: object, link: object, faults: object, timeout_s: object) -> None:
+    """Raise TypeError for what run_on_emulated_ranks can't take; the world checks the values."""
     if not is_integer(num_ranks):
         raise TypeError(f"num_ranks must be a whole number, got {num_ranks!r}")
     if not callable(fn):
@@ -67,62 +74,73 @@ def run_on_emulated_ranks(
         raise TypeError(f"faults must be a list of Delay and Death, got {faults!r}")
     if not isinstance(timeout_s, (int, float)):
         raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
-    world = EmulatedWorld(num_ranks, device=device, link=link, faults=faults, timeout_s=timeout_s)
-    results: dict[int, Result] = {}
-    errors: list[tuple[int, BaseException]] = []  # in the order in which they were raised
-    enter_caller_state = _capture_caller_state(world.device)
-    num_threads = torch.get_num_threads()
-    streams: list[torch.cuda.Stream] = []
-    if world.device.type == "cuda":
-        streams = [torch.cuda.Stream(world.device) for _ in range(num_ranks)]
 
-    def run_rank(rank: int) -> None:
+
+class _RankThreads(Generic[Result]):
+    """The threads of all ranks of a world, which run one function in the caller's state."""
+
+    def __init__(self, fn: Callable[[Transport], Result], world: EmulatedWorld) -> None:
+        self._fn, self._world = fn, world
+        self._results: dict[int, Result] = {}
+        self._errors: list[tuple[int, BaseException]] = []  # in the order in which they were raised
+        self._enter_caller_state = _capture_caller_state(world.device)
+        self._num_threads = torch.get_num_threads()
+        self._streams: list[torch.cuda.Stream] = []
+        if world.device.type == "cuda":
+            self._streams = [torch.cuda.Stream(world.device) for _ in range(world.num_ranks)]
+        # Not Thread.join(): where Ctrl-C interrupts it, Python before 3.13 takes the thread for ended.
+        self._ended = [threading.Event() for _ in range(world.num_ranks)]
+
+    def run(self) -> list[Result]:
+        """Run all ranks and give what they returned, or raise the first cause of what they raised."""
+        ranks = range(self._world.num_ranks)
+        threads = [
+            threading.Thread(target=self._run_rank, args=(rank,), name=f"emulated-rank-{rank}", daemon=True)
+            for rank in ranks
+        ]
+        try:
+            if self._streams:
+                caller_stream = torch.cuda.current_stream(self._world.device)
+                for stream in self._streams:
+                    stream.wait_stream(caller_stream)
+            for thread in threads:
+                thread.start()
+            for event in self._ended:
+                event.wait()
+        except BaseException as interruption:
+            self._world.close(f"the caller was interrupted by {type(interruption).__name__}")
+            deadline = time.perf_counter() + SECONDS_TO_STOP
+            for thread, event in zip(threads, self._ended, strict=True):
+                if thread.ident is not None:
+                    event.wait(max(0.0, deadline - time.perf_counter()))
+            raise
+        finally:
+            self._world.close()
+            # The setting is the process's, not the thread's: what the ranks set is the caller's now.
+            torch.set_num_threads(self._num_threads)
+            for stream in self._streams:
+                torch.cuda.current_stream(self._world.device).wait_stream(stream)
+        if self._errors:
+            _raise_first_cause(self._errors, self._world.num_ranks)
+        return [self._results[rank] for rank in ranks]
+
+    def _run_rank(self, rank: int) -> None:
+        """Run the function as one rank, in that rank's own thread."""
+        world = self._world
         try:
             with ExitStack() as stack:
-                torch.set_num_threads(max(1, num_threads // num_ranks))
-                if streams:
-                    stack.enter_context(torch.cuda.stream(streams[rank]))
-                enter_caller_state(stack)
-                results[rank] = fn(world.transports[rank])
+                torch.set_num_threads(max(1, self._num_threads // world.num_ranks))
+                if self._streams:
+                    stack.enter_context(torch.cuda.stream(self._streams[rank]))
+                self._enter_caller_state(stack)
+                self._results[rank] = self._fn(world.transports[rank])
         except BaseException as error:
-            errors.append((rank, error))
+            self._errors.append((rank, error))
             world.end_rank(rank, error)
         else:
             world.end_rank(rank, None)
         finally:
-            ended[rank].set()
-
-    # Not Thread.join(): where Ctrl-C interrupts it, Python before 3.13 takes the thread for ended.
-    ended = [threading.Event() for _ in range(num_ranks)]
-    threads = [
-        threading.Thread(target=run_rank, args=(rank,), name=f"emulated-rank-{rank}", daemon=True)
-        for rank in range(num_ranks)
-    ]
-    try:
-        if streams:
-            caller_stream = torch.cuda.current_stream(world.device)
-            for stream in streams:
-                stream.wait_stream(caller_stream)
-        for thread in threads:
-            thread.start()
-        for event in ended:
-            event.wait()
-    except BaseException as interruption:
-        world.close(f"the caller was interrupted by {type(interruption).__name__}")
-        deadline = time.perf_counter() + SECONDS_TO_STOP
-        for thread, event in zip(threads, ended, strict=True):
-            if thread.ident is not None:
-                event.wait(max(0.0, deadline - time.perf_counter()))
-        raise
-    finally:
-        world.close()
-        # The setting is the process's, not the thread's: what the ranks set is the caller's now.
-        torch.set_num_threads(num_threads)
-        for stream in streams:
-            torch.cuda.current_stream(world.device).wait_stream(stream)
-    if errors:
-        _raise_first_cause(errors, num_ranks)
-    return [results[rank] for rank in range(num_ranks)]
+            self._ended[rank].set()
 
 
 def _capture_caller_state(device: torch.device) -> Callable[[ExitStack], None]:

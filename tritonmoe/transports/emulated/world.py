@@ -1,4 +1,4 @@
-"""EmulatedTransport: N ranks as threads of one process, with a link model in wall time and faults by script.
+"""EmulatedWorld: what emulated ranks share, their exchanges, ports, faults and ends.
 
 Exchanges are matched by number: the s-th one of a rank belongs to the s-th one of every other rank. Only wait() ever
 waits for a peer.
@@ -9,93 +9,16 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
-    as_counts,
-    check_counts,
-    check_exchange,
-    raise_in_child,
-)
 from tritonmoe.transports.device_clock import DeviceClock
 from tritonmoe.transports.emulated.delivery import Delivery
 from tritonmoe.transports.emulated.exchange import EmulatedExchange
 from tritonmoe.transports.emulated.faults import Death, Delay, FaultScript, PeerFailure
 from tritonmoe.transports.emulated.link_model import LinkModel
+from tritonmoe.transports.emulated.transport import EmulatedTransport
 
-__all__ = ["EmulatedTransport", "EmulatedWorld"]
-
-
-class EmulatedTransport(Transport):
-    """One rank of an EmulatedWorld; run_on_emulated_ranks() makes one for each thread.
-
-    It may be used by one thread at a time. On CUDA all ranks share the device, each on a stream of its own: wait()
-    blocks the host until the peers have posted and the modelled time is over, then orders the current stream. Under a
-    link model that time starts when the device has computed the rows, and exchanges take their turn as posted.
-    """
-
-    def __init__(self, world: "EmulatedWorld", rank: int) -> None:
-        self.world = world
-        self.rank = rank
-        self.size = world.num_ranks
-
-    def exchange(
-        self,
-        rows: Tensor,
-        input_splits: Sequence[int],
-        output_splits: Sequence[int],
-        out: Tensor | None = None,
-    ) -> PendingExchange:
-        return self._exchange("exchange", rows, input_splits, output_splits, out)
-
-    def post_counts(self, counts: Tensor) -> PendingExchange:
-        check_counts(self, counts)
-        ones = [1] * self.size
-        return self._exchange("exchange_counts", counts.contiguous(), ones, ones, None)
-
-    def give_up(self, what: str) -> None:
-        self.world.give_up(self.rank, what)
-
-    def rebuild(self) -> None:
-        """Meet the other ranks, as Transport.rebuild() says; exchanges of faults are counted from the largest number.
-
-        A rank that has ended can't come any more.
-        """
-        self._check_process()
-        self.world.rebuild(self.rank)
-
-    def close(self) -> None:
-        """Say that this rank makes no further exchanges; the last rank to do so ends the world."""
-        self.world.end_rank(self.rank, None)
-
-    def _exchange(
-        self,
-        call: str,
-        rows: Tensor,
-        input_splits: Sequence[int],
-        output_splits: Sequence[int],
-        out: Tensor | None,
-    ) -> EmulatedExchange:
-        self._check_process()
-        input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
-        out = check_exchange(self, rows, input_splits, output_splits, out)
-        if rows.is_cuda and rows.device != self.world.device:
-            raise ValueError(
-                f"rows are on {rows.device}, but these ranks were made for {self.world.device}: "
-                f'run_on_emulated_ranks(..., device="{rows.device}")'
-            )
-        self.world.act_out_faults(self.rank)
-        with torch.no_grad():
-            exchange = EmulatedExchange(self, call, rows, input_splits, output_splits, out)
-        self.world.post(exchange)
-        return exchange
-
-    def _check_process(self) -> None:
-        if self.world.pid != os.getpid():
-            raise_in_child(self, self.world.pid)
+__all__ = ["EmulatedWorld"]
 
 
 class EmulatedWorld:

@@ -2,12 +2,19 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from tritonmoe.transports import EXPERT
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 __all__ = [
     "ShardedNames",
@@ -31,12 +38,12 @@ class ShardedNames(NamedTuple):
 
 
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
-    """Say that these parameters of the module itself are other ones on every rank."""
+    """Mark these parameters of the module itself as others on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
 
 
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Say that these buffers of the module itself are other ones on every rank, and are to stay so."""
+    """Mark these buffers of the module itself as others on every rank, which are to stay so."""
     setattr(module, OWN_BUFFERS, names)
     ignore_sharded_parameters()
 
@@ -56,13 +63,13 @@ def ignore_sharded_parameters() -> None:
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    original: Any = DistributedDataParallel.__init__
+    original: Callable[..., None] = DistributedDataParallel.__init__
     if hasattr(original, MARK):
         return
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+    def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
         _ignore(given["module"], given.get("process_group"), given.get("device_mesh"))
         original(self, *arguments, **keywords)
@@ -79,12 +86,14 @@ def explain_fully_shard() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 
     _check_ranks_of_groups(_fsdp_param_group.FSDPParamGroup)
-    original: Any = _fsdp_param.FSDPParam.__init__
+    original: Callable[..., None] = _fsdp_param.FSDPParam.__init__
     if hasattr(original, MARK):
         return
 
     @functools.wraps(original)
-    def init(self: Any, param: Any, module_info: Any, *arguments: Any, **keywords: Any) -> None:
+    def init(
+        self: "FSDPParam", param: nn.Parameter, module_info: "ParamModuleInfo", *arguments: object, **keywords: object
+    ) -> None:
         try:
             original(self, param, module_info, *arguments, **keywords)
         except Exception as error:
@@ -102,21 +111,29 @@ def explain_fully_shard() -> None:
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
 
 
-def _check_ranks_of_groups(group_class: Any) -> None:
-    original: Any = group_class.__init__
+def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
+    """Let FSDP2's groups of parameters check their ranks when they are made, from now on."""
+    original: Callable[..., None] = group_class.__init__
     if hasattr(original, MARK):
         return
 
     @functools.wraps(original)
-    def init(self: Any, params: Any, modules: Any, mesh_info: Any, *arguments: Any, **keywords: Any) -> None:
+    def init(
+        self: "FSDPParamGroup",
+        params: list[nn.Parameter],
+        modules: tuple[nn.Module, ...],
+        mesh_info: "DataParallelMeshInfo",
+        *arguments: object,
+        **keywords: object,
+    ) -> None:
         _check_ranks(params, modules, mesh_info.mesh)
         original(self, params, modules, mesh_info, *arguments, **keywords)
 
     setattr(init, MARK, True)
-    group_class.__init__ = init
+    group_class.__init__ = init  # type: ignore[method-assign]
 
 
-def _check_ranks(parameters: Any, modules: Any, mesh: Any) -> None:
+def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
     """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
     sharded = [found for module in modules for found in sharded_modules(module)]
     of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
@@ -132,7 +149,7 @@ def _check_ranks(parameters: Any, modules: Any, mesh: Any) -> None:
             )
 
 
-def _ignore(module: Any, group: Any, mesh: Any) -> None:
+def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh | None") -> None:
     """Name what is marked where DistributedDataParallel looks, after checking that it averages as experts do."""
     import torch.distributed as dist
 
@@ -165,11 +182,11 @@ def _ignore(module: Any, group: Any, mesh: Any) -> None:
         for name in marked.names:
             parameter = getattr(child, name)
             if parameter is not None:
-                parameter._ddp_ignored = True  # what its mixed precision asks
+                parameter._ddp_ignored = True  # DistributedDataParallel's mixed precision asks for this mark
                 # Both spellings: it joins a module's name and a parameter's with a dot, the name "" of itself too.
                 ignored += [f"{prefix}.{name}", f"{prefix}.{name}".lstrip(".")]
     if ignored:
-        module._ddp_params_and_buffers_to_ignore = [
+        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
             *getattr(module, "_ddp_params_and_buffers_to_ignore", ()),
             *ignored,
         ]

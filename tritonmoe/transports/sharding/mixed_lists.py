@@ -7,15 +7,26 @@ DTensors of two meshes. A model with sharded experts and whole dense parameters 
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
 __all__ = ["allow_mixed_lists"]
 
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
+"""What an operation is called with: tensors, lists of tensors, numbers."""
+Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
+"""What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
+
 WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
-"""Operations that DTensor doesn't know, element by element: on each rank they take its parts."""
+"""Operations that DTensor has no rules for. They work element by element, so that each rank runs them on its parts."""
 
 _without_handler = threading.RLock()
 
@@ -35,16 +46,15 @@ def allow_mixed_lists() -> None:
         handlers[unscale] = functools.partial(_unscale_by_kind, handlers[unscale])
 
 
-def _handlers() -> dict[Any, Callable]:
+def _handlers() -> "dict[OpOverload, Handler]":
     """Give DTensor's table of operations with a function of their own, which it asks before its own rules."""
     from torch.distributed.tensor import DTensor
 
-    dispatcher: Any = DTensor._op_dispatcher
-    return dispatcher._custom_op_handlers
+    return DTensor._op_dispatcher._custom_op_handlers  # type: ignore[return-value]
 
 
-def _operations_on_lists() -> Iterator[Any]:
-    """Give every operation that optimizers and clipping make of lists; dir(torch.ops.aten) has only those used yet."""
+def _operations_on_lists() -> "Iterator[OpOverload]":
+    """Give every operation on lists that optimizers and clipping use; dir(torch.ops.aten) lists those called before."""
     for full_name in torch._C._dispatch_get_all_op_names():
         namespace, _, name = full_name.partition("::")
         packet_name, _, overload = name.partition(".")
@@ -54,20 +64,20 @@ def _operations_on_lists() -> Iterator[Any]:
                 yield operation
 
 
-def _by_kind(lists: Sequence[Sequence[Tensor]]) -> dict[Any, list[int]]:
+def _by_kind(lists: Sequence[Sequence[Tensor]]) -> "dict[DeviceMesh | None, list[int]]":
     """Give the places of the lists by what stands there: the mesh of a DTensor, or None of plain tensors."""
-    places: dict[Any, list[int]] = {}
+    places: dict[DeviceMesh | None, list[int]] = {}
     for place, tensors in enumerate(zip(*lists, strict=True)):
         mesh = next((m for t in tensors if (m := getattr(t, "device_mesh", None)) is not None), None)
         places.setdefault(mesh, []).append(place)
     return places
 
 
-def _is_list_of_tensors(value: Any) -> bool:
+def _is_list_of_tensors(value: object) -> TypeGuard[Sequence[Tensor]]:
     return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
 
 
-def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> Any:
+def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
     """Run an operation once for each kind of tensor in its lists, and put the results where its operands stood."""
     lists = [value for value in (*arguments, *keywords.values()) if _is_list_of_tensors(value)]
     length = len(lists[0])
@@ -78,11 +88,11 @@ def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> 
             return torch.stack([_whole(tensor) for tensor in lists[0]], *arguments[1:], **keywords)
         places = {None: list(range(length))}
 
-    def at(value: Any, where: list[int]) -> Any:
+    def at(value: object, where: list[int]) -> object:
         return [value[place] for place in where] if isinstance(value, (list, tuple)) and len(value) == length else value
 
     results: list[Any] = [None] * length
-    returned: Any = None
+    returned: object = None
     handlers = _handlers()
     with _without_handler:  # in which the table sends the operation on to DTensor's rules
         own = handlers.pop(operation)
@@ -104,31 +114,36 @@ def _run_by_kind(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> 
     return results
 
 
-def _on_this_rank(arguments: list[Any]) -> list[Any]:
+def _on_this_rank(arguments: list[object]) -> list[object]:
     """Give the arguments with every list of DTensors as the parts on this rank, if those lie alike in all lists."""
-    lists = [value for value in arguments if _is_list_of_tensors(value) and hasattr(value[0], "placements")]
+    lists = [value for value in arguments if _is_list_of_tensors(value) and _is_dtensor(value[0])]
     for tensors in zip(*lists, strict=False):
-        if any(_is_part(t) or t.placements != tensors[0].placements for t in tensors if hasattr(t, "placements")):
+        spread = [tensor for tensor in tensors if _is_dtensor(tensor)]
+        if any(_is_part(tensor) or tensor.placements != spread[0].placements for tensor in spread):
             return arguments  # DTensor says what it can't do
 
-    def part(value: Any) -> Any:
+    def part(value: object) -> object:
         if not _is_list_of_tensors(value):
             return value
-        return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in value]
+        return [tensor.to_local() if _is_dtensor(tensor) else tensor for tensor in value]
 
     return [part(value) for value in arguments]
 
 
-def _is_part(tensor: Any) -> bool:
+def _is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(tensor, "placements")
+
+
+def _is_part(tensor: Tensor) -> bool:
     """Say whether it is a DTensor of which each rank has a part that is still to be summed with the others'."""
-    if not hasattr(tensor, "placements"):
+    if not _is_dtensor(tensor):
         return False
     mesh = tensor.device_mesh
     return any(placement.is_partial() and mesh.size(dim) > 1 for dim, placement in enumerate(tensor.placements))
 
 
-def _number_of(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> Any:
-    """Give what .item() gives; PyTorch gives this rank's part of a sum as if it were the sum."""
+def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
+    """Give what .item() gives; refuse it where PyTorch would give this rank's part of a sum as if it were the sum."""
     (tensor,) = arguments
     if _is_part(tensor):
         raise ValueError(
@@ -138,7 +153,9 @@ def _number_of(operation: Any, arguments: tuple, keywords: dict[str, Any]) -> An
     return operation(tensor.to_local(), **keywords)
 
 
-def _unscale_by_kind(unscale_dtensors: Callable, operation: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+def _unscale_by_kind(
+    unscale_dtensors: Handler, operation: "OpOverload", arguments: Arguments, keywords: Keywords
+) -> None:
     """Unscale gradients; found_inf is set on every rank where a DTensor's gradient overflowed on any."""
     grads, *others = arguments
     for mesh, where in _by_kind([grads]).items():
@@ -149,5 +166,5 @@ def _unscale_by_kind(unscale_dtensors: Callable, operation: Any, arguments: tupl
             unscale_dtensors(operation, (some, *others), keywords)
 
 
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.errors import CountMismatch
-from tritonmoe.transports import EXPERT, as_transport
+from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.sharding.data_parallel import explain_fully_shard, ignore_sharded_parameters, mark_sharded
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
-from tritonmoe.transports.sharding.whole_states import part_of, refuse_pickling
+from tritonmoe.transports.sharding.whole_states import StateDict, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Sharding:
     """All of these ranks, by their global number."""
 
 
-def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sharding:
+def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> Sharding:
     """Give how parameters on this device are spread over `ranks`, whose transport is `transport`.
 
     Args:
@@ -56,10 +56,10 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
     Raises:
         ValueError: the ranks are fewer than torch.distributed has, and nothing says what the others hold.
     """
-    if getattr(ranks, "mesh_dim_names", None) and EXPERT in ranks.mesh_dim_names and ranks.ndim == 2:
-        other = next(name for name in ranks.mesh_dim_names if name != EXPERT)
+    if is_mesh(ranks) and ranks.ndim == 2 and EXPERT in (names := ranks.mesh_dim_names or ()):
+        other = next(name for name in names if name != EXPERT)
         replicas = ranks[other] if ranks[other].size() > 1 else None
-        _check_order(ranks, ranks.mesh_dim_names.index(EXPERT))
+        _check_order(ranks, names.index(EXPERT))
         return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
     world = transport.world if isinstance(transport, TwoLevelTransport) else transport
     if not isinstance(world, ProcessGroupTransport):
@@ -75,7 +75,7 @@ def find_sharding(ranks: Any, transport: Transport, device: torch.device) -> Sha
             f'dimensions, init_device_mesh(..., mesh_dim_names=("replica", "{EXPERT}")), its first of size 1 where '
             "there are no copies"
         )
-    if getattr(ranks, "ndim", None) == 1:
+    if is_mesh(ranks) and ranks.ndim == 1:
         mesh = ranks
         _check_order(mesh, 0)
     else:
@@ -187,7 +187,7 @@ def _checksum(weight: Tensor) -> int:
     return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
 
 
-def local_shard(parameter: Any, sharding: Sharding, scale: float, number: int) -> Tensor:
+def local_shard(parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
     """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
 
     Args:
@@ -207,7 +207,7 @@ def local_shard(parameter: Any, sharding: Sharding, scale: float, number: int) -
                 "what is added to the main_grad of a weight can be neither scaled nor averaged any more: make the "
                 'layer with expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
             )
-        local.main_grad = parameter.main_grad
+        local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
     if scale == 1.0 and sharding.replicas is None:
         return local
     return _ScaledGradient.apply(local, scale, sharding.replicas, number)
@@ -221,7 +221,7 @@ class _ScaledGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         _, ctx.scale, ctx.replicas, ctx.number = inputs
 
     @staticmethod
@@ -260,9 +260,9 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
 def _shard_loaded(
     names: Sequence[str],
     module: nn.Module,
-    state_dict: dict[str, Any],
+    state_dict: StateDict,
     prefix: str,
-    *_: Any,
+    *_: object,
 ) -> None:
     """Turn whole parameters of a state dict into this rank's part of them, before they are loaded."""
     from torch.distributed.tensor import DTensor, Shard
@@ -275,7 +275,7 @@ def _shard_loaded(
             state_dict[prefix + name] = part_of(value, parameter)
 
 
-def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
+def _refuse_state_dict(module: nn.Module, *_: object) -> None:
     raise ValueError(
         f"the experts of this {type(module).__name__} stand in the order of its placement's slots, in which no other "
         "layer could read them: save and load the layer without a placement. placement.first_owner(expert) says whose "

@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
-__all__ = ["gather_optimizer", "part_of", "refuse_pickling", "whole"]
+__all__ = ["StateDict", "gather_optimizer", "part_of", "refuse_pickling", "whole"]
+
+StateDict: TypeAlias = dict[str, Any]
+"""What state_dict() of a module or an optimizer gives: tensors, and whatever else a class keeps by name."""
 
 MARK = "_tritonmoe_refused_meshes"
 
@@ -18,7 +22,7 @@ MARK = "_tritonmoe_refused_meshes"
 def refuse_pickling(mesh: "DeviceMesh") -> None:
     """Let pickle, and so torch.save, raise for DTensors over this mesh of several ranks, from now on.
 
-    A pickled DTensor is one rank's part that says it is that of whoever reads it.
+    A pickled DTensor holds one rank's part, and on the rank that reads it claims to be that rank's.
     """
     from torch.distributed.tensor import DTensor
 
@@ -27,7 +31,8 @@ def refuse_pickling(mesh: "DeviceMesh") -> None:
         refused: set[DeviceMesh] = set()
 
         @functools.wraps(original)
-        def reduce(tensor: Any, protocol: Any) -> Any:
+        def reduce(tensor: Tensor, protocol: object) -> str | tuple[object, ...]:
+            assert isinstance(tensor, DTensor)
             if tensor.device_mesh in refused:
                 raise ValueError(
                     "torch.save, or pickle, would keep one rank's experts alone of those that are spread over "
@@ -43,12 +48,12 @@ def refuse_pickling(mesh: "DeviceMesh") -> None:
         getattr(DTensor, MARK).add(mesh)
 
 
-def whole(value: Any) -> Any:
+def whole(value: object) -> object:
     """Give a DTensor gathered, on the CPU, and anything else as it is; every rank of its mesh calls."""
     return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
 
-def part_of(value: Tensor, parameter: Any) -> Tensor:
+def part_of(value: Tensor, parameter: "DTensor") -> Tensor:
     """Give this rank's part of a whole tensor, as a DTensor like the parameter.
 
     Raises:
@@ -73,12 +78,12 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(_divided_state)
 
 
-def _gathered_state(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _gathered_state(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
     state = {number: {name: whole(value) for name, value in own.items()} for number, own in state_dict["state"].items()}
     return {**state_dict, "state": state}
 
 
-def _divided_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _divided_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
     parameters = {
         number: parameter
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
@@ -87,11 +92,14 @@ def _divided_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
     state = {}
     for number, own in state_dict["state"].items():
         parameter = parameters.get(number)
-        is_spread = hasattr(parameter, "placements")
-        state[number] = {
-            name: part_of(value, parameter)
-            if is_spread and isinstance(value, Tensor) and not hasattr(value, "placements") and value.dim()
-            else value
-            for name, value in own.items()
-        }
+        state[number] = {name: _divided(value, parameter) for name, value in own.items()}
     return {**state_dict, "state": state}
+
+
+def _divided(value: object, parameter: Tensor | None) -> object:
+    """Give this rank's part of a whole tensor of an optimizer's state, and anything else as it is."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim() and isinstance(parameter, DTensor):
+        return part_of(value, parameter)
+    return value

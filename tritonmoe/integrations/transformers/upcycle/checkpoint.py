@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversio
 from tritonmoe.integrations.transformers.upcycle.native import NativeConversion
 from tritonmoe.integrations.transformers.upcycle.saved import DESCRIPTION_FILE, WEIGHTS_STEM, write_description
 from tritonmoe.integrations.transformers.upcycle.upcycle import make_conversion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
 
 __all__ = ["upcycle_checkpoint"]
 
@@ -101,7 +105,7 @@ def upcycle_checkpoint(
     return conversion.target.model_type if isinstance(conversion, NativeConversion) else "inplace"
 
 
-def _dense_skeleton(source: Path, reader: CheckpointReader) -> Any:
+def _dense_skeleton(source: Path, reader: CheckpointReader) -> "PreTrainedModel":
     config = read_config(source)
     names = config.architectures or []
     model_class = find_model_class(names[0]) if isinstance(names, list | tuple) and names else None
@@ -112,7 +116,9 @@ def _dense_skeleton(source: Path, reader: CheckpointReader) -> Any:
     return build_skeleton(model_class, config, floating[0] if floating else torch.float32, reader)
 
 
-def _refuse_quantised_files(dense: Any, names: dict[str, str], reader: CheckpointReader, source: Path) -> None:
+def _refuse_quantised_files(
+    dense: "PreTrainedModel", names: dict[str, str], reader: CheckpointReader, source: Path
+) -> None:
     """A file may hold other dtypes than its config says."""
     for name, _ in dense.named_parameters():
         dtype = reader.dtype(names[name]) if name in names else None
@@ -123,7 +129,7 @@ def _refuse_quantised_files(dense: Any, names: dict[str, str], reader: Checkpoin
             )
 
 
-def _match_names(dense: Any, reader: CheckpointReader, source: Path) -> dict[str, str]:
+def _match_names(dense: "PreTrainedModel", reader: CheckpointReader, source: Path) -> dict[str, str]:
     """Give checkpoint names by state dict names; a base model's prefix may stand on one side only."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -158,7 +164,7 @@ def _match_names(dense: Any, reader: CheckpointReader, source: Path) -> dict[str
     return {name: names[name] for name in wanted if name in names}
 
 
-def _renamed(stored: str, transforms: list[Any]) -> str:
+def _renamed(stored: str, transforms: "list[WeightTransform]") -> str:
     """Give the state dict name that from_pretrained gives a stored tensor, where it only renames."""
     from transformers.core_model_loading import WeightConverter
 
@@ -192,7 +198,7 @@ def _converted(
         yield from state.items()
 
 
-def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_saved(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename and split tensors as save_pretrained does (most families keep one tensor an expert on disk)."""
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -1,4 +1,4 @@
-"""Checkpoint directories that are written beside their place and published whole: all or nothing."""
+"""Checkpoint directories are written beside their place, and published whole or not at all."""
 
 import contextlib
 import errno
@@ -155,9 +155,9 @@ def _is_another_running(pid: int) -> bool:
 
 
 def _lock(directory: Path, *, waits: bool) -> int | None:
-    """Give a descriptor that holds a directory's lock until it is closed.
+    """Give a descriptor that holds a directory's lock until it is closed, or None where the lock can't be had.
 
-    None where another has it, where it is none, and where there are no such locks: on Windows, on some network disks.
+    Another process has it, `directory` is no directory, or there are no such locks: on Windows, on some network disks.
     """
     if sys.platform == "win32":
         return None

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from torch import Tensor
 from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import check_name, file_inside
 from tritonmoe.runtime.files import parse_json, read_json
 
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
 __all__ = ["CheckpointReader", "ShardWriter", "parse_size"]
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MAX_INDEX_BYTES = 128 << 20
-"""Of a million tensors. Safetensors allows a header 100 MB."""
+"""An index of a million tensors fits; safetensors allows the header of a file 100 MB."""
 
 
 def parse_size(size: int | str) -> int:
@@ -55,7 +58,7 @@ class CheckpointReader:
                 f"{len(missing)} of {len(files)} shards, which are not there"
             )
         paths = {name: file_inside(self.directory, name) for name in files}
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
         for name, path in paths.items():
             self._handles[name] = handle = _open(path)
@@ -126,7 +129,7 @@ def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
     return listed
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> "safe_open":
     """Give an open file of tensors, which safetensors has found to lie in it side by side, without gaps."""
     from safetensors import SafetensorError, safe_open
 

@@ -1,7 +1,7 @@
 """The model that a checkpoint directory describes: its config.json may say anything, and may come from anybody."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,10 +10,13 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_in
 from tritonmoe.integrations.transformers.upcycle.native import build_model
 from tritonmoe.runtime.files import read_json
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
 __all__ = ["build_skeleton", "find_model_class", "read_config", "read_generation_config"]
 
 
-def read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> "PreTrainedConfig":
     """Give the config that config.json describes; no code that it names is run.
 
     Raises:
@@ -24,7 +27,7 @@ def read_config(directory: Path) -> Any:
     return _read(directory, "config.json", transformers.AutoConfig, trust_remote_code=False)
 
 
-def read_generation_config(directory: Path) -> Any:
+def read_generation_config(directory: Path) -> "GenerationConfig | None":
     """Give what generation_config.json describes, None where there is none; raises ValueError as read_config does."""
     import transformers
 
@@ -48,7 +51,7 @@ def _read(directory: Path, name: str, kind: Any, **options: Any) -> Any:
         raise ValueError(f"transformers can't use {directory / name}: {type(error).__name__}: {error}") from error
 
 
-def find_model_class(name: Any) -> Any:
+def find_model_class(name: object) -> "type[PreTrainedModel] | None":
     """Give the class of models that transformers has by this name; None for anything else, whatever it is."""
     import transformers
 
@@ -56,7 +59,9 @@ def find_model_class(name: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype, reader: CheckpointReader) -> Any:
+def build_skeleton(
+    model_class: "type[PreTrainedModel]", config: "PreTrainedConfig", dtype: torch.dtype, reader: CheckpointReader
+) -> "PreTrainedModel":
     """Build the model on the meta device, where no size is too large.
 
     Raises ValueError where the config describes none, or more layers than `reader` has tensors.

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tritonmoe.runtime.files import check_regular
 
@@ -13,7 +12,7 @@ __all__ = ["check_name", "file_inside"]
 CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+")
 
 
-def check_name(name: Any, where: str) -> str:
+def check_name(name: object, where: str) -> str:
     """Give the name of a file in a directory, or in one below it; `where` says what names it.
 
     Raises:

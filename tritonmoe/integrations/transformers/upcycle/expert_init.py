@@ -7,12 +7,14 @@ cube root on all three matrices is not. Re-drawn units are Drop-Upcycling (https
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.runtime.files import Json
 
 __all__ = ["DenseFFN", "ExpertTensors", "Init", "UpcycleSettings", "make_experts"]
 
@@ -74,7 +76,7 @@ class UpcycleSettings:
             )
         return intermediate_size // self.granularity
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         return asdict(self)
 
 
@@ -129,8 +131,9 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
     router = router.to(dense.up).repeat_interleave(num_parts, dim=0)
 
     halves = [weight for weight in (dense.gate, dense.up) if weight is not None]
-    gate_up = torch.cat([half.reshape(num_parts, part_width, model_width) for half in halves], dim=1)
-    down = dense.down.reshape(model_width, num_parts, part_width).transpose(0, 1) * settings.routed_scale
+    gate_up = torch.cat([rearrange(half, "(part f) d -> part f d", part=num_parts) for half in halves], dim=1)
+    down = rearrange(dense.down, "d (part f) -> part d f", part=num_parts) * settings.routed_scale
+    # Not einops.repeat, which may give one memory for all copies, and noise is added to each copy in place.
     gate_up, down = gate_up.repeat(copies, 1, 1), down.repeat(copies, 1, 1)
     for expert in range(settings.num_experts):
         # an axis of units for each matrix: rows of gate and of up, columns of down
@@ -149,7 +152,8 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
     gate_up_bias = down_bias = None
     if dense.up_bias is not None:
         biases = [dense.up_bias] if dense.gate_bias is None else [dense.gate_bias, dense.up_bias]
-        gate_up_bias = torch.cat([bias.reshape(num_parts, part_width) for bias in biases], dim=1).repeat(copies, 1)
+        parts = torch.cat([rearrange(bias, "(part f) -> part f", part=num_parts) for bias in biases], dim=1)
+        gate_up_bias = parts.repeat(copies, 1)
     if dense.down_bias is not None:
         down_bias = dense.down_bias * (SHARED_SCALE if settings.shared_expert else 1.0)
         down_bias = down_bias.repeat(settings.num_experts, 1)

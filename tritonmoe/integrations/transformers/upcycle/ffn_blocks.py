@@ -69,7 +69,7 @@ INNER_DROPOUT_NAMES = ("activation_dropout", "intermediate_dropout")
 class GatedActivation:
     """act(gate) * up on rows that hold the gate's half, then up's; for activations that the kernels don't know."""
 
-    def __init__(self, act: Any) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         self.act = act
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _submodule(module: nn.Module, path: str) -> Any:
     return found
 
 
-def _linear_shape(module: Any) -> tuple[int, int] | None:
+def _linear_shape(module: object) -> tuple[int, int] | None:
     """Give (in, out) of a Linear or Conv1D, None for anything else."""
     from transformers.pytorch_utils import Conv1D
 
@@ -228,10 +228,10 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
     }:
         return None  # it computes something else as well
     prefix = f"{path}." if path else ""
-    owner_path = f"{prefix}{names.up}".rpartition(".")[0]
-    owner = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module
-    act_name = next((name for name in ACTIVATION_NAMES if callable(getattr(owner, name, None))), None)
-    act = names.activation if act_name is None else getattr(owner, act_name)
+    holder_path = f"{prefix}{names.up}".rpartition(".")[0]
+    holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module
+    act_name = next((name for name in ACTIVATION_NAMES if callable(getattr(holder, name, None))), None)
+    act = names.activation if act_name is None else getattr(holder, act_name)
     if act is None:
         return None
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
@@ -252,7 +252,7 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
         has_up_bias=up.bias is not None,
         has_down_bias=down.bias is not None,
         activation=activation,
-        act_path=None if act_name is None else f"{owner_path}.{act_name}" if owner_path else act_name,
+        act_path=None if act_name is None else f"{holder_path}.{act_name}" if holder_path else act_name,
         whole=names.whole,
         inner_dropouts=dropouts,
     )

@@ -1,9 +1,9 @@
-"""Any other architecture: its feed-forward blocks become MoE layers inside a copy of the model."""
+"""Upcycling in place, for architectures without a twin: blocks become MoE layers inside a copy of the model."""
 
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
 from tritonmoe.layer import GroupedExperts, MoELayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "add_aux_loss", "aux_loss", "replace_blocks"]
 
@@ -83,7 +86,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     return torch.stack([loss.to(found[0].device) for loss in found]).sum()
 
 
-def add_aux_loss(model: nn.Module, _: Any, output: Any) -> Any:
+def add_aux_loss(model: nn.Module, _: object, output: Any) -> Any:
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
 
     Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models.
@@ -131,7 +134,7 @@ def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFN
         )
         shared_width = block.intermediate_size if settings.shared_expert else None
         layer = UpcycledFFN(config, shared_width, generator=generator, device="meta", dtype=dtype)
-        replaced: list[tuple[str, Any]] = [(block.path, layer)]
+        replaced: list[tuple[str, nn.Module | float]] = [(block.path, layer)]
         if not block.whole:
             replaced += [(block.down, nn.Identity())]
             if block.act_path:
@@ -147,7 +150,7 @@ def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFN
 class InplaceConversion:
     """Names and tensors of a model with its blocks replaced; the dense model may be on the meta device."""
 
-    def __init__(self, dense: Any, settings: UpcycleSettings, blocks: list[FFNBlock]) -> None:
+    def __init__(self, dense: "PreTrainedModel", settings: UpcycleSettings, blocks: list[FFNBlock]) -> None:
         self.settings = settings
         self.blocks = blocks
         self.config = dense.config
@@ -156,11 +159,11 @@ class InplaceConversion:
 
     def block_names(self, block: FFNBlock) -> list[str]:
         """Give the state dict names of the MoE layer that stands for `block`."""
-        owners = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
+        modules = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
         parts = ["gate_up_proj", "down_proj"]
         if block.has_up_bias or block.has_down_bias:
             parts += ["gate_up_proj_bias", "down_proj_bias"]
-        names = ["router.weight", *(f"{owner}.{part}" for owner in owners for part in parts)]
+        names = ["router.weight", *(f"{module}.{part}" for module in modules for part in parts)]
         return [f"{block.path}.{name}" for name in names]
 
     @torch.no_grad()
@@ -195,7 +198,7 @@ class InplaceConversion:
         return {f"{block.path}.{name}": tensor for name, tensor in state.items() if tensor is not None}
 
     @torch.no_grad()
-    def convert(self, dense: Any) -> nn.Module:
+    def convert(self, dense: "PreTrainedModel") -> nn.Module:
         """Give a copy of the model with its blocks replaced, each compared with the block it replaces."""
         model = copy.deepcopy(dense)
         if hasattr(model.config, "quantization_config"):  # of a GGUF file; its weights are dequantised
@@ -207,6 +210,7 @@ class InplaceConversion:
             original = _computation(model, block)
             replace_blocks(model, self.settings, [block], router.dtype)
             layer = model.get_submodule(block.path)
+            assert isinstance(layer, MoELayer)
             names = {name.removeprefix(f"{block.path}."): tensor for name, tensor in state.items()}
             layer.load_state_dict(names, strict=True, assign=True)
             layer.train(dense.training)
@@ -225,7 +229,7 @@ def _computation(model: nn.Module, block: FFNBlock) -> Callable[[Tensor], Tensor
     return lambda x: down(act(up(x)))
 
 
-def _compare(block: FFNBlock, layer: Any, original: Any) -> None:
+def _compare(block: FFNBlock, layer: MoELayer, original: Callable[[Tensor], Tensor]) -> None:
     """Raise ValueError where the MoE layer does not compute what the block that it replaces computed."""
     weight = next(layer.parameters())
     generator = torch.Generator().manual_seed(block.index)

@@ -1,15 +1,19 @@
-"""Dense architectures whose MoE twin transformers has: the same modules but for the feed-forward block."""
+"""Native upcycling: transformers has an MoE twin of the dense architecture, which differs in its blocks alone."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock
+from tritonmoe.runtime.files import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["NATIVE_TARGETS", "NativeConversion", "NativeTarget", "build_model"]
 
@@ -21,7 +25,7 @@ class NativeTarget:
     model_type: str
     class_prefixes: tuple[str, str]
     """What the names of the dense and of the MoE model classes start with."""
-    config: Callable[[UpcycleSettings, int, int], dict[str, Any]]
+    config: Callable[[UpcycleSettings, int, int], Json]
     """From settings, the dense width F and the expert width F / G."""
     block: str = "mlp"
     router: str = "gate.weight"
@@ -38,24 +42,24 @@ class NativeTarget:
     has_aux_loss: bool = True
 
 
-def _mixtral(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _mixtral(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     return {"num_local_experts": settings.num_experts, "intermediate_size": expert_width}
 
 
-def _qwen_moe(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _qwen_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     return {"num_experts": settings.num_experts, "moe_intermediate_size": expert_width, "norm_topk_prob": True}
 
 
-def _qwen2_moe(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _qwen2_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     shared_width = width if settings.shared_expert else expert_width
     return {**_qwen_moe(settings, width, expert_width), "shared_expert_intermediate_size": shared_width}
 
 
-def _flex_olmo(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _flex_olmo(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     return {"num_experts": settings.num_experts, "intermediate_size": expert_width, "norm_topk_prob": True}
 
 
-def _ernie4_5_moe(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _ernie4_5_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     return {
         "moe_num_experts": settings.num_experts,
         "moe_intermediate_size": expert_width,
@@ -63,7 +67,7 @@ def _ernie4_5_moe(settings: UpcycleSettings, width: int, expert_width: int) -> d
     }
 
 
-def _hunyuan_v1_moe(settings: UpcycleSettings, width: int, expert_width: int) -> dict[str, Any]:
+def _hunyuan_v1_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     return {"num_experts": settings.num_experts, "intermediate_size": expert_width}
 
 
@@ -113,7 +117,9 @@ _HARMLESS_FIELDS = (
 )
 
 
-def build_model(model_class: Any, config: Any, dtype: torch.dtype, device: str) -> nn.Module:
+def build_model(
+    model_class: "type[PreTrainedModel]", config: "PreTrainedConfig", dtype: torch.dtype, device: str
+) -> "PreTrainedModel":
     """Build a model without drawing its weights: they hold anything until they are loaded."""
     from transformers.initialization import no_init_weights
 
@@ -132,7 +138,9 @@ class NativeConversion:
     Raises ValueError where the twin can't say what the dense model says.
     """
 
-    def __init__(self, dense: Any, settings: UpcycleSettings, blocks: list[FFNBlock], chosen: list[FFNBlock]) -> None:
+    def __init__(
+        self, dense: "PreTrainedModel", settings: UpcycleSettings, blocks: list[FFNBlock], chosen: list[FFNBlock]
+    ) -> None:
         import transformers
 
         self.settings = settings
@@ -140,7 +148,7 @@ class NativeConversion:
         self.target = target = NATIVE_TARGETS[dense.config.model_type]
         name = type(dense).__name__
         prefix, moe_prefix = target.class_prefixes
-        model_class: Any = getattr(transformers, moe_prefix + name.removeprefix(prefix), None)
+        model_class = getattr(transformers, moe_prefix + name.removeprefix(prefix), None)
         if not name.startswith(prefix) or model_class is None:
             raise ValueError(f"{target.model_type} has no class like {name}; {_INSTEAD}")
         self.model_class = model_class
@@ -163,7 +171,9 @@ class NativeConversion:
         self.skeleton = build_model(self.model_class, self.config, self.dtype, "meta")
         self._check_names(dense, name)
 
-    def _make_config(self, dense: Any, num_layers: int, expert_width: int, width: int) -> Any:
+    def _make_config(
+        self, dense: "PreTrainedConfig", num_layers: int, expert_width: int, width: int
+    ) -> "PreTrainedConfig":
         target = self.target
         config_class = self.model_class.config_class
         defaults = config_class()
@@ -249,19 +259,20 @@ class NativeConversion:
         return {prefix + name: tensor.to(skeleton[prefix + name].dtype) for name, tensor in state.items()}
 
     @torch.no_grad()
-    def convert(self, dense: Any) -> nn.Module:
+    def convert(self, dense: "PreTrainedModel") -> nn.Module:
         """Give the MoE model, which shares no memory with the dense one."""
         source = dense.state_dict()
         replaced = {name for block in self.blocks for name in block.parameter_names}
         state = {name: tensor.clone() for name, tensor in source.items() if name not in replaced}
         for block in self.blocks:
             state |= self.block_state(block, source.__getitem__)
-        model: Any = build_model(self.model_class, self.config, self.dtype, "cpu")
+        model = build_model(self.model_class, self.config, self.dtype, "cpu")
         model.load_state_dict(state, strict=True, assign=True)
         model.tie_weights()
         if getattr(dense, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(dense.generation_config)
-        return model.to(next(dense.parameters()).device).train(dense.training)
+        converted: nn.Module = model
+        return converted.to(next(dense.parameters()).device).train(dense.training)
 
 
 _INSTEAD = "use target='inplace', which replaces the blocks in a copy of this model"

@@ -5,8 +5,9 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
@@ -23,7 +24,10 @@ from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSetti
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, find_blocks, select_blocks
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, add_aux_loss, replace_blocks
 from tritonmoe.integrations.transformers.upcycle.native import build_model
-from tritonmoe.runtime.files import read_json
+from tritonmoe.runtime.files import Json, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["DESCRIPTION_FILE", "WEIGHTS_STEM", "load_upcycled", "remember_conversion", "write_description"]
 
@@ -87,12 +91,14 @@ def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
     model.register_forward_hook(add_aux_loss)
 
 
-def write_description(directory: Path, class_name: str, config: Any, conversion: InplaceConversion) -> None:
+def write_description(
+    directory: Path, class_name: str, config: "PreTrainedConfig", conversion: InplaceConversion
+) -> None:
     """Write config.json and the description; last, since a directory without them does not load."""
     _write(directory, class_name, config, _describe(conversion))
 
 
-def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Module:
+def load_upcycled(directory: str | os.PathLike, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a model that was upcycled in place: the dense architecture is built, converted again, and filled.
 
     Args:
@@ -120,7 +126,7 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
     stored_dtype = reader.dtype(first_router)
     skeleton = build_skeleton(model_class, config, stored_dtype, reader)
     _check_shapes(skeleton, settings, _described_blocks(skeleton, paths, directory), reader)
-    model: Any = build_model(model_class, config, stored_dtype, "cpu")
+    model = build_model(model_class, config, stored_dtype, "cpu")
     blocks = _described_blocks(model, paths, directory)
     replace_blocks(model, settings, blocks, stored_dtype)
     state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
@@ -135,7 +141,8 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: Any = None) -> nn.Modu
     if (generation_config := read_generation_config(directory)) is not None:
         model.generation_config = generation_config
     remember_conversion(model, InplaceConversion(model, settings, blocks))
-    return (model if dtype is None else model.to(dtype)).eval()
+    converted: nn.Module = model
+    return (converted if dtype is None else converted.to(dtype)).eval()
 
 
 def _described_blocks(model: nn.Module, paths: dict[str, str], directory: Path) -> list[FFNBlock]:
@@ -189,7 +196,7 @@ def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, 
     raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
 
 
-def _describe(conversion: InplaceConversion) -> dict[str, Any]:
+def _describe(conversion: InplaceConversion) -> Json:
     return {
         "format": FORMAT,
         "settings": conversion.settings.as_dict(),
@@ -197,7 +204,7 @@ def _describe(conversion: InplaceConversion) -> dict[str, Any]:
     }
 
 
-def _write(directory: Path, class_name: str, config: Any, description: dict[str, Any]) -> None:
+def _write(directory: Path, class_name: str, config: "PreTrainedConfig", description: Json) -> None:
     config.save_pretrained(directory)
     text = json.dumps({"model_class": class_name, **description}, indent=2)
     (directory / DESCRIPTION_FILE).write_text(text + "\n")

@@ -2,10 +2,10 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.upcycle.expert_init import Init, UpcycleSettings
@@ -14,13 +14,16 @@ from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversio
 from tritonmoe.integrations.transformers.upcycle.native import NATIVE_TARGETS, NativeConversion
 from tritonmoe.layer import MoELayer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["UpcycleReport", "make_conversion", "upcycle", "verify_upcycle"]
 
 log = logging.getLogger("tritonmoe")
 
 
 def upcycle(
-    model: Any,
+    model: "PreTrainedModel",
     num_experts: int,
     top_k: int,
     granularity: int = 1,
@@ -29,7 +32,7 @@ def upcycle(
     target: str = "auto",
     layers: LayerChoice = "all",
     seed: int = 0,
-) -> Any:
+) -> "PreTrainedModel":
     """Give a Mixture-of-Experts model made from a dense model of transformers; the dense one stays as it is.
 
     With init="copy" the new model computes what the dense one does, up to rounding, whatever the router chooses:
@@ -80,7 +83,7 @@ def upcycle(
 
 
 def make_conversion(
-    dense: Any, settings: UpcycleSettings, *, target: str, layers: LayerChoice
+    dense: "PreTrainedModel", settings: UpcycleSettings, *, target: str, layers: LayerChoice
 ) -> NativeConversion | InplaceConversion:
     """Check everything that can be known without a weight's value, say what the user should know, give the plan."""
     blocks = find_blocks(dense)
@@ -136,7 +139,9 @@ class UpcycleReport:
 
 
 @torch.no_grad()
-def verify_upcycle(dense: Any, moe: Any, batch: Tensor | dict[str, Tensor]) -> UpcycleReport:
+def verify_upcycle(
+    dense: "PreTrainedModel", moe: "PreTrainedModel", batch: Tensor | dict[str, Tensor]
+) -> UpcycleReport:
     """Run both models on one batch, without dropout, print how far they are apart, and give the report.
 
     Args:
@@ -159,7 +164,7 @@ def verify_upcycle(dense: Any, moe: Any, batch: Tensor | dict[str, Tensor]) -> U
     return report
 
 
-def _main_output(output: Any) -> Tensor:
+def _main_output(output: object) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         found = getattr(output, name, None)
         if found is not None:
@@ -167,15 +172,14 @@ def _main_output(output: Any) -> Tensor:
     raise ValueError(f"{type(output).__name__} has neither logits nor last_hidden_state to compare")
 
 
-def _active_parameters(model: nn.Module) -> int:
+def _active_parameters(model: "PreTrainedModel") -> int:
     """Count parameters, of the experts only K / E."""
     active = sum(p.numel() for p in model.parameters())
     layers = {path: module.config.top_k for path, module in model.named_modules() if isinstance(module, MoELayer)}
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         if name == "experts":
-            config: Any = getattr(model, "config", None)
-            top_k = layers.get(parent) or config.num_experts_per_tok
+            top_k = layers.get(parent) or model.config.num_experts_per_tok
             for parameter in module.parameters():
                 active -= parameter.numel() * (parameter.shape[0] - top_k) // parameter.shape[0]
     return active

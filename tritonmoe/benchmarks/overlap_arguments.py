@@ -1,0 +1,99 @@
+"""The arguments of `tritonmoe bench overlap`, and which of them go together."""
+
+import argparse
+import os
+
+from tritonmoe.benchmarks.argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
+from tritonmoe.benchmarks.namespaces import parse_rate
+from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
+from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
+
+__all__ = ["check_arguments", "check_ranks", "make_parser"]
+
+DESCRIPTION = """\
+How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
+
+On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
+--netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
+GPU, which they would share, one does, and the others are replayed to it.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tritonmoe bench overlap",
+        description=DESCRIPTION,
+        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
+    where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
+    where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
+    where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
+    link = where.add_mutually_exclusive_group()
+    link.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
+    where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
+    link.add_argument(
+        "--compute-ratio",
+        type=float,
+        metavar="X",
+        help="choose the rate instead: compute takes X times as long as communication",
+    )
+    what = parser.add_argument_group("layer")
+    what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
+    what.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
+    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument("--wire-dtype", choices=NAMED_WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)")
+    what.add_argument(
+        "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
+    )
+    what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
+    what.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument("--seed", type=seed, default=0)
+    output = parser.add_argument_group("output, beside the table")
+    output.add_argument("--json", type=output_file, help="all figures")
+    output.add_argument(
+        "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
+    )
+    output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    parse_rate(arguments.rate)
+    modes = [name for name in ("emulate", "netns", "mpi") if getattr(arguments, name)]
+    if len(modes) > 1 or (not modes and "RANK" not in os.environ):
+        raise ValueError(
+            "choose one of --emulate N, --netns N and --mpi (under mpiexec), or start it under torchrun: "
+            "torchrun --nproc-per-node 2 -m tritonmoe bench overlap"
+        )
+    if arguments.compute_ratio is not None:
+        if not 0 < arguments.compute_ratio < 1000:
+            raise ValueError(f"--compute-ratio must lie between 0 and 1000, got {arguments.compute_ratio}")
+        if modes not in (["emulate"], ["netns"]):
+            raise ValueError("--compute-ratio chooses the link's rate: it needs --emulate or --netns")
+    num_ranks = arguments.emulate if arguments.emulate is not None else arguments.netns
+    if num_ranks is not None:
+        check_ranks(num_ranks, arguments.model)
+    if (arguments.node_size is None) != (arguments.inter_rate is None):
+        raise ValueError("--node-size and --inter-rate belong together")
+    if arguments.node_size is not None:
+        parse_rate(arguments.inter_rate)
+        if arguments.netns is None or not 2 <= arguments.node_size < arguments.netns:
+            raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
+        if arguments.netns % arguments.node_size:
+            raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
+    files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
+    if len(set(files)) < len(files):
+        raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
+
+
+def check_ranks(num_ranks: int, model: str) -> None:
+    num_experts = MODELS[model][0]
+    if num_ranks < 2 or num_experts % num_ranks:
+        raise ValueError(
+            f"the number of ranks must be 2 or more and divide the {num_experts} experts of {model}, got {num_ranks}"
+        )
