@@ -89,16 +89,32 @@ def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path: Path) -
     assert names_in(tmp_path) == {"out", "two"}
 
 
-ABANDONED = [f"{DEAD}-{HOST}", f"{DEAD}-{HOST}_3", f"{os.getpid()}-{HOST}", f"{DEAD}", f"{os.getpid()}", f"{10**30}"]
+ABANDONED = {
+    "dead": f"{DEAD}-{HOST}",
+    "dead, third": f"{DEAD}-{HOST}_3",
+    "own": f"{os.getpid()}-{HOST}",
+    "dead, no host": f"{DEAD}",
+    "own, no host": f"{os.getpid()}",
+    "no number of a process": f"{10**30}",
+}
 """This process's number: a container that is started anew numbers alike. No host: left by an older version."""
-KEPT = [
-    *(f"{DEAD}-elsewhere", f"{os.getpid()}-{HOST}2", f"{DEAD}-"),  # of other machines that share the disk
-    *(f"{os.getppid()}-{HOST}", f"{os.getppid()}", "1", f"1-{HOST}"),  # of processes that run, if only under its number
-    *("-5", "x", f"{DEAD}.tar"),
-]
+KEPT = {
+    # Of other machines that share the disk.
+    "elsewhere": f"{DEAD}-elsewhere",
+    "own number, host of a longer name": f"{os.getpid()}-{HOST}2",
+    "empty host": f"{DEAD}-",
+    # Of processes that run, if only under its number.
+    "parent": f"{os.getppid()}-{HOST}",
+    "parent, no host": f"{os.getppid()}",
+    "first, no host": "1",
+    "first": f"1-{HOST}",
+    "negative": "-5",
+    "word": "x",
+    "suffix": f"{DEAD}.tar",
+}
 
 
-@pytest.mark.parametrize("ending", [*ABANDONED, *KEPT])
+@pytest.mark.parametrize("ending", [*ABANDONED.values(), *KEPT.values()], ids=[*ABANDONED, *KEPT])
 def test_whose_leftovers_are_removed(tmp_path: Path, ending: str) -> None:
     out, left = tmp_path / "out", tmp_path / f".out.unfinished-{ending}"
     others = {f".out2.unfinished-{DEAD}", f".xout.unfinished-{DEAD}", "out.unfinished-1"}
@@ -106,7 +122,7 @@ def test_whose_leftovers_are_removed(tmp_path: Path, ending: str) -> None:
         (tmp_path / name / "below").mkdir(parents=True)
         (tmp_path / name / "below" / "file").write_text("half a shard")
     publish(out)
-    assert names_in(tmp_path) == {"out", *others, *({left.name} if ending in KEPT else ())}
+    assert names_in(tmp_path) == {"out", *others, *({left.name} if ending in KEPT.values() else ())}
     assert names_in(out) == {"file"}
 
 
