@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import choose
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader

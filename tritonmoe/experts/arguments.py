@@ -1,6 +1,5 @@
 """What the experts of one rank are called with: weights and settings, checked and brought to one dtype."""
 
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonmoe import backends
+from tritonmoe.backends.ops import Operations
 from tritonmoe.config.layer import MAX_PAIRS, Activation, ExpertLayout, KernelOptions, check_activation
 from tritonmoe.runtime.autograd import is_autocast_on
 
@@ -47,7 +47,7 @@ class MainGrads(NamedTuple):
 class ExpertSettings(NamedTuple):
     """What stays the same from call to call: the ops and how they run, the layout, the activation, what is saved."""
 
-    ops: ModuleType
+    ops: Operations
     layout: ExpertLayout
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"

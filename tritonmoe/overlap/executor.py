@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import ExpertsPass, LayerPass, MakeExperts, execute
 from tritonmoe.overlap.report import PassReport
