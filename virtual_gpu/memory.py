@@ -20,7 +20,6 @@ Words = NDArray[np.unsignedinteger]
 """Unsigned integers: the bits of a register in every thread, or a column of such."""
 Flags = NDArray[np.bool_]
 
-UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 SEVERAL = 63
 """Stands for more than one warp where a byte's last reader is kept."""
 ATOMIC = 62

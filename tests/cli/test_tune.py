@@ -12,6 +12,7 @@ from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli import main, tune
 from tritonmoe.cli.layer_arguments import tokens_of_every_class
 from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles.table import TABLE
 
 SHAPE = ["128", "8", "2048", "768", "bfloat16"]
 
@@ -34,6 +35,14 @@ def test_show(capsys, cache):
     assert tuned.startswith("sm_100 bfloat16 up 1024x2048 rows 128: ")
     assert "group_m=4" in tuned
     assert all(line.endswith("(heuristic)") for line in lines if line != tuned)
+
+
+def test_show_without_a_layer_is_the_table_of_tiles(capsys):
+    assert main(["tune", "--show"]) == 0
+    assert capsys.readouterr().out == TABLE
+    for arguments in ([], ["8", "2", "--show"], ["--show", "--target", "sm_90"]):
+        assert main(["tune", *arguments]) == 2
+        assert "E, K, D and F are required" in capsys.readouterr().err
 
 
 def test_every_class_of_tiles_has_its_tokens():

@@ -15,7 +15,7 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels import launch
+from tritonmoe.kernels import launch, row_tiles
 from tritonmoe.kernels.tiles import choice as tile_choice
 
 
@@ -96,8 +96,8 @@ def test_registers_of_weight_grad(variant, target, registers):
 @triton.jit
 def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     slot = tl.program_id(0)
-    tile_ends = launch.row_tile_ends(offsets, E, BLOCK_E, BLOCK_M)
-    expert, first, end = launch.tile_of_slot(slot, tile_ends, offsets, E, BLOCK_M)
+    tile_ends = row_tiles.row_tile_ends(offsets, E, BLOCK_E, BLOCK_M)
+    expert, first, end = row_tiles.tile_of_slot(slot, tile_ends, offsets, E, BLOCK_M)
     tl.store(found + slot, expert)
     tl.store(found + stride + slot, first)
     tl.store(found + 2 * stride + slot, end)
@@ -112,7 +112,7 @@ def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl
 def test_slots_cover_every_pair_once(counts, block_m, padding):
     """What tile_of_slot gives, in order, is the list of all experts' tiles; the slots behind it are empty."""
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(torch.int32)
-    num_slots = launch.num_tile_slots(int(offsets[-1]) + padding, len(counts), block_m)
+    num_slots = row_tiles.num_tile_slots(int(offsets[-1]) + padding, len(counts), block_m)
     found = torch.full((3, num_slots), -1, device=DEVICE)
     launch.launch(
         tiles_of_slots, (num_slots,), offsets.to(DEVICE), found, len(counts), num_slots, BLOCK_E=16, BLOCK_M=block_m

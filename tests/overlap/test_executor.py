@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends.reference import WeightGrads, gather_sum
+from tritonmoe.backends.ops import WeightGrads
+from tritonmoe.backends.reference import gather_sum
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan

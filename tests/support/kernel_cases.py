@@ -83,7 +83,6 @@ def run_operations(backend, layer, grouping, activation, given=None):
     found["y"] = y[:num_active]
     found["out"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights)
     found["unweighted"] = backend.gather_sum(operand("y", y), grouping.inverse)
-    found["added"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights, layer.dout)
     dh, scaled_a, dweights = backend.down_grad(
         layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, activation
     )

@@ -37,7 +37,7 @@ class Variant:
     """With several, rows come in chunks, beside exchanges."""
     options: KernelOptions = KernelOptions()
     tiles: Mapping[str, int | str] = field(default_factory=dict)
-    """Fields that replace the heuristic's in every operation's TileConfig, as a measured entry would."""
+    """Fields that replace those of the table in every operation's TileConfig, as a measured entry would."""
 
     @classmethod
     def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
@@ -55,7 +55,7 @@ VARIANTS = {
     "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
     "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
     "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
-    # Fewer pairs per expert: every class of `tile_choice.row_class`.
+    # Fewer pairs per expert: every class of `choice.row_class`.
     "1 token": Variant(num_rows=1),
     "1 token fp32": Variant(torch.float32, num_rows=1),
     "128 tokens": Variant(num_rows=128),
@@ -104,94 +104,124 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
             record_launches(heuristic, target)
         with measured_tiles.using(dict.fromkeys(asked, variant.tiles)):
             return record_launches(heuristic, target)
-    v, rows, options = variant, variant.num_rows, variant.options
-    width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
-    w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
-    if v.layout.transposed:
-        w1_shape, w2_shape = w1_shape[::-1], w2_shape[::-1]
-
-    def empty(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, dout = empty(rows, v.hidden_size), empty(rows, v.hidden_size)
-    w1, w2 = empty(v.num_experts, *w1_shape), empty(v.num_experts, *w2_shape)
-    b1 = empty(v.num_experts, width) if v.bias else None
-    b2 = empty(v.num_experts, v.hidden_size) if v.bias else None
-    ids = empty(rows, v.top_k, dtype=torch.int64 if v.num_ranks == 1 else torch.int32)
-    weights = empty(rows, v.top_k, dtype=torch.float32)
-    found: dict[str, launch.Launch] = {}
-
     with launch.recording(target) as launches:
+        step = _RecordedStep(variant, launches)
+        step.run()
+    return step.found
 
-        def name(operation: str) -> None:
-            for item in launches:
-                key = f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"
-                assert key not in found, key
-                found[key] = item
-            launches.clear()
 
-        def weight_grads(grouping: Grouping, suffix: str = "") -> None:
-            def run(operation: str, **arguments: Any) -> None:
-                operations.weight_grad(grouping, v.layout, options=options, **arguments)
-                name(f"{operation}{suffix}")
+class _RecordedStep:
+    """One layer's operands on the meta device, and the launches of every operation that ran on them."""
 
-            run("weight_grad W1", x=x, dh=dh)
-            run("weight_grad W1 main_grad", x=x, dh=dh, accumulate_gate_up=empty(*w1.shape, dtype=torch.float32))
-            run("weight_grad W2", dout=dout, scaled_a=scaled_a)
-            main_grad = empty(*w2.shape, dtype=torch.float32)
-            run("weight_grad W2 main_grad", dout=dout, scaled_a=scaled_a, accumulate_down=main_grad)
-            if v.bias:
-                run("weight_grad b1", dh=dh, gate_up_bias=True)
-                run("weight_grad b2", dout=dout, topk_weights=weights, down_bias=True)
+    def __init__(self, variant: Variant, launches: list[launch.Launch]) -> None:
+        v, rows = variant, variant.num_rows
+        self.variant, self.launches = variant, launches
+        self.found: dict[str, launch.Launch] = {}
+        """By operation and kernel."""
+        self.options = v.options if v.num_ranks == 1 else v.options._replace(beside_exchanges=True)
+        width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
+        w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
+        if v.layout.transposed:
+            w1_shape, w2_shape = w1_shape[::-1], w2_shape[::-1]
+        self.x, self.dout = self._empty(rows, v.hidden_size), self._empty(rows, v.hidden_size)
+        self.w1, self.w2 = self._empty(v.num_experts, *w1_shape), self._empty(v.num_experts, *w2_shape)
+        self.b1 = self._empty(v.num_experts, width) if v.bias else None
+        self.b2 = self._empty(v.num_experts, v.hidden_size) if v.bias else None
+        self.ids = self._empty(rows, v.top_k, dtype=torch.int64 if v.num_ranks == 1 else torch.int32)
+        self.topk_weights = self._empty(rows, v.top_k, dtype=torch.float32)
 
-        grouping = layer = operations.group(ids, v.num_experts)
-        name("group")
-        operations.group(ids[:8], v.num_experts)
-        name("group few pairs")
-        if v.num_ranks > 1:
-            options = options._replace(beside_exchanges=True)
-            sources = RowSources((0, 1), torch.tensor([[rows - rows // 2, 0], [0, rows // 2]]))
-            row_offsets = (0, rows - rows // 2, rows)
-            layer = operations.group(
-                ids,
-                v.num_experts,
-                chunk_row_offsets=row_offsets,
-                chunk_pair_offsets=tuple(v.top_k * row for row in row_offsets),
-                row_sources=sources,
-            )
-            name("group in chunks")
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=self.variant.dtype if dtype is None else dtype, device="meta")
+
+    def _name(self, operation: str) -> None:
+        """Keep what was launched since the last call as the launches of `operation`."""
+        for item in self.launches:
+            key = f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"
+            assert key not in self.found, key
+            self.found[key] = item
+        self.launches.clear()
+
+    def run(self) -> None:
+        """Run every operation of a layer, forward and backward, on one device or as one of several ranks does."""
+        v, is_rank = self.variant, self.variant.num_ranks > 1
+        grouping = layer = operations.group(self.ids, v.num_experts)
+        self._name("group")
+        operations.group(self.ids[:8], v.num_experts)
+        self._name("group few pairs")
+        if is_rank:
+            layer = self._group_in_chunks()
         # A chunk's operations launch what those of one chunk do: where a chunk begins is not specialised.
-        operations.up(x, w1, b1, grouping, v.layout, v.activation, needs_h=False, options=options)
-        name("up inference")
-        h, a = operations.up(x, w1, b1, grouping, v.layout, v.activation, options=options)
-        name("up")
+        h, y = self._forward(grouping)
+        dh, scaled_a = self._backward(grouping, h, y)
+        self._weight_grads(grouping, dh, scaled_a)
+        if is_rank:
+            self._weight_grads(layer, dh, scaled_a, " in chunks")
+            home_index = self._empty(v.num_rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
+            operations.gather_sum(y, home_index)
+            self._name("gather_sum at home")
+            operations.gather_sum(self.topk_weights, home_index)
+            self._name("gather_sum weights' gradients at home")
+
+    def _group_in_chunks(self) -> Grouping:
+        rows = self.variant.num_rows
+        row_offsets = (0, rows - rows // 2, rows)
+        grouping = operations.group(
+            self.ids,
+            self.variant.num_experts,
+            chunk_row_offsets=row_offsets,
+            chunk_pair_offsets=tuple(self.variant.top_k * row for row in row_offsets),
+            row_sources=RowSources((0, 1), torch.tensor([[rows - rows // 2, 0], [0, rows // 2]])),
+        )
+        self._name("group in chunks")
+        return grouping
+
+    def _forward(self, grouping: Grouping) -> tuple[Tensor, Tensor]:
+        """Give h and y."""
+        layout, activation, options = self.variant.layout, self.variant.activation, self.options
+        arguments = self.x, self.w1, self.b1, grouping, layout
+        operations.up(*arguments, activation, needs_h=False, options=options)
+        self._name("up inference")
+        h, a = operations.up(*arguments, activation, options=options)
+        self._name("up")
         assert h is not None
         assert a is not None
-        y = operations.down(a, w2, b2, grouping, v.layout, options=options)
-        name("down")
-        operations.gather_sum(y, grouping.inverse, weights)
-        name("gather_sum")
-        operations.gather_sum(y, grouping.inverse, weights, x)
-        name("gather_sum with a shared expert")
-        operations.up(x, w1, b1, grouping, v.layout, None, options=options)
-        name("up for h alone")
+        y = operations.down(a, self.w2, self.b2, grouping, layout, options=options)
+        self._name("down")
+        operations.gather_sum(y, grouping.inverse, self.topk_weights)
+        self._name("gather_sum")
+        operations.up(*arguments, None, options=options)
+        self._name("up for h alone")
+        return h, y
+
+    def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Give dh and s*a."""
+        layout, activation, options = self.variant.layout, self.variant.activation, self.options
         dh, scaled_a, _ = operations.down_grad(
-            dout, w2, b2, h, weights, grouping, v.layout, v.activation, options=options
+            self.dout, self.w2, self.b2, h, self.topk_weights, grouping, layout, activation, options=options
         )
-        name("down_grad")
-        operations.up_grad(dh, w1, grouping, v.layout, options=options)
-        name("up_grad")
+        self._name("down_grad")
+        operations.up_grad(dh, self.w1, grouping, layout, options=options)
+        self._name("up_grad")
         operations.gather_sum(y, grouping.inverse)
-        name("gather_sum without weights")
-        weight_grads(grouping)
-        if v.num_ranks > 1:
-            weight_grads(layer, " in chunks")
-            home_index = empty(rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
-            operations.gather_sum(y, home_index)
-            name("gather_sum at home")
-            operations.gather_sum(weights, home_index)
-            name("gather_sum weights' gradients at home")
-    return found
+        self._name("gather_sum without weights")
+        return dh, scaled_a
+
+    def _weight_grads(self, grouping: Grouping, dh: Tensor, scaled_a: Tensor, suffix: str = "") -> None:
+        def run(operation: str, **arguments: Any) -> None:
+            operations.weight_grad(grouping, self.variant.layout, options=self.options, **arguments)
+            self._name(f"{operation}{suffix}")
+
+        def main_grad(weight: Tensor) -> Tensor:
+            return self._empty(*weight.shape, dtype=torch.float32)
+
+        x, dout = self.x, self.dout
+        run("weight_grad W1", x=x, dh=dh)
+        run("weight_grad W1 main_grad", x=x, dh=dh, accumulate_gate_up=main_grad(self.w1))
+        run("weight_grad W2", dout=dout, scaled_a=scaled_a)
+        run("weight_grad W2 main_grad", dout=dout, scaled_a=scaled_a, accumulate_down=main_grad(self.w2))
+        if self.variant.bias:
+            run("weight_grad b1", dh=dh, gate_up_bias=True)
+            run("weight_grad b2", dout=dout, topk_weights=self.topk_weights, down_bias=True)
 
 
 def source_of(item: launch.Launch, target: GPUTarget) -> ASTSource:

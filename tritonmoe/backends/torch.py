@@ -1,4 +1,4 @@
-"""The seven operations in fast PyTorch, on any device: the CPU's default. See reference.py for their contracts.
+"""The seven operations in fast PyTorch, on any device: the CPU's default. Their contract: ops.py.
 
 Made for callers that hand over a block of pairs at a time (Grouping.blocks with MAX_BLOCK_PAIRS): the gathered rows,
 the product and the activation of a block are read back while they are warm in cache, instead of one pass over all pairs
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads, accumulation_dtype, apply_activation, copies_rows, split_gate
+from tritonmoe.backends.ops import WeightGrads, accumulation_dtype, apply_activation, split_gate
 from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_products
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
 from tritonmoe.grouping import Grouping, RowSources
@@ -24,10 +24,14 @@ MAX_BLOCK_PAIRS: int | None = 768
 """Callers hand over so many pairs at a time: enough for an efficient product, few enough to stay in cache."""
 FEW_PAIRS = 16
 """Up to so many pairs, those of one token, grouping in Python pays."""
-COMBINE_BLOCK_TERMS = 768
+SUM_BLOCK_TERMS = 768
 """Rows of a narrow dtype that gather_sum widens at a time."""
 ELEMENTWISE_SIZE = 2**20
 """Elements that activations take at a time, so that their temporaries stay in the innermost caches."""
+
+
+def copies_rows() -> bool:
+    return False
 
 
 def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
@@ -144,19 +148,17 @@ def up(
     *,
     needs_h: bool = True,
     out_h: Tensor | None = None,
-    out_a: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     width = gate_up_proj.shape[2 if layout.transposed else 1]
     acc = accumulation_dtype(x.dtype)
     h = pair_products(x, grouping.row_index, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
-    a = out_a
-    if a is None and activation is not None:
-        a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
-    if a is not None and activation is not None:
-        for h_of, a_of in _row_blocks(ELEMENTWISE_SIZE // width, h, a):
-            _activate(h_of.to(acc), layout, activation, a_of)
-    return (h if needs_h or out_h is not None or activation is None else None), a
+    if activation is None:
+        return h, None
+    a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
+    for h_of, a_of in _row_blocks(ELEMENTWISE_SIZE // width, h, a):
+        _activate(h_of.to(acc), layout, activation, a_of)
+    return (h if needs_h or out_h is not None else None), a
 
 
 def _row_blocks(num_rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -193,14 +195,12 @@ def down(
     return pair_products(a, None, _in_out(down_proj, layout), down_bias, grouping, out)
 
 
-def gather_sum(
-    y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     num_rows, num_slots = index.shape
     width = y.shape[1]
     result = y.new_empty(num_rows, width) if out is None else out
     if index.numel() == 0:
-        return result.zero_() if add is None else result.copy_(add)
+        return result.zero_()
     acc = accumulation_dtype(y.dtype)
     skips = int(index.min()) < 0
     if weights is not None:
@@ -215,31 +215,24 @@ def gather_sum(
             ends = torch.cumsum(present.sum(1), 0)
             starts = torch.cat([ends.new_zeros(1), ends[:-1]])
             if terms.shape[0] == 0:
-                return result.zero_() if add is None else result.copy_(add)
+                return result.zero_()
         scales = None if weights is None else weights.flatten()
         sums = torch.embedding_bag(y, terms.long(), starts, False, 0, False, scales)[0]  # 0: sum
-        return result.copy_(sums if add is None else sums.add_(add))
+        return result.copy_(sums)
     if y.shape[0] == 0:
-        return result.zero_() if add is None else result.copy_(add)
+        return result.zero_()
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
     terms = index.clamp(min=0) if skips else index
-    rows_per_block = max(1, COMBINE_BLOCK_TERMS // num_slots)
-    absent = index
-    given_weights, given_add = (absent if tensor is None else tensor for tensor in (weights, add))
-    for terms_of, index_of, weights_of, add_of, out_of in _row_blocks(
-        rows_per_block, terms, index, given_weights, given_add, result
-    ):
+    rows_per_block = max(1, SUM_BLOCK_TERMS // num_slots)
+    given_weights = index if weights is None else weights  # a stand-in, never read
+    for terms_of, index_of, weights_of, out_of in _row_blocks(rows_per_block, terms, index, given_weights, result):
         rows = y.index_select(0, terms_of.flatten()).view(-1, num_slots, width)
         if skips:
             rows.masked_fill_((index_of < 0).unsqueeze(2), 0)
-        if weights is None and add is None:
+        if weights is None:
             torch.sum(rows, 1, out=out_of)  # which adds up in fp32
-            continue
-        wide = rows.to(acc)
-        total = wide.sum(1) if weights is None else torch.bmm(weights_of.unsqueeze(1), wide).squeeze(1)
-        if add is not None:
-            total.add_(add_of)
-        out_of.copy_(total)
+        else:
+            out_of.copy_(torch.bmm(weights_of.unsqueeze(1), rows.to(acc)).squeeze(1))
     return result
 
 

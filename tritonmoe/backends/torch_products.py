@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.backends.reference import accumulation_dtype
+from tritonmoe.backends.ops import accumulation_dtype
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers

@@ -1,9 +1,9 @@
-"""The seven operations as Triton kernels; their contract stands in reference.py, the kernels in ..kernels."""
+"""The seven operations as Triton kernels; their contract stands in ops.py, the kernels in the folder kernels."""
 
 from torch import Tensor
 from torch import device as Device
 
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import bias_grad as bias_grad_kernels
@@ -13,6 +13,7 @@ from tritonmoe.kernels import gather_sum as gather_sum_kernels
 from tritonmoe.kernels import group as group_kernels
 from tritonmoe.kernels import up as up_kernels
 from tritonmoe.kernels import weight_grad as weight_grad_kernels
+from tritonmoe.kernels.group_tiles import TileTable
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 MAX_BLOCK_PAIRS: int | None = None
-"""How many pairs callers hand over at a time; None for all."""
 
 
 def copies_rows() -> bool:
@@ -56,7 +56,7 @@ def group(
             pair_index, offsets, inverse = group_kernels.group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
             source_order = None
         else:
-            table = group_kernels.TileTable(topk_ids.numel())
+            table = TileTable(topk_ids.numel())
             pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
                 topk_ids, num_experts, table, pair_offsets[-1]
             )
@@ -68,7 +68,7 @@ def group(
             )
         pair_offsets = tuple(chunk_pair_offsets)
         with Device("cpu"):  # the table is made on the host, whatever the caller's default device
-            table = group_kernels.TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
+            table = TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
         assert table.num_pairs == topk_ids.numel(), f"{table.num_pairs} pairs in runs, {topk_ids.numel()} in topk_ids"
         pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
             topk_ids, num_experts, table, pair_offsets[-1]
@@ -95,7 +95,6 @@ def up(
     *,
     needs_h: bool = True,
     out_h: Tensor | None = None,
-    out_a: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gather, product, bias and activation in one kernel."""
@@ -108,7 +107,6 @@ def up(
         activation,
         needs_h=needs_h,
         out_h=out_h,
-        out_a=out_a,
         options=options,
     )
 
@@ -127,16 +125,9 @@ def down(
     return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out, options=options)
 
 
-def gather_sum(
-    y: Tensor,
-    index: Tensor,
-    weights: Tensor | None = None,
-    add: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """One gather-sum in slot order."""
-    return gather_sum_kernels.gather_sum(y, index, weights, add, out=out)
+    return gather_sum_kernels.gather_sum(y, index, weights, out=out)
 
 
 def down_grad(

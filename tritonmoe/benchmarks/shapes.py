@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation
 
 __all__ = ["GPU_SHAPES", "LayerInputs", "LayerShape", "draw_inputs", "draw_routing", "tiny"]
 
@@ -20,7 +20,7 @@ class LayerShape:
     top_k: int
     hidden_size: int
     intermediate_size: int
-    activation: Activation = "silu"
+    activation: FusedActivation = "silu"
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     bias: bool = False
 

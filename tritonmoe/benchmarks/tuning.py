@@ -67,7 +67,7 @@ def descend(
 def tune(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
 ) -> dict[str, dict[str, int | str]]:
-    """Give the entries that make this layer's operations faster than the heuristic's: see `kernels.measured_tiles`."""
+    """Give the entries that make this layer's operations faster than the heuristic's: see `kernels.tiles.measured`."""
     calls = operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton")
     entries: dict[str, dict[str, int | str]] = {}
     done: set[str] = set()

@@ -14,12 +14,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped")
 
 
-def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add E, K, D, F, the dtype and the layout."""
-    parser.add_argument("num_experts", metavar="E", type=positive, help="experts")
-    parser.add_argument("top_k", metavar="K", type=positive, help="experts per token")
-    parser.add_argument("hidden_size", metavar="D", type=positive, help="model width")
-    parser.add_argument("intermediate_size", metavar="F", type=positive, help="width of one expert")
+def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool = True) -> None:
+    """Add E, K, D, F, the dtype and the layout; a size that is not given, where none is required, is None."""
+    nargs = None if sizes_required else "?"
+    parser.add_argument("num_experts", metavar="E", type=positive, nargs=nargs, help="experts")
+    parser.add_argument("top_k", metavar="K", type=positive, nargs=nargs, help="experts per token")
+    parser.add_argument("hidden_size", metavar="D", type=positive, nargs=nargs, help="model width")
+    parser.add_argument("intermediate_size", metavar="F", type=positive, nargs=nargs, help="width of one expert")
     parser.add_argument("dtype", choices=list(DTYPES), nargs="?", default="bfloat16", help="default bfloat16")
     parser.add_argument(
         "--tokens", type=positive, nargs="+", help="tokens per call; default: one of every class of tiles"

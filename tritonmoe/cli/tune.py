@@ -20,17 +20,22 @@ __all__ = ["add_parser"]
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("tune", help="search tile configurations on this GPU", description=__doc__)
-    add_layer_arguments(parser)
-    parser.add_argument("--show", action="store_true", help="print the configurations that are chosen; needs no GPU")
+    add_layer_arguments(parser, sizes_required=False)
+    show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
+    parser.add_argument("--show", action="store_true", help=show_help)
     parser.add_argument("--target", help="with --show: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950 (default sm_90)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
-        shape = layer_shape(arguments)
         if arguments.target and not arguments.show:
             raise ValueError("--target belongs to --show: what is measured is this machine's GPU")
+        if arguments.show and arguments.num_experts is None and arguments.target is None:
+            return show_table(say)
+        if arguments.intermediate_size is None:
+            raise ValueError("E, K, D and F are required; --show without them prints the table of tiles")
+        shape = layer_shape(arguments)
         tokens = arguments.tokens or tokens_of_every_class(shape)
         if arguments.show:
             return show(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90", say)
@@ -50,9 +55,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
     path = measured_tiles.cache_file()
     try:
-        measured_tiles.write(
-            path, {}
-        )  # a damaged file, or a folder that is read-only, is said before anything is measured
+        # A damaged file, or a folder that is read-only, is said before anything is measured.
+        measured_tiles.write(path, {})
     except (OSError, ValueError) as error:
         print(
             f"tritonmoe tune can't keep what it would find: {error}. TRITONMOE_CACHE_DIR names another folder",
@@ -67,14 +71,28 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     return 0
 
 
+def show_table(say: Callable[[str], None]) -> int:
+    """Print the table of tiles by rules of thumb, which entries that were measured replace."""
+    try:
+        from tritonmoe.kernels.tiles.table import TABLE
+    except ImportError as error:
+        return _without_triton(error)
+    say(TABLE.rstrip())
+    return 0
+
+
+def _without_triton(error: ImportError) -> int:
+    print(f"tritonmoe tune: the package triton can't be imported: {error}", file=sys.stderr)
+    return 2
+
+
 def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
     """Print every product's tile, how its operands are read, and where the choice comes from."""
     try:
         from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
         from tritonmoe.kernels.tiles import measured as measured_tiles
     except ImportError as error:
-        print(f"tritonmoe tune: the package triton can't be imported: {error}", file=sys.stderr)
-        return 2
+        return _without_triton(error)
     if target not in ARCHITECTURES:
         print(f"tritonmoe tune: --target must be one of {', '.join(ARCHITECTURES)}, got {target!r}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received r
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeGuard, TypeVar
 
 import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
@@ -38,7 +38,7 @@ MAX_PAIRS = 2**31 - 1
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Say whether this is an int; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -82,7 +82,7 @@ Activation = str | ClampedSwiGLU | Callable[[torch.Tensor], torch.Tensor]
 """A fused activation, or any callable from (n, 2F) rows ((n, F) when ungated) to (n, F) rows."""
 
 
-def is_fused(activation: Activation) -> bool:
+def is_fused(activation: Activation) -> TypeGuard[FusedActivation]:
     """Say whether the kernels apply this activation themselves (a name or a ClampedSwiGLU)."""
     return isinstance(activation, (str, ClampedSwiGLU))
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads, accumulation_dtype
+from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight, is_integer
 from tritonmoe.runtime.cpu_memory import to_device
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tritonmoe.backends import launches_kernels
+from tritonmoe.backends.ops import Operations
 
 __all__ = [
     "FLOP_FORMULAS",
@@ -77,7 +78,7 @@ def register_flop_formulas() -> None:
         counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in FLOP_FORMULAS})
 
 
-def count_products(ops: ModuleType, like: Tensor, num_pairs: int, multiplications: int) -> None:
+def count_products(ops: Operations, like: Tensor, num_pairs: int, multiplications: int) -> None:
     """Count kernels that multiply each of num_pairs pairs so many times; nothing where the mode sees the products.
 
     On one device skipped pairs are counted too: how many there are is known to the device alone.

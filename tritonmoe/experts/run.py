@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import accumulation_dtype
+from tritonmoe.backends.ops import accumulation_dtype
 from tritonmoe.config.layer import PerWeight, is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products, matrix_size
@@ -114,6 +114,7 @@ class ExpertsRun:
     ) -> tuple[Tensor | None, Tensor]:
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
+        assert is_fused(activation), "callables take whole chunks"
         w1, b1, w2, b2 = self._block_weights(block)
         h, a = ops.up(
             self.rows,
@@ -198,6 +199,7 @@ class ExpertsRun:
         """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights and its dx."""
         ops, layout, activation = self.settings[:3]
         options = self.settings.options
+        assert is_fused(activation), "callables take whole chunks"
         w1, b1, w2, b2 = self._block_weights(block)
         positions = block.positions
         if h is None:

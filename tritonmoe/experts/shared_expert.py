@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonmoe.backends.reference import accumulation_dtype, apply_activation
+from tritonmoe.backends.ops import accumulation_dtype, apply_activation
 from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
 from tritonmoe.runtime.autograd import is_autocast_on
 

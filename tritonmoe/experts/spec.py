@@ -3,12 +3,12 @@
 import ast
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from tritonmoe import backends
+from tritonmoe.backends.ops import Operations
 from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions, check_activation, is_fused
 from tritonmoe.experts.arguments import ExpertInputs
 
@@ -47,7 +47,7 @@ class ExpertSpec:
 class ExpertSettings(NamedTuple):
     """An ExpertSpec whose backend is chosen, for one device, dtype, number of experts and K."""
 
-    ops: ModuleType
+    ops: Operations
     layout: ExpertLayout
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"

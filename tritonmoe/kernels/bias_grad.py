@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, round_to
+from tritonmoe.kernels.arithmetic import round_to
+from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch
 from tritonmoe.kernels.spans import num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 
 __all__ = ["bias_grad"]

@@ -7,20 +7,9 @@ from torch import Tensor
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
-from tritonmoe.kernels.launch import (
-    contiguous_columns,
-    dot,
-    dot_precision,
-    launch,
-    num_programs,
-    num_tile_slots,
-    output,
-    round_to,
-    row_tile_ends,
-    slot_and_column_tile,
-    split_columns,
-    tile_of_slot,
-)
+from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
+from tritonmoe.kernels.launch import contiguous_columns, launch, num_programs, output, tile_keywords
+from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 
@@ -172,16 +161,8 @@ def _grouped_matmul(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
         EVEN_DEPTH=depth % config.block_k == 0,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
-        GROUP_M=config.group_m,
-        FLATTEN=config.persistent,
-        SUBTILES=config.subtiles,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        PRECISION=dot_precision(values.dtype),
+        **tile_keywords(config, values.dtype),
     )
     return out
 
@@ -196,7 +177,7 @@ def down(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    """Launch the down-projection: see `backends.reference.down`."""
+    """Launch the down-projection: see `backends.ops`."""
     return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out, options)
 
 
@@ -209,5 +190,5 @@ def up_grad(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    """Launch dh x W1, one sum over all 2F columns: see `backends.reference.up_grad`."""
+    """Launch dh x W1, one sum over all 2F columns: see `backends.ops`."""
     return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out, options)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, output, round_to
+from tritonmoe.kernels.arithmetic import round_to
+from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, output
 
 __all__ = ["gather_sum"]
 
@@ -14,7 +15,6 @@ def _gather_sum_kernel(
     y,  # (N, D)
     index,  # (T, J) integers, -1 where there is nothing to add
     weights,  # (T, J) or None
-    add,  # (T, D) or None
     out,  # (T, D)
     T,
     D,
@@ -24,8 +24,6 @@ def _gather_sum_kernel(
     stride_index_slot,
     stride_weights_row,
     stride_weights_slot,
-    stride_add_row,
-    stride_add_column,
     stride_out_row,
     J: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -48,17 +46,12 @@ def _gather_sum_kernel(
             term *= tl.load(weight_pointers, mask=present, other=0.0).to(tl.float32)[:, None]
         total += term
     mask = token_mask[:, None] & column_mask[None, :]
-    if add is not None:
-        add_pointers = add + tokens[:, None] * stride_add_row + columns[None, :] * stride_add_column
-        total += tl.load(add_pointers, mask=mask, other=0.0).to(tl.float32)
     out_pointers = out + tokens[:, None] * stride_out_row + columns[None, :]
     tl.store(out_pointers, round_to(total, out.dtype.element_ty), mask=mask)
 
 
-def gather_sum(
-    y: Tensor, index: Tensor, weights: Tensor | None = None, add: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """Launch the gather-sum: see `backends.reference.gather_sum`."""
+def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Launch the gather-sum: see `backends.ops`."""
     num_tokens, width = index.shape[0], y.shape[1]
     out = output(y, num_tokens, width, out)
     y = contiguous_columns(y)
@@ -69,7 +62,6 @@ def gather_sum(
         y,
         index,
         weights,
-        add,
         out,
         num_tokens,
         width,
@@ -79,8 +71,6 @@ def gather_sum(
         index.stride(1),
         0 if weights is None else weights.stride(0),
         0 if weights is None else weights.stride(1),
-        0 if add is None else add.stride(0),
-        0 if add is None else add.stride(1),
         out.stride(0),
         J=index.shape[1],
         BLOCK_T=block_t,

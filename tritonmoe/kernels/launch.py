@@ -1,4 +1,4 @@
-"""How kernels are launched: options that every launch pins, the lock around the interpreter, what kernels share.
+"""How kernels are launched: pinned options, one lock for the interpreter, and launches that are caught instead.
 
 Kernel arguments that grow with the number of rows are never specialised, nor is the alignment of indices and weights of
 which a chunk takes a part: each new value would cost a compilation in the middle of training.
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -29,27 +28,19 @@ __all__ = [
     "architecture_of",
     "compiling_once",
     "contiguous_columns",
-    "dot",
     "dot_precision",
     "launch",
     "num_programs",
-    "num_tile_slots",
     "output",
     "recording",
-    "round_to",
-    "row_tile_ends",
-    "slot_and_column_tile",
-    "split_column_pairs",
-    "split_columns",
     "target_of",
-    "tile_of_slot",
+    "tile_keywords",
 ]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1)."""
 
 TRITON_VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-_IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.Lock()
 _compiler_lock = threading.RLock()
 
@@ -176,103 +167,19 @@ def launch(
             compiling_once(kernel)[grid](*args, **constexprs, **options)
 
 
-def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """Bound the row tiles of a grouped product without reading expert_offsets: see `tile_of_slot`.
-
-    An expert with pairs has at most one tile that is not full.
-    """
-    return num_pairs // block_m + min(num_experts, num_pairs)
-
-
-@triton.jit
-def row_tile_ends(
-    expert_offsets,  # (E+1,) int32
-    E,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Give for each expert the number of row tiles up to its last: (BLOCK_E,) int32, whose maximum is that of all."""
-    experts = tl.arange(0, BLOCK_E)
-    begins = tl.load(expert_offsets + experts, mask=experts < E, other=0)
-    ends = tl.load(expert_offsets + experts + 1, mask=experts < E, other=0)
-    return tl.cumsum(tl.cdiv(ends - begins, BLOCK_M), 0)
-
-
-@triton.jit
-def tile_of_slot(
-    slot,
-    tile_ends,  # (BLOCK_E,) int32: see row_tile_ends
-    expert_offsets,  # (E+1,) int32
-    E,
-    BLOCK_M: tl.constexpr,
-):
-    """Give the expert, first position and end position of row tile `slot`; first >= end: nothing to do.
-
-    The tiles of expert 0 come first, then those of expert 1, and so on; slots past the last tile have nothing to do.
-    """
-    earlier = tile_ends <= slot
-    # Past the last tile this is E, which begins and ends at expert_offsets[E].
-    expert = tl.minimum(tl.sum(earlier.to(tl.int32), 0), E)
-    tile = slot - tl.max(tl.where(earlier, tile_ends, 0), 0)
-    begin = tl.load(expert_offsets + expert)
-    end = tl.load(expert_offsets + tl.minimum(expert + 1, E))
-    return expert, begin + tile * BLOCK_M, end
-
-
-@triton.jit
-def slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M: tl.constexpr):
-    """Give the (row slot, column tile) of a tile: GROUP_M slots go through all column tiles together."""
-    tiles_per_group = GROUP_M * num_column_tiles
-    first_slot = tile // tiles_per_group * GROUP_M
-    slots = min(num_slots - first_slot, GROUP_M)
-    within = tile % tiles_per_group
-    return first_slot + within % slots, within // slots
-
-
-@triton.jit
-def dot(left, right, accumulator, PRECISION: tl.constexpr):
-    """Add left @ right in fp32."""
-    if _IN_INTERPRETER and left.dtype == tl.bfloat16:
-        # The interpreter reads bf16 operands of tl.dot as integers.
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """Round fp32 to a stored dtype, to nearest even."""
-    if _IN_INTERPRETER and dtype == tl.bfloat16:
-        # The interpreter cuts the low bits off: leave none to cut.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
-def split_column_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
-    """Split (BLOCK_M, 2*BLOCK_N) in two: left and right half (HALVES), or even and odd columns."""
-    if HALVES:
-        pairs = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
-    else:
-        pairs = tl.reshape(tile, (BLOCK_M, BLOCK_N, 2))
-    return tl.split(pairs)
-
-
-@triton.jit
-def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Cut (BLOCK_M, WIDTH) into a tuple of 1, 2 or 4 tiles, from left to right."""
-    if PARTS == 1:
-        return (tile,)
-    elif PARTS == 2:
-        return split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
-    else:
-        tl.static_assert(PARTS == 4)
-        left, right = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
-        first, second = split_column_pairs(left, BLOCK_M, WIDTH // 4, True)
-        third, fourth = split_column_pairs(right, BLOCK_M, WIDTH // 4, True)
-        return (first, second, third, fourth)
+def tile_keywords(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Give the keywords of `launch` that say how a grouped product of `dtype` operands cuts its matrices into tiles."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "FLATTEN": config.persistent,
+        "SUBTILES": config.subtiles,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def num_programs(num_tiles: int, config: TileConfig, options: KernelOptions, device: torch.device) -> int:

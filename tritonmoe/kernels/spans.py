@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonmoe.kernels.launch import INTERPRETED, launch, round_to
+from tritonmoe.kernels.arithmetic import round_to
+from tritonmoe.kernels.launch import INTERPRETED, launch
 
 __all__ = ["add_to", "num_span_slots", "num_workspace_rows", "span_of_slot", "sum_spans"]
 

@@ -3,86 +3,22 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
-from tritonmoe.kernels.activations import activate, activation_options
+from tritonmoe.kernels.activations import activation_options
+from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns
+from tritonmoe.kernels.epilogues import up_epilogue
 from tritonmoe.kernels.gather import gather_rows
-from tritonmoe.kernels.launch import (
-    contiguous_columns,
-    dot,
-    dot_precision,
-    launch,
-    num_programs,
-    num_tile_slots,
-    output,
-    round_to,
-    row_tile_ends,
-    slot_and_column_tile,
-    split_column_pairs,
-    split_columns,
-    tile_of_slot,
-)
+from tritonmoe.kernels.launch import contiguous_columns, launch, num_programs, output, tile_keywords
+from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
+from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = ["up"]
-
-
-@triton.jit
-def _up_epilogue(
-    gate,  # (BLOCK_M, SUB_N) fp32
-    up_half,  # (BLOCK_M, SUB_N) fp32; ungated: the same as gate
-    first_unit,
-    expert,
-    positions,  # (BLOCK_M,) int64
-    valid,  # (BLOCK_M,)
-    bias,  # (E, 2F) or None
-    h,  # (N, 2F) or None
-    a,  # (N, F) or None
-    F,
-    stride_bias_expert,
-    stride_bias_column,
-    stride_h_row,
-    stride_a_row,
-    limit,
-    alpha,
-    up_offset,
-    dtype: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SUB_N: tl.constexpr,
-):
-    """Add the bias, round and store h, then store the activation of the rounded h."""
-    units = first_unit + tl.arange(0, SUB_N)
-    unit_mask = units < F
-    mask = valid[:, None] & unit_mask[None, :]
-    if bias is not None:
-        gate_columns = 2 * units if INTERLEAVED else units
-        bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + gate_columns * stride_bias_column
-        gate += tl.load(bias_pointers, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            bias_pointers += (1 if INTERLEAVED else F) * stride_bias_column
-            up_half += tl.load(bias_pointers, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
-    gate = round_to(gate, dtype)
-    up_half = round_to(up_half, dtype) if GATED else gate
-    if h is not None:
-        h_rows = h + positions[:, None] * stride_h_row
-        if INTERLEAVED:
-            columns = 2 * first_unit + tl.arange(0, 2 * SUB_N)
-            both = tl.reshape(tl.join(gate, up_half), (BLOCK_M, 2 * SUB_N))
-            tl.store(h_rows + columns[None, :], both, mask=valid[:, None] & (columns < 2 * F)[None, :])
-        else:
-            tl.store(h_rows + units[None, :], gate, mask=mask)
-            if GATED:
-                tl.store(h_rows + F + units[None, :], up_half, mask=mask)
-    if ACTIVATION != "none":
-        a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
-        a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
-        tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
 
 
 @triton.jit
@@ -239,7 +175,7 @@ def _up_kernel(
                     gate, up_part = split_column_pairs(subtiles[part], BLOCK_M, SUB_N, HALVES)
                 else:
                     gate, up_part = subtiles[part], subtiles[part]
-                _up_epilogue(
+                up_epilogue(
                     gate,
                     up_part,
                     column_tile * BLOCK_N + part * SUB_N,
@@ -266,6 +202,26 @@ def _up_kernel(
                 )
 
 
+def _operands(
+    x: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, config: TileConfig
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """Give the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
+    out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
+    rows: Tensor | TensorDescriptor = x
+    weight: Tensor | TensorDescriptor = gate_up_proj
+    if config.gather == "copy":
+        rows = tma.describe(gather_rows(x, grouping), (config.block_m, config.block_k))
+    elif config.gather == "tma":
+        rows = tma.describe(x, (1, config.block_k))
+    if config.by_tma("weight"):
+        if layout.gated and not layout.interleaved:
+            weight = tma.describe(tma.halves(gate_up_proj, out_axis), (1, 2, config.block_n, config.block_k))
+        else:
+            tile_width = config.block_n * (2 if layout.gated else 1)
+            weight = tma.describe_weight(gate_up_proj, in_axis, config.block_k, tile_width)
+    return rows, weight
+
+
 def up(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -276,34 +232,24 @@ def up(
     *,
     needs_h: bool = True,
     out_h: Tensor | None = None,
-    out_a: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the up-projection: see `backends.reference.up`."""
+    """Launch the up-projection: see `backends.ops`."""
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)
     keeps_h = needs_h or out_h is not None or activation is None
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
-    a = None if activation is None else output(x, grouping.num_pairs, num_units, out_a)
+    a = None if activation is None else output(x, grouping.num_pairs, num_units)
     name, scalars = activation_options(activation)
-    operation, by_halves = "up" if layout.gated else "up_ungated", layout.gated and not layout.interleaved
-    refused = tma.refusal_of_halves(gate_up_proj, out_axis) if by_halves else tma.refusal_of_weight(gate_up_proj)
+    operation = "up" if layout.gated else "up_ungated"
+    in_halves = layout.gated and not layout.interleaved
+    refused = tma.refusal_of_halves(gate_up_proj, out_axis) if in_halves else tma.refusal_of_weight(gate_up_proj)
     x = contiguous_columns(x)
     config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
-    rows, weight = x, gate_up_proj
-    if config.gather == "copy":
-        rows = tma.describe(gather_rows(x, grouping), (config.block_m, config.block_k))
-    elif config.gather == "tma":
-        rows = tma.describe(x, (1, config.block_k))
-    if config.by_tma("weight"):
-        if by_halves:
-            weight = tma.describe(tma.halves(gate_up_proj, out_axis), (1, 2, config.block_n, config.block_k))
-        else:
-            tile_width = config.block_n * (2 if layout.gated else 1)
-            weight = tma.describe_weight(gate_up_proj, in_axis, config.block_k, tile_width)
+    rows, weight = _operands(x, gate_up_proj, grouping, layout, config)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, x.device),),
@@ -333,21 +279,13 @@ def up(
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
         # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
-        HALVES=layout.gated and not layout.interleaved and gate_up_proj.stride(out_axis) == 1,
+        HALVES=in_halves and gate_up_proj.stride(out_axis) == 1,
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(gate_up_proj) is gate_up_proj) == (in_axis == 2),
         ACTIVATION=name,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
-        GROUP_M=config.group_m,
-        FLATTEN=config.persistent,
-        SUBTILES=config.subtiles,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        PRECISION=dot_precision(x.dtype),
+        **tile_keywords(config, x.dtype),
     )
     return h, a

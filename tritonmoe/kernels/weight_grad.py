@@ -9,16 +9,9 @@ from torch import Tensor
 
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import (
-    contiguous_columns,
-    dot,
-    dot_precision,
-    launch,
-    num_programs,
-    round_to,
-    slot_and_column_tile,
-    split_columns,
-)
+from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
+from tritonmoe.kernels.launch import contiguous_columns, dot_precision, launch, num_programs
+from tritonmoe.kernels.row_tiles import slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 

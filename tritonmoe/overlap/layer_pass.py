@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces

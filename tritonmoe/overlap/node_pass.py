@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.reference import WeightGrads
+from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import Actions, execute

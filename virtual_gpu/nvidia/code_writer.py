@@ -5,17 +5,13 @@ barriers, copies, matrix products) becomes a call of the machine. In the code m 
 constants, M the threads that run the block (None: all), and G those of them for which an instruction's guard holds.
 """
 
-from typing import Any
-
 import numpy as np
 
-from virtual_gpu.nvidia.parser import Address, Instruction, Kernel, Operand
+from virtual_gpu.nvidia.operands import FLOATS, PARAMETER_SPACE, OperandWriter, width_of
+from virtual_gpu.nvidia.parser import Address, Instruction, Operand
 
-__all__ = ["PARAMETER_SPACE", "CodeWriter"]
+__all__ = ["CodeWriter"]
 
-PARAMETER_SPACE = 1 << 30
-"""Where the addresses of parameters begin, one for each: no memory is read through them but descriptors."""
-FLOATS = {"f16": "f2", "f32": "f4", "f64": "f8"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="} | {
     "lo": "<",
     "ls": "<=",
@@ -35,20 +31,8 @@ NOTHING = (
 """What orders or announces something that this machine does in order anyway."""
 
 
-def _width(kind: str) -> int:
-    """Give the bits of a type: "s32" 32, "bf16x2" 32, "f32x2" 64."""
-    number, _, lanes = kind.lstrip("bfsu").partition("x")
-    return int(number) * int(lanes or 1)
-
-
-class CodeWriter:
+class CodeWriter(OperandWriter):
     """Writes the lines of one block."""
-
-    def __init__(self, registers: dict[str, int], constants: list[Any], kernel: Kernel):
-        self.registers, self.constants, self.kernel = registers, constants, kernel
-        self.lines: list[str] = []
-        self.mask = "M"
-        """What guards the instruction at hand; None at run time where all threads run it."""
 
     def add(self, instruction: Instruction) -> None:
         self.lines.append(f"m.line = {instruction.line}")
@@ -79,92 +63,6 @@ class CodeWriter:
         else:
             self.arithmetic(parts, operands)
 
-    # Registers, numbers and results.
-
-    def register(self, name: str) -> int:
-        return self.registers.setdefault(name, len(self.registers))
-
-    def is_register(self, operand: Operand) -> bool:
-        return isinstance(operand, str) and (operand in self.registers or (operand[0] == "%" and operand[1] in "pr"))
-
-    def constant(self, value: Any) -> str:
-        self.constants.append(value)
-        return f"K[{len(self.constants) - 1}]"
-
-    def native(self, register: str) -> str:
-        """Give the type of a register by its name."""
-        if register.startswith("%rs"):
-            return "u16"
-        return "u64" if register.startswith("%rd") else "u32" if register.startswith("%r") else "pred"
-
-    def value(self, operand: Operand, kind: str) -> str:
-        """Write an operand as values of `kind`; bf16 as float32."""
-        assert isinstance(operand, str), operand
-        if kind == "pred":
-            if self.is_register(operand):
-                return f"R[{self.register(operand)}]"
-            return self.constant(np.bool_(int(operand, 0) != 0))
-        width = _width(kind)
-        if operand.startswith("%") and not self.is_register(operand):
-            return f"m.special({operand!r})"
-        if self.is_register(operand):
-            native = self.native(operand)
-            text = f"R[{self.register(operand)}]"
-            if native == "pred":
-                raise NotImplementedError(operand)
-            if _width(native) != width:
-                text = f"{text}.astype('u{width // 8}')"
-        else:
-            text = self.constant(np.array(self.number(operand), np.uint64).astype(f"u{width // 8}")[()])
-        return self.typed(text, kind)
-
-    def number(self, text: str) -> int:
-        """Give the bits of a literal, or the address of a name."""
-        if text.startswith(("0f", "0d")):
-            return int(text[2:], 16)
-        if text[0].isdigit() or text[0] == "-":
-            return int(text.removesuffix("U"), 0) & 0xFFFFFFFFFFFFFFFF
-        if text == "global_smem":
-            return 0
-        index = [parameter.name for parameter in self.kernel.parameters].index(text)
-        return PARAMETER_SPACE + index
-
-    @staticmethod
-    def typed(text: str, kind: str) -> str:
-        if kind == "bf16":
-            return f"from_bfloat16({text})"
-        if kind == "bf16x2":
-            return f"from_bfloat16(np.atleast_1d({text}).view('u2'))"
-        if kind in ("f16x2", "f32x2"):
-            return f"np.atleast_1d({text}).view('{FLOATS[kind[:3]]}')"
-        if kind in FLOATS:
-            return f"{text}.view('{FLOATS[kind]}')"
-        return f"{text}.view('i{_width(kind) // 8}')" if kind[0] == "s" else text
-
-    def put(self, destination: Operand, text: str, kind: str) -> None:
-        """Store values of `kind` (bf16: float32) in a register."""
-        assert isinstance(destination, str), destination
-        if destination == "_":
-            return
-        if kind in ("bf16", "bf16x2"):
-            text = f"to_bfloat16({text})"
-            text = f"{text}.view('u4')" if kind == "bf16x2" else text
-        elif kind != "pred":
-            native, width = self.native(destination), _width(kind)
-            target = f"u{_width(native) // 8}"
-            if _width(native) == width:
-                text = f"({text}).view('{target}')" if kind[0] not in "bu" or "x" in kind else text
-            else:
-                text = f"({text}).astype('{'i' if kind[0] == 's' else 'u'}{target[1:]}').view('{target}')"
-        slot = self.register(destination)
-        self.lines.append(f"R[{slot}] = {text}" if self.mask == "M" else f"R[{slot}] = pick(G, {text}, R[{slot}])")
-        if self.mask == "M":
-            # In a divergent block the other threads keep what they have.
-            self.lines[-1] = f"T = {text}"
-            self.lines.append(f"R[{slot}] = T if M is None else pick(M, T, R[{slot}])")
-
-    # Instructions.
-
     def memory(self, parts: tuple[str, ...], operands: tuple[Operand, ...]) -> None:
         space = next(part.split("::")[0] for part in parts if part.split("::")[0] in ("param", "global", "shared"))
         kind = parts[-1]
@@ -173,7 +71,7 @@ class CodeWriter:
         registers = data if isinstance(data, tuple) else (data,)
         assert isinstance(place, Address), place
         assert len(registers) == count, operands
-        size = _width(kind) // 8
+        size = width_of(kind) // 8
         if space == "param":
             self.put(
                 registers[0],
@@ -187,16 +85,6 @@ class CodeWriter:
         else:
             values = ", ".join(self.value(register, f"u{8 * size}") for register in registers)
             self.lines.append(f"m.store('{space}', {self.address(place)}, {size}, ({values},), {self.mask})")
-
-    def address(self, place: Address) -> str:
-        if self.is_register(place.base):
-            text = f"R[{self.register(place.base)}]"
-            kind = self.native(place.base)
-        else:
-            text, kind = f"m.fill({self.constant(np.uint32(self.number(place.base)))})", "u32"
-        if place.offset:
-            text += f" + {self.constant(np.dtype(f'u{_width(kind) // 8}').type(place.offset % 2 ** _width(kind)))}"
-        return f"({text})"
 
     def call(self, parts: tuple[str, ...], operands: tuple[Operand, ...]) -> None:
         """Hand an instruction to the machine: results and vectors as numbers of registers, all else as values."""
@@ -261,9 +149,9 @@ class CodeWriter:
             function = "shift_left" if operation == "shl" else "shift_right"
             self.put(result, f"{function}({self.value(sources[0], kind)}, {self.value(sources[1], 'u32')})", kind)
         elif "wide" in parts:
-            double = f"{kind[0]}{2 * _width(kind)}"
+            double = f"{kind[0]}{2 * width_of(kind)}"
             left, right = (
-                f"{self.value(source, kind)}.astype('{kind[0].replace('s', 'i')}{_width(kind) // 4}')"
+                f"{self.value(source, kind)}.astype('{kind[0].replace('s', 'i')}{width_of(kind) // 4}')"
                 for source in sources[:2]
             )
             text = f"{left} * {right}" + (f" + {self.value(sources[2], double)}" if operation == "mad" else "")
@@ -288,7 +176,7 @@ class CodeWriter:
         elif operation == "mul" and (floating or "lo" in parts):
             text = f"{values[0]} * {values[1]}"
         elif operation == "mul" and "hi" in parts:
-            letter, width = kind[0].replace("s", "i"), _width(kind)
+            letter, width = kind[0].replace("s", "i"), width_of(kind)
             double = " * ".join(f"{value}.astype('{letter}{width // 4}')" for value in values)
             text = f"(({double}) >> {width}).astype('{letter}{width // 8}')"
         elif operation == "mad":
@@ -323,13 +211,13 @@ class CodeWriter:
 
     def move(self, result: Operand, source: Operand, kind: str) -> None:
         if isinstance(source, tuple):  # from low to high
-            half = f"u{_width(kind) // len(source)}"
+            half = f"u{width_of(kind) // len(source)}"
             values = ", ".join(f"np.broadcast_to({self.value(item, half)}, m.num_threads)" for item in source)
-            self.put(result, f"np.stack(({values},), 1).view('u{_width(kind) // 8}')[:, 0]", f"u{_width(kind)}")
+            self.put(result, f"np.stack(({values},), 1).view('u{width_of(kind) // 8}')[:, 0]", f"u{width_of(kind)}")
         elif isinstance(result, tuple):
-            part = _width(kind) // len(result) // 8
+            part = width_of(kind) // len(result) // 8
             self.lines.append(
-                f"P = {self.value(source, f'u{_width(kind)}')}.view('u{part}').reshape(-1, {len(result)})"
+                f"P = {self.value(source, f'u{width_of(kind)}')}.view('u{part}').reshape(-1, {len(result)})"
             )
             for index, item in enumerate(result):
                 self.put(item, f"P[:, {index}]", f"u{8 * part}")
@@ -337,7 +225,7 @@ class CodeWriter:
             text = self.value(source, "pred")
             self.put(result, text if self.is_register(source) else f"m.fill({text})", "pred")
         else:
-            unsigned = f"u{_width(kind)}"
+            unsigned = f"u{width_of(kind)}"
             text = self.value(source, unsigned)
             self.put(result, text if self.is_register(source) or text.startswith("m.") else f"m.fill({text})", unsigned)
 
@@ -356,9 +244,10 @@ class CodeWriter:
             rounding = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
             function = rounding[next(part for part in parts if part in rounding)]
             self.put(
-                result, f"{function}({value}).astype('{target[0].replace('s', 'i')}{_width(target) // 8}')", target
+                result, f"{function}({value}).astype('{target[0].replace('s', 'i')}{width_of(target) // 8}')", target
             )
         else:
             letter = "i" if kind[0] == "s" else "u"
-            text = f"{value}.astype('{letter}{_width(target) // 8}')"
-            self.put(result, f"{text}.view('u{_width(target) // 8}')" if letter == "i" else text, f"u{_width(target)}")
+            width = width_of(target)
+            text = f"{value}.astype('{letter}{width // 8}')"
+            self.put(result, f"{text}.view('u{width // 8}')" if letter == "i" else text, f"u{width}")

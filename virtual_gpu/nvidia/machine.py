@@ -5,7 +5,6 @@ others are. What is asynchronous happens as late as the program's waits allow: a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,50 +12,14 @@ from numpy.typing import NDArray
 
 from virtual_gpu.faults import Deadlock, MemoryFault
 from virtual_gpu.memory import GlobalMemory, SharedMemory
-from virtual_gpu.nvidia.code_writer import PARAMETER_SPACE
+from virtual_gpu.nvidia.barrier import Barrier
 from virtual_gpu.nvidia.matrix_unit import MatrixUnit, require_everyone
+from virtual_gpu.nvidia.operands import PARAMETER_SPACE
 from virtual_gpu.nvidia.tensor_map import TensorMap
 from virtual_gpu.nvidia.translation import Translation
 from virtual_gpu.programs import MAX_STEPS, faults_in, program_number, programs_of
 
 __all__ = ["Machine", "run_grid"]
-
-
-@dataclass
-class Barrier:
-    """An mbarrier: its phase completes when all arrivals are there, and all bytes of copies."""
-
-    count: int
-    made: tuple[int, int]
-    """The warp that initialised it, and how many barriers of the program it had passed."""
-    pending: int = 0
-    num_bytes: int = 0
-    phase: int = 0
-    copies: list[Callable[[], int]] = field(default_factory=list)
-    """What lands the bytes of each copy that was started."""
-
-    def __post_init__(self) -> None:
-        self.pending = self.count
-
-    def arrive(self, num_bytes: int = 0) -> None:
-        self.pending -= 1
-        self.num_bytes += num_bytes
-        self.complete()
-
-    def complete(self) -> None:
-        if self.pending == 0 and self.num_bytes == 0:
-            self.phase ^= 1
-            self.pending = self.count
-
-    def wait(self, parity: int) -> None:
-        if self.phase != parity:
-            return
-        for copy in self.copies:
-            self.num_bytes -= copy()
-        self.copies.clear()
-        self.complete()
-        if self.phase == parity:
-            raise Deadlock(f"a barrier waits for {self.pending} arrivals and {self.num_bytes} bytes that never come")
 
 
 class Machine:

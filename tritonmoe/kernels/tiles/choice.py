@@ -1,12 +1,12 @@
-"""How a grouped product's tile is chosen: a measured one, or by rules of thumb; and how its operands are read.
+"""How a grouped product's tile is chosen: a measured one, or the table's; and how its operands are read.
 
 A layer has one tile configuration, chosen from dtype, D, F, E, K and a coarse class of the layer's pairs per expert:
 never from a chunk's rows, so that a row's bits don't depend on the chunk it is in; with `batch_invariant` not from the
 layer's rows either.
 """
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,20 +17,21 @@ from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles import table, tma
 from tritonmoe.kernels.tiles.config import TileConfig
 
-__all__ = ["grouped_matmul_config", "row_class"]
+__all__ = ["grouped_matmul_config", "row_class", "tile_height"]
 
 ENOUGH_PROGRAMS = 320
-"""No supported GPU has more multiprocessors (MI300X has 304 compute units)."""
+"""So many programs occupy every supported GPU: none has more multiprocessors (MI300X has 304 compute units)."""
 
 
 def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
-    """Give the class of the layer's pairs per expert, as the height of its tiles: 16, 32, 64 or 128; 8 for decoding.
+    """Give the class of the layer's pairs per expert: 16, 32, 64 or 128, the height of its tiles; 8 for decoding.
 
-    Tiles taller than an expert's share would be mostly empty. Those of at most 8 rows (tokens) are 16 high too, and
-    narrow. None with `batch_invariant`: unknown on purpose.
+    A tile that is higher than an expert's share of the pairs would be mostly empty. Calls of at most 8 rows (tokens)
+    are a class of their own, 8: their tiles are 16 high too, and narrower. With `batch_invariant` the class is None:
+    nothing may depend on it.
     """
     if options.batch_invariant:
         return None
@@ -38,6 +39,20 @@ def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
     if pairs < 24:
         return 8 if grouping.num_layer_rows <= 8 else 16
     return 32 if pairs < 48 else 64 if pairs < 96 else 128
+
+
+def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
+    """Give the most rows that a tile may have: 16, 32, 64 or 128.
+
+    A tile of weight_grad has columns of an operand for its rows: their number doesn't depend on the pairs. Where the
+    class is unknown (rows is None), layers with more than 16 experts for each of a token's pairs take lower tiles:
+    their experts have few pairs each.
+    """
+    if operation == "weight_grad":
+        return 128
+    if rows is None:
+        return 64 if grouping.num_experts > 16 * grouping.top_k else 128
+    return max(16, rows)
 
 
 def grouped_matmul_config(
@@ -62,76 +77,30 @@ def grouped_matmul_config(
     """
     target = launch.target_of(like.device)
     rows = row_class(grouping, options)
-    if operation == "weight_grad":
-        block_m = 128
-    elif rows is None:
-        block_m = 64 if grouping.num_experts > 16 * grouping.top_k else 128
-    else:
-        block_m = max(16, rows)
-    if target is None:
-        config = TileConfig(min(block_m, 32), 32, min(block_m, 32), num_warps=4, num_stages=1, group_m=2, subtiles=2)
-    elif width % 8 or depth % 8:
-        # No vector load fits such rows, so every element's address takes registers.
-        config = TileConfig(64, 32 if operation == "up" else 64, 32, num_warps=8, num_stages=2, subtiles=2)
-        if like.dtype == torch.float32:
-            config = dataclasses.replace(config, block_k=16)
-    elif like.dtype == torch.float32:
-        config = TileConfig(128, 32 if operation == "up" else 64, 16, num_warps=8, num_stages=3, subtiles=2)
-    elif block_m < 64:
-        config = _few_rows_config(target, operation)
-    else:
-        config = _half_precision_config(target, operation)
-        if block_m == 64 and operation in ("up", "down_grad") and target.backend == "cuda" and target.arch // 10 == 10:
-            config = dataclasses.replace(config, subtiles=2)  # four of 64 rows spill 8 bytes a thread
-    config = dataclasses.replace(config, block_m=min(config.block_m, block_m), tma=not _why_no_tma(target))
-    # Such a tile has a multiprocessor to itself: no other program multiplies while it stores.
-    fills_one = target is not None and target.backend == "cuda" and target.arch // 10 in (9, 10)
-    fills_one = fills_one and like.element_size() == 2 and config.block_m == 128
-    config = dataclasses.replace(config, persistent=fills_one)
-    if operation == "down" and not fills_one:
-        config = dataclasses.replace(config, subtiles=1)  # smaller accumulators: storing them at once spills nothing
+    height = tile_height(operation, rows, grouping)
+    config = table.tile_of(table.family_of(target), table.elements_of(like.dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
     gathers = operation in ("up", "up_ungated")
-    config = dataclasses.replace(config, gather="pointers" if gathers else "")
+    config = replace(config, tma=not _why_no_tma(target), gather="pointers" if gathers else "")
     key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, rows)
     config = measured_tiles.choose(key, config)
-    unusable = _why_no_tma(target) or ("" if config.tma else "measured to be faster")
-    reads = tma.reads(refusals, unusable)
-    # The tiles of a program whose multiprocessor an exchange holds would wait until the exchange ends. Addresses of
-    # operands that come through pointers take the registers that the next tile's need.
-    may_be_persistent &= options.num_sms is not None or not options.beside_exchanges
-    persistent = config.persistent and may_be_persistent and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
+    reads = tma.reads(refusals, _why_no_tma(target) or ("" if config.tma else "measured to be faster"))
+    persistent = may_be_persistent and config.persistent and _may_walk(reads, options)
     gather = config.gather if gathers else ""
     if gather in ("tma", "copy"):
         refused = _why_no_gather(target, gather, like, grouping.num_pairs)
         reads = (*tma.reads({"x": refused}, ""), *reads)
         gather = "pointers" if refused else gather
-    config = dataclasses.replace(config, persistent=persistent, gather=gather, reads=reads)
-    by_tcgen05 = config.block_m >= 64 and (like.element_size() == 2 or launch.dot_precision(like.dtype) == "tf32")
-    if by_tcgen05 and _lacks_fences(target) and not _reads_all_by_tma(operation, config):
-        subtiles = 4 if operation == "up" else config.subtiles  # with one stage two of 64 rows spill
-        config = dataclasses.replace(config, num_stages=1, persistent=False, subtiles=subtiles)
+    config = replace(config, persistent=persistent, gather=gather, reads=reads)
+    if _needs_missing_fences(target, operation, like.dtype, config):
+        # With one stage no copy is asynchronous; two pieces of up's 64 rows spill then.
+        subtiles = 4 if operation == "up" else config.subtiles
+        config = replace(config, num_stages=1, persistent=False, subtiles=subtiles)
     measured_tiles.note(key, config)
     if operation == "weight_grad":
-        config = config.clipped(width, config.block_k)
-        # Cutting its tile only pays where accumulators live outside the registers.
-        has_tensor_memory = target is not None and target.backend == "cuda" and target.arch // 10 == 10
-        in_registers = target is not None and (not has_tensor_memory or like.dtype == torch.float32)
-        return dataclasses.replace(
-            config,
-            block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
-            subtiles=1 if in_registers else config.subtiles,
-        )
+        return _clipped_weight_grad(config, width, depth, target, like.dtype)
     return config.clipped(width, depth)
-
-
-def _few_rows_config(target: GPUTarget, operation: str) -> TileConfig:
-    """Choose for fp16 and bf16 where reading the weights is all the work: narrow tiles, so that many SMs read."""
-    block_n = 32 if operation == "up" else 64
-    if target.backend == "hip":
-        return TileConfig(32, block_n, 64, num_warps=4, num_stages=2)
-    return TileConfig(32, block_n, 128, num_warps=4, num_stages=4 if target.arch // 10 in (9, 10) else 3)
 
 
 def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
@@ -142,23 +111,33 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
     block_n = config.block_n
     while block_n > 16 and num_slots * triton.cdiv(width, block_n) < ENOUGH_PROGRAMS:
         block_n //= 2
-    return dataclasses.replace(config, block_n=block_n)
+    return replace(config, block_n=block_n)
 
 
-def _half_precision_config(target: GPUTarget, operation: str) -> TileConfig:
-    """Choose for fp16 and bf16 where the arithmetic is the work."""
-    # Three stages fit the 99 KB of shared memory of sm_86, sm_89 and sm_120.
-    block_n, num_stages = 64 if operation == "up" else 128, 3
-    if target.backend == "hip":
-        num_stages = 2
-    elif target.arch // 10 in (9, 10):
-        block_n = {"up": 128, "down_grad": 128}.get(operation, 256)
-    elif target.arch == 80:
-        num_stages = 4
-    if operation == "weight_grad" and target.backend == "cuda":
-        # Rows are found through an index: its load takes stages from the data's, and leaves 2 or 3 buffers.
-        num_stages = 7 if target.arch == 80 else 5
-    return TileConfig(128, block_n, 64, num_warps=8, num_stages=num_stages, subtiles=4)
+def _may_walk(reads: tuple[tuple[str, str], ...], options: KernelOptions) -> bool:
+    """Say whether a program may load its next tile while it stores one.
+
+    Addresses of operands that come through pointers take the registers that the next tile needs. The tiles of a program
+    whose multiprocessor an exchange holds would wait until the exchange ends.
+    """
+    knows_free_multiprocessors = options.num_sms is not None or not options.beside_exchanges
+    return knows_free_multiprocessors and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
+
+
+def _clipped_weight_grad(
+    config: TileConfig, width: int, depth: int, target: GPUTarget | None, dtype: torch.dtype
+) -> TileConfig:
+    """Shrink the tile of weight_grad, whose rows are columns of its operand, and cut it in pieces where that pays.
+
+    It only pays where accumulators live outside the registers: in the tensor memory of sm_100, and in the interpreter.
+    """
+    config = config.clipped(width, config.block_k)
+    has_tensor_memory = table.family_of(target) == "sm_100" and dtype != torch.float32
+    return replace(
+        config,
+        block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
+        subtiles=config.subtiles if target is None or has_tensor_memory else 1,
+    )
 
 
 def _lacks_fences(target: GPUTarget | None) -> bool:
@@ -168,8 +147,13 @@ def _lacks_fences(target: GPUTarget | None) -> bool:
     fence between the two. Results were seen to differ on Blackwell (pytorch/pytorch#181248). wgmma of Hopper should
     have a fence too, and has none in any release before; no wrong result of it is known.
     """
-    is_blackwell = target is not None and target.backend == "cuda" and target.arch // 10 == 10
-    return is_blackwell and launch.TRITON_VERSION < (3, 7, 1)
+    return table.family_of(target) == "sm_100" and launch.TRITON_VERSION < (3, 7, 1)
+
+
+def _needs_missing_fences(target: GPUTarget | None, operation: str, dtype: torch.dtype, config: TileConfig) -> bool:
+    """Say whether tcgen05 multiplies what comes through pointers, and no fence stands between the two."""
+    by_tcgen05 = config.block_m >= 64 and (dtype.itemsize == 2 or launch.dot_precision(dtype) == "tf32")
+    return by_tcgen05 and _lacks_fences(target) and not _reads_all_by_tma(operation, config)
 
 
 def _reads_all_by_tma(operation: str, config: TileConfig) -> bool:

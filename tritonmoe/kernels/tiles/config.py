@@ -1,12 +1,13 @@
-"""What a tile configuration is: chosen in tile_choice.py, or measured and kept in measured_tiles.py."""
+"""What a tile configuration is. choice.py chooses one from table.py, and measured.py keeps those that were measured."""
 
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import triton
 
+from tritonmoe.config.layer import is_integer
 from tritonmoe.kernels.tiles import tma
 
 __all__ = ["GATHERS", "TileConfig", "refusal"]
@@ -16,20 +17,16 @@ GATHERS = ("pointers", "tma", "copy")
 
 
 MAX_BLOCK = 1024
-"""Of a side of a tile. Triton's own limit is on a tile's elements."""
+"""The longest side of a tile. Triton's own limit is on a tile's elements."""
 MAX_COUNT = 1024
-"""Of stages, and of row tiles side by side: more is a damaged file."""
+"""The most stages, and the most row tiles side by side: a file that says more is damaged."""
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_power_of_two(value: object) -> TypeGuard[int]:
+    return is_integer(value) and value > 0 and value & (value - 1) == 0
 
 
-def _is_power_of_two(value: Any) -> bool:
-    return _is_integer(value) and value > 0 and value & (value - 1) == 0
-
-
-def refusal(name: str, value: Any) -> str:
+def refusal(name: str, value: object) -> str:
     """Say why field `name` of a TileConfig can't be `value`; empty where it can."""
     if name in ("block_m", "block_n", "block_k"):
         fits = _is_power_of_two(value) and 16 <= value <= MAX_BLOCK
@@ -37,13 +34,13 @@ def refusal(name: str, value: Any) -> str:
     elif name == "num_warps":
         fits, rule = _is_power_of_two(value) and value <= 32, "a power of two up to 32"
     elif name == "subtiles":
-        fits, rule = _is_integer(value) and value in (1, 2, 4), "1, 2 or 4"
+        fits, rule = is_integer(value) and value in (1, 2, 4), "1, 2 or 4"
     elif name == "gather":
         fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
     elif name in ("persistent", "tma"):
         fits, rule = isinstance(value, bool), "false or true"
     elif name in ("num_stages", "group_m"):
-        fits = _is_integer(value) and 1 <= value <= MAX_COUNT
+        fits = is_integer(value) and 1 <= value <= MAX_COUNT
         rule = f"an integer from 1 on, up to {MAX_COUNT}"
     else:
         return f"a tile configuration has no field {name!r}"

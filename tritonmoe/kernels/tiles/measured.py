@@ -1,8 +1,8 @@
-"""Tile configurations that were measured, by what they were measured for: they stand before the heuristic's.
+"""Tile configurations that were measured, by what they were measured for: they stand before the table's.
 
-An entry replaces fields of the heuristic's TileConfig (tile_choice.py). Its key has the architecture, the dtype, the
+An entry replaces fields of the TileConfig that the table gives (table.py). Its key has the architecture, the dtype, the
 operation, the product's width and depth rounded up to powers of two, and the class of pairs per expert
-(`tile_choice.row_class`): never the number of rows, so that nothing is compiled anew in the middle of training.
+(`choice.row_class`): never the number of rows, so that nothing is compiled anew in the middle of training.
 `tritonmoe tune` measures entries and keeps them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
 """
 
@@ -50,7 +50,7 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 
     Args:
         architecture: "sm_90", "gfx942".
-        width, depth: as for `tile_choice.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
+        width, depth: as for `choice.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
     Example:
         tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is "sm_90 bfloat16 up 1024x2048 rows 128".
     """
@@ -79,7 +79,7 @@ def note(key: str, config: TileConfig) -> None:
 
 @contextlib.contextmanager
 def using(entries: Entries) -> Iterator[None]:
-    """Take these entries instead of the cache file's inside the block; {} leaves the heuristic and SHIPPED."""
+    """Take these entries instead of the cache file's inside the block; {} leaves the table and SHIPPED."""
     global _replacement
     before, _replacement = _replacement, entries
     try:

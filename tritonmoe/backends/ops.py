@@ -1,0 +1,272 @@
+"""The contract of the seven operations, which every backend module implements, and what the backends share.
+
+A backend is a module with the functions of `Operations`. Arithmetic is done in fp32 for narrower dtypes (fp64 stays
+fp64), and each stored tensor is rounded once to the dtype of the rows. Every product takes `options`, which say how it
+runs on a GPU: they never change what is computed, and the other backends ignore them.
+
+In short, for a pair of token t with gate weight s, whose expert has the weights W1 and W2 and the biases b1 and b2:
+    h = x_t W1 + b1        a = act(h)        y = a W2 + b2        out_t = sum of s*y over the token's pairs
+and backward, given dout:
+    g  = dout_t W2^T          d(weight) = <g, a> + <dout_t, b2>        da = s*g          dh = act'(h) * da
+    dW2 = sum dout_t (s*a)    db2 = sum s*dout_t        dW1 = sum dh x_t       db1 = sum dh       dx_t = sum dh W1
+
+Shapes: R rows of D columns with K experts each, N pairs, E experts of width F on this rank. h has 2F columns, or F
+where the experts have no gate ("ungated"). "Storage order" is the order of pairs in the Grouping (grouping.py).
+"""
+
+from typing import Literal, Protocol, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions, PerWeight
+from tritonmoe.grouping import Grouping, RowSources
+
+__all__ = ["Operations", "WeightGrads", "accumulation_dtype", "apply_activation", "split_gate"]
+
+
+WeightGrads = PerWeight[Tensor | None]
+"""Gradients of the expert weights; None where they were not asked for."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype in which sums and activations of `dtype` rows are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def split_gate(h: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
+    """Give views of the gate and up halves of h (n, 2F)."""
+    if layout.interleaved:
+        return h[:, 0::2], h[:, 1::2]
+    gate, up_half = h.chunk(2, dim=1)
+    return gate, up_half
+
+
+def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivation) -> Tensor:
+    """Give act(h): (n, 2F) -> (n, F), or (n, F) -> (n, F) when ungated; computed in h's own dtype."""
+    if isinstance(activation, ClampedSwiGLU):
+        gate, up_half = split_gate(h, layout)
+        gate = gate.clamp(max=activation.limit)
+        up_half = up_half.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up_half + activation.up_offset)
+    gate, factor = split_gate(h, layout) if layout.gated else (h, h)
+    if activation == "silu":
+        out = F.silu(gate)
+    elif activation == "gelu":
+        out = F.gelu(gate)
+    elif activation == "gelu_tanh":
+        out = F.gelu(gate, approximate="tanh")
+    elif activation == "relu":
+        out = F.relu(gate)
+    elif activation == "relu2":
+        out = F.relu(gate).square()
+    else:
+        raise ValueError(f"activation {activation!r} is not known")
+    return out * factor if layout.gated else out
+
+
+class Operations(Protocol):
+    """What a backend module has: seven functions, and two facts for those who call them."""
+
+    __name__: str
+
+    MAX_BLOCK_PAIRS: int | None
+    """How many pairs callers hand over at a time; None for all."""
+
+    def copies_rows(self) -> bool:
+        """Say whether `up` may hold a copy of the rows of its pairs, those of a whole chunk."""
+
+    def group(
+        self,
+        topk_ids: Tensor,
+        num_experts: int,
+        *,
+        chunk_row_offsets: tuple[int, ...] | None = None,
+        chunk_pair_offsets: tuple[int, ...] | None = None,
+        row_sources: RowSources | None = None,
+    ) -> Grouping:
+        """Order the pairs of R rows by (chunk, expert, source rank, token) and give the ways back.
+
+        Args:
+            topk_ids: (R, K) integers; ids outside [0, num_experts) are skipped pairs. Within a chunk rows come
+                by (source rank, token).
+            num_experts: E of this rank.
+            chunk_row_offsets: host integers, C+1 of them, leading zero; None means one chunk.
+            chunk_pair_offsets: the same for pairs that do work; required with several chunks.
+            row_sources: which rank sent each row; required with several chunks.
+        Returns:
+            The Grouping (grouping.py has a worked example).
+        """
+
+    @overload
+    def up(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        activation: FusedActivation,
+        *,
+        needs_h: Literal[True] = True,
+        out_h: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> tuple[Tensor, Tensor]:
+        """Gather each pair's row, multiply by its expert's up-projection, add the bias, apply the activation.
+
+        Args:
+            x: (R, D) rows, of all chunks (row numbers in `grouping` count from the layer's first row).
+            gate_up_proj: (E, 2F, D), or (E, D, 2F) transposed; F instead of 2F when ungated.
+            gate_up_bias: (E, 2F) or None.
+            grouping: one chunk.
+            activation: a fused activation, or None for h alone.
+            needs_h: False, with an activation and no out_h: h is not kept, and None is given for it (inference).
+            out_h: (N, 2F) where h is written.
+        Returns:
+            h (N, 2F) in x.dtype, rounded once, and a = act(h) (N, F) computed from the rounded h; None for a without an
+            activation.
+        """
+
+    @overload
+    def up(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        activation: FusedActivation,
+        *,
+        needs_h: bool,
+        out_h: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> tuple[Tensor | None, Tensor]: ...
+
+    @overload
+    def up(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        activation: None,
+        *,
+        needs_h: bool = True,
+        out_h: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> tuple[Tensor, None]: ...
+
+    def down(
+        self,
+        a: Tensor,
+        down_proj: Tensor,
+        down_bias: Tensor | None,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        *,
+        out: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> Tensor:
+        """Multiply each pair's activation by its expert's down-projection and add the bias.
+
+        Args:
+            a: (N, F) in storage order of `grouping` (one chunk).
+            down_proj: (E, D, F), or (E, F, D) transposed. down_bias: (E, D) or None.
+            out: (N, D) where y is written.
+        Returns:
+            y (N, D) in a.dtype, storage order.
+        """
+
+    def gather_sum(
+        self, y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Sum rows of y per token, in slot order: out[t] = sum over j of weights[t, j] * y[index[t, j]].
+
+        Args:
+            y: (N, D). index: (T, J) int32, -1 where there is nothing to add. weights: (T, J) or None (all one).
+            out: (T, D) where the sums are written.
+        Returns:
+            (T, D) in y.dtype; the sum is kept in fp32 (fp64 for fp64) and rounded once. A row with no terms is zero.
+        Example:
+            y = [[1], [2], [4]], index = [[0, 2], [-1, 1], [-1, -1]] gives [[5], [2], [0]].
+        """
+
+    def down_grad(
+        self,
+        dout: Tensor,
+        down_proj: Tensor,
+        down_bias: Tensor | None,
+        hidden: Tensor,
+        topk_weights: Tensor,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        activation: FusedActivation | None,
+        *,
+        out_dh: Tensor | None = None,
+        out_scaled_a: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Carry dout back through gather_sum, the down-projection and the activation.
+
+        Args:
+            dout: (R, D) rows of all chunks. topk_weights: (R, K) of all chunks.
+            hidden: h (N, 2F) of this chunk; with activation=None it is a (N, F) instead.
+            grouping: one chunk. out_dh, out_scaled_a: (N, 2F) and (N, F) where results are written.
+        Returns:
+            dh (N, 2F) (activation=None: da (N, F)), s*a (N, F), both in dout.dtype, and the gradient of each
+            pair's weight (N,) in fp32 (fp64 for fp64); all in storage order.
+        """
+
+    def up_grad(
+        self,
+        dh: Tensor,
+        gate_up_proj: Tensor,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        *,
+        out: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> Tensor:
+        """Carry dh back through the up-projection.
+
+        Args:
+            dh: (N, 2F) in storage order of `grouping` (one chunk).
+            gate_up_proj: as for `up`. out: (N, D) where dx is written.
+        Returns:
+            dx of each pair (N, D) in dh.dtype, storage order.
+        """
+
+    def weight_grad(
+        self,
+        grouping: Grouping,
+        layout: ExpertLayout,
+        *,
+        x: Tensor | None = None,
+        dh: Tensor | None = None,
+        dout: Tensor | None = None,
+        scaled_a: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        gate_up_bias: bool = False,
+        down_bias: bool = False,
+        accumulate_gate_up: Tensor | None = None,
+        accumulate_down: Tensor | None = None,
+        options: KernelOptions = KernelOptions(),
+    ) -> WeightGrads:
+        """Sum the weight gradients over all pairs of the layer, in source order; empty experts get zeros.
+
+        Args:
+            grouping: the whole layer, all chunks.
+            x, dh: (R, D) and (N, 2F): given together for dW1. dout, scaled_a: (R, D) and (N, F): together for dW2.
+            gate_up_bias: also sum db1 from dh. down_bias: also sum db2 from dout and topk_weights (R, K).
+            accumulate_gate_up, accumulate_down: shaped like the weights, any floating dtype and strides; where one is
+                given, the gradient is added into it, in fp32 or wider and rounded once to its dtype, and None is given
+                back. It is Megatron-LM's `weight.main_grad`, mostly fp32 for bf16 weights, which the training loop owns
+                and zeroes.
+        Returns:
+            WeightGrads in the layout and dtype of the weights' rows; biases are (E, 2F) and (E, D).
+        Example:
+            One expert, D = F = 1, ungated, x = [[2]], dh = [[3]]: dW1 is [[[6]]]; with accumulate_gate_up = [[[10]]]
+            that becomes [[[16]]] and dW1 is None.
+        """
