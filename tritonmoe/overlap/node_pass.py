@@ -53,7 +53,10 @@ class NodePass:
         topk_weights: Tensor,
         make_experts: MakeExperts,
     ) -> "NodePass":
-        """Spread the ids (R, K) and weights (R, K) of the relayed rows inside the node, and make the experts."""
+        """Spread the ids (R, K) and weights (R, K) of the relayed rows (R, D) inside the node, and make the experts.
+
+        num_local_slices: how many of the outer plan's segments are local ones.
+        """
         received = _Metadata(exchanges, relayed, topk_ids, topk_weights, make_experts)
         step = Step(StepKind.GROUP, None)
         actions = {StepKind.NODE_METADATA: received.metadata, StepKind.GROUP: received.group}

@@ -57,11 +57,12 @@ class StepTiming:
     step: Step
     start_s: float
     end_s: float
-    """For an exchange: when its rows had arrived, as far as known (else when it was waited for)."""
+    """When it ended; an exchange ends when its rows have arrived, or where that is not known, when the wait for it is
+    over."""
     wait_s: float
-    """For an exchange: how long the compute lane stood still for it."""
+    """How long the compute lane stood still for an exchange."""
     post_s: float = 0.0
-    """For an exchange: how long packing and posting it took, on the compute lane."""
+    """How long packing and posting an exchange took, on the compute lane."""
 
 
 class PassReport:
@@ -134,6 +135,7 @@ class PassReport:
 
     @property
     def total_s(self) -> float:
+        """Give the time from the start of the pass to its end."""
         self._wait_until_over()
         return self._seconds(self._end)
 
@@ -148,6 +150,7 @@ class PassReport:
 
     @property
     def compute_s(self) -> float:
+        """Give the summed duration of the steps on the compute lane."""
         return sum(t.end_s - t.start_s for t in self.steps if t.step.lane == "compute")
 
     @property
@@ -170,11 +173,11 @@ class LayerReport:
     """(W, W) int64: the size of S_ik, the tokens of rank i (row) that need an expert of rank k (column); with a
     capacity the room for them, which is what travels."""
     traffic_pairs: Tensor
-    """The same for the pairs of rank i that rank k computes."""
+    """(W, W) int64: the pairs of rank i that rank k computes; with a capacity the room for them."""
     row_bytes: int
-    """Bytes of one row of the forward's dispatch (D columns of the layer's dtype, or of its wire format)."""
+    """The bytes of one row in the forward's dispatch (D columns of the layer's dtype, or of its wire format)."""
     overlap: OverlapPlan
-    """What ran; give it as a layer's `overlap` to run the same again."""
+    """The plan that ran; give it as a layer's `overlap` to run the same again."""
     top_k: int
     send_offsets: tuple[int, ...]
     """Where the rows of each segment (local rows, then chunks) start among those that this rank sends, and the end."""
@@ -185,16 +188,16 @@ class LayerReport:
     forward: PassReport
     backward: PassReport | None = None
     other_row_bytes: int | None = None
-    """Bytes of one row of the other exchanges of rows; None where it is row_bytes."""
+    """The bytes of one row in the other exchanges of rows; None stands for row_bytes."""
     choice: str = "as given"
     """Why this plan was chosen, in one sentence."""
     wire_squares: Tensor | None = None
-    """(2,) fp32: summed squares of what the wire format changed in the dispatched rows, and of the rows."""
+    """(2,) fp32: the summed squares of what the wire format changed in the dispatched rows, and those of the rows."""
     first_run: "LayerReport | None" = None
-    """Where rows of some rank didn't fit into the capacity, so that the call ran again without one: the report of the
-    run before. All else here is of the second run, whose results are the call's."""
+    """The report of the first run, where rows of some rank didn't fit into the capacity and the call ran again without
+    one. All else here is of the second run, whose results are the call's."""
     rows_between_nodes: int | None = None
-    """On a TwoLevelTransport: the rows that this rank sends to other nodes in the forward's dispatch."""
+    """How many rows this rank sends to other nodes in the forward's dispatch, on a TwoLevelTransport."""
 
     @property
     def home_offsets(self) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ KEPT_SCHEDULES = 256
 
 
 class _Builder:
+    """Collects steps; a step's position is what later ones name in `after`."""
+
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
@@ -79,8 +81,9 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
     StepKind.REPLICA_BACKWARD: ((StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
 }
-"""What a step reads. With chunks of experts a row travels with the first chunk that needs it, is computed by several,
-and returns with the last: so a chunk needs the chunks before it too. Kinds inside a node need what their twins do."""
+"""The steps whose results a step of each kind reads. With chunks of experts a row travels with the first chunk that
+needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. A kind
+inside a node needs what its twin between nodes does."""
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -126,6 +129,7 @@ def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) ->
 
 
 def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
+    """Give those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
     if which is _Of.ALL:
         return there
     if which is _Of.LOCAL_ROWS:
