@@ -109,7 +109,8 @@ class ForwardPass:
         return pending
 
     def dispatch(self, chunk: int) -> PendingExchange:
-        return self.exchanges.send_chunk(self.x, chunk, self.rows, self.dispatch_wire, self.wire_squares)
+        packed = self.exchanges.pack(self.x, chunk)
+        return self.exchanges.send_chunk(packed, chunk, self.rows, self.dispatch_wire, self.wire_squares)
 
     def filler(self, number: int) -> None:
         self.fillers[number]()
@@ -184,6 +185,7 @@ class BackwardPass:
         if plan.needs_x:
             self.dx = self.home if plan.is_identity else dout.new_empty(dout.shape[0], width)
         self.dweights = torch.zeros_like(received_weights)
+        self.packed: dict[int, Tensor] = {}
         self.partials: dict[int, Tensor] = {}
         self.wire = exchanges.wire_after_dispatch(dout.dtype)
         self.sums_replicas = False
@@ -193,8 +195,8 @@ class BackwardPass:
     def run(self, agreement: BackwardAgreement | None = None) -> LayerGrads:
         """Run the steps.
 
-        agreement: the exchange in which ranks agree on this backward, under way while the buffers were made; no row is
-            posted before it has ended.
+        agreement: the exchange in which ranks agree on this backward, under way while the buffers are made and the
+            first chunk's rows are packed; no row is posted before it has ended.
         """
         plan = self.plan
         schedule = build_backward(
@@ -204,6 +206,8 @@ class BackwardPass:
             sums_replicas=self.sums_replicas,
         )
         if agreement is not None:
+            if schedule[0].kind is StepKind.COMBINE_BACKWARD:
+                self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
         report = execute(schedule, self.actions(), self.dout.device)
         dx = self.dx if plan.needs_x else None
@@ -224,7 +228,8 @@ class BackwardPass:
         }
 
     def combine_backward(self, chunk: int) -> PendingExchange:
-        return self.exchanges.send_chunk(self.dout, chunk, self.dout_rows, self.wire)
+        packed = self.packed.pop(chunk) if chunk in self.packed else self.exchanges.pack(self.dout, chunk)
+        return self.exchanges.send_chunk(packed, chunk, self.dout_rows, self.wire)
 
     def experts_backward(self, chunk: int) -> None:
         plan, segment = self.plan, self.plan.segment(chunk)

@@ -98,7 +98,8 @@ class NodePass:
 
     def spread(self, relayed: Tensor, segment: int, received: Tensor) -> PendingExchange:
         """Send the rows of a segment from their relay to the ranks of this node that need them."""
-        return self.exchanges.send_chunk(relayed, segment, received, WireFormat(relayed.dtype))
+        packed = self.exchanges.pack(relayed, segment)
+        return self.exchanges.send_chunk(packed, segment, received, WireFormat(relayed.dtype))
 
     def _run(self, kind: StepKind, segment: int, actions: Actions, needs_x: bool = True) -> None:
         step = Step(kind, segment - self.num_local_slices)

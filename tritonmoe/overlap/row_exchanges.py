@@ -56,17 +56,20 @@ class RowExchanges:
         stored[places.received] = arrived
         return *_unpack_metadata(stored, top_k), places
 
+    def pack(self, values: Tensor, chunk: int) -> Tensor:
+        """Give the rows of `values` (T, D) that leave with a chunk, as often as they leave, in the order of the ranks."""
+        return values.index_select(0, self.plan.tokens.home_tokens[self.plan.send_slice(chunk)])
+
     def send_chunk(
-        self, values: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
+        self, packed: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
     ) -> PendingExchange:
-        """Replicate rows of `values` (T, D) to every rank that needs them: dispatch, and the adjoint of combine.
+        """Send the packed rows of a chunk to every rank that needs them: dispatch, and the adjoint of combine.
 
         Args:
             received: (R, D), where the rows of the chunk arrive. wire: how they travel.
             squares: (2,) fp32, to which the squared error of the wire format and the squares of the rows are added.
         """
         plan = self.plan
-        packed = values.index_select(0, plan.tokens.home_tokens[plan.send_slice(chunk)])
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
         return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
 
