@@ -57,7 +57,7 @@ class RowExchanges:
         return *_unpack_metadata(stored, top_k), places
 
     def pack(self, values: Tensor, chunk: int) -> Tensor:
-        """Give the rows of `values` (T, D) that leave with a chunk, as often as they leave, in the order of the ranks."""
+        """Give the rows of `values` (T, D) that leave with a chunk, as often as they leave, rank by rank."""
         return values.index_select(0, self.plan.tokens.home_tokens[self.plan.send_slice(chunk)])
 
     def send_chunk(
