@@ -1,7 +1,7 @@
 """check(): whether the arguments of an expert-parallel call fit together, before anything of it is sent."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ __all__ = ["MAX_FILLERS", "CheckedCall", "check", "check_expert_parallel", "chec
 MAX_FILLERS = 2
 
 
-@dataclass(frozen=True)
-class CheckedCall:
+class CheckedCall(NamedTuple):
     """One call whose arguments fit together on this rank, and what follows from them alone."""
 
     spec: CallSpec
@@ -71,27 +70,17 @@ def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
     Raises:
         ValueError, TypeError: the arguments don't fit together. The other ranks hear of it, and raise too.
     """
-    spec, transport, inputs, layer, num_nonfinite_rows, fillers = arguments
+    spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
+    two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
-        spec.experts.check()
-        check_overlap(spec.overlap)
-        check_tensors(inputs)
-        check_fillers(fillers)
-        inputs = cast_for_autocast(inputs)
-        check_main_grads(recorder.owners, spec.placement)
-        check_arguments(inputs, spec.experts.layout)
-        weight = inputs.weights.gate_up_proj
-        check_expert_parallel(weight.shape[0], spec.num_experts, transport.size, spec.placement)
-        check_dtype(inputs.x.dtype, spec.overlap)
-        two_level = transport if isinstance(transport, TwoLevelTransport) else None
+        inputs = _checked_inputs(arguments, recorder.owners)
         if two_level is not None:
             check_two_level(spec.overlap, spec.placement)
         is_in_graph = is_captured(inputs.x.device)
         if is_in_graph:
             check_capture(spec.overlap)
         settings = choose_backend(spec.experts, inputs, beside_exchanges=transport.size > 1)
-        activation, layout = settings.activation, settings.layout
-        parameters = [] if is_fused(activation) else activation_parameters(activation, weight, layout)
+        parameters = _activation_parameters(settings, inputs)
     except Exception:
         refuse(transport)
         raise
@@ -121,6 +110,27 @@ def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
         is_captured=is_in_graph,
         two_level=two_level,
     )
+
+
+def _checked_inputs(arguments: CallArguments, owners: PerWeight[Tensor] | None) -> ExpertInputs:
+    """Check what is so on every transport, in a CUDA graph or not; give the tensors in autocast's dtypes."""
+    spec, transport, inputs, *_ = arguments
+    spec.experts.check()
+    check_overlap(spec.overlap)
+    check_tensors(inputs)
+    check_fillers(arguments.fillers)
+    inputs = cast_for_autocast(inputs)
+    check_main_grads(owners, spec.placement)
+    check_arguments(inputs, spec.experts.layout)
+    check_expert_parallel(inputs.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
+    check_dtype(inputs.x.dtype, spec.overlap)
+    return inputs
+
+
+def _activation_parameters(settings: ExpertSettings, inputs: ExpertInputs) -> list[Tensor]:
+    if is_fused(settings.activation):
+        return []
+    return activation_parameters(settings.activation, inputs.weights.gate_up_proj, settings.layout)
 
 
 def count_nonfinite_rows(inputs: ExpertInputs, num_slots: int) -> Tensor:

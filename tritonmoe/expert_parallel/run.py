@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ def run_call(arguments: CallArguments, recorder: Recorder) -> Tensor:
     return y
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The plan that this rank proposes for a call, which must be every rank's, and who chose it."""
 
     overlap: OverlapPlan
