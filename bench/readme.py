@@ -89,7 +89,7 @@ def scheduler_table(name: str) -> str:
 
 
 def codegen_table(name: str) -> str:
-    """The default variant under the newest Triton; every variant's rows count in the sentence above it."""
+    """Give the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
     if not (RESULTS / f"{name}.json").exists():
         return "`python -m bench.codegen`: not run yet."
     data = load(name)
@@ -125,7 +125,7 @@ GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+
 
 
 def gpu_table(name: str) -> str:
-    """Forward and forward + backward of every shape; cells of what no file has say so."""
+    """Give forward and forward + backward of every shape; a cell that no file has says so."""
     data = load(name) if (RESULTS / f"{name}.json").exists() else {"results": []}
     layers = {
         (case["shape"], case["T"]): case
@@ -164,7 +164,7 @@ BOUND_KERNELS = ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_gra
 
 
 def bounds_table(num_tokens: str) -> str:
-    """What a card's peak rates allow; needs no measurement."""
+    """Give the times that a card's peak rates allow, which needs no measurement."""
     lines = [
         f"T = {num_tokens}, bf16, {H100.name} at its peak of {H100.tflops:.0f} TFLOP/s and {H100.tb_per_s} TB/s "
         f"({H100.source}). Cells: FLOP per byte, shortest time in microseconds, and m where memory sets it.",
@@ -189,7 +189,7 @@ def bounds_table(num_tokens: str) -> str:
 
 
 def decoding_table(target: str) -> str:
-    """The programs that read the weights for one token, in bf16; needs no measurement."""
+    """Give how many programs read the weights for one token, in bf16, which needs no measurement."""
     lines = [
         f"| one token on {target} | up: columns of a tile, programs | down: columns of a tile, programs |",
         "| --- | --- | --- |",
@@ -252,7 +252,7 @@ def expert_parallel_table(name: str) -> str:
 
 
 def overlap_table(prefix: str) -> str:
-    """One row for every file whose name starts so."""
+    """Give one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
     if not data:
         return "`tritonmoe bench overlap --netns 2`: not measured yet."
@@ -284,7 +284,7 @@ def overlap_table(prefix: str) -> str:
 
 
 def two_levels_table(prefix: str) -> str:
-    """One row for every file whose name starts so."""
+    """Give one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
     if not data:
         return "`tritonmoe bench overlap --netns 4 --node-size 2`: not measured yet."

@@ -13,6 +13,7 @@ import tritonmoe as tm
 from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.ops import Operations
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout
 from tritonmoe.grouping import Grouping, RowSources
 
@@ -31,6 +32,12 @@ HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 9, 6, 5, 3
 def test_signatures_are_those_of_the_reference(backend: ModuleType, operation: str) -> None:
     expected = inspect.signature(getattr(reference, operation))
     assert inspect.signature(getattr(backend, operation)) == expected
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "up"])  # which is overloaded
+def test_the_reference_has_the_signatures_of_the_contract(operation: str) -> None:
+    _, *expected = inspect.signature(getattr(Operations, operation)).parameters.values()
+    assert list(inspect.signature(getattr(reference, operation)).parameters.values()) == expected
 
 
 def test_choice() -> None:

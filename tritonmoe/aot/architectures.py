@@ -19,16 +19,16 @@ class Architecture:
 
     target: GPUTarget
     matrix_instruction: str
-    """What tiles of at least 64 rows are multiplied with."""
+    """The instruction that multiplies tiles of at least 64 rows."""
     shared_bytes_per_program: int
     shared_bytes: int
     reserved_shared_bytes: int
-    """Taken from shared_bytes for every program, beside what the program asks for."""
+    """Bytes that every program takes from shared_bytes, beside what it asks for."""
     registers: int
-    """32-bit registers of a thread's lane in one of the four schedulers' files, all warps together."""
+    """32-bit registers that one of the four schedulers has for each lane, all its warps together."""
     register_granule: int
     warps: int
-    """That can be resident, in all four schedulers."""
+    """Warps that can be resident, in all four schedulers together."""
     programs: int
     tensor_memory_columns: int = 0
 

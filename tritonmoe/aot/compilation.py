@@ -38,7 +38,7 @@ class Compiled:
     matrix: str = ""
     """The matrix instruction in the loop."""
     expected_matrix: str = ""
-    """The one that must be there; empty where the kernel has no product in half precision."""
+    """The matrix instruction that must be there; empty where the kernel has no product in half precision."""
     tma_operands: int = 0
     """Operands that the launch hands over as descriptors, to be read by TMA."""
     loop: dict[str, int] = field(default_factory=dict)

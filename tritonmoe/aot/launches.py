@@ -32,9 +32,9 @@ class Variant:
     top_k: int = 8
     bias: bool = True
     num_rows: int = 16384
-    """Of one device; with several ranks those that one of them receives, as num_experts are those that it holds."""
+    """The rows of one device; with several ranks what one rank receives, and num_experts is what it holds."""
     num_ranks: int = 1
-    """With several, rows come in chunks, beside exchanges."""
+    """With several ranks, rows come in chunks, and products run beside exchanges."""
     options: KernelOptions = KernelOptions()
     tiles: Mapping[str, int | str] = field(default_factory=dict)
     """Fields that replace those of the table in every operation's TileConfig, as a measured entry would."""

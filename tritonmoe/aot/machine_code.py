@@ -42,7 +42,7 @@ class MachineCode:
     spills: int
     """Bytes of stack a thread uses on NVIDIA, spilled vector registers on AMD."""
     num_warps: int
-    """Of a program, those of a warp-specialised kernel included."""
+    """The warps of a program; a warp-specialised kernel has more than it was launched with."""
     matrix: str
     """The matrix instruction in the loop; empty where there is none."""
     loop: dict[str, int]

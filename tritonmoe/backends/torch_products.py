@@ -19,26 +19,27 @@ from tritonmoe.runtime.cpu_threads import for_each, num_workers
 __all__ = ["expert_slices", "outer_sums", "pads", "pair_products"]
 
 SMALL_PAIRS_PER_EXPERT = 32
-"""Up to so many pairs per expert, the experts' products may go as one batched product."""
+"""Up to so many pairs per expert, all experts' products may be one batched product."""
 LARGEST_PADDING = 2.5
-"""So many times the pairs' rows it may have."""
+"""The batched product has at most so many times as many rows as there are pairs."""
 FEW_ROWS, USED_SHARE = 16, 0.75
-"""Or any number of times, where experts have so few rows that their weights take longer to come from memory, and where
-that share of the experts has rows."""
+"""It may have more where no expert has more than FEW_ROWS pairs, and at least USED_SHARE of the experts have pairs:
+their weights take longer to come from memory than the products take to compute."""
 FEWEST_SHARED_BYTES = 2**20
-"""So large must the weights of products of so few rows be that a CPU's threads compute them side by side: one product
-of few rows gives a second thread little or nothing to do."""
+"""A CPU's threads compute products of at most FEW_ROWS rows side by side where their weights have so many bytes
+together: inside one such product a second thread has little or nothing to do."""
 FEWEST_SHARED_EXPERTS = {4: 9}
-"""And so many, by bytes of an element; in fp32 the products of one token's 8 experts already wait for memory."""
+"""And where there are so many products, by the bytes of an element (2 products, if it isn't listed). In fp32 those of
+one token's 8 experts already wait for memory."""
 ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
-"""What rows of products in narrow dtypes are rounded up to on a CPU, from so many on, see _padding."""
+"""On a CPU, products in narrow dtypes have a multiple of ROWS_MULTIPLE rows, from FEWEST_ROUNDED on: see _padding."""
 
 
 def pads(grouping: Grouping) -> bool:
     """Say whether one batched product, with every expert's pairs padded to the largest number, beats one per expert.
 
-    In a batched product the threads share the experts, in others the work on each, which is too little for them where
-    pairs are few.
+    The threads of a CPU share the experts of a batched product. In one product per expert they share the rows, which
+    are too few for them where pairs are few.
     """
     num_pairs, num_experts = grouping.host_expert_offsets[-1], grouping.num_experts
     if not 0 < num_pairs <= SMALL_PAIRS_PER_EXPERT * num_experts:
@@ -97,7 +98,7 @@ def pair_products(
         first, last = last, last + count
         num_rows = count + _padding(values, count)
         if first + num_rows <= grouping.num_pairs:
-            # What it says of the next experts' pairs, their own products replace.
+            # This also writes the first rows of the next experts; their own products come later and replace them.
             rows = slice(first, first + num_rows)
             _multiply(values[rows], matrices[e], expert_bias, out[rows])
         elif num_rows <= last:
@@ -119,9 +120,8 @@ def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) ->
 def _padding(values: Tensor, num_pairs: int) -> int:
     """Give how many rows to add to a product of num_pairs.
 
-    For narrow dtypes a CPU has no product until one is generated for the very shape, which takes longer than to compute
-    it, and 1024 are kept: the numbers of pairs, which every routing has others of, must not be among the shapes, except
-    for the smallest ones.
+    On a CPU, PyTorch generates the code of a product in a narrow dtype for its very shape, which takes longer than the
+    product, and keeps 1024 of them. Every routing has other numbers of pairs; rounded up, they are few shapes.
     """
     return -num_pairs % ROWS_MULTIPLE if _is_rounded(values, num_pairs) else 0
 
@@ -135,7 +135,7 @@ def outer_sums(
 ) -> Tensor | None:
     """Sum outer(pair_values[n], row_values[row of n]) over each expert's pairs, or with the factors swapped.
 
-    Into `accumulate` where it is given.
+    Where `accumulate` is given the sums are added into it, and None is given back.
     """
     order, row_index = grouping.source_order, grouping.row_index
 
@@ -186,8 +186,8 @@ def outer_sums(
 def _for_each_expert(function: Callable[[tuple[int, slice]], None], grouping: Grouping) -> None:
     """Call `function` on each expert that has pairs and their positions in source order, on a CPU several at a time.
 
-    From the one with most pairs on, so that the threads end together. Where some have so many that they don't, those
-    come one after the other, and all threads share their operations.
+    The expert with the most pairs comes first, so that the threads end together. Experts with more than half of a
+    thread's share of all pairs come one after the other, and all threads share the operations of each.
     """
     experts = sorted(expert_slices(grouping), key=lambda expert: expert[1].start - expert[1].stop)
     device = grouping.pair_index.device

@@ -1,20 +1,23 @@
-"""The seven operations as Triton kernels; their contract stands in ops.py, the kernels in the folder kernels."""
+"""The seven operations as Triton kernels; their contract stands in ops.py.
+
+Five are functions of the folder kernels as they are. `group` and `weight_grad` put several launches together.
+"""
 
 from torch import Tensor
 from torch import device as Device
 
 from tritonmoe.backends.ops import WeightGrads
-from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, KernelOptions
 from tritonmoe.grouping import Grouping, RowSources
-from tritonmoe.kernels import bias_grad as bias_grad_kernels
-from tritonmoe.kernels import down as down_kernels
-from tritonmoe.kernels import down_grad as down_grad_kernels
-from tritonmoe.kernels import gather_sum as gather_sum_kernels
-from tritonmoe.kernels import group as group_kernels
-from tritonmoe.kernels import up as up_kernels
-from tritonmoe.kernels import weight_grad as weight_grad_kernels
+from tritonmoe.kernels.bias_grad import bias_grad
+from tritonmoe.kernels.down import down, up_grad
+from tritonmoe.kernels.down_grad import down_grad
+from tritonmoe.kernels.gather_sum import gather_sum
+from tritonmoe.kernels.group import MAX_FEW_PAIRS, group_few_pairs, group_pairs
 from tritonmoe.kernels.group_tiles import TileTable
 from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.up import up
+from tritonmoe.kernels.weight_grad import outer_sums
 
 __all__ = [
     "WeightGrads",
@@ -52,14 +55,12 @@ def group(
     num_chunks = len(row_offsets) - 1
     if num_chunks == 1:
         pair_offsets = (0, num_rows * top_k) if chunk_pair_offsets is None else tuple(chunk_pair_offsets)
-        if topk_ids.numel() <= group_kernels.MAX_FEW_PAIRS:
-            pair_index, offsets, inverse = group_kernels.group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
+        if topk_ids.numel() <= MAX_FEW_PAIRS:
+            pair_index, offsets, inverse = group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
             source_order = None
         else:
             table = TileTable(topk_ids.numel())
-            pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
-                topk_ids, num_experts, table, pair_offsets[-1]
-            )
+            pair_index, offsets, inverse, source_order = group_pairs(topk_ids, num_experts, table, pair_offsets[-1])
         expert_offsets = offsets[0]
     else:
         if chunk_pair_offsets is None or row_sources is None:
@@ -70,9 +71,7 @@ def group(
         with Device("cpu"):  # the table is made on the host, whatever the caller's default device
             table = TileTable.of_chunks(row_sources, pair_offsets, top_k, topk_ids.device)
         assert table.num_pairs == topk_ids.numel(), f"{table.num_pairs} pairs in runs, {topk_ids.numel()} in topk_ids"
-        pair_index, offsets, inverse, source_order = group_kernels.group_pairs(
-            topk_ids, num_experts, table, pair_offsets[-1]
-        )
+        pair_index, offsets, inverse, source_order = group_pairs(topk_ids, num_experts, table, pair_offsets[-1])
         expert_offsets, offsets = offsets[-1], offsets[:-1]
     return Grouping(
         pair_index=pair_index,
@@ -83,94 +82,6 @@ def group(
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=pair_offsets,
     )
-
-
-def up(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    grouping: Grouping,
-    layout: ExpertLayout,
-    activation: FusedActivation | None,
-    *,
-    needs_h: bool = True,
-    out_h: Tensor | None = None,
-    options: KernelOptions = KernelOptions(),
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gather, product, bias and activation in one kernel."""
-    return up_kernels.up(
-        x,
-        gate_up_proj,
-        gate_up_bias,
-        grouping,
-        layout,
-        activation,
-        needs_h=needs_h,
-        out_h=out_h,
-        options=options,
-    )
-
-
-def down(
-    a: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    grouping: Grouping,
-    layout: ExpertLayout,
-    *,
-    out: Tensor | None = None,
-    options: KernelOptions = KernelOptions(),
-) -> Tensor:
-    """One grouped product."""
-    return down_kernels.down(a, down_proj, down_bias, grouping, layout, out=out, options=options)
-
-
-def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """One gather-sum in slot order."""
-    return gather_sum_kernels.gather_sum(y, index, weights, out=out)
-
-
-def down_grad(
-    dout: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    hidden: Tensor,
-    topk_weights: Tensor,
-    grouping: Grouping,
-    layout: ExpertLayout,
-    activation: FusedActivation | None,
-    *,
-    out_dh: Tensor | None = None,
-    out_scaled_a: Tensor | None = None,
-    options: KernelOptions = KernelOptions(),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One kernel for the product and the activation's backward, a second sums the weights' gradients."""
-    return down_grad_kernels.down_grad(
-        dout,
-        down_proj,
-        down_bias,
-        hidden,
-        topk_weights,
-        grouping,
-        layout,
-        activation,
-        out_dh=out_dh,
-        out_scaled_a=out_scaled_a,
-        options=options,
-    )
-
-
-def up_grad(
-    dh: Tensor,
-    gate_up_proj: Tensor,
-    grouping: Grouping,
-    layout: ExpertLayout,
-    *,
-    out: Tensor | None = None,
-    options: KernelOptions = KernelOptions(),
-) -> Tensor:
-    """One grouped product over all 2F columns."""
-    return down_kernels.up_grad(dh, gate_up_proj, grouping, layout, out=out, options=options)
 
 
 def weight_grad(
@@ -194,13 +105,11 @@ def weight_grad(
     dw1 = db1 = dw2 = db2 = None
     if x is not None and dh is not None:
         pairs_first = not layout.transposed
-        dw1 = weight_grad_kernels.outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up, options)
+        dw1 = outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up, options)
     if dh is not None and gate_up_bias:
-        db1 = bias_grad_kernels.bias_grad(dh, grouping, order)
+        db1 = bias_grad(dh, grouping, order)
     if dout is not None and scaled_a is not None:
-        dw2 = weight_grad_kernels.outer_sums(
-            scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down, options
-        )
+        dw2 = outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down, options)
     if dout is not None and topk_weights is not None and down_bias:
-        db2 = bias_grad_kernels.bias_grad(dout, grouping, pairs, topk_weights)
+        db2 = bias_grad(dout, grouping, pairs, topk_weights)
     return WeightGrads(dw1, db1, dw2, db2)

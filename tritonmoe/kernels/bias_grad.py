@@ -13,7 +13,7 @@ from tritonmoe.kernels.spans import num_span_slots, num_workspace_rows, span_of_
 __all__ = ["bias_grad"]
 
 SPAN = 2048
-"""Pairs that one program sums, one after another; an expert of at least two spans is cut."""
+"""One program sums so many pairs, one after another; an expert of at least two spans is cut."""
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["expert_offsets"])

@@ -177,7 +177,7 @@ def down(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    """Launch the down-projection: see `backends.ops`."""
+    """Launch the operation `down` of `backends.ops`: one grouped product."""
     return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out, options)
 
 
@@ -190,5 +190,5 @@ def up_grad(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    """Launch dh x W1, one sum over all 2F columns: see `backends.ops`."""
+    """Launch the operation `up_grad` of `backends.ops`: one grouped product, whose sums go over all 2F columns."""
     return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out, options)

@@ -168,7 +168,10 @@ def down_grad(
     out_scaled_a: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward of the down half: see `backends.ops`."""
+    """Launch the operation `down_grad` of `backends.ops`.
+
+    One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
+    """
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
     num_experts, num_units, depth = down_proj.shape[0], down_proj.shape[in_axis], dout.shape[1]
     num_pairs = grouping.num_pairs

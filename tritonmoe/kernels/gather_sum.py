@@ -51,7 +51,7 @@ def _gather_sum_kernel(
 
 
 def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Launch the gather-sum: see `backends.ops`."""
+    """Launch the operation `gather_sum` of `backends.ops`."""
     num_tokens, width = index.shape[0], y.shape[1]
     out = output(y, num_tokens, width, out)
     y = contiguous_columns(y)

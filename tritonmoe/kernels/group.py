@@ -15,7 +15,7 @@ from tritonmoe.kernels.launch import INTERPRETED, launch
 __all__ = ["MAX_FEW_PAIRS", "group_few_pairs", "group_pairs"]
 
 MAX_FEW_PAIRS = 1024
-"""Up to here one program is faster than three launches."""
+"""Up to so many pairs one program is faster than three launches."""
 FEW_PAIRS_PER_TILE = 128
 
 
@@ -171,7 +171,7 @@ def _group_few_kernel(
 
 
 def _num_bins(num_experts: int) -> int:
-    """One bin for each expert and one for skipped pairs; tl.histogram wants at least one for each thread."""
+    """Give one bin for each expert and one for skipped pairs; tl.histogram wants at least one for each thread."""
     return max(256, triton.next_power_of_2(num_experts + 1))
 
 
@@ -216,12 +216,12 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
 def group_pairs(
     topk_ids: Tensor, num_experts: int, table: TileTable, num_positions: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Count, scan and place, all int32.
+    """Group any number of pairs in three launches, which count, scan and place.
 
     Returns:
-        The pairs in storage order (num_positions,), with one chunk -1 past their end; the expert offsets of each chunk
-        and, with several, of the layer, (C+1, E+1) or (1, E+1); the inverse (R, K); with several chunks the source
-        order (num_positions,), 0 past the end of all pairs.
+        All int32: the pairs in storage order (num_positions,), with one chunk -1 past their end; the expert offsets of
+        each chunk and, with several, of the layer, (C+1, E+1) or (1, E+1); the inverse (R, K); with several chunks the
+        source order (num_positions,), 0 past the end of all pairs.
     """
     starts = topk_ids.new_empty(table.num_tiles, num_experts + 1, dtype=torch.int32)
     assert num_positions <= table.num_pairs, f"{num_positions} positions for {table.num_pairs} pairs"

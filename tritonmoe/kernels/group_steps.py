@@ -6,7 +6,7 @@ and stores every pair in its place.
 
 With several chunks a tile has pairs of one chunk and one source rank. The second step then also sums down all tiles by
 (source rank, chunk), which gives the layer's expert offsets, and the third stores the source order as well. The host
-knows what tiles there are, and hands them over in `tile_table` (group.TileTable), int32, part after part:
+knows what tiles there are, and hands them over in `tile_table` (group_tiles.TileTable), int32, part after part:
 - first flat pair of each tile; end of its pairs; first storage position of its chunk: num_tiles each,
 - the tiles in the order in which scans meet them: by chunk, then all once more by source rank: 2 * num_tiles,
 - where in that order each chunk's scan begins, where the layer's, and where that ends: C + 2.
@@ -150,7 +150,8 @@ def place_tile(
 ):
     """Store a tile's pairs where they belong, and mark the positions that the pairs leave over.
 
-    One chunk: -1 in pair_index. Several, whose own ends are anywhere: 0 in source_order, which others index with.
+    With one chunk those positions of pair_index become -1. With several chunks, any of which may end early, those
+    behind the last pair of all become 0 in source_order, because others index with it.
     """
     first, end, first_position = _tile_range(tile, tile_table, num_pairs, num_tiles, TILE)
     places = tl.arange(0, TILE)

@@ -90,7 +90,7 @@ def _device_target(index: int) -> GPUTarget:
 
 
 def target_of(device: torch.device) -> GPUTarget | None:
-    """Give what kernels on `device` are compiled for; None for the interpreter."""
+    """Give the GPU that kernels on `device` are compiled for; None for the interpreter."""
     if _recording is not None:
         return _recording.target
     if INTERPRETED:
@@ -118,9 +118,10 @@ def _pinned_options() -> dict[str, Any]:
 
 @functools.cache
 def compiling_once(kernel: Any) -> Any:
-    """Give `kernel`, which from now on compiles once what several threads are the first to launch together.
+    """Let `kernel` compile once what several threads launch for the first time at once, and give it back.
 
-    Emulated ranks are threads: by itself Triton would compile in each of them. Later launches come past no lock.
+    Emulated ranks are threads: by itself Triton would compile in each of them. What is compiled is launched without a
+    lock.
     """
     compile_anyway = kernel._do_compile
 
@@ -144,7 +145,8 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do.
 
-    max_registers: a thread's, on NVIDIA; by itself ptxas may spill some bytes so that one more program fits.
+    max_registers: how many registers a thread may have, on NVIDIA. Without it ptxas may spill some bytes so that one
+    more program fits.
     The interpreter patches module globals while it runs, so its launches take turns.
     """
     if 0 in grid:

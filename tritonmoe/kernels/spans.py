@@ -8,8 +8,8 @@ the slots from expert_offsets[e] // span + e on, a cut expert the workspace rows
     expert, pairs       0, 0..3   1, 3..7        1, 7..14       none    none      2, ..   none
     workspace row       -         0              1
 
-19 // 4 + 3 slots and 19 // 4 rows always suffice, so both shapes are known on the host, and nobody scans the experts
-before one's own. Cuts depend on an expert's number of pairs alone: not on chunks, not on how many programs there are.
+19 // 4 + 3 slots and 19 // 4 rows always suffice, so both shapes are known on the host, and no program looks at the
+experts before its own. Cuts depend on an expert's number of pairs alone: not on chunks, nor on the number of programs.
 """
 
 import torch

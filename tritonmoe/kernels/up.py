@@ -234,7 +234,7 @@ def up(
     out_h: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the up-projection: see `backends.ops`."""
+    """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)

@@ -14,20 +14,21 @@ from tritonmoe.kernels.launch import contiguous_columns, dot_precision, launch, 
 from tritonmoe.kernels.row_tiles import slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
+from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = ["outer_sums", "span_length"]
 
 MIN_SPAN = 4096
-"""Pairs below which a piece of an expert would cost more in its second pass than it gains."""
+"""A piece of an expert with fewer pairs would cost more in its second pass than it gains."""
 ENOUGH_TILES = 512
-"""Tiles that keep any GPU busy to the end."""
+"""So many tiles keep any GPU busy to the end."""
 
 
 def span_length(num_pairs: int, tiles_per_expert: int) -> int:
     """Give the pairs of a span, from what the whole layer has: an expert of two spans or more is cut.
 
-    At most ENOUGH_TILES / tiles_per_expert spans, rounded up: if one expert has all the pairs, its tiles still keep
-    the GPU busy, and the workspace has the size of ENOUGH_TILES accumulators (128 MiB of 128 x 256).
+    There are at most ENOUGH_TILES / tiles_per_expert spans, rounded up: if one expert has all the pairs, its tiles
+    still keep the GPU busy, and the workspace has the size of ENOUGH_TILES accumulators (128 MiB of 128 x 256).
     """
     return max(MIN_SPAN, triton.cdiv(num_pairs, triton.cdiv(ENOUGH_TILES, tiles_per_expert)))
 
@@ -124,6 +125,15 @@ def _max_registers(tile_size: int, num_warps: int) -> int:
     return min(255, 2048 // (num_warps * num_programs))
 
 
+def _in_pieces(config: TileConfig, pairs_first: bool) -> TileConfig:
+    """Cut the epilogue of a tile that is added to a result: what is there takes registers too.
+
+    On sm_90 a tile in one piece spills 224 bytes a thread, and one whose columns are the pairs' spills 216 in four.
+    """
+    pieces = 4 if pairs_first else 2
+    return replace(config, subtiles=max(config.subtiles, min(pieces, config.block_n // 16)))
+
+
 def outer_sums(
     pair_values: Tensor,
     row_values: Tensor,
@@ -133,7 +143,7 @@ def outer_sums(
     accumulate: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor | None:
-    """Give sum over each expert's pairs of the outer product of its pair values and its row's values.
+    """Sum, over each expert's pairs, the outer product of the pair's values and its row's values.
 
     Args:
         pair_values: (N, P) by storage position. row_values: (R, Q) by row.
@@ -152,10 +162,7 @@ def outer_sums(
     has_vector_loads = p_size % 8 == 0 and q_size % 8 == 0
     max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else None
     if accumulate is not None and has_vector_loads:
-        # The result so far takes registers too: on sm_90 a tile in one piece spills 224 bytes a thread, and one whose
-        # columns are the pairs' spills 216 in four.
-        pieces = 4 if pairs_first else 2
-        config = replace(config, subtiles=max(config.subtiles, min(pieces, config.block_n // 16)))
+        config = _in_pieces(config, pairs_first)
     num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
     span = span_length(grouping.num_pairs, num_p_tiles * num_q_tiles)
     num_rows = num_workspace_rows(grouping.num_pairs, span)
