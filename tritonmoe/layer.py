@@ -100,7 +100,7 @@ class GroupedExperts(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self._remember()  # a copy
+        self._remember()  # this is a copy
 
     def _remember(self) -> None:
         with _all_experts_lock:
@@ -114,7 +114,7 @@ class GroupedExperts(nn.Module):
         expert_gradients: str,
         device: torch.device,
     ) -> None:
-        """Decide which experts are this rank's, and how it meets the others; None for `ranks` is one device."""
+        """Decide which experts are this rank's, and how it meets the other ranks; None for `ranks` is one device."""
         self.overlap = OverlapConfig() if overlap is None else overlap
         check_overlap(self.overlap)
         check_expert_gradients(expert_gradients)
@@ -203,7 +203,7 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        if self.gate_up_proj.is_meta:  # what would be drawn has no place
+        if self.gate_up_proj.is_meta:  # there is no memory to draw into
             return
         if self._sharding is not None:
             check_replicas(seed, self._sharding)
@@ -238,7 +238,7 @@ class GroupedExperts(nn.Module):
             return weights
         if weights.gate_up_proj.dtype != torch.float32 or find_main_grads(weights) is not None:
             return weights
-        # What FSDP2's mixed precision does to parameters that it manages; these it is told to leave alone.
+        # So FSDP2's mixed precision casts the parameters that it manages; these it is told to leave alone.
         dtype = x.dtype
         return weights.map(lambda weight: weight.to(dtype))
 
@@ -286,8 +286,8 @@ def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
 def experts_of_parameters() -> dict[int, GroupedExperts]:
     """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
 
-    Asked of the modules, not noted on the parameters: those are exchanged for others (by deepcopy, load_state_dict with
-    assign=True, parametrizations), which would lose a note.
+    The living modules are asked. A note on the parameters would be lost where they are exchanged for others: by
+    deepcopy, load_state_dict with assign=True, parametrizations.
     """
     with _all_experts_lock:
         modules = list(_all_experts)

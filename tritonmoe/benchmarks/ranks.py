@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonmoe.diagnosis.probe import slowest
 from tritonmoe.transports import Transport
 
 __all__ = ["device_and_backend", "gather", "slowest"]
@@ -22,13 +23,6 @@ def device_and_backend() -> tuple[str, str]:
         torch.cuda.set_device(device)
         return device, "NCCL"
     return "cpu", "gloo"
-
-
-def slowest(transport: Transport, seconds: list[float]) -> list[float]:
-    """Give, for every one of this rank's times, the longest of all ranks."""
-    own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64)
-    everybody = transport.exchange_counts(own.expand(transport.size, -1))
-    return (everybody.amax(0).double() / 1e9).tolist()
 
 
 def gather(transport: Transport, value: object) -> list[Any]:

@@ -16,7 +16,7 @@ from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
 from tritonmoe.tuning.measured import median_steps
 
-__all__ = ["probe", "probe_link", "probe_steps"]
+__all__ = ["probe", "probe_link", "probe_steps", "slowest"]
 
 PROBE_BYTES = (2**10, 2**14, 2**17, 2**19, 2**21, 2**22)
 """Bytes that a rank sends, all its peers together."""
@@ -46,7 +46,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
         """Post `count` exchanges at once when all ranks are ready, and give the time before."""
         splits = [0 if k == transport.rank else -(-num_bytes // (ROW_BYTES * (size - 1))) for k in range(size)]
         rows = [torch.zeros(sum(splits), ROW_BYTES, dtype=torch.uint8, device=device) for _ in range(count)]
-        _slowest(transport, [0.0])
+        slowest(transport, [0.0])
         started = time.perf_counter()
         return started, [transport.exchange(part, splits, splits) for part in rows]
 
@@ -59,7 +59,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize(device)
             ends.append((exchange.finished_at() or time.perf_counter()) - started)
-        return _slowest(transport, ends)
+        return slowest(transport, ends)
 
     def shortest(num_bytes: int, count: int) -> list[float]:
         rounds = [timed(num_bytes, count) for _ in range(PROBE_ROUNDS)]
@@ -80,13 +80,13 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     count = _num_products(device)
     shares = []
     for _ in range(BESIDE_ROUNDS):
-        _slowest(transport, [0.0])
+        slowest(transport, [0.0])
         alone_s = _multiply(count, device)
         _, pending = post(num_bytes, 1)
         lost_s = _multiply(count, device) - alone_s
         pending[0].wait()
         shares.append(lost_s / max(1e-9, min(alone_s + lost_s, exchange_s)))
-    (contention,) = _slowest(transport, [min(MOST_CONTENTION, max(0.0, statistics.median(shares)))])
+    (contention,) = slowest(transport, [min(MOST_CONTENTION, max(0.0, statistics.median(shares)))])
     return LinkCosts(latency_s, bytes_per_s, first > SHARED_RATIO * second, alone_share, contention=contention)
 
 
@@ -106,9 +106,9 @@ def _num_products(device: torch.device | str) -> int:
     return max(1, round(NUM_CALIBRATING * BESIDE_S / _multiply(NUM_CALIBRATING, device)))
 
 
-def _slowest(transport: Transport, seconds: list[float]) -> list[float]:
-    """Give the longest of each number over the ranks; every rank waits for all."""
-    own = torch.tensor([int(value * 1e9) for value in seconds], dtype=torch.int64, device="cpu")
+def slowest(transport: Transport, seconds: list[float]) -> list[float]:
+    """Give, for every one of this rank's times, the longest of all ranks; every rank waits for all."""
+    own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64, device="cpu")
     everybody = transport.exchange_counts(own.expand(transport.size, -1))
     return [value / 1e9 for value in everybody.max(0).values.tolist()]
 

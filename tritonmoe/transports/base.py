@@ -109,7 +109,7 @@ class Transport(Handled, ABC):
         """Reduce `tensor` over all ranks, in place, and give it: the same bits on every rank and in every run.
 
         It is reduced in rank order, in fp32 or wider (integers as int64), and rounded once. One rank alone keeps its
-        tensor. Where this raises, the tensor is as it was. Blocks as exchange_counts and PendingExchange.wait do.
+        tensor. Where this raises, the tensor is as it was. It blocks as exchange_counts and PendingExchange.wait do.
         torch.compile leaves its graph for it.
 
         Args:
@@ -126,11 +126,11 @@ class Transport(Handled, ABC):
         return run_outside_graphs(all_reduce, self, tensor, op)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Write rank `source`'s tensor into every rank's, bit by bit, in place, and give it; all else as all_reduce."""
+        """Write rank `source`'s tensor into every rank's, bit by bit, in place, and give it; else as in all_reduce."""
         return run_outside_graphs(broadcast, self, tensor, source)
 
     def barrier(self) -> None:
-        """Return once every rank has come here. Only hosts wait: what a device still computes, it goes on with.
+        """Return once every rank has come here. Only hosts wait: a device goes on with what it still computes.
 
         Raises:
             CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
@@ -272,7 +272,7 @@ def leaving_nobody_waiting(transport: Transport) -> Iterator[None]:
 
 
 def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:
-    """Give the words that a TransportError says of its exchange."""
+    """Give the words by which a TransportError names its exchange."""
     return (
         f"rank {transport.rank} of {transport.size}, input_splits {list(input_splits)}, "
         f"output_splits {list(output_splits)}"
