@@ -44,8 +44,15 @@ class Link:
 
     def both_levels(self) -> TwoLevelTransport:
         """Give the transport of two levels, for the variants that are measured only where there is one."""
-        assert self.two_levels is not None, "a variant on two levels needs --node-size"
+        if self.two_levels is None:
+            raise ValueError("a variant on two levels needs a link of two levels")
         return self.two_levels
+
+    def change_rate(self, rate: float) -> None:
+        """Give every rank's link so many bits per second; called on rank 0."""
+        if self.set_rate is None:
+            raise ValueError("the rate of this link can't be changed, so no compute ratio can be chosen")
+        self.set_rate(rate)
 
     def measured_ranks(self, transport: Transport) -> Transport:
         """Give what the ranks that are measured tell each other their figures over."""

@@ -150,8 +150,7 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
     rate = 8 * exchanges * busiest * compute_ratio / rank.median_s(compute)
     for correct in (True, True, False):
         if rank.transport.rank == 0:
-            assert link.set_rate is not None
-            link.set_rate(rate)
+            link.change_rate(rate)
         rank.measured_ranks.barrier()
         if correct:
             communication_s = min(rank.median_s(Variant("communication", num_chunks)) for num_chunks in (2, 4))

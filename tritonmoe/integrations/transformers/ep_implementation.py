@@ -1,8 +1,9 @@
 """The expert-parallel implementation "tritonmoe" of transformers 5.23 and later; this file imports transformers."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
@@ -11,6 +12,7 @@ from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
+from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import run_experts
 from tritonmoe.transports import as_transport
 
@@ -26,7 +28,7 @@ class OverlappedEP(EPImplementation):
 
     overlap: ClassVar[OverlapConfig] = OverlapConfig()
 
-    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+    def __init__(self, experts: ExpertsModule, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         if getattr(experts, "has_post_expert_norm", False) and tp_mesh.size() > 1:
             raise ValueError(

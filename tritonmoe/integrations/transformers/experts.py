@@ -1,23 +1,28 @@
 """The experts function that transformers calls; its contract is in transformers/integrations/moe.py."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
 from tritonmoe.experts.arguments import ExpertInputs, check_plain
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.gates import choose_activation
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
 
+Run: TypeAlias = Callable[[ExpertSpec, ExpertInputs], Tensor]
+"""Runs experts whose rows and weights have one dtype, on one device or over ranks, and gives (T, D)."""
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+
+def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts of a transformers module on hidden_states (T, D); gives (T, D) in their dtype.
 
     Args:
@@ -32,10 +37,6 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if state is None:
         return run_experts(self, hidden_states, top_k_index, top_k_weights, _on_one_device, self.down_proj.shape[0])
     return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state.local(self))
-
-
-Run = Callable[[ExpertSpec, ExpertInputs], Tensor]
-"""Runs plain experts, of which rows and weights have one dtype: (T, D)."""
 
 
 def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
@@ -56,7 +57,7 @@ def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
 
 
 def run_experts(
-    experts: Any,
+    experts: ExpertsModule,
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -119,8 +120,8 @@ def _normed_experts(run: Run, spec: ExpertSpec, inputs: ExpertInputs, norm: nn.M
     is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
     pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)
     unit_weights = torch.ones(num_tokens * top_k, 1, device=rows.device)
-    pairs = norm(run(spec, ExpertInputs(pair_rows, topk_ids.reshape(-1, 1), unit_weights, weights)))
-    pairs = torch.where(is_routed.unsqueeze(2), pairs.view(num_tokens, top_k, rows.shape[1]), 0.0)
+    pairs = norm(run(spec, ExpertInputs(pair_rows, rearrange(topk_ids, "t k -> (t k) 1"), unit_weights, weights)))
+    pairs = torch.where(is_routed.unsqueeze(2), rearrange(pairs, "(t k) d -> t k d", k=top_k), 0.0)
     pair_weights = torch.where(is_routed, topk_weights, 0.0)
     pair_weights = pair_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))
     return (pairs * pair_weights.unsqueeze(2)).sum(dim=1)  # in fp32
