@@ -14,6 +14,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+import uninitialised
 
 from virtual_gpu import VIRTUAL_GPUS
 
@@ -41,9 +42,5 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def nan_filled_memory():
-    """Let torch.empty and its relatives give NaN, and largest integers."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+    with uninitialised.nan_filled_memory():
+        yield

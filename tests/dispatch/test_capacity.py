@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from batches import KERNEL_DEVICE, NAMES, Batch, assert_equals_one_device, assert_same_bits
+from batches import KERNEL_DEVICE, NAMES, Batch, assert_equals_one_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placed_batches import REPLICATED, PlacedBatch, compare, run
+from same_bits import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import CALLABLES, KERNEL_DEVICE, Batch, assert_equals_one_device, assert_same_bits
+from batches import CALLABLES, KERNEL_DEVICE, Batch, assert_equals_one_device
 from hypothesis import given, settings
+from same_bits import assert_same_bits
 from test_dispatch import as_ids, header, routings, row_splits_sent, s_ik
 from test_grouping import check_order
 from torch import Tensor

@@ -15,8 +15,8 @@ from batches import (
     WEIGHTS,
     Batch,
     assert_equals_one_device,
-    assert_same_bits,
 )
+from same_bits import assert_same_bits
 from tolerance import error_floor
 from torch import Tensor, nn
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from same_bits import assert_same_bits
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
@@ -64,13 +65,6 @@ def results(call: Callable[..., Tensor], leaves: dict[str, Tensor], **options) -
     y = call(**leaves, **options)
     dout = torch.linspace(-1, 1, y.numel()).view_as(y)
     return [y.detach(), *torch.autograd.grad(y, wanted, dout)]
-
-
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert a.dtype == e.dtype, number
-        assert torch.equal(a, e), number
 
 
 def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:

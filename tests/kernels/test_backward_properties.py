@@ -5,8 +5,9 @@ import torch
 from backward_cases import Operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids
+from kernel_cases import DEVICE, LAYOUTS, random_ids
 from tolerance import assert_close_to_exact
+from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
 from tritonmoe.backends import reference
@@ -59,7 +60,7 @@ def test_backward_matches_reference(
     exact = operands.double().down_grad(reference, expected_grouping, activation, bias)
     exact |= operands.double().weight_grad(reference, expected_grouping)._asdict()
     runs = []
-    with pytest.MonkeyPatch.context() as patch, garbage_memory():
+    with pytest.MonkeyPatch.context() as patch, nan_filled_memory():
         patch.setattr(weight_grad, "span_length", lambda *_: span)
         patch.setattr(bias_grad, "SPAN", span)
         for _ in range(2):

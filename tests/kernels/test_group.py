@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, assert_same_grouping, chunked_rows, garbage_memory, random_ids
+from kernel_cases import DEVICE, assert_same_grouping, chunked_rows, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
 from tritonmoe.backends import reference
@@ -38,7 +39,7 @@ def test_group_worked_example():
 )
 def test_group_matches_reference(num_rows, top_k, num_experts, skip, seed):
     ids = random_ids(num_rows, top_k, num_experts, skip=skip, seed=seed).to(DEVICE)
-    with garbage_memory():
+    with nan_filled_memory():
         actual = kernels.group(ids, num_experts)
     assert_same_grouping(actual, reference.group(ids, num_experts))
 
@@ -56,7 +57,7 @@ def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chu
     ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
     row_offsets, sources = chunked_rows(num_rows, num_chunks, num_sources, seed)
     expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_sources=sources)
-    with garbage_memory():
+    with nan_filled_memory():
         actual = kernels.group(
             ids,
             num_experts,
@@ -84,7 +85,7 @@ def test_chunks_with_room_for_more_pairs(num_rows, top_k, num_experts, num_chunk
     counts = [last - first for first, last in itertools.pairwise(expected.chunk_pair_offsets)]
     most = [top_k * (last - first) for first, last in itertools.pairwise(row_offsets)]
     roomy = (0, *itertools.accumulate(min(count + room, limit) for count, limit in zip(counts, most, strict=True)))
-    with garbage_memory():
+    with nan_filled_memory():
         actual = kernels.group(
             ids, num_experts, chunk_row_offsets=row_offsets, chunk_pair_offsets=roomy, row_sources=sources
         )
@@ -193,5 +194,5 @@ def test_group_in_chunks_takes_at_most_three_launches(rows, num_launches):
 @pytest.mark.parametrize("num_rows", [7, 8, 9, 63, 64, 65])
 def test_group_around_one_program(num_rows):
     ids = random_ids(num_rows, 16, 300).to(DEVICE)
-    with garbage_memory():
+    with nan_filled_memory():
         assert_same_grouping(kernels.group(ids, 300), reference.group(ids, 300))

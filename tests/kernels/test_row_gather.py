@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import DEVICE, LAYOUTS, Layer, chunked_rows, garbage_memory, random_ids
+from kernel_cases import DEVICE, LAYOUTS, Layer, chunked_rows, random_ids
 from tolerance import assert_close_to_exact
+from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
 from tritonmoe.backends import reference
@@ -39,7 +40,7 @@ def gathering(way):
 
 def run(way, layer, grouping, activation="silu", **keywords):
     """Give h and a with NaN in fresh memory, and how the rows were got."""
-    with gathering(way) as found, garbage_memory():
+    with gathering(way) as found, nan_filled_memory():
         h, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, activation, **keywords)
     (config,) = found.values()
     return h, a, config

@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from kernel_cases import DEVICE, LAYOUTS, Layer, garbage_memory, random_ids
+from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids
 from tolerance import assert_close_to_exact
 from triton.tools.tensor_descriptor import TensorDescriptor
+from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
 from tritonmoe.backends import reference
@@ -70,10 +71,10 @@ def test_bits_are_those_of_pointers(layout, dtype):
     """Ragged and empty experts, depths and widths that end inside a tile, a bias, weights of both orders."""
     layer, grouping = ragged_layer(dtype, layout, hidden=40, intermediate=24)
     values = random_values(grouping, 24, dtype)
-    with garbage_memory(), reading() as ways:
+    with nan_filled_memory(), reading() as ways:
         by_tma = products(kernels, layer, grouping, values)
     assert ways == (BY_TMA if layout != "transposed" else [{"weight": TWO_PIECES}, *BY_TMA[1:]])
-    with garbage_memory(), reading(by_tma=False) as ways:
+    with nan_filled_memory(), reading(by_tma=False) as ways:
         by_pointers = products(kernels, layer, grouping, values)
     assert ways == [dict.fromkeys(way, f"pointers: {OFF}") for way in BY_TMA]
     expected = products(reference, layer, grouping, values)
@@ -158,7 +159,7 @@ def test_what_tma_cannot_read_is_read_through_pointers(case):
         expected = kernels.down(a, layer.w2, *arguments)
         values = change_values(a) if change_values else a
         weight = change_weight(layer.w2) if change_weight else layer.w2
-        with garbage_memory():
+        with nan_filled_memory():
             actual = kernels.down(values, weight, *arguments)
     assert found[0] == BOTH
     assert found[1] == BOTH | {name: f"pointers: {reason}" for name, reason in reasons.items()}
@@ -179,7 +180,7 @@ def test_weights_that_tma_cannot_read_beside_gathered_rows(layout, change, reaso
     values = random_values(grouping, 8, torch.float16)
     expected = products(kernels, layer, grouping, values)
     layer.w1, layer.w2 = change(layer.w1), change(layer.w2)
-    with garbage_memory(), reading() as found:
+    with nan_filled_memory(), reading() as found:
         actual = products(kernels, layer, grouping, values)
     assert found[2] == {"weight": f"pointers: {reason}"}
     assert found[0]["weight"].startswith("pointers: ")
@@ -191,7 +192,7 @@ def test_weights_that_tma_cannot_read_beside_gathered_rows(layout, change, reaso
 def test_odd_sizes_need_pointers(dtype):
     layer, grouping = ragged_layer(dtype, "concatenated", hidden=37, intermediate=11)
     values = random_values(grouping, 11, dtype)
-    with garbage_memory(), reading() as found:
+    with nan_filled_memory(), reading() as found:
         actual = products(kernels, layer, grouping, values)
     assert len(found) == 4
     assert all(way.startswith("pointers: ") for ways in found for way in ways.values())

@@ -10,9 +10,10 @@ import triton.language as tl
 from backward_cases import Operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, garbage_memory, random_ids, row_sources
+from kernel_cases import DEVICE, LAYOUTS, random_ids, row_sources
 from tolerance import assert_close_to_exact
 from torch import Tensor
+from uninitialised import nan_filled_memory
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
@@ -38,7 +39,7 @@ def test_gradients_are_added_in_place(layout: str, dtype: torch.dtype, into: tor
     start = [torch.randn_like(exact.gate_up_proj).to(into), torch.randn_like(exact.down_proj).to(into)]
     sums = [value.clone() for value in start]
     for _ in range(2):
-        with garbage_memory():
+        with nan_filled_memory():
             grads = operands.weight_grad(backend, grouping, accumulate_gate_up=sums[0], accumulate_down=sums[1])
         assert grads.gate_up_proj is None
         assert grads.down_proj is None
@@ -191,7 +192,7 @@ def hot_ids() -> Tensor:
 def test_hot_experts_are_cut(tiny_spans: list[bool], layout: str, dtype: torch.dtype) -> None:
     operands = Operands(hot_ids(), 6, LAYOUTS[layout], dtype, hidden=40)
     grouping = operands.group()
-    with garbage_memory():
+    with nan_filled_memory():
         actual = operands.weight_grad(triton_backend, grouping)
         added = [torch.ones_like(actual.gate_up_proj), torch.ones_like(actual.down_proj, dtype=torch.float32)]
         operands.weight_grad(triton_backend, grouping, accumulate_gate_up=added[0], accumulate_down=added[1])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
@@ -43,12 +44,6 @@ def loss_of(ids: Tensor, **options) -> Callable[[dict[str, Tensor]], Tensor]:
 def autograd_of(loss: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     return dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values())), strict=True))
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -115,11 +115,6 @@ def assert_equals_one_device(actual: dict[str, Tensor], expected: dict[str, Tens
         assert error <= error_floor(value.dtype, expected[name]), (where, name, error)
 
 
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], where: object = "") -> None:
-    for name, value in actual.items():
-        assert torch.equal(value, expected[name]), (where, name, (value - expected[name]).abs().max().item())
-
-
 CALLABLES = {
     "chunk": lambda h: F.silu(h.chunk(2, 1)[0]) * h.chunk(2, 1)[1],
     "slices": lambda h: torch.sin(h[:, :INTERMEDIATE]) + h[:, INTERMEDIATE:].square(),

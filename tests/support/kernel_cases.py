@@ -1,12 +1,11 @@
 """Layers, routings and comparisons that the tests of the kernels share."""
 
-import contextlib
 import dataclasses
 import itertools
 
-import pytest
 import torch
 from tolerance import assert_close_to_exact
+from uninitialised import nan_filled_memory
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
@@ -24,24 +23,6 @@ LAYOUTS = {
 }
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", GPT_OSS)
-
-
-@contextlib.contextmanager
-def garbage_memory():
-    """Fill what torch.empty gives with NaN (integers: a number that is no index)."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def spoil(make):
-            def spoiled(*args, **kwargs):
-                tensor = make(*args, **kwargs)
-                return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
-
-            return spoiled
-
-        patch.setattr(torch, "empty", spoil(torch.empty))
-        patch.setattr(torch, "empty_like", spoil(torch.empty_like))
-        patch.setattr(torch.Tensor, "new_empty", spoil(torch.Tensor.new_empty))
-        yield
 
 
 class Layer:
@@ -143,7 +124,7 @@ def check_operations(layer, activation, backend=kernels):
     expected_grouping = reference.group(layer.ids, layer.num_experts)
     expected = run_operations(reference, layer, expected_grouping, activation)
     exact = run_operations(reference, layer.double(), expected_grouping, activation, expected)
-    with garbage_memory():
+    with nan_filled_memory():
         grouping = backend.group(layer.ids, layer.num_experts)
         actual = run_operations(backend, layer, grouping, activation, expected)
     assert actual.keys() == expected.keys()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from torch import Tensor
 
 import tritonmoe as tm
@@ -296,13 +297,6 @@ def ops_of(dtype: torch.dtype) -> tuple[str, ...]:
     if dtype == torch.bool:
         return "max", "min"
     return ("sum", "mean", "max", "min") if dtype.is_floating_point else ("sum", "max", "min")
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert (actual.dtype, actual.shape, actual.device) == (expected.dtype, expected.shape, expected.device)
-    copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in (actual, expected)]
-    as_bytes = [copy.view(-1, 1).view(torch.uint8).tolist() for copy in copies]
-    assert as_bytes[0] == as_bytes[1], (actual, expected)
 
 
 @case

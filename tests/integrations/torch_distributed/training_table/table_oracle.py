@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 import tritonmoe as tm
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
+from same_bits import assert_same_bits as assert_same_bits
 from tolerance import assert_close_to_exact
 
 # Adam's first steps are signs of gradients, which rounding turns around; with a large eps they are none.
@@ -136,12 +137,6 @@ def compare_step(actual: Step, form: Form, ranks: Ranks, plan: Plan, step: int, 
         compare({"norm": actual.norm}, {"norm": plain.norm}, {"norm": exact.norm}, what)  # type: ignore[dict-item]
     compare(actual.gradients, plain.gradients, exact.gradients, f"{what}, gradients")
     compare(actual.weights, plain.weights, exact.weights, f"{what}, weights")
-
-
-def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any], what: str) -> None:
-    assert actual.keys() == expected.keys(), f"{what}: {sorted(actual.keys() ^ expected.keys())}"
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different, f"{what}: other bits in {len(different)} of {len(expected)}: {different[:6]}"
 
 
 def assert_same_on_every_rank(tensors: dict[str, Tensor], what: str) -> None:
