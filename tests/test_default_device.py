@@ -43,8 +43,14 @@ def trained(layer: torch.nn.Module, arguments: tuple[Tensor, ...], num_calls: in
     return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters() if parameter.grad is not None)]
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("case", [*OVERLAPS, "two levels", "one device", "placement"])
+CASES = (*OVERLAPS, "two levels", "one device", "placement")
+IN_THE_INTERPRETER = [
+    pytest.param(case, "triton", marks=() if case in ("tokens", "two levels") else pytest.mark.thorough)
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), [*((case, "auto") for case in CASES), *IN_THE_INTERPRETER])
 def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> None:
     num_calls = 8 if case == "auto" else 2  # measured, searched, and tried
     where = KERNEL_DEVICE if backend == "triton" else "cpu"

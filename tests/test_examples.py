@@ -70,6 +70,7 @@ def run_script(script: str, *arguments: str, timeout_s: float = 300) -> str:
 TINY_TRAINING = {"steps": 60, "batch": 8, "length": 64, "learning_rate": 3e-3}
 
 
+@pytest.mark.thorough
 def test_an_upcycled_model_speaks_as_before_and_its_experts_specialise(tmp_path):
     options = [part for key, value in TINY_TRAINING.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     path = tmp_path / "figures.json"
@@ -84,6 +85,7 @@ def test_an_upcycled_model_speaks_as_before_and_its_experts_specialise(tmp_path)
     assert figures["training"]["after"]["rise_when_shuffled"] > 0.05
 
 
+@pytest.mark.thorough
 def test_experts_that_saw_no_tokens_of_their_own_do_not_pass_for_specialised():
     """Their routes shuffled in training, they are as far apart and as good, but any token may go to any of them."""
     spec = importlib.util.spec_from_file_location("upcycle_smollm2", EXAMPLES / "upcycle_smollm2.py")
@@ -127,6 +129,7 @@ def test_minilm_itself():
     run_script("swap_minilm.py")
 
 
+@pytest.mark.thorough
 def test_mixtral_on_two_processes_has_the_losses_of_one():
     arguments = ("--steps", "4", "--chunks", "3")
     one, two = (losses(run_processes("train_mixtral_expert_parallel.py", n, *arguments)) for n in (1, 2))

@@ -1,7 +1,7 @@
 """Who may import whom: the order of rooms, no circles between files, and the four fences."""
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
@@ -39,25 +39,27 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def names_used(path: Path, *, for_types: bool = True) -> Iterator[str]:
+@functools.cache
+def names_used(path: Path, *, for_types: bool = True) -> frozenset[str]:
     """Absolute dotted names that a file imports, also inside functions, or reaches through an imported torch.
 
     for_types: also what is imported under `if TYPE_CHECKING`, which never runs.
     """
-    tree = ast.parse(path.read_text())
+    tree, names = ast.parse(path.read_text()), set()
     for block in ast.walk(tree) if not for_types else ():
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
             block.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} has a relative import: write the whole name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
             dotted = ast.unparse(node)
             if dotted.startswith("torch."):
-                yield dotted
+                names.add(dotted)
+    return frozenset(names)
 
 
 def is_within(name: str, prefix: str) -> bool:

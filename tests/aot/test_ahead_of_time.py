@@ -37,6 +37,7 @@ def test_interpreter_cannot_compile():
     assert "TRITON_INTERPRET" in result.stderr
 
 
+@pytest.mark.thorough
 def test_kernels_compile_and_fit(tmp_path):
     pytest.importorskip("triton.backends.nvidia.compiler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

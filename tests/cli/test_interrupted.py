@@ -119,7 +119,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "end"),
     [
-        pytest.param(ONE_LEVEL, interrupt_all, id="all"),
+        pytest.param(ONE_LEVEL, interrupt_all, id="all", marks=pytest.mark.thorough),
         pytest.param(ONE_LEVEL, interrupt_first, id="the first", marks=SLOW),
         pytest.param(ONE_LEVEL, kill_rank_1, id="killed", marks=SLOW),
         pytest.param(TWO_LEVELS, interrupt_all, id="all of two levels", marks=SLOW),
@@ -149,7 +149,9 @@ def test_a_benchmark_in_namespaces(tmp_path: Path, ranks: list[str], end: Callab
         run([*command, "1", "--chunks", "1"], tmp_path)
 
 
-@pytest.mark.parametrize("end", [interrupt_all, pytest.param(interrupt_first, marks=SLOW)])
+@pytest.mark.parametrize(
+    "end", [pytest.param(interrupt_all, marks=pytest.mark.thorough), pytest.param(interrupt_first, marks=SLOW)]
+)
 def test_training_under_torchrun(tmp_path: Path, end: Callable[[int], None]) -> None:
     said = interrupt([*TRAIN, "100000"], tmp_path, lambda _, said: "step 9 loss" in said, end)
     assert re.search("KeyboardInterrupt|got signal: 2", said)

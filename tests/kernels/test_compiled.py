@@ -15,13 +15,19 @@ TESTS = ("test_missing_waits.py", "test_several_steps.py")
 
 def run(gpu, tmp_path, *arguments):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     files = [str(Path(__file__).parent / name) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", f"--virtual-gpu={gpu}", *files, *arguments]
+    command = [sys.executable, "-m", "pytest", "-n", "0", f"--virtual-gpu={gpu}", *files, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942"])  # one with each kind of matrix instruction
+ONE_OF_EACH_MATRIX_INSTRUCTION = [
+    "sm_90",
+    *(pytest.param(gpu, marks=pytest.mark.thorough) for gpu in ("sm_80", "sm_100", "gfx942")),
+]
+
+
+@pytest.mark.parametrize("gpu", ONE_OF_EACH_MATRIX_INSTRUCTION)
 def test_one_layer_and_missing_waits(gpu, tmp_path):
     result = run(gpu, tmp_path, "-k", "noticed or silu")
     assert result.returncode == 0, result.stdout[-3000:]

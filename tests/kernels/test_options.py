@@ -19,6 +19,7 @@ from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import choice as tile_choice
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("num_sms", [1, 3, 1000])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_bits_do_not_depend_on_num_sms(layout, num_sms):

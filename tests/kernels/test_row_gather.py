@@ -64,6 +64,7 @@ def check(way, layer, activation="silu"):
     return found[2]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [*((torch.float16, layout) for layout in LAYOUTS), *((torch.float32, layout) for layout in list(LAYOUTS)[:2])],

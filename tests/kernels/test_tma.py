@@ -65,6 +65,7 @@ def random_values(grouping, width, dtype):
     return torch.randn(grouping.num_pairs, width, generator=generator).to(DEVICE, dtype)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bits_are_those_of_pointers(layout, dtype):

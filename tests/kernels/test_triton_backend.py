@@ -41,6 +41,7 @@ def test_layouts_and_activations(layout, activation):
     check_operations(Layer(random_ids(13, 3, 3), 3, layout), activation)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "transposed", "ungated"])
 def test_dtypes_over_several_tiles(layout, dtype):

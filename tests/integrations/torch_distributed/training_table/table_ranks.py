@@ -44,10 +44,23 @@ FIRST_ROWS = ("DDP", "FSDP2", "clip_grad_norm_", "AdamW foreach", "one-device we
 ROWS_OF_FOUR = ("DDP", "clip_grad_norm_", "DCP, same ranks", "DCP from 1", "DCP from 2x2", "experts over fewer ranks")
 ROWS_OF_REPLICAS = (*FIRST_ROWS, "DCP, same ranks", "HSDP", "FSDP2 of experts over replicas", "GradScaler", "deepcopy")
 ROWS_OF_REPLICAS += ("accumulated gradients", "DCP from 1", "DCP from 4")
+FIRST_ROWS_OF = {"4": ("DDP", "experts over fewer ranks"), "2x2": ("HSDP", "FSDP2 of experts over replicas")}
+
+
+def tier(cell: Cell) -> str:
+    """Say which test run has this cell: the first, the second ("thorough"), or only one that somebody asks for."""
+    row, form, ranks = cell
+    if not is_quick(cell):
+        return "slow"
+    if ranks in ("4", "2x2"):
+        return "first" if row in FIRST_ROWS_OF[ranks] else "thorough"
+    if form != FORM_OF_ALL_ROWS:
+        return "first" if row in ("DDP", "torch.compile") else "thorough"
+    return "thorough" if row in ("DCP from 4", "DCP from 2x2") else "first"
 
 
 def is_quick(cell: Cell) -> bool:
-    """Say whether the default test run has this cell; the others are much the same, and take minutes."""
+    """Say whether .ci/run has this cell; the others are much the same, and take minutes."""
     row, form, ranks = cell
     if row == "torch.compile":
         return ranks == "2" and form == "module parallelized"
@@ -176,11 +189,15 @@ def run_cells(cells: list[Cell], size: int, folder: Path) -> dict[str, Any]:
 
 
 def run_table(folder: Path, only: str = "") -> dict[str, Any]:
-    """Run all cells, those of the default test run ("quick"), or those that a regular expression finds."""
+    """Run all cells, those of a tier, or those that a regular expression finds.
+
+    The second tier runs those of the first too: they write checkpoints that it reads.
+    """
+    tiers = {"first": ("first",), "thorough": ("first", "thorough")}.get(only)
     transformers.logging.set_verbosity_error()
 
     def is_wanted(cell: Cell) -> bool:
-        return is_quick(cell) if only == "quick" else bool(re.search(only, "|".join(cell)))
+        return tier(cell) in tiers if tiers else bool(re.search(only, "|".join(cell)))
 
     results: dict[str, Any] = {}
     for size, cells in passes():

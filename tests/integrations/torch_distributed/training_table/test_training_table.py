@@ -1,7 +1,7 @@
 """Experts spread over gloo processes inside what users put around them: equal to one device, or refused with a way out.
 
 A failing test names its cell: the row (what is around), the column (what holds the experts) and the ranks. `python
-tests/training_table/table_ranks.py` prints the table.
+tests/integrations/torch_distributed/training_table/table_ranks.py` prints the table.
 """
 
 import functools
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
 from processes import ENVIRONMENT
 
 CELLS = [cell for _, cells in table_ranks.passes() for cell in cells]
+MARKS = {"first": (), "thorough": pytest.mark.thorough, "slow": pytest.mark.slow}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,10 @@ def results(tmp_path_factory) -> Any:
 
 @pytest.mark.parametrize(
     "cell",
-    [
-        pytest.param(cell, id="-".join(cell), marks=() if table_ranks.is_quick(cell) else pytest.mark.slow)
-        for cell in CELLS
-    ],
+    [pytest.param(cell, id="-".join(cell), marks=MARKS[table_ranks.tier(cell)]) for cell in CELLS],
 )
 def test_cell(cell: table_ranks.Cell, results: Any) -> None:
-    outcomes, _ = results("quick" if table_ranks.is_quick(cell) else "")["|".join(cell)]
+    tier = table_ranks.tier(cell)
+    outcomes, _ = results("" if tier == "slow" else tier)["|".join(cell)]
     for outcome in outcomes:
         assert table_ranks.is_expected(cell, outcome), outcomes

@@ -1,0 +1,47 @@
+"""The first tier of a sweep: few of its cases, in which every value, or every pair of values, still occurs.
+
+`@pytest.mark.sweep(2)` on a test with several parameters leaves the cases in the first tier in which each pair of
+values of two parameters occurs for the first time; `sweep(1)` those with each value. The others are marked `thorough`.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+LONGEST_FILES = {
+    "test_ahead_of_time.py",
+    "test_compiled.py",
+    "test_contract.py",
+    "test_examples.py",
+    "test_expert_parallel_compile.py",
+    "test_launched_steps.py",
+    "test_process_faults.py",
+    "test_training_table.py",
+    "test_two_level_faults.py",
+}
+"""They come first: the tests of a file run in one process, which would end long after the other."""
+
+
+def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Give the cases of all sweeps that show no new combination."""
+    cases: dict[object, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_test in cases.values():
+        (strength,) = of_test[0].get_closest_marker("sweep").args
+        kept = covering([tuple(item.callspec.indices.items()) for item in of_test], strength)
+        yield from (item for number, item in enumerate(of_test) if number not in kept)
+
+
+def covering(cases: list[tuple[tuple[str, int], ...]], strength: int) -> set[int]:
+    """Choose cases, each time the one with most new combinations, until every combination has occurred."""
+    shown = [set(itertools.combinations(case, min(strength, len(case)))) for case in cases]
+    missing, chosen = set().union(*shown), set()
+    while missing:
+        best = max(range(len(cases)), key=lambda number: len(shown[number] & missing))
+        chosen.add(best)
+        missing -= shown[best]
+    return chosen

@@ -1,0 +1,22 @@
+"""The first tier of a sweep shows every value, or every pair of values, in few cases."""
+
+import itertools
+
+import pytest
+from tiers import covering
+
+SIZES = {"backend": 3, "layout": 4, "dtype": 2}
+CASES = [tuple(zip(SIZES, case, strict=True)) for case in itertools.product(*map(range, SIZES.values()))]
+
+
+@pytest.mark.parametrize(("strength", "most"), [(1, 4), (2, 13), (3, 24)])
+def test_every_combination_is_shown(strength: int, most: int) -> None:
+    chosen = covering(CASES, strength)
+    shown = {combination for number in chosen for combination in itertools.combinations(CASES[number], strength)}
+    assert shown == {combination for case in CASES for combination in itertools.combinations(case, strength)}
+    assert len(chosen) <= most
+
+
+def test_a_sweep_of_one_case_has_it() -> None:
+    assert covering(CASES[5:6], 2) == {0}
+    assert covering([(("backend", 0),), (("backend", 1),)], 2) == {0, 1}
