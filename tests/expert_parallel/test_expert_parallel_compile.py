@@ -298,7 +298,7 @@ def test_what_an_operator_cannot_take_breaks_the_graph_and_is_right(way: str) ->
 # The order of exchanges
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = SideBySide(LocalTransport())
     names = {getattr(model, name).gate_up_proj.data_ptr(): name for name in ("first", "second")}

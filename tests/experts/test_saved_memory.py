@@ -94,6 +94,7 @@ def test_saved_bytes_per_token(backend: str, save: str, parallel: bool) -> None:
 both_routings = pytest.mark.parametrize("spread", [True, False], ids=["any_experts", "experts_of_one_rank"])
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 @pytest.mark.parametrize(
     "overlap",
