@@ -44,9 +44,9 @@ def test_every_case_gives_every_figure(finished):
             assert result["group_us"] > 0
             assert set(result["left_out"]) >= {"sonicmoe", "liger"}
         else:
-            assert {"group", "up", "down", "combine", "down_grad", "up_grad", "weight_grad W1"} <= set(result)
+            assert {"group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad W1"} <= set(result)
             assert all("fraction_of_dense" in result[name] for name in ("up", "down_grad", "weight_grad W2"))
-            assert all(result[name]["us"] > 0 for name in ("group", "combine"))
+            assert all(result[name]["us"] > 0 for name in ("group", "gather_sum"))
 
 
 def test_a_rerun_does_only_what_is_missing(finished, monkeypatch, capsys):
