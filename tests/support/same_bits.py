@@ -9,7 +9,7 @@ Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1, 1).view(torch.uint8)
 
 
 def assert_same_bits(actual: Tensors, expected: Tensors, where: object = "") -> None:
