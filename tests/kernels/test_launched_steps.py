@@ -26,12 +26,13 @@ def test_wherever_chunks_are_cut_nothing_is_compiled_anew():
     assert all(step == first for step in others)
     kernels = Counter(name.split()[0] for name in first)
     assert kernels.pop("_grouped_matmul_kernel") == 2  # down and up_grad
-    assert kernels.pop("_combine_kernel") == 3  # weighted, plain, and of the gradients of the weights
+    assert kernels.pop("_gather_sum_kernel") == 3  # weighted, plain, and of the gradients of the weights
     assert kernels.pop("_outer_sums_kernel") == 2
     assert kernels.pop("_bias_grad_kernel") == 2
     assert set(kernels.values()) == {1}
 
 
+@pytest.mark.thorough
 def test_warmup_compiles_all_that_steps_launch():
     """In training and inference, recomputing h or not, adding to main_grad or not, in every class of tiles."""
     for name, found in launched("warmup").items():
