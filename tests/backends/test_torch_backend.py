@@ -13,8 +13,8 @@ import tritonmoe as tm
 from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.ops import Operations
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
@@ -80,6 +80,14 @@ class Operands:
         self.y, self.dh = random(num_pairs, HIDDEN), random(num_pairs, width)
         self.num_chunks, self.num_rows = num_chunks, num_rows
 
+    @property
+    def gate_up(self) -> Projection:
+        return Projection(self.w1, self.b1, self.layout)
+
+    @property
+    def down(self) -> Projection:
+        return Projection(self.w2, self.b2, self.layout)
+
     def double(self) -> "Operands":
         twin = object.__new__(Operands)
         for name, value in vars(self).items():
@@ -125,33 +133,23 @@ def run(backend: ModuleType, o: Operands, activation, into_views: bool = False) 
         pairs = slice(*whole.chunk_pair_offsets[c : c + 2])
         rows = slice(*whole.chunk_row_offsets[c : c + 2])
         given = views(out_h=o.h[pairs])
-        h, a = backend.up(o.x, o.w1, o.b1, grouping, layout, activation, **given)
+        h, a = backend.up(o.x, o.gate_up, grouping, activation, **given)
         keep(h=h, a=a)
         assert not given or h is given["out_h"]
         given = views(out=o.y[pairs])
-        keep(y=backend.down(o.a[pairs], o.w2, o.b2, grouping, layout, **given))
-        keep(y_no_bias=backend.down(o.a[pairs], o.w2, None, grouping, layout))
+        keep(y=backend.down(o.a[pairs], o.down, grouping, **given))
+        keep(y_no_bias=backend.down(o.a[pairs], o.down._replace(bias=None), grouping))
         keep(out=backend.gather_sum(o.y[pairs], grouping.inverse, o.weights[rows], **views(out=o.x[rows])))
         keep(unweighted=backend.gather_sum(o.y[pairs], grouping.inverse, **views(out=o.x[rows])))
         for name, hidden, act in (("", o.h[pairs], activation), ("callable_", o.a[pairs], None)):
-            given = views(out_dh=hidden, out_scaled_a=o.a[pairs])
-            dh, scaled_a, dweights = backend.down_grad(
-                o.dout, o.w2, o.b2, hidden, o.weights, grouping, layout, act, **given
-            )
+            given = views(dh=hidden, scaled_a=o.a[pairs])
+            out = {"out": tuple(given.values())} if given else {}
+            dh, scaled_a, dweights = backend.down_grad(o.dout, o.down, hidden, o.weights, grouping, act, **out)
             keep(**{f"{name}dh": dh, f"{name}scaled_a": scaled_a, f"{name}dweights": dweights})
         given = views(out=o.y[pairs])
-        keep(dx=backend.up_grad(o.dh[pairs], o.w1, grouping, layout, **given))
-    grads = backend.weight_grad(
-        whole,
-        layout,
-        x=o.x,
-        dh=o.dh,
-        dout=o.dout,
-        scaled_a=o.a,
-        topk_weights=o.weights,
-        gate_up_bias=True,
-        down_bias=True,
-    )
+        keep(dx=backend.up_grad(o.dh[pairs], o.gate_up, grouping, **given))
+    operands = GradientOperands(o.x, o.dh, o.dout, o.a, o.weights)
+    grads = backend.weight_grad(whole, layout, operands, PerWeight(True, True, True, True))
     keep(dw1=grads.gate_up_proj, db1=grads.gate_up_bias, dw2=grads.down_proj, db2=grads.down_bias)
     return {name: torch.cat(values) for name, values in found.items()}
 
@@ -244,16 +242,20 @@ def test_weight_grad_gives_only_what_is_asked_for(backend: ModuleType) -> None:
     o = Operands(LAYOUTS["concatenated"], torch.float32)
     grouping, layout = o.group(backend), o.layout
     everything = run(backend, o, "silu")
-    only_w1 = backend.weight_grad(grouping, layout, x=o.x, dh=o.dh)
+    only_w1 = backend.weight_grad(
+        grouping, layout, GradientOperands(x=o.x, dh=o.dh), NO_GRADIENTS._replace(gate_up_proj=True)
+    )
     assert only_w1[1:] == (None, None, None)
     assert torch.equal(only_w1.gate_up_proj, everything["dw1"])
-    only_b1 = backend.weight_grad(grouping, layout, dh=o.dh, gate_up_bias=True)
+    only_b1 = backend.weight_grad(grouping, layout, GradientOperands(dh=o.dh), NO_GRADIENTS._replace(gate_up_bias=True))
     assert (only_b1.gate_up_proj, only_b1.down_proj, only_b1.down_bias) == (None, None, None)
     assert torch.equal(only_b1.gate_up_bias, everything["db1"])
-    only_w2 = backend.weight_grad(grouping, layout, dout=o.dout, scaled_a=o.a)
+    operands = GradientOperands(dout=o.dout, scaled_a=o.a)
+    only_w2 = backend.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(down_proj=True))
     assert (only_w2.gate_up_proj, only_w2.gate_up_bias, only_w2.down_bias) == (None, None, None)
     assert torch.equal(only_w2.down_proj, everything["dw2"])
-    only_b2 = backend.weight_grad(grouping, layout, dout=o.dout, topk_weights=o.weights, down_bias=True)
+    operands = GradientOperands(dout=o.dout, topk_weights=o.weights)
+    only_b2 = backend.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(down_bias=True))
     assert only_b2[:3] == (None, None, None)
     assert torch.equal(only_b2.down_bias, everything["db2"])
 
@@ -282,9 +284,10 @@ def test_experts_whose_pairs_share_a_batched_product_share_no_values(dtype: torc
     rows[1], values[2] = torch.inf, torch.nan  # both of expert 1
     weight = torch.randn(num_experts, width, inner, dtype=dtype)
     layout = ExpertLayout(gated=False, transposed=True)
-    h, _ = torch_backend.up(rows, weight, None, grouping, layout, None)
+    h, _ = torch_backend.up(rows, Projection(weight, None, layout), grouping, None)
     torch.testing.assert_close(h[3:], rows[3:] @ weight[3])
-    grads = torch_backend.weight_grad(grouping, layout, x=rows, dh=values)
+    operands = GradientOperands(x=rows, dh=values)
+    grads = torch_backend.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(gate_up_proj=True))
     assert grads.gate_up_proj is not None
     assert not grads.gate_up_proj[1].isfinite().all()
     torch.testing.assert_close(grads.gate_up_proj[3], rows[3:].mT @ values[3:])

@@ -11,9 +11,9 @@ from tritonmoe.benchmarks import transformers as bench
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.benchmarks.transformers import Subject, kept, largest_violation
 from tritonmoe.cli import main
-from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
+from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
 
-SMALL = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "top_k": 2, "vocab_size": 64}
+SMALL = ModelSizes(num_layers=2, hidden_size=32, intermediate_size=16, num_experts=8, top_k=2, vocab_size=64)
 
 
 def test_it_runs_and_writes(tmp_path, capsys):
@@ -50,9 +50,9 @@ def test_sizes_that_no_implementation_takes(sizes, capsys):
 
 
 def test_skewed_routing_is_skewed_and_changes_no_implementation():
-    model = qwen3_moe_model(**SMALL, skew=1.0)
+    model = qwen3_moe_model(SMALL, skew=1.0)
     subject = Subject(model, is_block=False, num_tokens=48, new_tokens=2)
-    uniform = Subject(qwen3_moe_model(**SMALL), is_block=False, num_tokens=48, new_tokens=2)
+    uniform = Subject(qwen3_moe_model(SMALL), is_block=False, num_tokens=48, new_tokens=2)
     assert largest_violation(subject) > 0.5 + largest_violation(uniform)
     model.set_experts_implementation("eager")
     expected = model(subject.ids).logits
@@ -62,7 +62,7 @@ def test_skewed_routing_is_skewed_and_changes_no_implementation():
 
 @pytest.mark.parametrize("is_block", [False, True])
 def test_kept_memory_counts_each_storage_once_and_no_parameter(is_block):
-    model = qwen3_moe_model(**SMALL)
+    model = qwen3_moe_model(SMALL)
     subject = Subject(model, is_block=is_block, num_tokens=48, new_tokens=2)
     once = kept(subject, "tritonmoe")
     assert once == kept(subject, "tritonmoe")
@@ -103,7 +103,7 @@ class LigerFunction:
 
 
 def test_liger_is_measured_where_it_runs(monkeypatch):
-    model = qwen3_moe_model(**SMALL)
+    model = qwen3_moe_model(SMALL)
     ids = torch.arange(2, 40)[None]
     expected = model(ids).logits
     ops = types.SimpleNamespace(LigerFusedMoEFunction=LigerFunction)

@@ -6,7 +6,7 @@ from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.tuning import CHOICES, descend
-from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.config.layer import ExpertLayout, Projection
 from tritonmoe.kernels import launch
 
 START = {
@@ -59,7 +59,7 @@ def test_stages_that_are_not_used_are_not_measured(monkeypatch):
 
     def up():
         grouping = kernels.group(ids, 64)
-        kernels.up(x, w1, None, grouping, ExpertLayout(), "silu")
+        kernels.up(x, Projection(w1, None, ExpertLayout()), grouping, "silu")
 
     monkeypatch.setattr(launch, "TRITON_VERSION", (3, 7, 0))
     monkeypatch.setattr(tuning, "draw_inputs", lambda *arguments: None)

@@ -3,11 +3,12 @@
 from types import ModuleType
 
 import torch
-from kernel_cases import DEVICE
+from kernel_cases import ALL_GRADIENTS, DEVICE
 from torch import Tensor
 
 from tritonmoe.backends import reference
-from tritonmoe.config.layer import ExpertLayout, FusedActivation
+from tritonmoe.backends.ops import GradientOperands
+from tritonmoe.config.layer import ExpertLayout, FusedActivation, Projection
 from tritonmoe.grouping import Grouping
 
 
@@ -62,22 +63,11 @@ class Operands:
         """Give dh (da without an activation), s*a and dweights of the pairs that do work."""
         num_active = int(grouping.expert_offsets[-1])
         hidden = (self.a if activation is None else self.h)[: grouping.num_pairs]
-        b2 = self.b2 if bias else None
-        results = backend.down_grad(
-            self.dout, self.w2, b2, hidden, self.weights, grouping, self.layout, activation, **keywords
-        )
+        down = Projection(self.w2, self.b2 if bias else None, self.layout)
+        results = backend.down_grad(self.dout, down, hidden, self.weights, grouping, activation, **keywords)
         return {name: value[:num_active] for name, value in zip(("dh", "scaled_a", "dweights"), results, strict=True)}
 
     def weight_grad(self, backend: ModuleType, grouping: Grouping, **keywords) -> reference.WeightGrads:
-        return backend.weight_grad(
-            grouping,
-            self.layout,
-            x=self.x,
-            dh=self.dh[: grouping.num_pairs],
-            dout=self.dout,
-            scaled_a=self.scaled_a[: grouping.num_pairs],
-            topk_weights=self.weights,
-            gate_up_bias=True,
-            down_bias=True,
-            **keywords,
-        )
+        dh, scaled_a = self.dh[: grouping.num_pairs], self.scaled_a[: grouping.num_pairs]
+        operands = GradientOperands(self.x, dh, self.dout, scaled_a, self.weights)
+        return backend.weight_grad(grouping, self.layout, operands, ALL_GRADIENTS, **keywords)

@@ -12,7 +12,8 @@ from uninitialised import nan_filled_memory
 from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config.layer import ClampedSwiGLU, KernelOptions
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.config.layer import ClampedSwiGLU, KernelOptions, PerWeight, Projection
 from tritonmoe.kernels import bias_grad, launch, weight_grad
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
@@ -95,17 +96,15 @@ def test_addresses_past_two_to_the_31():
     expected_grads = operands.weight_grad(kernels, grouping)
     for name in ("x", "dout", "h", "dh", "scaled_a", "w2", "b2"):
         setattr(operands, name, spread(getattr(operands, name)))
-    outs = {"out_dh": spread(operands.dh), "out_scaled_a": spread(operands.scaled_a)}
-    reached = operands.down_grad(kernels, grouping, "silu", **outs)
+    out = spread(operands.dh), spread(operands.scaled_a)
+    reached = operands.down_grad(kernels, grouping, "silu", out=out)
     for name, value in expected.items():
         assert torch.equal(reached[name], value), name
-    sums = {
-        "accumulate_gate_up": spread(torch.zeros_like(expected_grads.gate_up_proj)),
-        "accumulate_down": spread(torch.zeros_like(expected_grads.down_proj)),
-    }
-    grads = operands.weight_grad(kernels, grouping, **sums)
-    assert torch.equal(sums["accumulate_gate_up"], expected_grads.gate_up_proj)
-    assert torch.equal(sums["accumulate_down"], expected_grads.down_proj)
+    gate_up = spread(torch.zeros_like(expected_grads.gate_up_proj))
+    down = spread(torch.zeros_like(expected_grads.down_proj))
+    grads = operands.weight_grad(kernels, grouping, accumulate=PerWeight(gate_up, None, down, None))
+    assert torch.equal(gate_up, expected_grads.gate_up_proj)
+    assert torch.equal(down, expected_grads.down_proj)
     assert torch.equal(grads.gate_up_bias, expected_grads.gate_up_bias)
     assert torch.equal(grads.down_bias, expected_grads.down_bias)
 
@@ -127,16 +126,17 @@ def test_backward_launches():
     with launch.recording(aot.TARGETS["sm_90"]) as launches:
         grouping = kernels.group(torch.empty(4096, 8, dtype=torch.int64, device="meta"), 64)
         launches.clear()
-        kernels.down_grad(x, w2, None, h, weights, grouping, layout, "silu", options=options)
+        kernels.down_grad(x, Projection(w2, None, layout), h, weights, grouping, "silu", options=options)
         assert launches[0].grid == (100,)
         assert names() == ["_down_grad_kernel", "_sum_partials_kernel"]
-        kernels.weight_grad(grouping, layout, x=x, dh=h, options=options)
+        operands = GradientOperands(x, h, x, a, weights)
+        kernels.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(gate_up_proj=True), options=options)
         assert launches[0].grid == (100,)
         assert names() == ["_outer_sums_kernel", "_sum_spans_kernel"]
-        kernels.weight_grad(grouping, layout, dh=h, gate_up_bias=True)
+        kernels.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(gate_up_bias=True))
         assert names() == ["_bias_grad_kernel", "_sum_spans_kernel"]
-        kernels.weight_grad(grouping, layout, dout=x, scaled_a=a)
+        kernels.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(down_proj=True))
         assert launches[0].grid[0] > 100
         assert names() == ["_outer_sums_kernel", "_sum_spans_kernel"]
-        kernels.weight_grad(grouping, layout, x=x, dout=x, topk_weights=weights)
+        kernels.weight_grad(grouping, layout, operands, NO_GRADIENTS)
         assert names() == []

@@ -36,9 +36,11 @@ class FarMemory:
 
 def check(folder):
     """Run every operation on operands that are far apart and on ones that are not: the bits must be the same."""
-    from kernel_cases import LAYOUTS, Layer
+    from kernel_cases import ALL_GRADIENTS, LAYOUTS, Layer
 
     from tritonmoe.backends import triton as kernels
+    from tritonmoe.backends.ops import GradientOperands
+    from tritonmoe.config.layer import PerWeight
     from tritonmoe.grouping import RowSources
     from tritonmoe.kernels import up as up_kernels
     from tritonmoe.kernels.gather import gather_rows
@@ -52,7 +54,6 @@ def check(folder):
     def same(name, actual, expected):
         assert torch.equal(actual, expected), name
 
-    layout = layer.layout
     grouping, expected_grouping = kernels.group(layer.ids, 3), kernels.group(near.ids, 3)
     same("pair_index", grouping.pair_index, expected_grouping.pair_index)
     same("expert_offsets", grouping.expert_offsets, expected_grouping.expert_offsets)
@@ -62,53 +63,44 @@ def check(folder):
     in_chunks = [kernels.group(operands.ids, 3, **chunks) for operands in (layer, near)]
     same("source_order", *(each.source_order for each in in_chunks))
     same("chunk_expert_offsets", *(each.chunk_expert_offsets for each in in_chunks))
-    h, a = kernels.up(near.x, near.w1, near.b1, grouping, layout, "silu")
+    h, a = kernels.up(near.x, near.gate_up, grouping, "silu")
     with patch.object(up_kernels, "output", lambda like, rows, width, out=None: far.like(a) if out is None else out):
-        out_h, out_a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layout, "silu", out_h=far.like(h))
+        out_h, out_a = kernels.up(layer.x, layer.gate_up, grouping, "silu", out_h=far.like(h))
     same("h", out_h, h)
     same("a", out_a, a)
-    y = kernels.down(a, near.w2, near.b2, grouping, layout)
-    out_y = kernels.down(out_a, layer.w2, layer.b2, grouping, layout, out=far.like(y))
+    y = kernels.down(a, near.down, grouping)
+    out_y = kernels.down(out_a, layer.down, grouping, out=far.like(y))
     same("y", out_y, y)
     index, far_index = grouping.inverse, far.copy(grouping.inverse)
     out = kernels.gather_sum(y, index, near.weights)
     far_out = kernels.gather_sum(out_y, far_index, layer.weights, out=far.like(out))
     same("out", far_out, out)
-    dh, scaled_a, dweights = kernels.down_grad(near.dout, near.w2, near.b2, h, near.weights, grouping, layout, "silu")
+    dh, scaled_a, dweights = kernels.down_grad(near.dout, near.down, h, near.weights, grouping, "silu")
     out_dh, out_scaled_a, out_dweights = kernels.down_grad(
         layer.dout,
-        layer.w2,
-        layer.b2,
+        layer.down,
         out_h,
         layer.weights,
         grouping,
-        layout,
         "silu",
-        out_dh=far.like(dh),
-        out_scaled_a=far.like(scaled_a),
+        out=(far.like(dh), far.like(scaled_a)),
     )
     same("dh", out_dh, dh)
     same("scaled_a", out_scaled_a, scaled_a)
     same("dweights", out_dweights, dweights)
-    dx = kernels.up_grad(dh, near.w1, grouping, layout)
-    same("dx", kernels.up_grad(out_dh, layer.w1, grouping, layout, out=far.like(dx)), dx)
+    dx = kernels.up_grad(dh, near.gate_up, grouping)
+    same("dx", kernels.up_grad(out_dh, layer.gate_up, grouping, out=far.like(dx)), dx)
     near_w1, near_w2 = torch.zeros_like(near.w1), torch.zeros_like(near.w2)
     far_w1, far_w2 = far.like(near.w1), far.like(near.w2)
     grads = [
         kernels.weight_grad(
             grouping,
-            layout,
-            x=operands.x,
-            dh=pairs_dh,
-            dout=operands.dout,
-            scaled_a=pairs_a,
-            topk_weights=operands.weights,
-            gate_up_bias=True,
-            down_bias=True,
-            accumulate_gate_up=w1,
-            accumulate_down=w2,
+            layer.layout,
+            GradientOperands(one.x, pairs_dh, one.dout, pairs_a, one.weights),
+            ALL_GRADIENTS,
+            accumulate=PerWeight(w1, None, w2, None),
         )
-        for operands, pairs_dh, pairs_a, w1, w2 in (
+        for one, pairs_dh, pairs_a, w1, w2 in (
             (near, dh, scaled_a, near_w1, near_w2),
             (layer, out_dh, out_scaled_a, far_w1, far_w2),
         )

@@ -14,7 +14,8 @@ from uninitialised import nan_filled_memory
 from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.backends.ops import GradientOperands
+from tritonmoe.config.layer import ExpertLayout, PerWeight
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import launch
 
@@ -104,9 +105,10 @@ def test_chunks_with_room_for_more_pairs(num_rows, top_k, num_experts, num_chunk
     x, dh = torch.randn(num_rows, 6, device=DEVICE), torch.randn(num_pairs, 8, device=DEVICE)
     roomy_dh = torch.full((actual.num_pairs, 8), torch.nan, device=DEVICE)
     roomy_dh[places] = dh
-    options = {"topk_weights": torch.rand(num_rows, top_k, device=DEVICE), "gate_up_bias": True, "down_bias": True}
+    topk_weights = torch.rand(num_rows, top_k, device=DEVICE)
+    needs = PerWeight(True, True, False, True)
     grads, exact = (
-        kernels.weight_grad(grouping, ExpertLayout(), x=x, dh=values, dout=x, **options)
+        kernels.weight_grad(grouping, ExpertLayout(), GradientOperands(x, values, x, None, topk_weights), needs)
         for grouping, values in ((actual, roomy_dh), (expected, dh))
     )
     assert all(torch.equal(a, b) for a, b in zip(grads, exact, strict=True) if a is not None)

@@ -42,7 +42,7 @@ def test_deleting_a_wait_is_noticed(virtual_gpu, request):
     gpu = request.config.getoption("--virtual-gpu")
     layer = Layer(random_ids(200, 2, 3), 3, LAYOUTS["concatenated"], torch.bfloat16, hidden=272, intermediate=144)
     grouping = reference.group(layer.ids, 3)
-    operands = (layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
+    operands = (layer.x, layer.gate_up, grouping, "silu")
     expected = kernels.up(*operands)
     for what, pattern in DELETED[gpu].items():
         if (gpu, what) == ("sm_90", "fences") and launch.TRITON_VERSION < (3, 7, 1):

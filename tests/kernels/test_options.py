@@ -13,7 +13,7 @@ from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, random_ids, run_op
 from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.config.layer import KernelOptions
+from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import launch, row_tiles
 from tritonmoe.kernels.tiles import choice as tile_choice
@@ -37,15 +37,16 @@ def test_num_sms_bounds_the_grid():
     x = torch.empty(4096, variant.hidden_size, dtype=torch.bfloat16, device="meta")
     w1 = torch.empty(64, 2 * 768, 2048, dtype=torch.bfloat16, device="meta")
     w2 = torch.empty(64, 2048, 768, dtype=torch.bfloat16, device="meta")
+    gate_up, down = (Projection(weight, None, LAYOUTS["concatenated"]) for weight in (w1, w2))
     with launch.recording(aot.TARGETS["sm_90"]) as launches:
         grouping = kernels.group(torch.empty(4096, 8, dtype=torch.int64, device="meta"), 64)
         launches.clear()
-        h, a = kernels.up(x, w1, None, grouping, LAYOUTS["concatenated"], "silu", options=options)
-        kernels.down(a, w2, None, grouping, LAYOUTS["concatenated"], options=options)
-        kernels.up_grad(h, w1, grouping, LAYOUTS["concatenated"], options=options)
+        h, a = kernels.up(x, gate_up, grouping, "silu", options=options)
+        kernels.down(a, down, grouping, options=options)
+        kernels.up_grad(h, gate_up, grouping, options=options)
         assert [item.grid for item in launches] == [(100,)] * 3
         launches.clear()
-        kernels.down(a, w2, None, grouping, LAYOUTS["concatenated"])
+        kernels.down(a, down, grouping)
     assert launches[0].grid[0] > 100
 
 
@@ -129,12 +130,12 @@ def test_slots_cover_every_pair_once(counts, block_m, padding):
 
 def rows_of_layer(layer, options):
     """Run forward and backward and give everything that has a row for each token."""
-    backend, layout = WithOptions(options), layer.layout
+    backend = WithOptions(options)
     grouping = kernels.group(layer.ids, layer.num_experts)
-    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layout, "silu")
-    y = backend.down(a, layer.w2, layer.b2, grouping, layout)
-    dh, _, dweights = backend.down_grad(layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, "silu")
-    dx = backend.up_grad(dh, layer.w1, grouping, layout)
+    h, a = backend.up(layer.x, layer.gate_up, grouping, "silu")
+    y = backend.down(a, layer.down, grouping)
+    dh, _, dweights = backend.down_grad(layer.dout, layer.down, h, layer.weights, grouping, "silu")
+    dx = backend.up_grad(dh, layer.gate_up, grouping)
     return {
         "out": kernels.gather_sum(y, grouping.inverse, layer.weights),
         "dx": kernels.gather_sum(dx, grouping.inverse),

@@ -41,7 +41,7 @@ def gathering(way):
 def run(way, layer, grouping, activation="silu", **keywords):
     """Give h and a with NaN in fresh memory, and how the rows were got."""
     with gathering(way) as found, nan_filled_memory():
-        h, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, activation, **keywords)
+        h, a = kernels.up(layer.x, layer.gate_up, grouping, activation, **keywords)
     (config,) = found.values()
     return h, a, config
 
@@ -53,10 +53,9 @@ def check(way, layer, activation="silu"):
     expected_grouping = reference.group(layer.ids, layer.num_experts)
     found = run(way, layer, grouping, activation)
     pointers = run("pointers", layer, grouping, activation)
-    arguments = (expected_grouping, layer.layout, activation)
-    expected = reference.up(layer.x, layer.w1, layer.b1, *arguments)
+    expected = reference.up(layer.x, layer.gate_up, expected_grouping, activation)
     twin = layer.double()
-    exact = reference.up(twin.x, twin.w1, twin.b1, *arguments)
+    exact = reference.up(twin.x, twin.gate_up, expected_grouping, activation)
     for name, one, other, right, precise in zip("ha", found, pointers, expected, exact, strict=False):
         assert torch.equal(one[:num_active], other[:num_active]), name
         assert one[num_active:].isnan().all(), f"{name} was written behind the last pair"

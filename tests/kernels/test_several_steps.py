@@ -5,7 +5,8 @@ import torch
 from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, WithOptions, check_operations, random_ids
 
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config.layer import KernelOptions
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
 ON_THREE = KernelOptions(num_sms=3)
@@ -61,15 +62,17 @@ def test_inference_and_accumulation():
     """`up` without h gives the same a; gradients added to main_grad are those given otherwise, in fp32."""
     layer = several_steps()
     grouping = kernels.group(layer.ids, layer.num_experts)
-    _, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
-    h, alone = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu", needs_h=False)
+    _, a = kernels.up(layer.x, layer.gate_up, grouping, "silu")
+    h, alone = kernels.up(layer.x, layer.gate_up, grouping, "silu", needs_h=False)
     num_active = int(grouping.expert_offsets[-1])
     assert h is None
     assert torch.equal(alone[:num_active], a[:num_active])
     dh = torch.randn(grouping.num_pairs, layer.w1.shape[1], generator=torch.Generator().manual_seed(1))
     dh = dh.to(DEVICE, torch.bfloat16)
-    given = kernels.weight_grad(grouping, layer.layout, x=layer.x, dh=dh).gate_up_proj
+    operands, needs = GradientOperands(x=layer.x, dh=dh), NO_GRADIENTS._replace(gate_up_proj=True)
+    given = kernels.weight_grad(grouping, layer.layout, operands, needs).gate_up_proj
     main_grad = torch.ones(layer.w1.shape, device=DEVICE)
-    assert kernels.weight_grad(grouping, layer.layout, x=layer.x, dh=dh, accumulate_gate_up=main_grad)[0] is None
+    accumulate = NO_WEIGHTS._replace(gate_up_proj=main_grad)
+    assert kernels.weight_grad(grouping, layer.layout, operands, needs, accumulate=accumulate)[0] is None
     assert torch.equal((main_grad - 1).to(torch.bfloat16)[-1], torch.zeros_like(given[-1]))  # the empty expert
     torch.testing.assert_close(main_grad - 1, given.float(), rtol=2**-8, atol=1e-4)

@@ -51,12 +51,10 @@ def ragged_layer(dtype, layout, **sizes):
 def products(backend, layer, grouping, values):
     """Give all products but weight_grad, with `values` (N, F) as a, and as many columns as W1 has of them as h, dh."""
     hidden = torch.cat([values, values.flip(1)], 1) if layer.layout.gated else values
-    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
-    down = backend.down(values, layer.w2, layer.b2, grouping, layer.layout)
-    dh, scaled_a, dweights = backend.down_grad(
-        layer.dout, layer.w2, layer.b2, hidden, layer.weights, grouping, layer.layout, "silu"
-    )
-    up_grad = backend.up_grad(hidden, layer.w1, grouping, layer.layout)
+    h, a = backend.up(layer.x, layer.gate_up, grouping, "silu")
+    down = backend.down(values, layer.down, grouping)
+    dh, scaled_a, dweights = backend.down_grad(layer.dout, layer.down, hidden, layer.weights, grouping, "silu")
+    up_grad = backend.up_grad(hidden, layer.gate_up, grouping)
     return {"h": h, "a": a, "down": down, "dh": dh, "s*a": scaled_a, "dweights": dweights, "up_grad": up_grad}
 
 
@@ -90,13 +88,13 @@ def test_neighbours_are_neither_used_nor_written():
     layer, grouping = ragged_layer(torch.float32, "concatenated", bias=False)
     offsets, num_active = grouping.expert_offsets.tolist(), int(grouping.expert_offsets[-1])
     a = random_values(grouping, 12, torch.float32)
-    expected = kernels.down(a, layer.w2, None, grouping, layer.layout)
+    expected = kernels.down(a, layer.down, grouping)
     poisoned = a.clone()
     for expert in (2, 4):
         poisoned[offsets[expert] : offsets[expert + 1]] = float("nan")
     buffer = torch.full((grouping.num_pairs + 40, 24), -7.0, device=DEVICE)
     with reading() as found:
-        kernels.down(poisoned, layer.w2, None, grouping, layer.layout, out=buffer[: grouping.num_pairs, :20])
+        kernels.down(poisoned, layer.down, grouping, out=buffer[: grouping.num_pairs, :20])
     assert found == [BOTH]
     for expert in range(5):
         rows = slice(offsets[expert], offsets[expert + 1])
@@ -155,13 +153,12 @@ def test_what_tma_cannot_read_is_read_through_pointers(case):
     grouping = kernels.group(layer.ids, 3)
     num_active = int(grouping.expert_offsets[-1])
     a = random_values(grouping, 24, torch.float16)
-    arguments = (layer.b2, grouping, layer.layout)
     with reading() as found:
-        expected = kernels.down(a, layer.w2, *arguments)
+        expected = kernels.down(a, layer.down, grouping)
         values = change_values(a) if change_values else a
-        weight = change_weight(layer.w2) if change_weight else layer.w2
+        down = layer.down._replace(weight=change_weight(layer.w2)) if change_weight else layer.down
         with nan_filled_memory():
-            actual = kernels.down(values, weight, *arguments)
+            actual = kernels.down(values, down, grouping)
     assert found[0] == BOTH
     assert found[1] == BOTH | {name: f"pointers: {reason}" for name, reason in reasons.items()}
     assert torch.equal(actual[:num_active], expected[:num_active])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import (
     ACTIVATIONS,
+    ALL_GRADIENTS,
     DEVICE,
     GPT_OSS,
     LAYOUTS,
@@ -19,6 +20,7 @@ from kernel_cases import (
 from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
 
@@ -104,30 +106,29 @@ def test_out_arguments():
     layer = Layer(random_ids(11, 3, 4), 4, LAYOUTS["concatenated"])
     grouping = kernels.group(layer.ids, 4)
     num_pairs, num_active = grouping.num_pairs, int(grouping.expert_offsets[-1])
-    layout = layer.layout
-    h, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layout, "silu")
-    y = kernels.down(a, layer.w2, layer.b2, grouping, layout)
-    arguments = (layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, "silu")
+    h, a = kernels.up(layer.x, layer.gate_up, grouping, "silu")
+    y = kernels.down(a, layer.down, grouping)
+    arguments = (layer.dout, layer.down, h, layer.weights, grouping, "silu")
     dh, scaled_a, dweights = kernels.down_grad(*arguments)
 
     wide = torch.full((num_pairs + 4, 40), -7.0, device=DEVICE)
     out_h = wide[2:-2, :24]
-    assert kernels.up(layer.x, layer.w1, layer.b1, grouping, layout, "silu", out_h=out_h)[0] is out_h
+    assert kernels.up(layer.x, layer.gate_up, grouping, "silu", out_h=out_h)[0] is out_h
     assert torch.equal(out_h[:num_active], h[:num_active])
     assert (wide[:2] == -7).all()
     assert (wide[num_active + 2 :] == -7).all()
     assert (wide[:, 24:] == -7).all()
 
     out_y, out_dx = torch.empty_like(y), torch.empty_like(y)
-    up_arguments = (layer.x, layer.w1, layer.b1, grouping, layout, "silu")
+    up_arguments = (layer.x, layer.gate_up, grouping, "silu")
     no_h, same_a = kernels.up(*up_arguments, needs_h=False)
     assert no_h is None
     assert torch.equal(same_a[:num_active], a[:num_active])
     assert kernels.up(*up_arguments, needs_h=False, out_h=out_h)[0] is out_h
-    assert kernels.down(a, layer.w2, layer.b2, grouping, layout, out=out_y) is out_y
+    assert kernels.down(a, layer.down, grouping, out=out_y) is out_y
     assert torch.equal(out_y[:num_active], y[:num_active])
-    assert kernels.up_grad(dh, layer.w1, grouping, layout, out=out_dx) is out_dx
-    assert torch.equal(out_dx[:num_active], kernels.up_grad(dh, layer.w1, grouping, layout)[:num_active])
+    assert kernels.up_grad(dh, layer.gate_up, grouping, out=out_dx) is out_dx
+    assert torch.equal(out_dx[:num_active], kernels.up_grad(dh, layer.gate_up, grouping)[:num_active])
 
     out = torch.empty(11, 20, device=DEVICE)
     assert kernels.gather_sum(y, grouping.inverse, layer.weights, out=out) is out
@@ -135,7 +136,7 @@ def test_out_arguments():
 
     # dh may take the place of h.
     out_scaled_a = torch.empty_like(scaled_a)
-    in_place = kernels.down_grad(*arguments, out_dh=h, out_scaled_a=out_scaled_a)
+    in_place = kernels.down_grad(*arguments, out=(h, out_scaled_a))
     assert in_place[0] is h
     assert in_place[1] is out_scaled_a
     assert torch.equal(h[:num_active], dh[:num_active])
@@ -147,12 +148,13 @@ def test_weight_grad_gives_only_what_is_asked_for():
     layer = Layer(random_ids(5, 2, 3), 3, LAYOUTS["concatenated"])
     grouping = kernels.group(layer.ids, 3)
     dh = torch.ones(grouping.num_pairs, 24, device=DEVICE)
-    assert kernels.weight_grad(grouping, layer.layout, dh=dh) == (None, None, None, None)
-    only_bias = kernels.weight_grad(grouping, layer.layout, dh=dh, gate_up_bias=True)
+    operands = GradientOperands(dh=dh, dout=layer.dout, scaled_a=dh[:, :12])
+    assert kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS) == (None, None, None, None)
+    only_bias = kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS._replace(gate_up_bias=True))
     assert only_bias.gate_up_proj is None
     counts = grouping.expert_offsets.diff()
     assert torch.equal(only_bias.gate_up_bias, counts[:, None].expand(3, 24).float())
-    only_w2 = kernels.weight_grad(grouping, layer.layout, dout=layer.dout, scaled_a=dh[:, :12])
+    only_w2 = kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS._replace(down_proj=True))
     assert only_w2.down_proj.shape == (3, 20, 12)
     assert only_w2.down_bias is None
 
@@ -175,34 +177,16 @@ def run_in_chunks(layer, row_offsets, sources, activation):
         chunk = grouping.chunk(index)
         pairs = slice(*grouping.chunk_pair_offsets[index : index + 2])
         rows = slice(*row_offsets[index : index + 2])
-        h, a = kernels.up(layer.x, layer.w1, layer.b1, chunk, layout, activation)
-        y = kernels.down(a, layer.w2, layer.b2, chunk, layout)
+        h, a = kernels.up(layer.x, layer.gate_up, chunk, activation)
+        y = kernels.down(a, layer.down, chunk)
         outs.append(kernels.gather_sum(y, chunk.inverse, layer.weights[rows]))
         *_, pair_dweights = kernels.down_grad(
-            layer.dout,
-            layer.w2,
-            layer.b2,
-            h,
-            layer.weights,
-            chunk,
-            layout,
-            activation,
-            out_dh=dh[pairs],
-            out_scaled_a=scaled_a[pairs],
+            layer.dout, layer.down, h, layer.weights, chunk, activation, out=(dh[pairs], scaled_a[pairs])
         )
         dweights.append(chunk.pairs_to_rows(pair_dweights))
-        dxs.append(kernels.gather_sum(kernels.up_grad(dh[pairs], layer.w1, chunk, layout), chunk.inverse))
-    grads = kernels.weight_grad(
-        grouping,
-        layout,
-        x=layer.x,
-        dh=dh,
-        dout=layer.dout,
-        scaled_a=scaled_a,
-        topk_weights=layer.weights,
-        gate_up_bias=True,
-        down_bias=True,
-    )
+        dxs.append(kernels.gather_sum(kernels.up_grad(dh[pairs], layer.gate_up, chunk), chunk.inverse))
+    operands = GradientOperands(layer.x, dh, layer.dout, scaled_a, layer.weights)
+    grads = kernels.weight_grad(grouping, layout, operands, ALL_GRADIENTS)
     return torch.cat(outs), torch.cat(dxs), torch.cat(dweights), grads
 
 
@@ -239,8 +223,8 @@ def test_launches_from_several_threads():
 
     def run(layer):
         grouping = kernels.group(layer.ids, 3)
-        _, a = kernels.up(layer.x, layer.w1, layer.b1, grouping, layer.layout, "silu")
-        y = kernels.down(a, layer.w2, layer.b2, grouping, layer.layout)
+        _, a = kernels.up(layer.x, layer.gate_up, grouping, "silu")
+        y = kernels.down(a, layer.down, grouping)
         return kernels.gather_sum(y, grouping.inverse, layer.weights)
 
     expected = [run(layer) for layer in layers]

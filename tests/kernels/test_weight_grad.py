@@ -18,7 +18,7 @@ from uninitialised import nan_filled_memory
 from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.config.layer import KernelOptions
+from tritonmoe.config.layer import KernelOptions, PerWeight
 from tritonmoe.kernels import bias_grad, launch, spans, weight_grad
 from tritonmoe.kernels.spans import span_of_slot
 
@@ -40,7 +40,7 @@ def test_gradients_are_added_in_place(layout: str, dtype: torch.dtype, into: tor
     sums = [value.clone() for value in start]
     for _ in range(2):
         with nan_filled_memory():
-            grads = operands.weight_grad(backend, grouping, accumulate_gate_up=sums[0], accumulate_down=sums[1])
+            grads = operands.weight_grad(backend, grouping, accumulate=PerWeight(sums[0], None, sums[1], None))
         assert grads.gate_up_proj is None
         assert grads.down_proj is None
         assert grads.gate_up_bias is not None
@@ -68,7 +68,7 @@ def test_gradients_are_added_into_views(backend: ModuleType) -> None:
     expected = operands.weight_grad(backend, grouping)
     buffer = torch.zeros(7 + 3 * 24 * 20 + 5, device=DEVICE)
     gate_up, down = buffer[7:-5].view(3, 24, 20), torch.zeros(3, 12, 40, device=DEVICE)[:, :, ::2].mT
-    operands.weight_grad(backend, grouping, accumulate_gate_up=gate_up, accumulate_down=down)
+    operands.weight_grad(backend, grouping, accumulate=PerWeight(gate_up, None, down, None))
     torch.testing.assert_close(gate_up, expected.gate_up_proj)
     torch.testing.assert_close(down, expected.down_proj)
     assert not buffer[:7].any()
@@ -81,7 +81,7 @@ def test_only_one_of_the_gradients_is_added(backend: ModuleType) -> None:
     grouping = operands.group()
     expected = operands.weight_grad(backend, grouping)
     down = torch.ones_like(expected.down_proj)
-    grads = operands.weight_grad(backend, grouping, accumulate_down=down)
+    grads = operands.weight_grad(backend, grouping, accumulate=PerWeight(None, None, down, None))
     assert grads.down_proj is None
     assert torch.equal(grads.gate_up_proj, expected.gate_up_proj)
     torch.testing.assert_close(down, 1 + expected.down_proj)
@@ -195,7 +195,7 @@ def test_hot_experts_are_cut(tiny_spans: list[bool], layout: str, dtype: torch.d
     with nan_filled_memory():
         actual = operands.weight_grad(triton_backend, grouping)
         added = [torch.ones_like(actual.gate_up_proj), torch.ones_like(actual.down_proj, dtype=torch.float32)]
-        operands.weight_grad(triton_backend, grouping, accumulate_gate_up=added[0], accumulate_down=added[1])
+        operands.weight_grad(triton_backend, grouping, accumulate=PerWeight(added[0], None, added[1], None))
     assert tiny_spans == [True] * 8
     plain, exact = operands.weight_grad(reference, grouping), operands.double().weight_grad(reference, grouping)
     for name in plain._fields:

@@ -9,7 +9,8 @@ from uninitialised import nan_filled_memory
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout
+from tritonmoe.backends.ops import GradientOperands
+from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import RowSources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +23,7 @@ LAYOUTS = {
     "ungated-transposed": ExpertLayout(gated=False, transposed=True),
 }
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
+ALL_GRADIENTS = PerWeight(True, True, True, True)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", GPT_OSS)
 
 
@@ -44,6 +46,14 @@ class Layer:
         self.b2 = random(num_experts, hidden, scale=0.5) if bias else None
         self.x, self.dout = random(ids.shape[0], hidden), random(ids.shape[0], hidden)
         self.weights = torch.rand(ids.shape, generator=generator).to(DEVICE)
+
+    @property
+    def gate_up(self):
+        return Projection(self.w1, self.b1, self.layout)
+
+    @property
+    def down(self):
+        return Projection(self.w2, self.b2, self.layout)
 
     def double(self):
         """Give the same numbers in fp64."""
@@ -71,7 +81,7 @@ def run_operations(backend, layer, grouping, activation, given=None):
     def operand(name, own):
         return own if given is None else pad(given[name])
 
-    h, a = backend.up(layer.x, layer.w1, layer.b1, grouping, layout, activation)
+    h, a = backend.up(layer.x, layer.gate_up, grouping, activation)
     found["h"] = h[:num_active]
     if a is None:
         a = torch.full_like(h[:, : h.shape[1] // 2] if layout.gated else h, 0.5)
@@ -79,29 +89,18 @@ def run_operations(backend, layer, grouping, activation, given=None):
     else:
         found["a"] = a[:num_active]
         h, a = operand("h", h), operand("a", a)
-    y = backend.down(a, layer.w2, layer.b2, grouping, layout)
+    y = backend.down(a, layer.down, grouping)
     found["y"] = y[:num_active]
     found["out"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights)
     found["unweighted"] = backend.gather_sum(operand("y", y), grouping.inverse)
-    dh, scaled_a, dweights = backend.down_grad(
-        layer.dout, layer.w2, layer.b2, h, layer.weights, grouping, layout, activation
-    )
+    dh, scaled_a, dweights = backend.down_grad(layer.dout, layer.down, h, layer.weights, grouping, activation)
     found |= {"dh": dh[:num_active], "scaled_a": scaled_a[:num_active], "dweights": dweights[:num_active]}
     if activation is None:
         return found
     dh, scaled_a = operand("dh", dh), operand("scaled_a", scaled_a)
-    found["dx"] = backend.up_grad(dh, layer.w1, grouping, layout)[:num_active]
-    grads = backend.weight_grad(
-        grouping,
-        layout,
-        x=layer.x,
-        dh=dh,
-        dout=layer.dout,
-        scaled_a=scaled_a,
-        topk_weights=layer.weights,
-        gate_up_bias=True,
-        down_bias=True,
-    )
+    found["dx"] = backend.up_grad(dh, layer.gate_up, grouping)[:num_active]
+    operands = GradientOperands(layer.x, dh, layer.dout, scaled_a, layer.weights)
+    grads = backend.weight_grad(grouping, layout, operands, ALL_GRADIENTS)
     return found | grads._asdict()
 
 

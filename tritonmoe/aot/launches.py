@@ -11,7 +11,16 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tritonmoe.backends import triton as operations
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.config.layer import (
+    NO_WEIGHTS,
+    ClampedSwiGLU,
+    ExpertLayout,
+    FusedActivation,
+    KernelOptions,
+    PerWeight,
+    Projection,
+)
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -124,9 +133,10 @@ class _RecordedStep:
         if v.layout.transposed:
             w1_shape, w2_shape = w1_shape[::-1], w2_shape[::-1]
         self.x, self.dout = self._empty(rows, v.hidden_size), self._empty(rows, v.hidden_size)
-        self.w1, self.w2 = self._empty(v.num_experts, *w1_shape), self._empty(v.num_experts, *w2_shape)
-        self.b1 = self._empty(v.num_experts, width) if v.bias else None
-        self.b2 = self._empty(v.num_experts, v.hidden_size) if v.bias else None
+        w1, w2 = self._empty(v.num_experts, *w1_shape), self._empty(v.num_experts, *w2_shape)
+        b1 = self._empty(v.num_experts, width) if v.bias else None
+        b2 = self._empty(v.num_experts, v.hidden_size) if v.bias else None
+        self.gate_up, self.down = Projection(w1, b1, v.layout), Projection(w2, b2, v.layout)
         self.ids = self._empty(rows, v.top_k, dtype=torch.int64 if v.num_ranks == 1 else torch.int32)
         self.topk_weights = self._empty(rows, v.top_k, dtype=torch.float32)
 
@@ -177,15 +187,15 @@ class _RecordedStep:
 
     def _forward(self, grouping: Grouping) -> tuple[Tensor, Tensor]:
         """Give h and y."""
-        layout, activation, options = self.variant.layout, self.variant.activation, self.options
-        arguments = self.x, self.w1, self.b1, grouping, layout
+        activation, options = self.variant.activation, self.options
+        arguments = self.x, self.gate_up, grouping
         operations.up(*arguments, activation, needs_h=False, options=options)
         self._name("up inference")
         h, a = operations.up(*arguments, activation, options=options)
         self._name("up")
         assert h is not None
         assert a is not None
-        y = operations.down(a, self.w2, self.b2, grouping, layout, options=options)
+        y = operations.down(a, self.down, grouping, options=options)
         self._name("down")
         operations.gather_sum(y, grouping.inverse, self.topk_weights)
         self._name("gather_sum")
@@ -195,33 +205,37 @@ class _RecordedStep:
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Give dh and s*a."""
-        layout, activation, options = self.variant.layout, self.variant.activation, self.options
+        activation, options = self.variant.activation, self.options
         dh, scaled_a, _ = operations.down_grad(
-            self.dout, self.w2, self.b2, h, self.topk_weights, grouping, layout, activation, options=options
+            self.dout, self.down, h, self.topk_weights, grouping, activation, options=options
         )
         self._name("down_grad")
-        operations.up_grad(dh, self.w1, grouping, layout, options=options)
+        operations.up_grad(dh, self.gate_up, grouping, options=options)
         self._name("up_grad")
         operations.gather_sum(y, grouping.inverse)
         self._name("gather_sum without weights")
         return dh, scaled_a
 
     def _weight_grads(self, grouping: Grouping, dh: Tensor, scaled_a: Tensor, suffix: str = "") -> None:
-        def run(operation: str, **arguments: Any) -> None:
-            operations.weight_grad(grouping, self.variant.layout, options=self.options, **arguments)
+        operands = GradientOperands(self.x, dh, self.dout, scaled_a, self.topk_weights)
+
+        def run(operation: str, accumulate: PerWeight[Tensor | None] = NO_WEIGHTS, **wanted: bool) -> None:
+            needs = NO_GRADIENTS._replace(**wanted)
+            operations.weight_grad(
+                grouping, self.variant.layout, operands, needs, accumulate=accumulate, options=self.options
+            )
             self._name(f"{operation}{suffix}")
 
-        def main_grad(weight: Tensor) -> Tensor:
-            return self._empty(*weight.shape, dtype=torch.float32)
+        def main_grad(projection: Projection) -> Tensor:
+            return self._empty(*projection.weight.shape, dtype=torch.float32)
 
-        x, dout = self.x, self.dout
-        run("weight_grad W1", x=x, dh=dh)
-        run("weight_grad W1 main_grad", x=x, dh=dh, accumulate_gate_up=main_grad(self.w1))
-        run("weight_grad W2", dout=dout, scaled_a=scaled_a)
-        run("weight_grad W2 main_grad", dout=dout, scaled_a=scaled_a, accumulate_down=main_grad(self.w2))
+        run("weight_grad W1", gate_up_proj=True)
+        run("weight_grad W1 main_grad", PerWeight(main_grad(self.gate_up), None, None, None), gate_up_proj=True)
+        run("weight_grad W2", down_proj=True)
+        run("weight_grad W2 main_grad", PerWeight(None, None, main_grad(self.down), None), down_proj=True)
         if self.variant.bias:
-            run("weight_grad b1", dh=dh, gate_up_bias=True)
-            run("weight_grad b2", dout=dout, topk_weights=self.topk_weights, down_bias=True)
+            run("weight_grad b1", gate_up_bias=True)
+            run("weight_grad b2", down_bias=True)
 
 
 def source_of(item: launch.Launch, target: GPUTarget) -> ASTSource:

@@ -14,20 +14,63 @@ Shapes: R rows of D columns with K experts each, N pairs, E experts of width F o
 where the experts have no gate ("ungated"). "Storage order" is the order of pairs in the Grouping (grouping.py).
 """
 
-from typing import Literal, Protocol, overload
+from typing import Literal, NamedTuple, Protocol, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions, PerWeight
+from tritonmoe.config.layer import (
+    NO_WEIGHTS,
+    ClampedSwiGLU,
+    ExpertLayout,
+    FusedActivation,
+    KernelOptions,
+    PerWeight,
+    Projection,
+)
 from tritonmoe.grouping import Grouping, RowSources
 
-__all__ = ["Operations", "WeightGrads", "accumulation_dtype", "apply_activation", "split_gate"]
+__all__ = [
+    "NO_GRADIENTS",
+    "GradientOperands",
+    "Operations",
+    "WeightGrads",
+    "accumulation_dtype",
+    "apply_activation",
+    "required",
+    "split_gate",
+]
 
 
 WeightGrads = PerWeight[Tensor | None]
 """Gradients of the expert weights; None where they were not asked for."""
+
+
+class GradientOperands(NamedTuple):
+    """What the gradients of weights are products and sums of; those that no wanted gradient needs may be None."""
+
+    x: Tensor | None = None
+    """(R, D); with dh, of gate_up_proj."""
+    dh: Tensor | None = None
+    """(N, 2F); also of gate_up_bias."""
+    dout: Tensor | None = None
+    """(R, D); with scaled_a, of down_proj."""
+    scaled_a: Tensor | None = None
+    """(N, F): the activations, each times its pair's gate weight."""
+    topk_weights: Tensor | None = None
+    """(R, K); with dout, of down_bias."""
+
+
+NO_GRADIENTS: PerWeight[bool] = PerWeight(False, False, False, False)
+"""No gradient is wanted; NO_GRADIENTS._replace(down_proj=True) asks for one of them."""
+
+
+def required(operand: Tensor | None) -> Tensor:
+    """Give an operand of a gradient that is wanted; raise ValueError where there is none."""
+    if operand is None:
+        raise ValueError("a gradient is wanted, and one of its operands is not given")
+    return operand
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,10 +146,8 @@ class Operations(Protocol):
     def up(
         self,
         x: Tensor,
-        gate_up_proj: Tensor,
-        gate_up_bias: Tensor | None,
+        projection: Projection,
         grouping: Grouping,
-        layout: ExpertLayout,
         activation: FusedActivation,
         *,
         needs_h: Literal[True] = True,
@@ -117,8 +158,7 @@ class Operations(Protocol):
 
         Args:
             x: (R, D) rows, of all chunks (row numbers in `grouping` count from the layer's first row).
-            gate_up_proj: (E, 2F, D), or (E, D, 2F) transposed; F instead of 2F when ungated.
-            gate_up_bias: (E, 2F) or None.
+            projection: the up-projection.
             grouping: one chunk.
             activation: a fused activation, or None for h alone.
             needs_h: False, with an activation and no out_h: h is not kept, and None is given for it (inference).
@@ -132,10 +172,8 @@ class Operations(Protocol):
     def up(
         self,
         x: Tensor,
-        gate_up_proj: Tensor,
-        gate_up_bias: Tensor | None,
+        projection: Projection,
         grouping: Grouping,
-        layout: ExpertLayout,
         activation: FusedActivation,
         *,
         needs_h: bool,
@@ -147,10 +185,8 @@ class Operations(Protocol):
     def up(
         self,
         x: Tensor,
-        gate_up_proj: Tensor,
-        gate_up_bias: Tensor | None,
+        projection: Projection,
         grouping: Grouping,
-        layout: ExpertLayout,
         activation: None,
         *,
         needs_h: bool = True,
@@ -161,10 +197,8 @@ class Operations(Protocol):
     def down(
         self,
         a: Tensor,
-        down_proj: Tensor,
-        down_bias: Tensor | None,
+        projection: Projection,
         grouping: Grouping,
-        layout: ExpertLayout,
         *,
         out: Tensor | None = None,
         options: KernelOptions = KernelOptions(),
@@ -173,7 +207,7 @@ class Operations(Protocol):
 
         Args:
             a: (N, F) in storage order of `grouping` (one chunk).
-            down_proj: (E, D, F), or (E, F, D) transposed. down_bias: (E, D) or None.
+            projection: the down-projection.
             out: (N, D) where y is written.
         Returns:
             y (N, D) in a.dtype, storage order.
@@ -196,24 +230,23 @@ class Operations(Protocol):
     def down_grad(
         self,
         dout: Tensor,
-        down_proj: Tensor,
-        down_bias: Tensor | None,
+        projection: Projection,
         hidden: Tensor,
         topk_weights: Tensor,
         grouping: Grouping,
-        layout: ExpertLayout,
         activation: FusedActivation | None,
         *,
-        out_dh: Tensor | None = None,
-        out_scaled_a: Tensor | None = None,
+        out: tuple[Tensor | None, Tensor | None] = (None, None),
         options: KernelOptions = KernelOptions(),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Carry dout back through gather_sum, the down-projection and the activation.
 
         Args:
             dout: (R, D) rows of all chunks. topk_weights: (R, K) of all chunks.
+            projection: the down-projection.
             hidden: h (N, 2F) of this chunk; with activation=None it is a (N, F) instead.
-            grouping: one chunk. out_dh, out_scaled_a: (N, 2F) and (N, F) where results are written.
+            grouping: one chunk.
+            out: (N, 2F) and (N, F), where dh and s*a are written; None for one that is allocated here.
         Returns:
             dh (N, 2F) (activation=None: da (N, F)), s*a (N, F), both in dout.dtype, and the gradient of each
             pair's weight (N,) in fp32 (fp64 for fp64); all in storage order.
@@ -222,9 +255,8 @@ class Operations(Protocol):
     def up_grad(
         self,
         dh: Tensor,
-        gate_up_proj: Tensor,
+        projection: Projection,
         grouping: Grouping,
-        layout: ExpertLayout,
         *,
         out: Tensor | None = None,
         options: KernelOptions = KernelOptions(),
@@ -233,7 +265,7 @@ class Operations(Protocol):
 
         Args:
             dh: (N, 2F) in storage order of `grouping` (one chunk).
-            gate_up_proj: as for `up`. out: (N, D) where dx is written.
+            projection: the up-projection, whose bias is not read. out: (N, D) where dx is written.
         Returns:
             dx of each pair (N, D) in dh.dtype, storage order.
         """
@@ -242,31 +274,25 @@ class Operations(Protocol):
         self,
         grouping: Grouping,
         layout: ExpertLayout,
+        operands: GradientOperands,
+        needs: PerWeight[bool],
         *,
-        x: Tensor | None = None,
-        dh: Tensor | None = None,
-        dout: Tensor | None = None,
-        scaled_a: Tensor | None = None,
-        topk_weights: Tensor | None = None,
-        gate_up_bias: bool = False,
-        down_bias: bool = False,
-        accumulate_gate_up: Tensor | None = None,
-        accumulate_down: Tensor | None = None,
+        accumulate: PerWeight[Tensor | None] = NO_WEIGHTS,
         options: KernelOptions = KernelOptions(),
     ) -> WeightGrads:
         """Sum the weight gradients over all pairs of the layer, in source order; empty experts get zeros.
 
         Args:
             grouping: the whole layer, all chunks.
-            x, dh: (R, D) and (N, 2F): given together for dW1. dout, scaled_a: (R, D) and (N, F): together for dW2.
-            gate_up_bias: also sum db1 from dh. down_bias: also sum db2 from dout and topk_weights (R, K).
-            accumulate_gate_up, accumulate_down: shaped like the weights, any floating dtype and strides; where one is
-                given, the gradient is added into it, in fp32 or wider and rounded once to its dtype, and None is given
-                back. It is Megatron-LM's `weight.main_grad`, mostly fp32 for bf16 weights, which the training loop owns
-                and zeroes.
+            operands: of all chunks; those that no wanted gradient needs may be None.
+            needs: which gradients are wanted.
+            accumulate: of gate_up_proj and down_proj, shaped like the weight, any floating dtype and strides; where one
+                is given, a gradient that is wanted is added into it, in fp32 or wider and rounded once to its dtype,
+                and None is given back. It is Megatron-LM's `weight.main_grad`, mostly fp32 for bf16 weights, which the
+                training loop owns and zeroes. Of the biases it is not read: their gradients are always given back.
         Returns:
             WeightGrads in the layout and dtype of the weights' rows; biases are (E, 2F) and (E, D).
         Example:
-            One expert, D = F = 1, ungated, x = [[2]], dh = [[3]]: dW1 is [[[6]]]; with accumulate_gate_up = [[[10]]]
-            that becomes [[[16]]] and dW1 is None.
+            One expert, D = F = 1, ungated, x = [[2]], dh = [[3]]: dW1 is [[[6]]]; with accumulate.gate_up_proj =
+            [[[10]]] that becomes [[[16]]] and dW1 is None.
         """

@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads, accumulation_dtype, apply_activation
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.backends.ops import GradientOperands, WeightGrads, accumulation_dtype, apply_activation, required
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, FusedActivation, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
@@ -28,9 +28,10 @@ def copies_rows() -> bool:
     return False
 
 
-def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
-    """One expert's weight as (in, out), whatever the layout."""
-    return weight if layout.transposed else weight.T
+def _in_out(projection: Projection, expert: int) -> Tensor:
+    """Give one expert's weight as (in, out), whatever the layout."""
+    weight = projection.weight[expert]
+    return weight if projection.layout.transposed else weight.T
 
 
 def group(
@@ -77,10 +78,8 @@ def group(
 
 def up(
     x: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
     needs_h: bool = True,
@@ -89,13 +88,14 @@ def up(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Multiply one expert's rows after the other's."""
     acc = accumulation_dtype(x.dtype)
-    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    layout, bias = projection.layout, projection.bias
+    width = projection.weight.shape[2 if layout.transposed else 1]
     h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
     for e, (first, last) in enumerate(_ranges(grouping)):
         rows = x[grouping.row_index[first:last].long()].to(acc)
-        product = rows @ _in_out(gate_up_proj[e], layout).to(acc)
-        if gate_up_bias is not None:
-            product = product + gate_up_bias[e].to(acc)
+        product = rows @ _in_out(projection, e).to(acc)
+        if bias is not None:
+            product = product + bias[e].to(acc)
         h[first:last] = product.to(x.dtype)
     if activation is None:
         return h, None
@@ -104,21 +104,20 @@ def up(
 
 def down(
     a: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Multiply one expert's pairs after the other's."""
     acc = accumulation_dtype(a.dtype)
-    y = a.new_empty(grouping.num_pairs, down_proj.shape[2 if layout.transposed else 1]) if out is None else out
+    width = projection.weight.shape[2 if projection.layout.transposed else 1]
+    y = a.new_empty(grouping.num_pairs, width) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
-        product = a[first:last].to(acc) @ _in_out(down_proj[e], layout).to(acc)
-        if down_bias is not None:
-            product = product + down_bias[e].to(acc)
+        product = a[first:last].to(acc) @ _in_out(projection, e).to(acc)
+        if projection.bias is not None:
+            product = product + projection.bias[e].to(acc)
         y[first:last] = product.to(a.dtype)
     return y
 
@@ -139,27 +138,25 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
 
 def down_grad(
     dout: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     hidden: Tensor,
     topk_weights: Tensor,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
-    out_dh: Tensor | None = None,
-    out_scaled_a: Tensor | None = None,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry each expert's rows through its product, and leave the activation to autograd."""
     acc = accumulation_dtype(dout.dtype)
+    down_proj, down_bias, layout = projection
     rows = grouping.row_index.long()
     grad = dout[rows].to(acc)
     scale = topk_weights.flatten()[grouping.pair_index.long()].to(acc)[:, None]
     g = dout.new_empty(grouping.num_pairs, down_proj.shape[1 if layout.transposed else 2], dtype=acc)
     bias_term = dout.new_zeros(grouping.num_pairs, dtype=acc)
     for e, (first, last) in enumerate(_ranges(grouping)):
-        g[first:last] = grad[first:last] @ _in_out(down_proj[e], layout).to(acc).T
+        g[first:last] = grad[first:last] @ _in_out(projection, e).to(acc).T
         if down_bias is not None:
             bias_term[first:last] = grad[first:last] @ down_bias[e].to(acc)
     da = scale * g
@@ -176,6 +173,7 @@ def down_grad(
     dweights = (g * a.to(acc)).sum(1) + bias_term
     scaled_a = (scale * a.to(acc)).to(dout.dtype)
     dh = dhidden.to(dout.dtype)
+    out_dh, out_scaled_a = out
     if out_dh is not None:
         dh = out_dh.copy_(dh)
     if out_scaled_a is not None:
@@ -185,34 +183,28 @@ def down_grad(
 
 def up_grad(
     dh: Tensor,
-    gate_up_proj: Tensor,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Multiply one expert's pairs after the other's."""
     acc = accumulation_dtype(dh.dtype)
-    dx = dh.new_empty(grouping.num_pairs, gate_up_proj.shape[1 if layout.transposed else 2]) if out is None else out
+    width = projection.weight.shape[1 if projection.layout.transposed else 2]
+    dx = dh.new_empty(grouping.num_pairs, width) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
-        dx[first:last] = (dh[first:last].to(acc) @ _in_out(gate_up_proj[e], layout).to(acc).T).to(dh.dtype)
+        dx[first:last] = (dh[first:last].to(acc) @ _in_out(projection, e).to(acc).T).to(dh.dtype)
     return dx
 
 
 def weight_grad(
     grouping: Grouping,
     layout: ExpertLayout,
+    operands: GradientOperands,
+    needs: PerWeight[bool],
     *,
-    x: Tensor | None = None,
-    dh: Tensor | None = None,
-    dout: Tensor | None = None,
-    scaled_a: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    gate_up_bias: bool = False,
-    down_bias: bool = False,
-    accumulate_gate_up: Tensor | None = None,
-    accumulate_down: Tensor | None = None,
+    accumulate: PerWeight[Tensor | None] = NO_WEIGHTS,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """Stack each expert's sums."""
@@ -236,13 +228,15 @@ def weight_grad(
         return torch.stack([values[i:j].sum(0) for i, j in _ranges(grouping)]).to(dtype)
 
     dw1 = db1 = dw2 = db2 = None
-    if x is not None and dh is not None:
-        dw1 = outer_sums(dh, x, not layout.transposed, accumulate_gate_up)
-    if dh is not None and gate_up_bias:
+    if needs.gate_up_proj:
+        dw1 = outer_sums(required(operands.dh), required(operands.x), not layout.transposed, accumulate.gate_up_proj)
+    if needs.gate_up_bias:
+        dh = required(operands.dh)
         db1 = sums(dh[order].to(accumulation_dtype(dh.dtype)), dh.dtype)
-    if dout is not None and scaled_a is not None:
-        dw2 = outer_sums(scaled_a, dout, layout.transposed, accumulate_down)
-    if dout is not None and topk_weights is not None and down_bias:
+    if needs.down_proj:
+        dw2 = outer_sums(required(operands.scaled_a), required(operands.dout), layout.transposed, accumulate.down_proj)
+    if needs.down_bias:
+        dout, topk_weights = required(operands.dout), required(operands.topk_weights)
         acc = accumulation_dtype(dout.dtype)
         scale = topk_weights.flatten()[grouping.pair_index.long()[order]].to(acc)
         db2 = sums(dout[rows].to(acc) * scale[:, None], dout.dtype)

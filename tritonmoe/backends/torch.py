@@ -11,10 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads, accumulation_dtype, apply_activation, split_gate
+from tritonmoe.backends.ops import (
+    GradientOperands,
+    WeightGrads,
+    accumulation_dtype,
+    apply_activation,
+    required,
+    split_gate,
+)
 from tritonmoe.backends.torch_grouping import group
 from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_products
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.config.layer import (
+    NO_WEIGHTS,
+    ClampedSwiGLU,
+    ExpertLayout,
+    FusedActivation,
+    KernelOptions,
+    PerWeight,
+    Projection,
+)
 from tritonmoe.grouping import Grouping
 
 __all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
@@ -31,30 +46,29 @@ def copies_rows() -> bool:
     return False  # not those of a whole chunk, only those of a block
 
 
-def _in_out(weight: Tensor, layout: ExpertLayout) -> Tensor:
+def _in_out(projection: Projection) -> Tensor:
     """Give the experts' weights as (E, in, out) of the forward product."""
-    return weight if layout.transposed else weight.mT
+    return projection.weight if projection.layout.transposed else projection.weight.mT
 
 
-def _out_in(weight: Tensor, layout: ExpertLayout) -> Tensor:
-    return weight.mT if layout.transposed else weight
+def _out_in(projection: Projection) -> Tensor:
+    return projection.weight.mT if projection.layout.transposed else projection.weight
 
 
 def up(
     x: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
     needs_h: bool = True,
     out_h: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
-    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    layout = projection.layout
+    width = projection.weight.shape[2 if layout.transposed else 1]
     acc = accumulation_dtype(x.dtype)
-    h = pair_products(x, grouping.row_index, _in_out(gate_up_proj, layout), gate_up_bias, grouping, out_h)
+    h = pair_products(x, grouping.row_index, _in_out(projection), projection.bias, grouping, out_h)
     if activation is None:
         return h, None
     a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
@@ -86,15 +100,13 @@ def _activate(h: Tensor, layout: ExpertLayout, activation: FusedActivation, out:
 
 def down(
     a: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return pair_products(a, None, _in_out(down_proj, layout), down_bias, grouping, out)
+    return pair_products(a, None, _in_out(projection), projection.bias, grouping, out)
 
 
 def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -140,25 +152,24 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
 
 def down_grad(
     dout: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     hidden: Tensor,
     topk_weights: Tensor,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
-    out_dh: Tensor | None = None,
-    out_scaled_a: Tensor | None = None,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(dout.dtype)
+    down_proj, down_bias, layout = projection
+    out_dh, out_scaled_a = out
     inner = down_proj.shape[1 if layout.transposed else 2]
     dh = torch.empty_like(hidden) if out_dh is None else out_dh
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
-    products = pair_products(dout, grouping.row_index, _out_in(down_proj, layout), None, grouping, None)
+    products = pair_products(dout, grouping.row_index, _out_in(projection), None, grouping, None)
     for scale, product, hidden_of, dh_of, dweights_of, scaled_a_of in _row_blocks(
         ELEMENTWISE_SIZE // inner, scales, products, hidden, dh, dweights, scaled_a
     ):
@@ -227,43 +238,40 @@ def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> T
 
 def up_grad(
     dh: Tensor,
-    gate_up_proj: Tensor,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return pair_products(dh, None, _out_in(gate_up_proj, layout), None, grouping, out)
+    return pair_products(dh, None, _out_in(projection), None, grouping, out)
 
 
 def weight_grad(
     grouping: Grouping,
     layout: ExpertLayout,
+    operands: GradientOperands,
+    needs: PerWeight[bool],
     *,
-    x: Tensor | None = None,
-    dh: Tensor | None = None,
-    dout: Tensor | None = None,
-    scaled_a: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    gate_up_bias: bool = False,
-    down_bias: bool = False,
-    accumulate_gate_up: Tensor | None = None,
-    accumulate_down: Tensor | None = None,
+    accumulate: PerWeight[Tensor | None] = NO_WEIGHTS,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     order = grouping.source_order
     dw1 = db1 = dw2 = db2 = None
-    if x is not None and dh is not None:
-        dw1 = outer_sums(dh, x, grouping, not layout.transposed, accumulate_gate_up)
-    if dout is not None and scaled_a is not None:
-        dw2 = outer_sums(scaled_a, dout, grouping, layout.transposed, accumulate_down)
-    if dh is not None and gate_up_bias:
+    if needs.gate_up_proj:
+        dh, x = required(operands.dh), required(operands.x)
+        dw1 = outer_sums(dh, x, grouping, not layout.transposed, accumulate.gate_up_proj)
+    if needs.down_proj:
+        scaled_a, dout = required(operands.scaled_a), required(operands.dout)
+        dw2 = outer_sums(scaled_a, dout, grouping, layout.transposed, accumulate.down_proj)
+    if needs.gate_up_bias:
+        dh = required(operands.dh)
         db1 = dh.new_zeros(grouping.num_experts, dh.shape[1])
         for e, positions in expert_slices(grouping):
             values = dh[positions] if order is None else dh.index_select(0, order[positions])
             db1[e] = values.sum(0, dtype=accumulation_dtype(dh.dtype))
-    if dout is not None and topk_weights is not None and down_bias:
+    if needs.down_bias:
+        dout, topk_weights = required(operands.dout), required(operands.topk_weights)
         acc = accumulation_dtype(dout.dtype)
         db2 = dout.new_zeros(grouping.num_experts, dout.shape[1])
         pair_index = grouping.pair_index if order is None else grouping.pair_index.index_select(0, order)

@@ -6,8 +6,8 @@ Five are functions of the folder kernels as they are. `group` and `weight_grad` 
 from torch import Tensor
 from torch import device as Device
 
-from tritonmoe.backends.ops import WeightGrads
-from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, KernelOptions
+from tritonmoe.backends.ops import GradientOperands, WeightGrads, required
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels.bias_grad import bias_grad
 from tritonmoe.kernels.down import down, up_grad
@@ -87,29 +87,24 @@ def group(
 def weight_grad(
     grouping: Grouping,
     layout: ExpertLayout,
+    operands: GradientOperands,
+    needs: PerWeight[bool],
     *,
-    x: Tensor | None = None,
-    dh: Tensor | None = None,
-    dout: Tensor | None = None,
-    scaled_a: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    gate_up_bias: bool = False,
-    down_bias: bool = False,
-    accumulate_gate_up: Tensor | None = None,
-    accumulate_down: Tensor | None = None,
+    accumulate: PerWeight[Tensor | None] = NO_WEIGHTS,
     options: KernelOptions = KernelOptions(),
 ) -> WeightGrads:
     """One grouped product with a ragged sum for each weight, one column sum for each bias."""
     order = grouping.source_order
     pairs = grouping.pair_index if order is None else grouping.pair_index.index_select(0, order)
     dw1 = db1 = dw2 = db2 = None
-    if x is not None and dh is not None:
-        pairs_first = not layout.transposed
-        dw1 = outer_sums(dh, x, grouping, pairs, pairs_first, accumulate_gate_up, options)
-    if dh is not None and gate_up_bias:
-        db1 = bias_grad(dh, grouping, order)
-    if dout is not None and scaled_a is not None:
-        dw2 = outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate_down, options)
-    if dout is not None and topk_weights is not None and down_bias:
-        db2 = bias_grad(dout, grouping, pairs, topk_weights)
+    if needs.gate_up_proj:
+        dh, x = required(operands.dh), required(operands.x)
+        dw1 = outer_sums(dh, x, grouping, pairs, not layout.transposed, accumulate.gate_up_proj, options)
+    if needs.gate_up_bias:
+        db1 = bias_grad(required(operands.dh), grouping, order)
+    if needs.down_proj:
+        scaled_a, dout = required(operands.scaled_a), required(operands.dout)
+        dw2 = outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate.down_proj, options)
+    if needs.down_bias:
+        db2 = bias_grad(required(operands.dout), grouping, pairs, required(operands.topk_weights))
     return WeightGrads(dw1, db1, dw2, db2)

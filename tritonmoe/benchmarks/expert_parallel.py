@@ -18,7 +18,7 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
-from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes
+from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import summarize, write_json
@@ -85,11 +85,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _make_model(arguments: argparse.Namespace) -> Any:
     return qwen3_moe_model(
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        num_experts=arguments.experts,
-        top_k=arguments.top_k,
+        model_sizes(arguments),
         dtype=DTYPES[arguments.dtype],
     )
 

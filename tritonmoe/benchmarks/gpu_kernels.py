@@ -6,10 +6,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tritonmoe import backends
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.benchmarks.gpu_cases import Setting, time_variants
 from tritonmoe.benchmarks.roofline import kernel_work
 from tritonmoe.benchmarks.shapes import LayerInputs, LayerShape, draw_inputs
 from tritonmoe.benchmarks.timing import summarize
+from tritonmoe.config.layer import Projection
 from tritonmoe.runtime.files import Json
 
 __all__ = ["measure_kernels", "operation_calls"]
@@ -21,24 +23,27 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
     ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
     x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
     w = {name: weight.detach() for name, weight in inputs.weights.items()}
-    w1, w2, b1, b2 = w["gate_up_proj"], w["down_proj"], w.get("gate_up_bias"), w.get("down_bias")
+    gate_up = Projection(w["gate_up_proj"], w.get("gate_up_bias"), layout)
+    down = Projection(w["down_proj"], w.get("down_bias"), layout)
     activation = shape.activation
     grouping = ops.group(inputs.topk_ids, shape.num_experts)
-    h, a = ops.up(x, w1, b1, grouping, layout, activation)
-    y = ops.down(a, w2, b2, grouping, layout)
-    dh, scaled_a, _ = ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation)
-    dx = ops.up_grad(dh, w1, grouping, layout)
+    h, a = ops.up(x, gate_up, grouping, activation)
+    y = ops.down(a, down, grouping)
+    dh, scaled_a, _ = ops.down_grad(dout, down, h, gates, grouping, activation)
+    dx = ops.up_grad(dh, gate_up, grouping)
+    operands = GradientOperands(x, dh, dout, scaled_a, gates)
+    needs_w1, needs_w2 = NO_GRADIENTS._replace(gate_up_proj=True), NO_GRADIENTS._replace(down_proj=True)
     return {
         "group": lambda: ops.group(inputs.topk_ids, shape.num_experts),
-        "up": lambda: ops.up(x, w1, b1, grouping, layout, activation),
-        "up, inference": lambda: ops.up(x, w1, b1, grouping, layout, activation, needs_h=False),
-        "down": lambda: ops.down(a, w2, b2, grouping, layout),
+        "up": lambda: ops.up(x, gate_up, grouping, activation),
+        "up, inference": lambda: ops.up(x, gate_up, grouping, activation, needs_h=False),
+        "down": lambda: ops.down(a, down, grouping),
         "gather_sum": lambda: ops.gather_sum(y, grouping.inverse, gates),
-        "down_grad": lambda: ops.down_grad(dout, w2, b2, h, gates, grouping, layout, activation),
-        "up_grad": lambda: ops.up_grad(dh, w1, grouping, layout),
+        "down_grad": lambda: ops.down_grad(dout, down, h, gates, grouping, activation),
+        "up_grad": lambda: ops.up_grad(dh, gate_up, grouping),
         "gather_sum_grad": lambda: ops.gather_sum(dx, grouping.inverse),
-        "weight_grad W1": lambda: ops.weight_grad(grouping, layout, x=x, dh=dh),
-        "weight_grad W2": lambda: ops.weight_grad(grouping, layout, dout=dout, scaled_a=scaled_a),
+        "weight_grad W1": lambda: ops.weight_grad(grouping, layout, operands, needs_w1),
+        "weight_grad W2": lambda: ops.weight_grad(grouping, layout, operands, needs_w2),
     }
 
 

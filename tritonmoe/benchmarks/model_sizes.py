@@ -3,8 +3,9 @@
 import argparse
 
 from tritonmoe.benchmarks.argument_types import positive
+from tritonmoe.integrations.transformers.bench_model import ModelSizes
 
-__all__ = ["add_model_sizes", "check_model_sizes"]
+__all__ = ["add_model_sizes", "check_model_sizes", "model_sizes"]
 
 
 def add_model_sizes(parser: argparse.ArgumentParser) -> None:
@@ -24,3 +25,10 @@ def check_model_sizes(arguments: argparse.Namespace) -> None:
             "--hidden-size must be a multiple of 16, for eight heads, and --intermediate-size of 8, for the rows of "
             f"grouped_mm, got {arguments.hidden_size} and {arguments.intermediate_size}"
         )
+
+
+def model_sizes(arguments: argparse.Namespace) -> ModelSizes:
+    """Give the sizes that the command was given."""
+    return ModelSizes(
+        arguments.layers, arguments.hidden_size, arguments.intermediate_size, arguments.experts, arguments.top_k
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tritonmoe.benchmarks.argument_types import picture_file, positive
-from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes
+from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.benchmarks.timing import Samples, add_arguments, interleave, summarize, write_json
 from tritonmoe.benchmarks.transformers_report import as_table, write_png
@@ -180,11 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in arguments.dtypes:
         for routing in arguments.routings:
             model = qwen3_moe_model(
-                num_layers=arguments.layers,
-                hidden_size=arguments.hidden_size,
-                intermediate_size=arguments.intermediate_size,
-                num_experts=arguments.experts,
-                top_k=arguments.top_k,
+                model_sizes(arguments),
                 dtype=DTYPES[dtype],
                 device=device,
                 skew=ROUTINGS[routing],

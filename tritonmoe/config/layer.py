@@ -23,6 +23,7 @@ __all__ = [
     "KernelOptions",
     "MoEConfig",
     "PerWeight",
+    "Projection",
     "check_activation",
     "check_flags",
     "check_moe_config",
@@ -150,6 +151,20 @@ class PerWeight(NamedTuple, Generic[Value]):
 
 
 NO_WEIGHTS: PerWeight[None] = PerWeight(None, None, None, None)
+
+
+class Projection(NamedTuple):
+    """One of the two projections of the experts on this rank, as operations take it.
+
+    The up-projection is gate_up_proj and gate_up_bias, the down-projection is down_proj and down_bias.
+    """
+
+    weight: torch.Tensor
+    """(E, 2F, D) or (E, D, F); (E, D, 2F) or (E, F, D) if transposed; F instead of 2F if ungated."""
+    bias: torch.Tensor | None
+    """(E, 2F) or (E, D); None where the experts have none."""
+    layout: ExpertLayout
+    """How the weight lies, and what its columns mean."""
 
 
 class KernelOptions(NamedTuple):

@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
+from tritonmoe.backends.ops import GradientOperands
+from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, Projection, is_fused
 from tritonmoe.experts.arguments import (
     ExpertInputs,
     Needs,
@@ -18,7 +19,7 @@ from tritonmoe.experts.callable_activation import checked_activation, zero_paddi
 from tritonmoe.experts.flops import count_products, matrix_size
 from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
-from tritonmoe.experts.weight_gradients import GradientOperands, weight_gradients
+from tritonmoe.experts.weight_gradients import weight_gradients
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
 from tritonmoe.runtime.transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
@@ -71,7 +72,8 @@ class _UpHalf(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         count_products(settings.ops, x, grouping.num_pairs, matrix_size(weight))
-        h, _ = settings.ops.up(x, weight, bias, grouping, settings.layout, None, options=settings.options)
+        gate_up = Projection(weight, bias, settings.layout)
+        h, _ = settings.ops.up(x, gate_up, grouping, None, options=settings.options)
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(x, weight, keep_beside(ctx, grouping))
@@ -87,7 +89,8 @@ class _UpHalf(torch.autograd.Function):
         dx = None
         if needs_x:
             count_products(settings.ops, dh, grouping.num_pairs, matrix_size(weight))
-            dx_pairs = settings.ops.up_grad(dh, weight, grouping, settings.layout, options=settings.options)
+            gate_up = Projection(weight, None, settings.layout)
+            dx_pairs = settings.ops.up_grad(dh, gate_up, grouping, options=settings.options)
             dx = settings.ops.gather_sum(dx_pairs, grouping.inverse)
         needs, operands = PerWeight(needs_weight, needs_bias, False, False), GradientOperands(x=x, dh=dh)
         grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), operands)
@@ -109,7 +112,7 @@ class _DownHalf(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         count_products(settings.ops, a, grouping.num_pairs, matrix_size(weight))
-        y = settings.ops.down(a, weight, bias, grouping, settings.layout, options=settings.options)
+        y = settings.ops.down(a, Projection(weight, bias, settings.layout), grouping, options=settings.options)
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(a, topk_weights, weight, bias, keep_beside(ctx, grouping))
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
@@ -121,8 +124,9 @@ class _DownHalf(torch.autograd.Function):
         grouping = kept_beside(ctx, mark)
         *_, needs_topk_weights, needs_weight, needs_bias = ctx.needs_input_grad
         count_products(settings.ops, dout, grouping.num_pairs, matrix_size(weight))
+        down = Projection(weight, bias, settings.layout)
         da, scaled_a, dweights = settings.ops.down_grad(
-            dout, weight, bias, a, topk_weights, grouping, settings.layout, None, options=settings.options
+            dout, down, a, topk_weights, grouping, None, options=settings.options
         )
         zero_padding(da, grouping)
         needs = PerWeight(False, False, needs_weight, needs_bias)

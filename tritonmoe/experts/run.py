@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import accumulation_dtype
-from tritonmoe.config.layer import PerWeight, is_fused
+from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
+from tritonmoe.config.layer import PerWeight, Projection, is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products, matrix_size
 from tritonmoe.experts.spec import ExpertSettings
-from tritonmoe.experts.weight_gradients import GradientOperands, weight_gradients
+from tritonmoe.experts.weight_gradients import weight_gradients
 from tritonmoe.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
@@ -63,8 +63,7 @@ class ExpertsRun:
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
-        ops, layout, activation = self.settings[:3]
-        options = self.settings.options
+        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
@@ -93,12 +92,12 @@ class ExpertsRun:
                 for_each(forward_block, blocks, self.rows.device)
                 y = pairs_y
         else:
-            w1, b1, w2, b2 = self.weights
-            h, _ = ops.up(self.rows, w1, b1, grouping, layout, None, options=options)
+            gate_up, down = self.settings.projections(self.weights)
+            h, _ = ops.up(self.rows, gate_up, grouping, None, options=options)
             a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
             if graph is not None:
                 self.activation_graphs[chunk] = graph
-            y = ops.down(a, w2, b2, grouping, layout, out=y, options=options)
+            y = ops.down(a, down, grouping, out=y, options=options)
         return ops.gather_sum(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
@@ -112,22 +111,11 @@ class ExpertsRun:
         out_h: Tensor | None = None,
         out_y: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        ops, layout, activation = self.settings[:3]
-        options = self.settings.options
+        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
         assert is_fused(activation), "callables take whole chunks"
-        w1, b1, w2, b2 = self._block_weights(block)
-        h, a = ops.up(
-            self.rows,
-            w1,
-            b1,
-            block.grouping,
-            layout,
-            activation,
-            needs_h=needs_h,
-            out_h=out_h,
-            options=options,
-        )
-        return h, ops.down(a, w2, b2, block.grouping, layout, out=out_y, options=options)
+        gate_up, down = self._block_projections(block)
+        h, a = ops.up(self.rows, gate_up, block.grouping, activation, needs_h=needs_h, out_h=out_h, options=options)
+        return h, ops.down(a, down, block.grouping, out=out_y, options=options)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -136,22 +124,21 @@ class ExpertsRun:
 
         Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
         """
-        ops, layout, activation = self.settings[:3]
-        options = self.settings.options
+        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
             self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
-            inner = layout.intermediate_size(self._hidden_width)
+            inner = self.settings.layout.intermediate_size(self._hidden_width)
             self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
-        up, down = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        up_size, down_size = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
         computes_h = is_fused(activation) and self.h is None
-        count_products(ops, self.rows, grouping.num_pairs, down + (needs_dx + computes_h) * up)
+        count_products(ops, self.rows, grouping.num_pairs, down_size + (needs_dx + computes_h) * up_size)
         dh, scaled_a = _part(self.dh, pairs), _part(self.scaled_a, pairs)
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
@@ -171,16 +158,16 @@ class ExpertsRun:
 
                 for_each(backward_block, blocks, dout.device)
         else:
-            w1, _, w2, b2 = self.weights
+            gate_up, down = self.settings.projections(self.weights)
             graph = self.activation_graphs[chunk]
             a = graph.a.detach()
             da, _, dweights = ops.down_grad(
-                dout, w2, b2, a, self.topk_weights, grouping, layout, None, out_scaled_a=scaled_a, options=options
+                dout, down, a, self.topk_weights, grouping, None, out=(None, scaled_a), options=options
             )
             zero_padding(da, grouping)
             dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
             if needs_dx:
-                dx_pairs = ops.up_grad(dh, w1, grouping, layout, out=dx_pairs, options=options)
+                dx_pairs = ops.up_grad(dh, gate_up, grouping, out=dx_pairs, options=options)
         dx = None
         if dx_pairs is not None:
             dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
@@ -197,33 +184,29 @@ class ExpertsRun:
         dx_pairs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights and its dx."""
-        ops, layout, activation = self.settings[:3]
-        options = self.settings.options
+        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
         assert is_fused(activation), "callables take whole chunks"
-        w1, b1, w2, b2 = self._block_weights(block)
+        gate_up, down = self._block_projections(block)
         positions = block.positions
         if h is None:
-            hidden, _ = ops.up(self.rows, w1, b1, block.grouping, layout, None, options=options)
+            hidden, _ = ops.up(self.rows, gate_up, block.grouping, None, options=options)
         else:
             hidden = _part(h, positions)
         part_dh = _part(dh, positions)
         _, _, dweights = ops.down_grad(
             dout,
-            w2,
-            b2,
+            down,
             hidden,
             self.topk_weights,
             block.grouping,
-            layout,
             activation,
-            out_dh=part_dh,
-            out_scaled_a=_part(scaled_a, positions),
+            out=(part_dh, _part(scaled_a, positions)),
             options=options,
         )
         if not needs_dx:
             return dweights, None
         out = None if dx_pairs is None else _part(dx_pairs, positions)
-        return dweights, ops.up_grad(part_dh, w1, block.grouping, layout, out=out, options=options)
+        return dweights, ops.up_grad(part_dh, gate_up, block.grouping, out=out, options=options)
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
@@ -234,10 +217,12 @@ class ExpertsRun:
                 most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
         return grouping.blocks(most)
 
-    def _block_weights(self, block: GroupingBlock) -> PerWeight[Tensor]:
-        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
-            return self.weights
-        return self.weights.map(lambda weight: weight[block.experts])
+    def _block_projections(self, block: GroupingBlock) -> tuple[Projection, Projection]:
+        """Give the up-projection and the down-projection of the block's experts."""
+        weights = self.weights
+        if block.grouping.num_experts != weights.gate_up_proj.shape[0]:
+            weights = weights.map(lambda weight: weight[block.experts])
+        return self.settings.projections(weights)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
         """Give the gradients of the weights that need one; None for the others, and for those added to main_grads."""

@@ -6,10 +6,20 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tritonmoe import backends
 from tritonmoe.backends.ops import Operations
-from tritonmoe.config.layer import Activation, ClampedSwiGLU, ExpertLayout, KernelOptions, check_activation, is_fused
+from tritonmoe.config.layer import (
+    Activation,
+    ClampedSwiGLU,
+    ExpertLayout,
+    KernelOptions,
+    PerWeight,
+    Projection,
+    check_activation,
+    is_fused,
+)
 from tritonmoe.experts.arguments import ExpertInputs
 
 __all__ = [
@@ -52,6 +62,11 @@ class ExpertSettings(NamedTuple):
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"
     options: KernelOptions = KernelOptions()
+
+    def projections(self, weights: PerWeight[Tensor]) -> tuple[Projection, Projection]:
+        """Give the up-projection and the down-projection of experts that have these weights."""
+        w1, b1, w2, b2 = weights
+        return Projection(w1, b1, self.layout), Projection(w2, b2, self.layout)
 
 
 def expert_spec(

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonmoe.config.layer import ExpertLayout, KernelOptions
+from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
@@ -169,26 +169,25 @@ def _grouped_matmul(
 
 def down(
     a: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Launch the operation `down` of `backends.ops`: one grouped product."""
-    return _grouped_matmul(a, down_proj, 1 if layout.transposed else 2, down_bias, grouping, out, options)
+    in_axis = 1 if projection.layout.transposed else 2
+    return _grouped_matmul(a, projection.weight, in_axis, projection.bias, grouping, out, options)
 
 
 def up_grad(
     dh: Tensor,
-    gate_up_proj: Tensor,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
     """Launch the operation `up_grad` of `backends.ops`: one grouped product, whose sums go over all 2F columns."""
-    return _grouped_matmul(dh, gate_up_proj, 2 if layout.transposed else 1, None, grouping, out, options)
+    in_axis = 2 if projection.layout.transposed else 1
+    return _grouped_matmul(dh, projection.weight, in_axis, None, grouping, out, options)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.config.layer import FusedActivation, KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
@@ -156,27 +156,25 @@ def _down_grad_kernel(
 
 def down_grad(
     dout: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
+    projection: Projection,
     hidden: Tensor,
     topk_weights: Tensor,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
-    out_dh: Tensor | None = None,
-    out_scaled_a: Tensor | None = None,
+    out: tuple[Tensor | None, Tensor | None] = (None, None),
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the operation `down_grad` of `backends.ops`.
 
     One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
     """
+    down_proj, down_bias, layout = projection
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
     num_experts, num_units, depth = down_proj.shape[0], down_proj.shape[in_axis], dout.shape[1]
     num_pairs = grouping.num_pairs
-    dh = output(dout, num_pairs, hidden.shape[1], out_dh)
-    scaled_a = output(dout, num_pairs, num_units, out_scaled_a)
+    dh = output(dout, num_pairs, hidden.shape[1], out[0])
+    scaled_a = output(dout, num_pairs, num_units, out[1])
     dweights = dout.new_empty(num_pairs, dtype=torch.float32)
     dout = contiguous_columns(dout)
     if hidden.stride(1) != 1:

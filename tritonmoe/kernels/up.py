@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions
+from tritonmoe.config.layer import FusedActivation, KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
@@ -203,9 +203,10 @@ def _up_kernel(
 
 
 def _operands(
-    x: Tensor, gate_up_proj: Tensor, grouping: Grouping, layout: ExpertLayout, config: TileConfig
+    x: Tensor, projection: Projection, grouping: Grouping, config: TileConfig
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """Give the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
+    gate_up_proj, _, layout = projection
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     rows: Tensor | TensorDescriptor = x
     weight: Tensor | TensorDescriptor = gate_up_proj
@@ -224,10 +225,8 @@ def _operands(
 
 def up(
     x: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_bias: Tensor | None,
+    projection: Projection,
     grouping: Grouping,
-    layout: ExpertLayout,
     activation: FusedActivation | None,
     *,
     needs_h: bool = True,
@@ -235,6 +234,7 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
+    gate_up_proj, gate_up_bias, layout = projection
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)
@@ -249,7 +249,7 @@ def up(
     config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = triton.cdiv(num_units, config.block_n)
-    rows, weight = _operands(x, gate_up_proj, grouping, layout, config)
+    rows, weight = _operands(x, projection, grouping, config)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, x.device),),

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,24 @@ from tritonmoe.config.overlap import OverlapConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_spread", "qwen3_moe_model"]
+__all__ = ["ModelSizes", "load_spread", "qwen3_moe_model"]
+
+
+class ModelSizes(NamedTuple):
+    """The sizes of a Qwen3-MoE language model; its attention has eight heads."""
+
+    num_layers: int = 4
+    hidden_size: int = 512
+    intermediate_size: int = 256
+    """Of one expert."""
+    num_experts: int = 64
+    top_k: int = 8
+    vocab_size: int = 2048
 
 
 def qwen3_moe_model(
+    sizes: ModelSizes,
     *,
-    num_layers: int = 4,
-    hidden_size: int = 512,
-    intermediate_size: int = 256,
-    num_experts: int = 64,
-    top_k: int = 8,
-    vocab_size: int = 2048,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     skew: float = 0.0,
@@ -39,17 +46,17 @@ def qwen3_moe_model(
 
     register()
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"head_dim": hidden_size // 8}  # the annotations of its class leave it out
+    settings: dict[str, Any] = {"head_dim": sizes.hidden_size // 8}  # the annotations of its class leave it out
     config = Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        moe_intermediate_size=intermediate_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        moe_intermediate_size=sizes.intermediate_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
+        num_experts=sizes.num_experts,
+        num_experts_per_tok=sizes.top_k,
         norm_topk_prob=True,
         bos_token_id=1,
         eos_token_id=None,
@@ -60,11 +67,11 @@ def qwen3_moe_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.gate.weight"):
-                parameter.normal_(std=hidden_size**-0.5)
+                parameter.normal_(std=sizes.hidden_size**-0.5)
     if skew:
-        head_start = -skew * torch.arange(1, num_experts + 1, device=device).log()
+        head_start = -skew * torch.arange(1, sizes.num_experts + 1, device=device).log()
         for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(functools.partial(_skewed, head_start, top_k))
+            layer.mlp.gate.register_forward_hook(functools.partial(_skewed, head_start, sizes.top_k))
     return model
 
 
