@@ -67,8 +67,9 @@ NO_GRADIENTS: PerWeight[bool] = PerWeight(False, False, False, False)
 
 
 def required(operand: Tensor | None) -> Tensor:
-    """Give an operand of a gradient that is wanted."""
-    assert operand is not None, "a gradient is wanted, and one of its operands is not given"
+    """Give an operand of a gradient that is wanted; raise ValueError where there is none."""
+    if operand is None:
+        raise ValueError("a gradient is wanted, and one of its operands is not given")
     return operand
 
 
