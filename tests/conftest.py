@@ -1,4 +1,4 @@
-"""Test set-up: Triton's interpreter is switched on before anything imports triton; Ctrl-C works; the two tiers.
+"""Test set-up: Triton's interpreter is on before anything imports triton; Ctrl-C works; tiers; who runs alone.
 
 torch reads no compiled graph of an earlier state of this code back: its cache doesn't know the operators' schemas.
 """
@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import tiers
 import torch
+import turns
 import uninitialised
 
 from virtual_gpu import VIRTUAL_GPUS
@@ -42,6 +43,21 @@ def pytest_collection_modifyitems(items):
     for item in tiers.left_out(items):
         item.add_marker(pytest.mark.thorough)
     items.sort(key=lambda item: item.path.name not in tiers.LONGEST_FILES)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let tests with real timeouts have all cores."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return (yield)
+    with turns.turn(run, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    turns.remove(node.workerinput["testrunuid"])
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from fault_cases import DAMAGED, LATE_S, SIZE, TIMEOUT_S, VICTIM
 from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
+pytestmark = pytest.mark.alone
 SURVIVORS = range(VICTIM)
 SLACK_S = 4.0
 """For processes that have to wait for a core."""

@@ -20,6 +20,7 @@ from random_faults import LATE_S, SIZE, TIMEOUT_S, step
 
 import tritonmoe as tm
 
+pytestmark = pytest.mark.alone
 SLACK_S = 8.0
 """For processes that have to wait for a core."""
 MAX_GROWTH = 4 << 20

@@ -24,6 +24,7 @@ from test_process_faults import LATE_S, SLACK_S, ranks_of
 import tritonmoe as tm
 from tritonmoe.transports import Death, Delay, TwoLevelTransport
 
+pytestmark = pytest.mark.alone
 SIZE, VICTIM = TWO_LEVEL_SIZE, TWO_LEVEL_SIZE - 1
 SURVIVORS = range(VICTIM)
 
