@@ -1,4 +1,4 @@
-"""Who may import whom: the order of rooms, no circles between files, and the four fences."""
+"""Who may import whom: the order of folders, no circles between files, and the four fences."""
 
 import ast
 import functools
@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = (
+FOLDERS = (
     *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
     *("dispatch", "overlap", "simulation", "tuning", "expert_parallel", "layer", "integrations", "report", "diagnosis"),
     *("benchmarks", "demo", "cli"),
 )
-"""A file imports from its own room and from those that stand before it."""
+"""A file imports from its own folder and from those that stand before it."""
 FENCES = {
     "triton": ("kernels/", "aot/"),
     "torch.distributed": ("transports/", "integrations/"),
@@ -24,8 +24,8 @@ FENCES = {
     "torch.cuda.current_stream": ("overlap/report.py", "runtime/host_device.py", "transports/"),
 }
 EXCEPTIONS = {
-    # what it uses beyond its fence or room, and why
-    ("__init__.py", "*"): "gives out the public names of every room",
+    # what it uses beyond its fence or folder, and why
+    ("__init__.py", "*"): "gives out the public names of every folder",
     ("__main__.py", "*"): "starts the command line",
 }
 
@@ -83,17 +83,17 @@ def test_fences(fence: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_imports_only_from_its_room_and_those_before(path: Path) -> None:
+def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> None:
     relative = path.relative_to(ROOT)
     if tolerated(relative.as_posix(), "*"):
         return
     own = relative.parts[0].removesuffix(".py")
-    assert own in ROOMS, f"{own} has no place in the order of rooms"
-    allowed = ROOMS[: ROOMS.index(own) + 1]
+    assert own in FOLDERS, f"{own} has no place in the order of folders"
+    allowed = FOLDERS[: FOLDERS.index(own) + 1]
     for name in names_used(path):
         if is_within(name, "tritonmoe") and not tolerated(relative.as_posix(), name):
-            room = f"{name}.".split(".")[1]
-            assert room in allowed or room == "__version__", f"{relative} imports {name}"
+            folder = f"{name}.".split(".")[1]
+            assert folder in allowed or folder == "__version__", f"{relative} imports {name}"
 
 
 def imported_modules(path: Path) -> set[str]:

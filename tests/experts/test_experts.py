@@ -12,6 +12,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 
 import tritonmoe as tm
+from tritonmoe.config.layer import ACTIVATION_NAMES
 from tritonmoe.experts.run import ExpertsRun
 
 BACKENDS = ("torch", "reference")
@@ -24,7 +25,7 @@ LAYOUTS = {
     "ungated-transposed": {"gated": False, "transposed": True},
 }
 GPT_OSS = tm.ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
-ACTIVATIONS = {name: name for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2")} | {
+ACTIVATIONS = {name: name for name in ACTIVATION_NAMES} | {
     "gpt_oss": GPT_OSS,
     "deepseek_v4": tm.ClampedSwiGLU(0.7),
 }

@@ -13,10 +13,10 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.config.layer import ClampedSwiGLU, KernelOptions, PerWeight, Projection
+from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, KernelOptions, PerWeight, Projection
 from tritonmoe.kernels import bias_grad, launch, weight_grad
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
+ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ from uninitialised import nan_filled_memory
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, PerWeight, Projection
+from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import RowSources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ALL_GRADIENTS = PerWeight(True, True, True, True)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", GPT_OSS)
+ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS)
 
 
 class Layer:

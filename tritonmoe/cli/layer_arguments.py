@@ -6,12 +6,12 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.shapes import LayerShape
-from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
+from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped")
+ACTIVATIONS = (*ACTIVATION_NAMES, "clamped")
 
 
 def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool = True) -> None:

@@ -28,7 +28,7 @@ __all__ = ["DispatchPlan", "exchange_plan", "offsets"]
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Every size and offset of one layer call; backward uses it again, with no exchange of its own."""
+    """Every size and offset of one layer call; backward uses the same numbers, so it exchanges no counts."""
 
     rank: int
     size: int

@@ -1,4 +1,4 @@
-"""S_ik: which tokens of this rank travel to which rank, in which chunk: the sender's half of a plan, from ids alone.
+"""The sender's half of a plan, from ids alone: which tokens go to which rank, in which chunk (S_ik).
 
 S_ik is the set of tokens of rank i that need any expert of rank k: a token that needs three experts of one rank
 travels there once. The *home* buffer has a row for each (token, rank that needs it) of this rank. It is stored by
@@ -31,7 +31,7 @@ class TokenPlan:
     """The sender's half of a plan, known without any exchange."""
 
     token_bounds: tuple[int, ...]
-    """(C+1): this rank's tokens token_bounds[c] .. token_bounds[c+1] have all their sums once chunk c has come home."""
+    """(C+1): this rank's tokens token_bounds[c] .. token_bounds[c+1] can be reduced once chunk c has been combined."""
     home_tokens: Tensor
     """(S,) int32: the token of each home row, as they are sent."""
     home_index: Tensor

@@ -1,6 +1,6 @@
 """agree(): the one exchange before any row moves, after which all ranks have the same plan for one call.
 
-A transport of two levels and a capacity each change how it is made, in a function of its own.
+On two levels the plan is made in _agree_on_two_levels, and with a capacity in _agree_on_capacity.
 """
 
 import zlib
@@ -58,7 +58,7 @@ def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> Exper
     """Give a call whose plan is made, on one level."""
     return ExpertParallelCall(
         settings=call.settings,
-        owners=call.recorder.owners,
+        owners=call.runner.owners,
         all_ranks=call.transport,
         transport=call.transport,
         header=header,
@@ -93,7 +93,7 @@ def _agree_on_two_levels(
     )
     return TwoLevelCall(
         settings=call.settings,
-        owners=call.recorder.owners,
+        owners=call.runner.owners,
         all_ranks=transport,
         transport=transport.between_nodes,
         header=header,
@@ -122,11 +122,11 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         intermediate_size=call.intermediate_size,
         dtype=DTYPE_CODES[inputs.x.dtype],
         topk_weights_dtype=DTYPE_CODES.get(inputs.topk_weights.dtype, 0),
-        grad_enabled=int(call.recorder.grad_enabled),
+        grad_enabled=int(call.runner.grad_enabled),
         needs_any=int(needs.any),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
-        compiled=int(call.recorder.is_compiled),
+        compiled=int(call.runner.is_compiled),
         captured=int(call.is_captured),
         replay_overflowed=int(is_replay_wrong),
         placement=placement_checksum(placement),

@@ -36,7 +36,7 @@ __all__ = [
     "ExpertParallelCall",
     "Kept",
     "ReceivedExperts",
-    "Recorder",
+    "Runner",
     "SavedTensors",
     "group_received",
     "run_backward",
@@ -48,7 +48,7 @@ __all__ = [
 class ExpertParallelCall:
     """One call on a transport of one level, from the plan to the end of its backward.
 
-    TwoLevelCall (two_level_call.py) overrides what two levels do otherwise: the methods here are all of it.
+    Every method here is a point where TwoLevelCall (two_level_call.py) does something else; nothing else differs.
     """
 
     settings: ExpertSettings
@@ -67,7 +67,7 @@ class ExpertParallelCall:
     report: LayerReport = field(init=False)
     """Made by the forward."""
     capped: CappedTokens | None = None
-    """With a capacity: what was decided without a word from the device, and whether it was right."""
+    """With a capacity: the sizes assumed before any count was read, and the flag that says whether the rows fitted."""
     flag: PendingExchange | None = None
     """With a capacity in a CUDA graph: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
@@ -87,7 +87,7 @@ class ExpertParallelCall:
         return experts, None
 
     def experts_of_backward(self, run: ExpertsRun, kept: "Kept") -> tuple[ExpertsPass, Tensor]:
-        """Give what stands for the experts in the plan's backward, and a tensor shaped as the plan's topk_weights."""
+        """Give what computes the experts' backward, and the gate weights (R, K) of the rows that it received."""
         return run, run.topk_weights
 
     def after_backward(self, experts: ExpertsPass, timings: PassReport) -> None:
@@ -124,7 +124,7 @@ class ReceivedExperts:
         return ExpertsRun(call.settings, self.weights, rows, topk_weights, grouping, self.keep_hidden)
 
 
-class Recorder(Protocol):
+class Runner(Protocol):
     """How a planned call is run so that its backward can follow: by an autograd Function, or inside an operator."""
 
     @property

@@ -11,7 +11,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.two_level import check_two_level
-from tritonmoe.expert_parallel.call import Recorder
+from tritonmoe.expert_parallel.call import Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
 from tritonmoe.experts.arguments import (
@@ -37,7 +37,7 @@ class CheckedCall(NamedTuple):
     """One call whose arguments fit together on this rank, and what follows from them alone."""
 
     spec: CallSpec
-    recorder: Recorder
+    runner: Runner
     transport: Transport
     state: TransportState
     sequence: int
@@ -64,7 +64,7 @@ class CheckedCall(NamedTuple):
         return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
 
 
-def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
+def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     """Check a call on this rank, before anything of it is sent.
 
     Raises:
@@ -73,7 +73,7 @@ def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
     spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
     two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
-        inputs = _checked_inputs(arguments, recorder.owners)
+        inputs = _checked_inputs(arguments, runner.owners)
         if two_level is not None:
             check_two_level(spec.overlap, spec.placement)
         is_in_graph = is_captured(inputs.x.device)
@@ -84,7 +84,7 @@ def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
     except Exception:
         refuse(transport)
         raise
-    needs = recorder.needs(inputs, parameters)
+    needs = runner.needs(inputs, parameters)
     num_slots = spec.num_experts
     with torch.no_grad():
         if spec.placement is not None:
@@ -95,7 +95,7 @@ def check(arguments: CallArguments, recorder: Recorder) -> CheckedCall:
     state = state_of(transport)
     return CheckedCall(
         spec=spec,
-        recorder=recorder,
+        runner=runner,
         transport=transport,
         state=state,
         sequence=state.next_call(),

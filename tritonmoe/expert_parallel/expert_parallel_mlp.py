@@ -62,7 +62,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
 
 
 class _AsFunction:
-    """A Recorder that runs a call as an autograd Function."""
+    """A Runner that runs a call as an autograd Function."""
 
     is_compiled = False
 

@@ -37,7 +37,7 @@ __all__ = ["expert_parallel_operator"]
 
 
 class _InOperator:
-    """A Recorder that keeps what the backward operator needs behind a handle, `kept`."""
+    """A Runner that keeps what the backward operator needs behind a handle, `kept`."""
 
     is_compiled = True
     owners = None
@@ -77,10 +77,10 @@ def _expert_parallel_mlp(
     """Give out (T, D), `kept`, and `turn`. needs: Needs.as_list()."""
     inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias))
     calling = None if layer is None else find(layer)
-    recorder = _InOperator(grad_enabled, needs)
+    runner = _InOperator(grad_enabled, needs)
     with torch.no_grad(), without_autocast(x.device):
-        out = run_call(CallArguments(decode(spec), find(turn), inputs, calling, num_nonfinite_rows), recorder)
-    return out, recorder.kept, turn.clone()
+        out = run_call(CallArguments(decode(spec), find(turn), inputs, calling, num_nonfinite_rows), runner)
+    return out, runner.kept, turn.clone()
 
 
 @_expert_parallel_mlp.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import some_rank_overflowed, watched
 from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
-from tritonmoe.expert_parallel.call import ExpertParallelCall, Recorder
+from tritonmoe.expert_parallel.call import ExpertParallelCall, Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.check import CheckedCall, check
 from tritonmoe.overlap.report import LayerReport
@@ -24,13 +24,13 @@ from tritonmoe.tuning.tuner import Message, PlanChooser
 __all__ = ["run_call"]
 
 
-def run_call(arguments: CallArguments, recorder: Recorder) -> Tensor:
+def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
     """Give the result (T, D) of a call; its report goes to the layer that calls.
 
     Raises:
         What check() and agree() raise, and TransportError where an exchange fails.
     """
-    call = check(arguments, recorder)
+    call = check(arguments, runner)
     choice = choose_plan(call)
     agreed = agree(call, choice.overlap, choice.message)
     y, report = run(call, agreed)
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
     """Whether it is the plan of the forward that activation checkpointing runs again."""
 
     def learn(self, call: CheckedCall, agreed: ExpertParallelCall, report: LayerReport) -> None:
-        """Let the chooser take in a call, and remember its plan for a recompute."""
+        """Give the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.chooser is None:
             return
         if self.is_recompute:
@@ -94,7 +94,7 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
         x.dtype.itemsize,
         gated=settings.layout.gated,
         save=settings.save,
-        has_backward=call.recorder.grad_enabled,
+        has_backward=call.runner.grad_enabled,
     )
     kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
     chooser = call.state.choosers.get(kind)
@@ -110,7 +110,7 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
 def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerReport]:
     """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
     autocast = caller_autocast(call.inputs.x.device)
-    agreed.fillers = [partial(_run_filler, filler, call.recorder.grad_enabled, autocast) for filler in call.fillers]
+    agreed.fillers = [partial(_run_filler, filler, call.runner.grad_enabled, autocast) for filler in call.fillers]
     y = _run_planned(call, agreed)
     report = agreed.report
     if agreed.is_wrong is not None:
@@ -126,7 +126,7 @@ def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerRep
 
 def _run_planned(call: CheckedCall, agreed: ExpertParallelCall) -> Tensor:
     with without_autocast(call.inputs.x.device):
-        return call.recorder.run(agreed, call.inputs, call.activation_parameters)
+        return call.runner.run(agreed, call.inputs, call.activation_parameters)
 
 
 def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callable[[], AbstractContextManager]) -> None:

@@ -20,7 +20,7 @@ __all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
 CALLS_OF_GENERATION = 10**9
-"""So far apart calls of two generations of a transport are numbered, which no forward and backward may confuse."""
+"""rebuild() adds this to the numbers of calls, so that no call from before it is taken for a later one."""
 
 
 class UnderWay(NamedTuple):
@@ -35,7 +35,7 @@ class UnderWay(NamedTuple):
 
 @dataclass
 class TransportState:
-    """Of one transport."""
+    """What all layer calls on one transport share: counters by which ranks know their place, and tuned plans."""
 
     generation: int = 0
     """Of the transport, to which the rest belongs."""
@@ -94,7 +94,7 @@ class TransportState:
             del self.under_way[next(iter(self.under_way))]
 
     def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
-        """Give the plan of the forward that this call recomputes: a region's calls come in their first order.
+        """Give the plan of the forward that this call recomputes: the n-th call of a region repeats its n-th forward.
 
         None in reentrant checkpointing, where the recompute is the only call that keeps anything.
         """

@@ -29,8 +29,9 @@ SMALLEST_BLOCK_PAIRS = 256
 class ExpertsRun:
     """One call of this rank's experts, chunk by chunk in order, forward and backward.
 
-    forward(c) needs the rows of chunk c's pairs to be in `rows`; backward(c) the same of `dout`. weight_grad() comes
-    after the last backward. Tensors that outlive a chunk (h, dh, s*a) are allocated once for the whole layer.
+    A chunk here is a segment of the plan, so local rows are chunks too. forward(c) needs the rows of chunk c's pairs to
+    be in `rows`; backward(c) the same of `dout`. weight_grad() comes after the last backward. Tensors that outlive a
+    chunk (h, dh, s*a) are allocated once for the whole layer.
     """
 
     settings: ExpertSettings
@@ -49,7 +50,7 @@ class ExpertsRun:
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
     dweights: Tensor | None = None
-    """Of all pairs in chunks of experts."""
+    """(N',) gradients of the gate weights of all pairs in chunks of experts so far; None with chunks of tokens."""
     activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
     """Callable activations: chunk -> the graph that backward goes through."""
     reused: dict[str, Tensor] = field(default_factory=dict)
@@ -265,13 +266,14 @@ class ExpertsRun:
         return self.reused["results"]
 
     def _among_results(self, chunk: int) -> slice:
+        """Give where the chunk's pairs lie in _results()."""
         first = self.grouping.first_expert_chunk
         assert first is not None
         start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
         return slice(pairs[0] - start, pairs[1] - start)
 
     def _with_earlier_chunks(self, chunk: int, dweights: Tensor) -> Tensor:
-        """Give what inverse's positions count from: one number per pair of this chunk, or of all chunks of experts."""
+        """Give the gradients of gate weights that `inverse` points into: this chunk's, or those of all so far."""
         first = self.grouping.first_expert_chunk
         if first is None or chunk < first:
             return dweights

@@ -82,8 +82,8 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
     StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
 }
 """The steps whose results a step of each kind reads. With chunks of experts a row travels with the first chunk that
-needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. A kind
-inside a node needs what its twin between nodes does."""
+needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. Chunks
+of tokens would not, but are held to the same order. A kind inside a node needs what its twin between nodes does."""
 
 
 def check_schedule(schedule: Schedule) -> None:

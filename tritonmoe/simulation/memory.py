@@ -1,6 +1,6 @@
-"""How much memory a layer call holds at its peak: the schedule that the executor runs, walked with bytes.
+"""How much memory a layer call holds at its peak: each step adds bytes and frees others.
 
-Like the simulator it walks all ranks at once, in vectors over the ranks.
+It walks the schedule that the executor runs. Like the simulator it walks all ranks at once, in vectors over the ranks.
 """
 
 from collections.abc import Callable, Mapping

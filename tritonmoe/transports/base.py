@@ -60,6 +60,10 @@ class Transport(Handled, ABC):
 
     Where an exchange fails, or a rank leaves a layer call in the middle, the transport is broken: every later call
     raises TransportError that names the first failure, until all ranks have called rebuild().
+
+    A subclass sets rank and size, and defines exchange() and post_counts(). One whose ranks can fail apart also defines
+    give_up(), by which the others hear of a failure at once instead of at their timeout, and rebuild(); one that holds
+    anything defines close(). The rest has defaults. transports/mpi.py is an example.
     """
 
     rank: int

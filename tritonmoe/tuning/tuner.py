@@ -1,12 +1,12 @@
 """num_chunks="auto": measure a few calls, search in the simulator, try the best plans, keep the fastest.
 
-Calls that are alike (of one transport, with the same sizes, dtypes and gradient mode) share a chooser, which goes
-through three stages. At every call it is in the same stage on every rank.
+Calls that are alike (of one transport, with the same E, D, F, K, dtypes, gradient mode and OverlapConfig, whatever T)
+share a chooser, which goes through three stages. At every call it is in the same stage on every rank.
 
-1. It measures calls with one chunk and with two, each twice, in which nothing is computed before the first rows arrive.
-   They give the costs of every step and of the link. These are four calls with chunks of tokens, and where chunks of
-   experts may be chosen too, four more with those. Then each rank searches the simulator for the plans that are best
-   for itself, and votes for two of them; one of the two has chunks of tokens.
+1. It measures calls with one chunk and with two, each twice, with no local rows first, so that experts and exchanges
+   are timed apart. They give the costs of every step and of the link. These are four calls with chunks of tokens, and
+   where chunks of experts may be chosen too, four more with those. Then each rank searches the simulator for the plans
+   that are best for itself, and votes for two of them; one of the two has chunks of tokens.
 2. It tries the votes of the rank that predicts the longest time, and one chunk beside them, in turn: three rounds of
    real calls. A call's time is that of its slowest rank divided by the rows of its busiest rank; of a plan the median
    of the three rounds counts.

@@ -60,7 +60,7 @@ NAMES = (
     _Names("lin1", "lin2"),  # distilbert
     _Names("ffn", "ffn_output", shared=True),  # albert
 )
-ACTIVATION_NAMES = (
+ACTIVATION_ATTRIBUTES = (
     *("act", "act_fn", "activation", "activation_fn", "activation_function", "intermediate_act_fn", "gelu_impl"),
 )
 INNER_DROPOUT_NAMES = ("activation_dropout", "intermediate_dropout")
@@ -230,7 +230,7 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
     prefix = f"{path}." if path else ""
     holder_path = f"{prefix}{names.up}".rpartition(".")[0]
     holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module
-    act_name = next((name for name in ACTIVATION_NAMES if callable(getattr(holder, name, None))), None)
+    act_name = next((name for name in ACTIVATION_ATTRIBUTES if callable(getattr(holder, name, None))), None)
     act = names.activation if act_name is None else getattr(holder, act_name)
     if act is None:
         return None
