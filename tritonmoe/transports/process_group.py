@@ -25,7 +25,7 @@ from tritonmoe.transports.device_group import CollectiveExchange, CountsCrossing
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks
 from tritonmoe.transports.local import CompletedExchange
 from tritonmoe.transports.notices import Breakdown, Missed, Notices
-from tritonmoe.transports.progress import ProgressThread
+from tritonmoe.transports.progress import SECONDS_TO_LET_GO, ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
@@ -313,11 +313,13 @@ def _next_number(group: "ProcessGroup") -> int:
 
 
 def _end_links(pid: int, progress: ProgressThread, links: GlooLinks, breakdown: Breakdown) -> None:
-    """Let the thread end; exchanges that nobody waited for get a little time. A child has no such thread.
+    """Let the thread end; exchanges that nobody waited for get a little time, unless the connections are cut already.
 
-    A thread that came back from gloo while the interpreter ends would abort the process.
+    A thread that came back from gloo while the interpreter ends would abort the process. A child has no such thread.
     """
-    if os.getpid() == pid and not progress.end():
+    if os.getpid() != pid:
+        return
+    if not breakdown.has_happened and not progress.end():
         breakdown.claim()  # what the thread sees now is no failure to tell of
         links.cut()
-        progress.end()
+    progress.end(SECONDS_TO_LET_GO)

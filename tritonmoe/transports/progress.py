@@ -16,6 +16,8 @@ __all__ = ["Message", "ProgressThread", "ThreadedExchange"]
 
 SECONDS_TO_STOP = 2.0
 """How long a process that ends waits for exchanges that nobody waited for."""
+SECONDS_TO_LET_GO = 0.2
+"""How long it waits for the thread to come back from connections that are cut. If it doesn't at once, it never does."""
 
 
 Request = TypeVar("Request")
@@ -121,12 +123,12 @@ class ProgressThread:
             self._thread.start()
         self._under_way.put(exchange)
 
-    def end(self) -> bool:
+    def end(self, within_s: float = SECONDS_TO_STOP) -> bool:
         """Let the thread end when nothing is under way any more, and say whether it has ended."""
         self._under_way.put(None)
         if self._thread is None or self._thread is threading.current_thread():
             return True
-        self._thread.join(SECONDS_TO_STOP)
+        self._thread.join(within_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
