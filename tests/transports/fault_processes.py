@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.fsdp  # a layer on a process group imports it, which takes seconds on a busy machine
+import torch.distributed.tensor
 from fault_cases import (
     CASES,
     CONFIG,
@@ -29,10 +31,11 @@ from fault_cases import (
     TWO_LEVEL_CASES,
     TWO_LEVEL_SIZE,
     late,
+    step,
 )
 
 import tritonmoe as tm
-from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
+from tritonmoe.transports import LocalTransport, MPITransport, ProcessGroupTransport, Transport
 
 HANGS_AFTER_S = 20.0
 CASES_OF = {"one": CASES, "quick": QUICK_TWO_LEVEL_CASES, "two": TWO_LEVEL_CASES}
@@ -114,6 +117,7 @@ def run_late_cases(late_s: float, folder: Path, which: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    step(LocalTransport())  # what is imported in the first backward takes as long
     folder, which, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     if which in CASES_OF:
         late_s = [float(seconds) for seconds in arguments]
