@@ -22,8 +22,9 @@ from tritonmoe.expert_parallel import run as expert_parallel_run
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles.config import GATHERS
 from tritonmoe.runtime import cpu_memory
+from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork
-from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import WireFormat
 

@@ -10,8 +10,9 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import LocalTransport, Transport
 from tritonmoe.tuning.measured import layer_costs, link_costs, median_steps
 from tritonmoe.tuning.search import (

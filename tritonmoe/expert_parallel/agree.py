@@ -18,7 +18,7 @@ from tritonmoe.expert_parallel.call import ExpertParallelCall
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.transports import TwoLevelTransport
-from tritonmoe.tuning.tuner import Message
+from tritonmoe.tuning.votes import Message
 
 __all__ = ["agree", "agree_without_capacity"]
 

@@ -18,8 +18,9 @@ from tritonmoe.expert_parallel.check import CheckedCall, check
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
-from tritonmoe.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.tuning.tuner import Message, PlanChooser
+from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.tuning.tuner import PlanChooser
+from tritonmoe.tuning.votes import Message
 
 __all__ = ["run_call"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
-from tritonmoe.simulation.buffer_widths import ALL_AT_ONCE, BufferWidths, WorkingSet
+from tritonmoe.simulation.buffer_widths import BufferWidths
 from tritonmoe.simulation.cost_model import LayerWork
 
-__all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes"]
+__all__ = ["PeakBytes", "peak_bytes"]
 
 INDEX_BYTES = 4
 """Of one id, position or fp32 weight of a pair."""

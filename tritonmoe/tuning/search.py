@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import StepKind
+from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.simulation.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
 
 __all__ = [
