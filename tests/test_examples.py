@@ -36,6 +36,7 @@ def losses(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss ([0-9.]+)", output)]
 
 
+@pytest.mark.thorough
 def test_expert_parallel_training_has_the_losses_of_one_process():
     # 331 tokens: uneven over two ranks and over chunks.
     arguments = ("--steps", "6", "--tokens", "331", "--chunks", "3")

@@ -197,6 +197,7 @@ def test_flop_counter(gated: bool) -> None:
     assert counter.get_total_flops() == forward + up + 2 * down  # h once more, then da and dW2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("save", ["hidden", "input"])
 @pytest.mark.parametrize("activation", ["silu", "callable"])

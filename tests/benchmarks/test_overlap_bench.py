@@ -302,13 +302,8 @@ def python(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **options)
 
 
-@pytest.mark.parametrize(
-    "wire",
-    [
-        pytest.param([], id="fp32 rows"),
-        pytest.param(["--wire-dtype", "float8_e4m3fn"], id="fp8 rows", marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("wire", [[], ["--wire-dtype", "float8_e4m3fn"]], ids=["fp32 rows", "fp8 rows"])
 @NEEDS_NAMESPACES
 def test_two_namespaces(wire: list[str], tmp_path: Path) -> None:
     arguments = ["--netns", "2", "--rate", "500mbit", "--tokens", "512", *QUICK, "--json", str(tmp_path / "r.json")]
@@ -366,6 +361,7 @@ STARTS_SLEEPERS = """if True:
 
 
 @NEEDS_NAMESPACES
+@pytest.mark.thorough
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
 def test_nothing_is_left_of_a_run_that_was_ended(end: signal.Signals) -> None:
     process = python("-c", STARTS_SLEEPERS, "exec sleep 60", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -16,6 +16,7 @@ from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_mo
 SMALL = ModelSizes(num_layers=2, hidden_size=32, intermediate_size=16, num_experts=8, top_k=2, vocab_size=64)
 
 
+@pytest.mark.thorough
 def test_it_runs_and_writes(tmp_path, capsys):
     sizes = ["--layers", "1", "--hidden-size", "32", "--intermediate-size", "16", "--experts", "8", "--top-k", "2"]
     files = ["--json", str(tmp_path / "times.json"), "--png", str(tmp_path / "times.png")]

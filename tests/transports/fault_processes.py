@@ -1,8 +1,8 @@
 """Runs the cases of fault_cases.py in gloo processes, and gives what every rank heard.
 
 Run as fault_processes.py FOLDER CASES [SECONDS] it writes FOLDER/results.json: by case, what every rank raised or gave,
-with SECONDS only of the cases in which a rank comes late, by so many. CASES: one (level), quick (some on two levels)
-or two (all on two levels). The processes of a case are forks of one that has imported torch already.
+with SECONDS only of the cases in which a rank comes late, by so many. CASES: "one" (level), "two" (levels), "quick one"
+or "quick two" (some of them). The processes of a case are forks of one that has imported torch already.
 
 Run as fault_processes.py FOLDER gloo CASE RANK SIZE, or by mpiexec as fault_processes.py FOLDER mpi CASE, it is one
 rank of one case on one level, whose end is a user's.
@@ -25,6 +25,7 @@ from fault_cases import (
     CONFIG,
     LATE_S,
     NODE_SIZE,
+    QUICK_CASES,
     QUICK_TWO_LEVEL_CASES,
     SIZE,
     TIMEOUT_S,
@@ -38,17 +39,22 @@ import tritonmoe as tm
 from tritonmoe.transports import LocalTransport, MPITransport, ProcessGroupTransport, Transport
 
 HANGS_AFTER_S = 20.0
-CASES_OF = {"one": CASES, "quick": QUICK_TWO_LEVEL_CASES, "two": TWO_LEVEL_CASES}
+CASES_OF = {
+    "one": CASES,
+    "quick one": QUICK_CASES,
+    "two": TWO_LEVEL_CASES,
+    "quick two": QUICK_TWO_LEVEL_CASES,
+}
 
 
 def run_rank(name: str, rank: int, folder: Path, which: str, timeout_s: float) -> None:
     """Run one rank of one case, and write what became of it."""
-    size = SIZE if which == "one" else TWO_LEVEL_SIZE
+    size = SIZE if which.endswith("one") else TWO_LEVEL_SIZE
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
     world = ProcessGroupTransport(timeout_s=HANGS_AFTER_S if "interrupted" in name else timeout_s)
-    transport: Transport = world if which == "one" else world.with_nodes(NODE_SIZE)
+    transport: Transport = world if which.endswith("one") else world.with_nodes(NODE_SIZE)
     transport.exchange_counts(torch.zeros(size, 1, dtype=torch.int64))
     tm.GroupedExperts(CONFIG, ProcessGroupTransport())  # the first one imports for as long as a rank here is late
     (folder / f"{name}.{rank}.started").touch()
@@ -77,7 +83,7 @@ def run_as_a_user(folder: Path, backend: str, name: str, rank: int = 0) -> None:
 
 
 def run_case(name: str, folder: Path, which: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    size = SIZE if which == "one" else TWO_LEVEL_SIZE
+    size = SIZE if which.endswith("one") else TWO_LEVEL_SIZE
     pids = []
     for rank in range(size):
         pid = os.fork()

@@ -16,7 +16,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
-GLOO_SIZES = MPI_SIZES = (2, 3)
+GLOO_SIZES = MPI_SIZES = (2, pytest.param(3, marks=pytest.mark.thorough))
 LINK = LinkModel(bandwidth_gb_per_s=0.001, latency_us=500)
 EMULATED = {
     **{f"W{size}": (size, None) for size in (1, 2, 3, 4)},

@@ -74,10 +74,10 @@ else:
         ("backend", "size"),
         [
             ("gloo", 2),
-            ("gloo", 4),
+            pytest.param("gloo", 4, marks=pytest.mark.thorough),
             ("gloo two levels", 4),
             pytest.param("mpi", 2, marks=NEEDS_MPI),
-            pytest.param("mpi", 4, marks=NEEDS_MPI),
+            pytest.param("mpi", 4, marks=[NEEDS_MPI, pytest.mark.thorough]),
         ],
     )
     def test_equals_one_device(backend: str, size: int, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ else:
 """
 
 
+@pytest.mark.thorough
 def test_an_exchange_that_nobody_waits_for_does_not_abort_the_process(tmp_path: Path) -> None:
     """A thread that is inside gloo when the interpreter ends would: "terminate called without an active exception"."""
     ended = [run_processes(2, "gloo", "-c", UNWAITED, str(tmp_path / f"store{k}")) for k in range(3)]

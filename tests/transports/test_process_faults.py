@@ -12,7 +12,7 @@ from typing import Any
 
 import fault_processes
 import pytest
-from fault_cases import DAMAGED, LATE_S, SIZE, TIMEOUT_S, VICTIM
+from fault_cases import DAMAGED, LATE_S, QUICK_CASES, SIZE, TIMEOUT_S, VICTIM
 from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
 pytestmark = pytest.mark.alone
@@ -35,25 +35,37 @@ def all_results(*arguments: str) -> dict[str, Any]:
         return json.loads((Path(folder) / "results.json").read_text())
 
 
-def ranks_of(name: str, which: str = "one", *late_s: str) -> list[Any]:
+def ranks_of(name: str, which: str, *late_s: str) -> list[Any]:
     """Give what the ranks of a case heard; the arguments are those of fault_processes.py."""
     results = all_results(which, *late_s)[name]
     assert results["hung"] == [], results
     return results["ranks"]
 
 
+def ranks_on_one_level(name: str, *late_s: str) -> list[Any]:
+    """Give what the ranks heard, from the run of all cases where the short one leaves this one out."""
+    return ranks_of(name, "quick one" if name in QUICK_CASES and not late_s else "one", *late_s)
+
+
+def cases(*names_and_more: tuple[str, str]) -> list[Any]:
+    """Leave those that the short run leaves out to the second tier."""
+    return [
+        pytest.param(*case, marks=() if case[0] in QUICK_CASES else pytest.mark.thorough) for case in names_and_more
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
-    [
+    cases(
         ("killed_in_dispatch", "step dispatch, chunk [01]"),
         ("killed_in_experts", "step combine, chunk [01]"),
         ("killed_in_combine", "step combine, chunk [01]"),
         ("killed_in_backward", "step combine_backward, chunk [01]"),
         ("killed_in_backward_experts", "step dispatch_backward, chunk [01]"),
-    ],
+    ),
 )
 def test_a_killed_rank(name: str, where: str) -> None:
-    ranks = ranks_of(name)
+    ranks = ranks_on_one_level(name)
     assert ranks[VICTIM] is None
     for rank in SURVIVORS:
         assert ranks[rank]["error"] == "TransportError", ranks
@@ -62,12 +74,15 @@ def test_a_killed_rank(name: str, where: str) -> None:
         assert ranks[rank]["seconds"] < 0.5 + TIMEOUT_S + SLACK_S
 
 
-LATE = [(), *(pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s") for seconds in ("1", "5", "30"))]
+LATE = [
+    pytest.param((), marks=pytest.mark.thorough),
+    *(pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s") for seconds in ("1", "5", "30")),
+]
 
 
 @pytest.mark.parametrize("late_s", LATE)
 def test_a_late_rank_changes_nothing(late_s: tuple[str, ...]) -> None:
-    healthy, late = (ranks_of(name, "one", *late_s) for name in ("healthy", "late"))
+    healthy, late = (ranks_on_one_level(name, *late_s) for name in ("healthy", "late"))
     for rank in range(SIZE):
         assert "error" not in healthy[rank], healthy
         assert late[rank]["value"] == healthy[rank]["value"]
@@ -76,7 +91,7 @@ def test_a_late_rank_changes_nothing(late_s: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("late_s", LATE)
 def test_a_rank_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> None:
-    ranks, timeout_s = ranks_of("too_late", "one", *late_s), float(*late_s) / 2 or TIMEOUT_S
+    ranks, timeout_s = ranks_on_one_level("too_late", *late_s), float(*late_s) / 2 or TIMEOUT_S
     assert re.search(rf"^step \w+, chunk [01]: .*rank {VICTIM} of {SIZE}", ranks[VICTIM]["words"]), ranks
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks
@@ -92,6 +107,7 @@ def run_as_users(name: str, backend: str, folder: Path) -> tuple[str, float]:
     return ended.output, time.perf_counter() - before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["killed_in_combine", pytest.param("too_late", marks=pytest.mark.slow)])
 def test_processes_end_by_themselves(name: str, tmp_path: Path) -> None:
     """The error is on the screen, and gloo's exchanges under way keep no process from its end."""
@@ -149,6 +165,7 @@ def running_after_a_while(folder: Path) -> list[int]:
 
 
 @NEEDS_MPI
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [
@@ -175,7 +192,7 @@ def test_a_rank_of_mpi_is_killed(name: str, tmp_path: Path) -> None:
 
 def test_corrupted_counts() -> None:
     """gloo itself would read memory that was never written, or abort."""
-    ranks = ranks_of("corrupted_counts")
+    ranks = ranks_on_one_level("corrupted_counts")
     assert ranks[VICTIM]["error"] == "CountMismatch"
     words = f"^rank {VICTIM} got counts of rank {DAMAGED} that contradict each other: .* rows in all, by segment"
     assert re.search(words, ranks[VICTIM]["words"]), ranks
@@ -189,23 +206,24 @@ def test_corrupted_counts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [
+    cases(
         ("different_chunks", "the ranks disagree on num_chunks .*rank 0: 2, rank 1: 2, rank 2: 3"),
         (
             "different_layer_order",
             "the ranks disagree on which call this is .*rank 1: forward of layer 0, .*rank 2: forward of layer 1,",
         ),
-    ],
+    ),
 )
 def test_ranks_that_disagree(name: str, words: str) -> None:
-    for result in ranks_of(name):
+    for result in ranks_on_one_level(name):
         assert result["error"] == "CountMismatch"
         assert re.search(words, result["words"]), result
 
 
+@pytest.mark.thorough
 def test_a_full_disk_under_the_trace_of_one_rank() -> None:
     """The others have called the next layer already."""
-    ranks = ranks_of("full_disk")
+    ranks = ranks_on_one_level("full_disk")
     assert ranks[VICTIM]["error"] == "OSError"
     assert "the trace could not be written: No space left on device" in ranks[VICTIM]["words"]
     for rank in SURVIVORS:
@@ -215,14 +233,15 @@ def test_a_full_disk_under_the_trace_of_one_rank() -> None:
         assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
 
 
+@pytest.mark.thorough
 def test_control_c() -> None:
-    for result in ranks_of("interrupted"):
+    for result in ranks_on_one_level("interrupted"):
         assert result["error"] == "KeyboardInterrupt", result
         assert result["seconds"] < LATE_S + SLACK_S
 
 
 def test_control_c_in_one_rank() -> None:
-    ranks = ranks_of("one_interrupted")
+    ranks = ranks_on_one_level("one_interrupted")
     assert ranks[VICTIM]["error"] == "KeyboardInterrupt"
     for rank in SURVIVORS:
         assert re.search(f"^step dispatch, chunk 1: .*rank {rank} of {SIZE}", ranks[rank]["words"]), ranks

@@ -147,13 +147,13 @@ def test_control_c() -> None:
 
 def ranks_on_two_levels(name: str, *late_s: str):
     """Give what the ranks heard, from the run of all cases where the short one leaves this one out."""
-    return ranks_of(name, "quick" if name in QUICK_TWO_LEVEL_CASES and not late_s else "two", *late_s)
+    return ranks_of(name, "quick two" if name in QUICK_TWO_LEVEL_CASES and not late_s else "two", *late_s)
 
 
 def cases(*names_and_more: tuple):
-    """Mark those that the default suite leaves out."""
+    """Leave them to later tiers."""
     return [
-        pytest.param(*case, marks=() if case[0] in QUICK_TWO_LEVEL_CASES else pytest.mark.slow)
+        pytest.param(*case, marks=pytest.mark.thorough if case[0] in QUICK_TWO_LEVEL_CASES else pytest.mark.slow)
         for case in names_and_more
     ]
 
@@ -194,7 +194,7 @@ def test_a_killed_process(name: str, neighbour: int, words: str) -> None:
 SLOWLY_LATE = [pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s") for seconds in ("1", "5", "30")]
 
 
-@pytest.mark.parametrize("late_s", [(), *SLOWLY_LATE])
+@pytest.mark.parametrize("late_s", [pytest.param((), marks=pytest.mark.thorough), *SLOWLY_LATE])
 def test_a_late_process_changes_nothing(late_s: tuple[str, ...]) -> None:
     healthy, late = (ranks_on_two_levels(name, *late_s) for name in ("healthy", "late"))
     for rank in range(SIZE):
@@ -212,6 +212,7 @@ def test_a_process_that_is_later_than_the_timeout(late_s: tuple[str, ...]) -> No
         assert 0.9 * timeout_s < ranks[rank]["seconds"] < timeout_s + SLACK_S
 
 
+@pytest.mark.thorough
 def test_corrupted_counts_of_a_process() -> None:
     ranks = ranks_on_two_levels("corrupted_counts")
     assert ranks[VICTIM]["error"] == "CountMismatch"
@@ -230,6 +231,7 @@ def test_processes_that_disagree(name: str, words: str) -> None:
         assert re.search(words, result["words"]), result
 
 
+@pytest.mark.thorough
 def test_control_c_in_processes() -> None:
     for result in ranks_on_two_levels("interrupted"):
         assert result["error"] == "KeyboardInterrupt", result

@@ -83,6 +83,7 @@ def check(tmp_path: Path, num_ranks: int, num_fewer: int) -> None:
         torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_changes_nothing(tmp_path: Path) -> None:
     check(tmp_path, num_ranks=2, num_fewer=1)
 

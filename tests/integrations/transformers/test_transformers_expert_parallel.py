@@ -73,11 +73,13 @@ def test_checkpoints_go_over_any_number_of_ranks(directory, writers, readers):
         run(num_processes, directory, "load:")
 
 
+@pytest.mark.thorough
 def test_fsdp_over_another_axis(directory):
     # FSDP2's hooks gather dense weights of four ranks, and experts of the two that share them
     run(4, directory, "fully_sharded:mixtral", worker=TRAINING_WORKER)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(VERSION < (5, 17), reason="Trainer mixes tensors and DTensors since then")
 def test_trainer_and_fsdp_on_two_processes_equal_one(directory):
     run(2, directory, "trainer:mixtral", "sharded_beside_experts:mixtral", worker=TRAINING_WORKER)
@@ -90,6 +92,7 @@ def test_trainer_and_fsdp_with_the_ep_implementation(directory):
     run(2, directory, "trainer_with_ep_implementation:mixtral", worker=TRAINING_WORKER)
 
 
+@pytest.mark.thorough
 def test_trainer_resumes_bit_for_bit_and_on_another_number_of_ranks(directory):
     run(2, directory, "resumed:mixtral", "write:mixtral", worker=CHECKPOINTS_WORKER)
     run(1, directory, "read:mixtral", worker=CHECKPOINTS_WORKER)
@@ -115,6 +118,7 @@ def test_trainer_checkpoints_go_over_more_ranks(tmp_path):
     run(4, tmp_path, "read:qwen3_moe", worker=CHECKPOINTS_WORKER)
 
 
+@pytest.mark.thorough
 def test_what_rank_0_saves_alone_is_refused_or_whole(directory):
     run(2, directory, "pickled:", "accelerate:", worker=FRAMEWORKS_WORKER)
 

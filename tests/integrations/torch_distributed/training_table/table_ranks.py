@@ -44,7 +44,6 @@ FIRST_ROWS = ("DDP", "FSDP2", "clip_grad_norm_", "AdamW foreach", "one-device we
 ROWS_OF_FOUR = ("DDP", "clip_grad_norm_", "DCP, same ranks", "DCP from 1", "DCP from 2x2", "experts over fewer ranks")
 ROWS_OF_REPLICAS = (*FIRST_ROWS, "DCP, same ranks", "HSDP", "FSDP2 of experts over replicas", "GradScaler", "deepcopy")
 ROWS_OF_REPLICAS += ("accumulated gradients", "DCP from 1", "DCP from 4")
-FIRST_ROWS_OF = {"4": ("DDP", "experts over fewer ranks"), "2x2": ("HSDP", "FSDP2 of experts over replicas")}
 
 
 def tier(cell: Cell) -> str:
@@ -52,11 +51,7 @@ def tier(cell: Cell) -> str:
     row, form, ranks = cell
     if not is_quick(cell):
         return "slow"
-    if ranks in ("4", "2x2"):
-        return "first" if row in FIRST_ROWS_OF[ranks] else "thorough"
-    if form != FORM_OF_ALL_ROWS:
-        return "first" if row in ("DDP", "torch.compile") else "thorough"
-    return "thorough" if row in ("DCP from 4", "DCP from 2x2") else "first"
+    return "first" if ranks == "2" and form == FORM_OF_ALL_ROWS and not row.startswith("DCP from") else "thorough"
 
 
 def is_quick(cell: Cell) -> bool:
