@@ -44,13 +44,15 @@ def trained(layer: torch.nn.Module, arguments: tuple[Tensor, ...], num_calls: in
 
 
 CASES = (*OVERLAPS, "two levels", "one device", "placement")
-IN_THE_INTERPRETER = [
-    pytest.param(case, "triton", marks=() if case in ("tokens", "two levels") else pytest.mark.thorough)
+FIRST_CASES = ("tokens", "two levels")
+CASES_ON_BACKENDS = [
+    pytest.param(case, backend, marks=() if case in FIRST_CASES else pytest.mark.thorough)
+    for backend in ("auto", "triton")
     for case in CASES
 ]
 
 
-@pytest.mark.parametrize(("case", "backend"), [*((case, "auto") for case in CASES), *IN_THE_INTERPRETER])
+@pytest.mark.parametrize(("case", "backend"), CASES_ON_BACKENDS)
 def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> None:
     num_calls = 8 if case == "auto" else 2  # measured, searched, and tried
     where = KERNEL_DEVICE if backend == "triton" else "cpu"

@@ -128,6 +128,7 @@ def test_compile_with_any_number_of_tokens() -> None:
         assert_same_bits(run(automatic, leaves), run(tm.moe_mlp, leaves))
 
 
+@pytest.mark.thorough
 def test_inductor_compiles_what_surrounds_it() -> None:
     def block(x: Tensor, **others: Tensor) -> Tensor:
         return x + tm.moe_mlp(F.rms_norm(x, (D,)), **others)

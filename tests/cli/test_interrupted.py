@@ -101,6 +101,7 @@ def kill_rank_1(session: int) -> None:
     os.kill(rank_1, signal.SIGKILL)
 
 
+@pytest.mark.thorough
 def test_a_demo(tmp_path: Path) -> None:
     said = interrupt(
         [*TRITONMOE, "demo", "--ranks", "2", "--steps", "100000"],

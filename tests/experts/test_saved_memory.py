@@ -52,6 +52,7 @@ def kept_bytes(call, weights: tuple[Tensor, ...]) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("parallel", [False, True], ids=["one_device", "expert_parallel"])
 @pytest.mark.parametrize("save", ["hidden", "input"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WORKER = Path(__file__).parent / "spread_worker.py"
 CASES = (
     *("optimizers", "numbers", "selection_bias", "file_of_one_rank", "assigned", "meshes", "fully_shard"),
@@ -12,6 +14,7 @@ CASES = (
 )
 
 
+@pytest.mark.thorough
 def test_spread_experts_on_four_ranks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     result = subprocess.run(

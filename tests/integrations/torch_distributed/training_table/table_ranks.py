@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def tier(cell: Cell) -> str:
     return "first" if ranks == "2" and form == FORM_OF_ALL_ROWS and not row.startswith("DCP from") else "thorough"
 
 
+def run_of(cell: Cell) -> str:
+    """Name the run (RUNS) in which a test looks for this cell."""
+    if tier(cell) == "slow":
+        return "all"
+    if cell[1] != FORM_OF_ALL_ROWS:
+        return "other forms"
+    return "first" if tier(cell) == "first" else "all rows"
+
+
 def is_quick(cell: Cell) -> bool:
     """Say whether .ci/run has this cell; the others are much the same, and take minutes."""
     row, form, ranks = cell
@@ -64,6 +74,15 @@ def is_quick(cell: Cell) -> bool:
     if row.startswith("DCP"):  # the others must have written it
         return form == FORM_OF_ALL_ROWS
     return form == FORM_OF_ALL_ROWS or row in FIRST_ROWS
+
+
+RUNS: dict[str, Callable[[Cell], bool]] = {
+    "first": lambda cell: tier(cell) == "first",
+    "all rows": lambda cell: is_quick(cell) and cell[1] == FORM_OF_ALL_ROWS,
+    "other forms": lambda cell: run_of(cell) == "other forms",
+    "all": lambda cell: True,
+}
+"""Cells that run together, because some write checkpoints that others read, and starting the ranks takes seconds."""
 
 
 def passes() -> list[tuple[int, list[Cell]]]:
@@ -183,17 +202,10 @@ def run_cells(cells: list[Cell], size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-def run_table(folder: Path, only: str = "") -> dict[str, Any]:
-    """Run all cells, those of a tier, or those that a regular expression finds.
-
-    The second tier runs those of the first too: they write checkpoints that it reads.
-    """
-    tiers = {"first": ("first",), "thorough": ("first", "thorough")}.get(only)
+def run_table(folder: Path, only: str = "all") -> dict[str, Any]:
+    """Run the cells of one of RUNS, or those that a regular expression finds."""
     transformers.logging.set_verbosity_error()
-
-    def is_wanted(cell: Cell) -> bool:
-        return tier(cell) in tiers if tiers else bool(re.search(only, "|".join(cell)))
-
+    is_wanted = RUNS.get(only, lambda cell: bool(re.search(only, "|".join(cell))))
     results: dict[str, Any] = {}
     for size, cells in passes():
         started = time.perf_counter()

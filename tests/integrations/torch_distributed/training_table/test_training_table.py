@@ -48,7 +48,6 @@ def results(tmp_path_factory) -> Any:
     [pytest.param(cell, id="-".join(cell), marks=MARKS[table_ranks.tier(cell)]) for cell in CELLS],
 )
 def test_cell(cell: table_ranks.Cell, results: Any) -> None:
-    tier = table_ranks.tier(cell)
-    outcomes, _ = results("" if tier == "slow" else tier)["|".join(cell)]
+    outcomes, _ = results(table_ranks.run_of(cell))["|".join(cell)]
     for outcome in outcomes:
         assert table_ranks.is_expected(cell, outcome), outcomes
