@@ -20,6 +20,7 @@ def launched(what):
     return json.loads(done.stdout)
 
 
+@pytest.mark.thorough
 def test_wherever_chunks_are_cut_nothing_is_compiled_anew():
     """Chunks begin at any pair and row: only some of them at multiples of 16 bytes of indices and weights."""
     first, *others = launched("chunks")

@@ -52,7 +52,7 @@ def tier(cell: Cell) -> str:
     row, form, ranks = cell
     if not is_quick(cell):
         return "slow"
-    return "first" if ranks == "2" and form == FORM_OF_ALL_ROWS and not row.startswith("DCP from") else "thorough"
+    return "first" if ranks == "2" and form == FORM_OF_ALL_ROWS and row in FIRST_ROWS else "thorough"
 
 
 def run_of(cell: Cell) -> str:
