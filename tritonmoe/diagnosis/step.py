@@ -1,0 +1,303 @@
+"""StepTime: what one training step takes, part by part, and the memory that it holds on one GPU."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.exchange import (
+    MAIN_GRAD_BYTES,
+    ExchangeTime,
+    LayerExchange,
+    copy_s,
+    exchange_s,
+    product_s,
+)
+from tritonmoe.diagnosis.job import Job
+
+__all__ = ["Parts", "StepTime", "exchange_time", "layer_parts", "memory_gb", "step_time"]
+
+Parts = Mapping[str, tuple[float, float]]
+"""Part of a layer -> seconds of its forward and of its backward."""
+
+ATTENTION_BACKWARD = 2.5 / 0.77
+"""The time of attention's backward over its forward's: five products instead of two, at 0.77 of the rate (fused
+attention on H100 and B200: 0.75 to 0.8)."""
+NORM_BYTES = 10, 15
+"""How often a row's elements are read or written by a layer's two norms and two residual sums, forward and backward."""
+OPTIMIZER_BYTES = 46
+"""Read or written for each parameter of a rank's own shard: its fp32 gradient to take the norm (4) and to clip it (8);
+Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
+GRADIENT_BYTES = 12
+"""The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
+OPTIMIZER_STATE_BYTES = 12
+LOSS_BYTES = 16
+"""Of one logit: the loss in fp32 and its gradient, forward and backward together."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of a job on one GPU of the slowest pipeline stage."""
+
+    step_s: float
+    layer: ExchangeTime
+    """Experts and exchanges of one layer and micro-batch."""
+    layer_s: float
+    """One layer with experts, forward and backward, all of its parts."""
+    exposed_s: float
+    """Of the step: exchanges of rows that nothing hides."""
+    parts: dict[str, float]
+    """Part of the step -> seconds; together they are step_s."""
+    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+
+def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Give the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
+
+    Products are shared by the tensor-parallel ranks; norms and the router see the tokens of one of them.
+    """
+    model, b = job.model, job.dtype_bytes
+    d, tokens = model.hidden_size, job.num_tokens
+    rows = tokens * job.tp  # a tensor-parallel rank computes all rows with its share of the columns
+    copy, product = partial(copy_s, cluster), partial(product_s, job, cluster)
+
+    def products(shapes: list[tuple[int, int]], shared_by: int) -> tuple[float, float]:
+        forward = sum(product(rows if shared_by > 1 else tokens, i, o) for i, o in shapes) / shared_by
+        gradient = (
+            sum(product(rows if shared_by > 1 else tokens, i, o, weight_bytes=2 * MAIN_GRAD_BYTES) for i, o in shapes)
+            / shared_by
+        )
+        return forward, forward + gradient
+
+    def block(width: int, shared_by: int) -> tuple[float, float]:
+        """Give a gated feed-forward block; its activation reads 2F and writes F columns, its gradient 3F and 2F."""
+        forward, backward = products([(d, 2 * width), (width, d)], shared_by)
+        columns = tokens * width * b
+        return forward + copy(3 * columns), backward + copy(5 * columns)
+
+    attention = model.attention
+    seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
+    seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
+    core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
+    core = core_flops / (job.fastest_dtype(cluster) * cluster.gpu.attention_efficiency.value)
+    rope = copy(2 * tokens * attention.rope_width * b)
+    router, router_back = products([(d, model.num_experts)], 1)
+    scores = copy(6 * 4 * tokens * model.num_experts)
+    gathered = tokens * (job.tp - 1) * d * b
+    gather = exchange_s(cluster, job.tp, gathered, 0.0) if job.tp > 1 else 0.0
+    return {
+        "attention projections": products(attention.products(d), job.tp),
+        "attention core": (core, core * ATTENTION_BACKWARD),
+        "norms and rotations": tuple(copy(n * tokens * d * b) + rope for n in NORM_BYTES),  # type: ignore[dict-item]
+        "tensor-parallel gathers": (2 * gather, 2 * gather),
+        "dense": block(model.dense_size, job.tp),
+        "shared": block(model.shared_size, 1) if model.shared_size else (0.0, 0.0),
+        "router": (router + scores, router_back + scores),
+    }
+
+
+def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
+    """Give what a step takes with a plan for its exchanges. Raises ValueError where job and cluster don't fit."""
+    dp = job.dp(cluster)
+    parts = layer_parts(job, cluster)
+    exchange = exchange_time(job, cluster, num_levels, plan, parts)
+    both = {name: forward + backward for name, (forward, backward) in parts.items()}
+    block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
+    dense = {**both, "dense block": block, "tensor-parallel gathers": 2 * gathers}
+    sparse = {
+        **both,
+        "router": router,
+        "shared expert, backward": parts["shared"][1],  # its forward runs within the exchanges
+        "experts and exchanges": exchange.total_s,
+        "tensor-parallel gathers": gathers,
+    }
+    if job.recompute == "full":
+        again = sum(parts[name][0] for name in both) + parts["tensor-parallel gathers"][0]
+        dense["recomputation"] = again + parts["dense"][0]
+        sparse["recomputation"] = again + parts["router"][0] + exchange.forward_s
+    for of in (dense, sparse):
+        of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 - sum(of.values()))
+    return _whole_step(job, cluster, dp, exchange, dense, sparse)
+
+
+def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan, parts: Parts) -> ExchangeTime:
+    """Give the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
+    shared_s = parts["shared"][0]
+    if not job.two_batches:
+        return LayerExchange(job, cluster, num_levels, shared_s=shared_s).time(plan)
+    half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2).time(plan)
+    # One half's attention, norms and router run under the other half's exchanges.
+    names = ("attention projections", "attention core", "norms and rotations", "router")
+    beside = sum(sum(parts[name]) for name in names)
+    exposed = max(0.0, 2 * half.exposed_s - beside)
+    hidden = 2 * half.exposed_s - exposed
+    share = (2 * half.total_s - hidden) / (2 * half.total_s)
+    return ExchangeTime(2 * half.forward_s * share, 2 * half.backward_s * share, exposed, 2 * half.compute_s)
+
+
+def _whole_step(
+    job: Job,
+    cluster: Cluster,
+    dp: int,
+    exchange: ExchangeTime,
+    dense: dict[str, float],
+    sparse: dict[str, float],
+) -> StepTime:
+    """Put stages of layers together: micro-batches, pipeline, what comes once a step."""
+    stages = stage_layers(job)
+    head = _head_s(job, cluster)
+    hop = _hop_s(job, cluster) if job.pp > 1 else 0.0
+    by_stage: list[dict[str, float]] = []
+    for number, (num_dense, num_sparse) in enumerate(stages):
+        own = {name: num_dense * seconds for name, seconds in dense.items()}
+        for name, seconds in sparse.items():
+            own[name] = own.get(name, 0.0) + num_sparse * seconds
+        if number == len(stages) - 1:
+            own["output layer and loss"] = head
+        own["pipeline hops"] = 2 * hop if job.pp > 1 else 0.0
+        by_stage.append(own)
+    totals = [sum(own.values()) for own in by_stage]
+    slowest = max(range(len(totals)), key=totals.__getitem__)
+    parts = {name: seconds * job.micro_batches for name, seconds in by_stage[slowest].items()}
+    parts["pipeline bubble"] = sum(totals) - totals[slowest]
+    # A stage is done with its last micro-batch before those that come before it: about two thirds are the backward.
+    ahead = [2 / 3 * sum(totals[:number]) for number in range(len(totals))]
+    parts["data-parallel reduction"], parts["optimizer"] = _once_a_step(job, cluster, dp, ahead)
+    parts["other, once a step"] = cluster.host.ms_per_step.value * 1e-3
+    parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
+    _, sparse_there = stages[slowest]
+    exposed = exchange.exposed_s * sparse_there * job.micro_batches
+    return StepTime(
+        sum(parts.values()),
+        exchange,
+        sum(sparse.values()),
+        exposed,
+        parts,
+        job.sequence * job.micro_batch * job.micro_batches * dp,
+    )
+
+
+def stage_layers(job: Job) -> list[tuple[int, int]]:
+    """Give (dense layers, layers with experts) of every pipeline stage; the first stages get one more where needed."""
+    each, more = divmod(job.model.num_layers, job.pp)
+    stages, first = [], 0
+    for stage in range(job.pp):
+        last = first + each + (stage < more)
+        num_dense = max(0, min(last, job.model.num_dense_layers) - first)
+        stages.append((num_dense, last - first - num_dense))
+        first = last
+    return stages
+
+
+def _head_s(job: Job, cluster: Cluster) -> float:
+    """Give the output layer, forward and backward, and the loss."""
+    model = job.model
+    rows, vocab = job.num_tokens * job.tp, model.vocab_size / job.tp
+    forward = product_s(job, cluster, rows, model.hidden_size, round(vocab))
+    gradient = product_s(job, cluster, rows, model.hidden_size, round(vocab), weight_bytes=2 * MAIN_GRAD_BYTES)
+    return 2 * forward + gradient + copy_s(cluster, LOSS_BYTES * rows * vocab)
+
+
+def _hop_s(job: Job, cluster: Cluster) -> float:
+    """Give what sending one micro-batch's rows to the next stage takes: over nodes, where the pipeline needs them."""
+    num_bytes = job.num_tokens * job.model.hidden_size * job.dtype_bytes
+    is_inside = job.tp * job.pp <= cluster.gpus_per_node and cluster.nodes == 1
+    fixed, byte_s = (cluster.inside if is_inside else cluster.between).line(num_bytes)
+    return fixed + num_bytes * byte_s
+
+
+def rank_parameters(job: Job, stage: int) -> tuple[float, float]:
+    """Give how many parameters a rank of a stage has: those that all data-parallel ranks have, and its experts'."""
+    model = job.model
+    num_dense, num_sparse = stage_layers(job)[stage]
+    shared = num_dense * 3 * model.hidden_size * model.dense_size / job.tp
+    shared += (num_dense + num_sparse) * model.attention_parameters / job.tp
+    shared += num_sparse * (model.other_parameters - model.attention_parameters)
+    ends = (stage == 0) + (stage == job.pp - 1 and not (model.is_tied and job.pp == 1))
+    shared += ends * model.vocab_size * model.hidden_size / job.tp
+    return shared, num_sparse * model.num_experts / job.ep * model.expert_parameters
+
+
+def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) -> tuple[float, float]:
+    """Give what summing gradients takes, and what the optimizer and gathering the new weights take after that.
+
+    The optimizer's state is sharded over the data-parallel ranks. Between the two all ranks wait for the norm of all
+    gradients. The reduction counts in full on the first stage: none of it is taken to be hidden by the backward.
+    ahead: by how many seconds every pipeline stage is done before the first one.
+    """
+    optimizer = reduction = 0.0
+    expert_dp = dp * job.tp // job.ep
+    for stage, seconds in enumerate(ahead):
+        shared, experts = rank_parameters(job, stage)
+        rings = [(dp, job.tp, shared), (expert_dp, job.ep, experts)]
+        summing = copy_s(cluster, GRADIENT_BYTES * (shared + experts))
+        summing += sum(_ring_s(cluster, ranks, stride, MAIN_GRAD_BYTES * number) for ranks, stride, number in rings)
+        updating = copy_s(cluster, OPTIMIZER_BYTES * (shared / dp + experts / expert_dp))
+        updating += sum(_ring_s(cluster, ranks, stride, job.dtype_bytes * number) for ranks, stride, number in rings)
+        reduction, optimizer = max(reduction, summing - seconds), max(optimizer, updating)
+    return reduction, optimizer
+
+
+def _ring_s(cluster: Cluster, num_ranks: int, stride: int, num_bytes: float) -> float:
+    """Give what a reduce-scatter or an all-gather of so many bytes takes over ranks that stand `stride` apart.
+
+    Of a ring's links those between nodes set the pace, which all GPUs of a node share evenly.
+    """
+    if num_ranks == 1:
+        return 0.0
+    sent = num_bytes * (num_ranks - 1) / num_ranks
+    if num_ranks * stride <= cluster.gpus_per_node:
+        return exchange_s(cluster, num_ranks, sent, 0.0)
+    near = max(1, cluster.gpus_per_node // stride)  # ranks of the ring on one node share its ports
+    fixed, byte_s = cluster.between.line(sent)
+    nodes = num_ranks / near
+    pace = max(byte_s / near, cluster.inside.line(sent)[1] if near > 1 else 0.0)
+    return fixed + nodes * cluster.between.us_per_peer.value * 1e-6 + sent * pace
+
+
+def memory_gb(job: Job, cluster: Cluster) -> float:
+    """Give the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
+
+    Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
+    and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
+    it.
+    """
+    dp = job.dp(cluster)
+    expert_dp = dp * job.tp // job.ep
+    most = 0.0
+    for stage, (num_dense, num_sparse) in enumerate(stage_layers(job)):
+        shared, experts = rank_parameters(job, stage)
+        held = (shared + experts) * (job.dtype_bytes + MAIN_GRAD_BYTES)
+        held += OPTIMIZER_STATE_BYTES * (shared / dp + experts / expert_dp)
+        kept = num_dense * _kept_bytes(job, cluster, is_dense=True) + num_sparse * _kept_bytes(
+            job, cluster, is_dense=False
+        )
+        under_way = min(job.micro_batches, job.pp - stage)
+        held += kept * under_way
+        if stage == job.pp - 1:
+            held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
+        most = max(most, held)
+    return most / 1e9
+
+
+def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
+    """Give what one layer keeps of one micro-batch for its backward."""
+    model, b, tokens = job.model, job.dtype_bytes, job.num_tokens
+    if job.recompute == "full":
+        return tokens * model.hidden_size * b
+    attention = model.attention
+    columns = 4 * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
+    columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
+    width = model.dense_size if is_dense else model.shared_size
+    kept = tokens * (columns + 3 * width) * b
+    if is_dense:
+        return kept
+    exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
+    received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
+    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute == "none" else 0.0
+    return kept + received + hidden + tokens * model.num_experts * 4
