@@ -8,7 +8,8 @@ from bench.published import Row, Table, published
 from tritonmoe.diagnosis.cluster import Cluster, Estimate
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.exchange import exchange_s
-from tritonmoe.diagnosis.model import MODELS, Model
+from tritonmoe.diagnosis.model import Model
+from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.routed_rows import needs_of
 
 __all__ = ["link_tables"]
@@ -215,7 +216,8 @@ def _nccl(name: str, num_bytes: int, gb_per_s: float) -> Fabric:
                     seconds,
                 )
             )
-    return Fabric(name, table["source"], cluster, True, samples)
+    machine_name = "B300" if "b300" in name else "H100"
+    return Fabric(f"NCCL, {machine_name} EFA", table["source"], cluster, True, samples)
 
 
 def _deepep_like() -> Iterator[Fabric]:

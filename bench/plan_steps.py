@@ -6,12 +6,12 @@ from typing import Any
 
 from bench.published import Row, Table, published
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.cluster import Cluster
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.exchange import copy_s
 from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model import MODELS
-from tritonmoe.diagnosis.step import memory_gb, step_time
+from tritonmoe.diagnosis.job_memory import memory_gb
+from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.step import step_time
 
 __all__ = ["step_tables"]
 
@@ -19,7 +19,7 @@ FAMILIES = {"deepseekv2": ("DeepSeek-V2", 0.1), "deepseekv3": ("DeepSeek-V3", 0.
 """Name in the table -> preset, and the target for the largest error."""
 PLAIN = OverlapPlan((1,), local_first=False, serial=True)
 """What Megatron-LM's all-to-all dispatcher does: nothing overlaps."""
-RATES = ("gpu.gemm_efficiency", "gpu.grouped_efficiency", "gpu.attention_efficiency", "gpu.memory_efficiency")
+MACHINE = replace(CLUSTERS["B200"], nodes=1)
 GIB = 1 << 30
 
 
@@ -30,24 +30,22 @@ def step_tables() -> Iterator[Table]:
     for family, (preset, target) in FAMILIES.items():
         own = [row for row in table["rows"] if row["model"] == family]
         first = own[0]
-        cluster = replace(CLUSTERS["B200"], nodes=1)
-        factor = _calibrate(preset, first, cluster)
-        cluster = cluster.scaled(dict.fromkeys(RATES, factor))
+        passes = _calibrate(preset, first)
         rows = [
             Row(
                 _what(row),
                 "ms",
                 row["real_ms"],
-                1e3 * _step_s(preset, row, cluster),
+                1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s,
                 row is first,
                 f"SimuMax {row['simumax_ms'] / row['real_ms'] - 1:+.1%}",
             )
             for row in own
         ]
-        fitted = f"one factor, {factor:.3f}, on the preset B200's four efficiencies, to the first row"
+        fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
         yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
         memory = [
-            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row), cluster) * 1e9 / GIB)
+            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row, passes), MACHINE) * 1e9 / GIB)
             for row in own
             if row["mbc"] == 4
         ]
@@ -74,23 +72,13 @@ def _what(row: dict[str, Any]) -> str:
     return f"ep {row['ep']}, pp {row['pp']}, {row['mbc']} micro-batches"
 
 
-def _job(preset: str, row: dict[str, Any]) -> Job:
+def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
     """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
     model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
-    return Job(model, 4096, 1, row["mbc"], pp=row["pp"], ep=row["ep"], sends_pairs=True)
+    return Job(model, 4096, 1, row["mbc"], pp=row["pp"], ep=row["ep"], sends_pairs=True, pair_passes=passes)
 
 
-def _step_s(preset: str, row: dict[str, Any], cluster: Cluster) -> float:
-    return step_time(_job(preset, row), cluster, 1, PLAIN).step_s
-
-
-def _calibrate(preset: str, row: dict[str, Any], cluster: Cluster) -> float:
-    """Give the factor of all rates of the GPU with which the row's time comes out, by bisection."""
-    low, high = 0.5, 1.5
-    for _ in range(40):
-        factor = (low + high) / 2
-        if _step_s(preset, row, cluster.scaled(dict.fromkeys(RATES, factor))) * 1e3 > row["real_ms"]:
-            low = factor
-        else:
-            high = factor
-    return (low + high) / 2
+def _calibrate(preset: str, row: dict[str, Any]) -> float:
+    """Give the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
+    none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
+    return max(0.0, 10 * (row["real_ms"] - none) / (some - none))

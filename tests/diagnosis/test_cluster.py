@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tritonmoe.diagnosis.cluster import INTERVALS, Estimate, parse_cluster, read_cluster, to_toml
+from tritonmoe.diagnosis.cluster import INTERVALS, Estimate
+from tritonmoe.diagnosis.cluster_file import parse_cluster, read_cluster, to_toml
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
 
 TEXT = to_toml(CLUSTERS["H100"])

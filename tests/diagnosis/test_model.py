@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from tritonmoe.diagnosis.model import MODELS, Attention, LatentAttention, find_model, model_of_config
+from tritonmoe.diagnosis.model import Attention, LatentAttention
+from tritonmoe.diagnosis.model_config import find_model, model_of_config
+from tritonmoe.diagnosis.model_presets import MODELS
 
 transformers = pytest.importorskip("transformers")
 

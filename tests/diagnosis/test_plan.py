@@ -8,7 +8,7 @@ import pytest
 from tritonmoe.diagnosis.cluster import Estimate
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model import MODELS
+from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.plan import compare, plan
 from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
 

@@ -11,9 +11,12 @@ from tritonmoe.diagnosis.cluster import BetweenLink, Cluster, Estimate, Gpu, Hos
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.exchange import LayerExchange, exchange_s, link_costs
 from tritonmoe.diagnosis.job import Job, expert_degrees
-from tritonmoe.diagnosis.model import MODELS, Attention, Model
+from tritonmoe.diagnosis.job_memory import memory_gb
+from tritonmoe.diagnosis.layer_parts import ATTENTION_BACKWARD
+from tritonmoe.diagnosis.model import Attention, Model
+from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.plan import OVERLAPS
-from tritonmoe.diagnosis.step import ATTENTION_BACKWARD, memory_gb, stage_layers, step_time
+from tritonmoe.diagnosis.step import step_time
 
 TINY = Model("tiny", 16, 2, 0, Attention(2, 1, 8), 4, 2, 32, 0, 48, 64)
 SERIAL = OverlapPlan((1,), local_first=False, serial=True)
@@ -62,7 +65,7 @@ def test_recomputation_adds_a_forward():
 
 def test_a_pipeline_waits_for_its_slowest_stage():
     model = replace(TINY, num_layers=5)
-    assert stage_layers(Job(model, pp=2)) == [(0, 3), (0, 2)]
+    assert Job(model, pp=2).stage_layers() == [(0, 3), (0, 2)]
     job = Job(model, sequence=24, micro_batches=4, pp=2)
     layer, head = 3 * (2 * 24 * 16 * (32 + 16 + 4) + 6 * 24 * 2 * 16 * 32), 6 * 24 * 16 * 64
     layer += (1 + ATTENTION_BACKWARD) * 2 * 24 * 12 * 2 * 16
@@ -73,8 +76,8 @@ def test_a_pipeline_waits_for_its_slowest_stage():
 
 def test_dense_layers_come_first():
     model = replace(TINY, num_layers=5, num_dense_layers=3)
-    assert stage_layers(Job(model, pp=2)) == [(3, 0), (0, 2)]
-    assert stage_layers(Job(model, pp=3)) == [(2, 0), (1, 1), (0, 1)]
+    assert Job(model, pp=2).stage_layers() == [(3, 0), (0, 2)]
+    assert Job(model, pp=3).stage_layers() == [(2, 0), (1, 1), (0, 1)]
 
 
 def test_one_exchange_of_two_ranks_by_hand():

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
-from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster, read_cluster, to_toml
+from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
 from tritonmoe.diagnosis.job import Job, Recompute
-from tritonmoe.diagnosis.model import MODELS, expert_load, find_model
+from tritonmoe.diagnosis.model_config import expert_load, find_model
+from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.plan import compare, plan
 from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
 from tritonmoe.runtime.files import write_whole

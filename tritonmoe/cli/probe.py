@@ -10,11 +10,13 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
 from tritonmoe.benchmarks.ranks import device_and_backend
-from tritonmoe.diagnosis.cluster import Cluster, read_cluster, to_toml
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.cluster_probe import DTYPES, probe_cluster
 from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model import MODELS, find_model
+from tritonmoe.diagnosis.model_config import find_model
+from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -46,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if "RANK" not in os.environ:
         device, _ = device_and_backend()
-        _write(arguments.file, probe_cluster(job, base, None, torch.device(device), print))
+        alone = replace(base, nodes=1, gpus_per_node=1)
+        _write(arguments.file, probe_cluster(job, alone, None, torch.device(device), print))
         return 0
     with torchrun_ranks(timeout_s=arguments.timeout_s) as ranks:
         device, _ = device_and_backend()

@@ -209,6 +209,7 @@ class LayerExchange:
         again = 4 * d * f / flops_s + moved((d + 3 * f) * b) if job.recompute == "experts" else 0.0
         gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
         packing, summing = moved(2 * d * b), moved(d * b)
+        moving = moved(job.pair_passes / 2 * d * b)
         return StepCosts(
             {
                 StepKind.EXPERTS: launch + moved(weights * b),
@@ -217,8 +218,8 @@ class LayerExchange:
                 StepKind.FILLER: self.shared_s / 2,
             },
             {
-                StepKind.EXPERTS: forward,
-                StepKind.EXPERTS_BACKWARD: backward + again,
+                StepKind.EXPERTS: forward + moving,
+                StepKind.EXPERTS_BACKWARD: backward + again + moving,
                 StepKind.WEIGHT_GRAD: gradients,
                 StepKind.DISPATCH: packing,
                 StepKind.COMBINE_BACKWARD: packing,

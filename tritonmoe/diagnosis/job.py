@@ -36,6 +36,9 @@ class Job:
     """Whether two halves of a micro-batch run in turn, each under the other's exchanges."""
     sends_pairs: bool = False
     """Whether every pair travels as a row of its own, as in libraries that send a token once for each expert."""
+    pair_passes: float = 0.0
+    """How often every pair's row of D columns is read or written in a layer's forward and backward by kernels that only
+    move or scale it. Those of this package do none; where permutations, padding and gates run apart, some tens."""
     load: tuple[float, ...] = ()
     """The share of all pairs that each expert gets, as recorded; () is uniform routing."""
 
@@ -63,6 +66,28 @@ class Job:
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    def stage_layers(self) -> list[tuple[int, int]]:
+        """Give (dense layers, layers with experts) of every pipeline stage; the first may have one more."""
+        each, more = divmod(self.model.num_layers, self.pp)
+        stages, first = [], 0
+        for stage in range(self.pp):
+            last = first + each + (stage < more)
+            num_dense = max(0, min(last, self.model.num_dense_layers) - first)
+            stages.append((num_dense, last - first - num_dense))
+            first = last
+        return stages
+
+    def rank_parameters(self, stage: int) -> tuple[float, float]:
+        """Give how many parameters a rank of a stage has: those that all data-parallel ranks have, and its experts'."""
+        model = self.model
+        num_dense, num_sparse = self.stage_layers()[stage]
+        shared = num_dense * 3 * model.hidden_size * model.dense_size / self.tp
+        shared += (num_dense + num_sparse) * model.attention_parameters / self.tp
+        shared += num_sparse * (model.other_parameters - model.attention_parameters)
+        ends = (stage == 0) + (stage == self.pp - 1 and not (model.is_tied and self.pp == 1))
+        shared += ends * model.vocab_size * model.hidden_size / self.tp
+        return shared, num_sparse * model.num_experts / self.ep * model.expert_parameters
 
     def dp(self, cluster: Cluster) -> int:
         """Give the number of data-parallel ranks; ValueError where the GPUs can't be shared so."""

@@ -9,7 +9,9 @@ from typing import Any
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.diagnosis.cluster import INTERVALS, Cluster
 from tritonmoe.diagnosis.job import Job, expert_degrees
-from tritonmoe.diagnosis.step import StepTime, exchange_time, layer_parts, memory_gb, step_time
+from tritonmoe.diagnosis.job_memory import memory_gb
+from tritonmoe.diagnosis.layer_parts import layer_parts
+from tritonmoe.diagnosis.step import StepTime, exchange_time, step_time
 
 __all__ = ["Choice", "Comparison", "Plan", "Prediction", "Sensitivity", "compare", "plan"]
 

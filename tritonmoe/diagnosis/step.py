@@ -1,8 +1,7 @@
-"""StepTime: what one training step takes, part by part, and the memory that it holds on one GPU."""
+"""StepTime: what one training step takes, part by part."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import Cluster
@@ -15,23 +14,16 @@ from tritonmoe.diagnosis.exchange import (
     product_s,
 )
 from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
 
-__all__ = ["Parts", "StepTime", "exchange_time", "layer_parts", "memory_gb", "step_time"]
+__all__ = ["StepTime", "exchange_time", "step_time"]
 
-Parts = Mapping[str, tuple[float, float]]
-"""Part of a layer -> seconds of its forward and of its backward."""
 
-ATTENTION_BACKWARD = 2.5 / 0.77
-"""The time of attention's backward over its forward's: five products instead of two, at 0.77 of the rate (fused
-attention on H100 and B200: 0.75 to 0.8)."""
-NORM_BYTES = 10, 15
-"""How often a row's elements are read or written by a layer's two norms and two residual sums, forward and backward."""
 OPTIMIZER_BYTES = 46
 """Read or written for each parameter of a rank's own shard: its fp32 gradient to take the norm (4) and to clip it (8);
 Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
-OPTIMIZER_STATE_BYTES = 12
 LOSS_BYTES = 16
 """Of one logit: the loss in fp32 and its gradient, forward and backward together."""
 
@@ -54,51 +46,6 @@ class StepTime:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.step_s
-
-
-def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Give the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
-
-    Products are shared by the tensor-parallel ranks; norms and the router see the tokens of one of them.
-    """
-    model, b = job.model, job.dtype_bytes
-    d, tokens = model.hidden_size, job.num_tokens
-    rows = tokens * job.tp  # a tensor-parallel rank computes all rows with its share of the columns
-    copy, product = partial(copy_s, cluster), partial(product_s, job, cluster)
-
-    def products(shapes: list[tuple[int, int]], shared_by: int) -> tuple[float, float]:
-        forward = sum(product(rows if shared_by > 1 else tokens, i, o) for i, o in shapes) / shared_by
-        gradient = (
-            sum(product(rows if shared_by > 1 else tokens, i, o, weight_bytes=2 * MAIN_GRAD_BYTES) for i, o in shapes)
-            / shared_by
-        )
-        return forward, forward + gradient
-
-    def block(width: int, shared_by: int) -> tuple[float, float]:
-        """Give a gated feed-forward block; its activation reads 2F and writes F columns, its gradient 3F and 2F."""
-        forward, backward = products([(d, 2 * width), (width, d)], shared_by)
-        columns = tokens * width * b
-        return forward + copy(3 * columns), backward + copy(5 * columns)
-
-    attention = model.attention
-    seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
-    seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
-    core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
-    core = core_flops / (job.fastest_dtype(cluster) * cluster.gpu.attention_efficiency.value)
-    rope = copy(2 * tokens * attention.rope_width * b)
-    router, router_back = products([(d, model.num_experts)], 1)
-    scores = copy(6 * 4 * tokens * model.num_experts)
-    gathered = tokens * (job.tp - 1) * d * b
-    gather = exchange_s(cluster, job.tp, gathered, 0.0) if job.tp > 1 else 0.0
-    return {
-        "attention projections": products(attention.products(d), job.tp),
-        "attention core": (core, core * ATTENTION_BACKWARD),
-        "norms and rotations": tuple(copy(n * tokens * d * b) + rope for n in NORM_BYTES),  # type: ignore[dict-item]
-        "tensor-parallel gathers": (2 * gather, 2 * gather),
-        "dense": block(model.dense_size, job.tp),
-        "shared": block(model.shared_size, 1) if model.shared_size else (0.0, 0.0),
-        "router": (router + scores, router_back + scores),
-    }
 
 
 def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
@@ -149,7 +96,7 @@ def _whole_step(
     sparse: dict[str, float],
 ) -> StepTime:
     """Put stages of layers together: micro-batches, pipeline, what comes once a step."""
-    stages = stage_layers(job)
+    stages = job.stage_layers()
     head = _head_s(job, cluster)
     hop = _hop_s(job, cluster) if job.pp > 1 else 0.0
     by_stage: list[dict[str, float]] = []
@@ -182,18 +129,6 @@ def _whole_step(
     )
 
 
-def stage_layers(job: Job) -> list[tuple[int, int]]:
-    """Give (dense layers, layers with experts) of every pipeline stage; the first stages get one more where needed."""
-    each, more = divmod(job.model.num_layers, job.pp)
-    stages, first = [], 0
-    for stage in range(job.pp):
-        last = first + each + (stage < more)
-        num_dense = max(0, min(last, job.model.num_dense_layers) - first)
-        stages.append((num_dense, last - first - num_dense))
-        first = last
-    return stages
-
-
 def _head_s(job: Job, cluster: Cluster) -> float:
     """Give the output layer, forward and backward, and the loss."""
     model = job.model
@@ -211,18 +146,6 @@ def _hop_s(job: Job, cluster: Cluster) -> float:
     return fixed + num_bytes * byte_s
 
 
-def rank_parameters(job: Job, stage: int) -> tuple[float, float]:
-    """Give how many parameters a rank of a stage has: those that all data-parallel ranks have, and its experts'."""
-    model = job.model
-    num_dense, num_sparse = stage_layers(job)[stage]
-    shared = num_dense * 3 * model.hidden_size * model.dense_size / job.tp
-    shared += (num_dense + num_sparse) * model.attention_parameters / job.tp
-    shared += num_sparse * (model.other_parameters - model.attention_parameters)
-    ends = (stage == 0) + (stage == job.pp - 1 and not (model.is_tied and job.pp == 1))
-    shared += ends * model.vocab_size * model.hidden_size / job.tp
-    return shared, num_sparse * model.num_experts / job.ep * model.expert_parameters
-
-
 def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) -> tuple[float, float]:
     """Give what summing gradients takes, and what the optimizer and gathering the new weights take after that.
 
@@ -233,7 +156,7 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
     optimizer = reduction = 0.0
     expert_dp = dp * job.tp // job.ep
     for stage, seconds in enumerate(ahead):
-        shared, experts = rank_parameters(job, stage)
+        shared, experts = job.rank_parameters(stage)
         rings = [(dp, job.tp, shared), (expert_dp, job.ep, experts)]
         summing = copy_s(cluster, GRADIENT_BYTES * (shared + experts))
         summing += sum(_ring_s(cluster, ranks, stride, MAIN_GRAD_BYTES * number) for ranks, stride, number in rings)
@@ -258,46 +181,3 @@ def _ring_s(cluster: Cluster, num_ranks: int, stride: int, num_bytes: float) -> 
     nodes = num_ranks / near
     pace = max(byte_s / near, cluster.inside.line(sent)[1] if near > 1 else 0.0)
     return fixed + nodes * cluster.between.us_per_peer.value * 1e-6 + sent * pace
-
-
-def memory_gb(job: Job, cluster: Cluster) -> float:
-    """Give the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
-
-    Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
-    and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
-    it.
-    """
-    dp = job.dp(cluster)
-    expert_dp = dp * job.tp // job.ep
-    most = 0.0
-    for stage, (num_dense, num_sparse) in enumerate(stage_layers(job)):
-        shared, experts = rank_parameters(job, stage)
-        held = (shared + experts) * (job.dtype_bytes + MAIN_GRAD_BYTES)
-        held += OPTIMIZER_STATE_BYTES * (shared / dp + experts / expert_dp)
-        kept = num_dense * _kept_bytes(job, cluster, is_dense=True) + num_sparse * _kept_bytes(
-            job, cluster, is_dense=False
-        )
-        under_way = min(job.micro_batches, job.pp - stage)
-        held += kept * under_way
-        if stage == job.pp - 1:
-            held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
-        most = max(most, held)
-    return most / 1e9
-
-
-def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
-    """Give what one layer keeps of one micro-batch for its backward."""
-    model, b, tokens = job.model, job.dtype_bytes, job.num_tokens
-    if job.recompute == "full":
-        return tokens * model.hidden_size * b
-    attention = model.attention
-    columns = 4 * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
-    columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
-    width = model.dense_size if is_dense else model.shared_size
-    kept = tokens * (columns + 3 * width) * b
-    if is_dense:
-        return kept
-    exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
-    received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
-    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute == "none" else 0.0
-    return kept + received + hidden + tokens * model.num_experts * 4
