@@ -75,7 +75,17 @@ def _what(row: dict[str, Any]) -> str:
 def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
     """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
     model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
-    return Job(model, 4096, 1, row["mbc"], pp=row["pp"], ep=row["ep"], sends_pairs=True, pair_passes=passes)
+    return Job(
+        model,
+        4096,
+        1,
+        row["mbc"],
+        pp=row["pp"],
+        ep=row["ep"],
+        overlaps_reduction=False,
+        sends_pairs=True,
+        pair_passes=passes,
+    )
 
 
 def _calibrate(preset: str, row: dict[str, Any]) -> float:

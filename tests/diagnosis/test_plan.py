@@ -69,7 +69,9 @@ def test_a_faster_interconnect_is_worth_its_price_or_not():
     assert found.is_cheaper > 0.9
     text = comparison_table(found)
     assert "H100 is cheaper than H100-100G in" in text
-    assert "from x0.5 on: H100" in text
+    assert "cheapest from x0.5 on: H100" in text
+    assert found.break_even_usd(0) == pytest.approx(fast.usd_per_gpu_hour)
+    assert found.break_even_usd(1) < 2.4
     given_away = compare(JOB, [fast, replace(slow, usd_per_gpu_hour=0.01)], [32])
     assert given_away.is_cheaper == 0
 

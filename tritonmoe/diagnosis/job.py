@@ -34,6 +34,9 @@ class Job:
     """How rows travel in the forward's dispatch, fp8 with a scale for each 128 columns; None: in dtype."""
     two_batches: bool = False
     """Whether two halves of a micro-batch run in turn, each under the other's exchanges."""
+    overlaps_reduction: bool = True
+    """Whether gradients are summed over data-parallel ranks while the last micro-batch's backward still runs, as
+    DistributedDataParallel and FSDP do."""
     sends_pairs: bool = False
     """Whether every pair travels as a row of its own, as in libraries that send a token once for each expert."""
     pair_passes: float = 0.0

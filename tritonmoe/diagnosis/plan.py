@@ -12,6 +12,7 @@ from tritonmoe.diagnosis.job import Job, expert_degrees
 from tritonmoe.diagnosis.job_memory import memory_gb
 from tritonmoe.diagnosis.layer_parts import layer_parts
 from tritonmoe.diagnosis.step import StepTime, exchange_time, step_time
+from tritonmoe.tuning.search import preferred
 
 __all__ = ["Choice", "Comparison", "Plan", "Prediction", "Sensitivity", "compare", "plan"]
 
@@ -160,15 +161,12 @@ def _spreads(job: Job, cluster: Cluster, degrees: Sequence[int]) -> list[tuple[i
 
 
 def _best_overlap(job: Job, cluster: Cluster, ep: int, num_levels: int) -> Choice:
-    """Give the schedule whose layer is fastest; of those that are equally fast the one with fewest chunks."""
+    """Give the schedule whose layer is fastest; of those that are about as fast the one with fewest chunks."""
     spread = replace(job, ep=ep)
     parts = layer_parts(spread, cluster)
     tried = OVERLAPS if ep > 1 else OVERLAPS[:1]
-    return Choice(
-        ep,
-        num_levels,
-        min(tried, key=lambda overlap: exchange_time(spread, cluster, num_levels, overlap, parts).total_s),
-    )
+    found = [(exchange_time(spread, cluster, num_levels, overlap, parts).total_s, overlap) for overlap in tried]
+    return Choice(ep, num_levels, preferred(found)[0][1])
 
 
 def _time(job: Job, cluster: Cluster, choice: Choice) -> StepTime:
@@ -179,7 +177,6 @@ def _predict(job: Job, cluster: Cluster, choice: Choice, drawn: Sequence[Cluster
     time = _time(job, cluster, choice)
     draws = [_time(job, one, choice) for one in drawn]
     memory = memory_gb(replace(job, ep=choice.ep), cluster)
-    usd = cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)
     return Prediction(
         choice,
         time,
@@ -187,7 +184,7 @@ def _predict(job: Job, cluster: Cluster, choice: Choice, drawn: Sequence[Cluster
         _interval([one.layer_s for one in draws]),
         memory,
         memory <= USABLE_MEMORY * cluster.gpu.memory_gb,
-        usd,
+        _usd_per_million(cluster, time),
         tuple(one.step_s for one in draws),
     )
 
@@ -224,6 +221,12 @@ class Comparison:
     is_cheaper: float
     """In how many pairs of drawn clusters the first one is the cheapest, as a share."""
 
+    def break_even_usd(self, number: int) -> float:
+        """Give the price of a GPU-hour at which a cluster costs as much as the first, for the model as it is."""
+        first, other = self.plans[0].best, self.plans[number].best
+        price = self.plans[number].cluster.usd_per_gpu_hour
+        return price * first.usd_per_million_tokens / other.usd_per_million_tokens
+
     def to_json(self) -> dict[str, Any]:
         prices: Mapping[str, list[float | None]] = {
             plan.cluster.name: own for plan, own in zip(self.plans, self.usd, strict=True)
@@ -233,6 +236,7 @@ class Comparison:
             "scales": list(self.scales),
             "usd_per_million_tokens": prices,
             "first_is_cheapest": self.is_cheaper,
+            "break_even_usd_per_gpu_hour": [self.break_even_usd(number) for number in range(len(self.plans))],
         }
 
 
@@ -252,13 +256,25 @@ def compare(job: Job, clusters: Sequence[Cluster], degrees: Sequence[int] = ()) 
 
 
 def _least_usd(job: Job, cluster: Cluster, degrees: Sequence[int]) -> float | None:
-    """Give the price of a million tokens with the best choice that fits."""
-    best: float | None = None
-    for ep, num_levels in _spreads(job, cluster, degrees):
-        spread = replace(job, ep=ep)
-        if memory_gb(spread, cluster) > USABLE_MEMORY * cluster.gpu.memory_gb:
-            continue
-        time = _time(job, cluster, _best_overlap(job, cluster, ep, num_levels))
-        usd = cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)
-        best = usd if best is None else min(best, usd)
-    return best
+    """Give the price of a million tokens with the best choice that fits.
+
+    Where none does, the backward computes all layers again; where still none does, the pipeline gets twice the stages.
+    """
+    while True:
+        prices = []
+        for ep, num_levels in _spreads(job, cluster, degrees):
+            spread = replace(job, ep=ep)
+            if memory_gb(spread, cluster) <= USABLE_MEMORY * cluster.gpu.memory_gb:
+                time = _time(job, cluster, _best_overlap(job, cluster, ep, num_levels))
+                prices.append(_usd_per_million(cluster, time))
+        if prices:
+            return min(prices)
+        try:
+            job = replace(job, recompute="full") if job.recompute != "full" else replace(job, pp=2 * job.pp)
+            _spreads(job, cluster, degrees)
+        except ValueError:
+            return None
+
+
+def _usd_per_million(cluster: Cluster, time: StepTime) -> float:
+    return cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from tritonmoe.diagnosis.plan import Comparison, Plan, Prediction
+from tritonmoe.diagnosis.plan import Comparison, Plan, Prediction, Sensitivity
 
 __all__ = ["comparison_table", "plan_table"]
 
 MOST_ROWS = 12
 MOST_PARTS = 6
+DECIDES = 0.005
+"""An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
 HEADER = ("ep", "levels", "chunks", "layer ms", "step ms (80 %)", "exposed ms", "GB", "$/M tokens", "")
 
 
@@ -34,20 +36,21 @@ def plan_table(plan: Plan) -> str:
         f"Best: {best.choice}. It stays so in {plan.stays_best:.0%} of {len(best.draws_s)} draws of the estimates.",
         f"Its step: {_parts(best)}.",
     ]
-    first, *others = plan.sensitivities
-    why = (
-        f"it may make another choice better, by up to {first.regret:.1%}"
-        if first.regret > 0.005
-        else f"the choice stays; the step's time moves by {first.swing:.1%}"
+    deciding = [one for one in plan.sensitivities if one.regret > DECIDES]
+    first, *others = deciding + sorted(
+        (one for one in plan.sensitivities if one not in deciding), key=lambda one: one.swing, reverse=True
     )
-    if first.regret <= 0.005:
-        first, *others = sorted(plan.sensitivities, key=lambda one: one.swing, reverse=True)
-        why = f"no estimate alone changes the choice; this one moves the step's time by {first.swing:.1%}"
     lines += [
-        f"Measure next: {first.key} ({first.source}): {why}.",
-        "Then: " + ", ".join(f"{one.key} (moves the time by {one.swing:.1%})" for one in others[:3]) + ".",
+        f"Measure next: {first.key} ({first.source}), which {_why(first)}.",
+        "Then: " + ", ".join(f"{one.key}, which {_why(one)}" for one in others[:2]) + ".",
     ]
     return "\n".join(lines)
+
+
+def _why(one: Sensitivity) -> str:
+    if one.regret > DECIDES:
+        return f"may make another choice better, by up to {one.regret:.1%}"
+    return f"moves the time by {one.swing:.1%} and changes no choice"
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -61,6 +64,10 @@ def comparison_table(comparison: Comparison) -> str:
     lines.append(
         f"{first} is cheaper than {' and '.join(others)} in {comparison.is_cheaper:.0%} of the draws of the estimates."
     )
+    for number, name in list(enumerate(names))[1:]:
+        lines.append(
+            f"{name} costs as much as {first} at {comparison.break_even_usd(number):.2f} $ a GPU-hour, for this model."
+        )
     lines += ["", "$ per million tokens, by the model's widths:"]
     prices = [
         (name, *("-" if usd is None else f"{usd:.4f}" for usd in own))
@@ -79,7 +86,7 @@ def _crossings(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
         known = [(usd, name) for usd, name in there if usd is not None]
         cheapest = min(known)[1] if known else "nothing fits"
         if cheapest != last:
-            yield f"from x{scale:.2g} on: {cheapest}"
+            yield f"cheapest from x{scale:.2g} on: {cheapest}"
         last = cheapest
 
 

@@ -112,8 +112,11 @@ def _whole_step(
     slowest = max(range(len(totals)), key=totals.__getitem__)
     parts = {name: seconds * job.micro_batches for name, seconds in by_stage[slowest].items()}
     parts["pipeline bubble"] = sum(totals) - totals[slowest]
-    # A stage is done with its last micro-batch before those that come before it: about two thirds are the backward.
-    ahead = [2 / 3 * sum(totals[:number]) for number in range(len(totals))]
+    # A stage is done with its last micro-batch before those that come before it; about two thirds are the backward.
+    backward = [2 / 3 * total for total in totals]
+    ahead = [
+        sum(backward[:stage]) + (backward[stage] if job.overlaps_reduction else 0.0) for stage in range(len(backward))
+    ]
     parts["data-parallel reduction"], parts["optimizer"] = _once_a_step(job, cluster, dp, ahead)
     parts["other, once a step"] = cluster.host.ms_per_step.value * 1e-3
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
@@ -150,8 +153,8 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
     """Give what summing gradients takes, and what the optimizer and gathering the new weights take after that.
 
     The optimizer's state is sharded over the data-parallel ranks. Between the two all ranks wait for the norm of all
-    gradients. The reduction counts in full on the first stage: none of it is taken to be hidden by the backward.
-    ahead: by how many seconds every pipeline stage is done before the first one.
+    gradients.
+    ahead: how many seconds every pipeline stage has for its sums before the first stage has done its last backward.
     """
     optimizer = reduction = 0.0
     expert_dp = dp * job.tp // job.ep
