@@ -82,13 +82,17 @@ class ExchangeTime:
 
     forward_s: float
     backward_s: float
-    exposed_s: float
-    """Of both: the time in which nothing is computed."""
-    compute_s: float
+    exposed_forward_s: float
+    """The time in which nothing is computed."""
+    exposed_backward_s: float
 
     @property
     def total_s(self) -> float:
         return self.forward_s + self.backward_s
+
+    @property
+    def exposed_s(self) -> float:
+        return self.exposed_forward_s + self.exposed_backward_s
 
 
 class LayerExchange:
@@ -129,14 +133,16 @@ class LayerExchange:
         backward = simulate(backward_schedule, plan, self.work, self.costs, self.link)
         # Ranks agree before each pass: an exchange of a few bytes that nothing hides.
         agreeing = self.link.latency_s if self.job.ep > 1 else 0.0
-        compute = sum(
-            float((step.end_s - step.start_s).max())
-            for simulation in (forward, backward)
-            for step in _leaves(simulation.steps)
-            if step.step.lane == "compute"
-        )
-        total = forward.total_s + backward.total_s + 2 * agreeing
-        return ExchangeTime(forward.total_s + agreeing, backward.total_s + agreeing, max(0.0, total - compute), compute)
+        seconds, exposed = [], []
+        for simulation in (forward, backward):
+            computing = sum(
+                float((step.end_s - step.start_s).max())
+                for step in _leaves(simulation.steps)
+                if step.step.lane == "compute"
+            )
+            seconds.append(simulation.total_s + agreeing)
+            exposed.append(max(0.0, simulation.total_s + agreeing - computing))
+        return ExchangeTime(*seconds, *exposed)
 
     def _one_level(self, needs: Needs) -> tuple[LayerWork, LinkCosts]:
         ranks, tokens = self.job.ep, self.tokens
