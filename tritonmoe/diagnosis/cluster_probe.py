@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import Cluster, Estimate, Gpu, Host, Link
-from tritonmoe.diagnosis.exchange import product_s
 from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.operation_costs import product_s
 from tritonmoe.diagnosis.probe import probe_link, slowest
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.layer import GroupedExperts
@@ -144,7 +144,7 @@ def _probe_gpu(
     grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
     grouped = grouped_flops / grouped_s
     has_peaks = device.type == "cuda"
-    peak = max(dense, core, grouped, job.fastest_dtype(base) if has_peaks else 0.0)
+    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else 0.0)
     memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else 0.0)
     gpu = replace(
         base.gpu,

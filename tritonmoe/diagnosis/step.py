@@ -5,16 +5,10 @@ from dataclasses import dataclass
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import (
-    MAIN_GRAD_BYTES,
-    ExchangeTime,
-    LayerExchange,
-    copy_s,
-    exchange_s,
-    product_s,
-)
+from tritonmoe.diagnosis.exchange import ExchangeTime, LayerExchange
 from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
+from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 
 __all__ = ["StepTime", "exchange_time", "step_time"]
 
@@ -130,7 +124,7 @@ def _whole_step(
         sum(sparse.values()),
         exposed,
         parts,
-        job.sequence * job.micro_batch * job.micro_batches * dp,
+        job.tokens_per_step(cluster),
     )
 
 
