@@ -1,0 +1,113 @@
+"""Published products and training steps against the planner: whole models, and such as were cut to four layers."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from bench.published import Row, Table, published
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.cluster_presets import CLUSTERS
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.job_memory import memory_gb
+from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.operation_costs import copy_s
+from tritonmoe.diagnosis.plan import plan
+from tritonmoe.diagnosis.step import step_time
+
+__all__ = ["step_tables"]
+
+FAMILIES = {"deepseekv2": ("DeepSeek-V2", 0.1), "deepseekv3": ("DeepSeek-V3", 0.05)}
+"""Name in the table -> preset, and the target for the largest error."""
+PLAIN = OverlapPlan((1,), local_first=False, serial=True)
+"""What Megatron-LM's all-to-all dispatcher does: nothing overlaps."""
+MACHINE = replace(CLUSTERS["B200"], nodes=1)
+GIB = 1 << 30
+
+
+def step_tables() -> Iterator[Table]:
+    """Give grouped products, whole models, and for each family of cut ones a table of steps and one of memory."""
+    yield _grouped_products()
+    yield _whole_models()
+    table = published("simumax_b200_moe_step")
+    for family, (preset, target) in FAMILIES.items():
+        own = [row for row in table["rows"] if row["model"] == family]
+        first = own[0]
+        passes = _calibrate(preset, first)
+        rows = [
+            Row(
+                _what(row),
+                "ms",
+                row["real_ms"],
+                1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s,
+                row is first,
+                f"SimuMax {row['simumax_ms'] / row['real_ms'] - 1:+.1%}",
+            )
+            for row in own
+        ]
+        fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
+        yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
+        memory = [
+            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row, passes), MACHINE) * 1e9 / GIB)
+            for row in own
+            if row["mbc"] == 4
+        ]
+        yield Table(f"Memory of {preset}, 4 layers", table["source"], "nothing", memory)
+
+
+def _whole_models() -> Table:
+    """Whole models, predicted as this package would run them: rows sent once, exchanges overlapped, nothing fitted."""
+    table = published("megatron_bridge_bf16")
+    rows = []
+    for row in table["rows"]:
+        machine = CLUSTERS[row["machine"]]
+        cluster = machine.with_nodes(row["gpus"] // machine.gpus_per_node)
+        job = Job(MODELS[row["model"]], row["sequence"], row["micro_batch"], pp=row["pp"], ep=row["ep"])
+        per_step = row["global_batch"] // (row["micro_batch"] * job.dp(cluster))
+        found = plan(replace(job, micro_batches=per_step), cluster, [row["ep"]], num_draws=1)
+        best = min(found.predictions, key=lambda one: one.time.step_s)
+        predicted = best.time.tokens_per_s / cluster.num_gpus
+        what = f"{row['machine']}, {row['gpus']} GPUs, {row['model']}, pp {row['pp']}, ep {row['ep']}"
+        rows.append(Row(what, "tokens/s", row["tokens_per_s_per_gpu"], predicted))
+    return Table("Whole models, Megatron Bridge", table["source"], "nothing: the presets", rows)
+
+
+def _grouped_products() -> Table:
+    """Grouped products: the time for arithmetic and that for operands in memory, added."""
+    table, gpu = published("simumax_b200_grouped_products"), CLUSTERS["B200"].gpu
+    rows = []
+    for row in table["rows"]:
+        experts, each, outputs, inputs = (row[name] for name in ("experts", "rows", "outputs", "inputs"))
+        weight_bytes = 2 if row["pass"] != "weight gradient" else 8 if row["gradient"] == "fp32" else 4
+        peak_s = 2 * experts * each * outputs * inputs / (gpu.tflops["bf16"] * 1e12)
+        moved = experts * (outputs * inputs * weight_bytes + 2 * each * (outputs + inputs))
+        predicted = peak_s / (peak_s / gpu.grouped_efficiency.value + copy_s(CLUSTERS["B200"], moved))
+        what = f"{experts} x {each} rows, {inputs} to {outputs}, {row['pass']}, {row['gradient']}"
+        rows.append(Row(what, "%", 100 * row["efficiency"], 100 * predicted))
+    fitted = "the preset B200's grouped and memory efficiency, 0.54 and 0.7, to all of them"
+    return Table("Grouped products, B200", table["source"], fitted, rows)
+
+
+def _what(row: dict[str, Any]) -> str:
+    return f"ep {row['ep']}, pp {row['pp']}, {row['mbc']} micro-batches"
+
+
+def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
+    """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
+    model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
+    return Job(
+        model,
+        4096,
+        1,
+        row["mbc"],
+        pp=row["pp"],
+        ep=row["ep"],
+        overlaps_reduction=False,
+        sends_pairs=True,
+        pair_passes=passes,
+    )
+
+
+def _calibrate(preset: str, row: dict[str, Any]) -> float:
+    """Give the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
+    none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
+    return max(0.0, 10 * (row["real_ms"] - none) / (some - none))
