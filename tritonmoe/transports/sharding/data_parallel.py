@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from tritonmoe.transports import EXPERT
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +18,7 @@ __all__ = [
     "ShardedNames",
     "explain_fully_shard",
     "ignore_sharded_parameters",
+    "mark_mesh",
     "mark_own_buffers",
     "mark_sharded",
     "sharded_modules",
@@ -40,6 +39,11 @@ class ShardedNames(NamedTuple):
 def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
     """Mark these parameters of the module itself as others on every rank."""
     setattr(module, MARK, ShardedNames(names, members))
+
+
+def mark_mesh(mesh: "DeviceMesh") -> None:
+    """Mark a mesh as one over which experts are spread; it need not be named for them."""
+    setattr(mesh, MARK, True)
 
 
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -154,8 +158,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
     import torch.distributed as dist
 
     for name, parameter in module.named_parameters():
-        names = getattr(getattr(getattr(parameter, "_st_info", None), "mesh", None), "mesh_dim_names", None)
-        if EXPERT in (names or ()):
+        if hasattr(getattr(getattr(parameter, "_st_info", None), "mesh", None), MARK):
             raise ValueError(
                 f"torch.distributed's replicate() has made a plain tensor of {name}, of which every rank holds other "
                 "experts, and would average them: use DistributedDataParallel"

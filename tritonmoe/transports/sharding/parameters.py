@@ -13,7 +13,12 @@ from tritonmoe.errors import CountMismatch
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
-from tritonmoe.transports.sharding.data_parallel import explain_fully_shard, ignore_sharded_parameters, mark_sharded
+from tritonmoe.transports.sharding.data_parallel import (
+    explain_fully_shard,
+    ignore_sharded_parameters,
+    mark_mesh,
+    mark_sharded,
+)
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.transports.sharding.whole_states import StateDict, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
@@ -115,6 +120,7 @@ def shard_parameters(
     allow_mixed_lists()
     ignore_sharded_parameters()
     explain_fully_shard()
+    mark_mesh(sharding.mesh)
     refuse_pickling(sharding.mesh)
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))

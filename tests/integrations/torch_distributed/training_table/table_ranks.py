@@ -42,7 +42,15 @@ Cell = tuple[str, str, str]
 
 FORM_OF_ALL_ROWS = "module inside a wrapper"
 FIRST_ROWS = ("DDP", "FSDP2", "clip_grad_norm_", "AdamW foreach", "one-device weights, load_state_dict")
-ROWS_OF_FOUR = ("DDP", "clip_grad_norm_", "DCP, same ranks", "DCP from 1", "DCP from 2x2", "experts over fewer ranks")
+ROWS_OF_FOUR = (
+    "DDP",
+    "replicate()",
+    "clip_grad_norm_",
+    "DCP, same ranks",
+    "DCP from 1",
+    "DCP from 2x2",
+    "experts over fewer ranks",
+)
 ROWS_OF_REPLICAS = (*FIRST_ROWS, "DCP, same ranks", "HSDP", "FSDP2 of experts over replicas", "GradScaler", "deepcopy")
 ROWS_OF_REPLICAS += ("accumulated gradients", "DCP from 1", "DCP from 4")
 
