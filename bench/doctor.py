@@ -97,8 +97,11 @@ class Scenario:
         return scores.topk(TOP_K).indices
 
     def chunk_s(self) -> float:
-        """Give the fixed seconds of a chunk."""
-        return self.amounts["chunk overhead"] if "chunk overhead" in self.causes else self.fixed_s
+        """Give the fixed seconds of a chunk; without the cause those of all are what one's were with it."""
+        if "chunk overhead" not in self.amounts:
+            return self.fixed_s
+        parts = self.num_chunks + 2  # and the two of local pairs
+        return self.amounts["chunk overhead"] / (1 if "chunk overhead" in self.causes else parts)
 
 
 def draw_scenario(number: int) -> Scenario:

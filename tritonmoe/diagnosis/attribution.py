@@ -6,6 +6,7 @@ them gain together is a figure of its own.
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -152,28 +153,34 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     costs = fit_costs(similar, recording.shares_link)
     measured = statistics.median(map(measured_s, calls))
     conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
-    replayed = statistics.median(walk(of).total_s for of in conditions)
+    as_it_was = _walked(conditions)
+    replayed = statistics.median(total_s for _, total_s in as_it_was)
     causes = list(_causes(calls, costs))
-    gains = [_gain_s(conditions, cause.remove) for cause in causes]
+    gains = [_gain_s(as_it_was, cause.remove) for cause in causes]
     proposed = list(proposals(calls, conditions[0]))
-    promised = [_gain_s(conditions, proposal.change) for proposal in proposed]
+    promised = [_gain_s(as_it_was, proposal.change) for proposal in proposed]
     everything = _all_of([cause for cause in causes if cause.kind != "expert compute"])
-    together = _gain_s(conditions, everything)
+    together = _gain_s(as_it_was, everything)
     drawn: list[list[float]] = [[] for _ in (*causes, None)]
     drawn_promises: list[list[float]] = [[] for _ in proposed]
     draw = random.Random(seed)
+    of_other_plans = [call for call in similar if call.plan != calls[0].plan]
     for _ in range(NUM_SELECTIONS):
         selection = draw.choices(calls, k=len(calls))
-        own = fit_costs([*selection, *(call for call in similar if call.plan != calls[0].plan)], recording.shares_link)
-        few = [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
+        own = fit_costs([*selection, *of_other_plans], recording.shares_link)
+        few_as_they_were = _walked(
+            [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
+        )
         again = {(cause.kind, cause.ranks): cause for cause in _causes(selection, own)}
         for cause, values in zip(causes, drawn, strict=False):
             # A cause that the selection doesn't show gains nothing there.
             same = again.get((cause.kind, cause.ranks))
-            values.append(0.0 if same is None else _gain_s(few, same.remove))
+            values.append(0.0 if same is None else _gain_s(few_as_they_were, same.remove))
         for proposal, values in zip(proposed, drawn_promises, strict=True):
-            values.append(_gain_s(few, proposal.change))
-        drawn[-1].append(_gain_s(few, _all_of([cause for cause in again.values() if cause.kind != "expert compute"])))
+            values.append(_gain_s(few_as_they_were, proposal.change))
+        drawn[-1].append(
+            _gain_s(few_as_they_were, _all_of([cause for cause in again.values() if cause.kind != "expert compute"]))
+        )
     found = [
         Finding(cause.kind, cause.ranks, cause.words, gain, gain.low_s > 0)
         for cause, seconds, values in zip(causes, gains, drawn, strict=False)
@@ -262,8 +269,16 @@ def _spread(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
     return [calls[(2 * n + 1) * len(calls) // (2 * count)] for n in range(count)]
 
 
-def _gain_s(conditions: Sequence[Conditions], remove: Callable[[Conditions], Conditions]) -> float:
-    return statistics.median(walk(of).total_s - walk(remove(of)).total_s for of in conditions)
+_Walked = Sequence[tuple[Conditions, float]]
+"""Conditions of calls, and what their walks take."""
+
+
+def _walked(conditions: Sequence[Conditions]) -> _Walked:
+    return [(of, walk(of).total_s) for of in conditions]
+
+
+def _gain_s(as_it_was: _Walked, remove: Callable[[Conditions], Conditions]) -> float:
+    return statistics.median(total_s - walk(remove(of)).total_s for of, total_s in as_it_was)
 
 
 def _interval(seconds: float, drawn: Sequence[float]) -> Gain:
@@ -289,8 +304,8 @@ def _causes(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[_Cause]:
     yield _imbalance(calls)
     yield _Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
     yield _Cause("latency", (), f"{1e6 * costs.link.latency_s:.0f} us for every exchange", without_latency)
-    chunks = calls[0].plan.num_chunks
-    yield _Cause("chunk overhead", (), f"what {chunks} chunks cost over one", without_chunk_overhead)
+    steps = calls[0].plan.num_segments
+    yield _Cause("chunk overhead", (), f"what experts in {steps} parts cost over one", without_chunk_overhead)
     yield _Cause("host overhead", (), "the host, before the first step and between steps", without_host_overhead)
     if costs.link.contention:
         words = f"compute loses {costs.link.contention:.0%} of its speed beside an exchange"
@@ -403,10 +418,9 @@ def without_latency(of: Conditions) -> Conditions:
 
 
 def without_chunk_overhead(of: Conditions) -> Conditions:
-    """Let the fixed costs of all chunks of a kind together be those of one."""
-    chunks = of.plan.num_chunks
-    kinds = {str(step.kind) for schedule in of.schedules for step in schedule if step.chunk is not None}
-    fixed = {kind: cost / chunks if kind in kinds else cost for kind, cost in of.steps.fixed_s.items()}
+    """Let the fixed costs of all steps of a kind together be those of one."""
+    counts = Counter(str(step.kind) for schedule in of.schedules for step in schedule)
+    fixed = {kind: cost / max(1, counts[kind]) for kind, cost in of.steps.fixed_s.items()}
     return replace(of, steps=replace(of.steps, fixed_s=fixed))
 
 

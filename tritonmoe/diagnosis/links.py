@@ -22,6 +22,8 @@ __all__ = ["SMALLEST_RATIO", "LinkRatios", "fit_links"]
 SMALLEST_RATIO = 1.15
 """A port or link that is slower than the others by less than this is taken for as fast."""
 ROUNDS = 5
+MAX_MESSAGES = 50_000
+"""Of more messages than that only those of some passes are looked at."""
 KEPT_PASSES = 1024
 """The exchanges of so many passes are kept: calls are fitted in many selections."""
 START_SHARE = 0.25
@@ -77,7 +79,10 @@ def fit_links(calls: Sequence[RecordedCall], shares_link: bool) -> tuple[LinkCos
     shares_link: whether exchanges that are under way together share a port.
     """
     size = len(calls[0].ranks)
-    exchanges = [_exchanges_of(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
+    passes = [(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
+    messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
+    every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
+    exchanges = [_exchanges_of(call, number) for call, number in passes[::every]]
     known = any(bool((~one.arrived.isnan()).any()) for of in exchanges for one in of)
     if not known:
         link = LinkCosts(0.0, 1e18, shares_link)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, weighted_median
+from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, trimmed_mean, weighted_median
 from tritonmoe.diagnosis.links import LinkRatios, fit_links
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
@@ -208,7 +208,7 @@ def _schedule(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One step of one rank: what it took in the median of the calls in which it had so many units."""
+    """One step of one rank: what it took in the mean of the calls in which it had so many units."""
 
     kind: StepKind
     rank: int
@@ -254,9 +254,7 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
                         elapsed = step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
                         seconds.setdefault(key, []).append(elapsed)
                         units.setdefault(key, []).append(step.units)
-    return [
-        _Sample(key[1], key[3], statistics.mean(units[key]), statistics.median(times)) for key, times in seconds.items()
-    ]
+    return [_Sample(key[1], key[3], statistics.mean(units[key]), trimmed_mean(times)) for key, times in seconds.items()]
 
 
 def _fit_steps(
