@@ -3,7 +3,8 @@
 Random scenarios, healthy ones and ones with one cause or two. Calls with the causes and calls without them take turns;
 the doctor reads a recording of the former, and its promised gain is compared with what the latter measure. The
 experts sleep for so long a pair, so that ranks which share cores don't disturb each other.
---emulated N runs N scenarios on emulated ranks and links.
+--emulated N runs N scenarios on emulated ranks and links. --synthetic N measures nothing: the simulator makes the
+recordings, with noise, and says what would be measured; that tells what the method can do, and whether it was broken.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
+from bench.synthetic_runs import Run, write_run
 from tritonmoe.benchmarks.argument_types import output_file, positive, seed
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.diagnosis.attribution import Attribution, CauseKind, attribute
@@ -29,11 +31,17 @@ from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, 
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 from tritonmoe.transports.two_level import GroupView
 
-__all__ = ["Scenario", "draw_scenario", "main", "run_emulated"]
+__all__ = ["Scenario", "draw_scenario", "main", "run_emulated", "run_synthetic"]
 
 HIDDEN_SIZE = 64
 NUM_EXPERTS, TOP_K = 8, 2
-WARM_UP = 2
+WARM_UP = 3
+"""So many calls run in one chunk before the others, as the first ones of num_chunks="auto" do."""
+NOISE = 0.04
+WHERE = {
+    "synthetic": "recordings that the simulator made, with noise",
+    "emulated": "emulated ranks and links in one process",
+}
 CAUSES: tuple[CauseKind, ...] = (
     "slow link",
     "slow port",
@@ -116,7 +124,9 @@ def draw_scenario(number: int) -> Scenario:
     kind = draw.random()
     if kind < HEALTHY_SHARE:
         return plain
-    causes = draw.sample(CAUSES, 2 if kind > 1 - TWO_SHARE else 1)
+    # With two ranks a slow port is one of two directions, or both: the bandwidth.
+    possible = [cause for cause in CAUSES if size > 2 or cause != "slow port"]
+    causes = draw.sample(possible, 2 if kind > 1 - TWO_SHARE else 1)
     is_masked = bool({"slow link", "slow port"} & set(causes)) and "bandwidth" in causes
     if is_masked or {"imbalance", "slow rank"} <= set(causes):
         causes = causes[:1]  # one hides the other
@@ -198,15 +208,18 @@ class _Layer:
         return time.perf_counter() - started
 
 
-def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
-    """Give the slowest rank's seconds of calls with the causes, which are recorded into `folder`, and without them.
-
-    Without all of them, and where there are two without each.
-    """
+def variants_of(scenario: Scenario) -> dict[str, Scenario]:
+    """Give the scenario with its causes, without all of them, and where there are two without each."""
     variants = {"with": scenario, "without": replace(scenario, causes=())}
     if len(scenario.causes) > 1:
         for cause in scenario.causes:
             variants[f"without {cause}"] = replace(scenario, causes=tuple(c for c in scenario.causes if c != cause))
+    return variants
+
+
+def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
+    """Give the slowest rank's seconds of calls of every variant; those with the causes are recorded into `folder`."""
+    variants = variants_of(scenario)
 
     def on_rank(transport: Transport) -> dict[str, list[float]]:
         assert isinstance(transport, EmulatedTransport)
@@ -217,6 +230,7 @@ def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list
                 transport.barrier()
                 if transport.rank == 0:
                     transport.world.set_link(variants[name].link())
+                layer.layer.overlap = tm.OverlapConfig(1 if number < WARM_UP else scenario.num_chunks)
                 elapsed = layer.seconds()
                 if number >= WARM_UP:
                     seconds[name].append(elapsed)
@@ -225,6 +239,39 @@ def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list
     with record(folder):  # the first transport's calls, those with the causes, are in the folder itself
         ranks = run_on_emulated_ranks(on_rank, scenario.size, link=scenario.link(), timeout_s=120)
     return {name: [max(times) for times in zip(*(of[name] for of in ranks), strict=True)] for name in variants}
+
+
+def run_synthetic(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
+    """Give what the simulator says of calls with the causes and without; it also makes the recording, with noise."""
+    run = replace(synthetic_run(scenario), noise=NOISE)
+    write_run(folder, [replace(run, num_chunks=1)] * WARM_UP + [run] * calls, seed=scenario.seed)
+    return {name: [synthetic_run(of).seconds()] for name, of in variants_of(scenario).items()}
+
+
+def synthetic_run(scenario: Scenario) -> Run:
+    """Give the scenario as the simulator walks it."""
+    amounts = {cause: scenario.amounts[cause] for cause in scenario.causes}
+
+    def at_culprit(cause: CauseKind) -> tuple[int, float] | None:
+        return (scenario.culprits[cause][0], amounts[cause]) if cause in amounts else None
+
+    hot = at_culprit("imbalance")
+    slow_link = (*scenario.culprits["slow link"], amounts["slow link"]) if "slow link" in amounts else None
+    return Run(
+        scenario.size,
+        scenario.num_chunks,
+        scenario.num_tokens * TOP_K / scenario.size,
+        scenario.pair_s,
+        scenario.chunk_s(),
+        amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
+        amounts.get("latency", scenario.latency_s),
+        amounts.get("host overhead", 4e-4) / 2,
+        slow_link,  # type: ignore[arg-type]
+        at_culprit("slow port"),
+        at_culprit("slow rank"),
+        at_culprit("late rank"),
+        None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
+    )
 
 
 def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attribution) -> Json:
@@ -315,21 +362,25 @@ def _line(result: Json) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print a line for each scenario, and the figures of all."""
     parser = argparse.ArgumentParser(prog="python -m bench.doctor", description=__doc__)
-    parser.add_argument("--emulated", type=positive, default=20, metavar="N", help="scenarios (default 20)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--synthetic", type=positive, metavar="N", help="N scenarios, walked by the simulator")
+    where.add_argument("--emulated", type=positive, metavar="N", help="N scenarios on emulated ranks and links")
     parser.add_argument("--calls", type=positive, default=9, help="calls of each kind, taking turns (default 9)")
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
+    run = {"synthetic": run_synthetic, "emulated": run_emulated}[kind]
     results = []
-    for number in range(arguments.seed, arguments.seed + arguments.emulated):
-        results.append(run_scenario(draw_scenario(number), arguments.calls, run_emulated))
+    for number in range(arguments.seed, arguments.seed + count):
+        results.append(run_scenario(draw_scenario(number), arguments.calls, run))
         print(_line(results[-1]), flush=True)
     summary = summarize(results)
-    print("emulated ranks and links:")
+    print(f"{WHERE[kind]}:")
     for name, value in summary.items():
         print(f"  {name:28} {value}")
-    write_json(arguments.json, "doctor", {"where": "emulated", "summary": summary, "scenarios": results})
+    write_json(arguments.json, "doctor", {"where": WHERE[kind], "summary": summary, "scenarios": results})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from synthetic_runs import Run, healthy, write_run
 
+from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.recording import read_recording
 

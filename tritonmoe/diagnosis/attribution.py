@@ -50,6 +50,10 @@ INTERVAL = 0.8
 MOST_WALKED = 4
 """So many calls are walked, spread over the recording."""
 WALKED_OF_SELECTION = 2
+OUTLIER = 1.25
+"""A call that takes so many times the median is an outlier ..."""
+KEPT_SHARE = 0.7
+"""... unless fewer than these calls would be left: then it is what the run is like."""
 WARM_UP_CALLS = 1
 """So many first calls of a layer are left out, where there are more than three times as many."""
 
@@ -208,7 +212,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
         together=_interval(together, drawn[-1]),
         misfits=_misfits(walked, conditions),
-        notes=(*recording.notes, *costs.notes),
+        notes=(*recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
 
 
@@ -245,8 +249,17 @@ def _calls_of_most_time(recording: Recording) -> tuple[list[RecordedCall], list[
     groups: dict[tuple, list[RecordedCall]] = {}
     for call in calls:
         groups.setdefault((*_sizes(call), call.plan, call.has_backward), []).append(call)
+    groups = {key: _without_outliers(group) for key, group in groups.items()}
     most = max(groups.values(), key=lambda group: sum(map(measured_s, group)))
-    return most, [call for call in calls if _sizes(call) == _sizes(most[0])]
+    return most, [call for group in groups.values() for call in group if _sizes(call) == _sizes(most[0])]
+
+
+def _without_outliers(calls: list[RecordedCall]) -> list[RecordedCall]:
+    """Leave out calls that something else on the machine disturbed, if they are few: their steps tell no costs."""
+    times = [measured_s(call) for call in calls]
+    limit = OUTLIER * statistics.median(times)
+    kept = [call for call, seconds in zip(calls, times, strict=True) if seconds <= limit]
+    return kept if len(kept) >= KEPT_SHARE * len(calls) else calls
 
 
 def _sizes(call: RecordedCall) -> tuple:

@@ -27,6 +27,8 @@ __all__ = ["Conditions", "Costs", "Entry", "Walk", "conditions_of", "fit_costs",
 
 ROUNDS = 6
 """So often slowness of ranks and lines through their steps are fitted in turn."""
+MET_SHARE = 0.8
+"""Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
 SMALLEST_SLOWNESS = 1.05
 """A rank that is slower by less than this is taken for as fast as the others."""
 
@@ -163,8 +165,12 @@ def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | No
     late_s = entered - _most(entered)
     own_s = late_s.clamp(min=0)
     if ended is not None:
-        pause_s = entered - of_ranks(one.end for one in ended)
-        own_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
+        end = of_ranks(one.end for one in ended)
+        pause_s = entered - end
+        behind_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
+        # A rank that had been later still has met the others since: its lateness is new.
+        has_met = late_s < MET_SHARE * (end - _most(end))
+        own_s = torch.where(has_met, own_s, behind_s)
     passed_on_s = late_s.clamp(min=0) - own_s
     marks = [one.marks for one in passes]
     origins = of_ranks(one.origin for one in passes)
