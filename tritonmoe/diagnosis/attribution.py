@@ -471,6 +471,7 @@ def without_experts(of: Conditions) -> Conditions:
 
 
 MISFIT_SHARE = 0.03
+PASSES = ("all of the forward", "all of the backward")
 
 
 def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) -> tuple[str, ...]:
@@ -481,7 +482,8 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
     for call, of in zip(calls, conditions, strict=True):
         sums: dict[str, float] = {}
         for rank in call.ranks:
-            for one in rank.passes:
+            for name, one in zip(PASSES, rank.passes, strict=False):
+                sums[name] = sums.get(name, 0.0) + one.total_s
                 for step in one.steps:
                     is_exchange = step.step.lane == "comm"
                     kind = f"waiting for {step.step.kind}" if is_exchange else str(step.step.kind)
@@ -489,7 +491,8 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
         for kind, seconds in sums.items():
             recorded.setdefault(kind, []).append(seconds / size)
         sums = {}
-        for simulation in walk(of).passes:
+        for name, simulation in zip(PASSES, walk(of).passes, strict=False):
+            sums[name] = float((simulation.end_s - simulation.steps[0].start_s).mean())
             for simulated in simulation.steps:
                 is_exchange = simulated.wait_s is not None
                 kind = f"waiting for {simulated.step.kind}" if is_exchange else str(simulated.step.kind)
