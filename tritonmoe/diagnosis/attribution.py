@@ -7,7 +7,7 @@ them gain together is a figure of its own.
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -151,11 +151,12 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
     if recording.headers[0].get("node_size") is not None:
         raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
-    calls, similar = _calls_of_most_time(recording)
     before = _calls_before(recording)
+    times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
+    calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
     costs = fit_costs(similar, recording.shares_link)
-    measured = statistics.median(map(measured_s, calls))
+    measured = statistics.median(map(times.__getitem__, calls))
     conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
     as_it_was = _walked(conditions)
     replayed = statistics.median(total_s for _, total_s in as_it_was)
@@ -211,7 +212,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         others=tuple(others),
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
         together=_interval(together, drawn[-1]),
-        misfits=_misfits(walked, conditions),
+        misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
         notes=(*recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
 
@@ -234,7 +235,9 @@ def _is_spoken_of(one: Finding, measured: float) -> bool:
     return one.is_certain and one.gain.seconds >= max(SMALLEST_SHARE * measured, (one.gain.high_s - one.gain.low_s) / 2)
 
 
-def _calls_of_most_time(recording: Recording) -> tuple[list[RecordedCall], list[RecordedCall]]:
+def _calls_of_most_time(
+    recording: Recording, times: Mapping[RecordedCall, float]
+) -> tuple[list[RecordedCall], list[RecordedCall]]:
     """Give the calls of the plan and size that take most of the time, and all calls of layers of that size."""
     if not recording.calls:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
@@ -249,16 +252,15 @@ def _calls_of_most_time(recording: Recording) -> tuple[list[RecordedCall], list[
     groups: dict[tuple, list[RecordedCall]] = {}
     for call in calls:
         groups.setdefault((*_sizes(call), call.plan, call.has_backward), []).append(call)
-    groups = {key: _without_outliers(group) for key, group in groups.items()}
-    most = max(groups.values(), key=lambda group: sum(map(measured_s, group)))
+    groups = {key: _without_outliers(group, times) for key, group in groups.items()}
+    most = max(groups.values(), key=lambda group: sum(map(times.__getitem__, group)))
     return most, [call for group in groups.values() for call in group if _sizes(call) == _sizes(most[0])]
 
 
-def _without_outliers(calls: list[RecordedCall]) -> list[RecordedCall]:
+def _without_outliers(calls: list[RecordedCall], times: Mapping[RecordedCall, float]) -> list[RecordedCall]:
     """Leave out calls that something else on the machine disturbed, if they are few: their steps tell no costs."""
-    times = [measured_s(call) for call in calls]
-    limit = OUTLIER * statistics.median(times)
-    kept = [call for call, seconds in zip(calls, times, strict=True) if seconds <= limit]
+    limit = OUTLIER * statistics.median(map(times.__getitem__, calls))
+    kept = [call for call in calls if times[call] <= limit]
     return kept if len(kept) >= KEPT_SHARE * len(calls) else calls
 
 
@@ -474,7 +476,7 @@ MISFIT_SHARE = 0.03
 PASSES = ("all of the forward", "all of the backward")
 
 
-def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) -> tuple[str, ...]:
+def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions], least_s: float) -> tuple[str, ...]:
     """Say which kinds of steps, or waits, take another share of the step than in the walk, the largest first."""
     recorded: dict[str, list[float]] = {}
     walked: dict[str, list[float]] = {}
@@ -503,10 +505,9 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
     off = {
         kind: (statistics.median(times), statistics.median(walked.get(kind, [0.0]))) for kind, times in recorded.items()
     }
-    step_s = statistics.median(map(measured_s, calls))
     ordered = sorted(off.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
     return tuple(
         f"{kind}: {1e3 * was:.1f} ms recorded, {1e3 * is_now:.1f} ms in the replay"
         for kind, (was, is_now) in ordered[:3]
-        if abs(was - is_now) > MISFIT_SHARE * step_s
+        if abs(was - is_now) > least_s
     )

@@ -85,7 +85,8 @@ class Walk:
     """A call as it is walked."""
 
     total_s: float
-    """From when most ranks have entered each pass until the last rank has ended it, all passes."""
+    """From when most ranks have entered each pass until the last rank has ended it, all passes; where ranks come late
+    because they ended the pass before late, from when the last of them has come."""
     passes: tuple[Simulation, ...]
     """Their times count from there."""
 
@@ -112,7 +113,7 @@ def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
         left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
         start_s = left_s + entry.before_steps_s
         simulation = simulate(schedule, conditions.plan, conditions.work, costs, conditions.link, start_s)
-        total_s += simulation.total_s
+        total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
         passes.append(simulation)
         ended_s = simulation.end_s
     return Walk(total_s, tuple(passes))
@@ -127,12 +128,15 @@ def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
     return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
 
 
-def measured_s(call: RecordedCall) -> float:
-    """Give what walk() predicts, as it was recorded."""
+def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
+    """Give what walk() predicts, as it was recorded; before: as in conditions_of."""
     total_s = 0.0
+    ended = None if before is None else _by_pass(before)[-1]
     for passes in _by_pass(call):
         entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
         total_s += max(one.end for one in passes) - float(_most(entered))
+        total_s -= float(_entry_of(passes, ended).passed_on_s.max())
+        ended = passes
     return total_s
 
 
