@@ -64,6 +64,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     WireFormat(workload.torch_dtype, workload.torch_wire_dtype)  # refuses what can't travel so
     if arguments.emulate is not None:
         has_gpu = torch.cuda.is_available()
+        if has_gpu and arguments.record is not None:
+            raise ValueError("--record needs ranks that all compute: on a GPU --emulate replays all but one")
         results = _emulate_one(arguments, workload, "cuda") if has_gpu else _emulate_all(arguments, workload)
         _write(arguments, results)
         return 0
@@ -104,7 +106,7 @@ def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> Json:
 
     def on_rank(transport: Transport) -> Json:
         assert isinstance(transport, EmulatedTransport)
-        link = Link(set_rate=lambda bits: setattr(transport.world, "link", LinkModel(bits / 8e9)))
+        link = Link(set_rate=lambda bits: transport.world.set_link(LinkModel(bits / 8e9)))
         return _measure(transport, arguments, workload, link, description, "cpu")
 
     return run_on_emulated_ranks(on_rank, arguments.emulate, link=model, timeout_s=arguments.timeout_s)[0]
@@ -173,6 +175,7 @@ def _measure(
         link=link,
         compute_ratio=arguments.compute_ratio,
         device=device,
+        record_to=arguments.record,
     )
     summary = summarize_overlap(measured)
     timelines = _timelines(measured, summary, transport.rank)
@@ -274,6 +277,8 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
             said.append(f"wrote {path}{hint}")
         except OSError as error:
             failures.append(str(error))
+    if arguments.record is not None:
+        said.append(f"wrote {arguments.record}: read it with tritonmoe doctor {arguments.record}")
     print("\n".join(said), flush=True)
     if failures:
         raise OSError("; ".join(failures))

@@ -3,7 +3,15 @@
 import argparse
 import os
 
-from tritonmoe.benchmarks.argument_types import chunk_count, output_file, picture_file, positive, positive_number, seed
+from tritonmoe.benchmarks.argument_types import (
+    chunk_count,
+    output_file,
+    output_folder,
+    picture_file,
+    positive,
+    positive_number,
+    seed,
+)
 from tritonmoe.benchmarks.namespaces import parse_rate
 from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
@@ -59,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
     )
     output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
+    output.add_argument(
+        "--record", type=output_folder, metavar="DIR", help="a recording of auto's calls, for tritonmoe doctor DIR"
+    )
     return parser
 
 

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from tritonmoe.benchmarks.progress import Progress, say
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.benchmarks.workload import Workload
+from tritonmoe.diagnosis.recorder import record
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.simulation.simulator import Simulation
@@ -65,10 +67,13 @@ def measure_rank(
     link: Link,
     compute_ratio: float | None = None,
     device: torch.device | str = "cpu",
+    record_to: Path | None = None,
 ) -> RankMeasurement:
     """Measure every variant in `rounds` interleaved rounds; every rank makes the same call.
 
-    compute_ratio: give the link the rate at which compute takes so many times as long as communication.
+    Args:
+        compute_ratio: give the link the rate at which compute takes so many times as long as communication.
+        record_to: the folder for a recording of as many more calls, of the plan that "auto" has settled on.
     """
     rank = MeasuredLayer(transport, workload, torch.device(device), link)
     report = rank.run_layer(Variant("serial", 1))
@@ -76,6 +81,10 @@ def measure_rank(
     variants = variants_of(chunks, workload.shape[0] // transport.size, link.two_levels is not None)
     rounds_run = run_rounds(rank, variants, rounds)
     seconds, reports = rounds_run.seconds, rounds_run.reports
+    if record_to is not None:
+        with record(record_to):
+            for _ in range(rounds):
+                rank.timed(Variant("auto"))
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
     uplink_bytes = {"one level": uplinks} if uplinks else {}
     rows_between_nodes = None

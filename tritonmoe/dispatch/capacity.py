@@ -151,7 +151,7 @@ def some_rank_overflowed(transport: Transport, header: CallHeader, capped: Cappe
     overflows, nonfinite_rows = capped.flags.wait()
     header = header._replace(nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
     no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64, device="cpu")
-    headers, _, _ = exchange_counts(transport, header, no_counts, where="after the last chunk")
+    headers, *_ = exchange_counts(transport, header, no_counts, where="after the last chunk")
     return any(h.overflowed for h in headers)
 
 

@@ -4,8 +4,10 @@ The exchange has one size whatever the call, so that ranks that disagree can sti
 with an exchange of the same size, so that its header meets the header of whatever the other ranks do.
 """
 
+import time
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +19,24 @@ from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.transports import Transport
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
 
-__all__ = ["BackwardAgreement", "check_counts", "check_sizes", "exchange_counts", "post_backward", "refuse_call"]
+__all__ = [
+    "BackwardAgreement",
+    "CountTimes",
+    "check_counts",
+    "check_sizes",
+    "exchange_counts",
+    "post_backward",
+    "refuse_call",
+]
 
 assert HEADER_SIZE <= MAX_HEADER
+
+
+class CountTimes(NamedTuple):
+    """When a rank began to send its counts, and when it had everybody's, by its host's time.perf_counter()."""
+
+    posted: float
+    left: float
 
 
 def _message(transport: Transport, header: CallHeader) -> Tensor:
@@ -53,7 +70,10 @@ class BackwardAgreement:
     def __init__(self, transport: Transport, header: CallHeader) -> None:
         self._header = header
         self._message = _message(transport, header)
+        self._posted_at = time.perf_counter()
         self._pending = transport.post_counts(self._message)
+        self.times: CountTimes | None = None
+        """Known once wait() has returned."""
 
     def wait(self) -> None:
         """Return when all ranks are known to run this backward.
@@ -66,6 +86,7 @@ class BackwardAgreement:
             received = self._pending.wait()
         except TransportError as error:
             raise TransportError(f"before the {self._header.place}: {error}") from error
+        self.times = CountTimes(self._posted_at, time.perf_counter())
         if not torch.equal(received, self._message):  # every rank says what this one does
             check_headers(_headers(received))
 
@@ -82,7 +103,7 @@ def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement
 
 def exchange_counts(
     transport: Transport, header: CallHeader, counts: Tensor, where: str = "before any chunk"
-) -> tuple[list[CallHeader], Tensor, Tensor]:
+) -> tuple[list[CallHeader], Tensor, Tensor, CountTimes]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
     The counts that this rank is told are for check_counts.
@@ -92,22 +113,24 @@ def exchange_counts(
             pairs that it will compute.
     Returns:
         Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
-        told this one, shaped as `counts`.
+        told this one, shaped as `counts`; and when that was.
     """
     num_kinds, num_segments, size = counts.shape
     message, first = _message(transport, header), MAX_HEADER + 2 * size
     message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
+    posted_at = time.perf_counter()
     try:
         received = transport.exchange_counts(message)
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
+    times = CountTimes(posted_at, time.perf_counter())
     headers = _headers(received)
     check_headers(headers)
     traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
-    return headers, traffic, told
+    return headers, traffic, told, times
 
 
 def check_counts(

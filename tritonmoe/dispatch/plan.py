@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.count_exchange import check_counts, exchange_counts
+from tritonmoe.dispatch.count_exchange import CountTimes, check_counts, exchange_counts
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan
@@ -58,6 +58,8 @@ class DispatchPlan:
     """What every rank said of this call."""
     num_local_experts: int = 0
     """The experts of one rank, which only chunks of experts ask for."""
+    count_times: CountTimes | None = None
+    """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
 
     @property
     def num_chunks(self) -> int:
@@ -195,7 +197,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
     counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows], device="cpu")  # (3, segments, W)
-    headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, counts)
+    headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, counts)
     receive_rows, receive_pairs, return_rows = received.tolist()
     with leaving_nobody_waiting(transport):
         check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
@@ -216,6 +218,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
         num_local_experts=header.num_experts // transport.size,
+        count_times=times,
     )
 
 

@@ -137,7 +137,7 @@ def exchange_two_level_plan(
     told[0], told[1] = rank_rows, rank_pairs
     told[2, :, place::node_size] = outer_counts[0]
     told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
-    headers, (traffic, traffic_pairs), received = exchange_counts(transport, header, told)
+    headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, told)
     told_rows, told_pairs = received[:2].tolist()
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     with leaving_nobody_waiting(transport):
@@ -162,6 +162,7 @@ def exchange_two_level_plan(
         needs_x=any(h.needs_x for h in headers),
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
+        count_times=times,
     )
     experts_of_node = num_experts // num_nodes
     return TwoLevelPlan(

@@ -65,6 +65,7 @@ def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> Exper
         plan=plan,
         first_expert=call.transport.rank * (call.num_slots // call.transport.size),
         placement=call.spec.placement,
+        entered_at=call.entered_at,
     )
 
 
@@ -100,6 +101,7 @@ def _agree_on_two_levels(
         plan=both.outer,
         first_expert=transport.rank * (call.num_slots // transport.size),
         placement=call.spec.placement,
+        entered_at=call.entered_at,
         two_level=both,
         inside_node=transport.inside_node,
     )

@@ -3,6 +3,7 @@
 Whoever calls these, an autograd Function or an operator, saves the tensors.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import ExpertInputs, Needs, find_main_grads
 from tritonmoe.experts.callable_activation import ActivationGraph
@@ -27,7 +29,7 @@ from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
-from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
@@ -63,6 +65,8 @@ class ExpertParallelCall:
     first_expert: int
     """The first slot of this rank, where slots are experts unless there is a placement."""
     placement: ExpertPlacement | None
+    entered_at: float
+    """As in CheckedCall."""
     fillers: Sequence[Callable[[], None]] = ()
     report: LayerReport = field(init=False)
     """Made by the forward."""
@@ -209,7 +213,10 @@ def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor,
         wire_squares=layer_pass.wire_squares,
         other_row_bytes=layer_pass.wire.row_bytes(x.shape[1]),
         rows_between_nodes=call.rows_between_nodes,
+        marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
     )
+    for listener in listeners:
+        listener.after_forward(call.all_ranks, call.header, call.report, run.grouping.expert_offsets)
     if call.flag is not None:
         call.is_wrong = call.flag.wait().any().view(1)
         poison([out], call.is_wrong)
@@ -224,6 +231,7 @@ def run_backward(
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
+    entered_at = time.perf_counter()
     state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
         sequence=call.header.sequence,
@@ -252,9 +260,13 @@ def run_backward(
         dx, dtopk_weights, grads, timings = layer_pass.run(agreement)
     state.note_backward(call.header.sequence)
     call.after_backward(experts, timings)
+    times = None if agreement is None else agreement.times
     kept.report.backward = timings
+    kept.report.backward_marks = None if times is None else CallMarks(entered_at, *times)
     if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
-        call.report.backward = timings
+        call.report.backward, call.report.backward_marks = timings, kept.report.backward_marks
+    for listener in listeners:
+        listener.after_backward(call.all_ranks, call.header, kept.report)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
     return CallGradients(dx, dtopk_weights, grads, run.activation_grads)

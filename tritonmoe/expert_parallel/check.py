@@ -1,5 +1,6 @@
 """check(): whether the arguments of an expert-parallel call fit together, before anything of it is sent."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ class CheckedCall(NamedTuple):
     """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
     two_level: TwoLevelTransport | None
     """The transport, where it has two levels."""
+    entered_at: float
+    """When the call came here: time.perf_counter()."""
 
     @property
     def intermediate_size(self) -> int:
@@ -70,6 +73,7 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     Raises:
         ValueError, TypeError: the arguments don't fit together. The other ranks hear of it, and raise too.
     """
+    entered_at = time.perf_counter()
     spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
     two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
@@ -109,6 +113,7 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
         needs=needs,
         is_captured=is_in_graph,
         two_level=two_level,
+        entered_at=entered_at,
     )
 
 

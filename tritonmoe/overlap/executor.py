@@ -59,8 +59,9 @@ def _wait(step: Step, started: Mark, posted: Mark, pending: PendingExchange, dev
     except TransportError as error:
         raise _at_step(step, error) from error
     after = mark(device)
-    finished = pending.finished_at() if device.type == "cpu" else None
-    return ExchangeMarks(step, started, posted, before, after, finished)
+    if device.type != "cpu":
+        return ExchangeMarks(step, started, posted, before, after, None)
+    return ExchangeMarks(step, started, posted, before, after, pending.finished_at(), pending.arrivals())
 
 
 def _at_step(step: Step, error: TransportError) -> TransportError:

@@ -12,7 +12,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["ExchangeMarks", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "mark"]
+__all__ = ["CallMarks", "ExchangeMarks", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "mark"]
 
 Mark = float | torch.cuda.Event | None
 """A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
@@ -27,6 +27,16 @@ def mark(device: torch.device) -> Mark:
         event.record(torch.cuda.current_stream(device))  # which need not be the current device
         return event
     return time.perf_counter()
+
+
+class CallMarks(NamedTuple):
+    """When a rank began a pass of a call, before its first step: time.perf_counter() of the host."""
+
+    entered: float
+    counts_posted: float
+    """When it began to send its counts, or in a backward what ranks agree by."""
+    counts_left: float
+    """When it had heard from every rank."""
 
 
 class StepMarks(NamedTuple):
@@ -48,6 +58,8 @@ class ExchangeMarks(NamedTuple):
     wait_ended: Mark
     finished: float | None
     """When its rows had arrived, by the host's clock, as far as the transport knows."""
+    arrivals: tuple[float | None, ...] | None = None
+    """The same for the rows of every rank; see PendingExchange.arrivals."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class StepTiming:
     """How long the compute lane stood still for an exchange."""
     post_s: float = 0.0
     """How long packing and posting an exchange took, on the compute lane."""
+    arrivals_s: tuple[float | None, ...] | None = None
+    """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
 
 
 class PassReport:
@@ -74,6 +88,8 @@ class PassReport:
         self.exchanges: list[ExchangeMarks] = []
         self.inside: list[tuple[Step, PassReport]] = []
         """On two levels: what steps did inside the node, with times from the start of each."""
+        self.started_at = time.perf_counter()
+        """The start of the pass, by the host's clock."""
         self._steps: list[StepTiming] | None = None
         self._origin = mark(device)
         self._end = self._origin
@@ -111,7 +127,11 @@ class PassReport:
             wait_ended_s if marks.finished is None else self._seconds(marks.finished),
             wait_s=wait_ended_s - self._seconds(marks.wait_started),
             post_s=self._seconds(marks.posted) - started_s,
+            arrivals_s=None if marks.arrivals is None else tuple(map(self._seconds_if_known, marks.arrivals)),
         )
+
+    def _seconds_if_known(self, moment: float | None) -> float | None:
+        return None if moment is None else self._seconds(moment)
 
     @property
     def steps_inside(self) -> list[StepTiming]:
@@ -198,6 +218,10 @@ class LayerReport:
     one. All else here is of the second run, whose results are the call's."""
     rows_between_nodes: int | None = None
     """How many rows this rank sends to other nodes in the forward's dispatch, on a TwoLevelTransport."""
+    marks: CallMarks | None = None
+    """When this rank came to the call, and when it had everybody's counts."""
+    backward_marks: CallMarks | None = None
+    """The same of the backward; None where it began without an agreement."""
 
     @property
     def home_offsets(self) -> tuple[int, ...]:

@@ -11,11 +11,26 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.steps import Step, StepKind, Unit
+from tritonmoe.overlap.steps import Step, StepKind, Unit, Way
 
-__all__ = ["LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["EachLink", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class EachLink:
+    """What a byte costs on each rank's port and from each rank to each other, where that differs."""
+
+    port_out_s: Tensor
+    """(W,) float64 seconds for which a byte occupies a rank's port on its way out."""
+    port_in_s: Tensor
+    """(W,): on its way in."""
+    link_s: Tensor
+    """(W, W): for which it occupies the way from rank i (row) to rank k, which other ranks' messages don't use; 0 where
+    the ports alone set the speed."""
+    latency_s: Tensor
+    """(W, W)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class LinkCosts:
     contention: float = 0.0
     """The share of its speed that compute loses while an exchange is under way, since cores or multiprocessors move the
     rows."""
+    each: EachLink | None = None
+    """Takes the place of latency_s, bytes_per_s and node_size where links differ."""
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
@@ -125,10 +142,14 @@ class LayerWork:
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
 
-    def ports(self, link: LinkCosts) -> tuple[Tensor, Tensor]:
+    def ports(self, link: LinkCosts, way: Way = Way.TO_EXPERTS) -> tuple[Tensor, Tensor]:
         """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it."""
         own = self.rows.diagonal()
         out, into = self._sums[0] - own, self._sums[1] - own
+        if way is Way.HOME:
+            out, into = into, out
+        if link.each is not None:
+            return out * link.each.port_out_s, into * link.each.port_in_s
         if link.node_size is None or link.inter_bytes_per_s is None:  # both or neither
             return out / link.bytes_per_s, into / link.bytes_per_s
         num_nodes = -(-self.size // link.node_size)
@@ -137,6 +158,8 @@ class LayerWork:
             ranks = slice(node * link.node_size, (node + 1) * link.node_size)
             inside_out[ranks] = self.rows[ranks, ranks].sum(1) - own[ranks]
             inside_in[ranks] = self.rows[ranks, ranks].sum(0) - own[ranks]
+        if way is Way.HOME:
+            inside_out, inside_in = inside_in, inside_out
         return (
             torch.maximum(inside_out / link.bytes_per_s, (out - inside_out) / link.inter_bytes_per_s),
             torch.maximum(inside_in / link.bytes_per_s, (into - inside_in) / link.inter_bytes_per_s),
@@ -174,6 +197,13 @@ class StepCosts:
     unit_s: Mapping[str, float]
     bends: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """Where the line of a kind bends: (units, seconds that each unit beyond them costs more, or less), ascending."""
+    slowness: Mapping[str, Tensor] = field(default_factory=dict)
+    """(W,) how many times as long as that steps of a kind take on each rank; a kind that is missing: once."""
+
+    def on_ranks(self, kind: str, units: Tensor) -> Tensor:
+        """Give the seconds (W,) of a step with so many units (W,) on each rank."""
+        seconds = torch.as_tensor(self.seconds(kind, units), dtype=torch.float64, device="cpu")
+        return seconds * self.slowness[kind] if kind in self.slowness else seconds
 
     def seconds(self, kind: str, units: Size) -> Size:
         total = units * self.unit_s.get(kind, 0.0) + (units > 0) * self.fixed_s.get(kind, 0.0)

@@ -6,7 +6,7 @@ for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class SimulatedStep:
     """For an exchange: when its rows had arrived."""
     inside: "Sequence[SimulatedStep]" = field(default_factory=list)
     """On two levels: what it does inside the node."""
+    posted_s: Tensor | None = None
+    """Of an exchange: when it was posted."""
+    wait_s: Tensor | None = None
+    """Of an exchange: how long the compute lane stood still for it."""
+    arrivals_s: Tensor | None = None
+    """Of an exchange: (W, W), when the rows from rank i to rank k had arrived, where the time of every message is
+    computed."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,16 @@ class _Ports:
             torch.zeros(work.size, dtype=torch.int64, device="cpu") if group_of_rank is None else group_of_rank
         )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
-        self.out_s, self.in_s = work.ports(link)
+        self.ports = {way: work.ports(link, way) for way in Way}
+        each, self.link_s = link.each, dict[Way, Tensor]()
+        """(W, W), where ways from rank to rank differ: the seconds of one byte per travelling row."""
+        self.link_clock = torch.zeros(0, device="cpu")
+        """(W, W), there: when each is free."""
+        if each is not None:
+            self.link_s = {Way.TO_EXPERTS: work.rows * each.link_s, Way.HOME: work.rows.T * each.link_s}
+            self.link_clock = torch.zeros_like(each.link_s)
+        self.messages: dict[int, Tensor] = {}
+        """When the rows of each exchange have arrived, from rank i to rank k; without an entry that is not known."""
         self.clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
         """(W,): where exchanges take turns, when the port is free; where they share it, up to when it has worked."""
         self.remaining: dict[int, Tensor] = {}
@@ -94,27 +110,46 @@ class _Ports:
         self.arrivals: dict[int, Tensor] = {}
         """When each exchange has arrived (W,), as far as that is known."""
 
-    def post(self, number: int, now: Tensor, row_bytes: float) -> None:
+    def post(self, number: int, now: Tensor, row_bytes: float, way: Way | None) -> None:
         """Post exchange `number` at (W,) `now`, of so many bytes for each row that travels."""
+        way = way or Way.TO_EXPERTS
+        out_s, in_s = (seconds * row_bytes for seconds in self.ports[way])
         if self.link.is_shared:
             self._work_off(now)
-            self.remaining[number] = torch.maximum(self.out_s, self.in_s) * row_bytes
+            self.remaining[number] = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
             return
         start = torch.maximum(now, self.clock)
-        out_s, in_s = self.out_s * row_bytes, self.in_s * row_bytes
         self.clock = start + torch.maximum(out_s, in_s) / self.link.alone_share
         if self.is_in_one_group is not None:
             # A message from i to k occupies both ends' ports until the busier one is done.
             message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
-            arrival = torch.maximum(start[:, None], start) + message_s
-            arrival = arrival.where(self.is_in_one_group, -1.0)
+            begin = torch.maximum(start[:, None], start)
+            if self.link_s:
+                link_s = self.link_s[way] * row_bytes
+                begin = torch.maximum(begin, self.link_clock)
+                self.link_clock = torch.where(link_s > 0, begin + link_s, self.link_clock)
+                message_s = torch.maximum(message_s, link_s)
+            latency_s = self.link.latency_s if self.link.each is None else self.link.each.latency_s
+            arrival = (begin + message_s + latency_s).where(self.is_in_one_group, -1.0)
             if len(arrival) > 1:
                 arrival.fill_diagonal_(-1.0)
-            arrival = torch.maximum(arrival.amax(0), arrival.amax(1))
+            self.messages[number] = arrival
+            self.arrivals[number] = torch.maximum(arrival.amax(0), arrival.amax(1))
         else:
-            busiest = self._of_group(torch.maximum(out_s, in_s)) / self.link.alone_share
-            arrival = self._of_group(start) + busiest
-        self.arrivals[number] = arrival + self.link.latency_s
+            busiest = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
+            arrival = self._of_group(start) + self._of_group(busiest) / self.link.alone_share
+            self.arrivals[number] = arrival + self._latency_s
+
+    @property
+    def _latency_s(self) -> float:
+        return self.link.latency_s if self.link.each is None else float(self.link.each.latency_s.max())
+
+    def _slowest_link(self, way: Way, row_bytes: float) -> Tensor:
+        """Give the longest time (W,) that a message of each rank takes on its own way."""
+        if not self.link_s:
+            return torch.zeros_like(self.clock)
+        link_s = self.link_s[way].clone().fill_diagonal_(0) * row_bytes
+        return torch.maximum(link_s.amax(0), link_s.amax(1))
 
     def beside(self, now: Tensor, seconds: Tensor) -> Tensor:
         """Give how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
@@ -140,7 +175,7 @@ class _Ports:
             below = torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
             reached = (self.remaining[number] - below).clamp(min=0).minimum(levels - below)
             own = self.clock + (reached * widths).sum(0)
-            self.arrivals[number] = self._of_group(own) + self.link.latency_s
+            self.arrivals[number] = self._of_group(own) + self._latency_s
         return self.arrivals[number]
 
     def _of_group(self, values: Tensor) -> Tensor:
@@ -172,11 +207,18 @@ class _Ports:
 
 
 def simulate(
-    schedule: Schedule, plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts
+    schedule: Schedule,
+    plan: OverlapPlan,
+    work: LayerWork | TwoLevelWork,
+    costs: StepCosts,
+    link: LinkCosts,
+    start_s: Tensor | None = None,
 ) -> Simulation:
-    """Give the times of every step of a schedule on all ranks, which start together.
+    """Give the times of every step of a schedule on all ranks.
 
-    work: what is sent and computed; on two levels a TwoLevelWork, whose outer rows go over `link`.
+    Args:
+        work: what is sent and computed; on two levels a TwoLevelWork, whose outer rows go over `link`.
+        start_s: (W,) when each rank starts; None: all together, at 0.
     Example:
         W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
     """
@@ -185,7 +227,7 @@ def simulate(
     ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
     sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
     needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
-    now = torch.zeros(work.size, dtype=torch.float64, device="cpu")
+    now = torch.zeros(work.size, dtype=torch.float64, device="cpu") if start_s is None else start_s
     under_way: set[int] = set()
     steps: list[SimulatedStep] = []
     for position, step in enumerate(schedule):
@@ -193,8 +235,10 @@ def simulate(
             if earlier in under_way:
                 under_way.remove(earlier)
                 arrival = ports.arrival(earlier)
+                wait_s = (arrival - now).clamp(min=0)
                 now = torch.maximum(now, arrival)
-                steps[earlier] = SimulatedStep(schedule[earlier], steps[earlier].start_s, arrival)
+                messages = ports.messages.get(earlier)
+                steps[earlier] = replace(steps[earlier], end_s=arrival, wait_s=wait_s, arrivals_s=messages)
         start = now
         if levels is not None and (inside := build_inside(step, needs_x=needs_x)):
             done = _walk_inside(inside, levels, levels.inside(plan, step.chunk), costs, start)
@@ -202,14 +246,14 @@ def simulate(
             steps.append(SimulatedStep(step, start, now, done))
             continue
         units = step_units(step, plan.num_local_slices, *sizes)
-        seconds = torch.as_tensor(costs.seconds(step.kind, units), dtype=torch.float64, device="cpu")
+        seconds = costs.on_ranks(step.kind, units)
         now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
         if step.lane == "comm":
             under_way.add(position)
             shares = returning if step.kind.way is Way.HOME else leaving
             share = 1.0 if step.chunk is None else shares[step.chunk]
-            ports.post(position, now, share * outer.bytes_per_row(step.kind))
-        steps.append(SimulatedStep(step, start, now))
+            ports.post(position, now, share * outer.bytes_per_row(step.kind), step.kind.way)
+        steps.append(SimulatedStep(step, start, now, posted_s=now if step.lane == "comm" else None))
     return Simulation(steps, now)
 
 
@@ -226,9 +270,9 @@ def _walk_inside(
     for position, step in enumerate(schedule):
         begun = now
         between_nodes = Step(step.kind.twin, None)
-        now = now + costs.seconds(between_nodes.kind, step_units(between_nodes, 0, *sizes))
+        now = now + costs.on_ranks(between_nodes.kind, step_units(between_nodes, 0, *sizes))
         if step.lane == "comm":
-            ports.post(position, now, work.bytes_per_row(between_nodes.kind))
+            ports.post(position, now, work.bytes_per_row(between_nodes.kind), between_nodes.kind.way)
             now = torch.maximum(now, ports.arrival(position))
         steps.append(SimulatedStep(step, begun, now))
     return steps

@@ -54,6 +54,14 @@ class PendingExchange(ABC):
         """Give the time.perf_counter() at which the rows had arrived, None where nobody knows."""
         return None
 
+    def arrivals(self) -> "tuple[float | None, ...] | None":
+        """Give, rank by rank, the time.perf_counter() at which the rows that it sent had arrived, once wait() is over.
+
+        A rank's is None where nobody knows, where it sent none, and for this rank itself; all of it where the transport
+        doesn't know of any, as with NCCL.
+        """
+        return None
+
 
 class Transport(Handled, ABC):
     """Two calls that communicate, and collectives made of them; every rank makes the same ones in the same order.
@@ -70,6 +78,9 @@ class Transport(Handled, ABC):
     size: int
     generation: int = 0
     """How often the transport was rebuilt, the same on every rank: messages of two generations never meet."""
+    tells_arrivals: bool = False
+    """Set it to have PendingExchange.arrivals() also where that costs something: with gloo between more than two ranks
+    a thread for each of them."""
 
     @abstractmethod
     def exchange(

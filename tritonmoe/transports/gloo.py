@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.notices import Breakdown
-from tritonmoe.transports.progress import SECONDS_TO_STOP, ThreadedExchange
+from tritonmoe.transports.progress import SECONDS_TO_STOP, ProgressThread, Receipt, ThreadedExchange
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -103,6 +103,10 @@ class GlooLinks:
                 self._gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, 0).wait(AT_ONCE)
 
 
+def _wait(request: "Work") -> None:
+    request.wait(FOREVER)
+
+
 class GlooExchange(ThreadedExchange["Work"]):
     """The messages of one exchange, those that post_rows() has posted."""
 
@@ -111,6 +115,14 @@ class GlooExchange(ThreadedExchange["Work"]):
     ) -> None:
         super().__init__(rows, out, what, timeout_s)
         self._links, self._breakdown = links, breakdown
+        self._receipts: dict[int, Receipt[Work]] = {}
+
+    def watch(self, progress: ProgressThread) -> None:
+        """Have every peer's message waited for by a thread of its own: block() takes them in the order of posting."""
+        for message in self.messages:
+            if message.is_received:
+                self._receipts[message.peer] = receipt = Receipt(message, _wait)
+                progress.of_peer(message.peer).put(receipt)
 
     def post_rows(
         self,
@@ -151,7 +163,13 @@ class GlooExchange(ThreadedExchange["Work"]):
         num_receives = sum(message.is_received for message in self.messages)
         for number, message in enumerate(self.messages, 1):
             try:
-                message.request.wait(FOREVER)
+                if message.is_received and message.peer in self._receipts:
+                    arrived_at = self._receipts[message.peer].take()
+                else:
+                    _wait(message.request)
+                    arrived_at = time.perf_counter()
+                if message.is_received and (self._receipts or num_receives == 1) and arrived_at is not None:
+                    self.arrived[message.peer] = arrived_at
             except RuntimeError:
                 self._lose(message.peer)
                 has_lost.append(message)

@@ -85,12 +85,15 @@ class MPIExchange(ThreadedExchange["MPI.Request"]):
                 return
             if ended is None:
                 break
+            now = time.perf_counter()
             for place, status in zip(ended, statuses, strict=False):
-                if messages.pop(place).is_received:
+                message = messages.pop(place)
+                if message.is_received:
+                    self.arrived[message.peer] = now
                     failures += _find_short_message(self.expectations[place], status)
             self.messages = list(messages.values())
             if self.arrived_at is None and not any(message.is_received for message in self.messages):
-                self.arrived_at = time.perf_counter()
+                self.arrived_at = now
         self.failure = failures[0] if failures else None
 
     def fail(self, reason: str) -> NoReturn:

@@ -162,6 +162,8 @@ class ProcessGroupTransport(Transport):
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
         self._num_posted += 1
         exchange.post_rows(self.rank, self._num_posted, wire_rows, input_splits, output_splits, wire_out)
+        if self.tells_arrivals and self.size > 2:
+            exchange.watch(self._progress)
         self._progress.add(exchange)
         return exchange
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonmoe.transports.base import PendingExchange
 
-__all__ = ["Message", "ProgressThread", "ThreadedExchange"]
+__all__ = ["Message", "ProgressThread", "Receipt", "ThreadedExchange"]
 
 SECONDS_TO_STOP = 2.0
 """How long a process that ends waits for exchanges that nobody waited for."""
@@ -43,10 +43,13 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
         """The messages that haven't ended, as far as that is known; those that this rank receives stand first."""
         self.has_ended = threading.Event()
         self.arrived_at: float | None = None
+        self.arrived: dict[int, float] = {}
+        """By rank: when its rows had come, as far as that is known."""
         self.failure: str | None = None
         self._rows: Tensor | None = rows  # read until the messages have left
         self._out = out
         self._timeout_s = timeout_s
+        self._size = 0  # as posted
         self.posted_at = time.perf_counter()
 
     def post(
@@ -65,7 +68,7 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
             sent, received: the rows for and from each rank.
             receive, send: post a message, given the rows and the peer, and give the library's request.
         """
-        size = len(sent)
+        self._size = size = len(sent)
         for step in range(1, size):
             peer = (rank - step) % size
             if received[peer].numel():
@@ -104,27 +107,69 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
     def finished_at(self) -> float | None:
         return self.arrived_at if self.has_ended.is_set() else None
 
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return tuple(map(self.arrived.get, range(self._size))) if self.has_ended.is_set() else None
+
+
+class Receipt(Generic[Request]):
+    """One received message, for which a thread of its own waits, so that it is known when it came."""
+
+    def __init__(self, message: Message[Request], wait: Callable[[Request], object]) -> None:
+        self._message, self._wait = message, wait
+        self.has_ended = threading.Event()
+        self.arrived_at: float | None = None
+        self.failure: RuntimeError | None = None
+
+    def block(self) -> None:
+        try:
+            self._wait(self._message.request)
+        except RuntimeError as error:
+            self.failure = error
+
+    def take(self) -> float | None:
+        """Wait until it has come and give when it did; raises RuntimeError where it can't come."""
+        self.has_ended.wait()
+        if self.failure is not None:
+            raise self.failure
+        return self.arrived_at
+
 
 class ProgressThread:
     """Waits for exchanges in the order in which they were posted. It starts with the first one."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._under_way: queue.SimpleQueue[ThreadedExchange | None] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[ThreadedExchange | Receipt | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._of_peer: dict[int, ProgressThread] = {}
+
+    def of_peer(self, peer: int) -> "ProgressThread":
+        """Give the thread that waits for what comes from one peer; it ends before this one."""
+        if peer not in self._of_peer:
+            self._of_peer[peer] = ProgressThread(f"{self._name}-{peer}")
+        return self._of_peer[peer]
 
     def add(self, exchange: ThreadedExchange) -> None:
         if not exchange.messages:
             exchange.arrived_at = time.perf_counter()
             exchange.has_ended.set()
             return
+        self.put(exchange)
+
+    def put(self, exchange: ThreadedExchange | Receipt) -> None:
+        """Wait for it behind those before it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._under_way.put(exchange)
 
     def end(self, within_s: float = SECONDS_TO_STOP) -> bool:
-        """Let the thread end when nothing is under way any more, and say whether it has ended."""
+        """Let the threads end when nothing is under way any more, and say whether they have ended."""
+        deadline = time.perf_counter() + within_s
+        threads = [thread.end(max(0.0, deadline - time.perf_counter())) for thread in self._of_peer.values()]
+        return self._end_own(max(0.0, deadline - time.perf_counter())) and all(threads)
+
+    def _end_own(self, within_s: float) -> bool:
         self._under_way.put(None)
         if self._thread is None or self._thread is threading.current_thread():
             return True

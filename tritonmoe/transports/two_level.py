@@ -33,6 +33,31 @@ class SelectedRows(PendingExchange):
     def finished_at(self) -> float | None:
         return self._pending.finished_at()
 
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return _of_ranks(self._pending, self._ranks)
+
+
+class ExchangeOfRanks(PendingExchange):
+    """An exchange of all ranks' transport in which only some ranks take part, as those see it."""
+
+    def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
+        self._pending, self._ranks = pending, ranks
+
+    def wait(self) -> Tensor:
+        return self._pending.wait()
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
+
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return _of_ranks(self._pending, self._ranks)
+
+
+def _of_ranks(pending: PendingExchange, ranks: Sequence[int]) -> tuple[float | None, ...] | None:
+    """Give the arrivals of some ranks' rows."""
+    arrivals = pending.arrivals()
+    return None if arrivals is None else tuple(arrivals[rank] for rank in ranks)
+
 
 class GroupView(Transport):
     """Some ranks of a transport as a transport of their own: the others send each other nothing at the same time.
@@ -57,7 +82,8 @@ class GroupView(Transport):
     ) -> PendingExchange:
         input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
         out = check_exchange(self, rows, input_splits, output_splits, out)
-        return self._world.exchange(rows, self._of_world(input_splits), self._of_world(output_splits), out)
+        splits = self._of_world(input_splits), self._of_world(output_splits)
+        return ExchangeOfRanks(self._world.exchange(rows, *splits, out), self._ranks)
 
     def post_counts(self, counts: Tensor) -> PendingExchange:
         check_counts(self, counts)
@@ -68,6 +94,14 @@ class GroupView(Transport):
     @property
     def generation(self) -> int:  # type: ignore[override]
         return self._world.generation
+
+    @property
+    def tells_arrivals(self) -> bool:
+        return self._world.tells_arrivals
+
+    @tells_arrivals.setter
+    def tells_arrivals(self, wanted: bool) -> None:
+        self._world.tells_arrivals = wanted
 
     def give_up(self, what: str) -> None:
         self._world.give_up(what)
@@ -175,6 +209,15 @@ class TwoLevelTransport(Transport):
 
     def shares_link(self, device: torch.device) -> bool:
         return self.between_nodes.shares_link(device)
+
+    @property
+    def tells_arrivals(self) -> bool:
+        return self.world.tells_arrivals
+
+    @tells_arrivals.setter
+    def tells_arrivals(self, wanted: bool) -> None:
+        for transport in self._levels():
+            transport.tells_arrivals = wanted
 
     def close(self) -> None:
         for transport in (self.between_nodes, self.inside_node, self.world):

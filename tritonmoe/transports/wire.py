@@ -105,6 +105,9 @@ class DecodedExchange(PendingExchange):
     def finished_at(self) -> float | None:
         return self._pending.finished_at()
 
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return self._pending.arrivals()
+
 
 def num_blocks(width: int) -> int:
     """Give the number of blocks of BLOCK_COLUMNS in a row, the last one perhaps shorter."""

@@ -30,10 +30,11 @@ class Delivery:
     """
 
     def __init__(self, num_ranks: int, device: torch.device, link: LinkModel | None, lock: threading.Lock) -> None:
-        self._link = link
+        self.link = link
         self._device = device
         self._lock = lock
         self._port_is_free_at = [0.0] * num_ranks
+        self._link_is_free_at: dict[tuple[int, int], float] = {}
         self._not_started: list[deque[EmulatedExchange]] = [deque() for _ in range(num_ranks)]  # as posted, by rank
         self._messages: list[tuple[float, int, EmulatedExchange, EmulatedExchange]] = []  # heap by arrival time
         self._message_number = itertools.count()
@@ -44,7 +45,7 @@ class Delivery:
 
     def post(self, exchange: EmulatedExchange) -> None:
         """Let the rank's port turn to the exchange, after those before it and when its rows are ready."""
-        if exchange.ready is None or self._link is None:
+        if exchange.ready is None or self.link is None:
             exchange.ready_at = time.perf_counter()
         self._not_started[exchange.rank].append(exchange)
         self._start_ready(exchange.rank)
@@ -79,9 +80,9 @@ class Delivery:
         waiting = self._not_started[rank]
         while waiting and (start := waiting[0].ready_at) is not None:
             exchange = waiting.popleft()
-            if self._link is not None:
+            if self.link is not None:
                 start = max(start, self._port_is_free_at[rank])
-                occupied_s = self._link.transfer_s(max(exchange.bytes_out, exchange.bytes_in))
+                occupied_s = self.link.transfer_s(max(exchange.bytes_out, exchange.bytes_in), rank)
                 self._port_is_free_at[rank] = start + occupied_s
             exchange.start = start
             for peer in exchange.peers:
@@ -93,11 +94,20 @@ class Delivery:
         """Send the two messages between two ranks on their way; at `start` both ports have turned to them."""
         for sender, receiver in ((one, other), (other, one)):
             arrival = start
-            if self._link is not None:
-                num_bytes = max(sender.bytes_out, receiver.bytes_in)
-                arrival += self._link.transfer_s(num_bytes) + self._link.latency_us * 1e-6
+            if self.link is not None:
+                arrival = self._arrival(self.link, sender, receiver, start)
             heapq.heappush(self._messages, (arrival, next(self._message_number), sender, receiver))
         self._wake()
+
+    def _arrival(self, link: LinkModel, sender: EmulatedExchange, receiver: EmulatedExchange, start: float) -> float:
+        """Give when a message is there to which both ports have turned at `start`; on a slow link it waits its turn."""
+        rows, ends = sender.outgoing[receiver.rank], (sender.rank, receiver.rank)
+        link_s = link.link_s(rows.numel() * rows.element_size(), *ends)
+        if link_s:
+            start = max(start, self._link_is_free_at.get(ends, 0.0))
+            self._link_is_free_at[ends] = start + link_s
+        ports_s = link.transfer_s(sender.bytes_out, sender.rank), link.transfer_s(receiver.bytes_in, receiver.rank)
+        return start + max(link_s, *ports_s) + link.latency_us * 1e-6
 
     def _wake(self) -> None:
         """Let the thread look at what has changed; it starts with the first such call."""
@@ -141,6 +151,8 @@ class Delivery:
                 )
         with self._lock:
             del sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
+            if source.shape[0] > 0:
+                receiver.arrived[sender.rank] = time.perf_counter()
             for exchange in (sender, receiver):
                 if copied is not None:
                     exchange.copied.append(copied)

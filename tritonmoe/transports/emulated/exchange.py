@@ -46,6 +46,7 @@ class EmulatedExchange(PendingExchange):
             EmulatedExchange
         ] = []  # whom it sends to as soon as both have started; empty from its start on
         self.finished: float | None = None
+        self.arrived: dict[int, float] = {}  # by rank: when its rows had been copied
         self.failure: TransportError | None = None
         self.has_changed = threading.Condition(transport.world.lock)
 
@@ -88,3 +89,6 @@ class EmulatedExchange(PendingExchange):
     def finished_at(self) -> float | None:
         # On CUDA the host knows only when the copies were enqueued.
         return None if self._out.is_cuda else self.finished
+
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return None if self._out.is_cuda else tuple(map(self.arrived.get, range(len(self.input_splits))))

@@ -1,6 +1,7 @@
 """LinkModel: how long rows would travel over a link that isn't there."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tritonmoe.config.layer import is_number
 
@@ -14,10 +15,17 @@ class LinkModel:
     Args:
         bandwidth_gb_per_s: 1e9 bytes a second, per rank and direction; None is infinitely fast.
         latency_us: microseconds that every message takes on top.
+        slow_ports: by rank, how many times as long as that a byte occupies its port.
+        slow_links: by sender and receiver, how many times as long as that a byte is on its way between the two, beside
+            the other messages of both.
+    Example:
+        LinkModel(1.0, slow_links={(2, 5): 4.0}): what rank 2 sends to rank 5 travels at a quarter of the bandwidth.
     """
 
     bandwidth_gb_per_s: float | None
     latency_us: float = 0.0
+    slow_ports: Mapping[int, float] = field(default_factory=dict, hash=False)
+    slow_links: Mapping[tuple[int, int], float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         bandwidth = self.bandwidth_gb_per_s
@@ -25,7 +33,17 @@ class LinkModel:
             raise ValueError(f"bandwidth_gb_per_s must be a positive number, or None for no limit, got {bandwidth!r}")
         if not (is_number(self.latency_us) and self.latency_us >= 0):
             raise ValueError(f"latency_us must be a finite number that is not negative, got {self.latency_us!r}")
+        for name, slow in (("slow_ports", self.slow_ports), ("slow_links", self.slow_links)):
+            if not all(is_number(times) and times > 0 for times in slow.values()):
+                raise ValueError(f"{name} must say how many times as long bytes take, got {slow!r}")
 
-    def transfer_s(self, num_bytes: int) -> float:
-        """Give the seconds for which num_bytes occupy a port; the latency is not in it."""
-        return 0.0 if self.bandwidth_gb_per_s is None else num_bytes / (self.bandwidth_gb_per_s * 1e9)
+    def transfer_s(self, num_bytes: int, rank: int | None = None) -> float:
+        """Give the seconds for which num_bytes occupy a port, `rank`'s if it is given; the latency is not in it."""
+        if self.bandwidth_gb_per_s is None:
+            return 0.0
+        times = 1.0 if rank is None else self.slow_ports.get(rank, 1.0)
+        return num_bytes * times / (self.bandwidth_gb_per_s * 1e9)
+
+    def link_s(self, num_bytes: int, sender: int, receiver: int) -> float:
+        """Give the seconds for which num_bytes are on a slow link between two ranks; 0 where it is not slow."""
+        return self.transfer_s(num_bytes) * self.slow_links.get((sender, receiver), 0.0)

@@ -71,6 +71,11 @@ class EmulatedWorld:
         self._closed_because: str | None = None
         self._is_closed = threading.Event()
 
+    def set_link(self, link: LinkModel | None) -> None:
+        """Give the ranks another link; what is under way goes on."""
+        with self.lock:
+            self._delivery.link = link
+
     def act_out_faults(self, rank: int) -> None:
         """Hold up or stop the calling rank if its next exchange is to fail."""
         number = self._num_posted[rank]

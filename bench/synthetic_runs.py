@@ -1,0 +1,213 @@
+"""Recordings that the simulator itself makes, of known conditions: what the doctor says of them must be true."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.simulator import simulate
+
+__all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
+
+HIDDEN_SIZE = 64
+ENTRY_S = 5e-4
+"""With noise the ranks enter a pass within so many seconds."""
+
+
+class NoisyCosts(StepCosts):
+    """Costs of which every step of every rank takes a random part more or less."""
+
+    noise: float
+    generator: torch.Generator
+
+    def on_ranks(self, kind: str, units: Tensor) -> Tensor:
+        seconds = super().on_ranks(kind, units)
+        return seconds * (self.noise * torch.randn(seconds.shape, generator=self.generator)).exp()
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of one layer; healthy as it stands: the experts take longer than the exchanges, which they hide."""
+
+    size: int = 4
+    num_chunks: int = 4
+    rows: float = 200.0
+    """From every rank to every rank; a pair each."""
+    pair_s: float = 1e-4
+    fixed_s: float = 2e-4
+    byte_s: float = 1e-7
+    latency_s: float = 1e-4
+    host_s: float = 1e-4
+    """Before the counts, and again before the first step."""
+    slow_link: tuple[int, int, float] | None = None
+    slow_port: tuple[int, float] | None = None
+    slow_rank: tuple[int, float] | None = None
+    late_rank: tuple[int, float] | None = None
+    hot_rank: tuple[int, float] | None = None
+    """So many times the pairs, and rows, of every other rank, of as many in all."""
+    noise: float = 0.0
+    """By so large a part times differ from step to step, from exchange to exchange and from entry to entry."""
+
+    @property
+    def plan(self) -> tm.OverlapPlan:
+        return tm.OverlapPlan((1,) * self.num_chunks)
+
+    def work(self) -> LayerWork:
+        rows = self.rows * ones(self.size, self.size)
+        if self.hot_rank is not None:
+            rank, times = self.hot_rank
+            rows[:, rank] *= times
+            rows *= self.rows * self.size**2 / rows.sum()
+        return LayerWork(rows, rows.clone(), 4 * HIDDEN_SIZE, 1)
+
+    def steps(self) -> StepCosts:
+        kinds = {"experts": 1.0, "experts_backward": 2.0, "weight_grad": 1.0}
+        slowness = ones(self.size)
+        if self.slow_rank is not None:
+            slowness[self.slow_rank[0]] = self.slow_rank[1]
+        fixed = {kind: self.fixed_s * times for kind, times in kinds.items()}
+        return StepCosts(fixed, {k: self.pair_s * t for k, t in kinds.items()}, slowness=dict.fromkeys(kinds, slowness))
+
+    def link(self) -> LinkCosts:
+        port, link_s = self.byte_s * ones(self.size), torch.zeros(self.size, self.size, dtype=torch.float64)
+        if self.slow_port is not None:
+            port[self.slow_port[0]] *= self.slow_port[1]
+        if self.slow_link is not None:
+            sender, receiver, times = self.slow_link
+            link_s[sender, receiver] = self.byte_s * times
+        each = EachLink(port, port, link_s, self.latency_s * ones(self.size, self.size))
+        return LinkCosts(self.latency_s, 1 / self.byte_s, each=each)
+
+    def late_s(self) -> Tensor:
+        late = 0 * ones(self.size)
+        if self.late_rank is not None:
+            late[self.late_rank[0]] = self.late_rank[1]
+        return late
+
+    def seconds(self) -> float:
+        """Give what a call takes, from when most ranks come to its forward, and to its backward."""
+        return _walk(replace(self, noise=0.0), 0.0, torch.Generator())[1]
+
+
+def _walk(run: Run, at: float, generator: torch.Generator) -> tuple[list[list[dict]], float, float]:
+    """Give the passes of a call, each on every rank as it is recorded, what they take, and when the last one ends."""
+    plan, work = run.plan, run.work()
+    sizes = [[part.tolist() for part in of] for of in work.segments(plan)]
+    passes, total = [], 0.0
+    late = run.late_s()
+    costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
+    costs.__dict__.update(noise=run.noise, generator=generator)
+
+    def noisy(seconds: Tensor | float) -> Tensor:
+        return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
+
+    for schedule in (build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True)):
+        entered = at + late
+        if run.noise:
+            entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)
+        posted = entered + noisy(run.host_s)
+        left = posted.max() + noisy(run.latency_s)
+        origin = left + noisy(run.host_s)
+        rate = float((run.noise * torch.randn(1, generator=generator)).exp())
+        found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).link(), origin - at)
+        ranks = []
+        for rank in range(run.size):
+            own = [[part[rank] for part in of] for of in sizes]
+            steps = []
+            for one in found.steps:
+                start, end = at + float(one.start_s[rank]), at + float(one.end_s[rank])
+                arrivals = None if one.arrivals_s is None else (at + one.arrivals_s[:, rank] - origin[rank]).tolist()
+                if arrivals is not None:
+                    arrivals[rank] = None
+                steps.append(
+                    {
+                        "kind": str(one.step.kind),
+                        "chunk": one.step.chunk,
+                        "start_s": start - float(origin[rank]),
+                        "end_s": end - float(origin[rank]),
+                        "wait_s": 0.0 if one.wait_s is None else float(one.wait_s[rank]),
+                        "post_s": 0.0 if one.posted_s is None else at + float(one.posted_s[rank]) - start,
+                        "units": step_units(one.step, plan.num_local_slices, *own),
+                        "arrivals_s": arrivals,
+                    }
+                )
+            ranks.append(
+                {
+                    "marks": {
+                        "entered": float(entered[rank]),
+                        "counts_posted": float(posted[rank]),
+                        "counts_left": float(left[rank]),
+                    },
+                    "origin": float(origin[rank]),
+                    "total_s": float(found.end_s[rank]) + at - float(origin[rank]),
+                    "steps": steps,
+                }
+            )
+        passes.append(ranks)
+        total += found.total_s
+        at += found.total_s + 1e-3
+        late = 0 * late
+    return passes, total, at
+
+
+def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
+    """Write a recording of one call of each run, which are of one size; the ranks enter each call together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[list[dict]] = []
+    size = runs[0].size
+    for rank in range(size):
+        header = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "rank": rank,
+            "size": size,
+            "transport": "Synthetic",
+            "node_size": None,
+            "shares_link": False,
+            "host": "here",
+            "wall_clock": 0.0,
+            "perf_counter": 0.0,
+        }
+        lines.append([header])
+    at = 100.0
+    generator = torch.Generator().manual_seed(seed)
+    for sequence, run in enumerate(runs):
+        passes, _, at = _walk(run, at, generator)
+        work = run.work()
+        for rank in range(size):
+            lines[rank].append(
+                {
+                    "call": sequence,
+                    "layer": 0,
+                    "recomputed": False,
+                    "plan": plain_plan(run.plan),
+                    "sizes": {"num_experts": 2 * size, "hidden_size": HIDDEN_SIZE, "intermediate_size": 8},
+                    "top_k": 1,
+                    "row_bytes": 4 * HIDDEN_SIZE,
+                    "other_row_bytes": 4 * HIDDEN_SIZE,
+                    "rows": work.rows[rank].to(torch.int64).tolist(),
+                    "pairs": work.pairs[rank].to(torch.int64).tolist(),
+                    "pairs_per_expert": [int(work.pairs[:, rank].sum()) - 1, 1],
+                    "forward": passes[0][rank],
+                    "backward": passes[1][rank],
+                }
+            )
+    for rank, of in enumerate(lines):
+        (folder / file_name(rank)).write_text("".join(json.dumps(line) + "\n" for line in of))
+    return folder
+
+
+def healthy(run: Run) -> Run:
+    """Give the run without what is wrong with it."""
+    return replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None)

@@ -1,0 +1,153 @@
+"""What `record` writes against what the reports say; that it costs nothing where nobody records."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritonmoe as tm
+from tritonmoe.diagnosis import record
+from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.layer import report_of
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.transports import Transport
+
+SIZE, NUM_TOKENS, CALLS = 2, 48, 3
+CONFIG = tm.MoEConfig(8, 4, 4, 2)
+
+
+def train(transport: Transport, calls: int = CALLS, backward: bool = True) -> list[LayerReport]:
+    layer = tm.GroupedExperts(CONFIG, transport, tm.OverlapConfig(3), backend="torch")
+    generator = torch.Generator().manual_seed(transport.rank)
+    x = torch.randn(NUM_TOKENS, 8, generator=generator, requires_grad=backward)
+    weights, ids = torch.rand(NUM_TOKENS, 4, generator=generator).topk(2)
+    reports = []
+    for _ in range(calls):
+        with torch.set_grad_enabled(backward):
+            y = layer(x, ids, weights)
+        if backward:
+            y.sum().backward()
+        reports.append(report_of(layer))
+    return reports
+
+
+def test_a_recording_says_what_the_reports_say(tmp_path: Path) -> None:
+    with record(tmp_path / "run"):
+        reports = tm.run_on_emulated_ranks(train, SIZE, link=tm.LinkModel(0.01, latency_us=200))
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["rank-0000.jsonl", "rank-0001.jsonl"]
+    recording = read_recording(tmp_path / "run")
+    assert (recording.size, recording.notes, recording.has_arrivals) == (SIZE, (), True)
+    assert recording.transport == "EmulatedTransport"
+    header = recording.headers[1]
+    assert header["versions"]["torch"] == torch.__version__.partition("+")[0] or header["versions"]["torch"]
+    assert header["model"] == {"num_experts": 4, "hidden_size": 8, "intermediate_size": 4, "top_k": 2}
+    assert [call.sequence for call in recording.calls] == [0, 1, 2]
+    for call, *of_ranks in zip(recording.calls, *reports, strict=True):
+        assert (call.layer, call.is_recompute, call.plan) == (0, False, of_ranks[0].overlap)
+        assert call.work.rows.tolist() == of_ranks[0].traffic_rows.tolist()
+        assert call.work.pairs.tolist() == of_ranks[0].traffic_pairs.tolist()
+        for rank, report in enumerate(of_ranks):
+            of = call.ranks[rank]
+            assert sum(of.pairs_per_expert) == report.pair_offsets[-1] == int(report.traffic_pairs[:, rank].sum())
+            assert report.backward is not None
+            for written, reported, marks in zip(
+                of.passes, (report.forward, report.backward), (report.marks, report.backward_marks), strict=True
+            ):
+                assert written.marks == pytest.approx(marks, abs=1e-6)
+                assert marks is not None
+                assert marks.entered <= marks.counts_posted <= marks.counts_left <= written.origin
+                assert written.total_s == pytest.approx(reported.total_s, abs=1e-6)
+                assert [step.step for step in written.steps] == [
+                    type(step.step)(step.step.kind, step.step.chunk) for step in reported.steps
+                ]
+                for step, timing in zip(written.steps, reported.steps, strict=True):
+                    assert (step.start_s, step.end_s) == pytest.approx((timing.start_s, timing.end_s), abs=1e-6)
+                    assert (step.wait_s, step.post_s) == pytest.approx((timing.wait_s, timing.post_s), abs=1e-6)
+                    if step.step.kind is StepKind.DISPATCH:
+                        assert step.arrivals_s is not None
+                        assert step.arrivals_s[rank] is None
+                        assert step.start_s < step.arrivals_s[1 - rank] <= step.end_s + 1e-6
+
+
+def test_forwards_alone_and_forwards_whose_backward_does_not_come(tmp_path: Path) -> None:
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(lambda transport: train(transport, backward=False), SIZE)
+    assert [call.has_backward for call in read_recording(tmp_path).calls] == [False] * CALLS
+
+    def forward_only(transport: Transport) -> None:
+        layer = tm.GroupedExperts(CONFIG, transport, backend="torch")
+        x = torch.randn(NUM_TOKENS, 8, requires_grad=True)
+        layer(x, torch.zeros(NUM_TOKENS, 2, dtype=torch.int64), torch.rand(NUM_TOKENS, 2))
+
+    with record(tmp_path / "left"):
+        tm.run_on_emulated_ranks(forward_only, SIZE)
+    assert [call.has_backward for call in read_recording(tmp_path / "left").calls] == [False]
+
+
+def test_ranks_may_each_enter_the_same_folder(tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> None:
+        with record(tmp_path):
+            train(transport)
+            transport.barrier()
+
+    tm.run_on_emulated_ranks(on_rank, SIZE)
+    assert len(read_recording(tmp_path).calls) == CALLS
+
+
+def test_a_second_transport_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    with record(tmp_path):
+        for _ in range(2):
+            tm.run_on_emulated_ranks(train, SIZE)
+    assert len(read_recording(tmp_path).calls) == CALLS
+    assert len(read_recording(tmp_path / "transport-1").calls) == CALLS
+
+
+def test_a_recording_is_not_written_over(tmp_path: Path) -> None:
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(train, SIZE)
+    before = (tmp_path / "rank-0000.jsonl").read_bytes()
+    with pytest.raises(FileExistsError), record(tmp_path):
+        tm.run_on_emulated_ranks(train, SIZE)
+    assert (tmp_path / "rank-0000.jsonl").read_bytes() == before
+
+
+def test_nobody_listens_when_nothing_is_recorded(tmp_path: Path) -> None:
+    assert not listeners
+    with record(tmp_path):
+        assert len(listeners) == 1
+    assert not listeners
+
+
+def record_until_killed(folder: Path) -> None:
+    with record(folder):
+        tm.run_on_emulated_ranks(lambda transport: train(transport, calls=1_000_000), SIZE)
+
+
+def test_a_recording_killed_half_way_can_be_read(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=record_until_killed, args=(tmp_path,))
+    process.start()
+    files = [tmp_path / f"rank-000{rank}.jsonl" for rank in range(SIZE)]
+    deadline = time.monotonic() + 120
+    while not all(file.exists() and file.read_bytes().count(b"\n") > CALLS for file in files):
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(read_recording(tmp_path).calls) >= CALLS
+
+
+def test_lines_are_objects_of_json(tmp_path: Path) -> None:
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(train, SIZE)
+    header, *calls = map(json.loads, (tmp_path / "rank-0001.jsonl").read_text().splitlines())
+    assert (header["format"], header["schema"], header["rank"]) == ("tritonmoe recording", 1, 1)
+    assert [call["call"] for call in calls] == list(range(CALLS))

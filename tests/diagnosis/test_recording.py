@@ -1,0 +1,118 @@
+"""Reading recordings that are truncated, damaged, foreign, incomplete, or whose clocks jump."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.synthetic_runs import Run, write_run
+from tritonmoe.diagnosis.recording import read_recording
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", [Run(size=2)] * 3)
+
+
+def change(file: Path, number: int, edit: Callable[[dict], None]) -> None:
+    """Change line `number`, from 1 on, of a file of JSON lines."""
+    lines = file.read_text().splitlines()
+    values = json.loads(lines[number - 1])
+    edit(values)
+    lines[number - 1] = json.dumps(values)
+    file.write_text("".join(line + "\n" for line in lines))
+
+
+def test_a_last_line_that_was_not_finished_is_left_out(run: Path) -> None:
+    file = run / "rank-0001.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    found = read_recording(run)
+    assert [call.sequence for call in found.calls] == [0, 1]
+    assert found.notes == (
+        "rank-0001.jsonl ends in the middle of line 4, which is left out",
+        "1 calls that not every rank has recorded are left out",
+    )
+
+
+def test_a_broken_line_in_the_middle(run: Path) -> None:
+    file = run / "rank-0001.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    lines[2] = lines[2][:-40]
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=re.escape(f"{file} line 3: ") + ".*damaged"):
+        read_recording(run)
+
+
+BAD_LINES: dict[str, tuple[int, Callable[[dict], object], str]] = {
+    "another format": (1, lambda v: v.update(format="trace"), "line 1: this is no recording: format is 'trace'"),
+    "a later schema": (1, lambda v: v.update(schema=2), "line 1: schema 2 is not the one that is read here, 1"),
+    "a rank too large": (1, lambda v: v.update(rank=7), "line 1: rank must lie in 0..1, got 7"),
+    "another rank": (1, lambda v: v.update(rank=0), "line 1: it is of rank 0, its name says another one"),
+    "a key less": (3, lambda v: v.pop("row_bytes"), "line 3: row_bytes is missing"),
+    "words for a number": (3, lambda v: v.update(row_bytes="many"), "line 3: row_bytes: must be a whole number"),
+    "an unknown step": (
+        4,
+        lambda v: v["forward"]["steps"][0].update(kind="dance"),
+        "line 4: forward: steps: a step: kind: 'dance' is not a valid StepKind",
+    ),
+    "a row too few": (3, lambda v: v["rows"].pop(), "line 3: rows: must be a list of 2"),
+    "a plan that can't be": (3, lambda v: v["plan"].update(window=0), "line 3: plan: window must be 1..32, got 0"),
+    "a clock that jumps": (
+        3,
+        lambda v: v["forward"].update(origin=v["forward"]["origin"] - 5),
+        "line 3: the clock went back",
+    ),
+    "another call": (3, lambda v: v.update(layer=5), "line 3: call 1 is not the one of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_line_that_does_not_fit_is_named(name: str, run: Path) -> None:
+    number, edit, message = BAD_LINES[name]
+    change(run / "rank-0001.jsonl", number, edit)
+    with pytest.raises(ValueError, match=re.escape(f"{run / 'rank-0001.jsonl'} {message}")):
+        read_recording(run)
+
+
+def test_missing_ranks(run: Path) -> None:
+    (run / "rank-0000.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"of 2 ranks \[0\] are missing"):
+        read_recording(run)
+    (run / "rank-0001.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no recording"):
+        read_recording(run)
+
+
+def test_two_recordings_in_one_folder(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", [Run(size=4)])
+    (other / "rank-0003.jsonl").rename(run / "rank-0003.jsonl")
+    with pytest.raises(ValueError, match="two recordings"):
+        read_recording(run)
+
+
+def test_an_empty_file(run: Path) -> None:
+    (run / "rank-0001.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"rank-0001\.jsonl line 1: it ends before its header does"):
+        read_recording(run)
+
+
+def test_clocks_of_two_hosts_are_aligned(run: Path) -> None:
+    """Rank 1 is on another host, whose clock is 50 s behind."""
+    file = run / "rank-0001.jsonl"
+    change(file, 1, lambda values: values.update(host="there"))
+
+    def shift(values: dict) -> None:
+        for of in (values["forward"], values["backward"]):
+            of["origin"] -= 50.0
+            of["marks"] = {name: at - 50.0 for name, at in of["marks"].items()}
+
+    for number in (2, 3, 4):
+        change(file, number, shift)
+    found = read_recording(run)
+    assert found.notes == ("clock of rank 1 (there) aligned, within 0 us",)
+    for call in found.calls:
+        first, second = call.ranks
+        assert second.forward.origin == pytest.approx(first.forward.origin)
+        assert second.forward.marks == pytest.approx(first.forward.marks)

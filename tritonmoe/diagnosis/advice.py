@@ -1,0 +1,101 @@
+"""Advice: changes of a run that the walk says would make its step shorter, and what each of them costs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.diagnosis.recording import RecordedCall
+from tritonmoe.diagnosis.replay import Conditions, with_plan
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.transports.wire import WireFormat
+from tritonmoe.tuning.search import search
+
+__all__ = ["Proposal", "proposals"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Something to change in a run."""
+
+    words: str
+    costs: str
+    """What it costs, beside the work of doing it; empty where nothing is known."""
+    change: Callable[[Conditions], Conditions]
+
+
+def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+    """Give what could be changed; whether it helps is for the walk to say.
+
+    typical: the conditions of one of the calls.
+    """
+    yield from _other_plan(typical)
+    yield from _narrower_rows(calls[0])
+    yield from _other_placement(calls)
+
+
+def _other_plan(typical: Conditions) -> Iterator[Proposal]:
+    """Propose the plan that the tuner's search finds for these costs."""
+    plan = typical.plan
+    config = OverlapConfig(
+        local_first=plan.local_first, wire_dtype=plan.wire_dtype, chunk_by=plan.chunk_by, capacity=plan.capacity
+    )
+    has_backward = len(typical.schedules) > 1
+    found = search(config, typical.work, typical.steps, typical.link, backward=has_backward)
+    best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
+    if best != plan:
+        yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
+
+
+def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
+    """Propose the wire formats that send fewer bytes."""
+    if call.plan.wire_dtype is not None:
+        return
+    width = call.sizes["hidden_size"]
+    dtype = {4: torch.float32, 2: torch.bfloat16}.get(call.row_bytes // max(1, width))
+    for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        if dtype is None or wire_dtype == dtype:
+            continue
+        row_bytes = WireFormat(dtype, wire_dtype).row_bytes(width)
+        other = row_bytes if wire_dtype == torch.bfloat16 else call.other_row_bytes
+        where = "all rows" if wire_dtype == torch.bfloat16 else "dispatched rows"
+        name = str(wire_dtype).removeprefix("torch.")
+
+        def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
+            return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
+
+        yield Proposal(f"wire_dtype=torch.{name}", f"rounds {where}", narrower)
+
+
+def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
+    """Propose to spread the experts by their load, and to give the hot ones replicas in one more slot a rank."""
+    per_rank = [
+        [sum(values) for values in zip(*(call.ranks[rank].pairs_per_expert for call in calls), strict=True)]
+        for rank in range(len(calls[0].ranks))
+    ]
+    slots = len(per_rank[0])
+    if not slots or any(len(of) != slots for of in per_rank):
+        return
+    load = torch.tensor([pairs for of in per_rank for pairs in of], dtype=torch.float64, device="cpu")
+    before = torch.tensor([sum(of) for of in per_rank], dtype=torch.float64, device="cpu")
+    size, num_experts = len(per_rank), len(load)
+    for num_slots in (slots, slots + 1):
+        if num_slots * size > num_experts * size:
+            continue
+        placement = ExpertPlacement.balanced(load, size, num_slots)
+        copies = [sum(expert in of for of in placement.experts_of_rank) for expert in range(num_experts)]
+        after = [sum(float(load[expert]) / copies[expert] for expert in of) for of in placement.experts_of_rank]
+        share = torch.tensor(after, dtype=torch.float64, device="cpu") / before.clamp(min=1)
+
+        def placed(of: Conditions, share: torch.Tensor = share) -> Conditions:
+            # Rows follow their pairs: how many tokens need two experts of one rank is not known.
+            return replace(of, work=replace(of.work, rows=of.work.rows * share, pairs=of.work.pairs * share))
+
+        if num_slots == slots:
+            yield Proposal("placement=ExpertPlacement.balanced(load, ...)", "moves experts between ranks", placed)
+        else:
+            hot = max(range(num_experts), key=lambda expert: float(load[expert]))
+            balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots})"
+            words = f"replicas: {balanced}, expert {hot} on {copies[hot]} ranks"
+            yield Proposal(words, "takes one more expert's memory on each rank, and sums its gradients", placed)

@@ -1,0 +1,513 @@
+"""Attribution: what a recorded step would gain if one cause were gone; the step is walked again without it.
+
+Causes overlap: without a slow link the experts may be what everybody waits for. So gains don't add up, and what all of
+them gain together is a figure of its own.
+"""
+
+import random
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonmoe.diagnosis.advice import proposals
+from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of, fit_costs, measured_s, walk
+from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+
+__all__ = ["Advice", "Attribution", "CauseKind", "Finding", "Gain", "attribute"]
+
+CauseKind = Literal[
+    "slow link",
+    "slow port",
+    "slow rank",
+    "late rank",
+    "imbalance",
+    "bandwidth",
+    "latency",
+    "chunk overhead",
+    "host overhead",
+    "exchange contention",
+    "expert compute",
+]
+NAMED_LINKS: tuple[CauseKind, ...] = ("slow link", "slow port")
+"""Where one of these is found it stands before the bandwidth, which it is a part of."""
+SMALLEST_SHARE = 0.08
+"""A cause that costs a smaller share of the step is not spoken of."""
+SMALLEST_ADVICE = 0.03
+"""Advice that gains a smaller share is not given."""
+MOST_ERROR = 0.10
+"""A replay that is further off than this explains nothing."""
+NUM_SELECTIONS = 16
+"""So many selections of the calls, drawn with replacement, give the intervals."""
+INTERVAL = 0.8
+MOST_WALKED = 4
+"""So many calls are walked, spread over the recording."""
+WALKED_OF_SELECTION = 2
+OUTLIER = 1.25
+"""A call that takes so many times the median is an outlier ..."""
+KEPT_SHARE = 0.7
+"""... unless fewer than these calls would be left: then it is what the run is like."""
+WARM_UP_CALLS = 1
+"""So many first calls of a layer are left out, where there are more than three times as many."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much shorter the step is without something."""
+
+    seconds: float
+    low_s: float
+    """The interval that holds 80 % of what selections of the calls give."""
+    high_s: float
+
+    def share(self, step_s: float) -> float:
+        return self.seconds / step_s if step_s else 0.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause, and what it costs."""
+
+    kind: CauseKind
+    ranks: tuple[int, ...]
+    """The ranks at fault, the worst first; of a slow link sender and receiver."""
+    words: str
+    gain: Gain
+    is_certain: bool
+    """Whether it gains more than nothing in the whole interval."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that would help."""
+
+    words: str
+    costs: str
+    """What it costs, beside the work of doing it; empty where nothing is known."""
+    gain: Gain
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Why the step of a recording takes as long as it does."""
+
+    recording: Recording
+    call: RecordedCall
+    """One of those that it is about."""
+    num_calls: int
+    """How many calls it is about: those of one plan and size that take most of the time."""
+    measured_s: float
+    """The median of what they took."""
+    replayed_s: float
+    costs: Costs
+    findings: tuple[Finding, ...]
+    """The causes that cost enough to be spoken of, by their gain; the bandwidth last where a link or port is slow."""
+    others: tuple[Finding, ...]
+    """The rest, and what the experts compute, which is the bound itself."""
+    advice: tuple[Advice, ...]
+    """What would help, by its gain."""
+    together: Gain
+    """Without all causes, the experts' work as it is."""
+    misfits: tuple[str, ...]
+    """If the replay is off: what doesn't fit."""
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """The relative error of the replay."""
+        return self.replayed_s / self.measured_s - 1 if self.measured_s else 0.0
+
+    @property
+    def is_explained(self) -> bool:
+        return abs(self.error) <= MOST_ERROR
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.is_explained and not self.findings
+
+
+@dataclass(frozen=True)
+class _Cause:
+    kind: CauseKind
+    ranks: tuple[int, ...]
+    words: str
+    remove: Callable[[Conditions], Conditions]
+
+
+def attribute(recording: Recording, seed: int = 0) -> Attribution:
+    """Find what a recorded step would gain without each cause.
+
+    Raises:
+        ValueError: there is no call that all ranks have recorded, or only on one rank or two levels.
+    """
+    if recording.size < 2:
+        raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
+    if recording.headers[0].get("node_size") is not None:
+        raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
+    before = _calls_before(recording)
+    times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
+    calls, similar = _calls_of_most_time(recording, times)
+    walked = _spread(calls, MOST_WALKED)
+    costs = fit_costs(similar, recording.shares_link)
+    measured = statistics.median(map(times.__getitem__, calls))
+    conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
+    as_it_was = _walked(conditions)
+    replayed = statistics.median(total_s for _, total_s in as_it_was)
+    causes = list(_causes(calls, costs))
+    gains = [_gain_s(as_it_was, cause.remove) for cause in causes]
+    proposed = list(proposals(calls, conditions[0]))
+    promised = [_gain_s(as_it_was, proposal.change) for proposal in proposed]
+    everything = _all_of([cause for cause in causes if cause.kind != "expert compute"])
+    together = _gain_s(as_it_was, everything)
+    drawn: list[list[float]] = [[] for _ in (*causes, None)]
+    drawn_promises: list[list[float]] = [[] for _ in proposed]
+    draw = random.Random(seed)
+    of_other_plans = [call for call in similar if call.plan != calls[0].plan]
+    for _ in range(NUM_SELECTIONS):
+        selection = draw.choices(calls, k=len(calls))
+        own = fit_costs([*selection, *of_other_plans], recording.shares_link)
+        few_as_they_were = _walked(
+            [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
+        )
+        again = {(cause.kind, cause.ranks): cause for cause in _causes(selection, own)}
+        for cause, values in zip(causes, drawn, strict=False):
+            # A cause that the selection doesn't show gains nothing there.
+            same = again.get((cause.kind, cause.ranks))
+            values.append(0.0 if same is None else _gain_s(few_as_they_were, same.remove))
+        for proposal, values in zip(proposed, drawn_promises, strict=True):
+            values.append(_gain_s(few_as_they_were, proposal.change))
+        drawn[-1].append(
+            _gain_s(few_as_they_were, _all_of([cause for cause in again.values() if cause.kind != "expert compute"]))
+        )
+    found = [
+        Finding(cause.kind, cause.ranks, cause.words, gain, gain.low_s > 0)
+        for cause, seconds, values in zip(causes, gains, drawn, strict=False)
+        for gain in (_interval(seconds, values),)
+    ]
+    spoken = [one for one in found if _is_spoken_of(one, measured)]
+    is_named = any(one.kind in NAMED_LINKS for one in spoken)
+    spoken.sort(key=lambda one: (is_named and one.kind == "bandwidth", -one.gain.seconds))
+    advice = [
+        Advice(proposal.words, proposal.costs, _interval(seconds, values))
+        for proposal, seconds, values in zip(proposed, promised, drawn_promises, strict=True)
+    ]
+    advice += [Advice(_mend(one), "", one.gain) for one in spoken if one.kind in _MENDING]
+    helps = [one for one in advice if one.gain.low_s > 0 and one.gain.seconds >= SMALLEST_ADVICE * measured]
+    others = sorted((one for one in found if one not in spoken), key=lambda one: -one.gain.seconds)
+    return Attribution(
+        recording=recording,
+        call=walked[0],
+        num_calls=len(calls),
+        measured_s=measured,
+        replayed_s=replayed,
+        costs=costs,
+        findings=tuple(spoken),
+        others=tuple(others),
+        advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
+        together=_interval(together, drawn[-1]),
+        misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
+        notes=(*recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
+    )
+
+
+_MENDING: dict[CauseKind, str] = {
+    "slow link": "mend the link from rank {} to rank {}",
+    "slow port": "mend the port of rank {}",
+    "slow rank": "mend rank {}, or leave it out",
+    "late rank": "find what holds up rank {} before the layer",
+}
+
+
+def _mend(one: Finding) -> str:
+    return _MENDING[one.kind].format(*one.ranks)
+
+
+def _is_spoken_of(one: Finding, measured: float) -> bool:
+    if one.kind == "expert compute":
+        return False
+    return one.is_certain and one.gain.seconds >= max(SMALLEST_SHARE * measured, (one.gain.high_s - one.gain.low_s) / 2)
+
+
+def _calls_of_most_time(
+    recording: Recording, times: Mapping[RecordedCall, float]
+) -> tuple[list[RecordedCall], list[RecordedCall]]:
+    """Give the calls of the plan and size that take most of the time, and all calls of layers of that size."""
+    if not recording.calls:
+        raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
+    seen: dict[int, int] = {}
+    calls = []
+    for call in recording.calls:
+        seen[call.layer] = seen.get(call.layer, 0) + 1
+        if seen[call.layer] > WARM_UP_CALLS:
+            calls.append(call)
+    if len(calls) < 3 * WARM_UP_CALLS * len(seen):
+        calls = list(recording.calls)
+    groups: dict[tuple, list[RecordedCall]] = {}
+    for call in calls:
+        groups.setdefault((*_sizes(call), call.plan, call.has_backward), []).append(call)
+    groups = {key: _without_outliers(group, times) for key, group in groups.items()}
+    most = max(groups.values(), key=lambda group: sum(map(times.__getitem__, group)))
+    return most, [call for group in groups.values() for call in group if _sizes(call) == _sizes(most[0])]
+
+
+def _without_outliers(calls: list[RecordedCall], times: Mapping[RecordedCall, float]) -> list[RecordedCall]:
+    """Leave out calls that something else on the machine disturbed, if they are few: their steps tell no costs."""
+    limit = OUTLIER * statistics.median(map(times.__getitem__, calls))
+    kept = [call for call in calls if times[call] <= limit]
+    return kept if len(kept) >= KEPT_SHARE * len(calls) else calls
+
+
+def _sizes(call: RecordedCall) -> tuple:
+    return (*call.sizes.values(), call.row_bytes, call.other_row_bytes)
+
+
+def _calls_before(recording: Recording) -> dict[int, RecordedCall]:
+    """Give by number of a call the one before it, where every pass of that was over when it began."""
+    return {
+        after.sequence: before
+        for before, after in pairwise(recording.calls)
+        if all(b.passes[-1].end <= a.forward.entered for b, a in zip(before.ranks, after.ranks, strict=True))
+    }
+
+
+def _spread(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
+    """Give so many calls, evenly spread."""
+    if len(calls) <= count:
+        return list(calls)
+    return [calls[(2 * n + 1) * len(calls) // (2 * count)] for n in range(count)]
+
+
+_Walked = Sequence[tuple[Conditions, float]]
+"""Conditions of calls, and what their walks take."""
+
+
+def _walked(conditions: Sequence[Conditions]) -> _Walked:
+    return [(of, walk(of).total_s) for of in conditions]
+
+
+def _gain_s(as_it_was: _Walked, remove: Callable[[Conditions], Conditions]) -> float:
+    return statistics.median(total_s - walk(remove(of)).total_s for of, total_s in as_it_was)
+
+
+def _interval(seconds: float, drawn: Sequence[float]) -> Gain:
+    ordered = sorted(drawn)
+    aside = int(len(ordered) * (1 - INTERVAL) / 2)
+    return Gain(seconds, min(ordered[aside], seconds), max(ordered[-1 - aside], seconds))
+
+
+def _all_of(causes: Sequence[_Cause]) -> Callable[[Conditions], Conditions]:
+    def remove(of: Conditions) -> Conditions:
+        for cause in causes:
+            of = cause.remove(of)
+        return of
+
+    return remove
+
+
+def _causes(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[_Cause]:
+    """Give what may be taken out of calls with these costs."""
+    yield from _slow_links(costs)
+    yield from _slow_ranks(costs)
+    yield from _late_ranks(calls, costs)
+    yield _imbalance(calls)
+    yield _Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
+    yield _Cause("latency", (), f"{1e6 * costs.link.latency_s:.0f} us for every exchange", without_latency)
+    steps = calls[0].plan.num_segments
+    yield _Cause("chunk overhead", (), f"what experts in {steps} parts cost over one", without_chunk_overhead)
+    yield _Cause("host overhead", (), "the host, before the first step and between steps", without_host_overhead)
+    if costs.link.contention:
+        words = f"compute loses {costs.link.contention:.0%} of its speed beside an exchange"
+        yield _Cause("exchange contention", (), words, without_contention)
+    yield _Cause("expert compute", (), "what the experts compute: the bound itself", without_experts)
+
+
+def _rate(link: LinkCosts) -> str:
+    return f"{link.bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _slow_links(costs: Costs) -> Iterator[_Cause]:
+    ratios = costs.ratios
+    for i, k in (ratios.link > 1).nonzero().tolist():
+        words = f"from rank {i} to rank {k} a byte takes {float(ratios.link[i, k]):.1f} times as long as elsewhere"
+        yield _Cause("slow link", (i, k), words, lambda of, i=i, k=k: without_slow_link(of, i, k))  # type: ignore[misc]
+    for rank in ((ratios.port_out > 1) | (ratios.port_in > 1)).nonzero()[:, 0].tolist():
+        ways = {"out of it": float(ratios.port_out[rank]), "into it": float(ratios.port_in[rank])}
+        said = " and ".join(f"{times:.1f} times as long {way}" for way, times in ways.items() if times > 1)
+        words = f"at the port of rank {rank} a byte takes {said}"
+        yield _Cause("slow port", (rank,), words, lambda of, rank=rank: without_slow_port(of, rank))  # type: ignore[misc]
+
+
+def _slow_ranks(costs: Costs) -> Iterator[_Cause]:
+    for rank, slowness in enumerate(costs.slowness):
+        if slowness > 1:
+            words = f"rank {rank} takes {slowness:.2f} times as long for the same pairs"
+            yield _Cause("slow rank", (rank,), words, lambda of, rank=rank: without_slow_rank(of, rank))  # type: ignore[misc]
+
+
+def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[_Cause]:
+    entries = [entry for call in calls[-MOST_WALKED:] for entry in conditions_of(call, None, costs).entries]
+    typical = torch.stack([entry.own_s for entry in entries]).median(0).values
+    most = torch.stack([entry.own_s for entry in entries]).mean(0)
+    for rank in (most > 0).nonzero()[:, 0].tolist():
+        words = f"rank {rank} comes {1e3 * float(torch.maximum(typical, most)[rank]):.1f} ms after the others"
+        yield _Cause("late rank", (rank,), words, lambda of, rank=rank: without_late_rank(of, rank))  # type: ignore[misc]
+
+
+def _imbalance(calls: Sequence[RecordedCall]) -> _Cause:
+    pairs = [sum(sum(of.pairs[k] for of in call.ranks) for call in calls) for k in range(len(calls[0].ranks))]
+    hottest = max(range(len(pairs)), key=pairs.__getitem__)
+    per_expert = [sum(values) for values in zip(*(call.ranks[hottest].pairs_per_expert for call in calls), strict=True)]
+    total, mean = max(1, sum(pairs)), max(1.0, sum(pairs) / len(pairs))
+    expert = hottest * len(per_expert) + max(range(len(per_expert)), key=per_expert.__getitem__) if per_expert else 0
+    words = (
+        f"rank {hottest} computes {pairs[hottest] / mean:.2f} times the mean rank's pairs; its expert {expert} has "
+        f"{max(per_expert, default=0) / total:.0%} of all"
+    )
+    return _Cause("imbalance", (hottest,), words, without_imbalance)
+
+
+def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:
+    each = of.link.each
+    assert each is not None
+    link_s = each.link_s.clone()
+    link_s[i, k] = 0.0
+    return replace(of, link=replace(of.link, each=replace(each, link_s=link_s)))
+
+
+def without_slow_port(of: Conditions, rank: int) -> Conditions:
+    each = of.link.each
+    assert each is not None
+    out, into = each.port_out_s.clone(), each.port_in_s.clone()
+    out[rank], into[rank] = out.median(), into.median()
+    return replace(of, link=replace(of.link, each=replace(each, port_out_s=out, port_in_s=into)))
+
+
+def without_slow_rank(of: Conditions, rank: int) -> Conditions:
+    def mended(slowness: Tensor) -> Tensor:
+        slowness = slowness.clone()
+        slowness[rank] = 1.0
+        return slowness
+
+    slowness = {kind: mended(values) for kind, values in of.steps.slowness.items()}
+    return replace(of, steps=replace(of.steps, slowness=slowness))
+
+
+def without_late_rank(of: Conditions, rank: int) -> Conditions:
+    def in_time(own_s: Tensor) -> Tensor:
+        own_s = own_s.clone()
+        own_s[rank] = own_s[rank].clamp(max=0)
+        return own_s
+
+    return replace(of, entries=tuple(replace(entry, own_s=in_time(entry.own_s)) for entry in of.entries))
+
+
+def without_imbalance(of: Conditions) -> Conditions:
+    """Let every rank send as much to every rank and compute as much, the same in all."""
+    work = of.work
+    rows, pairs = (torch.full_like(values, float(values.mean())) for values in (work.rows, work.pairs))
+    return replace(of, work=replace(work, rows=rows, pairs=pairs))
+
+
+def without_bandwidth(of: Conditions) -> Conditions:
+    each = of.link.each
+    if each is not None:
+        nothing = torch.zeros_like(each.port_out_s)
+        each = replace(each, port_out_s=nothing, port_in_s=nothing, link_s=torch.zeros_like(each.link_s))
+    return replace(of, link=replace(of.link, bytes_per_s=float("inf"), each=each))
+
+
+def without_latency(of: Conditions) -> Conditions:
+    latency_s = of.link.latency_s
+    each = of.link.each
+    if each is not None:
+        each = replace(each, latency_s=torch.zeros_like(each.latency_s))
+    entries = tuple(replace(entry, counts_s=(entry.counts_s - latency_s).clamp(min=0)) for entry in of.entries)
+    return replace(of, link=replace(of.link, latency_s=0.0, each=each), entries=entries)
+
+
+def without_chunk_overhead(of: Conditions) -> Conditions:
+    """Let the fixed costs of all steps of a kind together be those of one."""
+    counts = Counter(str(step.kind) for schedule in of.schedules for step in schedule)
+    fixed = {kind: cost / max(1, counts[kind]) for kind, cost in of.steps.fixed_s.items()}
+    return replace(of, steps=replace(of.steps, fixed_s=fixed))
+
+
+def without_host_overhead(of: Conditions) -> Conditions:
+    """Let every rank send its counts as it enters, and start its first step when it has heard from all."""
+
+    def at_once(values: Tensor) -> Tensor:
+        return torch.zeros_like(values)
+
+    def counted(values: Tensor) -> Tensor:
+        return values.clamp(max=of.link.latency_s)
+
+    entries = tuple(
+        replace(
+            entry,
+            before_counts_s=at_once(entry.before_counts_s),
+            before_steps_s=at_once(entry.before_steps_s),
+            counts_s=counted(entry.counts_s),
+        )
+        for entry in of.entries
+    )
+    return replace(of, entries=entries, gap_s=0.0)
+
+
+def without_contention(of: Conditions) -> Conditions:
+    return replace(of, link=replace(of.link, contention=0.0))
+
+
+def without_experts(of: Conditions) -> Conditions:
+    def nothing(costs: dict[str, float]) -> dict[str, float]:
+        return {kind: 0.0 if StepKind.named(kind).unit is Unit.PAIRS else cost for kind, cost in costs.items()}
+
+    steps = of.steps
+    return replace(of, steps=StepCosts(nothing(dict(steps.fixed_s)), nothing(dict(steps.unit_s))))
+
+
+MISFIT_SHARE = 0.03
+PASSES = ("all of the forward", "all of the backward")
+
+
+def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions], least_s: float) -> tuple[str, ...]:
+    """Say which kinds of steps, or waits, take another share of the step than in the walk, the largest first."""
+    recorded: dict[str, list[float]] = {}
+    walked: dict[str, list[float]] = {}
+    size = len(calls[0].ranks)
+    for call, of in zip(calls, conditions, strict=True):
+        sums: dict[str, float] = {}
+        for rank in call.ranks:
+            for name, one in zip(PASSES, rank.passes, strict=False):
+                sums[name] = sums.get(name, 0.0) + one.total_s
+                for step in one.steps:
+                    is_exchange = step.step.lane == "comm"
+                    kind = f"waiting for {step.step.kind}" if is_exchange else str(step.step.kind)
+                    sums[kind] = sums.get(kind, 0.0) + (step.wait_s if is_exchange else step.end_s - step.start_s)
+        for kind, seconds in sums.items():
+            recorded.setdefault(kind, []).append(seconds / size)
+        sums = {}
+        for name, simulation in zip(PASSES, walk(of).passes, strict=False):
+            sums[name] = float((simulation.end_s - simulation.steps[0].start_s).mean())
+            for simulated in simulation.steps:
+                is_exchange = simulated.wait_s is not None
+                kind = f"waiting for {simulated.step.kind}" if is_exchange else str(simulated.step.kind)
+                spent = simulated.wait_s if simulated.wait_s is not None else simulated.end_s - simulated.start_s
+                sums[kind] = sums.get(kind, 0.0) + float(spent.mean())
+        for kind, seconds in sums.items():
+            walked.setdefault(kind, []).append(seconds)
+    off = {
+        kind: (statistics.median(times), statistics.median(walked.get(kind, [0.0]))) for kind, times in recorded.items()
+    }
+    ordered = sorted(off.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
+    return tuple(
+        f"{kind}: {1e3 * was:.1f} ms recorded, {1e3 * is_now:.1f} ms in the replay"
+        for kind, (was, is_now) in ordered[:3]
+        if abs(was - is_now) > least_s
+    )

@@ -1,0 +1,272 @@
+"""fit_links: latency, rate and slowness of every link, from when the rows of every exchange arrived at every rank.
+
+A message goes out when the ports of both of its ranks have turned to its exchange, and takes as long as the busier of
+the two. A port that is slow delays all messages of its rank, a slow link those of one pair of ranks in one direction.
+"""
+
+import functools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.diagnosis.fits import fit_relative_line, weighted_median
+from tritonmoe.diagnosis.recording import RankCall, RecordedCall
+from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.cost_model import EachLink, LinkCosts
+
+__all__ = ["SMALLEST_RATIO", "LinkRatios", "fit_links"]
+
+SMALLEST_RATIO = 1.15
+"""A port or link that is slower than the others by less than this is taken for as fast."""
+ROUNDS = 5
+MAX_MESSAGES = 50_000
+"""Of more messages than that only those of some passes are looked at."""
+KEPT_PASSES = 1024
+"""The exchanges of so many passes are kept: calls are fitted in many selections."""
+START_SHARE = 0.25
+"""The first guess of the rate lets so many messages of all be faster."""
+QUEUED_SHARE = 0.15
+"""A message hardly waited for others if it did so for less than this share of its own time."""
+SHORTEST_S = 1e-6
+LARGE_SHARE = 0.3
+"""A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One exchange of all ranks."""
+
+    posted: Tensor
+    """(W,) seconds of the recording's clock."""
+    arrived: Tensor
+    """(W, W): when the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
+    sent_bytes: Tensor
+    """(W, W)."""
+    are_told_apart: bool
+    """Whether it is known when each rank's rows arrived, and not only when all of them were there."""
+
+    @property
+    def out_bytes(self) -> Tensor:
+        return self.sent_bytes.sum(1)
+
+    @property
+    def in_bytes(self) -> Tensor:
+        return self.sent_bytes.sum(0)
+
+    @property
+    def port_bytes(self) -> Tensor:
+        """(W, W): those that the busier of both ports has, which decide how long a message takes."""
+        return torch.maximum(self.out_bytes[:, None], self.in_bytes)
+
+
+@dataclass(frozen=True)
+class LinkRatios:
+    """How many times as long as on the others a byte takes, on ports and on links beside their ports."""
+
+    port_out: Tensor
+    """(W,)."""
+    port_in: Tensor
+    link: Tensor
+    """(W, W)."""
+    are_told_apart: bool
+    """Whether it is known when each rank's rows arrived; if not, all ratios are 1."""
+
+
+def fit_links(calls: Sequence[RecordedCall], shares_link: bool) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
+    """Find what exchanges cost; the notes say what could not be found.
+
+    shares_link: whether exchanges that are under way together share a port.
+    """
+    size = len(calls[0].ranks)
+    passes = [(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
+    messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
+    every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
+    exchanges = [_exchanges_of(call, number) for call, number in passes[::every]]
+    known = any(bool((~one.arrived.isnan()).any()) for of in exchanges for one in of)
+    if not known:
+        link = LinkCosts(0.0, 1e18, shares_link)
+        ones = torch.ones(size, dtype=torch.float64, device="cpu")
+        nothing = LinkRatios(ones, ones, torch.ones(size, size, dtype=torch.float64, device="cpu"), False)
+        return link, nothing, ("no exchange carried rows from rank to rank",)
+    fit = _Fit(exchanges, size)
+    ratios = fit.ratios()
+    byte_s = max(fit.byte_s, 1e-18)
+    port_out_s, port_in_s = ratios.port_out * byte_s, ratios.port_in * byte_s
+    # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
+    link_s = torch.where(ratios.link > 1, ratios.link * torch.maximum(port_out_s[:, None], port_in_s), 0.0)
+    each = EachLink(port_out_s, port_in_s, link_s * fit.port_share, torch.full_like(ratios.link, fit.latency_s))
+    notes = []
+    if not ratios.are_told_apart:
+        notes.append("it is not known when each rank's rows arrived (NCCL): links and ports are not told apart")
+    return LinkCosts(fit.latency_s, 1 / byte_s, shares_link, each=each), ratios, tuple(notes)
+
+
+@functools.lru_cache(maxsize=KEPT_PASSES)
+def _exchanges_of(call: RecordedCall, number: int) -> tuple[_Exchange, ...]:
+    return tuple(_read_exchanges(call, number))
+
+
+def _read_exchanges(call: RecordedCall, number: int) -> Iterator[_Exchange]:
+    """Give the exchanges of a pass of a call in the order in which all ranks posted them."""
+    ranks = [of.passes[number] for of in call.ranks]
+    steps = [{step.step: step for step in one.steps if step.step.lane == "comm"} for one in ranks]
+    for step in steps[0]:
+        if step.kind is StepKind.REPLICA_BACKWARD:
+            continue
+        if not all(step in of for of in steps):
+            raise ValueError(f"call {call.sequence}: not every rank has the step {step}")
+        arrived = torch.full((len(ranks), len(ranks)), torch.nan, dtype=torch.float64, device="cpu")
+        for rank, one in enumerate(ranks):
+            arrivals = steps[rank][step].arrivals_s
+            for peer in range(len(ranks)):
+                if peer != rank:
+                    # Where a peer's moment is not known, all its rows were there at the end of the exchange.
+                    at = steps[rank][step].end_s if arrivals is None else arrivals[peer]
+                    arrived[peer, rank] = torch.nan if at is None else one.origin + at
+        posted = [one.origin + steps[rank][step].start_s + steps[rank][step].post_s for rank, one in enumerate(ranks)]
+        units = [of[step].units for of in steps]
+        sent_bytes = _sent_bytes(call, step, units)
+        yield _Exchange(
+            torch.tensor(posted, dtype=torch.float64, device="cpu"),
+            torch.where(sent_bytes > 0, arrived, torch.nan),
+            sent_bytes,
+            all(of[step].arrivals_s is not None for of in steps),
+        )
+
+
+def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
+    """Give the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
+    work = call.work
+    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
+    rows = rows.clone().fill_diagonal_(0)
+    if step.chunk is not None:
+        of_rank = torch.tensor(units, dtype=torch.float64, device="cpu")
+        travelling = torch.tensor([_travelling(of, step, call) for of in call.ranks], dtype=torch.float64, device="cpu")
+        rows = rows * (of_rank / travelling.clamp(min=1))[:, None]
+    return rows * work.bytes_per_row(step.kind)
+
+
+def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
+    """Give the units of all chunks of a kind of step on one rank."""
+    return sum(
+        other.units
+        for one in of.passes
+        for other in one.steps
+        if other.step.kind is step.kind and other.step.chunk is not None and other.step.chunk >= 0
+    )
+
+
+class _Fit:
+    """Latency and seconds of a byte, and what each message took in terms of them."""
+
+    def __init__(self, passes: Sequence[Sequence[_Exchange]], size: int) -> None:
+        self.passes, self.size = passes, size
+        self.latency_s, self.byte_s = 0.0, 0.0
+        ratio = torch.ones(size, dtype=torch.float64, device="cpu")
+        self.port_out, self.port_in = ratio, ratio
+        self.link = torch.ones(size, size, dtype=torch.float64, device="cpu")
+        self.port_share = self._port_share()
+        self._guess()
+        for _ in range(ROUNDS):
+            self._refine()
+
+    def _port_share(self) -> Tensor:
+        """(W, W): how many times its own bytes the busier port of a message has."""
+        port, own = (torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu") for _ in range(2))
+        for of in self.passes:
+            for one in of:
+                port, own = port + one.port_bytes, own + one.sent_bytes
+        return port / own.clamp(min=1)
+
+    def _messages(self) -> Iterator[tuple[_Exchange, Tensor, Tensor]]:
+        """Give every exchange with the seconds (W, W) from when both ports had turned to it to its arrival.
+
+        The third tensor says of which messages that moment is known: they hardly waited for others. Of the rest it
+        follows from what the others are found to take, whose errors add up.
+        """
+        for of in self.passes:
+            free = torch.full((self.size,), -torch.inf, dtype=torch.float64, device="cpu")
+            link_free = torch.full((self.size, self.size), -torch.inf, dtype=torch.float64, device="cpu")
+            for one in of:
+                start = torch.maximum(one.posted, free)
+                out_s, in_s = one.out_bytes * self.port_out * self.byte_s, one.in_bytes * self.port_in * self.byte_s
+                free = start + torch.maximum(out_s, in_s)
+                begin = torch.maximum(torch.maximum(start[:, None], start), link_free)
+                link_s = torch.where(self.link > 1, one.sent_bytes * self.link * self.port_share * self.byte_s, 0.0)
+                link_free = torch.where(link_s > 0, begin + link_s, link_free)
+                seconds = one.arrived - begin
+                posted = torch.maximum(one.posted[:, None], one.posted)
+                yield one, seconds, begin - posted < QUEUED_SHARE * seconds
+
+    def _largest(self) -> float:
+        return max(float(one.port_bytes.max()) for of in self.passes for one in of)
+
+    def _guess(self) -> None:
+        """Take the rate of the faster messages, as if no exchange waited for one before it."""
+        large = LARGE_SHARE * self._largest()
+        ratios = [
+            float(seconds[i, k] / one.port_bytes[i, k])
+            for one, seconds, _ in self._messages()
+            for i, k in (one.port_bytes >= large).nonzero().tolist()
+            if seconds[i, k] > 0
+        ]
+        self.byte_s = sorted(ratios)[int(START_SHARE * len(ratios))] if ratios else 0.0
+
+    def _refine(self) -> None:
+        points: list[tuple[float, float]] = []
+        """Of messages on ports and links that are not slow: bytes, seconds."""
+        by_link: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        """Bytes and seconds of the messages that hardly waited, and of a link without any of all."""
+        queued: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for one, seconds, is_known in self._messages():
+            port_bytes = one.port_bytes
+            for i, k in (~seconds.isnan()).nonzero().tolist():
+                point = float(port_bytes[i, k]), max(SHORTEST_S, float(seconds[i, k]))
+                (by_link if is_known[i, k] else queued).setdefault((i, k), []).append(point)
+        for link, of in queued.items():
+            by_link.setdefault(link, of)
+        ratio = torch.full((self.size, self.size), torch.nan, dtype=torch.float64, device="cpu")
+        for (i, k), of in by_link.items():
+            of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in of if b * self.byte_s > 0]
+            if of_byte:
+                ratio[i, k] = max(1e-3, weighted_median(of_byte))
+        known = ratio[~ratio.isnan()].tolist()
+        if not known:
+            return
+        typical = statistics.median_low(known)
+        self._tell_apart(ratio / typical)
+        for (i, k), of in by_link.items():
+            if ratio[i, k] < SMALLEST_RATIO * typical:
+                points += _medians(of)
+        self.latency_s, self.byte_s = fit_relative_line(points)
+
+    def _tell_apart(self, ratio: Tensor) -> None:
+        """Split the ratio (W, W) of every link to the typical one into those of ports and what is left to the link."""
+        if self.size == 2:
+            out = into = torch.ones(2, dtype=torch.float64, device="cpu")
+        else:
+            # All of a slow port's messages are slow, so the fastest of them tells its slowness.
+            filled = ratio.nan_to_num(nan=torch.inf)
+            out, into = filled.amin(1), filled.amin(0)
+            out, into = (torch.where(of.isfinite() & (of > SMALLEST_RATIO), of, 1.0) for of in (out, into))
+        left = (ratio / torch.maximum(out[:, None], into)).nan_to_num(nan=1.0)
+        self.port_out, self.port_in = out, into
+        self.link = torch.where(left > SMALLEST_RATIO, left, 1.0)
+
+    def ratios(self) -> LinkRatios:
+        are_told_apart = any(one.are_told_apart for of in self.passes for one in of)
+        return LinkRatios(self.port_out, self.port_in, self.link, are_told_apart)
+
+
+def _medians(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Give (bytes, seconds) of messages, those of about one size as one with their median time."""
+    groups: list[list[tuple[float, float]]] = []
+    for point in sorted(points):
+        if groups and point[0] <= 1.1 * groups[-1][0][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [(statistics.mean(b for b, _ in group), statistics.median_low([s for _, s in group])) for group in groups]

@@ -1,0 +1,276 @@
+"""record: write what every layer call of this process does to files, one for each rank, which the doctor reads."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, TextIO
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tritonmoe import __version__
+from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
+from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.host_device import HostCopy
+from tritonmoe.simulation.cost_model import step_units
+from tritonmoe.transports import Transport, TwoLevelTransport
+
+__all__ = ["record"]
+
+MAX_HELD = 256
+"""So many forwards may wait for their backward; then the oldest is written without one."""
+DECIMALS = 7
+"""Seconds are written to a tenth of a microsecond."""
+
+
+@contextmanager
+def record(path: str | os.PathLike) -> Iterator[None]:
+    """Record every expert-parallel layer call of this process while the context lasts, for `tritonmoe doctor`.
+
+    It goes around a training or benchmark loop; the layers may be anywhere, in models of transformers too. Every rank
+    records, into a folder that they share or that is put together later: rank 3 writes rank-0003.jsonl, a header and
+    one line for each call, as soon as its backward is over. Calls over a second transport go to transport-1 in there.
+    The times are those of last_report; nothing is read from a device in a call, a thread of its own writes. Calls in a
+    CUDA graph have no times and are left out.
+
+    path: the folder, which may be new; emulated ranks, threads of one process, all give the same one.
+    Raises:
+        FileExistsError: it has a recording of this rank already. OSError: at the end, a file could not be written.
+    Example:
+        with tritonmoe.diagnosis.record("run"):
+            train(model, steps=20)
+    """
+    recorder = _enter(Path(path).absolute())
+    try:
+        yield
+    finally:
+        _leave(recorder)
+
+
+_recorders: "dict[Path, _Recorder]" = {}
+_lock = threading.Lock()
+
+
+def _enter(path: Path) -> "_Recorder":
+    with _lock:
+        recorder = _recorders.get(path)
+        if recorder is None:
+            path.mkdir(parents=True, exist_ok=True)
+            recorder = _recorders[path] = _Recorder(path)
+            listeners.append(recorder)
+        recorder.num_users += 1
+        return recorder
+
+
+def _leave(recorder: "_Recorder") -> None:
+    with _lock:
+        recorder.num_users -= 1
+        if recorder.num_users:
+            return
+        del _recorders[recorder.path]
+        listeners.remove(recorder)
+    recorder.end()
+
+
+class _Held(NamedTuple):
+    """A call that is to be written."""
+
+    file: "_RankFile"
+    header: CallHeader
+    report: LayerReport
+    pairs: HostCopy
+    """Where the pairs of each expert start."""
+    is_recompute: bool
+    backward: PassReport | None = None
+    backward_marks: CallMarks | None = None
+
+
+class _Recorder:
+    """Listens to calls, on the threads that run them, and writes them on a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_users = 0
+        self._files: WeakKeyDictionary[Transport, _RankFile] = WeakKeyDictionary()
+        self._transports_of_rank: dict[int, int] = {}
+        self._held: dict[tuple[int, int], _Held] = {}  # by file and number of the call
+        self._lock = threading.Lock()
+        self._complete: queue.SimpleQueue[_Held | None] = queue.SimpleQueue()
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._thread.start()
+
+    def after_forward(
+        self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
+    ) -> None:
+        if header.captured:
+            return
+        file = self._file_of(transport, expert_offsets.device)
+        held = _Held(file, header, report, HostCopy(expert_offsets), is_recomputing())
+        if not header.grad_enabled:
+            self._complete.put(held)
+            return
+        with self._lock:
+            self._held[id(file), header.sequence] = held
+            if len(self._held) > MAX_HELD:
+                self._complete.put(self._held.pop(next(iter(self._held))))
+
+    def after_backward(self, transport: Transport, header: CallHeader, report: LayerReport) -> None:
+        with self._lock:
+            file = self._files.get(transport)
+            held = self._held.pop((id(file), header.sequence), None)
+        if held is not None:
+            self._complete.put(held._replace(backward=report.backward, backward_marks=report.backward_marks))
+
+    def end(self) -> None:
+        """Write what is left; raises OSError where something could not be written."""
+        for held in self._held.values():
+            self._complete.put(held)
+        self._complete.put(None)
+        self._thread.join()
+        for file in self._files.values():
+            file.close()
+        for transport in self._files:
+            transport.tells_arrivals = False
+        if self._failure is not None:
+            raise self._failure
+
+    def _file_of(self, transport: Transport, device: torch.device) -> "_RankFile":
+        with self._lock:
+            file = self._files.get(transport)
+            if file is None:
+                number = self._transports_of_rank.get(transport.rank, 0)
+                self._transports_of_rank[transport.rank] = number + 1
+                folder = self.path / f"transport-{number}" if number else self.path
+                file = self._files[transport] = _RankFile(folder, transport, device)
+                transport.tells_arrivals = True  # from its next exchange on
+            return file
+
+    def _write(self) -> None:
+        while (held := self._complete.get()) is not None:
+            if self._failure is None:
+                try:
+                    held.file.write(held)
+                except OSError as error:
+                    self._failure = error
+
+
+class _RankFile:
+    """The file of one rank on one transport."""
+
+    def __init__(self, folder: Path, transport: Transport, device: torch.device) -> None:
+        self._header: Json = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "rank": transport.rank,
+            "size": transport.size,
+            "transport": type(transport).__name__,
+            "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
+            "shares_link": transport.shares_link(device),
+            "host": socket.gethostname(),
+            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {"tritonmoe": __version__, "python": platform.python_version(), **_versions("torch", "triton")},
+            "wall_clock": time.time(),
+            "perf_counter": time.perf_counter(),
+        }
+        folder.mkdir(exist_ok=True)
+        self._file: TextIO = (folder / file_name(transport.rank)).open("x")
+        self._has_header = False
+
+    def write(self, held: _Held) -> None:
+        """Write a call; its line has reached the system when this returns."""
+        if not self._has_header:
+            self._header["model"] = {**_sizes(held.header), "top_k": held.header.top_k}
+            self._write_line(self._header)
+            self._has_header = True
+        self._write_line(_plain_call(held))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_line(self, values: Json) -> None:
+        self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _sizes(header: CallHeader) -> dict[str, int]:
+    return {name: getattr(header, name) for name in ("num_experts", "hidden_size", "intermediate_size")}
+
+
+def _plain_call(held: _Held) -> Json:
+    """Give a call as it is written; waits for the device, if it has not ended the call yet."""
+    report, header = held.report, held.header
+    (offsets,) = held.pairs.wait()
+    sizes = [
+        [float(last - first) for first, last in pairwise(of)]
+        for of in (report.send_offsets, report.return_offsets, report.pair_offsets)
+    ]
+    return {
+        "call": header.sequence,
+        "layer": header.layer,
+        "recomputed": held.is_recompute,
+        "choice": report.choice,
+        "plan": plain_plan(report.overlap),
+        "sizes": _sizes(header),
+        "top_k": report.top_k,
+        "row_bytes": report.row_bytes,
+        "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
+        "rows_between_nodes": report.rows_between_nodes,
+        "overflowed": report.overflowed,
+        "send_offsets": report.send_offsets,
+        "return_offsets": report.return_offsets,
+        "pair_offsets": report.pair_offsets,
+        "rows": report.traffic_rows[report.rank].tolist(),
+        "pairs": report.traffic_pairs[report.rank].tolist(),
+        "pairs_per_expert": offsets.diff().tolist(),
+        "forward": _plain_pass(report.forward, report.marks, report, sizes),
+        "backward": held.backward and _plain_pass(held.backward, held.backward_marks, report, sizes),
+    }
+
+
+def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerReport, sizes: list[list[float]]) -> Json:
+    def plain(timing: StepTiming) -> Json:
+        arrivals = timing.arrivals_s
+        return {
+            "kind": str(timing.step.kind),
+            "chunk": timing.step.chunk,
+            "start_s": round(timing.start_s, DECIMALS),
+            "end_s": round(timing.end_s, DECIMALS),
+            "wait_s": round(timing.wait_s, DECIMALS),
+            "post_s": round(timing.post_s, DECIMALS),
+            "units": step_units(timing.step, report.overlap.num_local_slices, *sizes),
+            "arrivals_s": arrivals and [None if at is None else round(at, DECIMALS) for at in arrivals],
+        }
+
+    return {
+        "marks": marks and {name: round(at, DECIMALS) for name, at in marks._asdict().items()},
+        "origin": round(layer_pass.started_at, DECIMALS),
+        "total_s": round(layer_pass.total_s, DECIMALS),
+        "steps": [plain(timing) for timing in layer_pass.steps],
+        "steps_inside": [plain(timing) for timing in layer_pass.steps_inside],
+    }

@@ -1,0 +1,307 @@
+"""Replay: the recorded calls as the simulator walks them, from what their steps, links and entries are found to cost.
+
+A call is walked as it was recorded: every rank enters when it did, hears from the others, and runs the steps of the
+same schedule. What a step or an exchange costs comes from fits to all calls of the recording, so that a cause can be
+taken out and the call walked again.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, trimmed_mean, weighted_median
+from tritonmoe.diagnosis.links import LinkRatios, fit_links
+from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.simulator import Simulation, simulate
+
+__all__ = ["Conditions", "Costs", "Entry", "Walk", "conditions_of", "fit_costs", "measured_s", "walk", "with_plan"]
+
+ROUNDS = 6
+"""So often slowness of ranks and lines through their steps are fitted in turn."""
+MET_SHARE = 0.8
+"""Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
+SMALLEST_SLOWNESS = 1.05
+"""A rank that is slower by less than this is taken for as fast as the others."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps and exchanges cost in a recording."""
+
+    steps: StepCosts
+    link: LinkCosts
+    ratios: LinkRatios
+    slowness: tuple[float, ...]
+    """How many times as long as the others each rank takes for its experts."""
+    gap_s: float
+    """What lies between two steps: the executor's own time."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How all ranks come to the first step of a pass; all of it (W,) seconds."""
+
+    own_s: Tensor
+    """How much later than the others each rank enters, for a reason of its own."""
+    passed_on_s: Tensor
+    """How much later it enters because it ended the pass before later."""
+    before_counts_s: Tensor
+    """From entering to sending its counts."""
+    counts_s: Tensor
+    """From the last rank's sending until it has everybody's."""
+    before_steps_s: Tensor
+    """From there to its first step."""
+    meets: bool
+    """Whether ranks wait for each other's counts."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What decides how long a call takes."""
+
+    plan: OverlapPlan
+    work: LayerWork
+    schedules: tuple[Schedule, ...]
+    """Of the forward and, if it ran, the backward."""
+    entries: tuple[Entry, ...]
+    """Of the same."""
+    steps: StepCosts
+    link: LinkCosts
+    gap_s: float
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A call as it is walked."""
+
+    total_s: float
+    """From when most ranks have entered each pass until the last rank has ended it, all passes; where ranks come late
+    because they ended the pass before late, from when the last of them has come."""
+    passes: tuple[Simulation, ...]
+    """Their times count from there."""
+
+
+def walk(conditions: Conditions) -> Walk:
+    """Walk a call under these conditions."""
+    walked = _walk(conditions, None)
+    passed_on_s = max(float(entry.passed_on_s.max()) for entry in conditions.entries)
+    if passed_on_s > 0.01 * walked.total_s:
+        # In a loop the pass before the forward is the backward of a call like this one.
+        walked = _walk(conditions, walked.passes[-1].end_s)
+    return walked
+
+
+def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
+    """Walk a call whose ranks ended the pass before at these times (W,); None: as far apart as was recorded."""
+    total_s, passes = 0.0, []
+    costs = _with_gap(conditions.steps, conditions.gap_s)
+    for schedule, entry in zip(conditions.schedules, conditions.entries, strict=True):
+        behind_s = entry.passed_on_s
+        if ended_s is not None:
+            behind_s = torch.minimum(behind_s, (ended_s - _most(ended_s)).clamp(min=0))
+        posted_s = entry.own_s + behind_s + entry.before_counts_s
+        left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
+        start_s = left_s + entry.before_steps_s
+        simulation = simulate(schedule, conditions.plan, conditions.work, costs, conditions.link, start_s)
+        total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
+        passes.append(simulation)
+        ended_s = simulation.end_s
+    return Walk(total_s, tuple(passes))
+
+
+def _most(moments: Tensor) -> Tensor:
+    """Give the moment from which lateness counts: of an even number of ranks the earlier one in the middle."""
+    return moments.median()
+
+
+def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
+    return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
+
+
+def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
+    """Give what walk() predicts, as it was recorded; before: as in conditions_of."""
+    total_s = 0.0
+    ended = None if before is None else _by_pass(before)[-1]
+    for passes in _by_pass(call):
+        entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
+        total_s += max(one.end for one in passes) - float(_most(entered))
+        total_s -= float(_entry_of(passes, ended).passed_on_s.max())
+        ended = passes
+    return total_s
+
+
+def _by_pass(call: RecordedCall) -> list[tuple[RecordedPass, ...]]:
+    """Give the passes of a call, all ranks' of each."""
+    found = [tuple(of.forward for of in call.ranks)]
+    backward = tuple(of.backward for of in call.ranks if of.backward is not None)
+    return [*found, backward] if len(backward) == len(call.ranks) else found
+
+
+def conditions_of(call: RecordedCall, before: RecordedCall | None, costs: Costs) -> Conditions:
+    """Give the conditions under which a call ran.
+
+    before: the call before it, if no other work of these layers lies between.
+    """
+    ended = None if before is None else _by_pass(before)[-1]
+    schedules, entries = [], []
+    for passes in _by_pass(call):
+        entries.append(_entry_of(passes, ended))
+        schedules.append(_schedule_of(call.plan, passes[0]))
+        ended = passes
+    return Conditions(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, costs.link, costs.gap_s)
+
+
+def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | None) -> Entry:
+    def of_ranks(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device="cpu")
+
+    entered = of_ranks(one.entered for one in passes)
+    late_s = entered - _most(entered)
+    own_s = late_s.clamp(min=0)
+    if ended is not None:
+        end = of_ranks(one.end for one in ended)
+        pause_s = entered - end
+        behind_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
+        # A rank that had been later still has met the others since: its lateness is new.
+        has_met = late_s < MET_SHARE * (end - _most(end))
+        own_s = torch.where(has_met, own_s, behind_s)
+    passed_on_s = late_s.clamp(min=0) - own_s
+    marks = [one.marks for one in passes]
+    origins = of_ranks(one.origin for one in passes)
+    nothing = torch.zeros_like(origins)
+    if any(mark is None for mark in marks):
+        return Entry(own_s, passed_on_s, nothing, nothing, origins - entered, False)
+    posted = of_ranks(mark.counts_posted for mark in marks if mark is not None)
+    left = of_ranks(mark.counts_left for mark in marks if mark is not None)
+    counts_s = (left - posted.max()).clamp(min=0)
+    # A rank that is early, not late, is held up by the others.
+    own_s = torch.where(late_s < 0, late_s, own_s)
+    return Entry(own_s, passed_on_s, posted - entered, counts_s, origins - left, True)
+
+
+def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:
+    """Give the same call by another plan."""
+    schedules = tuple(_like(schedule, plan) for schedule in of.schedules)
+    return replace(of, plan=plan, schedules=schedules)
+
+
+def _like(schedule: Schedule, plan: OverlapPlan) -> Schedule:
+    """Give the schedule of another plan for the same pass, with as much needed of it."""
+    return _schedule(plan, [step.kind for step in schedule])
+
+
+def _schedule_of(plan: OverlapPlan, one: RecordedPass) -> Schedule:
+    return _schedule(plan, [step.step.kind for step in one.steps])
+
+
+def _schedule(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
+    """Give the schedule of a pass that has steps of these kinds."""
+    if StepKind.METADATA in kinds:
+        return build_forward(plan, kinds.count(StepKind.FILLER))
+    return build_backward(
+        plan,
+        needs_x=StepKind.DISPATCH_BACKWARD in kinds,
+        needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
+        sums_replicas=StepKind.REPLICA_BACKWARD in kinds,
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One step of one rank: what it took in the mean of the calls in which it had so many units."""
+
+    kind: StepKind
+    rank: int
+    units: float
+    seconds: float
+
+
+def fit_costs(calls: Sequence[RecordedCall], shares_link: bool) -> Costs:
+    """Find what steps and exchanges cost, by calls whose layers have the same sizes."""
+    notes: list[str] = []
+    size = len(calls[0].ranks)
+    samples = _samples(calls)
+    slowness, lines = _fit_steps(samples, size, notes)
+    by_kind = torch.tensor(slowness, dtype=torch.float64, device="cpu")
+    steps = StepCosts(
+        {kind: fixed for kind, (fixed, _) in lines.items()},
+        {kind: unit for kind, (_, unit) in lines.items()},
+        slowness={str(kind): by_kind for kind in StepKind if kind.unit is Unit.PAIRS},
+    )
+    link, ratios, link_notes = fit_links(calls, shares_link)
+    gaps = [gap for call in calls for passes in _by_pass(call) for gap in map(_gap_s, passes)]
+    return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
+
+
+def _gap_s(one: RecordedPass) -> float:
+    """Give the time between two steps of a pass."""
+    spent_s = sum(
+        step.wait_s + (step.post_s if step.step.lane == "comm" else step.end_s - step.start_s) for step in one.steps
+    )
+    return max(0.0, one.total_s - spent_s) / max(1, len(one.steps))
+
+
+def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
+    seconds: dict[tuple, list[float]] = {}
+    units: dict[tuple, list[float]] = {}
+    for call in calls:
+        for rank, of in enumerate(call.ranks):
+            for one in of.passes:
+                for step in one.steps:
+                    if step.units > 0:
+                        # Calls with other numbers of units fall into one group if they differ by little.
+                        key = (call.plan, step.step.kind, step.step.chunk, rank, round(8 * math.log2(step.units)))
+                        elapsed = step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
+                        seconds.setdefault(key, []).append(elapsed)
+                        units.setdefault(key, []).append(step.units)
+    return [_Sample(key[1], key[3], statistics.mean(units[key]), trimmed_mean(times)) for key, times in seconds.items()]
+
+
+def _fit_steps(
+    samples: Sequence[_Sample], size: int, notes: list[str]
+) -> tuple[tuple[float, ...], dict[str, tuple[float, float]]]:
+    """Give the slowness of each rank, and (fixed, unit) seconds by kind of step.
+
+    Only steps that compute pairs tell a rank's slowness: what packing and summing cost is small, and noisy.
+    """
+    by_kind = {
+        kind: list(of)
+        for kind, of in groupby(sorted(samples, key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
+    }
+    slowness = [1.0] * size
+    lines: dict[StepKind, tuple[float, float]] = {}
+    for _ in range(ROUNDS):
+        for kind, of in by_kind.items():
+            is_of_pairs = kind.unit is Unit.PAIRS
+            lines[kind] = fit_relative_line(
+                [(s.units, s.seconds / (slowness[s.rank] if is_of_pairs else 1.0)) for s in of]
+            )
+        ratios: list[list[tuple[float, float]]] = [[] for _ in range(size)]
+        for kind, of in by_kind.items():
+            if kind.unit is Unit.PAIRS:
+                fixed, unit = lines[kind]
+                for s in of:
+                    expected = fixed + unit * s.units
+                    if expected > 0:
+                        ratios[s.rank].append((s.seconds / expected, s.seconds))
+        found = [weighted_median(of) if of else 1.0 for of in ratios]
+        typical = statistics.median_low(found)
+        slowness = [value / typical for value in found]
+    slowness = [value if value > SMALLEST_SLOWNESS else 1.0 for value in slowness]
+    for kind, of in by_kind.items():
+        is_of_pairs = kind.unit is Unit.PAIRS
+        lines[kind] = fit_relative_line([(s.units, s.seconds / (slowness[s.rank] if is_of_pairs else 1.0)) for s in of])
+    sizes = [s.units for s in by_kind.get(StepKind.EXPERTS, [])]
+    if sizes and max(sizes) < ALIKE * min(sizes):
+        notes.append("all steps of the experts had about as many pairs: their fixed cost is not known, and taken for 0")
+    return tuple(slowness), {str(kind): line for kind, line in lines.items()}

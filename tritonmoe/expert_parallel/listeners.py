@@ -1,0 +1,34 @@
+"""Listeners: who hears of every layer call of this process once a pass of it is over, as a recording does."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.transports import Transport
+
+__all__ = ["CallListener", "listeners"]
+
+
+class CallListener(Protocol):
+    """What hears of calls; it is called on the thread that ran the pass, and reads nothing of the device there."""
+
+    def after_forward(
+        self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
+    ) -> None:
+        """Hear of a forward. With a capacity that was too small it is told of both runs of a call, the last one second.
+
+        Args:
+            transport: of all ranks. header: what this rank told the others of the call.
+            expert_offsets: (L+1,) int32 on the layer's device, where the pairs of each of this rank's experts start.
+        """
+        ...
+
+    def after_backward(self, transport: Transport, header: CallHeader, report: LayerReport) -> None:
+        """Hear of the backward of the call with this header, which `report` has the times of."""
+        ...
+
+
+listeners: list[CallListener] = []
+"""Everybody who listens."""
