@@ -17,7 +17,7 @@ from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "planning.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -345,6 +345,40 @@ def auto_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def plan_table(name: str) -> str:
+    """Give one row for every published table that the planner is compared with, and what was fitted to it."""
+    lines = [
+        "| published table | judged | median error | worst error | targets | fitted |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for table in load(name)["results"]:
+        num_judged = sum(row["judged"] for row in table["rows"])
+        source = table["source"].split(" and ")[0]
+        cells = [f"[{table['name']}]({source})", f"{num_judged} of {len(table['rows'])} rows"]
+        targets = []
+        for kind in ("median", "worst"):
+            error, target = table[f"{kind}_error"], table[f"{kind}_target"]
+            cells.append("-" if error is None else f"{error:.2%}")
+            if target is not None:
+                targets.append(f"{kind} {target:.2%} {'met' if error <= target else '**missed**'}")
+        lines.append(f"| {' | '.join([*cells, ', '.join(targets) or '-', table['fitted']])} |")
+    return "\n".join(lines)
+
+
+def plan_rows_table(name: str) -> str:
+    """Give every published row, measured and predicted."""
+    lines = []
+    for table in load(name)["results"]:
+        lines += ["", f"{table['name']}:", ""]
+        lines += ["| | measured | predicted | error | |", "| --- | --- | --- | --- | --- |"]
+        for row in table["rows"]:
+            predicted = "-" if row["predicted"] is None else f"{row['predicted']:,.5g}"
+            error = "-" if row["error"] is None else f"{row['error']:+.2%}"
+            note = "fitted" if row["fitted"] else row["note"]
+            lines.append(f"| {row['what']} | {row['measured']:,.5g} {row['unit']} | {predicted} | {error} | {note} |")
+    return "\n".join(lines[1:])
+
+
 def upcycle_table(name: str) -> str:
     command = "`python examples/upcycle_smollm2.py`"
     if not (RESULTS / f"{name}.json").exists():
@@ -408,6 +442,8 @@ TABLES = {
     "files": files_table,
     "auto": auto_table,
     "overlap": overlap_table,
+    "plan": plan_table,
+    "plan_rows": plan_rows_table,
     "two_levels": two_levels_table,
     "upcycle": upcycle_table,
     "expert_parallel": expert_parallel_table,

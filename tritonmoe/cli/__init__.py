@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from tritonmoe.cli import bench, demo, doctor, env, models, tune, upcycle, warmup
+from tritonmoe.cli import bench, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
 
 __all__ = ["main"]
 
-SUBCOMMANDS = (demo, bench, doctor, env, models, upcycle, tune, warmup)
+SUBCOMMANDS = (demo, bench, doctor, env, models, plan, probe, upcycle, tune, warmup)
 READER_GONE = 141
 """What a shell reports of a command that SIGPIPE ended, as `| head` ends most."""
 

@@ -1,0 +1,93 @@
+"""bench.plan: no published row is left out, its errors are those that are committed, and the targets met stay met."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench.plan import tables
+from bench.published import Table, published
+
+COMMITTED = Path("bench/results/plan_published.json")
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Table]:
+    return tables()
+
+
+def test_errors_are_those_committed(found):
+    committed = {table["name"]: table for table in json.loads(COMMITTED.read_text())["results"]}
+    assert [table.name for table in found] == list(committed)
+    for table in found:
+        for row, expected in zip(table.to_json()["rows"], committed[table.name]["rows"], strict=True):
+            assert row["what"] == expected["what"]
+            assert row["error"] == pytest.approx(expected["error"], abs=2e-4), (table.name, row["what"])
+
+
+@pytest.mark.parametrize(
+    ("name", "median", "worst"),
+    [
+        ("Received rows", None, 0.0015),
+        ("Bytes", None, 0.001),
+        ("Decay with nodes: NCCL, B300 EFA", 0.15, 0.25),
+        ("Decay with nodes: NCCL, H100 EFA", 0.15, 0.25),
+        ("Decay with nodes: DeepEP v1, H800", 0.15, 0.25),
+        ("Decay with nodes: DeepEP v2, B200 EFA", 0.15, 0.25),
+        ("Decay with nodes: UCCL, p5en", 0.15, None),
+        ("Decay with nodes: UCCL, p6-b200", 0.15, 0.25),
+        ("Decay with nodes: Hybrid-EP, H100", 0.15, None),
+        ("NCCL on one node", None, 0.11),
+        ("Steps of DeepSeek-V2, 4 layers", None, 0.1),
+        ("Steps of DeepSeek-V3, 4 layers", 0.055, 0.065),
+        ("Memory of DeepSeek-V2, 4 layers", None, 0.025),
+        ("Memory of DeepSeek-V3, 4 layers", None, 0.025),
+    ],
+)
+def test_targets(found, name, median, worst):
+    errors = next(table for table in found if table.name == name).errors()
+    if median is not None:
+        assert statistics.median(errors) <= median
+    if worst is not None:
+        assert max(errors) <= worst
+
+
+def test_steps_are_predicted_better_than_by_simumax(found):
+    ours, theirs = [], []
+    rows = {
+        f"{r['model']} ep {r['ep']}, pp {r['pp']}, {r['mbc']}": r for r in published("simumax_b200_moe_step")["rows"]
+    }
+    for family, title in (("deepseekv2", "DeepSeek-V2"), ("deepseekv3", "DeepSeek-V3")):
+        table = next(table for table in found if table.name == f"Steps of {title}, 4 layers")
+        for row in table.rows:
+            if not row.is_fitted:
+                published_row = rows[f"{family} {row.what.removesuffix(' micro-batches')}"]
+                ours.append(abs(row.error))
+                theirs.append(abs(published_row["simumax_ms"] / published_row["real_ms"] - 1))
+    assert sum(ours) / len(ours) < 0.6 * sum(theirs) / len(theirs)
+
+
+def test_every_published_row_is_there(found):
+    numbers = {(table.source, round(row.measured, 3)) for table in found for row in table.rows}
+    everything = json.loads(Path("bench/results/published_measurements.json").read_text())
+    columns = {
+        "nccl_all_to_all_8xH20_nvlink": ["us"],
+        "deepep_v1_low_latency_h800_cx7": ["dispatch_us", "combine_us"],
+        "deepep_v1_normal_h800_cx7": ["dispatch_gbs", "combine_gbs"],
+        "uccl_ep_normal": ["dispatch_us", "combine_us"],
+        "deepep_v2_payload_b200_efa": ["us", "payload_bytes"],
+        "nccl_busbw_b300_efa": ["matched", "peak"],
+        "nccl_busbw_h100_efa": ["matched", "peak"],
+        "hybrid_ep_h100_kernel_only": ["fp8_dispatch", "bf16_dispatch", "combine"],
+        "deepspeed_autoep_skewed_replay": ["nccl_ms", "deepep_ms"],
+        "simumax_b200_moe_step": ["real_ms", "real_gib"],
+        "simumax_b200_grouped_products": ["efficiency"],
+    }
+    assert set(columns) | {"mori_token_counts"} == set(everything)
+    for name, kept in columns.items():
+        table = published(name)
+        factor = 100 if name == "simumax_b200_grouped_products" else 1
+        for row in table["rows"]:
+            for column in kept:
+                assert (table["source"], round(row[column] * factor, 3)) in numbers, (name, row)

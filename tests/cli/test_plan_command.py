@@ -1,0 +1,81 @@
+"""`tritonmoe plan`: tables, files and exit codes."""
+
+import json
+
+import pytest
+
+from tritonmoe.cli import main
+
+
+def test_a_plan_is_printed_and_written(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "OLMoE-1B-7B", "H100", "--nodes", "1", "--ep", "4", "8", "--json", str(path)]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "OLMoE-1B-7B on 8 GPUs of H100" in output
+    assert "Measure next: " in output
+    written = json.loads(path.read_text())
+    assert {one["ep"] for one in written["choices"]} == {4, 8}
+
+
+def test_a_new_cluster_can_be_planned_with(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    assert main(["plan", "B200", "--new-cluster", str(path)]) == 0
+    assert "with the numbers of B200" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('name = "B200"', 'name = "mine"').replace("nodes = 8", "nodes = 1"))
+    assert main(["plan", "OLMoE-1B-7B", str(path), "--ep", "8"]) == 0
+    assert "on 8 GPUs of mine" in capsys.readouterr().out
+
+
+def test_clusters_are_compared(capsys):
+    arguments = ["plan", "OLMoE-1B-7B", "--compare", "H100", "H100-100G", "--nodes", "2", "--ep", "16"]
+    assert main(arguments) == 0
+    assert "$ per million tokens, by the model's widths" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_1(capsys):
+    assert main(["plan", "DeepSeek-V3", "H100", "--nodes", "1", "--ep", "8"]) == 1
+    assert "Nothing fits into 80 GB" in capsys.readouterr().out
+
+
+def test_recorded_routing(capsys, tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([9] + [1] * 63))
+    arguments = ["plan", "OLMoE-1B-7B", "H100", "--nodes", "1", "--ep", "8"]
+    assert main(arguments) == 0
+    uniform = capsys.readouterr().out
+    assert main([*arguments, "--routing", str(path)]) == 0
+    assert capsys.readouterr().out != uniform
+    path.write_text("[1, 2]")
+    assert main([*arguments, "--routing", str(path)]) == 2
+    assert "must be a list of 64 numbers of pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give a model and a cluster"),
+        (["OLMoE-1B-7B"], "give a model and a cluster"),
+        (["OLMoE-1B-7B", "H100", "--compare", "H100", "H200"], "give a model and a cluster"),
+        (["OLMoE-1B-7B", "--compare", "H100"], "at least two clusters"),
+        (["OLMoE-2", "H100"], "'OLMoE-2' is no model"),
+        (["OLMoE-1B-7B", "H101"], "'H101' is no cluster"),
+        (["OLMoE-1B-7B", "H100", "--ep", "7"], "64 experts can't be shared evenly by ep=7"),
+        (["OLMoE-1B-7B", "H100", "--pp", "3"], "64 GPUs can't be shared by tp=1 x pp=3"),
+        (["OLMoE-1B-7B", "H100", "--pp", "17"], "pp=17 stages are more than 16 layers"),
+    ],
+)
+def test_bad_arguments_are_2(capsys, arguments, says):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tritonmoe plan: ")
+    assert says in error
+
+
+def test_a_bad_cluster_is_2_with_line_and_key(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    assert main(["plan", "--new-cluster", str(path)]) == 0
+    path.write_text(path.read_text().replace("gpus_per_node = 8", "gpus_per_node = -8"))
+    capsys.readouterr()
+    assert main(["plan", "OLMoE-1B-7B", str(path)]) == 2
+    assert "mine.toml, line 9: gpus_per_node must be a number" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""What `probe` measures is a cluster that can be planned with, on one process and on ranks with a known link."""
+
+from dataclasses import replace
+
+import torch
+
+import tritonmoe as tm
+from tritonmoe.cli import main
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.cluster_file import parse_cluster, read_cluster, to_toml
+from tritonmoe.diagnosis.cluster_presets import CLUSTERS
+from tritonmoe.diagnosis.cluster_probe import probe_cluster
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.model import Attention, Model
+from tritonmoe.diagnosis.plan import plan
+from tritonmoe.transports import Transport
+
+TINY = Model("tiny", 64, 2, 0, Attention(2, 1, 32), 8, 2, 32, 0, 64, 128)
+JOB = Job(TINY, sequence=128, dtype="fp32")
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def test_one_process_is_measured_and_planned_with():
+    lines: list[str] = []
+    base = replace(CLUSTERS["H100"], nodes=1, gpus_per_node=1)
+    found = probe_cluster(JOB, base, None, torch.device("cpu"), lines.append)
+    assert parse_cluster(to_toml(found), "probed.toml").host.us_per_layer.source == "probe"
+    sources = {key: estimate.source for key, estimate in found.estimates()}
+    assert {sources[f"gpu.{name}_efficiency"] for name in ("gemm", "grouped", "attention", "memory")} == {"probe"}
+    assert sources["inside.latency_us"] == "assumed"
+    assert 1e-4 < found.gpu.tflops["bf16"] < 100  # a CPU's
+    assert found.inside == base.inside
+    assert "links: not measured" in lines[-1]
+    best = plan(JOB, found).best
+    # At least the host's time is there, and no more than some hundred times that.
+    assert best.time.layer_s >= found.host.us_per_layer.value * 1e-6
+
+
+def test_ranks_measure_their_link():
+    def on_rank(transport: Transport) -> Cluster:
+        base = CLUSTERS["H100"]
+        return probe_cluster(JOB, base, transport, torch.device("cpu"), silent, 1)
+
+    found = tm.run_on_emulated_ranks(on_rank, 2, link=tm.LinkModel(0.002, latency_us=2000), timeout_s=120)
+    assert found[0] == found[1]
+    cluster = found[0]
+    assert (cluster.nodes, cluster.gpus_per_node) == (2, 1)
+    assert cluster.between.latency_us.source == "probe"
+    assert 0 < cluster.between.gb_per_s * cluster.between.efficiency.value < 0.004
+    assert cluster.inside == CLUSTERS["H100"].inside
+
+
+def test_the_command_writes_a_cluster(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "some_moe", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, '
+        '"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 100}'
+    )
+    path = tmp_path / "mine.toml"
+    assert main(["probe", str(path), str(tmp_path), "--tokens", "64", "--dtype", "fp32"]) == 0
+    assert "products " in capsys.readouterr().out
+    cluster = read_cluster(path)
+    assert (cluster.name, cluster.num_gpus) == ("H100, probed", 1)
+    assert main(["plan", str(tmp_path), str(path), "--dtype", "fp32"]) == 0
+
+
+def test_a_command_for_no_model_is_2(tmp_path, capsys):
+    assert main(["probe", str(tmp_path / "mine.toml"), "nothing"]) == 2
+    assert "tritonmoe probe: 'nothing' is no model" in capsys.readouterr().err
+    assert main(["probe", str(tmp_path / "mine.toml"), "OLMoE-1B-7B", "--cluster", "nowhere.toml"]) == 2

@@ -1,0 +1,116 @@
+"""`tritonmoe plan`: what a training step of a model would take on a cluster, and which choice of both pays."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
+from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
+from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.diagnosis.job import Job, Recompute
+from tritonmoe.diagnosis.model_config import expert_load, find_model
+from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.plan import compare, plan
+from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
+from tritonmoe.runtime.files import write_whole
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser(
+        "plan", help="predict a training step on machines that you don't have yet", description=__doc__
+    )
+    parser.add_argument("model", nargs="?", help=f"a config.json, its folder, or one of {', '.join(MODELS)}")
+    parser.add_argument("cluster", nargs="?", help=f"a TOML file, or one of {', '.join(CLUSTERS)}")
+    parser.add_argument("--compare", nargs="+", metavar="CLUSTER", help="instead of one cluster: two or more")
+    parser.add_argument(
+        "--new-cluster", type=output_file, metavar="FILE", help="write a commented description to begin with"
+    )
+    parser.add_argument("--nodes", type=positive, help="instead of the cluster's number of nodes")
+    parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
+    parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
+    parser.add_argument("--micro-batches", type=positive, default=8, help="micro-batches of a step (default 8)")
+    parser.add_argument("--tp", type=positive, default=1, help="tensor-parallel ranks (default 1)")
+    parser.add_argument("--pp", type=positive, default=1, help="pipeline stages (default 1)")
+    parser.add_argument(
+        "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
+    )
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
+    parser.add_argument("--wire-dtype", choices=["fp8"], help="how rows travel to their experts")
+    parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
+    parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.new_cluster is not None:
+            preset = arguments.cluster or arguments.model or "H100"
+            write_whole(arguments.new_cluster, to_toml(_find_cluster(preset), REMARKS), "cluster's description")
+            print(f"wrote {arguments.new_cluster}, with the numbers of {preset}")
+            return 0
+        return _plan(arguments)
+    except (ValueError, OSError) as error:
+        print(f"tritonmoe plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
+        raise ValueError("give a model and a cluster, or a model and --compare with clusters")
+    job = _job(arguments)
+    if arguments.compare is not None:
+        if len(arguments.compare) < 2:
+            raise ValueError("--compare needs at least two clusters")
+        clusters = [_sized(_find_cluster(name), arguments) for name in arguments.compare]
+        comparison = compare(job, clusters, arguments.ep)
+        print(comparison_table(comparison))
+        _write(arguments.json, comparison.to_json())
+        return 0 if all(one.best.fits for one in comparison.plans) else 1
+    found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep)
+    print(plan_table(found))
+    _write(arguments.json, found.to_json())
+    return 0 if found.best.fits else 1
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    model = find_model(arguments.model)
+    return Job(
+        model,
+        arguments.sequence,
+        arguments.micro_batch,
+        arguments.micro_batches,
+        arguments.tp,
+        arguments.pp,
+        recompute=arguments.recompute,
+        dtype=arguments.dtype,
+        wire_dtype=arguments.wire_dtype,
+        two_batches=arguments.two_batches,
+        load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
+    )
+
+
+def _find_cluster(name: str) -> Cluster:
+    if name in CLUSTERS:
+        return CLUSTERS[name]
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"{name!r} is no cluster: give the path of a TOML file, or one of {', '.join(CLUSTERS)}")
+    return read_cluster(path)
+
+
+def _sized(cluster: Cluster, arguments: argparse.Namespace) -> Cluster:
+    return cluster if arguments.nodes is None else cluster.with_nodes(arguments.nodes)
+
+
+def _write(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        write_whole(path, json.dumps(found, indent=1), "plan")
+        print(f"\nwrote {path}")

@@ -1,0 +1,74 @@
+"""Common machines as a Cluster: peaks from data sheets, efficiencies assumed."""
+
+from dataclasses import replace
+
+from tritonmoe.diagnosis.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
+
+__all__ = ["CLUSTERS", "REMARKS"]
+
+
+def _assumed(value: float) -> Estimate:
+    return Estimate(value, "assumed")
+
+
+HOST = Host(us_per_layer=_assumed(1500.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
+CX7 = BetweenLink(
+    gb_per_s=50.0,
+    efficiency=_assumed(0.87),
+    latency_us=_assumed(30.0),
+    us_per_peer=_assumed(0.9),
+    decay=_assumed(0.03),
+)
+"""One port of 400 Gbit/s a GPU. Efficiency, decay and the cost per peer are those that published all-to-alls over 3 to
+32 nodes have in common (`python -m bench.plan` fits them, there with each cluster left out of its own prediction)."""
+EFA = replace(CX7, latency_us=_assumed(120.0))
+
+
+def _nvlink(gb_per_s: float) -> InsideLink:
+    """Give a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
+    return InsideLink(
+        gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5)
+    )
+
+
+def _gpu(memory_gb: float, memory_tb_per_s: float, tflops: dict[str, float], *shares: float) -> Gpu:
+    """Give a GPU. shares: efficiencies of dense products, grouped products and attention."""
+    gemm, grouped, attention = map(_assumed, shares)
+    return Gpu(memory_gb, memory_tb_per_s, tflops, gemm, grouped, attention, _assumed(0.7), contention=_assumed(0.1))
+
+
+HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp8": 1978.9}
+BLACKWELL = {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}
+CLUSTERS = {
+    cluster.name: cluster
+    for cluster in (
+        Cluster("H100", 8, 8, 2.5, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H200", 8, 8, 3.0, 0, _gpu(141, 4.8, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H800", 8, 8, 2.0, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
+        Cluster("B200", 8, 8, 4.5, 0, _gpu(180, 8.0, BLACKWELL, 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
+        Cluster(
+            *("MI300X", 8, 8, 2.0, 0),
+            _gpu(192, 5.3, {"bf16": 1307.4, "fp16": 1307.4, "fp8": 2614.9}, 0.5, 0.45, 0.35),
+            _nvlink(448),
+            CX7,
+            HOST,
+        ),
+    )
+}
+CLUSTERS |= {
+    name: replace(CLUSTERS[machine], name=name, between=between)
+    for name, machine, between in (
+        ("H100-EFA", "H100", EFA),
+        ("H200-EFA", "H200", EFA),
+        ("B200-EFA", "B200", EFA),
+        ("H100-100G", "H100", replace(CX7, gb_per_s=12.5)),
+    )
+}
+REMARKS = {
+    "usd_per_gpu_hour": "assumed: put your own",
+    "gpu.tflops": "data sheet, without sparsity",
+    "gpu.memory_gb": "data sheet",
+    "gpu.memory_tb_per_s": "data sheet",
+    "inside.gb_per_s": "data sheet: half of the bidirectional figure",
+    "between.gb_per_s": "port speed: 400 Gbit/s are 50",
+}

@@ -1,0 +1,231 @@
+"""probe_cluster: a Cluster with what was measured on this machine, for products, memory, the host and links."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.cluster import Cluster, Estimate, Gpu, Host, Link
+from tritonmoe.diagnosis.exchange import product_s
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.probe import probe_link, slowest
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
+
+__all__ = ["probe_cluster"]
+
+ROUNDS = 5
+SLICE_S = 0.1
+COPY_BYTES = 1 << 28
+HOST_TOKENS = 16
+HOST_CHUNKS = 5
+MOST_GB_PER_S = 1e5
+"""What a link is said to reach that is too fast to be measured."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def probe_cluster(
+    job: Job,
+    base: Cluster,
+    transport: Transport | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    node_size: int | None = None,
+) -> Cluster:
+    """Measure what a plan needs to know; every rank calls it, and all get the slowest rank's numbers.
+
+    Args:
+        job: the products that are measured have the sizes of its model, the exchanges those of its rows.
+        base: what is not measured: prices, memory, peaks, and on one process the links.
+        transport: of all ranks, None for one process; a TwoLevelTransport where there are nodes of several ranks.
+        say: gets a line on what was found.
+        node_size: the ranks of a node; None is all of them.
+    """
+    ranks = transport if transport is not None else LocalTransport()
+
+    def slowest_of(seconds: float) -> float:
+        return slowest(ranks, [seconds])[0]
+
+    gpu = _probe_gpu(job, base, device, slowest_of, say)
+    cluster = replace(base, gpu=gpu)
+    host = _probe_host(job, cluster, ranks, device, slowest_of)
+    say(f"host: {host.us_per_layer.value:.0f} us a layer, {host.us_per_chunk.value:.0f} us a chunk")
+    cluster = replace(cluster, host=host)
+    if transport is None:
+        say("links: not measured, since there is one process: start it under torchrun")
+        return cluster
+    node_size = node_size or transport.size
+    cluster = replace(cluster, nodes=transport.size // node_size, gpus_per_node=node_size)
+    contention = []
+    for name, level in _links(transport, node_size).items():
+        link, lost = _probe_link(job, getattr(cluster, name), level, device)
+        contention.append(lost)
+        say(
+            f"{name}: {link.gb_per_s * link.efficiency.value:.4g} GB/s, {link.latency_us.value:.0f} us, "
+            f"compute beside it loses {lost:.0%}"
+        )
+        cluster = replace(cluster, **{name: link})  # type: ignore[arg-type]
+    return replace(cluster, gpu=replace(cluster.gpu, contention=_probed(max(contention))))
+
+
+def _probed(value: float) -> Estimate:
+    return Estimate(value, "probe")
+
+
+def _links(transport: Transport, node_size: int) -> dict[str, Transport]:
+    """Give the part of a cluster that a link is -> the transport that goes over it."""
+    if isinstance(transport, TwoLevelTransport):
+        return {"inside": transport.inside_node, "between": transport.between_nodes}
+    return {"between" if node_size == 1 else "inside": transport}
+
+
+def _median_s(run: Callable[[], object], device: torch.device) -> float:
+    """Give the median time of a call, over a tenth of a second and at least five calls."""
+    times: list[float] = []
+    run()
+    while len(times) < ROUNDS or sum(times) < SLICE_S:
+        _synchronize(device)
+        started = time.perf_counter()
+        run()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _probe_gpu(
+    job: Job, base: Cluster, device: torch.device, slowest_of: Callable[[float], float], say: Callable[[str], None]
+) -> Gpu:
+    """Measure products, attention and copies at the model's sizes, and say what share of the peaks they reach.
+
+    The device's own rates become the peaks where they are larger, or where it is a CPU: a peak is only what shares
+    are of.
+    """
+    model, dtype, tokens = job.model, DTYPES[job.dtype], job.num_tokens
+    d, f = model.hidden_size, model.expert_size
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
+    with torch.no_grad():
+        numbers = torch.zeros(COPY_BYTES // 4 if device.type == "cuda" else COPY_BYTES // 16, device=device)
+        copied = torch.empty_like(numbers)
+        memory_rate = 2 * numbers.nbytes / slowest_of(_median_s(lambda: copied.copy_(numbers), device))
+        inputs, outputs = max(model.attention.products(d), key=lambda shape: shape[0] * shape[1])
+        rows, weight = random(tokens, inputs), random(outputs, inputs)
+        dense_s = slowest_of(_median_s(lambda: F.linear(rows, weight), device))
+        seen = min(job.sequence, tokens)
+        heads = model.attention.num_heads
+        q, k = (random(1, heads, seen, model.attention.qk_dim) for _ in range(2))
+        v = random(1, heads, seen, model.attention.v_dim)
+        attention_s = slowest_of(_median_s(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device))
+        own_experts = max(1, model.num_experts // job.ep)
+        top_k = min(model.top_k, own_experts)
+        scores = torch.rand(tokens, own_experts, device=device)
+        gates, ids = scores.topk(top_k, dim=1)
+        up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
+        grouped_s = slowest_of(_median_s(lambda: moe_mlp(x, ids, gates, up, down), device))
+    dense_flops = 2 * tokens * inputs * outputs
+    core_flops = 2 * (seen / 2) * seen * heads * (model.attention.qk_dim + model.attention.v_dim)
+    grouped_flops = 6 * tokens * top_k * d * f
+    dense, core = dense_flops / dense_s, core_flops / attention_s
+    # What a plan takes for the operands' bytes comes off, since it will be added again.
+    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
+    grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
+    grouped = grouped_flops / grouped_s
+    has_peaks = device.type == "cuda"
+    peak = max(dense, core, grouped, job.fastest_dtype(base) if has_peaks else 0.0)
+    memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else 0.0)
+    gpu = replace(
+        base.gpu,
+        tflops={**(base.gpu.tflops if has_peaks else {}), "bf16": peak / 1e12, job.dtype: peak / 1e12},
+        memory_tb_per_s=memory_peak / 1e12,
+        gemm_efficiency=_probed(dense / peak),
+        grouped_efficiency=_probed(grouped / peak),
+        attention_efficiency=_probed(core / peak),
+        memory_efficiency=_probed(memory_rate / memory_peak),
+    )
+    # The same for the dense product: its share is that with which product_s gives the measured time.
+    operands_s = product_s(job, replace(base, gpu=gpu), tokens, inputs, outputs) - dense_s
+    share = min(1.0, dense_flops / max(0.2 * dense_s, dense_s - operands_s) / peak)
+    say(
+        f"products {dense / 1e12:.4g} TFLOP/s, experts {grouped_flops / grouped_s / 1e12:.4g}, "
+        f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
+    )
+    return replace(gpu, gemm_efficiency=_probed(share))
+
+
+def _probe_host(
+    job: Job, cluster: Cluster, transport: Transport, device: torch.device, slowest_of: Callable[[float], float]
+) -> Host:
+    """Measure a layer so small that only launching it takes time, in one chunk and in several."""
+    experts = max(transport.size, 1) * 2
+    config = MoEConfig(16, 16, experts, 2)
+    layer = GroupedExperts(config, transport, OverlapPlan((1,))).to(device)
+    gates, ids = torch.rand(HOST_TOKENS, experts, device=device).topk(2, dim=1)
+    x = torch.randn(HOST_TOKENS, 16, device=device, requires_grad=True)
+
+    def run() -> None:
+        layer(x, ids, gates).sum().backward()
+
+    def measured(chunks: int) -> float:
+        layer.overlap = OverlapPlan((1,) * chunks)
+        times = []
+        for _ in range(ROUNDS + 1):
+            _synchronize(device)
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+        return slowest_of(statistics.median(times[1:]))
+
+    one, several = measured(1), measured(HOST_CHUNKS)
+    return replace(
+        cluster.host,
+        us_per_layer=_probed(one * 1e6),
+        us_per_chunk=_probed(max(0.0, several - one) * 1e6 / 2 / (HOST_CHUNKS - 1)),  # forward and backward
+    )
+
+
+def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device) -> tuple[Link, float]:
+    """Measure the link between all ranks of a transport with the bytes of the job's rows; give its contention too."""
+    costs = probe_link(transport, device)
+    peers = transport.size - 1
+    row_bytes = job.model.hidden_size * job.dtype_bytes
+    per_peer = max(1, job.num_tokens // transport.size)
+    times = {}
+    for count in (max(1, per_peer // 4), per_peer):
+        splits = [0 if rank == transport.rank else count for rank in range(transport.size)]
+        rows = torch.zeros(sum(splits), row_bytes, dtype=torch.uint8, device=device)
+        rounds = []
+        for _ in range(ROUNDS):
+            slowest(transport, [0.0])
+            started = time.perf_counter()
+            transport.exchange(rows, splits, splits).wait()
+            _synchronize(device)
+            rounds.append(slowest(transport, [time.perf_counter() - started])[0])
+        times[rows.numel()] = min(rounds)
+    (few, few_s), (many, many_s) = sorted(times.items())[0], sorted(times.items())[-1]
+    byte_s = (many_s - few_s) / (many - few) if many > few else 0.0
+    byte_s *= costs.alone_share
+    rate = min(MOST_GB_PER_S, 1 / byte_s / 1e9) if byte_s > 0 else min(MOST_GB_PER_S, costs.bytes_per_s / 1e9)
+    link_peak = max(rate, base.gb_per_s if device.type == "cuda" else 0.0)
+    link = replace(
+        base,
+        gb_per_s=link_peak,
+        efficiency=_probed(rate / link_peak),
+        latency_us=_probed(min(costs.latency_s, few_s) * 1e6),
+        us_per_peer=Estimate(0.0 if peers else base.us_per_peer.value, "probe"),  # at this size within latency_us
+        alone_share=costs.alone_share,
+        is_shared=costs.is_shared,
+    )
+    return link, costs.contention

@@ -1,0 +1,242 @@
+"""One layer's experts and exchanges: its schedule, walked by the simulator with costs from sizes and a cluster.
+
+Under uniform routing all ranks do the same, so the walk needs only one rank of each role: two ranks stand for all ranks
+of one level, two nodes of two for two levels. What they send and compute is what each of the real ranks does, and the
+link is as slow as it is for so many peers and nodes. So 4096 ranks take as long as two.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.cluster import Cluster, Link
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.routed_rows import Needs, needs_of
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.simulation.two_level_work import TwoLevelWork
+
+__all__ = ["MAIN_GRAD_BYTES", "ExchangeTime", "LayerExchange", "copy_s", "exchange_s", "link_costs", "product_s"]
+
+FP8_SCALE_COLUMNS = 128
+MAIN_GRAD_BYTES = 4
+"""Gradients of weights are summed in fp32."""
+
+
+def product_s(job: Job, cluster: Cluster, rows: float, inputs: int, outputs: int, *, weight_bytes: float = 0) -> float:
+    """Give the seconds of one dense product of (rows, inputs) with (inputs, outputs).
+
+    The time for its arithmetic and that for its operands in memory are added, as if it did nothing at once: narrow and
+    short products of published tables lie nearer to the sum than to the longer of the two.
+    weight_bytes: of one element of the weight, read, or read and written; 0 for the job's dtype.
+    """
+    flops = 2 * rows * inputs * outputs
+    moved = rows * (inputs + outputs) * job.dtype_bytes + inputs * outputs * (weight_bytes or job.dtype_bytes)
+    return flops / (job.fastest_dtype(cluster) * cluster.gpu.gemm_efficiency.value) + copy_s(cluster, moved)
+
+
+def copy_s(cluster: Cluster, num_bytes: float) -> float:
+    """Give the seconds in which a GPU reads or writes so many bytes of its memory."""
+    return num_bytes / (cluster.gpu.memory_tb_per_s * 1e12 * cluster.gpu.memory_efficiency.value)
+
+
+def link_costs(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> LinkCosts:
+    """Give the link of each of num_ranks ranks that send so many bytes inside their node and to other nodes at once.
+
+    a0 + a_peer * peers + max(inside / (rate * e1), cross / (nic * e2 * (nodes / 2) ** -g)); LinkCosts has one rate, so
+    that of all bytes together is given.
+    """
+    nodes = -(-num_ranks // cluster.gpus_per_node)
+    inside, between = cluster.inside, cluster.between
+    inside_peers = min(num_ranks, cluster.gpus_per_node) - 1
+    fixed, byte_s = inside.line(inside_bytes)
+    seconds = inside_bytes * byte_s
+    if nodes > 1:
+        between_fixed, between_byte_s = between.line(cross_bytes)
+        fixed = max(fixed, between_fixed) + (num_ranks - cluster.gpus_per_node) * between.us_per_peer.value * 1e-6
+        seconds = max(seconds, cross_bytes * between_byte_s * (nodes / 2) ** between.decay.value)
+    fixed += inside_peers * inside.us_per_peer.value * 1e-6
+    rate = (inside_bytes + cross_bytes) / seconds if seconds else float("inf")
+    slower = inside if nodes == 1 else between
+    return _costs(cluster, slower, fixed, rate)
+
+
+def _costs(cluster: Cluster, link: Link, fixed_s: float, bytes_per_s: float) -> LinkCosts:
+    """Give a link of this rate that works as `link` does otherwise."""
+    return LinkCosts(fixed_s, bytes_per_s, link.is_shared, link.alone_share, contention=cluster.gpu.contention.value)
+
+
+def exchange_s(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> float:
+    """Give the seconds of one exchange alone."""
+    link = link_costs(cluster, num_ranks, inside_bytes, cross_bytes)
+    return link.latency_s + (inside_bytes + cross_bytes) / link.bytes_per_s / link.alone_share
+
+
+@dataclass(frozen=True)
+class ExchangeTime:
+    """What a layer's experts take with their exchanges, forward and backward."""
+
+    forward_s: float
+    backward_s: float
+    exposed_s: float
+    """Of both: the time in which nothing is computed."""
+    compute_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+class LayerExchange:
+    """The experts of one layer on one of ep ranks, for one cluster: what they send and compute, and what that costs.
+
+    num_levels: 2 sends a token once to every node, and from there to the ranks of the node.
+    tokens: T on each rank; the job's where it is None.
+    shared_s: the forward of a shared expert, which runs under the first dispatch and the last combine.
+    """
+
+    def __init__(
+        self, job: Job, cluster: Cluster, num_levels: int, *, tokens: float | None = None, shared_s: float = 0.0
+    ) -> None:
+        self.job, self.cluster, self.shared_s = job, cluster, shared_s
+        self.tokens = job.num_tokens if tokens is None else tokens
+        self.needs = needs_of(job.model, job.ep, cluster.gpus_per_node, job.load)
+        if job.sends_pairs:
+            per_rank = job.model.top_k / job.ep
+            node_size = min(job.ep, cluster.gpus_per_node)
+            self.needs = Needs(per_rank, per_rank * node_size, self.needs.imbalance)
+        self.num_pairs = self.tokens * job.model.top_k * self.needs.imbalance
+        self.work: LayerWork | TwoLevelWork
+        self.work, self.link = self._one_level(self.needs) if num_levels == 1 else self._two_levels(self.needs)
+        self.costs = self._step_costs()
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in the forward's dispatch."""
+        d, header = self.job.model.hidden_size, self.cluster.row_header_bytes
+        if self.job.wire_dtype != "fp8":
+            return d * self.job.dtype_bytes + header
+        return d + 4 * -(-d // FP8_SCALE_COLUMNS) + header
+
+    def time(self, plan: OverlapPlan) -> ExchangeTime:
+        """Give what the layer takes under a plan."""
+        forward = simulate(build_forward(plan, 2 if self.shared_s else 0), plan, self.work, self.costs, self.link)
+        backward_schedule = build_backward(plan, needs_x=True, needs_topk_weights=True)
+        backward = simulate(backward_schedule, plan, self.work, self.costs, self.link)
+        # Ranks agree before each pass: an exchange of a few bytes that nothing hides.
+        agreeing = self.link.latency_s if self.job.ep > 1 else 0.0
+        compute = sum(
+            float((step.end_s - step.start_s).max())
+            for simulation in (forward, backward)
+            for step in _leaves(simulation.steps)
+            if step.step.lane == "compute"
+        )
+        total = forward.total_s + backward.total_s + 2 * agreeing
+        return ExchangeTime(forward.total_s + agreeing, backward.total_s + agreeing, max(0.0, total - compute), compute)
+
+    def _one_level(self, needs: Needs) -> tuple[LayerWork, LinkCosts]:
+        ranks, tokens = self.job.ep, self.tokens
+        inside_ranks = min(ranks, self.cluster.gpus_per_node)
+        row = tokens * needs.of_rank
+        inside, cross = (inside_ranks - 1) * row, (ranks - inside_ranks) * row
+        link = link_costs(self.cluster, ranks, inside * self.row_bytes, cross * self.row_bytes)
+        own_pairs = self.num_pairs / ranks
+        if ranks == 1:
+            return self._work([[row]], [[own_pairs]]), LinkCosts(0.0, float("inf"))
+        return self._work(_mirrored(row, inside + cross), _mirrored(own_pairs, self.num_pairs - own_pairs)), link
+
+    def _two_levels(self, needs: Needs) -> tuple[TwoLevelWork, LinkCosts]:
+        ranks, node_size, tokens = self.job.ep, self.cluster.gpus_per_node, self.tokens
+        nodes = ranks // node_size
+        if nodes < 2 or node_size < 2:
+            raise ValueError(f"{ranks} ranks in nodes of {node_size} have no two levels")
+        row, to_node = tokens * needs.of_rank, tokens * needs.of_node
+        own_pairs = self.num_pairs / ranks
+        near, far = own_pairs * node_size, own_pairs * (ranks - node_size)
+        # Ranks 0, 1 are one node, 2, 3 another one; the second of each stands for all other ranks of the node.
+        outer_rows = [[0.0] * 4 for _ in range(4)]
+        outer_pairs = [[0.0] * 4 for _ in range(4)]
+        own, relayed, own_inside, relayed_pairs = ([[0.0] * 4 for _ in range(4)] for _ in range(4))
+        for rank in range(4):
+            twin, beside = (rank + 2) % 4, rank ^ 1
+            outer_rows[rank][rank], outer_rows[rank][twin] = to_node, (nodes - 1) * to_node
+            outer_pairs[rank][rank], outer_pairs[twin][rank] = near, far
+            own[rank][rank], own[rank][beside] = row, (node_size - 1) * row
+            own_inside[rank][rank], own_inside[beside][rank] = own_pairs, near - own_pairs
+            relayed[rank][rank], relayed[rank][beside] = (nodes - 1) * row, (nodes - 1) * (node_size - 1) * row
+            relayed_pairs[rank][rank] = far
+        all_rows = nodes * (node_size - 1) * row
+        inside = link_costs(self.cluster, node_size, all_rows * self.row_bytes, 0.0)
+        cross_bytes = (nodes - 1) * to_node * self.row_bytes
+        between = self.cluster.between
+        fixed, byte_s = between.line(cross_bytes)
+        fixed += (nodes - 1) * between.us_per_peer.value * 1e-6
+        rate = 1 / (byte_s * (nodes / 2) ** between.decay.value)
+        work = TwoLevelWork(
+            self._work(outer_rows, outer_pairs),
+            self._work(own, own_inside),
+            self._work(relayed, relayed_pairs),
+            2,
+            inside,
+        )
+        return work, _costs(self.cluster, between, fixed, rate)
+
+    def _work(self, rows: list[list[float]], pairs: list[list[float]]) -> LayerWork:
+        job = self.job
+        other = job.model.hidden_size * job.dtype_bytes + self.cluster.row_header_bytes
+        sent, computed = (torch.tensor(of, dtype=torch.float64, device="cpu") for of in (rows, pairs))
+        return LayerWork(sent, computed, self.row_bytes, job.model.top_k, other)
+
+    def _step_costs(self) -> StepCosts:
+        """Give the seconds of every kind of step: weights and launches are fixed, arithmetic and rows are per unit."""
+        job, gpu = self.job, self.cluster.gpu
+        d, f, b = job.model.hidden_size, job.model.expert_size, job.dtype_bytes
+        flops_s = job.fastest_dtype(self.cluster) * gpu.grouped_efficiency.value
+        weights = job.model.num_experts // job.ep * job.model.expert_parameters
+
+        def moved(num_bytes: float) -> float:
+            return copy_s(self.cluster, num_bytes)
+
+        launch = self.cluster.host.us_per_chunk.value * 1e-6
+        # up: x, h, a; down: a, y; gather_sum: y and the sum.
+        forward = 6 * d * f / flops_s + moved((d + 3 * f + f + d + 2 * d) * b)
+        # down_grad: dO, h, dh, s * a; up_grad: dh, dx; gather_sum: dx and the sum.
+        backward = 6 * d * f / flops_s + moved((d + 5 * f + 2 * f + d + 2 * d) * b)
+        again = 4 * d * f / flops_s + moved((d + 3 * f) * b) if job.recompute == "experts" else 0.0
+        gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
+        packing, summing = moved(2 * d * b), moved(d * b)
+        moving = moved(job.pair_passes / 2 * d * b)
+        return StepCosts(
+            {
+                StepKind.EXPERTS: launch + moved(weights * b),
+                StepKind.EXPERTS_BACKWARD: launch + moved(weights * b * (1 + (again > 0))),
+                StepKind.WEIGHT_GRAD: launch + moved(weights * 2 * MAIN_GRAD_BYTES),
+                StepKind.FILLER: self.shared_s / 2,
+            },
+            {
+                StepKind.EXPERTS: forward + moving,
+                StepKind.EXPERTS_BACKWARD: backward + again + moving,
+                StepKind.WEIGHT_GRAD: gradients,
+                StepKind.DISPATCH: packing,
+                StepKind.COMBINE_BACKWARD: packing,
+                StepKind.REDUCE: summing,
+                StepKind.REDUCE_BACKWARD: summing,
+            },
+        )
+
+
+def _mirrored(own: float, other: float) -> list[list[float]]:
+    return [[own, other], [other, own]]
+
+
+def _leaves(steps: Sequence[SimulatedStep]) -> Iterator[SimulatedStep]:
+    """Give the steps, and instead of one that has steps inside its node those."""
+    for step in steps:
+        if step.inside:
+            yield from _leaves(step.inside)
+        else:
+            yield step

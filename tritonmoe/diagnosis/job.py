@@ -1,0 +1,126 @@
+"""Job: how a model is trained on a cluster: batch, parallel degrees, recomputation."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.diagnosis.model import Model
+
+__all__ = ["Job", "Recompute", "expert_degrees"]
+
+Recompute = Literal["none", "experts", "full"]
+"""What the backward computes again: nothing, h of the experts (save="input"), or all layers' forward and exchanges."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run. Raises ValueError for degrees that don't fit each other."""
+
+    model: Model
+    sequence: int = 4096
+    micro_batch: int = 1
+    """Sequences of one micro-batch."""
+    micro_batches: int = 1
+    """How many micro-batches a step accumulates on each data-parallel rank."""
+    tp: int = 1
+    """Tensor parallel ranks, with sequence parallelism; of one node."""
+    pp: int = 1
+    """Pipeline stages, one forward and one backward in turn."""
+    ep: int = 1
+    """Expert parallel ranks."""
+    recompute: Recompute = "none"
+    dtype: str = "bf16"
+    wire_dtype: str | None = None
+    """How rows travel in the forward's dispatch, fp8 with a scale for each 128 columns; None: in dtype."""
+    two_batches: bool = False
+    """Whether two halves of a micro-batch run in turn, each under the other's exchanges."""
+    overlaps_reduction: bool = True
+    """Whether gradients are summed over data-parallel ranks while the last micro-batch's backward still runs, as
+    DistributedDataParallel and FSDP do."""
+    sends_pairs: bool = False
+    """Whether every pair travels as a row of its own, as in libraries that send a token once for each expert."""
+    pair_passes: float = 0.0
+    """How often every pair's row of D columns is read or written in a layer's forward and backward by kernels that only
+    move or scale it. Those of this package do none; where permutations, padding and gates run apart, some tens."""
+    load: tuple[float, ...] = ()
+    """The share of all pairs that each expert gets, as recorded; () is uniform routing."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "micro_batch", "micro_batches", "tp", "pp", "ep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.model.num_experts % self.ep:
+            raise ValueError(f"{self.model.num_experts} experts can't be shared evenly by ep={self.ep} ranks")
+        if self.pp > self.model.num_layers:
+            raise ValueError(f"pp={self.pp} stages are more than {self.model.num_layers} layers")
+        if self.recompute not in get_args(Recompute):
+            raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {self.recompute!r}")
+        for dtype in (self.dtype, self.wire_dtype):
+            if dtype is not None and dtype not in DTYPE_BYTES:
+                raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        if self.num_tokens < 1:
+            raise ValueError(f"{self.sequence} x {self.micro_batch} tokens are fewer than tp={self.tp} ranks")
+
+    @property
+    def num_tokens(self) -> int:
+        """T: the tokens of a micro-batch that a rank has where they are shared by its tensor-parallel ranks."""
+        return self.sequence * self.micro_batch // self.tp
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    def stage_layers(self) -> list[tuple[int, int]]:
+        """Give (dense layers, layers with experts) of every pipeline stage; the first may have one more."""
+        each, more = divmod(self.model.num_layers, self.pp)
+        stages, first = [], 0
+        for stage in range(self.pp):
+            last = first + each + (stage < more)
+            num_dense = max(0, min(last, self.model.num_dense_layers) - first)
+            stages.append((num_dense, last - first - num_dense))
+            first = last
+        return stages
+
+    def rank_parameters(self, stage: int) -> tuple[float, float]:
+        """Give how many parameters a rank of a stage has: those that all data-parallel ranks have, and its experts'."""
+        model = self.model
+        num_dense, num_sparse = self.stage_layers()[stage]
+        shared = num_dense * 3 * model.hidden_size * model.dense_size / self.tp
+        shared += (num_dense + num_sparse) * model.attention_parameters / self.tp
+        shared += num_sparse * (model.other_parameters - model.attention_parameters)
+        ends = (stage == 0) + (stage == self.pp - 1 and not (model.is_tied and self.pp == 1))
+        shared += ends * model.vocab_size * model.hidden_size / self.tp
+        return shared, num_sparse * model.num_experts / self.ep * model.expert_parameters
+
+    def dp(self, cluster: Cluster) -> int:
+        """Give the number of data-parallel ranks; ValueError where the GPUs can't be shared so."""
+        ranks, rest = divmod(cluster.num_gpus, self.tp * self.pp)
+        if rest or not ranks:
+            raise ValueError(f"{cluster.num_gpus} GPUs can't be shared by tp={self.tp} x pp={self.pp}")
+        if self.tp > cluster.gpus_per_node:
+            raise ValueError(f"tp={self.tp} ranks are more than a node's {cluster.gpus_per_node} GPUs")
+        if ranks * self.tp % self.ep:
+            raise ValueError(f"{ranks * self.tp} ranks of a pipeline stage can't be shared by ep={self.ep}")
+        if self.ep % cluster.gpus_per_node and cluster.gpus_per_node % self.ep:
+            raise ValueError(f"ep={self.ep} ranks are neither whole nodes of {cluster.gpus_per_node} nor a part of one")
+        return ranks
+
+    def tokens_per_step(self, cluster: Cluster) -> int:
+        return self.sequence * self.micro_batch * self.micro_batches * self.dp(cluster)
+
+    def fastest_dtype(self, cluster: Cluster) -> float:
+        """Give the peak FLOP/s of products in this dtype; that of bf16 where the cluster doesn't say."""
+        return cluster.gpu.tflops.get(self.dtype, cluster.gpu.tflops["bf16"]) * 1e12
+
+
+def expert_degrees(job: Job, cluster: Cluster) -> list[int]:
+    """Give every number of expert-parallel ranks that fits the job and the cluster, ascending."""
+    degrees = []
+    for ep in range(1, job.model.num_experts + 1):
+        if job.model.num_experts % ep == 0:
+            try:
+                replace(job, ep=ep).dp(cluster)
+            except ValueError:
+                continue
+            degrees.append(ep)
+    return degrees

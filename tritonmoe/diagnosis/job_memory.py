@@ -1,0 +1,54 @@
+"""memory_gb: what a job holds on the fullest GPU."""
+
+from dataclasses import replace
+
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.exchange import MAIN_GRAD_BYTES, LayerExchange
+from tritonmoe.diagnosis.job import Job
+
+__all__ = ["memory_gb"]
+
+OPTIMIZER_STATE_BYTES = 12
+
+
+def memory_gb(job: Job, cluster: Cluster) -> float:
+    """Give the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
+
+    Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
+    and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
+    it.
+    """
+    dp = job.dp(cluster)
+    expert_dp = dp * job.tp // job.ep
+    most = 0.0
+    for stage, (num_dense, num_sparse) in enumerate(job.stage_layers()):
+        shared, experts = job.rank_parameters(stage)
+        held = (shared + experts) * (job.dtype_bytes + MAIN_GRAD_BYTES)
+        held += OPTIMIZER_STATE_BYTES * (shared / dp + experts / expert_dp)
+        kept = num_dense * _kept_bytes(job, cluster, is_dense=True) + num_sparse * _kept_bytes(
+            job, cluster, is_dense=False
+        )
+        under_way = min(job.micro_batches, job.pp - stage)
+        held += kept * under_way
+        if stage == job.pp - 1:
+            held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
+        most = max(most, held)
+    return most / 1e9
+
+
+def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
+    """Give what one layer keeps of one micro-batch for its backward."""
+    model, b, tokens = job.model, job.dtype_bytes, job.num_tokens
+    if job.recompute == "full":
+        return tokens * model.hidden_size * b
+    attention = model.attention
+    columns = 4 * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
+    columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
+    width = model.dense_size if is_dense else model.shared_size
+    kept = tokens * (columns + 3 * width) * b
+    if is_dense:
+        return kept
+    exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
+    received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
+    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute == "none" else 0.0
+    return kept + received + hidden + tokens * model.num_experts * 4

@@ -1,0 +1,62 @@
+"""layer_parts: what a layer takes beside its experts, from the sizes of its products and rows."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.exchange import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.diagnosis.job import Job
+
+__all__ = ["ATTENTION_BACKWARD", "Parts", "layer_parts"]
+
+Parts = Mapping[str, tuple[float, float]]
+"""Part of a layer -> seconds of its forward and of its backward."""
+
+ATTENTION_BACKWARD = 2.5 / 0.77
+"""The time of attention's backward over its forward's: five products instead of two, at 0.77 of the rate (fused
+attention on H100 and B200: 0.75 to 0.8)."""
+NORM_BYTES = 10, 15
+"""How often a row's elements are read or written by a layer's two norms and two residual sums, forward and backward."""
+
+
+def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Give the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
+
+    Products are shared by the tensor-parallel ranks; norms and the router see the tokens of one of them.
+    """
+    model, b = job.model, job.dtype_bytes
+    d, tokens = model.hidden_size, job.num_tokens
+    rows = tokens * job.tp  # a tensor-parallel rank computes all rows with its share of the columns
+    copy, product = partial(copy_s, cluster), partial(product_s, job, cluster)
+
+    def products(shapes: list[tuple[int, int]], shared_by: int) -> tuple[float, float]:
+        own = rows if shared_by > 1 else tokens
+        forward = sum(product(own, i, o) for i, o in shapes) / shared_by
+        gradients = sum(product(own, i, o, weight_bytes=2 * MAIN_GRAD_BYTES) for i, o in shapes) / shared_by
+        return forward, forward + gradients
+
+    def block(width: int, shared_by: int) -> tuple[float, float]:
+        """Give a gated feed-forward block; its activation reads 2F and writes F columns, its gradient 3F and 2F."""
+        forward, backward = products([(d, 2 * width), (width, d)], shared_by)
+        columns = tokens * width * b
+        return forward + copy(3 * columns), backward + copy(5 * columns)
+
+    attention = model.attention
+    seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
+    seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
+    core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
+    core = core_flops / (job.fastest_dtype(cluster) * cluster.gpu.attention_efficiency.value)
+    rope = copy(2 * tokens * attention.rope_width * b)
+    router, router_back = products([(d, model.num_experts)], 1)
+    scores = copy(6 * 4 * tokens * model.num_experts)
+    gathered = tokens * (job.tp - 1) * d * b
+    gather = exchange_s(cluster, job.tp, gathered, 0.0) if job.tp > 1 else 0.0
+    return {
+        "attention projections": products(attention.products(d), job.tp),
+        "attention core": (core, core * ATTENTION_BACKWARD),
+        "norms and rotations": tuple(copy(n * tokens * d * b) + rope for n in NORM_BYTES),  # type: ignore[dict-item]
+        "tensor-parallel gathers": (2 * gather, 2 * gather),
+        "dense": block(model.dense_size, job.tp),
+        "shared": block(model.shared_size, 1) if model.shared_size else (0.0, 0.0),
+        "router": (router + scores, router_back + scores),
+    }

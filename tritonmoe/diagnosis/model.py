@@ -1,0 +1,157 @@
+"""Model: the sizes of a transformer with experts."""
+
+from dataclasses import dataclass, replace
+
+__all__ = ["Attention", "LatentAttention", "Model"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention with query heads that share key and value heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def products(self, hidden_size: int) -> list[tuple[int, int]]:
+        """Give the (input, output) widths of the projections."""
+        kv = self.num_kv_heads * self.head_dim
+        queries = self.num_heads * self.head_dim
+        return [(hidden_size, queries + 2 * kv), (queries, hidden_size)]
+
+    @property
+    def qk_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def v_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def rope_width(self) -> int:
+        """The columns of a token that are rotated, read and written in between."""
+        return (self.num_heads + self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek V2 and V3): queries, keys and values come from narrow latents."""
+
+    num_heads: int
+    q_rank: int
+    """0: queries come from the hidden state itself."""
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+    def products(self, hidden_size: int) -> list[tuple[int, int]]:
+        """Give the (input, output) widths of the projections."""
+        queries = self.num_heads * self.qk_dim
+        down_up = [(hidden_size, self.q_rank), (self.q_rank, queries)] if self.q_rank else [(hidden_size, queries)]
+        return [
+            *down_up,
+            (hidden_size, self.kv_rank + self.rope_dim),
+            (self.kv_rank, self.num_heads * (self.nope_dim + self.v_dim)),
+            (self.num_heads * self.v_dim, hidden_size),
+        ]
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def rope_width(self) -> int:
+        """The columns of a token that are rotated or put side by side: queries, keys and values of every head."""
+        return self.num_heads * (2 * self.qk_dim + self.v_dim)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides how much a model computes, sends and holds."""
+
+    name: str
+    hidden_size: int
+    """D."""
+    num_layers: int
+    num_dense_layers: int
+    """Layers with one feed-forward block of dense_size instead of experts; they come first."""
+    attention: Attention | LatentAttention
+    num_experts: int
+    """E."""
+    top_k: int
+    """K."""
+    expert_size: int
+    """F."""
+    shared_size: int
+    """The width of all shared experts together; 0 for none."""
+    dense_size: int
+    vocab_size: int
+    num_groups: int = 1
+    """Experts stand in so many groups ..."""
+    top_k_groups: int = 1
+    """... of which a token's experts may come from so many."""
+    is_tied: bool = False
+    """Whether the output layer has the embedding's weights."""
+    window: int = 0
+    """The tokens that a layer with sliding-window attention sees; 0 where there is none."""
+    num_window_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"{self.name}: a token's {self.top_k} experts must be 1 to {self.num_experts} of them")
+        if not 0 <= self.num_dense_layers < self.num_layers:
+            raise ValueError(
+                f"{self.name}: of {self.num_layers} layers {self.num_dense_layers} are dense: no layer has experts"
+            )
+        groups, chosen = self.num_groups, self.top_k_groups
+        if not 1 <= chosen <= groups or self.num_experts % groups or self.top_k > self.num_experts // groups * chosen:
+            raise ValueError(
+                f"{self.name}: {self.top_k} of {self.num_experts} experts can't come from {chosen} of {groups} groups"
+            )
+
+    @property
+    def attention_parameters(self) -> int:
+        return sum(inputs * outputs for inputs, outputs in self.attention.products(self.hidden_size))
+
+    @property
+    def expert_parameters(self) -> int:
+        """The parameters of one expert."""
+        return 3 * self.hidden_size * self.expert_size
+
+    @property
+    def other_parameters(self) -> int:
+        """The parameters of a layer with experts that are no experts: attention, router, shared experts."""
+        return self.attention_parameters + self.hidden_size * (self.num_experts + 3 * self.shared_size)
+
+    @property
+    def num_parameters(self) -> int:
+        sparse = self.num_layers - self.num_dense_layers
+        dense = self.attention_parameters + 3 * self.hidden_size * self.dense_size
+        return (
+            sparse * (self.other_parameters + self.num_experts * self.expert_parameters)
+            + self.num_dense_layers * dense
+            + (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
+        )
+
+    def scaled(self, factor: float) -> "Model":
+        """Give a model of another size: D, F and all other widths so many times as large, multiples of 128."""
+
+        def width(size: int) -> int:
+            return max(128, round(size * factor / 128) * 128) if size else 0
+
+        attention = self.attention
+        heads = max(1, round(attention.num_heads * factor))
+        if isinstance(attention, Attention):
+            attention = replace(attention, num_heads=heads, num_kv_heads=min(heads, attention.num_kv_heads))
+        else:
+            attention = replace(attention, num_heads=heads, q_rank=width(attention.q_rank))
+        return replace(
+            self,
+            name=f"{self.name} x{factor:g}",
+            hidden_size=width(self.hidden_size),
+            attention=attention,
+            expert_size=width(self.expert_size),
+            shared_size=width(self.shared_size),
+            dense_size=width(self.dense_size),
+        )

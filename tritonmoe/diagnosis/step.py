@@ -1,0 +1,186 @@
+"""StepTime: what one training step takes, part by part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.cluster import Cluster
+from tritonmoe.diagnosis.exchange import (
+    MAIN_GRAD_BYTES,
+    ExchangeTime,
+    LayerExchange,
+    copy_s,
+    exchange_s,
+    product_s,
+)
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
+
+__all__ = ["StepTime", "exchange_time", "step_time"]
+
+
+OPTIMIZER_BYTES = 46
+"""Read or written for each parameter of a rank's own shard: its fp32 gradient to take the norm (4) and to clip it (8);
+Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
+GRADIENT_BYTES = 12
+"""The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
+LOSS_BYTES = 16
+"""Of one logit: the loss in fp32 and its gradient, forward and backward together."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of a job on one GPU of the slowest pipeline stage."""
+
+    step_s: float
+    layer: ExchangeTime
+    """Experts and exchanges of one layer and micro-batch."""
+    layer_s: float
+    """One layer with experts, forward and backward, all of its parts."""
+    exposed_s: float
+    """Of the step: exchanges of rows that nothing hides."""
+    parts: dict[str, float]
+    """Part of the step -> seconds; together they are step_s."""
+    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+
+def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
+    """Give what a step takes with a plan for its exchanges. Raises ValueError where job and cluster don't fit."""
+    dp = job.dp(cluster)
+    parts = layer_parts(job, cluster)
+    exchange = exchange_time(job, cluster, num_levels, plan, parts)
+    both = {name: forward + backward for name, (forward, backward) in parts.items()}
+    block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
+    dense = {**both, "dense block": block, "tensor-parallel gathers": 2 * gathers}
+    sparse = {
+        **both,
+        "router": router,
+        "shared expert, backward": parts["shared"][1],  # its forward runs within the exchanges
+        "experts and exchanges": exchange.total_s,
+        "tensor-parallel gathers": gathers,
+    }
+    if job.recompute == "full":
+        again = sum(parts[name][0] for name in both) + parts["tensor-parallel gathers"][0]
+        dense["recomputation"] = again + parts["dense"][0]
+        sparse["recomputation"] = again + parts["router"][0] + exchange.forward_s
+    for of in (dense, sparse):
+        of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 - sum(of.values()))
+    return _whole_step(job, cluster, dp, exchange, dense, sparse)
+
+
+def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan, parts: Parts) -> ExchangeTime:
+    """Give the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
+    shared_s = parts["shared"][0]
+    if not job.two_batches:
+        return LayerExchange(job, cluster, num_levels, shared_s=shared_s).time(plan)
+    half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2).time(plan)
+    # One half's attention, norms and router run under the other half's exchanges.
+    names = ("attention projections", "attention core", "norms and rotations", "router")
+    beside = sum(sum(parts[name]) for name in names)
+    exposed = max(0.0, 2 * half.exposed_s - beside)
+    hidden = 2 * half.exposed_s - exposed
+    share = (2 * half.total_s - hidden) / (2 * half.total_s)
+    return ExchangeTime(2 * half.forward_s * share, 2 * half.backward_s * share, exposed, 2 * half.compute_s)
+
+
+def _whole_step(
+    job: Job,
+    cluster: Cluster,
+    dp: int,
+    exchange: ExchangeTime,
+    dense: dict[str, float],
+    sparse: dict[str, float],
+) -> StepTime:
+    """Put stages of layers together: micro-batches, pipeline, what comes once a step."""
+    stages = job.stage_layers()
+    head = _head_s(job, cluster)
+    hop = _hop_s(job, cluster) if job.pp > 1 else 0.0
+    by_stage: list[dict[str, float]] = []
+    for number, (num_dense, num_sparse) in enumerate(stages):
+        own = {name: num_dense * seconds for name, seconds in dense.items()}
+        for name, seconds in sparse.items():
+            own[name] = own.get(name, 0.0) + num_sparse * seconds
+        if number == len(stages) - 1:
+            own["output layer and loss"] = head
+        own["pipeline hops"] = 2 * hop if job.pp > 1 else 0.0
+        by_stage.append(own)
+    totals = [sum(own.values()) for own in by_stage]
+    slowest = max(range(len(totals)), key=totals.__getitem__)
+    parts = {name: seconds * job.micro_batches for name, seconds in by_stage[slowest].items()}
+    parts["pipeline bubble"] = sum(totals) - totals[slowest]
+    # A stage is done with its last micro-batch before those that come before it; about two thirds are the backward.
+    backward = [2 / 3 * total for total in totals]
+    ahead = [
+        sum(backward[:stage]) + (backward[stage] if job.overlaps_reduction else 0.0) for stage in range(len(backward))
+    ]
+    parts["data-parallel reduction"], parts["optimizer"] = _once_a_step(job, cluster, dp, ahead)
+    parts["other, once a step"] = cluster.host.ms_per_step.value * 1e-3
+    parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
+    _, sparse_there = stages[slowest]
+    exposed = exchange.exposed_s * sparse_there * job.micro_batches
+    return StepTime(
+        sum(parts.values()),
+        exchange,
+        sum(sparse.values()),
+        exposed,
+        parts,
+        job.sequence * job.micro_batch * job.micro_batches * dp,
+    )
+
+
+def _head_s(job: Job, cluster: Cluster) -> float:
+    """Give the output layer, forward and backward, and the loss."""
+    model = job.model
+    rows, vocab = job.num_tokens * job.tp, model.vocab_size / job.tp
+    forward = product_s(job, cluster, rows, model.hidden_size, round(vocab))
+    gradient = product_s(job, cluster, rows, model.hidden_size, round(vocab), weight_bytes=2 * MAIN_GRAD_BYTES)
+    return 2 * forward + gradient + copy_s(cluster, LOSS_BYTES * rows * vocab)
+
+
+def _hop_s(job: Job, cluster: Cluster) -> float:
+    """Give what sending one micro-batch's rows to the next stage takes: over nodes, where the pipeline needs them."""
+    num_bytes = job.num_tokens * job.model.hidden_size * job.dtype_bytes
+    is_inside = job.tp * job.pp <= cluster.gpus_per_node and cluster.nodes == 1
+    fixed, byte_s = (cluster.inside if is_inside else cluster.between).line(num_bytes)
+    return fixed + num_bytes * byte_s
+
+
+def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) -> tuple[float, float]:
+    """Give what summing gradients takes, and what the optimizer and gathering the new weights take after that.
+
+    The optimizer's state is sharded over the data-parallel ranks. Between the two all ranks wait for the norm of all
+    gradients.
+    ahead: how many seconds every pipeline stage has for its sums before the first stage has done its last backward.
+    """
+    optimizer = reduction = 0.0
+    expert_dp = dp * job.tp // job.ep
+    for stage, seconds in enumerate(ahead):
+        shared, experts = job.rank_parameters(stage)
+        rings = [(dp, job.tp, shared), (expert_dp, job.ep, experts)]
+        summing = copy_s(cluster, GRADIENT_BYTES * (shared + experts))
+        summing += sum(_ring_s(cluster, ranks, stride, MAIN_GRAD_BYTES * number) for ranks, stride, number in rings)
+        updating = copy_s(cluster, OPTIMIZER_BYTES * (shared / dp + experts / expert_dp))
+        updating += sum(_ring_s(cluster, ranks, stride, job.dtype_bytes * number) for ranks, stride, number in rings)
+        reduction, optimizer = max(reduction, summing - seconds), max(optimizer, updating)
+    return reduction, optimizer
+
+
+def _ring_s(cluster: Cluster, num_ranks: int, stride: int, num_bytes: float) -> float:
+    """Give what a reduce-scatter or an all-gather of so many bytes takes over ranks that stand `stride` apart.
+
+    Of a ring's links those between nodes set the pace, which all GPUs of a node share evenly.
+    """
+    if num_ranks == 1:
+        return 0.0
+    sent = num_bytes * (num_ranks - 1) / num_ranks
+    if num_ranks * stride <= cluster.gpus_per_node:
+        return exchange_s(cluster, num_ranks, sent, 0.0)
+    near = max(1, cluster.gpus_per_node // stride)  # ranks of the ring on one node share its ports
+    fixed, byte_s = cluster.between.line(sent)
+    nodes = num_ranks / near
+    pace = max(byte_s / near, cluster.inside.line(sent)[1] if near > 1 else 0.0)
+    return fixed + nodes * cluster.between.us_per_peer.value * 1e-6 + sent * pace
