@@ -1,4 +1,4 @@
-"""Published training steps against the planner: DeepSeek V2 and V3, cut to four layers, on one machine with 8 B200."""
+"""Published products and training steps against the planner: whole models, and such as were cut to four layers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +11,7 @@ from tritonmoe.diagnosis.exchange import copy_s
 from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.job_memory import memory_gb
 from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.plan import plan
 from tritonmoe.diagnosis.step import step_time
 
 __all__ = ["step_tables"]
@@ -24,8 +25,9 @@ GIB = 1 << 30
 
 
 def step_tables() -> Iterator[Table]:
-    """Give the grouped products, and for each family a table of steps and one of memory."""
+    """Give grouped products, whole models, and for each family of cut ones a table of steps and one of memory."""
     yield _grouped_products()
+    yield _whole_models()
     table = published("simumax_b200_moe_step")
     for family, (preset, target) in FAMILIES.items():
         own = [row for row in table["rows"] if row["model"] == family]
@@ -50,6 +52,23 @@ def step_tables() -> Iterator[Table]:
             if row["mbc"] == 4
         ]
         yield Table(f"Memory of {preset}, 4 layers", table["source"], "nothing", memory)
+
+
+def _whole_models() -> Table:
+    """Whole models, predicted as this package would run them: rows sent once, exchanges overlapped, nothing fitted."""
+    table = published("megatron_bridge_bf16")
+    rows = []
+    for row in table["rows"]:
+        machine = CLUSTERS[row["machine"]]
+        cluster = machine.with_nodes(row["gpus"] // machine.gpus_per_node)
+        job = Job(MODELS[row["model"]], row["sequence"], row["micro_batch"], pp=row["pp"], ep=row["ep"])
+        per_step = row["global_batch"] // (row["micro_batch"] * job.dp(cluster))
+        found = plan(replace(job, micro_batches=per_step), cluster, [row["ep"]], num_draws=1)
+        best = min(found.predictions, key=lambda one: one.time.step_s)
+        predicted = best.time.tokens_per_s / cluster.num_gpus
+        what = f"{row['machine']}, {row['gpus']} GPUs, {row['model']}, pp {row['pp']}, ep {row['ep']}"
+        rows.append(Row(what, "tokens/s", row["tokens_per_s_per_gpu"], predicted))
+    return Table("Whole models, Megatron Bridge", table["source"], "nothing: the presets", rows)
 
 
 def _grouped_products() -> Table:

@@ -83,6 +83,7 @@ def test_every_published_row_is_there(found):
         "deepspeed_autoep_skewed_replay": ["nccl_ms", "deepep_ms"],
         "simumax_b200_moe_step": ["real_ms", "real_gib"],
         "simumax_b200_grouped_products": ["efficiency"],
+        "megatron_bridge_bf16": ["tokens_per_s_per_gpu"],
     }
     assert set(columns) | {"mori_token_counts"} == set(everything)
     for name, kept in columns.items():

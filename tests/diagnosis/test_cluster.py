@@ -60,12 +60,12 @@ def line_of(text: str, start: str) -> int:
         ("tflops = { bf16 = 989.4", "tflops = { bf17 = 989.4", "tflops", "gpu.tflops must give numbers for bf16"),
         ("[host]", "[hosts]", "\\[hosts\\]", "hosts is not a key"),
         (
-            'decay = { value = 0.06, source = "assumed" }',
+            'decay = { value = 0.03, source = "assumed" }',
             "curve = [[2, 3], [1, 4]]",
             "curve",
             "between.curve must ascend",
         ),
-        ('decay = { value = 0.06, source = "assumed" }', "curve = [[2, 3]]", "curve", "at least two"),
+        ('decay = { value = 0.03, source = "assumed" }', "curve = [[2, 3]]", "curve", "at least two"),
     ],
 )
 def test_what_is_wrong_is_said_with_file_line_and_key(old, new, at, says):
@@ -115,6 +115,8 @@ def test_a_share_never_exceeds_one():
 def test_a_curve_is_read_piece_by_piece():
     curve = ((1e6, 50.0), (2e6, 60.0), (4e6, 100.0))
     link = replace(CLUSTERS["H100"].between, curve=curve, efficiency=Estimate(1.0, "measured"))
+    cluster = replace(CLUSTERS["H100"], between=link)
+    assert parse_cluster(to_toml(cluster), "some.toml") == cluster
     for num_bytes, us in [(5e5, 45.0), (1e6, 50.0), (1.5e6, 55.0), (3e6, 80.0), (8e6, 180.0)]:
         fixed, byte_s = link.line(num_bytes)
         assert fixed + num_bytes * byte_s == pytest.approx(us * 1e-6)

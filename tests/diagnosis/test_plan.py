@@ -1,6 +1,7 @@
 """Plans: the fastest that fits comes first, with how sure that is."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,16 @@ def test_what_moves_the_time_most_is_to_be_measured_next():
     found = plan(JOB, replace(H100, host=host), [8])
     assert found.sensitivities[0].key == "host.us_per_layer"
     assert found.sensitivities[0].swing == pytest.approx(1.25**2 - 1, rel=0.02)
+
+
+def test_4096_ranks_take_seconds():
+    started = time.process_time()
+    job = Job(MODELS["DeepSeek-V3"], micro_batches=32, pp=8, recompute="full")
+    found = plan(job, CLUSTERS["H100"].with_nodes(512))
+    assert time.process_time() - started < 60
+    assert {one.choice.ep for one in found.predictions} == {2**n for n in range(9)}
+    assert found.best.fits
+    assert found.best.time.tokens == 512 * 32 * 4096
 
 
 def test_nothing_fits():

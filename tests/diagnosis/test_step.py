@@ -135,6 +135,7 @@ def test_two_batches_hide_what_attention_can_cover():
     one = step_time(job, CLUSTERS["H100"], 1, OVERLAPS[1])
     two = step_time(replace(job, two_batches=True), CLUSTERS["H100"], 1, OVERLAPS[1])
     assert two.exposed_s < one.exposed_s
+    assert two.step_s < one.step_s
 
 
 def test_the_host_bounds_a_small_layer():

@@ -84,7 +84,7 @@ class Link:
     is_shared: Annotated[bool, Of("whether exchanges under way share the link (MPI) or take turns (NCCL)")] = False
     curve: Annotated[
         tuple[tuple[float, float], ...],
-        Of("instead of rate and latency: measured [bytes that a GPU sends to others, us], ascending"),
+        Of("instead of rate and latency, with an efficiency of 1: measured [bytes that a GPU sends, us], ascending"),
     ] = ()
 
     @property

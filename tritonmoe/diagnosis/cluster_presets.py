@@ -64,6 +64,18 @@ CLUSTERS |= {
         ("H100-100G", "H100", replace(CX7, gb_per_s=12.5)),
     )
 }
+CLUSTERS |= {
+    name: replace(
+        CLUSTERS["B200"],
+        name=name,
+        nodes=1,
+        gpus_per_node=64,
+        usd_per_gpu_hour=usd,
+        gpu=replace(CLUSTERS["B200"].gpu, memory_gb=memory_gb, tflops={"bf16": 2500.0, "fp16": 2500.0, "fp8": 5000.0}),
+    )
+    for name, memory_gb, usd in (("GB200", 186, 5.0), ("GB300", 279, 6.0))
+}
+"""Racks of 72 GPUs behind one NVLink switch, of which 64 are taken as the node, for degrees that are powers of two."""
 REMARKS = {
     "usd_per_gpu_hour": "assumed: put your own",
     "gpu.tflops": "data sheet, without sparsity",

@@ -6,7 +6,7 @@ link is as slow as it is for so many peers and nodes. So 4096 ranks take as long
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,13 +82,17 @@ class ExchangeTime:
 
     forward_s: float
     backward_s: float
-    exposed_s: float
-    """Of both: the time in which nothing is computed."""
-    compute_s: float
+    exposed_forward_s: float
+    """The time in which nothing is computed."""
+    exposed_backward_s: float
 
     @property
     def total_s(self) -> float:
         return self.forward_s + self.backward_s
+
+    @property
+    def exposed_s(self) -> float:
+        return self.exposed_forward_s + self.exposed_backward_s
 
 
 class LayerExchange:
@@ -117,10 +121,15 @@ class LayerExchange:
     @property
     def row_bytes(self) -> int:
         """Of a row in the forward's dispatch."""
-        d, header = self.job.model.hidden_size, self.cluster.row_header_bytes
+        d = self.job.model.hidden_size
         if self.job.wire_dtype != "fp8":
-            return d * self.job.dtype_bytes + header
-        return d + 4 * -(-d // FP8_SCALE_COLUMNS) + header
+            return self.wide_row_bytes
+        return d + 4 * -(-d // FP8_SCALE_COLUMNS) + self.cluster.row_header_bytes
+
+    @property
+    def wide_row_bytes(self) -> int:
+        """Of a row in the other exchanges, and inside a node of two levels: in the job's own dtype."""
+        return self.job.model.hidden_size * self.job.dtype_bytes + self.cluster.row_header_bytes
 
     def time(self, plan: OverlapPlan) -> ExchangeTime:
         """Give what the layer takes under a plan."""
@@ -129,14 +138,16 @@ class LayerExchange:
         backward = simulate(backward_schedule, plan, self.work, self.costs, self.link)
         # Ranks agree before each pass: an exchange of a few bytes that nothing hides.
         agreeing = self.link.latency_s if self.job.ep > 1 else 0.0
-        compute = sum(
-            float((step.end_s - step.start_s).max())
-            for simulation in (forward, backward)
-            for step in _leaves(simulation.steps)
-            if step.step.lane == "compute"
-        )
-        total = forward.total_s + backward.total_s + 2 * agreeing
-        return ExchangeTime(forward.total_s + agreeing, backward.total_s + agreeing, max(0.0, total - compute), compute)
+        seconds, exposed = [], []
+        for simulation in (forward, backward):
+            computing = sum(
+                float((step.end_s - step.start_s).max())
+                for step in _leaves(simulation.steps)
+                if step.step.lane == "compute"
+            )
+            seconds.append(simulation.total_s + agreeing)
+            exposed.append(max(0.0, simulation.total_s + agreeing - computing))
+        return ExchangeTime(*seconds, *exposed)
 
     def _one_level(self, needs: Needs) -> tuple[LayerWork, LinkCosts]:
         ranks, tokens = self.job.ep, self.tokens
@@ -170,7 +181,7 @@ class LayerExchange:
             relayed[rank][rank], relayed[rank][beside] = (nodes - 1) * row, (nodes - 1) * (node_size - 1) * row
             relayed_pairs[rank][rank] = far
         all_rows = nodes * (node_size - 1) * row
-        inside = link_costs(self.cluster, node_size, all_rows * self.row_bytes, 0.0)
+        inside = link_costs(self.cluster, node_size, all_rows * self.wide_row_bytes, 0.0)
         cross_bytes = (nodes - 1) * to_node * self.row_bytes
         between = self.cluster.between
         fixed, byte_s = between.line(cross_bytes)
@@ -178,18 +189,16 @@ class LayerExchange:
         rate = 1 / (byte_s * (nodes / 2) ** between.decay.value)
         work = TwoLevelWork(
             self._work(outer_rows, outer_pairs),
-            self._work(own, own_inside),
-            self._work(relayed, relayed_pairs),
+            replace(self._work(own, own_inside), row_bytes=self.wide_row_bytes),
+            replace(self._work(relayed, relayed_pairs), row_bytes=self.wide_row_bytes),
             2,
             inside,
         )
         return work, _costs(self.cluster, between, fixed, rate)
 
     def _work(self, rows: list[list[float]], pairs: list[list[float]]) -> LayerWork:
-        job = self.job
-        other = job.model.hidden_size * job.dtype_bytes + self.cluster.row_header_bytes
         sent, computed = (torch.tensor(of, dtype=torch.float64, device="cpu") for of in (rows, pairs))
-        return LayerWork(sent, computed, self.row_bytes, job.model.top_k, other)
+        return LayerWork(sent, computed, self.row_bytes, self.job.model.top_k, self.wide_row_bytes)
 
     def _step_costs(self) -> StepCosts:
         """Give the seconds of every kind of step: weights and launches are fixed, arithmetic and rows are per unit."""

@@ -127,24 +127,25 @@ def _as_json(one: Prediction) -> dict[str, Any]:
     }
 
 
-def plan(job: Job, cluster: Cluster, degrees: Sequence[int] = (), *, seed: int = 0) -> Plan:
+def plan(job: Job, cluster: Cluster, degrees: Sequence[int] = (), *, seed: int = 0, num_draws: int = NUM_DRAWS) -> Plan:
     """Predict a job's step on a cluster for every number of expert-parallel ranks that fits, or for those of `degrees`.
 
     Each is tried on one level and, where it covers several nodes, on two, and with the schedule that is fastest for it.
+    num_draws: so many clusters are drawn from the estimates' intervals.
 
     Raises:
         ValueError: the job fits the cluster with none of the degrees.
     """
     choices = [_best_overlap(job, cluster, *one) for one in _spreads(job, cluster, degrees)]
     generator = random.Random(seed)
-    drawn = [cluster.drawn(generator) for _ in range(NUM_DRAWS)]
+    drawn = [cluster.drawn(generator) for _ in range(num_draws)]
     predictions = [_predict(job, cluster, choice, drawn) for choice in choices]
     # Those that don't fit come last, the one that lacks least memory first.
     predictions.sort(key=lambda one: (not one.fits, one.time.step_s if one.fits else one.memory_gb))
     best = predictions[0]
     contenders = [one for one in predictions if one.fits == best.fits][:CONTENDERS]
-    fastest = [min(contenders, key=lambda one, n=n: one.draws_s[n]) for n in range(NUM_DRAWS)]  # type: ignore[misc]
-    stays = sum(one is best for one in fastest) / NUM_DRAWS
+    fastest = [min(contenders, key=lambda one, n=n: one.draws_s[n]) for n in range(num_draws)]  # type: ignore[misc]
+    stays = sum(one is best for one in fastest) / num_draws
     return Plan(job, cluster, predictions, stays, _sensitivities(job, cluster, [one.choice for one in contenders]))
 
 
@@ -190,7 +191,7 @@ def _predict(job: Job, cluster: Cluster, choice: Choice, drawn: Sequence[Cluster
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
     return tenths[0], tenths[-1]
 
 

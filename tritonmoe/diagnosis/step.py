@@ -82,9 +82,10 @@ def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan
     names = ("attention projections", "attention core", "norms and rotations", "router")
     beside = sum(sum(parts[name]) for name in names)
     exposed = max(0.0, 2 * half.exposed_s - beside)
-    hidden = 2 * half.exposed_s - exposed
-    share = (2 * half.total_s - hidden) / (2 * half.total_s)
-    return ExchangeTime(2 * half.forward_s * share, 2 * half.backward_s * share, exposed, 2 * half.compute_s)
+    still = exposed / (2 * half.exposed_s) if half.exposed_s else 0.0  # the share that isn't hidden
+    passes = ((half.forward_s, half.exposed_forward_s), (half.backward_s, half.exposed_backward_s))
+    forward, backward = (2 * (seconds - (1 - still) * waiting) for seconds, waiting in passes)
+    return ExchangeTime(forward, backward, 2 * still * half.exposed_forward_s, 2 * still * half.exposed_backward_s)
 
 
 def _whole_step(
@@ -121,7 +122,8 @@ def _whole_step(
     parts["other, once a step"] = cluster.host.ms_per_step.value * 1e-3
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     _, sparse_there = stages[slowest]
-    exposed = exchange.exposed_s * sparse_there * job.micro_batches
+    again = exchange.exposed_forward_s if job.recompute == "full" else 0.0
+    exposed = (exchange.exposed_s + again) * sparse_there * job.micro_batches
     return StepTime(
         sum(parts.values()),
         exchange,
