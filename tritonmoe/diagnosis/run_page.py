@@ -18,7 +18,7 @@ from tritonmoe.report.html import (
     Strips,
     Table,
     Words,
-    fraction_ticks,
+    ticks,
 )
 from tritonmoe.report.lanes import MOST_SPANS, lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
@@ -129,9 +129,9 @@ class _Run:
                 [name, self.number(f"{key}/share", "share"), *ends, "causes overlap" if one is None else one.words]
             )
         header = ["cause", "of the step", "gain", "low (80 %)", "high (80 %)", "what it is"]
-        ticks = [(share, f"{text} ms") for share, text in fraction_ticks(1e3 * top)]
+        axis = ticks(1e3 * top, " ms")
         legend = [("c6", "a finding"), ("c4", "too small or not certain, or the bound itself")]
-        yield Strips("How much shorter the call would be", strips, ticks, legend, Table(header, rows))
+        yield Strips("How much shorter the call would be", strips, axis, legend, Table(header, rows))
         if self.found.misfits:
             yield Words(["What doesn't fit in the replay:", *self.found.misfits])
 

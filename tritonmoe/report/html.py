@@ -24,7 +24,7 @@ __all__ = [
     "Strip",
     "Strips",
 ]
-__all__ += ["Table", "Words", "check_jinja2", "fraction_ticks", "needs_jinja2", "page_text", "write_page"]
+__all__ += ["Table", "Words", "check_jinja2", "page_text", "ticks", "write_page"]
 
 NUM_SHADES = 8
 """Of a heat map; the lightest is of zero, the darkest of the largest value."""
@@ -257,7 +257,7 @@ class Curves:
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
         """Give (share of the height from the top, text)."""
-        return [(1 - share, text) for share, text in fraction_ticks(self.top)]
+        return [(1 - share, text) for share, text in ticks(self.top)]
 
 
 Block = Words | Table | Strips | Heat | Curves
@@ -284,17 +284,13 @@ class Page:
     """What chrome_trace gives; the page offers it as a file."""
 
 
-def fraction_ticks(top: float, unit: str = "plain", most: int = 6) -> list[tuple[float, str]]:
-    """Give at most `most` round numbers from 0 to `top`: (share of top, text)."""
+def ticks(top: float, unit: str = "", most: int = 6) -> list[tuple[float, str]]:
+    """Give at most `most` round numbers from 0 to `top`: (share of top, text with the unit)."""
     if not top > 0:
         return []
     step = 10.0 ** math.floor(math.log10(top / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if top / (factor * step) <= most - 1)
-    return [(n * step / top, UNITS[unit](round(n * step, 12))) for n in range(int(top / step) + 1)]
-
-
-def needs_jinja2() -> ImportError:
-    return ImportError("an HTML report needs jinja2, which is not installed: pip install 'tritonmoe[html]'")
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if top / (factor * step) < most)
+    return [(n * step / top, f"{n * step:,.6g}{unit}") for n in range(int(top / step) + 1)]
 
 
 def check_jinja2() -> None:
@@ -302,7 +298,7 @@ def check_jinja2() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise needs_jinja2() from error
+        raise ImportError("a report needs jinja2, which is not installed: pip install 'tritonmoe[html]'") from error
 
 
 def page_text(page: Page) -> str:

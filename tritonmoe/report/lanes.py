@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tritonmoe.report.html import Segment, Strip, Strips, Table, fraction_ticks
+from tritonmoe.report.html import Segment, Strip, Strips, Table, ticks
 from tritonmoe.report.png import COLORS, group_of
 from tritonmoe.report.timeline import Timeline
 
@@ -58,8 +58,8 @@ def lanes_chart(
                     ]
                 strips.append(Strip(f"{name} {lane}" if len(runs) > 1 else lane, segments, heading=heading))
                 heading = ""
-    ticks = [(share, f"{text} ms") for share, text in fraction_ticks(1e3 * longest_s)]
-    return Strips(title, strips, ticks, [(CLASSES[name], name) for name in COLORS], table)
+    axis = ticks(1e3 * longest_s, " ms")
+    return Strips(title, strips, axis, [(CLASSES[name], name) for name in COLORS], table)
 
 
 def _segments(timeline: Timeline, lane: str, longest_s: float) -> Iterator[Segment]:
