@@ -9,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from tritonmoe.benchmarks.argument_types import Subparsers, output_file
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json, as_text
-from tritonmoe.report.html import check_jinja2, write_page
+from tritonmoe.report.html import write_page
 from tritonmoe.runtime.files import write_whole
 
 __all__ = ["add_parser"]
@@ -25,20 +25,18 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("doctor", help="say why a recorded step is slow", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a folder that record() has written")
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
-    parser.add_argument("--html", type=output_file, help="also write a report to this file, a page for any browser")
+    parser.add_argument("--html", type=report_file, help="also write a report to this file, a page for any browser")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        if arguments.html is not None:
-            check_jinja2()
         found = [attribute(read_recording(path)) for path in arguments.runs]
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([as_json(one) for one in found], indent=1), "verdict")
         if arguments.html is not None:
             write_page(arguments.html, run_page(found))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"tritonmoe doctor: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(map(as_text, found)))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive, report_file
 from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
@@ -17,7 +17,7 @@ from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.plan import compare, plan
 from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
-from tritonmoe.report.html import Page, check_jinja2, write_page
+from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import write_whole
 
 __all__ = ["add_parser"]
@@ -49,7 +49,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
     parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
-    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a report, a page for any browser")
+    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
     parser.set_defaults(run=run)
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"wrote {arguments.new_cluster}, with the numbers of {preset}")
             return 0
         return _plan(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"tritonmoe plan: {error}", file=sys.stderr)
         return 2
 
@@ -69,8 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
         raise ValueError("give a model and a cluster, or a model and --compare with clusters")
-    if arguments.html is not None:
-        check_jinja2()
     job = _job(arguments)
     if arguments.compare is not None:
         if len(arguments.compare) < 2:

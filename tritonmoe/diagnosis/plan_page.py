@@ -124,7 +124,7 @@ class _Planned:
                 points = [(one["ep"], one["step_ms"]) for one in of]
                 curves.append(Curve(f"{self.name}, {name}", points, [tuple(one["step_interval_ms"]) for one in of]))
         title = "A step, with the interval that holds it four times of five"
-        return Curves(title, "expert-parallel ranks", "ms", curves, self.table())
+        return Curves(title, "expert-parallel ranks", "ms", curves, None)
 
     def fastest_by_degree(self) -> list[tuple[float, float]]:
         fastest: dict[int, float] = {}
@@ -173,7 +173,8 @@ def _chunks(one: dict[str, Any]) -> str:
 
 
 def _choice(one: dict[str, Any]) -> str:
-    return f"ep={one['ep']}, {'two levels' if one['levels'] == 2 else 'one level'}, {_chunks(one)} chunks"
+    levels = "two levels" if one["levels"] == 2 else "one level"
+    return f"ep {one['ep']}, {levels}, chunks {_chunks(one)}"
 
 
 def _parts(bars: Sequence[tuple[_Planned, int, str]]) -> Strips:
@@ -213,7 +214,8 @@ def _by_gpus(figures: Figures, names: Sequence[str]) -> Iterator[Block]:
             Curve(name, [(one["gpus"], one[of]) for one in figures.at(f"by_gpus/{n}") if one[of] is not None])
             for n, name in enumerate(names)
         ]
-        yield Curves(title, "GPUs", unit, [curve for curve in curves if curve.points], table)
+        yield Curves(title, "GPUs", unit, [curve for curve in curves if curve.points], None)
+    yield table
 
 
 def _known(figures: Figures, key: str, unit: str) -> Cell:

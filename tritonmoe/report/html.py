@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = [
+    "Block",
     "Cell",
     "Curve",
     "Curves",
@@ -23,8 +24,12 @@ __all__ = [
     "Segment",
     "Strip",
     "Strips",
+    "Table",
+    "Words",
+    "page_text",
+    "ticks",
+    "write_page",
 ]
-__all__ += ["Table", "Words", "check_jinja2", "page_text", "ticks", "write_page"]
 
 NUM_SHADES = 8
 """Of a heat map; the lightest is of zero, the darkest of the largest value."""
@@ -124,12 +129,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a strip, in shares of the chart's width; one without a width is a mark."""
+    """A piece of a strip, in shares of the chart's width."""
 
     start: float
     width: float
     color: str
-    """A class of the page's style."""
+    """A class of the page's style, or "mark" for a moment without a width."""
     title: str = ""
 
 
@@ -227,7 +232,8 @@ class Curves:
     x: str
     y: str
     curves: Sequence[Curve]
-    table: Table
+    table: Table | None
+    """None where the section has it already, or a chart below."""
 
     @property
     def places(self) -> list[float]:
@@ -293,23 +299,16 @@ def ticks(top: float, unit: str = "", most: int = 6) -> list[tuple[float, str]]:
     return [(n * step / top, f"{n * step:,.6g}{unit}") for n in range(int(top / step) + 1)]
 
 
-def check_jinja2() -> None:
-    """Raise ImportError, which says what to install, where no page could be written."""
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise ImportError("a report needs jinja2, which is not installed: pip install 'tritonmoe[html]'") from error
-
-
 def page_text(page: Page) -> str:
     """Give the page as HTML. Raises ImportError where jinja2 is missing, ValueError for NaN or infinity in its data."""
-    check_jinja2()
-    from jinja2 import Environment, StrictUndefined
-
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("a report needs jinja2, which is not installed: pip install 'tritonmoe[html]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["embedded"] = _embedded
     template = environment.from_string((resources.files("tritonmoe.report") / "page.html").read_text("utf-8"))
-    return template.render(page=page, Number=Number)
+    return template.render(page=page)
 
 
 def _embedded(data: object) -> Any:

@@ -53,7 +53,7 @@ def lanes_chart(
                 segments = list(_segments(timeline, lane, longest_s))
                 if marks is not None and name == next(iter(runs)) and lane == "compute":
                     segments += [
-                        Segment(at / longest_s, 0.0, "", f"{word}: {1e3 * at:.3g} ms")
+                        Segment(at / longest_s, 0.0, "mark", f"{word}: {1e3 * at:.3g} ms")
                         for word, at in marks[rank].items()
                     ]
                 strips.append(Strip(f"{name} {lane}" if len(runs) > 1 else lane, segments, heading=heading))
