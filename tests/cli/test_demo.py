@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from html_pages import check_page
 
 from tritonmoe.cli import demo, main
 from tritonmoe.demo.measure import LayerShape
@@ -44,6 +46,8 @@ def test_json(tmp_path, capsys, short):
     assert "step 1: loss" in printed.err
     with open(results["paths"]["png"], "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    page = Path(results["paths"]["report"]).read_text()
+    check_page(page)
     with open(results["paths"]["trace"]) as file:
         events = json.load(file)["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
@@ -69,7 +73,11 @@ def test_a_full_disk_loses_no_results(tmp_path, capsys, short):
     printed = capsys.readouterr()
     results = json.loads(printed.out)
     assert len(results["training"]["losses_nats"]) == 2
-    assert results["paths"] == {"png": str(tmp_path / "tritonmoe-demo.png"), "trace": None}
+    assert results["paths"] == {
+        "png": str(tmp_path / "tritonmoe-demo.png"),
+        "trace": None,
+        "report": str(tmp_path / "tritonmoe-demo-report.html"),
+    }
     assert "tritonmoe demo: [Errno 28] the trace could not be written: No space left on device" in printed.err
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "picture_file",
     "positive",
     "positive_number",
+    "report_file",
     "seed",
 ]
 
@@ -82,6 +83,13 @@ def picture_file(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("matplotlib, which draws it, is not installed: pip install 'tritonmoe[demo]'")
     return path
+
+
+def report_file(text: str) -> Path:
+    """Give the path of an HTML report that can be written, as far as that is known before."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise argparse.ArgumentTypeError("jinja2, which makes it, is not installed: pip install 'tritonmoe[html]'")
+    return output_file(text)
 
 
 def output_folder(text: str) -> Path:

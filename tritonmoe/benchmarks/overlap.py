@@ -13,6 +13,7 @@ from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.overlap_arguments import check_arguments, check_ranks, make_parser
+from tritonmoe.benchmarks.overlap_page import overlap_page
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
@@ -22,6 +23,7 @@ from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.benchmarks.timing import summarize, write_figures
 from tritonmoe.benchmarks.workload import Workload
 from tritonmoe.errors import TransportError
+from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_overlap_png
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
@@ -269,6 +271,7 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
         (arguments.json, lambda path: write_figures(path, "overlap", results), ""),
         (arguments.trace, lambda path: write_chrome_trace(path, timelines), ": open it in https://ui.perfetto.dev"),
         (arguments.png, write_picture, ""),
+        (arguments.html, lambda path: write_page(path, overlap_page(results, timelines)), ""),
     ):
         if path is None:
             continue

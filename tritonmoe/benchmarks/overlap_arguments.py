@@ -10,6 +10,7 @@ from tritonmoe.benchmarks.argument_types import (
     picture_file,
     positive,
     positive_number,
+    report_file,
     seed,
 )
 from tritonmoe.benchmarks.namespaces import parse_rate
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
     )
+    output.add_argument("--html", type=report_file, help="a report: figures, lanes and traffic, a page for any browser")
     output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
     output.add_argument(
         "--record", type=output_folder, metavar="DIR", help="a recording of auto's calls, for tritonmoe doctor DIR"
@@ -97,9 +99,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError("--node-size must be 2 or more, and needs --netns with more ranks than that")
         if arguments.netns % arguments.node_size:
             raise ValueError(f"--node-size {arguments.node_size} must divide the {arguments.netns} ranks of --netns")
-    files = [str(path) for path in (arguments.json, arguments.png, arguments.trace) if path is not None]
+    files = [str(path) for path in (arguments.json, arguments.png, arguments.html, arguments.trace) if path is not None]
     if len(set(files)) < len(files):
-        raise ValueError(f"--json, --png and --trace must be different files, got {' '.join(files)}")
+        raise ValueError(f"--json, --png, --html and --trace must be different files, got {' '.join(files)}")
 
 
 def check_ranks(num_ranks: int, model: str) -> None:

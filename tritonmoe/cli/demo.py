@@ -19,8 +19,10 @@ import torch
 from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, positive, seed
 from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
+from tritonmoe.demo.page import as_page
 from tritonmoe.demo.report import Results, as_json, as_text, rate_text
 from tritonmoe.demo.training import RankTraining, Training, train
+from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_png
 from tritonmoe.report.terminal import text_style
@@ -56,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--out",
         type=output_folder,
         default=Path("tritonmoe-demo"),
-        help="folder of the picture and the trace (default %(default)s)",
+        help="folder of the picture, the trace and the report (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with all figures instead")
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=4, help="emulated ranks (default 4)")
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(as_json(results), indent=1))
     else:
         print(as_text(results, text_style(sys.stdout)))
-    return 0 if results.is_bit_equal and results.png and results.trace else 1
+    return 0 if results.is_bit_equal and results.png and results.trace and results.report else 1
 
 
 def _refuse(message: str) -> int:
@@ -132,7 +134,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         time_limit_s=MEASURING_TIME_LIMIT_S,
     )
 
-    _say("writing the picture and the trace ...")
+    _say("writing the picture, the trace and the report ...")
 
     def draw(path: Path) -> None:
         write_png(
@@ -148,7 +150,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     def trace(path: Path) -> None:
         write_chrome_trace(path, {name: layer.timelines[name] for name in ("serial", "overlapped")})
 
-    return Results(
+    results = Results(
         device=device,
         num_ranks=num_ranks,
         seed=seed,
@@ -162,15 +164,19 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         layer=layer,
         png=_written(draw, arguments.out / "tritonmoe-demo.png"),
         trace=_written(trace, arguments.out / "tritonmoe-demo-trace.json"),
+        report=None,
         elapsed_s=time.perf_counter() - started,
     )
+    report_path = arguments.out / "tritonmoe-demo-report.html"
+    results.report = _written(lambda path: write_page(path, as_page(results)), report_path)
+    return results
 
 
 def _written(write: Callable[[Path], None], path: Path) -> Path | None:
     """Write a file and give its path; where that fails, say why and give None: the results are shown all the same."""
     try:
         write(path)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         _say(f"tritonmoe demo: {error}")
         return None
     return path

@@ -10,12 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-from tritonmoe.benchmarks.argument_types import Subparsers, output_file
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
 from tritonmoe.benchmarks.ranks import device_and_backend
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.probe_pairs import probe_pairs
 from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json, as_text
+from tritonmoe.report.html import write_page
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -34,6 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="under torchrun, without RUN: measure the link between every two ranks (NCCL tells of no arrivals)",
     )
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
+    parser.add_argument("--html", type=report_file, help="also write a report to this file, a page for any browser")
     parser.set_defaults(run=run)
 
 
@@ -47,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         found = [attribute(read_recording(path)) for path in arguments.runs]
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([as_json(one) for one in found], indent=1), "verdict")
+        if arguments.html is not None:
+            write_page(arguments.html, run_page(found))
     except (ValueError, OSError) as error:
         print(f"tritonmoe doctor: {error}", file=sys.stderr)
         return 2

@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive, report_file
 from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
@@ -15,7 +16,9 @@ from tritonmoe.diagnosis.job import Job, Recompute
 from tritonmoe.diagnosis.model_config import expert_load, find_model
 from tritonmoe.diagnosis.model_presets import MODELS
 from tritonmoe.diagnosis.plan import compare, plan
+from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
+from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import write_whole
 
 __all__ = ["add_parser"]
@@ -50,6 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
     parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
+    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
     parser.set_defaults(run=run)
 
 
@@ -78,11 +82,11 @@ def _plan(arguments: argparse.Namespace) -> int:
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep)
         print(comparison_table(comparison))
-        _write(arguments.json, comparison.to_json())
+        _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
     found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep)
     print(plan_table(found))
-    _write(arguments.json, found.to_json())
+    _write(arguments, found.to_json(), lambda: plan_page(found))
     return 0 if found.best.fits else 1
 
 
@@ -116,7 +120,10 @@ def _sized(cluster: Cluster, arguments: argparse.Namespace) -> Cluster:
     return cluster if arguments.nodes is None else cluster.with_nodes(arguments.nodes)
 
 
-def _write(path: Path | None, found: dict[str, Any]) -> None:
-    if path is not None:
-        write_whole(path, json.dumps(found, indent=1), "plan")
-        print(f"\nwrote {path}")
+def _write(arguments: argparse.Namespace, found: dict[str, Any], page: Callable[[], Page]) -> None:
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(found, indent=1), "plan")
+        print(f"\nwrote {arguments.json}")
+    if arguments.html is not None:
+        write_page(arguments.html, page())
+        print(f"\nwrote {arguments.html}: open it in a browser")

@@ -36,7 +36,8 @@ class Results:
     layer: LayerMeasurement
     png: Path | None
     trace: Path | None
-    """The path of the picture; None where it could not be written."""
+    report: Path | None
+    """Paths of the files; None where one could not be written."""
     elapsed_s: float
 
 
@@ -75,9 +76,9 @@ def as_text(results: Results, style: TextStyle) -> str:
     parts = [_text_of_model(results), _text_of_training(results, style), _text_of_traffic(results, style)]
     parts.append(_text_of_layer(results, style))
     viewer = " (open it at https://ui.perfetto.dev)" if results.trace else ""
-    parts.append(
-        f"Picture  {results.png or 'could not be written'}\nTrace    {results.trace or 'could not be written'}{viewer}"
-    )
+    files = {"Picture": results.png, "Trace": results.trace, "Report": results.report}
+    hints = {"Trace": viewer}
+    parts.append("\n".join(f"{n:8} {path or 'could not be written'}{hints.get(n, '')}" for n, path in files.items()))
     parts.append(f"{results.elapsed_s:.0f} s in all")
     return "\n\n".join(parts)
 
@@ -167,6 +168,7 @@ def as_json(results: Results) -> Json:
     """Give what --json prints."""
     layer, training = results.layer, results.training
     total, experts = _parameters(results)
+    paths = {"png": results.png, "trace": results.trace, "report": results.report}
     return {
         "versions": all_versions(),
         "machine": {"device": results.device.type, "name": _machine(results.device), "cores": os.cpu_count()},
@@ -212,6 +214,6 @@ def as_json(results: Results) -> Json:
             "speed_ups": layer.speed_ups("serial"),
             "speed_up_over_one_chunk": layer.speed_up("serial, one chunk"),
         },
-        "paths": {name: path and str(path) for name, path in (("png", results.png), ("trace", results.trace))},
+        "paths": {name: path and str(path) for name, path in paths.items()},
         "elapsed_s": results.elapsed_s,
     }

@@ -101,6 +101,8 @@ class Attribution:
     recording: Recording
     call: RecordedCall
     """One of those that it is about."""
+    calls: tuple[RecordedCall, ...]
+    """All of those."""
     num_calls: int
     """How many calls it is about: those of one plan and size that take most of the time."""
     measured_s: float
@@ -204,6 +206,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     return Attribution(
         recording=recording,
         call=walked[0],
+        calls=tuple(calls),
         num_calls=len(calls),
         measured_s=measured,
         replayed_s=replayed,

@@ -31,6 +31,8 @@ CONTENDERS = 6
 USABLE_MEMORY = 0.92
 """The share of a GPU's memory that a job can fill: the rest goes to the allocator, the driver and buffers of NCCL."""
 SCALES = (0.5, 0.707, 1.0, 1.414, 2.0, 2.828)
+SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Factors of a cluster's number of nodes."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,19 @@ def _sensitivities(job: Job, cluster: Cluster, contenders: Sequence[Choice]) -> 
 
 
 @dataclass(frozen=True)
+class Sized:
+    """The cheapest choice on a cluster with another number of nodes; None where nothing fits."""
+
+    gpus: int
+    step_s: float | None
+    usd_per_million_tokens: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        step_ms = None if self.step_s is None else 1e3 * self.step_s
+        return {"gpus": self.gpus, "step_ms": step_ms, "usd_per_million_tokens": self.usd_per_million_tokens}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Several clusters for one job, and for smaller and larger models like it."""
 
@@ -219,6 +234,8 @@ class Comparison:
     """Factors of the model's widths."""
     usd: list[list[float | None]]
     """[cluster][scale]: the price of a million tokens with the best choice that fits; None where nothing fits."""
+    sized: list[list[Sized]]
+    """[cluster][number of nodes], every rank with as many micro-batches."""
     is_cheaper: float
     """In how many pairs of drawn clusters the first one is the cheapest, as a share."""
 
@@ -233,6 +250,7 @@ class Comparison:
             "plans": [plan.to_json() for plan in self.plans],
             "scales": list(self.scales),
             "usd_per_million_tokens": self.usd,
+            "by_gpus": [[one.to_json() for one in own] for own in self.sized],
             "first_is_cheapest": self.is_cheaper,
             "break_even_usd_per_gpu_hour": [self.break_even_usd(number) for number in range(len(self.plans))],
         }
@@ -243,35 +261,49 @@ def compare(job: Job, clusters: Sequence[Cluster], degrees: Sequence[int] = ()) 
     # Other draws for every cluster: what is uncertain about one says nothing about the others.
     plans = [plan(job, cluster, degrees, seed=number) for number, cluster in enumerate(clusters)]
     usd = [
-        [_least_usd(replace(job, model=job.model.scaled(scale)), one, degrees) for scale in SCALES] for one in clusters
+        [_cheapest(replace(job, model=job.model.scaled(scale)), one, degrees)[0] for scale in SCALES]
+        for one in clusters
+    ]
+    sized = [
+        [_sized(job, one.with_nodes(nodes), degrees) for nodes in sorted({max(1, round(one.nodes * n)) for n in SIZES})]
+        for one in clusters
     ]
     draws = [
         [seconds * one.best.usd_per_million_tokens / one.best.time.step_s for seconds in one.best.draws_s]
         for one in plans
     ]
     pairs = [(first, other) for first in draws[0] for other in (min(of) for of in zip(*draws[1:], strict=True))]
-    return Comparison(plans, SCALES, usd, sum(first < other for first, other in pairs) / len(pairs))
+    return Comparison(plans, SCALES, usd, sized, sum(first < other for first, other in pairs) / len(pairs))
 
 
-def _least_usd(job: Job, cluster: Cluster, degrees: Sequence[int]) -> float | None:
-    """Give the price of a million tokens with the best choice that fits.
+def _cheapest(job: Job, cluster: Cluster, degrees: Sequence[int]) -> tuple[float | None, float | None]:
+    """Give the price of a million tokens with the cheapest choice that fits, and the seconds of its step.
 
     Where none does, the backward computes all layers again; where still none does, the pipeline gets twice the stages.
     """
     while True:
-        prices = []
+        found = []
         for ep, num_levels in _spreads(job, cluster, degrees):
             spread = replace(job, ep=ep)
             if memory_gb(spread, cluster) <= USABLE_MEMORY * cluster.gpu.memory_gb:
                 time = _time(job, cluster, _best_overlap(job, cluster, ep, num_levels))
-                prices.append(_usd_per_million(cluster, time))
-        if prices:
-            return min(prices)
+                found.append((_usd_per_million(cluster, time), time.step_s))
+        if found:
+            return min(found)
         try:
             job = replace(job, recompute="full") if job.recompute != "full" else replace(job, pp=2 * job.pp)
             _spreads(job, cluster, degrees)
         except ValueError:
-            return None
+            return None, None
+
+
+def _sized(job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:
+    """Give the cheapest choice on a cluster that may have too few nodes for the job."""
+    try:
+        usd, step_s = _cheapest(job, cluster, degrees)
+    except ValueError:
+        usd, step_s = None, None
+    return Sized(cluster.num_gpus, step_s, usd)
 
 
 def _usd_per_million(cluster: Cluster, time: StepTime) -> float:

@@ -132,6 +132,13 @@ class RecordedCall:
     def has_backward(self) -> bool:
         return all(of.backward is not None for of in self.ranks)
 
+    @property
+    def by_pass(self) -> list[tuple[RecordedPass, ...]]:
+        """The passes that every rank ran, all ranks' of each."""
+        found = [tuple(of.forward for of in self.ranks)]
+        backward = tuple(of.backward for of in self.ranks if of.backward is not None)
+        return [*found, backward] if self.has_backward else found
+
 
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

@@ -131,8 +131,8 @@ def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
 def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
     """Give what walk() predicts, as it was recorded; before: as in conditions_of."""
     total_s = 0.0
-    ended = None if before is None else _by_pass(before)[-1]
-    for passes in _by_pass(call):
+    ended = None if before is None else before.by_pass[-1]
+    for passes in call.by_pass:
         entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
         total_s += max(one.end for one in passes) - float(_most(entered))
         total_s -= float(_entry_of(passes, ended).passed_on_s.max())
@@ -140,21 +140,14 @@ def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
     return total_s
 
 
-def _by_pass(call: RecordedCall) -> list[tuple[RecordedPass, ...]]:
-    """Give the passes of a call, all ranks' of each."""
-    found = [tuple(of.forward for of in call.ranks)]
-    backward = tuple(of.backward for of in call.ranks if of.backward is not None)
-    return [*found, backward] if len(backward) == len(call.ranks) else found
-
-
 def conditions_of(call: RecordedCall, before: RecordedCall | None, costs: Costs) -> Conditions:
     """Give the conditions under which a call ran.
 
     before: the call before it, if no other work of these layers lies between.
     """
-    ended = None if before is None else _by_pass(before)[-1]
+    ended = None if before is None else before.by_pass[-1]
     schedules, entries = [], []
-    for passes in _by_pass(call):
+    for passes in call.by_pass:
         entries.append(_entry_of(passes, ended))
         schedules.append(_schedule_of(call.plan, passes[0]))
         ended = passes
@@ -239,7 +232,7 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool) -> Costs:
         slowness={str(kind): by_kind for kind in StepKind if kind.unit is Unit.PAIRS},
     )
     link, ratios, link_notes = fit_links(calls, shares_link)
-    gaps = [gap for call in calls for passes in _by_pass(call) for gap in map(_gap_s, passes)]
+    gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
     return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
 
 

@@ -1,6 +1,7 @@
 """The doctor's verdict: in words for a terminal, and as JSON."""
 
 from tritonmoe.diagnosis.attribution import Attribution, Finding, Gain
+from tritonmoe.diagnosis.run_figures import figures_of
 from tritonmoe.runtime.files import Json
 
 __all__ = ["as_json", "as_text"]
@@ -74,6 +75,7 @@ def as_json(found: Attribution) -> Json:
         "port_ratios": {"out": found.costs.ratios.port_out.tolist(), "in": found.costs.ratios.port_in.tolist()},
         "slowness": list(found.costs.slowness),
         "notes": list(found.notes),
+        **figures_of(found),
     }
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-__all__ = ["write_overlap_png", "write_png"]
+__all__ = ["COLORS", "group_of", "write_overlap_png", "write_png"]
 
 COLORS = {
     "dispatch": "#4c78a8",
@@ -27,7 +27,7 @@ COLORS = {
 GROUP_OF_SHORT_NAME = {"d": "dispatch", "c": "combine", "e": "experts", "w": "weight gradients"}
 
 
-def _group(span: Span) -> str:
+def group_of(span: Span) -> str:
     """Give the legend entry of a step; a backward's exchange has that of the forward's in the same direction."""
     return GROUP_OF_SHORT_NAME.get(short_name(span), "routing data, sums")
 
@@ -142,7 +142,7 @@ def _draw_lanes(axes: "Axes", timeline: Timeline, longest_ms: float) -> None:
     axes.set_title(f"{timeline.name}: {timeline.total_s * 1e3:.0f} ms (rank {timeline.rank})", fontsize=11, loc="left")
     lanes = timeline.lanes
     for span in timeline.spans:
-        group, place = _group(span), lanes.index(span.lane)
+        group, place = group_of(span), lanes.index(span.lane)
         start_ms, width_ms = span.start_s * 1e3, (span.end_s - span.start_s) * 1e3
         axes.barh(place, width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6)
         if width_ms > 0.018 * longest_ms and group != "routing data, sums":

@@ -2,12 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
+from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation
 
-__all__ = ["LANES", "NODE", "PassTimeline", "Span", "Timeline", "layer_timeline", "pass_timeline", "simulated_timeline"]
+__all__ = [
+    "LANES",
+    "NODE",
+    "PassTimeline",
+    "Span",
+    "Timeline",
+    "layer_timeline",
+    "pass_timeline",
+    "simulated_timeline",
+    "spans_of",
+]
 
 NODE = "node"
 """The lane of what steps of two levels do inside the node: exchanges and computation, one after the other."""
@@ -86,10 +98,22 @@ def pass_timeline(report: PassReport) -> PassTimeline:
 
     An exchange is posted early and then stands in the queue of its link: its span begins where the one before ended.
     """
-    return PassTimeline(_spans(report.steps, report.steps_inside), report.total_s)
+    return PassTimeline(spans_of(report.steps, report.steps_inside), report.total_s)
 
 
-def _spans(steps: Sequence[StepTiming], inside: Sequence[StepTiming]) -> tuple[Span, ...]:
+class Timed(Protocol):
+    """What is drawn of a step: StepTiming has it, and what was recorded of one."""
+
+    @property
+    def step(self) -> Step: ...
+    @property
+    def start_s(self) -> float: ...
+    @property
+    def end_s(self) -> float: ...
+
+
+def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...]:
+    """Give the spans of steps, lane by lane; inside: of those that they do inside the node."""
     spans = []
     for lane in LANES:
         reached_s = 0.0
@@ -108,7 +132,7 @@ def simulated_timeline(name: str, rank: int, passes: Sequence[Simulation]) -> Ti
     timelines = []
     for simulation in passes:
         inside = [step for outer in simulation.steps for step in outer.inside]
-        spans = _spans(_timings(simulation.steps, rank), _timings(inside, rank))
+        spans = spans_of(_timings(simulation.steps, rank), _timings(inside, rank))
         timelines.append(PassTimeline(spans, float(simulation.end_s[rank])))
     return Timeline(name, rank, *[*timelines, PassTimeline((), 0.0)][:2])
 

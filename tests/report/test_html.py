@@ -1,0 +1,242 @@
+"""The HTML reports: well-formed, whole in themselves, small, without anybody's markup, with the numbers of their JSON."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from html_pages import check_page
+from synthetic_runs import Run, ones, write_run
+
+from tritonmoe.cli import main
+from tritonmoe.diagnosis import plan as planning
+from tritonmoe.diagnosis.attribution import Attribution, attribute
+from tritonmoe.diagnosis.cluster_presets import CLUSTERS
+from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.links import LinkRatios
+from tritonmoe.diagnosis.model_config import find_model
+from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
+from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.run_page import run_page
+from tritonmoe.diagnosis.verdict import as_json
+from tritonmoe.report import html
+from tritonmoe.report.html import Curve, Curves, Heat, Page, Section, Words, page_text, ticks
+
+ROOT = Path(__file__).parents[2]
+EVIL = "<script>alert('a & b')</script></script><!--"
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Attribution:
+    folder = tmp_path_factory.mktemp("slow")
+    return attribute(read_recording(write_run(folder, [Run(slow_rank=(2, 1.5))] * 4)))
+
+
+@cache
+def comparison() -> planning.Comparison:
+    job = Job(find_model("Qwen3-30B-A3B"), micro_batches=2, recompute="full")
+    draws, scales = planning.NUM_DRAWS, planning.SCALES
+    planning.NUM_DRAWS, planning.SCALES = 4, (0.5, 1.0)
+    try:
+        return planning.compare(job, [CLUSTERS["H100"].with_nodes(4), CLUSTERS["H200"].with_nodes(2)], (4, 8))
+    finally:
+        planning.NUM_DRAWS, planning.SCALES = draws, scales
+
+
+def test_a_run(slow: Attribution) -> None:
+    page, data = check_page(page_text(run_page([slow])))
+    assert data == json.loads(json.dumps([as_json(slow)]))
+    assert "SLOW RANK: rank 2 takes 1.50 times as long for the same pairs" in page.words
+    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {"0/waits_s", "0/byte_ratios"}
+    shown = {attributes["data-key"] for attributes, _ in page.numbers}
+    assert {"0/measured_s", "0/findings/0/share", "0/median_call/backward/3/counts_left_s", "0/gap_s"} <= shown
+    waits = data[0]["waits_s"]
+    assert max(waits[0]) == waits[0][2] > 0
+    trace = json.loads(page.scripts["trace"])["traceEvents"]
+    assert {event["args"]["run"] for event in trace if event["ph"] == "X"} == {"measured", "replayed"}
+    assert {event["pid"] for event in trace} == {0, 1, 2, 3}
+
+
+def test_measured_and_replayed_lanes_agree(slow: Attribution) -> None:
+    """The synthetic recording is the simulator's own: the replay must show the same lanes."""
+    trace = run_page([slow]).trace
+    assert trace is not None
+    ends: dict[tuple, dict[str, float]] = {}
+    for event in trace["traceEvents"]:
+        if event["ph"] == "X" and event["cat"] == "compute" and "backward" in event["name"]:
+            ends.setdefault((event["pid"], event["name"]), {})[event["args"]["run"]] = event["ts"] + event["dur"]
+    assert ends
+    for of in ends.values():
+        assert of["replayed"] == pytest.approx(of["measured"], rel=0.01)
+
+
+def test_names_are_not_markup(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / EVIL.replace("/", "_"), [Run()] * 3)
+    for file in folder.iterdir():
+        file.write_text(file.read_text().replace('"host": "here"', f'"host": {json.dumps(EVIL)}'))
+    text = page_text(run_page([attribute(read_recording(folder))]))
+    page, data = check_page(text)
+    assert sum(tag == "script" for tag, _ in page.tags) == 3
+    assert EVIL in page.words
+    assert "<script>alert" not in text
+    assert data[0]["headers"][0]["host"] == EVIL
+
+
+def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
+    """As many ranks as can be drawn. Of more calls only medians and sums are shown."""
+    run = Run(size=64, slow_rank=(63, 1.5), rows=20.0)
+    recording = read_recording(write_run(tmp_path, [run] * 2))
+    ratios = LinkRatios(ones(64), ones(64), ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345), True)
+    costs = replace(slow.costs, steps=run.steps(), link=run.link(), ratios=ratios, slowness=(1.0,) * 63 + (1.5,))
+    finding = replace(slow.findings[0], ranks=(63,))
+    found = replace(slow, recording=recording, call=recording.calls[0], calls=recording.calls * 4, costs=costs)
+    page, _ = check_page(page_text(run_page([replace(found, findings=(finding,))])))
+    assert "of 64 ranks are drawn" in page.words
+    assert "rank 63" in page.words
+    assert [len(rows) for _, rows in page.matrices] == [64, 64]
+
+
+def test_unknown_arrivals(slow: Attribution) -> None:
+    """Where the transport doesn't tell when rows arrived there is no matrix, and the page says so."""
+    ratios = replace(slow.costs.ratios, are_told_apart=False)
+    page, data = check_page(page_text(run_page([replace(slow, costs=replace(slow.costs, ratios=ratios))])))
+    assert (data[0]["waits_s"], data[0]["byte_ratios"], page.matrices) == (None, None, [])
+    assert "It is not known when each rank's rows arrived" in page.words
+
+
+def test_a_plan() -> None:
+    plan = comparison().plans[0]
+    page, data = check_page(page_text(plan_page(plan)))
+    assert data == json.loads(json.dumps(plan.to_json()))
+    shown = {attributes["data-key"] for attributes, _ in page.numbers}
+    assert {"choices/0/step_ms", "stays_best", "measure_next/0/swing", "estimates/gpu.gemm_efficiency/value"} <= shown
+
+
+def test_a_comparison() -> None:
+    page, data = check_page(page_text(comparison_page(comparison())))
+    assert data == json.loads(json.dumps(comparison().to_json()))
+    assert [[one["gpus"] for one in of] for of in data["by_gpus"]] == [[8, 16, 32, 64, 128], [8, 16, 32, 64]]
+    (own,) = (one for one in data["by_gpus"][0] if one["gpus"] == 32)
+    assert own["usd_per_million_tokens"] == data["usd_per_million_tokens"]["H100"][1]
+    assert {"by_gpus/1/1/step_ms", "first_is_cheapest"} <= {attributes["data-key"] for attributes, _ in page.numbers}
+
+
+def test_commands_write_pages(slow: Attribution, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    paths = tmp_path / "run.html", tmp_path / "run.json"
+    assert main(["doctor", str(slow.recording.path), "--html", str(paths[0]), "--json", str(paths[1])]) == 1
+    _, data = check_page(paths[0].read_text())
+    assert data == json.loads(paths[1].read_text())
+
+
+def test_without_jinja2(
+    slow: Attribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path), "--html", str(tmp_path / "page.html")])
+    assert "pip install 'tritonmoe[html]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"pip install 'tritonmoe\[html\]'"):
+        page_text(run_page([slow]))
+
+
+def test_what_is_no_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        page_text(Page("title", [], [], {"number": float("nan")}))
+
+
+def test_a_heat_map_of_nothing() -> None:
+    names = ["0", "1"]
+    heat = Heat("nothing", "of", [[0, 0], [None, 0]], "count", "from", "to", names, names)
+    curves = Curves("none", "x", "y", [Curve("of one point", [(1.0, 0.0)])], None)
+    text = page_text(
+        Page("title", ["nothing"], [Section("all", [heat, curves, Words(["a", "b"])])], {"of": [[0, 0]] * 2})
+    )
+    assert "<path" not in text
+    assert 'cy="100.00%"' in text
+
+
+@pytest.mark.parametrize(("top", "texts"), [(7.0, ["0", "2", "4", "6"]), (0.11, ["0", "0.02", "0.04"]), (0.0, [])])
+def test_ticks(top: float, texts: list[str]) -> None:
+    found = ticks(top)
+    assert [text for _, text in found][: len(texts)] == texts
+    assert len(found) <= 6
+    assert all(0 <= share <= 1 for share, _ in found)
+
+
+def test_units() -> None:
+    shown = [
+        html.Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
+    ]
+    assert shown == ["12.3 ms", "20.0 us", "12,500 ms", "12.3 %"]
+
+
+def test_the_wheel_has_the_template() -> None:
+    pytest.importorskip("setuptools")
+    code = """if True:
+        from setuptools import Distribution
+        found = Distribution()
+        found.parse_config_files()
+        build = found.get_command_obj("build_py")
+        build.ensure_finalized()
+        print(*(f"{package}/{name}" for package, _, _, names in build.data_files for name in names))
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    others = {path for path in (ROOT / "tritonmoe").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    others = {path.relative_to(ROOT) for path in others if path.suffix != ".py"}
+    assert set(ended.stdout.split()) == {f"{'.'.join(path.parent.parts)}/{path.name}" for path in others}
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>
+const problems = [];
+window.addEventListener("error", (event) => problems.push(event.message));
+window.addEventListener("load", () => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const shown = [...document.querySelectorAll("data[data-key]")];
+  for (const one of shown) {
+    const value = one.dataset.key.split("/").reduce((found, name) => found[name], data);
+    if (value !== Number(one.value)) problems.push(`${one.dataset.key}: ${value} is shown as ${one.value}`);
+  }
+  document.getElementById("save-trace")?.click();
+  for (const one of document.querySelectorAll("svg, figcaption, p, li, h1, h2, .strip, .box"))
+    if (one.getBoundingClientRect().right > window.innerWidth + 1 && !one.closest(".box"))
+      problems.push(`${one.tagName} ${one.className} ends at ${one.getBoundingClientRect().right}`);
+  const page = document.documentElement;
+  document.title = JSON.stringify([window.innerWidth, page.scrollWidth, shown.length, problems]);
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("which", ["run", "plan", "comparison"])
+@pytest.mark.parametrize("width", [390, 1100])
+def test_in_a_browser(which: str, width: int, slow: Attribution, tmp_path: Path) -> None:
+    if which == "run":
+        page = run_page([slow])
+    else:
+        page = comparison_page(comparison()) if which == "comparison" else plan_page(comparison().plans[0])
+    path = tmp_path / "page.html"
+    path.write_text(page_text(page).replace("<body>", f"<body>{PROBE}"))
+    command = [
+        *(CHROMIUM or "", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"),
+        *("--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
+        path.as_uri(),
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "CONSOLE" not in ended.stderr
+    title = ended.stdout.partition("<title>")[2].partition("</title>")[0]
+    inner, scroll, num_shown, problems = json.loads(title)
+    assert problems == []
+    assert inner == width
+    assert scroll <= width
+    assert num_shown > 20

@@ -1,0 +1,61 @@
+"""The overlap benchmark's figures as an HTML report."""
+
+from collections.abc import Mapping, Sequence
+
+from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headline, noise_notes
+from tritonmoe.report.html import Cell, Curve, Curves, Figures, Heat, Page, Section, Table, Words
+from tritonmoe.report.lanes import lanes_chart, ranks_within
+from tritonmoe.report.perfetto import chrome_trace
+from tritonmoe.report.timeline import Timeline
+from tritonmoe.runtime.files import Json
+
+__all__ = ["overlap_page"]
+
+QUARTILES = ("median_ms", "lower_quartile_ms", "upper_quartile_ms")
+MERITS = {"hidden_share": "share", "exposed_ms": "ms", "bound_ratio": "times", "speed_up": "times"}
+
+
+def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> Page:
+    """Give the page. results: what --json has; timelines: name of a schedule -> those of the ranks."""
+    number = Figures(results)
+    places = ranks_within(timelines)
+    lanes = {name: [of[place] for place in places] for name, of in timelines.items()}
+    merits: list[list[Cell]] = [
+        [name, *(number(f"summary/{kind}/{name}/median", unit) for kind in ("overlapped", "auto"))]
+        for name, unit in MERITS.items()
+    ]
+    merit = Table(["figure", "the fastest overlapped", "auto"], merits, "Figures of merit, medians of the rounds")
+    variants: list[list[Cell]] = [
+        [name, *(number(f"variants/{name}/{of}", "ms") for of in QUARTILES)] for name in results["variants"]
+    ]
+    series: dict[str, list[Json]] = {}
+    for one in results["sweep"]:
+        series.setdefault(one["series"], []).append(one)
+    curves = [
+        Curve(
+            name,
+            [(one["num_chunks"], results["variants"][one["name"]]["median_ms"]) for one in of],
+            [tuple(results["variants"][one["name"]][end] for end in QUARTILES[1:]) for one in of],
+        )
+        for name, of in series.items()
+    ]
+    table = Table(["schedule", "median", "lower quartile", "upper quartile"], variants)
+    ranks = [str(rank) for rank in range(results["ranks"])]
+    traffic = Heat(
+        "Tokens of a rank that need an expert of another",
+        *("traffic_rows", results["traffic_rows"], "count", "from rank", "to rank", ranks, ranks),
+    )
+    sections = [
+        Section("Lanes", [lanes_chart("The best schedules, measured and planned", lanes, merit)]),
+        Section("Time by the number of chunks", [
+            Curves("A call, with the quartiles of its rounds", "number of chunks", "ms", curves, table)]),
+        Section("Traffic", [traffic]),
+        Section("What the words mean", [Words(as_terms(TERMS_OF_PICTURE).splitlines())]),
+    ]  # fmt: skip
+    summary = [
+        f"{results['model']}, {results['tokens']} tokens on each of {results['ranks']} ranks, {results['routing']} "
+        f"routing, {results['pass']}; {results['link']}",
+        headline(results),
+        *noise_notes(results),
+    ]
+    return Page("How much of a layer's communication is hidden", summary, sections, results, chrome_trace(lanes))

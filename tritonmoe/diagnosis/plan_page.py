@@ -1,0 +1,242 @@
+"""A plan, or a comparison of clusters, as an HTML report: what --json has, as charts and tables."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tritonmoe.diagnosis.plan import Comparison, Plan
+from tritonmoe.report.html import (
+    Block,
+    Cell,
+    Curve,
+    Curves,
+    Figures,
+    Page,
+    Section,
+    Segment,
+    Strip,
+    Strips,
+    Table,
+    Words,
+    ticks,
+)
+
+__all__ = ["comparison_page", "plan_page"]
+
+MOST_ROWS = 40
+MOST_BARS = 8
+MOST_PARTS = 9
+MOST_ESTIMATES = 12
+OTHER = "everything else"
+
+
+def plan_page(plan: Plan) -> Page:
+    figures = Figures(plan.to_json())
+    one = _Planned(figures, "")
+    title = f"{plan.job.model.name} on {plan.cluster.num_gpus} GPUs of {plan.cluster.name}"
+    sections = [
+        Section("The choices", [one.table()]),
+        Section("Step time by the number of expert-parallel ranks", [one.curve()]),
+        Section("Where the time goes", [one.parts()]),
+        Section("Which number matters most", [one.sensitivity()]),
+        Section("What this rests on", list(one.estimates())),
+    ]
+    return Page(title, [one.job(), one.best()], sections, plan.to_json())
+
+
+def comparison_page(comparison: Comparison) -> Page:
+    figures = Figures(comparison.to_json())
+    plans = [_Planned(figures, f"plans/{number}/") for number in range(len(comparison.plans))]
+    names = [one.name for one in plans]
+    curves = [Curve(one.name, one.fastest_by_degree()) for one in plans]
+    rows = [row for one in plans for row in one.rows(MOST_ROWS)]
+    table = Table(["cluster", *HEADER], rows)
+    cheaper = figures("first_is_cheapest", "share")
+    summary = [plans[0].job(), *(one.best() for one in plans)]
+    summary.append([f"{names[0]} is the cheapest in ", cheaper, " of the draws of the estimates."])
+    sections = [
+        Section("The best choice on every cluster", [Table(["cluster", *HEADER], [one.rows(1)[0] for one in plans])]),
+        Section("Step time by the number of expert-parallel ranks",
+                [Curves("A step with the fastest choice", "expert-parallel ranks", "ms", curves, table)]),
+        Section("Step time and price by the number of GPUs", list(_by_gpus(figures, names))),
+        Section("Price by the size of the model", [_by_scale(figures, names), _break_even(figures, names)]),
+        Section("Where the time goes", [_parts([(one, 0, one.name) for one in plans])]),
+        *(Section(f"Which number matters most: {one.name}", [one.sensitivity()]) for one in plans),
+        *(Section(f"What this rests on: {one.name}", list(one.estimates())) for one in plans),
+    ]  # fmt: skip
+    return Page(f"{comparison.plans[0].job.model.name} on {', '.join(names)}", summary, sections, figures.data)
+
+
+HEADER = ("ep", "levels", "chunks", "layer", "step", "low (80 %)", "high (80 %)", "exposed", "memory", "$/M tokens", "")
+
+
+class _Planned:
+    """A plan in the page's JSON."""
+
+    def __init__(self, figures: Figures, key: str) -> None:
+        self.figures, self.key = figures, key
+        self.choices: list[dict[str, Any]] = self.at("choices")
+
+    def at(self, key: str) -> Any:
+        return self.figures.at(self.key + key)
+
+    def number(self, key: str, unit: str) -> Cell:
+        return self.figures(self.key + key, unit)
+
+    @property
+    def name(self) -> str:
+        return str(self.at("cluster"))
+
+    def job(self) -> list[Cell]:
+        of = self.at("job")
+        said = [f"{name} {value}" for name, value in of.items() if value not in (None, False)]
+        return [f"{self.at('model')}: {', '.join(said)}".replace("_", " ")]
+
+    def best(self) -> list[Cell]:
+        one = self.choices[0]
+        if not one["fits"]:
+            return [f"{self.name}: nothing fits: at least ", self.number("choices/0/memory_gb", "GB"), " are needed."]
+        return [
+            f"{self.name}, ", self.number("gpus", "count"), f" GPUs: best is {_choice(one)}: a step takes ",
+            self.number("choices/0/step_ms", "ms"), ", a million tokens cost ",
+            self.number("choices/0/usd_per_million_tokens", "$"), "; it stays the best in ",
+            self.number("stays_best", "share"), " of the draws of the estimates.",
+        ]  # fmt: skip
+
+    def rows(self, most: int) -> list[list[Cell]]:
+        rows = []
+        for n, one in enumerate(self.choices[:most]):
+            key = f"choices/{n}/"
+            row: list[Cell] = [self.number(key + "ep", "count"), self.number(key + "levels", "count"), _chunks(one)]
+            row += [self.number(key + name, "ms") for name in TIMES]
+            row += [self.number(key + "memory_gb", "GB"), self.number(key + "usd_per_million_tokens", "$")]
+            rows.append([self.name, *row, "" if one["fits"] else "too large"])
+        return rows
+
+    def table(self) -> Table:
+        rows = [row[1:] for row in self.rows(MOST_ROWS)]
+        return Table(HEADER, rows, f"{len(rows)} of {len(self.choices)} choices")
+
+    def curve(self) -> Curves:
+        curves = []
+        for levels, name in ((1, "one level"), (2, "two levels")):
+            of = sorted((one for one in self.choices if one["levels"] == levels), key=lambda one: one["ep"])
+            if of:
+                points = [(one["ep"], one["step_ms"]) for one in of]
+                curves.append(Curve(f"{self.name}, {name}", points, [tuple(one["step_interval_ms"]) for one in of]))
+        title = "A step, with the interval that holds it four times of five"
+        return Curves(title, "expert-parallel ranks", "ms", curves, None)
+
+    def fastest_by_degree(self) -> list[tuple[float, float]]:
+        fastest: dict[int, float] = {}
+        for one in self.choices:
+            fastest[one["ep"]] = min(one["step_ms"], fastest.get(one["ep"], one["step_ms"]))
+        return sorted(fastest.items())
+
+    def parts(self) -> Strips:
+        return _parts([(self, n, _choice(one)) for n, one in enumerate(self.choices[:MOST_BARS])])
+
+    def sensitivity(self) -> Strips:
+        found = self.at("measure_next")[:MOST_ESTIMATES]
+        top = max([one[what] for one in found for what in ("swing", "regret")] + [1e-9])
+        strips, rows = [], []
+        for n, one in enumerate(found):
+            swing, regret = (self.number(f"measure_next/{n}/{what}", "share") for what in ("swing", "regret"))
+            segments = [Segment(0, one["swing"] / top, "c0"), Segment(0, one["regret"] / top, "c6")]
+            strips.append(Strip(one["key"], segments, swing))
+            rows.append([one["key"], one["source"], swing, regret])
+        legend = [("c0", "moves the step's time"), ("c6", "may make another choice better, by up to")]
+        table = Table(["estimate", "source", "moves the time by", "another choice may be better by"], rows)
+        title = "What to measure next, the first one first: the effect of an estimate's interval"
+        return Strips(title, strips, ticks(100 * top, " %"), legend, table)
+
+    def estimates(self) -> Iterator[Block]:
+        intervals = self.at("intervals")
+        rows: list[list[Cell]] = [
+            [
+                key,
+                self.number(f"estimates/{key}/value", "plain"),
+                one["source"],
+                f"{100 * intervals[one['source']]:.0f} %",
+            ]
+            for key, one in self.at("estimates").items()
+        ]
+        yield Table(["estimate", "value", "source", "half of its 80 % interval"], rows, f"Estimates of {self.name}")
+        yield Words(["An estimate's name has its unit; shares and exponents have none."])
+
+
+TIMES = ("layer_ms", "step_ms", "step_interval_ms/0", "step_interval_ms/1", "exposed_ms")
+
+
+def _chunks(one: dict[str, Any]) -> str:
+    sizes = one["chunk_sizes"]
+    return f"{len(sizes)}" + ("" if len(set(sizes)) == 1 else " ramp")
+
+
+def _choice(one: dict[str, Any]) -> str:
+    levels = "two levels" if one["levels"] == 2 else "one level"
+    return f"ep {one['ep']}, {levels}, chunks {_chunks(one)}"
+
+
+def _parts(bars: Sequence[tuple[_Planned, int, str]]) -> Strips:
+    """Stack the parts of these choices' steps, all to one scale."""
+    of_bars = [of.choices[n]["parts_ms"] for of, n, _ in bars]
+    names = sorted(
+        {name for parts in of_bars for name in parts}, key=lambda name: -max(p.get(name, 0) for p in of_bars)
+    )
+    colors = {name: f"c{min(n, MOST_PARTS)}" for n, name in enumerate(names)}
+    top = max(sum(parts.values()) for parts in of_bars)
+    strips, rows = [], []
+    for (of, n, label), parts in zip(bars, of_bars, strict=True):
+        segments, reached = [], 0.0
+        for name in (name for name in names if name in parts):
+            segments.append(Segment(reached / top, parts[name] / top, colors[name], f"{name}: {parts[name]:.4g} ms"))
+            reached += parts[name]
+        strips.append(Strip(label, segments, of.number(f"choices/{n}/step_ms", "ms")))
+        cells = (of.number(f"choices/{n}/parts_ms/{name}", "ms") if name in parts else "-" for name in names)
+        rows.append([label, *cells])
+    legend = [(colors[name], name) for name in names[:MOST_PARTS]]
+    legend += [(f"c{MOST_PARTS}", OTHER)] if len(names) > MOST_PARTS else []
+    axis = ticks(top, " ms")
+    return Strips("Parts of a step", strips, axis, legend, Table(["choice", *names], rows))
+
+
+def _by_gpus(figures: Figures, names: Sequence[str]) -> Iterator[Block]:
+    table = Table(["cluster", "GPUs", "step", "$/M tokens"], [
+        [name, *(_known(figures, f"by_gpus/{n}/{k}/{of}", unit)
+                 for of, unit in (("gpus", "count"), ("step_ms", "ms"), ("usd_per_million_tokens", "$")))]
+        for n, name in enumerate(names) for k in range(len(figures.at(f"by_gpus/{n}")))
+    ])  # fmt: skip
+    for of, unit, title in (
+        ("step_ms", "ms", "A step with the cheapest choice, every rank with as many micro-batches"),
+        ("usd_per_million_tokens", "$ for a million tokens", "The price of the same"),
+    ):
+        curves = [
+            Curve(name, [(one["gpus"], one[of]) for one in figures.at(f"by_gpus/{n}") if one[of] is not None])
+            for n, name in enumerate(names)
+        ]
+        yield Curves(title, "GPUs", unit, [curve for curve in curves if curve.points], None)
+    yield table
+
+
+def _known(figures: Figures, key: str, unit: str) -> Cell:
+    return "-" if figures.at(key) is None else figures(key, unit)
+
+
+def _by_scale(figures: Figures, names: Sequence[str]) -> Curves:
+    scales, prices = figures.at("scales"), figures.at("usd_per_million_tokens")
+    curves = [
+        Curve(name, [(scale, usd) for scale, usd in zip(scales, prices[name], strict=True) if usd is not None])
+        for name in names
+    ]
+    rows: list[list[Cell]] = [
+        [name, *(_known(figures, f"usd_per_million_tokens/{name}/{n}", "$") for n in range(len(scales)))]
+        for name in names
+    ]
+    table = Table(["cluster", *(f"x{scale:g}" for scale in scales)], rows)
+    title = "A million tokens with the cheapest choice that fits"
+    return Curves(title, "factor of the model's widths", "$", [curve for curve in curves if curve.points], table)
+
+
+def _break_even(figures: Figures, names: Sequence[str]) -> Table:
+    rows: list[list[Cell]] = [[name, figures(f"break_even_usd_per_gpu_hour/{n}", "$")] for n, name in enumerate(names)]
+    return Table(["cluster", f"$ a GPU-hour at which it costs as much as {names[0]}"], rows, "Break-even prices")

@@ -1,0 +1,124 @@
+"""What a recording shows beside the doctor's verdict: waits, loads, the marks and lanes of its median call."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tritonmoe.diagnosis.attribution import Attribution
+from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
+from tritonmoe.diagnosis.replay import conditions_of, measured_s, walk
+from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
+from tritonmoe.runtime.files import Json
+
+__all__ = ["PASSES", "figures_of", "median_call", "timelines_of"]
+
+PASSES = ("forward", "backward")
+DECIMALS = 7
+
+
+def median_call(found: Attribution) -> RecordedCall:
+    """Give the call that took the median of all that the verdict is about."""
+    return sorted(found.calls, key=measured_s)[(len(found.calls) - 1) // 2]
+
+
+def figures_of(found: Attribution) -> Json:
+    """Give them as plain values, in seconds.
+
+    median_call: for each pass and rank its marks, from when most ranks had entered the pass.
+    waits_s: (W, W): how long rank i stood still for rows of rank k in a call, the median of all calls; None where it is
+        not known when each rank's rows arrived. byte_ratios: (W, W): how many times as long as on the others a byte
+        takes from rank i to rank k, ports included. loads: by layer, the pairs of each expert in all calls, and
+        how many times the mean that is.
+    """
+    call, ratios, steps = median_call(found), found.costs.ratios, found.costs.steps
+    of_byte = torch.maximum(ratios.port_out[:, None], ratios.port_in) * ratios.link
+    return {
+        "median_call": {
+            "call": call.sequence,
+            "layer": call.layer,
+            "measured_s": measured_s(call),
+            "replayed_s": walk(conditions_of(call, None, found.costs)).total_s,
+            **{
+                which: [_marks(one, _typical_entry(passes)) for one in passes]
+                for which, passes in zip(PASSES, call.by_pass, strict=False)
+            },
+        },
+        "waits_s": _waits(found),
+        "byte_ratios": of_byte.tolist() if ratios.are_told_apart else None,
+        "loads": _loads(found),
+        "step_costs": {"fixed_s": dict(steps.fixed_s), "unit_s": dict(steps.unit_s)},
+        "gap_s": found.costs.gap_s,
+    }
+
+
+def _typical_entry(passes: Sequence[RecordedPass]) -> float:
+    return statistics.median_low(one.entered for one in passes)
+
+
+def _marks(one: RecordedPass, since: float) -> Json:
+    marks = one.marks
+    return {
+        "entered_s": round(one.entered - since, DECIMALS),
+        "counts_posted_s": None if marks is None else round(marks.counts_posted - since, DECIMALS),
+        "counts_left_s": None if marks is None else round(marks.counts_left - since, DECIMALS),
+        "first_step_s": round(one.origin - since, DECIMALS),
+        "ended_s": round(one.end - since, DECIMALS),
+    }
+
+
+def _loads(found: Attribution) -> Json:
+    loads: dict[str, list[int]] = {}
+    for call in found.calls:
+        of_call = [pairs for rank in call.ranks for pairs in rank.pairs_per_expert]
+        name = f"layer {call.layer}" if call.layer >= 0 else "function"
+        loads[name] = [a + b for a, b in zip(loads.get(name, [0] * len(of_call)), of_call, strict=True)]
+    means = {name: sum(pairs) / max(1, len(pairs)) or 1.0 for name, pairs in loads.items()}
+    return {
+        name: {"pairs": pairs, "of_mean": [round(count / means[name], 3) for count in pairs]}
+        for name, pairs in loads.items()
+    }
+
+
+def _waits(found: Attribution) -> list[list[float]] | None:
+    if not (found.recording.has_arrivals and found.costs.ratios.are_told_apart):
+        return None
+    of_calls = torch.stack([_waits_of(call) for call in found.calls])
+    return [[round(value, DECIMALS) for value in row] for row in of_calls.median(0).values.tolist()]
+
+
+def _waits_of(call: RecordedCall) -> torch.Tensor:
+    waits_s = torch.zeros(len(call.ranks), len(call.ranks), dtype=torch.float64, device="cpu")
+    for rank, of in enumerate(call.ranks):
+        for step in (step for one in of.passes for step in one.steps if step.arrivals_s is not None):
+            for peer, arrived_s in enumerate(step.arrivals_s or ()):
+                if arrived_s is not None:
+                    waits_s[rank, peer] += min(step.wait_s, max(0.0, arrived_s - (step.end_s - step.wait_s)))
+    return waits_s
+
+
+def timelines_of(found: Attribution) -> dict[str, list[Timeline]]:
+    """Give the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
+    call = median_call(found)
+    simulations = walk(conditions_of(call, None, found.costs)).passes
+    measured, replayed = [], []
+    for rank in range(len(call.ranks)):
+        passes = [_pass_timeline(passes, rank) for passes in call.by_pass]
+        measured.append(Timeline("measured", rank, *_both(passes)))
+        timeline = simulated_timeline("replayed", rank, simulations)
+        parts = [timeline.forward, timeline.backward][: len(simulations)]
+        # The backward begins for all ranks when the last one has ended its forward.
+        parts = [replace(part, total_s=of.total_s) for part, of in zip(parts, simulations, strict=True)]
+        replayed.append(Timeline("replayed", rank, *_both(parts)))
+    return {"measured": measured, "replayed": replayed}
+
+
+def _both(passes: Sequence[PassTimeline]) -> Sequence[PassTimeline]:
+    return [*passes, PassTimeline((), 0.0)][:2]
+
+
+def _pass_timeline(passes: Sequence[RecordedPass], rank: int) -> PassTimeline:
+    since, own = _typical_entry(passes), passes[rank]
+    spans = tuple(span.shifted(own.origin - since) for span in spans_of(own.steps, ()))
+    return PassTimeline(spans, max(one.end for one in passes) - since)
