@@ -1,4 +1,4 @@
-"""The HTML reports: well-formed, whole in themselves, small, without anybody's markup, with the numbers of their JSON."""
+"""The HTML reports: well-formed, whole in themselves, small, free of other markup, with the numbers of their JSON."""
 
 import json
 import os

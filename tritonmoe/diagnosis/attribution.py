@@ -21,7 +21,7 @@ from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of, fit_cos
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
-__all__ = ["Advice", "Attribution", "CauseKind", "Finding", "Gain", "attribute"]
+__all__ = ["Advice", "Attribution", "CauseKind", "Finding", "Gain", "attribute", "calls_before"]
 
 CauseKind = Literal[
     "slow link",
@@ -153,7 +153,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
     if recording.headers[0].get("node_size") is not None:
         raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
-    before = _calls_before(recording)
+    before = calls_before(recording)
     times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
     calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
@@ -271,7 +271,7 @@ def _sizes(call: RecordedCall) -> tuple:
     return (*call.sizes.values(), call.row_bytes, call.other_row_bytes)
 
 
-def _calls_before(recording: Recording) -> dict[int, RecordedCall]:
+def calls_before(recording: Recording) -> dict[int, RecordedCall]:
     """Give by number of a call the one before it, where every pass of that was over when it began."""
     return {
         after.sequence: before
