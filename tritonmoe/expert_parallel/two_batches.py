@@ -11,6 +11,14 @@ from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 
 __all__ = ["two_batches"]
 
+MIXED = "mixed torch.Tensor and DTensor"
+"""What PyTorch says of an operation on parameters of which FSDP2 has gathered some only."""
+LET_GO = (
+    "two_batches met a parameter that isn't gathered. FSDP2 lets go of a block's parameters when the first half leaves "
+    "the block, while the second one is still in it: where a block uses parameters behind its experts, shard it with "
+    "fully_shard(block, reshard_after_forward=False), or apart from its experts"
+)
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -55,4 +63,9 @@ def two_batches(function: Callable[[Part], Result], *halves: Part) -> tuple[Resu
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     if importlib.util.find_spec("greenlet") is None:
         raise ImportError("two_batches needs the package greenlet: pip install 'tritonmoe[two-batches]'")
-    return run_in_turns([partial(function, half) for half in halves])
+    try:
+        return run_in_turns([partial(function, half) for half in halves])
+    except RuntimeError as error:
+        if MIXED in str(error):
+            raise RuntimeError(LET_GO) from error
+        raise
