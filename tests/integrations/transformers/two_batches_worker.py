@@ -1,6 +1,7 @@
 """What every rank of test_two_batches.py runs: `torchrun two_batches_worker.py DIRECTORY CASE...`."""
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,35 @@ def run_copied(name: str, directory: Path) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def run_auto(name: str, directory: Path) -> None:
+    """Both ways are tried and one is kept, the same on both ranks, of which one is slow in other steps."""
+    model = spread(make_model(name))
+    halved = tmt.two_batches(model, "auto")
+    inputs = padded_batch()
+    results = []
+    choices = []
+    for number in range(halved.trial.num_settling + 12):
+        results.append(step(model, inputs))
+        choices.append(halved.choice)
+        time.sleep(0.01 * ((number + rank) % 2))
+    assert_close(results[-1], results[0])
+    for result in results[halved.trial.num_settling :]:
+        assert_close(result, results[0])
+    assert "before two halves are tried" in choices[0]
+    assert sum("trying both ways" in choice for choice in choices) == 8
+    assert "two halves were" in choices[-1]
+    kept = torch.tensor([int(choices[-1].startswith("two halves,"))])
+    both = [torch.empty_like(kept) for _ in range(size)]
+    dist.all_gather(both, kept)
+    assert len({int(one) for one in both}) == 1
+    model.eval()
+    with torch.no_grad():
+        model(inputs["input_ids"], use_cache=False)
+    assert halved.choice.startswith("two halves, ")
+    with pytest.raises(ValueError, match="when must be"):
+        tmt.two_batches(model, "never")
+
+
 def run_trainer(name: str, directory: Path) -> None:
     halves = []
 
@@ -193,6 +223,7 @@ CASES = {
     "whole": run_whole,
     "checkpointed": run_checkpointed,
     "copied": run_copied,
+    "auto": run_auto,
     "trainer": run_trainer,
 }
 

@@ -4,13 +4,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 from tritonmoe.layer import MoELayer
@@ -38,9 +39,11 @@ JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_
 class HalvedForward:
     """A model's forward in two halves; what two_batches() puts in the place of the model's own."""
 
-    def __init__(self, model: Any, transports: tuple[Transport, ...]) -> None:
+    def __init__(self, model: Any, transports: tuple[Transport, ...], trial: HalvesTrial | None) -> None:
         self.model = model
         self.transports = transports
+        self.trial = trial
+        """What decides; None where batches are always halved."""
         self.choice = "there was no forward yet"
         """What the last forward did, and why, in one sentence."""
         self._own = model.__dict__.get("forward")
@@ -61,15 +64,29 @@ class HalvedForward:
     def __call__(self, *positional: Any, **named: Any) -> Any:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
-        whole = self._why_whole(arguments)
+        whole, reason = self._why_whole(arguments), ""
         if not whole:
-            smallest = self._smallest_batch(arguments)
-            if smallest < 2:
-                whole = f"the batch of some rank has {smallest} sequences, and one sequence is not split"
+            whole, reason = self._agree(arguments)
         if whole:
             self.choice = f"one batch: {whole}"
             return self.forward(*positional, **named)
-        return self._run_halves(arguments)
+        return self._run_halves(arguments, reason)
+
+    def _agree(self, arguments: Mapping[str, Any]) -> tuple[str, str]:
+        """Say why all ranks run this batch whole, or why they halve it; the other one is ""."""
+        is_training = self.model.training and torch.is_grad_enabled()
+        trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
+        elapsed_ns = 0 if trial is None else trial.elapsed_ns()
+        told = torch.tensor([-_batch_size(arguments), elapsed_ns], device="cpu")
+        for transport in self.transports:
+            transport.all_reduce(told, "max")
+        smallest, slowest_ns = -int(told[0]), int(told[1])
+        if smallest < 2:
+            return f"the batch of some rank has {smallest} sequences, and one sequence is not split", ""
+        if trial is None:
+            return "", ""
+        is_halved, reason = trial.begin(slowest_ns)
+        return ("", reason) if is_halved else (reason, "")
 
     def _why_whole(self, arguments: Mapping[str, Any]) -> str:
         """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
@@ -82,16 +99,10 @@ class HalvedForward:
             return "use_cache=True asks for one cache of the keys and values of all sequences"
         return ""
 
-    def _smallest_batch(self, arguments: Mapping[str, Any]) -> int:
-        smallest = torch.tensor([_batch_size(arguments)], device="cpu")
-        for transport in self.transports:
-            transport.all_reduce(smallest, "min")
-        return int(smallest)
-
-    def _run_halves(self, arguments: dict[str, Any]) -> Any:
+    def _run_halves(self, arguments: dict[str, Any], reason: str) -> Any:
         size = _batch_size(arguments)
         first = (size + 1) // 2
-        self.choice = f"two halves, of {first} and {size - first} sequences"
+        self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
         if returns_dict is None:
             returns_dict = self.model.config.return_dict
@@ -186,7 +197,7 @@ class _ShareOfLoss:
         return self._function(*positional, **{**named, "num_items_in_batch": self._num_targets})
 
 
-def two_batches(model: nn.Module) -> HalvedForward:
+def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") -> HalvedForward:
     """Let every forward of a model run both halves of its batch at once, each while rows of the other are under way.
 
     The model's experts are spread over ranks (`parallelize`) before; wrappers (DistributedDataParallel, FSDP2, Trainer)
@@ -196,11 +207,17 @@ def two_batches(model: nn.Module) -> HalvedForward:
     of what this gives says which it was. Its remove() gives the model its own forward back. Dropout draws other numbers
     than in one batch. See tritonmoe.two_batches for what can't be done.
 
+    Args:
+        when: "auto" tries both ways for some training steps, once num_chunks="auto" has settled, and keeps halves if
+            steps are faster by at least 2 %; ranks decide alike. No time decides, and batches are halved, under
+            torch.use_deterministic_algorithms and outside of training.
     Raises:
         ValueError: the model's experts are not spread over ranks, or the model was upcycled in place, whose auxiliary
             loss is of the whole batch; in a forward: an argument, loss or result that can't be of two halves.
         TypeError: model is no module. ImportError: transformers or greenlet is missing.
     """
+    if when not in ("always", "auto"):
+        raise ValueError(f'when must be "always" or "auto", got {when!r}')
     check_transformers()
     check_model(model)
     if any(isinstance(module, MoELayer) for module in model.modules()):
@@ -217,7 +234,7 @@ def two_batches(model: nn.Module) -> HalvedForward:
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
         raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
-    halved = HalvedForward(model, tuple(transports))
+    halved = HalvedForward(model, tuple(transports), HalvesTrial(len(states)) if when == "auto" else None)
     model.forward = halved
     return halved
 
