@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from tritonmoe.expert_parallel.halves import NodeOrder
 from tritonmoe.overlap import executor
+from tritonmoe.routing import save_topk
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 
 D, NUM_LAYERS = 16, 3
@@ -301,15 +302,8 @@ class Checkpointed(nn.Module):
         return x
 
 
-def save_products(*_: object, **__: object) -> object:
-    return torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-
-SELECTIVE = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, save_products)
-
-
 @pytest.mark.parametrize("overlap", [tm.OverlapConfig(2), tm.OverlapConfig()], ids=["two-chunks", "auto"])
-@pytest.mark.parametrize("settings", [{}, {"context_fn": SELECTIVE}], ids=["plain", "selective"])
+@pytest.mark.parametrize("settings", [{}, {"context_fn": save_topk}], ids=["plain", "selective"])
 @pytest.mark.parametrize("num_regions", [1, 3])
 def test_checkpointing_has_the_same_bits(num_regions: int, settings: dict, overlap: tm.OverlapConfig) -> None:
     """A recompute runs alone, and is the forward's: dropout between and around the handovers tells.
