@@ -40,7 +40,11 @@ def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
     agreed = agree(call, choice.overlap, choice.message)
     y, report = run(call, agreed)
     choice.learn(call, agreed, report)
+    report.half = runner.half
     if call.layer is not None:
+        before = call.layer.last_report
+        if report.half == 2 and before is not None and before.half == 1:
+            report.first_half = before
         call.layer.last_report = report
     return y
 

@@ -128,6 +128,12 @@ class PassReport:
         """Whether the pass has ended, so that reading it waits for nothing."""
         return not isinstance(self._end, torch.cuda.Event) or self._end.query()
 
+    def seconds_behind(self, other: "PassReport") -> float:
+        """Give how long after another pass on this device this one started."""
+        other._wait_until_over()
+        self._wait_until_over()
+        return other._seconds(self._origin)
+
     def _wait_until_over(self) -> None:
         """Wait for this pass, whose marks stand on one stream, and not for what is enqueued behind it."""
         if isinstance(self._end, torch.cuda.Event):
@@ -198,6 +204,11 @@ class LayerReport:
     one. All else here is of the second run, whose results are the call's."""
     rows_between_nodes: int | None = None
     """How many rows this rank sends to other nodes in the forward's dispatch, on a TwoLevelTransport."""
+    half: int = 0
+    """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch. The times of a half's pass hold
+    what the other half did in between."""
+    first_half: "LayerReport | None" = None
+    """Of a second half: the report of the first half's call of this layer."""
 
     @property
     def home_offsets(self) -> tuple[int, ...]:
