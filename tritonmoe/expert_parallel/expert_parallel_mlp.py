@@ -86,10 +86,10 @@ class _AsFunction:
 class _InHalf(_AsFunction):
     """A Runner that runs a call of half a batch in three Functions, and a second run of the same call in one."""
 
-    def __init__(self, owners: PerWeight[Tensor], half: Half[Any]) -> None:
+    def __init__(self, owners: PerWeight[Tensor], half: Half) -> None:
         super().__init__(owners)
         self.half = half.number
-        self._waiting: Half[Any] | None = half
+        self._waiting: Half | None = half
 
     def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
         half, self._waiting = self._waiting, None

@@ -10,7 +10,7 @@ import contextvars
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ __all__ = ["Half", "NodeOrder", "current_half", "keep_for_this_half", "run_in_tu
 
 Result = TypeVar("Result")
 
-_current: "contextvars.ContextVar[Half[Any] | None]" = contextvars.ContextVar("tritonmoe_half", default=None)
+_current: "contextvars.ContextVar[Half | None]" = contextvars.ContextVar("tritonmoe_half", default=None)
 """Every greenlet has a context of its own."""
 
 
@@ -51,10 +51,10 @@ class NodeOrder:
         self._task, self._latest = task, number
 
 
-class Half(Generic[Result]):
+class Half:
     """One of the two, and where it is."""
 
-    def __init__(self, function: Callable[[], Result], number: int, nodes: NodeOrder) -> None:
+    def __init__(self, function: Callable[[], object], number: int, nodes: NodeOrder) -> None:
         from greenlet import greenlet
 
         self.number = number
@@ -64,11 +64,11 @@ class Half(Generic[Result]):
         """What tells apart the layers that it has called, in their order."""
         self.has_ended = False
         self.is_closed = False
-        self.result: Result
-        self.sibling: Half[Result]
+        self.result: Any
+        self.sibling: Half
         self.state: ThreadState
         """Of the thread, when this half was left."""
-        self.kept: dict[tuple[int, str], tuple[object, Any]] = {}
+        self.kept: dict[tuple[int, str], tuple[object, object]] = {}
         """By object and name: attributes that the halves set on what they share, and this half's values."""
         self._function = function
         self.greenlet = greenlet(self._run)
@@ -142,7 +142,7 @@ class Half(Generic[Result]):
                 self.greenlet.throw(GreenletExit(f"the other half of the batch raised {type(error).__name__}: {error}"))
 
 
-def current_half() -> Half[Any] | None:
+def current_half() -> Half | None:
     """Give the half that runs now; None outside of two batches."""
     return _current.get()
 

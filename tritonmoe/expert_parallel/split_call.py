@@ -167,7 +167,7 @@ def _token(like: Tensor) -> Tensor:
 
 
 def run_split_call(
-    half: Half[Any], call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]
+    half: Half, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]
 ) -> Tensor:
     """Run a planned call of half a batch, and the other half between its phases; give its result (T, D)."""
     x, topk_ids, topk_weights, weights = inputs
@@ -182,7 +182,7 @@ def run_split_call(
         return _End.apply(split, token)
 
 
-def begin_half_call(half: Half[Any], arguments: CallArguments) -> None:
+def begin_half_call(half: Half, arguments: CallArguments) -> None:
     """Check that half a batch can make this call here, before anything of it is sent.
 
     Raises:

@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 
 __all__ = ["ThreadState"]
 
-Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ThreadState:
     autocast_cache: bool
     saved_tensors_hooks: tuple[Hooks, ...]
     """The outermost first, as in the next two."""
-    function_modes: tuple[Any, ...]
-    dispatch_modes: tuple[Any, ...]
+    function_modes: tuple[object, ...]
+    dispatch_modes: tuple[object, ...]
     compiler: Any
     """What torch.compile has put in the place of the interpreter's own way to run a frame."""
     generators: tuple[tuple[torch.Generator, Tensor], ...]
@@ -128,10 +128,10 @@ def _put_saved_tensors_hooks(hooks: tuple[Hooks, ...]) -> None:
 
 
 def _put_modes(
-    modes: tuple[Any, ...],
+    modes: tuple[object, ...],
     length: Callable[[], int],
-    at: Callable[[int], Any],
-    pop: Callable[[], Any],
+    at: Callable[[int], object],
+    pop: Callable[[], object],
     push: Callable[[Any], None],
 ) -> None:
     """Make these the modes of a stack, which the other arguments read and change."""

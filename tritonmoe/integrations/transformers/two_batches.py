@@ -2,9 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from tritonmoe.transports import Transport
 
 __all__ = ["HalvedForward", "two_batches"]
 
+Arguments: TypeAlias = dict[str, Any]
+"""The arguments of a model's forward, by name."""
 SPLIT = (
     "input_ids",
     "inputs_embeds",
@@ -72,7 +74,7 @@ class HalvedForward:
             return self.forward(*positional, **named)
         return self._run_halves(arguments, reason)
 
-    def _agree(self, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    def _agree(self, arguments: Arguments) -> tuple[str, str]:
         """Say why all ranks run this batch whole, or why they halve it; the other one is ""."""
         is_training = self.model.training and torch.is_grad_enabled()
         trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
@@ -88,7 +90,7 @@ class HalvedForward:
         is_halved, reason = trial.begin(slowest_ns)
         return ("", reason) if is_halved else (reason, "")
 
-    def _why_whole(self, arguments: Mapping[str, Any]) -> str:
+    def _why_whole(self, arguments: Arguments) -> str:
         """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
         if any(arguments.get(name) is not None for name in CACHES):
             return "the keys and values of earlier tokens are in one cache"
@@ -99,7 +101,7 @@ class HalvedForward:
             return "use_cache=True asks for one cache of the keys and values of all sequences"
         return ""
 
-    def _run_halves(self, arguments: dict[str, Any], reason: str) -> Any:
+    def _run_halves(self, arguments: Arguments, reason: str) -> Any:
         size = _batch_size(arguments)
         first = (size + 1) // 2
         self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
@@ -121,7 +123,7 @@ class HalvedForward:
         return joined if returns_dict else joined.to_tuple()
 
     @contextmanager
-    def _loss_over_whole_batch(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def _loss_over_whole_batch(self, arguments: Arguments) -> Iterator[None]:
         """Let the model's loss of a half be its share of the mean over all target tokens of the batch."""
         from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -147,10 +149,10 @@ class HalvedForward:
                 "can't weigh the halves: leave out `labels`, and compute the loss of the logits"
             )
 
-    def _join(self, outputs: tuple[Any, ...], arguments: Mapping[str, Any]) -> Any:
+    def _join(self, outputs: tuple[Any, ...], arguments: Arguments) -> Any:
         """Give one output of the halves' outputs."""
         first, second = outputs
-        joined: dict[str, Any] = {}
+        joined: Arguments = {}
         for name in first:
             parts = first[name], second[name]
             if name in ("loss", "aux_loss") or parts[0] is None:
@@ -167,7 +169,7 @@ class HalvedForward:
             self._join_aux_loss(joined, first["aux_loss"] + second["aux_loss"], arguments)
         return type(first)(**joined)
 
-    def _join_aux_loss(self, joined: dict[str, Any], of_halves: Tensor, arguments: Mapping[str, Any]) -> None:
+    def _join_aux_loss(self, joined: Arguments, of_halves: Tensor, arguments: Arguments) -> None:
         """Put in the auxiliary loss of the whole batch, which is no mean of the halves', and into the loss too."""
         model: Any = self.model
         function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
@@ -239,9 +241,9 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
     return halved
 
 
-def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> dict[str, Any]:
+def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
     """Give the arguments by name, those in **kwargs too."""
-    flat: dict[str, Any] = {}
+    flat: Arguments = {}
     for name, value in given.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
@@ -253,16 +255,16 @@ def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> dict[s
     return flat
 
 
-def _batch_size(arguments: Mapping[str, Any]) -> int:
+def _batch_size(arguments: Arguments) -> int:
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(arguments.get(name), Tensor):
             return arguments[name].shape[0]
     raise ValueError("two_batches needs input_ids or inputs_embeds to see how many sequences the batch has")
 
 
-def _split(arguments: Mapping[str, Any], size: int, first: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Arguments]:
     """Give each half's own arguments; those of one sequence are for all."""
-    halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    halves: tuple[Arguments, Arguments] = {}, {}
     for name, value in arguments.items():
         if name in SHARED or value is None or isinstance(value, bool | int | float | str):
             continue
@@ -278,7 +280,7 @@ def _split(arguments: Mapping[str, Any], size: int, first: int) -> tuple[dict[st
     return halves
 
 
-def _num_targets(arguments: Mapping[str, Any]) -> Tensor | int:
+def _num_targets(arguments: Arguments) -> Tensor | int:
     """Give how many tokens of the whole batch have a target."""
     given = arguments.get("num_items_in_batch")
     if given is not None:
