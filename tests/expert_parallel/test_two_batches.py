@@ -409,3 +409,26 @@ def test_callable_activations_and_saved_inputs() -> None:
         whole_and_halves(transport, tm.OverlapConfig(2), activation=Gate())
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("what", ["parts", "all-but-the-layers"])
+def test_what_stands_around_the_layers_may_be_compiled(what: str) -> None:
+    """On one rank: some releases can't compile in two threads at once."""
+
+    def on_rank(transport: Transport) -> None:
+        model, x = make_model(transport, tm.OverlapConfig(2)), batch_of(0)
+        expected = step(model, x, [2, 4])
+        run = partial(loss_of, model)
+        if what == "parts":
+            for block in model:
+                block.dense.compile(backend="eager")
+        else:
+            for block in model:
+                block.moe.forward = torch.compiler.disable(block.moe.forward)
+            run = torch.compile(run, backend="eager")
+        for _ in range(2):
+            assert_close(step(model, x, [2, 4], run), expected)
+        assert_close(step(model, x, None, run), step(model, x, None))
+        assert torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
+
+    tm.run_on_emulated_ranks(on_rank, 1, timeout_s=60)
