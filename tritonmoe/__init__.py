@@ -9,6 +9,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.expert_parallel.two_batches import two_batches
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
@@ -41,4 +42,5 @@ __all__ = [
     "parallelize",
     "run_on_emulated_ranks",
     "transports",
+    "two_batches",
 ]

@@ -16,6 +16,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.halves import keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
@@ -423,6 +424,8 @@ class MoELayer(nn.Module):
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
         self.aux_loss = auxiliary_loss(routing, self.config, self.experts.sum_over_ranks if is_global else None)
+        if not torch.compiler.is_compiling():
+            keep_for_this_half(self, "aux_loss", "last_routing")
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule, phase_ends
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind, Way
 
 CHUNKS = (1, 2, 3, 32)
@@ -435,3 +435,18 @@ def test_a_kind_is_equal_to_its_name() -> None:
     assert json.dumps({StepKind.EXPERTS: StepKind.WEIGHT_GRAD}) == '{"experts": "weight_grad"}'
     with pytest.raises(ValueError, match="expert"):
         StepKind.named("expert")
+
+
+@pytest.mark.parametrize("plan", [OverlapPlan(), OverlapPlan((1, 2, 1), window=1), OverlapPlan((1, 1), serial=True)])
+def test_phases_of_a_pass(plan: OverlapPlan) -> None:
+    """Between them another half of a batch runs: exchanges are posted before it, and waited for behind it."""
+    passes = [build_forward(plan, num_fillers=2)]
+    passes += [build_backward(plan, needs_x=x, needs_topk_weights=w) for x in (True, False) for w in (True, False)]
+    for schedule in passes:
+        first, second = phase_ends(schedule)
+        posts, computes, sums = schedule[:first], schedule[first:second], schedule[second:]
+        assert all(step.lane == "comm" or step.kind is StepKind.FILLER for step in posts)
+        assert not any(step.after for step in posts)
+        assert all(step.kind.is_sum_of_returned for step in sums)
+        assert any(step.lane == "compute" for step in computes)
+    assert passes[0][0].kind is StepKind.METADATA

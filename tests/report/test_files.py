@@ -75,6 +75,36 @@ def test_timeline_of_a_layer():
         check_lanes(timeline)
 
 
+def test_timeline_of_two_batches(tmp_path):
+    """Both halves stand on one time line: one's exchanges over the other's computation, in both passes."""
+    config = tm.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+
+    def run(transport):
+        generator = torch.Generator().manual_seed(0)
+        layer = tm.MoELayer(config, transport, tm.OverlapConfig(1, local_first=False), generator=generator)
+        x = torch.randn(12, 16, generator=generator).requires_grad_()
+        sum(tm.two_batches(lambda half: layer(half).sum(), x[:5], x[5:])).backward()
+        assert layer.last_report.half == 2
+        assert layer.last_report.first_half.half == 1
+        assert layer.last_report.first_half.first_half is None
+        return layer_timeline("two batches", layer.last_report)
+
+    timelines = tm.run_on_emulated_ranks(run, 2, link=tm.LinkModel(0.001))
+    for timeline in timelines:
+        check_lanes(timeline)
+        computed = [(span.kind, span.half) for span in timeline.spans if span.lane == "compute"]
+        forward = [("group", 1), ("experts", 1), ("group", 2), ("experts", 2), ("reduce", 1), ("reduce", 2)]
+        assert computed[:6] == forward
+        backward = [(span.kind, span.half) for span in timeline.backward.spans if span.lane == "compute"]
+        assert backward[:4] == [
+            *(("experts_backward", 2), ("weight_grad", 2)),
+            *(("experts_backward", 1), ("weight_grad", 1)),
+        ]
+        assert {"dispatch 0 of half 1", "dispatch 0 of half 2"} <= {span.name for span in timeline.spans}
+    write_chrome_trace(tmp_path / "trace.json", {"two batches": timelines})
+    write_png(tmp_path / "lanes.png", [[1, 2], [3, 4]], timelines, title="two batches")
+
+
 def check_lanes(timeline):
     """Steps of a lane follow one another, within the time that is drawn."""
     for lane in timeline.lanes:

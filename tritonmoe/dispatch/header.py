@@ -110,6 +110,8 @@ class CallHeader(NamedTuple):
     """Whether rows had no room in a replay of a CUDA graph before this call."""
     captured: int = 0
     """Whether a CUDA graph is capturing this rank's call."""
+    half: int = 0
+    """Which half of a batch in two_batches this call is of, 1 or 2; 0 for a whole batch."""
     compiled: int = 0
     """Whether this rank's call stands in a compiled graph, which has a backward only if this rank needs gradients."""
     auto: int = 0

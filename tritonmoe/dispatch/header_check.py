@@ -82,6 +82,7 @@ SAME_CALL = (
         ("num_backwards", "last_backward", "backwards"),
         _backwards_words,
     ),
+    Compared("which part of a batch this layer call is of", ("half",), _one_of(("all of it", "half 1", "half 2"))),
     _field("num_experts"),
     _field("top_k"),
     _field("hidden_size"),

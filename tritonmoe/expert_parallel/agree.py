@@ -128,6 +128,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         needs_any=int(needs.any),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
+        half=call.runner.half,
         compiled=int(call.runner.is_compiled),
         captured=int(call.is_captured),
         replay_overflowed=int(is_replay_wrong),

@@ -28,6 +28,7 @@ from tritonmoe.experts.callable_activation import ActivationGraph
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping, RowSources
+from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
@@ -40,6 +41,8 @@ __all__ = [
     "ReceivedExperts",
     "Runner",
     "SavedTensors",
+    "backward_phases",
+    "forward_phases",
     "group_received",
     "run_backward",
     "run_forward",
@@ -137,6 +140,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def half(self) -> int:
+        """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch."""
+        ...
+
+    @property
     def grad_enabled(self) -> bool:
         """Whether the call was made with gradients enabled."""
         ...
@@ -190,6 +198,11 @@ class CallGradients(NamedTuple):
 
 def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor, ExpertsRun, Kept]:
     """Give out (T, D), the experts' run, whose rows, topk_weights and h are for a backward to save, and the rest."""
+    return run_all_phases(forward_phases(call, inputs))
+
+
+def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tuple[Tensor, ExpertsRun, Kept]]:
+    """Do what run_forward() does, in three phases."""
     x, topk_ids, topk_weights, weights = inputs
     settings, plan = call.settings, call.plan
     keep_hidden = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
@@ -197,7 +210,7 @@ def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor,
     make_experts = call.make_experts(weights, keep_hidden)
     layer_pass = ForwardPass(exchanges, make_experts, x, topk_ids, topk_weights, call.fillers)
     with _in_the_middle(call):
-        out, timings = layer_pass.run()
+        out, timings = yield from layer_pass.phases()
     run, inner_plan = call.after_forward(layer_pass.experts, timings)
     call.report = LayerReport(
         call.all_ranks.rank,
@@ -231,6 +244,13 @@ def run_backward(
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
     """
+    return run_all_phases(backward_phases(call, kept, saved, dout, needs_weights))
+
+
+def backward_phases(
+    call: ExpertParallelCall, kept: Kept, saved: SavedTensors, dout: Tensor, needs_weights: PerWeight[bool]
+) -> Phases[CallGradients]:
+    """Do what run_backward() does, in three phases."""
     entered_at = time.perf_counter()
     state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
@@ -257,7 +277,7 @@ def run_backward(
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
     layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
     with _in_the_middle(call):
-        dx, dtopk_weights, grads, timings = layer_pass.run(agreement)
+        dx, dtopk_weights, grads, timings = yield from layer_pass.phases(agreement)
     state.note_backward(call.header.sequence)
     call.after_backward(experts, timings)
     times = None if agreement is None else agreement.times

@@ -12,8 +12,10 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import ExpertParallelCall, SavedTensors, run_backward, run_forward
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
+from tritonmoe.expert_parallel.halves import Half, current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
 from tritonmoe.expert_parallel.run import run_call
+from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
 from tritonmoe.experts.spec import expert_spec
@@ -65,6 +67,7 @@ class _AsFunction:
     """A Runner that runs a call as an autograd Function."""
 
     is_compiled = False
+    half = 0
 
     def __init__(self, owners: PerWeight[Tensor]) -> None:
         self.grad_enabled = torch.is_grad_enabled()
@@ -78,6 +81,21 @@ class _AsFunction:
         # A rank that needs no gradient itself still takes part in the others' backward.
         anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
         return _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
+
+
+class _InHalf(_AsFunction):
+    """A Runner that runs a call of half a batch in three Functions, and a second run of the same call in one."""
+
+    def __init__(self, owners: PerWeight[Tensor], half: Half) -> None:
+        super().__init__(owners)
+        self.half = half.number
+        self._waiting: Half | None = half
+
+    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
+        half, self._waiting = self._waiting, None
+        if half is None:
+            return super().run(call, inputs, activation_parameters)
+        return run_split_call(half, call, inputs, activation_parameters)
 
 
 def expert_parallel_mlp(
@@ -159,7 +177,11 @@ def _run_eagerly(arguments: CallArguments) -> Tensor:
     if is_transformed():
         refuse(arguments.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
-    return run_call(arguments, _AsFunction(arguments.inputs.weights))
+    half = current_half()
+    if half is None:
+        return run_call(arguments, _AsFunction(arguments.inputs.weights))
+    begin_half_call(half, arguments)
+    return run_call(arguments, _InHalf(arguments.inputs.weights, half))
 
 
 @outside_graphs

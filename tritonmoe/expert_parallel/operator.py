@@ -26,7 +26,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.call import ExpertParallelCall, SavedTensors, run_backward, run_forward
 from tritonmoe.expert_parallel.call_spec import CallArguments, decode, encode
+from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.run import run_call
+from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs, Needs
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, num_products, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes, refuse_second_derivative
@@ -35,11 +37,18 @@ from tritonmoe.runtime.handles import find, hold
 
 __all__ = ["expert_parallel_operator"]
 
+IN_GRAPH = (
+    "two_batches can't run a model whose expert-parallel layers stand in a compiled graph, which can't be left in its "
+    "middle for the other half of the batch: compile the parts around them (torch.compile(block.attention)), or leave "
+    "them out (torch.compiler.disable(layer))"
+)
+
 
 class _InOperator:
     """A Runner that keeps what the backward operator needs behind a handle, `kept`."""
 
     is_compiled = True
+    half = 0
     owners = None
 
     def __init__(self, grad_enabled: bool, needs: list[bool]) -> None:
@@ -77,6 +86,9 @@ def _expert_parallel_mlp(
     """Give out (T, D), `kept`, and `turn`. needs: Needs.as_list()."""
     inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias))
     calling = None if layer is None else find(layer)
+    if current_half() is not None:
+        refuse(find(turn))
+        raise RuntimeError(IN_GRAPH)
     runner = _InOperator(grad_enabled, needs)
     with torch.no_grad(), without_autocast(x.device):
         out = run_call(CallArguments(decode(spec), find(turn), inputs, calling, num_nonfinite_rows), runner)

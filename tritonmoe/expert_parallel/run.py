@@ -19,10 +19,14 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 from tritonmoe.tuning.votes import Message
 
 __all__ = ["run_call"]
+
+HALF_NUM_CHUNKS = 2
+"""How many chunks a call of half a batch has under num_chunks="auto"."""
 
 
 def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
@@ -36,7 +40,11 @@ def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
     agreed = agree(call, choice.overlap, choice.message)
     y, report = run(call, agreed)
     choice.learn(call, agreed, report)
+    report.half = runner.half
     if call.layer is not None:
+        before = call.layer.last_report
+        if report.half == 2 and before is not None and before.half == 1:
+            report.first_half = before
         call.layer.last_report = report
     return y
 
@@ -51,17 +59,16 @@ class Choice(NamedTuple):
     """None for a plan that was given."""
     kind: tuple = ()
     """Of the call, as in TransportState.choosers."""
-    is_recompute: bool = False
-    """Whether it is the plan of the forward that activation checkpointing runs again."""
+    reason: str = ""
+    """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 
     def learn(self, call: CheckedCall, agreed: ExpertParallelCall, report: LayerReport) -> None:
         """Give the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.chooser is None:
             return
-        if self.is_recompute:
-            report.choice = "the plan of the forward that is recomputed"
-            return
-        if call.is_captured:  # it has no times, and no later call may read its events
+        if self.reason:
+            report.choice = self.reason
+        elif call.is_captured:  # it has no times, and no later call may read its events
             report.choice = self.chooser.choice
         else:
             messages = [Message.of(header) for header in agreed.plan.headers]
@@ -77,11 +84,18 @@ def choose_plan(call: CheckedCall) -> Choice:
         return Choice(overlap, Message())
     kind, chooser = find_chooser(call, overlap)
     again = call.state.plan_to_recompute(kind) if is_recomputing() else None
-    plan = chooser.plan() if again is None else again
-    message = chooser.message() if again is None and not call.is_captured else Message()
+    message, reason = Message(), ""
+    if again is not None:
+        plan, reason = again, "the plan of the forward that is recomputed"
+    elif call.runner.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
+        plan = fixed_plan(overlap, HALF_NUM_CHUNKS, call.transport.size)
+        reason = f"{plan}: the other half of the batch hides most, and the chunks the first and the last exchange"
+    else:
+        plan = chooser.plan()
+        message = message if call.is_captured else chooser.message()
     if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
         plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
-    return Choice(plan, message, chooser, kind, is_recompute=again is not None)
+    return Choice(plan, message, chooser, kind, reason)
 
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:

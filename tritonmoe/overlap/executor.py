@@ -4,17 +4,22 @@ The same loop serves every transport and device: the only place where it meets c
 PendingExchange.wait(). What a step does is in the passes (overlap/layer_pass.py, overlap/node_pass.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from typing import TypeVar
 
 import torch
 
 from tritonmoe.errors import TransportError
 from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks, mark
-from tritonmoe.overlap.schedule import Schedule
+from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
 
-__all__ = ["Actions", "execute"]
+__all__ = ["Actions", "Phases", "execute", "execute_in_phases", "run_all_phases"]
+
+Result = TypeVar("Result")
+Phases = Generator[None, None, Result]
+"""Work that can be left twice, after its first and after its second phase, and goes on where it was left."""
 
 Actions = Mapping[StepKind, Callable[..., PendingExchange | None]]
 """What a step of each kind does: it takes the step's chunk, unless the step is of the whole layer, and gives back the
@@ -23,9 +28,26 @@ exchange that it posted, if its lane is comm."""
 
 def execute(schedule: Schedule, actions: Actions, device: torch.device) -> PassReport:
     """Run the steps in order, and give their timings."""
+    return run_all_phases(execute_in_phases(schedule, actions, device))
+
+
+def run_all_phases(phases: Phases[Result]) -> Result:
+    """Run all phases, one behind the other, and give the result."""
+    while True:
+        try:
+            next(phases)
+        except StopIteration as end:
+            return end.value
+
+
+def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device) -> Phases[PassReport]:
+    """Do what execute() does, in three phases: see schedule.phase_ends()."""
     report = PassReport(device)
     posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
+    ends = phase_ends(schedule)
     for position, step in enumerate(schedule):
+        for _ in range(ends.count(position)):
+            yield
         for earlier in step.after:
             if earlier in posted:
                 report.exchanges.append(_wait(schedule[earlier], *posted.pop(earlier), device))
@@ -35,6 +57,8 @@ def execute(schedule: Schedule, actions: Actions, device: torch.device) -> PassR
             report.computed.append(StepMarks(step, started, mark(device)))
         else:
             posted[position] = (started, mark(device), pending)
+    for _ in range(ends.count(len(schedule))):
+        yield
     report.end()
     return report
 

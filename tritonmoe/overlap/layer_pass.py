@@ -12,7 +12,7 @@ from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.overlap.executor import Actions, execute
+from tritonmoe.overlap.executor import Actions, Phases, execute_in_phases, run_all_phases
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
@@ -90,8 +90,13 @@ class ForwardPass:
 
     def run(self) -> tuple[Tensor, PassReport]:
         """Give y (T, D), and the timings."""
+        return run_all_phases(self.phases())
+
+    def phases(self) -> Phases[tuple[Tensor, PassReport]]:
+        """Do what run() does, in three phases."""
         schedule = build_forward(self.plan.overlap, len(self.fillers))
-        return self.out, execute(schedule, self.actions(), self.x.device)
+        report = yield from execute_in_phases(schedule, self.actions(), self.x.device)
+        return self.out, report
 
     def actions(self) -> Actions:
         return {
@@ -198,6 +203,10 @@ class BackwardPass:
         agreement: the exchange in which ranks agree on this backward, under way while the buffers are made and the
             first chunk's rows are packed; no row is posted before it has ended.
         """
+        return run_all_phases(self.phases(agreement))
+
+    def phases(self, agreement: BackwardAgreement | None = None) -> Phases[LayerGrads]:
+        """Do what run() does, in three phases."""
         plan = self.plan
         schedule = build_backward(
             plan.overlap,
@@ -209,7 +218,7 @@ class BackwardPass:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
-        report = execute(schedule, self.actions(), self.dout.device)
+        report = yield from execute_in_phases(schedule, self.actions(), self.dout.device)
         dx = self.dx if plan.needs_x else None
         dtopk_weights = self.dtopk_weights if plan.needs_topk_weights else None
         return LayerGrads(dx, dtopk_weights, self.weight_grads, report)

@@ -148,6 +148,12 @@ class PassReport:
         """Whether the pass has ended, so that reading it waits for nothing."""
         return not isinstance(self._end, torch.cuda.Event) or self._end.query()
 
+    def seconds_behind(self, other: "PassReport") -> float:
+        """Give how long after another pass on this device this one started."""
+        other._wait_until_over()
+        self._wait_until_over()
+        return other._seconds(self._origin)
+
     def _wait_until_over(self) -> None:
         """Wait for this pass, whose marks stand on one stream, and not for what is enqueued behind it."""
         if isinstance(self._end, torch.cuda.Event):
@@ -222,6 +228,11 @@ class LayerReport:
     """When this rank came to the call, and when it had everybody's counts."""
     backward_marks: CallMarks | None = None
     """The same of the backward; None where it began without an agreement."""
+    half: int = 0
+    """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch. The times of a half's pass hold
+    what the other half did in between."""
+    first_half: "LayerReport | None" = None
+    """Of a second half: the report of the first half's call of this layer."""
 
     @property
     def home_offsets(self) -> tuple[int, ...]:

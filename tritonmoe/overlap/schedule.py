@@ -25,7 +25,7 @@ from functools import lru_cache
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind
 
-__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "check_schedule"]
+__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "check_schedule", "phase_ends"]
 
 Schedule = tuple[Step, ...]
 
@@ -236,3 +236,18 @@ def build_inside(step: Step, *, needs_x: bool) -> Schedule:
         routing = builder.add(StepKind.NODE_ROUTING_BACKWARD, c, experts)
         builder.add(StepKind.NODE_REDUCE_ROUTING_BACKWARD, c, routing)
     return builder.build()
+
+
+def phase_ends(schedule: Schedule) -> tuple[int, int]:
+    """Give the positions behind the first and the second of a pass's three phases, where other work may run.
+
+    The first posts the exchanges that need no other step, and runs what a caller gave to run under them; the second
+    computes and posts all others; the third are the sums that end the schedule, of what the last exchanges bring.
+    """
+    first = 0
+    while first < len(schedule) and (schedule[first].lane == "comm" or schedule[first].kind is StepKind.FILLER):
+        first += 1
+    last = len(schedule)
+    while last > first and schedule[last - 1].kind.is_sum_of_returned:
+        last -= 1
+    return first, last

@@ -112,6 +112,11 @@ class StepKind(str, Enum):
         return StepKind[self.name.removeprefix("NODE_")]
 
     @property
+    def is_sum_of_returned(self) -> bool:
+        """Whether it sums, on the rank that has a token, what the other ranks returned."""
+        return self.twin.name.startswith("REDUCE")
+
+    @property
     def adjoint(self) -> "StepKind | None":
         """The kind with which the gradients of what this one moves or computes go the other way; None without one."""
         found = _ADJOINTS.get(self.twin)

@@ -40,6 +40,8 @@ class Span:
     end_s: float
     posted_s: float
     """When the step was issued; for a step on the compute lane that is its start."""
+    half: int = 0
+    """Which half of a batch in two_batches the step is of, 1 or 2; 0 for a whole batch."""
 
     def shifted(self, offset_s: float) -> "Span":
         """Give the same span so many seconds later."""
@@ -112,19 +114,41 @@ class Timed(Protocol):
     def end_s(self) -> float: ...
 
 
-def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...]:
-    """Give the spans of steps, lane by lane; inside: of those that they do inside the node."""
-    spans = []
+def _halves_timeline(reports: Sequence[PassReport]) -> PassTimeline:
+    """Give the steps of both halves' passes, the first half's first, on one time line."""
+    first, second = reports
+    second_s = second.seconds_behind(first)
+    starts_s = max(0.0, -second_s), max(0.0, second_s)
+    marked = []
+    for half, (report, start_s) in enumerate(zip(reports, starts_s, strict=True), 1):
+        spans = spans_of(report.steps, report.steps_inside)
+        marked += [replace(span.shifted(start_s), half=half, name=f"{span.name} of half {half}") for span in spans]
+    ended_s = max(report.total_s + start_s for report, start_s in zip(reports, starts_s, strict=True))
+    return PassTimeline(_without_overlaps(marked), ended_s)
+
+
+def _without_overlaps(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Give spans lane by lane, in the order in which they were posted, each behind the end of the one before."""
+    placed = []
     for lane in LANES:
         reached_s = 0.0
-        timings = inside if lane == NODE else [timing for timing in steps if timing.step.lane == lane]
-        for timing in sorted(timings, key=lambda timing: timing.start_s):
-            start_s = max(timing.start_s, reached_s)
+        for span in sorted((span for span in spans if span.lane == lane), key=lambda span: span.posted_s):
+            start_s = max(span.posted_s, reached_s)
             # A small exchange may arrive just before the one that it was posted after: it is shown as a point.
-            reached_s = max(start_s, timing.end_s)
-            step = timing.step
-            spans.append(Span(str(step), str(step.kind), step.chunk, lane, start_s, reached_s, timing.start_s))
-    return tuple(spans)
+            reached_s = max(start_s, span.end_s)
+            placed.append(replace(span, start_s=start_s, end_s=reached_s))
+    return tuple(placed)
+
+
+def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...]:
+    """Give the spans of steps, lane by lane; inside: of those that they do inside the node."""
+    lanes = [*((timing.step.lane, timing) for timing in steps), *((NODE, timing) for timing in inside)]
+    return _without_overlaps(
+        [
+            Span(str(of.step), str(of.step.kind), of.step.chunk, lane, of.start_s, of.end_s, of.start_s)
+            for lane, of in lanes
+        ]
+    )
 
 
 def simulated_timeline(name: str, rank: int, passes: Sequence[Simulation]) -> Timeline:
@@ -142,6 +166,12 @@ def _timings(steps: Sequence[SimulatedStep], rank: int) -> list[StepTiming]:
 
 
 def layer_timeline(name: str, report: LayerReport) -> Timeline:
-    """Give the timeline of a layer's last call; without a backward that part is empty."""
+    """Give the timeline of a layer's last call, in two_batches of both halves; without a backward its part is empty."""
+    first = report.first_half
+    if first is not None:
+        backward = PassTimeline((), 0.0)
+        if first.backward is not None and report.backward is not None:
+            backward = _halves_timeline([first.backward, report.backward])
+        return Timeline(name, report.rank, _halves_timeline([first.forward, report.forward]), backward)
     backward = PassTimeline((), 0.0) if report.backward is None else pass_timeline(report.backward)
     return Timeline(name, report.rank, pass_timeline(report.forward), backward)

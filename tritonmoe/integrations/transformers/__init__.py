@@ -9,6 +9,7 @@ from tritonmoe.integrations.transformers.patching import PatchReport, patch
 from tritonmoe.integrations.transformers.registration import register
 from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMERS
 from tritonmoe.integrations.transformers.statistics import ModelStatistics, collect_statistics
+from tritonmoe.integrations.transformers.two_batches import HalvedForward, two_batches
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.inplace import aux_loss
 from tritonmoe.integrations.transformers.upcycle.saved import load_upcycled
@@ -17,6 +18,7 @@ from tritonmoe.integrations.transformers.upcycle.upcycle import UpcycleReport, u
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "MINIMUM_TRANSFORMERS",
+    "HalvedForward",
     "ModelStatistics",
     "PatchReport",
     "UpcycleReport",
@@ -26,6 +28,7 @@ __all__ = [
     "parallelize",
     "patch",
     "register",
+    "two_batches",
     "upcycle",
     "upcycle_checkpoint",
     "verify_upcycle",

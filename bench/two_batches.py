@@ -1,0 +1,199 @@
+"""`python -m bench.two_batches --netns 2`: a model's training step in two halves at once, and whole, on slow links.
+
+Forward and backward of a Qwen3-MoE-like model whose experts are spread over ranks, every rank with its own sequences,
+dense weights replicated and not reduced. In network namespaces on this machine, one core and one thread each. Variants
+run in interleaved rounds, at every rate and on a link that is not shaped: two batches at once, one batch with overlap
+inside its layers, one batch with none, and, without any exchange, the unspread model on one device.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tritonmoe.benchmarks.argument_types import chunk_count, positive, positive_number
+from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
+from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
+from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.ranks import slowest
+from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
+from tritonmoe.benchmarks.workload import DTYPES
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.integrations import transformers as tmt
+from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.sharding import STATE, expert_parallel_state
+from tritonmoe.runtime.files import Json
+from tritonmoe.transports import ProcessGroupTransport
+from tritonmoe.transports.torchrun import torchrun_ranks
+
+__all__ = ["main"]
+
+UNSHAPED = "40gbit"
+WARM_UP = 7
+"""Steps until "auto" has chosen the chunks of a whole batch: it takes about twenty calls, a step makes one a layer."""
+SETTLED = 2
+"""Steps of every variant that are not counted, after each change of the link's rate."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.two_batches", description=__doc__)
+    parser.add_argument("--netns", type=positive, default=2, metavar="N", help="N network namespaces (default 2)")
+    parser.add_argument("--rates", nargs="+", default=["1gbit", "400mbit", "200mbit", "100mbit"])
+    parser.add_argument("--sequences", type=positive, default=4, help="of each rank (default 4)")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a sequence (default 256)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--half-chunks", type=chunk_count, help="of a call of half a batch; the default is its own")
+    parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
+    add_model_sizes(parser)
+    add_arguments(parser, rounds=9)
+    return parser
+
+
+class Step:
+    """A training step of this rank, in each variant."""
+
+    def __init__(self, arguments: argparse.Namespace, transport: ProcessGroupTransport) -> None:
+        sizes, dtype = model_sizes(arguments), DTYPES[arguments.dtype]
+        self.alone: Any = qwen3_moe_model(sizes, dtype=dtype)
+        tmt.patch(self.alone)
+        self.model: Any = qwen3_moe_model(sizes, dtype=dtype)
+        tmt.parallelize(self.model, transport.group)
+        self.half_overlap = OverlapConfig() if arguments.half_chunks is None else OverlapConfig(arguments.half_chunks)
+        self.variants: dict[str, Callable[[], float]] = {
+            "two batches": lambda: self._spread(self.half_overlap, is_halved=True),
+            "one batch": lambda: self._spread(OverlapConfig()),
+            "serial": lambda: self._spread(OverlapConfig(1, serial=True)),
+            "one device": lambda: self._run(self.alone),
+        }
+        shape = arguments.sequences, arguments.length
+        generator = torch.Generator().manual_seed(transport.rank)
+        self.ids = torch.randint(2, sizes.vocab_size, shape, generator=generator)
+        self.transport = transport
+
+    def timed(self, name: str) -> float:
+        """Give the seconds of a step on this rank."""
+        for model in (self.alone, self.model):
+            model.zero_grad(set_to_none=True)
+        self.transport.barrier()
+        started = time.perf_counter()
+        self.variants[name]()
+        return time.perf_counter() - started
+
+    def loss(self, name: str) -> float:
+        return self.variants[name]()
+
+    def _spread(self, overlap: OverlapConfig, *, is_halved: bool = False) -> float:
+        for experts in experts_modules(self.model).values():
+            state = expert_parallel_state(experts)
+            assert state is not None
+            setattr(experts, STATE, replace(state, overlap=overlap))
+        halved = tmt.two_batches(self.model) if is_halved else None
+        try:
+            return self._run(self.model)
+        finally:
+            if halved is not None:
+                halved.remove()
+
+    def _run(self, model: Any) -> float:
+        loss = model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+
+def measure(step: Step, rates: list[str], rounds: int) -> dict[str, tuple[Samples, dict[str, float]]]:
+    """Give, for each rate, the seconds of every variant's steps, and the bytes that a step of each sends."""
+    transport = step.transport
+    for _ in range(WARM_UP):
+        step.timed("one batch")
+    found = {}
+    for rate in rates:
+        if transport.rank == 0:
+            ask(f"rate {parse_rate(rate)}")
+        transport.barrier()
+        names, shuffle = list(step.variants), random.Random(0).shuffle  # the same order on every rank
+        samples: Samples = {name: [] for name in names}
+        sent: dict[str, float] = {}
+        for number in range(SETTLED + rounds):
+            shuffle(names)
+            for name in names:
+                before = interface_bytes()[1]
+                seconds = step.timed(name)
+                sent[name] = float(interface_bytes()[1] - before)
+                if number >= SETTLED:
+                    samples[name].append(seconds)
+        found[rate] = {name: slowest(transport, of_one) for name, of_one in samples.items()}, sent
+    return found
+
+
+def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped: Samples) -> Json:
+    """Give the times at one rate, and what two batches gain; ratios are medians over rounds."""
+
+    def ratio(slower: str, faster: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(samples[slower], samples[faster], strict=True)), 3)
+
+    wire_s = 8 * sent["two batches"] / parse_rate(rate)
+    bound_s = max(statistics.median(unshaped["two batches"]), wire_s)
+    return {
+        "rate": rate,
+        "step": {name: summarize(seconds) for name, seconds in samples.items()},
+        "sent_mb": {name: round(of_one / 1e6, 2) for name, of_one in sent.items()},
+        "communication_alone_ms": round(1e3 * wire_s, 1),
+        "faster_than_one_batch": ratio("one batch", "two batches"),
+        "faster_than_serial": ratio("serial", "two batches"),
+        "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
+    }
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Measure on this process, one of the ranks; the first one prints and writes."""
+    torch.set_num_threads(1)
+    with torchrun_ranks(timeout_s=arguments.timeout_s) as transport:
+        step = Step(arguments, transport)
+        losses = {name: step.loss(name) for name in step.variants}
+        spread = max(losses.values()) - min(losses.values())
+        if spread > (1e-4 if arguments.dtype == "float32" else 3e-2) * abs(losses["one batch"]):
+            raise ValueError(f"the variants' losses differ, and their times say nothing: {losses}")
+        measured = measure(step, [UNSHAPED, *arguments.rates], arguments.rounds)
+        unshaped, _ = measured[UNSHAPED]
+        results = [summarize_rate(rate, *of_rate, unshaped) for rate, of_rate in measured.items()]
+        if transport.rank == 0:
+            for result in results:
+                print(as_line(result), flush=True)
+            described = {name: value for name, value in vars(arguments).items() if name not in ("json", "rank")}
+            write_json(arguments.json, "two_batches", {"arguments": described, "rates": results})
+
+
+def as_line(result: Json) -> str:
+    times = ", ".join(f"{name} {of_one['median_ms']:.0f}" for name, of_one in result["step"].items())
+    return (
+        f"{result['rate']:>8}: {times} ms; communication alone {result['communication_alone_ms']:.0f} ms; two batches "
+        f"{result['faster_than_one_batch']:.3f} times as fast as one, {result['faster_than_serial']:.3f} as serial, "
+        f"{result['beside_bound']:.3f} of the bound"
+    )
+
+
+def main() -> int:
+    """Start the ranks, or be one of them."""
+    arguments = make_parser().parse_args()
+    check_model_sizes(arguments)
+    for rate in arguments.rates:
+        parse_rate(rate)
+    if "RANK" in os.environ:
+        run_rank(arguments)
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "bench.two_batches", *sys.argv[1:]]
+    with Namespaces(command, arguments.netns, parse_rate(UNSHAPED)) as namespaces:
+        return namespaces.run(arguments.timeout_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""tmt.two_batches: tiny models of many families, Trainer, checkpointing, caches, on two gloo processes."""
+
+from pathlib import Path
+
+import pytest
+import test_families
+from test_transformers_expert_parallel import run
+
+from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+
+WORKER = Path(__file__).parent / "two_batches_worker.py"
+FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
+MORE = tuple(family for family in test_families.QUICK if family not in FAMILIES)
+
+
+def test_families_and_calls_in_halves(tmp_path):
+    cases = ("calls:qwen3_moe", "whole:mixtral", "checkpointed:mixtral", "copied:mixtral", "auto:mixtral")
+    run(2, tmp_path, *(f"family:{family}" for family in FAMILIES), *cases, worker=WORKER)
+
+
+def test_trainer_in_halves(tmp_path):
+    run(2, tmp_path, "trainer:mixtral", worker=WORKER)
+
+
+def steps(trial: HalvesTrial, halves_ns: int, whole_ns: int, num_steps: int) -> list[bool]:
+    """Whether each of the steps ran in halves, where those and whole ones take so long."""
+    ran, slowest_ns = [], 0
+    for _ in range(num_steps):
+        is_halved, _ = trial.begin(slowest_ns)
+        slowest_ns = halves_ns if is_halved else whole_ns
+        ran.append(is_halved)
+    return ran
+
+
+@pytest.mark.parametrize(("halves_ns", "is_kept"), [(80, True), (97, True), (99, False), (130, False)])
+def test_what_is_faster_is_kept(halves_ns, is_kept):
+    trial = HalvesTrial(num_layers=4)
+    first = trial.num_settling
+    ran = steps(trial, halves_ns * 10**6, 100 * 10**6, first + 20)
+    assert not any(ran[:first])
+    assert sum(ran[first : first + 8]) == 4
+    assert set(ran[first + 8 :]) == {is_kept}
+    assert f"{halves_ns:.1f} ms, and of one batch 100.0 ms" in trial.reason
+
+
+def test_steps_of_an_optimizer_decide_nothing():
+    """With two or four micro-batches a step, those before an optimizer's step take longer."""
+    for every in (2, 4):
+        trial = HalvesTrial(num_layers=1)
+        slowest_ns = 0
+        for number in range(trial.num_settling + 9):
+            is_halved, _ = trial.begin(slowest_ns)
+            slowest_ns = (90 if is_halved else 100) + (1000 if number % every == 0 else 0)
+        assert trial.decision
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE)
+def test_more_families_in_halves(family, tmp_path):
+    run(2, tmp_path, f"family:{family}", worker=WORKER)

@@ -1,0 +1,219 @@
+"""A layer call of half a batch: three autograd Functions, between which the other half runs.
+
+The first posts the dispatches, the second waits for them, computes the experts and posts the combines, and the third
+waits for these. In backward the third posts the adjoints of the combines, the second waits for them, computes, and
+posts the adjoints of the dispatches, and the first waits for these. The halves' Functions alternate in forward, and
+autograd, which runs the youngest node first, reverses that order.
+
+All inputs are the first Function's, and the third one saves what the backward needs, as the Function of a whole call
+does: so the call that activation checkpointing repeats, which is whole, saves the same tensors.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.expert_parallel.call import (
+    CallGradients,
+    ExpertParallelCall,
+    Kept,
+    SavedTensors,
+    backward_phases,
+    forward_phases,
+)
+from tritonmoe.expert_parallel.call_spec import CallArguments
+from tritonmoe.expert_parallel.halves import Half, NodeOrder
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.overlap.executor import Phases, run_all_phases
+from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.transports import leaving_nobody_waiting
+
+__all__ = ["begin_half_call", "run_split_call"]
+
+
+@dataclass
+class _SplitCall:
+    """What the three Functions of one call share."""
+
+    call: ExpertParallelCall
+    nodes: NodeOrder
+    forward: Phases[tuple[Tensor, ExpertsRun, Kept]] | None = None
+    """The forward that is under way."""
+    backward: Phases[CallGradients] | None = None
+    """The backward that is under way."""
+    weights: PerWeight[Tensor] | None = None
+    """To be saved for the backward."""
+    activation_parameters: Sequence[Tensor] = ()
+    needs_weights: PerWeight[bool] | None = None
+
+    @contextmanager
+    def in_turn(self, number: int) -> Iterator[None]:
+        """Check that the node with this number is the next one of this backward; the other ranks hear of any error.
+
+        They can't go on: the other half's call may be in its middle.
+        """
+        with leaving_nobody_waiting(self.call.all_ranks):
+            self.nodes.check(number)
+            yield
+
+    def begin_forward(self, inputs: ExpertInputs) -> None:
+        self.forward = forward_phases(self.call, inputs)
+        next(self.forward)
+
+    def go_on_with_forward(self) -> None:
+        assert self.forward is not None
+        next(self.forward)
+
+    def end_forward(self) -> tuple[Tensor, ExpertsRun, Kept]:
+        assert self.forward is not None
+        forward, self.forward = self.forward, None
+        return run_all_phases(forward)
+
+    def begin_backward(self, kept: Kept, saved: SavedTensors, dout: Tensor) -> None:
+        assert self.needs_weights is not None
+        self.backward = backward_phases(self.call, kept, saved, dout, self.needs_weights)
+        next(self.backward)
+
+    def go_on_with_backward(self) -> None:
+        assert self.backward is not None
+        next(self.backward)
+
+    def end_backward(self) -> CallGradients:
+        assert self.backward is not None
+        backward, self.backward = self.backward, None
+        return run_all_phases(backward)
+
+
+class _Post(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        split: _SplitCall,
+        topk_ids: Tensor,
+        x: Tensor,
+        topk_weights: Tensor,
+        anchor: Tensor | None,
+        *weights_and_parameters: Any,
+    ) -> Tensor:
+        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:4])
+        split.weights, split.activation_parameters = weights, weights_and_parameters[4:]
+        split.needs_weights = PerWeight(*ctx.needs_input_grad[5:9])
+        ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), topk_weights.dtype
+        split.begin_forward(ExpertInputs(x, topk_ids, topk_weights, weights))
+        return _token(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.split.in_turn(ctx.number):
+            grads = ctx.split.end_backward()
+        dtopk_weights = grads.topk_weights
+        if dtopk_weights is not None:
+            dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
+        return None, None, grads.x, dtopk_weights, None, *grads.weights, *grads.activation_parameters
+
+
+class _Compute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
+        ctx.split, ctx.number = split, split.nodes.next_number()
+        split.go_on_with_forward()
+        return _token(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.split.in_turn(ctx.number):
+            ctx.split.go_on_with_backward()
+        return None, _token(token)
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
+        ctx.split, ctx.number = split, split.nodes.next_number()
+        out, run, kept = split.end_forward()
+        # What is saved must be held by autograd alone, which activation checkpointing makes let go.
+        weights, split.weights = split.weights, None
+        parameters, split.activation_parameters = split.activation_parameters, ()
+        if kept.plan.needs_any:
+            assert weights is not None
+            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, keep_beside(ctx, kept), *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
+        saved = SavedTensors(rows, received_weights, PerWeight(w1, b1, w2, b2), h, parameters)
+        with ctx.split.in_turn(ctx.number):
+            ctx.split.begin_backward(kept_beside(ctx, mark), saved, dout)
+        return None, _token(dout)
+
+
+def _token(like: Tensor) -> Tensor:
+    """Give what ties two Functions of a call together, on the device where both run."""
+    return torch.zeros(1, device=like.device)
+
+
+def run_split_call(
+    half: Half, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]
+) -> Tensor:
+    """Run a planned call of half a batch, and the other half between its phases; give its result (T, D)."""
+    x, topk_ids, topk_weights, weights = inputs
+    split = _SplitCall(call, half.nodes)
+    # A rank that needs no gradient itself still takes part in the others' backward.
+    anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+    with leaving_nobody_waiting(call.all_ranks):
+        token = _Post.apply(split, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
+        half.hand_over()
+        token = _Compute.apply(split, token)
+        half.hand_over()
+        return _End.apply(split, token)
+
+
+def begin_half_call(half: Half, arguments: CallArguments) -> None:
+    """Check that half a batch can make this call here, before anything of it is sent.
+
+    Raises:
+        ValueError: the other half makes another one. RuntimeError: it can't be left in its middle. The other ranks hear
+            of either, and raise too.
+    """
+    layer = -1 if arguments.layer is None else arguments.layer.layer
+    try:
+        half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
+        x = arguments.inputs.x
+        if isinstance(x, Tensor) and is_captured(x.device):
+            raise RuntimeError(
+                "a CUDA graph can't capture two batches: what it captures of one would be replayed with the other's "
+                "states. Call the model without two_batches under capture"
+            )
+        if _is_inside_reentrant_checkpoint():
+            raise RuntimeError(
+                "reentrant activation checkpointing calls layers inside an autograd Function, which can't be left for "
+                "the other half of the batch: use torch.utils.checkpoint with use_reentrant=False"
+            )
+    except Exception:
+        refuse(arguments.transport)
+        raise
+
+
+def _is_inside_reentrant_checkpoint() -> bool:
+    """Say whether a caller, up to where this half began, is reentrant checkpointing."""
+    code = CheckpointFunction.forward.__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False

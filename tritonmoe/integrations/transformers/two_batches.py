@@ -1,0 +1,291 @@
+"""two_batches(): a model runs both halves of each batch at once, and gives what the whole batch gives."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.layer import MoELayer
+from tritonmoe.transports import Transport
+
+__all__ = ["HalvedForward", "two_batches"]
+
+Arguments: TypeAlias = dict[str, Any]
+"""The arguments of a model's forward, by name."""
+SPLIT = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "labels",
+    "shift_labels",
+)
+"""The arguments of a model's forward whose first dimension is the batch. Other tensors can't be split."""
+SHARED = ("num_items_in_batch", "logits_to_keep")
+"""Tensors that both halves get as they are."""
+CACHES = ("cache", "past_key_values")
+JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_logits")
+"""The results, or tuples of results, whose first dimension is the batch."""
+
+
+class HalvedForward:
+    """A model's forward in two halves; what two_batches() puts in the place of the model's own."""
+
+    def __init__(self, model: Any, transports: tuple[Transport, ...], trial: HalvesTrial | None) -> None:
+        self.model = model
+        self.transports = transports
+        self.trial = trial
+        """What decides; None where batches are always halved."""
+        self.choice = "there was no forward yet"
+        """What the last forward did, and why, in one sentence."""
+        self._own = model.__dict__.get("forward")
+        self.__signature__ = inspect.signature(self.forward)  # Trainer reads it
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        return self._own or type(self.model).forward.__get__(self.model)
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        if self._own is None:
+            del self.model.__dict__["forward"]
+        else:
+            self.model.forward = self._own
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        given = self.__signature__.bind(*positional, **named)
+        arguments = _flat(given, self.__signature__)
+        whole, reason = self._why_whole(arguments), ""
+        if not whole:
+            whole, reason = self._agree(arguments)
+        if whole:
+            self.choice = f"one batch: {whole}"
+            return self.forward(*positional, **named)
+        return self._run_halves(arguments, reason)
+
+    def _agree(self, arguments: Arguments) -> tuple[str, str]:
+        """Say why all ranks run this batch whole, or why they halve it; the other one is ""."""
+        is_training = self.model.training and torch.is_grad_enabled()
+        trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
+        elapsed_ns = 0 if trial is None else trial.elapsed_ns()
+        told = torch.tensor([-_batch_size(arguments), elapsed_ns], device="cpu")
+        for transport in self.transports:
+            transport.all_reduce(told, "max")
+        smallest, slowest_ns = -int(told[0]), int(told[1])
+        if smallest < 2:
+            return f"the batch of some rank has {smallest} sequences, and one sequence is not split", ""
+        if trial is None:
+            return "", ""
+        is_halved, reason = trial.begin(slowest_ns)
+        return ("", reason) if is_halved else (reason, "")
+
+    def _why_whole(self, arguments: Arguments) -> str:
+        """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
+        if any(arguments.get(name) is not None for name in CACHES):
+            return "the keys and values of earlier tokens are in one cache"
+        use_cache = arguments.get("use_cache")
+        if use_cache is None and not self.model.training:
+            use_cache = getattr(self.model.config, "use_cache", False)
+        if use_cache:
+            return "use_cache=True asks for one cache of the keys and values of all sequences"
+        return ""
+
+    def _run_halves(self, arguments: Arguments, reason: str) -> Any:
+        size = _batch_size(arguments)
+        first = (size + 1) // 2
+        self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
+        returns_dict = arguments.pop("return_dict", None)
+        if returns_dict is None:
+            returns_dict = self.model.config.return_dict
+        labels = arguments.get("labels")
+        shared = {**arguments, "return_dict": True}
+        kinds = {parameter.kind for parameter in self.__signature__.parameters.values()}
+        if "use_cache" in self.__signature__.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+            shared["use_cache"] = False
+        halves = [shared | part for part in _split(arguments, size, first)]
+        if labels is None:
+            outputs = run_two_batches(lambda half: self.forward(**half), *halves)
+        else:
+            with self._loss_over_whole_batch(arguments):
+                outputs = run_two_batches(lambda half: self.forward(**half), *halves)
+        joined = self._join(outputs, arguments)
+        return joined if returns_dict else joined.to_tuple()
+
+    @contextmanager
+    def _loss_over_whole_batch(self, arguments: Arguments) -> Iterator[None]:
+        """Let the model's loss of a half be its share of the mean over all target tokens of the batch."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        model: Any = self.model
+        if model.loss_function is not ForCausalLMLoss:
+            raise ValueError(
+                f"{type(model).__name__} has a loss of its own, which two_batches can't compute of halves: leave out "
+                "`labels`, and compute the loss of the logits"
+            )
+        loss = _ShareOfLoss(model.loss_function, _num_targets(arguments))
+        before = model.__dict__.get("_loss_function")
+        model.loss_function = loss
+        try:
+            yield
+        finally:
+            if before is None:
+                del model.__dict__["_loss_function"]
+            else:
+                model.loss_function = before
+        if loss.num_calls != 2:
+            raise ValueError(
+                f"{type(model).__name__} doesn't take its loss from one call of its loss_function, so that two_batches "
+                "can't weigh the halves: leave out `labels`, and compute the loss of the logits"
+            )
+
+    def _join(self, outputs: tuple[Any, ...], arguments: Arguments) -> Any:
+        """Give one output of the halves' outputs."""
+        first, second = outputs
+        joined: Arguments = {}
+        for name in first:
+            parts = first[name], second[name]
+            if name in ("loss", "aux_loss") or parts[0] is None:
+                continue
+            if name not in JOINED:
+                raise ValueError(f"{type(self.model).__name__} gives {name}, and two_batches can't join that of halves")
+            if isinstance(parts[0], Tensor):
+                joined[name] = torch.cat(parts)
+            else:
+                joined[name] = tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
+        if first.get("loss") is not None:
+            joined["loss"] = first["loss"] + second["loss"]
+        if first.get("aux_loss") is not None:
+            self._join_aux_loss(joined, first["aux_loss"] + second["aux_loss"], arguments)
+        return type(first)(**joined)
+
+    def _join_aux_loss(self, joined: Arguments, of_halves: Tensor, arguments: Arguments) -> None:
+        """Put in the auxiliary loss of the whole batch, which is no mean of the halves', and into the loss too."""
+        model: Any = self.model
+        function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        if function is None or not all(hasattr(model, name) for name in names) or "router_logits" not in joined:
+            raise ValueError(
+                f"two_batches can't compute the auxiliary loss of {type(model).__name__} from its router logits: "
+                "call it with output_router_logits=False"
+            )
+        whole = function(
+            joined["router_logits"], model.num_experts, model.num_experts_per_tok, arguments.get("attention_mask")
+        )
+        joined["aux_loss"] = whole
+        if "loss" in joined:  # each half has added its own; their gradients cancel exactly
+            joined["loss"] = joined["loss"] + model.router_aux_loss_coef * (whole - of_halves).to(joined["loss"].device)
+
+
+class _ShareOfLoss:
+    """A loss function of transformers that divides by the number of targets of the whole batch."""
+
+    def __init__(self, function: Callable[..., Tensor], num_targets: Tensor | int) -> None:
+        self._function, self._num_targets = function, num_targets
+        self.num_calls = 0
+
+    def __call__(self, *positional: Any, **named: Any) -> Tensor:
+        self.num_calls += 1
+        return self._function(*positional, **{**named, "num_items_in_batch": self._num_targets})
+
+
+def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") -> HalvedForward:
+    """Let every forward of a model run both halves of its batch at once, each while rows of the other are under way.
+
+    The model's experts are spread over ranks (`parallelize`) before; wrappers (DistributedDataParallel, FSDP2, Trainer)
+    come after. Outputs, the loss and all gradients are those of the whole batch: the loss is the mean over its target
+    tokens, the auxiliary loss is taken of all router logits. Ranks may have other numbers of sequences. Where some rank
+    has one sequence only, and where a cache is asked for, as in generation, every rank runs its batch whole: `choice`
+    of what this gives says which it was. Its remove() gives the model its own forward back. Dropout draws other numbers
+    than in one batch. See tritonmoe.two_batches for what can't be done.
+
+    Args:
+        when: "auto" tries both ways for some training steps, once num_chunks="auto" has settled, and keeps halves if
+            steps are faster by at least 2 %; ranks decide alike. No time decides, and batches are halved, under
+            torch.use_deterministic_algorithms and outside of training.
+    Raises:
+        ValueError: the model's experts are not spread over ranks, or the model was upcycled in place, whose auxiliary
+            loss is of the whole batch; in a forward: an argument, loss or result that can't be of two halves.
+        TypeError: model is no module. ImportError: transformers or greenlet is missing.
+    """
+    if when not in ("always", "auto"):
+        raise ValueError(f'when must be "always" or "auto", got {when!r}')
+    check_transformers()
+    check_model(model)
+    if any(isinstance(module, MoELayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} was upcycled in place, and its auxiliary loss is of the whole batch: call "
+            "tritonmoe.two_batches with a function that computes the loss of a half"
+        )
+    states = [expert_parallel_state(experts) for experts in experts_modules(model).values()]
+    transports = {state.sharding.transport: None for state in states if state is not None}
+    if not transports:
+        raise ValueError(
+            f"the experts of {type(model).__name__} are not spread over ranks, and two halves would hide nothing: call "
+            "parallelize(model, group) first"
+        )
+    if isinstance(model.__dict__.get("forward"), HalvedForward):
+        raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
+    halved = HalvedForward(model, tuple(transports), HalvesTrial(len(states)) if when == "auto" else None)
+    model.forward = halved
+    return halved
+
+
+def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
+    """Give the arguments by name, those in **kwargs too."""
+    flat: Arguments = {}
+    for name, value in given.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise ValueError("two_batches takes the arguments of a model's forward by name")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _batch_size(arguments: Arguments) -> int:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(arguments.get(name), Tensor):
+            return arguments[name].shape[0]
+    raise ValueError("two_batches needs input_ids or inputs_embeds to see how many sequences the batch has")
+
+
+def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Arguments]:
+    """Give each half's own arguments; those of one sequence are for all."""
+    halves: tuple[Arguments, Arguments] = {}, {}
+    for name, value in arguments.items():
+        if name in SHARED or value is None or isinstance(value, bool | int | float | str):
+            continue
+        if name not in SPLIT or not isinstance(value, Tensor) or value.shape[0] not in (1, size):
+            said = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"two_batches can't split {name} ({said}) of a batch of {size} sequences: it splits "
+                f"{', '.join(SPLIT)}, whose first dimension is the batch"
+            )
+        if value.shape[0] == size:
+            for half, part in zip(halves, (value[:first], value[first:]), strict=True):
+                half[name] = part
+    return halves
+
+
+def _num_targets(arguments: Arguments) -> Tensor | int:
+    """Give how many tokens of the whole batch have a target."""
+    given = arguments.get("num_items_in_batch")
+    if given is not None:
+        return given
+    targets = arguments.get("shift_labels")
+    if targets is None:
+        targets = arguments["labels"][..., 1:]
+    return (targets != arguments.get("ignore_index", -100)).sum()
