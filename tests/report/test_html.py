@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from html_pages import check_page
-from synthetic_runs import Run, ones, write_run
 
+from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.cli import main
 from tritonmoe.diagnosis import plan as planning
 from tritonmoe.diagnosis.attribution import Attribution, attribute
