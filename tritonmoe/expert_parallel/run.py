@@ -25,8 +25,8 @@ from tritonmoe.tuning.votes import Message
 
 __all__ = ["run_call"]
 
-HALF_NUM_CHUNKS = 2
-"""How many chunks a call of half a batch has under num_chunks="auto"."""
+HALF_NUM_CHUNKS = 1
+"""How many chunks a call of half a batch has under num_chunks="auto": its products are small already."""
 
 
 def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
@@ -89,7 +89,7 @@ def choose_plan(call: CheckedCall) -> Choice:
         plan, reason = again, "the plan of the forward that is recomputed"
     elif call.runner.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
         plan = fixed_plan(overlap, HALF_NUM_CHUNKS, call.transport.size)
-        reason = f"{plan}: the other half of the batch hides most, and the chunks the first and the last exchange"
+        reason = f"{plan}: the other half of the batch hides its exchanges, and chunks would only cost time"
     else:
         plan = chooser.plan()
         message = message if call.is_captured else chooser.message()
