@@ -3,12 +3,18 @@
 Random scenarios, healthy ones and ones with one cause or two. Calls with the causes and calls without them take turns;
 the doctor reads a recording of the former, and its promised gain is compared with what the latter measure. The
 experts sleep for so long a pair, so that ranks which share cores don't disturb each other.
---emulated N runs N scenarios on emulated ranks and links.
+--netns W runs them on W processes in network namespaces, --emulated N on emulated ranks and links. --synthetic N
+measures nothing: the simulator makes the recordings, with noise, and says what would be measured; that tells what the
+method can do, and whether it was broken.
 """
 
 import argparse
+import json
+import os
 import random
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +25,11 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
+from bench.synthetic_runs import Run, write_run
 from tritonmoe.benchmarks.argument_types import output_file, positive, seed
+from tritonmoe.benchmarks.inside_namespace import ask
+from tritonmoe.benchmarks.namespaces import Namespaces
+from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.diagnosis.attribution import Attribution, CauseKind, attribute
 from tritonmoe.diagnosis.recorder import record
@@ -27,13 +37,24 @@ from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.two_level import GroupView
 
-__all__ = ["Scenario", "draw_scenario", "main", "run_emulated"]
+__all__ = ["Scenario", "draw_scenario", "main", "run_emulated", "run_synthetic"]
 
-HIDDEN_SIZE = 64
+HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
+"""D. A real link is fast for the first 128 KB, tc's burst, so its messages must be larger."""
 NUM_EXPERTS, TOP_K = 8, 2
-WARM_UP = 2
+WARM_UP = 3
+"""So many calls run in one chunk before the others, as the first ones of num_chunks="auto" do."""
+NOISE = 0.04
+WHERE = {
+    "synthetic": "recordings that the simulator made, with noise",
+    "emulated": "emulated ranks and links in one process",
+    "netns": "processes in network namespaces, gloo, links shaped by tc",
+}
+START_RATE = 1e9
+NETNS_TIMEOUT_S = 120.0
 CAUSES: tuple[CauseKind, ...] = (
     "slow link",
     "slow port",
@@ -66,6 +87,7 @@ class Scenario:
     rate: float
     """GB/s."""
     latency_s: float
+    hidden_size: int = HIDDEN_SIZE
     causes: tuple[CauseKind, ...] = ()
     culprits: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By cause: the rank, or sender and receiver."""
@@ -104,19 +126,22 @@ class Scenario:
         return self.amounts["chunk overhead"] / (1 if "chunk overhead" in self.causes else parts)
 
 
-def draw_scenario(number: int) -> Scenario:
+def draw_scenario(number: int, sizes: Sequence[int] = (2, 4, 4), hidden_size: int = HIDDEN_SIZE) -> Scenario:
     """Draw a scenario; without causes the experts take so much longer than the exchanges that these are hidden."""
     draw = random.Random(number)
-    size, num_tokens = draw.choice((2, 4, 4)), draw.choice((256, 384, 512))
+    size, num_tokens = draw.choice(sizes), draw.choice((256, 384, 512))
     compute_s = draw.uniform(0.06, 0.14)
     pair_s = compute_s / (num_tokens * TOP_K)
-    bytes_out = num_tokens * TOP_K * (1 - 1 / size) * 4 * HIDDEN_SIZE
+    bytes_out = num_tokens * TOP_K * (1 - 1 / size) * 4 * hidden_size
     rate = bytes_out / (compute_s * draw.uniform(0.15, 0.35)) / 1e9
-    plain = Scenario(number, size, num_tokens, draw.choice((3, 4, 6)), pair_s, 0.0005, rate, draw.uniform(5e-5, 3e-4))
+    num_chunks, latency_s = draw.choice((3, 4, 6)), draw.uniform(5e-5, 3e-4)
+    plain = Scenario(number, size, num_tokens, num_chunks, pair_s, 0.0005, rate, latency_s, hidden_size)
     kind = draw.random()
     if kind < HEALTHY_SHARE:
         return plain
-    causes = draw.sample(CAUSES, 2 if kind > 1 - TWO_SHARE else 1)
+    # With two ranks a slow port is one of two directions, or both: the bandwidth.
+    possible = [cause for cause in CAUSES if size > 2 or cause != "slow port"]
+    causes = draw.sample(possible, 2 if kind > 1 - TWO_SHARE else 1)
     is_masked = bool({"slow link", "slow port"} & set(causes)) and "bandwidth" in causes
     if is_masked or {"imbalance", "slow rank"} <= set(causes):
         causes = causes[:1]  # one hides the other
@@ -179,13 +204,13 @@ class _Layer:
             return _Sleep.apply(gate * up, *times)
 
         host_s = scenario.amounts["host overhead"] if "host overhead" in scenario.causes else 0.0
-        config = tm.MoEConfig(HIDDEN_SIZE, 8, NUM_EXPERTS, TOP_K, activation=activation)
+        config = tm.MoEConfig(scenario.hidden_size, 8, NUM_EXPERTS, TOP_K, activation=activation)
         overlap = tm.OverlapConfig(scenario.num_chunks)
         self.transport = _SlowHost(transport, host_s)
         self.layer = tm.GroupedExperts(config, self.transport, overlap, backend="torch")
         self.late_s = scenario.amount("late rank", rank, 0.0)
         generator = torch.Generator().manual_seed(rank)
-        self.x = torch.randn(scenario.num_tokens, HIDDEN_SIZE, generator=generator, requires_grad=True)
+        self.x = torch.randn(scenario.num_tokens, scenario.hidden_size, generator=generator, requires_grad=True)
         self.ids = scenario.ids(rank)
         self.weights = torch.rand(self.ids.shape, generator=generator)
 
@@ -198,33 +223,118 @@ class _Layer:
         return time.perf_counter() - started
 
 
-def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
-    """Give the slowest rank's seconds of calls with the causes, which are recorded into `folder`, and without them.
-
-    Without all of them, and where there are two without each.
-    """
+def variants_of(scenario: Scenario) -> dict[str, Scenario]:
+    """Give the scenario with its causes, without all of them, and where there are two without each."""
     variants = {"with": scenario, "without": replace(scenario, causes=())}
     if len(scenario.causes) > 1:
         for cause in scenario.causes:
             variants[f"without {cause}"] = replace(scenario, causes=tuple(c for c in scenario.causes if c != cause))
+    return variants
+
+
+def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
+    """Give the slowest rank's seconds of calls of every variant; those with the causes are recorded into `folder`."""
 
     def on_rank(transport: Transport) -> dict[str, list[float]]:
         assert isinstance(transport, EmulatedTransport)
-        layers = {name: _Layer(transport, variant) for name, variant in variants.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(WARM_UP + calls):
-            for name, layer in layers.items():
-                transport.barrier()
-                if transport.rank == 0:
-                    transport.world.set_link(variants[name].link())
-                elapsed = layer.seconds()
-                if number >= WARM_UP:
-                    seconds[name].append(elapsed)
-        return seconds
+        return run_rank(transport, scenario, calls, lambda of: transport.world.set_link(of.link()))
 
     with record(folder):  # the first transport's calls, those with the causes, are in the folder itself
         ranks = run_on_emulated_ranks(on_rank, scenario.size, link=scenario.link(), timeout_s=120)
-    return {name: [max(times) for times in zip(*(of[name] for of in ranks), strict=True)] for name in variants}
+    return slowest_of(ranks)
+
+
+def slowest_of(ranks: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Give the slowest rank's seconds of every call, by variant."""
+    return {name: [max(times) for times in zip(*(of[name] for of in ranks), strict=True)] for name in ranks[0]}
+
+
+def run_rank(
+    transport: Transport, scenario: Scenario, calls: int, set_link: Callable[[Scenario], None]
+) -> dict[str, list[float]]:
+    """Give this rank's seconds of calls of every variant, which take turns; set_link is called on rank 0."""
+    variants = variants_of(scenario)
+    layers = {name: _Layer(transport, variant) for name, variant in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(WARM_UP + calls):
+        for name, layer in layers.items():
+            transport.barrier()
+            if transport.rank == 0:
+                set_link(variants[name])
+            layer.layer.overlap = tm.OverlapConfig(1 if number < WARM_UP else scenario.num_chunks)
+            elapsed = layer.seconds()
+            if number >= WARM_UP:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def run_in_namespaces(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Start the ranks in network namespaces; they run this program again."""
+    command = [sys.executable, "-m", "bench.doctor", *argv]
+    with Namespaces(command, arguments.netns, START_RATE) as namespaces:
+        return namespaces.run(NETNS_TIMEOUT_S)
+
+
+def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
+    """Run every scenario on this rank of the namespaces; rank 0 gives the results."""
+    results = []
+    with torchrun_ranks(timeout_s=NETNS_TIMEOUT_S) as transport:
+        for number in range(arguments.seed, arguments.seed + arguments.scenarios):
+            scenario = draw_scenario(number, (transport.size,), NETNS_HIDDEN_SIZE)
+            if "latency" in scenario.causes:  # tc's bucket has none of its own
+                continue
+            (folder,) = set(gather(transport, tempfile.mkdtemp() if transport.rank == 0 else None)) - {None}
+            with record(folder):
+                seconds = run_rank(transport, scenario, arguments.calls, _shape)
+            ranks = gather(transport, seconds)
+            if transport.rank == 0:
+                results.append(judge(scenario, slowest_of(ranks), attribute(read_recording(Path(folder)))))
+                print(_line(results[-1]), flush=True)
+                shutil.rmtree(folder)
+    return results
+
+
+def _shape(scenario: Scenario) -> None:
+    """Have the process that made the namespaces give the links their rates."""
+    link = scenario.link()
+    assert link.bandwidth_gb_per_s is not None
+    bits = 8e9 * link.bandwidth_gb_per_s
+    of_ranks = [bits / link.slow_ports.get(rank, 1.0) for rank in range(scenario.size)]
+    of_links = [[sender, receiver, bits / times] for (sender, receiver), times in link.slow_links.items()]
+    ask(f"rates {json.dumps([of_ranks, of_links])}")
+
+
+def run_synthetic(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
+    """Give what the simulator says of calls with the causes and without; it also makes the recording, with noise."""
+    run = replace(synthetic_run(scenario), noise=NOISE)
+    write_run(folder, [replace(run, num_chunks=1)] * WARM_UP + [run] * calls, seed=scenario.seed)
+    return {name: [synthetic_run(of).seconds()] for name, of in variants_of(scenario).items()}
+
+
+def synthetic_run(scenario: Scenario) -> Run:
+    """Give the scenario as the simulator walks it."""
+    amounts = {cause: scenario.amounts[cause] for cause in scenario.causes}
+
+    def at_culprit(cause: CauseKind) -> tuple[int, float] | None:
+        return (scenario.culprits[cause][0], amounts[cause]) if cause in amounts else None
+
+    hot = at_culprit("imbalance")
+    slow_link = (*scenario.culprits["slow link"], amounts["slow link"]) if "slow link" in amounts else None
+    return Run(
+        scenario.size,
+        scenario.num_chunks,
+        scenario.num_tokens * TOP_K / scenario.size,
+        scenario.pair_s,
+        scenario.chunk_s(),
+        amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
+        amounts.get("latency", scenario.latency_s),
+        amounts.get("host overhead", 4e-4) / 2,
+        slow_link,  # type: ignore[arg-type]
+        at_culprit("slow port"),
+        at_culprit("slow rank"),
+        at_culprit("late rank"),
+        None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
+    )
 
 
 def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attribution) -> Json:
@@ -312,25 +422,38 @@ def _line(result: Json) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print a line for each scenario, and the figures of all."""
+def main(argv: list[str] | None = None) -> int:
+    """Print a line for each scenario, and the figures of all; gives the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.doctor", description=__doc__)
-    parser.add_argument("--emulated", type=positive, default=20, metavar="N", help="scenarios (default 20)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--synthetic", type=positive, metavar="N", help="N scenarios, walked by the simulator")
+    where.add_argument("--emulated", type=positive, metavar="N", help="N scenarios on emulated ranks and links")
+    where.add_argument("--netns", type=positive, metavar="W", help="W ranks in network namespaces (Linux, root) ...")
+    parser.add_argument("--scenarios", type=positive, default=20, metavar="N", help="... in N scenarios (default 20)")
     parser.add_argument("--calls", type=positive, default=9, help="calls of each kind, taking turns (default 9)")
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = []
-    for number in range(arguments.seed, arguments.seed + arguments.emulated):
-        results.append(run_scenario(draw_scenario(number), arguments.calls, run_emulated))
-        print(_line(results[-1]), flush=True)
+    if arguments.netns and "RANK" not in os.environ:
+        return run_in_namespaces(arguments, sys.argv[1:] if argv is None else argv)
+    if arguments.netns:
+        kind, results = "netns", run_netns_rank(arguments)
+        if not results:
+            return 0
+    else:
+        kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
+        run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
+        for number in range(arguments.seed, arguments.seed + count):
+            results.append(run_scenario(draw_scenario(number), arguments.calls, run))
+            print(_line(results[-1]), flush=True)
     summary = summarize(results)
-    print("emulated ranks and links:")
+    print(f"{WHERE[kind]}:")
     for name, value in summary.items():
         print(f"  {name:28} {value}")
-    write_json(arguments.json, "doctor", {"where": "emulated", "summary": summary, "scenarios": results})
+    write_json(arguments.json, "doctor", {"where": WHERE[kind], "summary": summary, "scenarios": results})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

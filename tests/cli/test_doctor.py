@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import Run, write_run
 
 import tritonmoe as tm
+from bench.synthetic_runs import Run, write_run
 from tritonmoe.cli import main
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.recording import read_recording
@@ -64,8 +64,8 @@ def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_bench_overlap_records(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = "--emulate 2 --model tiny --tokens 64 --chunks 1 2 --rounds 3 --rate 100mbit --record".split()
-    assert main(["bench", "overlap", *arguments, str(tmp_path / "run")]) == 0
+    arguments = ["--emulate", "2", "--model", "tiny", "--tokens", "64", "--chunks", "1", "2", "--rounds", "3", "--rate"]
+    assert main(["bench", "overlap", *arguments, "100mbit", "--record", str(tmp_path / "run")]) == 0
     assert f"read it with tritonmoe doctor {tmp_path / 'run'}" in capsys.readouterr().out
     found = read_recording(tmp_path / "run")
     assert len(found.calls) == 3

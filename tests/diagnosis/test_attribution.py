@@ -1,12 +1,17 @@
 """Attribution: causes that a recording of the simulator's own has are found, with their culprit and their cost."""
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic_runs import Run, healthy, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.verdict import as_text
 
 CALLS = 4
 
@@ -45,3 +50,55 @@ def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Pat
     assert (first.kind, first.ranks) == (kind, culprits)
     if kind in ("slow link", "slow port", "slow rank", "late rank"):
         assert first.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+KINDS = {
+    "slow link": (st.floats(50.0, 200.0), lambda ranks, amount: Run(slow_link=(*ranks, amount)), 2),
+    "slow port": (st.floats(10.0, 40.0), lambda ranks, amount: Run(slow_port=(ranks[0], amount)), 1),
+    "slow rank": (st.floats(1.2, 3.0), lambda ranks, amount: Run(slow_rank=(ranks[0], amount)), 1),
+    "late rank": (st.floats(0.06, 0.3), lambda ranks, amount: Run(late_rank=(ranks[0], amount)), 1),
+}
+
+
+@pytest.mark.thorough
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), ranks=st.permutations(range(4)))
+def test_any_culprit_is_found_with_its_cost(data: st.DataObject, kind: str, ranks: list[int]) -> None:
+    amounts, make, num_culprits = KINDS[kind]
+    run = make(tuple(ranks[:2]), data.draw(amounts))
+    with tempfile.TemporaryDirectory() as folder:
+        found = diagnose(Path(folder), run)
+    assert found.error == pytest.approx(0, abs=0.03)
+    assert (found.findings[0].kind, found.findings[0].ranks) == (kind, tuple(ranks[:num_culprits]))
+    assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.08)
+
+
+def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:
+    """A slow rank and a late one; together they gain about what both cost."""
+    run = Run(slow_rank=(2, 1.6), late_rank=(1, 0.1))
+    found = diagnose(tmp_path, run)
+    assert {(one.kind, one.ranks) for one in found.findings} == {("slow rank", (2,)), ("late rank", (1,))}
+    assert found.together.seconds >= run.seconds() - healthy(run).seconds() - 1e-3
+
+
+def test_a_replay_that_is_off_explains_nothing(tmp_path: Path) -> None:
+    """Steps that overlap in a way that no schedule has: the experts' times are three times too long."""
+    recording = read_recording(write_run(tmp_path, [Run()] * CALLS))
+    calls = []
+    for call in recording.calls:
+        ranks = []
+        for of in call.ranks:
+            steps = [
+                replace(step, end_s=step.start_s + 3 * (step.end_s - step.start_s))
+                if step.step.lane == "compute"
+                else step
+                for step in of.forward.steps
+            ]
+            ranks.append(replace(of, forward=replace(of.forward, steps=tuple(steps))))
+        calls.append(replace(call, ranks=tuple(ranks)))
+    found = attribute(replace(recording, calls=tuple(calls)))
+    assert not found.is_explained
+    assert not found.is_healthy
+    assert found.misfits
+    assert "UNEXPLAINED" in as_text(found)
+    assert len(as_text(found).splitlines()) <= 20

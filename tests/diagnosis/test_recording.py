@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic_runs import Run, write_run
 
+from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis.recording import read_recording
 
 

@@ -131,6 +131,31 @@ def a_late_peer_holds_up_only_wait(transport: Transport) -> None:
 
 
 @case
+def arrivals_tell_which_rank_was_late(transport: Transport) -> None:
+    """The last rank comes late: its rows do, and those of the others don't."""
+    late, own = transport.size - 1, transport.rank
+    transport.tells_arrivals = True
+    transport.barrier()
+    if own == late:
+        time.sleep(LATE_S)
+    ones = [1] * transport.size
+    rows, posted_at = torch.zeros(transport.size, 3), time.perf_counter()
+    pending = transport.exchange(rows, ones, ones)
+    pending.wait()
+    arrivals = pending.arrivals()
+    transport.tells_arrivals = False
+    if transport.size == 1 or rows.is_cuda:  # nothing travels, or only the device knows
+        return
+    assert arrivals is not None
+    assert arrivals[own] is None
+    after_s = {rank: at - posted_at for rank, at in enumerate(arrivals) if at is not None}
+    assert set(after_s) == set(range(transport.size)) - {own}
+    if own != late:
+        assert after_s.pop(late) > 0.8 * LATE_S
+    assert all(seconds < 0.5 * LATE_S for seconds in after_s.values())
+
+
+@case
 def every_dtype(transport: Transport) -> None:
     for dtype in (
         torch.bfloat16,

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from tritonmoe.benchmarks.inside_namespace import CONTROL, INTERFACE
@@ -136,10 +136,17 @@ class Namespaces:
         return next((process.returncode for process in self._processes if process.returncode), 0)
 
     def _answer(self, question: str) -> str:
-        """Do what rank 0 asks with ask(): "rate BITS_PER_S", or "uplinks" for uplink_bytes() as JSON."""
+        """Do what rank 0 asks with ask(): "rate BITS_PER_S", "rates JSON", or "uplinks" for uplink_bytes() as JSON.
+
+        The JSON of rates is [[bits per second of every rank], [[sender, receiver, bits per second], ...]].
+        """
         word, _, rest = question.partition(" ")
         if word == "rate":
             self.set_rate(float(rest))
+            return "done"
+        if word == "rates":
+            of_ranks, of_links = json.loads(rest)
+            self.set_rates(of_ranks, {(sender, receiver): rate for sender, receiver, rate in of_links})
             return "done"
         assert word == "uplinks", question
         return json.dumps(self.uplink_bytes())
@@ -150,6 +157,13 @@ class Namespaces:
         self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank in range(self.num_ranks)])
         for process in self._processes:
             _run_in(process.pid, [f"tc qdisc replace dev {INTERFACE} root {_bucket(rate)}"])
+
+    def set_rates(self, of_ranks: Sequence[float], of_links: Mapping[tuple[int, int], float]) -> None:
+        """Give every rank's link a rate of its own, and what it sends to some ranks a lower one within that."""
+        self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank, rate in enumerate(of_ranks)])
+        for sender, process in enumerate(self._processes):
+            slow = {receiver: rate for (of, receiver), rate in of_links.items() if of == sender}
+            _run_in(process.pid, _shaping(of_ranks[sender], slow))
 
     def uplink_bytes(self) -> list[int]:
         """Give the bytes that every node has sent to other nodes, by its uplink's counters."""
@@ -265,6 +279,26 @@ def _bucket(rate: float) -> str:
     """Give tc's token bucket; a burst of 1 ms, and a queue that is long enough to lose nothing."""
     burst = max(128 * 1024, int(rate / 8 * 1e-3))
     return f"tbf rate {int(rate)}bit burst {burst} limit {max(8 << 20, int(rate / 8 * 0.5))}"
+
+
+def _shaping(rate: float, slow: Mapping[int, float]) -> list[str]:
+    """Give the commands that shape what a rank sends: all of it, and within that what goes to some ranks."""
+    device = f"dev {INTERFACE}"
+    if not slow:
+        return [f"tc qdisc replace {device} root {_bucket(rate)}"]
+    commands = [
+        f"tc qdisc del {device} root",
+        f"tc qdisc add {device} root handle 1: htb default 10",
+        f"tc class add {device} parent 1: classid 1:1 htb rate {int(rate)}bit",
+        f"tc class add {device} parent 1:1 classid 1:10 htb rate {int(rate)}bit",
+    ]
+    for receiver, bits in slow.items():
+        commands += [
+            f"tc class add {device} parent 1:1 classid 1:{20 + receiver} htb rate {int(bits)}bit",
+            f"tc filter add {device} parent 1: protocol ip prio 1 u32 match ip dst {_address(receiver)}/32 "
+            f"flowid 1:{20 + receiver}",
+        ]
+    return commands
 
 
 def _run_in(pid: int, commands: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ them gain together is a figure of its own.
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -21,7 +21,7 @@ from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of, fit_cos
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
-__all__ = ["Advice", "Attribution", "CauseKind", "Finding", "Gain", "attribute"]
+__all__ = ["Advice", "Attribution", "CauseKind", "Finding", "Gain", "attribute", "calls_before"]
 
 CauseKind = Literal[
     "slow link",
@@ -50,6 +50,10 @@ INTERVAL = 0.8
 MOST_WALKED = 4
 """So many calls are walked, spread over the recording."""
 WALKED_OF_SELECTION = 2
+OUTLIER = 1.25
+"""A call that takes so many times the median is an outlier ..."""
+KEPT_SHARE = 0.7
+"""... unless fewer than these calls would be left: then it is what the run is like."""
 WARM_UP_CALLS = 1
 """So many first calls of a layer are left out, where there are more than three times as many."""
 
@@ -149,11 +153,12 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
     if recording.headers[0].get("node_size") is not None:
         raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
-    calls, similar = _calls_of_most_time(recording)
-    before = _calls_before(recording)
+    before = calls_before(recording)
+    times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
+    calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
     costs = fit_costs(similar, recording.shares_link)
-    measured = statistics.median(map(measured_s, calls))
+    measured = statistics.median(map(times.__getitem__, calls))
     conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
     as_it_was = _walked(conditions)
     replayed = statistics.median(total_s for _, total_s in as_it_was)
@@ -210,8 +215,8 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         others=tuple(others),
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
         together=_interval(together, drawn[-1]),
-        misfits=_misfits(walked, conditions),
-        notes=(*recording.notes, *costs.notes),
+        misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
+        notes=(*recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
 
 
@@ -233,7 +238,9 @@ def _is_spoken_of(one: Finding, measured: float) -> bool:
     return one.is_certain and one.gain.seconds >= max(SMALLEST_SHARE * measured, (one.gain.high_s - one.gain.low_s) / 2)
 
 
-def _calls_of_most_time(recording: Recording) -> tuple[list[RecordedCall], list[RecordedCall]]:
+def _calls_of_most_time(
+    recording: Recording, times: Mapping[RecordedCall, float]
+) -> tuple[list[RecordedCall], list[RecordedCall]]:
     """Give the calls of the plan and size that take most of the time, and all calls of layers of that size."""
     if not recording.calls:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
@@ -248,15 +255,23 @@ def _calls_of_most_time(recording: Recording) -> tuple[list[RecordedCall], list[
     groups: dict[tuple, list[RecordedCall]] = {}
     for call in calls:
         groups.setdefault((*_sizes(call), call.plan, call.has_backward), []).append(call)
-    most = max(groups.values(), key=lambda group: sum(map(measured_s, group)))
-    return most, [call for call in calls if _sizes(call) == _sizes(most[0])]
+    groups = {key: _without_outliers(group, times) for key, group in groups.items()}
+    most = max(groups.values(), key=lambda group: sum(map(times.__getitem__, group)))
+    return most, [call for group in groups.values() for call in group if _sizes(call) == _sizes(most[0])]
+
+
+def _without_outliers(calls: list[RecordedCall], times: Mapping[RecordedCall, float]) -> list[RecordedCall]:
+    """Leave out calls that something else on the machine disturbed, if they are few: their steps tell no costs."""
+    limit = OUTLIER * statistics.median(map(times.__getitem__, calls))
+    kept = [call for call in calls if times[call] <= limit]
+    return kept if len(kept) >= KEPT_SHARE * len(calls) else calls
 
 
 def _sizes(call: RecordedCall) -> tuple:
     return (*call.sizes.values(), call.row_bytes, call.other_row_bytes)
 
 
-def _calls_before(recording: Recording) -> dict[int, RecordedCall]:
+def calls_before(recording: Recording) -> dict[int, RecordedCall]:
     """Give by number of a call the one before it, where every pass of that was over when it began."""
     return {
         after.sequence: before
@@ -461,9 +476,10 @@ def without_experts(of: Conditions) -> Conditions:
 
 
 MISFIT_SHARE = 0.03
+PASSES = ("all of the forward", "all of the backward")
 
 
-def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) -> tuple[str, ...]:
+def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions], least_s: float) -> tuple[str, ...]:
     """Say which kinds of steps, or waits, take another share of the step than in the walk, the largest first."""
     recorded: dict[str, list[float]] = {}
     walked: dict[str, list[float]] = {}
@@ -471,7 +487,8 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
     for call, of in zip(calls, conditions, strict=True):
         sums: dict[str, float] = {}
         for rank in call.ranks:
-            for one in rank.passes:
+            for name, one in zip(PASSES, rank.passes, strict=False):
+                sums[name] = sums.get(name, 0.0) + one.total_s
                 for step in one.steps:
                     is_exchange = step.step.lane == "comm"
                     kind = f"waiting for {step.step.kind}" if is_exchange else str(step.step.kind)
@@ -479,7 +496,8 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
         for kind, seconds in sums.items():
             recorded.setdefault(kind, []).append(seconds / size)
         sums = {}
-        for simulation in walk(of).passes:
+        for name, simulation in zip(PASSES, walk(of).passes, strict=False):
+            sums[name] = float((simulation.end_s - simulation.steps[0].start_s).mean())
             for simulated in simulation.steps:
                 is_exchange = simulated.wait_s is not None
                 kind = f"waiting for {simulated.step.kind}" if is_exchange else str(simulated.step.kind)
@@ -490,10 +508,9 @@ def _misfits(calls: Sequence[RecordedCall], conditions: Sequence[Conditions]) ->
     off = {
         kind: (statistics.median(times), statistics.median(walked.get(kind, [0.0]))) for kind, times in recorded.items()
     }
-    step_s = statistics.median(map(measured_s, calls))
     ordered = sorted(off.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
     return tuple(
         f"{kind}: {1e3 * was:.1f} ms recorded, {1e3 * is_now:.1f} ms in the replay"
         for kind, (was, is_now) in ordered[:3]
-        if abs(was - is_now) > MISFIT_SHARE * step_s
+        if abs(was - is_now) > least_s
     )

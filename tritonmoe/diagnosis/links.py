@@ -45,6 +45,8 @@ class _Exchange:
     """(W, W): when the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
     sent_bytes: Tensor
     """(W, W)."""
+    are_told_apart: bool
+    """Whether it is known when each rank's rows arrived, and not only when all of them were there."""
 
     @property
     def out_bytes(self) -> Tensor:
@@ -131,6 +133,7 @@ def _read_exchanges(call: RecordedCall, number: int) -> Iterator[_Exchange]:
             torch.tensor(posted, dtype=torch.float64, device="cpu"),
             torch.where(sent_bytes > 0, arrived, torch.nan),
             sent_bytes,
+            all(of[step].arrivals_s is not None for of in steps),
         )
 
 
@@ -254,12 +257,7 @@ class _Fit:
         self.link = torch.where(left > SMALLEST_RATIO, left, 1.0)
 
     def ratios(self) -> LinkRatios:
-        are_told_apart = self.size == 2 or any(
-            len(set(column[~column.isnan()].tolist())) > 1
-            for of in self.passes
-            for one in of
-            for column in one.arrived.T
-        )
+        are_told_apart = any(one.are_told_apart for of in self.passes for one in of)
         return LinkRatios(self.port_out, self.port_in, self.link, are_told_apart)
 
 

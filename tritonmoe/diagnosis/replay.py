@@ -27,6 +27,8 @@ __all__ = ["Conditions", "Costs", "Entry", "Walk", "conditions_of", "fit_costs",
 
 ROUNDS = 6
 """So often slowness of ranks and lines through their steps are fitted in turn."""
+MET_SHARE = 0.8
+"""Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
 SMALLEST_SLOWNESS = 1.05
 """A rank that is slower by less than this is taken for as fast as the others."""
 
@@ -83,7 +85,8 @@ class Walk:
     """A call as it is walked."""
 
     total_s: float
-    """From when most ranks have entered each pass until the last rank has ended it, all passes."""
+    """From when most ranks have entered each pass until the last rank has ended it, all passes; where ranks come late
+    because they ended the pass before late, from when the last of them has come."""
     passes: tuple[Simulation, ...]
     """Their times count from there."""
 
@@ -110,7 +113,7 @@ def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
         left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
         start_s = left_s + entry.before_steps_s
         simulation = simulate(schedule, conditions.plan, conditions.work, costs, conditions.link, start_s)
-        total_s += simulation.total_s
+        total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
         passes.append(simulation)
         ended_s = simulation.end_s
     return Walk(total_s, tuple(passes))
@@ -125,12 +128,15 @@ def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
     return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
 
 
-def measured_s(call: RecordedCall) -> float:
-    """Give what walk() predicts, as it was recorded."""
+def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
+    """Give what walk() predicts, as it was recorded; before: as in conditions_of."""
     total_s = 0.0
+    ended = None if before is None else before.by_pass[-1]
     for passes in call.by_pass:
         entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
         total_s += max(one.end for one in passes) - float(_most(entered))
+        total_s -= float(_entry_of(passes, ended).passed_on_s.max())
+        ended = passes
     return total_s
 
 
@@ -156,8 +162,12 @@ def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | No
     late_s = entered - _most(entered)
     own_s = late_s.clamp(min=0)
     if ended is not None:
-        pause_s = entered - of_ranks(one.end for one in ended)
-        own_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
+        end = of_ranks(one.end for one in ended)
+        pause_s = entered - end
+        behind_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
+        # A rank that had been later still has met the others since: its lateness is new.
+        has_met = late_s < MET_SHARE * (end - _most(end))
+        own_s = torch.where(has_met, own_s, behind_s)
     passed_on_s = late_s.clamp(min=0) - own_s
     marks = [one.marks for one in passes]
     origins = of_ranks(one.origin for one in passes)

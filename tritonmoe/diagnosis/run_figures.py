@@ -6,21 +6,24 @@ from dataclasses import replace
 
 import torch
 
-from tritonmoe.diagnosis.attribution import Attribution
+from tritonmoe.diagnosis.attribution import Attribution, calls_before
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
 from tritonmoe.diagnosis.replay import conditions_of, measured_s, walk
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
 from tritonmoe.runtime.files import Json
 
-__all__ = ["PASSES", "figures_of", "median_call", "timelines_of"]
+__all__ = ["PASSES", "figures_of", "timelines_of"]
 
 PASSES = ("forward", "backward")
 DECIMALS = 7
 
 
-def median_call(found: Attribution) -> RecordedCall:
-    """Give the call that took the median of all that the verdict is about."""
-    return sorted(found.calls, key=measured_s)[(len(found.calls) - 1) // 2]
+def _median_call(found: Attribution) -> tuple[RecordedCall, RecordedCall | None]:
+    """Give the call that took the median of all that the verdict is about, and the one before it as calls_before."""
+    before = calls_before(found.recording)
+    ordered = sorted(found.calls, key=lambda call: measured_s(call, before.get(call.sequence)))
+    call = ordered[(len(ordered) - 1) // 2]
+    return call, before.get(call.sequence)
 
 
 def figures_of(found: Attribution) -> Json:
@@ -32,14 +35,14 @@ def figures_of(found: Attribution) -> Json:
         takes from rank i to rank k, ports included. loads: by layer, the pairs of each expert in all calls, and
         how many times the mean that is.
     """
-    call, ratios, steps = median_call(found), found.costs.ratios, found.costs.steps
+    (call, before), ratios, steps = _median_call(found), found.costs.ratios, found.costs.steps
     of_byte = torch.maximum(ratios.port_out[:, None], ratios.port_in) * ratios.link
     return {
         "median_call": {
             "call": call.sequence,
             "layer": call.layer,
-            "measured_s": measured_s(call),
-            "replayed_s": walk(conditions_of(call, None, found.costs)).total_s,
+            "measured_s": measured_s(call, before),
+            "replayed_s": walk(conditions_of(call, before, found.costs)).total_s,
             **{
                 which: [_marks(one, _typical_entry(passes)) for one in passes]
                 for which, passes in zip(PASSES, call.by_pass, strict=False)
@@ -100,8 +103,8 @@ def _waits_of(call: RecordedCall) -> torch.Tensor:
 
 def timelines_of(found: Attribution) -> dict[str, list[Timeline]]:
     """Give the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
-    call = median_call(found)
-    simulations = walk(conditions_of(call, None, found.costs)).passes
+    call, before = _median_call(found)
+    simulations = walk(conditions_of(call, before, found.costs)).passes
     measured, replayed = [], []
     for rank in range(len(call.ranks)):
         passes = [_pass_timeline(passes, rank) for passes in call.by_pass]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,22 @@ from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.simulation.simulator import simulate
 
+__all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
+
 HIDDEN_SIZE = 64
+ENTRY_S = 5e-4
+"""With noise the ranks enter a pass within so many seconds."""
+
+
+class NoisyCosts(StepCosts):
+    """Costs of which every step of every rank takes a random part more or less."""
+
+    noise: float
+    generator: torch.Generator
+
+    def on_ranks(self, kind: str, units: Tensor) -> Tensor:
+        seconds = super().on_ranks(kind, units)
+        return seconds * (self.noise * torch.randn(seconds.shape, generator=self.generator)).exp()
 
 
 def ones(*shape: int) -> Tensor:
@@ -40,9 +55,9 @@ class Run:
     slow_rank: tuple[int, float] | None = None
     late_rank: tuple[int, float] | None = None
     hot_rank: tuple[int, float] | None = None
-    """So many times the pairs, and rows, of every other rank."""
+    """So many times the pairs, and rows, of every other rank, of as many in all."""
     noise: float = 0.0
-    jitter: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """By so large a part times differ from step to step, from exchange to exchange and from entry to entry."""
 
     @property
     def plan(self) -> tm.OverlapPlan:
@@ -53,6 +68,7 @@ class Run:
         if self.hot_rank is not None:
             rank, times = self.hot_rank
             rows[:, rank] *= times
+            rows *= self.rows * self.size**2 / rows.sum()
         return LayerWork(rows, rows.clone(), 4 * HIDDEN_SIZE, 1)
 
     def steps(self) -> StepCosts:
@@ -81,21 +97,30 @@ class Run:
 
     def seconds(self) -> float:
         """Give what a call takes, from when most ranks come to its forward, and to its backward."""
-        return _walk(self, 0.0)[1]
+        return _walk(replace(self, noise=0.0), 0.0, torch.Generator())[1]
 
 
-def _walk(run: Run, at: float) -> tuple[list[list[dict]], float, float]:
+def _walk(run: Run, at: float, generator: torch.Generator) -> tuple[list[list[dict]], float, float]:
     """Give the passes of a call, each on every rank as it is recorded, what they take, and when the last one ends."""
     plan, work = run.plan, run.work()
     sizes = [[part.tolist() for part in of] for of in work.segments(plan)]
     passes, total = [], 0.0
     late = run.late_s()
+    costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
+    costs.__dict__.update(noise=run.noise, generator=generator)
+
+    def noisy(seconds: Tensor | float) -> Tensor:
+        return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
+
     for schedule in (build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True)):
         entered = at + late
-        posted = entered + run.host_s
-        left = posted.max() + run.latency_s
-        origin = (left + run.host_s) * ones(run.size)
-        found = simulate(schedule, plan, work, run.steps(), run.link(), origin - at)
+        if run.noise:
+            entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)
+        posted = entered + noisy(run.host_s)
+        left = posted.max() + noisy(run.latency_s)
+        origin = left + noisy(run.host_s)
+        rate = float((run.noise * torch.randn(1, generator=generator)).exp())
+        found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).link(), origin - at)
         ranks = []
         for rank in range(run.size):
             own = [[part[rank] for part in of] for of in sizes]
@@ -122,7 +147,7 @@ def _walk(run: Run, at: float) -> tuple[list[list[dict]], float, float]:
                     "marks": {
                         "entered": float(entered[rank]),
                         "counts_posted": float(posted[rank]),
-                        "counts_left": float(left),
+                        "counts_left": float(left[rank]),
                     },
                     "origin": float(origin[rank]),
                     "total_s": float(found.end_s[rank]) + at - float(origin[rank]),
@@ -136,7 +161,7 @@ def _walk(run: Run, at: float) -> tuple[list[list[dict]], float, float]:
     return passes, total, at
 
 
-def write_run(folder: Path, runs: Sequence[Run]) -> Path:
+def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
     """Write a recording of one call of each run, which are of one size; the ranks enter each call together."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[list[dict]] = []
@@ -156,8 +181,9 @@ def write_run(folder: Path, runs: Sequence[Run]) -> Path:
         }
         lines.append([header])
     at = 100.0
+    generator = torch.Generator().manual_seed(seed)
     for sequence, run in enumerate(runs):
-        passes, _, at = _walk(run, at)
+        passes, _, at = _walk(run, at, generator)
         work = run.work()
         for rank in range(size):
             lines[rank].append(

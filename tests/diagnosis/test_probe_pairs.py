@@ -1,0 +1,31 @@
+"""Links between two ranks, measured alone."""
+
+import pytest
+
+import tritonmoe as tm
+from tritonmoe.cli import main
+from tritonmoe.diagnosis.probe_pairs import PairTimes, probe_pairs
+
+
+def test_a_slow_link_is_found() -> None:
+    link = tm.LinkModel(0.2, slow_links={(2, 0): 12.0})
+    found = tm.run_on_emulated_ranks(probe_pairs, 3, link=link, timeout_s=60)
+    assert found[0] == found[1] == found[2]
+    sender, receiver, times = found[0].slow()[0]
+    assert (sender, receiver) == (2, 0)
+    assert times > 4
+    assert "rank 2 to rank 0" in str(found[0])
+
+
+def test_words() -> None:
+    alike = PairTimes([[0.0, 1e-5], [1e-5, 0.0]], [[0.0, 1e-9], [1e-9, 0.0]])
+    assert str(alike).splitlines()[-1] == "no link is slower than the others by 15 %"
+    assert not alike.slow()
+
+
+def test_without_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["doctor", "--probe-links"]) == 2
+    assert "needs torchrun" in capsys.readouterr().err
+    assert main(["doctor"]) == 2
+    assert "give the folder of a recording" in capsys.readouterr().err
