@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from bench.published import Row, Table, published
 from tritonmoe.diagnosis.cluster import Cluster, Estimate
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.exchange import exchange_s
 from tritonmoe.diagnosis.model import Model
 from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.operation_costs import exchange_s
 from tritonmoe.diagnosis.routed_rows import needs_of
 
 __all__ = ["link_tables"]

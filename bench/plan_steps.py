@@ -7,10 +7,10 @@ from typing import Any
 from bench.published import Row, Table, published
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.exchange import copy_s
 from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.job_memory import memory_gb
 from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.operation_costs import copy_s
 from tritonmoe.diagnosis.plan import plan
 from tritonmoe.diagnosis.step import step_time
 

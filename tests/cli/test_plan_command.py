@@ -33,6 +33,15 @@ def test_clusters_are_compared(capsys):
     assert "$ per million tokens, by the model's widths" in capsys.readouterr().out
 
 
+def test_two_files_of_one_name_are_told_apart(capsys, tmp_path):
+    for name in ("a.toml", "b.toml"):
+        assert main(["plan", "H100", "--new-cluster", str(tmp_path / name)]) == 0
+    files = [str(tmp_path / name) for name in ("a.toml", "b.toml")]
+    capsys.readouterr()
+    assert main(["plan", "OLMoE-1B-7B", "--compare", *files, "--nodes", "1", "--ep", "8"]) == 0
+    assert f"{files[0]} is cheaper than {files[1]} in " in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_1(capsys):
     assert main(["plan", "DeepSeek-V3", "H100", "--nodes", "1", "--ep", "8"]) == 1
     assert "Nothing fits into 80 GB" in capsys.readouterr().out
@@ -62,6 +71,7 @@ def test_recorded_routing(capsys, tmp_path):
         (["OLMoE-1B-7B", "H101"], "'H101' is no cluster"),
         (["OLMoE-1B-7B", "H100", "--ep", "7"], "64 experts can't be shared evenly by ep=7"),
         (["OLMoE-1B-7B", "H100", "--pp", "3"], "64 GPUs can't be shared by tp=1 x pp=3"),
+        (["OLMoE-1B-7B", "H100", "--dtype", "fp32"], "H100 says nothing of products in fp32"),
         (["OLMoE-1B-7B", "H100", "--pp", "17"], "pp=17 stages are more than 16 layers"),
     ],
 )

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.exchange import LayerExchange, exchange_s, link_costs
+from tritonmoe.diagnosis.exchange import LayerExchange
 from tritonmoe.diagnosis.job import Job, expert_degrees
 from tritonmoe.diagnosis.job_memory import memory_gb
 from tritonmoe.diagnosis.layer_parts import ATTENTION_BACKWARD
 from tritonmoe.diagnosis.model import Attention, Model
 from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.diagnosis.operation_costs import exchange_s, link_costs
 from tritonmoe.diagnosis.plan import OVERLAPS
 from tritonmoe.diagnosis.step import step_time
 
@@ -154,6 +155,18 @@ def test_degrees_that_fit():
         Job(MODELS["DeepSeek-V3"], ep=3)
     with pytest.raises(ValueError, match="tp=16 ranks are more than a node's 8"):
         Job(MODELS["DeepSeek-V3"], tp=16).dp(CLUSTERS["H100"])
+
+
+def test_products_in_a_dtype_of_which_the_cluster_says_nothing():
+    with pytest.raises(ValueError, match=r"H100 says nothing of products in fp32: gpu\.tflops has bf16, fp16, fp8"):
+        step_time(Job(TINY, dtype="fp32"), CLUSTERS["H100"], 1, SERIAL)
+
+
+def test_fp8_products_leave_rows_and_weights_in_bf16():
+    wide, narrow = (Job(MODELS["DeepSeek-V3"], dtype=dtype, ep=8) for dtype in ("bf16", "fp8"))
+    assert memory_gb(wide, CLUSTERS["H100"]) == memory_gb(narrow, CLUSTERS["H100"])
+    times = [step_time(job, CLUSTERS["H100"], 1, SERIAL).layer_s for job in (wide, narrow)]
+    assert 0.5 < times[1] / times[0] < 0.9
 
 
 JOBS = st.builds(

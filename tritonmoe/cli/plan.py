@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("cluster", nargs="?", help=f"a TOML file, or one of {', '.join(CLUSTERS)}")
     parser.add_argument("--compare", nargs="+", metavar="CLUSTER", help="instead of one cluster: two or more")
     parser.add_argument(
-        "--new-cluster", type=output_file, metavar="FILE", help="write a commented description to begin with"
+        "--new-cluster",
+        type=output_file,
+        metavar="FILE",
+        help="write a commented description of H100, or of the cluster that stands before it",
     )
     parser.add_argument("--nodes", type=positive, help="instead of the cluster's number of nodes")
     parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
@@ -74,6 +78,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         if len(arguments.compare) < 2:
             raise ValueError("--compare needs at least two clusters")
         clusters = [_sized(_find_cluster(name), arguments) for name in arguments.compare]
+        if len({cluster.name for cluster in clusters}) < len(clusters):
+            clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep)
         print(comparison_table(comparison))
         _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))

@@ -29,7 +29,8 @@ Assumed: from a data sheet or like machines. Probe: by `tritonmoe probe` on such
 long runs of the job."""
 NORMAL_90 = 1.2816
 """The 90 % quantile of the normal distribution: an 80 % interval ends there on both sides."""
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
+"""Dtype of products -> bytes of an element of the rows and weights beside them; those of fp8 products are bf16."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Cluster:
     name: Annotated[str, Of("what tables call it")]
     nodes: Annotated[int, Of("number of nodes", 1, 1e6)]
     gpus_per_node: Annotated[int, Of("GPUs of one node", 1, 4096)]
-    usd_per_gpu_hour: Annotated[float, Of("price of one GPU for one hour, in any currency", 0.0, 1e6)]
+    usd_per_gpu_hour: Annotated[float, Of("price of one GPU for one hour, in US dollars", 0.0, 1e6)]
     row_header_bytes: Annotated[int, Of("bytes that travel with each row beside its elements: 32 in DeepEP", 0, 1e6)]
     gpu: Annotated[Gpu, Of("one GPU")]
     inside: Annotated[InsideLink, Of("the link of one GPU to those of its node")]

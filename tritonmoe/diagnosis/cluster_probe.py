@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import Cluster, Estimate, Gpu, Host, Link
-from tritonmoe.diagnosis.exchange import product_s
 from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.probe import probe_link, slowest
+from tritonmoe.diagnosis.operation_costs import product_s
+from tritonmoe.diagnosis.probe import PROBE_BYTES, probe_link, slowest
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
@@ -144,7 +144,7 @@ def _probe_gpu(
     grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
     grouped = grouped_flops / grouped_s
     has_peaks = device.type == "cuda"
-    peak = max(dense, core, grouped, job.fastest_dtype(base) if has_peaks else 0.0)
+    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else 0.0)
     memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else 0.0)
     gpu = replace(
         base.gpu,
@@ -197,35 +197,43 @@ def _probe_host(
 
 
 def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device) -> tuple[Link, float]:
-    """Measure the link between all ranks of a transport with the bytes of the job's rows; give its contention too."""
+    """Measure the link between all ranks of a transport, and give its contention too.
+
+    Its rate is that of the bytes of the job's rows, whole and a quarter of them; where they are fewer than probe_link
+    sends, and so may pass in a burst, that of probe_link's.
+    """
     costs = probe_link(transport, device)
-    peers = transport.size - 1
+    rows = max(1, job.num_tokens // transport.size)
     row_bytes = job.model.hidden_size * job.dtype_bytes
-    per_peer = max(1, job.num_tokens // transport.size)
-    times = {}
-    for count in (max(1, per_peer // 4), per_peer):
-        splits = [0 if rank == transport.rank else count for rank in range(transport.size)]
-        rows = torch.zeros(sum(splits), row_bytes, dtype=torch.uint8, device=device)
-        rounds = []
-        for _ in range(ROUNDS):
-            slowest(transport, [0.0])
-            started = time.perf_counter()
-            transport.exchange(rows, splits, splits).wait()
-            _synchronize(device)
-            rounds.append(slowest(transport, [time.perf_counter() - started])[0])
-        times[rows.numel()] = min(rounds)
-    (few, few_s), (many, many_s) = sorted(times.items())[0], sorted(times.items())[-1]
-    byte_s = (many_s - few_s) / (many - few) if many > few else 0.0
-    byte_s *= costs.alone_share
-    rate = min(MOST_GB_PER_S, 1 / byte_s / 1e9) if byte_s > 0 else min(MOST_GB_PER_S, costs.bytes_per_s / 1e9)
-    link_peak = max(rate, base.gb_per_s if device.type == "cuda" else 0.0)
+    rate, latency_s = costs.bytes_per_s, costs.latency_s
+    if rows * row_bytes * (transport.size - 1) > PROBE_BYTES[-1]:
+        (few, few_s), (many, many_s) = (_exchange_s(transport, device, count, row_bytes) for count in (rows // 4, rows))
+        if many_s > few_s:
+            rate = (many - few) / (many_s - few_s) / costs.alone_share
+            latency_s = min(latency_s, few_s)
+    gb_per_s = min(MOST_GB_PER_S, rate / 1e9)
+    peak = max(gb_per_s, base.gb_per_s if device.type == "cuda" else 0.0)
     link = replace(
         base,
-        gb_per_s=link_peak,
-        efficiency=_probed(rate / link_peak),
-        latency_us=_probed(min(costs.latency_s, few_s) * 1e6),
-        us_per_peer=Estimate(0.0 if peers else base.us_per_peer.value, "probe"),  # at this size within latency_us
+        gb_per_s=peak,
+        efficiency=_probed(gb_per_s / peak),
+        latency_us=_probed(latency_s * 1e6),
+        us_per_peer=_probed(0.0),  # of these ranks it is within the latency
         alone_share=costs.alone_share,
         is_shared=costs.is_shared,
     )
     return link, costs.contention
+
+
+def _exchange_s(transport: Transport, device: torch.device, rows: int, row_bytes: int) -> tuple[int, float]:
+    """Give the bytes that a rank sends where every peer gets so many rows, and the shortest of five rounds' times."""
+    splits = [0 if rank == transport.rank else rows for rank in range(transport.size)]
+    sent = torch.zeros(sum(splits), row_bytes, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(ROUNDS):
+        slowest(transport, [0.0])
+        started = time.perf_counter()
+        transport.exchange(sent, splits, splits).wait()
+        _synchronize(device)
+        times += slowest(transport, [time.perf_counter() - started])
+    return sent.numel(), min(times)

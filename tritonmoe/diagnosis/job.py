@@ -30,6 +30,7 @@ class Job:
     """Expert parallel ranks."""
     recompute: Recompute = "none"
     dtype: str = "bf16"
+    """Of products, and of all that is kept or sent; with fp8 the latter stays in bf16."""
     wire_dtype: str | None = None
     """How rows travel in the forward's dispatch, fp8 with a scale for each 128 columns; None: in dtype."""
     two_batches: bool = False
@@ -68,6 +69,7 @@ class Job:
 
     @property
     def dtype_bytes(self) -> int:
+        """The bytes of an element of rows and weights."""
         return DTYPE_BYTES[self.dtype]
 
     def stage_layers(self) -> list[tuple[int, int]]:
@@ -108,9 +110,13 @@ class Job:
     def tokens_per_step(self, cluster: Cluster) -> int:
         return self.sequence * self.micro_batch * self.micro_batches * self.dp(cluster)
 
-    def fastest_dtype(self, cluster: Cluster) -> float:
-        """Give the peak FLOP/s of products in this dtype; that of bf16 where the cluster doesn't say."""
-        return cluster.gpu.tflops.get(self.dtype, cluster.gpu.tflops["bf16"]) * 1e12
+    def peak_flops(self, cluster: Cluster) -> float:
+        """Give the peak FLOP/s of products in this dtype; ValueError where the cluster doesn't say."""
+        peak = cluster.gpu.tflops.get(self.dtype)
+        if peak is None:
+            known = ", ".join(cluster.gpu.tflops)
+            raise ValueError(f"{cluster.name} says nothing of products in {self.dtype}: gpu.tflops has {known}")
+        return peak * 1e12
 
 
 def expert_degrees(job: Job, cluster: Cluster) -> list[int]:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import MAIN_GRAD_BYTES, LayerExchange
+from tritonmoe.diagnosis.exchange import LayerExchange
 from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES
 
 __all__ = ["memory_gb"]
 

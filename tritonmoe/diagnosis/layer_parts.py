@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 from tritonmoe.diagnosis.job import Job
+from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 
 __all__ = ["ATTENTION_BACKWARD", "Parts", "layer_parts"]
 
@@ -45,7 +45,7 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
     seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
     core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
-    core = core_flops / (job.fastest_dtype(cluster) * cluster.gpu.attention_efficiency.value)
+    core = core_flops / (job.peak_flops(cluster) * cluster.gpu.attention_efficiency.value)
     rope = copy(2 * tokens * attention.rope_width * b)
     router, router_back = products([(d, model.num_experts)], 1)
     scores = copy(6 * 4 * tokens * model.num_experts)

@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -246,13 +246,10 @@ class Comparison:
         return price * first.usd_per_million_tokens / other.usd_per_million_tokens
 
     def to_json(self) -> dict[str, Any]:
-        prices: Mapping[str, list[float | None]] = {
-            plan.cluster.name: own for plan, own in zip(self.plans, self.usd, strict=True)
-        }
         return {
             "plans": [plan.to_json() for plan in self.plans],
             "scales": list(self.scales),
-            "usd_per_million_tokens": prices,
+            "usd_per_million_tokens": self.usd,
             "by_gpus": [[one.to_json() for one in own] for own in self.sized],
             "first_is_cheapest": self.is_cheaper,
             "break_even_usd_per_gpu_hour": [self.break_even_usd(number) for number in range(len(self.plans))],

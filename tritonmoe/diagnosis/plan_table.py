@@ -55,7 +55,7 @@ def _why(one: Sensitivity) -> str:
 
 def comparison_table(comparison: Comparison) -> str:
     """Give the best choice on every cluster, and the price by model size."""
-    rows: list[Sequence[str]] = [("cluster", "GPUs", *HEADER[:-1])]
+    rows: list[Sequence[str]] = [("cluster", "GPUs", *HEADER)]
     for plan in comparison.plans:
         rows.append((plan.cluster.name, str(plan.cluster.num_gpus), *_row(plan.best)))
     names = [plan.cluster.name for plan in comparison.plans]

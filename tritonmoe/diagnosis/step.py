@@ -5,16 +5,10 @@ from dataclasses import dataclass
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import (
-    MAIN_GRAD_BYTES,
-    ExchangeTime,
-    LayerExchange,
-    copy_s,
-    exchange_s,
-    product_s,
-)
+from tritonmoe.diagnosis.exchange import ExchangeTime, LayerExchange
 from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
+from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 
 __all__ = ["StepTime", "exchange_time", "step_time"]
 
@@ -24,6 +18,8 @@ OPTIMIZER_BYTES = 46
 Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
+ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
+"""The parts that come after the last backward."""
 LOSS_BYTES = 16
 """Of one logit: the loss in fp32 and its gradient, forward and backward together."""
 
@@ -46,6 +42,11 @@ class StepTime:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.step_s
+
+    @property
+    def forward_backward_s(self) -> float:
+        """The step without what comes after the last backward."""
+        return self.step_s - sum(self.parts.get(name, 0.0) for name in ONCE_A_STEP)
 
 
 def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
@@ -118,8 +119,8 @@ def _whole_step(
     ahead = [
         sum(backward[:stage]) + (backward[stage] if job.overlaps_reduction else 0.0) for stage in range(len(backward))
     ]
-    parts["data-parallel reduction"], parts["optimizer"] = _once_a_step(job, cluster, dp, ahead)
-    parts["other, once a step"] = cluster.host.ms_per_step.value * 1e-3
+    once = (*_once_a_step(job, cluster, dp, ahead), cluster.host.ms_per_step.value * 1e-3)
+    parts |= dict(zip(ONCE_A_STEP, once, strict=True))
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     _, sparse_there = stages[slowest]
     again = exchange.exposed_forward_s if job.recompute == "full" else 0.0
@@ -130,7 +131,7 @@ def _whole_step(
         sum(sparse.values()),
         exposed,
         parts,
-        job.sequence * job.micro_batch * job.micro_batches * dp,
+        job.tokens_per_step(cluster),
     )
 
 
