@@ -28,8 +28,6 @@ KEPT_PASSES = 1024
 """The exchanges of so many passes are kept: calls are fitted in many selections."""
 START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
-QUEUED_SHARE = 0.15
-"""A message hardly waited for others if it did so for less than this share of its own time."""
 SHORTEST_S = 1e-6
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
@@ -181,53 +179,51 @@ class _Fit:
                 port, own = port + one.port_bytes, own + one.sent_bytes
         return port / own.clamp(min=1)
 
-    def _messages(self) -> Iterator[tuple[_Exchange, Tensor, Tensor]]:
-        """Give every exchange with the seconds (W, W) from when both ports had turned to it to its arrival.
+    def _messages(self) -> Iterator[tuple[_Exchange, Tensor]]:
+        """Give every exchange with the seconds (W, W) that each of its messages took.
 
-        The third tensor says of which messages that moment is known: they hardly waited for others. Of the rest it
-        follows from what the others are found to take, whose errors add up.
+        They count from when both ranks had posted it, and the message before it on the same link had left.
         """
         for of in self.passes:
-            free = torch.full((self.size,), -torch.inf, dtype=torch.float64, device="cpu")
-            link_free = torch.full((self.size, self.size), -torch.inf, dtype=torch.float64, device="cpu")
+            before = torch.full((self.size, self.size), -torch.inf, dtype=torch.float64, device="cpu")
             for one in of:
-                start = torch.maximum(one.posted, free)
-                out_s, in_s = one.out_bytes * self.port_out * self.byte_s, one.in_bytes * self.port_in * self.byte_s
-                free = start + torch.maximum(out_s, in_s)
-                begin = torch.maximum(torch.maximum(start[:, None], start), link_free)
-                link_s = torch.where(self.link > 1, one.sent_bytes * self.link * self.port_share * self.byte_s, 0.0)
-                link_free = torch.where(link_s > 0, begin + link_s, link_free)
-                seconds = one.arrived - begin
-                posted = torch.maximum(one.posted[:, None], one.posted)
-                yield one, seconds, begin - posted < QUEUED_SHARE * seconds
+                begin = torch.maximum(torch.maximum(one.posted[:, None], one.posted), before - self.latency_s)
+                yield one, one.arrived - begin
+                before = torch.where(one.arrived.isnan(), before, one.arrived)
 
     def _largest(self) -> float:
         return max(float(one.port_bytes.max()) for of in self.passes for one in of)
 
     def _guess(self) -> None:
-        """Take the rate of the faster messages, as if no exchange waited for one before it."""
+        """Take the rate of the faster messages, and the latency of small ones."""
         large = LARGE_SHARE * self._largest()
         ratios = [
             float(seconds[i, k] / one.port_bytes[i, k])
-            for one, seconds, _ in self._messages()
+            for one, seconds in self._messages()
             for i, k in (one.port_bytes >= large).nonzero().tolist()
             if seconds[i, k] > 0
         ]
         self.byte_s = sorted(ratios)[int(START_SHARE * len(ratios))] if ratios else 0.0
+        # The first message of a pass waits for none, so that what a small one takes is latency.
+        first = [
+            float(seconds[i, k] - one.port_bytes[i, k] * self.byte_s)
+            for of in self.passes
+            for one in of[:1]
+            for seconds in (one.arrived - torch.maximum(one.posted[:, None], one.posted),)
+            for i, k in ((one.port_bytes < large) & ~seconds.isnan()).nonzero().tolist()
+        ]
+        self.latency_s = max(0.0, statistics.median_low(first)) if first else 0.0
 
     def _refine(self) -> None:
         points: list[tuple[float, float]] = []
         """Of messages on ports and links that are not slow: bytes, seconds."""
         by_link: dict[tuple[int, int], list[tuple[float, float]]] = {}
-        """Bytes and seconds of the messages that hardly waited, and of a link without any of all."""
-        queued: dict[tuple[int, int], list[tuple[float, float]]] = {}
-        for one, seconds, is_known in self._messages():
+        """Bytes and seconds of every message."""
+        for one, seconds in self._messages():
             port_bytes = one.port_bytes
             for i, k in (~seconds.isnan()).nonzero().tolist():
                 point = float(port_bytes[i, k]), max(SHORTEST_S, float(seconds[i, k]))
-                (by_link if is_known[i, k] else queued).setdefault((i, k), []).append(point)
-        for link, of in queued.items():
-            by_link.setdefault(link, of)
+                by_link.setdefault((i, k), []).append(point)
         ratio = torch.full((self.size, self.size), torch.nan, dtype=torch.float64, device="cpu")
         for (i, k), of in by_link.items():
             of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in of if b * self.byte_s > 0]
