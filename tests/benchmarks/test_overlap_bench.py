@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_pages import check_page
 
 import tritonmoe as tm
 from tritonmoe.benchmarks import BENCHMARKS, load, overlap
@@ -147,8 +148,11 @@ def check_results(path: Path, num_ranks: int) -> dict:
 def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(tmp_path / name) for name in ("r.json", "r.png", "r.trace")]
     arguments = ["--emulate", "2", "--tokens", "40", *QUICK, "--compute-ratio", "1"]
-    assert main([*arguments, "--json", files[0], "--png", files[1], "--trace", files[2]]) == 0
+    files.append(str(tmp_path / "r.html"))
+    assert main([*arguments, "--json", files[0], "--png", files[1], "--trace", files[2], "--html", files[3]]) == 0
     results = check_results(tmp_path / "r.json", 2)
+    _, shown = check_page((tmp_path / "r.html").read_text())
+    assert shown == results
     assert results["emulated"] is True
     assert results["rate_bits_per_s"] != 1e9
     assert results["sent_bytes"] is None

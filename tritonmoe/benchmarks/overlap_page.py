@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headline, noise_notes
+from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headline, noise_notes, shown
 from tritonmoe.report.html import Cell, Curve, Curves, Figures, Heat, Page, Section, Table, Words
 from tritonmoe.report.lanes import lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
@@ -12,7 +12,7 @@ from tritonmoe.runtime.files import Json
 __all__ = ["overlap_page"]
 
 QUARTILES = ("median_ms", "lower_quartile_ms", "upper_quartile_ms")
-MERITS = {"hidden_share": "share", "exposed_ms": "ms", "bound_ratio": "times", "speed_up": "times"}
+MERITS = ("hidden_share", "exposed_ms", "bound_ratio", "speed_up")
 
 
 def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> Page:
@@ -21,10 +21,11 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
     places = ranks_within(timelines)
     lanes = {name: [of[place] for place in places] for name, of in timelines.items()}
     merits: list[list[Cell]] = [
-        [name, *(number(f"summary/{kind}/{name}/median", unit) for kind in ("overlapped", "auto"))]
-        for name, unit in MERITS.items()
+        [name, *(shown(results["summary"][kind], name) for kind in ("overlapped", "auto"))] for name in MERITS
     ]
-    merit = Table(["figure", "the fastest overlapped", "auto"], merits, "Figures of merit, medians of the rounds")
+    merit = Table(
+        ["figure", "the fastest overlapped", "auto"], merits, "Figures of merit, medians of the rounds with quartiles"
+    )
     variants: list[list[Cell]] = [
         [name, *(number(f"variants/{name}/{of}", "ms") for of in QUARTILES)] for name in results["variants"]
     ]
@@ -35,7 +36,6 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
         Curve(
             name,
             [(one["num_chunks"], results["variants"][one["name"]]["median_ms"]) for one in of],
-            [tuple(results["variants"][one["name"]][end] for end in QUARTILES[1:]) for one in of],
         )
         for name, of in series.items()
     ]
@@ -48,7 +48,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
     sections = [
         Section("Lanes", [lanes_chart("The best schedules, measured and planned", lanes, merit)]),
         Section("Time by the number of chunks", [
-            Curves("A call, with the quartiles of its rounds", "number of chunks", "ms", curves, table)]),
+            Curves("A call, median of its rounds", "number of chunks", "ms", curves, table)]),
         Section("Traffic", [traffic]),
         Section("What the words mean", [Words(as_terms(TERMS_OF_PICTURE).splitlines())]),
     ]  # fmt: skip

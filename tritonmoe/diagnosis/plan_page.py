@@ -225,12 +225,12 @@ def _known(figures: Figures, key: str, unit: str) -> Cell:
 def _by_scale(figures: Figures, names: Sequence[str]) -> Curves:
     scales, prices = figures.at("scales"), figures.at("usd_per_million_tokens")
     curves = [
-        Curve(name, [(scale, usd) for scale, usd in zip(scales, prices[name], strict=True) if usd is not None])
-        for name in names
+        Curve(name, [(scale, usd) for scale, usd in zip(scales, prices[n], strict=True) if usd is not None])
+        for n, name in enumerate(names)
     ]
     rows: list[list[Cell]] = [
-        [name, *(_known(figures, f"usd_per_million_tokens/{name}/{n}", "$") for n in range(len(scales)))]
-        for name in names
+        [name, *(_known(figures, f"usd_per_million_tokens/{n}/{k}", "$") for k in range(len(scales)))]
+        for n, name in enumerate(names)
     ]
     table = Table(["cluster", *(f"x{scale:g}" for scale in scales)], rows)
     title = "A million tokens with the cheapest choice that fits"

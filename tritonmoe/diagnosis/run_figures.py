@@ -12,17 +12,18 @@ from tritonmoe.diagnosis.replay import conditions_of, measured_s, walk
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
 from tritonmoe.runtime.files import Json
 
-__all__ = ["PASSES", "figures_of", "median_call", "timelines_of"]
+__all__ = ["PASSES", "figures_of", "timelines_of"]
 
 PASSES = ("forward", "backward")
 DECIMALS = 7
 
 
-def median_call(found: Attribution) -> RecordedCall:
-    """Give the call that took the median of all that the verdict is about."""
+def _median_call(found: Attribution) -> tuple[RecordedCall, RecordedCall | None]:
+    """Give the call that took the median of all that the verdict is about, and the one before it as calls_before."""
     before = calls_before(found.recording)
-    by_time = sorted(found.calls, key=lambda call: measured_s(call, before.get(call.sequence)))
-    return by_time[(len(by_time) - 1) // 2]
+    ordered = sorted(found.calls, key=lambda call: measured_s(call, before.get(call.sequence)))
+    call = ordered[(len(ordered) - 1) // 2]
+    return call, before.get(call.sequence)
 
 
 def figures_of(found: Attribution) -> Json:
@@ -34,8 +35,7 @@ def figures_of(found: Attribution) -> Json:
         takes from rank i to rank k, ports included. loads: by layer, the pairs of each expert in all calls, and
         how many times the mean that is.
     """
-    call, ratios, steps = median_call(found), found.costs.ratios, found.costs.steps
-    before = calls_before(found.recording).get(call.sequence)
+    (call, before), ratios, steps = _median_call(found), found.costs.ratios, found.costs.steps
     of_byte = torch.maximum(ratios.port_out[:, None], ratios.port_in) * ratios.link
     return {
         "median_call": {
@@ -103,8 +103,7 @@ def _waits_of(call: RecordedCall) -> torch.Tensor:
 
 def timelines_of(found: Attribution) -> dict[str, list[Timeline]]:
     """Give the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
-    call = median_call(found)
-    before = calls_before(found.recording).get(call.sequence)
+    call, before = _median_call(found)
     simulations = walk(conditions_of(call, before, found.costs)).passes
     measured, replayed = [], []
     for rank in range(len(call.ranks)):

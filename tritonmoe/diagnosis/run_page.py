@@ -155,7 +155,7 @@ class _Run:
             marks[rank] = {word: max(0.0, at[name]) for name, word in MARKS.items() if at[name] is not None}
         table = Table(["rank", "measured", "replayed"], rows, "The whole call")
         title = (
-            "Forward, then backward; black marks: entered, counts posted, everybody's counts there, first step, ended"
+            "Forward, then backward; thin marks: entered, counts posted, everybody's counts there, first step, ended"
         )
         yield lanes_chart(title, self.timelines, table, marks)
         if len(self.lane_ranks) < self.found.recording.size:
@@ -228,7 +228,8 @@ class _Run:
             ["rate of a link", number("link/bytes_per_s", "bytes/s"), "fitted to arrivals of rows"],
             ["between two steps", number("gap_s", "s"), "median of the recording"],
         ]
-        for kind in self.at("step_costs/fixed_s"):
+        fixed, unit = self.at("step_costs/fixed_s"), self.at("step_costs/unit_s")
+        for kind in (kind for kind in fixed if fixed[kind] or unit[kind]):
             rows.append([f"{kind}, fixed", number(f"step_costs/fixed_s/{kind}", "s"), fitted])
             rows.append([f"{kind}, each pair or row", number(f"step_costs/unit_s/{kind}", "s"), fitted])
         for rank in self.ranks:

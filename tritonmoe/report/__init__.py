@@ -1,1 +1,1 @@
-"""What a run was like, for people: terminal, PNG, Perfetto trace."""
+"""What a run was like, for people: terminal, PNG, Perfetto trace, one-file HTML."""

@@ -46,15 +46,17 @@ def _significant(value: float, digits: int = 3) -> str:
 
 
 def _seconds(value: float) -> str:
+    if abs(value) < 1e-10:
+        return "0 ms"
     if abs(value) < 1e-4:
-        return f"{_significant(value * 1e6)} us" if value else "0 ms"
+        return f"{_significant(value * 1e6)} us"
     return f"{_significant(value * 1e3)} ms"
 
 
 UNITS = {
     "s": _seconds,
     "ms": lambda value: _seconds(value / 1e3),
-    "share": lambda value: f"{100 * value:.1f} %",
+    "share": lambda value: f"{round(100 * value, 1) + 0.0:.1f} %",  # never -0.0
     "bytes/s": lambda value: f"{_significant(value / 1e9)} GB/s",
     "GB": lambda value: f"{_significant(value)} GB",
     "$": lambda value: f"{value:.4f} $",
@@ -121,6 +123,11 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     title: str = "The numbers"
+
+    @property
+    def word_columns(self) -> set[int]:
+        """Those that hold words, not numbers: aligned at their left."""
+        return {n for row in self.rows for n, cell in enumerate(row) if isinstance(cell, str) and cell[:1].isalpha()}
 
     @property
     def is_open(self) -> bool:
