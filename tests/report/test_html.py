@@ -97,7 +97,7 @@ def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
     finding = replace(slow.findings[0], ranks=(63,))
     found = replace(slow, recording=recording, call=recording.calls[0], calls=recording.calls * 4, costs=costs)
     page, _ = check_page(page_text(run_page([replace(found, findings=(finding,))])))
-    assert "of 64 ranks are drawn" in page.words
+    assert "16 of 64 ranks are drawn" in page.words
     assert "rank 63" in page.words
     assert [len(rows) for _, rows in page.matrices] == [64, 64]
 
