@@ -25,8 +25,9 @@ from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json
-from tritonmoe.report import html
-from tritonmoe.report.html import Curve, Curves, Heat, Page, Section, Words, page_text, ticks
+from tritonmoe.report.charts import Curve, Curves, Heat, ticks
+from tritonmoe.report.figures import Number, Words
+from tritonmoe.report.html import Page, Section, page_text
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('a & b')</script></script><!--"
@@ -172,7 +173,7 @@ def test_ticks(top: float, texts: list[str]) -> None:
 
 def test_units() -> None:
     shown = [
-        html.Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
+        Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
     ]
     assert shown == ["12.3 ms", "20.0 us", "12,500 ms", "12.3 %"]
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tritonmoe.report.html import Segment, Strip, Strips, Table, ticks
+from tritonmoe.report.charts import Segment, Strip, Strips, ticks
+from tritonmoe.report.figures import Table
 from tritonmoe.report.png import COLORS, group_of
 from tritonmoe.report.timeline import Timeline
 
