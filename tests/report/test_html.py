@@ -25,8 +25,9 @@ from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json
-from tritonmoe.report import html
-from tritonmoe.report.html import Curve, Curves, Heat, Page, Section, Words, page_text, ticks
+from tritonmoe.report.charts import Curve, Curves, Heat, ticks
+from tritonmoe.report.figures import Number, Words
+from tritonmoe.report.html import Page, Section, page_text
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('a & b')</script></script><!--"
@@ -97,7 +98,7 @@ def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
     finding = replace(slow.findings[0], ranks=(63,))
     found = replace(slow, recording=recording, call=recording.calls[0], calls=recording.calls * 4, costs=costs)
     page, _ = check_page(page_text(run_page([replace(found, findings=(finding,))])))
-    assert "of 64 ranks are drawn" in page.words
+    assert "16 of 64 ranks are drawn" in page.words
     assert "rank 63" in page.words
     assert [len(rows) for _, rows in page.matrices] == [64, 64]
 
@@ -172,7 +173,7 @@ def test_ticks(top: float, texts: list[str]) -> None:
 
 def test_units() -> None:
     shown = [
-        html.Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
+        Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
     ]
     assert shown == ["12.3 ms", "20.0 us", "12,500 ms", "12.3 %"]
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headline, noise_notes, shown
-from tritonmoe.report.html import Cell, Curve, Curves, Figures, Heat, Page, Section, Table, Words
+from tritonmoe.report.charts import Curve, Curves, Heat
+from tritonmoe.report.figures import Cell, Figures, Table, Words
+from tritonmoe.report.html import Page, Section
 from tritonmoe.report.lanes import lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
 from tritonmoe.report.timeline import Timeline

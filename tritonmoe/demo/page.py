@@ -2,7 +2,9 @@
 
 from tritonmoe.demo.measure import VARIANTS
 from tritonmoe.demo.report import Results, as_json
-from tritonmoe.report.html import Cell, Curve, Curves, Figures, Heat, Line, Page, Section, Table
+from tritonmoe.report.charts import Curve, Curves, Heat
+from tritonmoe.report.figures import Cell, Figures, Line, Table
+from tritonmoe.report.html import Page, Section
 from tritonmoe.report.lanes import lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
 

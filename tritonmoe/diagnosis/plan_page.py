@@ -4,21 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tritonmoe.diagnosis.plan import Comparison, Plan
-from tritonmoe.report.html import (
-    Block,
-    Cell,
-    Curve,
-    Curves,
-    Figures,
-    Page,
-    Section,
-    Segment,
-    Strip,
-    Strips,
-    Table,
-    Words,
-    ticks,
-)
+from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
+from tritonmoe.report.figures import Cell, Figures, Table, Words
+from tritonmoe.report.html import Block, Page, Section
 
 __all__ = ["comparison_page", "plan_page"]
 

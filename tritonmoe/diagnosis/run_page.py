@@ -5,21 +5,9 @@ from collections.abc import Iterator, Sequence
 from tritonmoe.diagnosis.attribution import Attribution
 from tritonmoe.diagnosis.run_figures import PASSES, timelines_of
 from tritonmoe.diagnosis.verdict import as_json
-from tritonmoe.report.html import (
-    Block,
-    Cell,
-    Figures,
-    Heat,
-    Line,
-    Page,
-    Section,
-    Segment,
-    Strip,
-    Strips,
-    Table,
-    Words,
-    ticks,
-)
+from tritonmoe.report.charts import Heat, Segment, Strip, Strips, ticks
+from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
+from tritonmoe.report.html import Block, Page, Section
 from tritonmoe.report.lanes import MOST_SPANS, lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
 from tritonmoe.report.timeline import Timeline

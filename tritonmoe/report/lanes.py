@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tritonmoe.report.html import Segment, Strip, Strips, Table, ticks
+from tritonmoe.report.charts import Segment, Strip, Strips, ticks
+from tritonmoe.report.figures import Table
 from tritonmoe.report.png import COLORS, group_of
 from tritonmoe.report.timeline import Timeline
 
 __all__ = ["MOST_SPANS", "lanes_chart", "ranks_within"]
 
 MOST_SPANS = 3000
-"""A page draws so many steps, and has them in its trace."""
+"""A page draws so many steps, and has them in its trace ..."""
+MOST_RANKS = 16
+"""... of so many ranks."""
 CLASSES = {name: f"c{number}" for number, name in enumerate(COLORS)}
 Marks = Mapping[str, float]
 """What a mark means, and its second on the timeline."""
@@ -18,14 +21,14 @@ Marks = Mapping[str, float]
 def ranks_within(
     runs: Mapping[str, Sequence[Timeline]], most: int = MOST_SPANS, first: Iterable[int] = ()
 ) -> list[int]:
-    """Give the ranks that can be drawn with at most `most` steps, `first` before the others, at least one."""
+    """Give the ranks that can be drawn, with at most `most` steps but at least one rank; `first` before the others."""
     size = max(map(len, runs.values()))
     order = list(dict.fromkeys([*first, *range(size)]))
     chosen: list[int] = []
     used = 0
     for rank in order:
         used += sum(len(timelines[rank].spans) for timelines in runs.values())
-        if chosen and used > most:
+        if chosen and (used > most or len(chosen) == MOST_RANKS):
             break
         chosen.append(rank)
     return sorted(chosen)
