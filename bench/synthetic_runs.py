@@ -191,6 +191,7 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
                     "call": sequence,
                     "layer": 0,
                     "recomputed": False,
+                    "half": 0,
                     "plan": plain_plan(run.plan),
                     "sizes": {"num_experts": 2 * size, "hidden_size": HIDDEN_SIZE, "intermediate_size": 8},
                     "top_k": 1,

@@ -12,6 +12,7 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
+from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
@@ -151,3 +152,19 @@ def test_lines_are_objects_of_json(tmp_path: Path) -> None:
     header, *calls = map(json.loads, (tmp_path / "rank-0001.jsonl").read_text().splitlines())
     assert (header["format"], header["schema"], header["rank"]) == ("tritonmoe recording", 1, 1)
     assert [call["call"] for call in calls] == list(range(CALLS))
+
+
+def test_halves_of_a_batch_are_told_and_not_replayed(tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> None:
+        layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(2))
+        x = torch.randn(NUM_TOKENS, 8, generator=torch.Generator().manual_seed(transport.rank))
+        first, second = tm.two_batches(lambda half: layer(half).sum(), *x.chunk(2))
+        (first + second).backward()
+
+    with record(tmp_path / "run"):
+        tm.run_on_emulated_ranks(on_rank, SIZE)
+    recording = read_recording(tmp_path / "run")
+    assert [call.half for call in recording.calls] == [1, 2]
+    assert all(call.has_backward for call in recording.calls)
+    with pytest.raises(ValueError, match="of two_batches, in which the times of each half hold the other one's work"):
+        attribute(recording)

@@ -11,6 +11,7 @@ WORKER = Path(__file__).parent / "two_batches_worker.py"
 CASES = ("gloo", "ddp", "accumulation", "fsdp", "fsdp_lets_go_too_early", "mixed_precision", "interrupted")
 
 
+@pytest.mark.thorough
 @pytest.mark.alone
 def test_two_batches_on_four_ranks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]

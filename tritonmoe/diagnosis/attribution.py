@@ -147,12 +147,18 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     """Find what a recorded step would gain without each cause.
 
     Raises:
-        ValueError: there is no call that all ranks have recorded, or only on one rank or two levels.
+        ValueError: there is no call that all ranks have recorded, or only on one rank or two levels, or of halves of a
+            batch.
     """
     if recording.size < 2:
         raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
     if recording.headers[0].get("node_size") is not None:
         raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
+    if any(call.half for call in recording.calls):
+        raise ValueError(
+            f"{recording.path} is of two_batches, in which the times of each half hold the other one's work: record a "
+            "run of whole batches"
+        )
     before = calls_before(recording)
     times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
     calls, similar = _calls_of_most_time(recording, times)

@@ -234,6 +234,7 @@ def _plain_call(held: _Held) -> Json:
         "call": header.sequence,
         "layer": header.layer,
         "recomputed": held.is_recompute,
+        "half": header.half,
         "choice": report.choice,
         "plan": plain_plan(report.overlap),
         "sizes": _sizes(header),

@@ -114,6 +114,8 @@ class RecordedCall:
     layer: int
     """The number of its layer there; -1 for the function."""
     is_recompute: bool
+    half: int
+    """Which half of a batch in two_batches it is of, 1 or 2; 0 for a whole batch."""
     plan: OverlapPlan
     row_bytes: int
     other_row_bytes: int
@@ -267,7 +269,7 @@ class _CallLine:
     """A call as one rank's file has it, times by the rank's own clock."""
 
     where: str
-    agreed: tuple[int, bool, OverlapPlan, int, int, int, Mapping[str, int]]
+    agreed: tuple[int, bool, int, OverlapPlan, int, int, int, Mapping[str, int]]
     """What all ranks must say alike: the fields of RecordedCall from `layer` to `sizes`."""
     call: RankCall
 
@@ -333,6 +335,7 @@ def _read_call(fields: _Fields, size: int) -> _CallLine:
     agreed = (
         fields.take("layer", _integer),
         fields.take("recomputed", bool),
+        fields.take("half", _integer),
         fields.take("plan", _plan),
         fields.take("row_bytes", _integer),
         fields.take("other_row_bytes", _integer),
