@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive, report_file
 from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
@@ -19,7 +19,7 @@ from tritonmoe.diagnosis.plan import compare, plan
 from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
 from tritonmoe.report.html import Page, write_page
-from tritonmoe.runtime.files import write_whole
+from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
 
@@ -120,7 +120,7 @@ def _sized(cluster: Cluster, arguments: argparse.Namespace) -> Cluster:
     return cluster if arguments.nodes is None else cluster.with_nodes(arguments.nodes)
 
 
-def _write(arguments: argparse.Namespace, found: dict[str, Any], page: Callable[[], Page]) -> None:
+def _write(arguments: argparse.Namespace, found: Json, page: Callable[[], Page]) -> None:
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps(found, indent=1), "plan")
         print(f"\nwrote {arguments.json}")

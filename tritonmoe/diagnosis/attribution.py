@@ -383,16 +383,14 @@ def _imbalance(calls: Sequence[RecordedCall]) -> _Cause:
 
 
 def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:
-    each = of.link.each
-    assert each is not None
+    each = of.each_link
     link_s = each.link_s.clone()
     link_s[i, k] = 0.0
     return replace(of, link=replace(of.link, each=replace(each, link_s=link_s)))
 
 
 def without_slow_port(of: Conditions, rank: int) -> Conditions:
-    each = of.link.each
-    assert each is not None
+    each = of.each_link
     out, into = each.port_out_s.clone(), each.port_in_s.clone()
     out[rank], into[rank] = out.median(), into.median()
     return replace(of, link=replace(of.link, each=replace(each, port_out_s=out, port_in_s=into)))

@@ -4,7 +4,6 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.diagnosis.cluster import INTERVALS, Cluster
@@ -12,6 +11,7 @@ from tritonmoe.diagnosis.job import Job, expert_degrees
 from tritonmoe.diagnosis.job_memory import memory_gb
 from tritonmoe.diagnosis.layer_parts import layer_parts
 from tritonmoe.diagnosis.step import StepTime, exchange_time, step_time
+from tritonmoe.runtime.files import Json
 from tritonmoe.tuning.search import preferred
 
 __all__ = ["Choice", "Comparison", "Plan", "Prediction", "Sensitivity", "compare", "plan"]
@@ -93,7 +93,7 @@ class Plan:
     def best(self) -> Prediction:
         return self.predictions[0]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Give everything as JSON has it."""
         return {
             "model": self.job.model.name,
@@ -111,7 +111,7 @@ class Plan:
 JOB_FIELDS = ("sequence", "micro_batch", "micro_batches", "tp", "pp", "recompute", "dtype", "wire_dtype", "two_batches")
 
 
-def _as_json(one: Prediction) -> dict[str, Any]:
+def _as_json(one: Prediction) -> Json:
     return {
         "ep": one.choice.ep,
         "levels": one.choice.num_levels,
@@ -220,7 +220,7 @@ class Sized:
     step_s: float | None
     usd_per_million_tokens: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         step_ms = None if self.step_s is None else 1e3 * self.step_s
         return {"gpus": self.gpus, "step_ms": step_ms, "usd_per_million_tokens": self.usd_per_million_tokens}
 
@@ -245,7 +245,7 @@ class Comparison:
         price = self.plans[number].cluster.usd_per_gpu_hour
         return price * first.usd_per_million_tokens / other.usd_per_million_tokens
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "plans": [plan.to_json() for plan in self.plans],
             "scales": list(self.scales),

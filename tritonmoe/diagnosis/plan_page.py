@@ -7,6 +7,7 @@ from tritonmoe.diagnosis.plan import Comparison, Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Block, Page, Section
+from tritonmoe.runtime.files import Json
 
 __all__ = ["comparison_page", "plan_page"]
 
@@ -62,7 +63,7 @@ class _Planned:
 
     def __init__(self, figures: Figures, key: str) -> None:
         self.figures, self.key = figures, key
-        self.choices: list[dict[str, Any]] = self.at("choices")
+        self.choices: list[Json] = self.at("choices")
 
     def at(self, key: str) -> Any:
         return self.figures.at(self.key + key)
@@ -155,12 +156,12 @@ class _Planned:
 TIMES = ("layer_ms", "step_ms", "step_interval_ms/0", "step_interval_ms/1", "exposed_ms")
 
 
-def _chunks(one: dict[str, Any]) -> str:
+def _chunks(one: Json) -> str:
     sizes = one["chunk_sizes"]
     return f"{len(sizes)}" + ("" if len(set(sizes)) == 1 else " ramp")
 
 
-def _choice(one: dict[str, Any]) -> str:
+def _choice(one: Json) -> str:
     levels = "two levels" if one["levels"] == 2 else "one level"
     return f"ep {one['ep']}, {levels}, chunks {_chunks(one)}"
 

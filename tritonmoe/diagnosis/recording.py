@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ class _Fields:
             raise ValueError(f"{where} must be an object, got {type(values).__name__}")
         self.values: Json = values
 
-    def take(self, key: str, convert: Callable[[Any], Value]) -> Value:
+    def take(self, key: str, convert: Callable[[object], Value]) -> Value:
         """Give a value as `convert` makes it, which raises ValueError or TypeError for one that doesn't fit."""
         if key not in self.values:
             raise ValueError(f"{self.where}: {key} is missing")
@@ -240,17 +240,23 @@ def _number(value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _optional(convert: Callable[[Any], Value]) -> Callable[[Any], Value | None]:
+def _optional(convert: Callable[[object], Value]) -> Callable[[object], Value | None]:
     return lambda value: None if value is None else convert(value)
 
 
-def _tuple_of(convert: Callable[[Any], Value], length: int | None = None) -> Callable[[Any], tuple[Value, ...]]:
+def _tuple_of(convert: Callable[[object], Value], length: int | None = None) -> Callable[[object], tuple[Value, ...]]:
     def converted(values: object) -> tuple[Value, ...]:
         if not isinstance(values, list) or length not in (None, len(values)):
             raise ValueError(f"must be a list{'' if length is None else f' of {length}'}, got {str(values)[:60]}")
         return tuple(map(convert, values))
 
     return converted
+
+
+def _kind(value: object) -> StepKind:
+    if not isinstance(value, str):
+        raise ValueError(f"must be the name of a kind of step, got {value!r}")
+    return StepKind.named(value)
 
 
 def _plan(values: object) -> OverlapPlan:
@@ -357,7 +363,7 @@ def _read_pass(fields: _Fields, size: int) -> RecordedPass:
     def step(values: object) -> RecordedStep:
         of = _Fields(values, "a step")
         return RecordedStep(
-            Step(of.take("kind", StepKind.named), of.take("chunk", _optional(_integer))),
+            Step(of.take("kind", _kind), of.take("chunk", _optional(_integer))),
             start_s=of.take("start_s", _number),
             end_s=of.take("end_s", _number),
             wait_s=of.take("wait_s", _number),

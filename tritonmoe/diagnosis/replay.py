@@ -20,7 +20,7 @@ from tritonmoe.diagnosis.links import LinkRatios, fit_links
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind, Unit
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate
 
 __all__ = ["Conditions", "Costs", "Entry", "Walk", "conditions_of", "fit_costs", "measured_s", "walk", "with_plan"]
@@ -78,6 +78,13 @@ class Conditions:
     steps: StepCosts
     link: LinkCosts
     gap_s: float
+
+    @property
+    def each_link(self) -> EachLink:
+        """What a byte costs on each link, which the costs of a recorded call always tell."""
+        if self.link.each is None:
+            raise ValueError("these costs don't tell links apart")
+        return self.link.each
 
 
 @dataclass(frozen=True)

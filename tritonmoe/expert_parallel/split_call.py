@@ -12,7 +12,7 @@ does: so the call that activation checkpointing repeats, which is whole, saves t
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,14 +47,14 @@ class _SplitCall:
 
     call: ExpertParallelCall
     nodes: NodeOrder
-    forward: Phases[tuple[Tensor, ExpertsRun, Kept]] | None = None
+    forward: Phases[tuple[Tensor, ExpertsRun, Kept]] = field(init=False)
     """The forward that is under way."""
-    backward: Phases[CallGradients] | None = None
+    backward: Phases[CallGradients] = field(init=False)
     """The backward that is under way."""
-    weights: PerWeight[Tensor] | None = None
+    weights: PerWeight[Tensor] = field(init=False)
     """To be saved for the backward."""
     activation_parameters: Sequence[Tensor] = ()
-    needs_weights: PerWeight[bool] | None = None
+    needs_weights: PerWeight[bool] = field(init=False)
 
     @contextmanager
     def in_turn(self, number: int) -> Iterator[None]:
@@ -71,26 +71,23 @@ class _SplitCall:
         next(self.forward)
 
     def go_on_with_forward(self) -> None:
-        assert self.forward is not None
         next(self.forward)
 
     def end_forward(self) -> tuple[Tensor, ExpertsRun, Kept]:
-        assert self.forward is not None
-        forward, self.forward = self.forward, None
+        forward = self.forward
+        del self.forward
         return run_all_phases(forward)
 
     def begin_backward(self, kept: Kept, saved: SavedTensors, dout: Tensor) -> None:
-        assert self.needs_weights is not None
         self.backward = backward_phases(self.call, kept, saved, dout, self.needs_weights)
         next(self.backward)
 
     def go_on_with_backward(self) -> None:
-        assert self.backward is not None
         next(self.backward)
 
     def end_backward(self) -> CallGradients:
-        assert self.backward is not None
-        backward, self.backward = self.backward, None
+        backward = self.backward
+        del self.backward
         return run_all_phases(backward)
 
 
@@ -144,10 +141,10 @@ class _End(torch.autograd.Function):
         ctx.split, ctx.number = split, split.nodes.next_number()
         out, run, kept = split.end_forward()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
-        weights, split.weights = split.weights, None
+        weights = split.weights
+        del split.weights
         parameters, split.activation_parameters = split.activation_parameters, ()
         if kept.plan.needs_any:
-            assert weights is not None
             ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, keep_beside(ctx, kept), *parameters)
         return out
 

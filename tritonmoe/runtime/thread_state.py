@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 
 __all__ = ["ThreadState"]
 
-Hooks = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
 
 @dataclass(frozen=True)

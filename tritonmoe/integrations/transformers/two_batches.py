@@ -63,7 +63,7 @@ class HalvedForward:
         else:
             self.model.forward = self._own
 
-    def __call__(self, *positional: Any, **named: Any) -> Any:
+    def __call__(self, *positional: object, **named: object) -> Any:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
         whole, reason = self._why_whole(arguments), ""
@@ -127,7 +127,7 @@ class HalvedForward:
         """Let the model's loss of a half be its share of the mean over all target tokens of the batch."""
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        model: Any = self.model
+        model = self.model
         if model.loss_function is not ForCausalLMLoss:
             raise ValueError(
                 f"{type(model).__name__} has a loss of its own, which two_batches can't compute of halves: leave out "
@@ -171,7 +171,7 @@ class HalvedForward:
 
     def _join_aux_loss(self, joined: Arguments, of_halves: Tensor, arguments: Arguments) -> None:
         """Put in the auxiliary loss of the whole batch, which is no mean of the halves', and into the loss too."""
-        model: Any = self.model
+        model = self.model
         function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
         names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         if function is None or not all(hasattr(model, name) for name in names) or "router_logits" not in joined:
@@ -194,7 +194,7 @@ class _ShareOfLoss:
         self._function, self._num_targets = function, num_targets
         self.num_calls = 0
 
-    def __call__(self, *positional: Any, **named: Any) -> Tensor:
+    def __call__(self, *positional: object, **named: object) -> Tensor:
         self.num_calls += 1
         return self._function(*positional, **{**named, "num_items_in_batch": self._num_targets})
 
