@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from tiers import covering
+from tiers import covering, left_out
 
 SIZES = {"backend": 3, "layout": 4, "dtype": 2}
 CASES = [tuple(zip(SIZES, case, strict=True)) for case in itertools.product(*map(range, SIZES.values()))]
@@ -20,3 +20,12 @@ def test_every_combination_is_shown(strength: int, most: int) -> None:
 def test_a_sweep_of_one_case_has_it() -> None:
     assert covering(CASES[5:6], 2) == {0}
     assert covering([(("backend", 0),), (("backend", 1),)], 2) == {0, 1}
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("word", ["one", "two"])
+def test_a_sweep_leaves_cases_to_the_second_tier(number: int, word: str, request: pytest.FixtureRequest) -> None:
+    cases = [item for item in request.session.items if item.originalname == request.node.originalname]
+    assert len(cases) in (3, 6)  # of a tier, or of both
+    assert len([*left_out(cases)]) == len(cases) - 3

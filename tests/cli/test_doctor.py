@@ -42,6 +42,7 @@ def test_a_slow_rank(slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert (verdict["ranks"], verdict["is_healthy"], verdict["findings"][0]["ranks"]) == (4, False, [2])
 
 
+@pytest.mark.thorough
 def test_several_runs(healthy: Path, slow: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor", str(healthy), str(slow)]) == 1
     said = capsys.readouterr().out

@@ -41,7 +41,12 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("kind", CAUSES)
+FIRST = ("slow link", "late rank", "imbalance")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FIRST else pytest.mark.thorough) for kind in CAUSES]
+)
 def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Path) -> None:
     run, culprits = CAUSES[kind]
     found = diagnose(tmp_path, run)

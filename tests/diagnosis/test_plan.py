@@ -58,6 +58,7 @@ def test_what_moves_the_time_most_is_to_be_measured_next():
     assert found.sensitivities[0].swing == pytest.approx(1.25**2 - 1, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_4096_ranks_take_seconds():
     started = time.process_time()
     job = Job(MODELS["DeepSeek-V3"], micro_batches=32, pp=8, recompute="full")
@@ -74,6 +75,7 @@ def test_nothing_fits():
     assert "Nothing fits into 80 GB: at least " in plan_table(found)
 
 
+@pytest.mark.thorough
 def test_a_faster_interconnect_is_worth_its_price_or_not():
     fast, slow = CLUSTERS["H100"].with_nodes(4), CLUSTERS["H100-100G"].with_nodes(4)
     found = compare(JOB, [fast, replace(slow, usd_per_gpu_hour=2.4)], [32])

@@ -137,6 +137,7 @@ def test_a_segment_that_does_not_fit_is_all_padding() -> None:
     assert tokens.home_index.tolist() == [[-1]] * 3 + [[1]] + [[-1]] * 4
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("capacity", [ROOMY, TIGHT])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4], ids="W{}".format)
 def test_equals_one_device(num_ranks: int, capacity: float) -> None:

@@ -130,6 +130,7 @@ def test_fullgraph_gives_the_bits_of_eager(options: dict, layout: dict[str, bool
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
 
 
+@pytest.mark.thorough
 @compiles_in_threads
 def test_fullgraph_of_a_model_with_two_layers() -> None:
     def on_rank(transport: Transport) -> None:

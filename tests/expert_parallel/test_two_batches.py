@@ -111,6 +111,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4], ids="W{}".format)
 def test_equals_one_batch(num_ranks: int, plan: str) -> None:

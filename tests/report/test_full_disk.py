@@ -82,7 +82,7 @@ def test_no_writer_leaves_a_part(disk: Path) -> None:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 NETNS = ["--netns", "4", "--node-size", "2", "--inter-rate", "500mbit"]
 RANKS = [
-    pytest.param([sys.executable, "-m"], ["--emulate", "2"], id="emulated"),
+    pytest.param([sys.executable, "-m"], ["--emulate", "2"], id="emulated", marks=pytest.mark.thorough),
     pytest.param(TORCHRUN, [], id="torchrun", marks=pytest.mark.slow),
     pytest.param([sys.executable, "-m"], ["--netns", "2"], id="netns", marks=pytest.mark.slow),
     pytest.param([sys.executable, "-m"], NETNS, id="two levels", marks=pytest.mark.slow),

@@ -89,6 +89,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
     assert data[0]["headers"][0]["host"] == EVIL
 
 
+@pytest.mark.thorough
 def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
     """As many ranks as can be drawn. Of more calls only medians and sums are shown."""
     run = Run(size=64, slow_rank=(63, 1.5), rows=20.0)

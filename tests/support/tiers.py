@@ -32,7 +32,9 @@ def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
             cases[item.nodeid.partition("[")[0]].append(item)
     for of_test in cases.values():
         (strength,) = of_test[0].get_closest_marker("sweep").args
-        kept = covering([tuple(item.callspec.indices.items()) for item in of_test], strength)
+        # All cases of a test have the same objects as values.
+        values = [tuple((name, id(value)) for name, value in item.callspec.params.items()) for item in of_test]
+        kept = covering(values, strength)
         yield from (item for number, item in enumerate(of_test) if number not in kept)
 
 

@@ -159,6 +159,7 @@ def test_memory_holds_one_block_and_one_shard(tmp_path, monkeypatch):
     assert max(pending) <= 20_000
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its address space")
 def test_a_model_larger_than_half_of_the_memory(tmp_path):
     """It works in memory that holds neither model twice, and in which upcycle() itself has no room."""

@@ -1,4 +1,4 @@
-"""What every rank of test_two_batches.py runs: `torchrun two_batches_worker.py DIRECTORY CASE...`."""
+"""What every rank of test_transformers_two_batches.py runs: `torchrun two_batches_worker.py DIRECTORY CASE...`."""
 
 import copy
 import time
