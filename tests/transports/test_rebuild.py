@@ -20,7 +20,7 @@ from random_faults import LATE_S, SIZE, TIMEOUT_S, step
 
 import tritonmoe as tm
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.thorough]
 SLACK_S = 8.0
 """For processes that have to wait for a core."""
 MAX_GROWTH = 4 << 20
@@ -84,19 +84,16 @@ def test_gloo(name: str) -> None:
         assert failure is None, f"rank {rank}: {failure}"
 
 
-@pytest.mark.thorough
 def test_gloo_without_a_store() -> None:
     name = "the_host_of_the_store_is_killed"
     assert case_results(2, name)[1] == {name: None}
 
 
-@pytest.mark.thorough
 def test_gloo_on_two_levels() -> None:
     name = "four_ranks_on_two_levels"
     assert case_results(4, name) == 4 * [{name: None}]
 
 
-@pytest.mark.thorough
 def test_some_random_faults(tmp_path: Path) -> None:
     run_random_faults(tmp_path, "1", "7", timeout_s=150)  # every kind is among them
 
