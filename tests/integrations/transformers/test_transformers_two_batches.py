@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import test_families
-from test_transformers_expert_parallel import run
+from test_transformers_expert_parallel import VERSION, run
 
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
 
@@ -18,6 +18,7 @@ def test_families_and_calls_in_halves(tmp_path):
     run(2, tmp_path, *(f"family:{family}" for family in FAMILIES), *cases, worker=WORKER)
 
 
+@pytest.mark.skipif(VERSION < (5, 17), reason="Trainer counted the first label as a target before")
 def test_trainer_in_halves(tmp_path):
     run(2, tmp_path, "trainer:mixtral", worker=WORKER)
 
