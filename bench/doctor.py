@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -55,17 +56,8 @@ WHERE = {
 }
 START_RATE = 1e9
 NETNS_TIMEOUT_S = 120.0
-CAUSES: tuple[CauseKind, ...] = (
-    "slow link",
-    "slow port",
-    "slow rank",
-    "late rank",
-    "imbalance",
-    "bandwidth",
-    "latency",
-    "chunk overhead",
-    "host overhead",
-)
+NOT_DRAWN = ("exchange contention", "expert compute")
+CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
 HEALTHY_SHARE = 0.3
 TWO_SHARE = 0.2
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def run_processes(size: int, backend: str, *script: str, timeout_s: float = 60.0
             if process.poll() is None:
                 process.terminate()  # mpiexec ends its ranks with itself
                 process.wait()
+
+
+def run_torchrun(
+    size: int, worker: Path, *arguments: str, cases: Sequence[str], timeout_s: float = 170.0, restarts: int = 0
+) -> None:
+    """Run the cases of a worker, in this order, on so many ranks; all must pass, each with a line `passed CASE`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    ended = subprocess.run(
+        [*command, f"--max-restarts={restarts}", str(worker), *arguments, *cases],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    passed = [line.removeprefix("passed ") for line in ended.stdout.splitlines() if line.startswith("passed ")]
+    assert ended.returncode == 0, (passed, ended.stderr[-6000:])
+    assert passed == list(cases)

@@ -4,13 +4,11 @@ Lightning and TRL are no part of the extra `test`: `pip install lightning trl`.
 """
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_torchrun
 
 from tritonmoe import OverlapConfig
 from tritonmoe.integrations.transformers import register
@@ -31,19 +29,7 @@ def directory(tmp_path_factory) -> Path:
 
 def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER, restarts: int = 0) -> None:
     """Run the cases, in this order, on so many processes; all must pass."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command.append(f"--max-restarts={restarts}")
-    result = subprocess.run(
-        [*command, str(worker), str(directory), *cases],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    passed = [line.removeprefix("passed ") for line in result.stdout.splitlines() if line.startswith("passed ")]
-    assert result.returncode == 0, (passed, result.stderr[-6000:])
-    assert passed == list(cases)
+    run_torchrun(num_processes, worker, str(directory), cases=cases, restarts=restarts)
 
 
 def test_models_on_two_processes_equal_one(directory):
