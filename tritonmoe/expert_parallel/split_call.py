@@ -29,12 +29,13 @@ from tritonmoe.expert_parallel.call import (
     forward_phases,
 )
 from tritonmoe.expert_parallel.call_spec import CallArguments
+from tritonmoe.expert_parallel.function_context import gradients_of_inputs, save_forward, saved_forward
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.overlap.executor import Phases, run_all_phases
-from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import kept_beside, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
 
@@ -114,10 +115,7 @@ class _Post(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
             grads = ctx.split.end_backward()
-        dtopk_weights = grads.topk_weights
-        if dtopk_weights is not None:
-            dtopk_weights = dtopk_weights.to(ctx.weights_dtype)
-        return None, None, grads.x, dtopk_weights, None, *grads.weights, *grads.activation_parameters
+        return gradients_of_inputs(grads, ctx.weights_dtype)
 
 
 class _Compute(torch.autograd.Function):
@@ -144,15 +142,13 @@ class _End(torch.autograd.Function):
         weights = split.weights
         del split.weights
         parameters, split.activation_parameters = split.activation_parameters, ()
-        if kept.plan.needs_any:
-            ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, keep_beside(ctx, kept), *parameters)
+        save_forward(ctx, run, kept, weights, parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        rows, received_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
-        saved = SavedTensors(rows, received_weights, PerWeight(w1, b1, w2, b2), h, parameters)
+        saved, mark = saved_forward(ctx)
         with ctx.split.in_turn(ctx.number):
             ctx.split.begin_backward(kept_beside(ctx, mark), saved, dout)
         return None, _token(dout)
