@@ -12,7 +12,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
-from tritonmoe.expert_parallel.function_context import gradients_of_inputs, save_forward, saved_forward
+from tritonmoe.expert_parallel.function_context import gradients_of_inputs, saved_forward, tensors_to_save
 from tritonmoe.expert_parallel.halves import Half, current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
 from tritonmoe.expert_parallel.run import run_call
@@ -20,7 +20,7 @@ from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
 from tritonmoe.experts.spec import expert_spec
-from tritonmoe.runtime.autograd import kept_beside, once_differentiable, outside_graphs
+from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 from tritonmoe.transports import Transport
 
@@ -47,13 +47,14 @@ class _ExpertParallelMLP(torch.autograd.Function):
         out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights))
         ctx.call = call
         ctx.weights_dtype = topk_weights.dtype
-        save_forward(ctx, run, kept, weights, parameters)
+        if kept.plan.needs_any:
+            ctx.save_for_backward(*tensors_to_save(run, weights, keep_beside(ctx, kept), parameters))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(ctx)
+        saved, mark = saved_forward(ctx.saved_tensors)
         needs_weights = PerWeight(*ctx.needs_input_grad[5:9])
         grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_weights)
         return gradients_of_inputs(grads, ctx.weights_dtype)

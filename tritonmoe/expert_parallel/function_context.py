@@ -4,31 +4,27 @@ Activation checkpointing repeats a half's call as a whole one, and takes the ten
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.call import CallGradients, Kept, SavedTensors
+from tritonmoe.expert_parallel.call import CallGradients, SavedTensors
 from tritonmoe.experts.run import ExpertsRun
-from tritonmoe.runtime.autograd import keep_beside
 
-__all__ = ["gradients_of_inputs", "save_forward", "saved_forward"]
-
-
-def save_forward(
-    ctx: Any, run: ExpertsRun, kept: Kept, weights: PerWeight[Tensor], activation_parameters: Sequence[Tensor]
-) -> None:
-    """Save what the backward of a call needs, if any rank needs a gradient."""
-    if kept.plan.needs_any:
-        mark = keep_beside(ctx, kept)
-        ctx.save_for_backward(run.rows, run.topk_weights, *weights, run.h, mark, *activation_parameters)
+__all__ = ["gradients_of_inputs", "saved_forward", "tensors_to_save"]
 
 
-def saved_forward(ctx: Any) -> tuple[SavedTensors, Tensor]:
-    """Give the tensors that save_forward() saved, and the mark by which kept_beside() finds what it kept."""
-    rows, topk_weights, w1, b1, w2, b2, h, mark, *parameters = ctx.saved_tensors
+def tensors_to_save(
+    run: ExpertsRun, weights: PerWeight[Tensor], mark: Tensor, activation_parameters: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Give what the backward of a call needs; mark: that of keep_beside()."""
+    return run.rows, run.topk_weights, *weights, run.h, mark, *activation_parameters
+
+
+def saved_forward(saved_tensors: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
+    """Give them back, and the mark by which kept_beside() finds what was kept."""
+    rows, topk_weights, w1, b1, w2, b2, h, mark, *parameters = saved_tensors
     return SavedTensors(rows, topk_weights, PerWeight(w1, b1, w2, b2), h, parameters), mark
 
 

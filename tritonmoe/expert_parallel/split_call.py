@@ -29,13 +29,13 @@ from tritonmoe.expert_parallel.call import (
     forward_phases,
 )
 from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.function_context import gradients_of_inputs, save_forward, saved_forward
+from tritonmoe.expert_parallel.function_context import gradients_of_inputs, saved_forward, tensors_to_save
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.overlap.executor import Phases, run_all_phases
-from tritonmoe.runtime.autograd import kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
 
@@ -142,13 +142,14 @@ class _End(torch.autograd.Function):
         weights = split.weights
         del split.weights
         parameters, split.activation_parameters = split.activation_parameters, ()
-        save_forward(ctx, run, kept, weights, parameters)
+        if kept.plan.needs_any:
+            ctx.save_for_backward(*tensors_to_save(run, weights, keep_beside(ctx, kept), parameters))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(ctx)
+        saved, mark = saved_forward(ctx.saved_tensors)
         with ctx.split.in_turn(ctx.number):
             ctx.split.begin_backward(kept_beside(ctx, mark), saved, dout)
         return None, _token(dout)
