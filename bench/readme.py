@@ -251,6 +251,35 @@ def expert_parallel_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def two_batches_table(name: str) -> str:
+    data = load(name)
+    results = data["results"]
+    setting = results["arguments"]
+    tokens = setting["sequences"] * setting["length"]
+    lines = [
+        f"`python -m bench.two_batches --netns {setting['netns']}` on {where(data['environment'])}: "
+        f"{setting['netns']} network namespaces, one core and one thread each. Forward and backward of a "
+        f"Qwen3-MoE-like model ({setting['layers']} layers, D={setting['hidden_size']}, F={setting['intermediate_size']}, "
+        f"E={setting['experts']}, K={setting['top_k']}) in {setting['dtype']}, {setting['sequences']} sequences of "
+        f"{setting['length']} tokens ({tokens}) a rank, experts spread over the ranks, dense weights replicated and "
+        f"not reduced, {setting['rounds']} interleaved rounds. Milliseconds, median (quartiles); what is gained is the "
+        "median of the rounds' ratios; the bound is the longer of the step in halves on 40 Gbit/s and the wire's time.",
+        "",
+        "| link | two batches | one batch | serial | one device, no exchange | wire alone | two batches over one | "
+        "beside the bound |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for rate in results["rates"]:
+        steps = " | ".join(
+            spread(rate["step"][variant]) for variant in ("two batches", "one batch", "serial", "one device")
+        )
+        lines.append(
+            f"| {rate['rate']} | {steps} | {rate['communication_alone_ms']:.0f} | "
+            f"{rate['faster_than_one_batch']:.2f} times as fast | {rate['beside_bound']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def overlap_table(prefix: str) -> str:
     """Give one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
@@ -444,6 +473,7 @@ TABLES = {
     "overlap": overlap_table,
     "plan": plan_table,
     "plan_rows": plan_rows_table,
+    "two_batches": two_batches_table,
     "two_levels": two_levels_table,
     "upcycle": upcycle_table,
     "expert_parallel": expert_parallel_table,

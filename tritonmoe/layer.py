@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Literal
 from weakref import WeakSet
@@ -16,7 +17,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.halves import keep_for_this_half
+from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
@@ -231,7 +232,7 @@ class GroupedExperts(nn.Module):
             )
         first = len(parameters) * calls.layer
         local = [
-            None if parameter is None else local_shard(parameter, sharding, self._gradient_scale, first + number)
+            None if parameter is None else self._local_weight(parameter, sharding, first + number)
             for number, parameter in enumerate(parameters)
         ]
         weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]
@@ -241,7 +242,11 @@ class GroupedExperts(nn.Module):
             return weights
         # So FSDP2's mixed precision casts the parameters that it manages; these it is told to leave alone.
         dtype = x.dtype
-        return weights.map(lambda weight: weight.to(dtype))
+        return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
+
+    def _local_weight(self, parameter: Tensor, sharding: Sharding, number: int) -> Tensor:
+        make = partial(local_shard, parameter, sharding, self._gradient_scale, number)
+        return for_both_halves(parameter, parameter.dtype, make)
 
     def _spec(self) -> ExpertSpec:
         config, options = self.config, self.options

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.expert_parallel.halves import NodeOrder
+from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.overlap import executor
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
@@ -41,13 +44,15 @@ def make_model(
     dropout: float = 0.0,
     num_layers: int = NUM_LAYERS,
     placement: tm.ExpertPlacement | None = None,
+    expert_gradients: Literal["mean", "sum"] = "mean",
     **changes,
 ) -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)  # emulated ranks are threads, which share the global one
 
     def make_layer() -> tm.MoELayer:
         config = tm.MoEConfig(**{**CONFIG, **changes})
-        layer = tm.MoELayer(config, transport, overlap, placement=placement, generator=generator, dtype=torch.float64)
+        settings = {"placement": placement, "expert_gradients": expert_gradients, "generator": generator}
+        layer = tm.MoELayer(config, transport, overlap, **settings, dtype=torch.float64)
         nn.init.normal_(layer.router.weight, generator=generator)  # else every token would be sure of little
         return layer
 
@@ -194,6 +199,134 @@ def test_the_halves_backwards_may_be_run_one_by_one() -> None:
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         assert_close({"loss": (first + second).detach(), "x": x.grad, **grads}, expected)
         second.backward()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def left_by_second_halves(monkeypatch) -> list[bool]:
+    """A list that gets, of each backward of half a batch, whether it leaves its gradients to the other half's."""
+    found: list[bool] = []
+    leave = SharedWeightGrads.leave
+
+    def recorded(shared: SharedWeightGrads, grads: PerWeight[Tensor | None]) -> PerWeight[Tensor | None]:
+        given = leave(shared, grads)
+        found.append(any(grad is not None for grad in grads) and given is NO_WEIGHTS)
+        return given
+
+    monkeypatch.setattr(SharedWeightGrads, "leave", recorded)
+    return found
+
+
+def penalised(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss whose graph reaches the experts' weights on another way, too."""
+    return loss_of(model, x) + sum(block.moe.experts.gate_up_proj.square().sum() for block in model)
+
+
+def twice(model: nn.Module, x: Tensor) -> Tensor:
+    return loss_of(model, model(x))
+
+
+@pytest.mark.parametrize("run", [loss_of, penalised, twice])
+def test_the_first_half_adds_to_the_gradients_that_the_second_one_left(monkeypatch, run: Callable) -> None:
+    """Autograd has no two tensors of all weights' size to sum, whoever else uses the weights."""
+    left = left_by_second_halves(monkeypatch)
+
+    def on_rank(transport: Transport) -> None:
+        model, x = make_model(transport, tm.OverlapConfig(2), bias=True), batch_of(transport.rank)
+        halves = step(model, x, [2, 4], partial(run, model))
+        expected = [step(model, part, None, partial(run, model)) for part in x.split([2, 4])]
+        assert_close(halves, {name: sum_or_cat(name, *(one[name] for one in expected)) for name in halves})
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert left.count(True) == left.count(False) == 2 * NUM_LAYERS * (1 + (run is twice))
+
+
+def sum_or_cat(name: str, first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second]) if name == "x" else first + second
+
+
+def test_gradients_are_left_to_no_half_that_does_not_follow(monkeypatch) -> None:
+    """A loss of one half, a backward of each half by itself, and one that failed in between."""
+    left = left_by_second_halves(monkeypatch)
+
+    def on_rank(transport: Transport) -> None:
+        model, x = make_model(transport, tm.OverlapConfig(2)), batch_of(transport.rank)
+        first, second = x.split([2, 4])
+        alone = [step(model, part, None) for part in (first, second)]
+        for kept in (0, 1):
+            run = partial(loss_of, model)
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            tm.two_batches(run, *leaf.split([2, 4]))[kept].backward()
+            expected = {**alone[kept], "x": leaf.grad[:2] if kept == 0 else leaf.grad[2:]}
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            assert_close({**expected, **grads}, alone[kept])
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert not any(left)
+
+
+def test_what_a_failed_backward_left_reaches_no_other() -> None:
+    def on_rank(transport: Transport) -> None:
+        model, x = make_model(transport, tm.OverlapConfig(2)), batch_of(transport.rank)
+        expected = step(model, x, None)
+        model.zero_grad()
+        is_failing = True
+
+        def fail(grad: Tensor) -> None:
+            if is_failing:
+                raise KeyError("asked for")
+
+        leaf = x.clone().requires_grad_()
+        first, second = leaf.split([2, 4])
+        loss = sum(tm.two_batches(partial(loss_of, model), first, second))
+        leaf.register_hook(fail)  # runs behind both halves' backwards
+        with pytest.raises(KeyError):
+            loss.backward(retain_graph=True)
+        is_failing = False
+        model.zero_grad()
+        leaf.grad = None
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert_close({**grads, "loss": loss.detach(), "x": leaf.grad}, expected)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def test_what_another_run_left_is_not_taken() -> None:
+    left = PerWeight(torch.ones(1), None, None, None)
+    assert SharedWeightGrads(left={torch._C._current_graph_task_id() + 1: left}).take() is NO_WEIGHTS
+
+
+def test_a_half_without_gradients_takes_none_from_the_other() -> None:
+    def on_rank(transport: Transport) -> None:
+        model, (first, second) = make_model(transport, tm.OverlapConfig(2)), batch_of(transport.rank).split([2, 4])
+        expected = step(model, second, None)
+        model.zero_grad()
+        leaf = second.clone().requires_grad_()
+
+        def run(x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(x is leaf):
+                return loss_of(model, x)
+
+        _, loss = tm.two_batches(run, first, leaf)
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert_close({**grads, "loss": loss.detach(), "x": leaf.grad}, expected)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def test_main_grads_get_both_halves() -> None:
+    def on_rank(transport: Transport) -> None:
+        model, x = make_model(transport, tm.OverlapConfig(2), expert_gradients="sum"), batch_of(transport.rank)
+        expected = step(model, x, None)
+        weights = {n: p for n, p in model.named_parameters() if n.endswith("gate_up_proj")}
+        for weight in weights.values():
+            weight.main_grad = torch.zeros_like(weight)
+        got = step(model, x, [2, 4])
+        assert not weights.keys() & got.keys()
+        assert_close({**got, **{name: weight.main_grad for name, weight in weights.items()}}, expected)
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 

@@ -6,7 +6,16 @@ import pytest
 from processes import run_torchrun
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"
-CASES = ("gloo", "ddp", "accumulation", "fsdp", "fsdp_lets_go_too_early", "mixed_precision", "interrupted")
+CASES = (
+    "gloo",
+    "one_by_one",
+    "ddp",
+    "accumulation",
+    "fsdp",
+    "fsdp_lets_go_too_early",
+    "mixed_precision",
+    "interrupted",
+)
 
 
 @pytest.mark.thorough

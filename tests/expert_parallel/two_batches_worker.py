@@ -92,6 +92,16 @@ def case_gloo() -> None:
         assert_equal_to_whole(net, net)
 
 
+def case_one_by_one() -> None:
+    """The halves' backwards in two runs of the graph, though both start from the same view of the weights."""
+    net, x = spread(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "expert"))), here()
+    expected = gradients(net, net(x))
+    first, second = tm.two_batches(net.loss, x[:2], x[2:])
+    first.backward()
+    for grad, wanted in zip(gradients(net, second), expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
 def case_ddp() -> None:
     """One reduction for both halves, and the gradients of one batch."""
     net = DistributedDataParallel(spread())

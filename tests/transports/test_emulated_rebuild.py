@@ -14,7 +14,7 @@ from random_faults import Fault, OwnError
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import CALLS_OF_GENERATION, state_of
-from tritonmoe.transports import Death, LocalTransport, Transport, TwoLevelTransport
+from tritonmoe.transports import Death, LocalTransport, Transport, TwoLevelTransport, leaving_nobody_waiting
 
 
 def fail() -> None:
@@ -39,6 +39,22 @@ def rebuilt(fn: Callable[[Transport], object], transport: Transport) -> tuple[st
         fn(transport)
     transport.rebuild()
     return f"{raised.typename}: {raised.value}", step(transport)
+
+
+def test_a_call_that_was_left_and_is_collected_later_breaks_nothing() -> None:
+    """As the halves of a batch are, whose other half has failed: the transport may work again by then."""
+
+    def on_rank(transport: Transport) -> None:
+        def call():
+            with leaving_nobody_waiting(transport):
+                yield
+
+        left = call()
+        next(left)
+        left.close()
+        transport.barrier()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -27,6 +27,7 @@ from tritonmoe.experts.arguments import ExpertInputs, Needs, find_main_grads
 from tritonmoe.experts.callable_activation import ActivationGraph
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
@@ -248,9 +249,14 @@ def run_backward(
 
 
 def backward_phases(
-    call: ExpertParallelCall, kept: Kept, saved: SavedTensors, dout: Tensor, needs_weights: PerWeight[bool]
+    call: ExpertParallelCall,
+    kept: Kept,
+    saved: SavedTensors,
+    dout: Tensor,
+    needs_weights: PerWeight[bool],
+    shared_grads: SharedWeightGrads | None = None,
 ) -> Phases[CallGradients]:
-    """Do what run_backward() does, in three phases."""
+    """Do what run_backward() does, in three phases; shared_grads as in ExpertsRun."""
     entered_at = time.perf_counter()
     state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
@@ -272,6 +278,7 @@ def backward_phases(
         activation_graphs=kept.activation_graphs,
         activation_parameters=list(saved.activation_parameters),
         main_grads=None if call.owners is None else find_main_grads(call.owners),
+        shared_grads=shared_grads,
     )
     experts, received_weights = call.experts_of_backward(run, kept)
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)

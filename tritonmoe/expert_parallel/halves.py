@@ -8,15 +8,16 @@ both in the same order, and posts its exchanges in it.
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from tritonmoe.runtime.thread_state import ThreadState
 
-__all__ = ["Half", "NodeOrder", "current_half", "keep_for_this_half", "run_in_turns"]
+__all__ = ["Half", "NodeOrder", "current_half", "for_both_halves", "keep_for_this_half", "run_in_turns"]
 
 Result = TypeVar("Result")
 
@@ -62,6 +63,8 @@ class Half:
         self.nodes = nodes
         self.calls: list[object] = []
         """What tells apart the layers that it has called, in their order."""
+        self._left: dict[tuple, Any] = {}
+        """What it has left for the second half at the same place of the program, if it is the first one."""
         self.has_ended = False
         self.is_closed = False
         self.result: Any
@@ -97,6 +100,14 @@ class Half:
                 f"layer in half {self.number} than in half {self.sibling.number}"
             )
         self._check_calls_of_ended()
+
+    def leave(self, name: Hashable, value: object) -> None:
+        """Leave something for the second half to take where it has called as many layers as this one has now."""
+        self._left[len(self.calls), name] = value
+
+    def take(self, name: Hashable) -> Any:
+        """Give what the first half has left at this place of the program, once; None where it has left nothing."""
+        return self.sibling._left.pop((len(self.calls), name), None)
 
     def hand_over(self) -> None:
         """Let the other half go on until it hands over too, or ends.
@@ -156,6 +167,24 @@ def keep_for_this_half(owner: object, *names: str) -> None:
     if half is not None:
         for name in names:
             half.kept[id(owner), name] = owner, getattr(owner, name)
+
+
+def for_both_halves(source: Tensor, dtype: torch.dtype, make: Callable[[], Result]) -> Result:
+    """Give make(); to the second half of a batch what it gave to the first one at this place, of the same source.
+
+    So gradients of both halves are summed before autograd goes on to the source. What is made depends on the source,
+    which FSDP2 may have exchanged since, on this dtype and on nothing else that the halves do.
+    """
+    half = current_half()
+    if half is None:
+        return make()
+    name = id(source), dtype, torch.is_grad_enabled()
+    if half.number == 2:
+        left = half.take(name)
+        return make() if left is None else left[1]
+    result = make()
+    half.leave(name, (source, result))  # with the source, so that no other tensor gets its id
+    return result
 
 
 def run_in_turns(functions: Sequence[Callable[[], Result]]) -> tuple[Result, Result]:

@@ -25,9 +25,6 @@ from tritonmoe.tuning.votes import Message
 
 __all__ = ["run_call"]
 
-HALF_NUM_CHUNKS = 1
-"""How many chunks a call of half a batch has under num_chunks="auto": its products are small already."""
-
 
 def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
     """Give the result (T, D) of a call; its report goes to the layer that calls.
@@ -88,14 +85,22 @@ def choose_plan(call: CheckedCall) -> Choice:
     if again is not None:
         plan, reason = again, "the plan of the forward that is recomputed"
     elif call.runner.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
-        plan = fixed_plan(overlap, HALF_NUM_CHUNKS, call.transport.size)
-        reason = f"{plan}: the other half of the batch hides its exchanges, and chunks would only cost time"
+        plan = half_plan(overlap, call.transport.size)
+        reason = f"{plan}: the other half of the batch hides its exchanges, and to cut its rows would only cost time"
     else:
         plan = chooser.plan()
         message = message if call.is_captured else chooser.message()
     if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
         plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
     return Choice(plan, message, chooser, kind, reason)
+
+
+def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
+    """Give the plan of half a batch under num_chunks="auto".
+
+    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
+    """
+    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:

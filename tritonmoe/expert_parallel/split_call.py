@@ -34,6 +34,7 @@ from tritonmoe.expert_parallel.halves import Half, NodeOrder
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
@@ -56,6 +57,8 @@ class _SplitCall:
     """To be saved for the backward."""
     activation_parameters: Sequence[Tensor] = ()
     needs_weights: PerWeight[bool] = field(init=False)
+    shared_grads: SharedWeightGrads | None = None
+    """With the other half's call, where both have the same weights."""
 
     @contextmanager
     def in_turn(self, number: int) -> Iterator[None]:
@@ -80,7 +83,7 @@ class _SplitCall:
         return run_all_phases(forward)
 
     def begin_backward(self, kept: Kept, saved: SavedTensors, dout: Tensor) -> None:
-        self.backward = backward_phases(self.call, kept, saved, dout, self.needs_weights)
+        self.backward = backward_phases(self.call, kept, saved, dout, self.needs_weights, self.shared_grads)
         next(self.backward)
 
     def go_on_with_backward(self) -> None:
@@ -170,10 +173,28 @@ def run_split_call(
     anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
     with leaving_nobody_waiting(call.all_ranks):
         token = _Post.apply(split, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
+        _share_weight_grads(half, split, weights, token.grad_fn)
         half.hand_over()
         token = _Compute.apply(split, token)
         half.hand_over()
         return _End.apply(split, token)
+
+
+def _share_weight_grads(half: Half, split: _SplitCall, weights: PerWeight[Tensor], node: Any) -> None:
+    """Let the second half's backward, which is the earlier one, leave its weights' gradients to the first half's."""
+    placement = split.call.placement
+    if placement is not None and placement.has_replicas:
+        return  # each backward sums its own over the replicas
+    if half.number == 1:
+        half.leave("call", (split, weights, node))
+        return
+    left = half.take("call")
+    if left is None:
+        return  # this call is run once more, since some rank's rows exceeded the capacity
+    first, first_weights, first_node = left
+    if all(weight is other for weight, other in zip(weights, first_weights, strict=True)):
+        first.shared_grads = SharedWeightGrads()
+        split.shared_grads = SharedWeightGrads(first_node, first.shared_grads.left)
 
 
 def begin_half_call(half: Half, arguments: CallArguments) -> None:

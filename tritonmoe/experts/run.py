@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
-from tritonmoe.config.layer import PerWeight, Projection, is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight, Projection, is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products, matrix_size
 from tritonmoe.experts.spec import ExpertSettings
-from tritonmoe.experts.weight_gradients import weight_gradients
+from tritonmoe.experts.weight_gradients import SharedWeightGrads, weight_gradients
 from tritonmoe.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
@@ -47,6 +47,8 @@ class ExpertsRun:
     """(N, 2F), filled by forward, or given back to a run that only does backward."""
     main_grads: PerWeight[Tensor | None] | None = None
     """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
+    shared_grads: SharedWeightGrads | None = None
+    """Where another call has the same weights, and both run their backward in one graph."""
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
     dweights: Tensor | None = None
@@ -226,9 +228,15 @@ class ExpertsRun:
         return self.settings.projections(weights)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
-        """Give the gradients of the weights that need one; None for the others, and for those added to main_grads."""
+        """Give the gradients of the weights that need one.
+
+        None for the others, for those added to main_grads, and for those left to the other call in shared_grads.
+        """
         operands = GradientOperands(self.rows, self.dh, dout, self.scaled_a, self.topk_weights)
-        return weight_gradients(self.settings, self.grouping, needs, self.main_grads, operands)
+        shared = self.shared_grads
+        left = NO_WEIGHTS if shared is None else shared.take()
+        grads = weight_gradients(self.settings, self.grouping, needs, self.main_grads, operands, left)
+        return grads if shared is None else shared.leave(grads)
 
     @property
     def _hidden_width(self) -> int:

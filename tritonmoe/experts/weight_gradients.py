@@ -1,5 +1,12 @@
-"""weight_gradients(): one call of the op for all weights that need a gradient; a main_grad gets it added."""
+"""weight_gradients(): one call of the op for all weights that need a gradient, which may be added to something.
 
+That is a weight's main_grad, or what another backward of the same weights has left: SharedWeightGrads.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands
@@ -8,7 +15,36 @@ from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping
 
-__all__ = ["weight_gradients"]
+__all__ = ["SharedWeightGrads", "weight_gradients"]
+
+
+@dataclass
+class SharedWeightGrads:
+    """What one of two calls with the same weights has of the other: the earlier backward leaves its gradients to it.
+
+    The later backward adds its own to them. Autograd would sum two tensors of all weights' size, which on a CPU can
+    take longer than to compute them.
+    """
+
+    later: Any = None
+    """Of the call whose backward is the earlier one: the other call's autograd node; None for the other call."""
+    left: dict[int, PerWeight[Tensor | None]] = field(default_factory=dict)
+    """The gradients that wait for the later backward, by the number of the graph's run; the same dict for both."""
+
+    def take(self) -> PerWeight[Tensor | None]:
+        """Give what the other call's backward has left in this run of the graph."""
+        return self.left.pop(torch._C._current_graph_task_id(), NO_WEIGHTS)
+
+    def leave(self, grads: PerWeight[Tensor | None]) -> PerWeight[Tensor | None]:
+        """Leave the gradients to the other call if its backward will follow in this run of the graph, else give them.
+
+        A loss of one half alone, say, has a graph without the other half.
+        """
+        if self.later is None or not torch._C._will_engine_execute_node(self.later):
+            return grads
+        self.left.clear()  # what a run that failed has left
+        self.left[torch._C._current_graph_task_id()] = grads
+        return NO_WEIGHTS
 
 
 def weight_gradients(
@@ -17,26 +53,33 @@ def weight_gradients(
     needs: PerWeight[bool],
     main_grads: PerWeight[Tensor | None] | None,
     operands: GradientOperands,
+    left: PerWeight[Tensor | None] = NO_WEIGHTS,
 ) -> PerWeight[Tensor | None]:
-    """Call the operation weight_grad for the weights that need it, and add to main_grads where there are such."""
+    """Call the operation weight_grad for the weights that need it, and add to main_grads where there are such.
+
+    left: what SharedWeightGrads.take() gave, which is added to, and given back, before any main_grad.
+    """
     if not any(needs):
-        return NO_WEIGHTS
-    main = main_grads or NO_WEIGHTS
+        return left
+    sums: PerWeight[Tensor | None] = PerWeight(
+        *(main if mine is None else mine for mine, main in zip(left, main_grads or NO_WEIGHTS, strict=True))
+    )
     x, dh, dout, scaled_a, _ = operands
     for is_needed, one, other in ((needs.gate_up_proj, x, dh), (needs.down_proj, dout, scaled_a)):
         if is_needed and one is not None and other is not None:
             count_products(settings.ops, one, grouping.num_pairs, one.shape[1] * other.shape[1])
     grads: PerWeight[Tensor | None] = settings.ops.weight_grad(
-        grouping, settings.layout, operands, needs, accumulate=main, options=settings.options
+        grouping, settings.layout, operands, needs, accumulate=sums, options=settings.options
     )
-    return grads._replace(
-        gate_up_bias=_added(grads.gate_up_bias, main.gate_up_bias),
-        down_bias=_added(grads.down_bias, main.down_bias),
+    grads = grads._replace(
+        gate_up_bias=_added(grads.gate_up_bias, sums.gate_up_bias),
+        down_bias=_added(grads.down_bias, sums.down_bias),
     )
+    return PerWeight(*(grad if mine is None else mine for mine, grad in zip(left, grads, strict=True)))
 
 
-def _added(grad: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
-    if grad is None or main_grad is None:
+def _added(grad: Tensor | None, total: Tensor | None) -> Tensor | None:
+    if grad is None or total is None:
         return grad
-    main_grad.add_(grad)
+    total.add_(grad)
     return None

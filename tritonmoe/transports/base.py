@@ -281,6 +281,8 @@ def leaving_nobody_waiting(transport: Transport) -> Iterator[None]:
     """Break the transport where this rank leaves a call in its middle, so that others needn't wait for a timeout."""
     try:
         yield
+    except GeneratorExit:
+        raise  # the call was left some time ago, and is collected now: the transport may have been rebuilt since
     except BaseException as error:
         transport.give_up(f"failed with {type(error).__name__}: {error}")
         raise

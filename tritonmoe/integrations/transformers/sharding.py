@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
@@ -49,7 +51,9 @@ class ExpertParallelState:
             parameter = getattr(experts, name)
             if name not in self.names:
                 return parameter
-            return local_shard(parameter, self.sharding, self.gradient_scale, first + self.names.index(name))
+            number = first + self.names.index(name)
+            make = partial(local_shard, parameter, self.sharding, self.gradient_scale, number)
+            return for_both_halves(parameter, parameter.dtype, make)
 
         return local_parameter
 
