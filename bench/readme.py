@@ -259,11 +259,12 @@ def two_batches_table(name: str) -> str:
     lines = [
         f"`python -m bench.two_batches --netns {setting['netns']}` on {where(data['environment'])}: "
         f"{setting['netns']} network namespaces, one core and one thread each. Forward and backward of a "
-        f"Qwen3-MoE-like model ({setting['layers']} layers, D={setting['hidden_size']}, F={setting['intermediate_size']}, "
-        f"E={setting['experts']}, K={setting['top_k']}) in {setting['dtype']}, {setting['sequences']} sequences of "
-        f"{setting['length']} tokens ({tokens}) a rank, experts spread over the ranks, dense weights replicated and "
-        f"not reduced, {setting['rounds']} interleaved rounds. Milliseconds, median (quartiles); what is gained is the "
-        "median of the rounds' ratios; the bound is the longer of the step in halves on 40 Gbit/s and the wire's time.",
+        f"Qwen3-MoE-like model ({setting['layers']} layers, D={setting['hidden_size']}, "
+        f"F={setting['intermediate_size']}, E={setting['experts']}, K={setting['top_k']}) in {setting['dtype']}, "
+        f"{setting['sequences']} sequences of {setting['length']} tokens ({tokens}) a rank, experts spread over the "
+        f"ranks, dense weights replicated and not reduced, {setting['rounds']} interleaved rounds. Milliseconds, "
+        "median (quartiles); what is gained is the median of the rounds' ratios; the bound is the longer of the step "
+        "in halves on 40 Gbit/s and the wire's time.",
         "",
         "| link | two batches | one batch | serial | one device, no exchange | wire alone | two batches over one | "
         "beside the bound |",

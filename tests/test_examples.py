@@ -106,6 +106,7 @@ def test_experts_that_saw_no_tokens_of_their_own_do_not_pass_for_specialised():
     assert found["rise_when_shuffled"] < 0.02
 
 
+@pytest.mark.thorough
 def test_a_sentence_encoder_with_swapped_blocks_measures_the_same_similarities():
     output = run_script("swap_minilm.py", "--tiny")
     changes = [float(change) for change in re.findall(r"largest change of a similarity (\S+)", output)]

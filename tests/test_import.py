@@ -88,6 +88,7 @@ def test_works_without_optional_packages(blocked: tuple[str, ...]) -> None:
     assert "not installed" in out
 
 
+@pytest.mark.thorough
 @pytest.mark.alone
 def test_import_takes_little_more_than_torch() -> None:
     code = """

@@ -54,6 +54,7 @@ def test_json(tmp_path, capsys, short):
     assert any(event["name"] == "dispatch 1" and event["args"]["chunk"] == 1 for event in events)
 
 
+@pytest.mark.thorough
 def test_text_is_plain_and_fits_80_columns(tmp_path, capsys, short, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["demo", "--steps", "3", "--ranks", "4", "--device", "cpu", "--out", str(tmp_path)]) == 0

@@ -144,6 +144,7 @@ def test_what_can_not_be_kept_is_not_measured(wrong, cache, gpu, monkeypatch, ca
     assert ("delete it and run `tritonmoe tune` again" if wrong == "damaged" else str(cache)) in said
 
 
+@pytest.mark.thorough
 def test_processes_that_tune_at_once_lose_nothing(cache):
     script = """
 import sys

@@ -20,7 +20,7 @@ def diagnose(folder: Path, run: Run) -> Attribution:
     return attribute(read_recording(write_run(folder, [run] * CALLS)))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_a_healthy_run(size: int, tmp_path: Path) -> None:
     found = diagnose(tmp_path, Run(size=size))
     assert found.measured_s == pytest.approx(Run(size=size).seconds())
@@ -41,7 +41,7 @@ CAUSES = {
 }
 
 
-FIRST = ("slow link", "late rank", "imbalance")
+FIRST = ("slow link", "late rank")
 
 
 @pytest.mark.parametrize(

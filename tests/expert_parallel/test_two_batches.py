@@ -436,6 +436,7 @@ class Checkpointed(nn.Module):
         return x
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("overlap", [tm.OverlapConfig(2), tm.OverlapConfig()], ids=["two-chunks", "auto"])
 @pytest.mark.parametrize("settings", [{}, {"context_fn": save_topk}], ids=["plain", "selective"])
 @pytest.mark.parametrize("num_regions", [1, 3])

@@ -91,6 +91,7 @@ def test_halves_that_call_other_layers(calls: str) -> None:
         assert words in str(error)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("place", ["before", "between", "after"])
@@ -138,7 +139,9 @@ def test_a_filler_that_raises_and_an_error_that_the_other_half_swallows() -> Non
         assert isinstance(error, (ZeroDivisionError, tm.TransportError)), error
 
 
-@pytest.mark.parametrize("exchange", range(37, 108, 7))
+@pytest.mark.parametrize(
+    "exchange", [pytest.param(n, marks=() if n % 3 == 1 else pytest.mark.thorough) for n in range(37, 108, 7)]
+)
 def test_a_rank_that_dies(exchange: int) -> None:
     """A step of the whole batch has 36 exchanges, and one in halves twice as many."""
 

@@ -115,6 +115,7 @@ def test_saved_bytes_per_received_row(size: int, spread: bool, overlap: tm.Overl
     check_received_rows(size, spread, overlap, top_k, 24 * top_k)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 @both_routings
 @pytest.mark.parametrize("size", [4, 8])

@@ -19,6 +19,7 @@ from tritonmoe.kernels import bias_grad, launch, weight_grad
 ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
 
 
+@pytest.mark.thorough
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from unittest.mock import patch
 
+import pytest
 import torch
 
 STRIDE = 2**30 + 16
@@ -112,6 +113,7 @@ def check(folder):
     print("every operation reached", far.num_files)
 
 
+@pytest.mark.thorough
 def test_addresses_past_two_to_the_31(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

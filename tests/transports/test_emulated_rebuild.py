@@ -1,7 +1,8 @@
 """Emulated ranks, views of them and one rank alone go on after rebuild(), as processes do."""
 
-import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -179,15 +180,24 @@ def test_one_rank_alone() -> None:
     assert step(transport) == expected
 
 
-def test_a_child_after_fork() -> None:
-    def fn(transport: Transport) -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                transport.exchange_counts(torch.zeros(1, 1, dtype=torch.int64))
-            except tm.TransportError as error:
-                os._exit(0 if "can't be used in its child" in str(error) else 1)
-            os._exit(2)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+FORKING = """
+import os, torch, tritonmoe as tm
 
-    assert tm.run_on_emulated_ranks(fn, 1) == [0]
+def on_rank(transport):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            transport.exchange_counts(torch.zeros(1, 1, dtype=torch.int64))
+        except tm.TransportError as error:
+            os._exit(0 if "can't be used in its child" in str(error) else 1)
+        os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+assert tm.run_on_emulated_ranks(on_rank, 1) == [0]
+"""
+
+
+def test_a_child_after_fork() -> None:
+    """In a process of its own: a child of this one would have to do without the threads of all earlier tests."""
+    ended = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr

@@ -240,6 +240,7 @@ def test_control_c() -> None:
         assert result["seconds"] < LATE_S + SLACK_S
 
 
+@pytest.mark.thorough
 def test_control_c_in_one_rank() -> None:
     ranks = ranks_on_one_level("one_interrupted")
     assert ranks[VICTIM]["error"] == "KeyboardInterrupt"

@@ -450,7 +450,7 @@ def chunks_of_calls(num_calls: int, num_ranks: int = 2, link: tm.LinkModel | Non
 @pytest.mark.parametrize(
     "link", [None, tm.LinkModel(0.001), tm.LinkModel(None, latency_us=3000)], ids=["memory", "slow", "late"]
 )
-@pytest.mark.parametrize("num_ranks", [2, 4], ids="W{}".format)
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.thorough)], ids="W{}".format)
 def test_ranks_agree_and_settle(num_ranks: int, link: tm.LinkModel | None) -> None:
     chosen = chunks_of_calls(SETTLING_CALLS + 3, num_ranks, link)
     assert all(counts == chosen[0] for counts in chosen)

@@ -13,11 +13,13 @@ FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
 MORE = tuple(family for family in test_families.QUICK if family not in FAMILIES)
 
 
+@pytest.mark.thorough
 def test_families_and_calls_in_halves(tmp_path):
     cases = ("calls:qwen3_moe", "whole:mixtral", "checkpointed:mixtral", "copied:mixtral", "auto:mixtral")
     run(2, tmp_path, *(f"family:{family}" for family in FAMILIES), *cases, worker=WORKER)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(VERSION < (5, 17), reason="Trainer counted the first label as a target before")
 def test_trainer_in_halves(tmp_path):
     run(2, tmp_path, "trainer:mixtral", worker=WORKER)

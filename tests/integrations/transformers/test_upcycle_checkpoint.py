@@ -294,6 +294,7 @@ def test_a_write_that_the_system_refuses(tmp_path, capsys):
     assert contents(tmp_path / "dense") == before
 
 
+@pytest.mark.thorough
 def test_a_killed_process_leaves_nothing_that_loads(tmp_path):
     save_dense("llama", tmp_path / "dense")
     code = f"""
