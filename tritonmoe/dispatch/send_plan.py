@@ -69,8 +69,8 @@ def plan_tokens(
 ) -> TokenPlan:
     """Decide which token goes where and when, from this rank's ids (T, K) alone.
 
-    Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call is here: of the counts, and
-    of num_nonfinite_rows, a scalar, with them.
+    Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call before its count exchange is
+    here: of the counts, and of num_nonfinite_rows, a scalar, with them.
     """
     owner = owners_of_pairs(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:

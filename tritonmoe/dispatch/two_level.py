@@ -116,7 +116,8 @@ def exchange_two_level_plan(
 ) -> TwoLevelPlan:
     """Plan both levels from this rank's ids (T, K) and one count exchange. It raises what exchange_plan raises.
 
-    The one host read of a layer call is here: of the counts, and of num_nonfinite_rows, a scalar, with them.
+    The one host read of a layer call before its count exchange is here: of the counts, and of num_nonfinite_rows, a
+    scalar, with them.
     """
     size, node_size, num_nodes = transport.size, transport.node_size, transport.num_nodes
     node, place = divmod(transport.rank, node_size)

@@ -23,7 +23,7 @@ def tensors_to_save(
 
 
 def saved_forward(saved_tensors: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
-    """Give them back, and the mark by which kept_beside() finds what was kept."""
+    """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
     rows, topk_weights, w1, b1, w2, b2, h, mark, *parameters = saved_tensors
     return SavedTensors(rows, topk_weights, PerWeight(w1, b1, w2, b2), h, parameters), mark
 

@@ -42,7 +42,7 @@ class NodeOrder:
         return next(self._numbers)
 
     def check(self, number: int) -> None:
-        """Raise RuntimeError if a younger node than this one has yet to run in this backward, or has run before."""
+        """Raise RuntimeError if an older node than this one has already run in this backward, or this one itself."""
         task = torch._C._current_graph_task_id()
         if task == self._task and number >= self._latest:
             raise RuntimeError(

@@ -165,7 +165,7 @@ _expert_parallel_mlp_backward.register_autograd(refuse_second_derivative)
 
 
 def _forward_flops(turn: Shape, layer: Shape | None, x: Shape, topk_ids: Shape, *others: Any, **__: Any) -> int:
-    """Give those of this rank's own pairs, whose experts are on any rank: over all ranks it is the sum that they do.
+    """Give the FLOPs of this rank's own pairs, wherever they are computed: summed over ranks, what all compute.
 
     Shapes stand for tensors.
     """

@@ -52,7 +52,7 @@ class ExpertsRun:
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
     dweights: Tensor | None = None
-    """(N',) gradients of the gate weights of all pairs in chunks of experts so far; None with chunks of tokens."""
+    """(N',) gradients of the gate weights, one for each pair in chunks of experts, filled chunk by chunk; else None."""
     activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
     """Callable activations: chunk -> the graph that backward goes through."""
     reused: dict[str, Tensor] = field(default_factory=dict)

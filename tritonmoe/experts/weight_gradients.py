@@ -20,14 +20,14 @@ __all__ = ["SharedWeightGrads", "weight_gradients"]
 
 @dataclass
 class SharedWeightGrads:
-    """What one of two calls with the same weights has of the other: the earlier backward leaves its gradients to it.
+    """Two calls with the same weights have one each: through it the earlier backward leaves its gradients to the later.
 
     The later backward adds its own to them. Autograd would sum two tensors of all weights' size, which on a CPU can
     take longer than to compute them.
     """
 
     later: Any = None
-    """Of the call whose backward is the earlier one: the other call's autograd node; None for the other call."""
+    """The autograd node of the call whose backward comes later; None in that call itself."""
     left: dict[int, PerWeight[Tensor | None]] = field(default_factory=dict)
     """The gradients that wait for the later backward, by the number of the graph's run; the same dict for both."""
 

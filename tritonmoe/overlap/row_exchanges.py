@@ -57,7 +57,7 @@ class RowExchanges:
         return *_unpack_metadata(stored, top_k), places
 
     def pack(self, values: Tensor, chunk: int) -> Tensor:
-        """Give the rows of `values` (T, D) that leave with a chunk, as often as they leave, rank by rank."""
+        """Copy the rows of `values` (T, D) that a chunk sends, rank by rank; one that two ranks need is copied twice."""
         return values.index_select(0, self.plan.tokens.home_tokens[self.plan.send_slice(chunk)])
 
     def send_chunk(

@@ -52,7 +52,7 @@ class _Builder:
 class _Of(Enum):
     """Which steps of a kind must have ended before a step of another kind may start."""
 
-    CHUNKS_SO_FAR = "that of the same chunk, which must be there, and those of all chunks before it"
+    CHUNKS_SO_FAR = "the step of the same chunk, which the schedule must contain, and the steps of all earlier chunks"
     LOCAL_ROWS = "those of local rows"
     ALL = "every one"
 

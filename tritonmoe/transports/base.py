@@ -71,7 +71,8 @@ class Transport(Handled, ABC):
 
     A subclass sets rank and size, and defines exchange() and post_counts(). One whose ranks can fail apart also defines
     give_up(), by which the others hear of a failure at once instead of at their timeout, and rebuild(); one that holds
-    anything defines close(). The rest has defaults. transports/mpi.py is an example.
+    anything defines close(). The rest has defaults. transports/mpi.py is an example of messages, a thread and timeouts;
+    process_group.py with gloo.py and notices.py is one of give_up() and rebuild().
     """
 
     rank: int

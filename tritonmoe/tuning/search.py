@@ -86,7 +86,7 @@ def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) 
 
 
 def takes_chunks_of_experts(config: OverlapConfig) -> bool:
-    """Say whether nothing else in the configuration excludes chunks of experts."""
+    """Say whether chunk_by may be "experts"; it may not with a capacity or a memory budget, say."""
     try:
         replace(config, chunk_by="experts")
     except ValueError:

@@ -42,6 +42,7 @@ class Message(NamedTuple):
 def pack(plan: OverlapPlan) -> int:
     """Give a plan that the search found as one positive integer, which unpack() reads."""
     growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
+    assert plan.chunk_sizes == ramp_sizes(plan.num_chunks, growth), "unpack() would make other chunks of it"
     value = plan.num_chunks
     for part in (growth, int(plan.chunk_by == "experts"), plan.local_start, plan.window, plan.backward_window):
         value = value * 64 + part
