@@ -10,7 +10,7 @@ import contextvars
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Half:
         self.nodes = nodes
         self.calls: list[object] = []
         """What tells apart the layers that it has called, in their order."""
-        self._left: dict[tuple, Any] = {}
+        self._left: dict[tuple, object] = {}
         """What it has left for the second half at the same place of the program, if it is the first one."""
         self.has_ended = False
         self.is_closed = False
@@ -105,7 +105,7 @@ class Half:
         """Leave something for the second half to take where it has called as many layers as this one has now."""
         self._left[len(self.calls), name] = value
 
-    def take(self, name: Hashable) -> Any:
+    def take(self, name: Hashable) -> object:
         """Give what the first half has left at this place of the program, once; None where it has left nothing."""
         return self.sibling._left.pop((len(self.calls), name), None)
 
@@ -181,10 +181,18 @@ def for_both_halves(source: Tensor, dtype: torch.dtype, make: Callable[[], Resul
     name = id(source), dtype, torch.is_grad_enabled()
     if half.number == 2:
         left = half.take(name)
-        return make() if left is None else left[1]
+        return cast(Result, left.result) if isinstance(left, _Made) else make()
     result = make()
-    half.leave(name, (source, result))  # with the source, so that no other tensor gets its id
+    half.leave(name, _Made(source, result))
     return result
+
+
+class _Made(NamedTuple):
+    """What the first half made."""
+
+    source: Tensor
+    """Kept, so that no other tensor gets its id."""
+    result: object
 
 
 def run_in_turns(functions: Sequence[Callable[[], Result]]) -> tuple[Result, Result]:

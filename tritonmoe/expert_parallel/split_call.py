@@ -13,10 +13,11 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction
 
 from tritonmoe.config.layer import PerWeight
@@ -180,21 +181,29 @@ def run_split_call(
         return _End.apply(split, token)
 
 
-def _share_weight_grads(half: Half, split: _SplitCall, weights: PerWeight[Tensor], node: Any) -> None:
+def _share_weight_grads(half: Half, split: _SplitCall, weights: PerWeight[Tensor], node: Node | None) -> None:
     """Let the second half's backward, which is the earlier one, leave its weights' gradients to the first half's."""
     placement = split.call.placement
     if placement is not None and placement.has_replicas:
         return  # each backward sums its own over the replicas
     if half.number == 1:
-        half.leave("call", (split, weights, node))
+        half.leave("call", _Posted(split, weights, node))
         return
-    left = half.take("call")
-    if left is None:
+    first = half.take("call")
+    if not isinstance(first, _Posted):
         return  # this call is run once more, since some rank's rows exceeded the capacity
-    first, first_weights, first_node = left
-    if all(weight is other for weight, other in zip(weights, first_weights, strict=True)):
-        first.shared_grads = SharedWeightGrads()
-        split.shared_grads = SharedWeightGrads(first_node, first.shared_grads.left)
+    if all(weight is other for weight, other in zip(weights, first.weights, strict=True)):
+        first.split.shared_grads = SharedWeightGrads()
+        split.shared_grads = SharedWeightGrads(first.node, first.split.shared_grads.left)
+
+
+class _Posted(NamedTuple):
+    """What the second half's call needs of the first half's, which has posted its dispatches."""
+
+    split: _SplitCall
+    weights: PerWeight[Tensor]
+    node: Node | None
+    """Of its first Function, which runs last in its backward; None where it needs no gradient."""
 
 
 def begin_half_call(half: Half, arguments: CallArguments) -> None:

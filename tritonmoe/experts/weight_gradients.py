@@ -4,10 +4,10 @@ That is a weight's main_grad, or what another backward of the same weights has l
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
@@ -26,7 +26,7 @@ class SharedWeightGrads:
     take longer than to compute them.
     """
 
-    later: Any = None
+    later: Node | None = None
     """The autograd node of the call whose backward comes later; None in that call itself."""
     left: dict[int, PerWeight[Tensor | None]] = field(default_factory=dict)
     """The gradients that wait for the later backward, by the number of the graph's run; the same dict for both."""

@@ -57,7 +57,7 @@ class RowExchanges:
         return *_unpack_metadata(stored, top_k), places
 
     def pack(self, values: Tensor, chunk: int) -> Tensor:
-        """Copy the rows of `values` (T, D) that a chunk sends, rank by rank; one that two ranks need is copied twice."""
+        """Copy the rows of `values` (T, D) that a chunk sends, rank by rank; what two ranks need is copied twice."""
         return values.index_select(0, self.plan.tokens.home_tokens[self.plan.send_slice(chunk)])
 
     def send_chunk(
