@@ -175,6 +175,7 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
             "transport": "Synthetic",
             "node_size": None,
             "shares_link": False,
+            "uses_rendezvous": False,
             "host": "here",
             "wall_clock": 0.0,
             "perf_counter": 0.0,

@@ -4,7 +4,7 @@ import pytest
 
 import tritonmoe as tm
 from tritonmoe.cli import main
-from tritonmoe.diagnosis.probe_pairs import PairTimes, probe_pairs
+from tritonmoe.diagnosis.probe_pairs import PairTimes, _turns, probe_pairs
 
 
 def test_a_slow_link_is_found() -> None:
@@ -15,6 +15,18 @@ def test_a_slow_link_is_found() -> None:
     assert (sender, receiver) == (2, 0)
     assert times > 4
     assert "rank 2 to rank 0" in str(found[0])
+    assert all(of_other < 3 for *_, of_other in found[0].slow()[1:]), "what a rank receives is not what it sends"
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_a_rank_sends_or_receives(size: int) -> None:
+    sent = []
+    for distance in range(1, size):
+        for turn in _turns(size, distance):
+            assert not set(turn) & set(turn.values())
+            assert len(set(turn.values())) == len(turn)
+            sent += list(turn.items())
+    assert sorted(sent) == [(i, k) for i in range(size) for k in range(size) if i != k]
 
 
 def test_words() -> None:

@@ -163,7 +163,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
     calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
-    costs = fit_costs(similar, recording.shares_link)
+    costs = fit_costs(similar, recording.shares_link, recording.uses_rendezvous)
     measured = statistics.median(map(times.__getitem__, calls))
     conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
     as_it_was = _walked(conditions)
@@ -180,7 +180,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     of_other_plans = [call for call in similar if call.plan != calls[0].plan]
     for _ in range(NUM_SELECTIONS):
         selection = draw.choices(calls, k=len(calls))
-        own = fit_costs([*selection, *of_other_plans], recording.shares_link)
+        own = fit_costs([*selection, *of_other_plans], recording.shares_link, recording.uses_rendezvous)
         few_as_they_were = _walked(
             [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["ALIKE", "fit_relative_line", "trimmed_mean", "weighted_median"]
+__all__ = ["ALIKE", "fit_relative_line", "trimmed_mean", "weighted_median", "weighted_quantile"]
 
 ALIKE = 1.05
 """Sizes of which the largest is at most so many times the smallest are one size."""
@@ -48,10 +48,15 @@ def trimmed_mean(values: Sequence[float]) -> float:
 
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
     """Give the value in the middle of (value, weight), of two the smaller one."""
+    return weighted_quantile(values, 0.5)
+
+
+def weighted_quantile(values: Sequence[tuple[float, float]], share: float) -> float:
+    """Give the smallest value of (value, weight) that, with all smaller ones, has so large a share of the weight."""
     ordered = sorted(values)
-    half, reached = sum(weight for _, weight in ordered) / 2, 0.0
+    wanted, reached = share * sum(weight for _, weight in ordered), 0.0
     for value, weight in ordered:
         reached += weight
-        if reached >= half:
+        if reached >= wanted:
             return value
     return ordered[-1][0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.fits import fit_relative_line, weighted_median
+from tritonmoe.diagnosis.fits import fit_relative_line, weighted_quantile
 from tritonmoe.diagnosis.recording import RankCall, RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import EachLink, LinkCosts
@@ -29,6 +29,7 @@ KEPT_PASSES = 1024
 START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
 SHORTEST_S = 1e-6
+FASTER_SHARE = 0.25
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
 
@@ -73,10 +74,12 @@ class LinkRatios:
     """Whether it is known when each rank's rows arrived; if not, all ratios are 1."""
 
 
-def fit_links(calls: Sequence[RecordedCall], shares_link: bool) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
+def fit_links(
+    calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool
+) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
     """Find what exchanges cost; the notes say what could not be found.
 
-    shares_link: whether exchanges that are under way together share a port.
+    shares_link: whether exchanges that are under way together share a port. uses_rendezvous: as the transport says.
     """
     size = len(calls[0].ranks)
     passes = [(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
@@ -89,7 +92,7 @@ def fit_links(calls: Sequence[RecordedCall], shares_link: bool) -> tuple[LinkCos
         ones = torch.ones(size, dtype=torch.float64, device="cpu")
         nothing = LinkRatios(ones, ones, torch.ones(size, size, dtype=torch.float64, device="cpu"), False)
         return link, nothing, ("no exchange carried rows from rank to rank",)
-    fit = _Fit(exchanges, size)
+    fit = _Fit(exchanges, size, uses_rendezvous)
     ratios = fit.ratios()
     byte_s = max(fit.byte_s, 1e-18)
     port_out_s, port_in_s = ratios.port_out * byte_s, ratios.port_in * byte_s
@@ -99,7 +102,8 @@ def fit_links(calls: Sequence[RecordedCall], shares_link: bool) -> tuple[LinkCos
     notes = []
     if not ratios.are_told_apart:
         notes.append("it is not known when each rank's rows arrived (NCCL): links and ports are not told apart")
-    return LinkCosts(fit.latency_s, 1 / byte_s, shares_link, each=each), ratios, tuple(notes)
+    link = LinkCosts(fit.latency_s, 1 / byte_s, shares_link, each=each, is_rendezvous=uses_rendezvous)
+    return link, ratios, tuple(notes)
 
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
@@ -160,9 +164,11 @@ def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
 class _Fit:
     """Latency and seconds of a byte, and what each message took in terms of them."""
 
-    def __init__(self, passes: Sequence[Sequence[_Exchange]], size: int) -> None:
-        self.passes, self.size = passes, size
+    def __init__(self, passes: Sequence[Sequence[_Exchange]], size: int, uses_rendezvous: bool) -> None:
+        self.passes, self.size, self.uses_rendezvous = passes, size, uses_rendezvous
         self.latency_s, self.byte_s = 0.0, 0.0
+        # What is sent against a slow link waits for its acknowledgements, too: the faster messages tell a link's rate.
+        self.typical_share = FASTER_SHARE if uses_rendezvous else 0.5
         ratio = torch.ones(size, dtype=torch.float64, device="cpu")
         self.port_out, self.port_in = ratio, ratio
         self.link = torch.ones(size, size, dtype=torch.float64, device="cpu")
@@ -170,6 +176,11 @@ class _Fit:
         self._guess()
         for _ in range(ROUNDS):
             self._refine()
+        # A slow link keeps its own seconds, whatever line the others' messages gave at last.
+        own = (self._ratios(self._by_link(), 0.5) / torch.maximum(self.port_out[:, None], self.port_in)).nan_to_num(
+            nan=1.0
+        )
+        self.link = torch.where(self.link > 1, own.clamp(min=SMALLEST_RATIO), 1.0)
 
     def _port_share(self) -> Tensor:
         """(W, W): how many times its own bytes the busier port of a message has."""
@@ -182,12 +193,15 @@ class _Fit:
     def _messages(self) -> Iterator[tuple[_Exchange, Tensor]]:
         """Give every exchange with the seconds (W, W) that each of its messages took.
 
-        They count from when both ranks had posted it, and the message before it on the same link had left.
+        They count from when both ranks had posted it, and the message before it on the same link had left; where a
+        receiver's word is needed, also from when the message before that word, in the other direction, had come.
         """
         for of in self.passes:
             before = torch.full((self.size, self.size), -torch.inf, dtype=torch.float64, device="cpu")
             for one in of:
                 begin = torch.maximum(torch.maximum(one.posted[:, None], one.posted), before - self.latency_s)
+                if self.uses_rendezvous:  # the word may also have left before those rows
+                    begin = torch.where(one.arrived > before.T, torch.maximum(begin, before.T), begin)
                 yield one, one.arrived - begin
                 before = torch.where(one.arrived.isnan(), before, one.arrived)
 
@@ -214,21 +228,33 @@ class _Fit:
         ]
         self.latency_s = max(0.0, statistics.median_low(first)) if first else 0.0
 
-    def _refine(self) -> None:
-        points: list[tuple[float, float]] = []
-        """Of messages on ports and links that are not slow: bytes, seconds."""
+    def _by_link(self) -> dict[tuple[int, int], list[tuple[float, float]]]:
+        """Give bytes and seconds of every message, by its link."""
         by_link: dict[tuple[int, int], list[tuple[float, float]]] = {}
-        """Bytes and seconds of every message."""
         for one, seconds in self._messages():
             port_bytes = one.port_bytes
             for i, k in (~seconds.isnan()).nonzero().tolist():
                 point = float(port_bytes[i, k]), max(SHORTEST_S, float(seconds[i, k]))
                 by_link.setdefault((i, k), []).append(point)
+        return by_link
+
+    def _ratios(self, by_link: dict[tuple[int, int], list[tuple[float, float]]], share: float) -> Tensor:
+        """Give how many times as long as byte_s a byte takes on each link (W, W), NaN where nothing went.
+
+        share: of each link's bytes, so many are as fast or faster.
+        """
         ratio = torch.full((self.size, self.size), torch.nan, dtype=torch.float64, device="cpu")
         for (i, k), of in by_link.items():
             of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in of if b * self.byte_s > 0]
             if of_byte:
-                ratio[i, k] = max(1e-3, weighted_median(of_byte))
+                ratio[i, k] = max(1e-3, weighted_quantile(of_byte, share))
+        return ratio
+
+    def _refine(self) -> None:
+        by_link = self._by_link()
+        ratio = self._ratios(by_link, self.typical_share)
+        points: list[tuple[float, float]] = []
+        """Of messages on ports and links that are not slow: bytes, seconds."""
         known = ratio[~ratio.isnan()].tolist()
         if not known:
             return
@@ -236,7 +262,7 @@ class _Fit:
         self._tell_apart(ratio / typical)
         for (i, k), of in by_link.items():
             if ratio[i, k] < SMALLEST_RATIO * typical:
-                points += _medians(of)
+                points += _typical(of, self.typical_share)
         self.latency_s, self.byte_s = fit_relative_line(points)
 
     def _tell_apart(self, ratio: Tensor) -> None:
@@ -257,12 +283,15 @@ class _Fit:
         return LinkRatios(self.port_out, self.port_in, self.link, are_told_apart)
 
 
-def _medians(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Give (bytes, seconds) of messages, those of about one size as one with their median time."""
+def _typical(points: Sequence[tuple[float, float]], share: float) -> list[tuple[float, float]]:
+    """Give (bytes, seconds) of messages, those of about one size as one, with the time in which this share has come."""
     groups: list[list[tuple[float, float]]] = []
     for point in sorted(points):
         if groups and point[0] <= 1.1 * groups[-1][0][0]:
             groups[-1].append(point)
         else:
             groups.append([point])
-    return [(statistics.mean(b for b, _ in group), statistics.median_low([s for _, s in group])) for group in groups]
+    return [
+        (statistics.mean(b for b, _ in group), weighted_quantile([(s, 1.0) for _, s in group], share))
+        for group in groups
+    ]

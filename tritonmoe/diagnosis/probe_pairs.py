@@ -1,5 +1,6 @@
 """probe_pairs: the link between every two ranks measured alone, where exchanges don't tell when whose rows arrived."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -47,16 +48,19 @@ class PairTimes:
 def probe_pairs(transport: Transport, device: torch.device | str = "cpu") -> PairTimes:
     """Measure the links between all pairs of ranks, one direction at a time; every rank makes the call.
 
-    At a time every rank sends to one other and receives from one other, the same number of ranks before and behind it.
-    The median of five rounds of three sizes counts, by the clock of the rank that receives, from when all ranks are
-    ready; all ranks get the same figures.
+    At a time a rank sends to one other, or receives from one, or rests: an exchange ends when its rows have left, too,
+    so that a slow way to another rank would look like a slow way from one. The median of five rounds of three sizes
+    counts, by the clock of the rank that receives, from when all ranks are ready; all ranks get the same figures.
     """
     size, own = transport.size, transport.rank
     seconds = torch.zeros(len(PAIR_BYTES), size, size, dtype=torch.int64, device="cpu")
     for distance in range(1, size):
-        for number, num_bytes in enumerate(PAIR_BYTES):
-            times = [_send_to(transport, distance, num_bytes, device) for _ in range(PAIR_ROUNDS)]
-            seconds[number, (own - distance) % size, own] = round(1e9 * statistics.median(times))
+        for receiver_of in _turns(size, distance):
+            for number, num_bytes in enumerate(PAIR_BYTES):
+                times = [_send(transport, receiver_of, num_bytes, device) for _ in range(PAIR_ROUNDS)]
+                for sender, receiver in receiver_of.items():
+                    if receiver == own:
+                        seconds[number, sender, own] = round(1e9 * statistics.median(times))
     told = transport.exchange_counts(seconds[:, :, own].flatten().expand(size, -1).contiguous())
     everybody = told.view(size, len(PAIR_BYTES), size).permute(1, 2, 0).to(torch.float64) / 1e9  # (sizes, W, W)
     latency, byte = [[0.0] * size for _ in range(size)], [[0.0] * size for _ in range(size)]
@@ -68,12 +72,32 @@ def probe_pairs(transport: Transport, device: torch.device | str = "cpu") -> Pai
     return PairTimes(latency, byte)
 
 
-def _send_to(transport: Transport, distance: int, num_bytes: int, device: torch.device | str) -> float:
-    """Send to the rank `distance` further, and give what it took until the rows of the rank so far before were here."""
+def _turns(size: int, distance: int) -> list[dict[int, int]]:
+    """Give who sends to whom at a time (sender: receiver), `distance` ranks further, until every rank has sent once.
+
+    Example:
+        3 ranks, to the next one: rank 0 to 1, then rank 1 to 2, then rank 2 to 0.
+    """
+    turns: list[dict[int, int]] = [{}, {}, {}]
+    length = size // math.gcd(size, distance)  # of the circles in which the ranks pass something on
+    for first in range(size // length):
+        for place in range(length):
+            sender = (first + place * distance) % size
+            turn = 2 if length % 2 and place == length - 1 else place % 2
+            turns[turn][sender] = (sender + distance) % size
+    return [turn for turn in turns if turn]
+
+
+def _send(transport: Transport, receiver_of: dict[int, int], num_bytes: int, device: torch.device | str) -> float:
+    """Let every sender send so many bytes to its receiver, and give what this rank's exchange took."""
     size, own = transport.size, transport.rank
     there, here = [0] * size, [0] * size
-    there[(own + distance) % size] = here[(own - distance) % size] = num_bytes // ROW_BYTES
-    rows = torch.zeros(num_bytes // ROW_BYTES, ROW_BYTES, dtype=torch.uint8, device=device)
+    for sender, receiver in receiver_of.items():
+        if sender == own:
+            there[receiver] = num_bytes // ROW_BYTES
+        if receiver == own:
+            here[sender] = num_bytes // ROW_BYTES
+    rows = torch.zeros(sum(there), ROW_BYTES, dtype=torch.uint8, device=device)
     transport.barrier()
     started = time.perf_counter()
     pending = transport.exchange(rows, there, here)

@@ -181,6 +181,7 @@ class _RankFile:
             "transport": type(transport).__name__,
             "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
             "shares_link": transport.shares_link(device),
+            "uses_rendezvous": transport.uses_rendezvous(device),
             "host": socket.gethostname(),
             "cores": os.cpu_count(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -168,6 +168,11 @@ class Recording:
         return str(self.headers[0]["transport"])
 
     @property
+    def uses_rendezvous(self) -> bool:
+        """As Transport.uses_rendezvous says."""
+        return bool(self.headers[0]["uses_rendezvous"])
+
+    @property
     def shares_link(self) -> bool:
         """As Transport.shares_link says."""
         return bool(self.headers[0]["shares_link"])
@@ -308,6 +313,7 @@ def _read_rank(path: Path, notes: list[str]) -> _RankFile:
         raise ValueError(f"{path} line 1: rank must lie in 0..{size - 1}, got {rank}")
     for key, convert in (("host", str), ("transport", str), ("shares_link", bool), ("wall_clock", _number)):
         header.take(key, convert)
+    header.take("uses_rendezvous", bool)
     header.take("perf_counter", _number)
     found = _RankFile(path, header.values, rank, size, {})
     latest = -float("inf")

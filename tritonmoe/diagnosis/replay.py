@@ -226,8 +226,8 @@ class _Sample:
     seconds: float
 
 
-def fit_costs(calls: Sequence[RecordedCall], shares_link: bool) -> Costs:
-    """Find what steps and exchanges cost, by calls whose layers have the same sizes."""
+def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool) -> Costs:
+    """Find what steps and exchanges cost, by calls whose layers have the same sizes; the flags are the recording's."""
     notes: list[str] = []
     size = len(calls[0].ranks)
     samples = _samples(calls)
@@ -238,7 +238,7 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool) -> Costs:
         {kind: unit for kind, (_, unit) in lines.items()},
         slowness={str(kind): by_kind for kind in StepKind if kind.unit is Unit.PAIRS},
     )
-    link, ratios, link_notes = fit_links(calls, shares_link)
+    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
     gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
     return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
 

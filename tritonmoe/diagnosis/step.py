@@ -79,14 +79,15 @@ def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan
     if not job.two_batches:
         return LayerExchange(job, cluster, num_levels, shared_s=shared_s).time(plan)
     half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2).time(plan)
-    # One half's attention, norms and router run under the other half's exchanges.
+    # One half's attention, norms and router run under the other half's exchanges, forward and backward.
     names = ("attention projections", "attention core", "norms and rotations", "router")
-    beside = sum(sum(parts[name]) for name in names)
-    exposed = max(0.0, 2 * half.exposed_s - beside)
-    still = exposed / (2 * half.exposed_s) if half.exposed_s else 0.0  # the share that isn't hidden
-    passes = ((half.forward_s, half.exposed_forward_s), (half.backward_s, half.exposed_backward_s))
-    forward, backward = (2 * (seconds - (1 - still) * waiting) for seconds, waiting in passes)
-    return ExchangeTime(forward, backward, 2 * still * half.exposed_forward_s, 2 * still * half.exposed_backward_s)
+    exposed = [
+        max(0.0, 2 * of_half - sum(parts[name][number] for name in names))
+        for number, of_half in enumerate((half.exposed_forward_s, half.exposed_backward_s))
+    ]
+    forward = 2 * (half.forward_s - half.exposed_forward_s) + exposed[0]
+    backward = 2 * (half.backward_s - half.exposed_backward_s) + exposed[1]
+    return ExchangeTime(forward, backward, *exposed)
 
 
 def _whole_step(

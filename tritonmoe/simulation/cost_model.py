@@ -54,6 +54,8 @@ class LinkCosts:
     rows."""
     each: EachLink | None = None
     """Takes the place of latency_s, bytes_per_s and node_size where links differ."""
+    is_rendezvous: bool = False
+    """With `each`: whether a message also waits for those before it in the other direction (gloo)."""
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):

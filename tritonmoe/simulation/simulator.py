@@ -127,6 +127,8 @@ class _Ports:
             if self.link_s:
                 link_s = self.link_s[way] * row_bytes
                 begin = torch.maximum(begin, self.link_clock)
+                if self.link.is_rendezvous:  # the receiver's word that it may come is behind what that one sends
+                    begin = torch.maximum(begin, self.link_clock.T)
                 self.link_clock = torch.where(link_s > 0, begin + link_s, self.link_clock)
                 message_s = torch.maximum(message_s, link_s)
             latency_s = self.link.latency_s if self.link.each is None else self.link.each.latency_s

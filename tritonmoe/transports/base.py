@@ -166,6 +166,13 @@ class Transport(Handled, ABC):
         """Whether counts travel behind the work of a device (a group that has only NCCL), so that the host waits."""
         return False
 
+    def uses_rendezvous(self, device: torch.device) -> bool:
+        """Say whether rows leave for a rank only when its word has come that it may receive them (gloo).
+
+        That word travels behind the rows which that rank has sent before, so a slow way back delays them.
+        """
+        return False
+
     def shares_link(self, device: torch.device) -> bool:
         """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).
 

@@ -167,6 +167,9 @@ class ProcessGroupTransport(Transport):
         self._progress.add(exchange)
         return exchange
 
+    def uses_rendezvous(self, device: torch.device) -> bool:
+        return self._is_gloo(device)
+
     @property
     def counts_cross_device(self) -> bool:
         return "cpu" not in self._backends

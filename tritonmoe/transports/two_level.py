@@ -110,6 +110,9 @@ class GroupView(Transport):
         """Rebuild the transport of all ranks, which all of them must call."""
         self._world.rebuild()
 
+    def uses_rendezvous(self, device: torch.device) -> bool:
+        return self._world.uses_rendezvous(device)
+
     def shares_link(self, device: torch.device) -> bool:
         return self._world.shares_link(device)
 
@@ -206,6 +209,9 @@ class TwoLevelTransport(Transport):
         """Give the transports that are no view of another one."""
         levels = (self.world, self.between_nodes, self.inside_node)
         return [level for level in levels if not isinstance(level, GroupView)]
+
+    def uses_rendezvous(self, device: torch.device) -> bool:
+        return self.between_nodes.uses_rendezvous(device)
 
     def shares_link(self, device: torch.device) -> bool:
         return self.between_nodes.shares_link(device)
