@@ -56,6 +56,8 @@ class Run:
     late_rank: tuple[int, float] | None = None
     hot_rank: tuple[int, float] | None = None
     """So many times the pairs, and rows, of every other rank, of as many in all."""
+    uses_rendezvous: bool = False
+    """As Transport.uses_rendezvous says."""
     noise: float = 0.0
     """By so large a part times differ from step to step, from exchange to exchange and from entry to entry."""
 
@@ -87,7 +89,7 @@ class Run:
             sender, receiver, times = self.slow_link
             link_s[sender, receiver] = self.byte_s * times
         each = EachLink(port, port, link_s, self.latency_s * ones(self.size, self.size))
-        return LinkCosts(self.latency_s, 1 / self.byte_s, each=each)
+        return LinkCosts(self.latency_s, 1 / self.byte_s, each=each, is_rendezvous=self.uses_rendezvous)
 
     def late_s(self) -> Tensor:
         late = 0 * ones(self.size)
@@ -175,7 +177,7 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
             "transport": "Synthetic",
             "node_size": None,
             "shares_link": False,
-            "uses_rendezvous": False,
+            "uses_rendezvous": runs[0].uses_rendezvous,
             "host": "here",
             "wall_clock": 0.0,
             "perf_counter": 0.0,
