@@ -45,6 +45,9 @@ __all__ = ["Scenario", "draw_scenario", "main", "run_emulated", "run_synthetic"]
 
 HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
 """D. A real link is fast for the first 128 KB, tc's burst, so its messages must be larger."""
+NETNS_TIMES = 2.0
+"""The experts take so many times as long there: what a chunk costs a real process by itself, 3 ms forward and backward,
+would else be a tenth of a healthy call, and a finding."""
 NUM_EXPERTS, TOP_K = 8, 2
 WARM_UP = 3
 """So many calls run in one chunk before the others, as the first ones of num_chunks="auto" do."""
@@ -118,11 +121,16 @@ class Scenario:
         return self.amounts["chunk overhead"] / (1 if "chunk overhead" in self.causes else parts)
 
 
-def draw_scenario(number: int, sizes: Sequence[int] = (2, 4, 4), hidden_size: int = HIDDEN_SIZE) -> Scenario:
-    """Draw a scenario; without causes the experts take so much longer than the exchanges that these are hidden."""
+def draw_scenario(
+    number: int, sizes: Sequence[int] = (2, 4, 4), hidden_size: int = HIDDEN_SIZE, times: float = 1.0
+) -> Scenario:
+    """Draw a scenario; without causes the experts take so much longer than the exchanges that these are hidden.
+
+    times: how many times as long they take as otherwise, and the exchanges with them.
+    """
     draw = random.Random(number)
     size, num_tokens = draw.choice(sizes), draw.choice((256, 384, 512))
-    compute_s = draw.uniform(0.06, 0.14)
+    compute_s = times * draw.uniform(0.06, 0.14)
     pair_s = compute_s / (num_tokens * TOP_K)
     bytes_out = num_tokens * TOP_K * (1 - 1 / size) * 4 * hidden_size
     rate = bytes_out / (compute_s * draw.uniform(0.15, 0.35)) / 1e9
@@ -272,7 +280,7 @@ def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
     results = []
     with torchrun_ranks(timeout_s=NETNS_TIMEOUT_S) as transport:
         for number in range(arguments.seed, arguments.seed + arguments.scenarios):
-            scenario = draw_scenario(number, (transport.size,), NETNS_HIDDEN_SIZE)
+            scenario = draw_scenario(number, (transport.size,), NETNS_HIDDEN_SIZE, NETNS_TIMES)
             if "latency" in scenario.causes:  # tc's bucket has none of its own
                 continue
             (folder,) = set(gather(transport, tempfile.mkdtemp() if transport.rank == 0 else None)) - {None}
