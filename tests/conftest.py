@@ -58,8 +58,11 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Let tests with real timeouts have all cores."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    """Let tests with real timeouts have all cores.
+
+    A pytest that a test starts takes no turn: it is part of its test's, and would wait for itself.
+    """
+    run = getattr(item.config, "workerinput", {}).get("testrunuid")
     if run is None:
         return (yield)
     with turns.turn(run, alone=item.get_closest_marker("alone") is not None):
