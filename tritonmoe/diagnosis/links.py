@@ -30,6 +30,8 @@ START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
 SHORTEST_S = 1e-6
 FASTER_SHARE = 0.25
+"""With rendezvous the slowest of this share of a link's messages tells its rate: what is sent against a slow link waits
+for that one's acknowledgements, too."""
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
 
@@ -167,7 +169,6 @@ class _Fit:
     def __init__(self, passes: Sequence[Sequence[_Exchange]], size: int, uses_rendezvous: bool) -> None:
         self.passes, self.size, self.uses_rendezvous = passes, size, uses_rendezvous
         self.latency_s, self.byte_s = 0.0, 0.0
-        # What is sent against a slow link waits for its acknowledgements, too: the faster messages tell a link's rate.
         self.typical_share = FASTER_SHARE if uses_rendezvous else 0.5
         ratio = torch.ones(size, dtype=torch.float64, device="cpu")
         self.port_out, self.port_in = ratio, ratio
@@ -177,10 +178,8 @@ class _Fit:
         for _ in range(ROUNDS):
             self._refine()
         # A slow link keeps its own seconds, whatever line the others' messages gave at last.
-        own = (self._ratios(self._by_link(), 0.5) / torch.maximum(self.port_out[:, None], self.port_in)).nan_to_num(
-            nan=1.0
-        )
-        self.link = torch.where(self.link > 1, own.clamp(min=SMALLEST_RATIO), 1.0)
+        own = self._ratios(self._by_link(), 0.5) / torch.maximum(self.port_out[:, None], self.port_in)
+        self.link = torch.where(self.link > 1, own.nan_to_num(nan=1.0).clamp(min=SMALLEST_RATIO), 1.0)
 
     def _port_share(self) -> Tensor:
         """(W, W): how many times its own bytes the busier port of a message has."""
