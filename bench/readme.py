@@ -256,27 +256,35 @@ def two_batches_table(name: str) -> str:
     results = data["results"]
     setting = results["arguments"]
     tokens = setting["sequences"] * setting["length"]
+    rows = "" if setting["wire_dtype"] is None else f", rows sent in {setting['wire_dtype']}"
+    command, ranks = f"python -m bench.two_batches --netns {setting['netns']}", "experts spread over the ranks"
+    if setting["wire_dtype"] is not None:
+        command += f" --wire-dtype {setting['wire_dtype']}"
+    if setting["node_size"] is not None:
+        command += f" --node-size {setting['node_size']}"
+        ranks = f"experts spread over nodes of {setting['node_size']} ranks on two levels, the link a node's uplink"
+    shared = "one core and one thread each" if setting["netns"] <= data["environment"]["cores"] else "which share cores"
     lines = [
-        f"`python -m bench.two_batches --netns {setting['netns']}` on {where(data['environment'])}: "
-        f"{setting['netns']} network namespaces, one core and one thread each. Forward and backward of a "
-        f"Qwen3-MoE-like model ({setting['layers']} layers, D={setting['hidden_size']}, "
-        f"F={setting['intermediate_size']}, E={setting['experts']}, K={setting['top_k']}) in {setting['dtype']}, "
-        f"{setting['sequences']} sequences of {setting['length']} tokens ({tokens}) a rank, experts spread over the "
-        f"ranks, dense weights replicated and not reduced, {setting['rounds']} interleaved rounds. Milliseconds, "
-        "median (quartiles); what is gained is the median of the rounds' ratios; the bound is the longer of the step "
-        "in halves on 40 Gbit/s and the wire's time.",
+        f"`{command}` on {where(data['environment'])}: {setting['netns']} network namespaces, {shared}. Forward and "
+        f"backward of a Qwen3-MoE-like model ({setting['layers']} layers, D={setting['hidden_size']}, "
+        f"F={setting['intermediate_size']}, E={setting['experts']}, K={setting['top_k']}) in {setting['dtype']}{rows}, "
+        f"{setting['sequences']} sequences of {setting['length']} tokens ({tokens}) a rank, {ranks}, dense weights "
+        f"replicated and not reduced, {setting['rounds']} interleaved rounds. Milliseconds, median (quartiles); what "
+        "is gained is the median of the rounds' ratios; the bound is the longer of the step in halves on 40 Gbit/s "
+        "and the wire's time.",
         "",
-        "| link | two batches | one batch | serial | one device, no exchange | wire alone | two batches over one | "
-        "beside the bound |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        '| link | two batches | one batch | "auto" | serial | one device, no exchange | wire alone | two batches over '
+        'one | "auto" over one | beside the bound |',
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for rate in results["rates"]:
         steps = " | ".join(
-            spread(rate["step"][variant]) for variant in ("two batches", "one batch", "serial", "one device")
+            spread(rate["step"][variant]) for variant in ("two batches", "one batch", "auto", "serial", "one device")
         )
         lines.append(
             f"| {rate['rate']} | {steps} | {rate['communication_alone_ms']:.0f} | "
-            f"{rate['faster_than_one_batch']:.2f} times as fast | {rate['beside_bound']:.2f} |"
+            f"{rate['faster_than_one_batch']:.2f} times as fast | {rate['auto_faster_than_one_batch']:.2f} times | "
+            f"{rate['beside_bound']:.2f} |"
         )
     return "\n".join(lines)
 

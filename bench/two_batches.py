@@ -3,10 +3,13 @@
 Forward and backward of a Qwen3-MoE-like model whose experts are spread over ranks, every rank with its own sequences,
 dense weights replicated and not reduced. In network namespaces on this machine, one core and one thread each. Variants
 run in interleaved rounds, at every rate and on a link that is not shaped: two batches at once, one batch with overlap
-inside its layers, one batch with none, and, without any exchange, the unspread model on one device.
+inside its layers, what "auto" keeps of the two, one batch with no overlap, and, without any exchange, the unspread
+model on one device. With --node-size the ranks are in nodes, between which rows travel on two levels, and rates are
+those of the nodes' uplinks.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -17,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from tritonmoe.benchmarks.argument_types import chunk_count, positive, positive_number
 from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
@@ -31,7 +35,7 @@ from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.sharding import STATE, expert_parallel_state
 from tritonmoe.runtime.files import Json
-from tritonmoe.transports import ProcessGroupTransport
+from tritonmoe.transports import ProcessGroupTransport, Ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main"]
@@ -46,6 +50,7 @@ SETTLED = 2
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.two_batches", description=__doc__)
     parser.add_argument("--netns", type=positive, default=2, metavar="N", help="N network namespaces (default 2)")
+    parser.add_argument("--node-size", type=positive, metavar="M", help="ranks of a node (default: there are no nodes)")
     parser.add_argument("--rates", nargs="+", default=["1gbit", "400mbit", "200mbit", "100mbit"])
     parser.add_argument("--sequences", type=positive, default=4, help="of each rank (default 4)")
     parser.add_argument("--length", type=positive, default=256, help="tokens of a sequence (default 256)")
@@ -68,15 +73,20 @@ class Step:
         self.alone: Any = qwen3_moe_model(sizes, dtype=dtype)
         tmt.patch(self.alone)
         self.model: Any = qwen3_moe_model(sizes, dtype=dtype)
-        tmt.parallelize(self.model, transport.group)
+        self.num_nodes = 1 if arguments.node_size is None else transport.size // arguments.node_size
+        ranks: Ranks = transport.group
+        if self.num_nodes > 1:
+            ranks = init_device_mesh("cpu", (self.num_nodes, arguments.node_size), mesh_dim_names=("nodes", "ranks"))
+        tmt.parallelize(self.model, ranks)
         wire_dtype = None if arguments.wire_dtype is None else NAMED_WIRE_DTYPES[arguments.wire_dtype]
         whole = half = OverlapConfig(wire_dtype=wire_dtype)
         if arguments.half_chunks is not None:
             half = OverlapConfig(arguments.half_chunks, wire_dtype=wire_dtype)
         serial = OverlapConfig(1, wire_dtype=wire_dtype, serial=True)
         self.variants: dict[str, Callable[[], float]] = {
-            "two batches": lambda: self._spread(half, is_halved=True),
+            "two batches": lambda: self._spread(half, self.halved),
             "one batch": lambda: self._spread(whole),
+            "auto": lambda: self._spread(whole, self.auto),
             "serial": lambda: self._spread(serial),
             "one device": lambda: self._run(self.alone),
         }
@@ -84,6 +94,21 @@ class Step:
         generator = torch.Generator().manual_seed(transport.rank)
         self.ids = torch.randint(2, sizes.vocab_size, shape, generator=generator)
         self.transport = transport
+        self.halved = self._detached(tmt.two_batches(self.model))
+        self.auto = self._detached(tmt.two_batches(self.model, "auto"))
+
+    def _detached(self, halved: tmt.HalvedForward) -> tmt.HalvedForward:
+        """Give a forward in halves that the model doesn't have yet."""
+        halved.remove()
+        return halved
+
+    def choose(self) -> str:
+        """Let "auto" try both ways anew; give what it says."""
+        self.auto = self._detached(tmt.two_batches(self.model, "auto"))
+        assert self.auto.trial is not None
+        while self.auto.trial.decision is None:
+            self.timed("auto")
+        return self.auto.choice
 
     def timed(self, name: str) -> float:
         """Give the seconds of a step on this rank."""
@@ -97,17 +122,18 @@ class Step:
     def loss(self, name: str) -> float:
         return self.variants[name]()
 
-    def _spread(self, overlap: OverlapConfig, *, is_halved: bool = False) -> float:
+    def _spread(self, overlap: OverlapConfig, halved: tmt.HalvedForward | None = None) -> float:
         for experts in experts_modules(self.model).values():
             state = expert_parallel_state(experts)
             assert state is not None
             setattr(experts, STATE, replace(state, overlap=overlap))
-        halved = tmt.two_batches(self.model) if is_halved else None
+        if halved is None:
+            return self._run(self.model)
+        self.model.forward = halved
         try:
             return self._run(self.model)
         finally:
-            if halved is not None:
-                halved.remove()
+            halved.remove()
 
     def _run(self, model: Any) -> float:
         loss = model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
@@ -115,29 +141,42 @@ class Step:
         return float(loss.detach())
 
 
-def measure(step: Step, rates: list[str], rounds: int) -> dict[str, tuple[Samples, dict[str, float]]]:
-    """Give, for each rate, the seconds of every variant's steps, and the bytes that a step of each sends."""
+def measure(step: Step, rates: list[str], rounds: int) -> list[Json]:
+    """Give, for each rate, what summarize_rate() makes of every variant's steps."""
     transport = step.transport
     for _ in range(WARM_UP):
         step.timed("one batch")
-    found = {}
+    results: list[Json] = []
+    unshaped: Samples = {}
     for rate in rates:
         if transport.rank == 0:
-            ask(f"rate {parse_rate(rate)}")
+            ask(f"{'rate' if step.num_nodes == 1 else 'uplink_rate'} {parse_rate(rate)}")
         transport.barrier()
+        choice = step.choose()
         names, shuffle = list(step.variants), random.Random(0).shuffle  # the same order on every rank
         samples: Samples = {name: [] for name in names}
         sent: dict[str, float] = {}
         for number in range(SETTLED + rounds):
             shuffle(names)
             for name in names:
-                before = interface_bytes()[1]
+                before = sent_bytes(step)
                 seconds = step.timed(name)
-                sent[name] = float(interface_bytes()[1] - before)
+                sent[name] = sent_bytes(step) - before
                 if number >= SETTLED:
                     samples[name].append(seconds)
-        found[rate] = {name: slowest(transport, of_one) for name, of_one in samples.items()}, sent
-    return found
+        samples = {name: slowest(transport, of_one) for name, of_one in samples.items()}
+        unshaped = unshaped or samples
+        results.append(summarize_rate(rate, samples, sent, unshaped) | {"choice": choice})
+        if transport.rank == 0:
+            print(as_line(results[-1]), flush=True)
+    return results
+
+
+def sent_bytes(step: Step) -> float:
+    """Give, on rank 0, the bytes that have left it so far, or its node where there are nodes."""
+    if step.num_nodes == 1:
+        return float(interface_bytes()[1])
+    return float(json.loads(ask("uplinks") or "[0]")[0])
 
 
 def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped: Samples) -> Json:
@@ -155,6 +194,7 @@ def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped
         "communication_alone_ms": round(1e3 * wire_s, 1),
         "faster_than_one_batch": ratio("one batch", "two batches"),
         "faster_than_serial": ratio("serial", "two batches"),
+        "auto_faster_than_one_batch": ratio("one batch", "auto"),
         "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
     }
 
@@ -169,12 +209,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
         is_exact = arguments.dtype == "float32" and arguments.wire_dtype is None
         if spread > (1e-4 if is_exact else 3e-2) * abs(losses["one batch"]):
             raise ValueError(f"the variants' losses differ, and their times say nothing: {losses}")
-        measured = measure(step, [UNSHAPED, *arguments.rates], arguments.rounds)
-        unshaped, _ = measured[UNSHAPED]
-        results = [summarize_rate(rate, *of_rate, unshaped) for rate, of_rate in measured.items()]
+        results = measure(step, [UNSHAPED, *arguments.rates], arguments.rounds)
         if transport.rank == 0:
-            for result in results:
-                print(as_line(result), flush=True)
             described = {name: value for name, value in vars(arguments).items() if name not in ("json", "rank")}
             write_json(arguments.json, "two_batches", {"arguments": described, "rates": results})
 
@@ -184,7 +220,8 @@ def as_line(result: Json) -> str:
     return (
         f"{result['rate']:>8}: {times} ms; communication alone {result['communication_alone_ms']:.0f} ms; two batches "
         f"{result['faster_than_one_batch']:.3f} times as fast as one, {result['faster_than_serial']:.3f} as serial, "
-        f"{result['beside_bound']:.3f} of the bound"
+        f"{result['beside_bound']:.3f} of the bound; auto {result['auto_faster_than_one_batch']:.3f} times as fast as "
+        f"one ({result['choice']})"
     )
 
 
@@ -199,7 +236,12 @@ def main() -> int:
         return 0
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "bench.two_batches", *sys.argv[1:]]
-    with Namespaces(command, arguments.netns, parse_rate(UNSHAPED)) as namespaces:
+    node_size = arguments.node_size
+    if node_size is not None and not (2 <= node_size < arguments.netns and arguments.netns % node_size == 0):
+        raise ValueError(
+            f"--node-size {node_size} must be at least 2 and divide the {arguments.netns} ranks of --netns"
+        )
+    with Namespaces(command, arguments.netns, parse_rate(UNSHAPED), node_size=node_size) as namespaces:
         return namespaces.run(arguments.timeout_s)
 
 

@@ -136,13 +136,17 @@ class Namespaces:
         return next((process.returncode for process in self._processes if process.returncode), 0)
 
     def _answer(self, question: str) -> str:
-        """Do what rank 0 asks with ask(): "rate BITS_PER_S", "rates JSON", or "uplinks" for uplink_bytes() as JSON.
+        """Do what rank 0 asks with ask(): "rate BITS_PER_S", of every rank's link or of the nodes' uplinks with
+        "uplink_rate BITS_PER_S", "rates JSON", or "uplinks" for uplink_bytes() as JSON.
 
         The JSON of rates is [[bits per second of every rank], [[sender, receiver, bits per second], ...]].
         """
         word, _, rest = question.partition(" ")
         if word == "rate":
             self.set_rate(float(rest))
+            return "done"
+        if word == "uplink_rate":
+            self.set_uplink_rate(float(rest))
             return "done"
         if word == "rates":
             of_ranks, of_links = json.loads(rest)
@@ -157,6 +161,12 @@ class Namespaces:
         self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank in range(self.num_ranks)])
         for process in self._processes:
             _run_in(process.pid, [f"tc qdisc replace dev {INTERFACE} root {_bucket(rate)}"])
+
+    def set_uplink_rate(self, rate: float) -> None:
+        """Give the uplinks of all nodes another rate, in both directions."""
+        self.inter_rate = rate
+        ends = [f"{end}{node}" for node in range(self.num_nodes) for end in ("up", "down")]
+        self._in_hub([f"tc qdisc replace dev {end} root {_bucket(rate)}" for end in ends])
 
     def set_rates(self, of_ranks: Sequence[float], of_links: Mapping[tuple[int, int], float]) -> None:
         """Give every rank's link a rate of its own, and what it sends to some ranks a lower one within that."""

@@ -18,7 +18,8 @@ from tritonmoe.diagnosis.routed_rows import Needs, needs_of
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
-from tritonmoe.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
+from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["ExchangeTime", "LayerExchange"]
@@ -81,22 +82,33 @@ class LayerExchange:
         """Of a row in the other exchanges, and inside a node of two levels: in the job's own dtype."""
         return self.job.model.hidden_size * self.job.dtype_bytes + self.cluster.row_header_bytes
 
+    @property
+    def num_fillers(self) -> int:
+        """How many steps a forward has for the shared expert."""
+        return 2 if self.shared_s else 0
+
     def time(self, plan: OverlapPlan) -> ExchangeTime:
         """Give what the layer takes under a plan."""
-        forward = simulate(build_forward(plan, 2 if self.shared_s else 0), plan, self.work, self.costs, self.link)
+        forward = simulate(build_forward(plan, self.num_fillers), plan, self.work, self.costs, self.link)
         backward_schedule = build_backward(plan, needs_x=True, needs_topk_weights=True)
         backward = simulate(backward_schedule, plan, self.work, self.costs, self.link)
         # Ranks agree before each pass: an exchange of a few bytes that nothing hides.
         agreeing = self.link.latency_s if self.job.ep > 1 else 0.0
-        seconds, exposed = [], []
-        for simulation in (forward, backward):
-            computing = sum(
-                float((step.end_s - step.start_s).max())
-                for step in _leaves(simulation.steps)
-                if step.step.lane == "compute"
-            )
-            seconds.append(simulation.total_s + agreeing)
-            exposed.append(max(0.0, simulation.total_s + agreeing - computing))
+        seconds = [simulation.total_s + agreeing for simulation in (forward, backward)]
+        exposed = [max(0.0, s - _computing_s(of)) for s, of in zip(seconds, (forward, backward), strict=True)]
+        return ExchangeTime(*seconds, *exposed)
+
+    def time_of_two_batches(self, plan: OverlapPlan, beside_s: tuple[float, float], num_layers: int) -> ExchangeTime:
+        """Give what one of so many layers takes with both halves of a batch, whose tokens are half of the job's.
+
+        What the model computes of a half beside each layer, forward and backward (beside_s), hides exchanges, and is
+        not counted.
+        """
+        walked = simulate_two_batches(
+            plan, self.work, self.costs, self.link, beside_s, num_layers, num_fillers=self.num_fillers
+        )
+        seconds = [of.total_s / num_layers - 2 * beside for of, beside in zip(walked, beside_s, strict=True)]
+        exposed = [max(0.0, s - _computing_s(of) / num_layers) for s, of in zip(seconds, walked, strict=True)]
         return ExchangeTime(*seconds, *exposed)
 
     def _one_level(self, needs: Needs) -> tuple[LayerWork, LinkCosts]:
@@ -190,6 +202,12 @@ class LayerExchange:
 
 def _mirrored(own: float, other: float) -> list[list[float]]:
     return [[own, other], [other, own]]
+
+
+def _computing_s(simulation: Simulation) -> float:
+    """Give what all steps on the compute lane take together, each on its slowest rank."""
+    computed = (step for step in _leaves(simulation.steps) if step.step.lane == "compute")
+    return sum(float((step.end_s - step.start_s).max()) for step in computed)
 
 
 def _leaves(steps: Sequence[SimulatedStep]) -> Iterator[SimulatedStep]:

@@ -18,6 +18,8 @@ OPTIMIZER_BYTES = 46
 Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
+WALKED_LAYERS = 8
+"""So many layers at most are walked to see what halves of a batch take: in a longer stack their ends weigh nothing."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
 """The parts that come after the last backward."""
 LOSS_BYTES = 16
@@ -78,16 +80,12 @@ def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan
     shared_s = parts["shared"][0]
     if not job.two_batches:
         return LayerExchange(job, cluster, num_levels, shared_s=shared_s).time(plan)
-    half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2).time(plan)
+    half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2)
     # One half's attention, norms and router run under the other half's exchanges, forward and backward.
     names = ("attention projections", "attention core", "norms and rotations", "router")
-    exposed = [
-        max(0.0, 2 * of_half - sum(parts[name][number] for name in names))
-        for number, of_half in enumerate((half.exposed_forward_s, half.exposed_backward_s))
-    ]
-    forward = 2 * (half.forward_s - half.exposed_forward_s) + exposed[0]
-    backward = 2 * (half.backward_s - half.exposed_backward_s) + exposed[1]
-    return ExchangeTime(forward, backward, *exposed)
+    forward_s, backward_s = (sum(parts[name][number] for name in names) / 2 for number in range(2))
+    num_layers = min(WALKED_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
+    return half.time_of_two_batches(plan, (forward_s, backward_s), num_layers)
 
 
 def _whole_step(

@@ -5,6 +5,7 @@ executor posts nothing while it waits, so nothing that comes later in the schedu
 for.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,12 +16,10 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.ports import Ports
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
-__all__ = ["SimulatedStep", "Simulation", "simulate", "simulate_layer"]
-
-EXACT_RANKS = 64
-"""Up to so many ranks the time of every message is computed; beyond, an exchange ends when its busiest port is done."""
+__all__ = ["SimulatedStep", "Simulation", "Walk", "WalkedPass", "simulate", "simulate_layer"]
 COLUMNS = 72
 
 
@@ -81,131 +80,84 @@ class Simulation:
         return "\n".join(lines)
 
 
-class _Ports:
-    """The port of every rank, through which its exchanges pass: in turn, or all that are under way at the same speed.
+class Walk:
+    """The clock and port of every rank, through the passes of calls that all have this plan, work and costs."""
 
-    group_of_rank: (W,) numbers; ranks with the same one exchange with each other. None where all ranks do.
-    """
+    def __init__(
+        self,
+        plan: OverlapPlan,
+        work: LayerWork | TwoLevelWork,
+        costs: StepCosts,
+        link: LinkCosts,
+        start_s: Tensor | None = None,
+    ) -> None:
+        self.plan, self.work, self.costs = plan, work, costs
+        self.levels = work if isinstance(work, TwoLevelWork) else None
+        self.outer = work.outer if isinstance(work, TwoLevelWork) else work
+        self.ports = Ports(self.outer, link, None if self.levels is None else self.levels.place_of_rank)
+        self.now = torch.zeros(work.size, dtype=torch.float64, device="cpu") if start_s is None else start_s
+        """(W,): up to when each rank has come."""
+        self._numbers = itertools.count()
 
-    def __init__(self, work: LayerWork, link: LinkCosts, group_of_rank: Tensor | None = None) -> None:
-        self.link = link
-        self.group_of_rank = (
-            torch.zeros(work.size, dtype=torch.int64, device="cpu") if group_of_rank is None else group_of_rank
-        )
-        self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
-        self.ports = {way: work.ports(link, way) for way in Way}
-        each, self.link_s = link.each, dict[Way, Tensor]()
-        """(W, W), where ways from rank to rank differ: the seconds of one byte per travelling row."""
-        self.link_clock = torch.zeros(0, device="cpu")
-        """(W, W), there: when each is free."""
-        if each is not None:
-            self.link_s = {Way.TO_EXPERTS: work.rows * each.link_s, Way.HOME: work.rows.T * each.link_s}
-            self.link_clock = torch.zeros_like(each.link_s)
-        self.messages: dict[int, Tensor] = {}
-        """When the rows of each exchange have arrived, from rank i to rank k; without an entry that is not known."""
-        self.clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
-        """(W,): where exchanges take turns, when the port is free; where they share it, up to when it has worked."""
-        self.remaining: dict[int, Tensor] = {}
-        """Where exchanges share the port: the seconds of work (W,) that each of them has left."""
-        self.arrivals: dict[int, Tensor] = {}
-        """When each exchange has arrived (W,), as far as that is known."""
+    def compute(self, seconds: Tensor) -> None:
+        """Let every rank compute for (W,) seconds."""
+        self.now = self.now + self.ports.beside(self.now, seconds)
 
-    def post(self, number: int, now: Tensor, row_bytes: float, way: Way | None) -> None:
-        """Post exchange `number` at (W,) `now`, of so many bytes for each row that travels."""
-        way = way or Way.TO_EXPERTS
-        out_s, in_s = (seconds * row_bytes for seconds in self.ports[way])
-        if self.link.is_shared:
-            self._work_off(now)
-            self.remaining[number] = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
+    def post(self, row_bytes: float, way: Way | None) -> int:
+        """Post an exchange of so many bytes for each row that travels, and give its number."""
+        number = next(self._numbers)
+        self.ports.post(number, self.now, row_bytes, way)
+        return number
+
+    def wait(self, number: int) -> tuple[Tensor, Tensor]:
+        """Let every rank wait for an exchange; give (W,) when it had arrived, and for how long they have waited."""
+        arrival = self.ports.arrival(number)
+        wait_s = (arrival - self.now).clamp(min=0)
+        self.now = torch.maximum(self.now, arrival)
+        return arrival, wait_s
+
+
+class WalkedPass:
+    """One pass of one call, on a walk that may go through others between its steps."""
+
+    def __init__(self, walk: Walk, schedule: Schedule) -> None:
+        self.walk, self.schedule = walk, schedule
+        self.steps: list[SimulatedStep] = []
+        """Those that have been walked."""
+        self._under_way: dict[int, int] = {}
+        """The numbers of the exchanges, by the positions of their steps."""
+        self._sizes, (self._leaving, self._returning) = walk.outer.segments(walk.plan), walk.outer.shares(walk.plan)
+        self._needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
+
+    def go_on(self, end: int | None = None) -> None:
+        """Walk up to the step at this position, without it; to the end if it is None."""
+        for position in range(len(self.steps), len(self.schedule) if end is None else end):
+            self._walk_step(position)
+
+    def _walk_step(self, position: int) -> None:
+        walk, step, steps = self.walk, self.schedule[position], self.steps
+        for earlier in step.after:
+            number = self._under_way.pop(earlier, None)
+            if number is not None:
+                arrival, wait_s = walk.wait(number)
+                messages = walk.ports.messages.get(number)
+                steps[earlier] = replace(steps[earlier], end_s=arrival, wait_s=wait_s, arrivals_s=messages)
+        start = walk.now
+        if walk.levels is not None and (inside := build_inside(step, needs_x=self._needs_x)):
+            done = _walk_inside(inside, walk.levels, walk.levels.inside(walk.plan, step.chunk), walk.costs, start)
+            walk.now = done[-1].end_s
+            steps.append(SimulatedStep(step, start, walk.now, done))
             return
-        start = torch.maximum(now, self.clock)
-        self.clock = start + torch.maximum(out_s, in_s) / self.link.alone_share
-        if self.is_in_one_group is not None:
-            # A message from i to k occupies both ends' ports until the busier one is done.
-            message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
-            begin = torch.maximum(start[:, None], start)
-            if self.link_s:
-                link_s = self.link_s[way] * row_bytes
-                begin = torch.maximum(begin, self.link_clock)
-                if self.link.is_rendezvous:  # the receiver's word that it may come is behind what that one sends
-                    begin = torch.maximum(begin, self.link_clock.T)
-                self.link_clock = torch.where(link_s > 0, begin + link_s, self.link_clock)
-                message_s = torch.maximum(message_s, link_s)
-            latency_s = self.link.latency_s if self.link.each is None else self.link.each.latency_s
-            arrival = (begin + message_s + latency_s).where(self.is_in_one_group, -1.0)
-            if len(arrival) > 1:
-                arrival.fill_diagonal_(-1.0)
-            self.messages[number] = arrival
-            self.arrivals[number] = torch.maximum(arrival.amax(0), arrival.amax(1))
-        else:
-            busiest = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
-            arrival = self._of_group(start) + self._of_group(busiest) / self.link.alone_share
-            self.arrivals[number] = arrival + self._latency_s
-
-    @property
-    def _latency_s(self) -> float:
-        return self.link.latency_s if self.link.each is None else float(self.link.each.latency_s.max())
-
-    def _slowest_link(self, way: Way, row_bytes: float) -> Tensor:
-        """Give the longest time (W,) that a message of each rank takes on its own way."""
-        if not self.link_s:
-            return torch.zeros_like(self.clock)
-        link_s = self.link_s[way].clone().fill_diagonal_(0) * row_bytes
-        return torch.maximum(link_s.amax(0), link_s.amax(1))
-
-    def beside(self, now: Tensor, seconds: Tensor) -> Tensor:
-        """Give how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
-        lost = self.link.contention
-        if not lost:
-            return seconds
-        if self.link.is_shared:
-            self._work_off(now)
-            busy_until = self.clock
-            if self.remaining:
-                levels, widths = self._levels()
-                busy_until = busy_until + (
-                    torch.diff(levels, dim=0, prepend=torch.zeros_like(levels[:1])) * widths
-                ).sum(0)
-        else:
-            busy_until = self.clock
-        return seconds + lost * torch.minimum(seconds / (1 - lost), (busy_until - now).clamp(min=0))
-
-    def arrival(self, number: int) -> Tensor:
-        """Give (W,) when the exchange has arrived, if nothing is posted before that."""
-        if number not in self.arrivals:
-            levels, widths = self._levels()
-            below = torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
-            reached = (self.remaining[number] - below).clamp(min=0).minimum(levels - below)
-            own = self.clock + (reached * widths).sum(0)
-            self.arrivals[number] = self._of_group(own) + self._latency_s
-        return self.arrivals[number]
-
-    def _of_group(self, values: Tensor) -> Tensor:
-        """Give every rank the largest value of its group."""
-        most = torch.zeros_like(values).scatter_reduce(0, self.group_of_rank, values, "amax", include_self=False)
-        return most[self.group_of_rank]
-
-    def _levels(self) -> tuple[Tensor, Tensor]:
-        """Give the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
-        levels = torch.stack(list(self.remaining.values())).sort(0).values
-        widths = torch.arange(len(levels), 0, -1, dtype=levels.dtype, device="cpu")
-        widths[-1] = 1 / self.link.alone_share
-        return levels, widths[:, None]
-
-    def _work_off(self, now: Tensor) -> None:
-        """Let every port work until `now`, all its exchanges at the same speed."""
-        elapsed = (now - self.clock).clamp(min=0)
-        self.clock = torch.maximum(self.clock, now)
-        if not self.remaining:
+        seconds = walk.costs.on_ranks(step.kind, step_units(step, walk.plan.num_local_slices, *self._sizes))
+        if step.lane == "compute":
+            walk.compute(seconds)
+            steps.append(SimulatedStep(step, start, walk.now))
             return
-        levels, widths = self._levels()
-        steps = levels - torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
-        before = torch.cumsum(steps * widths, 0) - steps * widths
-        level = ((elapsed - before) / widths).clamp(min=0).minimum(steps).sum(0)
-        for number, left in self.remaining.items():
-            self.remaining[number] = (left - level).clamp(min=0)
-        for number in [n for n, left in self.remaining.items() if n in self.arrivals and not left.any()]:
-            del self.remaining[number]
+        walk.now = walk.now + seconds
+        shares = self._returning if step.kind.way is Way.HOME else self._leaving
+        share = 1.0 if step.chunk is None else shares[step.chunk]
+        self._under_way[position] = walk.post(share * walk.outer.bytes_per_row(step.kind), step.kind.way)
+        steps.append(SimulatedStep(step, start, walk.now, posted_s=walk.now))
 
 
 def simulate(
@@ -224,39 +176,10 @@ def simulate(
     Example:
         W=2, one chunk, one row each way that takes 1 s and experts of 3 s: 1 + 3 + 1 = 5 s.
     """
-    levels = work if isinstance(work, TwoLevelWork) else None
-    outer = work.outer if isinstance(work, TwoLevelWork) else work
-    ports = _Ports(outer, link, None if levels is None else levels.place_of_rank)
-    sizes, (leaving, returning) = outer.segments(plan), outer.shares(plan)
-    needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
-    now = torch.zeros(work.size, dtype=torch.float64, device="cpu") if start_s is None else start_s
-    under_way: set[int] = set()
-    steps: list[SimulatedStep] = []
-    for position, step in enumerate(schedule):
-        for earlier in step.after:
-            if earlier in under_way:
-                under_way.remove(earlier)
-                arrival = ports.arrival(earlier)
-                wait_s = (arrival - now).clamp(min=0)
-                now = torch.maximum(now, arrival)
-                messages = ports.messages.get(earlier)
-                steps[earlier] = replace(steps[earlier], end_s=arrival, wait_s=wait_s, arrivals_s=messages)
-        start = now
-        if levels is not None and (inside := build_inside(step, needs_x=needs_x)):
-            done = _walk_inside(inside, levels, levels.inside(plan, step.chunk), costs, start)
-            now = done[-1].end_s
-            steps.append(SimulatedStep(step, start, now, done))
-            continue
-        units = step_units(step, plan.num_local_slices, *sizes)
-        seconds = costs.on_ranks(step.kind, units)
-        now = now + (seconds if step.lane == "comm" else ports.beside(now, seconds))
-        if step.lane == "comm":
-            under_way.add(position)
-            shares = returning if step.kind.way is Way.HOME else leaving
-            share = 1.0 if step.chunk is None else shares[step.chunk]
-            ports.post(position, now, share * outer.bytes_per_row(step.kind), step.kind.way)
-        steps.append(SimulatedStep(step, start, now, posted_s=now if step.lane == "comm" else None))
-    return Simulation(steps, now)
+    walk = Walk(plan, work, costs, link, start_s)
+    walked = WalkedPass(walk, schedule)
+    walked.go_on()
+    return Simulation(walked.steps, walk.now)
 
 
 def _walk_inside(
@@ -267,7 +190,7 @@ def _walk_inside(
     A step inside a node costs what its twin between nodes does. work: what is sent and computed inside the nodes.
     """
     sizes = [[of] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
-    ports = _Ports(work, levels.link, levels.node_of_rank)
+    ports = Ports(work, levels.link, levels.node_of_rank)
     now, steps = start, []
     for position, step in enumerate(schedule):
         begun = now

@@ -17,6 +17,7 @@ from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.two_batches import simulate_two_batches
 
 __all__ = [
     "budgeted_plan",
@@ -39,6 +40,8 @@ ALIKE = 0.01
 """Plans whose predicted time is within this share of the fastest one's count as equally fast. Of those, plans with
 fewer chunks are tried first: they have fewer exchanges, of whose small costs predictions know little."""
 BUDGETED_WINDOW = 2
+WALKED_LAYERS = 4
+"""So many layers are walked to see what two halves of a batch take: the ends of the stack show."""
 
 
 def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
@@ -141,6 +144,7 @@ def search(
     *,
     backward: bool,
     fits: Callable[[OverlapPlan], bool] = lambda plan: True,
+    beside_s: tuple[float, float] | None = None,
 ) -> list[tuple[float, OverlapPlan]]:
     """Give pairs of predicted seconds and plan, the fastest first.
 
@@ -149,13 +153,20 @@ def search(
 
     Args:
         backward: whether the backward counts too. fits: says whether a plan may be used.
+        beside_s: to search for two halves of a batch at once: the seconds that the rest of the model takes with one
+            half beside each layer, forward and backward. `work` is one half's then, and what is predicted is the time
+            of both halves, the rest of the model included, of one layer of a stack.
     """
     predicted: dict[OverlapPlan, float] = {}
 
     def seconds(plan: OverlapPlan) -> float:
         if plan not in predicted:
-            passes = simulate_layer(plan, work, costs, link, backward=backward)
-            predicted[plan] = sum(simulation.total_s for simulation in passes)
+            if beside_s is None:
+                passes, num_layers = simulate_layer(plan, work, costs, link, backward=backward), 1
+            else:
+                rest_s, num_layers = beside_s if backward else beside_s[:1], WALKED_LAYERS
+                passes = simulate_two_batches(plan, work, costs, link, rest_s, num_layers)
+            predicted[plan] = sum(simulation.total_s for simulation in passes) / num_layers
         return predicted[plan]
 
     def best(count: int) -> list[OverlapPlan]:
