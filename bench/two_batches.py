@@ -2,10 +2,10 @@
 
 Forward and backward of a Qwen3-MoE-like model whose experts are spread over ranks, every rank with its own sequences,
 dense weights replicated and not reduced. In network namespaces on this machine, one core and one thread each. Variants
-run in interleaved rounds, at every rate and on a link that is not shaped: two batches at once, one batch with overlap
-inside its layers, what "auto" keeps of the two, one batch with no overlap, and, without any exchange, the unspread
-model on one device. With --node-size the ranks are in nodes, between which rows travel on two levels, and rates are
-those of the nodes' uplinks.
+run in interleaved rounds, at every rate and on a link that is not shaped: two batches at once, each half in one chunk
+and in two; one batch with overlap inside its layers; what "auto" keeps of these; one batch with no overlap; and,
+without any exchange, the unspread model on one device. With --node-size the ranks are in nodes, between which rows
+travel on two levels, and rates are those of the nodes' uplinks.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from tritonmoe.benchmarks.argument_types import chunk_count, positive, positive_number
+from tritonmoe.benchmarks.argument_types import positive, positive_number
 from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
@@ -58,7 +58,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wire-dtype", choices=NAMED_WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)"
     )
-    parser.add_argument("--half-chunks", type=chunk_count, help="of a call of half a batch; the default is its own")
     parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
     add_model_sizes(parser)
     add_arguments(parser, rounds=9)
@@ -79,12 +78,11 @@ class Step:
             ranks = init_device_mesh("cpu", (self.num_nodes, arguments.node_size), mesh_dim_names=("nodes", "ranks"))
         tmt.parallelize(self.model, ranks)
         wire_dtype = None if arguments.wire_dtype is None else NAMED_WIRE_DTYPES[arguments.wire_dtype]
-        whole = half = OverlapConfig(wire_dtype=wire_dtype)
-        if arguments.half_chunks is not None:
-            half = OverlapConfig(arguments.half_chunks, wire_dtype=wire_dtype)
+        whole, two = OverlapConfig(wire_dtype=wire_dtype), OverlapConfig(2, local_first=False, wire_dtype=wire_dtype)
         serial = OverlapConfig(1, wire_dtype=wire_dtype, serial=True)
         self.variants: dict[str, Callable[[], float]] = {
-            "two batches": lambda: self._spread(half, self.halved),
+            "two batches": lambda: self._spread(whole, self.halved),
+            "two batches in 2 chunks": lambda: self._spread(two, self.halved),
             "one batch": lambda: self._spread(whole),
             "auto": lambda: self._spread(whole, self.auto),
             "serial": lambda: self._spread(serial),
@@ -193,6 +191,7 @@ def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped
         "sent_mb": {name: round(of_one / 1e6, 2) for name, of_one in sent.items()},
         "communication_alone_ms": round(1e3 * wire_s, 1),
         "faster_than_one_batch": ratio("one batch", "two batches"),
+        "in_2_chunks_faster_than_one_batch": ratio("one batch", "two batches in 2 chunks"),
         "faster_than_serial": ratio("serial", "two batches"),
         "auto_faster_than_one_batch": ratio("one batch", "auto"),
         "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
@@ -219,7 +218,8 @@ def as_line(result: Json) -> str:
     times = ", ".join(f"{name} {of_one['median_ms']:.0f}" for name, of_one in result["step"].items())
     return (
         f"{result['rate']:>8}: {times} ms; communication alone {result['communication_alone_ms']:.0f} ms; two batches "
-        f"{result['faster_than_one_batch']:.3f} times as fast as one, {result['faster_than_serial']:.3f} as serial, "
+        f"{result['faster_than_one_batch']:.3f} times as fast as one, in 2 chunks "
+        f"{result['in_2_chunks_faster_than_one_batch']:.3f}, {result['faster_than_serial']:.3f} as serial, "
         f"{result['beside_bound']:.3f} of the bound; auto {result['auto_faster_than_one_batch']:.3f} times as fast as "
         f"one ({result['choice']})"
     )

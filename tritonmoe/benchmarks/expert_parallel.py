@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
     parser.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
+    parser.add_argument("--sequences", type=positive, default=1, help="of these tokens (default 1); 2 for halves too")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
     add_model_sizes(parser)
     parser.add_argument("--chunks", type=chunk_count, help="of tritonmoe; chosen by itself if left out")
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rate = parse_rate(arguments.rate)
     check_model_sizes(arguments)
+    if arguments.tokens % arguments.sequences:
+        raise ValueError(f"--tokens {arguments.tokens} can't be shared evenly by --sequences {arguments.sequences}")
     if "RANK" in os.environ:
         return _run_rank(arguments, None if arguments.netns is None else rate)
     if arguments.netns is None:
@@ -104,7 +107,8 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
             for exchange in (OURS.exchange, "all_to_all")
         }
         generator = torch.Generator().manual_seed(ranks.rank)
-        ids = torch.randint(2, 2048, (1, arguments.tokens), generator=generator).to(models["all_to_all"].device)
+        shape = arguments.sequences, arguments.tokens // arguments.sequences
+        ids = torch.randint(2, 2048, shape, generator=generator).to(models["all_to_all"].device)
         measured = measure_steps(ranks, models, ids, arguments.rounds, rate)
         everybody = gather(ranks, (measured.loss_difference, measured.gradient_difference))
         loss_difference, gradient_difference = (max(one) for one in zip(*everybody, strict=True))
@@ -140,6 +144,7 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
             *(arguments.experts, arguments.top_k),
         ],
         "tokens": arguments.tokens,
+        "sequences": arguments.sequences,
         "dtype": arguments.dtype,
         "chunks": arguments.chunks or "auto",
         "variants": variants,

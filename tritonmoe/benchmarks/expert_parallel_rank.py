@@ -11,9 +11,10 @@ from torch import Tensor
 from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples, synchronize
+from tritonmoe.integrations.transformers.two_batches import two_batches
 from tritonmoe.transports import Transport
 
-__all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
+__all__ = ["HALVED", "OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
 
 FAST_LINK = 40e9
 """Bits per second of a link that takes next to no time, to see what a step takes besides."""
@@ -25,9 +26,11 @@ class Variant:
 
     exchange: str
     experts: str
+    is_halved: bool = False
+    """Whether two halves of the batch run at once (two_batches)."""
 
     def __str__(self) -> str:
-        return f"{self.exchange}, {self.experts}"
+        return f"{self.exchange}, {self.experts}" + (", two batches" if self.is_halved else "")
 
 
 Models: TypeAlias = dict[str, Any]
@@ -39,6 +42,8 @@ OURS = Variant("tritonmoe", "tritonmoe")
 PEERS = (Variant("all_to_all", "grouped_mm"), Variant("all_to_all", "eager"))
 MIXED = Variant("all_to_all", "tritonmoe")
 """Our experts without our exchange: what is not gained by overlap."""
+HALVED = Variant("tritonmoe", "tritonmoe", is_halved=True)
+"""Of batches of more than one sequence."""
 
 
 @dataclass
@@ -62,13 +67,16 @@ def measure_steps(transport: Transport, models: Models, ids: Tensor, rounds: int
     Args:
         models: by exchange, with the same weights. rate: bits per second of the link; None: it is as it is.
     """
-    variants = [OURS, *PEERS, MIXED]
+    variants = [OURS, *([HALVED] if ids.shape[0] > 1 else []), *PEERS, MIXED]
 
     def step(variant: Variant) -> Tensor:
         model = models[variant.exchange]
         model.set_experts_implementation(variant.experts)
+        halved = two_batches(model) if variant.is_halved else None
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        if halved is not None:
+            halved.remove()
         return loss.detach()
 
     def timed(variant: Variant) -> float:

@@ -211,6 +211,14 @@ def run_ep_implementation(name: str, directory: Path, layout: str) -> None:
         model.zero_grad()
         model(input_ids=ids[own], labels=ids[own]).loss.backward()
         assert_close(gradients(model), {name: expected[name] for name in expected if name != "logits"})
+    halved = tmt.two_batches(model)
+    model.zero_grad()
+    output = model(input_ids=ids[own], labels=ids[own])
+    output.loss.backward()
+    logits = whole(output.logits).detach()
+    assert_close({"logits": logits if layout == "tp" else same_everywhere(logits), **gradients(model)}, expected)
+    assert halved.choice.startswith("two halves"), halved.choice
+    halved.remove()
     generated = model.eval().generate(ids[own, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(generated, tokens[own]), (generated, tokens)
     with tmt.collect_statistics(model) as statistics:

@@ -17,6 +17,8 @@ from test_families import make_model as model_of_family
 from torch import Tensor, nn
 
 from tritonmoe.integrations import transformers as tmt
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 
 NUM_SEQUENCES = 4 + rank
 """So that ranks have other numbers, one of them an odd one."""
@@ -182,7 +184,7 @@ def run_auto(name: str, directory: Path) -> None:
     inputs = padded_batch()
     results = []
     choices = []
-    for number in range(halved.trial.num_settling + 12):
+    for number in range(halved.trial.num_settling + 16):
         results.append(step(model, inputs))
         choices.append(halved.choice)
         time.sleep(0.01 * ((number + rank) % 2))
@@ -190,16 +192,22 @@ def run_auto(name: str, directory: Path) -> None:
     for result in results[halved.trial.num_settling :]:
         assert_close(result, results[0])
     assert "before two halves are tried" in choices[0]
-    assert sum("trying both ways" in choice for choice in choices) == 8
+    assert sum("trying all ways" in choice for choice in choices) == 12
+    assert sum("in 2 chunks" in choice.partition(":")[0] for choice in choices[:-3]) == 4
+    reports = [expert_parallel_state(experts).calls.last_report for experts in experts_modules(model).values()]
+    assert all(report.choice.endswith(f"({halved.choice})") for report in reports)
     assert "two halves were" in choices[-1]
-    kept = torch.tensor([int(choices[-1].startswith("two halves,"))])
+    kept = torch.tensor([halved.trial.decision])
+    assert choices[-1].startswith(
+        ("one batch: ", "two halves, of ", "two halves in 2 chunks, of ")[halved.trial.decision]
+    )
     both = [torch.empty_like(kept) for _ in range(size)]
     dist.all_gather(both, kept)
     assert len({int(one) for one in both}) == 1
     model.eval()
     with torch.no_grad():
         model(inputs["input_ids"], use_cache=False)
-    assert halved.choice.startswith("two halves, ")
+    assert halved.choice.startswith("two halves")
     with pytest.raises(ValueError, match="when must be"):
         tmt.two_batches(model, "never")
 

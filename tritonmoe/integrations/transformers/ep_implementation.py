@@ -14,6 +14,7 @@ from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import run_experts
+from tritonmoe.integrations.transformers.sharding import note_transport
 from tritonmoe.transports import as_transport
 
 __all__ = ["OverlappedEP"]
@@ -39,6 +40,7 @@ class OverlappedEP(EPImplementation):
         self.experts = experts
         self.transport = as_transport(ep_mesh)
         self.num_experts = experts.num_experts * self.transport.size
+        note_transport(experts, self.transport)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Give (T, D) of hidden_states (T, D), global ids and weights (T, K)."""

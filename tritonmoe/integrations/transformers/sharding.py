@@ -13,15 +13,15 @@ from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
-from tritonmoe.transports.sharding.parameters import (
-    Sharding,
-    local_shard,
-)
+from tritonmoe.transports import Transport
+from tritonmoe.transports.sharding.parameters import Sharding, local_shard
 
-__all__ = ["STATE", "ExpertParallelState", "expert_parallel_state"]
+__all__ = ["STATE", "ExpertParallelState", "expert_parallel_state", "note_transport", "transport_of"]
 
 STATE = "_tritonmoe_expert_parallel"
 """The attribute of an experts module that holds its ExpertParallelState."""
+TRANSPORT = "_tritonmoe_transport"
+"""The attribute of one that was spread when transformers loaded it, which holds the transport of its rows."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,14 @@ class ExpertParallelState:
 def expert_parallel_state(experts: nn.Module) -> ExpertParallelState | None:
     """Give what parallelize() left on an experts module; None where its experts are all here."""
     return experts.__dict__.get(STATE)
+
+
+def note_transport(experts: nn.Module, transport: Transport) -> None:
+    """Note over what the rows of experts go that transformers has spread (ep_implementation)."""
+    experts.__dict__[TRANSPORT] = transport
+
+
+def transport_of(experts: nn.Module) -> Transport | None:
+    """Give over what the rows of an experts module go; None where its experts are all here."""
+    state = expert_parallel_state(experts)
+    return experts.__dict__.get(TRANSPORT) if state is None else state.sharding.transport

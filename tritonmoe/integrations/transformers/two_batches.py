@@ -2,8 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+from tritonmoe.integrations.transformers.halves_trial import WHOLE, HalvesTrial
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
+from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 
 __all__ = ["HalvedForward", "two_batches"]
@@ -41,8 +42,12 @@ JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_
 class HalvedForward:
     """A model's forward in two halves; what two_batches() puts in the place of the model's own."""
 
-    def __init__(self, model: Any, transports: tuple[Transport, ...], trial: HalvesTrial | None) -> None:
+    def __init__(
+        self, model: Any, spread: Sequence[nn.Module], transports: Sequence[Transport], trial: HalvesTrial | None
+    ) -> None:
         self.model = model
+        self.spread = spread
+        """Its experts modules that are spread over ranks."""
         self.transports = transports
         self.trial = trial
         """What decides; None where batches are always halved."""
@@ -66,16 +71,25 @@ class HalvedForward:
     def __call__(self, *positional: object, **named: object) -> Any:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
-        whole, reason = self._why_whole(arguments), ""
-        if not whole:
-            whole, reason = self._agree(arguments)
-        if whole:
-            self.choice = f"one batch: {whole}"
-            return self.forward(*positional, **named)
-        return self._run_halves(arguments, reason)
+        why_whole = self._why_whole(arguments)
+        num_chunks, reason = (WHOLE, why_whole) if why_whole else self._agree(arguments)
+        before = self._reports()
+        if num_chunks == WHOLE:
+            self.choice = f"one batch: {reason}"
+            output = self.forward(*positional, **named)
+        else:
+            output = self._run_halves(arguments, num_chunks, reason)
+        for report, earlier in zip(self._reports(), before, strict=True):
+            if report is not None and report is not earlier:
+                report.choice += f" ({self.choice})"
+        return output
 
-    def _agree(self, arguments: Arguments) -> tuple[str, str]:
-        """Say why all ranks run this batch whole, or why they halve it; the other one is ""."""
+    def _reports(self) -> list[LayerReport | None]:
+        states = map(expert_parallel_state, self.spread)
+        return [None if state is None else state.calls.last_report for state in states]
+
+    def _agree(self, arguments: Arguments) -> tuple[int, str]:
+        """Give how many chunks all ranks' halves have, or WHOLE, and why."""
         is_training = self.model.training and torch.is_grad_enabled()
         trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
@@ -84,11 +98,8 @@ class HalvedForward:
             transport.all_reduce(told, "max")
         smallest, slowest_ns = -int(told[0]), int(told[1])
         if smallest < 2:
-            return f"the batch of some rank has {smallest} sequences, and one sequence is not split", ""
-        if trial is None:
-            return "", ""
-        is_halved, reason = trial.begin(slowest_ns)
-        return ("", reason) if is_halved else (reason, "")
+            return WHOLE, f"the batch of some rank has {smallest} sequences, and one sequence is not split"
+        return (1, "") if trial is None else trial.begin(slowest_ns)
 
     def _why_whole(self, arguments: Arguments) -> str:
         """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
@@ -101,10 +112,11 @@ class HalvedForward:
             return "use_cache=True asks for one cache of the keys and values of all sequences"
         return ""
 
-    def _run_halves(self, arguments: Arguments, reason: str) -> Any:
+    def _run_halves(self, arguments: Arguments, num_chunks: int, reason: str) -> Any:
         size = _batch_size(arguments)
         first = (size + 1) // 2
-        self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
+        chunks = f" in {num_chunks} chunks" if num_chunks > 1 else ""
+        self.choice = f"two halves{chunks}, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
         if returns_dict is None:
             returns_dict = self.model.config.return_dict
@@ -114,11 +126,8 @@ class HalvedForward:
         if "use_cache" in self.__signature__.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
             shared["use_cache"] = False
         halves = [shared | part for part in _split(arguments, size, first)]
-        if labels is None:
-            outputs = run_two_batches(lambda half: self.forward(**half), *halves)
-        else:
-            with self._loss_over_whole_batch(arguments):
-                outputs = run_two_batches(lambda half: self.forward(**half), *halves)
+        with nullcontext() if labels is None else self._loss_over_whole_batch(arguments):
+            outputs = run_two_batches(lambda half: self.forward(**half), *halves, num_chunks=num_chunks)
         joined = self._join(outputs, arguments)
         return joined if returns_dict else joined.to_tuple()
 
@@ -202,17 +211,17 @@ class _ShareOfLoss:
 def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") -> HalvedForward:
     """Let every forward of a model run both halves of its batch at once, each while rows of the other are under way.
 
-    The model's experts are spread over ranks (`parallelize`) before; wrappers (DistributedDataParallel, FSDP2, Trainer)
-    come after. Outputs, the loss and all gradients are those of the whole batch: the loss is the mean over its target
-    tokens, the auxiliary loss is taken of all router logits. Ranks may have other numbers of sequences. Where some rank
-    has one sequence only, and where a cache is asked for, as in generation, every rank runs its batch whole: `choice`
-    of what this gives says which it was. Its remove() gives the model its own forward back. Dropout draws other numbers
-    than in one batch. See tritonmoe.two_batches for what can't be done.
+    The model's experts are spread over ranks before, by `parallelize` or at loading (`ep_implementation`); wrappers
+    (DistributedDataParallel, FSDP2, Trainer) come after. Outputs, the loss and all gradients are those of the whole
+    batch: the loss is the mean over its target tokens, the auxiliary loss is taken of all router logits. Ranks may have
+    other numbers of sequences. Where some rank has one sequence only, and where a cache is asked for, as in generation,
+    every rank runs its batch whole: `choice` of what this gives says which it was. Its remove() gives the model its own
+    forward back. Dropout draws other numbers than in one batch. See tritonmoe.two_batches for what can't be done.
 
     Args:
-        when: "auto" tries both ways for some training steps, once num_chunks="auto" has settled, and keeps halves if
-            steps are faster by at least 2 %; ranks decide alike. No time decides, and batches are halved, under
-            torch.use_deterministic_algorithms and outside of training.
+        when: "auto" tries whole batches, halves, and halves in two chunks for some training steps, once
+            num_chunks="auto" has settled, and keeps halves if steps are faster by at least 2 %; ranks decide alike. No
+            time decides, and batches are halved, under torch.use_deterministic_algorithms and outside of training.
     Raises:
         ValueError: the model's experts are not spread over ranks, or the model was upcycled in place, whose auxiliary
             loss is of the whole batch; in a forward: an argument, loss or result that can't be of two halves.
@@ -227,8 +236,9 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
             f"{type(model).__name__} was upcycled in place, and its auxiliary loss is of the whole batch: call "
             "tritonmoe.two_batches with a function that computes the loss of a half"
         )
-    states = [expert_parallel_state(experts) for experts in experts_modules(model).values()]
-    transports = {state.sharding.transport: None for state in states if state is not None}
+    over = {experts: transport_of(experts) for experts in experts_modules(model).values()}
+    spread = [experts for experts, transport in over.items() if transport is not None]
+    transports = dict.fromkeys(transport for transport in over.values() if transport is not None)
     if not transports:
         raise ValueError(
             f"the experts of {type(model).__name__} are not spread over ranks, and two halves would hide nothing: call "
@@ -236,7 +246,8 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
         raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
-    halved = HalvedForward(model, tuple(transports), HalvesTrial(len(states)) if when == "auto" else None)
+    trial = HalvesTrial(len(spread)) if when == "auto" else None
+    halved = HalvedForward(model, spread, tuple(transports), trial)
     model.forward = halved
     return halved
 
