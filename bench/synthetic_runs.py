@@ -1,5 +1,6 @@
 """Recordings that the simulator itself makes, of known conditions: what the doctor says of them must be true."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -38,7 +39,7 @@ def ones(*shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of one layer; healthy as it stands: the experts take longer than the exchanges, which they hide."""
+    """A run of equal layers; healthy as it stands: the experts take longer than the exchanges, which they hide."""
 
     size: int = 4
     num_chunks: int = 4
@@ -58,6 +59,9 @@ class Run:
     """So many times the pairs, and rows, of every other rank, of as many in all."""
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
+    num_layers: int = 1
+    beside_s: tuple[float, float] = (1e-3, 1e-3)
+    """What the rest of the model takes behind each layer's forward, and behind its backward."""
     noise: float = 0.0
     """By so large a part times differ from step to step, from exchange to exchange and from entry to entry."""
 
@@ -99,72 +103,68 @@ class Run:
 
     def seconds(self) -> float:
         """Give what a call takes, from when most ranks come to its forward, and to its backward."""
-        return _walk(replace(self, noise=0.0), 0.0, torch.Generator())[1]
+        quiet = replace(self, noise=0.0)
+        return sum(_walk(quiet, number, 0.0, torch.Generator())[1] for number in range(2))
 
 
-def _walk(run: Run, at: float, generator: torch.Generator) -> tuple[list[list[dict]], float, float]:
-    """Give the passes of a call, each on every rank as it is recorded, what they take, and when the last one ends."""
+def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple[list[dict], float]:
+    """Give a forward (0) or backward (1) that begins then, on every rank as it is recorded, and what it takes."""
     plan, work = run.plan, run.work()
     sizes = [[part.tolist() for part in of] for of in work.segments(plan)]
-    passes, total = [], 0.0
-    late = run.late_s()
+    late = run.late_s() if number == 0 else 0 * run.late_s()
     costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
     costs.__dict__.update(noise=run.noise, generator=generator)
 
     def noisy(seconds: Tensor | float) -> Tensor:
         return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
 
-    for schedule in (build_forward(plan), build_backward(plan, needs_x=True, needs_topk_weights=True)):
-        entered = at + late
-        if run.noise:
-            entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)
-        posted = entered + noisy(run.host_s)
-        left = posted.max() + noisy(run.latency_s)
-        origin = left + noisy(run.host_s)
-        rate = float((run.noise * torch.randn(1, generator=generator)).exp())
-        found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).link(), origin - at)
-        ranks = []
-        for rank in range(run.size):
-            own = [[part[rank] for part in of] for of in sizes]
-            steps = []
-            for one in found.steps:
-                start, end = at + float(one.start_s[rank]), at + float(one.end_s[rank])
-                arrivals = None if one.arrivals_s is None else (at + one.arrivals_s[:, rank] - origin[rank]).tolist()
-                if arrivals is not None:
-                    arrivals[rank] = None
-                steps.append(
-                    {
-                        "kind": str(one.step.kind),
-                        "chunk": one.step.chunk,
-                        "start_s": start - float(origin[rank]),
-                        "end_s": end - float(origin[rank]),
-                        "wait_s": 0.0 if one.wait_s is None else float(one.wait_s[rank]),
-                        "post_s": 0.0 if one.posted_s is None else at + float(one.posted_s[rank]) - start,
-                        "units": step_units(one.step, plan.num_local_slices, *own),
-                        "arrivals_s": arrivals,
-                    }
-                )
-            ranks.append(
+    schedule = build_forward(plan) if number == 0 else build_backward(plan, needs_x=True, needs_topk_weights=True)
+    entered = at + late
+    if run.noise:
+        entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)
+    posted = entered + noisy(run.host_s)
+    left = posted.max() + noisy(run.latency_s)
+    origin = left + noisy(run.host_s)
+    rate = float((run.noise * torch.randn(1, generator=generator)).exp())
+    found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).link(), origin - at)
+    ranks = []
+    for rank in range(run.size):
+        own = [[part[rank] for part in of] for of in sizes]
+        steps = []
+        for one in found.steps:
+            start, end = at + float(one.start_s[rank]), at + float(one.end_s[rank])
+            arrivals = None if one.arrivals_s is None else (at + one.arrivals_s[:, rank] - origin[rank]).tolist()
+            if arrivals is not None:
+                arrivals[rank] = None
+            steps.append(
                 {
-                    "marks": {
-                        "entered": float(entered[rank]),
-                        "counts_posted": float(posted[rank]),
-                        "counts_left": float(left[rank]),
-                    },
-                    "origin": float(origin[rank]),
-                    "total_s": float(found.end_s[rank]) + at - float(origin[rank]),
-                    "steps": steps,
+                    "kind": str(one.step.kind),
+                    "chunk": one.step.chunk,
+                    "start_s": start - float(origin[rank]),
+                    "end_s": end - float(origin[rank]),
+                    "wait_s": 0.0 if one.wait_s is None else float(one.wait_s[rank]),
+                    "post_s": 0.0 if one.posted_s is None else at + float(one.posted_s[rank]) - start,
+                    "units": step_units(one.step, plan.num_local_slices, *own),
+                    "arrivals_s": arrivals,
                 }
             )
-        passes.append(ranks)
-        total += found.total_s
-        at += found.total_s + 1e-3
-        late = 0 * late
-    return passes, total, at
+        ranks.append(
+            {
+                "marks": {
+                    "entered": float(entered[rank]),
+                    "counts_posted": float(posted[rank]),
+                    "counts_left": float(left[rank]),
+                },
+                "origin": float(origin[rank]),
+                "total_s": float(found.end_s[rank]) + at - float(origin[rank]),
+                "steps": steps,
+            }
+        )
+    return ranks, found.total_s
 
 
 def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
-    """Write a recording of one call of each run, which are of one size; the ranks enter each call together."""
+    """Write a recording of one step of each run, which are of one size; the ranks enter each call together."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[list[dict]] = []
     size = runs[0].size
@@ -185,14 +185,21 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
         lines.append([header])
     at = 100.0
     generator = torch.Generator().manual_seed(seed)
-    for sequence, run in enumerate(runs):
-        passes, _, at = _walk(run, at, generator)
+    for number, run in enumerate(runs):
+        passes: list[list[list[dict]]] = [[] for _ in range(run.num_layers)]
+        layers = range(run.num_layers)
+        for of_pass, order in enumerate((layers, reversed(layers))):
+            for layer in order:
+                ranks, seconds = _walk(run, of_pass, at, generator)
+                passes[layer].append(ranks)
+                at += seconds + run.beside_s[of_pass]
         work = run.work()
-        for rank in range(size):
+        for layer, rank in itertools.product(layers, range(size)):
+            forward, backward = passes[layer]
             lines[rank].append(
                 {
-                    "call": sequence,
-                    "layer": 0,
+                    "call": number * run.num_layers + layer,
+                    "layer": layer,
                     "recomputed": False,
                     "half": 0,
                     "plan": plain_plan(run.plan),
@@ -203,8 +210,8 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
                     "rows": work.rows[rank].to(torch.int64).tolist(),
                     "pairs": work.pairs[rank].to(torch.int64).tolist(),
                     "pairs_per_expert": [int(work.pairs[:, rank].sum()) - 1, 1],
-                    "forward": passes[0][rank],
-                    "backward": passes[1][rank],
+                    "forward": forward[rank],
+                    "backward": backward[rank],
                 }
             )
     for rank, of in enumerate(lines):

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.synthetic_runs import Run, healthy, write_run
+from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.diagnosis.verdict import as_text
+from tritonmoe.simulation.two_batches import simulate_two_batches
 
 CALLS = 4
 
@@ -85,6 +87,21 @@ def test_any_culprit_is_found_with_its_cost(data: st.DataObject, kind: str, rank
     assert found.error == pytest.approx(0, abs=0.03)
     assert (found.findings[0].kind, found.findings[0].ranks) == (kind, tuple(ranks[:num_culprits]))
     assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.08)
+
+
+def test_two_batches_are_advised_where_the_model_has_other_work(tmp_path: Path) -> None:
+    run = Run(size=2, num_chunks=2, byte_s=1e-6, num_layers=3, beside_s=(0.05, 0.1))
+    (advice,) = (one for one in diagnose(tmp_path / "stack", run).advice if "two_batches" in one.words)
+    work, plan = run.work(), OverlapPlan((1,), local_first=False)
+    half = replace(work, rows=work.rows / 2, pairs=work.pairs / 2)
+    halves = simulate_two_batches(plan, half, run.steps(), run.link(), (0.025, 0.05), 3)
+    expected = run.seconds() - sum(of.total_s / 3 for of in halves) + 0.05 + 0.1
+    assert advice.gain.seconds == pytest.approx(expected, rel=0.1)
+    assert advice.gain.seconds > 0.1 * run.seconds()
+    alone = diagnose(tmp_path / "alone", replace(run, num_layers=1))
+    assert not any("two_batches" in one.words for one in alone.advice), "there is nothing beside a layer alone"
+    hidden = diagnose(tmp_path / "hidden", replace(run, byte_s=1e-8))
+    assert not any("two_batches" in one.words for one in hidden.advice), "there is nothing to hide"
 
 
 def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:

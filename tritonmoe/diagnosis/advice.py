@@ -1,18 +1,24 @@
 """Advice: changes of a run that the walk says would make its step shorter, and what each of them costs."""
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, with_plan
+from tritonmoe.diagnosis.replay import Conditions, Halves, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.search import search
 
 __all__ = ["Proposal", "proposals"]
+
+
+MOST_WALKED_LAYERS = 8
+"""Of two halves of a batch: in a longer stack the ends weigh nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Pr
     yield from _other_plan(typical)
     yield from _narrower_rows(calls[0])
     yield from _other_placement(calls)
+    yield from _two_batches(calls, typical)
 
 
 def _other_plan(typical: Conditions) -> Iterator[Proposal]:
@@ -46,6 +53,30 @@ def _other_plan(typical: Conditions) -> Iterator[Proposal]:
     best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
     if best != plan:
         yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
+
+
+def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+    """Propose to run two halves of a batch at once, where it is known what else the model computes."""
+    beside_s = tuple(_beside_s(calls, number) for number in range(len(typical.schedules)))
+    if all(seconds > 0 for seconds in beside_s):
+        num_layers = min(MOST_WALKED_LAYERS, len({call.layer for call in calls}))
+        halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
+        words = "tritonmoe.two_batches, each half of a batch under the other's exchanges"
+        yield Proposal(words, "wants two sequences on every rank", lambda of: replace(of, halves=halves))
+
+
+def _beside_s(calls: Sequence[RecordedCall], number: int) -> float:
+    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow."""
+    found = []
+    for one, other in pairwise(calls):
+        if other.sequence != one.sequence + 1 or other.layer == one.layer:
+            continue
+        for of_one, of_other in zip(one.ranks, other.ranks, strict=True):
+            first, second = (of_one, of_other) if number == 0 else (of_other, of_one)  # a backward is reversed
+            is_between = one.has_backward and of_one.passes[-1].entered < of_other.forward.entered
+            if not is_between:
+                found.append(second.passes[number].entered - first.passes[number].end)
+    return statistics.median(found) if found else 0.0
 
 
 def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:

@@ -22,13 +22,26 @@ from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate
+from tritonmoe.simulation.two_batches import simulate_two_batches
 
-__all__ = ["Conditions", "Costs", "Entry", "Walk", "conditions_of", "fit_costs", "measured_s", "walk", "with_plan"]
+__all__ = [
+    "Conditions",
+    "Costs",
+    "Entry",
+    "Halves",
+    "Walk",
+    "conditions_of",
+    "fit_costs",
+    "measured_s",
+    "walk",
+    "with_plan",
+]
 
 ROUNDS = 6
 """So often slowness of ranks and lines through their steps are fitted in turn."""
 MET_SHARE = 0.8
 """Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
+HALF_PLAN = OverlapPlan((1,), local_first=False)
 SMALLEST_SLOWNESS = 1.05
 """A rank that is slower by less than this is taken for as fast as the others."""
 
@@ -78,6 +91,8 @@ class Conditions:
     steps: StepCosts
     link: LinkCosts
     gap_s: float
+    halves: "Halves | None" = None
+    """To walk two halves of a batch at once; None for a whole batch."""
 
     @property
     def each_link(self) -> EachLink:
@@ -85,6 +100,15 @@ class Conditions:
         if self.link.each is None:
             raise ValueError("these costs don't tell links apart")
         return self.link.each
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What is to be known of a model whose layers run two halves of a batch at once."""
+
+    beside_s: tuple[float, ...]
+    """The seconds that the rest of the model takes with one half beside a layer, in each pass."""
+    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,19 @@ def walk(conditions: Conditions) -> Walk:
     if passed_on_s > 0.01 * walked.total_s:
         # In a loop the pass before the forward is the backward of a call like this one.
         walked = _walk(conditions, walked.passes[-1].end_s)
+    if conditions.halves is not None:
+        walked = replace(walked, total_s=walked.total_s - _gain_of_halves(conditions, conditions.halves))
     return walked
+
+
+def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
+    """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
+    work, costs, link = conditions.work, _with_gap(conditions.steps, conditions.gap_s), conditions.link
+    half = replace(work, rows=work.rows / 2, pairs=work.pairs / 2)
+    walked = simulate_two_batches(HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers)
+    stack_s = sum(of.total_s for of in walked) / halves.num_layers
+    passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
+    return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))
 
 
 def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
