@@ -32,7 +32,8 @@ from tritonmoe.benchmarks.inside_namespace import ask
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import write_json
-from tritonmoe.diagnosis.attribution import Attribution, CauseKind, attribute
+from tritonmoe.diagnosis.attribution import Attribution, attribute
+from tritonmoe.diagnosis.causes import CauseKind
 from tritonmoe.diagnosis.recorder import record
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.runtime.files import Json

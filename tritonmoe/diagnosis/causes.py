@@ -1,0 +1,202 @@
+"""Causes: what may make a recorded step slow, each with how its conditions are without it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonmoe.diagnosis.recording import RecordedCall
+from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of
+from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+
+__all__ = ["Cause", "CauseKind", "causes_of"]
+
+CauseKind = Literal[
+    "slow link",
+    "slow port",
+    "slow rank",
+    "late rank",
+    "imbalance",
+    "bandwidth",
+    "latency",
+    "chunk overhead",
+    "host overhead",
+    "exchange contention",
+    "expert compute",
+]
+
+WALKED_CALLS = 4
+"""Of so many last calls the lateness of ranks is taken."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that a step takes longer for, and that can be taken out of its conditions."""
+
+    kind: CauseKind
+    ranks: tuple[int, ...]
+    words: str
+    remove: Callable[[Conditions], Conditions]
+
+
+def causes_of(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
+    """Give what may be taken out of calls with these costs."""
+    yield from _slow_links(costs)
+    yield from _slow_ranks(costs)
+    yield from _late_ranks(calls, costs)
+    yield _imbalance(calls)
+    yield Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
+    yield Cause("latency", (), f"{1e6 * costs.link.latency_s:.0f} us for every exchange", without_latency)
+    steps = calls[0].plan.num_segments
+    yield Cause("chunk overhead", (), f"what experts in {steps} parts cost over one", without_chunk_overhead)
+    yield Cause("host overhead", (), "the host, before the first step and between steps", without_host_overhead)
+    if costs.link.contention:
+        words = f"compute loses {costs.link.contention:.0%} of its speed beside an exchange"
+        yield Cause("exchange contention", (), words, without_contention)
+    yield Cause("expert compute", (), "what the experts compute: the bound itself", without_experts)
+
+
+def _rate(link: LinkCosts) -> str:
+    return f"{link.bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _slow_links(costs: Costs) -> Iterator[Cause]:
+    ratios = costs.ratios
+    for i, k in (ratios.link > 1).nonzero().tolist():
+        words = f"from rank {i} to rank {k} a byte takes {float(ratios.link[i, k]):.1f} times as long as elsewhere"
+        yield Cause("slow link", (i, k), words, lambda of, i=i, k=k: without_slow_link(of, i, k))  # type: ignore[misc]
+    for rank in ((ratios.port_out > 1) | (ratios.port_in > 1)).nonzero()[:, 0].tolist():
+        ways = {"out of it": float(ratios.port_out[rank]), "into it": float(ratios.port_in[rank])}
+        said = " and ".join(f"{times:.1f} times as long {way}" for way, times in ways.items() if times > 1)
+        words = f"at the port of rank {rank} a byte takes {said}"
+        yield Cause("slow port", (rank,), words, lambda of, rank=rank: without_slow_port(of, rank))  # type: ignore[misc]
+
+
+def _slow_ranks(costs: Costs) -> Iterator[Cause]:
+    for rank, slowness in enumerate(costs.slowness):
+        if slowness > 1:
+            words = f"rank {rank} takes {slowness:.2f} times as long for the same pairs"
+            yield Cause("slow rank", (rank,), words, lambda of, rank=rank: without_slow_rank(of, rank))  # type: ignore[misc]
+
+
+def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
+    entries = [entry for call in calls[-WALKED_CALLS:] for entry in conditions_of(call, None, costs).entries]
+    typical = torch.stack([entry.own_s for entry in entries]).median(0).values
+    most = torch.stack([entry.own_s for entry in entries]).mean(0)
+    for rank in (most > 0).nonzero()[:, 0].tolist():
+        words = f"rank {rank} comes {1e3 * float(torch.maximum(typical, most)[rank]):.1f} ms after the others"
+        yield Cause("late rank", (rank,), words, lambda of, rank=rank: without_late_rank(of, rank))  # type: ignore[misc]
+
+
+def _imbalance(calls: Sequence[RecordedCall]) -> Cause:
+    pairs = [sum(sum(of.pairs[k] for of in call.ranks) for call in calls) for k in range(len(calls[0].ranks))]
+    hottest = max(range(len(pairs)), key=pairs.__getitem__)
+    per_expert = [sum(values) for values in zip(*(call.ranks[hottest].pairs_per_expert for call in calls), strict=True)]
+    total, mean = max(1, sum(pairs)), max(1.0, sum(pairs) / len(pairs))
+    expert = hottest * len(per_expert) + max(range(len(per_expert)), key=per_expert.__getitem__) if per_expert else 0
+    words = (
+        f"rank {hottest} computes {pairs[hottest] / mean:.2f} times the mean rank's pairs; its expert {expert} has "
+        f"{max(per_expert, default=0) / total:.0%} of all"
+    )
+    return Cause("imbalance", (hottest,), words, without_imbalance)
+
+
+def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:
+    each = of.each_link
+    link_s = each.link_s.clone()
+    link_s[i, k] = 0.0
+    return replace(of, link=replace(of.link, each=replace(each, link_s=link_s)))
+
+
+def without_slow_port(of: Conditions, rank: int) -> Conditions:
+    each = of.each_link
+    out, into = each.port_out_s.clone(), each.port_in_s.clone()
+    out[rank], into[rank] = out.median(), into.median()
+    return replace(of, link=replace(of.link, each=replace(each, port_out_s=out, port_in_s=into)))
+
+
+def without_slow_rank(of: Conditions, rank: int) -> Conditions:
+    def mended(slowness: Tensor) -> Tensor:
+        slowness = slowness.clone()
+        slowness[rank] = 1.0
+        return slowness
+
+    slowness = {kind: mended(values) for kind, values in of.steps.slowness.items()}
+    return replace(of, steps=replace(of.steps, slowness=slowness))
+
+
+def without_late_rank(of: Conditions, rank: int) -> Conditions:
+    def in_time(own_s: Tensor) -> Tensor:
+        own_s = own_s.clone()
+        own_s[rank] = own_s[rank].clamp(max=0)
+        return own_s
+
+    return replace(of, entries=tuple(replace(entry, own_s=in_time(entry.own_s)) for entry in of.entries))
+
+
+def without_imbalance(of: Conditions) -> Conditions:
+    """Let every rank send as much to every rank and compute as much, the same in all."""
+    work = of.work
+    rows, pairs = (torch.full_like(values, float(values.mean())) for values in (work.rows, work.pairs))
+    return replace(of, work=replace(work, rows=rows, pairs=pairs))
+
+
+def without_bandwidth(of: Conditions) -> Conditions:
+    each = of.link.each
+    if each is not None:
+        nothing = torch.zeros_like(each.port_out_s)
+        each = replace(each, port_out_s=nothing, port_in_s=nothing, link_s=torch.zeros_like(each.link_s))
+    return replace(of, link=replace(of.link, bytes_per_s=float("inf"), each=each))
+
+
+def without_latency(of: Conditions) -> Conditions:
+    latency_s = of.link.latency_s
+    each = of.link.each
+    if each is not None:
+        each = replace(each, latency_s=torch.zeros_like(each.latency_s))
+    entries = tuple(replace(entry, counts_s=(entry.counts_s - latency_s).clamp(min=0)) for entry in of.entries)
+    return replace(of, link=replace(of.link, latency_s=0.0, each=each), entries=entries)
+
+
+def without_chunk_overhead(of: Conditions) -> Conditions:
+    """Let the fixed costs of all steps of a kind together be those of one."""
+    counts = Counter(str(step.kind) for schedule in of.schedules for step in schedule)
+    fixed = {kind: cost / max(1, counts[kind]) for kind, cost in of.steps.fixed_s.items()}
+    return replace(of, steps=replace(of.steps, fixed_s=fixed))
+
+
+def without_host_overhead(of: Conditions) -> Conditions:
+    """Let every rank send its counts as it enters, and start its first step when it has heard from all."""
+
+    def at_once(values: Tensor) -> Tensor:
+        return torch.zeros_like(values)
+
+    def counted(values: Tensor) -> Tensor:
+        return values.clamp(max=of.link.latency_s)
+
+    entries = tuple(
+        replace(
+            entry,
+            before_counts_s=at_once(entry.before_counts_s),
+            before_steps_s=at_once(entry.before_steps_s),
+            counts_s=counted(entry.counts_s),
+        )
+        for entry in of.entries
+    )
+    return replace(of, entries=entries, gap_s=0.0)
+
+
+def without_contention(of: Conditions) -> Conditions:
+    return replace(of, link=replace(of.link, contention=0.0))
+
+
+def without_experts(of: Conditions) -> Conditions:
+    def nothing(costs: dict[str, float]) -> dict[str, float]:
+        return {kind: 0.0 if StepKind.named(kind).unit is Unit.PAIRS else cost for kind, cost in costs.items()}
+
+    steps = of.steps
+    return replace(of, steps=StepCosts(nothing(dict(steps.fixed_s)), nothing(dict(steps.unit_s))))
