@@ -233,8 +233,10 @@ def expert_parallel_table(name: str) -> str:
     data = load(name)
     results = data["results"]
     layers, width, inner, experts, top_k = results["layers_D_F_E_K"]
+    sequences = results.get("sequences", 1)
+    command = "python -m bench.expert_parallel --netns 2" + (f" --sequences {sequences}" if sequences > 1 else "")
     lines = [
-        f"`python -m bench.expert_parallel --netns 2` on {where(data['environment'])}: {results['link']}, one core and "
+        f"`{command}` on {where(data['environment'])}: {results['link']}, one core and "
         f"one thread each. Forward and backward of a Qwen3-MoE-like model ({layers} layers, D={width}, F={inner}, "
         f"E={experts}, K={top_k}) in {results['dtype']}, {results['tokens']} tokens a rank, under transformers' FSDP "
         f"and expert parallelism. {results['best_other']} computes {results['compute_over_communication']:.2f} times "

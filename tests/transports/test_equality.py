@@ -23,6 +23,8 @@ ONE_LEVEL_OVERLAPS = (
     tm.OverlapConfig(2, capacity=0.1),
 )
 """The last two: rows fit, and don't."""
+HALVES = None
+"""In the place of chunks: tm.two_batches."""
 
 
 def overlaps(two_levels: bool) -> tuple[tm.OverlapConfig, ...]:
@@ -33,13 +35,28 @@ def batch(num_ranks: int, dtype: torch.dtype) -> Batch:
     return Batch(num_ranks, num_experts=4 * num_ranks, top_k=3, dtype=dtype)
 
 
+def run_halves(given: Batch, transport: Transport, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Both halves of this rank's tokens at once."""
+    ids = given.ids[transport.rank]
+
+    def run_half(tokens: slice) -> torch.Tensor:
+        own = {name: leaves[name][tokens] for name in ("x", "topk_weights")}
+        settings = {"num_experts": given.num_experts, "transport": transport, "overlap": tm.OverlapConfig(2)}
+        return tm.expert_parallel_mlp(topk_ids=ids[tokens], **{**leaves, **own}, **settings, backend="reference")
+
+    return torch.cat(tm.two_batches(run_half, slice(len(ids) // 2), slice(len(ids) // 2, None)))
+
+
 def run_rank(transport: Transport) -> list[dict[str, torch.Tensor]]:
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         given = batch(transport.size, dtype)
-        for overlap in overlaps(isinstance(transport, TwoLevelTransport)):
+        for overlap in (*overlaps(isinstance(transport, TwoLevelTransport)), HALVES):
             leaves = {name: value.requires_grad_() for name, value in given.of_rank(transport.rank).items()}
-            out = given.call(transport, leaves, overlap, backend="reference")
+            if overlap is HALVES:
+                out = run_halves(given, transport, leaves)
+            else:
+                out = given.call(transport, leaves, overlap, backend="reference")
             grads = torch.autograd.grad(out, list(leaves.values()), given.tokens["dout"][transport.rank])
             results.append(dict(zip(("out", *NAMES), (out.detach(), *grads), strict=True)))
     return results
@@ -84,7 +101,7 @@ else:
         ended = run_processes(size, backend, __file__, str(tmp_path), backend)
         assert not any(ended.statuses), ended.output
         by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
-        num_overlaps = len(overlaps("two levels" in backend))
+        num_overlaps = len(overlaps("two levels" in backend)) + 1
         for number, dtype in enumerate((torch.float64, torch.bfloat16)):
             expected = batch(size, dtype).on_one_device()
             for overlap in range(num_overlaps):
