@@ -73,18 +73,14 @@ def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def step(
-    model: nn.Module,
-    x: Tensor,
-    sizes: list[int] | None,
-    run: Callable[[Tensor], Tensor] | None = None,
-    num_chunks: int = 1,
+    model: nn.Module, x: Tensor, sizes: list[int] | None, run: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The loss and every gradient of a step: of the whole batch, or of halves of these sizes at once."""
     for parameter in model.parameters():
         parameter.grad = None
     x = x.clone().requires_grad_()
     function = run or partial(loss_of, model)
-    loss = function(x) if sizes is None else sum(tm.two_batches(function, *x.split(sizes), num_chunks=num_chunks))
+    loss = function(x) if sizes is None else sum(tm.two_batches(function, *x.split(sizes)))
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     grads = {name: grad.to_local() if hasattr(grad, "to_local") else grad for name, grad in grads.items()}
@@ -128,25 +124,18 @@ def test_equals_one_batch(num_ranks: int, plan: str) -> None:
     tm.run_on_emulated_ranks(lambda t: whole_and_halves(t, PLANS[plan]), num_ranks, timeout_s=20)
 
 
-def test_chunks_of_halves_once_auto_has_tuned_whole_batches() -> None:
+def test_a_half_has_one_chunk_once_auto_has_tuned_whole_batches() -> None:
     def on_rank(transport: Transport) -> None:
         model, x = make_model(transport, tm.OverlapConfig()), batch_of(transport.rank)
         for _ in range(SETTLING_CALLS // NUM_LAYERS + 1):
             expected = step(model, x, None)
-        for num_chunks in (1, 2, 3):
-            assert_close(step(model, x, [2, 4], num_chunks=num_chunks), expected)
-            report = model[0].moe.last_report
-            assert (report.num_chunks, report.first_half.num_chunks) == (num_chunks, num_chunks)
-            assert not report.overlap.local_first
-            assert "half a batch" in report.choice
+        assert_close(step(model, x, [2, 4]), expected)
+        report = model[0].moe.last_report
+        assert (report.num_chunks, report.first_half.num_chunks) == (1, 1)
+        assert not report.overlap.local_first
+        assert "half a batch" in report.choice
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
-
-
-@pytest.mark.parametrize("num_chunks", [0, 33, 1.0, True])
-def test_chunks_of_halves_are_a_number_of_them(num_chunks) -> None:
-    with pytest.raises(ValueError, match=r"num_chunks must be 1\.\.32"):
-        tm.two_batches(lambda half: half, 1, 2, num_chunks=num_chunks)
 
 
 def test_ranks_may_have_other_numbers_of_sequences() -> None:

@@ -55,13 +55,11 @@ class NodeOrder:
 class Half:
     """One of the two, and where it is."""
 
-    def __init__(self, function: Callable[[], object], number: int, num_chunks: int, nodes: NodeOrder) -> None:
+    def __init__(self, function: Callable[[], object], number: int, nodes: NodeOrder) -> None:
         from greenlet import greenlet
 
         self.number = number
         """1 or 2."""
-        self.num_chunks = num_chunks
-        """Of its calls of layers with num_chunks="auto"."""
         self.nodes = nodes
         self.calls: list[object] = []
         """What tells apart the layers that it has called, in their order."""
@@ -197,14 +195,13 @@ class _Made(NamedTuple):
     result: object
 
 
-def run_in_turns(functions: Sequence[Callable[[], Result]], num_chunks: int) -> tuple[Result, Result]:
+def run_in_turns(functions: Sequence[Callable[[], Result]]) -> tuple[Result, Result]:
     """Run two functions, each up to its next hand_over() in turn, the first one first, and give what both returned.
 
     Random numbers: the first goes on with the global generators, the second one has its own, seeded from them.
-    num_chunks: as in two_batches().
     """
     nodes = NodeOrder()
-    first, second = halves = [Half(function, number, num_chunks, nodes) for number, function in enumerate(functions, 1)]
+    first, second = halves = [Half(function, number, nodes) for number, function in enumerate(functions, 1)]
     first.sibling, second.sibling = second, first
     second.state = ThreadState.take().with_other_numbers()
     before = first.state = ThreadState.take()

@@ -15,7 +15,6 @@ from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
 from tritonmoe.expert_parallel.call import ExpertParallelCall, Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.check import CheckedCall, check
-from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
@@ -85,8 +84,8 @@ def choose_plan(call: CheckedCall) -> Choice:
     message, reason = Message(), ""
     if again is not None:
         plan, reason = again, "the plan of the forward that is recomputed"
-    elif (half := current_half()) is not None and chooser.is_tuned:  # another half's work is in its times
-        plan = half_plan(overlap, half.num_chunks, call.transport.size)
+    elif call.runner.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
+        plan = half_plan(overlap, call.transport.size)
         reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
         plan = chooser.plan()
@@ -96,12 +95,12 @@ def choose_plan(call: CheckedCall) -> Choice:
     return Choice(plan, message, chooser, kind, reason)
 
 
-def half_plan(overlap: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
+def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
     """Give the plan of half a batch under num_chunks="auto".
 
-    Its products are small already: so on several ranks the chunks have the rows that stay as well.
+    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
     """
-    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), num_chunks, size)
+    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:

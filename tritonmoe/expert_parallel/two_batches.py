@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from tritonmoe.config.layer import is_integer
-from tritonmoe.config.overlap import MAX_CHUNKS
 from tritonmoe.expert_parallel.halves import current_half, run_in_turns
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
@@ -25,7 +23,7 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-def two_batches(function: Callable[[Part], Result], *halves: Part, num_chunks: int = 1) -> tuple[Result, ...]:
+def two_batches(function: Callable[[Part], Result], *halves: Part) -> tuple[Result, ...]:
     """Give function(half) of both halves of a batch, computed in turns: one while rows of the other are under way.
 
     The function may be any model's forward, or a part of it, with expert-parallel layers in it. It runs in two
@@ -41,10 +39,8 @@ def two_batches(function: Callable[[Part], Result], *halves: Part, num_chunks: i
         function: takes a half, calls the same layers in the same order for both, and changes nothing that the other
             half's call reads.
         halves: two. One alone is just computed.
-        num_chunks: 1..32, into how many chunks layers with num_chunks="auto" cut the rows of a half. One has the
-            largest products; two keep the link busy while a half's experts run, where the link is the longer side.
     Raises:
-        ValueError: there are no halves or more than two, or they call different layers, or num_chunks is out of range.
+        ValueError: there are no halves or more than two, or they call different layers.
         RuntimeError: this can't be done inside a half, in the backward of activation checkpointing, under torch.func's
             transforms, in a CUDA graph, or with the layers in a compiled graph or under reentrant checkpointing.
         ImportError: the package greenlet is not installed.
@@ -56,8 +52,6 @@ def two_batches(function: Callable[[Part], Result], *halves: Part, num_chunks: i
         raise ValueError(f"two_batches takes two halves of a batch, got {len(halves)}: a third would hide nothing more")
     if len(halves) == 1:
         return (function(halves[0]),)
-    if not is_integer(num_chunks) or not 1 <= num_chunks <= MAX_CHUNKS:
-        raise ValueError(f"num_chunks must be 1..{MAX_CHUNKS}, got {num_chunks!r}")
     if current_half() is not None:
         raise RuntimeError("two_batches was called inside half a batch: call it once, around the whole model")
     if is_recomputing():
@@ -70,7 +64,7 @@ def two_batches(function: Callable[[Part], Result], *halves: Part, num_chunks: i
     if importlib.util.find_spec("greenlet") is None:
         raise ImportError("two_batches needs the package greenlet: pip install 'tritonmoe[two-batches]'")
     try:
-        return run_in_turns([partial(function, half) for half in halves], num_chunks)
+        return run_in_turns([partial(function, half) for half in halves])
     except RuntimeError as error:
         if MIXED in str(error):
             raise RuntimeError(LET_GO) from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.halves_trial import WHOLE, HalvesTrial
+from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
@@ -72,13 +72,13 @@ class HalvedForward:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
         why_whole = self._why_whole(arguments)
-        num_chunks, reason = (WHOLE, why_whole) if why_whole else self._agree(arguments)
+        is_halved, reason = (False, why_whole) if why_whole else self._agree(arguments)
         before = self._reports()
-        if num_chunks == WHOLE:
+        if is_halved:
+            output = self._run_halves(arguments, reason)
+        else:
             self.choice = f"one batch: {reason}"
             output = self.forward(*positional, **named)
-        else:
-            output = self._run_halves(arguments, num_chunks, reason)
         for report, earlier in zip(self._reports(), before, strict=True):
             if report is not None and report is not earlier:
                 report.choice += f" ({self.choice})"
@@ -88,8 +88,8 @@ class HalvedForward:
         states = map(expert_parallel_state, self.spread)
         return [None if state is None else state.calls.last_report for state in states]
 
-    def _agree(self, arguments: Arguments) -> tuple[int, str]:
-        """Give how many chunks all ranks' halves have, or WHOLE, and why."""
+    def _agree(self, arguments: Arguments) -> tuple[bool, str]:
+        """Say whether all ranks halve this batch, and why."""
         is_training = self.model.training and torch.is_grad_enabled()
         trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
@@ -98,8 +98,8 @@ class HalvedForward:
             transport.all_reduce(told, "max")
         smallest, slowest_ns = -int(told[0]), int(told[1])
         if smallest < 2:
-            return WHOLE, f"the batch of some rank has {smallest} sequences, and one sequence is not split"
-        return (1, "") if trial is None else trial.begin(slowest_ns)
+            return False, f"the batch of some rank has {smallest} sequences, and one sequence is not split"
+        return (True, "") if trial is None else trial.begin(slowest_ns)
 
     def _why_whole(self, arguments: Arguments) -> str:
         """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
@@ -112,11 +112,10 @@ class HalvedForward:
             return "use_cache=True asks for one cache of the keys and values of all sequences"
         return ""
 
-    def _run_halves(self, arguments: Arguments, num_chunks: int, reason: str) -> Any:
+    def _run_halves(self, arguments: Arguments, reason: str) -> Any:
         size = _batch_size(arguments)
         first = (size + 1) // 2
-        chunks = f" in {num_chunks} chunks" if num_chunks > 1 else ""
-        self.choice = f"two halves{chunks}, of {first} and {size - first} sequences" + (reason and f": {reason}")
+        self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
         if returns_dict is None:
             returns_dict = self.model.config.return_dict
@@ -127,7 +126,7 @@ class HalvedForward:
             shared["use_cache"] = False
         halves = [shared | part for part in _split(arguments, size, first)]
         with nullcontext() if labels is None else self._loss_over_whole_batch(arguments):
-            outputs = run_two_batches(lambda half: self.forward(**half), *halves, num_chunks=num_chunks)
+            outputs = run_two_batches(lambda half: self.forward(**half), *halves)
         joined = self._join(outputs, arguments)
         return joined if returns_dict else joined.to_tuple()
 
@@ -219,9 +218,9 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
     forward back. Dropout draws other numbers than in one batch. See tritonmoe.two_batches for what can't be done.
 
     Args:
-        when: "auto" tries whole batches, halves, and halves in two chunks for some training steps, once
-            num_chunks="auto" has settled, and keeps halves if steps are faster by at least 2 %; ranks decide alike. No
-            time decides, and batches are halved, under torch.use_deterministic_algorithms and outside of training.
+        when: "auto" tries both ways for some training steps, once num_chunks="auto" has settled, and keeps halves if
+            steps are faster by at least 2 %; ranks decide alike. No time decides, and batches are halved, under
+            torch.use_deterministic_algorithms and outside of training.
     Raises:
         ValueError: the model's experts are not spread over ranks, or the model was upcycled in place, whose auxiliary
             loss is of the whole batch; in a forward: an argument, loss or result that can't be of two halves.
