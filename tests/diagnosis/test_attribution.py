@@ -59,6 +59,13 @@ def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Pat
         assert first.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
 
 
+def test_a_slow_port_of_three(tmp_path: Path) -> None:
+    """Most links are slow then."""
+    found = diagnose(tmp_path, Run(size=3, slow_port=(1, 20.0)))
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert (found.findings[0].kind, found.findings[0].ranks) == ("slow port", (1,))
+
+
 def test_what_waits_for_a_slow_way_back_is_not_slow_itself(tmp_path: Path) -> None:
     """Over gloo a receiver's word that rows may come is behind the rows that it sends."""
     run = Run(size=2, num_chunks=6, slow_link=(1, 0, 10.0), uses_rendezvous=True)

@@ -5,6 +5,7 @@ the two. A port that is slow delays all messages of its rank, a slow link those 
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -244,38 +245,90 @@ class _Fit:
         """
         ratio = torch.full((self.size, self.size), torch.nan, dtype=torch.float64, device="cpu")
         for (i, k), of in by_link.items():
-            of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in of if b * self.byte_s > 0]
-            if of_byte:
-                ratio[i, k] = max(1e-3, weighted_quantile(of_byte, share))
+            ratio[i, k] = self._ratio(of, share)
         return ratio
 
+    def _ratio(self, messages: Sequence[tuple[float, float]], share: float) -> float:
+        """The same of these messages, of which bytes and seconds are given."""
+        of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in messages if b * self.byte_s > 0]
+        return max(1e-3, weighted_quantile(of_byte, share)) if of_byte else math.nan
+
     def _refine(self) -> None:
-        by_link = self._by_link()
-        ratio = self._ratios(by_link, self.typical_share)
-        points: list[tuple[float, float]] = []
-        """Of messages on ports and links that are not slow: bytes, seconds."""
+        ratio = self._ratios(self._by_link(), self.typical_share)
         known = ratio[~ratio.isnan()].tolist()
         if not known:
             return
-        typical = statistics.median_low(known)
-        self._tell_apart(ratio / typical)
-        for (i, k), of in by_link.items():
-            if ratio[i, k] < SMALLEST_RATIO * typical:
-                points += _typical(of, self.typical_share)
-        self.latency_s, self.byte_s = fit_relative_line(points)
+        # One slow port makes all but (W - 2) / W of the links slow: the middle of those that are left is typical.
+        self._tell_apart(ratio / sorted(known)[len(known) * (self.size - 2) // (2 * self.size)])
+        is_slow = self.port_out > 1, self.port_in > 1
+        outwards, inwards = self._by_port()
+        points = [
+            point
+            for by_port, slow in zip((outwards, inwards), is_slow, strict=True)
+            for rank, of in by_port.items()
+            if not slow[rank]
+            for point in _typical(of, self.typical_share)
+        ]
+        if points:
+            self.latency_s, self.byte_s = self._line(points)
+        # A slow port's own time is that of the last of its messages.
+        for ports, by_port, slow in zip((self.port_out, self.port_in), (outwards, inwards), is_slow, strict=True):
+            for rank in slow.nonzero()[:, 0].tolist():
+                ports[rank] = max(SMALLEST_RATIO, self._ratio(by_port.get(rank, []), 0.5))
+
+    def _by_port(self) -> tuple[dict[int, list[tuple[float, float]]], dict[int, list[tuple[float, float]]]]:
+        """Give, for the way out of and into every port, bytes and seconds of the last message of each exchange.
+
+        The messages of a port come one after the other, in any order, so that only the last one tells its rate. Those
+        on slow links and, of a port that is not slow, those to a slow one are left aside.
+        """
+        is_out, is_in, is_link = self.port_out > 1, self.port_in > 1, self.link > 1
+        outwards: dict[int, list[tuple[float, float]]] = {}
+        inwards: dict[int, list[tuple[float, float]]] = {}
+        for one, seconds in self._messages():
+            counts = ~seconds.isnan() & ~is_link
+            port_bytes = one.port_bytes
+            for rank in range(self.size):
+                to = counts[rank] & (is_out[rank] | ~is_in)
+                of = counts[:, rank] & (is_in[rank] | ~is_out)
+                for by_port, took, sent in (
+                    (outwards, seconds[rank][to], port_bytes[rank][to]),
+                    (inwards, seconds[:, rank][of], port_bytes[:, rank][of]),
+                ):
+                    if len(took):
+                        by_port.setdefault(rank, []).append((float(sent.max()), max(SHORTEST_S, float(took.max()))))
+        return outwards, inwards
+
+    def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """Give latency and seconds of a byte: large messages tell the rate, small ones the latency.
+
+        A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
+        """
+        limit = LARGE_SHARE * max(b for b, _ in points)
+        large, small = ([point for point in points if (point[0] >= limit) is is_large] for is_large in (True, False))
+        if not small:
+            return fit_relative_line(points)
+        latency_s = byte_s = 0.0
+        for _ in range(ROUNDS):
+            byte_s = statistics.median_low(max(0.0, s - latency_s) / b for b, s in large)
+            latency_s = max(0.0, statistics.median_low(s - byte_s * b for b, s in small))
+        return latency_s, byte_s
 
     def _tell_apart(self, ratio: Tensor) -> None:
         """Split the ratio (W, W) of every link to the typical one into those of ports and what is left to the link."""
         if self.size == 2:
             out = into = torch.ones(2, dtype=torch.float64, device="cpu")
         else:
-            # All of a slow port's messages are slow, so the fastest of them tells its slowness.
+            # All of a slow port's messages are slow, also the fastest of them.
             filled = ratio.nan_to_num(nan=torch.inf)
             out, into = filled.amin(1), filled.amin(0)
             out, into = (torch.where(of.isfinite() & (of > SMALLEST_RATIO), of, 1.0) for of in (out, into))
-        left = (ratio / torch.maximum(out[:, None], into)).nan_to_num(nan=1.0)
-        self.port_out, self.port_in = out, into
-        self.link = torch.where(left > SMALLEST_RATIO, left, 1.0)
+        port = torch.maximum(out[:, None], into)
+        left = (ratio / port).nan_to_num(nan=1.0)
+        # Of a slow port's messages, which take turns, the last takes as long as all of them.
+        least = torch.where(port > 1, SMALLEST_RATIO * (self.size - 1), SMALLEST_RATIO)
+        self.port_out, self.port_in = out.clone(), into.clone()
+        self.link = torch.where(left > least, left, 1.0)
 
     def ratios(self) -> LinkRatios:
         are_told_apart = any(one.are_told_apart for of in self.passes for one in of)
