@@ -17,7 +17,8 @@ from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "planning.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("design", "diagnosis", "kernels", "planning")))
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -291,6 +292,43 @@ def two_batches_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def doctor_table(prefix: str) -> str:
+    """Give one row for every file of results whose name starts with `prefix`."""
+    data = load_all(prefix)
+    columns = {
+        "cause of 15 % or more first": ("of 15 %: cause first", "of 15 %: number"),
+        "of 8 to 15 %": ("of 8 to 15 %: cause first", "of 8 to 15 %: number"),
+        "healthy with a finding": ("healthy: false alarms", "healthy: number"),
+        "both of two said": ("two causes: both said", "two causes: number"),
+    }
+    lines = [
+        f"`python -m bench.doctor` on {where(data[0]['environment'])}: medians of 9 interleaved calls, experts that "
+        "sleep. Shares, with the number of scenarios that they are of; errors are relative.",
+        "",
+        f"| scenarios | ranks | seeds | {' | '.join(columns)} | culprit right | gain within 15 % | "
+        "gain, median error | replay, median error | worst |",
+        f"| {' | '.join(['---'] * (len(columns) + 8))} |",
+    ]
+    for one in data:
+        summary, scenarios = one["results"]["summary"], one["results"]["scenarios"]
+        numbers = [scenario["number"] for scenario in scenarios]
+        cells = [f"{summary['scenarios']}, {one['results']['where']}"]
+        cells += [", ".join(map(str, sorted({scenario["ranks"] for scenario in scenarios})))]
+        cells += [f"{min(numbers)} to {max(numbers)}"]
+        cells += [as_share(summary[share]) + f" of {summary[number]}" for share, number in columns.values()]
+        cells += [as_share(summary[name]) for name in ("culprit right", "gain within 15 %")]
+        cells += [
+            "-" if summary[name] is None else f"{100 * summary[name]:.1f} %"
+            for name in ("gain: median error", "replay: median error", "replay: worst error")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def as_share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
 def overlap_table(prefix: str) -> str:
     """Give one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
@@ -481,6 +519,7 @@ def files_table(package: str) -> str:
 TABLES = {
     "files": files_table,
     "auto": auto_table,
+    "doctor": doctor_table,
     "overlap": overlap_table,
     "plan": plan_table,
     "plan_rows": plan_rows_table,
