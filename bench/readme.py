@@ -292,6 +292,20 @@ def two_batches_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def one_rank_in_halves(name: str) -> str:
+    """Give in words what halves take on one rank, where nothing is exchanged."""
+    data = load(name)
+    (rate, *_), rounds = data["results"]["rates"], data["results"]["arguments"]["rounds"]
+    times = {variant: spread(rate["step"][variant]) for variant in ("two batches", "one half after the other")}
+    return (
+        f"On one rank there is nothing to hide. By `python -m bench.two_batches --netns 1` on "
+        f"{where(data['environment'])}, {rounds} interleaved rounds, the step of the table below takes "
+        f"{times['two batches']} ms with two batches, and {times['one half after the other']} ms with the same halves "
+        "one after the other: "
+        f"{rate['beside_one_by_one']:.2f} times as long, by the median of the rounds' ratios."
+    )
+
+
 def doctor_table(prefix: str) -> str:
     """Give one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
@@ -520,6 +534,7 @@ TABLES = {
     "files": files_table,
     "auto": auto_table,
     "doctor": doctor_table,
+    "one_rank_in_halves": one_rank_in_halves,
     "overlap": overlap_table,
     "plan": plan_table,
     "plan_rows": plan_rows_table,

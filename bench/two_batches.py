@@ -5,7 +5,8 @@ dense weights replicated and not reduced. In network namespaces on this machine,
 run in interleaved rounds, at every rate and on a link that is not shaped: two batches at once, each half in one chunk
 and in two; one batch with overlap inside its layers; what "auto" keeps of these; one batch with no overlap; and,
 without any exchange, the unspread model on one device. With --node-size the ranks are in nodes, between which rows
-travel on two levels, and rates are those of the nodes' uplinks.
+travel on two levels, and rates are those of the nodes' uplinks. With --netns 1 nothing is exchanged, and one half after
+the other is measured too.
 """
 
 import argparse
@@ -43,6 +44,7 @@ __all__ = ["main"]
 UNSHAPED = "40gbit"
 WARM_UP = 7
 """Steps until "auto" has chosen the chunks of a whole batch: it takes about twenty calls, a step makes one a layer."""
+ONE_BY_ONE = "one half after the other"
 SETTLED = 2
 """Steps of every variant that are not counted, after each change of the link's rate."""
 
@@ -88,6 +90,8 @@ class Step:
             "serial": lambda: self._spread(serial),
             "one device": lambda: self._run(self.alone),
         }
+        if transport.size == 1:
+            self.variants[ONE_BY_ONE] = self._run_one_by_one
         shape = arguments.sequences, arguments.length
         generator = torch.Generator().manual_seed(transport.rank)
         self.ids = torch.randint(2, sizes.vocab_size, shape, generator=generator)
@@ -120,11 +124,14 @@ class Step:
     def loss(self, name: str) -> float:
         return self.variants[name]()
 
-    def _spread(self, overlap: OverlapConfig, halved: tmt.HalvedForward | None = None) -> float:
+    def _configure(self, overlap: OverlapConfig) -> None:
         for experts in experts_modules(self.model).values():
             state = expert_parallel_state(experts)
             assert state is not None
             setattr(experts, STATE, replace(state, overlap=overlap))
+
+    def _spread(self, overlap: OverlapConfig, halved: tmt.HalvedForward | None = None) -> float:
+        self._configure(overlap)
         if halved is None:
             return self._run(self.model)
         self.model.forward = halved
@@ -132,6 +139,14 @@ class Step:
             return self._run(self.model)
         finally:
             halved.remove()
+
+    def _run_one_by_one(self) -> float:
+        """The spread model on both halves of the batch, each whole, and one backward."""
+        self._configure(OverlapConfig())
+        losses = [self.model(input_ids=ids, labels=ids, use_cache=False).loss for ids in self.ids.chunk(2)]
+        loss = sum(losses) / 2
+        loss.backward()
+        return float(loss.detach())
 
     def _run(self, model: Any) -> float:
         loss = model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
@@ -185,6 +200,7 @@ def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped
 
     wire_s = 8 * sent["two batches"] / parse_rate(rate)
     bound_s = max(statistics.median(unshaped["two batches"]), wire_s)
+    of_one_rank = {"beside_one_by_one": ratio("two batches", ONE_BY_ONE)} if ONE_BY_ONE in samples else {}
     return {
         "rate": rate,
         "step": {name: summarize(seconds) for name, seconds in samples.items()},
@@ -195,6 +211,7 @@ def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped
         "faster_than_serial": ratio("serial", "two batches"),
         "auto_faster_than_one_batch": ratio("one batch", "auto"),
         "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
+        **of_one_rank,
     }
 
 

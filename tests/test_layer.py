@@ -429,7 +429,9 @@ def test_activation_checkpointing_on_two_ranks() -> None:
     assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [True, True]
 
 
-@pytest.mark.parametrize("kind", ["plain", "non-reentrant", "reentrant", "compiled"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "non-reentrant", "reentrant", pytest.param("compiled", marks=pytest.mark.thorough)]
+)
 def test_load_balance_over_all_ranks(kind: str) -> None:
     """A step with it, in every way that a layer is run, is a step of one device with all tokens."""
     if kind == "compiled" and torch.__version__.startswith("2.10."):

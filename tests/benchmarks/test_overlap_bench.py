@@ -145,6 +145,7 @@ def check_results(path: Path, num_ranks: int) -> dict:
     return results
 
 
+@pytest.mark.thorough
 def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(tmp_path / name) for name in ("r.json", "r.png", "r.trace")]
     arguments = ["--emulate", "2", "--tokens", "40", *QUICK, "--compute-ratio", "1"]

@@ -64,6 +64,7 @@ def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "is of one rank" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_bench_overlap_records(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--emulate", "2", "--model", "tiny", "--tokens", "64", "--chunks", "1", "2", "--rounds", "3", "--rate"]
     assert main(["bench", "overlap", *arguments, "100mbit", "--record", str(tmp_path / "run")]) == 0

@@ -129,6 +129,7 @@ def test_a_comparison() -> None:
     assert {"by_gpus/1/1/step_ms", "first_is_cheapest"} <= {attributes["data-key"] for attributes, _ in page.numbers}
 
 
+@pytest.mark.thorough
 def test_commands_write_pages(slow: Attribution, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = tmp_path / "run.html", tmp_path / "run.json"
     assert main(["doctor", str(slow.recording.path), "--html", str(paths[0]), "--json", str(paths[1])]) == 1

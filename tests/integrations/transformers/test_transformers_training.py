@@ -71,6 +71,7 @@ def test_peft_target_parameters():
         torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.thorough
 def test_torch_compile():
     model = qwen3_moe()
     patch(model)

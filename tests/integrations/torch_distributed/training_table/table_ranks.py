@@ -41,7 +41,7 @@ Cell = tuple[str, str, str]
 
 
 FORM_OF_ALL_ROWS = "module inside a wrapper"
-FIRST_ROWS = ("DDP", "FSDP2", "clip_grad_norm_", "AdamW foreach", "one-device weights, load_state_dict")
+ROWS_OF_ALL_FORMS = ("DDP", "FSDP2", "clip_grad_norm_", "AdamW foreach", "one-device weights, load_state_dict")
 ROWS_OF_FOUR = (
     "DDP",
     "replicate()",
@@ -51,25 +51,27 @@ ROWS_OF_FOUR = (
     "DCP from 2x2",
     "experts over fewer ranks",
 )
-ROWS_OF_REPLICAS = (*FIRST_ROWS, "DCP, same ranks", "HSDP", "FSDP2 of experts over replicas", "GradScaler", "deepcopy")
+ROWS_OF_REPLICAS = (
+    *ROWS_OF_ALL_FORMS,
+    "DCP, same ranks",
+    "HSDP",
+    "FSDP2 of experts over replicas",
+    "GradScaler",
+    "deepcopy",
+)
 ROWS_OF_REPLICAS += ("accumulated gradients", "DCP from 1", "DCP from 4")
 
 
 def tier(cell: Cell) -> str:
-    """Say which test run has this cell: the first, the second ("thorough"), or only one that somebody asks for."""
-    row, form, ranks = cell
-    if not is_quick(cell):
-        return "slow"
-    return "first" if ranks == "2" and form == FORM_OF_ALL_ROWS and row in FIRST_ROWS else "thorough"
+    """Say which test run has this cell: the second ("thorough"), or only one that somebody asks for ("slow")."""
+    return "thorough" if is_quick(cell) else "slow"
 
 
 def run_of(cell: Cell) -> str:
     """Name the run (RUNS) in which a test looks for this cell."""
     if tier(cell) == "slow":
         return "all"
-    if cell[1] != FORM_OF_ALL_ROWS:
-        return "other forms"
-    return "first" if tier(cell) == "first" else "all rows"
+    return "all rows" if cell[1] == FORM_OF_ALL_ROWS else "other forms"
 
 
 def is_quick(cell: Cell) -> bool:
@@ -81,11 +83,10 @@ def is_quick(cell: Cell) -> bool:
         return form == FORM_OF_ALL_ROWS and row in (ROWS_OF_FOUR if ranks == "4" else ROWS_OF_REPLICAS)
     if row.startswith("DCP"):  # the others must have written it
         return form == FORM_OF_ALL_ROWS
-    return form == FORM_OF_ALL_ROWS or row in FIRST_ROWS
+    return form == FORM_OF_ALL_ROWS or row in ROWS_OF_ALL_FORMS
 
 
 RUNS: dict[str, Callable[[Cell], bool]] = {
-    "first": lambda cell: tier(cell) == "first",
     "all rows": lambda cell: is_quick(cell) and cell[1] == FORM_OF_ALL_ROWS,
     "other forms": lambda cell: run_of(cell) == "other forms",
     "all": lambda cell: True,

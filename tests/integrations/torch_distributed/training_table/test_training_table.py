@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
 from processes import ENVIRONMENT
 
 CELLS = [cell for _, cells in table_ranks.passes() for cell in cells]
-MARKS = {"first": (), "thorough": pytest.mark.thorough, "slow": pytest.mark.slow}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def results(tmp_path_factory) -> Any:
 
 @pytest.mark.parametrize(
     "cell",
-    [pytest.param(cell, id="-".join(cell), marks=MARKS[table_ranks.tier(cell)]) for cell in CELLS],
+    [pytest.param(cell, id="-".join(cell), marks=getattr(pytest.mark, table_ranks.tier(cell))) for cell in CELLS],
 )
 def test_cell(cell: table_ranks.Cell, results: Any) -> None:
     outcomes, _ = results(table_ranks.run_of(cell))["|".join(cell)]
