@@ -267,10 +267,6 @@ CASES: dict[str, Callable[[Transport], object]] = {
     "healthy": step,
 }
 """On one level; the last one shows that nothing of the others is in the way."""
-QUICK_CASES = {
-    name: CASES[name]
-    for name in ("killed_in_combine", "corrupted_counts", "different_chunks", "one_interrupted", "healthy")
-}
 QUICK_TWO_LEVEL_CASES: dict[str, Callable[[Transport], object]] = {
     "killed_in_dispatch": CASES["killed_in_dispatch"],
     "killed_in_node_dispatch": killed_in("node_dispatch 1"),

@@ -1,8 +1,8 @@
 """Runs the cases of fault_cases.py in gloo processes, and gives what every rank heard.
 
 Run as fault_processes.py FOLDER CASES [SECONDS] it writes FOLDER/results.json: by case, what every rank raised or gave,
-with SECONDS only of the cases in which a rank comes late, by so many. CASES: "one" (level), "two" (levels), "quick one"
-or "quick two" (some of them). The processes of a case are forks of one that has imported torch already.
+with SECONDS only of the cases in which a rank comes late, by so many. CASES: "one" (level), "two" (levels), or "quick
+two" (some of them). The processes of a case are forks of one that has imported torch already.
 
 Run as fault_processes.py FOLDER gloo CASE RANK SIZE, or by mpiexec as fault_processes.py FOLDER mpi CASE, it is one
 rank of one case on one level, whose end is a user's.
@@ -25,7 +25,6 @@ from fault_cases import (
     CONFIG,
     LATE_S,
     NODE_SIZE,
-    QUICK_CASES,
     QUICK_TWO_LEVEL_CASES,
     SIZE,
     TIMEOUT_S,
@@ -41,7 +40,6 @@ from tritonmoe.transports import LocalTransport, MPITransport, ProcessGroupTrans
 HANGS_AFTER_S = 20.0
 CASES_OF = {
     "one": CASES,
-    "quick one": QUICK_CASES,
     "two": TWO_LEVEL_CASES,
     "quick two": QUICK_TWO_LEVEL_CASES,
 }

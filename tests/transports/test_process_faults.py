@@ -12,10 +12,10 @@ from typing import Any
 
 import fault_processes
 import pytest
-from fault_cases import DAMAGED, LATE_S, QUICK_CASES, SIZE, TIMEOUT_S, VICTIM
+from fault_cases import DAMAGED, LATE_S, SIZE, TIMEOUT_S, VICTIM
 from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.thorough]
 SURVIVORS = range(VICTIM)
 SLACK_S = 4.0
 """For processes that have to wait for a core."""
@@ -43,26 +43,18 @@ def ranks_of(name: str, which: str, *late_s: str) -> list[Any]:
 
 
 def ranks_on_one_level(name: str, *late_s: str) -> list[Any]:
-    """Give what the ranks heard, from the run of all cases where the short one leaves this one out."""
-    return ranks_of(name, "quick one" if name in QUICK_CASES and not late_s else "one", *late_s)
-
-
-def cases(*names_and_more: tuple[str, str]) -> list[Any]:
-    """Leave those that the short run leaves out to the second tier."""
-    return [
-        pytest.param(*case, marks=() if case[0] in QUICK_CASES else pytest.mark.thorough) for case in names_and_more
-    ]
+    return ranks_of(name, "one", *late_s)
 
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    cases(
+    [
         ("killed_in_dispatch", "step dispatch, chunk [01]"),
         ("killed_in_experts", "step combine, chunk [01]"),
         ("killed_in_combine", "step combine, chunk [01]"),
         ("killed_in_backward", "step combine_backward, chunk [01]"),
         ("killed_in_backward_experts", "step dispatch_backward, chunk [01]"),
-    ),
+    ],
 )
 def test_a_killed_rank(name: str, where: str) -> None:
     ranks = ranks_on_one_level(name)
@@ -75,7 +67,7 @@ def test_a_killed_rank(name: str, where: str) -> None:
 
 
 LATE = [
-    pytest.param((), marks=pytest.mark.thorough),
+    (),
     *(pytest.param((seconds,), marks=pytest.mark.slow, id=f"{seconds} s") for seconds in ("1", "5", "30")),
 ]
 
@@ -107,7 +99,6 @@ def run_as_users(name: str, backend: str, folder: Path) -> tuple[str, float]:
     return ended.output, time.perf_counter() - before
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["killed_in_combine", pytest.param("too_late", marks=pytest.mark.slow)])
 def test_processes_end_by_themselves(name: str, tmp_path: Path) -> None:
     """The error is on the screen, and gloo's exchanges under way keep no process from its end."""
@@ -165,7 +156,6 @@ def running_after_a_while(folder: Path) -> list[int]:
 
 
 @NEEDS_MPI
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [
@@ -206,13 +196,13 @@ def test_corrupted_counts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    cases(
+    [
         ("different_chunks", "the ranks disagree on num_chunks .*rank 0: 2, rank 1: 2, rank 2: 3"),
         (
             "different_layer_order",
             "the ranks disagree on which call this is .*rank 1: forward of layer 0, .*rank 2: forward of layer 1,",
         ),
-    ),
+    ],
 )
 def test_ranks_that_disagree(name: str, words: str) -> None:
     for result in ranks_on_one_level(name):
@@ -220,7 +210,6 @@ def test_ranks_that_disagree(name: str, words: str) -> None:
         assert re.search(words, result["words"]), result
 
 
-@pytest.mark.thorough
 def test_a_full_disk_under_the_trace_of_one_rank() -> None:
     """The others have called the next layer already."""
     ranks = ranks_on_one_level("full_disk")
@@ -233,14 +222,12 @@ def test_a_full_disk_under_the_trace_of_one_rank() -> None:
         assert ranks[rank]["seconds"] < TIMEOUT_S + SLACK_S
 
 
-@pytest.mark.thorough
 def test_control_c() -> None:
     for result in ranks_on_one_level("interrupted"):
         assert result["error"] == "KeyboardInterrupt", result
         assert result["seconds"] < LATE_S + SLACK_S
 
 
-@pytest.mark.thorough
 def test_control_c_in_one_rank() -> None:
     ranks = ranks_on_one_level("one_interrupted")
     assert ranks[VICTIM]["error"] == "KeyboardInterrupt"
