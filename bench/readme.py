@@ -296,13 +296,16 @@ def one_rank_in_halves(name: str) -> str:
     """Give in words what halves take on one rank, where nothing is exchanged."""
     data = load(name)
     (rate, *_), rounds = data["results"]["rates"], data["results"]["arguments"]["rounds"]
-    times = {variant: spread(rate["step"][variant]) for variant in ("two batches", "one half after the other")}
+    times = {
+        variant: spread(rate["step"][variant]) for variant in ("two batches", "one half after the other", "one batch")
+    }
     return (
         f"On one rank there is nothing to hide. By `python -m bench.two_batches --netns 1` on "
         f"{where(data['environment'])}, {rounds} interleaved rounds, the step of the table below takes "
         f"{times['two batches']} ms with two batches, and {times['one half after the other']} ms with the same halves "
         "one after the other: "
-        f"{rate['beside_one_by_one']:.2f} times as long, by the median of the rounds' ratios."
+        f"{rate['beside_one_by_one']:.2f} times as long, by the median of the rounds' ratios. As one batch it takes "
+        f"{times['one batch']} ms: smaller products cost the rest."
     )
 
 
