@@ -14,7 +14,7 @@ from tritonmoe.benchmarks.timing import Samples, synchronize
 from tritonmoe.integrations.transformers.two_batches import two_batches
 from tritonmoe.transports import Transport
 
-__all__ = ["HALVED", "OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
+__all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
 
 FAST_LINK = 40e9
 """Bits per second of a link that takes next to no time, to see what a step takes besides."""

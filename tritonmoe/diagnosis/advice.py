@@ -11,14 +11,11 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall
 from tritonmoe.diagnosis.replay import Conditions, Halves, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.simulation.two_batches import MOST_LAYERS
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.search import search
 
 __all__ = ["Proposal", "proposals"]
-
-
-MOST_WALKED_LAYERS = 8
-"""Of two halves of a batch: in a longer stack the ends weigh nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator
     """Propose to run two halves of a batch at once, where it is known what else the model computes."""
     beside_s = tuple(_beside_s(calls, number) for number in range(len(typical.schedules)))
     if all(seconds > 0 for seconds in beside_s):
-        num_layers = min(MOST_WALKED_LAYERS, len({call.layer for call in calls}))
+        num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
         halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
         words = "tritonmoe.two_batches, each half of a batch under the other's exchanges"
         yield Proposal(words, "wants two sequences on every rank", lambda of: replace(of, halves=halves))
@@ -121,7 +118,7 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
 
         def placed(of: Conditions, share: torch.Tensor = share) -> Conditions:
             # Rows follow their pairs: how many tokens need two experts of one rank is not known.
-            return replace(of, work=replace(of.work, rows=of.work.rows * share, pairs=of.work.pairs * share))
+            return replace(of, work=of.work.scaled(share))
 
         if num_slots == slots:
             yield Proposal("placement=ExpertPlacement.balanced(load, ...)", "moves experts between ranks", placed)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -68,19 +69,19 @@ def _slow_links(costs: Costs) -> Iterator[Cause]:
     ratios = costs.ratios
     for i, k in (ratios.link > 1).nonzero().tolist():
         words = f"from rank {i} to rank {k} a byte takes {float(ratios.link[i, k]):.1f} times as long as elsewhere"
-        yield Cause("slow link", (i, k), words, lambda of, i=i, k=k: without_slow_link(of, i, k))  # type: ignore[misc]
+        yield Cause("slow link", (i, k), words, partial(without_slow_link, i=i, k=k))
     for rank in ((ratios.port_out > 1) | (ratios.port_in > 1)).nonzero()[:, 0].tolist():
         ways = {"out of it": float(ratios.port_out[rank]), "into it": float(ratios.port_in[rank])}
         said = " and ".join(f"{times:.1f} times as long {way}" for way, times in ways.items() if times > 1)
         words = f"at the port of rank {rank} a byte takes {said}"
-        yield Cause("slow port", (rank,), words, lambda of, rank=rank: without_slow_port(of, rank))  # type: ignore[misc]
+        yield Cause("slow port", (rank,), words, partial(without_slow_port, rank=rank))
 
 
 def _slow_ranks(costs: Costs) -> Iterator[Cause]:
     for rank, slowness in enumerate(costs.slowness):
         if slowness > 1:
             words = f"rank {rank} takes {slowness:.2f} times as long for the same pairs"
-            yield Cause("slow rank", (rank,), words, lambda of, rank=rank: without_slow_rank(of, rank))  # type: ignore[misc]
+            yield Cause("slow rank", (rank,), words, partial(without_slow_rank, rank=rank))
 
 
 def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
@@ -89,7 +90,7 @@ def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
     most = torch.stack([entry.own_s for entry in entries]).mean(0)
     for rank in (most > 0).nonzero()[:, 0].tolist():
         words = f"rank {rank} comes {1e3 * float(torch.maximum(typical, most)[rank]):.1f} ms after the others"
-        yield Cause("late rank", (rank,), words, lambda of, rank=rank: without_late_rank(of, rank))  # type: ignore[misc]
+        yield Cause("late rank", (rank,), words, partial(without_late_rank, rank=rank))
 
 
 def _imbalance(calls: Sequence[RecordedCall]) -> Cause:

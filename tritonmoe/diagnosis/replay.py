@@ -137,8 +137,7 @@ def walk(conditions: Conditions) -> Walk:
 def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
     """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
     work, costs, link = conditions.work, _with_gap(conditions.steps, conditions.gap_s), conditions.link
-    half = replace(work, rows=work.rows / 2, pairs=work.pairs / 2)
-    walked = simulate_two_batches(HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers)
+    walked = simulate_two_batches(HALF_PLAN, work.scaled(0.5), costs, link, halves.beside_s, halves.num_layers)
     stack_s = sum(of.total_s for of in walked) / halves.num_layers
     passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
     return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))

@@ -9,6 +9,7 @@ from tritonmoe.diagnosis.exchange import ExchangeTime, LayerExchange
 from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
 from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.simulation.two_batches import MOST_LAYERS
 
 __all__ = ["StepTime", "exchange_time", "step_time"]
 
@@ -18,8 +19,6 @@ OPTIMIZER_BYTES = 46
 Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
-WALKED_LAYERS = 8
-"""So many layers at most are walked to see what halves of a batch take: in a longer stack their ends weigh nothing."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
 """The parts that come after the last backward."""
 LOSS_BYTES = 16
@@ -84,7 +83,7 @@ def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan
     # One half's attention, norms and router run under the other half's exchanges, forward and backward.
     names = ("attention projections", "attention core", "norms and rotations", "router")
     forward_s, backward_s = (sum(parts[name][number] for name in names) / 2 for number in range(2))
-    num_layers = min(WALKED_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
+    num_layers = min(MOST_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
     return half.time_of_two_batches(plan, (forward_s, backward_s), num_layers)
 
 

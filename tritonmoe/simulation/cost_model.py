@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -87,6 +87,10 @@ class LayerWork:
         """Give the work of a traffic matrix (W, W) whose rows have so many pairs each."""
         rows = traffic_rows.to(torch.float64)
         return cls(rows, rows * pairs_per_row, row_bytes, top_k)
+
+    def scaled(self, share: float | Tensor) -> "LayerWork":
+        """Give the work of a share of the rows and pairs, or of shares (W,) of what each rank computes."""
+        return replace(self, rows=self.rows * share, pairs=self.pairs * share)
 
     @property
     def size(self) -> int:

@@ -10,7 +10,10 @@ from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, Walk, WalkedPass
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
-__all__ = ["simulate_two_batches"]
+__all__ = ["MOST_LAYERS", "simulate_two_batches"]
+
+MOST_LAYERS = 8
+"""So many layers are enough to see what one of a longer stack takes, whose ends weigh nothing."""
 
 
 def simulate_two_batches(

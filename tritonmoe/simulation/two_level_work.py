@@ -107,9 +107,6 @@ class TwoLevelWork:
             return whole
         if plan.local_first and chunk < 0:
             part = plan.local_start / LOCAL_PARTS
-            return _share(self.own, part if chunk == LOCAL_START else 1 - part)
-        return _share(self.relayed if plan.local_first else whole, plan.chunk_sizes[chunk] / sum(plan.chunk_sizes))
-
-
-def _share(work: LayerWork, share: float) -> LayerWork:
-    return LayerWork(work.rows * share, work.pairs * share, work.row_bytes, work.top_k, work.other_row_bytes)
+            return self.own.scaled(part if chunk == LOCAL_START else 1 - part)
+        travelling = self.relayed if plan.local_first else whole
+        return travelling.scaled(plan.chunk_sizes[chunk] / sum(plan.chunk_sizes))
