@@ -5,7 +5,8 @@ the doctor reads a recording of the former, and its promised gain is compared wi
 experts sleep for so long a pair, so that ranks which share cores don't disturb each other.
 --netns W runs them on W processes in network namespaces, --emulated N on emulated ranks and links. --synthetic N
 measures nothing: the simulator makes the recordings, with noise, and says what would be measured; that tells what the
-method can do, and whether it was broken.
+method can do, and whether it was broken. --keep DIR keeps what was recorded and measured, and --judge DIR reads it
+again, so that another version of the doctor can be tried on the same runs.
 """
 
 import argparse
@@ -60,6 +61,8 @@ WHERE = {
 }
 START_RATE = 1e9
 NETNS_TIMEOUT_S = 120.0
+MEASURED = "measured.json"
+"""The file beside a kept recording with the seconds of the calls of every variant."""
 NOT_DRAWN = ("exchange contention", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
 HEALTHY_SHARE = 0.3
@@ -225,8 +228,10 @@ class _Layer:
 
 
 def variants_of(scenario: Scenario) -> dict[str, Scenario]:
-    """Give the scenario with its causes, without all of them, and where there are two without each."""
-    variants = {"with": scenario, "without": replace(scenario, causes=())}
+    """Give the scenario with its causes, if it has any without all of them, and where there are two without each."""
+    variants = {"with": scenario}
+    if scenario.causes:
+        variants["without"] = replace(scenario, causes=())
     if len(scenario.causes) > 1:
         for cause in scenario.causes:
             variants[f"without {cause}"] = replace(scenario, causes=tuple(c for c in scenario.causes if c != cause))
@@ -284,15 +289,36 @@ def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
             scenario = draw_scenario(number, (transport.size,), NETNS_HIDDEN_SIZE, NETNS_TIMES)
             if "latency" in scenario.causes:  # tc's bucket has none of its own
                 continue
-            (folder,) = set(gather(transport, tempfile.mkdtemp() if transport.rank == 0 else None)) - {None}
+            (parent,) = set(gather(transport, str(_kept(arguments.keep)) if transport.rank == 0 else None)) - {None}
+            folder = Path(parent) / name_of(scenario)
             with record(folder):
                 seconds = run_rank(transport, scenario, arguments.calls, _shape)
             ranks = gather(transport, seconds)
             if transport.rank == 0:
-                results.append(judge(scenario, slowest_of(ranks), attribute(read_recording(Path(folder)))))
-                print(_line(results[-1]), flush=True)
-                shutil.rmtree(folder)
+                (folder / MEASURED).write_text(json.dumps(slowest_of(ranks)))
+                results.append(judge_kept(folder))
+                if arguments.keep is None:
+                    shutil.rmtree(parent)
     return results
+
+
+def _kept(keep: str | None) -> Path:
+    """Give the folder of all recordings, a new temporary one where they are not kept."""
+    return Path(tempfile.mkdtemp() if keep is None else keep).absolute()
+
+
+def name_of(scenario: Scenario) -> str:
+    return f"{scenario.seed}-{scenario.size}"
+
+
+def judge_kept(folder: Path) -> Json:
+    """Judge what run_netns_rank left in a folder of the scenario's name."""
+    number, size = map(int, folder.name.split("-"))
+    seconds = json.loads((folder / MEASURED).read_text())
+    scenario = draw_scenario(number, (size,), NETNS_HIDDEN_SIZE, NETNS_TIMES)
+    result = judge(scenario, seconds, attribute(read_recording(folder)))
+    print(_line(result), flush=True)
+    return result
 
 
 def _shape(scenario: Scenario) -> None:
@@ -430,6 +456,8 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--synthetic", type=positive, metavar="N", help="N scenarios, walked by the simulator")
     where.add_argument("--emulated", type=positive, metavar="N", help="N scenarios on emulated ranks and links")
     where.add_argument("--netns", type=positive, metavar="W", help="W ranks in network namespaces (Linux, root) ...")
+    where.add_argument("--judge", metavar="DIR", help="read again what --netns kept there")
+    parser.add_argument("--keep", metavar="DIR", help="keep recordings and seconds of --netns in this folder")
     parser.add_argument("--scenarios", type=positive, default=20, metavar="N", help="... in N scenarios (default 20)")
     parser.add_argument("--calls", type=positive, default=9, help="calls of each kind, taking turns (default 9)")
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
@@ -442,6 +470,8 @@ def main(argv: list[str] | None = None) -> int:
         kind, results = "netns", run_netns_rank(arguments)
         if not results:
             return 0
+    elif arguments.judge:
+        kind, results = "netns", [judge_kept(folder) for folder in sorted(Path(arguments.judge).iterdir())]
     else:
         kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
         run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
