@@ -65,6 +65,8 @@ MEASURED = "measured.json"
 """The file beside a kept recording with the seconds of the calls of every variant."""
 NOT_DRAWN = ("exchange contention", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
+SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention")
+"""Experts that sleep are not slowed by exchanges: only the simulator can have that."""
 HEALTHY_SHARE = 0.3
 TWO_SHARE = 0.2
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
@@ -126,11 +128,15 @@ class Scenario:
 
 
 def draw_scenario(
-    number: int, sizes: Sequence[int] = (2, 4, 4), hidden_size: int = HIDDEN_SIZE, times: float = 1.0
+    number: int,
+    sizes: Sequence[int] = (2, 4, 4),
+    hidden_size: int = HIDDEN_SIZE,
+    times: float = 1.0,
+    drawn: Sequence[CauseKind] = CAUSES,
 ) -> Scenario:
     """Draw a scenario; without causes the experts take so much longer than the exchanges that these are hidden.
 
-    times: how many times as long they take as otherwise, and the exchanges with them.
+    times: how many times as long they take as otherwise, and the exchanges with them. drawn: the possible causes.
     """
     draw = random.Random(number)
     size, num_tokens = draw.choice(sizes), draw.choice((256, 384, 512))
@@ -144,7 +150,7 @@ def draw_scenario(
     if kind < HEALTHY_SHARE:
         return plain
     # With two ranks a slow port is one of two directions, or both: the bandwidth.
-    possible = [cause for cause in CAUSES if size > 2 or cause != "slow port"]
+    possible = [cause for cause in drawn if size > 2 or cause != "slow port"]
     causes = draw.sample(possible, 2 if kind > 1 - TWO_SHARE else 1)
     is_masked = bool({"slow link", "slow port"} & set(causes)) and "bandwidth" in causes
     if is_masked or {"imbalance", "slow rank"} <= set(causes):
@@ -164,6 +170,7 @@ def draw_scenario(
             "latency": compute_s * draw.uniform(0.15, 0.4),
             "chunk overhead": compute_s / plain.num_chunks * draw.uniform(0.3, 1.0),
             "host overhead": compute_s * draw.uniform(0.4, 1.2),
+            "exchange contention": draw.uniform(0.3, 0.6),
         }[cause]
     return replace(plain, causes=tuple(causes), culprits=culprits, amounts=amounts)
 
@@ -361,6 +368,7 @@ def synthetic_run(scenario: Scenario) -> Run:
         at_culprit("slow rank"),
         at_culprit("late rank"),
         None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
+        amounts.get("exchange contention", 0.0),
     )
 
 
@@ -476,7 +484,8 @@ def main(argv: list[str] | None = None) -> int:
         kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
         run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
         for number in range(arguments.seed, arguments.seed + count):
-            results.append(run_scenario(draw_scenario(number), arguments.calls, run))
+            scenario = draw_scenario(number, drawn=SYNTHETIC_CAUSES if arguments.synthetic else CAUSES)
+            results.append(run_scenario(scenario, arguments.calls, run))
             print(_line(results[-1]), flush=True)
     summary = summarize(results)
     print(f"{WHERE[kind]}:")

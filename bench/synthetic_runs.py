@@ -57,6 +57,8 @@ class Run:
     late_rank: tuple[int, float] | None = None
     hot_rank: tuple[int, float] | None = None
     """So many times the pairs, and rows, of every other rank, of as many in all."""
+    contention: float = 0.0
+    """The share of its speed that compute loses while an exchange is under way."""
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
     num_layers: int = 1
@@ -93,7 +95,13 @@ class Run:
             sender, receiver, times = self.slow_link
             link_s[sender, receiver] = self.byte_s * times
         each = EachLink(port, port, link_s, self.latency_s * ones(self.size, self.size))
-        return LinkCosts(self.latency_s, 1 / self.byte_s, each=each, is_rendezvous=self.uses_rendezvous)
+        return LinkCosts(
+            self.latency_s,
+            1 / self.byte_s,
+            contention=self.contention,
+            each=each,
+            is_rendezvous=self.uses_rendezvous,
+        )
 
     def late_s(self) -> Tensor:
         late = 0 * ones(self.size)
@@ -221,4 +229,4 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
 
 def healthy(run: Run) -> Run:
     """Give the run without what is wrong with it."""
-    return replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None)
+    return replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None, contention=0.0)

@@ -59,6 +59,15 @@ def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Pat
         assert first.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
 
 
+def test_contention_is_a_part_of_what_the_bytes_cost(tmp_path: Path) -> None:
+    run = Run(byte_s=6e-7, contention=0.5)
+    found = diagnose(tmp_path, run)
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    (contention,) = (one for one in found.findings if one.kind == "exchange contention")
+    assert contention.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+    assert found.costs.link.contention == pytest.approx(0.5)
+
+
 def test_a_slow_port_of_three(tmp_path: Path) -> None:
     """Most links are slow then."""
     found = diagnose(tmp_path, Run(size=3, slow_port=(1, 20.0)))
@@ -109,6 +118,16 @@ def test_two_batches_are_advised_where_the_model_has_other_work(tmp_path: Path) 
     assert not any("two_batches" in one.words for one in alone.advice), "there is nothing beside a layer alone"
     hidden = diagnose(tmp_path / "hidden", replace(run, byte_s=1e-8))
     assert not any("two_batches" in one.words for one in hidden.advice), "there is nothing to hide"
+
+
+def test_fewer_ranks_are_advised_where_rows_take_long(tmp_path: Path) -> None:
+    """Half as many ranks: of 200 rows to each of 4 ranks 400 go to each of 2, one of which is this one itself."""
+    run = Run(size=4, byte_s=2e-6)
+    (advice,) = (one for one in diagnose(tmp_path / "slow", run).advice if "2 ranks instead of 4" in one.words)
+    fewer = replace(run, size=2, rows=400.0)
+    assert advice.gain.seconds == pytest.approx(run.seconds() - fewer.seconds(), rel=0.05)
+    hidden = diagnose(tmp_path / "hidden", replace(run, byte_s=1e-8))
+    assert not any("ranks instead" in one.words for one in hidden.advice), "there is nothing to gain"
 
 
 def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from tritonmoe import __version__
 from tritonmoe.cli import bench, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
 SUBCOMMANDS = (demo, bench, doctor, env, models, plan, probe, upcycle, tune, warmup)
 READER_GONE = 141
@@ -21,12 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, 1 where it found something wrong, 2 where it can't run, 130 after Ctrl-C, 141 where nobody reads its output.
     """
-    parser = argparse.ArgumentParser(
-        prog="tritonmoe", description="Mixture-of-Experts layers with Triton kernels and compute/communication overlap."
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in SUBCOMMANDS:
-        module.add_parser(subparsers)
+    parser = command_parser()
     with _checked_output():
         arguments = parser.parse_args(argv)
         try:
@@ -34,6 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"tritonmoe {arguments.command}: interrupted", file=sys.stderr)
             return 130
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Give the parser of `tritonmoe`, with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="tritonmoe", description="Mixture-of-Experts layers with Triton kernels and compute/communication overlap."
+    )
+    parser.add_argument("--version", action="version", version=f"tritonmoe {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in SUBCOMMANDS:
+        module.add_parser(subparsers)
+    return parser
 
 
 @contextlib.contextmanager

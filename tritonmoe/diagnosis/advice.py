@@ -9,8 +9,9 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, Halves, with_plan
+from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.simulation.cost_model import EachLink
 from tritonmoe.simulation.two_batches import MOST_LAYERS
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.search import search
@@ -36,6 +37,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Pr
     yield from _other_plan(typical)
     yield from _narrower_rows(calls[0])
     yield from _other_placement(calls)
+    yield from _fewer_ranks(typical)
     yield from _two_batches(calls, typical)
 
 
@@ -127,3 +129,52 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
             balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots})"
             words = f"replicas: {balanced}, expert {hot} on {copies[hot]} ranks"
             yield Proposal(words, "takes one more expert's memory on each rank, and sums its gradients", placed)
+
+
+def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
+    """Propose to spread the experts over half as many ranks, so that both halves of the ranks have all of them."""
+    size = typical.work.size
+    if size >= 4 and size % 2 == 0:
+        yield Proposal(
+            f"expert parallelism over {size // 2} ranks instead of {size}",
+            "takes twice the experts' memory on each rank; summing their gradients over both groups is not in it",
+            _on_half_the_ranks,
+        )
+
+
+def _on_half_the_ranks(of: Conditions) -> Conditions:
+    """Give the call of the half of the ranks that computes more, whose ranks also own what the other half owned."""
+    work, half = of.work, of.work.size // 2
+    halves = slice(0, half), slice(half, None)
+    computed = [float(work.pairs[ranks].sum()) for ranks in halves]
+    ranks = halves[computed[1] > computed[0]]
+    tokens = work.pairs[ranks].sum(1, keepdim=True) / work.top_k
+    # Each of a token's experts is one of the first owner's, or of the second's, as often as these rows say.
+    is_elsewhere = torch.ones_like(work.pairs[ranks, ranks])
+    for owners in halves:
+        needed = (work.rows[ranks, owners] / tokens.clamp(min=1)).clamp(max=1)
+        is_elsewhere = is_elsewhere - (1 - (1 - needed) ** (1 / work.top_k))
+    rows = tokens * (1 - is_elsewhere.clamp(min=0) ** work.top_k)
+    pairs = work.pairs[ranks, halves[0]] + work.pairs[ranks, halves[1]]
+    each = of.each_link
+    link = EachLink(
+        each.port_out_s[ranks], each.port_in_s[ranks], each.link_s[ranks, ranks], each.latency_s[ranks, ranks]
+    )
+    return replace(
+        of,
+        work=replace(work, rows=rows, pairs=pairs),
+        entries=tuple(_entry_on(ranks, entry) for entry in of.entries),
+        steps=replace(of.steps, slowness={kind: values[ranks] for kind, values in of.steps.slowness.items()}),
+        link=replace(of.link, each=link),
+    )
+
+
+def _entry_on(ranks: slice, entry: Entry) -> Entry:
+    return Entry(
+        entry.own_s[ranks],
+        entry.passed_on_s[ranks],
+        entry.before_counts_s[ranks],
+        entry.counts_s[ranks],
+        entry.before_steps_s[ranks],
+        entry.meets,
+    )

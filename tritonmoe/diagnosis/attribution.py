@@ -12,8 +12,9 @@ from itertools import pairwise
 
 from tritonmoe.diagnosis.advice import proposals
 from tritonmoe.diagnosis.causes import Cause, CauseKind, causes_of
+from tritonmoe.diagnosis.costs import Costs, fit_costs
 from tritonmoe.diagnosis.recording import RecordedCall, Recording
-from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of, fit_costs, measured_s, walk
+from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, walk
 
 __all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute", "calls_before"]
 
@@ -143,12 +144,12 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     replayed = statistics.median(total_s for _, total_s in as_it_was)
     causes = list(causes_of(calls, costs))
     gains = [_gain_s(as_it_was, cause.remove) for cause in causes]
-    proposed = list(proposals(calls, conditions[0]))
-    promised = [_gain_s(as_it_was, proposal.change) for proposal in proposed]
+    promised = [(one, _gain_s(as_it_was, one.change)) for one in proposals(calls, conditions[0])]
+    promised = [(one, seconds) for one, seconds in promised if seconds >= SMALLEST_ADVICE * measured]
     everything = _all_of([cause for cause in causes if cause.kind != "expert compute"])
     together = _gain_s(as_it_was, everything)
     drawn: list[list[float]] = [[] for _ in (*causes, None)]
-    drawn_promises: list[list[float]] = [[] for _ in proposed]
+    drawn_promises: list[list[float]] = [[] for _ in promised]
     draw = random.Random(seed)
     of_other_plans = [call for call in similar if call.plan != calls[0].plan]
     for _ in range(NUM_SELECTIONS):
@@ -162,7 +163,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
             # A cause that the selection doesn't show gains nothing there.
             same = again.get((cause.kind, cause.ranks))
             values.append(0.0 if same is None else _gain_s(few_as_they_were, same.remove))
-        for proposal, values in zip(proposed, drawn_promises, strict=True):
+        for (proposal, _), values in zip(promised, drawn_promises, strict=True):
             values.append(_gain_s(few_as_they_were, proposal.change))
         drawn[-1].append(
             _gain_s(few_as_they_were, _all_of([cause for cause in again.values() if cause.kind != "expert compute"]))
@@ -177,7 +178,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     spoken.sort(key=lambda one: (is_named and one.kind == "bandwidth", -one.gain.seconds))
     advice = [
         Advice(proposal.words, proposal.costs, _interval(seconds, values))
-        for proposal, seconds, values in zip(proposed, promised, drawn_promises, strict=True)
+        for (proposal, seconds), values in zip(promised, drawn_promises, strict=True)
     ]
     advice += [Advice(_mend(one), "", one.gain) for one in spoken if one.kind in _MENDING]
     helps = [one for one in advice if one.gain.low_s > 0 and one.gain.seconds >= SMALLEST_ADVICE * measured]

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, Costs, conditions_of
+from tritonmoe.diagnosis.replay import Conditions, conditions_of
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-__all__ = ["ALIKE", "fit_relative_line", "trimmed_mean", "weighted_median", "weighted_quantile"]
+import torch
+from torch import Tensor
+
+__all__ = ["ALIKE", "fit_relative_line", "quantiles", "trimmed_mean", "weighted_median", "weighted_quantile"]
 
 ALIKE = 1.05
 """Sizes of which the largest is at most so many times the smallest are one size."""
@@ -60,3 +63,12 @@ def weighted_quantile(values: Sequence[tuple[float, float]], share: float) -> fl
         if reached >= wanted:
             return value
     return ordered[-1][0]
+
+
+def quantiles(values: Tensor, weights: Tensor, share: float) -> Tensor:
+    """Give weighted_quantile along the first axis of values and weights (n, ...); NaN where all weights are 0."""
+    ordered, order = torch.where(weights > 0, values, torch.inf).sort(0)
+    reached = weights.gather(0, order).cumsum(0)
+    is_enough = reached >= share * reached[-1] * (1 - 1e-12)
+    found = ordered.gather(0, is_enough.to(torch.int8).argmax(0)[None])[0]
+    return torch.where(reached[-1] > 0, found, torch.nan)

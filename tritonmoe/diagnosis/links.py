@@ -7,13 +7,13 @@ the two. A port that is slow delays all messages of its rank, a slow link those 
 import functools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.fits import fit_relative_line, weighted_quantile
+from tritonmoe.diagnosis.fits import fit_relative_line, quantiles, weighted_median, weighted_quantile
 from tritonmoe.diagnosis.recording import RankCall, RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import EachLink, LinkCosts
@@ -30,38 +30,62 @@ KEPT_PASSES = 1024
 START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
 SHORTEST_S = 1e-6
-FASTER_SHARE = 0.25
-"""With rendezvous the slowest of this share of a link's messages tells its rate: what is sent against a slow link waits
-for that one's acknowledgements, too."""
+APART_S = 1e4
+"""No pass takes so long."""
+AGAINST = 2.0
+"""With rendezvous what is sent against a slow link waits for that one's acknowledgements: a link so many times as
+fast as the slow one in the other direction is not slow itself."""
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """One exchange of all ranks."""
+class _Messages:
+    """What ranks sent each other in M exchanges, one pass after the other: (M, W, W), from rank i to rank k."""
 
     posted: Tensor
-    """(W,) seconds of the recording's clock."""
+    """Seconds of the recording's clock: when both ranks had posted the exchange."""
     arrived: Tensor
-    """(W, W): when the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
+    """When the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
+    before: Tensor
+    """When those before them in the same pass were there; -inf where there are none."""
     sent_bytes: Tensor
-    """(W, W)."""
+    port_bytes: Tensor
+    """Those that the busier of both ports has, which decide how long a message takes."""
+    is_first: Tensor
+    """(M,): whether the exchange is the first of its pass, which waits for none."""
     are_told_apart: bool
     """Whether it is known when each rank's rows arrived, and not only when all of them were there."""
 
-    @property
-    def out_bytes(self) -> Tensor:
-        return self.sent_bytes.sum(1)
+    @classmethod
+    def joined(cls, passes: "Sequence[_Messages]") -> "_Messages":
+        """Put passes one behind the other, far apart: a selection of calls may have the same one twice."""
+        shifts = [APART_S * n - float(of.posted.min()) if len(of.posted) else 0.0 for n, of in enumerate(passes)]
+        shifted = list(zip(passes, shifts, strict=True))
+        return cls(
+            torch.cat([of.posted + shift for of, shift in shifted]),
+            torch.cat([of.arrived + shift for of, shift in shifted]),
+            torch.cat([of.before + shift for of, shift in shifted]),
+            torch.cat([of.sent_bytes for of in passes]),
+            torch.cat([of.port_bytes for of in passes]),
+            torch.cat([of.is_first for of in passes]),
+            any(of.are_told_apart for of in passes),
+        )
 
     @property
-    def in_bytes(self) -> Tensor:
-        return self.sent_bytes.sum(0)
+    def are_known(self) -> Tensor:
+        return ~self.arrived.isnan()
 
-    @property
-    def port_bytes(self) -> Tensor:
-        """(W, W): those that the busier of both ports has, which decide how long a message takes."""
-        return torch.maximum(self.out_bytes[:, None], self.in_bytes)
+    def begun(self, latency_s: float, uses_rendezvous: bool) -> Tensor:
+        """Give from when each message counts: both ranks had posted it, and the one before it on its link had left.
+
+        Where a receiver's word is needed, also the message before that word, in the other direction, had come.
+        """
+        begin = torch.maximum(self.posted, self.before - latency_s)
+        if uses_rendezvous:  # the word may also have left before those rows
+            word = self.before.transpose(1, 2)
+            begin = torch.where(self.arrived > word, torch.maximum(begin, word), begin)
+        return begin
 
 
 @dataclass(frozen=True)
@@ -88,14 +112,13 @@ def fit_links(
     passes = [(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
     messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
     every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
-    exchanges = [_exchanges_of(call, number) for call, number in passes[::every]]
-    known = any(bool((~one.arrived.isnan()).any()) for of in exchanges for one in of)
-    if not known:
+    sent = _Messages.joined([_messages_of(call, number) for call, number in passes[::every]])
+    if not bool(sent.are_known.any()):
         link = LinkCosts(0.0, 1e18, shares_link)
         ones = torch.ones(size, dtype=torch.float64, device="cpu")
         nothing = LinkRatios(ones, ones, torch.ones(size, size, dtype=torch.float64, device="cpu"), False)
         return link, nothing, ("no exchange carried rows from rank to rank",)
-    fit = _Fit(exchanges, size, uses_rendezvous)
+    fit = _Fit(sent, size, uses_rendezvous)
     ratios = fit.ratios()
     byte_s = max(fit.byte_s, 1e-18)
     port_out_s, port_in_s = ratios.port_out * byte_s, ratios.port_in * byte_s
@@ -110,36 +133,48 @@ def fit_links(
 
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
-def _exchanges_of(call: RecordedCall, number: int) -> tuple[_Exchange, ...]:
-    return tuple(_read_exchanges(call, number))
-
-
-def _read_exchanges(call: RecordedCall, number: int) -> Iterator[_Exchange]:
-    """Give the exchanges of a pass of a call in the order in which all ranks posted them."""
+def _messages_of(call: RecordedCall, number: int) -> _Messages:
+    """Give the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
     ranks = [of.passes[number] for of in call.ranks]
+    size = len(ranks)
     steps = [{step.step: step for step in one.steps if step.step.lane == "comm"} for one in ranks]
+    posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
+    latest = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
     for step in steps[0]:
         if step.kind is StepKind.REPLICA_BACKWARD:
             continue
         if not all(step in of for of in steps):
             raise ValueError(f"call {call.sequence}: not every rank has the step {step}")
-        arrived = torch.full((len(ranks), len(ranks)), torch.nan, dtype=torch.float64, device="cpu")
+        at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
         for rank, one in enumerate(ranks):
             arrivals = steps[rank][step].arrivals_s
-            for peer in range(len(ranks)):
+            for peer in range(size):
                 if peer != rank:
                     # Where a peer's moment is not known, all its rows were there at the end of the exchange.
-                    at = steps[rank][step].end_s if arrivals is None else arrivals[peer]
-                    arrived[peer, rank] = torch.nan if at is None else one.origin + at
-        posted = [one.origin + steps[rank][step].start_s + steps[rank][step].post_s for rank, one in enumerate(ranks)]
-        units = [of[step].units for of in steps]
-        sent_bytes = _sent_bytes(call, step, units)
-        yield _Exchange(
-            torch.tensor(posted, dtype=torch.float64, device="cpu"),
-            torch.where(sent_bytes > 0, arrived, torch.nan),
-            sent_bytes,
-            all(of[step].arrivals_s is not None for of in steps),
-        )
+                    moment = steps[rank][step].end_s if arrivals is None else arrivals[peer]
+                    at[peer, rank] = torch.nan if moment is None else one.origin + moment
+        own = [one.origin + steps[rank][step].start_s + steps[rank][step].post_s for rank, one in enumerate(ranks)]
+        sent_bytes.append(_sent_bytes(call, step, [of[step].units for of in steps]))
+        at = torch.where(sent_bytes[-1] > 0, at, torch.nan)
+        posted.append(torch.tensor(own, dtype=torch.float64, device="cpu"))
+        arrived.append(at)
+        before.append(latest)
+        latest = torch.where(at.isnan(), latest, at)
+        are_told_apart |= all(of[step].arrivals_s is not None for of in steps)
+    if not posted:
+        nothing = torch.zeros(0, size, size, dtype=torch.float64, device="cpu")
+        is_first = torch.zeros(0, dtype=torch.bool, device="cpu")
+        return _Messages(nothing, nothing, nothing, nothing, nothing, is_first, False)
+    moments, sent = torch.stack(posted), torch.stack(sent_bytes)
+    return _Messages(
+        torch.maximum(moments[:, :, None], moments[:, None]),
+        torch.stack(arrived),
+        torch.stack(before),
+        sent,
+        torch.maximum(sent.sum(2, keepdim=True), sent.sum(1, keepdim=True)),
+        torch.arange(len(posted), device="cpu") == 0,
+        are_told_apart,
+    )
 
 
 def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
@@ -167,150 +202,151 @@ def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
 class _Fit:
     """Latency and seconds of a byte, and what each message took in terms of them."""
 
-    def __init__(self, passes: Sequence[Sequence[_Exchange]], size: int, uses_rendezvous: bool) -> None:
-        self.passes, self.size, self.uses_rendezvous = passes, size, uses_rendezvous
+    def __init__(self, sent: _Messages, size: int, uses_rendezvous: bool) -> None:
+        self.sent, self.size, self.uses_rendezvous = sent, size, uses_rendezvous
         self.latency_s, self.byte_s = 0.0, 0.0
-        self.typical_share = FASTER_SHARE if uses_rendezvous else 0.5
         ratio = torch.ones(size, dtype=torch.float64, device="cpu")
         self.port_out, self.port_in = ratio, ratio
         self.link = torch.ones(size, size, dtype=torch.float64, device="cpu")
-        self.port_share = self._port_share()
+        self.port_share = sent.port_bytes.sum(0) / sent.sent_bytes.sum(0).clamp(min=1)
+        """(W, W): how many times its own bytes the busier port of a message has."""
         self._guess()
         for _ in range(ROUNDS):
             self._refine()
-        # A slow link keeps its own seconds, whatever line the others' messages gave at last.
-        own = self._ratios(self._by_link(), 0.5) / torch.maximum(self.port_out[:, None], self.port_in)
-        self.link = torch.where(self.link > 1, own.nan_to_num(nan=1.0).clamp(min=SMALLEST_RATIO), 1.0)
+        self._measure_slow_links()
 
-    def _port_share(self) -> Tensor:
-        """(W, W): how many times its own bytes the busier port of a message has."""
-        port, own = (torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu") for _ in range(2))
-        for of in self.passes:
-            for one in of:
-                port, own = port + one.port_bytes, own + one.sent_bytes
-        return port / own.clamp(min=1)
+    def _begun(self) -> Tensor:
+        return self.sent.begun(self.latency_s, self.uses_rendezvous)
 
-    def _messages(self) -> Iterator[tuple[_Exchange, Tensor]]:
-        """Give every exchange with the seconds (W, W) that each of its messages took.
-
-        They count from when both ranks had posted it, and the message before it on the same link had left; where a
-        receiver's word is needed, also from when the message before that word, in the other direction, had come.
-        """
-        for of in self.passes:
-            before = torch.full((self.size, self.size), -torch.inf, dtype=torch.float64, device="cpu")
-            for one in of:
-                begin = torch.maximum(torch.maximum(one.posted[:, None], one.posted), before - self.latency_s)
-                if self.uses_rendezvous:  # the word may also have left before those rows
-                    begin = torch.where(one.arrived > before.T, torch.maximum(begin, before.T), begin)
-                yield one, one.arrived - begin
-                before = torch.where(one.arrived.isnan(), before, one.arrived)
-
-    def _largest(self) -> float:
-        return max(float(one.port_bytes.max()) for of in self.passes for one in of)
+    def _seconds(self) -> Tensor:
+        return self.sent.arrived - self._begun()
 
     def _guess(self) -> None:
         """Take the rate of the faster messages, and the latency of small ones."""
-        large = LARGE_SHARE * self._largest()
-        ratios = [
-            float(seconds[i, k] / one.port_bytes[i, k])
-            for one, seconds in self._messages()
-            for i, k in (one.port_bytes >= large).nonzero().tolist()
-            if seconds[i, k] > 0
-        ]
-        self.byte_s = sorted(ratios)[int(START_SHARE * len(ratios))] if ratios else 0.0
+        sent = self.sent
+        is_large = sent.port_bytes >= LARGE_SHARE * sent.port_bytes.max()
+        seconds = self._seconds()
+        ratios = (seconds / sent.port_bytes)[is_large & (seconds > 0)].sort().values
+        self.byte_s = float(ratios[int(START_SHARE * len(ratios))]) if len(ratios) else 0.0
         # The first message of a pass waits for none, so that what a small one takes is latency.
-        first = [
-            float(seconds[i, k] - one.port_bytes[i, k] * self.byte_s)
-            for of in self.passes
-            for one in of[:1]
-            for seconds in (one.arrived - torch.maximum(one.posted[:, None], one.posted),)
-            for i, k in ((one.port_bytes < large) & ~seconds.isnan()).nonzero().tolist()
-        ]
-        self.latency_s = max(0.0, statistics.median_low(first)) if first else 0.0
+        first = sent.is_first[:, None, None] & ~is_large & sent.are_known
+        small = (sent.arrived - sent.posted - sent.port_bytes * self.byte_s)[first]
+        self.latency_s = max(0.0, float(small.median())) if len(small) else 0.0
 
-    def _by_link(self) -> dict[tuple[int, int], list[tuple[float, float]]]:
-        """Give bytes and seconds of every message, by its link."""
-        by_link: dict[tuple[int, int], list[tuple[float, float]]] = {}
-        for one, seconds in self._messages():
-            port_bytes = one.port_bytes
-            for i, k in (~seconds.isnan()).nonzero().tolist():
-                point = float(port_bytes[i, k]), max(SHORTEST_S, float(seconds[i, k]))
-                by_link.setdefault((i, k), []).append(point)
-        return by_link
-
-    def _ratios(self, by_link: dict[tuple[int, int], list[tuple[float, float]]], share: float) -> Tensor:
-        """Give how many times as long as byte_s a byte takes on each link (W, W), NaN where nothing went.
-
-        share: of each link's bytes, so many are as fast or faster.
-        """
-        ratio = torch.full((self.size, self.size), torch.nan, dtype=torch.float64, device="cpu")
-        for (i, k), of in by_link.items():
-            ratio[i, k] = self._ratio(of, share)
-        return ratio
+    def _ratios(self) -> Tensor:
+        """Give how many times as long as byte_s a byte takes on each link (W, W), its median; NaN where none went."""
+        sent = self.sent
+        due_s = sent.port_bytes * self.byte_s
+        ratios = (self._seconds().clamp(min=SHORTEST_S) - self.latency_s) / due_s
+        counts = sent.are_known & (due_s > 0)
+        return quantiles(ratios, torch.where(counts, sent.port_bytes, 0.0), 0.5).clamp(min=1e-3)
 
     def _ratio(self, messages: Sequence[tuple[float, float]], share: float) -> float:
         """The same of these messages, of which bytes and seconds are given."""
         of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in messages if b * self.byte_s > 0]
         return max(1e-3, weighted_quantile(of_byte, share)) if of_byte else math.nan
 
+    def _measure_slow_links(self) -> None:
+        """Give links that are taken for slow the ratios of their busy times, which may say that they are not."""
+        for i, k in (self.link > 1).nonzero().tolist():
+            own = self._own_ratio(i, k)
+            self.link[i, k] = own if own > SMALLEST_RATIO else 1.0
+        if self.uses_rendezvous:
+            self.link = torch.where(self.link * AGAINST < self.link.T, 1.0, self.link)
+
+    def _own_ratio(self, i: int, k: int) -> float:
+        """Give how many times as long as its ports a byte from rank i to rank k takes, by that link's busy times."""
+        counts = torch.zeros_like(self.sent.are_known)
+        counts[:, i, k] = self.sent.are_known[:, i, k]
+        times = self._busy_times(counts, 2, torch.ones(self.size, dtype=torch.bool, device="cpu"))[i]
+        byte_s = weighted_median([(max(0.0, seconds - self.latency_s) / size, size) for size, seconds in times])
+        port = max(float(self.port_out[i]), float(self.port_in[k]))
+        return byte_s / (self.byte_s * port * float(self.port_share[i, k]))
+
     def _refine(self) -> None:
-        ratio = self._ratios(self._by_link(), self.typical_share)
+        ratio = self._ratios()
         known = ratio[~ratio.isnan()].tolist()
         if not known:
             return
         # One slow port makes all but (W - 2) / W of the links slow: the middle of those that are left is typical.
         self._tell_apart(ratio / sorted(known)[len(known) * (self.size - 2) // (2 * self.size)])
+        self._measure_slow_links()
         is_slow = self.port_out > 1, self.port_in > 1
         outwards, inwards = self._by_port()
         points = [
             point
             for by_port, slow in zip((outwards, inwards), is_slow, strict=True)
-            for rank, of in by_port.items()
+            for rank, of in enumerate(by_port)
             if not slow[rank]
-            for point in _typical(of, self.typical_share)
+            for point in _typical(of)
         ]
         if points:
             self.latency_s, self.byte_s = self._line(points)
-        # A slow port's own time is that of the last of its messages.
         for ports, by_port, slow in zip((self.port_out, self.port_in), (outwards, inwards), is_slow, strict=True):
             for rank in slow.nonzero()[:, 0].tolist():
-                ports[rank] = max(SMALLEST_RATIO, self._ratio(by_port.get(rank, []), 0.5))
+                own = self._ratio(by_port[rank], 0.5)
+                ports[rank] = own if own > SMALLEST_RATIO else 1.0
 
-    def _by_port(self) -> tuple[dict[int, list[tuple[float, float]]], dict[int, list[tuple[float, float]]]]:
-        """Give, for the way out of and into every port, bytes and seconds of the last message of each exchange.
+    def _by_port(self) -> tuple[list[list[tuple[float, float]]], list[list[tuple[float, float]]]]:
+        """Give bytes and seconds of the busy times of every port, on the way out of it and into it.
 
-        The messages of a port come one after the other, in any order, so that only the last one tells its rate. Those
-        on slow links and, of a port that is not slow, those to a slow one are left aside.
+        The messages of a port share it, also those of one exchange and the next, in any order: only how long it is busy
+        without a pause tells its rate. Messages on slow links and against them, which wait for acknowledgements, and,
+        of a port that is not slow, those to a slow one are left aside.
         """
-        is_out, is_in, is_link = self.port_out > 1, self.port_in > 1, self.link > 1
-        outwards: dict[int, list[tuple[float, float]]] = {}
-        inwards: dict[int, list[tuple[float, float]]] = {}
-        for one, seconds in self._messages():
-            counts = ~seconds.isnan() & ~is_link
-            port_bytes = one.port_bytes
-            for rank in range(self.size):
-                to = counts[rank] & (is_out[rank] | ~is_in)
-                of = counts[:, rank] & (is_in[rank] | ~is_out)
-                for by_port, took, sent in (
-                    (outwards, seconds[rank][to], port_bytes[rank][to]),
-                    (inwards, seconds[:, rank][of], port_bytes[:, rank][of]),
-                ):
-                    if len(took):
-                        by_port.setdefault(rank, []).append((float(sent.max()), max(SHORTEST_S, float(took.max()))))
-        return outwards, inwards
+        is_out, is_in = (self.port_out > 1)[:, None], (self.port_in > 1)[None]
+        counts = self.sent.are_known & (self.link <= 1) & (self.link.T <= 1)
+        outwards = self._busy_times(counts & (is_out | ~is_in), 2, self.port_out > 1)
+        return outwards, self._busy_times(counts & (is_in | ~is_out), 1, self.port_in > 1)
+
+    def _busy_times(self, counts: Tensor, peers: int, is_slow: Tensor) -> list[list[tuple[float, float]]]:
+        """Give by rank the bytes and seconds of the times in which its port has messages, with one latency each.
+
+        Args:
+            counts: (M, W, W), the messages that count. peers: the axis of the other end.
+            is_slow: (W,), the ports that alone decide how long their messages take; else the busier of two decides,
+                whose bytes count where all messages of an exchange are in one such time.
+        """
+        latency_s = self.latency_s
+        counted = torch.where(counts, self.sent.sent_bytes, 0.0)
+        own, most = counted.sum(peers), torch.where(counts, self.sent.port_bytes, 0.0).amax(peers)
+        times_own = torch.where(is_slow | (own == 0), 1.0, most / own.clamp(min=1))[:, None]
+        begun = self._begun()
+        by_port = [
+            of if peers == 1 else of.transpose(1, 2)
+            for of in (counts, counted, begun, torch.maximum(self.sent.arrived - latency_s, begun))
+        ]
+        counts, counted, begun, ended = by_port  # (M, other end, port)
+        begun, ended = torch.where(counts, begun, torch.inf), torch.where(counts, ended, -torch.inf)
+        ordered, order = begun.flatten(0, 1).sort(0)
+        reached = ended.flatten(0, 1).gather(0, order).cummax(0).values
+        follows_pause = torch.ones_like(ordered, dtype=torch.bool)
+        follows_pause[1:] = ordered[1:] >= reached[:-1]
+        number = torch.empty_like(order).scatter_(0, order, follows_pause.cumsum(0) - 1).view(counts.shape)
+        least, largest = (torch.where(counts, number, other) for other in (number.numel(), -1))
+        is_whole = (least.amin(1, keepdim=True) == largest.amax(1, keepdim=True)).expand_as(counts)
+        sizes = torch.where(is_whole, counted * times_own, counted)
+
+        def of_times(values: Tensor, reduce: str) -> Tensor:
+            values, numbers = values.flatten(0, 1), number.flatten(0, 1)
+            return torch.zeros_like(values).scatter_reduce(0, numbers, values, reduce, include_self=False)
+
+        seconds = of_times(ended, "amax") - of_times(begun, "amin") + latency_s
+        lists = zip(of_times(sizes, "sum").T.tolist(), seconds.T.tolist(), strict=True)
+        return [[(b, max(SHORTEST_S, s)) for b, s in zip(*of, strict=True) if b > 0] for of in lists]
 
     def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """Give latency and seconds of a byte: large messages tell the rate, small ones the latency.
 
         A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
         """
-        limit = LARGE_SHARE * max(b for b, _ in points)
+        limit = LARGE_SHARE * float(self.sent.port_bytes.max())
         large, small = ([point for point in points if (point[0] >= limit) is is_large] for is_large in (True, False))
-        if not small:
+        if not small or not large:
             return fit_relative_line(points)
         latency_s = byte_s = 0.0
         for _ in range(ROUNDS):
-            byte_s = statistics.median_low(max(0.0, s - latency_s) / b for b, s in large)
+            byte_s = weighted_median([(max(0.0, s - latency_s) / b, b) for b, s in large])
             latency_s = max(0.0, statistics.median_low(s - byte_s * b for b, s in small))
         return latency_s, byte_s
 
@@ -331,19 +367,15 @@ class _Fit:
         self.link = torch.where(left > least, left, 1.0)
 
     def ratios(self) -> LinkRatios:
-        are_told_apart = any(one.are_told_apart for of in self.passes for one in of)
-        return LinkRatios(self.port_out, self.port_in, self.link, are_told_apart)
+        return LinkRatios(self.port_out, self.port_in, self.link, self.sent.are_told_apart)
 
 
-def _typical(points: Sequence[tuple[float, float]], share: float) -> list[tuple[float, float]]:
-    """Give (bytes, seconds) of messages, those of about one size as one, with the time in which this share has come."""
+def _typical(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Give (bytes, seconds) of busy times, those of about one size as one, with the time in the middle."""
     groups: list[list[tuple[float, float]]] = []
     for point in sorted(points):
         if groups and point[0] <= 1.1 * groups[-1][0][0]:
             groups[-1].append(point)
         else:
             groups.append([point])
-    return [
-        (statistics.mean(b for b, _ in group), weighted_quantile([(s, 1.0) for _, s in group], share))
-        for group in groups
-    ]
+    return [(statistics.mean(b for b, _ in group), statistics.median_low(s for _, s in group)) for group in groups]

@@ -5,59 +5,35 @@ same schedule. What a step or an exchange costs comes from fits to all calls of 
 taken out and the call walked again.
 """
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, trimmed_mean, weighted_median
-from tritonmoe.diagnosis.links import LinkRatios, fit_links
+from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
-from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate
 from tritonmoe.simulation.two_batches import simulate_two_batches
 
 __all__ = [
     "Conditions",
-    "Costs",
     "Entry",
     "Halves",
     "Walk",
     "conditions_of",
-    "fit_costs",
     "measured_s",
     "walk",
     "with_plan",
 ]
 
-ROUNDS = 6
-"""So often slowness of ranks and lines through their steps are fitted in turn."""
 MET_SHARE = 0.8
 """Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
 HALF_PLAN = OverlapPlan((1,), local_first=False)
-SMALLEST_SLOWNESS = 1.05
-"""A rank that is slower by less than this is taken for as fast as the others."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What steps and exchanges cost in a recording."""
-
-    steps: StepCosts
-    link: LinkCosts
-    ratios: LinkRatios
-    slowness: tuple[float, ...]
-    """How many times as long as the others each rank takes for its experts."""
-    gap_s: float
-    """What lies between two steps: the executor's own time."""
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -249,94 +225,3 @@ def _schedule(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
         needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
         sums_replicas=StepKind.REPLICA_BACKWARD in kinds,
     )
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One step of one rank: what it took in the mean of the calls in which it had so many units."""
-
-    kind: StepKind
-    rank: int
-    units: float
-    seconds: float
-
-
-def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool) -> Costs:
-    """Find what steps and exchanges cost, by calls whose layers have the same sizes; the flags are the recording's."""
-    notes: list[str] = []
-    size = len(calls[0].ranks)
-    samples = _samples(calls)
-    slowness, lines = _fit_steps(samples, size, notes)
-    by_kind = torch.tensor(slowness, dtype=torch.float64, device="cpu")
-    steps = StepCosts(
-        {kind: fixed for kind, (fixed, _) in lines.items()},
-        {kind: unit for kind, (_, unit) in lines.items()},
-        slowness={str(kind): by_kind for kind in StepKind if kind.unit is Unit.PAIRS},
-    )
-    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
-    gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
-    return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
-
-
-def _gap_s(one: RecordedPass) -> float:
-    """Give the time between two steps of a pass."""
-    spent_s = sum(
-        step.wait_s + (step.post_s if step.step.lane == "comm" else step.end_s - step.start_s) for step in one.steps
-    )
-    return max(0.0, one.total_s - spent_s) / max(1, len(one.steps))
-
-
-def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
-    seconds: dict[tuple, list[float]] = {}
-    units: dict[tuple, list[float]] = {}
-    for call in calls:
-        for rank, of in enumerate(call.ranks):
-            for one in of.passes:
-                for step in one.steps:
-                    if step.units > 0:
-                        # Calls with other numbers of units fall into one group if they differ by little.
-                        key = (call.plan, step.step.kind, step.step.chunk, rank, round(8 * math.log2(step.units)))
-                        elapsed = step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
-                        seconds.setdefault(key, []).append(elapsed)
-                        units.setdefault(key, []).append(step.units)
-    return [_Sample(key[1], key[3], statistics.mean(units[key]), trimmed_mean(times)) for key, times in seconds.items()]
-
-
-def _fit_steps(
-    samples: Sequence[_Sample], size: int, notes: list[str]
-) -> tuple[tuple[float, ...], dict[str, tuple[float, float]]]:
-    """Give the slowness of each rank, and (fixed, unit) seconds by kind of step.
-
-    Only steps that compute pairs tell a rank's slowness: what packing and summing cost is small, and noisy.
-    """
-    by_kind = {
-        kind: list(of)
-        for kind, of in groupby(sorted(samples, key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
-    }
-    slowness = [1.0] * size
-    lines: dict[StepKind, tuple[float, float]] = {}
-    for _ in range(ROUNDS):
-        for kind, of in by_kind.items():
-            is_of_pairs = kind.unit is Unit.PAIRS
-            lines[kind] = fit_relative_line(
-                [(s.units, s.seconds / (slowness[s.rank] if is_of_pairs else 1.0)) for s in of]
-            )
-        ratios: list[list[tuple[float, float]]] = [[] for _ in range(size)]
-        for kind, of in by_kind.items():
-            if kind.unit is Unit.PAIRS:
-                fixed, unit = lines[kind]
-                for s in of:
-                    expected = fixed + unit * s.units
-                    if expected > 0:
-                        ratios[s.rank].append((s.seconds / expected, s.seconds))
-        found = [weighted_median(of) if of else 1.0 for of in ratios]
-        typical = statistics.median_low(found)
-        slowness = [value / typical for value in found]
-    slowness = [value if value > SMALLEST_SLOWNESS else 1.0 for value in slowness]
-    for kind, of in by_kind.items():
-        is_of_pairs = kind.unit is Unit.PAIRS
-        lines[kind] = fit_relative_line([(s.units, s.seconds / (slowness[s.rank] if is_of_pairs else 1.0)) for s in of])
-    sizes = [s.units for s in by_kind.get(StepKind.EXPERTS, [])]
-    if sizes and max(sizes) < ALIKE * min(sizes):
-        notes.append("all steps of the experts had about as many pairs: their fixed cost is not known, and taken for 0")
-    return tuple(slowness), {str(kind): line for kind, line in lines.items()}

@@ -1,0 +1,67 @@
+"""`python -m bench.readme [--check]`: write what is generated in README and docs, or check that it is current."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from bench.readme import diagnosis_tables, kernel_tables, model_tables, overlap_tables, reference
+from bench.readme.results import DOCS, ROOT
+
+TABLES = {
+    "files": reference.files_table,
+    "commands": reference.commands_reference,
+    "headline": model_tables.headline_table,
+    "auto": overlap_tables.auto_table,
+    "doctor": diagnosis_tables.doctor_table,
+    "one_rank_in_halves": overlap_tables.one_rank_in_halves,
+    "overlap": overlap_tables.overlap_table,
+    "plan": diagnosis_tables.plan_table,
+    "plan_rows": diagnosis_tables.plan_rows_table,
+    "two_batches": overlap_tables.two_batches_table,
+    "two_levels": overlap_tables.two_levels_table,
+    "upcycle": model_tables.upcycle_table,
+    "expert_parallel": overlap_tables.expert_parallel_table,
+    "transformers": model_tables.transformers_table,
+    "bounds": kernel_tables.bounds_table,
+    "decoding": kernel_tables.decoding_table,
+    "moe_mlp": kernel_tables.moe_mlp_table,
+    "fixed_experts": overlap_tables.fixed_experts_table,
+    "scheduler": overlap_tables.scheduler_table,
+    "codegen": kernel_tables.codegen_table,
+    "gpu": kernel_tables.gpu_table,
+}
+NOTEBOOK = DOCS / "tutorials" / "first-layer.ipynb"
+
+
+def render(text: str) -> str:
+    """Give a page with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+
+    def table(match: re.Match) -> str:
+        kind, name = match.group(1), match.group(2)
+        return f"<!-- table {kind} {name} -->\n{TABLES[kind](name)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) ([\w.-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def generated() -> dict[Path, str]:
+    """Give what every page, and the notebook, must be."""
+    pages = {page: render(page.read_text()) for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+    return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 where a page is not what would be written")
+    arguments = parser.parse_args()
+    files = generated()
+    stale = [file for file, text in files.items() if not file.exists() or file.read_text() != text]
+    if arguments.check:
+        names = ", ".join(str(file.relative_to(ROOT)) for file in stale)
+        sys.exit(f"{names}: stale, run python -m bench.readme" if stale else None)
+    for file in stale:
+        file.write_text(files[file])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Tables of the doctor and of the planner."""
+
+from bench.readme.results import load, load_all, where
+
+__all__ = ["doctor_table", "plan_rows_table", "plan_table"]
+
+
+def doctor_table(prefix: str) -> str:
+    """Give one row for every file of results whose name starts with `prefix`."""
+    data = load_all(prefix)
+    columns = {
+        "cause of 15 % or more first": ("of 15 %: cause first", "of 15 %: number"),
+        "of 8 to 15 %": ("of 8 to 15 %: cause first", "of 8 to 15 %: number"),
+        "healthy with a finding": ("healthy: false alarms", "healthy: number"),
+        "both of two said": ("two causes: both said", "two causes: number"),
+    }
+    lines = [
+        f"`python -m bench.doctor` on {where(data[0]['environment'])}: medians of 9 interleaved calls, experts that "
+        "sleep. Shares, with the number of scenarios that they are of; errors are relative.",
+        "",
+        f"| scenarios | ranks | seeds | {' | '.join(columns)} | culprit right | gain within 15 % | "
+        "gain, median error | replay, median error | worst |",
+        f"| {' | '.join(['---'] * (len(columns) + 8))} |",
+    ]
+    for one in data:
+        summary, scenarios = one["results"]["summary"], one["results"]["scenarios"]
+        numbers = [scenario["number"] for scenario in scenarios]
+        cells = [f"{summary['scenarios']}, {one['results']['where']}"]
+        cells += [", ".join(map(str, sorted({scenario["ranks"] for scenario in scenarios})))]
+        cells += [f"{min(numbers)} to {max(numbers)}"]
+        cells += [as_share(summary[share]) + f" of {summary[number]}" for share, number in columns.values()]
+        cells += [as_share(summary[name]) for name in ("culprit right", "gain within 15 %")]
+        cells += [
+            "-" if summary[name] is None else f"{100 * summary[name]:.1f} %"
+            for name in ("gain: median error", "replay: median error", "replay: worst error")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def as_share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def plan_table(name: str) -> str:
+    """Give one row for every published table that the planner is compared with, and what was fitted to it."""
+    lines = [
+        "| published table | judged | median error | worst error | targets | fitted |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for table in load(name)["results"]:
+        num_judged = sum(row["judged"] for row in table["rows"])
+        source = table["source"].split(" and ")[0]
+        cells = [f"[{table['name']}]({source})", f"{num_judged} of {len(table['rows'])} rows"]
+        targets = []
+        for kind in ("median", "worst"):
+            error, target = table[f"{kind}_error"], table[f"{kind}_target"]
+            cells.append("-" if error is None else f"{error:.2%}")
+            if target is not None:
+                targets.append(f"{kind} {target:.2%} {'met' if error <= target else '**missed**'}")
+        lines.append(f"| {' | '.join([*cells, ', '.join(targets) or '-', table['fitted']])} |")
+    return "\n".join(lines)
+
+
+def plan_rows_table(name: str) -> str:
+    """Give every published row, measured and predicted."""
+    lines = []
+    for table in load(name)["results"]:
+        lines += ["", f"{table['name']}:", ""]
+        lines += ["| | measured | predicted | error | |", "| --- | --- | --- | --- | --- |"]
+        for row in table["rows"]:
+            predicted = "-" if row["predicted"] is None else f"{row['predicted']:,.5g}"
+            error = "-" if row["error"] is None else f"{row['error']:+.2%}"
+            note = "fitted" if row["fitted"] else row["note"]
+            lines.append(f"| {row['what']} | {row['measured']:,.5g} {row['unit']} | {predicted} | {error} | {note} |")
+    return "\n".join(lines[1:])

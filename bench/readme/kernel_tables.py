@@ -1,0 +1,147 @@
+"""Tables of kernels and of moe_mlp: compiled code, times on a CPU and a GPU, bounds."""
+
+import torch
+
+from bench.readme.results import RESULTS, load, spread, where
+from tritonmoe import aot
+from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
+from tritonmoe.benchmarks.shapes import GPU_SHAPES
+from tritonmoe.kernels.tiles import measured as measured_tiles
+
+__all__ = ["bounds_table", "codegen_table", "decoding_table", "gpu_table", "moe_mlp_table"]
+
+
+def moe_mlp_table(name: str) -> str:
+    data = load(name)
+    lines = [
+        f"`python -m bench.moe_mlp` on {where(data['environment'])}. Milliseconds, median (quartiles) of "
+        f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds in "
+        "three placements of the tensors; ratio is the best other implementation's time over ours.",
+        "",
+        "| E, K, D, F | T | dtype | pass | tritonmoe | best of transformers | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in data["results"]:
+        best = case["best_other"]
+        lines.append(
+            f"| {', '.join(map(str, case['E_K_D_F']))} | {case['T']} | {case['dtype']} | {case['pass']} | "
+            f"{spread(case['times']['tritonmoe'])} | {best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def codegen_table(name: str) -> str:
+    """Give the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "`python -m bench.codegen`: not run yet."
+    data = load(name)
+    *older, newest = data["triton_versions"]
+    rows = data["results"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
+    problems = sum("problem" in row for row in rows)
+    lines = [
+        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
+        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill, too much "
+        f"shared memory, a missing matrix instruction). Below: {variants[0]}, Triton {newest}. A cell has registers, "
+        "KB of shared memory, programs side by side on a multiprocessor, and the matrix instruction in the loop.",
+        "",
+        f"| kernel | {' | '.join(targets)} |",
+        f"| --- |{' --- |' * len(targets)}",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in shown):
+        cells = {row["target"]: codegen_cell(row) for row in shown if row["kernel"] == kernel}
+        lines.append(f"| {kernel} | {' | '.join(cells.get(target, '-') for target in targets)} |")
+    return "\n".join(lines)
+
+
+def codegen_cell(row: dict) -> str:
+    if "error" in row:
+        return "error"
+    sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
+    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
+
+
+GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
+
+
+def gpu_table(name: str) -> str:
+    """Give forward and forward + backward of every shape; a cell that no file has says so."""
+    data = load(name) if (RESULTS / f"{name}.json").exists() else {"results": []}
+    layers = {
+        (case["shape"], case["T"]): case
+        for case in data["results"]
+        if case["kind"] == "layer" and case["routing"] == "uniform"
+    }
+    device = data["environment"]["device"] if layers else "a GPU: not measured yet"
+    lines = [
+        f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
+        "FLOPs in the same rounds, and how many times as fast as the fastest peer; uniform routing.",
+        "",
+        f"| shape | {' | '.join(f'T = {num_tokens}, {run}' for num_tokens, run in GPU_COLUMNS)} |",
+        f"| --- |{' --- |' * len(GPU_COLUMNS)}",
+    ]
+    for shape in GPU_SHAPES:
+        cells = [gpu_cell(layers.get((shape, num_tokens), {}), run) for num_tokens, run in GPU_COLUMNS]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_cell(case: dict, run: str) -> str:
+    if "out_of_memory" in case:
+        return "out of memory"
+    if "failed" in case:
+        return "failed"
+    if run not in case:
+        return "not measured yet"
+    measured = case[run]
+    ours = measured["tritonmoe"]
+    others = [times["median_ms"] for name, times in measured.items() if name not in ("tritonmoe", "dense products")]
+    ratio = f", {min(others) / ours['median_ms']:.2f}x" if others else ""
+    return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
+
+
+BOUND_KERNELS = ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
+
+
+def bounds_table(num_tokens: str) -> str:
+    """Give the times that a card's peak rates allow, which needs no measurement."""
+    lines = [
+        f"T = {num_tokens}, bf16, {H100.name} at its peak of {H100.tflops:.0f} TFLOP/s and {H100.tb_per_s} TB/s "
+        f"({H100.source}). Cells: FLOP per byte, shortest time in microseconds, and m where memory sets it.",
+        "",
+        f"| shape | {' | '.join(BOUND_KERNELS)} | forward | forward + backward |",
+        f"| --- |{' --- |' * len(BOUND_KERNELS)} --- | --- |",
+    ]
+    for shape in GPU_SHAPES.values():
+        work = kernel_work(shape, int(num_tokens))
+        cells = [
+            f"{work[name].intensity:.0f}, {work[name].seconds(H100) * 1e6:.0f}"
+            f"{' m' if work[name].bound(H100) == 'memory' else ''}"
+            for name in BOUND_KERNELS
+        ]
+        forward_s = sum(work[name].seconds(H100) for name in ("group", "up", "down", "gather_sum"))
+        both_s = sum(item.seconds(H100) for item in work.values())
+        forward = forward_flops(shape, int(num_tokens))
+        both = forward + backward_flops(shape, int(num_tokens))
+        rates = [f"{flops / seconds / 1e12:.0f} TFLOP/s" for flops, seconds in ((forward, forward_s), (both, both_s))]
+        lines.append(f"| {shape.name} | {' | '.join([*cells, *rates])} |")
+    return "\n".join(lines)
+
+
+def decoding_table(target: str) -> str:
+    """Give how many programs read the weights for one token, in bf16, which needs no measurement."""
+    lines = [
+        f"| one token on {target} | up: columns of a tile, programs | down: columns of a tile, programs |",
+        "| --- | --- | --- |",
+    ]
+    for shape in GPU_SHAPES.values():
+        with measured_tiles.using({}):
+            launches = aot.record_launches(aot.Variant.of(shape, torch.bfloat16, 1), aot.TARGETS[target])
+        cells = [
+            f"{launches[kernel].constexprs['BLOCK_N'] * columns}, {launches[kernel].grid[0]}"
+            for kernel, columns in (("up inference up", 2 if shape.layout.gated else 1), ("down grouped_matmul", 1))
+        ]
+        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

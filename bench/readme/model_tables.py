@@ -1,0 +1,125 @@
+"""Tables of whole models, and the README's own, of the figures that matter most."""
+
+from bench.readme.results import RESULTS, load, load_all, spread, where
+
+__all__ = ["headline_table", "transformers_table", "upcycle_table"]
+
+
+def transformers_table(name: str) -> str:
+    data = load(name)
+    layers, width, inner, experts, top_k = data["results"][0]["layers_D_F_E_K"]
+    lines = [
+        f"`python -m bench.transformers` on {where(data['environment'])}. A Qwen3-MoE-like model ({layers} layers, "
+        f"D={width}, F={inner}, E={experts}, K={top_k}) and its first MoE block, all in one process and in turn. "
+        "Every call has another batch, the same for all. Milliseconds, median (quartiles); decode is 16 tokens at "
+        "batch 1; ratio is the best other implementation's time over ours.",
+        "",
+        "| | pass | T | dtype | routing (MaxVio) | tritonmoe | best of transformers | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in data["results"]:
+        best = case["best_other"]
+        lines.append(
+            f"| {case['subject']} | {case['pass']} | {case['T']} | {case['dtype']} | "
+            f"{case['routing']} ({case['max_violation']:.1f}) | {spread(case['times']['tritonmoe'])} | "
+            f"{best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def upcycle_table(name: str) -> str:
+    command = "`python examples/upcycle_smollm2.py`"
+    if not (RESULTS / f"{name}.json").exists():
+        return f"{command}: not measured yet."
+    data = load(name)
+    results = data["results"]
+    greedy, perplexity = results["greedy"], results["perplexity"]
+    lines = [
+        f'{command} on {where(data["environment"])}: {results["model"]} upcycled, init="copy". Greedy text of '
+        f"{greedy['new_tokens']} tokens is the same for {greedy['equal']} of {greedy['prompts']} prompts; perplexity "
+        f"on {perplexity['tokens']} tokens of Shakespeare is {perplexity['dense']:.4f} before and "
+        f"{perplexity['upcycled']:.4f} after.",
+        "",
+        "| experts, top-k, granularity | largest difference of a logit | of the largest logit | parameters | active |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case in results["equality"]:
+        lines.append(
+            f"| {case['num_experts']}, {case['top_k']}, {case['granularity']} | {case['max_error']:.1e} | "
+            f"{case['relative_error']:.1e} | {case['dense_parameters']:,} to {case['parameters']:,} | "
+            f"{case['active_parameters']:,} |"
+        )
+    if "training" not in results:
+        lines += ["", "How far its experts specialise in training: not measured yet."]
+    else:
+        training = results["training"]
+        before, after = training["before"], training["after"]
+        is_seen = after["rise_when_shuffled"] > 3 * after["standard_error"]
+        lines += [
+            "",
+            f"{training['steps']} steps of {training['tokens']} tokens train the {training['layers']} last layers, "
+            "with 8 experts, top-2 and an auxiliary loss. On tokens of other works, "
+            f"{training['held_out_tokens']} of them, the loss is then {after['loss']:.3f} instead of "
+            f"{before['loss']:.3f}, and the largest excess of an expert's load (MaxVio, mean over layers) "
+            f"{after['max_violation']:.2f} instead of {before['max_violation']:.2f}. Where tokens go to each other's "
+            f"experts, every expert keeping its load, the loss is higher by {after['rise_when_shuffled']:.4f} "
+            f"(standard error {after['standard_error']:.4f}), and before training by "
+            f"{abs(before['rise_when_shuffled']):.0e}: "
+            + ("that much is each expert's own." if is_seen else "that its experts specialise can't be told from it."),
+        ]
+    return "\n".join(lines)
+
+
+def headline_table(_: str) -> str:
+    """Give the figures that matter most, in a line each."""
+    layers = load("moe_mlp_cpu")
+    wanted = {"E_K_D_F": [64, 8, 512, 256], "T": 2048, "dtype": "float32", "pass": "forward+backward"}
+    (layer,) = (case for case in layers["results"] if wanted.items() <= case.items())
+    models = {
+        (case["subject"], case["pass"], case["dtype"], case["routing"]): case
+        for case in load("transformers_cpu")["results"]
+    }
+    spread_model = load("expert_parallel_netns")["results"]
+    overlap = load("overlap_netns_both_balanced")["results"]["summary"]
+    chosen = load("auto_netns")["results"]
+    nodes = load("overlap_nodes_100mbit")["results"]["summary"]["two_levels_speed_up"]["median"]
+    doctor = [one["results"]["summary"] for one in load_all("doctor_netns")]
+    codegen = load("codegen")["results"]
+    found = sum(round(one["of 15 %: cause first"] * one["of 15 %: number"]) for one in doctor if one["of 15 %: number"])
+    training = [models["model", "training", dtype, "skewed"]["ratio"] for dtype in ("float32", "bfloat16")]
+    serial_over_overlapped = overlap["T_serial"]["median_ms"] / overlap["T_overlapped"]["median_ms"]
+    rows = [
+        (
+            "one layer, E=64 K=8, T=2048, forward+backward, CPU",
+            f"{layer['ratio']:.2f} times as fast as transformers' best",
+        ),
+        (
+            "a Qwen3-MoE-like model, training, CPU, fp32 and bf16",
+            f"{training[0]:.2f} and {training[1]:.2f} times as fast as with transformers' best",
+        ),
+        (
+            "the same model over 2 processes and a link of 1 Gbit/s",
+            f"{spread_model['ratio']:.2f} times as fast as transformers' own exchange",
+        ),
+        (
+            "one layer, link as slow as compute: overlapped over serial",
+            f"{serial_over_overlapped:.2f} times as fast, {overlap['overlapped']['hidden_share']['median']:.0%} hidden",
+        ),
+        ("nodes with a slow uplink: two levels over one", f"{nodes:.2f} times as fast"),
+        (
+            'what "auto" chooses, over the best of a sweep',
+            f"{chosen['auto_excess_median']:+.1%} in the median, {chosen['auto_excess_largest']:+.1%} at worst",
+        ),
+        (
+            "`tritonmoe doctor` on real links: causes of 15 % or more",
+            f"{found} of {sum(one['of 15 %: number'] for one in doctor)} named first",
+        ),
+        (
+            f"{len(codegen)} kernels compiled for six GPUs",
+            f"{sum('problem' in row for row in codegen)} that spill or lack the matrix instruction",
+        ),
+        ("anything on a GPU", "not measured yet"),
+    ]
+    machine = where(layers["environment"]).rpartition(", ")[0]
+    lines = [f"On {machine}; ranks are processes in network namespaces over gloo.", "", "| what | |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {what} | {figure} |" for what, figure in rows)])

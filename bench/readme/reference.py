@@ -1,0 +1,95 @@
+"""Lists that are made from the code: files with what they are, commands with their options, the notebook."""
+
+import argparse
+import ast
+import json
+import re
+
+from bench.readme.results import ROOT
+from tritonmoe.cli import command_parser
+
+__all__ = ["commands_reference", "files_table", "notebook_of"]
+
+
+def files_table(package: str) -> str:
+    """Give every file of a package with the first line of its docstring, a room's own line before its files."""
+    lines = ["| file | what it is |", "| --- | --- |"]
+    for path in sorted(
+        (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)
+    ):
+        name = path.relative_to(ROOT / package)
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, f"{path} has no docstring"
+        is_room = name.name == "__init__.py"
+        shown = f"**{name.parent}/**" if is_room and name.parent.parts else name.as_posix()
+        first_line = docstring.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| {shown} | {first_line} |")
+    return "\n".join(lines)
+
+
+def commands_reference(program: str) -> str:
+    """Give every command of the program with its options, from its parser."""
+    return "\n".join(_describe(command_parser(), program)).strip()
+
+
+def _describe(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    lines: list[str] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child, subparser in action.choices.items():
+                lines += ["", f"## `{name} {child}`", "", *_body(subparser), *_nested(subparser, f"{name} {child}")]
+    return lines
+
+
+def _nested(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """Give the commands of a command, as those of `bench`."""
+    return [line.replace("## `", "### `", 1) if line.startswith("## ") else line for line in _describe(parser, name)]
+
+
+def _body(parser: argparse.ArgumentParser) -> list[str]:
+    lines = [" ".join((parser.description or "").split())]
+    rows = []
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(
+            action, (argparse._HelpAction, argparse._SubParsersAction, argparse._VersionAction)
+        ):
+            continue
+        metavar = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else None)
+        if isinstance(metavar, tuple):
+            metavar = " ".join(metavar)
+        takes_value = action.nargs != 0
+        value = (metavar or action.dest.upper()) if takes_value else ""
+        names = " ".join([action.option_strings[-1], value]).strip() if action.option_strings else value
+        words = (action.help or "") % {**vars(action), "prog": parser.prog}
+        rows.append(f"| `{_cell(names)}` | {_cell(words)} |")
+    return [*lines, "", "| argument | |", "| --- | --- |", *rows] if rows else lines
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def notebook_of(page: str) -> str:
+    """Give a tutorial as a notebook: a cell for each block of Python, and one for the words between two of them."""
+    install = "%pip install -q tritonmoe"
+    cells = [_code_cell(install)]
+    for number, part in enumerate(re.split(r"```python\n(.*?)```\n", page, flags=re.DOTALL)):
+        text = part.strip()
+        if text:
+            # A notebook stands alone: links to other pages lead nowhere there.
+            cells.append(
+                _code_cell(text) if number % 2 else _cell_of("markdown", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
+            )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    notebook = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def _code_cell(text: str) -> dict:
+    return {**_cell_of("code", text), "execution_count": None, "outputs": []}
+
+
+def _cell_of(kind: str, text: str) -> dict:
+    return {"cell_type": kind, "metadata": {}, "source": text.splitlines(keepends=True)}

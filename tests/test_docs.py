@@ -1,0 +1,100 @@
+"""README and docs: what is generated is current, what is code runs, what is public is described."""
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonmoe
+from tritonmoe import errors
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text()
+FIRST = "first-layer"
+PAGES = sorted(page for folder in ("tutorials", "how-to") for page in (DOCS / folder).glob("*.md"))
+
+
+def test_what_is_generated_is_current() -> None:
+    subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT, check=True)
+
+
+def test_commands() -> None:
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert [command.split()[-1] for command in commands] == ["demo", "pytest"]
+
+
+def test_the_readme_is_one_screen() -> None:
+    assert len(README.encode()) <= 7000
+
+
+def test_the_readmes_python_runs() -> None:
+    *torch_blocks, transformers = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in torch_blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert 'experts_implementation="tritonmoe"' in transformers
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=() if page.stem == FIRST else pytest.mark.thorough) for page in PAGES],
+)
+def test_a_page_runs(page: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.thorough
+def test_the_notebook_runs() -> None:
+    notebook = json.loads((DOCS / "tutorials" / f"{FIRST}.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    install, *code = cells
+    assert install.startswith("%pip install")
+    namespace: dict[str, object] = {}
+    for cell in code:
+        exec(compile(cell, "a cell", "exec"), namespace)
+    assert len(code) >= 5
+
+
+PUBLIC = ("tritonmoe", "tritonmoe.transports", "tritonmoe.routing", "tritonmoe.diagnosis")
+TRANSFORMERS = "tritonmoe.integrations.transformers"
+ELSEWHERE = {
+    # Results, constants and modules: described by what gives them, or by their own module.
+    "tritonmoe": {*errors.__all__, "transports"},
+    "tritonmoe.transports": {"EXPERT", "EmulatedWorld", "HostCopy", "LinkModel", "Ranks", "as_transport", "is_mesh"}
+    | {"leaving_nobody_waiting"},
+    "tritonmoe.routing": {"TopKRouter"},
+    TRANSFORMERS: {"EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "HalvedForward", "ModelStatistics"}
+    | {"PatchReport", "UpcycleReport"},
+}
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, TRANSFORMERS])
+def test_every_public_name_is_in_the_api_reference(name: str) -> None:
+    module = importlib.import_module(name)
+    listed = set(
+        re.findall(rf"^::: {re.escape(name)}\.(\w+)$", (DOCS / "reference" / "api.md").read_text(), re.MULTILINE)
+    )
+    assert listed == set(module.__all__) - ELSEWHERE.get(name, set())
+    for public in listed:
+        assert inspect.getdoc(getattr(module, public)), f"{name}.{public} has no docstring"
+
+
+def test_every_error_has_its_cause_and_way_out() -> None:
+    page = (DOCS / "reference" / "errors.md").read_text()
+    assert set(re.findall(r"^\| `tm\.(\w+)` \|", page, re.MULTILINE)) == set(errors.__all__)
+    assert all(hasattr(tritonmoe, name) for name in errors.__all__)
+
+
+def test_every_environment_variable_of_ours_is_described() -> None:
+    sources = "".join(path.read_text() for folder in ("tritonmoe", "tests") for path in (ROOT / folder).rglob("*.py"))
+    read = set(re.findall(r"environ(?:\.get\(|\[)\"(TRITONMOE_\w+)\"", sources))
+    page = (DOCS / "reference" / "environment.md").read_text()
+    assert read <= set(re.findall(r"`(TRITONMOE_\w+)`", page))

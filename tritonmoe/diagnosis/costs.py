@@ -1,0 +1,215 @@
+"""fit_costs: what the steps and exchanges of recorded calls cost on each rank, from what they took at every size.
+
+A step takes `slowness of its rank * (fixed + unit * units)`, and longer where it runs beside an exchange.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, trimmed_mean, weighted_median
+from tritonmoe.diagnosis.links import LinkRatios, fit_links
+from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep
+from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+
+__all__ = ["Costs", "fit_costs"]
+
+ROUNDS = 6
+"""So often slowness of ranks and lines through their steps are fitted in turn."""
+SMALLEST_SLOWNESS = 1.05
+"""A rank that is slower by less than this is taken for as fast as the others."""
+CONTENTIONS = tuple(step / 50 for step in range(31))
+"""The shares of its speed that compute may lose beside an exchange, of which the one that fits best is taken ..."""
+MISFIT = 0.01
+"""... where steps are so far off their lines without any ..."""
+SMALLEST_CONTENTION = 0.06
+EXPLAINED = 0.5
+"""... if it leaves at most this share of the squared error that there is without any."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps and exchanges cost in a recording."""
+
+    steps: StepCosts
+    link: LinkCosts
+    ratios: LinkRatios
+    slowness: tuple[float, ...]
+    """How many times as long as the others each rank takes for its experts."""
+    gap_s: float
+    """What lies between two steps: the executor's own time."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One step of one rank: what it took in the mean of the calls in which it had so many units."""
+
+    kind: StepKind
+    rank: int
+    units: float
+    seconds: float
+    beside_s: float
+    """For how long of them an exchange was under way."""
+
+    def by(self, slowness: Sequence[float], contention: float = 0.0) -> tuple[float, float]:
+        """Give the units, and what they would take on a rank like the others, with no exchange beside them."""
+        seconds = self.seconds - contention * self.beside_s
+        return self.units, seconds / (slowness[self.rank] if self.is_of_pairs else 1.0)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        return self.kind.unit is Unit.PAIRS
+
+
+def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool) -> Costs:
+    """Find what steps and exchanges cost, by calls whose layers have the same sizes; the flags are the recording's."""
+    notes: list[str] = []
+    size = len(calls[0].ranks)
+    by_kind = {
+        kind: list(of)
+        for kind, of in groupby(sorted(_samples(calls), key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
+    }
+    slowness = _slowness(by_kind, size)
+    contention = _contention(by_kind, slowness)
+    if contention:
+        slowness = _slowness(by_kind, size, contention)
+    lines = _lines(by_kind, slowness, contention)
+    sizes = [s.units for s in by_kind.get(StepKind.EXPERTS, [])]
+    if sizes and max(sizes) < ALIKE * min(sizes):
+        notes.append("all steps of the experts had about as many pairs: their fixed cost is not known, and taken for 0")
+    of_ranks = torch.tensor(slowness, dtype=torch.float64, device="cpu")
+    steps = StepCosts(
+        {str(kind): fixed for kind, (fixed, _) in lines.items()},
+        {str(kind): unit for kind, (_, unit) in lines.items()},
+        slowness={str(kind): of_ranks for kind in StepKind if kind.unit is Unit.PAIRS},
+    )
+    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
+    gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
+    link = replace(link, contention=contention)
+    return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
+
+
+def _gap_s(one: RecordedPass) -> float:
+    """Give the time between two steps of a pass."""
+    return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in one.steps)) / max(1, len(one.steps))
+
+
+def _spent_s(step: RecordedStep) -> float:
+    """Give for how long a step held the compute lane."""
+    return step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
+
+
+def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
+    found: dict[tuple, list[tuple[float, float, float]]] = {}
+    for call in calls:
+        for number in range(len(call.by_pass)):
+            for rank, step, beside_s in _steps_of(call, number):
+                # Calls with other numbers of units fall into one group if they differ by little.
+                key = (call.plan, step.step.kind, step.step.chunk, rank, round(8 * math.log2(step.units)))
+                found.setdefault(key, []).append((step.units, _spent_s(step), beside_s))
+    samples = []
+    for (_, kind, _, rank, _), values in found.items():
+        units, seconds, beside = zip(*values, strict=True)
+        samples.append(_Sample(kind, rank, statistics.mean(units), trimmed_mean(seconds), statistics.mean(beside)))
+    return samples
+
+
+def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedStep, float]]:
+    """Give the steps of a pass that have work, with their rank, and for how long of each an exchange was under way."""
+    passes = [of.passes[number] for of in call.ranks]
+    last_posted: dict[object, float] = {}
+    for one in passes:
+        for step in one.steps:
+            posted = one.origin + step.start_s + step.post_s
+            last_posted[step.step] = max(posted, last_posted.get(step.step, posted))
+    for rank, one in enumerate(passes):
+        # Rows are under way when the last rank has posted them, and exchanges take turns.
+        under_way = [
+            (max(step.start_s + step.post_s, last_posted[step.step] - one.origin), step.end_s)
+            for step in one.steps
+            if step.step.lane == "comm"
+        ]
+        for step in one.steps:
+            if step.units > 0:
+                is_computed = step.step.lane == "compute"
+                yield rank, step, _common_s(step.start_s, step.end_s, under_way) if is_computed else 0.0
+
+
+def _common_s(start_s: float, end_s: float, spans: Sequence[tuple[float, float]]) -> float:
+    """Give for how long of a time any of the spans lasts.
+
+    Example:
+        _common_s(1, 5, [(0, 2), (1, 3), (4, 9)]) gives 3.
+    """
+    total_s = 0.0
+    for begin_s, over_s in sorted(spans):
+        begin_s = max(start_s, begin_s)
+        if over_s > begin_s and begin_s < end_s:
+            total_s += min(over_s, end_s) - begin_s
+            start_s = max(start_s, over_s)
+    return total_s
+
+
+_ByKind = Mapping[StepKind, Sequence[_Sample]]
+
+
+def _lines(by_kind: _ByKind, slowness: Sequence[float], contention: float) -> dict[StepKind, tuple[float, float]]:
+    """Give (fixed, unit) seconds by kind of step."""
+    points = {
+        kind: [s.by(slowness, contention) if s.is_of_pairs else s.by(slowness) for s in of]
+        for kind, of in by_kind.items()
+    }
+    return {kind: _of_same_sum(fit_relative_line(of), of) for kind, of in points.items()}
+
+
+def _of_same_sum(line: tuple[float, float], points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Give the line, of which the sum over all points is theirs: relative errors alone let it lie below noisy ones."""
+    fixed, unit = line
+    expected = sum(fixed + unit * units for units, _ in points)
+    share = sum(seconds for _, seconds in points) / expected if expected else 1.0
+    return fixed * share, unit * share
+
+
+def _slowness(by_kind: _ByKind, size: int, contention: float = 0.0) -> tuple[float, ...]:
+    """Give how many times as long as the others each rank takes.
+
+    Only steps that compute pairs tell it: what packing and summing cost is small, and noisy.
+    """
+    slowness = [1.0] * size
+    of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
+    for _ in range(ROUNDS):
+        ratios: list[list[tuple[float, float]]] = [[] for _ in range(size)]
+        for kind, (fixed, unit) in _lines(of_pairs, slowness, contention).items():
+            for s in of_pairs[kind]:
+                expected = fixed + unit * s.units
+                if expected > 0:
+                    ratios[s.rank].append(((s.seconds - contention * s.beside_s) / expected, s.seconds))
+        found = [weighted_median(of) if of else 1.0 for of in ratios]
+        typical = statistics.median_low(found)
+        slowness = [value / typical for value in found]
+    return tuple(value if value > SMALLEST_SLOWNESS else 1.0 for value in slowness)
+
+
+def _contention(by_kind: _ByKind, slowness: Sequence[float]) -> float:
+    """Give the share of its speed that compute loses beside an exchange, 0 unless that explains what steps take."""
+    of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
+
+    def error(contention: float) -> float:
+        total = 0.0
+        for kind, (fixed, unit) in _lines(of_pairs, slowness, contention).items():
+            for s in of_pairs[kind]:
+                units, seconds = s.by(slowness, contention)
+                total += (fixed + unit * units - seconds) ** 2
+        return total
+
+    without = error(0.0)
+    if without <= MISFIT**2 * sum(s.seconds**2 for of in of_pairs.values() for s in of):
+        return 0.0  # steps of one size, all of them beside exchanges, fit any of these
+    best = min(CONTENTIONS, key=error)
+    return best if best >= SMALLEST_CONTENTION and error(best) <= EXPLAINED * without else 0.0
