@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.readme import diagnosis_tables, kernel_tables, model_tables, overlap_tables, reference
@@ -11,6 +12,8 @@ from bench.readme.results import DOCS, ROOT
 TABLES = {
     "files": reference.files_table,
     "commands": reference.commands_reference,
+    "output": reference.command_output,
+    "mended_recording": diagnosis_tables.mended_recording,
     "headline": model_tables.headline_table,
     "auto": overlap_tables.auto_table,
     "doctor": diagnosis_tables.doctor_table,
@@ -31,30 +34,34 @@ TABLES = {
     "codegen": kernel_tables.codegen_table,
     "gpu": kernel_tables.gpu_table,
 }
+SLOW = ("output",)
 NOTEBOOK = DOCS / "tutorials" / "first-layer.ipynb"
 
 
-def render(text: str) -> str:
-    """Give a page with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+def render(text: str, left_alone: Sequence[str] = ()) -> str:
+    """Give a page with everything between `<!-- table KIND NAME -->` and `<!-- end -->` made anew, but some kinds."""
 
     def table(match: re.Match) -> str:
         kind, name = match.group(1), match.group(2)
+        if kind in left_alone:
+            return match.group(0)
         return f"<!-- table {kind} {name} -->\n{TABLES[kind](name)}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\w+) ([\w.-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def generated() -> dict[Path, str]:
+def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
     """Give what every page, and the notebook, must be."""
-    pages = {page: render(page.read_text()) for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+    pages = {page: render(page.read_text(), left_alone) for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
     return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where a page is not what would be written")
+    parser.add_argument("--quick", action="store_true", help="leave alone what commands print, which takes a while")
     arguments = parser.parse_args()
-    files = generated()
+    files = generated(SLOW if arguments.quick else ())
     stale = [file for file, text in files.items() if not file.exists() or file.read_text() != text]
     if arguments.check:
         names = ", ".join(str(file.relative_to(ROOT)) for file in stale)

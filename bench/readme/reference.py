@@ -1,14 +1,24 @@
-"""Lists that are made from the code: files with what they are, commands with their options, the notebook."""
+"""What is made from the code: lists of files and of commands, what commands print, the notebook."""
 
 import argparse
 import ast
 import json
 import re
+import shlex
+import subprocess
+import sys
 
 from bench.readme.results import ROOT
 from tritonmoe.cli import command_parser
 
-__all__ = ["commands_reference", "files_table", "notebook_of"]
+__all__ = ["command_output", "commands_reference", "files_table", "notebook_of"]
+
+QWEN3 = "--nodes 16 --pp 4 --micro-batches 16 --recompute full"
+COMMANDS = {
+    "doctor": "tritonmoe doctor bench/results/recordings/slow_link",
+    "plan": f"tritonmoe plan Qwen3-235B-A22B H100 {QWEN3}",
+    "compare": f"tritonmoe plan Qwen3-235B-A22B --compare H100 H200 H100-100G {QWEN3}",
+}
 
 
 def files_table(package: str) -> str:
@@ -25,6 +35,17 @@ def files_table(package: str) -> str:
         first_line = docstring.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| {shown} | {first_line} |")
     return "\n".join(lines)
+
+
+def command_output(name: str) -> str:
+    """Give a command of COMMANDS and what it prints here."""
+    command = COMMANDS[name]
+    ended = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if ended.returncode > 1:
+        raise RuntimeError(f"{command} ended with {ended.returncode}: {ended.stderr}")
+    return f"```console\n$ {command}\n{ended.stdout.rstrip()}\n```"
 
 
 def commands_reference(program: str) -> str:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import tritonmoe
 from tritonmoe.cli import main
 from tritonmoe.transports import process_group
 
@@ -20,6 +21,12 @@ def test_json(capsys):
     assert found["transports"]["emulated"] is None
     assert set(found["transports"]) == {"local", "emulated", "gloo", "nccl", "mpi"}
     assert len(found["cuda"]["devices"]) == torch.cuda.device_count()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"tritonmoe {tritonmoe.__version__}\n"
 
 
 def test_text_says_why_something_cannot_run(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """tritonmoe tune and tritonmoe warmup, as far as they go without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def test_show(capsys, cache):
     assert tuned.startswith("sm_100 bfloat16 up 1024x2048 rows 128: ")
     assert "group_m=4" in tuned
     assert all(line.endswith("(heuristic)") for line in lines if line != tuned)
+
+
+def test_show_for_machines(capsys):
+    assert main(["tune", *SHAPE, "--show", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key.split()[0] for key in found} == {"sm_90"}
+    assert {of["source"] for of in found.values()} == {"heuristic"}
+    assert all(of["tile"]["block_m"] >= 1 for of in found.values())
+    for wrong, words in ((["--show"], "give E, K, D and F"), (SHAPE, "--json belongs to --show")):
+        assert main(["tune", *wrong, "--json"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_show_without_a_layer_is_the_table_of_tiles(capsys):

@@ -70,6 +70,15 @@ def test_products_know_that_exchanges_run_beside_them(seen_options) -> None:
     assert seen_options == {name: {KernelOptions(beside_exchanges=True)} for name in PRODUCTS}
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_products_know_of_other_collectives(num_ranks: int, seen_options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP or DistributedDataParallel kernels of one device run beside collectives, too."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: num_ranks)
+    tm.moe_mlp(*leaves(), backend="torch").sum().backward()
+    assert seen_options == {name: {KernelOptions(beside_exchanges=num_ranks > 1)} for name in PRODUCTS}
+
+
 def test_modules_hand_them_on(seen_options) -> None:
     config = tm.MoEConfig(hidden_size=4, intermediate_size=3, num_experts=3, top_k=2)
     for transport in (None, LocalTransport()):

@@ -4,8 +4,11 @@ What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/trito
 """
 
 import argparse
+import dataclasses
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +16,9 @@ from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+
+if TYPE_CHECKING:
+    from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = ["add_parser"]
 
@@ -23,6 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_layer_arguments(parser, sizes_required=False)
     show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
     parser.add_argument("--show", action="store_true", help=show_help)
+    parser.add_argument("--json", action="store_true", help="with --show and a layer: print one JSON object")
     parser.add_argument("--target", help="with --show: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950 (default sm_90)")
     parser.set_defaults(run=run)
 
@@ -31,14 +38,22 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     try:
         if arguments.target and not arguments.show:
             raise ValueError("--target belongs to --show: what is measured is this machine's GPU")
+        if arguments.json and not arguments.show:
+            raise ValueError("--json belongs to --show")
         if arguments.show and arguments.num_experts is None and arguments.target is None:
+            if arguments.json:
+                raise ValueError("--json shows the tiles of a layer: give E, K, D and F")
             return show_table(say)
         if arguments.intermediate_size is None:
             raise ValueError("E, K, D and F are required; --show without them prints the table of tiles")
         shape = layer_shape(arguments)
         tokens = arguments.tokens or tokens_of_every_class(shape)
         if arguments.show:
-            return show(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90", say)
+            found = chosen_tiles(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90")
+            say(_as_json(found) if arguments.json else _as_text(found))
+            return 0
+    except ImportError as error:
+        return _without_triton(error)
     except (ValueError, OSError) as error:
         print(f"tritonmoe tune: {error}", file=sys.stderr)
         return 2
@@ -73,10 +88,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
 def show_table(say: Callable[[str], None]) -> int:
     """Print the table of tiles by rules of thumb, which entries that were measured replace."""
-    try:
-        from tritonmoe.kernels.tiles.table import TABLE
-    except ImportError as error:
-        return _without_triton(error)
+    from tritonmoe.kernels.tiles.table import TABLE
+
     say(TABLE.rstrip())
     return 0
 
@@ -86,24 +99,35 @@ def _without_triton(error: ImportError) -> int:
     return 2
 
 
-def show(shape: LayerShape, tokens: list[int], dtype: torch.dtype, target: str, say: Callable[[str], None]) -> int:
-    """Print every product's tile, how its operands are read, and where the choice comes from."""
-    try:
-        from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
-        from tritonmoe.kernels.tiles import measured as measured_tiles
-    except ImportError as error:
-        return _without_triton(error)
+def chosen_tiles(
+    shape: LayerShape, tokens: Sequence[int], dtype: torch.dtype, target: str
+) -> "dict[str, tuple[TileConfig, str]]":
+    """Give every product's tile, with how its operands are read, and where the choice comes from, by its key.
+
+    Raises:
+        ValueError: there is no such target. ImportError: there is no triton.
+    """
+    from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
+    from tritonmoe.kernels.tiles import measured as measured_tiles
+    from tritonmoe.kernels.tiles.config import TileConfig
+
     if target not in ARCHITECTURES:
-        print(f"tritonmoe tune: --target must be one of {', '.join(ARCHITECTURES)}, got {target!r}", file=sys.stderr)
-        return 2
-    tuned, seen = measured_tiles.read(measured_tiles.cache_file()), set()
+        raise ValueError(f"--target must be one of {', '.join(ARCHITECTURES)}, got {target!r}")
+    tuned, tiles = measured_tiles.read(measured_tiles.cache_file()), dict[str, tuple[TileConfig, str]]()
     for num_tokens in tokens:
         variant = Variant.of(shape, dtype, num_tokens)
         with measured_tiles.asked() as found:
             record_launches(variant, ARCHITECTURES[target].target)
         for key, config in found.items():
-            if key not in seen:
-                seen.add(key)
-                source = "tuned" if key in tuned else "shipped" if key in measured_tiles.SHIPPED else "heuristic"
-                say(f"{key}: {config} ({source})")
-    return 0
+            source = "tuned" if key in tuned else "shipped" if key in measured_tiles.SHIPPED else "heuristic"
+            tiles[key] = config, source
+    return tiles
+
+
+def _as_text(tiles: "Mapping[str, tuple[TileConfig, str]]") -> str:
+    return "\n".join(f"{key}: {config} ({source})" for key, (config, source) in tiles.items())
+
+
+def _as_json(tiles: "Mapping[str, tuple[TileConfig, str]]") -> str:
+    found = {key: {"tile": dataclasses.asdict(config), "source": source} for key, (config, source) in tiles.items()}
+    return json.dumps(found, indent=1)

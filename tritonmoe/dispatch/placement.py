@@ -29,7 +29,7 @@ class ExpertPlacement:
     """
 
     experts_of_rank: tuple[tuple[int, ...], ...]
-    """[rank][slot] expert."""
+    """The expert in each slot of each rank."""
 
     def __post_init__(self) -> None:
         ranks = self.experts_of_rank

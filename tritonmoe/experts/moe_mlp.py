@@ -205,7 +205,8 @@ def moe_mlp(
         gate_up_bias: (E, 2F) or None. down_bias: (E, D) or None.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
-        num_sms: how many of a GPU's multiprocessors the kernels take; None: all.
+        num_sms: how many of a GPU's multiprocessors persistent kernels take; None: all, and where torch.distributed has
+            other ranks, whose collectives hold some, no kernel is persistent. Give what the collectives leave free.
         batch_invariant: a token's bits, and its gradients', don't depend on the other tokens of the call.
     Returns:
         (T, D) in x.dtype.

@@ -21,6 +21,7 @@ from tritonmoe.config.layer import (
     is_fused,
 )
 from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
     "ExpertSettings",
@@ -118,11 +119,13 @@ def _checked_spec(*arguments: Any) -> ExpertSpec:
 def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: bool = False) -> ExpertSettings:
     """Choose the backend for x's device and dtype, the number of experts on this device, and K.
 
-    beside_exchanges: as in KernelOptions.
+    beside_exchanges: as in KernelOptions; where there are other ranks it is so in any case.
     Raises:
         ValueError, TypeError: the backend is not known, or can't compute such a call.
     """
-    options = spec.options._replace(beside_exchanges=True) if beside_exchanges else spec.options
+    options = spec.options
+    if beside_exchanges or has_other_ranks():
+        options = options._replace(beside_exchanges=True)
     num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
     x = inputs.x
     ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
