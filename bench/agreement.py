@@ -5,10 +5,12 @@ without it. A step is the layer's forward and backward; its time is that of the 
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
@@ -22,7 +24,7 @@ from tritonmoe.expert_parallel import call
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 
-__all__ = ["main"]
+__all__ = ["NUM_TOKENS", "compare", "main", "measure_steps", "start_ranks"]
 
 CONFIG = tm.MoEConfig(hidden_size=512, intermediate_size=256, num_experts=64, top_k=8)
 NUM_TOKENS = (64, 256, 1024)
@@ -44,8 +46,14 @@ def measure_alone(transport: Transport, rounds: int) -> list[float]:
     return slowest(transport, seconds)[WARM_UP:]
 
 
-def measure_steps(transport: Transport, num_tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Give the seconds of steps with and without the agreement, round by round, the slower rank's."""
+def measure_steps(
+    transport: Transport,
+    num_tokens: int,
+    rounds: int,
+    variants: Mapping[str, Callable[[], contextlib.AbstractContextManager]],
+    steps: int = 1,
+) -> dict[str, list[float]]:
+    """Give the mean seconds of so many steps by variant, round by round, the slower rank's, inside of its context."""
     generator = torch.Generator().manual_seed(0)
     layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(num_chunks=NUM_CHUNKS), generator=generator)
     generator = torch.Generator().manual_seed(1 + transport.rank)
@@ -60,12 +68,28 @@ def measure_steps(transport: Transport, num_tokens: int, rounds: int) -> dict[st
         x.grad = None
         return elapsed
 
-    samples: dict[str, list[float]] = {"agreed": [], "not agreed": []}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(WARM_UP + rounds):
         for name in sorted(samples, reverse=bool(number % 2)):
-            with mock.patch.object(call, "post_backward", (lambda *_: None) if name == "not agreed" else post_backward):
-                samples[name].append(step())
+            with variants[name]():
+                samples[name].append(statistics.mean(step() for _ in range(steps)))
     return {name: slowest(transport, seconds)[WARM_UP:] for name, seconds in samples.items()}
+
+
+def compare(samples: Mapping[str, list[float]], num_tokens: int, with_it: str, without: str) -> dict:
+    """Give what steps take with something and without it, and the median of the rounds' differences."""
+    differences = [a - b for a, b in zip(samples[with_it], samples[without], strict=True)]
+    return {
+        "what": "step",
+        "tokens_per_rank": num_tokens,
+        "times": {name: summarize(seconds) for name, seconds in samples.items()},
+        "difference_us": round(statistics.median(differences) * 1e6, 1),
+        "share": round(statistics.median(differences) / statistics.median(samples[without]), 5),
+    }
+
+
+def _not_agreed() -> contextlib.AbstractContextManager:
+    return mock.patch.object(call, "post_backward", return_value=None)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
@@ -74,23 +98,19 @@ def run_rank(arguments: argparse.Namespace) -> None:
     with torchrun_ranks(timeout_s=60) as transport:
         results: list[dict] = [{"what": "agreement alone", **summarize(measure_alone(transport, arguments.rounds))}]
         for num_tokens in NUM_TOKENS:
-            samples = measure_steps(transport, num_tokens, arguments.rounds)
-            differences = [a - b for a, b in zip(samples["agreed"], samples["not agreed"], strict=True)]
-            results.append(
-                {
-                    "what": "step",
-                    "tokens_per_rank": num_tokens,
-                    "times": {name: summarize(seconds) for name, seconds in samples.items()},
-                    "agreement_us": round(statistics.median(differences) * 1e6, 1),
-                    "agreement_share": round(
-                        statistics.median(differences) / statistics.median(samples["not agreed"]), 5
-                    ),
-                }
-            )
+            variants = {"agreed": contextlib.nullcontext, "not agreed": _not_agreed}
+            samples = measure_steps(transport, num_tokens, arguments.rounds, variants)
+            results.append(compare(samples, num_tokens, *variants))
         if transport.rank == 0:
             for result in results:
                 print(result, flush=True)
             write_json(arguments.json, "agreement", results)
+
+
+def start_ranks(module: str) -> None:
+    """Run this program's module with its arguments on every rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
+    subprocess.run([*command, "-m", module, "--rank", *sys.argv[1:]], check=True)
 
 
 def main() -> None:
@@ -102,8 +122,7 @@ def main() -> None:
     if arguments.rank:
         run_rank(arguments)
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-    subprocess.run([*command, "-m", "bench.agreement", "--rank", *sys.argv[1:]], check=True)
+    start_ranks("bench.agreement")
 
 
 if __name__ == "__main__":

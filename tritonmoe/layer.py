@@ -386,8 +386,9 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
         """Give (..., D) of x (..., D).
 
-        fillers: as in expert_parallel_mlp, behind the halves of the shared expert: the scores of a router that needs
-            this x too, say.
+        Args:
+            fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
+                the shared expert come before them.
         """
         self._refuse_adapted()
         one_device = self.experts.transport is None

@@ -179,8 +179,7 @@ class KernelOptions(NamedTuple):
     batch_invariant: bool = False
     """A row's bits in every result that has rows don't depend on what else is in the batch."""
     beside_exchanges: bool = False
-    """Exchanges, or other collectives, may hold multiprocessors meanwhile: without num_sms nobody knows how many are free.
-    """
+    """Exchanges or other collectives may hold multiprocessors: without num_sms nobody knows how many are free."""
 
     def check(self) -> "KernelOptions":
         """Raise TypeError or ValueError unless the fields can be used; give itself."""
@@ -206,12 +205,17 @@ class MoEConfig:
     top_k: int
     """K, experts per token; at most 16 and at most E."""
     activation: Activation = "silu"
+    """silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or a callable from (n, 2F) rows to (n, F)."""
     gated: bool = True
+    """Whether the up-projection has a gate half, the first F of its 2F columns."""
     interleaved: bool = False
+    """Whether gate and up columns alternate instead: 0, 2, 4, ... are the gate."""
     transposed: bool = False
+    """Whether weights are (E, D, 2F) and (E, F, D) instead of (E, 2F, D) and (E, D, F)."""
     bias: bool = False
     """Whether experts have gate_up_bias (E, 2F) and down_bias (E, D)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the router's logits, over all E experts."""
     softmax_after_topk: bool = False
     """Softmax over the K chosen logits (Granite, gpt-oss) instead of over all E."""
     renormalize: bool = True
@@ -227,10 +231,12 @@ class MoEConfig:
     top_k_groups: int = 1
     """... and only the best this many groups are eligible for a token."""
     load_balance_loss_weight: float = 0.0
+    """Times the load balance loss in MoELayer.aux_loss; 0.01 is usual."""
     load_balance_over: Literal["rank", "global"] = "rank"
     """Whose tokens the load balance loss keeps balanced: each rank's own, or together those of all ranks of the layer's
     transport, as on one device that has them all (one small all_reduce per forward); see docs/design.md."""
     z_loss_weight: float = 0.0
+    """Times the router's z-loss in MoELayer.aux_loss."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -201,8 +201,11 @@ def moe_mlp(
         down_proj: (E, D, F), or (E, F, D) with transposed=True.
         activation: silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or a callable that takes (n, 2F) rows in
             x.dtype, in the weights' own column order and with the bias added, and gives (n, F).
-        gated: whether the up-projection has a gate half. interleaved: gate and up columns alternate.
-        gate_up_bias: (E, 2F) or None. down_bias: (E, D) or None.
+        gated: whether the up-projection has a gate half, which are the first F of its 2F columns.
+        interleaved: gate and up columns alternate instead, those of the bias too: 0, 2, 4, ... are the gate.
+        transposed: the weights lie the other way round, as in gpt-oss.
+        gate_up_bias: (E, 2F) or None.
+        down_bias: (E, D) or None.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
         num_sms: how many of a GPU's multiprocessors persistent kernels take; None: all, and where torch.distributed has

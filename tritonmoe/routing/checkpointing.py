@@ -18,8 +18,8 @@ def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Give the contexts in which activation checkpointing keeps every top-k and recomputes everything else.
 
     A recompute that rounds a score differently would send a near-tie token to other experts than the forward did, and
-    its gradients would belong to no forward. The ids are kept, 8 bytes each; the scores are taken anew at these ids, so
-    that code which works on them in place (transformers divides them by their sum) does no harm. For users:
+    its gradients would belong to no forward. The ids are kept, 8 bytes each. A recompute looks the scores up at these
+    ids, in tensors of its own: transformers divides them by their sum in place. For users:
 
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=tritonmoe.routing.save_topk)
     """

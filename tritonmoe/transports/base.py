@@ -155,9 +155,9 @@ class Transport(Handled, ABC):
 
     @property
     def message_length(self) -> int:
-        """L of the exchange_counts with which layer calls and collectives begin.
+        """How many integers a rank sends each other one before a layer call or a collective (exchange_counts).
 
-        One length for all: ranks that begin different ones then tell each other so, where gloo would abort.
+        It is one number for all of these: ranks that begin different ones tell each other so, where gloo would abort.
         """
         return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
 

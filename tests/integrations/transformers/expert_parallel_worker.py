@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tritonmoe as tm
+from tritonmoe.diagnosis import record
+from tritonmoe.diagnosis.attribution import attribute
+from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.routing import save_topk
 
@@ -107,9 +110,15 @@ def run_parallelized(name: str, directory: Path) -> None:
     names = list(model.state_dict())
     assert tmt.parallelize(model, dist.group.WORLD, OVERLAP) == 2
     assert list(model.state_dict()) == names
-    output = model(input_ids=ids[own], labels=ids[own])
-    output.loss.backward()
+    recorded = directory / f"{name}-recorded"
+    with record(recorded):
+        output = model(input_ids=ids[own], labels=ids[own])
+        output.loss.backward()
     average_dense_gradients(model)
+    dist.barrier()  # until every rank's file is written
+    recording = read_recording(recorded)
+    assert [(call.layer, call.has_backward) for call in recording.calls] == [(0, True), (1, True)]
+    assert attribute(recording).measured_s > 0
     assert_close({"logits": same_everywhere(output.logits.detach()), **gradients(model)}, expected)
     generated = model.eval().generate(ids[own, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(generated, tokens[own])

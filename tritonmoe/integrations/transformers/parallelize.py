@@ -46,8 +46,7 @@ def parallelize(
     Every rank calls it with the same weights, and then runs its own batch through the whole model, its own experts and,
     by overlapped exchanges, those of the others. All ranks make the same calls, forward and backward; batches may
     differ in size. Every expert parameter becomes a DTensor, Shard(0) over the ranks, with its name unchanged: make
-    the optimizer afterwards (a parameter group of their own, where its fused implementations mix no DTensors with
-    tensors). torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
+    the optimizer afterwards. torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
     `model.save_pretrained` gathers, so every rank must call it; the first one writes. Trainer's checkpoints do too, and
     torch.save of one rank's state dict is refused (tritonmoe.gather_state_dicts). Ranks whose texts end at
     different lengths call `generate(..., synced_gpus=True)`. DistributedDataParallel, and so Trainer, leaves expert

@@ -15,9 +15,9 @@ class LinkModel:
     Args:
         bandwidth_gb_per_s: 1e9 bytes a second, per rank and direction; None is infinitely fast.
         latency_us: microseconds that every message takes on top.
-        slow_ports: by rank, how many times as long as that a byte occupies its port.
-        slow_links: by sender and receiver, how many times as long as that a byte is on its way between the two, beside
-            the other messages of both.
+        slow_ports: by rank, how many times as long a byte occupies its port as it does the others'.
+        slow_links: by sender and receiver, how many times as long a byte is under way between these two. Their other
+            messages go on meanwhile.
     Example:
         LinkModel(1.0, slow_links={(2, 5): 4.0}): what rank 2 sends to rank 5 travels at a quarter of the bandwidth.
     """
