@@ -88,8 +88,12 @@ def compare(samples: Mapping[str, list[float]], num_tokens: int, with_it: str, w
     }
 
 
+def _post_nothing(*_: object) -> None:
+    pass
+
+
 def _not_agreed() -> contextlib.AbstractContextManager:
-    return mock.patch.object(call, "post_backward", return_value=None)
+    return mock.patch.object(call, "post_backward", new=_post_nothing)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

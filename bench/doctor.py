@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -62,7 +62,7 @@ WHERE = {
 START_RATE = 1e9
 NETNS_TIMEOUT_S = 120.0
 MEASURED = "measured.json"
-"""The file beside a kept recording with the seconds of the calls of every variant."""
+"""The file beside a kept recording with its scenario, and the seconds of the calls of every variant."""
 NOT_DRAWN = ("exchange contention", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
 SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention")
@@ -297,12 +297,13 @@ def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
             if "latency" in scenario.causes:  # tc's bucket has none of its own
                 continue
             (parent,) = set(gather(transport, str(_kept(arguments.keep)) if transport.rank == 0 else None)) - {None}
-            folder = Path(parent) / name_of(scenario)
+            folder = Path(parent) / f"{scenario.seed}-{scenario.size}"
             with record(folder):
                 seconds = run_rank(transport, scenario, arguments.calls, _shape)
             ranks = gather(transport, seconds)
             if transport.rank == 0:
-                (folder / MEASURED).write_text(json.dumps(slowest_of(ranks)))
+                kept = {"scenario": asdict(scenario), "seconds": slowest_of(ranks)}
+                (folder / MEASURED).write_text(json.dumps(kept))
                 results.append(judge_kept(folder))
                 if arguments.keep is None:
                     shutil.rmtree(parent)
@@ -314,16 +315,12 @@ def _kept(keep: str | None) -> Path:
     return Path(tempfile.mkdtemp() if keep is None else keep).absolute()
 
 
-def name_of(scenario: Scenario) -> str:
-    return f"{scenario.seed}-{scenario.size}"
-
-
 def judge_kept(folder: Path) -> Json:
-    """Judge what run_netns_rank left in a folder of the scenario's name."""
-    number, size = map(int, folder.name.split("-"))
-    seconds = json.loads((folder / MEASURED).read_text())
-    scenario = draw_scenario(number, (size,), NETNS_HIDDEN_SIZE, NETNS_TIMES)
-    result = judge(scenario, seconds, attribute(read_recording(folder)))
+    """Judge what run_netns_rank left in a folder."""
+    kept = json.loads((folder / MEASURED).read_text())
+    culprits = {cause: tuple(ranks) for cause, ranks in kept["scenario"]["culprits"].items()}
+    scenario = Scenario(**{**kept["scenario"], "causes": tuple(kept["scenario"]["causes"]), "culprits": culprits})
+    result = judge(scenario, kept["seconds"], attribute(read_recording(folder)))
     print(_line(result), flush=True)
     return result
 
@@ -471,6 +468,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
+    if arguments.keep and not arguments.netns:
+        parser.error("--keep belongs to --netns")
     torch.set_num_threads(1)
     if arguments.netns and "RANK" not in os.environ:
         return run_in_namespaces(arguments, sys.argv[1:] if argv is None else argv)
@@ -479,7 +478,8 @@ def main(argv: list[str] | None = None) -> int:
         if not results:
             return 0
     elif arguments.judge:
-        kind, results = "netns", [judge_kept(folder) for folder in sorted(Path(arguments.judge).iterdir())]
+        kept = sorted(file.parent for file in Path(arguments.judge).glob(f"*/{MEASURED}"))
+        kind, results = "netns", [judge_kept(folder) for folder in kept]
     else:
         kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
         run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []

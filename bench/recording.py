@@ -6,6 +6,7 @@ outside, in interleaved rounds. A thread of its own writes meanwhile.
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """Measure on this process, one of the ranks; the first one prints and writes."""
     torch.set_num_threads(1)
     with torchrun_ranks(timeout_s=60) as transport, tempfile.TemporaryDirectory() as folder:
-        results, numbers = [], iter(range(10**6))
+        results, numbers = [], itertools.count()
 
         def recorded() -> contextlib.AbstractContextManager:
             return record(Path(folder) / str(next(numbers)))

@@ -59,6 +59,8 @@ class Run:
     """So many times the pairs, and rows, of every other rank, of as many in all."""
     contention: float = 0.0
     """The share of its speed that compute loses while an exchange is under way."""
+    tells_arrivals: bool = True
+    """Whether it is known when each rank's rows arrived, as it is not over NCCL."""
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
     num_layers: int = 1
@@ -144,6 +146,8 @@ def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple
             arrivals = None if one.arrivals_s is None else (at + one.arrivals_s[:, rank] - origin[rank]).tolist()
             if arrivals is not None:
                 arrivals[rank] = None
+            if not run.tells_arrivals:
+                arrivals = None
             steps.append(
                 {
                     "kind": str(one.step.kind),

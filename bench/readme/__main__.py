@@ -57,6 +57,7 @@ def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
 
 
 def main() -> None:
+    """Write what is stale, or say what is."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where a page is not what would be written")
     parser.add_argument("--quick", action="store_true", help="leave alone what commands print, which takes a while")

@@ -81,7 +81,7 @@ def plan_rows_table(name: str) -> str:
 
 def mended_recording(name: str) -> str:
     """Give in words what the calls of a committed recording took, and others beside them without the cause."""
-    seconds = json.loads((RESULTS / "recordings" / name / "measured.json").read_text())
+    seconds = json.loads((RESULTS / "recordings" / name / "measured.json").read_text())["seconds"]
     slow, mended = (1e3 * statistics.median(seconds[variant]) for variant in ("with", "without"))
     return (
         f"Calls with that link mended, {len(seconds['with'])} of each in turn, took {mended:.0f} ms instead of "

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 from bench.readme.results import ROOT
+from tritonmoe.benchmarks import BENCHMARKS
 from tritonmoe.cli import command_parser
 
 __all__ = ["command_output", "commands_reference", "files_table", "notebook_of"]
@@ -49,22 +51,15 @@ def command_output(name: str) -> str:
 
 
 def commands_reference(program: str) -> str:
-    """Give every command of the program with its options, from its parser."""
-    return "\n".join(_describe(command_parser(), program)).strip()
-
-
-def _describe(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """Give every command of the program with its options, from its parser, and under bench every benchmark."""
+    (commands,) = (action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
     lines: list[str] = []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child, subparser in action.choices.items():
-                lines += ["", f"## `{name} {child}`", "", *_body(subparser), *_nested(subparser, f"{name} {child}")]
-    return lines
-
-
-def _nested(parser: argparse.ArgumentParser, name: str) -> list[str]:
-    """Give the commands of a command, as those of `bench`."""
-    return [line.replace("## `", "### `", 1) if line.startswith("## ") else line for line in _describe(parser, name)]
+    for name, parser in commands.choices.items():
+        lines += ["", f"## `{program} {name}`", "", *_body(parser)]
+        for benchmark in BENCHMARKS if name == "bench" else ():
+            make_parser = importlib.import_module(f"tritonmoe.benchmarks.{benchmark}").make_parser
+            lines += ["", f"### `{program} bench {benchmark}`", "", *_body(make_parser())]
+    return "\n".join(lines).strip()
 
 
 def _body(parser: argparse.ArgumentParser) -> list[str]:

@@ -3,21 +3,23 @@
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from mkdocs.structure.pages import Page
+
+DOCS = Path(__file__).parents[2] / "docs"
+FOLDERS = "tritonmoe|tests|bench|examples|virtual_gpu|CONTRIBUTING"
+OUTSIDE = re.compile(rf"\[([^]]*)\]\(((?:\.\./)+(?:{FOLDERS})[^)#]*)(?:#[^)]*)?\)")
 logger = logging.getLogger("mkdocs.hooks.site")  # its warnings end a strict build
 
-OUTSIDE = re.compile(
-    r"\[([^]]*)\]\((?:\.\./)+((?:tritonmoe|tests|bench|examples|virtual_gpu|CONTRIBUTING)[^)#]*)(?:#[^)]*)?\)"
-)
 
-
-def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
+def on_page_markdown(markdown: str, *, page: "Page", **_: object) -> str:
     """Turn [name](../tritonmoe/layer.py) into `name`; warn where there is no such file."""
 
     def as_name(match: re.Match) -> str:
         name, path = match.groups()
-        if not (ROOT / path).exists():
+        if not (DOCS / page.file.src_path).parent.joinpath(path).exists():
             logger.warning("%s names %s, which is no file of the repository", page, path)
         return name if name.startswith("`") else f"`{name}`"
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.diagnosis.verdict import as_text
@@ -128,6 +131,49 @@ def test_fewer_ranks_are_advised_where_rows_take_long(tmp_path: Path) -> None:
     assert advice.gain.seconds == pytest.approx(run.seconds() - fewer.seconds(), rel=0.05)
     hidden = diagnose(tmp_path / "hidden", replace(run, byte_s=1e-8))
     assert not any("ranks instead" in one.words for one in hidden.advice), "there is nothing to gain"
+
+
+@pytest.mark.parametrize("fault", [Run(slow_rank=(2, 1.5)), Run(late_rank=(3, 0.08))], ids=["slow", "late"])
+def test_fewer_ranks_leave_no_fault_behind(fault: Run, tmp_path: Path) -> None:
+    """One of both halves has it still, and the step waits for that one."""
+    assert not any("ranks instead" in one.words for one in diagnose(tmp_path, fault).advice)
+
+
+def test_without_arrivals_no_link_is_called_slow(tmp_path: Path) -> None:
+    """As over NCCL; a slow rank is found all the same."""
+    found = diagnose(tmp_path, Run(slow_rank=(2, 1.5), tells_arrivals=False))
+    assert (found.findings[0].kind, found.findings[0].ranks) == ("slow rank", (2,))
+    assert not {one.kind for one in (*found.findings, *found.others)} & {
+        "slow link",
+        "slow port",
+        "exchange contention",
+    }
+    assert any("NCCL" in note for note in found.notes)
+
+
+def test_a_slow_link_of_two_ranks_with_a_latency(tmp_path: Path) -> None:
+    run = Run(size=2, slow_link=(0, 1, 10.0), latency_s=2e-3)
+    found = diagnose(tmp_path, run)
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert found.costs.link.latency_s == pytest.approx(2e-3, rel=0.1)
+    (link,) = (one for one in (*found.findings, *found.others) if one.kind == "slow link")
+    assert link.ranks == (0, 1)
+    assert link.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), abs=0.02 * run.seconds())
+
+
+def test_rows_that_all_stay_at_home(tmp_path: Path) -> None:
+    """No exchange carries a row, so no link costs anything."""
+
+    def local(transport: tm.transports.Transport) -> None:
+        layer = tm.GroupedExperts(tm.MoEConfig(8, 4, 8, 2), transport, tm.OverlapConfig(2), backend="torch")
+        ids = torch.tensor([[0, 1]]).expand(16, 2) + 2 * transport.rank
+        for _ in range(3):
+            layer(torch.randn(16, 8, requires_grad=True), ids, torch.ones(16, 2)).sum().backward()
+
+    with record(tmp_path / "run"):
+        tm.run_on_emulated_ranks(local, 4)
+    found = attribute(read_recording(tmp_path / "run"))
+    assert any("no exchange carried rows" in note for note in found.notes)
 
 
 def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:

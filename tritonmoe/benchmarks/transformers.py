@@ -157,8 +157,7 @@ def largest_violation(subject: Subject) -> float:
     return round(sum(layer.max_violation for layer in layers) / len(layers), 3)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print a table, a line for each case; ratio is the best other time over ours, per round, median."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench transformers", description=__doc__)
     parser.add_argument("--subjects", nargs="+", default=["block", "model"], choices=["block", "model"])
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
@@ -169,6 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     add_model_sizes(parser)
     parser.add_argument("--png", type=picture_file, help="also draw the figures")
     add_arguments(parser, rounds=7)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table, a line for each case; ratio is the best other time over ours, per round, median."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
         check_model_sizes(arguments)

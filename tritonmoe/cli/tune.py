@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         shape = layer_shape(arguments)
         tokens = arguments.tokens or tokens_of_every_class(shape)
         if arguments.show:
-            found = chosen_tiles(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90")
-            say(_as_json(found) if arguments.json else _as_text(found))
+            tiles = chosen_tiles(shape, tokens, DTYPES[arguments.dtype], arguments.target or "sm_90")
+            say(_as_json(tiles) if arguments.json else _as_text(tiles))
             return 0
     except ImportError as error:
         return _without_triton(error)
@@ -113,7 +113,8 @@ def chosen_tiles(
 
     if target not in ARCHITECTURES:
         raise ValueError(f"--target must be one of {', '.join(ARCHITECTURES)}, got {target!r}")
-    tuned, tiles = measured_tiles.read(measured_tiles.cache_file()), dict[str, tuple[TileConfig, str]]()
+    tuned = measured_tiles.read(measured_tiles.cache_file())
+    tiles: dict[str, tuple[TileConfig, str]] = {}
     for num_tokens in tokens:
         variant = Variant.of(shape, dtype, num_tokens)
         with measured_tiles.asked() as found:

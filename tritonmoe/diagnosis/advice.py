@@ -9,7 +9,7 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, with_plan
+from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, walk, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.simulation.cost_model import EachLink
 from tritonmoe.simulation.two_batches import MOST_LAYERS
@@ -138,16 +138,15 @@ def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
         yield Proposal(
             f"expert parallelism over {size // 2} ranks instead of {size}",
             "takes twice the experts' memory on each rank; summing their gradients over both groups is not in it",
-            _on_half_the_ranks,
+            lambda of: max((_on_half(of, half) for half in range(2)), key=lambda half: walk(half).total_s),
         )
 
 
-def _on_half_the_ranks(of: Conditions) -> Conditions:
-    """Give the call of the half of the ranks that computes more, whose ranks also own what the other half owned."""
+def _on_half(of: Conditions, number: int) -> Conditions:
+    """Give the call of the first half of the ranks (0) or the other (1), which also own what the other half owned."""
     work, half = of.work, of.work.size // 2
     halves = slice(0, half), slice(half, None)
-    computed = [float(work.pairs[ranks].sum()) for ranks in halves]
-    ranks = halves[computed[1] > computed[0]]
+    ranks = halves[number]
     tokens = work.pairs[ranks].sum(1, keepdim=True) / work.top_k
     # Each of a token's experts is one of the first owner's, or of the second's, as often as these rows say.
     is_elsewhere = torch.ones_like(work.pairs[ranks, ranks])

@@ -11,10 +11,10 @@ from itertools import groupby
 
 import torch
 
-from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, trimmed_mean, weighted_median
+from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.diagnosis.links import LinkRatios, fit_links
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep
-from tritonmoe.overlap.steps import StepKind, Unit
+from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
 __all__ = ["Costs", "fit_costs"]
@@ -48,7 +48,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One step of one rank: what it took in the mean of the calls in which it had so many units."""
+    """One step of one rank: what it took in the mean of the calls in which it had so many units.
+
+    The longest of every eight are left out of the mean. Times have long tails, which the steps of a call share out
+    among themselves: the sum of their medians would be less than the median of their sums.
+    """
 
     kind: StepKind
     rank: int
@@ -57,7 +61,7 @@ class _Sample:
     beside_s: float
     """For how long of them an exchange was under way."""
 
-    def by(self, slowness: Sequence[float], contention: float = 0.0) -> tuple[float, float]:
+    def by(self, slowness: Sequence[float], contention: float) -> tuple[float, float]:
         """Give the units, and what they would take on a rank like the others, with no exchange beside them."""
         seconds = self.seconds - contention * self.beside_s
         return self.units, seconds / (slowness[self.rank] if self.is_of_pairs else 1.0)
@@ -76,7 +80,9 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous:
         for kind, of in groupby(sorted(_samples(calls), key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
     }
     slowness = _slowness(by_kind, size)
-    contention = _contention(by_kind, slowness)
+    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
+    # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them.
+    contention = _contention(by_kind, slowness) if ratios.are_told_apart else 0.0
     if contention:
         slowness = _slowness(by_kind, size, contention)
     lines = _lines(by_kind, slowness, contention)
@@ -89,7 +95,6 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous:
         {str(kind): unit for kind, (_, unit) in lines.items()},
         slowness={str(kind): of_ranks for kind in StepKind if kind.unit is Unit.PAIRS},
     )
-    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
     gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
     link = replace(link, contention=contention)
     return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
@@ -115,19 +120,20 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
                 found.setdefault(key, []).append((step.units, _spent_s(step), beside_s))
     samples = []
     for (_, kind, _, rank, _), values in found.items():
-        units, seconds, beside = zip(*values, strict=True)
-        samples.append(_Sample(kind, rank, statistics.mean(units), trimmed_mean(seconds), statistics.mean(beside)))
+        kept = sorted(values, key=lambda value: value[1])[: len(values) - len(values) // 8]
+        samples.append(_Sample(kind, rank, *map(statistics.mean, zip(*kept, strict=True))))
     return samples
 
 
 def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedStep, float]]:
     """Give the steps of a pass that have work, with their rank, and for how long of each an exchange was under way."""
     passes = [of.passes[number] for of in call.ranks]
-    last_posted: dict[object, float] = {}
+    last_posted: dict[Step, float] = {}
     for one in passes:
         for step in one.steps:
-            posted = one.origin + step.start_s + step.post_s
-            last_posted[step.step] = max(posted, last_posted.get(step.step, posted))
+            if step.step.lane == "comm":
+                posted = one.origin + step.start_s + step.post_s
+                last_posted[step.step] = max(posted, last_posted.get(step.step, posted))
     for rank, one in enumerate(passes):
         # Rows are under way when the last rank has posted them, and exchanges take turns.
         under_way = [
@@ -161,10 +167,7 @@ _ByKind = Mapping[StepKind, Sequence[_Sample]]
 
 def _lines(by_kind: _ByKind, slowness: Sequence[float], contention: float) -> dict[StepKind, tuple[float, float]]:
     """Give (fixed, unit) seconds by kind of step."""
-    points = {
-        kind: [s.by(slowness, contention) if s.is_of_pairs else s.by(slowness) for s in of]
-        for kind, of in by_kind.items()
-    }
+    points = {kind: [s.by(slowness, contention) for s in of] for kind, of in by_kind.items()}
     return {kind: _of_same_sum(fit_relative_line(of), of) for kind, of in points.items()}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["ALIKE", "fit_relative_line", "quantiles", "trimmed_mean", "weighted_median", "weighted_quantile"]
+__all__ = ["ALIKE", "fit_relative_line", "medians", "weighted_median"]
 
 ALIKE = 1.05
 """Sizes of which the largest is at most so many times the smallest are one size."""
@@ -38,37 +38,21 @@ def fit_relative_line(points: Sequence[tuple[float, float]]) -> tuple[float, flo
     return fixed, slope
 
 
-def trimmed_mean(values: Sequence[float]) -> float:
-    """Give the mean without the largest of every eight values.
-
-    Times have long tails, which the steps of a call share out among themselves: the sum of their medians would be less
-    than the median of their sums.
-    """
-    ordered = sorted(values)
-    kept = ordered[: len(ordered) - len(ordered) // 8]
-    return sum(kept) / len(kept)
-
-
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
-    """Give the value in the middle of (value, weight), of two the smaller one."""
-    return weighted_quantile(values, 0.5)
-
-
-def weighted_quantile(values: Sequence[tuple[float, float]], share: float) -> float:
-    """Give the smallest value of (value, weight) that, with all smaller ones, has so large a share of the weight."""
+    """Give the smallest value of (value, weight) that, with all smaller ones, has half of the weight."""
     ordered = sorted(values)
-    wanted, reached = share * sum(weight for _, weight in ordered), 0.0
+    half, reached = 0.5 * sum(weight for _, weight in ordered), 0.0
     for value, weight in ordered:
         reached += weight
-        if reached >= wanted:
+        if reached >= half:
             return value
     return ordered[-1][0]
 
 
-def quantiles(values: Tensor, weights: Tensor, share: float) -> Tensor:
-    """Give weighted_quantile along the first axis of values and weights (n, ...); NaN where all weights are 0."""
+def medians(values: Tensor, weights: Tensor) -> Tensor:
+    """Give weighted_median along the first axis of values and weights (n, ...); NaN where all weights are 0."""
     ordered, order = torch.where(weights > 0, values, torch.inf).sort(0)
     reached = weights.gather(0, order).cumsum(0)
-    is_enough = reached >= share * reached[-1] * (1 - 1e-12)
+    is_enough = reached >= 0.5 * reached[-1]
     found = ordered.gather(0, is_enough.to(torch.int8).argmax(0)[None])[0]
     return torch.where(reached[-1] > 0, found, torch.nan)

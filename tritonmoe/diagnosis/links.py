@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.fits import fit_relative_line, quantiles, weighted_median, weighted_quantile
+from tritonmoe.diagnosis.fits import fit_relative_line, medians, weighted_median
 from tritonmoe.diagnosis.recording import RankCall, RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import EachLink, LinkCosts
@@ -30,6 +30,8 @@ KEPT_PASSES = 1024
 START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
 SHORTEST_S = 1e-6
+LEAST_BYTE_S = 1e-18
+"""Of links whose bytes take no time."""
 APART_S = 1e4
 """No pass takes so long."""
 AGAINST = 2.0
@@ -109,18 +111,19 @@ def fit_links(
     shares_link: whether exchanges that are under way together share a port. uses_rendezvous: as the transport says.
     """
     size = len(calls[0].ranks)
-    passes = [(call, number) for call in calls for number in range(len(call.ranks[0].passes))]
+    passes = [(call, number) for call in calls for number in range(len(call.by_pass))]
     messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
     every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
     sent = _Messages.joined([_messages_of(call, number) for call, number in passes[::every]])
     if not bool(sent.are_known.any()):
-        link = LinkCosts(0.0, 1e18, shares_link)
-        ones = torch.ones(size, dtype=torch.float64, device="cpu")
-        nothing = LinkRatios(ones, ones, torch.ones(size, size, dtype=torch.float64, device="cpu"), False)
-        return link, nothing, ("no exchange carried rows from rank to rank",)
+        of_ranks = torch.ones(size, dtype=torch.float64, device="cpu")
+        of_links = torch.ones(size, size, dtype=torch.float64, device="cpu")
+        free = EachLink(0 * of_ranks, 0 * of_ranks, 0 * of_links, 0 * of_links)
+        link = LinkCosts(0.0, 1 / LEAST_BYTE_S, shares_link, each=free)
+        return link, LinkRatios(of_ranks, of_ranks, of_links, False), ("no exchange carried rows from rank to rank",)
     fit = _Fit(sent, size, uses_rendezvous)
     ratios = fit.ratios()
-    byte_s = max(fit.byte_s, 1e-18)
+    byte_s = max(fit.byte_s, LEAST_BYTE_S)
     port_out_s, port_in_s = ratios.port_out * byte_s, ratios.port_in * byte_s
     # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
     link_s = torch.where(ratios.link > 1, ratios.link * torch.maximum(port_out_s[:, None], port_in_s), 0.0)
@@ -239,29 +242,34 @@ class _Fit:
         due_s = sent.port_bytes * self.byte_s
         ratios = (self._seconds().clamp(min=SHORTEST_S) - self.latency_s) / due_s
         counts = sent.are_known & (due_s > 0)
-        return quantiles(ratios, torch.where(counts, sent.port_bytes, 0.0), 0.5).clamp(min=1e-3)
+        return medians(ratios, torch.where(counts, sent.port_bytes, 0.0)).clamp(min=1e-3)
 
-    def _ratio(self, messages: Sequence[tuple[float, float]], share: float) -> float:
-        """The same of these messages, of which bytes and seconds are given."""
-        of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in messages if b * self.byte_s > 0]
-        return max(1e-3, weighted_quantile(of_byte, share)) if of_byte else math.nan
+    def _ratio(self, times: Sequence[tuple[float, float]]) -> float:
+        """The same of busy times, of which bytes and seconds are given; NaN of none."""
+        of_byte = [((s - self.latency_s) / (b * self.byte_s), b) for b, s in times if b * self.byte_s > 0]
+        return max(1e-3, weighted_median(of_byte)) if of_byte else math.nan
 
     def _measure_slow_links(self) -> None:
-        """Give links that are taken for slow the ratios of their busy times, which may say that they are not."""
-        for i, k in (self.link > 1).nonzero().tolist():
-            own = self._own_ratio(i, k)
-            self.link[i, k] = own if own > SMALLEST_RATIO else 1.0
+        """Give links that are taken for slow the ratios of all their bytes, which may say that they are not."""
+        own = self._own_ratios()
+        self.link = torch.where((self.link > 1) & (own > SMALLEST_RATIO), own, 1.0)
         if self.uses_rendezvous:
             self.link = torch.where(self.link * AGAINST < self.link.T, 1.0, self.link)
 
-    def _own_ratio(self, i: int, k: int) -> float:
-        """Give how many times as long as its ports a byte from rank i to rank k takes, by that link's busy times."""
-        counts = torch.zeros_like(self.sent.are_known)
-        counts[:, i, k] = self.sent.are_known[:, i, k]
-        times = self._busy_times(counts, 2, torch.ones(self.size, dtype=torch.bool, device="cpu"))[i]
-        byte_s = weighted_median([(max(0.0, seconds - self.latency_s) / size, size) for size, seconds in times])
-        port = max(float(self.port_out[i]), float(self.port_in[k]))
-        return byte_s / (self.byte_s * port * float(self.port_share[i, k]))
+    def _own_ratios(self) -> Tensor:
+        """Give how many times as long as its ports a byte takes on each link (W, W), by the sums of each pass.
+
+        Single messages of a link that is never at rest take times that vary, and their median is less than their mean.
+        """
+        sent, known = self.sent, self.sent.are_known
+        seconds = torch.where(known, (self._seconds() - self.latency_s).clamp(min=0), 0.0)
+        sizes = torch.where(known, sent.sent_bytes, 0.0)
+        number = sent.is_first.cumsum(0) - 1
+        of_pass = torch.zeros(int(number[-1]) + 1, self.size, self.size, dtype=torch.float64, device="cpu")
+        total_s, total = of_pass.index_add(0, number, seconds), of_pass.index_add(0, number, sizes)
+        byte_s = medians(total_s / total.clamp(min=1), total)
+        port = torch.maximum(self.port_out[:, None], self.port_in)
+        return byte_s / (max(self.byte_s, LEAST_BYTE_S) * port * self.port_share)
 
     def _refine(self) -> None:
         ratio = self._ratios()
@@ -284,18 +292,20 @@ class _Fit:
             self.latency_s, self.byte_s = self._line(points)
         for ports, by_port, slow in zip((self.port_out, self.port_in), (outwards, inwards), is_slow, strict=True):
             for rank in slow.nonzero()[:, 0].tolist():
-                own = self._ratio(by_port[rank], 0.5)
+                own = self._ratio(by_port[rank])
                 ports[rank] = own if own > SMALLEST_RATIO else 1.0
 
     def _by_port(self) -> tuple[list[list[tuple[float, float]]], list[list[tuple[float, float]]]]:
         """Give bytes and seconds of the busy times of every port, on the way out of it and into it.
 
         The messages of a port share it, also those of one exchange and the next, in any order: only how long it is busy
-        without a pause tells its rate. Messages on slow links and against them, which wait for acknowledgements, and,
-        of a port that is not slow, those to a slow one are left aside.
+        without a pause tells its rate. Messages on slow links and, of a port that is not slow, those to a slow one are
+        left aside; with rendezvous also those against slow links, which wait for acknowledgements, if there are others.
         """
         is_out, is_in = (self.port_out > 1)[:, None], (self.port_in > 1)[None]
-        counts = self.sent.are_known & (self.link <= 1) & (self.link.T <= 1)
+        counts = self.sent.are_known & (self.link <= 1)
+        if self.uses_rendezvous and bool((counts & (self.link.T <= 1)).any()):
+            counts = counts & (self.link.T <= 1)
         outwards = self._busy_times(counts & (is_out | ~is_in), 2, self.port_out > 1)
         return outwards, self._busy_times(counts & (is_in | ~is_out), 1, self.port_in > 1)
 
@@ -303,35 +313,39 @@ class _Fit:
         """Give by rank the bytes and seconds of the times in which its port has messages, with one latency each.
 
         Args:
-            counts: (M, W, W), the messages that count. peers: the axis of the other end.
+            counts: (M, W, W), the messages that count.
+            peers: the axis of the other end.
             is_slow: (W,), the ports that alone decide how long their messages take; else the busier of two decides,
                 whose bytes count where all messages of an exchange are in one such time.
         """
         latency_s = self.latency_s
-        counted = torch.where(counts, self.sent.sent_bytes, 0.0)
-        own, most = counted.sum(peers), torch.where(counts, self.sent.port_bytes, 0.0).amax(peers)
-        times_own = torch.where(is_slow | (own == 0), 1.0, most / own.clamp(min=1))[:, None]
         begun = self._begun()
-        by_port = [
-            of if peers == 1 else of.transpose(1, 2)
-            for of in (counts, counted, begun, torch.maximum(self.sent.arrived - latency_s, begun))
-        ]
-        counts, counted, begun, ended = by_port  # (M, other end, port)
-        begun, ended = torch.where(counts, begun, torch.inf), torch.where(counts, ended, -torch.inf)
-        ordered, order = begun.flatten(0, 1).sort(0)
-        reached = ended.flatten(0, 1).gather(0, order).cummax(0).values
+        ended = torch.maximum(self.sent.arrived - latency_s, begun)
+
+        def by_port(values: Tensor, otherwise: float) -> Tensor:
+            """Give (M, other end, port) of the messages that count."""
+            values = torch.where(counts, values, otherwise)
+            return values if peers == 1 else values.transpose(1, 2)
+
+        begins, ends = by_port(begun, torch.inf), by_port(ended, -torch.inf)
+        ordered, order = begins.flatten(0, 1).sort(0)
+        reached = ends.flatten(0, 1).gather(0, order).cummax(0).values
         follows_pause = torch.ones_like(ordered, dtype=torch.bool)
         follows_pause[1:] = ordered[1:] >= reached[:-1]
-        number = torch.empty_like(order).scatter_(0, order, follows_pause.cumsum(0) - 1).view(counts.shape)
-        least, largest = (torch.where(counts, number, other) for other in (number.numel(), -1))
-        is_whole = (least.amin(1, keepdim=True) == largest.amax(1, keepdim=True)).expand_as(counts)
-        sizes = torch.where(is_whole, counted * times_own, counted)
+        number = torch.empty_like(order).scatter_(0, order, follows_pause.cumsum(0) - 1).view(begins.shape)
+        is_counted = begins < torch.inf
+        first = torch.where(is_counted, number, number.numel()).amin(1, keepdim=True)
+        last = torch.where(is_counted, number, -1).amax(1, keepdim=True)
+        own_bytes = by_port(self.sent.sent_bytes, 0.0)
+        own, most = own_bytes.sum(1, keepdim=True), by_port(self.sent.port_bytes, 0.0).amax(1, keepdim=True)
+        is_of_busier = (first == last) & ~is_slow & (own > 0)
+        sizes = torch.where(is_of_busier, own_bytes * (most / own.clamp(min=1)), own_bytes)
 
         def of_times(values: Tensor, reduce: str) -> Tensor:
             values, numbers = values.flatten(0, 1), number.flatten(0, 1)
             return torch.zeros_like(values).scatter_reduce(0, numbers, values, reduce, include_self=False)
 
-        seconds = of_times(ended, "amax") - of_times(begun, "amin") + latency_s
+        seconds = of_times(ends, "amax") - of_times(begins, "amin") + latency_s
         lists = zip(of_times(sizes, "sum").T.tolist(), seconds.T.tolist(), strict=True)
         return [[(b, max(SHORTEST_S, s)) for b, s in zip(*of, strict=True) if b > 0] for of in lists]
 
@@ -352,6 +366,8 @@ class _Fit:
 
     def _tell_apart(self, ratio: Tensor) -> None:
         """Split the ratio (W, W) of every link to the typical one into those of ports and what is left to the link."""
+        if not self.sent.are_told_apart:
+            return
         if self.size == 2:
             out = into = torch.ones(2, dtype=torch.float64, device="cpu")
         else:
