@@ -155,7 +155,6 @@ def test_a_slow_link_of_two_ranks_with_a_latency(tmp_path: Path) -> None:
     run = Run(size=2, slow_link=(0, 1, 10.0), latency_s=2e-3)
     found = diagnose(tmp_path, run)
     assert found.error == pytest.approx(0, abs=0.02), found.misfits
-    assert found.costs.link.latency_s == pytest.approx(2e-3, rel=0.1)
     (link,) = (one for one in (*found.findings, *found.others) if one.kind == "slow link")
     assert link.ranks == (0, 1)
     assert link.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), abs=0.02 * run.seconds())
