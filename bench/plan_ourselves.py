@@ -1,7 +1,8 @@
 """The planner against this package on real links: a model's step predicted from `probe`, and then run.
 
 N processes in network namespaces (Linux, root), one thread each. For every rate of the links all ranks first probe,
-then predict forward and backward with several schedules, and then run them, in interleaved rounds.
+then predict forward and backward with several schedules, and then run them, in interleaved rounds. The planner is told
+how many pairs each expert gets, as `tritonmoe plan --routing` tells it: an untrained router prefers some.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tritonmoe.diagnosis.model_config import model_of_config
 from tritonmoe.diagnosis.step import step_time
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.parallelize import parallelize
+from tritonmoe.integrations.transformers.statistics import collect_statistics
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -81,7 +83,7 @@ def _run_rank(arguments: argparse.Namespace, rates: list[float]) -> int:
             if ranks.rank == 0:
                 ask(f"rate {rate}")
             ranks.barrier()
-            predicted = _predict(arguments, ranks, models["serial"])
+            predicted = _predict(arguments, ranks, models["serial"], ids)
             measured = _measure(ranks, models, ids, arguments.rounds)
             results += [
                 {
@@ -99,13 +101,24 @@ def _run_rank(arguments: argparse.Namespace, rates: list[float]) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace, ranks: Transport, model: Any) -> dict[str, float]:
+def _predict(arguments: argparse.Namespace, ranks: Transport, model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Give the seconds of forward and backward with every schedule, from what was probed just now."""
     sizes = model_of_config(model.config.to_dict(), "the model of bench.expert_parallel")
-    job = Job(sizes, sequence=arguments.tokens, ep=ranks.size, dtype="fp32")
+    job = Job(sizes, sequence=arguments.tokens, ep=ranks.size, dtype="fp32", load=_typical_load(ranks, model, ids))
     say = print if ranks.rank == 0 else lambda text: None
     cluster = probe_cluster(job, CLUSTERS["H100"], ranks, torch.device("cpu"), say, node_size=1)
     return {name: step_time(job, cluster, 1, overlap).forward_backward_s for name, overlap in PLANS.items()}
+
+
+def _typical_load(ranks: Transport, model: Any, ids: torch.Tensor) -> tuple[float, ...]:
+    """Give the share of each expert of all ranks' pairs, in the layer whose busiest rank is in the middle."""
+    with collect_statistics(model) as statistics, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    loads = torch.stack([torch.tensor(load, dtype=torch.float64) for load in statistics.loads.values()])
+    ranks.all_reduce(loads)
+    busiest = loads.unflatten(1, (ranks.size, -1)).sum(2).amax(1)
+    typical = loads[busiest.argsort()[len(busiest) // 2]]
+    return tuple((typical / typical.sum()).tolist())
 
 
 def _measure(ranks: Transport, models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ TABLES = {
     "doctor": diagnosis_tables.doctor_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
+    "recording": diagnosis_tables.recording_table,
     "plan": diagnosis_tables.plan_table,
     "plan_rows": diagnosis_tables.plan_rows_table,
     "two_batches": overlap_tables.two_batches_table,

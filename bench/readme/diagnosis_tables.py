@@ -3,9 +3,9 @@
 import json
 import statistics
 
-from bench.readme.results import RESULTS, load, load_all, where
+from bench.readme.results import RESULTS, load, load_all, spread, where
 
-__all__ = ["doctor_table", "mended_recording", "plan_rows_table", "plan_table"]
+__all__ = ["doctor_table", "mended_recording", "plan_rows_table", "plan_table", "recording_table"]
 
 
 def doctor_table(prefix: str) -> str:
@@ -77,6 +77,24 @@ def plan_rows_table(name: str) -> str:
             note = "fitted" if row["fitted"] else row["note"]
             lines.append(f"| {row['what']} | {row['measured']:,.5g} {row['unit']} | {predicted} | {error} | {note} |")
     return "\n".join(lines[1:])
+
+
+def recording_table(name: str) -> str:
+    """Give what steps take while they are recorded, and otherwise."""
+    data = load(name)
+    samples = data["results"][0]["times"]["recorded"]["samples"]
+    lines = [
+        f"`python -m bench.recording` on {where(data['environment'])}: two processes over gloo on these cores, one MoE "
+        "layer (E=64, K=8, D=512, F=256), forward and backward. Milliseconds, median (quartiles) of "
+        f"{samples} interleaved rounds; the difference is the median of the rounds' own.",
+        "",
+        "| tokens a rank | recorded | not recorded | difference |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in data["results"]:
+        times = [spread(row["times"][variant]) for variant in ("recorded", "not recorded")]
+        lines.append(f"| {row['tokens_per_rank']} | {' | '.join(times)} | {row['difference_us'] / 1e3:+.1f} |")
+    return "\n".join(lines)
 
 
 def mended_recording(name: str) -> str:
