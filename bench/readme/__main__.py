@@ -21,6 +21,7 @@ TABLES = {
     "overlap": overlap_tables.overlap_table,
     "recording": diagnosis_tables.recording_table,
     "plan": diagnosis_tables.plan_table,
+    "plan_ourselves": diagnosis_tables.plan_ourselves_table,
     "plan_rows": diagnosis_tables.plan_rows_table,
     "two_batches": overlap_tables.two_batches_table,
     "two_levels": overlap_tables.two_levels_table,

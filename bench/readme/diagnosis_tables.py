@@ -3,9 +3,17 @@
 import json
 import statistics
 
+from bench.plan_ourselves import TELLING, rank_pairs
 from bench.readme.results import RESULTS, load, load_all, spread, where
 
-__all__ = ["doctor_table", "mended_recording", "plan_rows_table", "plan_table", "recording_table"]
+__all__ = [
+    "doctor_table",
+    "mended_recording",
+    "plan_ourselves_table",
+    "plan_rows_table",
+    "plan_table",
+    "recording_table",
+]
 
 
 def doctor_table(prefix: str) -> str:
@@ -62,6 +70,36 @@ def plan_table(name: str) -> str:
             if target is not None:
                 targets.append(f"{kind} {target:.2%} {'met' if error <= target else '**missed**'}")
         lines.append(f"| {' | '.join([*cells, ', '.join(targets) or '-', table['fitted']])} |")
+    return "\n".join(lines)
+
+
+def plan_ourselves_table(prefix: str) -> str:
+    """Give predicted and measured steps, a column for every file of results whose name starts with `prefix`."""
+    files = load_all(prefix)
+    sizes = [data["results"]["ranks"] for data in files]
+    lines = [
+        f"`python -m bench.plan_ourselves --netns N` on {where(files[0]['environment'])}: forward and backward of the model of "
+        "bench.expert_parallel in network namespaces, one thread each, predicted from a probe of a moment before. "
+        f"Milliseconds, medians of {' and '.join(str(d['results']['cases'][0]['measured']['samples']) for d in files)} "
+        "interleaved rounds.",
+        "",
+        f"| link | schedule | {' | '.join(f'N = {size}: predicted | measured | error' for size in sizes)} |",
+        f"| --- | --- |{' --- |' * 3 * len(files)}",
+    ]
+    for cases in zip(*(data["results"]["cases"] for data in files), strict=True):
+        cells = [
+            f"{case['predicted_ms']:.0f} | {case['measured']['median_ms']:.0f} | {case['error']:+.1%}" for case in cases
+        ]
+        lines.append(f"| {cases[0]['rate']} | {cases[0]['plan']} | {' | '.join(cells)} |")
+    for size, data in zip(sizes, files, strict=True):
+        cases = data["results"]["cases"]
+        errors = [abs(case["error"]) for case in cases]
+        right, pairs = rank_pairs(cases)
+        lines += [
+            "",
+            f"{size} ranks: {statistics.median(errors):.1%} off in the median, {max(errors):.1%} at worst; of pairs of "
+            f"schedules whose times differ by {TELLING:.0%} or more {right} of {pairs} in the right order.",
+        ]
     return "\n".join(lines)
 
 
