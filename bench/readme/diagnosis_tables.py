@@ -78,8 +78,8 @@ def plan_ourselves_table(prefix: str) -> str:
     files = load_all(prefix)
     sizes = [data["results"]["ranks"] for data in files]
     lines = [
-        f"`python -m bench.plan_ourselves --netns N` on {where(files[0]['environment'])}: forward and backward of the model of "
-        "bench.expert_parallel in network namespaces, one thread each, predicted from a probe of a moment before. "
+        f"`python -m bench.plan_ourselves --netns N` on {where(files[0]['environment'])}: forward and backward of the "
+        "model of bench.expert_parallel in network namespaces, one thread each, predicted from a probe just before. "
         f"Milliseconds, medians of {' and '.join(str(d['results']['cases'][0]['measured']['samples']) for d in files)} "
         "interleaved rounds.",
         "",
