@@ -10,9 +10,9 @@ from tritonmoe.benchmarks import argument_types
 from tritonmoe.benchmarks.overlap import make_parser
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
-from tritonmoe.benchmarks.progress import Progress, duration
 from tritonmoe.benchmarks.transformers import main as bench_transformers
 from tritonmoe.cli import main
+from tritonmoe.runtime.progress import Progress, duration
 
 SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"]
 

@@ -11,13 +11,13 @@ import torch
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.overlap_prediction import predict
 from tritonmoe.benchmarks.overlap_variants import Variant, variants_of
-from tritonmoe.benchmarks.progress import Progress, say
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.benchmarks.workload import Workload
 from tritonmoe.diagnosis.recorder import record
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind, Way
+from tritonmoe.runtime.progress import Progress, say
 from tritonmoe.simulation.simulator import Simulation
 from tritonmoe.transports import Transport
 from tritonmoe.tuning.measured import layer_work

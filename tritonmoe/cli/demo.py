@@ -26,6 +26,7 @@ from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_png
 from tritonmoe.report.terminal import text_style
+from tritonmoe.runtime.progress import say
 from tritonmoe.transports import LinkModel
 
 __all__ = ["add_parser"]
@@ -98,33 +99,29 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     started = time.perf_counter()
     num_ranks, seed = arguments.ranks, arguments.seed
     text, shape = load_shakespeare(), ModelShape()
     num_steps = arguments.steps or DEFAULT_STEPS
 
-    _say(f"measuring the model's MoE layers on {num_ranks} emulated ranks ({device.type}) to choose a link ...")
+    say(f"measuring the model's MoE layers on {num_ranks} emulated ranks ({device.type}) to choose a link ...")
     training = Training(shape, text, num_ranks, device, seed, CALIBRATION_STEPS, VARIANTS["overlapped"])
     calibrated_layer_s, link = _choose_link(train(training), shape)
 
     num_compared = min(COMPARED_STEPS, num_steps)
-    _say(f"training {num_compared} steps with the serial schedule ...")
+    say(f"training {num_compared} steps with the serial schedule ...")
     training.link, training.overlap, training.num_steps = link, VARIANTS["serial"], num_compared
     serial = train(training)
 
-    _say(f"training up to {num_steps} steps with the overlapped schedule ...")
+    say(f"training up to {num_steps} steps with the overlapped schedule ...")
     training.overlap, training.num_steps, training.evaluates = VARIANTS["overlapped"], num_steps, True
     training.time_limit_s = None if arguments.steps else TRAINING_TIME_LIMIT_S
     overlapped = train(training, _report_progress)
     # Without --steps a very slow machine may not come as far as the serial run did.
     num_compared = min(num_compared, len(overlapped[0].mean_losses))
 
-    _say("timing one larger MoE layer, serial and overlapped in turn ...")
+    say("timing one larger MoE layer, serial and overlapped in turn ...")
     layer = measure_layer(
         LayerShape.of_device(device),
         num_ranks,
@@ -134,7 +131,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         time_limit_s=MEASURING_TIME_LIMIT_S,
     )
 
-    _say("writing the picture, the trace and the report ...")
+    say("writing the picture, the trace and the report ...")
 
     def draw(path: Path) -> None:
         write_png(
@@ -177,7 +174,7 @@ def _written(write: Callable[[Path], None], path: Path) -> Path | None:
     try:
         write(path)
     except (OSError, ImportError) as error:
-        _say(f"tritonmoe demo: {error}")
+        say(f"tritonmoe demo: {error}")
         return None
     return path
 
@@ -192,7 +189,7 @@ def _choose_link(calibration: list[RankTraining], shape: ModelShape) -> tuple[fl
 
 def _report_progress(step: int, loss: float) -> None:
     if step % PROGRESS_EVERY == 0:
-        _say(f"  step {step + 1}: loss {loss:.3f} nats")
+        say(f"  step {step + 1}: loss {loss:.3f} nats")
 
 
 def _have_equal_losses(serial: list[RankTraining], overlapped: list[RankTraining], num_steps: int) -> bool:

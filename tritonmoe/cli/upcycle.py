@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from tritonmoe.benchmarks.argument_types import Subparsers, positive, seed
+from tritonmoe.runtime.progress import Progress
 
 __all__ = ["add_parser"]
 
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             layers=arguments.layers,
             seed=arguments.seed,
             max_shard_size=arguments.max_shard_size,
+            progress=_progress(),
         )
     except (ValueError, OSError, ImportError) as error:
         print(f"tritonmoe upcycle: {error}", file=sys.stderr)
@@ -56,6 +59,21 @@ def run(arguments: argparse.Namespace) -> int:
     loader = "tritonmoe.integrations.transformers.load_upcycled" if made == "inplace" else "from_pretrained"
     print(f"{arguments.destination}: {made}, load it with {loader}")
     return 0
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Give a function of the bytes written and the bytes in all that says on stderr how far it is."""
+    progress, reached = None, 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress, reached
+        if progress is None:
+            progress = Progress("upcycling", total, ("GB", 1e9))
+        if done > reached:
+            progress.advance(done - reached)
+            reached = done
+
+    return show
 
 
 def _layers(text: str) -> str | list[int]:

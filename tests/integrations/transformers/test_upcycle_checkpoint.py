@@ -1,6 +1,5 @@
 """upcycle_checkpoint() and `tritonmoe upcycle`: from files to files, all or nothing."""
 
-import io
 import json
 import logging
 import os
@@ -212,22 +211,13 @@ def test_a_model_larger_than_half_of_the_memory(tmp_path):
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 10
 
 
-def test_the_bar_shows_progress_on_a_terminal(tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+def test_the_command_says_how_far_it_is(tmp_path, capsys):
     save_dense("llama", tmp_path / "dense")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **OPTIONS)
-    lines = [line for line in sys.stderr.getvalue().split("\r") if line]
-    filled = [line.count("#") for line in lines]
-    assert filled == sorted(filled)
-    assert filled[0] < 20
-    assert lines[-1] == f"upcycling [{'#' * 40}] 0.00 of 0.00 GB\n"
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    upcycle_checkpoint(tmp_path / "dense", tmp_path / "piped", **OPTIONS)
-    assert sys.stderr.getvalue() == ""
+    sizes = ["--num-experts", str(OPTIONS["num_experts"]), "--top-k", str(OPTIONS["top_k"])]
+    assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), *sizes]) == 0
+    assert capsys.readouterr().err.splitlines() == ["upcycling: 0.00 GB ...", "upcycling: done in 0 s"]
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "silent", **OPTIONS)
+    assert capsys.readouterr().err == ""
 
 
 # Failures leave nothing

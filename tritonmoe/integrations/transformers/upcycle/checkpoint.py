@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +53,7 @@ def upcycle_checkpoint(
     Args:
         source: a directory with config.json and model.safetensors, or shards and their index.
         destination: a directory that does not exist or is empty.
-        progress: called with bytes written and bytes in all; None prints to stderr where that is a terminal.
+        progress: called with bytes written and bytes in all.
         settings: num_experts, top_k, granularity, init, shared_expert and seed, as in upcycle().
     Returns:
         The model type of what was written, or "inplace": then load it with load_upcycled, else with from_pretrained.
@@ -85,7 +84,7 @@ def upcycle_checkpoint(
         raise ValueError(
             f"{destination} lies in {source}, which is not to be changed: choose a directory outside of it"
         )
-    show = progress or _progress_on_stderr
+    show = progress or (lambda done, total: None)
     native = isinstance(conversion, NativeConversion)
     with unpublished(destination) as directory:
         writer = ShardWriter(directory, shard_bytes, "model" if native else WEIGHTS_STEM)
@@ -209,11 +208,3 @@ def _small_files(source: Path) -> list[Path]:
     """Give the files that are copied; raises ValueError for a link to a file elsewhere (`file_inside`)."""
     names = sorted(path.name for path in source.iterdir() if path.is_file())
     return [file_inside(source, name) for name in names if name != "config.json" and not name.endswith(WEIGHT_SUFFIXES)]
-
-
-def _progress_on_stderr(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        width = 40 * done // max(total, 1)
-        end = "\n" if done >= total else ""
-        bar = "#" * width + "." * (40 - width)
-        print(f"\rupcycling [{bar}] {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, file=sys.stderr, flush=True)
