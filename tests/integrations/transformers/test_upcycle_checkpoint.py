@@ -213,6 +213,7 @@ def test_a_model_larger_than_half_of_the_memory(tmp_path):
 
 def test_the_command_says_how_far_it_is(tmp_path, capsys):
     save_dense("llama", tmp_path / "dense")
+    capsys.readouterr()
     sizes = ["--num-experts", str(OPTIONS["num_experts"]), "--top-k", str(OPTIONS["top_k"])]
     assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "moe"), *sizes]) == 0
     assert capsys.readouterr().err.splitlines() == ["upcycling: 0.00 GB ...", "upcycling: done in 0 s"]
