@@ -24,7 +24,7 @@ from tritonmoe.expert_parallel import call
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 
-__all__ = ["NUM_TOKENS", "compare", "main", "measure_steps", "start_ranks"]
+__all__ = ["NUM_TOKENS", "compare", "measure_steps", "run_ranks"]
 
 CONFIG = tm.MoEConfig(hidden_size=512, intermediate_size=256, num_experts=64, top_k=8)
 NUM_TOKENS = (64, 256, 1024)
@@ -111,23 +111,20 @@ def run_rank(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, "agreement", results)
 
 
-def start_ranks(module: str) -> None:
-    """Run this program's module with its arguments on every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-    subprocess.run([*command, "-m", module, "--rank", *sys.argv[1:]], check=True)
-
-
-def main() -> None:
-    """Start the ranks, or be one of them."""
-    parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__)
+def run_ranks(
+    module: str, description: str | None, rounds: int, run_rank: Callable[[argparse.Namespace], None]
+) -> None:
+    """Start the ranks, which run this module again, or be one of them."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    add_arguments(parser, rounds=101)
+    add_arguments(parser, rounds)
     arguments = parser.parse_args()
     if arguments.rank:
         run_rank(arguments)
         return
-    start_ranks("bench.agreement")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
+    subprocess.run([*command, "-m", module, "--rank", *sys.argv[1:]], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks("bench.agreement", __doc__, 101, run_rank)

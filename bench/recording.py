@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from bench.agreement import NUM_TOKENS, compare, measure_steps, start_ranks
-from tritonmoe.benchmarks.timing import add_arguments, write_json
+from bench.agreement import NUM_TOKENS, compare, measure_steps, run_ranks
+from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.diagnosis import record
 from tritonmoe.transports.torchrun import torchrun_ranks
 
-__all__ = ["main"]
+__all__ = ["run_rank"]
 
 STEPS = 8
 """So many in a row: what the thread still has to write falls into the next step, as in training."""
@@ -42,17 +42,5 @@ def run_rank(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, "recording", results)
 
 
-def main() -> None:
-    """Start the ranks, or be one of them."""
-    parser = argparse.ArgumentParser(prog="python -m bench.recording", description=__doc__)
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    add_arguments(parser, rounds=15)
-    arguments = parser.parse_args()
-    if arguments.rank:
-        run_rank(arguments)
-    else:
-        start_ranks("bench.recording")
-
-
 if __name__ == "__main__":
-    main()
+    run_ranks("bench.recording", __doc__, 15, run_rank)

@@ -14,6 +14,7 @@ import torch
 from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.diagnosis.links import LinkRatios, fit_links
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep
+from tritonmoe.overlap.report import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
@@ -144,22 +145,7 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
         for step in one.steps:
             if step.units > 0:
                 is_computed = step.step.lane == "compute"
-                yield rank, step, _common_s(step.start_s, step.end_s, under_way) if is_computed else 0.0
-
-
-def _common_s(start_s: float, end_s: float, spans: Sequence[tuple[float, float]]) -> float:
-    """Give for how long of a time any of the spans lasts.
-
-    Example:
-        _common_s(1, 5, [(0, 2), (1, 3), (4, 9)]) gives 3.
-    """
-    total_s = 0.0
-    for begin_s, over_s in sorted(spans):
-        begin_s = max(start_s, begin_s)
-        if over_s > begin_s and begin_s < end_s:
-            total_s += min(over_s, end_s) - begin_s
-            start_s = max(start_s, over_s)
-    return total_s
+                yield rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
 
 
 _ByKind = Mapping[StepKind, Sequence[_Sample]]

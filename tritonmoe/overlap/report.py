@@ -1,7 +1,9 @@
 """What a layer call did: the time of every step of a pass, what travelled, and the plan that ran."""
 
+import math
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +14,17 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["CallMarks", "ExchangeMarks", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "mark"]
+__all__ = [
+    "CallMarks",
+    "ExchangeMarks",
+    "LayerReport",
+    "Mark",
+    "PassReport",
+    "StepMarks",
+    "StepTiming",
+    "covered_s",
+    "mark",
+]
 
 Mark = float | torch.cuda.Event | None
 """A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
@@ -182,12 +194,20 @@ class PassReport:
     @property
     def communication_s(self) -> float:
         """Give the time during which at least one exchange was under way."""
-        spans = sorted((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm")
-        busy, reached = 0.0, 0.0
-        for start, end in spans:
-            busy += max(0.0, end - max(start, reached))
-            reached = max(reached, end)
-        return busy
+        return covered_s(((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm"), 0.0, math.inf)
+
+
+def covered_s(spans: Iterable[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Give for how long of the time from start_s to end_s any of the spans lasts.
+
+    Example:
+        covered_s([(0, 2), (1, 3), (4, 9)], 1, 5) gives 3.
+    """
+    total_s, reached_s = 0.0, start_s
+    for begin_s, over_s in sorted(spans):
+        total_s += max(0.0, min(over_s, end_s) - max(begin_s, reached_s))
+        reached_s = max(reached_s, over_s)
+    return total_s
 
 
 @dataclass
