@@ -5,7 +5,6 @@ PYTHONPATH of a second process: no second torch is needed.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonmoe.benchmarks.argument_types import output_file, positive
+from tritonmoe.benchmarks.kept_results import hash_of
 from tritonmoe.runtime.files import write_whole
 
 __all__ = ["OLDEST_TRITON", "main", "source_hash"]
@@ -32,10 +32,7 @@ def source_hash() -> str:
     """
     kernels = ROOT / "kernels"
     files = [*sorted(kernels.rglob("*.py")), ROOT / "aot" / "launches.py", ROOT / "backends" / "triton.py"]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return hash_of((ROOT, path) for path in files)
 
 
 def main(argv: list[str] | None = None) -> int:

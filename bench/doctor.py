@@ -50,6 +50,8 @@ HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
 NETNS_TIMES = 2.0
 """The experts take so many times as long there: what a chunk costs a real process by itself, 3 ms forward and backward,
 would else be a tenth of a healthy call, and a finding."""
+EMULATED_TIMES = 4.0
+"""And on emulated ranks, whose Python code takes turns."""
 NUM_EXPERTS, TOP_K = 8, 2
 WARM_UP = 3
 """So many calls run in one chunk before the others, as the first ones of num_chunks="auto" do."""
@@ -484,7 +486,8 @@ def main(argv: list[str] | None = None) -> int:
         kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
         run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
         for number in range(arguments.seed, arguments.seed + count):
-            scenario = draw_scenario(number, drawn=SYNTHETIC_CAUSES if arguments.synthetic else CAUSES)
+            times, drawn = (1.0, SYNTHETIC_CAUSES) if arguments.synthetic else (EMULATED_TIMES, CAUSES)
+            scenario = draw_scenario(number, times=times, drawn=drawn)
             results.append(run_scenario(scenario, arguments.calls, run))
             print(_line(results[-1]), flush=True)
     summary = summarize(results)

@@ -60,10 +60,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wire-dtype", choices=NAMED_WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)"
     )
+    parser.add_argument("--adapters", type=positive, metavar="R", help="train adapters of rank R on the experts alone")
     parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
     add_model_sizes(parser)
     add_arguments(parser, rounds=9)
     return parser
+
+
+def _adapted(model: Any, rank: int) -> Any:
+    """Give the model with PEFT's adapters on its experts, and nothing else trained."""
+    from peft import LoraConfig, get_peft_model
+
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    torch.manual_seed(1)
+    return get_peft_model(model, config)
 
 
 class Step:
@@ -74,6 +85,8 @@ class Step:
         self.alone: Any = qwen3_moe_model(sizes, dtype=dtype)
         tmt.patch(self.alone)
         self.model: Any = qwen3_moe_model(sizes, dtype=dtype)
+        if arguments.adapters:
+            self.alone, self.model = (_adapted(model, arguments.adapters) for model in (self.alone, self.model))
         self.num_nodes = 1 if arguments.node_size is None else transport.size // arguments.node_size
         ranks: Ranks = transport.group
         if self.num_nodes > 1:

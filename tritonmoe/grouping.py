@@ -79,6 +79,8 @@ class Grouping:
     returned_rows: torch.Tensor | None = None
     """(R,) int32, with chunks of experts: the row that each row of `inverse` is among those that pair_index counts.
     None where that is the same one."""
+    rows_are_pairs: bool = False
+    """Whether row n is that of the pair at position n, so that nothing needs to be gathered: see by_pair."""
 
     @property
     def num_experts(self) -> int:
@@ -133,6 +135,28 @@ class Grouping:
         counts = self.expert_offsets[1:] - self.expert_offsets[:-1]
         used = (torch.arange(max(self.host_counts[1]), device=counts.device) < counts.unsqueeze(1)).view(-1)
         return PaddedPairs(used.cumsum(0, dtype=torch.int32).clamp_(min=1).sub_(1), used.nonzero().view(-1), used)
+
+    @cached_property
+    def by_pair(self) -> "Grouping":
+        """The same pairs, of rows that are in storage order themselves, one for each pair: for sums over pairs alone.
+
+        Example:
+            expert_offsets [0, 2, 3]: pair_index [0, 1, 2], with K = 1.
+        """
+        places = torch.arange(self.num_pairs, dtype=torch.int32, device=self.pair_index.device)
+        by_pair = replace(
+            self,
+            pair_index=places,
+            inverse=places.unsqueeze(1),
+            chunk_row_offsets=self.chunk_pair_offsets,
+            layer_rows=None,
+            first_expert_chunk=None,
+            returned_rows=None,
+            rows_are_pairs=True,
+        )
+        known = {"host_expert_offsets", "host_counts", "padded_pairs"} & vars(self).keys()
+        vars(by_pair).update({name: vars(self)[name] for name in known})
+        return by_pair
 
     def chunk(self, index: int) -> "Grouping":
         """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.

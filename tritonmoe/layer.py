@@ -19,6 +19,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.experts.adapters import check_hands_over, noted_factors
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -197,6 +198,11 @@ class GroupedExperts(nn.Module):
         return "; ".join(said)
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether weights are (E, in, out): how experts of transformers say it, and PEFT asks."""
+        return self.config.transposed
+
+    @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call; None on one device."""
         return None if self._calls is None else self._calls.last_report
@@ -244,6 +250,19 @@ class GroupedExperts(nn.Module):
         dtype = x.dtype
         return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
 
+    def _adapted_weights(self, x: Tensor | None = None) -> PerWeight[Tensor]:
+        """Give _weights(), and the factors of the adapters in force."""
+        weights = self._weights(x)
+        factors = noted_factors(self, weights.gate_up_proj.dtype, self.expert_ids)
+        is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
+        if is_trained and self.placement is not None and self.placement.has_replicas:
+            raise ValueError(
+                "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
+                "the gradient of all of them, and an average over ranks count it several times. Use a placement "
+                "without replicas, or freeze the adapters"
+            )
+        return weights._replace(**factors)
+
     def _local_weight(self, parameter: Tensor, sharding: Sharding, number: int) -> Tensor:
         make = partial(local_shard, parameter, sharding, self._gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
@@ -270,10 +289,10 @@ class GroupedExperts(nn.Module):
         if self.transport is None:
             for filler in fillers:
                 filler()
-            return run_experts(self._spec(), ExpertInputs(x, topk_ids, topk_weights, self._weights()))
+            return run_experts(self._spec(), ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights()))
         try:
             spec = CallSpec(self._spec(), self.config.num_experts, self.overlap, self.placement)
-            inputs = ExpertInputs(x, topk_ids, topk_weights, self._weights(x))
+            inputs = ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights(x))
         except Exception:
             refuse(self.transport)
             raise
@@ -313,8 +332,9 @@ class MoELayer(nn.Module):
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
     itself, see GroupedExperts, whose arguments these are. router.update_selection_bias() sums the load over all ranks
     (router.reduce_load, which can be replaced). On transports other than torch.distributed's, clip all gradients with
-    tritonmoe.clip_grad_norm_. backend, num_sms and batch_invariant are for the routed experts: the products of the
-    router and of a shared expert are PyTorch's, which may round a row differently with its neighbours.
+    tritonmoe.clip_grad_norm_. num_sms and batch_invariant are for the routed experts: the products of a shared expert
+    are PyTorch's, and so are the router's but for bf16 and fp16 where the kernels run; PyTorch's may round a row
+    differently with its neighbours.
 
     check: when a token whose router scores are NaN or infinite, which goes to no expert, raises NonFiniteScores. With a
     transport always in its call, on every rank. On one device "next" says it at the next call, so that no call waits
@@ -340,7 +360,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.router = TopKRouter(config, device=device, dtype=dtype)
+        self.router = TopKRouter(config, backend=backend, device=device, dtype=dtype)
         with torch.no_grad():
             draw_uniform(self.router.weight, config.hidden_size, generator)
         self.experts = GroupedExperts(
@@ -375,7 +395,7 @@ class MoELayer(nn.Module):
     @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call; None on one device."""
-        return self.experts.last_report
+        return self.grouped_experts.last_report
 
     def statistics(self) -> RoutingStatistics:
         """Give the routing statistics of the last forward's tokens on this rank."""
@@ -390,9 +410,11 @@ class MoELayer(nn.Module):
             fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
                 the shared expert come before them.
         """
-        self._refuse_adapted()
-        one_device = self.experts.transport is None
+        grouped_experts = self.grouped_experts
+        one_device = grouped_experts.transport is None
         try:
+            if not one_device:
+                check_hands_over("the experts of this MoELayer", self.experts)
             if not isinstance(x, Tensor):
                 raise TypeError(f"x must be a tensor, got {type(x).__name__}")
             if x.is_nested or x.layout != torch.strided:
@@ -409,8 +431,8 @@ class MoELayer(nn.Module):
             if one_device:
                 topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
         except Exception:
-            if self.experts.transport is not None:
-                refuse(self.experts.transport)
+            if grouped_experts.transport is not None:
+                refuse(grouped_experts.transport)
             raise
         halves: list[Tensor] = []
         own_fillers: list[Callable[[], None]] = []
@@ -429,18 +451,19 @@ class MoELayer(nn.Module):
         self.last_routing = routing
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
-        self.aux_loss = auxiliary_loss(routing, self.config, self.experts.sum_over_ranks if is_global else None)
+        self.aux_loss = auxiliary_loss(routing, self.config, grouped_experts.sum_over_ranks if is_global else None)
         if not torch.compiler.is_compiling():
             keep_for_this_half(self, "aux_loss", "last_routing")
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
 
-    def _refuse_adapted(self) -> None:
-        if type(self.experts).__name__ == "ParamWrapper":
-            raise ValueError(
-                "PEFT adapts the experts of this MoELayer themselves (target_parameters), which it can't run: adapt "
-                "other modules (target_modules), and unload() this adapter"
-            )
+    @property
+    def grouped_experts(self) -> GroupedExperts:
+        """The experts themselves, where PEFT has wrapped `experts` as well."""
+        experts: nn.Module = self.experts
+        while not isinstance(experts, GroupedExperts):
+            experts = experts.get_submodule("base_layer")
+        return experts
 
     def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.

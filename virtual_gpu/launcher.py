@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -16,7 +15,8 @@ from virtual_gpu.amd import machine as amd_machine
 from virtual_gpu.amd import parser as amd_parser
 from virtual_gpu.amd import translation as amd_translation
 from virtual_gpu.amd.arguments import argument_segment
-from virtual_gpu.memory import GlobalMemory
+from virtual_gpu.arithmetic import bits_of_scalar
+from virtual_gpu.memory import GlobalMemory, View
 from virtual_gpu.nvidia import machine as nvidia_machine
 from virtual_gpu.nvidia import parser as nvidia_parser
 from virtual_gpu.nvidia import translation as nvidia_translation
@@ -27,6 +27,9 @@ __all__ = ["run_launch"]
 SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
 """By the numbers that Triton's compiler and CUDA's driver give swizzles."""
 
+_compiled: dict[tuple[str, str, str], Any] = {}
+"""What `triton.compile` gave, which asks its cache on disk each time."""
+
 
 def run_launch(item: launch.Launch, target: GPUTarget, edit: Callable[[str], str] = lambda assembly: assembly) -> None:
     """Run a launch on CPU tensors as a `target` would; `edit` changes the assembly first.
@@ -36,30 +39,34 @@ def run_launch(item: launch.Launch, target: GPUTarget, edit: Callable[[str], str
         NotImplementedError: for an instruction that the machine doesn't know.
     """
     source = source_of(item, target)
-    compiled = triton.compile(source, target=target, options=item.options)
+    key = (source.hash(), str(target), repr(sorted(item.options.items())))
+    if key not in _compiled:
+        _compiled[key] = triton.compile(source, target=target, options=item.options)
+    compiled = _compiled[key]
     names = [parameter.name for parameter in item.kernel.params]
     values = {**dict(zip(names, item.args, strict=False)), **item.constexprs}
     descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     parameters: list[Any] = []
-    spans: list[tuple[int, int]] = []
+    spans: list[View] = []
     for name, kind in source.signature.items():
         if kind == "constexpr":
             continue
         value = values[name]
         if isinstance(value, TensorDescriptor):
-            spans.append(_span(value.base))
+            itemsize = value.base.element_size()
+            spans.append(View(value.base.data_ptr(), tuple(value.shape), tuple(value.strides), itemsize))
             parameters += [_tensor_map(value, next(descriptors)), *value.shape, *value.strides]
         elif isinstance(value, Tensor):
-            spans.append(_span(value))
+            spans.append(View(value.data_ptr(), tuple(value.shape), value.stride(), value.element_size()))
             parameters.append(value.data_ptr())
         else:
-            parameters.append(int(np.float32(value).view(np.uint32)) if kind.startswith("fp") else int(value))
+            parameters.append(bits_of_scalar(value, kind))
     x, y, z = (*item.grid, 1, 1)[:3]
     shared_bytes = compiled.metadata.shared
     if target.backend == "hip":
         program = _amd_translation(edit(compiled.asm["amdgcn"]))
         segment = argument_segment(program.kernel, parameters, (x, y, z), shared_bytes)
-        spans.append((segment.ctypes.data, segment.nbytes))
+        spans.append(View(segment.ctypes.data, (segment.nbytes,), (1,), 1))
         amd_machine.run_grid(program, segment, GlobalMemory(spans), shared_bytes, (x, y, z))
         return
     translation = _nvidia_translation(edit(compiled.asm["ptx"]))
@@ -77,11 +84,6 @@ def _nvidia_translation(ptx: str) -> nvidia_translation.Translation:
 @functools.lru_cache(256)
 def _amd_translation(assembly: str) -> amd_translation.Translation:
     return amd_translation.translate(amd_parser.parse(assembly))
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
 
 
 def _tensor_map(descriptor: TensorDescriptor, meta: dict[str, Any]) -> TensorMap:

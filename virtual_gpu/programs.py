@@ -1,6 +1,7 @@
 """What the machines of all makers share: blocks as Python code, the programs of a launch, and where a fault is."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ import numpy as np
 
 from virtual_gpu.faults import Deadlock, MemoryFault
 
-__all__ = ["MAX_STEPS", "BlockCode", "compile_blocks", "faults_in", "program_number", "programs_of"]
+__all__ = [
+    "MAX_STEPS",
+    "BlockCode",
+    "faults_in",
+    "program_number",
+    "programs_of",
+    "unknown_instructions",
+]
 
 MAX_STEPS = 1_000_000
 """Blocks that one program may run: more is taken for a loop that never ends."""
@@ -20,20 +28,22 @@ Branch = TypeVar("Branch")
 
 @dataclass(frozen=True)
 class BlockCode(Generic[Branch]):
-    """A block's function, and the instruction that ends it; None where the next block follows."""
+    """A block as the text of a Python function "block", which may call what `functions` exports; K: its constants."""
 
-    run: Callable[..., None]
+    source: str
+    constants: Sequence[Any]
+    functions: ModuleType
     branch: Branch | None
+    """The instruction that ends it; None where the next block follows."""
 
-
-def compile_blocks(
-    kernel: str, sources: Sequence[str], branches: Sequence[Branch | None], constants: list[Any], functions: ModuleType
-) -> tuple[BlockCode[Branch], ...]:
-    """Compile functions block_0, block_1, ..., which may call what `functions` exports; K are the constants."""
-    exported = {name: getattr(functions, name) for name in functions.__all__}
-    names: dict[str, Any] = {"np": np, "copyto": np.copyto, "K": constants, **exported}
-    exec(compile("\n".join(sources), f"<{kernel}>", "exec"), names)
-    return tuple(BlockCode(names[f"block_{number}"], branch) for number, branch in enumerate(branches))
+    @functools.cached_property
+    def run(self) -> Callable[..., None]:
+        """The function, compiled where a program first comes to the block."""
+        exported = {name: getattr(self.functions, name) for name in self.functions.__all__}
+        names: dict[str, Any] = {"np": np, "copyto": np.copyto, "K": self.constants, **exported}
+        exec(compile(self.source, "<block>", "exec"), names)
+        run: Callable[..., None] = names["block"]
+        return run
 
 
 def programs_of(grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
@@ -61,3 +71,15 @@ def faults_in(kernel: str, machine: HasLine, language: str) -> Iterator[None]:
             yield
     except (MemoryFault, Deadlock, NotImplementedError) as error:
         raise type(error)(f"{kernel}, line {machine.line} of its {language}: {error}") from error
+    except Exception as error:
+        text = f"{kernel}, line {machine.line} of its {language}: the machine can't run this: {error!r}"
+        raise NotImplementedError(text) from error
+
+
+@contextlib.contextmanager
+def unknown_instructions(line: int, instruction: str) -> Iterator[None]:
+    """Name the line and the instruction where a translation fails: operands of another shape are unknown ones too."""
+    try:
+        yield
+    except Exception as error:
+        raise NotImplementedError(f"line {line}: the machine doesn't know {instruction} ({error!r})") from error

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.readme import diagnosis_tables, kernel_tables, model_tables, overlap_tables, reference
+from bench.readme import diagnosis_tables, gpu_tables, kernel_tables, model_tables, overlap_tables, reference
 from bench.readme.results import DOCS, ROOT
 
 TABLES = {
@@ -14,11 +14,13 @@ TABLES = {
     "commands": reference.commands_reference,
     "output": reference.command_output,
     "mended_recording": diagnosis_tables.mended_recording,
+    "adapters": model_tables.adapters_table,
     "headline": model_tables.headline_table,
     "auto": overlap_tables.auto_table,
     "doctor": diagnosis_tables.doctor_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
+    "routing_replay": model_tables.routing_replay_table,
     "recording": diagnosis_tables.recording_table,
     "plan": diagnosis_tables.plan_table,
     "plan_ourselves": diagnosis_tables.plan_ourselves_table,
@@ -34,7 +36,10 @@ TABLES = {
     "fixed_experts": overlap_tables.fixed_experts_table,
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,
-    "gpu": kernel_tables.gpu_table,
+    "gpu": gpu_tables.gpu_table,
+    "gpu_killed": gpu_tables.killed_text,
+    "missing_waits": kernel_tables.missing_waits_table,
+    "launch": kernel_tables.launch_table,
 }
 SLOW = ("output",)
 NOTEBOOK = DOCS / "tutorials" / "first-layer.ipynb"

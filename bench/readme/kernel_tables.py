@@ -1,14 +1,22 @@
-"""Tables of kernels and of moe_mlp: compiled code, times on a CPU and a GPU, bounds."""
+"""Tables of kernels and of moe_mlp: compiled code, times on a CPU, bounds."""
 
 import torch
 
+from bench.launch import NUM_EXPERTS, NUM_TOKENS, PEER_EXPERTS, PEER_TOKENS, PEER_TOP_K, TOP_K
 from bench.readme.results import RESULTS, load, spread, where
 from tritonmoe import aot
 from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
-__all__ = ["bounds_table", "codegen_table", "decoding_table", "gpu_table", "moe_mlp_table"]
+__all__ = [
+    "bounds_table",
+    "codegen_table",
+    "decoding_table",
+    "launch_table",
+    "missing_waits_table",
+    "moe_mlp_table",
+]
 
 
 def moe_mlp_table(name: str) -> str:
@@ -63,43 +71,31 @@ def codegen_cell(row: dict) -> str:
     return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
 
 
-GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
+REDUNDANT = ("what is left keeps the order", "others keep the order", "never runs")
 
 
-def gpu_table(name: str) -> str:
-    """Give forward and forward + backward of every shape; a cell that no file has says so."""
-    data = load(name) if (RESULTS / f"{name}.json").exists() else {"results": []}
-    layers = {
-        (case["shape"], case["T"]): case
-        for case in data["results"]
-        if case["kind"] == "layer" and case["routing"] == "uniform"
-    }
-    device = data["environment"]["device"] if layers else "a GPU: not measured yet"
+def missing_waits_table(name: str) -> str:
+    """Give for each GPU how many deletions are noticed, and why the others are not."""
+    data = load(name)
+    rows = data["results"]
     lines = [
-        f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
-        "FLOPs in the same rounds, and how many times as fast as the fastest peer; uniform routing.",
+        f"`python -m bench.missing_waits` with Triton {data['triton']}: every barrier, wait and fence of the kernels "
+        "of a layer's products (up, down, down_grad, up_grad and both weight gradients, bf16), deleted alone: "
+        f"{len(rows)} in all. *Left over*: it can go together with all others of its kind in this column, and the "
+        "order is kept. *One of several*: once those are gone the machine notices this one too. *Never runs*: in code "
+        "for a product of no steps (a hidden size of 0), for eight partial sums at once, "
+        "or of AMD's for firmware that doesn't preload arguments. The proxy fences that are left over (sm_120) stand "
+        "between threads' reads and a bulk copy: the machine asks for none there, so their need is not settled.",
         "",
-        f"| shape | {' | '.join(f'T = {num_tokens}, {run}' for num_tokens, run in GPU_COLUMNS)} |",
-        f"| --- |{' --- |' * len(GPU_COLUMNS)}",
+        "| GPU | deleted | noticed | left over | one of several | never runs |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for shape in GPU_SHAPES:
-        cells = [gpu_cell(layers.get((shape, num_tokens), {}), run) for num_tokens, run in GPU_COLUMNS]
-        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    for target in dict.fromkeys(row["target"] for row in rows):
+        of_target = [row for row in rows if row["target"] == target]
+        numbers = [sum(row.get("redundant") == reason for row in of_target) for reason in REDUNDANT]
+        noticed = sum("noticed" in row for row in of_target)
+        lines.append(f"| {target} | {len(of_target)} | {noticed} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
-
-
-def gpu_cell(case: dict, run: str) -> str:
-    if "out_of_memory" in case:
-        return "out of memory"
-    if "failed" in case:
-        return "failed"
-    if run not in case:
-        return "not measured yet"
-    measured = case[run]
-    ours = measured["tritonmoe"]
-    others = [times["median_ms"] for name, times in measured.items() if name not in ("tritonmoe", "dense products")]
-    ratio = f", {min(others) / ours['median_ms']:.2f}x" if others else ""
-    return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
 
 
 BOUND_KERNELS = ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
@@ -145,3 +141,21 @@ def decoding_table(target: str) -> str:
         ]
         lines.append(f"| {shape.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def launch_table(name: str) -> str:
+    data = load(name)
+    lines = ["| what | launches | us of the host |", "| --- | --- | --- |"]
+    for row in data["results"]:
+        quartiles = f"{row['lower_quartile_us']:.0f} to {row['upper_quartile_us']:.0f}"
+        lines.append(f"| {row['what']} | {row['launches'] or '-'} | {row['median_us']:.0f} ({quartiles}) |")
+    sizes = f"T={NUM_TOKENS}, E={NUM_EXPERTS}, K={TOP_K}, bf16"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{sizes}; of transformers' grouped_mm T={PEER_TOKENS}, E={PEER_EXPERTS}, K={PEER_TOP_K}, by PyTorch's CPU "
+            f"kernels; a GPU's launches would come on top. Median (quartiles) of {data['results'][0]['samples']} "
+            f"slices. `python -m bench.launch`, one thread; {where(data['environment'])}.",
+        ]
+    )

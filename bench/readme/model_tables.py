@@ -2,7 +2,7 @@
 
 from bench.readme.results import RESULTS, load, load_all, spread, where
 
-__all__ = ["headline_table", "transformers_table", "upcycle_table"]
+__all__ = ["adapters_table", "headline_table", "routing_replay_table", "transformers_table", "upcycle_table"]
 
 
 def transformers_table(name: str) -> str:
@@ -23,6 +23,26 @@ def transformers_table(name: str) -> str:
             f"| {case['subject']} | {case['pass']} | {case['T']} | {case['dtype']} | "
             f"{case['routing']} ({case['max_violation']:.1f}) | {spread(case['times']['tritonmoe'])} | "
             f"{best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def routing_replay_table(name: str) -> str:
+    """Give how far bf16 and fp32 agree on the experts of each token, before and under a replay."""
+    data = load(name)
+    lines = [
+        f"`python -m bench.routing_replay` on {where(data['environment'])}: random Qwen3-MoE-like models, their "
+        f"routing in fp32 recorded for {data['results'][0]['tokens']} tokens, then the same in bf16. Shares are means "
+        "over layers; KL is of the next token's distribution, from fp32.",
+        "",
+        "| layers, E, K | equal ids | tokens with equal ids | replayed | KL | KL, replayed | bytes a token |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in data["results"]:
+        lines.append(
+            f"| {row['layers']}, {row['num_experts']}, {row['top_k']} | {row['equal_ids']:.2%} | "
+            f"{row['equal_tokens']:.2%} | {row['equal_ids_replayed']:.0%} | {row['kl']:.1e} | "
+            f"{row['kl_replayed']:.1e} | {row['bytes_per_token']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -123,3 +143,23 @@ def headline_table(_: str) -> str:
     machine = where(layers["environment"]).rpartition(", ")[0]
     lines = [f"On {machine}; ranks are processes in network namespaces over gloo.", "", "| what | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {what} | {figure} |" for what, figure in rows)])
+
+
+def adapters_table(name: str) -> str:
+    results = load(name)
+    lines = [
+        "| experts | trained parameters of experts | ms a step | of frozen experts | most memory in a step, MB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {result['variant']} | {result['trained_of_experts'] / 1e6:.1f} M | {spread(result)} | "
+        f"{result['of_frozen']:.2f} | {result['peak_mb']:.0f} |"
+        for result in results["results"]
+    ]
+    num_tokens = results["results"][0]["num_tokens"]
+    caption = (
+        "Forward and backward of a four-layer Qwen3-MoE-like model, D=512, F=256, E=64, K=8, "
+        f"T={num_tokens}, fp32; whatever is no expert is trained. Medians (quartiles) of interleaved rounds, and the "
+        f"median of the ratios of each round. `python -m bench.adapters`; {where(results['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])

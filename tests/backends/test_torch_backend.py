@@ -245,7 +245,7 @@ def test_weight_grad_gives_only_what_is_asked_for(backend: ModuleType) -> None:
     only_w1 = backend.weight_grad(
         grouping, layout, GradientOperands(x=o.x, dh=o.dh), NO_GRADIENTS._replace(gate_up_proj=True)
     )
-    assert only_w1[1:] == (None, None, None)
+    assert set(only_w1[1:]) == {None}
     assert torch.equal(only_w1.gate_up_proj, everything["dw1"])
     only_b1 = backend.weight_grad(grouping, layout, GradientOperands(dh=o.dh), NO_GRADIENTS._replace(gate_up_bias=True))
     assert (only_b1.gate_up_proj, only_b1.down_proj, only_b1.down_bias) == (None, None, None)

@@ -73,7 +73,7 @@ def calls_of(path: Path) -> list[tuple[str, ast.Call]]:
 
 
 def test_nothing_in_the_package_unpickles() -> None:
-    """Files of ids and of a scheduler are read by torch.load with weights_only=True, which builds tensors alone."""
+    """Files of ids, a scheduler, a routing: read by torch.load with weights_only=True, which builds tensors alone."""
     loads = []
     for path in PACKAGE.rglob("*.py"):
         for name, call in calls_of(path):
@@ -84,4 +84,8 @@ def test_nothing_in_the_package_unpickles() -> None:
                 loads.append(where.partition(":")[0])
                 (argument,) = (keyword.value for keyword in call.keywords if keyword.arg == "weights_only")
                 assert ast.literal_eval(argument) is True, where
-    assert sorted(loads) == ["benchmarks/workload.py", "integrations/transformers/trainer_checkpoints.py"]
+    assert sorted(loads) == [
+        "benchmarks/workload.py",
+        "integrations/transformers/trainer_checkpoints.py",
+        "routing/recording.py",
+    ]

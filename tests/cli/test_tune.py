@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import triton
 
 from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.shapes import LayerShape
@@ -27,13 +28,15 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_show(capsys, cache):
-    measured_tiles.write(cache, {"sm_100 bfloat16 up 1024x2048 rows 128": {"group_m": 4}})
+    key = f"sm_100 bfloat16 up 1024x2048 rows 128 triton {triton.__version__}"
+    measured_tiles.write(cache, {key: {"group_m": 4}})
     assert main(["tune", *SHAPE, "--show", "--target", "sm_100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(": ")[0].split()[2] for line in lines} == {"up", "down", "down_grad", "weight_grad"}
-    assert {line.split(": ")[0].split()[-1] for line in lines} == {"8", "16", "32", "64", "128"}
+    classes = {line.split(": ")[0].partition(" rows ")[2].split()[0] for line in lines}
+    assert classes == {"8", "16", "32", "64", "128", "256", "512", "1024", "2048", "4096"}
     (tuned,) = [line for line in lines if line.endswith("(tuned)")]
-    assert tuned.startswith("sm_100 bfloat16 up 1024x2048 rows 128: ")
+    assert tuned.startswith(f"{key}: ")
     assert "group_m=4" in tuned
     assert all(line.endswith("(heuristic)") for line in lines if line != tuned)
 
@@ -59,8 +62,8 @@ def test_show_without_a_layer_is_the_table_of_tiles(capsys):
 
 def test_every_class_of_tiles_has_its_tokens():
     shape = LayerShape("Qwen3-30B-A3B", 128, 8, 2048, 768)
-    assert tokens_of_every_class(shape) == [1, 256, 512, 1024, 2048]
-    assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 16, 32, 64, 128]
+    assert tokens_of_every_class(shape) == [1, 256, 512, 1024, *(2048 << n for n in range(6))]
+    assert tokens_of_every_class(LayerShape("one expert", 1, 1, 8, 8)) == [1, 16, 32, 64, *(128 << n for n in range(6))]
 
 
 def status_of(arguments: list[str]) -> object:
@@ -130,7 +133,9 @@ def gpu(monkeypatch):
     measured = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "triton_unusable_reason", lambda device: None)
-    monkeypatch.setattr(tuning, "tune", lambda *arguments: measured.append(1) or {f"{os.getpid()}": {"block_m": 64}})
+    monkeypatch.setattr(
+        tuning, "tune", lambda *arguments: measured.append(1) or iter([{f"{os.getpid()}": {"block_m": 64}}])
+    )
     return measured
 
 

@@ -1,6 +1,7 @@
 """What a layer call keeps for backward: x, h, and a few small integers per pair."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,3 +175,23 @@ def check_received_rows(
     if node_size is not None:
         of_call += size * 8 * overlap.num_segments * size
     assert must < sum(kept.values()) <= must + most * num_rows + of_call
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["one_device", "expert_parallel"])
+@pytest.mark.parametrize("callable_activation", [False, True])
+def test_frozen_experts_keep_no_rows(callable_activation: bool, parallel: bool) -> None:
+    """Only the up-projection's gradient reads x, or the rows that were received."""
+    config = tm.MoEConfig(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K)
+    if callable_activation:
+        config = replace(config, activation=lambda h: h[:, :INTERMEDIATE] * h[:, INTERMEDIATE:])
+    experts = tm.GroupedExperts(config, LocalTransport() if parallel else None)
+    ids = torch.randint(NUM_EXPERTS, (NUM_TOKENS, TOP_K), generator=torch.Generator().manual_seed(0))
+
+    def kept(is_frozen: bool) -> int:
+        experts.gate_up_proj.requires_grad_(not is_frozen)
+        x = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
+        weights = torch.rand(NUM_TOKENS, TOP_K, requires_grad=True)
+        # of what a layer is given nobody else keeps anything
+        return kept_bytes(lambda: experts(x * 1, ids, weights), tuple(experts.parameters()))
+
+    assert kept(False) - kept(True) >= 0.9 * 4 * NUM_TOKENS * HIDDEN

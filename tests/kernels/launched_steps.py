@@ -21,7 +21,9 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.warmup import launches_of_layer
+from tritonmoe.config.routing import RoutingRule
 from tritonmoe.kernels import launch
+from tritonmoe.kernels.router import route, route_grad
 
 TARGET = aot.TARGETS["sm_90"]
 E, K, D, F = 8, 2, 64, 32
@@ -114,6 +116,21 @@ def chunks():
     """Steps of one class of pairs per expert, in so many chunks, cut where tokens happen to go."""
     plans = [tm.OverlapPlan((1,) * count, chunk_by=axis) for axis in ("tokens", "experts") for count in (1, 2, 3)]
     return [sorted(specialisations(partial(run_on_ranks, t, plan))) for plan in plans for t in range(36, 42)]
+
+
+def router():
+    """What the router's kernels compile for any number of tokens, forward and backward."""
+    rule, steps = RoutingRule(K), []
+    for num_tokens in (1, 16, 100, 4096, 5000):
+
+        def step(num_tokens=num_tokens):
+            x, weight = torch.empty(num_tokens, D).bfloat16(), torch.empty(E, D).bfloat16()
+            routed = route(x, weight, None, rule)
+            saved = x, weight, routed.scores, routed.topk_ids, routed.topk_weights
+            route_grad(*saved, (routed.logits, routed.scores, routed.topk_weights), rule, (True, True))
+
+        steps.append(sorted(specialisations(step)))
+    return steps
 
 
 def warmup():

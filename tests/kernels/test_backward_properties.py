@@ -5,7 +5,7 @@ import torch
 from backward_cases import Operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, random_ids
+from kernel_cases import DEVICE, LAYOUTS, given_grads, random_ids
 from tolerance import assert_close_to_exact
 from uninitialised import nan_filled_memory
 
@@ -58,9 +58,9 @@ def test_backward_matches_reference(
     operands = Operands(ids, num_experts, LAYOUTS[layout], dtype, hidden=hidden, intermediate=intermediate, seed=seed)
     expected_grouping, options = operands.group(), KernelOptions(num_sms=num_sms)
     plain = operands.down_grad(reference, expected_grouping, activation, bias)
-    plain |= operands.weight_grad(reference, expected_grouping)._asdict()
+    plain |= given_grads(operands.weight_grad(reference, expected_grouping))
     exact = operands.double().down_grad(reference, expected_grouping, activation, bias)
-    exact |= operands.double().weight_grad(reference, expected_grouping)._asdict()
+    exact |= given_grads(operands.double().weight_grad(reference, expected_grouping))
     runs = []
     with pytest.MonkeyPatch.context() as patch, nan_filled_memory():
         patch.setattr(weight_grad, "span_length", lambda *_: span)
@@ -68,7 +68,7 @@ def test_backward_matches_reference(
         for _ in range(2):
             grouping = kernels.group(operands.ids, num_experts)
             found = operands.down_grad(kernels, grouping, activation, bias, options=options)
-            runs.append(found | operands.weight_grad(kernels, grouping, options=options)._asdict())
+            runs.append(found | given_grads(operands.weight_grad(kernels, grouping, options=options)))
     for name, value in runs[0].items():
         assert_close_to_exact(name, value, plain[name], exact[name])
         assert torch.equal(value, runs[1][name]), name

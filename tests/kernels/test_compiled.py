@@ -13,20 +13,19 @@ from virtual_gpu import VIRTUAL_GPUS
 TESTS = ("test_missing_waits.py", "test_several_steps.py")
 
 
-def run(gpu, tmp_path, *arguments):
+def run(gpu, tmp_path, *arguments, tests=TESTS):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    files = [str(Path(__file__).parent / name) for name in TESTS]
+    files = [str(Path(__file__).parent / name) for name in tests]
     command = [sys.executable, "-m", "pytest", "-n", "0", f"--virtual-gpu={gpu}", *files, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
-ONE_OF_EACH_MATRIX_INSTRUCTION = [
-    "sm_90",
-    *(pytest.param(gpu, marks=pytest.mark.thorough) for gpu in ("sm_80", "sm_100", "gfx942")),
-]
+ONE_OF_EACH_MATRIX_INSTRUCTION = ("sm_80", "sm_90", "sm_100", "gfx942")
+ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gpu", ONE_OF_EACH_MATRIX_INSTRUCTION)
 def test_one_layer_and_missing_waits(gpu, tmp_path):
     result = run(gpu, tmp_path, "-k", "noticed or silu")
@@ -34,10 +33,27 @@ def test_one_layer_and_missing_waits(gpu, tmp_path):
     assert re.search(r"\b2 passed", result.stdout), result.stdout[-3000:]
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("gpu", ONE_OF_EACH_MAKER)
+def test_routers(gpu, tmp_path):
+    """Tokens that are no numbers, odd rows, groups, ties."""
+    chosen = "fp16-odd or deepseek or ties"
+    result = run(gpu, tmp_path, "-k", chosen, tests=("test_router_kernels.py",))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert re.search(r"\b3 passed", result.stdout), result.stdout[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
 def test_all_layers(gpu, tmp_path):
     result = run(gpu, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_all_routers(gpu, tmp_path):
+    result = run(gpu, tmp_path, tests=("test_router_kernels.py",))
     assert result.returncode == 0, result.stdout[-3000:]
 
 

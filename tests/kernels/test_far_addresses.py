@@ -110,7 +110,25 @@ def check(folder):
     same("down_proj", far_w2, near_w2)
     same("gate_up_bias", grads[1].gate_up_bias, grads[0].gate_up_bias)
     same("down_bias", grads[1].down_bias, grads[0].down_bias)
+    check_router(far, near.x, near.dout)
     print("every operation reached", far.num_files)
+
+
+def check_router(far, x, weight):
+    """Run the router and its backward on tokens x (3, 20), the weight (3, 20) and gradients that are far apart."""
+    from tritonmoe.config.routing import RoutingRule
+    from tritonmoe.kernels.router import route, route_grad
+
+    x, weight, rule = x.bfloat16(), weight.bfloat16(), RoutingRule(2)
+    generator = torch.Generator().manual_seed(0)
+    gradients = tuple(torch.randn(3, width, generator=generator) for width in (3, 3, 2))
+    results = []
+    for place in (lambda tensor: tensor, far.copy):
+        rows, far_weight = place(x), place(weight)
+        routed = route(rows, far_weight, None, rule)
+        saved = rows, far_weight, routed.scores, routed.topk_ids, routed.topk_weights
+        results.append((*routed, *route_grad(*saved, tuple(map(place, gradients)), rule, (True, True))))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
 
 
 @pytest.mark.thorough

@@ -34,6 +34,13 @@ def test_wherever_chunks_are_cut_nothing_is_compiled_anew():
 
 
 @pytest.mark.thorough
+def test_whatever_the_number_of_tokens_no_router_is_compiled_anew():
+    first, *others = launched("router")
+    assert len(first) == 6
+    assert all(step == first for step in others)
+
+
+@pytest.mark.thorough
 def test_warmup_compiles_all_that_steps_launch():
     """In training and inference, recomputing h or not, adding to main_grad or not, in every class of tiles."""
     for name, found in launched("warmup").items():

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import triton
 
 from tritonmoe import aot
-from tritonmoe.benchmarks.tuning import CHOICES
+from tritonmoe.benchmarks.tuning import candidates_of_layer
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig, refusal
 
-KEY = "sm_90 bfloat16 up 1024x2048 rows 128"
+KEY = f"sm_90 bfloat16 up 1024x2048 rows 128 triton {triton.__version__}"
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def up_launch(**changes):
 def test_key():
     assert measured_tiles.tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) == KEY
     any_rows = measured_tiles.tile_key("gfx942", torch.float16, "down", 1, 1025, None)
-    assert any_rows == "gfx942 float16 down 1x2048 rows any"
+    assert any_rows == f"gfx942 float16 down 1x2048 rows any triton {triton.__version__}"
 
 
 def test_what_is_written_is_read_and_merged(cache):
@@ -139,7 +140,10 @@ def test_what_is_chosen_or_tried_can_be_kept(target, shape, cache):
         key: {name: value for name, value in dataclasses.asdict(config).items() if name != "reads" and value != ""}
         for key, config in asked.items()
     }
-    entries |= {f"{name} {value}": {name: value} for name, values in CHOICES.items() for value in values}
+    tried = candidates_of_layer(aot.Variant(**shape), target)
+    assert len({candidate.name for candidate in tried}) == len(tried)
+    assert {candidate.key for candidate in tried} == set(asked)
+    entries |= {candidate.name: candidate.fields for candidate in tried}
     measured_tiles.write(cache, entries)
     assert measured_tiles.read(cache) == entries
 
@@ -159,6 +163,9 @@ REFUSED = [
     ("group_m", 0, "group_m must be an integer from 1 on"),
     ("subtiles", 3, "subtiles must be 1, 2 or 4"),
     ("gather", "by hand", "gather must be one of pointers, tma, copy"),
+    ("programs_per_multiprocessor", 0, "programs_per_multiprocessor must be an integer from 1 to 4"),
+    ("programs_per_multiprocessor", True, "programs_per_multiprocessor must be an integer from 1 to 4"),
+    ("programs_per_multiprocessor", 5, "programs_per_multiprocessor must be an integer from 1 to 4"),
 ]
 
 

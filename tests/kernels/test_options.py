@@ -221,7 +221,8 @@ def test_a_program_walks_tiles_where_it_is_known_how_many_multiprocessors_are_fr
     alone, shared, limited, short = (
         tile(*arguments, target=target) for arguments in ((4096,), (4096, beside), (4096, some_sms), (700,))
     )
-    walks = target in ("sm_90", "sm_100")
+    fences_loads = launch.TRITON_VERSION >= (3, 7, 1)  # before, loads through pointers wait on Blackwell
+    walks = target == "sm_90" or (target == "sm_100" and fences_loads)
     assert [config.persistent for config in (alone, shared, limited, short)] == [walks, False, walks, False]
     assert dataclasses.replace(alone, persistent=False) == shared
 

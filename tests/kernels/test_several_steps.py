@@ -12,11 +12,11 @@ from tritonmoe.kernels.tiles import measured as measured_tiles
 ON_THREE = KernelOptions(num_sms=3)
 
 
-def several_steps(dtype=torch.bfloat16, layout="concatenated", *, num_rows=300, num_experts=6, hidden=272, bias=True):
+def several_steps(dtype=torch.bfloat16, layout="concatenated", *, num_rows=300, num_experts=6, hidden=272, **others):
     """Give a layer with a hot expert and an empty one, whose rows TMA can read where D is a multiple of 16."""
     ids = random_ids(num_rows, 3, num_experts - 1)
     ids[: num_rows // 2, 0] = 1
-    return Layer(ids, num_experts, LAYOUTS[layout], dtype, hidden=hidden, intermediate=hidden // 2 + 8, bias=bias)
+    return Layer(ids, num_experts, LAYOUTS[layout], dtype, hidden=hidden, intermediate=hidden // 2 + 8, **others)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,11 @@ def several_steps(dtype=torch.bfloat16, layout="concatenated", *, num_rows=300, 
 )
 def test_operations(dtype, layout, activation, options):
     check_operations(several_steps(dtype, layout), activation, WithOptions(options))
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+def test_addends_in_the_memory_of_the_result(layout):
+    check_operations(several_steps(layout=layout, addends=True), "silu", WithOptions(ON_THREE))
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 40, 80, 150])

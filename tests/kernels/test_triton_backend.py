@@ -13,6 +13,7 @@ from kernel_cases import (
     LAYOUTS,
     Layer,
     check_operations,
+    given_grads,
     random_ids,
     row_sources,
 )
@@ -21,6 +22,7 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.config.layer import NO_WEIGHTS
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
 
@@ -55,6 +57,16 @@ def test_dtypes_over_several_tiles(layout, dtype):
 @pytest.mark.parametrize("layout", ["concatenated", "ungated"])
 def test_without_activation(layout):
     check_operations(Layer(random_ids(13, 3, 3), 3, LAYOUTS[layout]), None)
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_addends_in_the_memory_of_the_result(layout, dtype):
+    """As low-rank adapters add them: to h, y, g and dx."""
+    ids = random_ids(33, 3, 5)
+    layer = Layer(ids, 5, LAYOUTS[layout], dtype, hidden=40, intermediate=36, addends=True)
+    check_operations(layer, "silu")
 
 
 ROUTINGS = {
@@ -149,7 +161,7 @@ def test_weight_grad_gives_only_what_is_asked_for():
     grouping = kernels.group(layer.ids, 3)
     dh = torch.ones(grouping.num_pairs, 24, device=DEVICE)
     operands = GradientOperands(dh=dh, dout=layer.dout, scaled_a=dh[:, :12])
-    assert kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS) == (None, None, None, None)
+    assert kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS) == NO_WEIGHTS
     only_bias = kernels.weight_grad(grouping, layer.layout, operands, NO_GRADIENTS._replace(gate_up_bias=True))
     assert only_bias.gate_up_proj is None
     counts = grouping.expert_offsets.diff()
@@ -212,7 +224,7 @@ def test_bits_do_not_depend_on_chunks(dtype):
     for first, second, third in zip(reached[:3], again[:3], chunked[:3], strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first[to_chunks], third)
-    for name in reached[3]._fields:
+    for name in given_grads(reached[3]):
         assert torch.equal(getattr(reached[3], name), getattr(again[3], name)), name
         assert torch.equal(getattr(reached[3], name), getattr(chunked[3], name)), name
 
@@ -246,4 +258,4 @@ def test_launches_from_several_threads():
 def test_operations_never_read_the_device(target):
     """Meta tensors have no values: any host read of one raises."""
     launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
-    assert {name.split()[0] for name in launches} == set(OPERATIONS)
+    assert {name.split()[0] for name in launches} == {*OPERATIONS, "router", "router_grad"}

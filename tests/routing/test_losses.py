@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tritonmoe.routing import Routing, load_balance_loss, z_loss
+from tritonmoe.routing import Routing, expert_load, load_balance_loss, z_loss
 
 
 def make_routing(ids: list[list[int]], scores: torch.Tensor) -> Routing:
@@ -16,6 +16,7 @@ def make_routing(ids: list[list[int]], scores: torch.Tensor) -> Routing:
         logits=scores.log(),
         scores=scores,
         num_nonfinite_rows=torch.zeros((), dtype=torch.int64),
+        load=expert_load(topk_ids, scores.shape[1]),
     )
 
 

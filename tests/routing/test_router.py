@@ -78,7 +78,8 @@ def test_softmax_routers_of_transformers_give_the_same_bits(make_theirs, ours):
     router = make_router(make_config(12, 3, **ours))
     theirs.load_state_dict(router.state_dict(), strict=False)
     x = torch.randn(50, 16)
-    logits, weights, ids = theirs(x)
+    found = theirs(x)
+    logits, weights, ids = found if found[0].is_floating_point() else found[::-1]  # as granitemoe of 5.17 gives them
     routing = router(x)
     assert torch.equal(routing.topk_ids, ids)
     assert torch.equal(routing.topk_weights, weights)

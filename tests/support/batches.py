@@ -29,6 +29,8 @@ class Batch:
     dtype: torch.dtype = torch.float64
     options: dict = field(default_factory=dict)
     device: str = "cpu"
+    ranks: tuple[int, int] = (0, 0)
+    """Of adapters on the two projections; 0 for none."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -57,11 +59,18 @@ class Batch:
             "gate_up_bias": random(num_experts, width),
             "down_bias": random(num_experts, HIDDEN),
         }
+        for name, rank, (rows, columns) in zip(
+            ("gate_up", "down"), self.ranks, ((width, HIDDEN), (HIDDEN, INTERMEDIATE)), strict=True
+        ):
+            if rank:
+                self.weights[f"{name}_a"] = random(num_experts, rank, columns)
+                self.weights[f"{name}_b"] = random(num_experts, rows, rank)
 
     def on_one_device(self, backend: str = "reference", **options) -> dict[str, Tensor]:
         leaves = {name: torch.cat(self.tokens[name]).requires_grad_() for name in ("x", "topk_weights")}
         leaves |= {name: value.clone().requires_grad_() for name, value in self.weights.items()}
-        out = tm.moe_mlp(topk_ids=torch.cat(self.ids), **leaves, **{**self.options, **options}, backend=backend)
+        arguments = with_adapters(leaves)
+        out = tm.moe_mlp(topk_ids=torch.cat(self.ids), **arguments, **{**self.options, **options}, backend=backend)
         grads = torch.autograd.grad(out, list(leaves.values()), torch.cat(self.tokens["dout"]))
         return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -77,7 +86,7 @@ class Batch:
             num_experts=self.num_experts,
             transport=transport,
             overlap=overlap,
-            **leaves,
+            **with_adapters(leaves),
             **{**self.options, **options},
         )
 
@@ -104,7 +113,15 @@ class Batch:
         results = tm.run_on_emulated_ranks(
             on_rank, self.num_ranks, device=self.device, timeout_s=timeout_s, faults=faults, link=link
         )
-        return {name: torch.cat(parts) for name, parts in zip(("out", *NAMES), zip(*results, strict=True), strict=True)}
+        names = "out", "x", "topk_weights", *self.weights
+        return {name: torch.cat(parts) for name, parts in zip(names, zip(*results, strict=True), strict=True)}
+
+
+def with_adapters(leaves: dict[str, Tensor]) -> dict:
+    """Give arguments of moe_mlp: the factors of adapters among leaves as ExpertAdapters."""
+    factors = {name: leaf for name, leaf in leaves.items() if name[-2:] in ("_a", "_b")}
+    others = {name: leaf for name, leaf in leaves.items() if name not in factors}
+    return {**others, "adapters": tm.ExpertAdapters(**factors, down_scale=0.5)} if factors else others
 
 
 def assert_equals_one_device(actual: dict[str, Tensor], expected: dict[str, Tensor], where: object = "") -> None:

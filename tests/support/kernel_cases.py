@@ -30,7 +30,19 @@ ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS)
 class Layer:
     """Random weights and rows of one layer, in one dtype."""
 
-    def __init__(self, ids, num_experts, layout, dtype=torch.float32, *, hidden=20, intermediate=12, bias=True, seed=0):
+    def __init__(
+        self,
+        ids,
+        num_experts,
+        layout,
+        dtype=torch.float32,
+        *,
+        hidden=20,
+        intermediate=12,
+        bias=True,
+        addends=False,
+        seed=0,
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape, scale=1.0):
@@ -46,6 +58,10 @@ class Layer:
         self.b2 = random(num_experts, hidden, scale=0.5) if bias else None
         self.x, self.dout = random(ids.shape[0], hidden), random(ids.shape[0], hidden)
         self.weights = torch.rand(ids.shape, generator=generator).to(DEVICE)
+        columns = {"h": width, "y": hidden, "g": intermediate, "dx": hidden}
+        self.addend_of_h, self.addend_of_y, self.addend_of_g, self.addend_of_dx = (
+            random(ids.numel(), columns[name]) if addends else None for name in columns
+        )
 
     @property
     def gate_up(self):
@@ -54,6 +70,11 @@ class Layer:
     @property
     def down(self):
         return Projection(self.w2, self.b2, self.layout)
+
+    def adding(self, projection, name, num_pairs):
+        """Give a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
+        addend = getattr(self, f"addend_of_{name}")
+        return projection if addend is None else projection._replace(addend=addend[:num_pairs].clone())
 
     def double(self):
         """Give the same numbers in fp64."""
@@ -81,7 +102,8 @@ def run_operations(backend, layer, grouping, activation, given=None):
     def operand(name, own):
         return own if given is None else pad(given[name])
 
-    h, a = backend.up(layer.x, layer.gate_up, grouping, activation)
+    gate_up = layer.adding(layer.gate_up, "h", grouping.num_pairs)
+    h, a = backend.up(layer.x, gate_up, grouping, activation, out_h=gate_up.addend)
     found["h"] = h[:num_active]
     if a is None:
         a = torch.full_like(h[:, : h.shape[1] // 2] if layout.gated else h, 0.5)
@@ -89,19 +111,28 @@ def run_operations(backend, layer, grouping, activation, given=None):
     else:
         found["a"] = a[:num_active]
         h, a = operand("h", h), operand("a", a)
-    y = backend.down(a, layer.down, grouping)
+    down = layer.adding(layer.down, "y", grouping.num_pairs)
+    y = backend.down(a, down, grouping, out=down.addend)
     found["y"] = y[:num_active]
     found["out"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights)
     found["unweighted"] = backend.gather_sum(operand("y", y), grouping.inverse)
-    dh, scaled_a, dweights = backend.down_grad(layer.dout, layer.down, h, layer.weights, grouping, activation)
+    down = layer.adding(layer.down, "g", grouping.num_pairs)
+    out = None, down.addend
+    dh, scaled_a, dweights = backend.down_grad(layer.dout, down, h, layer.weights, grouping, activation, out=out)
     found |= {"dh": dh[:num_active], "scaled_a": scaled_a[:num_active], "dweights": dweights[:num_active]}
     if activation is None:
         return found
     dh, scaled_a = operand("dh", dh), operand("scaled_a", scaled_a)
-    found["dx"] = backend.up_grad(dh, layer.gate_up, grouping)[:num_active]
+    gate_up = layer.adding(layer.gate_up, "dx", grouping.num_pairs)
+    found["dx"] = backend.up_grad(dh, gate_up, grouping, out=gate_up.addend)[:num_active]
     operands = GradientOperands(layer.x, dh, layer.dout, scaled_a, layer.weights)
     grads = backend.weight_grad(grouping, layout, operands, ALL_GRADIENTS)
-    return found | grads._asdict()
+    return found | given_grads(grads)
+
+
+def given_grads(grads):
+    """Give the gradients of weights that are there, by name."""
+    return {name: grad for name, grad in grads._asdict().items() if grad is not None}
 
 
 class WithOptions:

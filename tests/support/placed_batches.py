@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from batches import WEIGHTS, Batch
+from batches import Batch
 from torch import Tensor
 
 import tritonmoe as tm
@@ -45,5 +45,5 @@ def compare(batch: PlacedBatch, results: list[dict]) -> None:
         torch.testing.assert_close(got, expected[name], rtol=1e-9, atol=1e-9, msg=name)
     for rank, result in enumerate(results):
         held = list(batch.placement.experts_of_rank[rank])
-        for name in WEIGHTS:
+        for name in batch.weights:
             torch.testing.assert_close(result[name], expected[name][held], rtol=1e-9, atol=1e-9, msg=name)

@@ -14,6 +14,7 @@ LONGEST_FILES = {
     "test_ahead_of_time.py",
     "test_compiled.py",
     "test_contract.py",
+    "test_docs.py",
     "test_examples.py",
     "test_expert_parallel_compile.py",
     "test_launched_steps.py",

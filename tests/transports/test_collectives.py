@@ -19,7 +19,8 @@ CALLS: dict[str, tuple[int, Callable[[Transport, Tensor], object]]] = {
 }
 EXCHANGES = [(name, exchange) for name, (count, _) in CALLS.items() for exchange in range(count)]
 compiles_in_threads = pytest.mark.skipif(
-    torch.__version__.startswith("2.10."), reason="torch 2.10 crashes where two threads compile, as emulated ranks do"
+    torch.__version__.startswith(("2.10.", "2.11.")),
+    reason="torch 2.11 crashes where threads compile, as emulated ranks do",
 )
 
 

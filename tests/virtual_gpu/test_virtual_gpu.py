@@ -4,15 +4,17 @@ import ctypes
 
 import numpy as np
 import pytest
+from ptx_programs import view_of
 
-from virtual_gpu import arithmetic
+from virtual_gpu import arithmetic, deletions, support
 from virtual_gpu.faults import Deadlock, MemoryFault
-from virtual_gpu.memory import GlobalMemory, SharedMemory
+from virtual_gpu.memory import GlobalMemory, View
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.machine import run_grid
 from virtual_gpu.nvidia.parser import Address, parse
 from virtual_gpu.nvidia.tensor_map import TensorMap
 from virtual_gpu.nvidia.translation import translate
+from virtual_gpu.shared_memory import SharedMemory
 
 HEAD = """
 .visible .entry kernel(
@@ -35,7 +37,7 @@ HEAD = """
 def run(body, words=64, grid=1, shared_bytes=256):
     """Run 64 threads a program on an array of words that counts from 100, and give it."""
     array = np.arange(100, 100 + words, dtype=np.uint32)
-    memory = GlobalMemory([(array.ctypes.data, array.nbytes)])
+    memory = GlobalMemory([view_of(array)])
     code = translate(parse(HEAD + "\n".join(f"\t{line}" for line in body.strip().splitlines()) + "\n\tret;\n}\n"))
     run_grid(code, [array.ctypes.data], memory, shared_bytes, (grid, 1, 1), True)
     return array
@@ -79,13 +81,57 @@ def test_branches_that_separate_threads():
     assert found[:4].tolist() == [1000, 8, 1002, 10]
 
 
+def test_a_warp_s_maximum_leaves_nan_out_unless_it_is_asked_for():
+    for name, expected in (("max", 0x40000000), ("max.NaN", 0x7FC00000)):
+        body = "setp.eq.u32 %p1, %r1, 3;\nsetp.eq.u32 %p2, %r1, 40;\nmov.b32 %r4, 0f3F800000;"
+        body += "\n@%p1 mov.b32 %r4, 0f7FC00000;\n@%p2 mov.b32 %r4, 0f7FC00000;\nsetp.eq.u32 %p1, %r1, 5;"
+        body += "\nsetp.eq.u32 %p2, %r1, 50;\n@%p1 mov.b32 %r4, 0f40000000;\n@%p2 mov.b32 %r4, 0f40000000;"
+        found = run(f"{body}\nmov.b32 %r6, -1;\nredux.sync.{name}.f32 %r5, %r4, %r6;\nst.global.b32 [%rd3], %r5;")
+        assert set(found.tolist()) == {expected}
+
+
+def test_a_maximum_of_three_numbers():
+    for numbers in ("%r4, %r5, %r6", "%r5, %r6, %r4", "%r6, %r4, %r5"):
+        found = run(
+            f"""
+            mov.b32 %r4, 0f3F800000;
+            mov.b32 %r5, 0f40000000;
+            mov.b32 %r6, 0fFF800000;
+            max.f32 %r7, {numbers};
+            st.global.b32 [%rd3], %r7;
+            """
+        )
+        assert set(found.tolist()) == {0x40000000}
+
+
+def test_a_signed_load_keeps_its_sign_in_a_wider_register():
+    found = run(
+        """
+        st.shared.b32 [%r2], -3;
+        ld.shared.s32 %rd5, [%r2];
+        shr.u64 %rd6, %rd5, 32;
+        cvt.u32.u64 %r4, %rd6;
+        st.global.b32 [%rd3], %r4;
+        """
+    )
+    assert set(found.tolist()) == {0xFFFFFFFF}
+
+
+def test_only_unordered_comparisons_are_true_of_nan():
+    names = ("eq", "ne", "lt", "equ", "neu", "num", "nan")
+    for value, expected in (("0f7FC00000", (0, 0, 0, 1, 1, 0, 1)), ("0f3F800000", (0, 1, 1, 0, 1, 1, 0))):
+        for name, is_true in zip(names, expected, strict=True):
+            body = f"mov.b32 %r4, {value};\nsetp.{name}.f32 %p1, %r4, 0f7F800000;\nselp.b32 %r5, 1, 0, %p1;"
+            assert set(run(f"{body}\nst.global.b32 [%rd3], %r5;").tolist()) == {is_true}, name
+
+
 @pytest.mark.parametrize(
     ("body", "fault", "message"),
     [
         ("st.shared.b32 [%r2], %r1;\nld.shared.b32 %r5, [%r3];", MemoryFault, "that another wrote, with no barrier"),
         ("ld.shared.b32 %r5, [%r3];\nst.shared.b32 [%r2], %r1;", MemoryFault, "that another read, with no barrier"),
         ("st.shared.b32 [%r2+4], %r1;", MemoryFault, "byte 259 of 256"),
-        ("st.shared.b32 [%r2+2], %r1;", MemoryFault, "not aligned"),
+        ("st.shared.b32 [%r2+2], %r1;", MemoryFault, "misaligned"),
         ("ld.global.b32 %r5, [%rd3+4];", MemoryFault, "of the 256 bytes of a global tensor"),
         ("ld.global.b64 %rd5, [%rd3];", MemoryFault, "misaligned"),
         ("setp.eq.b32 %p1, %r1, 3;\n@%p1 bra $L__end;\nbar.sync 0;\n$L__end:", Deadlock, "only some threads"),
@@ -99,7 +145,7 @@ def test_branches_that_separate_threads():
             "setp.eq.b32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nmov.b32 %r4, 0;\n"
             "setp.eq.b32 %p2, %r1, 40;\n@%p2 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], 0;",
             MemoryFault,
-            "used by another warp than initialised it",
+            "that another wrote, with no barrier",
         ),
         ("mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], 0;", MemoryFault, "no initialised mbarrier"),
     ],
@@ -148,7 +194,7 @@ def test_asynchronous_copies(kept):
 def test_programs_have_no_order():
     with pytest.raises(MemoryFault, match="program 1 writes global memory that another program wrote"):
         run("st.global.b32 [%rd3], %r1;", grid=2)
-    with pytest.raises(MemoryFault, match="program 1 reads global memory that program 0 wrote"):
+    with pytest.raises(MemoryFault, match="program 1 reads global memory that another program wrote"):
         run("setp.eq.b32 %p1, %r9, 0;\n@%p1 st.global.b32 [%rd3], %r1;\nld.global.b32 %r5, [%rd3];", grid=2)
 
 
@@ -181,8 +227,8 @@ def test_matrix_fragments():
     """Matrices that go to registers and back stay what they were."""
     rows = np.arange(4 * 8 * 16, dtype=np.uint64).astype(np.uint8).reshape(32, 16)
     for transposed in (False, True):
-        registers = fragments.load_matrices(rows, transposed)
-        assert (fragments.store_matrices(registers, transposed) == rows).all()
+        registers = fragments.load_matrices(rows, 4, transposed)
+        assert (fragments.store_matrices(list(registers), transposed) == rows).all()
     places = np.arange(1024)
     for width in (0, 32, 64, 128):
         assert (np.sort(fragments.swizzled(places, width)) == places).all()
@@ -197,10 +243,14 @@ def test_a_box_outside_its_tensor_is_zero():
     base = -(-ctypes.addressof(storage) // 16) * 16
     ctypes.memmove(base, tensor.ctypes.data, tensor.nbytes)
     box = TensorMap(base, (3, 8), (8, 1), (4, 8), 4, 32)
-    places, values = box.read(GlobalMemory([(base, tensor.nbytes)]), 1, 128, [0, 1], gathers=False)
+    places, values = box.read(GlobalMemory([View(base, (tensor.nbytes,), (1,), 1)]), 1, 128, [0, 1], gathers=False)
     shared = SharedMemory(256)
-    shared.begin_copy(places, np.array(0))
-    shared.land_copy(places, values, None)
+    shared.write(np.array([128]), np.zeros((1, 4), np.uint8), np.array([0]))
+    with pytest.raises(MemoryFault, match="a bulk copy writes shared memory that threads wrote without a proxy fence"):
+        shared.begin_bulk_copy(places, np.array(0))
+    shared.fence()
+    shared.begin_bulk_copy(places, np.array(0))
+    shared.land_bulk_copy(places, values, None)
     found = shared.data[128:].view(np.float32).reshape(4, 8)
     assert found[0].tolist() == np.roll(tensor[1], 4).tolist()  # bytes 128 to 255 of every 256 are exchanged
     assert found[1].tolist() == np.roll(tensor[2], 4).tolist()
@@ -226,3 +276,79 @@ def test_arithmetic():
     assert arithmetic.shuffle("up", lanes, np.uint32(1))[0][[0, 1, 32, 33]].tolist() == [0, 0, 32, 32]
     assert arithmetic.reduce_warps("add", lanes)[[0, 63]].tolist() == [496, 1520]
     assert arithmetic.ballot(lanes % 32 == 5)[[0, 63]].tolist() == [32, 32]
+
+
+def test_a_view_is_not_its_storage():
+    """Columns 0 and 1 of rows of four words may be touched, and nothing between them nor behind them."""
+    array = np.arange(32, dtype=np.uint32).reshape(8, 4)
+    memory = GlobalMemory([View(array.ctypes.data, (6, 2), (4, 1), 4)])
+    base = np.uint64(array.ctypes.data)
+    inside = np.array([0, 4, 16, 84], np.uint64)
+    assert memory.read(base + inside, 4, 1).view(np.uint32)[:, 0].tolist() == [0, 1, 4, 21]
+    for outside, message in ((8, "between the elements of a view"), (88, "of the 88 bytes"), (-4, "of the 88 bytes")):
+        with pytest.raises(MemoryFault, match=message):
+            memory.read(np.array([array.ctypes.data + outside], np.uint64), 4, 1)
+    with pytest.raises(MemoryFault, match="between the elements"):
+        memory.read(np.array([array.ctypes.data], np.uint64), 16, 1, 4)
+    for outside in (8, 88):
+        with pytest.raises(MemoryFault):
+            memory.write(np.array([array.ctypes.data + outside], np.uint64), np.zeros((1, 4), np.uint8), 1)
+
+
+def test_views_that_overlap_and_neighbours():
+    array = np.arange(24, dtype=np.uint8)
+    base = array.ctypes.data
+    memory = GlobalMemory([View(base, (8,), (1,), 1), View(base + 4, (8,), (1,), 1), View(base + 16, (8,), (1,), 1)])
+    assert memory.read(np.array([base + 4], np.uint64), 8, 1, 4).tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
+    places = np.array([base + 16, base, base + 20], np.uint64)
+    assert memory.read(places, 4, 1)[:, 0].tolist() == [16, 0, 20]
+    with pytest.raises(MemoryFault, match="of the 12 bytes"):
+        memory.read(np.array([base + 12], np.uint64), 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "bits"),
+    [
+        (1.1, "fp64", 0x3FF199999999999A),
+        (1.1, "fp32", 0x3F8CCCCD),
+        (1.1, "fp16", 0x3C66),
+        (1.1, "bf16", 0x3F8D),
+        (-3, "i32", -3),
+        (True, "i1", 1),
+    ],
+)
+def test_scalars_have_the_bits_of_their_type(value, kind, bits):
+    assert arithmetic.bits_of_scalar(value, kind) == bits
+
+
+def test_what_goes_wrong_inside_the_machine_has_a_line():
+    with pytest.raises(NotImplementedError, match=r"line \d+: the machine doesn't know ld.param.b64 \(ValueError"):
+        run("ld.param.b64 %rd5, [kernel_param_9];")
+    copy = "cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes"
+    with pytest.raises(NotImplementedError, match=r"line \d+ of its PTX: the machine can't run this: AssertionError"):
+        run(f"{copy} [%r2], [kernel_param_0, {{%r1}}], [%r2];")  # the parameter is no descriptor
+
+
+def test_every_wait_is_found_and_deleted():
+    """An s_waitcnt of two counters is two waits; what is left stays on its line."""
+    ptx = "\t.reqntid 64\n\tbar.sync \t0;\n\tcp.async.wait_group \t1;\n{\nmbarrier.try_wait.x complete, [%r1], %r2;\n"
+    ptx += "@!complete bra.uni waitLoop;\n}\n\twgmma.fence.sync.aligned;\n"
+    sites = list(deletions.sites_of(ptx))
+    assert [(site.kind, site.line) for site in sites] == [
+        ("barrier", 2),
+        ("wait for copies", 3),
+        ("wait for an mbarrier", 5),
+        ("fence of registers", 8),
+    ]
+    left = deletions.without(sites)(ptx)
+    assert left.split() == [".reqntid", "64", "{", "}"]
+    assert left.count("\n") == ptx.count("\n")
+    amd = "\ts_waitcnt vmcnt(0) lgkmcnt(1)\n\ts_barrier\n"
+    first, second, barrier = deletions.sites_of(amd)
+    assert deletions.without([first])(amd).split() == ["s_waitcnt", "lgkmcnt(1)", "s_barrier"]
+    assert deletions.without([first, second, barrier])(amd).split() == ["s_nop", "0"]
+
+
+def test_the_readme_lists_what_is_run():
+    text = support.README.read_text()
+    assert support.render(text) == text, "stale: run python -m virtual_gpu.support"

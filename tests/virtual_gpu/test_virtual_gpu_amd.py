@@ -2,47 +2,11 @@
 
 import numpy as np
 import pytest
+from amd_programs import NUM_THREADS, run_amd
 
 from virtual_gpu.amd import fragments
-from virtual_gpu.amd.arguments import argument_segment
-from virtual_gpu.amd.machine import run_grid
-from virtual_gpu.amd.parser import parse
-from virtual_gpu.amd.translation import translate
 from virtual_gpu.faults import Deadlock, MemoryFault
-from virtual_gpu.memory import GlobalMemory
 
-NUM_THREADS = 128
-PROGRAM = """
-	.amdgcn_target "amdgcn-amd-amdhsa--gfx942"
-kernel:
-	s_load_dwordx4 s[4:7], s[0:1], 0x0
-	v_lshlrev_b32_e32 v1, 2, v0
-	s_waitcnt lgkmcnt(0)
-{code}
-	s_endpgm
-	.section	.rodata,"a",@progbits
-	.amdhsa_kernel kernel
-		.amdhsa_private_segment_fixed_size 0
-		.amdhsa_kernarg_size 16
-		.amdhsa_user_sgpr_count 2
-		.amdhsa_user_sgpr_dispatch_ptr 0
-		.amdhsa_user_sgpr_queue_ptr 0
-		.amdhsa_user_sgpr_kernarg_segment_ptr 1
-		.amdhsa_user_sgpr_dispatch_id 0
-		.amdhsa_user_sgpr_kernarg_preload_length 0
-		.amdhsa_user_sgpr_kernarg_preload_offset 0
-		.amdhsa_system_sgpr_workgroup_id_x 1
-		.amdhsa_system_sgpr_workgroup_id_y 0
-		.amdhsa_system_sgpr_workgroup_id_z 0
-	.end_amdhsa_kernel
-      - .offset:         0
-        .size:           8
-        .value_kind:     global_buffer
-      - .offset:         8
-        .size:           8
-        .value_kind:     global_buffer
-    .max_flat_workgroup_size: 128
-"""
 # v1 is four times the thread, s[4:5] the input, s[6:7] the output.
 LOAD = "global_load_dword v2, v1, s[4:5]"
 STORE = "global_store_dword v1, v2, s[6:7]"
@@ -50,13 +14,8 @@ STORE = "global_store_dword v1, v2, s[6:7]"
 
 def run(*code):
     """Run two wavefronts on the inputs 1000, 1001, ...; give their outputs."""
-    memory = np.zeros(3 * NUM_THREADS, np.uint32)
-    source, output = memory[:NUM_THREADS], memory[2 * NUM_THREADS :]
-    source[:] = np.arange(1000, 1000 + NUM_THREADS)
-    translation = translate(parse(PROGRAM.format(code="\n".join(code))))
-    segment = argument_segment(translation.kernel, [source.ctypes.data, output.ctypes.data], (1, 1, 1), 1024)
-    spans = [(array.ctypes.data, array.nbytes) for array in (source, output, segment)]
-    run_grid(translation, segment, GlobalMemory(spans), 1024, (1, 1, 1))
+    source, output = np.arange(1000, 1000 + NUM_THREADS, dtype=np.uint32), np.zeros(NUM_THREADS, np.uint32)
+    run_amd(code, source, output)
     return output
 
 
@@ -178,3 +137,53 @@ def test_a_loop_without_end_and_an_unknown_instruction(monkeypatch):
         run(".LBB0_1:", "s_branch .LBB0_1")
     with pytest.raises(NotImplementedError, match="line 7: the machine doesn't know v_sin_f32 v2, v1"):
         run("v_sin_f32 v2, v1")
+
+
+CLASSES = (0x7F800001, 0x7FC00000, 0xFF800000, 0xBF800000, 0x80000001, 0x80000000, 0, 1, 0x3F800000, 0x7F800000)
+"""A float32 of each class, in the order of the bits."""
+
+
+def test_classes_of_floats():
+    for place, bits in enumerate(CLASSES):
+        for mask, expected in ((1 << place, 1), (0x3FF ^ (1 << place), 0)):
+            found = run(
+                f"v_mov_b32_e32 v2, {bits:#x}",
+                f"s_movk_i32 s8, {mask:#x}",
+                "v_cmp_class_f32_e64 s[10:11], v2, s8",
+                "v_cndmask_b32_e64 v2, 0, 1, s[10:11]",
+                STORE,
+            )
+            assert set(found.tolist()) == {expected}, (place, mask)
+
+
+def test_less_or_greater_is_false_of_nan():
+    for bits, expected in ((0x7FC00000, 0), (0x3F800000, 0), (0x40000000, 1)):
+        found = run(
+            f"v_mov_b32_e32 v2, {bits:#x}",
+            "v_cmp_lg_f32_e64 s[10:11], v2, 1.0",
+            "v_cndmask_b32_e64 v2, 0, 1, s[10:11]",
+            STORE,
+        )
+        assert set(found.tolist()) == {expected}
+
+
+def test_halves_of_a_word_are_added_apart():
+    found = run(
+        "v_mov_b32_e32 v2, 0x1ffff",
+        "v_mov_b32_e32 v3, 0x20002",
+        "v_pk_add_u16 v2, v2, v3",
+        STORE,
+    )
+    assert set(found.tolist()) == {0x30001}
+
+
+def test_a_sum_of_64_bits():
+    """The carry of the lower words goes into the sum of the upper ones, whatever name the carry register has."""
+    found = run(
+        "v_mov_b32_e32 v2, -1",
+        "v_add_co_u32_e64 v2, s[10:11], 1, v2",
+        "v_mov_b32_e32 v3, 5",
+        "v_addc_co_u32_e64 v2, s[12:13], 0, v3, s[10:11]",
+        STORE,
+    )
+    assert set(found.tolist()) == {6}

@@ -21,8 +21,10 @@ from tritonmoe.config.layer import (
     PerWeight,
     Projection,
 )
+from tritonmoe.config.routing import RoutingRule
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
+from tritonmoe.kernels.router import route, route_grad
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
@@ -40,6 +42,10 @@ class Variant:
     num_experts: int = 128
     top_k: int = 8
     bias: bool = True
+    adapter_rank: int = 0
+    """R of low-rank adapters on both projections; 0 for none."""
+    routing: RoutingRule = field(default_factory=lambda: RoutingRule(0))
+    """How the router chooses; its top_k is replaced by the layer's, and where it takes sigmoids it has a bias."""
     num_rows: int = 16384
     """The rows of one device; with several ranks what one rank receives, and num_experts is what it holds."""
     num_ranks: int = 1
@@ -56,6 +62,22 @@ class Variant:
 
 
 _CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
+_GPT_OSS = Variant(
+    layout=ExpertLayout(interleaved=True, transposed=True),
+    activation=_CLAMPED,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_experts=128,
+    top_k=4,
+    routing=RoutingRule(0, softmax_after_topk=True),
+)
+_DEEPSEEK = Variant(
+    hidden_size=7168,
+    intermediate_size=2048,
+    num_experts=256,
+    bias=False,
+    routing=RoutingRule(0, sigmoid=True, routed_scaling_factor=2.5, num_expert_groups=8, top_k_groups=4),
+)
 VARIANTS = {
     "bf16": Variant(),
     "fp32": Variant(torch.float32),
@@ -72,30 +94,17 @@ VARIANTS = {
     "1024 tokens": Variant(num_rows=1024),
     "Mixtral": Variant(hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, bias=False),
     "Qwen3-Next": Variant(hidden_size=2048, intermediate_size=512, num_experts=512, top_k=10, bias=False),
-    "DeepSeek-V3": Variant(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, bias=False),
-    "gpt-oss": Variant(
-        layout=ExpertLayout(interleaved=True, transposed=True),
-        activation=_CLAMPED,
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_experts=128,
-        top_k=4,
-    ),
+    "DeepSeek-V3": _DEEPSEEK,
+    "gpt-oss": _GPT_OSS,
     "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
     "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
     "bf16 of 8 ranks": Variant(num_ranks=8),
     "fp32 of 8 ranks": Variant(torch.float32, num_ranks=8),
-    "gpt-oss of 2 ranks": Variant(
-        layout=ExpertLayout(interleaved=True, transposed=True),
-        activation=_CLAMPED,
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_experts=64,
-        top_k=4,
-        num_ranks=2,
-    ),
+    "gpt-oss of 2 ranks": replace(_GPT_OSS, num_experts=64, num_ranks=2),
     "odd of 8 ranks": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6, num_ranks=8),
+    "adapters": Variant(adapter_rank=16),
+    "gpt-oss with adapters": replace(_GPT_OSS, adapter_rank=16),
     "bf16 persistent": Variant(tiles={"persistent": True}),
     "bf16 one tile a program": Variant(tiles={"persistent": False}),
     "bf16 pointers": Variant(tiles={"tma": False}),
@@ -152,8 +161,9 @@ class _RecordedStep:
         self.launches.clear()
 
     def run(self) -> None:
-        """Run every operation of a layer, forward and backward, on one device or as one of several ranks does."""
+        """Run the router and every operation, forward and backward, on one device or as one of several ranks does."""
         v, is_rank = self.variant, self.variant.num_ranks > 1
+        self._router()
         grouping = layer = operations.group(self.ids, v.num_experts)
         self._name("group")
         operations.group(self.ids[:8], v.num_experts)
@@ -164,6 +174,8 @@ class _RecordedStep:
         h, y = self._forward(grouping)
         dh, scaled_a = self._backward(grouping, h, y)
         self._weight_grads(grouping, dh, scaled_a)
+        if v.adapter_rank:
+            self._adapters(grouping, h, dh, scaled_a)
         if is_rank:
             self._weight_grads(layer, dh, scaled_a, " in chunks")
             home_index = self._empty(v.num_rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
@@ -171,6 +183,22 @@ class _RecordedStep:
             self._name("gather_sum at home")
             operations.gather_sum(self.topk_weights, home_index)
             self._name("gather_sum weights' gradients at home")
+
+    def _router(self) -> None:
+        """Run the router of all ranks' experts, and its backward without losses of its own and with both."""
+        v = self.variant
+        num_experts, rule = v.num_experts * v.num_ranks, v.routing._replace(top_k=v.top_k)
+        weight = self._empty(num_experts, v.hidden_size)
+        selection_bias = self._empty(num_experts, dtype=torch.float32) if rule.sigmoid else None
+        routed = route(self.x, weight, selection_bias, rule)
+        self._name("router")
+        saved = self.x, weight, routed.scores, routed.topk_ids, routed.topk_weights
+        for name, losses in (
+            ("router_grad", (None, None)),
+            ("router_grad with losses", (routed.logits, routed.scores)),
+        ):
+            route_grad(*saved, (*losses, routed.topk_weights), rule, (True, True))
+            self._name(name)
 
     def _group_in_chunks(self) -> Grouping:
         rows = self.variant.num_rows
@@ -236,6 +264,49 @@ class _RecordedStep:
         if self.variant.bias:
             run("weight_grad b1", gate_up_bias=True)
             run("weight_grad b2", down_bias=True)
+
+    def _adapters(self, grouping: Grouping, h: Tensor, dh: Tensor, scaled_a: Tensor) -> None:
+        """Run what an AdaptedProjection does: products with an addend, and products with the factors of adapters."""
+        v, rank, options, activation = self.variant, self.variant.adapter_rank, self.options, self.variant.activation
+        y = self._empty(grouping.num_pairs, v.hidden_size)
+        operations.up(self.x, self.gate_up._replace(addend=h), grouping, activation, out_h=h, options=options)
+        self._name("up with an addend")
+        operations.down(scaled_a, self.down._replace(addend=y), grouping, out=y, options=options)
+        self._name("down with an addend")
+        down, out = self.down._replace(addend=scaled_a), (dh, scaled_a)
+        operations.down_grad(self.dout, down, h, self.topk_weights, grouping, activation, out=out, options=options)
+        self._name("down_grad with an addend")
+        operations.up_grad(dh, self.gate_up._replace(addend=y), grouping, out=y, options=options)
+        self._name("up_grad with an addend")
+        plain, transposed = ExpertLayout(gated=False), ExpertLayout(gated=False, transposed=True)
+        factor_a = Projection(self._empty(v.num_experts, rank, v.hidden_size), None, plain)
+        factor_b = Projection(self._empty(v.num_experts, dh.shape[1], rank), None, plain)
+        reduced, _ = operations.up(self.x, factor_a, grouping, None, options=options)
+        assert reduced is not None
+        self._name("up by a factor")
+        down_b = Projection(self._empty(v.num_experts, v.hidden_size, rank), None, transposed)
+        operations.up(self.dout, down_b, grouping, None, options=options)
+        self._name("up by a transposed factor")
+        operations.down(reduced, factor_b, grouping, options=options)
+        self._name("down from the rank")
+        operations.down(
+            scaled_a, Projection(self._empty(v.num_experts, rank, scaled_a.shape[1]), None, plain), grouping
+        )
+        self._name("down to the rank")
+        operations.up_grad(reduced, factor_a, grouping, options=options)
+        self._name("up_grad from the rank")
+        operations.up_grad(dh, factor_b, grouping, options=options)
+        self._name("up_grad to the rank")
+        needs = NO_GRADIENTS._replace(gate_up_proj=True)
+        for name, of, layout, pair_values, row_values in (
+            ("of a factor A", grouping, plain, reduced, self.x),
+            ("of a factor B", grouping.by_pair, plain, dh, reduced),
+            ("of a down factor A", grouping.by_pair, plain, reduced, scaled_a),
+            ("of a down factor B", grouping, transposed, reduced, self.dout),
+        ):
+            operands = GradientOperands(x=row_values, dh=pair_values)
+            operations.weight_grad(of, layout, operands, needs, options=options)
+            self._name(f"weight_grad {name}")
 
 
 def source_of(item: launch.Launch, target: GPUTarget) -> ASTSource:

@@ -62,7 +62,7 @@ class GradientOperands(NamedTuple):
     """(R, K); with dout, of down_bias."""
 
 
-NO_GRADIENTS: PerWeight[bool] = PerWeight(False, False, False, False)
+NO_GRADIENTS: PerWeight[bool] = PerWeight(*(False for _ in PerWeight._fields))
 """No gradient is wanted; NO_GRADIENTS._replace(down_proj=True) asks for one of them."""
 
 

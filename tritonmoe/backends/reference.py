@@ -96,6 +96,8 @@ def up(
         product = rows @ _in_out(projection, e).to(acc)
         if bias is not None:
             product = product + bias[e].to(acc)
+        if projection.addend is not None:
+            product = product + projection.addend[first:last].to(acc)
         h[first:last] = product.to(x.dtype)
     if activation is None:
         return h, None
@@ -118,6 +120,8 @@ def down(
         product = a[first:last].to(acc) @ _in_out(projection, e).to(acc)
         if projection.bias is not None:
             product = product + projection.bias[e].to(acc)
+        if projection.addend is not None:
+            product = product + projection.addend[first:last].to(acc)
         y[first:last] = product.to(a.dtype)
     return y
 
@@ -149,7 +153,7 @@ def down_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry each expert's rows through its product, and leave the activation to autograd."""
     acc = accumulation_dtype(dout.dtype)
-    down_proj, down_bias, layout = projection
+    down_proj, down_bias, layout, addend = projection
     rows = grouping.row_index.long()
     grad = dout[rows].to(acc)
     scale = topk_weights.flatten()[grouping.pair_index.long()].to(acc)[:, None]
@@ -157,6 +161,8 @@ def down_grad(
     bias_term = dout.new_zeros(grouping.num_pairs, dtype=acc)
     for e, (first, last) in enumerate(_ranges(grouping)):
         g[first:last] = grad[first:last] @ _in_out(projection, e).to(acc).T
+        if addend is not None:
+            g[first:last] += addend[first:last].to(acc)
         if down_bias is not None:
             bias_term[first:last] = grad[first:last] @ down_bias[e].to(acc)
     da = scale * g
@@ -194,7 +200,10 @@ def up_grad(
     width = projection.weight.shape[1 if projection.layout.transposed else 2]
     dx = dh.new_empty(grouping.num_pairs, width) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
-        dx[first:last] = (dh[first:last].to(acc) @ _in_out(projection, e).to(acc).T).to(dh.dtype)
+        product = dh[first:last].to(acc) @ _in_out(projection, e).to(acc).T
+        if projection.addend is not None:
+            product = product + projection.addend[first:last].to(acc)
+        dx[first:last] = product.to(dh.dtype)
     return dx
 
 

@@ -55,6 +55,18 @@ def _out_in(projection: Projection) -> Tensor:
     return projection.weight.mT if projection.layout.transposed else projection.weight
 
 
+def _gathered(grouping: Grouping) -> Tensor | None:
+    """Give which row each pair takes; None where that is the one in its place."""
+    return None if grouping.rows_are_pairs else grouping.row_index
+
+
+def _products(
+    values: Tensor, index: Tensor | None, projection: Projection, grouping: Grouping, out: Tensor | None
+) -> Tensor:
+    """Give pair_products() of the forward."""
+    return pair_products(values, index, _in_out(projection), projection.bias, grouping, out, projection.addend)
+
+
 def up(
     x: Tensor,
     projection: Projection,
@@ -68,7 +80,7 @@ def up(
     layout = projection.layout
     width = projection.weight.shape[2 if layout.transposed else 1]
     acc = accumulation_dtype(x.dtype)
-    h = pair_products(x, grouping.row_index, _in_out(projection), projection.bias, grouping, out_h)
+    h = _products(x, _gathered(grouping), projection, grouping, out_h)
     if activation is None:
         return h, None
     a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
@@ -106,7 +118,7 @@ def down(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return pair_products(a, None, _in_out(projection), projection.bias, grouping, out)
+    return _products(a, None, projection, grouping, out)
 
 
 def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -162,14 +174,15 @@ def down_grad(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(dout.dtype)
-    down_proj, down_bias, layout = projection
+    down_proj, down_bias, layout, addend = projection
     out_dh, out_scaled_a = out
     inner = down_proj.shape[1 if layout.transposed else 2]
     dh = torch.empty_like(hidden) if out_dh is None else out_dh
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)
     scales = topk_weights.flatten().index_select(0, grouping.pair_index).to(acc).unsqueeze(1)
-    products = pair_products(dout, grouping.row_index, _out_in(projection), None, grouping, None)
+    in_place = addend if addend is out_scaled_a else None  # whose memory is written once more when all is read
+    products = pair_products(dout, _gathered(grouping), _out_in(projection), None, grouping, in_place, addend)
     for scale, product, hidden_of, dh_of, dweights_of, scaled_a_of in _row_blocks(
         ELEMENTWISE_SIZE // inner, scales, products, hidden, dh, dweights, scaled_a
     ):
@@ -244,7 +257,7 @@ def up_grad(
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
 ) -> Tensor:
-    return pair_products(dh, None, _out_in(projection), None, grouping, out)
+    return pair_products(dh, None, _out_in(projection), None, grouping, out, projection.addend)
 
 
 def weight_grad(

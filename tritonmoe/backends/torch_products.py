@@ -57,13 +57,18 @@ def pair_products(
     bias: Tensor | None,
     grouping: Grouping,
     out: Tensor | None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Multiply all pairs' values by their experts' matrices (E, in, out), and add the experts' bias: (N, out).
 
-    A pair's values are values[index[n]], or values[n] where index is None.
+    A pair's values are values[index[n]], or values[n] where index is None. addend: (N, out), added too; perhaps `out`.
     """
     width = matrices.shape[2]
-    if pads(grouping):
+    is_padded = pads(grouping)
+    if addend is not None and (is_padded or _is_rounded(values, max(grouping.host_counts[1], default=0))):
+        products = pair_products(values, index, matrices, bias, grouping, None)
+        return torch.add(products, addend, out=out)
+    if is_padded:
         places = grouping.padded_pairs
         padded = values.index_select(0, places.pairs if index is None else index.index_select(0, places.pairs))
         padded = padded.view(grouping.num_experts, -1, values.shape[1])
@@ -76,13 +81,20 @@ def pair_products(
         out = values.new_empty(grouping.num_pairs, width)
     if index is not None:
         values = values.index_select(0, index)
+    if addend is not None and addend is not out:
+        out.copy_(addend)
     experts, counts = grouping.host_counts
     if not _is_rounded(values, max(counts, default=0)):
         parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
 
         def multiply(item: tuple[int, Tensor, Tensor]) -> None:
             e, part, target = item
-            _multiply(part, matrices[e], None if bias is None else bias[e], target)
+            if addend is None:
+                _multiply(part, matrices[e], None if bias is None else bias[e], target)
+            else:
+                torch.addmm(target, part, matrices[e], out=target)
+                if bias is not None:
+                    target.add_(bias[e])
 
         items = list(zip(experts, parts, targets, strict=True))
         is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
@@ -142,10 +154,11 @@ def outer_sums(
     def factors(positions: Tensor | slice) -> tuple[Tensor, Tensor]:
         stored = positions if order is None else order[positions]
         if isinstance(stored, slice):
-            pairs, rows = pair_values[stored], row_index[stored]
+            both = pair_values[stored], row_values[stored]
+            if not grouping.rows_are_pairs:
+                both = both[0], row_values.index_select(0, row_index[stored])
         else:
-            pairs, rows = pair_values.index_select(0, stored), row_index.index_select(0, stored)
-        both = pairs, row_values.index_select(0, rows)
+            both = pair_values.index_select(0, stored), row_values.index_select(0, row_index.index_select(0, stored))
         return both if pairs_first else both[::-1]
 
     if accumulate is not None:

@@ -97,20 +97,23 @@ class LayerInputs:
 def draw_routing(
     num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw K distinct experts per token, (T, K) int64, and weights that sum to one, (T, K) fp32.
+    """Draw K experts per token, distinct ones but for "hot", (T, K) int64, and weights that sum to one, (T, K) fp32.
 
     Args:
         routing: "uniform", or "zipf": the n-th most popular of the experts, which stand in a drawn order, is chosen
-            with a probability proportional to n ** -1.2 (the Gumbel trick gives K of them without repetition).
+            with a probability proportional to n ** -1.2 (the Gumbel trick gives K of them without repetition). "hot":
+            all K of every second token are expert 0, so that it has more than half of the pairs.
     """
     device = generator.device
     scores = -torch.empty(num_tokens, num_experts, device=device).exponential_(generator=generator).log()
     if routing == "zipf":
         rank = torch.randperm(num_experts, generator=generator, device=device) + 1
         scores -= 1.2 * rank.log()
-    elif routing != "uniform":
-        raise ValueError(f"routing must be uniform or zipf, got {routing!r}")
+    elif routing not in ("uniform", "hot"):
+        raise ValueError(f"routing must be uniform, zipf or hot, got {routing!r}")
     best, ids = scores.topk(top_k, dim=1)
+    if routing == "hot":
+        ids[::2] = 0
     return ids, best.softmax(1)
 
 

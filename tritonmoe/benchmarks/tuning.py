@@ -1,160 +1,197 @@
-"""Search tile configurations on the GPU that is there: one field at a time, and keep what is really faster."""
+"""Search tile configurations on the GPU that is there: whole tiles, all samples kept, the really faster ones used."""
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from tritonmoe.benchmarks.gpu_kernels import operation_calls
+from tritonmoe.aot import ARCHITECTURES, Variant
+from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool, interleaved
+from tritonmoe.benchmarks.kept_results import KeptResults, open_results
+from tritonmoe.benchmarks.machine import identity
+from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
-from tritonmoe.benchmarks.timing import interleave
+from tritonmoe.benchmarks.tile_candidates import Candidate, candidates_of, judge_all, products_of, redundant
+from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles.config import GATHERS
+from tritonmoe.runtime.files import Json
 
-__all__ = ["CHOICES", "descend", "tune"]
+__all__ = ["LEAST_GAIN", "best_entries", "calls_by_key", "candidates_of_layer", "try_candidate", "tune"]
 
-CHOICES: dict[str, tuple[int, ...] | tuple[str, ...]] = {
-    "block_m": (16, 32, 64, 128),
-    "block_n": (16, 32, 64, 128, 256),
-    "block_k": (32, 64, 128),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4, 5, 6),
-    "group_m": (1, 4, 8, 16),
-    "subtiles": (1, 2, 4),
-    "persistent": (False, True),
-    "tma": (False, True),
-    "gather": GATHERS,
-}
-Fields = Mapping[str, int | str]
-"""Some of the fields of a TileConfig, by name."""
 LEAST_GAIN = 1.02
-"""An entry must be so many times as fast as the heuristic's: less is noise."""
+"""An entry must be so many times as fast as the table's: less is noise."""
+ROUNDS = 7
+ROUNDS_AGAIN = 21
 BATCH_S = 0.01
+Call = Callable[[], object]
 
 
-def descend(
-    start: Fields, seconds: Callable[[Fields], float | None], passes: int = 2
-) -> Iterator[tuple[dict[str, int | str], float | None, dict[str, int | str]]]:
-    """Change one field at a time and keep what is fastest; give every try with its time and the best so far.
+def candidates_of_layer(variant: Variant, target_name: str, done: Collection[str] = ()) -> list[Candidate]:
+    """Give the tiles to try for every product of a layer's steps but those whose keys are `done`."""
+    return [
+        Candidate(key, fields)
+        for key, config in products_of(variant, target_name).items()
+        if key not in done
+        for fields in candidates_of(key.split()[2], config, variant.dtype)
+    ]
 
-    Args:
-        start: fields of CHOICES; those left out stay as they are.
-        seconds: measures one configuration; None where it can't run.
-        passes: at most so many rounds over all fields; a round without a gain is the last.
+
+def calls_by_key(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Give for every product's key the first of a layer's operations that asks for its tile."""
+    found: dict[str, Call] = {}
+    for call in calls.values():
+        with measured_tiles.using({}), measured_tiles.asked() as keys:
+            call()
+        for key in keys:
+            found.setdefault(key, call)
+    return found
+
+
+def try_candidate(call: Call, candidate: Candidate, device: torch.device, rounds: int, batch_s: float) -> Json:
+    """Measure one tile beside the table's, in the same rounds.
+
+    Returns:
+        "samples" in seconds of a call, "table" and "candidate"; "gain", the median ratio of a round's two; "agrees":
+        whether the results are the table's up to the rounding of sums, for compilers have bugs; "tile" as it was used.
+        Or "left_out": why it can't run.
     """
-    best = dict(start)
-    best_seconds = seconds(best)
-    yield dict(best), best_seconds, dict(best)
-    tried = {tuple(best.items())}
-    for _ in range(passes):
-        before = dict(best)
-        for name in start:
-            for value in CHOICES[name]:
-                candidate = {**best, name: value}
-                if tuple(candidate.items()) in tried:
-                    continue
-                tried.add(tuple(candidate.items()))
-                taken = seconds(candidate)
-                if taken is not None and (best_seconds is None or taken < best_seconds):
-                    best, best_seconds = candidate, taken
-                yield dict(candidate), taken, dict(best)
-        if best == before:
-            return
-
-
-def tune(
-    shape: LayerShape, num_tokens: int, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
-) -> dict[str, dict[str, int | str]]:
-    """Give the entries that make this layer's operations faster than the heuristic's: see `kernels.tiles.measured`."""
-    calls = operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton")
-    entries: dict[str, dict[str, int | str]] = {}
-    done: set[str] = set()
-    for name, call in calls.items():
-        with measured_tiles.using({}), measured_tiles.asked() as found:
-            call()
-        for key, config in found.items():
-            if key in done:
-                continue
-            done.add(key)
-            progress(f"{name}: {key}: {config}")
-            start = {field: value for field, value in asdict(config).items() if field in CHOICES and value != ""}
-
-            def seconds(candidate: Fields, call: Callable[[], object] = call, key: str = key) -> float | None:
-                with measured_tiles.using({key: candidate}), measured_tiles.asked() as chosen:
-                    taken = _seconds(call)
-                used = chosen[key]
-                if used.gather != candidate.get("gather", "") or used.num_stages != candidate["num_stages"]:
-                    return None  # it fell back to pointers, or to loads that are not asynchronous
-                return taken
-
-            best = start
-            for number, (candidate, taken, so_far) in enumerate(descend(start, seconds), 1):
-                best = so_far
-                text = "can't run" if taken is None else f"{taken * 1e6:.1f} us"
-                progress(f"  {number}: {_changes(start, candidate) or 'heuristic'}: {text}")
-            gain = _gain(call, key, best) if best != start and _agrees(call, key, best) else 1.0
-            if gain >= LEAST_GAIN:
-                entries[key] = {field: value for field, value in best.items() if value != start[field]}
-                progress(f"  kept {_changes(start, best)}: {gain:.2f} times as fast")
-            else:
-                progress("  kept the heuristic's")
-    return entries
-
-
-def _changes(start: Fields, candidate: Fields) -> str:
-    return ", ".join(f"{field} {value}" for field, value in candidate.items() if value != start[field])
-
-
-def _seconds(call: Callable[[], object]) -> float | None:
-    """Time one call in a batch; None where its configuration doesn't compile or doesn't fit."""
+    table = _with_entries(call, {})
+    tried = _with_entries(call, {candidate.key: candidate.fields})
+    expected = _tensors(table())
     try:
-        call()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        count = max(1, min(100, round(BATCH_S / (time.perf_counter() - started))))
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / count
-    except Exception:  # out of registers or shared memory, or a tile that the compiler refuses
-        return None
-
-
-def _agrees(call: Callable[[], object], key: str, best: Fields) -> bool:
-    """Say whether the results are the heuristic's, up to the rounding of sums: compilers have bugs."""
-    with measured_tiles.using({}):
-        expected = _tensors(call())
-    with measured_tiles.using({key: best}):
-        found = _tensors(call())
-    return all(
-        bool((one.float() - other.float()).abs().max() <= 0.05 * other.float().abs().max())
-        for one, other in zip(found, expected, strict=True)
+        with measured_tiles.asked() as chosen:
+            found = _tensors(tried())
+        pool = graph_pool(device)
+        timed = {name: TimedCalls(run, device, batch_s, pool) for name, run in (("table", table), ("candidate", tried))}
+    except Exception as error:  # out of registers or shared memory, or a tile that the compiler refuses
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # raises where the device computes nothing more
+        return {"left_out": f"{type(error).__name__}: {error}"[:300]}
+    samples = interleaved(timed, rounds)
+    gain = statistics.median(
+        before / after for before, after in zip(samples["table"], samples["candidate"], strict=True)
     )
+    agrees = all(map(_agree, found, expected))
+    ways = {name: calls.way for name, calls in timed.items()}
+    return {"samples": samples, "gain": gain, "agrees": agrees, "tile": str(chosen[candidate.key]), "timed_by": ways}
 
 
-def _tensors(result: object) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
+def _with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
+    def run() -> object:
+        with measured_tiles.using(entries):
+            return call()
+
+    return run
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Say whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
+    right = expected.double()
+    allowed = (
+        2 * torch.finfo(expected.dtype).eps * right.abs() + 64 * torch.finfo(torch.float32).eps * right.abs().max()
+    )
+    return bool(((found.double() - right).abs() <= allowed).all())
+
+
+def _tensors(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
         return [result] if result.is_floating_point() and result.numel() else []
     return [tensor for item in result for tensor in _tensors(item)] if isinstance(result, tuple) else []
 
 
-def _gain(call: Callable[[], object], key: str, best: Fields) -> float:
-    """Compare with the heuristic in the same interleaved rounds."""
+def best_entries(tried: Mapping[str, Json]) -> dict[str, dict[str, int | str]]:
+    """Give for each key the fields of its fastest tile, where it is really faster than the table's and agrees with it.
 
-    def run(entries: measured_tiles.Entries) -> Callable[[], None]:
-        def batch() -> None:
-            with measured_tiles.using(entries):
-                for _ in range(20):
-                    call()
+    tried: what `try_candidate` gave, with "key" and "fields".
+    """
+    best: dict[str, Json] = {}
+    for result in tried.values():
+        gain = result["gain"] if result.get("agrees") else 0.0
+        if gain >= LEAST_GAIN and gain > best.get(result["key"], {"gain": 0.0})["gain"]:
+            best[result["key"]] = result
+    return {key: dict(result["fields"]) for key, result in best.items()}
 
-        return batch
 
-    samples = interleave({"heuristic": run({}), "tuned": run({key: best})}, rounds=9)
-    rounds = min(map(len, samples.values()))
-    pairs = zip(samples["heuristic"][:rounds], samples["tuned"][:rounds], strict=True)
-    return statistics.median(before / after for before, after in pairs)
+def tune(
+    shape: LayerShape,
+    num_tokens: int,
+    dtype: torch.dtype,
+    samples_file: Path,
+    progress: Callable[[str], None],
+    done: set[str],
+) -> Iterator[dict[str, dict[str, int | str]]]:
+    """Give the entries that make this layer's operations faster than the table's, again after every product.
+
+    The fastest tile of a product is measured a second time, in more rounds, and must be faster then too.
+
+    done: keys that were measured with other tokens, and are not again; this call's are added.
+    What was measured before, with the same card, driver, versions and sources, stands in `samples_file` and is not
+    measured again.
+    Raises what `open_results` does.
+    """
+    device = torch.device("cuda")
+    target_name = launch.architecture_of(launch.target_of(device))
+    if target_name not in ARCHITECTURES:
+        raise ValueError(f"no tiles are known to try on {target_name}, only on {', '.join(ARCHITECTURES)}")
+    variant = Variant.of(shape, dtype, num_tokens)
+    candidates = candidates_of_layer(variant, target_name, done)
+    entries: dict[str, dict[str, int | str]] = {}
+    with open_results(samples_file, identity()) as results:
+        search = _Search(results, f"{shape} T={num_tokens}", device, progress)
+        reasons = search.compile(variant, target_name, candidates)
+        calls = calls_by_key(operation_calls(draw_inputs(shape, num_tokens, "uniform", dtype, device), "triton"))
+        for key in dict.fromkeys(candidate.key for candidate in candidates):
+            if key in calls:
+                entries |= search.fastest(calls[key], [one for one in candidates if one.key == key], reasons)
+            done.add(key)
+            yield dict(entries)
+
+
+class _Search:
+    """The measurements of one layer, those of earlier calls among them."""
+
+    def __init__(self, results: KeptResults, layer: str, device: torch.device, progress: Callable[[str], None]) -> None:
+        self.results, self.layer, self.device, self.progress = results, layer, device, progress
+
+    def compile(self, variant: Variant, target_name: str, candidates: Sequence[Candidate]) -> dict[str, str]:
+        """Compile what was not compiled before, and give the candidates that need no measurement, and why."""
+        cases = {candidate.name: f"{self.layer} compile {candidate.name}" for candidate in candidates}
+        missing = [candidate for candidate in candidates if cases[candidate.name] not in self.results.by_case]
+        for number, (name, found) in enumerate(judge_all(variant, target_name, missing), 1):
+            self.results.add(cases[name], found)
+            self.progress(f"compiled {number}/{len(missing)} {name}: {found['problem'] or 'fits'}")
+        return redundant({name: self.results.by_case[case] for name, case in cases.items()})
+
+    def fastest(
+        self, call: Call, candidates: Sequence[Candidate], reasons: Mapping[str, str]
+    ) -> dict[str, dict[str, int | str]]:
+        """Give the entry of a product's fastest tile, or none where the table's is as fast."""
+        tried = {}
+        for number, candidate in enumerate(candidates, 1):
+            if candidate.name not in reasons:
+                tried[candidate.name] = self._measured("", call, candidate, ROUNDS)
+            outcome = reasons.get(candidate.name) or _outcome(tried[candidate.name])
+            self.progress(f"{number}/{len(candidates)} {candidate.name}: {outcome}")
+        entries = best_entries(tried)
+        for key, fields in entries.items():
+            again = self._measured(" again", call, Candidate(key, fields), ROUNDS_AGAIN)
+            self.progress(f"again {Candidate(key, fields).name}: {_outcome(again)}")
+            if not best_entries({"": again}):
+                return {}
+        return entries
+
+    def _measured(self, suffix: str, call: Call, candidate: Candidate, rounds: int) -> Json:
+        case = f"{self.layer}{suffix} {candidate.name}"
+        if case not in self.results.by_case:
+            found = try_candidate(call, candidate, self.device, rounds, BATCH_S)
+            self.results.add(case, {"key": candidate.key, "fields": candidate.fields, **found})
+        return self.results.by_case[case]
+
+
+def _outcome(result: Json) -> str:
+    if "gain" not in result:
+        return result["left_out"]
+    wrong = "" if result["agrees"] else ", WRONG"
+    return f"{1e6 * statistics.median(result['samples']['candidate']):.1f} us, {result['gain']:.3f} times{wrong}"

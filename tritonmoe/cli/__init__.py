@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from tritonmoe import __version__
-from tritonmoe.cli import bench, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
+from tritonmoe.cli import bench, check, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
 
 __all__ = ["command_parser", "main"]
 
-SUBCOMMANDS = (demo, bench, doctor, env, models, plan, probe, upcycle, tune, warmup)
+SUBCOMMANDS = (demo, bench, check, doctor, env, models, plan, probe, upcycle, tune, warmup)
 READER_GONE = 141
 """What a shell reports of a command that SIGPIPE ended, as `| head` ends most."""
 

@@ -43,5 +43,7 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
 
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:
-    """Give token counts of every class of tiles: 1 token, then about 16, 32, 64 and 128 pairs per expert."""
-    return sorted({1, *(-(-pairs * shape.num_experts // shape.top_k) for pairs in (16, 32, 64, 128))})
+    """Give token counts of every class of tiles: 1 token, then about 16, 32, 64, 128, ... 4096 pairs per expert."""
+    from tritonmoe.kernels.tiles.choice import LONG_SUMS
+
+    return sorted({1, *(-(-pairs * shape.num_experts // shape.top_k) for pairs in (16, 32, 64, *LONG_SUMS))})

@@ -1,6 +1,7 @@
 """`tritonmoe tune`: search faster tile configurations for a layer on this GPU, or show what would be chosen.
 
-What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe) and is used from then on.
+What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe) and is used from then on. Every
+measurement is kept in tuning.jsonl beside it as soon as it is there: the same command goes on where it was stopped.
 """
 
 import argparse
@@ -78,11 +79,21 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
             file=sys.stderr,
         )
         return 2
-    for num_tokens in tokens:
-        say(f"{shape.name} T={num_tokens} {arguments.dtype}")
-        found = tune(shape, num_tokens, DTYPES[arguments.dtype], torch.device("cuda"), say)
-        measured_tiles.write(path, found)
-        say(f"{len(found)} entries written to {path}")
+    done: set[str] = set()
+    try:
+        for num_tokens in sorted(tokens, reverse=True):  # the longest sums say most of a class without an upper end
+            say(f"{shape.name} T={num_tokens} {arguments.dtype}")
+            found: dict[str, dict[str, int | str]] = {}
+            samples_file = path.with_name("tuning.jsonl")
+            try:
+                for found in tune(shape, num_tokens, DTYPES[arguments.dtype], samples_file, say, done):
+                    measured_tiles.write(path, found)
+            except torch.OutOfMemoryError:
+                say(f"T={num_tokens} is left out: it doesn't fit into the GPU's memory")
+            say(f"{len(found)} entries written to {path}")
+    except (OSError, ValueError) as error:
+        print(f"tritonmoe tune: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Settings, frozen and checked: of a layer (layer), and of how its exchanges overlap with compute (overlap)."""
+"""Settings, frozen and checked: of a layer (layer), its router (routing), and exchanges beside compute (overlap)."""

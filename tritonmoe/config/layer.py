@@ -137,13 +137,18 @@ Other = TypeVar("Other")
 class PerWeight(NamedTuple, Generic[Value]):
     """One value for each kind of weight that experts have: the weights, their gradients, or what is wanted of them.
 
-    ExpertLayout says which shapes the weights have. What stands for a bias is None where the experts have no such bias.
+    ExpertLayout says which shapes the weights have. What stands for a bias, or for a factor of a low-rank adapter, is
+    None where the experts have no such thing.
     """
 
     gate_up_proj: Value
     gate_up_bias: Value | None
     down_proj: Value
     down_bias: Value | None
+    gate_up_a: Value | None = None
+    gate_up_b: Value | None = None
+    down_a: Value | None = None
+    down_b: Value | None = None
 
     def map(self, function: Callable[[Value], Other]) -> "PerWeight[Other]":
         """Give function(value) in the place of each value, and None where there is None."""
@@ -165,6 +170,10 @@ class Projection(NamedTuple):
     """(E, 2F) or (E, D); None where the experts have none."""
     layout: ExpertLayout
     """How the weight lies, and what its columns mean."""
+    addend: torch.Tensor | None = None
+    """A row for each pair, in storage order and in the rows' dtype, which is added to the pair's product: to h or y in
+    forward, to g or dx in backward; before the product is rounded, but for some products of the torch backend. It may
+    be the memory that the result is written to; of `down_grad`, that of scaled_a."""
 
 
 class KernelOptions(NamedTuple):

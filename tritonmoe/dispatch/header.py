@@ -144,6 +144,10 @@ class CallHeader(NamedTuple):
     """Whether the up-projection has a bias."""
     down_bias: int = 0
     """Whether the down-projection has one."""
+    gate_up_rank: int = 0
+    """Of the low-rank adapter on the up-projection, 0 for none."""
+    down_rank: int = 0
+    """Of that on the down-projection."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":

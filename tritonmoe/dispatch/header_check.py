@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from tritonmoe.config.layer import ACTIVATION_NAMES
+from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
 from tritonmoe.config.overlap import WIRE_DTYPES
 from tritonmoe.dispatch.header import (
     CALLABLE,
@@ -54,8 +54,11 @@ def _capacity_words(millionths: int) -> str:
 
 
 def _replica_words(bits: int) -> str:
-    names = ("gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
-    return " and ".join(name for i, name in enumerate(names) if bits >> i & 1) or "none"
+    return " and ".join(name for i, name in enumerate(PerWeight._fields) if bits >> i & 1) or "none"
+
+
+def _rank_words(rank: int) -> str:
+    return str(rank) if rank else "no adapter"
 
 
 def _backwards_words(number: int, last: int, _: int) -> str:
@@ -96,6 +99,8 @@ SAME_CALL = (
     _field("expert_gradients", _one_of(EXPERT_GRADIENTS)),
     _field("gate_up_bias", _one_of(("none", "a tensor"))),
     _field("down_bias", _one_of(("none", "a tensor"))),
+    Compared("the rank of the adapter on gate_up_proj in this layer call", ("gate_up_rank",), _rank_words),
+    Compared("the rank of the adapter on down_proj in this layer call", ("down_rank",), _rank_words),
     Compared("whether a CUDA graph captures this layer call", ("captured",), _one_of(("not captured", "captured"))),
 )
 CHOSEN = (

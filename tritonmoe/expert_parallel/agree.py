@@ -142,6 +142,8 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         transposed=int(experts.layout.transposed and has_replicas),
         gate_up_bias=int(weights.gate_up_bias is not None),
         down_bias=int(weights.down_bias is not None),
+        gate_up_rank=0 if weights.gate_up_a is None else weights.gate_up_a.shape[1],
+        down_rank=0 if weights.down_a is None else weights.down_a.shape[1],
         expert_gradients=EXPERT_GRADIENTS.index(gradients),
         **activation_fields(experts.activation),
         **call.state.history(),

@@ -12,12 +12,18 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
-from tritonmoe.expert_parallel.function_context import gradients_of_inputs, saved_forward, tensors_to_save
+from tritonmoe.expert_parallel.function_context import (
+    NUM_WEIGHTS,
+    gradients_of_inputs,
+    saved_forward,
+    tensors_to_save,
+)
 from tritonmoe.expert_parallel.halves import Half, current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
 from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
@@ -42,20 +48,21 @@ class _ExpertParallelMLP(torch.autograd.Function):
         anchor: Tensor | None,
         *weights_and_parameters: Any,
     ) -> Tensor:
-        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:4])
-        parameters = weights_and_parameters[4:]
+        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
+        parameters = weights_and_parameters[NUM_WEIGHTS:]
         out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights))
         ctx.call = call
         ctx.weights_dtype = topk_weights.dtype
         if kept.plan.needs_any:
-            ctx.save_for_backward(*tensors_to_save(run, weights, keep_beside(ctx, kept), parameters))
+            needs = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
+            ctx.save_for_backward(*tensors_to_save(run, weights, needs, keep_beside(ctx, kept), parameters))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved, mark = saved_forward(ctx.saved_tensors)
-        needs_weights = PerWeight(*ctx.needs_input_grad[5:9])
+        needs_weights = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
         grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_weights)
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
@@ -112,6 +119,7 @@ def expert_parallel_mlp(
     transposed: bool = False,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    adapters: ExpertAdapters | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
     num_sms: int | None = None,
@@ -126,7 +134,7 @@ def expert_parallel_mlp(
 
     Args:
         x: this rank's tokens (T, D). topk_ids: (T, K) global expert ids. topk_weights: (T, K), used in fp32.
-        gate_up_proj, down_proj, gate_up_bias, down_bias: this rank's E / W experts, shapes as in moe_mlp.
+        gate_up_proj, down_proj, gate_up_bias, down_bias, adapters: this rank's E / W experts, shapes as in moe_mlp.
         num_experts: E over all ranks, divisible by transport.size.
         overlap: what to choose the chunks from, or the OverlapPlan to run; the same on every rank. None is
             OverlapConfig().
@@ -150,11 +158,11 @@ def expert_parallel_mlp(
         )
     try:
         experts = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+        weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     except Exception:
         refuse(transport)
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
-    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
     inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
     return run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
 

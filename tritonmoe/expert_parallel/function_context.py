@@ -8,24 +8,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.layer import PerWeight, is_fused
 from tritonmoe.expert_parallel.call import CallGradients, SavedTensors
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.weight_gradients import rows_to_save
 
-__all__ = ["gradients_of_inputs", "saved_forward", "tensors_to_save"]
+__all__ = ["NUM_WEIGHTS", "gradients_of_inputs", "saved_forward", "tensors_to_save"]
+
+NUM_WEIGHTS = len(PerWeight._fields)
 
 
 def tensors_to_save(
-    run: ExpertsRun, weights: PerWeight[Tensor], mark: Tensor, activation_parameters: Sequence[Tensor]
+    run: ExpertsRun,
+    weights: PerWeight[Tensor],
+    needs: PerWeight[bool],
+    mark: Tensor,
+    activation_parameters: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Give what the backward of a call needs; mark: that of keep_beside()."""
-    return run.rows, run.topk_weights, *weights, run.h, mark, *activation_parameters
+    computes_h = is_fused(run.settings.activation) and run.h is None
+    rows = rows_to_save(run.rows, weights, needs.gate_up_proj, computes_h=computes_h)
+    return rows, run.topk_weights, *weights, run.h, mark, *activation_parameters
 
 
 def saved_forward(saved_tensors: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
     """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
-    rows, topk_weights, w1, b1, w2, b2, h, mark, *parameters = saved_tensors
-    return SavedTensors(rows, topk_weights, PerWeight(w1, b1, w2, b2), h, parameters), mark
+    rows, topk_weights, *others = saved_tensors
+    h, mark, *parameters = others[NUM_WEIGHTS:]
+    return SavedTensors(rows, topk_weights, PerWeight(*others[:NUM_WEIGHTS]), h, parameters), mark
 
 
 def gradients_of_inputs(grads: CallGradients, topk_weights_dtype: torch.dtype) -> tuple[Tensor | None, ...]:

@@ -30,13 +30,15 @@ from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs, Needs
-from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, num_products, register_flop_formulas
+from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes, refuse_second_derivative
 from tritonmoe.runtime.autograd import without_autocast
 from tritonmoe.runtime.handles import find, hold
 
 __all__ = ["expert_parallel_operator"]
 
+END_OF_WEIGHTS = 5 + len(PerWeight._fields)
+"""Of the forward operator's arguments: turn, layer, x, topk_ids and topk_weights come before the weights."""
 IN_GRAPH = (
     "two_batches can't run a model whose expert-parallel layers stand in a compiled graph, which can't be left in its "
     "middle for the other half of the batch: compile the parts around them (torch.compile(block.attention)), or leave "
@@ -78,13 +80,19 @@ def _expert_parallel_mlp(
     gate_up_bias: Tensor | None,
     down_proj: Tensor,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     num_nonfinite_rows: Tensor | None,
     grad_enabled: bool,
     needs: list[bool],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give out (T, D), `kept`, and `turn`. needs: Needs.as_list()."""
-    inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias))
+    factors = gate_up_a, gate_up_b, down_a, down_b
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
+    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
     calling = None if layer is None else find(layer)
     if current_half() is not None:
         refuse(find(turn))
@@ -111,15 +119,21 @@ def _expert_parallel_mlp_backward(
     gate_up_bias: Tensor | None,
     down_proj: Tensor,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     needs: list[bool],
     save: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Give the gradients of x, topk_weights and the weights, no elements where not wanted, and an `after`.
 
     needs: Needs.as_list(). save: the forward's, for the count of FLOPs.
     """
     call, beside, rows, received_weights, h = find(kept)
-    saved = SavedTensors(rows, received_weights, PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), h)
+    factors = gate_up_a, gate_up_b, down_a, down_b
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
+    saved = SavedTensors(rows, received_weights, weights, h)
     wanted = Needs.from_list(needs)
     with torch.no_grad(), without_autocast(dout.device):
         grads = run_backward(call, beside, saved, dout, wanted.weights)
@@ -128,14 +142,13 @@ def _expert_parallel_mlp_backward(
     if grads.topk_weights is not None and wanted.topk_weights:
         dtopk_weights = grads.topk_weights.to(topk_weights.dtype)
     given = (dout.new_empty(0) if grad is None else grad for grad in (dx, dtopk_weights, *grads.weights))
-    dx, dtopk_weights, dw1, db1, dw2, db2 = given
-    return dx, dtopk_weights, dw1, db1, dw2, db2, kept.clone()
+    return [*given, kept.clone()]
 
 
 @_expert_parallel_mlp_backward.register_fake
-def _gradient_shapes(after: Tensor | None, dout: Tensor, kept: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _gradient_shapes(after: Tensor | None, dout: Tensor, kept: Tensor, *others: Any) -> list[Tensor]:
     *differentiable, needs, _ = others
-    return *gradient_shapes(dout, differentiable, needs), kept.new_empty(1)
+    return [*gradient_shapes(dout, differentiable, needs), kept.new_empty(1)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -143,12 +156,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(kept, turn)
     ctx.transport = inputs[0]  # for the order alone: backward doesn't read it
     ctx.save = decode(inputs[-1]).experts.save
-    ctx.save_for_backward(kept, *inputs[4:9])
+    ctx.save_for_backward(kept, *inputs[4:END_OF_WEIGHTS])
 
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    needs = [needs[2], *needs[4:9]]
+    needs = [needs[2], *needs[4:END_OF_WEIGHTS]]
     # While a graph is made, its calls on one transport see one FunctionalTensor of its handle, its own.
     is_traced = isinstance(ctx.transport, FunctionalTensor)
     after = getattr(ctx.transport, "after", None) if is_traced else None
@@ -156,7 +169,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if is_traced:
         ctx.transport.after = after
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    rest = len(ctx.needs_input_grad) - 9
+    rest = len(ctx.needs_input_grad) - END_OF_WEIGHTS
     return None, None, dx, None, *others, *(None for _ in range(rest))
 
 
@@ -169,13 +182,12 @@ def _forward_flops(turn: Shape, layer: Shape | None, x: Shape, topk_ids: Shape, 
 
     Shapes stand for tensors.
     """
-    _, up, _, down, *_ = others
-    return 2 * (num_products(topk_ids, up) + num_products(topk_ids, down))
+    return forward_flops(topk_ids, others[1 : 1 + len(PerWeight._fields)])
 
 
 def _backward_flops(after: Shape | None, dout: Shape, kept: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
-    up, _, down, _, needs, save = others
-    return backward_flops(num_products(topk_weights, up), num_products(topk_weights, down), needs, save == "input")
+    *weights, needs, save = others
+    return backward_flops(topk_weights, weights, needs, save == "input")
 
 
 FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp] = _forward_flops

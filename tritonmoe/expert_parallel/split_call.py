@@ -30,7 +30,12 @@ from tritonmoe.expert_parallel.call import (
     forward_phases,
 )
 from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.function_context import gradients_of_inputs, saved_forward, tensors_to_save
+from tritonmoe.expert_parallel.function_context import (
+    NUM_WEIGHTS,
+    gradients_of_inputs,
+    saved_forward,
+    tensors_to_save,
+)
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.arguments import ExpertInputs
@@ -107,9 +112,9 @@ class _Post(torch.autograd.Function):
         anchor: Tensor | None,
         *weights_and_parameters: Any,
     ) -> Tensor:
-        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:4])
-        split.weights, split.activation_parameters = weights, weights_and_parameters[4:]
-        split.needs_weights = PerWeight(*ctx.needs_input_grad[5:9])
+        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
+        split.weights, split.activation_parameters = weights, weights_and_parameters[NUM_WEIGHTS:]
+        split.needs_weights = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
         ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), topk_weights.dtype
         split.begin_forward(ExpertInputs(x, topk_ids, topk_weights, weights))
         return _token(x)
@@ -147,7 +152,9 @@ class _End(torch.autograd.Function):
         del split.weights
         parameters, split.activation_parameters = split.activation_parameters, ()
         if kept.plan.needs_any:
-            ctx.save_for_backward(*tensors_to_save(run, weights, keep_beside(ctx, kept), parameters))
+            ctx.save_for_backward(
+                *tensors_to_save(run, weights, split.needs_weights, keep_beside(ctx, kept), parameters)
+            )
         return out
 
     @staticmethod

@@ -70,6 +70,9 @@ class Needs(NamedTuple):
 NO_NEEDS = Needs(False, False, PerWeight(False, False, False, False))
 
 
+OPTIONAL = frozenset(PerWeight._fields) - {"gate_up_proj", "down_proj"}
+
+
 def check_tensors(inputs: ExpertInputs) -> None:
     """Raise TypeError unless all of them are dense tensors, and the biases tensors or None.
 
@@ -83,7 +86,7 @@ def check_tensors(inputs: ExpertInputs) -> None:
     x, topk_ids, topk_weights, weights = inputs
     names = ("x", "topk_ids", "topk_weights", *PerWeight._fields)
     for name, tensor in zip(names, (x, topk_ids, topk_weights, *weights), strict=True):
-        if tensor is None and name in ("gate_up_bias", "down_bias"):
+        if tensor is None and name in OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -126,7 +129,7 @@ def _check_tokens(inputs: ExpertInputs) -> None:
 
 
 def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) -> None:
-    w1, b1, w2, b2 = weights
+    w1, b1, w2, b2, *_ = weights
     check_plain("gate_up_proj", w1)
     check_plain("down_proj", w2)
     if w1.dim() != 3 or w2.dim() != 3:
@@ -157,8 +160,34 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+        _check_dtype(name, tensor, x)
+    _check_factors("gate_up", x, weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width))
+    _check_factors("down", x, weights.down_a, weights.down_b, (num_experts, model_width, inner))
+
+
+def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+
+
+def _check_factors(
+    name: str, x: Tensor, factor_a: Tensor | None, factor_b: Tensor | None, sizes: tuple[int, int, int]
+) -> None:
+    """Check an adapter's factors for a weight whose (E, out, in) are `sizes`."""
+    if factor_a is None or factor_b is None:
+        return
+    num_experts, width, depth = sizes
+    for factor in (f"{name}_a", factor_a), (f"{name}_b", factor_b):
+        check_plain(*factor)
+        _check_dtype(*factor, x)
+    shapes = tuple(factor_a.shape), tuple(factor_b.shape)
+    rank = factor_a.shape[1] if factor_a.dim() == 3 else 0
+    if rank < 1 or shapes != ((num_experts, rank, depth), (num_experts, width, rank)):
+        raise ValueError(
+            f"{name}_a and {name}_b must be (E, R, in) and (E, out, R) of the weight that they adapt, here "
+            f"({num_experts}, R, {depth}) and ({num_experts}, {width}, R) with R of at least 1, in this order whatever "
+            f"the layout; got {shapes[0]} and {shapes[1]}"
+        )
 
 
 def check_num_pairs(topk_ids: Tensor) -> None:

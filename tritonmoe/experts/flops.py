@@ -22,8 +22,8 @@ __all__ = [
     "Shape",
     "backward_flops",
     "count_products",
+    "forward_flops",
     "matrix_size",
-    "num_products",
     "register_flop_formulas",
 ]
 
@@ -35,18 +35,33 @@ def matrix_size(weight: Tensor) -> int:
     return weight.shape[1] * weight.shape[2]
 
 
-def num_products(topk_ids: Shape, weight: Shape) -> int:
-    """Give the multiplications of every pair with its expert's matrix of a weight (E, ., .)."""
-    return topk_ids[0] * topk_ids[1] * weight[1] * weight[2]
+def forward_flops(topk_ids: Shape, weights: Sequence[Shape | None]) -> int:
+    """Give 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included.
+
+    weights: shapes in PerWeight's order.
+    """
+    up, down, *factors = _products(topk_ids, weights)
+    return 2 * (up + down + sum(factors))
 
 
-def backward_flops(up: int, down: int, needs: Sequence[bool], computes_h: bool) -> int:
+def backward_flops(topk_ids: Shape, weights: Sequence[Shape | None], needs: Sequence[bool], computes_h: bool) -> int:
     """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
 
-    up, down: multiplications of the forward. needs: Needs.as_list().
+    needs: Needs.as_list().
     """
-    needs_x, _, needs_up, _, needs_down, _ = needs
-    return 2 * (up * (needs_x + needs_up + computes_h) + down * (1 + needs_down))
+    needs_x, _, needs_up, _, needs_down, _, *needs_factors = needs
+    up, down, up_a, up_b, down_a, down_b = _products(topk_ids, weights)
+    products = up * (needs_x + needs_up + computes_h) + down * (1 + needs_down)
+    products += up_a * (1 + needs_x + computes_h) + up_b * (1 + computes_h) + 2 * down_a + down_b
+    products += sum(size for size, needed in zip((up_a, up_b, down_a, down_b), needs_factors, strict=True) if needed)
+    return 2 * products
+
+
+def _products(topk_ids: Shape, weights: Sequence[Shape | None]) -> list[int]:
+    """Give the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
+    up, _, down, _, *factors = weights
+    num_pairs = topk_ids[0] * topk_ids[1]
+    return [0 if weight is None else num_pairs * weight[1] * weight[2] for weight in (up, down, *factors)]
 
 
 @torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())

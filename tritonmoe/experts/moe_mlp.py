@@ -1,12 +1,14 @@
 """moe_mlp(): the experts on one device, eager or traced."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, Projection, is_fused
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
+from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (
     ExpertInputs,
     Needs,
@@ -16,10 +18,10 @@ from tritonmoe.experts.arguments import (
     find_main_grads,
 )
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
-from tritonmoe.experts.flops import count_products, matrix_size
+from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
-from tritonmoe.experts.weight_gradients import weight_gradients
+from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
 from tritonmoe.runtime.transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
@@ -28,6 +30,9 @@ __all__ = ["moe_mlp", "run_experts"]
 
 Owners = PerWeight[Tensor | None]
 """The weights as the user holds them (autocast hands over copies): a main_grad hangs on them."""
+OF_UP = ("gate_up_proj", "gate_up_bias", "gate_up_a", "gate_up_b")
+OF_DOWN = ("down_proj", "down_bias", "down_a", "down_b")
+"""The names in PerWeight of what the two projections have."""
 
 
 class _MoEMLP(torch.autograd.Function):
@@ -46,6 +51,7 @@ class _MoEMLP(torch.autograd.Function):
         inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights))
         out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
         ctx.settings, ctx.owners = settings, owners
+        x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 5), computes_h=h is None)
         ctx.save_for_backward(x, topk_weights, *weights, h, keep_beside(ctx, grouping))
         return out
 
@@ -68,33 +74,35 @@ class _UpHalf(torch.autograd.Function):
         owners: Owners,
         grouping: Grouping,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
-        count_products(settings.ops, x, grouping.num_pairs, matrix_size(weight))
-        gate_up = Projection(weight, bias, settings.layout)
-        h, _ = settings.ops.up(x, gate_up, grouping, None, options=settings.options)
+        gate_up, _ = settings.projections(_among(NO_WEIGHTS, OF_UP, weights))
+        count_products(settings.ops, x, grouping.num_pairs, gate_up.num_products)
+        h, _ = gate_up.up(x, grouping, None)
+        assert h is not None
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
-        ctx.save_for_backward(x, weight, keep_beside(ctx, grouping))
+        of_up = _among(NO_WEIGHTS, OF_UP, weights)
+        x = rows_to_save(x, of_up, _needs_gate_up(ctx, 4), computes_h=False)
+        ctx.save_for_backward(x, *weights, keep_beside(ctx, grouping))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, mark), settings = ctx.saved_tensors, ctx.settings
+        (x, *weights, mark), settings = ctx.saved_tensors, ctx.settings
         grouping = kept_beside(ctx, mark)
-        *_, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
         dh = dh.contiguous()
-        dx = None
-        if needs_x:
-            count_products(settings.ops, dh, grouping.num_pairs, matrix_size(weight))
-            gate_up = Projection(weight, None, settings.layout)
-            dx_pairs = settings.ops.up_grad(dh, gate_up, grouping, options=settings.options)
-            dx = settings.ops.gather_sum(dx_pairs, grouping.inverse)
-        needs, operands = PerWeight(needs_weight, needs_bias, False, False), GradientOperands(x=x, dh=dh)
-        grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), operands)
-        return None, None, None, dx, grads.gate_up_proj, grads.gate_up_bias
+        gate_up, _ = settings.projections(_among(NO_WEIGHTS, OF_UP, weights))
+        rows = gate_up.rows(grouping.num_pairs)
+        count_products(settings.ops, dh, grouping.num_pairs, gate_up.num_up_grad_products(needs_x))
+        dx_pairs = gate_up.up_grad(dh, x, grouping, needs_dx=needs_x, out=None, rows=rows)
+        dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
+        needs, operands = _among(NO_GRADIENTS, OF_UP, needs_weights), GradientOperands(x=x, dh=dh)
+        main_grads = find_main_grads(ctx.owners)
+        grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(rows, None))
+        return None, None, None, dx, *(getattr(grads, name) for name in OF_UP)
 
 
 class _DownHalf(torch.autograd.Function):
@@ -108,32 +116,42 @@ class _DownHalf(torch.autograd.Function):
         grouping: Grouping,
         a: Tensor,
         topk_weights: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
-        count_products(settings.ops, a, grouping.num_pairs, matrix_size(weight))
-        y = settings.ops.down(a, Projection(weight, bias, settings.layout), grouping, options=settings.options)
+        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights))
+        count_products(settings.ops, a, grouping.num_pairs, down.num_products)
+        y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
-        ctx.save_for_backward(a, topk_weights, weight, bias, keep_beside(ctx, grouping))
+        ctx.save_for_backward(a, topk_weights, *weights, keep_beside(ctx, grouping))
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, weight, bias, mark), settings = ctx.saved_tensors, ctx.settings
+        (a, topk_weights, *weights, mark), settings = ctx.saved_tensors, ctx.settings
         grouping = kept_beside(ctx, mark)
-        *_, needs_topk_weights, needs_weight, needs_bias = ctx.needs_input_grad
-        count_products(settings.ops, dout, grouping.num_pairs, matrix_size(weight))
-        down = Projection(weight, bias, settings.layout)
-        da, scaled_a, dweights = settings.ops.down_grad(
-            dout, down, a, topk_weights, grouping, None, options=settings.options
-        )
+        _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
+        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights))
+        rows = down.rows(grouping.num_pairs)
+        count_products(settings.ops, dout, grouping.num_pairs, down.num_down_grad_products)
+        da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
         zero_padding(da, grouping)
-        needs = PerWeight(False, False, needs_weight, needs_bias)
+        needs = _among(NO_GRADIENTS, OF_DOWN, needs_weights)
         operands = GradientOperands(dout=dout, scaled_a=scaled_a, topk_weights=topk_weights)
-        grads = weight_gradients(settings, grouping, needs, find_main_grads(ctx.owners), operands)
+        main_grads = find_main_grads(ctx.owners)
+        grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(None, rows))
         dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs_topk_weights else None
-        return None, None, None, da, dtopk_weights, grads.down_proj, grads.down_bias
+        return None, None, None, da, dtopk_weights, *(getattr(grads, name) for name in OF_DOWN)
+
+
+def _needs_gate_up(ctx: Any, place: int) -> bool:
+    """Say whether the gradient of the forward's input `place`, gate_up_proj, is wanted; under a transform it may be."""
+    return getattr(ctx, "needs_input_grad", (True,) * (place + 1))[place]
+
+
+def _among(others: PerWeight[Any], names: tuple[str, ...], values: Sequence[Any]) -> PerWeight[Any]:
+    """Give values by name, and those of `others` for the other names."""
+    return others._replace(**dict(zip(names, values, strict=True)))
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -157,11 +175,11 @@ def _run_eagerly(settings: ExpertSettings, owners: Owners, inputs: ExpertInputs)
             return run_function(_MoEMLP, settings, owners, topk_ids, x, topk_weights, *weights)
         out, _, _ = run_forward(settings, inputs, keep_hidden=False)
         return out
-    w1, b1, w2, b2 = weights
-    grouping = settings.ops.group(topk_ids, w1.shape[0])
-    h = run_function(_UpHalf, settings, owners, grouping, x, w1, b1)
+    of_up, of_down = ([getattr(weights, name) for name in names] for names in (OF_UP, OF_DOWN))
+    grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
+    h = run_function(_UpHalf, settings, owners, grouping, x, *of_up)
     a = checked_activation(settings, h)
-    return run_function(_DownHalf, settings, owners, grouping, a, topk_weights, w2, b2)
+    return run_function(_DownHalf, settings, owners, grouping, a, topk_weights, *of_down)
 
 
 @outside_graphs
@@ -183,6 +201,7 @@ def moe_mlp(
     transposed: bool = False,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    adapters: ExpertAdapters | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
     num_sms: int | None = None,
@@ -206,6 +225,7 @@ def moe_mlp(
         transposed: the weights lie the other way round, as in gpt-oss.
         gate_up_bias: (E, 2F) or None.
         down_bias: (E, D) or None.
+        adapters: low-rank adapters on the projections, which are never multiplied out; or None.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
         num_sms: how many of a GPU's multiprocessors persistent kernels take; None: all, and where torch.distributed has
@@ -220,7 +240,7 @@ def moe_mlp(
         x = [[1]], topk_ids = [[0, 1]], topk_weights = [[10, 100]] gives [[1 * 2 * 10 + 1 * 3 * 100]] = [[320]].
     """
     spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
-    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     return run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.arguments import ExpertInputs, Needs, check_num_pairs
-from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, num_products, register_flop_formulas
+from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.grouping import Grouping
@@ -32,6 +32,10 @@ __all__ = [
     "run_backward",
     "run_forward",
 ]
+
+
+NUM_TENSORS = len((*ExpertInputs._fields[:-1], *PerWeight._fields))
+"""How many tensors the operator takes."""
 
 
 class SavedForward(NamedTuple):
@@ -81,11 +85,16 @@ def _moe_mlp(
     gate_up_bias: Tensor | None,
     down_proj: Tensor,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     keep_hidden: bool,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Give out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
-    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    factors = gate_up_a, gate_up_b, down_a, down_b
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
     inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
     settings = choose_backend(decode(spec), inputs)
     check_num_pairs(topk_ids)
@@ -119,33 +128,37 @@ def _moe_mlp_backward(
     gate_up_bias: Tensor | None,
     down_proj: Tensor,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     h: Tensor | None,
     needs: list[bool],
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Give the gradients of x, topk_weights and the weights; no elements where not wanted. needs: Needs.as_list()."""
-    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias)
+    factors = gate_up_a, gate_up_b, down_a, down_b
+    weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
     settings = choose_backend(decode(spec), ExpertInputs(x, topk_ids, topk_weights, weights))
     with without_autocast(x.device):
         grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
         saved = SavedForward(x, topk_weights, weights, grouping, None if h is None else h[: grouping.num_pairs])
         grads = run_backward(settings, saved, dout, Needs.from_list(needs))
-    dx, dtopk_weights, dw1, db1, dw2, db2 = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return dx, dtopk_weights, dw1, db1, dw2, db2
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @_moe_mlp_backward.register_fake
-def _moe_mlp_backward_shapes(dout: Tensor, x: Tensor, topk_ids: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _moe_mlp_backward_shapes(dout: Tensor, x: Tensor, topk_ids: Tensor, *others: Any) -> list[Tensor]:
     *differentiable, _, needs, _ = others
     return gradient_shapes(x, differentiable, needs)
 
 
-def gradient_shapes(x: Tensor, others: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def gradient_shapes(x: Tensor, others: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Give fake gradients of x and of the others; no elements where not wanted."""
-    return tuple(
+    return [
         tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
         for tensor, needed in zip((x, *others), needs, strict=True)
-    )
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,7 +170,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    needs_x, _, *needs_others = ctx.needs_input_grad[:7]
+    needs_x, _, *needs_others = ctx.needs_input_grad[:NUM_TENSORS]
     needs = [needs_x, *needs_others]
     grads = _moe_mlp_backward(dout, *tensors, needs, ctx.spec)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
@@ -172,15 +185,15 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def _forward_flops(x: Shape, topk_ids: Shape, topk_weights: Shape, up: Shape, *others: Any, **__: Any) -> int:
-    """Give 6*N*D*F gated, 4*N*D*F ungated; N = T*K, skipped pairs included. Shapes stand for tensors."""
-    _, down, *_ = others
-    return 2 * (num_products(topk_ids, up) + num_products(topk_ids, down))
+def _forward_flops(x: Shape, topk_ids: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
+    """Shapes stand for tensors."""
+    *weights, _, _ = others
+    return forward_flops(topk_ids, weights)
 
 
 def _backward_flops(dout: Shape, x: Shape, topk_ids: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
-    up, _, down, _, h, needs, _ = others
-    return backward_flops(num_products(topk_ids, up), num_products(topk_ids, down), needs, h is None)
+    *weights, h, needs, _ = others
+    return backward_flops(topk_ids, weights, needs, h is None)
 
 
 FLOP_FORMULAS[torch.ops.tritonmoe.moe_mlp] = _forward_flops

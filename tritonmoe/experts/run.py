@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
-from tritonmoe.config.layer import NO_WEIGHTS, PerWeight, Projection, is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight, is_fused
+from tritonmoe.experts.adapted_projection import AdaptedProjection, AdapterRowsOfBoth
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
-from tritonmoe.experts.flops import count_products, matrix_size
+from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.weight_gradients import SharedWeightGrads, weight_gradients
 from tritonmoe.grouping import Grouping, GroupingBlock
@@ -51,6 +52,8 @@ class ExpertsRun:
     """Where another call has the same weights, and both run their backward in one graph."""
     dh: Tensor | None = None
     scaled_a: Tensor | None = None
+    adapter_rows: AdapterRowsOfBoth = (None, None)
+    """Of the up-projection's adapter and of the down-projection's, where there are such; filled as dh is."""
     dweights: Tensor | None = None
     """(N',) gradients of the gate weights, one for each pair in chunks of experts, filled chunk by chunk; else None."""
     activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
@@ -66,12 +69,12 @@ class ExpertsRun:
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
-        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
+        ops, activation = self.settings.ops, self.settings.activation
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
-        sizes = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
-        count_products(ops, self.rows, grouping.num_pairs, sum(sizes))
+        gate_up, down = self.settings.projections(self.weights)
+        count_products(ops, self.rows, grouping.num_pairs, gate_up.num_products + down.num_products)
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
@@ -95,12 +98,12 @@ class ExpertsRun:
                 for_each(forward_block, blocks, self.rows.device)
                 y = pairs_y
         else:
-            gate_up, down = self.settings.projections(self.weights)
-            h, _ = ops.up(self.rows, gate_up, grouping, None, options=options)
+            h, _ = gate_up.up(self.rows, grouping, None)
+            assert h is not None
             a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
             if graph is not None:
                 self.activation_graphs[chunk] = graph
-            y = ops.down(a, down, grouping, out=y, options=options)
+            y = down.down(a, grouping, out=y)
         return ops.gather_sum(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
@@ -114,11 +117,12 @@ class ExpertsRun:
         out_h: Tensor | None = None,
         out_y: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
+        activation = self.settings.activation
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
-        h, a = ops.up(self.rows, gate_up, block.grouping, activation, needs_h=needs_h, out_h=out_h, options=options)
-        return h, ops.down(a, down, block.grouping, out=out_y, options=options)
+        h, a = gate_up.up(self.rows, block.grouping, activation, needs_h=needs_h, out_h=out_h)
+        assert a is not None
+        return h, down.down(a, block.grouping, out=out_y)
 
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -127,50 +131,52 @@ class ExpertsRun:
 
         Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
         """
-        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
+        ops, activation = self.settings.ops, self.settings.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
             self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             inner = self.settings.layout.intermediate_size(self._hidden_width)
             self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
+            gate_up, down = self.settings.projections(self.weights)
+            self.adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
-        up_size, down_size = matrix_size(self.weights.gate_up_proj), matrix_size(self.weights.down_proj)
+        gate_up, down = self.settings.projections(self.weights)
         computes_h = is_fused(activation) and self.h is None
-        count_products(ops, self.rows, grouping.num_pairs, down_size + (needs_dx + computes_h) * up_size)
-        dh, scaled_a = _part(self.dh, pairs), _part(self.scaled_a, pairs)
+        multiplications = down.num_down_grad_products + gate_up.num_up_grad_products(needs_dx)
+        multiplications += computes_h * gate_up.num_products
+        count_products(ops, self.rows, grouping.num_pairs, multiplications)
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
             h = None if self.h is None else _part(self.h, pairs)
             blocks = self._blocks(grouping)
             if len(blocks) == 1:
-                dweights, dx_pairs = self._backward_block(blocks[0], dout, h, dh, scaled_a, needs_dx, dx_pairs)
+                dweights, dx_pairs = self._backward_block(blocks[0], pairs.start, dout, h, needs_dx, dx_pairs)
             else:
                 if needs_dx and dx_pairs is None:
                     dx_pairs = self._chunk_scratch("y", grouping.num_pairs, self.rows.shape[1])
                 dweights = torch.empty(grouping.num_pairs, dtype=accumulation_dtype(dout.dtype), device=dout.device)
 
                 def backward_block(block: GroupingBlock) -> None:
-                    part, _ = self._backward_block(block, dout, h, dh, scaled_a, needs_dx, dx_pairs)
+                    part, _ = self._backward_block(block, pairs.start, dout, h, needs_dx, dx_pairs)
                     dweights[block.positions] = part
 
                 for_each(backward_block, blocks, dout.device)
         else:
-            gate_up, down = self.settings.projections(self.weights)
             graph = self.activation_graphs[chunk]
             a = graph.a.detach()
-            da, _, dweights = ops.down_grad(
-                dout, down, a, self.topk_weights, grouping, None, out=(None, scaled_a), options=options
+            dh, scaled_a, (up_rows, down_rows) = self._backward_parts(pairs)
+            da, _, dweights = down.down_grad(
+                dout, a, self.topk_weights, grouping, None, out=(None, scaled_a), rows=down_rows
             )
             zero_padding(da, grouping)
             dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
-            if needs_dx:
-                dx_pairs = ops.up_grad(dh, gate_up, grouping, out=dx_pairs, options=options)
+            dx_pairs = gate_up.up_grad(dh, self.rows, grouping, needs_dx=needs_dx, out=dx_pairs, rows=up_rows)
         dx = None
         if dx_pairs is not None:
             dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
@@ -179,37 +185,39 @@ class ExpertsRun:
     def _backward_block(
         self,
         block: GroupingBlock,
+        first_pair: int,
         dout: Tensor,
         h: Tensor | None,
-        dh: Tensor,
-        scaled_a: Tensor,
         needs_dx: bool,
         dx_pairs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Fill this block's part of dh, scaled_a and dx_pairs, which are the chunk's; give its dweights and its dx."""
-        ops, activation, options = self.settings.ops, self.settings.activation, self.settings.options
+        """Fill this block's part of dh, scaled_a and adapter_rows; give its dweights and its dx.
+
+        first_pair: where its chunk's pairs start, whose h and dx_pairs are given.
+        """
+        activation = self.settings.activation
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
         positions = block.positions
         if h is None:
-            hidden, _ = ops.up(self.rows, gate_up, block.grouping, None, options=options)
+            hidden, _ = gate_up.up(self.rows, block.grouping, None)
+            assert hidden is not None
         else:
             hidden = _part(h, positions)
-        part_dh = _part(dh, positions)
-        _, _, dweights = ops.down_grad(
-            dout,
-            down,
-            hidden,
-            self.topk_weights,
-            block.grouping,
-            activation,
-            out=(part_dh, _part(scaled_a, positions)),
-            options=options,
+        among_all = slice(first_pair + positions.start, first_pair + positions.stop)
+        dh, scaled_a, (up_rows, down_rows) = self._backward_parts(among_all)
+        _, _, dweights = down.down_grad(
+            dout, hidden, self.topk_weights, block.grouping, activation, out=(dh, scaled_a), rows=down_rows
         )
-        if not needs_dx:
-            return dweights, None
         out = None if dx_pairs is None else _part(dx_pairs, positions)
-        return dweights, ops.up_grad(part_dh, gate_up, block.grouping, out=out, options=options)
+        return dweights, gate_up.up_grad(dh, self.rows, block.grouping, needs_dx=needs_dx, out=out, rows=up_rows)
+
+    def _backward_parts(self, pairs: slice) -> tuple[Tensor, Tensor, AdapterRowsOfBoth]:
+        """Give what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
+        assert self.dh is not None
+        assert self.scaled_a is not None
+        up_rows, down_rows = (None if rows is None else rows.part(pairs) for rows in self.adapter_rows)
+        return _part(self.dh, pairs), _part(self.scaled_a, pairs), (up_rows, down_rows)
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
@@ -220,7 +228,7 @@ class ExpertsRun:
                 most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
         return grouping.blocks(most)
 
-    def _block_projections(self, block: GroupingBlock) -> tuple[Projection, Projection]:
+    def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
         """Give the up-projection and the down-projection of the block's experts."""
         weights = self.weights
         if block.grouping.num_experts != weights.gate_up_proj.shape[0]:
@@ -235,7 +243,9 @@ class ExpertsRun:
         operands = GradientOperands(self.rows, self.dh, dout, self.scaled_a, self.topk_weights)
         shared = self.shared_grads
         left = NO_WEIGHTS if shared is None else shared.take()
-        grads = weight_gradients(self.settings, self.grouping, needs, self.main_grads, operands, left)
+        grads = weight_gradients(
+            self.settings, self.grouping, needs, self.main_grads, operands, left, self.adapter_rows
+        )
         return grads if shared is None else shared.leave(grads)
 
     @property

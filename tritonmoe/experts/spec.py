@@ -20,6 +20,7 @@ from tritonmoe.config.layer import (
     check_activation,
     is_fused,
 )
+from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
@@ -64,10 +65,14 @@ class ExpertSettings(NamedTuple):
     save: Literal["hidden", "input"] = "hidden"
     options: KernelOptions = KernelOptions()
 
-    def projections(self, weights: PerWeight[Tensor]) -> tuple[Projection, Projection]:
+    def projections(self, weights: PerWeight[Tensor]) -> tuple[AdaptedProjection, AdaptedProjection]:
         """Give the up-projection and the down-projection of experts that have these weights."""
-        w1, b1, w2, b2 = weights
-        return Projection(w1, b1, self.layout), Projection(w2, b2, self.layout)
+        w1, b1, w2, b2, *factors = weights
+        up, down = Projection(w1, b1, self.layout), Projection(w2, b2, self.layout)
+        return (
+            AdaptedProjection(self.ops, self.options, up, *factors[:2]),
+            AdaptedProjection(self.ops, self.options, down, *factors[2:]),
+        )
 
 
 def expert_spec(

@@ -11,11 +11,12 @@ from torch.autograd.graph import Node
 
 from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
+from tritonmoe.experts.adapted_projection import AdapterRowsOfBoth, adapter_gradients
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping
 
-__all__ = ["SharedWeightGrads", "weight_gradients"]
+__all__ = ["SharedWeightGrads", "rows_to_save", "weight_gradients"]
 
 
 @dataclass
@@ -47,6 +48,16 @@ class SharedWeightGrads:
         return NO_WEIGHTS
 
 
+def rows_to_save(x: Tensor, weights: PerWeight[Tensor], needs_gate_up: bool, *, computes_h: bool) -> Tensor:
+    """Give x where a backward reads it, else what has its shape and no memory: frozen experts need no rows.
+
+    needs_gate_up: whether the gradient of gate_up_proj is wanted. computes_h: whether the backward computes h again.
+    """
+    if computes_h or needs_gate_up or weights.gate_up_a is not None:
+        return x
+    return x.new_empty(1).expand(x.shape)
+
+
 def weight_gradients(
     settings: ExpertSettings,
     grouping: Grouping,
@@ -54,6 +65,7 @@ def weight_gradients(
     main_grads: PerWeight[Tensor | None] | None,
     operands: GradientOperands,
     left: PerWeight[Tensor | None] = NO_WEIGHTS,
+    adapter_rows: AdapterRowsOfBoth = (None, None),
 ) -> PerWeight[Tensor | None]:
     """Call the operation weight_grad for the weights that need it, and add to main_grads where there are such.
 
@@ -61,6 +73,7 @@ def weight_gradients(
     """
     if not any(needs):
         return left
+    ops, options = settings.ops, settings.options
     sums: PerWeight[Tensor | None] = PerWeight(
         *(main if mine is None else mine for mine, main in zip(left, main_grads or NO_WEIGHTS, strict=True))
     )
@@ -68,13 +81,12 @@ def weight_gradients(
     for is_needed, one, other in ((needs.gate_up_proj, x, dh), (needs.down_proj, dout, scaled_a)):
         if is_needed and one is not None and other is not None:
             count_products(settings.ops, one, grouping.num_pairs, one.shape[1] * other.shape[1])
-    grads: PerWeight[Tensor | None] = settings.ops.weight_grad(
-        grouping, settings.layout, operands, needs, accumulate=sums, options=settings.options
+    grads: PerWeight[Tensor | None] = ops.weight_grad(
+        grouping, settings.layout, operands, needs, accumulate=sums, options=options
     )
-    grads = grads._replace(
-        gate_up_bias=_added(grads.gate_up_bias, sums.gate_up_bias),
-        down_bias=_added(grads.down_bias, sums.down_bias),
-    )
+    grads = grads._replace(**adapter_gradients(ops, options, grouping, needs, operands, adapter_rows))
+    others = [name for name in PerWeight._fields if name not in ("gate_up_proj", "down_proj")]
+    grads = grads._replace(**{name: _added(getattr(grads, name), getattr(sums, name)) for name in others})
     return PerWeight(*(grad if mine is None else mine for mine, grad in zip(left, grads, strict=True)))
 
 

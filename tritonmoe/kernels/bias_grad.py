@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels.arithmetic import round_to
-from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, contiguous_columns, launch, next_power_of_2
 from tritonmoe.kernels.spans import num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 
 __all__ = ["bias_grad"]
@@ -84,10 +84,10 @@ def bias_grad(values: Tensor, grouping: Grouping, index: Tensor | None, scale: T
     workspace = values.new_empty(num_rows, 1, width, dtype=torch.float32) if num_rows else None
     num_slots = num_span_slots(grouping.num_pairs, num_experts, SPAN)
     # No vector load fits rows of an odd width: every element's address takes registers.
-    block_n = min(32 if width % 8 else 64, max(16, triton.next_power_of_2(width)))
+    block_n = min(32 if width % 8 else 64, max(16, next_power_of_2(width)))
     launch(
         _bias_grad_kernel,
-        (num_slots * triton.cdiv(width, block_n),),
+        (num_slots * cdiv(width, block_n),),
         values,
         index,
         scale,
@@ -107,7 +107,7 @@ def bias_grad(values: Tensor, grouping: Grouping, index: Tensor | None, scale: T
         SPLIT=workspace is not None,
         BLOCK_K=32 if INTERPRETED else 64,
         BLOCK_N=block_n,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         num_warps=8,  # with 4, Triton 3.6 spills 8 bytes a thread on sm_100
     )
     sum_spans(workspace, grouping.expert_offsets, out.unsqueeze(1), SPAN, False)

@@ -8,10 +8,19 @@ from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
-from tritonmoe.kernels.launch import contiguous_columns, launch, num_programs, output, tile_keywords
+from tritonmoe.kernels.launch import (
+    cdiv,
+    contiguous_columns,
+    launch,
+    next_power_of_2,
+    num_programs,
+    output,
+    tile_keywords,
+)
 from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
+from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 
 __all__ = ["down", "up_grad"]
 
@@ -21,6 +30,7 @@ def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor
     bias,  # (E, width) or None
+    addend,  # (N, width), perhaps the same memory as out, or None
     expert_offsets,  # (E+1,) int32
     out,  # (N, width), dtype of values
     depth_size,
@@ -35,6 +45,7 @@ def _grouped_matmul_kernel(
     stride_weight_out,
     stride_bias_expert,
     stride_bias_column,
+    stride_addend_row,
     stride_out_row,
     VALUES_BY_TMA: tl.constexpr,
     WEIGHT_BY_TMA: tl.constexpr,
@@ -115,12 +126,16 @@ def _grouped_matmul_kernel(
                     bias_pointers = bias + expert.to(tl.int64) * stride_bias_expert + part_columns * stride_bias_column
                     sums += tl.load(bias_pointers, mask=part_mask, other=0.0).to(tl.float32)[None, :]
                 mask = valid[:, None] & part_mask[None, :]
+                if addend is not None:
+                    addend_rows = addend + positions.to(tl.int64)[:, None] * stride_addend_row
+                    sums += tl.load(addend_rows + part_columns[None, :], mask=mask, other=0.0).to(tl.float32)
                 tl.store(out_rows + part_columns[None, :], round_to(sums, out.dtype.element_ty), mask=mask)
 
 
+@leaving_out_refused_tiles
 def _grouped_matmul(
     values: Tensor,
-    weight: Tensor,
+    projection: Projection,
     in_axis: int,
     bias: Tensor | None,
     grouping: Grouping,
@@ -128,20 +143,21 @@ def _grouped_matmul(
     options: KernelOptions,
 ) -> Tensor:
     """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
-    out_axis = 3 - in_axis
+    weight, addend, out_axis = projection.weight, projection.addend, 3 - in_axis
     num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
     refusals = {"values": tma.refusal(values), "weight": tma.refusal_of_weight(weight)}
     config = grouped_matmul_config("down", values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
-    num_column_tiles = triton.cdiv(width, config.block_n)
+    num_column_tiles = cdiv(width, config.block_n)
     launch(
         _grouped_matmul_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, values.device),),
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         bias,
+        addend,
         grouping.expert_offsets,
         out,
         depth,
@@ -156,12 +172,13 @@ def _grouped_matmul(
         weight.stride(out_axis),
         0 if bias is None else bias.stride(0),
         0 if bias is None else bias.stride(1),
+        0 if addend is None else addend.stride(0),
         out.stride(0),
         VALUES_BY_TMA=config.by_tma("values"),
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
         EVEN_DEPTH=depth % config.block_k == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, values.dtype),
     )
     return out
@@ -177,7 +194,7 @@ def down(
 ) -> Tensor:
     """Launch the operation `down` of `backends.ops`: one grouped product."""
     in_axis = 1 if projection.layout.transposed else 2
-    return _grouped_matmul(a, projection.weight, in_axis, projection.bias, grouping, out, options)
+    return _grouped_matmul(a, projection, in_axis, projection.bias, grouping, out, options)
 
 
 def up_grad(
@@ -190,4 +207,4 @@ def up_grad(
 ) -> Tensor:
     """Launch the operation `up_grad` of `backends.ops`: one grouped product, whose sums go over all 2F columns."""
     in_axis = 2 if projection.layout.transposed else 1
-    return _grouped_matmul(dh, projection.weight, in_axis, None, grouping, out, options)
+    return _grouped_matmul(dh, projection, in_axis, None, grouping, out, options)

@@ -11,11 +11,21 @@ from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_columns
 from tritonmoe.kernels.epilogues import down_grad_epilogue
-from tritonmoe.kernels.launch import TRITON_VERSION, contiguous_columns, launch, num_programs, output, tile_keywords
+from tritonmoe.kernels.launch import (
+    TRITON_VERSION,
+    cdiv,
+    contiguous_columns,
+    launch,
+    next_power_of_2,
+    num_programs,
+    output,
+    tile_keywords,
+)
 from tritonmoe.kernels.pair_sums import sum_partials
 from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
+from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 
 __all__ = ["down_grad"]
 
@@ -24,6 +34,7 @@ __all__ = ["down_grad"]
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
+    addend,  # (N, F), perhaps the same memory as scaled_a, or None
     hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
     topk_weights,  # (R, K)
     pair_index,  # (N,) int32
@@ -43,6 +54,7 @@ def _down_grad_kernel(
     stride_weight_expert,
     stride_weight_in,
     stride_weight_out,
+    stride_addend_row,
     stride_hidden_row,
     stride_topk_weights_row,
     stride_topk_weights_slot,
@@ -135,10 +147,12 @@ def _down_grad_kernel(
                     scale,
                     long_positions,
                     valid,
+                    addend,
                     hidden,
                     dhidden,
                     scaled_a,
                     F,
+                    stride_addend_row,
                     stride_hidden_row,
                     stride_dhidden_row,
                     stride_scaled_a_row,
@@ -154,6 +168,7 @@ def _down_grad_kernel(
             tl.store(partial_sums + column_tile.to(tl.int64) * N + long_positions, total, mask=valid)
 
 
+@leaving_out_refused_tiles
 def down_grad(
     dout: Tensor,
     projection: Projection,
@@ -169,7 +184,7 @@ def down_grad(
 
     One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
     """
-    down_proj, down_bias, layout = projection
+    down_proj, down_bias, layout, addend = projection
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
     num_experts, num_units, depth = down_proj.shape[0], down_proj.shape[in_axis], dout.shape[1]
     num_pairs = grouping.num_pairs
@@ -185,7 +200,7 @@ def down_grad(
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
     config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals, fits)
     num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
-    num_column_tiles = triton.cdiv(num_units, config.block_n)
+    num_column_tiles = cdiv(num_units, config.block_n)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     launch(
         _down_grad_kernel,
@@ -194,6 +209,7 @@ def down_grad(
         tma.describe_weight(down_proj, out_axis, config.block_k, config.block_n)
         if config.by_tma("weight")
         else down_proj,
+        addend,
         hidden,
         topk_weights,
         grouping.pair_index,
@@ -213,6 +229,7 @@ def down_grad(
         down_proj.stride(0),
         down_proj.stride(in_axis),
         down_proj.stride(out_axis),
+        0 if addend is None else addend.stride(0),
         hidden.stride(0),
         topk_weights.stride(0),
         topk_weights.stride(1),
@@ -225,7 +242,7 @@ def down_grad(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
         EVEN_D=depth % config.block_k == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, dout.dtype),
     )
     sum_partials(partial_sums, dout, down_bias, grouping, dweights)

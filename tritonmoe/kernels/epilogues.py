@@ -18,11 +18,13 @@ def up_epilogue(
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
     bias,  # (E, 2F) or None
+    addend,  # (N, 2F) or None
     h,  # (N, 2F) or None
     a,  # (N, F) or None
     F,
     stride_bias_expert,
     stride_bias_column,
+    stride_addend_row,
     stride_h_row,
     stride_a_row,
     limit,
@@ -35,7 +37,7 @@ def up_epilogue(
     BLOCK_M: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
-    """Add the bias, round and store h, then store the activation of the rounded h."""
+    """Add bias and addend, round and store h, then store the activation of the rounded h."""
     units = first_unit + tl.arange(0, SUB_N)
     unit_mask = units < F
     mask = valid[:, None] & unit_mask[None, :]
@@ -46,12 +48,23 @@ def up_epilogue(
         if GATED:
             bias_pointers += (1 if INTERLEAVED else F) * stride_bias_column
             up_half += tl.load(bias_pointers, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
+    columns = 2 * first_unit + tl.arange(0, 2 * SUB_N)  # of gate and up, where they alternate
+    if addend is not None:
+        addend_rows = addend + positions[:, None] * stride_addend_row
+        if INTERLEAVED:
+            both = tl.load(addend_rows + columns[None, :], mask=valid[:, None] & (columns < 2 * F)[None, :], other=0.0)
+            gate_addend, up_addend = split_column_pairs(both, BLOCK_M, SUB_N, False)
+            gate += gate_addend.to(tl.float32)
+            up_half += up_addend.to(tl.float32)
+        else:
+            gate += tl.load(addend_rows + units[None, :], mask=mask, other=0.0).to(tl.float32)
+            if GATED:
+                up_half += tl.load(addend_rows + F + units[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = round_to(gate, dtype)
     up_half = round_to(up_half, dtype) if GATED else gate
     if h is not None:
         h_rows = h + positions[:, None] * stride_h_row
         if INTERLEAVED:
-            columns = 2 * first_unit + tl.arange(0, 2 * SUB_N)
             both = tl.reshape(tl.join(gate, up_half), (BLOCK_M, 2 * SUB_N))
             tl.store(h_rows + columns[None, :], both, mask=valid[:, None] & (columns < 2 * F)[None, :])
         else:
@@ -71,10 +84,12 @@ def down_grad_epilogue(
     scale,  # (BLOCK_M,) fp32: gate weights
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
+    addend,  # (N, F), perhaps the same memory as scaled_a, or None
     hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
     dhidden,  # as hidden
     scaled_a,  # (N, F)
     F,
+    stride_addend_row,
     stride_hidden_row,
     stride_dhidden_row,
     stride_scaled_a_row,
@@ -93,6 +108,9 @@ def down_grad_epilogue(
     mask = valid[:, None] & (units < F)[None, :]
     hidden_rows = hidden + positions[:, None] * stride_hidden_row
     dhidden_rows = dhidden + positions[:, None] * stride_dhidden_row
+    if addend is not None:
+        addend_pointers = addend + positions[:, None] * stride_addend_row + units[None, :]
+        g += tl.load(addend_pointers, mask=mask, other=0.0).to(tl.float32)
     da = scale[:, None] * g
     if ACTIVATION == "none":
         a = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import INTERPRETED, launch, output
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2, output
 
 __all__ = ["gather_rows"]
 
@@ -38,10 +38,10 @@ def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
     """Give the row (N, D) of x at every storage position; behind the last pair nothing is written."""
     num_pairs, width = grouping.num_pairs, x.shape[1]
     out = output(x, num_pairs, width)
-    block_m, block_d = (32, 64) if INTERPRETED else (4, min(512, triton.next_power_of_2(width)))
+    block_m, block_d = (32, 64) if INTERPRETED else (4, min(512, next_power_of_2(width)))
     launch(
         _gather_rows_kernel,
-        (triton.cdiv(num_pairs, block_m), triton.cdiv(width, block_d)),
+        (cdiv(num_pairs, block_m), cdiv(width, block_d)),
         x,
         grouping.pair_index,
         grouping.expert_offsets,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.kernels.arithmetic import round_to
-from tritonmoe.kernels.launch import INTERPRETED, contiguous_columns, launch, output
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, contiguous_columns, launch, next_power_of_2, output
 
 __all__ = ["gather_sum"]
 
@@ -55,10 +55,10 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
     num_tokens, width = index.shape[0], y.shape[1]
     out = output(y, num_tokens, width, out)
     y = contiguous_columns(y)
-    block_t, block_d = (32, 64) if INTERPRETED else (4, min(512, triton.next_power_of_2(width)))
+    block_t, block_d = (32, 64) if INTERPRETED else (4, min(512, next_power_of_2(width)))
     launch(
         _gather_sum_kernel,
-        (triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d)),
+        (cdiv(num_tokens, block_t), cdiv(width, block_d)),
         y,
         index,
         weights,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.kernels.group_steps import count_tile, place_tile, scan_tiles
 from tritonmoe.kernels.group_tiles import PAIRS_PER_TILE, TileTable
-from tritonmoe.kernels.launch import INTERPRETED, launch
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2
 
 __all__ = ["MAX_FEW_PAIRS", "group_few_pairs", "group_pairs"]
 
@@ -172,7 +172,7 @@ def _group_few_kernel(
 
 def _num_bins(num_experts: int) -> int:
     """Give one bin for each expert and one for skipped pairs; tl.histogram wants at least one for each thread."""
-    return max(256, triton.next_power_of_2(num_experts + 1))
+    return max(256, next_power_of_2(num_experts + 1))
 
 
 def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +182,7 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
         The pairs in storage order (num_positions,), -1 past their end; the expert offsets (1, E+1); the inverse (R, K).
     """
     num_pairs = topk_ids.numel()
-    num_tiles = triton.cdiv(num_pairs, FEW_PAIRS_PER_TILE)
+    num_tiles = cdiv(num_pairs, FEW_PAIRS_PER_TILE)
     starts = topk_ids.new_empty(num_tiles, num_experts + 1, dtype=torch.int32)
     shifts = topk_ids.new_empty(num_tiles, num_experts, dtype=torch.int32)
     offsets = topk_ids.new_empty(1, num_experts + 1, dtype=torch.int32)
@@ -249,7 +249,7 @@ def group_pairs(
     block_e = 128 if INTERPRETED else 16
     launch(
         _scan_kernel,
-        (table.num_scans, triton.cdiv(num_experts + 1, block_e)),
+        (table.num_scans, cdiv(num_experts + 1, block_e)),
         starts,
         table.on_device,
         offsets,

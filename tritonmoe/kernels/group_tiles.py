@@ -1,11 +1,10 @@
 """The tiles of pairs that the programs of `group` count and place, and the table of them where rows come in chunks."""
 
 import torch
-import triton
 from torch import Tensor
 
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels.launch import INTERPRETED
+from tritonmoe.kernels.launch import INTERPRETED, cdiv
 from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["PAIRS_PER_TILE", "TileTable"]
@@ -18,7 +17,7 @@ class TileTable:
 
     def __init__(self, num_pairs: int) -> None:
         self.num_pairs = num_pairs
-        self.num_tiles = triton.cdiv(num_pairs, PAIRS_PER_TILE)
+        self.num_tiles = cdiv(num_pairs, PAIRS_PER_TILE)
         self.num_scans = 1
         self.on_device: Tensor | None = None
 

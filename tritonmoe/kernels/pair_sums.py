@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import launch
+from tritonmoe.kernels.launch import launch, next_power_of_2
 from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, tile_of_slot
 
 __all__ = ["sum_partials"]
@@ -87,6 +87,6 @@ def sum_partials(
         0 if down_bias is None else down_bias.stride(0),
         0 if down_bias is None else down_bias.stride(1),
         BLOCK_M=block_m,
-        BLOCK_K=min(128, triton.next_power_of_2(depth)),
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_K=min(128, next_power_of_2(depth)),
+        BLOCK_E=next_power_of_2(num_experts),
     )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.kernels.arithmetic import round_to
-from tritonmoe.kernels.launch import INTERPRETED, launch
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2
 
 __all__ = ["add_to", "num_span_slots", "num_workspace_rows", "span_of_slot", "sum_spans"]
 
@@ -134,9 +134,9 @@ def sum_spans(workspace: Tensor | None, expert_offsets: Tensor, out: Tensor, spa
     assert workspace.is_contiguous()
     assert workspace.dtype == torch.float32
     num_experts, num_rows, num_columns = out.shape
-    block_n = min(128, max(16, triton.next_power_of_2(num_columns)))
-    block_m = 16 if INTERPRETED else min(4096 // block_n, triton.next_power_of_2(num_rows))
-    num_row_tiles, num_column_tiles = triton.cdiv(num_rows, block_m), triton.cdiv(num_columns, block_n)
+    block_n = min(128, max(16, next_power_of_2(num_columns)))
+    block_m = 16 if INTERPRETED else min(4096 // block_n, next_power_of_2(num_rows))
+    num_row_tiles, num_column_tiles = cdiv(num_rows, block_m), cdiv(num_columns, block_n)
     launch(
         _sum_spans_kernel,
         (workspace.shape[0] * num_row_tiles * num_column_tiles,),
@@ -153,7 +153,7 @@ def sum_spans(workspace: Tensor | None, expert_offsets: Tensor, out: Tensor, spa
         ACCUMULATE=accumulate,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         # With 4, Triton 3.6 spills 8 bytes a thread of fp32 on sm_100; with 8, Triton 3.9 spills 16 of bf16 on sm_90.
         num_warps=8 if out.dtype == torch.float32 else 4,
     )

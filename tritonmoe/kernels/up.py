@@ -12,11 +12,20 @@ from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns
 from tritonmoe.kernels.epilogues import up_epilogue
 from tritonmoe.kernels.gather import gather_rows
-from tritonmoe.kernels.launch import contiguous_columns, launch, num_programs, output, tile_keywords
+from tritonmoe.kernels.launch import (
+    cdiv,
+    contiguous_columns,
+    launch,
+    next_power_of_2,
+    num_programs,
+    output,
+    tile_keywords,
+)
 from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
+from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 
 __all__ = ["up"]
 
@@ -59,6 +68,7 @@ def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
     bias,  # (E, 2F) or None
+    addend,  # (N, 2F), perhaps the same memory as h, or None
     pair_index,  # (N,) int32
     expert_offsets,  # (E+1,) int32
     h,  # (N, 2F), dtype of x, or None
@@ -76,6 +86,7 @@ def _up_kernel(
     stride_weight_in,
     stride_bias_expert,
     stride_bias_column,
+    stride_addend_row,
     stride_h_row,
     stride_a_row,
     limit,
@@ -183,11 +194,13 @@ def _up_kernel(
                     positions.to(tl.int64),
                     valid,
                     bias,
+                    addend,
                     h,
                     a,
                     F,
                     stride_bias_expert,
                     stride_bias_column,
+                    stride_addend_row,
                     stride_h_row,
                     stride_a_row,
                     limit,
@@ -206,7 +219,7 @@ def _operands(
     x: Tensor, projection: Projection, grouping: Grouping, config: TileConfig
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """Give the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
-    gate_up_proj, _, layout = projection
+    gate_up_proj, layout = projection.weight, projection.layout
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     rows: Tensor | TensorDescriptor = x
     weight: Tensor | TensorDescriptor = gate_up_proj
@@ -223,6 +236,7 @@ def _operands(
     return rows, weight
 
 
+@leaving_out_refused_tiles
 def up(
     x: Tensor,
     projection: Projection,
@@ -234,7 +248,7 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
-    gate_up_proj, gate_up_bias, layout = projection
+    gate_up_proj, gate_up_bias, layout, addend = projection
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)
@@ -248,7 +262,7 @@ def up(
     x = contiguous_columns(x)
     config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
-    num_column_tiles = triton.cdiv(num_units, config.block_n)
+    num_column_tiles = cdiv(num_units, config.block_n)
     rows, weight = _operands(x, projection, grouping, config)
     launch(
         _up_kernel,
@@ -256,6 +270,7 @@ def up(
         rows,
         weight,
         gate_up_bias,
+        addend,
         grouping.pair_index,
         grouping.expert_offsets,
         h,
@@ -273,6 +288,7 @@ def up(
         gate_up_proj.stride(in_axis),
         0 if gate_up_bias is None else gate_up_bias.stride(0),
         0 if gate_up_bias is None else gate_up_bias.stride(1),
+        0 if addend is None else addend.stride(0),
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
         *scalars,
@@ -285,7 +301,7 @@ def up(
         ACTIVATION=name,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, x.dtype),
     )
     return h, a

@@ -10,11 +10,12 @@ from torch import Tensor
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
-from tritonmoe.kernels.launch import contiguous_columns, dot_precision, launch, num_programs
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
 from tritonmoe.kernels.row_tiles import slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
+from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 
 __all__ = ["outer_sums", "span_length"]
 
@@ -30,7 +31,7 @@ def span_length(num_pairs: int, tiles_per_expert: int) -> int:
     There are at most ENOUGH_TILES / tiles_per_expert spans, rounded up: if one expert has all the pairs, its tiles
     still keep the GPU busy, and the workspace has the size of ENOUGH_TILES accumulators (128 MiB of 128 x 256).
     """
-    return max(MIN_SPAN, triton.cdiv(num_pairs, triton.cdiv(ENOUGH_TILES, tiles_per_expert)))
+    return max(MIN_SPAN, cdiv(num_pairs, cdiv(ENOUGH_TILES, tiles_per_expert)))
 
 
 @triton.jit(do_not_specialize=["span", "num_tiles"], do_not_specialize_on_alignment=["expert_offsets"])
@@ -134,6 +135,7 @@ def _in_pieces(config: TileConfig, pairs_first: bool) -> TileConfig:
     return replace(config, subtiles=max(config.subtiles, min(pieces, config.block_n // 16)))
 
 
+@leaving_out_refused_tiles
 def outer_sums(
     pair_values: Tensor,
     row_values: Tensor,
@@ -163,7 +165,7 @@ def outer_sums(
     max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else None
     if accumulate is not None and has_vector_loads:
         config = _in_pieces(config, pairs_first)
-    num_p_tiles, num_q_tiles = triton.cdiv(p_size, config.block_m), triton.cdiv(q_size, config.block_n)
+    num_p_tiles, num_q_tiles = cdiv(p_size, config.block_m), cdiv(q_size, config.block_n)
     span = span_length(grouping.num_pairs, num_p_tiles * num_q_tiles)
     num_rows = num_workspace_rows(grouping.num_pairs, span)
     workspace = out.new_empty(num_rows, *shape, dtype=torch.float32) if num_rows else None
@@ -200,7 +202,7 @@ def outer_sums(
         BLOCK_P=config.block_m,
         BLOCK_Q=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         GROUP_M=config.group_m,
         SUBTILES=config.subtiles,
         SPLIT=workspace is not None,

@@ -1,4 +1,4 @@
-"""Routing: which K experts each token goes to and with what weight; the losses and numbers that watch it.
+"""Routing: which K experts each token goes to and with what weight; losses, numbers, and recordings to replay.
 
 Selection without an auxiliary loss and expert groups as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437); the load
 balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any K; the z-loss of ST-MoE
@@ -7,11 +7,14 @@ balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any 
 
 from tritonmoe.routing.checkpointing import save_topk
 from tritonmoe.routing.losses import load_balance_loss, z_loss
+from tritonmoe.routing.recording import LayerRecording, RoutingRecording
 from tritonmoe.routing.router import Routing, TopKRouter
 from tritonmoe.routing.statistics import RoutingStatistics, expert_load, routing_statistics
 
 __all__ = [
+    "LayerRecording",
     "Routing",
+    "RoutingRecording",
     "RoutingStatistics",
     "TopKRouter",
     "expert_load",

@@ -19,12 +19,13 @@ def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
 
     A recompute that rounds a score differently would send a near-tie token to other experts than the forward did, and
     its gradients would belong to no forward. The ids are kept, 8 bytes each. A recompute looks the scores up at these
-    ids, in tensors of its own: transformers divides them by their sum in place. For users:
+    ids, in tensors of its own: transformers divides them by their sum in place. Compiled code keeps all that a router's
+    kernels give. For users:
 
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=tritonmoe.routing.save_topk)
     """
     if torch.compiler.is_compiling():  # tracers know torch's own contexts only; nothing is in place in a graph
-        return create_selective_checkpoint_contexts([torch.ops.aten.topk.default])
+        return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, torch.ops.tritonmoe.route.default])
     kept: list[Tensor] = []
     return _KeepTopK(kept), _ReuseTopK(kept)
 

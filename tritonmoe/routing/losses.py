@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing.router import Routing
-from tritonmoe.routing.statistics import expert_load, reduce_counts
+from tritonmoe.routing.statistics import reduce_counts
 
 __all__ = ["auxiliary_loss", "load_balance_loss", "z_loss"]
 
@@ -59,7 +59,7 @@ def load_balance_loss(
     total = scores.sum(dim=1, keepdim=True)
     is_counted = total > 0  # False for NaN as well
     probabilities = torch.where(is_counted, scores, 0.0) / torch.where(is_counted, total, 1.0)
-    load, num_tokens, num_ranks = expert_load(routing.topk_ids, num_experts), is_counted.sum(), 1
+    load, num_tokens, num_ranks = routing.load, is_counted.sum(), 1
     if reduce_load is not None:
         counts = torch.cat([load, num_tokens.view(1), torch.ones_like(load[:1])])
         load, num_tokens, num_ranks = reduce_counts(counts, reduce_load).split([num_experts, 1, 1])

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
+from tritonmoe.config.routing import RoutingRule
+from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.runtime.autograd import is_recomputing, without_autocast
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
@@ -34,6 +37,8 @@ class Routing:
     """(T, E) fp32: softmax or sigmoid of all logits, without the selection bias; differentiable."""
     num_nonfinite_rows: Tensor
     """() int64, on the device: how many tokens were skipped for a non-finite logit."""
+    load: Tensor
+    """(E,) int64: how many pairs chose each expert."""
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -83,6 +88,8 @@ class TopKRouter(nn.Module):
         config: scores, renormalisation, scaling, selection bias and expert groups; see MoEConfig.
         reduce_load: sums an (E,) int64 tensor over data-parallel ranks and returns it (in place is fine), as
             Transport.all_reduce does; called by update_selection_bias on every rank. None: this rank's load alone.
+        backend: the experts'. With "triton", or "auto" on a GPU, kernels route where they can; the whole rule is
+            `is_fused` in routing/fused.py. Where they can't, PyTorch's operations do, and the experts say why.
         device, dtype: of `weight` (E, D).
 
     With config.selection_bias there are two buffers: `e_score_correction_bias` (E,), which stays fp32 whatever the
@@ -101,13 +108,17 @@ class TopKRouter(nn.Module):
         config: MoEConfig,
         *,
         reduce_load: Callable[[Tensor], Tensor] | None = None,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_moe_config(config)
+        check_name(backend)
         self.config = config
         self.reduce_load = reduce_load
+        self.backend = backend
+        self._rule = RoutingRule.of(config).encode()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
         bias = load = None
         if config.selection_bias:
@@ -163,6 +174,29 @@ class TopKRouter(nn.Module):
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
         refuse_tangents(x, self.weight)
+        if is_fused(self.backend, x, self.weight):
+            routing = self._route_by_kernels(x)
+        else:
+            routing = self._route(x)
+        if self.load is not None and self.training and not is_recomputing():
+            with below_transforms():
+                self.load += unwrapped(routing.load)
+        return routing
+
+    def _route_by_kernels(self, x: Tensor) -> Routing:
+        parts = route_by_kernels(x, self.weight, self.e_score_correction_bias, self._rule)
+        logits, scores, topk_ids, topk_weights, counts = parts
+        return Routing(
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            logits=logits,
+            scores=scores,
+            num_nonfinite_rows=counts[-1],
+            load=counts[:-1],
+        )
+
+    def _route(self, x: Tensor) -> Routing:
+        config = self.config
         logits, is_finite = _RouterLogits.apply(x, self.weight)
         finite_logits = torch.where(is_finite, logits, 0.0)
         if config.score_function == "softmax":
@@ -181,17 +215,15 @@ class TopKRouter(nn.Module):
         if config.routed_scaling_factor != 1.0:
             topk_weights = topk_weights * config.routed_scaling_factor
 
-        routing = Routing(
-            topk_ids=torch.where(is_finite, topk_ids, -1),
+        topk_ids = torch.where(is_finite, topk_ids, -1)
+        return Routing(
+            topk_ids=topk_ids,
             topk_weights=torch.where(is_finite, topk_weights, 0.0),
             logits=logits,
             scores=torch.where(is_finite, scores, 0.0),
             num_nonfinite_rows=is_finite.logical_not().sum(),
+            load=expert_load(topk_ids, config.num_experts),
         )
-        if self.load is not None and self.training and not is_recomputing():
-            with below_transforms():
-                self.load += expert_load(unwrapped(routing.topk_ids), config.num_experts)
-        return routing
 
     def _select(self, ranked_by: Tensor) -> Tensor:
         """Give the ids (T, K) of the best experts by `ranked_by` (T, E) plus the selection bias, best first."""

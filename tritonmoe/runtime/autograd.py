@@ -5,19 +5,24 @@ A second derivative is refused in words, and what is kept survives activation ch
 
 import inspect
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from tritonmoe.runtime.thread_state import saved_tensors_hooks
+
 __all__ = [
     "SECOND_DERIVATIVE",
     "caller_autocast",
+    "checkpointed_calls",
     "checkpointed_region",
     "is_autocast_on",
     "is_recomputing",
@@ -140,10 +145,32 @@ def checkpointed_region() -> "weakref.ref[Any] | None":
     PyTorch says it only in the closures of the hooks that it lays on saved tensors.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    return None if hooks is None else _region_of(hooks[0])
+
+
+def _region_of(pack: Callable[[Tensor], object]) -> "weakref.ref[Any] | None":
+    pack = inspect.unwrap(pack)
     if not inspect.isfunction(pack) or pack.__module__ != torch.utils.checkpoint.__name__:
         return None
     closure = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
     if "target_frame_ref" in closure:
         return closure["target_frame_ref"].cell_contents
     return weakref.ref(closure["frame"].cell_contents) if "frame" in closure else None
+
+
+def checkpointed_calls() -> list[Any]:
+    """Give what stands for each call of torch.utils.checkpoint, of either kind, inside of which this runs.
+
+    They are the same objects in a forward and in its recompute, and live no longer than the graph that may recompute
+    it. Reentrant checkpointing says it only in the frames of its Function.
+    """
+    regions = [_region_of(pack) for pack, _ in saved_tensors_hooks()]
+    calls = [region() for region in regions if region is not None]
+    function = torch.utils.checkpoint.CheckpointFunction
+    codes = function.forward.__code__, function.backward.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
+            calls.append(frame.f_locals["ctx"])
+        frame = frame.f_back
+    return calls

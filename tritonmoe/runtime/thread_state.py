@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-__all__ = ["ThreadState"]
+__all__ = ["ThreadState", "saved_tensors_hooks"]
 
 Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
@@ -46,7 +46,7 @@ class ThreadState:
             torch.is_inference_mode_enabled(),
             tuple((name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices),
             torch.is_autocast_cache_enabled(),
-            _saved_tensors_hooks(),
+            saved_tensors_hooks(),
             tuple(map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))),
             tuple(map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))),
             eval_frame.get_eval_frame_callback(),
@@ -104,7 +104,7 @@ def _generators() -> list[torch.Generator]:
     return generators
 
 
-def _saved_tensors_hooks() -> tuple[Hooks, ...]:
+def saved_tensors_hooks() -> tuple[Hooks, ...]:
     """Give all hooks on saved tensors; PyTorch shows the innermost only."""
     hooks = _take_saved_tensors_hooks()
     for pair in hooks:

@@ -14,10 +14,13 @@ def _comparison(operator: str, negated: bool = False) -> Callable[[str, str], st
     return lambda left, right: f"{'~' * negated}({left} {operator} {right})"
 
 
-_OPERATORS = {"eq": "==", "ne": "!=", "lg": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_OPERATORS = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 COMPARISONS: dict[str, Callable[[str, str], str]] = {
     **{name: _comparison(operator) for name, operator in _OPERATORS.items()},
-    **{f"n{name}": _comparison(operator, True) for name, operator in _OPERATORS.items() if name not in ("ne", "lg")},
+    **{f"n{name}": _comparison(operator, True) for name, operator in _OPERATORS.items()},
+    "ne": _comparison("!="),  # of integers; of floats it is lg, which NaN is not
+    "lg": lambda left, right: f"(({left} < {right}) | ({left} > {right}))",
+    "nlg": lambda left, right: f"~(({left} < {right}) | ({left} > {right}))",
     "o": lambda left, right: f"~(np.isnan({left}) | np.isnan({right}))",
     "u": lambda left, right: f"(np.isnan({left}) | np.isnan({right}))",
 }
@@ -38,6 +41,10 @@ v_mul_i32_i24        i4 i4,i4     (({0} << 8) >> 8) * (({1} << 8) >> 8)
 v_mad_i32_i24        i4 i4,i4,i4  (({0} << 8) >> 8) * (({1} << 8) >> 8) + {2}
 v_min_i32            i4 i4,i4     np.minimum({0}, {1})
 v_max_i32            i4 i4,i4     np.maximum({0}, {1})
+v_min3_u32           u4 u4,u4,u4  np.minimum(np.minimum({0}, {1}), {2})
+v_min3_i32           i4 i4,i4,i4  np.minimum(np.minimum({0}, {1}), {2})
+v_max3_u32           u4 u4,u4,u4  np.maximum(np.maximum({0}, {1}), {2})
+v_max3_i32           i4 i4,i4,i4  np.maximum(np.maximum({0}, {1}), {2})
 v_and_b32            u4 u4,u4     {0} & {1}
 v_or_b32             u4 u4,u4     {0} | {1}
 v_xor_b32            u4 u4,u4     {0} ^ {1}
@@ -60,15 +67,18 @@ v_bfe_u32            u4 u4,u4,u4  field({0}, {1}, {2})
 v_bfe_i32            i4 i4,u4,u4  field({0}, {1}, {2})
 v_bfrev_b32          u4 u4        reverse_bits({0})
 v_bcnt_u32_b32       u4 u4,u4     count_bits({0}) + {1}
+v_alignbit_b32       u4 u4,u4,u4  (pair({1}, {0}) >> ({2} & 31).astype('u8')).astype('u4')
 v_perm_b32           u4 u4,u4,u4  permute_bytes({0}, {1}, {2})
 v_bitop3_b32         u4 u4,u4,u4  bitwise_table({0}, {1}, {2}, {bitop3})
 v_bitop3_b16         u4 u4,u4,u4  bitwise_table({0}, {1}, {2}, {bitop3}) & 0xFFFF
 v_lshl_add_u64       u8 u8,u4,u8  ({0} << ({1} & 63).astype('u8')) + {2}
 v_add_f32            f4 f4,f4     {0} + {1}
 v_sub_f32            f4 f4,f4     {0} - {1}
+v_subrev_f32         f4 f4,f4     {1} - {0}
 v_mul_f32            f4 f4,f4     {0} * {1}
-v_min_f32            f4 f4,f4     np.fmin({0}, {1})
-v_max_f32            f4 f4,f4     np.fmax({0}, {1})
+v_min_f32            f4 f4,f4     smaller({0}, {1})
+v_max_f32            f4 f4,f4     larger({0}, {1})
+v_max3_f32           f4 f4,f4,f4  larger(larger({0}, {1}), {2})
 v_fma_f32            f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmac_f32           f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmaak_f32          f4 f4,f4,f4  fused({0}, {1}, {2})
@@ -87,6 +97,7 @@ v_cvt_f32_f16        f4 h         {0}
 v_cvt_f16_f32        u4 f4        {0}.astype('f2').view('u2').astype('u4')
 v_cvt_pk_bf16_f32    u4 f4,f4     round_pair({0}, {1}, 'bf16')
 v_cvt_pk_f16_f32     u4 f4,f4     round_pair({0}, {1}, 'f16')
+v_pk_add_u16         u4 u4,u4     add_halves({0}, {1})
 v_pack_b32_f16       u4 u4,u4     ({0} & 0xFFFF) | ({1} << 16)
 """
 VECTOR = {
@@ -103,6 +114,8 @@ s_add_i32            i4 i4,i4     {0} + {1}                       ? overflows({0
 s_addk_i32           i4 i4,i4     {0} + {1}                       ? overflows({0}.astype('i8') + {1})
 s_sub_i32            i4 i4,i4     {0} - {1}                       ? overflows({0}.astype('i8') - {1})
 s_add_u32            u4 u4,u4     {0} + {1}                       ? carries({0}, {1})
+s_sub_u32            u4 u4,u4     {0} - {1}                       ? {0} < {1}
+s_subb_u32           u4 u4,u4     {0} - {1} - SCC                 ? {0} < {1}.astype('u8') + SCC
 s_addc_u32           u4 u4,u4     {0} + {1} + SCC                 ? carries({0}, {1}, SCC)
 s_mul_i32            u4 u4,u4     {0} * {1}
 s_mulk_i32           i4 i4,i4     {0} * {1}

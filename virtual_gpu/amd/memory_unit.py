@@ -11,8 +11,8 @@ from virtual_gpu.amd import fragments
 from virtual_gpu.amd.fragments import LANES
 from virtual_gpu.amd.operands import M0
 from virtual_gpu.amd.registers import Flags, Registers, Words
-from virtual_gpu.faults import MemoryFault
-from virtual_gpu.memory import GlobalMemory, SharedMemory
+from virtual_gpu.memory import GlobalMemory
+from virtual_gpu.shared_memory import Pieces, SharedMemory
 
 __all__ = ["MemoryUnit"]
 
@@ -30,8 +30,8 @@ class _Pending:
     values: Words | None = None
     lanes: Any = True
     scalar: bool = False
-    shared: tuple[NDArray[np.intp], NDArray[np.intp], bool] | None = None
-    """Bytes of shared memory, the wave of each, and whether they are written."""
+    shared: tuple[Pieces, NDArray[np.intp], bool] | None = None
+    """Pieces of shared memory, the wave of each lane, and whether they are written."""
     copied: NDArray[np.uint8] | None = None
     """What a copy to shared memory brings there."""
 
@@ -93,7 +93,7 @@ class MemoryUnit:
         if pending.copied is not None and pending.shared is not None:
             places, owners, _ = pending.shared
             chosen = waves[owners, 0]
-            self.shared.land_copy(places[chosen], pending.copied[chosen], owners[chosen, None])
+            self.shared.land_copy(places[chosen], pending.copied[chosen], owners[chosen])
         if pending.registers is not None and pending.values is not None:
             where = waves if pending.lanes is True else pending.lanes & waves
             for register, values in zip(pending.registers, pending.values, strict=True):
@@ -151,11 +151,9 @@ class MemoryUnit:
         base = self._registers.scalars[M0].astype(np.int64)
         lanes = lanes & (base != NOWHERE)
         starts = (base + offset + size * np.arange(LANES))[lanes]
-        if (starts % 4).any():
-            raise MemoryFault("a copy to shared memory is not aligned to 4 bytes")
-        places = starts[:, None] + np.arange(size)
+        places = Pieces.of(starts, size, 4)
         owners = self._waves[lanes]
-        self.shared.begin_copy(places, owners[:, None])
+        self.shared.begin_copy(places, owners)
         self._expect(self._vector_memory, active, shared=(places, owners, True), copied=found[lanes][:, :size])
 
     def store(
@@ -193,8 +191,8 @@ class MemoryUnit:
                     raise NotImplementedError("a transposition of some lanes of a wave")
                 found = np.ascontiguousarray(fragments.transposed(found.view(np.uint16))).view(np.uint8)
             values[registers * index : registers * (index + 1)] = found.view(np.uint32).transpose(2, 0, 1)
-            all_places.append(starts[:, None].astype(np.intp) + np.arange(size))
-        shared = np.concatenate(all_places, 1), owners, False
+            all_places.append(Pieces.of(starts, size, min(size, 4)))
+        shared = _joined(all_places), owners, False
         self._expect(self._local_memory, active, lanes, number, values, shared=shared)
 
     def shared_write(
@@ -216,8 +214,8 @@ class MemoryUnit:
             words = self._registers.vectors[number : number + (size + 3) // 4].transpose(1, 2, 0)[running]
             values = np.ascontiguousarray(words).view(np.uint8)[:, shift : shift + size]
             self.shared.write(starts, values, owners, min(size, 4))
-            all_places.append(starts[:, None].astype(np.intp) + np.arange(size))
-        shared = np.concatenate(all_places, 1), owners, True
+            all_places.append(Pieces.of(starts, size, min(size, 4)))
+        shared = _joined(all_places), owners, True
         self._expect(self._local_memory, active, shared=shared)
 
     def shared_atomic(
@@ -237,3 +235,8 @@ class MemoryUnit:
         )
         values = np.where(lanes, values, np.uint32(0))
         self._expect(self._local_memory, active, lanes, number, np.take_along_axis(values, sources, 1)[None])
+
+
+def _joined(pieces: Sequence[Pieces]) -> Pieces:
+    """Give all pieces of each lane in one row."""
+    return Pieces(np.concatenate([one.numbers.reshape(len(one.numbers), -1) for one in pieces], 1), pieces[0].unit)

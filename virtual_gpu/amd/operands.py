@@ -1,15 +1,15 @@
 """How operands of AMD's instructions are written in Python: registers, literals, and what encodings do to them."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.amd.fragments import LANES, dpp_sources
-from virtual_gpu.amd.parser import Instruction
 
-__all__ = ["ACCUMULATORS", "EXEC", "M0", "VCC", "OperandWriter", "dpp_lanes", "register"]
+__all__ = ["ACCUMULATORS", "EXEC", "M0", "VCC", "OperandWriter", "register"]
 
 VCC, M0, EXEC = 106, 124, 126
 """Where the named scalar registers are among the numbered ones."""
@@ -38,32 +38,67 @@ def register(operand: str) -> tuple[str, int, int] | None:
     return "S" if found[1] == "s" else "V", first + ACCUMULATORS * (found[1] == "a"), count
 
 
-def dpp_control(instruction: Instruction) -> str:
-    """Give which lane each lane reads from, as assembly names it ("row_shr:8")."""
-    return next(
-        f"{key}:{item}" if item else key
-        for key, item in instruction.modifiers.items()
-        if key.startswith(("quad", "row")) and key != "row_mask"
-    )
+@dataclass(frozen=True)
+class _Lanes:
+    """What DPP does: which lane each lane reads its first source from ("row_shr:8"), and the lanes that are written."""
+
+    control: str
+    written: NDArray[np.bool_]
 
 
-def dpp_lanes(instruction: Instruction) -> NDArray[np.bool_]:
-    """Give the lanes that a DPP instruction writes: of its rows and banks; no bound_ctrl: those with a lane to read."""
+def _take_lanes(modifiers: dict[str, str]) -> _Lanes | None:
+    """Take the modifiers of DPP, if there are some: without bound_ctrl lanes with none to read keep their value."""
+    if modifiers.pop("dpp", None) is None:
+        return None
+    key = next(key for key in modifiers if key.startswith(("quad", "row")) and key != "row_mask")
+    item = modifiers.pop(key)
+    control = f"{key}:{item}" if item else key
     lane = np.arange(LANES)
-    lanes = np.ones(LANES, bool)
-    for key, group in (("row_mask", lane // 16), ("bank_mask", lane % 16 // 4)):
-        lanes &= int(instruction.modifiers.get(key, "0xf"), 0) >> group & 1 == 1
-    if instruction.modifiers.get("bound_ctrl") != "1":
-        lanes &= dpp_sources(dpp_control(instruction))[1]
-    return lanes
+    written = np.ones(LANES, bool)
+    for name, group in (("row_mask", lane // 16), ("bank_mask", lane % 16 // 4)):
+        written &= int(modifiers.pop(name, "0xf"), 0) >> group & 1 == 1
+    bound = modifiers.pop("bound_ctrl", None)
+    if bound not in (None, "1"):
+        raise NotImplementedError(f"bound_ctrl:{bound}")
+    if bound is None:
+        written &= dpp_sources(control)[1]
+    return _Lanes(control, written)
 
 
 class OperandWriter:
     """Writes the lines of one block, and the operands in them."""
 
-    def __init__(self, constants: list[Any]):
-        self.constants = constants
+    def __init__(self) -> None:
+        self.constants: list[Any] = []
         self.lines: list[str] = []
+        self.modifiers: dict[str, str] = {}
+        """Those of the instruction at hand that nothing has taken yet."""
+        self.dpp: _Lanes | None = None
+
+    def begin(self, modifiers: dict[str, str]) -> None:
+        """Take up an instruction: whoever writes it takes its modifiers out."""
+        self.modifiers = dict(modifiers)
+        self.dpp = _take_lanes(self.modifiers)
+        if self.modifiers.pop("dst_sel", "DWORD") != "DWORD":
+            raise NotImplementedError("a part of a register as the result")
+        if self.modifiers.pop("dst_unused", "UNUSED_PAD") != "UNUSED_PAD":
+            raise NotImplementedError("what is kept of a result's register")
+
+    def finish(self) -> None:
+        """Raise where a modifier is left that nothing has taken."""
+        if self.modifiers or self.dpp is not None:
+            raise NotImplementedError(f"modifiers {self.modifiers or self.dpp}")
+
+    def take_lanes(self) -> str:
+        """Take the lanes that DPP writes: give what says where a result goes."""
+        lanes, self.dpp = self.dpp, None
+        return "X" if lanes is None or lanes.written.all() else f"X & {self.constant(lanes.written)}"
+
+    def take_choices(self, key: str, count: int, default: int) -> list[int]:
+        """Take the bits of a modifier like op_sel:[1,0]."""
+        if key not in self.modifiers:
+            return [default] * count
+        return [int(item) for item in self.modifiers.pop(key).strip("[]").split(",")]
 
     @staticmethod
     def kind(text: str) -> str:
@@ -82,7 +117,7 @@ class OperandWriter:
         return found[1]
 
     def value(self, operand: str, kind: str) -> str:
-        """Write an operand as values of `kind`: "u4", "i4", "f4", "u8" or "i8"; float32 may be negated."""
+        """Write an operand as values of `kind` ("u2", "i4", "f8"); floats may be negated; 16 bits are lower halves."""
         if kind[0] == "f":
             if inner := re.fullmatch(r"-(?=[vas|])(.*)|neg\((.*)\)", operand):
                 return f"(-{self.value(inner[1] or inner[2], kind)})"
@@ -94,42 +129,46 @@ class OperandWriter:
         file, number, count = found
         if count != (2 if kind[1] == "8" else 1):
             raise NotImplementedError(operand)
-        if file == "S":
-            if kind[1] == "8":
-                return f"SQ[{number}]" + ".view('i8')" * (kind == "i8")
-            return f"S{kind[0].upper()}[{number}]"
-        if kind[1] == "8":
-            return f"pair(U[{number}], U[{number + 1}])" + ".view('i8')" * (kind == "i8")
-        return f"{kind[0].upper()}[{number}]"
+        of_file = "S" * (file == "S")
+        if kind[1] == "2":
+            return f"{of_file}U[{number}].astype('u2').view('{kind}')"
+        if kind[1] == "4":
+            return f"{of_file}{kind[0].upper()}[{number}]"
+        pair = f"SQ[{number}]" if file == "S" else f"pair(U[{number}], U[{number + 1}])"
+        return pair if kind == "u8" else f"{pair}.view('{kind}')"
 
     @staticmethod
     def literal(text: str, kind: str) -> Any:
         width = 8 * int(kind[1])
         if re.fullmatch(r"-?\d+\.\d+", text):
+            if kind[0] == "f":
+                return np.dtype(kind).type(text)
             if width == 64:
                 raise NotImplementedError(text)
             bits = int(np.float32(text).view(np.uint32))
+        elif kind == "f8":
+            raise NotImplementedError(text)
         else:
             bits = int(text, 0) % 2**width
         return np.array(bits, f"u{kind[1]}").view(kind)[()]
 
-    def sources(self, instruction: Instruction, operands: tuple[str, ...], kinds: list[str]) -> list[str]:
+    def sources(self, operands: tuple[str, ...], kinds: list[str]) -> list[str]:
         """Write vector sources with what the encoding does to them: a lane's neighbour (DPP), or a part (SDWA)."""
         if len(operands) != len(kinds):
             raise NotImplementedError("another number of operands")
         values = []
         for index, (operand, kind) in enumerate(zip(operands, kinds, strict=True)):
-            part = instruction.modifiers.get(f"src{index}_sel", "DWORD")
+            part = self.modifiers.pop(f"src{index}_sel", "DWORD")
             if kind == "h":
-                values.append(f"halves({self.value(operand, 'u4')}, {int(part == 'WORD_1')})")
+                half = {"DWORD": 0, "WORD_0": 0, "WORD_1": 1}[part]
+                values.append(f"halves({self.value(operand, 'u4')}, {half})")
             elif part != "DWORD":
                 word, place = part.split("_")
                 width = {"BYTE": 8, "WORD": 16}[word]
                 text = self.value(operand, "u4")
                 values.append(f"(({text} >> {width * int(place)}) & {2**width - 1}).view('{kind}')")
-            elif index == 0 and "dpp" in instruction.modifiers:
-                control = dpp_control(instruction)
-                values.append(f"r.dpp({self.value(operand, 'u4')}, {control!r}, X).view('{kind}')")
+            elif index == 0 and self.dpp is not None:
+                values.append(f"r.dpp({self.value(operand, 'u4')}, {self.dpp.control!r}, X).view('{kind}')")
             else:
                 values.append(self.value(operand, kind))
         return values
@@ -138,6 +177,6 @@ class OperandWriter:
         """Store vectors of `kind` in a register or a pair."""
         number = self.number(operand, "V")
         if kind[1] == "8":
-            self.lines.append(f"r.put_pair({number}, {text}, X)")
+            self.lines.append(f"r.put_pair({number}, {text}, {where})")
         else:
             self.lines.append(f"copyto({kind[0].upper()}[{number}], {text}, where={where})")

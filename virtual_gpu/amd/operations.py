@@ -4,8 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import to_bfloat16
+from virtual_gpu.floats import fused, larger, smaller
 
 __all__ = [
+    "add_halves",
     "bits_of_mask",
     "bitwise_table",
     "carries",
@@ -17,12 +19,15 @@ __all__ = [
     "fused",
     "halves",
     "high",
+    "is_of_class",
+    "larger",
     "mask_of_bits",
     "overflows",
     "pair",
     "permute_bytes",
     "reverse_bits",
     "round_pair",
+    "smaller",
     "subtract_to_zero",
     "to_integer",
 ]
@@ -75,6 +80,21 @@ def field(values: Array, position: Array, length: Array) -> Array:
     return bits.astype(values.dtype)
 
 
+def is_of_class(values: Array, classes: Array) -> Array:
+    """Give whether float32 are of one of the classes whose bits are set.
+
+    Upwards from the third bit these are -inf, negative, below zero and denormal, -0, 0, denormal, positive, inf; the
+    lowest two are NaN, signaling or quiet.
+    """
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    exponent, fraction = bits >> np.uint32(23) & np.uint32(0xFF), bits & np.uint32(0x7FFFFF)
+    size = np.where(exponent == 0xFF, 3, np.where(exponent > 0, 2, np.where(fraction > 0, 1, 0)))
+    number = np.where(bits >> np.uint32(31) != 0, 5 - size, 6 + size)
+    is_quiet = fraction >> np.uint32(22) != 0
+    number = np.where((exponent == 0xFF) & (fraction > 0), is_quiet, number)
+    return (classes >> number.astype(np.uint32)) & np.uint32(1) != 0
+
+
 def count_bits(values: Array) -> Array:
     """Give the number of bits that are set."""
     return np.unpackbits(np.ascontiguousarray(values)[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint32)
@@ -111,6 +131,12 @@ def permute_bytes(upper: Array, lower: Array, selector: Array) -> Array:
     return result
 
 
+def add_halves(left: Array, right: Array) -> Array:
+    """Add unsigned integers of 16 bits, two in each word."""
+    upper = np.uint32(0xFFFF0000)
+    return ((left & upper) + (right & upper)) | ((left + right) & ~upper)
+
+
 def halves(values: Array, half: int) -> Array:
     """Give the float16 values in the lower (0) or upper (1) half of words, as float32."""
     words = (np.asarray(values) >> np.uint32(16 * half)).astype(np.uint16)
@@ -122,11 +148,6 @@ def round_pair(low: Array, upper: Array, kind: str) -> Array:
     pairs = np.stack(np.broadcast_arrays(low, upper), -1)
     rounded = to_bfloat16(pairs) if kind == "bf16" else pairs.astype(np.float16)
     return np.ascontiguousarray(rounded).view(np.uint32)[..., 0]
-
-
-def fused(a: Array, b: Array, c: Array) -> Array:
-    """Give a * b + c of float32: the product of two is exact in float64."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def to_integer(values: Array, kind: str) -> Array:
@@ -161,7 +182,7 @@ def divide_scale(value: Array, denominator: Array, numerator: Array) -> tuple[Ar
         np.full_like(value, np.nan),
         np.where(is_denominator, up, value),
         up,
-        np.where(is_denominator, up, value),
+        np.where(is_denominator, down, value),  # the manual has up here, which no denominator so large can take
         down,
         np.where(is_numerator, up, value),
         up,

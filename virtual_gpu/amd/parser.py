@@ -1,5 +1,6 @@
 """Read the AMDGCN assembly that Triton writes: one kernel, how it starts, and its instructions in basic blocks."""
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ class Instruction:
 
     name: str
     operands: tuple[str, ...] = ()
-    modifiers: dict[str, str] = field(default_factory=dict)
+    modifiers: dict[str, str] = field(default_factory=dict, hash=False)
     line: int = 0
     """Its line in the text, from 1."""
 
@@ -96,13 +97,17 @@ def _blocks(lines: list[str], name: str) -> tuple[tuple[tuple[Instruction, ...],
     return tuple(map(tuple, blocks)), labels, second_entry
 
 
+@functools.lru_cache(1 << 17)
 def _instruction(text: str, line: int) -> Instruction:
     found = re.fullmatch(r"([a-z]\w*)(?:\s+(.*))?", text)
     if found is None:
         raise ValueError(f"line {line} of the assembly is not understood: {text}")
     name = re.sub(r"_(e32|e64|dpp|sdwa)$", "", found[1])
     if name == "s_waitcnt":
-        return Instruction(name, (), dict(re.findall(r"(\w+)\((\d+)\)", found[2])), line)
+        counts = re.findall(r"(\w+)\((\d+)\)", found[2] or "")
+        if not counts:
+            raise ValueError(f"line {line} of the assembly is not understood: {text}")
+        return Instruction(name, (), dict(counts), line)
     parts = re.findall(r"(?:[^,\[(]|\[[^\]]*\]|\([^)]*\))+", found[2] or "")
     operands, modifiers = [part.strip() for part in parts], {}
     if operands:

@@ -5,19 +5,28 @@ integers and float32 (U, I, F and SU, SI, SF in the code), pairs of scalar regis
 (SQ, SB). X are the lanes that run an instruction (EXEC of the waves at hand), A those waves; True stands for all.
 """
 
+import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from virtual_gpu.amd import operations
 from virtual_gpu.amd.instructions import COMPARISONS, IMMEDIATE, NOTHING, SCALAR, VECTOR
 from virtual_gpu.amd.memory_instructions import MemoryWriter
-from virtual_gpu.amd.operands import EXEC, dpp_lanes, register
+from virtual_gpu.amd.operands import EXEC, register
 from virtual_gpu.amd.parser import ENDS_BLOCK, Instruction, Kernel
 from virtual_gpu.control_flow import BlockOrder, order_blocks
-from virtual_gpu.programs import BlockCode, compile_blocks
+from virtual_gpu.programs import BlockCode, unknown_instructions
 
 __all__ = ["Translation", "translate"]
+
+PACKED = {
+    "v_pk_add_f32": ("{0} + {1}", "{0} + {1}"),
+    "v_pk_mul_f32": ("{0} * {1}", "{0} * {1}"),
+    "v_pk_fma_f32": ("fused({0}, {1}, {2})", "fused({0}, {1}, {2})"),
+    "v_pk_mov_b32": ("{0}.view('u4')", "{1}.view('u4')"),
+}
+"""Instructions on pairs of 32-bit words, and what the lower and the upper word of the result are."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,6 @@ class Translation:
     kernel: Kernel
     blocks: tuple[BlockCode[Instruction], ...]
     order: BlockOrder
-    constants: list[Any] = field(repr=False)
 
 
 def translate(kernel: Kernel) -> Translation:
@@ -36,26 +44,26 @@ def translate(kernel: Kernel) -> Translation:
     Raises:
         NotImplementedError: for an instruction that the machine doesn't know, with its line.
     """
-    constants: list[Any] = []
-    sources, branches = [], []
-    for number, block in enumerate(kernel.blocks):
-        writer = _Writer(constants)
-        branch = None
-        for instruction in block:
-            if instruction.name.startswith(ENDS_BLOCK):
-                branch = instruction
-            else:
-                writer.add(instruction)
-        begin = (
-            f"def block_{number}(m, A):",
-            "r, u = m.registers, m.memory_unit",
-            "U, I, F, SU, SI, SF, SQ, SB, SCC = r.views",
-            "X = r.lanes(A)",
-        )
-        sources.append("\n    ".join((*begin, *writer.lines)))
-        branches.append(branch)
-    blocks = compile_blocks(kernel.name, sources, branches, constants, operations)
-    return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry), constants)
+    blocks = tuple(map(_translated, kernel.blocks))
+    return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry))
+
+
+@functools.lru_cache(1 << 14)
+def _translated(block: tuple[Instruction, ...]) -> BlockCode[Instruction]:
+    writer = _Writer()
+    branch = None
+    for instruction in block:
+        if instruction.name.startswith(ENDS_BLOCK):
+            branch = instruction
+        else:
+            writer.add(instruction)
+    begin = (
+        "def block(m, A):",
+        "r, u = m.registers, m.memory_unit",
+        "U, I, F, SU, SI, SF, SQ, SB, SCC = r.views",
+        "X = r.lanes(A)",
+    )
+    return BlockCode("\n    ".join((*begin, *writer.lines)), writer.constants, operations, branch)
 
 
 def _following(kernel: Kernel) -> list[list[int]]:
@@ -74,35 +82,37 @@ class _Writer(MemoryWriter):
     """Writes the lines of one block."""
 
     def add(self, instruction: Instruction) -> None:
-        if instruction.name in NOTHING:
-            return
+        text = f"{instruction.name} {', '.join(instruction.operands)} {instruction.modifiers or ''}".rstrip()
         self.lines.append(f"m.line = {instruction.line}")
-        try:
-            self.write(instruction)
-        except (KeyError, ValueError, NotImplementedError) as error:
-            raise NotImplementedError(
-                f"line {instruction.line}: the machine doesn't know {instruction.name} "
-                f"{', '.join(instruction.operands)} {instruction.modifiers}"
-            ) from error
+        with unknown_instructions(instruction.line, text):
+            self.begin(instruction.modifiers)
+            self.write(instruction.name, instruction.operands)
+            self.finish()
 
-    def write(self, instruction: Instruction) -> None:
-        name, operands = instruction.name, instruction.operands
+    def write(self, name: str, operands: tuple[str, ...]) -> None:
+        if name in NOTHING:
+            return
         if name in SCALAR:
             self.scalar(name, operands)
         elif name in VECTOR:
-            self.vector(instruction)
+            self.vector(name, operands)
+        elif name == "v_cmp_class_f32":
+            values, classes = self.sources(operands[1:], ["f4", "u4"])
+            self.lines.append(f"r.put_mask({self.number(operands[0])}, is_of_class({values}, {classes}), X, A)")
         elif name.startswith("v_cmp_"):
             _, _, comparison, kind = name.split("_")
-            left, right = self.sources(instruction, operands[1:], [self.kind(kind)] * 2)
+            left, right = self.sources(operands[1:], [self.kind(kind)] * 2)
+            if self.take_lanes() != "X":
+                raise NotImplementedError("lanes that keep their value")
             self.lines.append(f"r.put_mask({self.number(operands[0])}, {COMPARISONS[comparison](left, right)}, X, A)")
         elif name.startswith("s_cmp"):
             _, comparison, kind = name.replace("cmpk", "cmp").removeprefix("s_").split("_")
             left, right = (self.value(operand, self.kind(kind)) for operand in operands)
             self.lines.append(f"copyto(SCC, {COMPARISONS[comparison](left, right)}, where=A)")
         elif name.startswith(("buffer_", "global_", "ds_", "s_load_")):
-            self.memory(name, operands, instruction.modifiers)
+            self.memory(name, operands)
         else:
-            self.special(instruction)
+            self.special(name, operands)
 
     def scalar(self, name: str, operands: tuple[str, ...]) -> None:
         kind, kinds, template, condition = SCALAR[name]
@@ -128,35 +138,30 @@ class _Writer(MemoryWriter):
         if condition:
             self.lines.append("copyto(SCC, C, where=A)")
 
-    def vector(self, instruction: Instruction) -> None:
-        kind, kinds, template = VECTOR[instruction.name]
-        modifiers = instruction.modifiers
-        if ("clamp" in modifiers and instruction.name != "v_sub_u32") or "op_sel" in modifiers:
-            raise NotImplementedError("a modifier")
-        if modifiers.get("dst_sel", "DWORD") != "DWORD":
-            raise NotImplementedError("a part of a register as the result")
-        operands = instruction.operands
-        if instruction.name == "v_fmac_f32":
+    def vector(self, name: str, operands: tuple[str, ...]) -> None:
+        kind, kinds, template = VECTOR[name]
+        if name == "v_fmac_f32":
             operands = (*operands, operands[0])
-        values = self.sources(instruction, operands[1:], list(kinds))
-        if "clamp" in modifiers:
+        values = self.sources(operands[1:], list(kinds))
+        if name == "v_sub_u32" and self.modifiers.pop("clamp", None) is not None:
             template = "subtract_to_zero({0}, {1})"
-        where = "X"
-        if "dpp" in modifiers and not (lanes := dpp_lanes(instruction)).all():
-            where = f"X & {self.constant(lanes)}"
-        text = template.format(*values, **modifiers)
-        self.put(operands[0], text, kind, where)
+        table = {"bitop3": self.modifiers.pop("bitop3")} if "{bitop3}" in template else {}
+        self.put(operands[0], template.format(*values, **table), kind, self.take_lanes())
 
-    def special(self, instruction: Instruction) -> None:
-        name, operands, modifiers = instruction.name, instruction.operands, instruction.modifiers
-        if "dpp" in modifiers and not dpp_lanes(instruction).all():
-            raise NotImplementedError("lanes that keep their value")
+    def special(self, name: str, operands: tuple[str, ...]) -> None:
         if name == "s_waitcnt":
-            counts = [int(modifiers.get(key, 99)) for key in ("vmcnt", "lgkmcnt")]
+            counts = [int(self.modifiers.pop(key, 99)) for key in ("vmcnt", "lgkmcnt")]
+            self.modifiers.pop("expcnt", None)  # it counts exports of pictures, which compute kernels have none of
             self.lines.append(f"u.wait({counts[0]}, {counts[1]}, A)")
         elif name == "v_cndmask_b32":
-            no, yes = self.sources(instruction, operands[1:3], ["u4", "u4"])
-            self.put(operands[0], f"np.where(mask_of_bits(SB[{self.number(operands[3])}]), {yes}, {no})", "u4")
+            no, yes = self.sources(operands[1:3], ["u4", "u4"])
+            text = f"np.where(mask_of_bits(SB[{self.number(operands[3])}]), {yes}, {no})"
+            self.put(operands[0], text, "u4", self.take_lanes())
+        elif name == "v_add_co_u32":
+            left, right = (self.value(operand, "u4") for operand in operands[2:])
+            self.lines.append(f"C = carries({left}, {right})")
+            self.put(operands[0], f"{left} + {right}", "u4")
+            self.lines.append(f"r.put_mask({self.number(operands[1])}, C, X, A)")
         elif name == "v_addc_co_u32":
             left, right = (self.value(operand, "u4") for operand in operands[2:4])
             self.lines.append(f"T = mask_of_bits(SB[{self.number(operands[4])}]).astype('u4')")
@@ -194,29 +199,22 @@ class _Writer(MemoryWriter):
         elif product := re.fullmatch(r"v_mfma_f32_(\d+)x\1x(\d+)_(bf16|f16|f32)", name):
             a, b = (register(operand) for operand in operands[1:3])
             start: Any = register(operands[3])
-            if a is None or b is None or modifiers or (start is None and operands[3] != "0"):
+            if a is None or b is None or (start is None and operands[3] != "0"):
                 raise NotImplementedError("a matrix product of constants")
             numbers = self.number(operands[0], "V"), a[1:], b[1:], start and start[1]
             self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {product[3]!r}, A)")
-        elif name.startswith("v_pk_"):
-            self.packed(name, operands, modifiers)
-        elif name.startswith("v_fma_mix"):
-            self.mixed(name, operands, modifiers)
+        elif name in PACKED:
+            self.packed(name, operands)
+        elif name in ("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16"):
+            self.mixed(name, operands)
         else:
             raise NotImplementedError(name)
 
-    @staticmethod
-    def choices(modifiers: dict[str, str], key: str, count: int, default: int) -> list[int]:
-        """Give the bits of a modifier like op_sel:[1,0]."""
-        if key not in modifiers:
-            return [default] * count
-        return [int(item) for item in modifiers[key].strip("[]").split(",")]
-
-    def packed(self, name: str, operands: tuple[str, ...], modifiers: dict[str, str]) -> None:
+    def packed(self, name: str, operands: tuple[str, ...]) -> None:
         """Write an instruction on pairs of float32; each half of the result chooses halves of the sources."""
         count = len(operands) - 1
-        chosen = [self.choices(modifiers, key, count, index) for index, key in enumerate(("op_sel", "op_sel_hi"))]
-        negated = [self.choices(modifiers, key, count, 0) for key in ("neg_lo", "neg_hi")]
+        chosen = [self.take_choices(key, count, index) for index, key in enumerate(("op_sel", "op_sel_hi"))]
+        negated = [self.take_choices(key, count, 0) for key in ("neg_lo", "neg_hi")]
         texts = []
         for half in range(2):
             values = []
@@ -232,16 +230,15 @@ class _Writer(MemoryWriter):
                 else:
                     text = f"{'S' * (found[0] == 'S')}F[{found[1] + upper}]"
                 values.append(f"(-{text})" if negated[half][index] else text)
-            template = {"add": "{0} + {1}", "mul": "{0} * {1}", "fma": "fused({0}, {1}, {2})", "mov": f"+{{{half}}}"}
-            texts.append(template[name.split("_")[2]].format(*values))
+            texts.append(PACKED[name][half].format(*values))
         number = self.number(operands[0], "V")
         self.lines.append(f"T, P = {texts[0]}, {texts[1]}")
         self.lines.append(f"copyto(F[{number}], T, where=X)")
         self.lines.append(f"copyto(F[{number + 1}], P, where=X)")
 
-    def mixed(self, name: str, operands: tuple[str, ...], modifiers: dict[str, str]) -> None:
+    def mixed(self, name: str, operands: tuple[str, ...]) -> None:
         """Write a fused multiplication and addition whose sources may be float16 each."""
-        uppers, narrow = self.choices(modifiers, "op_sel", 3, 0), self.choices(modifiers, "op_sel_hi", 3, 0)
+        uppers, narrow = self.take_choices("op_sel", 3, 0), self.take_choices("op_sel_hi", 3, 0)
         values = [
             f"halves({self.value(operand, 'u4')}, {upper})" if half and register(operand) else self.value(operand, "f4")
             for operand, upper, half in zip(operands[1:], uppers, narrow, strict=True)

@@ -13,13 +13,11 @@ class Barrier:
     """An mbarrier: its phase completes when all arrivals are there, and all bytes of copies."""
 
     count: int
-    made: tuple[int, int]
-    """The warp that initialised it, and how many barriers of the program it had passed."""
     pending: int = 0
     num_bytes: int = 0
     phase: int = 0
-    copies: list[Callable[[], int]] = field(default_factory=list)
-    """What lands the bytes of each copy that was started."""
+    copies: list[Callable[[int | None], int]] = field(default_factory=list)
+    """What lands the bytes of each copy that was started, given the warp that waits (None: all do)."""
 
     def __post_init__(self) -> None:
         self.pending = self.count
@@ -34,11 +32,11 @@ class Barrier:
             self.phase ^= 1
             self.pending = self.count
 
-    def wait(self, parity: int) -> None:
+    def wait(self, parity: int, waiter: int | None) -> None:
         if self.phase != parity:
             return
         for copy in self.copies:
-            self.num_bytes -= copy()
+            self.num_bytes -= copy(waiter)
         self.copies.clear()
         self.complete()
         if self.phase == parity:

@@ -9,10 +9,13 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from virtual_gpu.shared_memory import Pieces
+
 __all__ = [
     "accumulator_rows_and_columns",
     "descriptor_places",
     "load_matrices",
+    "matrix_of",
     "mma_operands",
     "product",
     "store_matrices",
@@ -31,19 +34,19 @@ def swizzled(places: NDArray[np.intp], width: int) -> NDArray[np.intp]:
     return places ^ (((places >> 7) & mask) << 4)
 
 
-def load_matrices(rows: NDArray[np.uint8], transposed: bool) -> list[NDArray[np.uint32]]:
-    """Give the registers of ldmatrix: (32,) for each 8x8 matrix of 16-bit elements; rows (8 * matrices, 16) bytes."""
-    matrices = rows.view(np.uint16).reshape(-1, 8, 8)
+def load_matrices(rows: NDArray[np.uint8], num_matrices: int, transposed: bool) -> NDArray[np.uint32]:
+    """Give the registers of ldmatrix (matrices, threads) of the rows of all warps: (warps * matrices * 8, 16) bytes."""
+    matrices = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, num_matrices, 8, 8)
     if transposed:
-        matrices = matrices.transpose(0, 2, 1)
-    return [np.ascontiguousarray(matrix).reshape(32, 2).view(np.uint32)[:, 0] for matrix in matrices]
+        matrices = matrices.transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(matrices.transpose(1, 0, 2, 3)).reshape(num_matrices, -1).view(np.uint32)
 
 
 def store_matrices(registers: list[NDArray[np.uint32]], transposed: bool) -> NDArray[np.uint8]:
-    """Give the rows (8 * matrices, 16 bytes) that stmatrix writes."""
-    matrices = np.stack([np.ascontiguousarray(register).view(np.uint16).reshape(8, 8) for register in registers])
+    """Give the rows (warps * matrices * 8, 16 bytes) that stmatrix writes, from registers of all threads."""
+    matrices = np.stack(registers).view(np.uint16).reshape(len(registers), -1, 8, 8).transpose(1, 0, 2, 3)
     if transposed:
-        matrices = matrices.transpose(0, 2, 1)
+        matrices = matrices.transpose(0, 1, 3, 2)
     return np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
 
 
@@ -79,32 +82,35 @@ def accumulator_rows_and_columns(num_registers: int) -> tuple[NDArray[np.intp], 
 
 
 @lru_cache(4096)
-def descriptor_places(
-    descriptor: int, outer: int, depth: int, depth_contiguous: bool, *, tcgen05: bool
-) -> NDArray[np.intp]:
-    """Give where the bytes of 16-bit elements (outer, depth, 2) of a matrix are in shared memory, in one row.
+def descriptor_places(descriptor: int, outer: int, depth: int, depth_contiguous: bool, *, tcgen05: bool) -> Pieces:
+    """Give the pieces of shared memory, 8 elements of 16 bits each, that a matrix is made of.
 
     Args:
         descriptor: of wgmma or tcgen05. outer: rows of A or columns of B.
-        depth_contiguous: whether elements of one row follow each other (K-major), or those of one column (MN-major).
+        depth_contiguous: whether elements of one row follow each other (K-major): the pieces (outer, depth / 8); or
+            those of one column (MN-major): the pieces (depth, outer / 8).
     """
     start = (descriptor & 0x3FFF) << 4
     leading = ((descriptor >> 16) & 0x3FFF) << 4
     stride = ((descriptor >> 32) & 0x3FFF) << 4
     code = (descriptor >> 61) & 7 if tcgen05 else (descriptor >> 62) & 3
-    width = {0: 0, 1: 128, 2: 64, 3: 32, 4: 64, 6: 32}[code] if not tcgen05 else {0: 0, 2: 128, 4: 64, 6: 32}[code]
+    width = ({0: 0, 2: 128, 4: 64, 6: 32} if tcgen05 else {0: 0, 1: 128, 2: 64, 3: 32})[code]
     if (descriptor >> 49) & 7:
         raise NotImplementedError("matrix descriptors with a base offset")
-    i, k = np.arange(outer)[:, None], np.arange(depth)[None, :]
+    if depth_contiguous:
+        i, k = np.arange(outer)[:, None], np.arange(0, depth, 8)[None, :]
+    else:
+        i, k = np.arange(0, outer, 8)[None, :], np.arange(depth)[:, None]
     if width == 0:  # core matrices of 8 rows of 16 bytes each
-        places = (
-            i // 8 * stride
-            + k // 8 * leading
-            + (i % 8 * 16 + k % 8 * 2 if depth_contiguous else i % 8 * 2 + k % 8 * 16)
-        )
+        places = i // 8 * stride + k // 8 * leading + (i % 8 if depth_contiguous else k % 8) * 16
     elif depth_contiguous:
         places = i // 8 * stride + i % 8 * width + k * 2
     else:
         places = i // (width // 2) * leading + i % (width // 2) * 2 + k // 8 * stride + k % 8 * width
-    places = swizzled(start + places, width)
-    return (places[..., None] + np.arange(2)).reshape(-1)
+    return Pieces(swizzled(start + places, width).reshape(-1) // 16, 16)
+
+
+def matrix_of(read: NDArray[np.uint8], outer: int, depth: int, depth_contiguous: bool) -> NDArray[np.uint16]:
+    """Give a matrix (outer, depth) from the bytes of the pieces that `descriptor_places` gives."""
+    elements = read.reshape(-1).view(np.uint16)
+    return elements.reshape(outer, depth) if depth_contiguous else elements.reshape(depth, outer).T

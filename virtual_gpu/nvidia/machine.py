@@ -11,15 +11,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.faults import Deadlock, MemoryFault
-from virtual_gpu.memory import GlobalMemory, SharedMemory
+from virtual_gpu.memory import GlobalMemory
 from virtual_gpu.nvidia.barrier import Barrier
 from virtual_gpu.nvidia.matrix_unit import MatrixUnit, require_everyone
-from virtual_gpu.nvidia.operands import PARAMETER_SPACE
+from virtual_gpu.nvidia.operands import PARAMETER_SPACE, type_of, width_of
 from virtual_gpu.nvidia.tensor_map import TensorMap
 from virtual_gpu.nvidia.translation import Translation
 from virtual_gpu.programs import MAX_STEPS, faults_in, program_number, programs_of
+from virtual_gpu.shared_memory import SEVERAL, Pieces, SharedMemory
 
 __all__ = ["Machine", "run_grid"]
+
+BARRIER_BYTES = 8
+
+
+class Registers(dict[str, NDArray[Any]]):
+    """Registers by name, an array with an entry for each thread; those that nobody has written have all bits set."""
+
+    def __init__(self, num_threads: int):
+        super().__init__()
+        self._num_threads = num_threads
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        kind = type_of(name)
+        if kind == "pred":
+            self[name] = np.ones(self._num_threads, np.bool_)
+        else:
+            self[name] = np.full(self._num_threads, (1 << width_of(kind)) - 1, f"u{width_of(kind) // 8}")
+        return self[name]
 
 
 class Machine:
@@ -42,30 +61,32 @@ class Machine:
         self.line = 0
         threads = np.arange(self.num_threads)
         self.warps = threads // 32
+        self._all_threads = np.ones(self.num_threads, bool)
         self.first_lane = threads % 32 == 0
         self._special = {"%tid.x": threads.astype("u4"), "%laneid": (threads % 32).astype("u4")}
         for axis in range(3):
             self._special[f"%ctaid.{'xyz'[axis]}"] = self.fill(np.uint32(program[axis]))
             self._special[f"%nctaid.{'xyz'[axis]}"] = self.fill(np.uint32(grid[axis]))
-        self.registers: list[Any] = [None] * len(translation.registers)
-        for name, number in translation.registers.items():
-            kind = {"%rs": "u2", "%rd": "u8"}.get(name[:3], "u4" if name.startswith("%r") else "?")
-            self.registers[number] = np.full(self.num_threads, np.iinfo(kind).max if kind != "?" else True, kind)
+        self.registers = Registers(self.num_threads)
         self._copies: list[list[tuple[Any, Any, Any]]] = [[]]
         """Groups of cp.async: the last one is not committed yet."""
         self._barriers: dict[int, Barrier] = {}
         self._matrices = MatrixUnit(self)
+        self.fence_registers = self._matrices.fence_registers
 
-        self._methods: dict[str, Callable[[tuple[str, ...], tuple[Any, ...], NDArray[np.bool_]], None]] = {
-            "cp.async.bulk.tensor": self._tensor_copy,
-            "cp.async.commit_group": self._copy_commit,
-            "cp.async.wait_group": self._copy_wait,
-            "cp.async.c": self._copy,
-            "mbarrier": self._mbarrier,
-            "atom": self._atomic,
+        self.methods: dict[str, Callable[[tuple[str, ...], tuple[Any, ...], NDArray[np.bool_]], None]] = {
+            "tensor_copy": self._tensor_copy,
+            "copy": self._copy,
+            "copy_commit": self._copy_commit,
+            "copy_wait": self._copy_wait,
+            "mbarrier_init": self._mbarrier_init,
+            "mbarrier_inval": self._mbarrier_inval,
+            "mbarrier_arrive": self._mbarrier_arrive,
+            "mbarrier_wait": self._mbarrier_wait,
+            "atomic_add": self._atomic_add,
             **self._matrices.methods,
         }
-        """By the beginning of an instruction's name."""
+        """By the names that `instruction_set.CALLS` gives them."""
 
     # Running.
 
@@ -77,12 +98,11 @@ class Machine:
         """
         with faults_in(self.translation.kernel.name, self, "PTX"):
             self._run()
-        if any(self._copies) or self._matrices.busy:
-            raise MemoryFault(f"{self.translation.kernel.name} ends while copies or products are under way")
+            if any(self._copies) or self._matrices.busy:
+                raise MemoryFault("the program ends while copies or products are under way")
 
     def _run(self) -> None:
         blocks, labels = self.translation.blocks, self.translation.kernel.labels
-        numbers = self.translation.registers
         waiting: dict[int, Any] = {0: None}
         for _ in range(MAX_STEPS):
             if not waiting:
@@ -101,7 +121,7 @@ class Machine:
             if not branch.guard:
                 self._go(waiting, target, mask)
                 continue
-            taken = self.registers[numbers[branch.guard]]
+            taken = self.registers[branch.guard]
             taken = ~taken if branch.guard_negated else taken
             stays = ~taken
             if mask is not None:
@@ -167,30 +187,33 @@ class Machine:
             raise Deadlock("only some threads come to a barrier")
         self.shared.barrier()
 
-    def call(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: Any) -> None:
-        """Run an instruction that is more than arithmetic."""
-        everyone = np.ones(self.num_threads, bool) if mask is None else np.broadcast_to(mask, self.num_threads)
-        name = ".".join(parts)
-        for prefix, method in self._methods.items():
-            if name.startswith(prefix):
-                method(parts, operands, everyone)
-                return
-        raise NotImplementedError(name)
+    def threads(self, mask: Any) -> NDArray[np.bool_]:
+        """Write a mask, or None for all threads, out."""
+        return self._all_threads if mask is None else np.broadcast_to(mask, self.num_threads)
+
+    def require_warps(self, mask: Any, members: NDArray[np.uint32] | None = None) -> None:
+        """Raise unless whole warps run an instruction by which their threads see each other's registers."""
+        warps = None if mask is None else mask.reshape(-1, 32)
+        if warps is not None and (warps.any(1) != warps.all(1)).any():
+            raise NotImplementedError("an exchange between some threads of a warp")
+        if members is not None and (members != 0xFFFFFFFF).any():
+            raise NotImplementedError("some members of a warp")
 
     # Copies from global to shared memory.
 
     def _copy(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
-        target, source, size = operands[0][mask], operands[1][mask], operands[2]
-        wanted = np.broadcast_to(operands[3] if len(operands) > 3 else size, self.num_threads)[mask]
+        target, source, size, *wanted_size = operands
+        if size not in ((16,) if parts[2] == "cg" else (4, 8, 16)) or len(wanted_size) > 1:
+            raise NotImplementedError(f"{'.'.join(parts)} of {size} bytes")
+        target, source = target[mask], source[mask]
+        wanted = np.broadcast_to(wanted_size[0] if wanted_size else size, self.num_threads)[mask]
         values = np.zeros((len(target), size), np.uint8)
         for length in np.unique(wanted):
             if length:
                 chosen = wanted == length
                 values[chosen, :length] = self.memory.read(source[chosen], int(length), self.program_number)
-        if (target % size).any():
-            raise MemoryFault(f"an asynchronous copy of {size} bytes is misaligned")
-        places = target.astype(np.int64)[:, None] + np.arange(size)
-        warps = self.warps[mask][:, None]
+        places = Pieces.of(target, size, size)
+        warps = self.warps[mask]
         self.shared.begin_copy(places, warps)
         self._copies[-1].append((places, values, warps))
 
@@ -206,59 +229,74 @@ class Machine:
         for group in landing:
             for places, values, warps in group:
                 self.shared.land_copy(places, values, warps)
+                self.shared.end_copy()
 
     def _tensor_copy(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         (targets, (maps, coordinates), barriers) = operands
+        gathers = "tile::gather4" in parts
+        if len(coordinates) != (5 if gathers else int(parts[4][0])):
+            raise NotImplementedError(f"{'.'.join(parts)} at {len(coordinates)} coordinates")
         for thread in map(int, np.nonzero(mask)[0]):
             tensor_map = self.parameters[int(maps[thread]) - PARAMETER_SPACE]
             assert isinstance(tensor_map, TensorMap)
             start = [int(np.broadcast_to(item, self.num_threads)[thread]) for item in coordinates]
-            gathers = "tile::gather4" in parts
             places, values = tensor_map.read(self.memory, self.program_number, int(targets[thread]), start, gathers)
             warp = np.array(self.warps[thread])
-            self.shared.begin_copy(places, warp)
+            self.shared.begin_bulk_copy(places, warp)
             barrier = self.mbarrier(int(barriers[thread]), thread)
 
-            def land(places: Any = places, values: Any = values) -> int:
-                self.shared.land_copy(places, values, None)
-                return int(places.size)
+            def land(waiter: int | None, places: Any = places, values: Any = values) -> int:
+                self.shared.land_bulk_copy(places, values, waiter)
+                return int(values.size)
 
             barrier.copies.append(land)
 
     # Barriers in shared memory.
 
     def mbarrier(self, address: int, thread: int) -> Barrier:
-        """Give the mbarrier that `thread` uses."""
+        """Give the mbarrier that `thread` uses: to its warp this is a read of the barrier's eight bytes."""
         if address not in self._barriers:
             raise MemoryFault(f"there is no initialised mbarrier at {address}")
-        barrier = self._barriers[address]
-        if barrier.made[1] == self.shared.epoch and barrier.made[0] != self.warps[thread]:
-            raise MemoryFault("an mbarrier is used by another warp than initialised it, with no barrier between")
-        return barrier
+        self.shared.read(np.array([address]), BARRIER_BYTES, self.warps[thread : thread + 1])
+        return self._barriers[address]
 
-    def _mbarrier(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
-        addresses = operands[0] if parts[1] in ("init", "inval") else operands[1]
+    def _write_barrier(self, address: int, thread: int, byte: int) -> None:
+        values = np.full((1, BARRIER_BYTES), byte, np.uint8)
+        self.shared.write(np.array([address]), values, self.warps[thread : thread + 1])
+
+    def _mbarrier_init(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
+        addresses, count = operands
+        for thread in map(int, np.nonzero(mask)[0]):
+            self._write_barrier(int(addresses[thread]), thread, 0)
+            self._barriers[int(addresses[thread])] = Barrier(count)
+
+    def _mbarrier_inval(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
+        (addresses,) = operands
         for thread in map(int, np.nonzero(mask)[0]):
             address = int(addresses[thread])
-            if parts[1] == "init":
-                self._barriers[address] = Barrier(operands[1], (int(self.warps[thread]), self.shared.epoch))
-            elif parts[1] == "inval":
-                barrier = self.mbarrier(address, thread)
-                if barrier.copies:
-                    raise MemoryFault("an mbarrier ends while copies that it counts are under way")
-                del self._barriers[address]
-            elif parts[1] == "arrive":
-                self.mbarrier(address, thread).arrive(operands[2] if "expect_tx" in parts else 0)
-            elif parts[1] == "try_wait":
-                self.mbarrier(address, thread).wait(int(np.broadcast_to(operands[2], self.num_threads)[thread]) & 1)
-            else:
-                raise NotImplementedError(".".join(parts))
-        if parts[1] == "try_wait":
-            self.registers[operands[0]] = np.ones(self.num_threads, bool)
+            if self.mbarrier(address, thread).copies:
+                raise MemoryFault("an mbarrier ends while copies that it counts are under way")
+            self._write_barrier(address, thread, 0xFF)
+            del self._barriers[address]
 
-    def _atomic(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
-        if parts[-2:] != ("add", "u32") or "shared" not in parts:
-            raise NotImplementedError(".".join(parts))
+    def _mbarrier_arrive(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
+        _, addresses, num_bytes = operands
+        for thread in map(int, np.nonzero(mask)[0]):
+            self.mbarrier(int(addresses[thread]), thread).arrive(num_bytes)
+
+    def _mbarrier_wait(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
+        result, addresses, parity = operands
+        threads = np.nonzero(mask)[0]
+        parities = np.broadcast_to(parity, self.num_threads)
+        warps, first = np.unique(self.warps[threads], return_index=True)
+        waiter = None if len(threads) == self.num_threads else int(warps[0]) if len(warps) == 1 else SEVERAL
+        if (addresses[threads] == addresses[threads[0]]).all() and (parities[threads] == parities[threads[0]]).all():
+            threads = threads[first]  # the others of a warp wait for the same
+        for thread in map(int, threads):
+            self.mbarrier(int(addresses[thread]), thread).wait(int(parities[thread]) & 1, waiter)
+        self.registers[result] = np.ones(self.num_threads, bool)
+
+    def _atomic_add(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         result, addresses, amount = operands
         amounts = np.broadcast_to(amount, self.num_threads).astype("u4")[mask]
         words = self.shared.data.view(np.uint32)

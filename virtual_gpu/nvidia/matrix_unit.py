@@ -13,6 +13,7 @@ from virtual_gpu.arithmetic import from_bfloat16
 from virtual_gpu.faults import MemoryFault
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
+from virtual_gpu.shared_memory import SEVERAL, Pieces
 
 if TYPE_CHECKING:
     from virtual_gpu.nvidia.machine import Barrier, Machine
@@ -30,11 +31,13 @@ def require_everyone(mask: NDArray[np.bool_]) -> None:
 class _Product:
     """A wgmma that was started: it reads its operands, and writes its accumulators, when it is waited for."""
 
-    warpgroup: int
-    registers: tuple[int, ...]
-    columns: int
+    registers: tuple[str, ...]
     left: Any
-    right: NDArray[np.intp]
+    """A of each warpgroup: its bits (groups, 64, 16), or where it is in shared memory."""
+    right: list[Pieces]
+    """Where B is, for each warpgroup."""
+    transposed: tuple[int, int]
+    """Whether A and B are MN-major."""
     scale: bool
     convert: Callable[[NDArray[np.uint16]], NDArray[np.float32]]
 
@@ -46,60 +49,70 @@ class MatrixUnit:
         self._machine = machine
         self._products: list[list[_Product]] = [[]]
         """Groups of wgmma: the last one is not committed yet."""
+        self._fenced: dict[str, Any] = {}
+        """What each register held at the last wgmma.fence, or since wgmma itself wrote it."""
         self._tensor_memory = TensorMemory(machine.shared, _decode)
         self.methods: dict[str, Callable[[tuple[str, ...], tuple[Any, ...], NDArray[np.bool_]], None]] = {
-            "ldmatrix": self._load_matrix,
-            "stmatrix": self._store_matrix,
-            "mma.sync": self._mma,
-            "wgmma.mma_async": self._wgmma,
-            "wgmma.commit_group": self._wgmma_commit,
-            "wgmma.wait_group": self._wgmma_wait,
-            "tcgen05.ld": self._tcgen05_memory,
-            "tcgen05.st": self._tcgen05_memory,
-            "tcgen05.wait": self._tcgen05_wait,
-            "tcgen05.alloc": self._tcgen05_allocate,
-            "tcgen05.dealloc": self._tcgen05_allocate,
-            "tcgen05.mma": self._tcgen05_product,
-            "tcgen05.commit": self._tcgen05_commit,
+            "load_matrix": self._load_matrix,
+            "store_matrix": self._store_matrix,
+            "mma": self._mma,
+            "wgmma": self._wgmma,
+            "wgmma_commit": self._wgmma_commit,
+            "wgmma_wait": self._wgmma_wait,
+            "tcgen05_memory": self._tcgen05_memory,
+            "tcgen05_wait": self._tcgen05_wait,
+            "tcgen05_allocate": self._tcgen05_allocate,
+            "tcgen05_product": self._tcgen05_product,
+            "tcgen05_commit": self._tcgen05_commit,
         }
-        """By the beginning of an instruction's name."""
+        """By the names that `instruction_set.CALLS` gives them."""
 
     @property
     def busy(self) -> bool:
         """Whether products are under way, or tensor memory is still held."""
         return any(self._products) or self._tensor_memory.in_use
 
+    def fence_registers(self) -> None:
+        """Let wgmma use what threads wrote to registers."""
+        self._fenced = dict(self._machine.registers)
+
+    def _require_fenced(self, registers: Sequence[str]) -> None:
+        if any(self._machine.registers[register] is not self._fenced.get(register) for register in registers):
+            raise MemoryFault("wgmma uses registers that threads wrote, with no wgmma.fence since")
+
     def _load_matrix(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         require_everyone(mask)
         results, addresses = operands
-        addressed = 8 * len(results)
-        words = []
-        for warp in range(self._machine.num_threads // 32):
-            lanes = addresses[32 * warp : 32 * warp + addressed]
-            rows = self._machine.shared.read(lanes, 16, np.full(addressed, warp))
-            words.append(fragments.load_matrices(rows, "trans" in parts))
-        for index, result in enumerate(results):
-            self._machine.registers[result] = np.concatenate([one[index] for one in words])
+        if parts[4] != f"x{len(results)}":
+            raise NotImplementedError(".".join(parts))
+        rows = self._machine.shared.read(*self._addressed(addresses, len(results), 16))
+        for index, words in enumerate(fragments.load_matrices(rows, len(results), "trans" in parts)):
+            self._machine.registers[results[index]] = words
+
+    def _addressed(self, addresses: NDArray[Any], num_matrices: int, size: int) -> tuple[Any, int, NDArray[np.intp]]:
+        """Give the addresses that the first lanes of each warp hold, a row of a matrix each, and those warps."""
+        num_warps, addressed = self._machine.num_threads // 32, 8 * num_matrices
+        return (
+            addresses.reshape(num_warps, 32)[:, :addressed].reshape(-1),
+            size,
+            np.repeat(np.arange(num_warps), addressed),
+        )
 
     def _store_matrix(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         require_everyone(mask)
         addresses, sources = operands
-        addressed = 8 * len(sources)
-        for warp in range(self._machine.num_threads // 32):
-            lanes = slice(32 * warp, 32 * warp + 32)
-            rows = fragments.store_matrices(
-                [self._machine.registers[source][lanes] for source in sources], "trans" in parts
-            )
-            self._machine.shared.write(addresses[lanes][:addressed], rows, np.full(addressed, warp))
+        if parts[4] != f"x{len(sources)}":
+            raise NotImplementedError(".".join(parts))
+        places, _, warps = self._addressed(addresses, len(sources), 16)
+        words = [self._machine.registers[source] for source in sources]
+        self._machine.shared.write(places, fragments.store_matrices(words, "trans" in parts), warps)
 
-    def _words(self, registers: Sequence[int]) -> NDArray[np.uint32]:
+    def _words(self, registers: Sequence[str]) -> NDArray[np.uint32]:
         """Give registers as (warps, registers, 32)."""
         return np.stack([self._machine.registers[register].reshape(-1, 32) for register in registers], 1)
 
     def _mma(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         require_everyone(mask)
-        if parts[3] != "m16n8k16" or parts[4:6] != ("row", "col"):
-            raise NotImplementedError(".".join(parts))
         results, a, b, c = operands
         left, right = (_decode(parts[7])(bits) for bits in fragments.mma_operands(self._words(a), self._words(b)))
         rows, columns = fragments.accumulator_rows_and_columns(4)
@@ -114,21 +127,26 @@ class MatrixUnit:
         if parts[4] != f"m64n{columns}k16" or immediates[:2] != [1, 1]:
             raise NotImplementedError(".".join(parts))
         from_registers = isinstance(a, tuple)
+        self._require_fenced([*results, *(a if from_registers else ())])
         transposed = immediates[2:] if not from_registers else [0, *immediates[2:]]
-        for group in range(self._machine.num_threads // 128):
-            thread = 128 * group
-            if from_registers:
-                words = self._words(a)[4 * group : 4 * group + 4]
-                left: Any = fragments.mma_operands(words, words[:, :2])[0].reshape(64, 16)
-            else:
-                left = fragments.descriptor_places(int(a[thread]), 64, 16, not transposed[0], tcgen05=False)
-                self._machine.shared.begin_matrix_read(left)
-            right = fragments.descriptor_places(int(b[thread]), columns, 16, not transposed[1], tcgen05=False)
-            self._machine.shared.begin_matrix_read(right)
-            scales = bool(np.broadcast_to(scale, self._machine.num_threads)[thread])
-            self._products[-1].append(
-                _Product(group, results, columns, (from_registers, left), right, scales, _decode(parts[6]))
-            )
+        num_groups, shared = self._machine.num_threads // 128, self._machine.shared
+        first = range(0, self._machine.num_threads, 128)
+        if from_registers:
+            words = self._words(a)
+            left: Any = fragments.mma_operands(words, words[:, :2])[0].reshape(num_groups, 64, 16)
+        else:
+            left = [fragments.descriptor_places(int(a[one]), 64, 16, not transposed[0], tcgen05=False) for one in first]
+        right = [
+            fragments.descriptor_places(int(b[one]), columns, 16, not transposed[1], tcgen05=False) for one in first
+        ]
+        for places in right if from_registers else [*left, *right]:
+            shared.begin_matrix_read(places)
+        scales = np.broadcast_to(scale, self._machine.num_threads)
+        if (scales != scales[0]).any():
+            raise NotImplementedError("warpgroups that add and warpgroups that don't")
+        self._products[-1].append(
+            _Product(results, left, right, (transposed[0], transposed[1]), bool(scales[0]), _decode(parts[6]))
+        )
 
     def _wgmma_commit(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         self._products.append([])
@@ -142,27 +160,36 @@ class MatrixUnit:
                 self._finish(product)
 
     def _finish(self, product: _Product) -> None:
-        from_registers, left = product.left
-        if not from_registers:
-            left = self._machine.shared.end_matrix_read(left).view(np.uint16).reshape(64, 16)
-        right = self._machine.shared.end_matrix_read(product.right).view(np.uint16).reshape(product.columns, 16)
-        result = fragments.product(product.convert(left), product.convert(right).T)
+        """Let a product be done. Each warp has waited for its own part of it: of the others' it knows nothing."""
+        registers = self._machine.registers
+        left, right = (
+            self._matrices_of(places, outer, not transposed) if isinstance(places, list) else places
+            for places, outer, transposed in zip(
+                (product.left, product.right), (64, 2 * len(product.registers)), product.transposed, strict=True
+            )
+        )
+        result = fragments.product(product.convert(left), product.convert(right).transpose(0, 2, 1))
         rows, columns = fragments.accumulator_rows_and_columns(len(product.registers))
-        parts = result.reshape(4, 16, product.columns)[:, rows, columns]  # (warps, registers, 32)
-        threads = slice(128 * product.warpgroup, 128 * product.warpgroup + 128)
-        for index, register in enumerate(product.registers):
-            values = self._machine.registers[register].copy()
-            new = parts[:, index].reshape(-1)
-            if product.scale:
-                new = new + values[threads].view(np.float32)
-            values[threads] = new.view(np.uint32)
-            self._machine.registers[register] = values
+        parts = result.reshape(4 * len(left), 16, -1)[:, rows, columns]  # (warps, registers, 32)
+        sums = np.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(len(rows), -1)
+        if product.scale:
+            sums += np.stack([registers[register] for register in product.registers]).view(np.float32)
+        new = dict(zip(product.registers, sums.view(np.uint32), strict=True))
+        registers.update(new)
+        self._fenced.update(new)
+
+    def _matrices_of(self, places: list[Pieces], outer: int, depth_contiguous: bool) -> NDArray[np.uint16]:
+        """Give the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""
+        read = [self._machine.shared.end_matrix_read(one, SEVERAL) for one in places]
+        return np.stack([fragments.matrix_of(one, outer, 16, depth_contiguous) for one in read])
 
     def _tcgen05_memory(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         loads = parts[1] == "ld"
         registers = operands[0] if loads else operands[-1]
         addresses = operands[1] if loads else operands[0]
         split = [operand for operand in operands if isinstance(operand, int)]
+        if parts[5] != f"x{len(registers)}" or len(split) != (parts[4] == "16x32bx2"):
+            raise NotImplementedError(".".join(parts))
         threads = mask.reshape(-1, 32)
         if (threads.any(1) != threads.all(1)).any():
             raise NotImplementedError("a tcgen05 load or store by part of a warp")
@@ -174,9 +201,9 @@ class MatrixUnit:
                 raise MemoryFault(f"warp {warp} accesses lane {address >> 16} of tensor memory")
             places = self._tensor_memory.places(address, parts[4], len(registers), *(split or [0]))
             if loads:
-                words[:, lanes] = self._tensor_memory.read(places)
+                words[:, lanes] = self._tensor_memory.read(places, int(warp))
             else:
-                self._tensor_memory.write(places, words[:, lanes])
+                self._tensor_memory.write(places, words[:, lanes], int(warp))
         if loads:
             for register, values in zip(registers, words, strict=True):
                 self._machine.registers[register] = values
@@ -192,26 +219,27 @@ class MatrixUnit:
         address, num_columns = operands
         thread = int(np.nonzero(mask)[0][0])
         if parts[1] == "dealloc":
-            self._tensor_memory.free(int(address[thread]), num_columns)
+            self._tensor_memory.free(int(address[thread]), num_columns, int(self._machine.warps[thread]))
             return
         words = np.full((1, 1), self._tensor_memory.allocate(num_columns), np.uint32)
-        self._machine.shared.write(
-            address[thread : thread + 1], words.view(np.uint8), self._machine.warps[thread : thread + 1]
-        )
+        # Through which proxy this word is written is not known here: Triton copies over it in bulk with no fence.
+        warp = self._machine.warps[thread : thread + 1]
+        self._machine.shared.write(address[thread : thread + 1], words.view(np.uint8), warp, needs_fence=False)
 
     def _tcgen05_product(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
-        if parts[2:] != ("cta_group::1", "kind::f16"):
-            raise NotImplementedError(".".join(parts))
         for thread in map(int, np.nonzero(mask)[0]):
-            values = [int(np.broadcast_to(operand, self._machine.num_threads)[thread]) for operand in operands]
-            self._tensor_memory.start(*values)
+            address, left, right, instruction, accumulates = (
+                int(np.broadcast_to(operand, self._machine.num_threads)[thread]) for operand in operands
+            )
+            warp = int(self._machine.warps[thread])
+            self._tensor_memory.start(address, left, right, instruction, accumulates, warp)
 
     def _tcgen05_commit(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
             barrier, count = self._machine.mbarrier(int(operands[0][thread]), thread), self._tensor_memory.num_started
 
-            def land(barrier: Barrier = barrier, count: int = count) -> int:
-                self._tensor_memory.finish(count)
+            def land(waiter: int | None, barrier: Barrier = barrier, count: int = count) -> int:
+                self._tensor_memory.finish(count, waiter)
                 barrier.pending -= 1
                 return 0
 

@@ -1,5 +1,6 @@
 """Read the PTX that Triton writes: one kernel, its parameters, and its instructions in basic blocks."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ def _blocks(lines: list[str], begin: int) -> tuple[tuple[tuple[Instruction, ...]
     return tuple(map(tuple, blocks)), labels
 
 
+@functools.lru_cache(1 << 17)
 def _instruction(text: str, line: int, scope: str) -> Instruction:
     found = re.fullmatch(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;", text)
     if found is None:

@@ -1,5 +1,6 @@
 """What a TMA descriptor says of a tensor, and the copy of one box of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from virtual_gpu.faults import MemoryFault
 from virtual_gpu.memory import GlobalMemory
 from virtual_gpu.nvidia.fragments import swizzled
+from virtual_gpu.shared_memory import Pieces
 
 __all__ = ["TensorMap"]
 
@@ -37,8 +39,8 @@ class TensorMap:
 
     def read(
         self, memory: GlobalMemory, program: int, target: int, coordinates: Sequence[int], gathers: bool
-    ) -> tuple[NDArray[np.intp], NDArray[np.uint8]]:
-        """Give the places in shared memory that a box is copied to, and its bytes; zeros outside the tensor.
+    ) -> tuple[Pieces, NDArray[np.uint8]]:
+        """Give the pieces of shared memory that a box is copied to, and their bytes; zeros outside the tensor.
 
         Args:
             target: address of the box in shared memory.
@@ -47,16 +49,22 @@ class TensorMap:
         if target % 128:
             raise MemoryFault(f"TMA needs a multiple of 128 bytes in shared memory, not {target}")
         if gathers:
-            axes = [np.array(coordinates[1:]), coordinates[0] + np.arange(self.box[-1])]
+            axes = [np.array(coordinates[1:])]
         else:
-            axes = [start + np.arange(width) for start, width in zip(reversed(coordinates), self.box, strict=True)]
-        grid = np.meshgrid(*axes, indexing="ij")
-        inside = np.logical_and.reduce([(at >= 0) & (at < n) for at, n in zip(grid, self.shape, strict=True)])
-        elements = sum(at * stride for at, stride in zip(grid, self.strides, strict=True))
-        size = self.element_bytes
-        values = np.zeros((inside.size, size), np.uint8)
-        addresses = (self.base + np.asarray(elements).reshape(-1) * size).astype(np.uint64)
-        flat = inside.reshape(-1)
-        values[flat] = memory.read(addresses[flat], size, program)
-        places = swizzled(target + np.arange(values.size), self.swizzle_bytes)
-        return places, values.reshape(-1)
+            axes = [start + np.arange(n) for start, n in zip(coordinates[:0:-1], self.box[:-1], strict=True)]
+        outer = np.meshgrid(*axes, indexing="ij")
+        inside = np.logical_and.reduce([(at >= 0) & (at < n) for at, n in zip(outer, self.shape, strict=False)])
+        rows = sum(at * stride for at, stride in zip(outer, self.strides, strict=False))
+        flat, first_of_rows = np.ravel(inside), np.ravel(rows)
+        size, width = self.element_bytes, self.box[-1]
+        begin, end = max(coordinates[0], 0), min(coordinates[0] + width, self.shape[-1])
+        values = np.zeros((len(flat), width * size), np.uint8)
+        if end > begin:
+            aligned = math.gcd(begin * size, (end - begin) * size, 16)
+            addresses = (self.base + (first_of_rows[flat] + begin) * size).astype(np.uint64)
+            found = memory.read(addresses, (end - begin) * size, program, aligned)
+            values[flat, (begin - coordinates[0]) * size : (end - coordinates[0]) * size] = found
+        if values.size % 16:
+            raise NotImplementedError(f"a box {self.box} of no multiple of 16 bytes")
+        places = swizzled(target + np.arange(0, values.size, 16), self.swizzle_bytes)
+        return Pieces(places // 16, 16), values.reshape(-1)

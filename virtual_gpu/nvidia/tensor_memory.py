@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.faults import MemoryFault
-from virtual_gpu.memory import SharedMemory
 from virtual_gpu.nvidia import fragments
+from virtual_gpu.shared_memory import Pieces, SharedMemory
 
 __all__ = ["TensorMemory"]
 
@@ -23,8 +24,9 @@ class _Product:
     rows: NDArray[np.intp]
     """The lane of each row of the result."""
     num_columns: int
-    left: NDArray[np.intp]
-    right: NDArray[np.intp]
+    left: Pieces
+    right: Pieces
+    depth_contiguous: tuple[bool, bool]
     accumulates: bool
     decode: tuple[str, str]
 
@@ -42,6 +44,8 @@ class TensorMemory:
         """Words that a load, not waited for yet, may still read: its registers are ordered, its accesses are not."""
         self._unwritten = np.zeros((LANES, COLUMNS), bool)
         """Words that a store, not waited for yet, may still write."""
+        self._accessed = np.zeros((LANES, COLUMNS), np.int32)
+        """For each word: barriers passed * 64 + the warp that loaded or stored it last; it alone knows of that."""
         self._allocated = np.zeros(COLUMNS, bool)
         self._products: list[_Product] = []
         self._num_done = 0
@@ -66,11 +70,13 @@ class TensorMemory:
                 return first
         raise MemoryFault(f"{num_columns} columns of tensor memory are not free")
 
-    def free(self, address: int, num_columns: int) -> None:
+    def free(self, address: int, num_columns: int, warp: int) -> None:
         """Give columns back."""
+        columns = (slice(None), slice(address, address + num_columns))
         for waiting in (self._busy, self._unread, self._unwritten):
-            if waiting[:, address : address + num_columns].any():
+            if waiting[columns].any():
                 raise MemoryFault("tensor memory is freed while it is accessed")
+        self._require_order(columns, warp)
         self._allocated[address : address + num_columns] = False
 
     def places(self, address: int, shape: str, count: int, split: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -89,13 +95,23 @@ class TensorMemory:
             raise MemoryFault("tensor memory is accessed while a product still writes it")
         return lanes, columns
 
-    def read(self, places: tuple[NDArray[np.intp], NDArray[np.intp]]) -> NDArray[np.uint32]:
+    def _require_order(self, places: Any, warp: int) -> None:
+        """Raise where another warp has loaded or stored words since the last barrier."""
+        found, now = self._accessed[places], self._shared.epoch * 64
+        if ((found >= now) & (found != now + warp)).any():
+            raise MemoryFault("tensor memory that another warp loads or stores is used, with no barrier between")
+
+    def read(self, places: tuple[NDArray[np.intp], NDArray[np.intp]], warp: int) -> NDArray[np.uint32]:
         """Give the words at `places`."""
+        self._require_order(places, warp)
+        self._accessed[places] = self._shared.epoch * 64 + warp
         self._unread[places] = True
         return self._words[places]
 
-    def write(self, places: tuple[NDArray[np.intp], NDArray[np.intp]], words: NDArray[np.uint32]) -> None:
+    def write(self, places: tuple[NDArray[np.intp], NDArray[np.intp]], words: NDArray[np.uint32], warp: int) -> None:
         """Write words to `places`."""
+        self._require_order(places, warp)
+        self._accessed[places] = self._shared.epoch * 64 + warp
         self._unwritten[places] = True
         self._words[places] = words
 
@@ -107,20 +123,22 @@ class TensorMemory:
         """Let all stores be done."""
         self._unwritten[:] = False
 
-    def start(self, address: int, left: int, right: int, instruction: int, accumulates: int) -> None:
-        """Start a product of matrices in shared memory, from the descriptors of tcgen05.mma kind::f16."""
+    def start(self, address: int, left: int, right: int, instruction: int, accumulates: int, warp: int) -> None:
+        """Let a thread of `warp` start a product of matrices in shared memory, from tcgen05.mma's descriptors."""
         if instruction >> 4 & 3 != 1 or instruction >> 13 & 3:
             raise NotImplementedError(f"tcgen05.mma with the descriptor {instruction:#x}")
         kinds = {0: "f16", 1: "bf16"}
         num_columns, num_rows = (instruction >> 17 & 63) * 8, (instruction >> 24 & 31) * 16
+        majors = (not instruction >> 15 & 1, not instruction >> 16 & 1)
         row = np.arange(num_rows)
         lanes = row if num_rows == 128 else row // 16 * 32 + row % 16
         product = _Product(
             address & 0xFFFF,
             lanes + (address >> 16),
             num_columns,
-            fragments.descriptor_places(left, num_rows, 16, not instruction >> 15 & 1, tcgen05=True),
-            fragments.descriptor_places(right, num_columns, 16, not instruction >> 16 & 1, tcgen05=True),
+            fragments.descriptor_places(left, num_rows, 16, majors[0], tcgen05=True),
+            fragments.descriptor_places(right, num_columns, 16, majors[1], tcgen05=True),
+            majors,
             bool(accumulates),
             (kinds[instruction >> 7 & 7], kinds[instruction >> 10 & 7]),
         )
@@ -131,17 +149,28 @@ class TensorMemory:
             raise MemoryFault(f"a product into columns {columns} of tensor memory, which are not allocated")
         if (self._unread | self._unwritten)[product.rows, columns].any():
             raise MemoryFault("a product into tensor memory that loads or stores, not waited for, still access")
+        self._require_order((product.rows, columns), warp)
         self._busy[product.rows, columns] += 1
         self._products.append(product)
 
-    def finish(self, count: int) -> None:
-        """Let the first `count` products of all started so far be done."""
+    def finish(self, count: int, waiter: int | None) -> None:
+        """Let the first `count` products of all started so far be done; `waiter` is as for `end_matrix_read`."""
+        if waiter is not None and self._num_done < count:
+            raise NotImplementedError("some warps alone wait for a product into tensor memory")
         while self._num_done < count:
             product = self._products.pop(0)
             self._num_done += 1
             left, right = (
-                self._decode(kind)(self._shared.end_matrix_read(places).view(np.uint16).reshape(-1, 16))
-                for kind, places in zip(product.decode, (product.left, product.right), strict=True)
+                self._decode(kind)(
+                    fragments.matrix_of(self._shared.end_matrix_read(places, waiter), size, 16, contiguous)
+                )
+                for kind, places, size, contiguous in zip(
+                    product.decode,
+                    (product.left, product.right),
+                    (len(product.rows), product.num_columns),
+                    product.depth_contiguous,
+                    strict=True,
+                )
             )
             columns = slice(product.address, product.address + product.num_columns)
             result = fragments.product(left, right.T)

@@ -1,29 +1,26 @@
 """Translate PTX to Python: each block becomes a function that computes all threads of a program at once, with NumPy."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+from dataclasses import dataclass
 
 from virtual_gpu import arithmetic
 from virtual_gpu.control_flow import BlockOrder, order_blocks
 from virtual_gpu.nvidia.code_writer import CodeWriter
-from virtual_gpu.nvidia.parser import Instruction, Kernel
-from virtual_gpu.programs import BlockCode, compile_blocks
+from virtual_gpu.nvidia.parser import Instruction, Kernel, Parameter
+from virtual_gpu.programs import BlockCode
 
 __all__ = ["Translation", "translate"]
+
+BRANCHES = ("bra", "bra.uni", "ret")
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A kernel's blocks as functions (registers, machine, mask or None for all threads).
-
-    `registers` gives the number of a register.
-    """
+    """A kernel's blocks as functions (registers, machine, mask or None for all threads)."""
 
     kernel: Kernel
     blocks: tuple[BlockCode[Instruction], ...]
     order: BlockOrder
-    registers: dict[str, int]
-    constants: list[Any] = field(repr=False)
 
 
 def translate(kernel: Kernel) -> Translation:
@@ -32,23 +29,23 @@ def translate(kernel: Kernel) -> Translation:
     Raises:
         NotImplementedError: for an instruction that the machine doesn't know, with its line.
     """
-    registers: dict[str, int] = {}
-    constants: list[Any] = []
-    sources, branches = [], []
-    for number, block in enumerate(kernel.blocks):
-        writer = CodeWriter(registers, constants, kernel)
-        branch = None
-        for instruction in block:
-            if instruction.parts[0] in ("bra", "ret"):
-                branch = instruction
-                if instruction.guard:
-                    writer.register(instruction.guard)
-            else:
-                writer.add(instruction)
-        sources.append(f"def block_{number}(R, m, M):\n    " + "\n    ".join(writer.lines or ["pass"]))
-        branches.append(branch)
-    blocks = compile_blocks(kernel.name, sources, branches, constants, arithmetic)
-    return Translation(kernel, blocks, order_blocks(_following(kernel)), registers, constants)
+    blocks = tuple(_translated(block, kernel.parameters, kernel.num_threads) for block in kernel.blocks)
+    return Translation(kernel, blocks, order_blocks(_following(kernel)))
+
+
+@functools.lru_cache(1 << 14)
+def _translated(
+    block: tuple[Instruction, ...], parameters: tuple[Parameter, ...], num_threads: int
+) -> BlockCode[Instruction]:
+    writer = CodeWriter(parameters, num_threads)
+    branch = None
+    for instruction in block:
+        if ".".join(instruction.parts) in BRANCHES:
+            branch = instruction
+        else:
+            writer.add(instruction)
+    source = "def block(R, m, M):\n    " + "\n    ".join(writer.lines or ["pass"])
+    return BlockCode(source, writer.constants, arithmetic, branch)
 
 
 def _following(kernel: Kernel) -> list[list[int]]:

@@ -3,6 +3,7 @@
 As in expert_parallel_worker.py, each case compares with one process on the whole batch.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def run_ep_implementation(name: str, directory: Path) -> None:
         distributed_config=DistributedConfig(fsdp_size=size, ep_size=2, ep_implementation="tritonmoe"),
     )
     check_step(model, ids, expected)
+    if importlib.util.find_spec("peft") is not None:
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+        with pytest.raises(ValueError, match=r"adapters of its own experts alone.* instead of ep_implementation"):
+            adapted(input_ids=ids[:2])
 
 
 class InOrder(Trainer):

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tritonmoe as tm
@@ -23,7 +25,7 @@ from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.integrations import transformers as tmt
-from tritonmoe.routing import save_topk
+from tritonmoe.routing import RoutingRecording, save_topk
 
 SIZES = {
     "vocab_size": 64,
@@ -233,6 +235,14 @@ def run_ep_implementation(name: str, directory: Path, layout: str) -> None:
     with tmt.collect_statistics(model) as statistics:
         model(input_ids=ids[own])
     assert {(len(load), sum(load)) for load in statistics.loads.values()} == {(8, ids[own].numel() * 3)}
+    index = torch.arange(ids.numel()).view(ids.shape)[own]
+    recording = random_recording(ids.numel()).rearranged(index)
+    with tmt.replay_routing(model, recording), tmt.record_routing(model) as replayed:
+        replayed_logits = whole(model(input_ids=ids[own]).logits).detach()
+    assert set(recording.agreement(replayed).values()) == {1.0}
+    plain = make_model(name).eval()
+    with tmt.replay_routing(plain, recording):
+        assert_close({"logits": replayed_logits}, {"logits": plain(input_ids=ids[own]).logits.detach()})
     # one sequence: in decode a TP-shared token is one rank's, and the others have none
     alone = model.generate(ids[own][:1, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(alone, tokens[own][:1])
@@ -253,6 +263,68 @@ def run_refused_ep_implementation(name: str, directory: Path) -> None:
         layout = DistributedConfig(**sizes, ep_size=size, ep_implementation="tritonmoe")
         with pytest.raises(ValueError, match=f"7 experts across {size} expert-parallel ranks"):
             AutoModelForCausalLM.from_pretrained(odd, experts_implementation="tritonmoe", distributed_config=layout)
+
+
+def random_recording(num_tokens: int) -> RoutingRecording:
+    """Ids that no router would choose, of all ranks' tokens."""
+    recording = RoutingRecording()
+    for number in range(2):
+        scores = torch.rand(num_tokens, 8, generator=torch.Generator().manual_seed(number))
+        recording.add(f"model.layers.{number}.mlp.experts", scores.topk(3, dim=1).indices, 8)
+    return recording
+
+
+def run_replayed(name: str, directory: Path) -> None:
+    """Every rank replays its own tokens; where one rank's recording doesn't fit, every rank raises, and goes on."""
+    import pytest
+
+    ids = batch()
+    recording = random_recording(ids.numel())
+    index = torch.arange(ids.numel()).view(ids.shape)
+    model = make_model(name)
+    with tmt.replay_routing(model, recording):
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+    expected = {"logits": output.logits.detach(), **gradients(model)}
+    own = slice(rank * 2, rank * 2 + 2)
+    mine = recording.rearranged(index[own])
+
+    for options in (None, *CHECKPOINTS):
+        model = spread_model(name, options)
+        wrapped = DistributedDataParallel(model)
+        with tmt.replay_routing(wrapped, mine), tmt.record_routing(wrapped) as replayed:
+            output = wrapped(input_ids=ids[own], labels=ids[own])
+            output.loss.backward()
+        assert set(mine.agreement(replayed).values()) == {1.0}
+        assert_close({"logits": same_everywhere(output.logits.detach()), **gradients(model)}, expected)
+    sharded = make_model(name).train()
+    enable_checkpoints(sharded, CHECKPOINTS[0])
+    for block in sharded.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    with tmt.replay_routing(sharded, mine):
+        sharded(input_ids=ids[own], labels=ids[own]).loss.backward()
+    assert_close(gradients(sharded), {key: expected[key] for key in expected if key != "logits"})
+    short = mine.rearranged(torch.arange(17)) if rank == 1 else mine
+    with (
+        pytest.raises(ValueError, match="recorded with 17 tokens")
+        if rank == 1
+        else pytest.raises(tm.TransportError, match="refused"),
+        tmt.replay_routing(model, short),
+    ):
+        model(input_ids=ids[own])
+    with tmt.replay_routing(model, mine):
+        again = model(input_ids=ids[own]).logits
+    assert_close({"logits": same_everywhere(again.detach())}, {"logits": expected["logits"]})
+
+
+def spread_model(name: str, options: dict | None) -> nn.Module:
+    model = make_model(name).train()
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    if options is not None:
+        enable_checkpoints(model, options)
+        model.enable_input_require_grads()
+    return model
 
 
 def ep_implementations(model: nn.Module):
@@ -367,14 +439,6 @@ def run_refused(name: str, directory: Path) -> None:
     with pytest.raises(ValueError, match=r"num_experts \(7\) must be divisible by the number of ranks \(2\)"):
         tmt.parallelize(odd, dist.group.WORLD)
     assert not any(isinstance(parameter, DTensor) for parameter in odd.parameters())
-    if importlib.util.find_spec("peft") is not None:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
-        adapted = get_peft_model(make_model("mixtral"), config)
-        with pytest.raises(ValueError, match=r"PEFT adapts .*layers\.0\.mlp\.experts\S* itself"):
-            tmt.parallelize(adapted, dist.group.WORLD)
-        assert not any(isinstance(parameter, DTensor) for parameter in adapted.parameters())
     with pytest.raises(ValueError, match="it has no experts"):
         tmt.parallelize(AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)), dist.group.WORLD)
     model = make_model("mixtral")
@@ -395,8 +459,13 @@ def run_refused(name: str, directory: Path) -> None:
         model.save_pretrained(directory / "file" / "inside")
     says_what_a_full_disk_holds(model, directory / "full")
     if importlib.util.find_spec("peft") is not None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, config)
-        with pytest.raises(ValueError, match=r"PEFT adapts model\.layers\.0\.mlp\.experts itself"):
+        adapted.add_adapter("other", config)
+        adapted.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match=r"whose experts are spread over ranks, since 2 adapters are active"):
             adapted(input_ids=batch())
         adapted.unload()(input_ids=batch())
         wrapped = get_peft_model(make_model("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
@@ -450,6 +519,7 @@ CASES = {
     "parallelize": run_parallelized,
     "checkpointed": run_checkpointed,
     "compiled": run_compiled,
+    "replayed": run_replayed,
     "wrapped": run_wrapped,
     "tp": lambda name, directory: run_ep_implementation(name, directory, "tp"),
     "fsdp": lambda name, directory: run_ep_implementation(name, directory, "fsdp"),

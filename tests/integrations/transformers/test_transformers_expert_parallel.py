@@ -4,6 +4,7 @@ Lightning and TRL are no part of the extra `test`: `pip install lightning trl`.
 """
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,14 @@ def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER,
 
 
 def test_models_on_two_processes_equal_one(directory):
-    run(2, directory, "parallelize:mixtral", *(["tp:mixtral"] if HAS_EP_REGISTRY else []), "refused:")
+    run(
+        2,
+        directory,
+        "parallelize:mixtral",
+        *(["tp:mixtral"] if HAS_EP_REGISTRY else []),
+        "replayed:mixtral",
+        "refused:",
+    )
 
 
 @pytest.mark.thorough
@@ -92,7 +100,11 @@ def test_trainer_resumes_bit_for_bit_and_on_another_number_of_ranks(directory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
-    [("killed:mixtral", "best:mixtral"), ("resumed:gpt2", "best:gpt2", "saved_alone:gpt2"), ("adapted:mixtral",)],
+    [
+        ("killed:mixtral", "best:mixtral"),
+        ("resumed:gpt2", "best:gpt2", "saved_alone:gpt2"),
+        ("adapted:mixtral",),
+    ],
 )
 def test_more_of_trainer_checkpoints(tmp_path, cases):
     run(2, tmp_path, *cases, worker=CHECKPOINTS_WORKER)
@@ -107,6 +119,13 @@ def test_trainer_goes_on_after_a_rank_was_killed_inside_a_checkpoint(tmp_path):
 def test_trainer_checkpoints_go_over_more_ranks(tmp_path):
     run(1, tmp_path, "write:qwen3_moe", worker=CHECKPOINTS_WORKER)
     run(4, tmp_path, "read:qwen3_moe", worker=CHECKPOINTS_WORKER)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_adapted_experts_on_two_processes_equal_one(directory):
+    cases = (f"adapted_experts:{name}" for name in ("layer", "gemma2", "mixtral"))
+    run(2, directory, *cases, worker=CHECKPOINTS_WORKER)
 
 
 @pytest.mark.thorough

@@ -15,7 +15,14 @@ MORE = tuple(family for family in test_families.QUICK if family not in FAMILIES)
 
 @pytest.mark.thorough
 def test_families_and_calls_in_halves(tmp_path):
-    cases = ("calls:qwen3_moe", "whole:mixtral", "checkpointed:mixtral", "copied:mixtral", "auto:mixtral")
+    cases = (
+        "calls:qwen3_moe",
+        "whole:mixtral",
+        "checkpointed:mixtral",
+        "copied:mixtral",
+        "auto:mixtral",
+        "replayed:mixtral",
+    )
     run(2, tmp_path, *(f"family:{family}" for family in FAMILIES), *cases, worker=WORKER)
 
 

@@ -145,3 +145,12 @@ def make_batch(model: Any) -> dict[str, Tensor]:
     if model.main_input_name == "input_features":
         return {"input_features": torch.randn(2, 8, 16, generator=generator), "decoder_input_ids": ids}
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(61))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

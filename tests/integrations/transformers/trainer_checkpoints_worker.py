@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
 from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
-from tiny_models import make_dense
+from tiny_models import make_dense, make_tokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import tritonmoe as tm
+from tritonmoe.experts.adapters import HANDS_OVER
 from tritonmoe.integrations import transformers as tmt
 
 STEPS = 4
@@ -209,7 +214,10 @@ def run_read(name: str, directory: Path) -> None:
 def make_adapted(name: str, order: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], target_parameters=parameters, init_lora_weights=False
+    )
     model = make_model(name)
     if order == "after":
         tmt.parallelize(model, dist.group.WORLD, OVERLAP)
@@ -222,8 +230,8 @@ def make_adapted(name: str, order: str) -> Any:
 
 
 def run_adapted(name: str, directory: Path) -> None:
-    """LoRA on the attention, before parallelize() and after it: gradients, adapters of one rank, resumed, merged."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    """LoRA on attention and experts, before parallelize() and after it: gradients, one rank's file, resumed, merged."""
+    from peft import PeftModel
 
     ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
     one_device = make_adapted(name, "adapted")
@@ -256,21 +264,70 @@ def run_adapted(name: str, directory: Path) -> None:
         assert losses(resumed) == losses(undisturbed)
         assert_same(weights(resumed.model), weights(undisturbed.model))
 
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
-    for model, spread in ((make_dense("gemma2"), tmt.parallelize), (None, tm.parallelize)):
-        layers = nn.Sequential(tm.MoELayer(tm.MoEConfig(16, 8, 4, 2)))
-        inputs = {"input": torch.randn(5, 16)}
-        if model is not None:
-            layers, inputs = tmt.upcycle(model, 4, 2, target="inplace"), {"input_ids": ids}
-        adapted = get_peft_model(layers, config)
-        with pytest.raises(ValueError, match=r"PEFT adapts the experts of this MoELayer .*target_modules.*unload"):
-            adapted(**inputs)
-        with pytest.raises(ValueError, match=r"PEFT adapts \S*experts\S* itself"):
+
+def run_adapted_experts(name: str, directory: Path) -> None:
+    """LoRA on experts alone, before they are spread and after it, equals PEFT's own way on one device."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, target_modules=[], target_parameters=["experts.gate_up_proj"], init_lora_weights=False)
+    ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
+    rows = torch.randn(8 * size, 16, generator=torch.Generator().manual_seed(4))
+
+    def make() -> Any:
+        torch.manual_seed(5)
+        if name == "layer":
+            return nn.Sequential(tm.MoELayer(tm.MoEConfig(16, 8, 4, 2, transposed=True)))
+        return make_model(name) if name == "mixtral" else tmt.upcycle(make_dense(name), 4, 2, target="inplace")
+
+    def adapt(model: nn.Module) -> nn.Module:
+        torch.manual_seed(6)
+        return get_peft_model(model, config)
+
+    def gradients_on(model: nn.Module, own: slice) -> dict[str, Tensor]:
+        if name == "layer":
+            model(rows[4 * own.start : 4 * own.stop]).square().mean().backward()
+        else:
+            model(input_ids=ids[own], labels=ids[own]).loss.backward()
+        return {k.removeprefix("module."): grad for k, grad in gradients(model).items() if "lora_" in k}
+
+    one_device = adapt(make())
+    with peft_alone():
+        expected = gradients_on(one_device, slice(0, 2 * size))
+    assert expected
+    spread = tm.parallelize if name == "layer" else tmt.parallelize
+    for order in ("before", "after"):
+        model = make()
+        if order == "after":
+            spread(model, dist.group.WORLD)
+        adapted = adapt(model)
+        if order == "before":
             spread(adapted, dist.group.WORLD)
-        layers = adapted.unload()
-        spread(layers, dist.group.WORLD)
-        with pytest.raises(ValueError, match="PEFT adapts the experts of this MoELayer"):
-            get_peft_model(layers, config)(**inputs)
+        adapted.requires_grad_(False)
+        for key, parameter in adapted.named_parameters():
+            parameter.requires_grad_("lora_" in key)
+        assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapted), own), expected)
+    if name == "mixtral":
+        adapted = adapt(make())
+        tmt.parallelize(adapted, dist.group.WORLD)
+        for part in (*adapted.get_base_model().model.layers, adapted):
+            fully_shard(part, ignored_params=set(tm.expert_parameters(adapted)))
+        assert isinstance(next(p for key, p in adapted.named_parameters() if "lora_A" in key), DTensor)
+        assert_close(gradients_on(adapted, own), expected)
+        adapted = adapt(make())
+        tmt.parallelize(adapted, dist.group.WORLD)
+        tmt.two_batches(adapted)
+        assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapted), own), expected)
+
+
+@contextmanager
+def peft_alone() -> Iterator[None]:
+    """Run PEFT's adapters in its own way meanwhile, whether it has been taught another one or not."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    tmt.register()
+    taught, ParamWrapper._activate_lora = ParamWrapper._activate_lora, getattr(ParamWrapper, HANDS_OVER)
+    yield
+    ParamWrapper._activate_lora = taught
 
 
 def run_trl(name: str, directory: Path) -> None:
@@ -306,15 +363,6 @@ def run_trl(name: str, directory: Path) -> None:
     assert_same(load(name, directory / "trl" / "checkpoint-4"), weights(undisturbed.model))
 
 
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *map(str, range(61))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 CASES = {
     "resumed": run_resumed,
     "saved_alone": run_saved_alone,
@@ -324,6 +372,7 @@ CASES = {
     "write": run_write,
     "read": run_read,
     "adapted": run_adapted,
+    "adapted_experts": run_adapted_experts,
     "trl": run_trl,
 }
 

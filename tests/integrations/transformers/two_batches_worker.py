@@ -11,7 +11,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from expert_parallel_training_worker import check_training
-from expert_parallel_worker import OVERLAP, batch, main, make_model, rank, size, whole
+from expert_parallel_worker import (
+    OVERLAP,
+    batch,
+    enable_checkpoints,
+    main,
+    make_model,
+    random_recording,
+    rank,
+    size,
+    whole,
+)
 from test_families import REACHED
 from test_families import make_model as model_of_family
 from torch import Tensor, nn
@@ -165,6 +175,30 @@ def run_checkpointed(name: str, directory: Path) -> None:
         step(model, inputs)
 
 
+def run_replayed(name: str, directory: Path) -> None:
+    """A recording of whole batches, laid out as the halves' calls are, gives halves what the whole batch gets."""
+    inputs = padded_batch()
+    shape = inputs["input_ids"].shape
+    recording = random_recording(shape.numel())
+    index, first = torch.arange(shape.numel()).view(shape), (NUM_SEQUENCES + 1) // 2
+    of_halves = recording.rearranged(index[:first], index[first:])
+    model = spread(make_model(name))
+    with tmt.replay_routing(model, recording):
+        expected = step(model, inputs)
+    halved = tmt.two_batches(model)
+    for options in (None, {"use_reentrant": False}):
+        if options is not None:
+            enable_checkpoints(model, options)
+        with tmt.replay_routing(model, of_halves), tmt.record_routing(model) as replayed:
+            actual = step(model, inputs)
+        assert halved.choice.startswith("two halves"), halved.choice
+        assert_close(actual, expected)
+        assert set(of_halves.agreement(replayed).values()) == {1.0}
+    tokens = f"{shape.numel()} tokens and 3 ids each, and this forward has {first * shape[1]} tokens"
+    with pytest.raises(ValueError, match=tokens), tmt.replay_routing(model, recording):
+        step(model, inputs)
+
+
 def run_copied(name: str, directory: Path) -> None:
     """A copy runs itself, not the model that it was copied from."""
     model = spread(make_model(name))
@@ -228,6 +262,7 @@ CASES = {
     "whole": run_whole,
     "checkpointed": run_checkpointed,
     "copied": run_copied,
+    "replayed": run_replayed,
     "auto": run_auto,
     "trainer": run_trainer,
 }

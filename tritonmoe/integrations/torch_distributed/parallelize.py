@@ -11,6 +11,7 @@ from torch import nn
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
@@ -18,7 +19,6 @@ from tritonmoe.transports.sharding.parameters import check_expert_gradients, che
 from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole
 
 __all__ = [
-    "check_not_adapted",
     "expert_parameters",
     "gather_state_dicts",
     "parallelize",
@@ -52,8 +52,8 @@ def parallelize(
         overlap, placement, expert_gradients: as in MoELayer; the same on every rank.
     Raises:
         ValueError: there are no such experts, they are spread already, can't be divided by the ranks, share weights
-            with another module, are adapted by PEFT themselves, or have other values on another rank. Nothing is
-            changed then.
+            with another module, are adapted by a PEFT that does not hand over factors, or have other values on another
+            rank. Nothing is changed then.
         TypeError: `group_or_mesh` is none.
     Example:
         E=8 experts of (8, 2F, D) on a mesh of 4 ranks: parameters of global shape (8, 2F, D), two experts on each rank.
@@ -85,7 +85,7 @@ def parallelize(
         experts.spread_over(group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
     for layer in module.modules():
         if isinstance(layer, MoELayer) and layer.router.reduce_load is None:
-            layer.router.reduce_load = layer.experts.sum_over_ranks
+            layer.router.reduce_load = layer.grouped_experts.sum_over_ranks
     return len(found)
 
 
@@ -193,17 +193,8 @@ def refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where PEFT adds to expert weights, with whole tensors that can't be added to spread ones."""
+    """Raise ValueError where PEFT would add whole tensors to expert weights, which spread ones can't take."""
     for name in found:
         parts = name.split(".")
         for length in range(len(parts)):
-            check_not_adapted(name, module.get_submodule(".".join(parts[:length])))
-
-
-def check_not_adapted(name: str, wrapper: nn.Module) -> None:
-    """Raise ValueError where this is PEFT's wrapper around the experts called `name`."""
-    if type(wrapper).__name__ == "ParamWrapper":
-        raise ValueError(
-            f"PEFT adapts {name} itself (target_parameters), and what it adds is not spread over ranks: adapt "
-            "other modules (target_modules), or merge_and_unload() the adapter before parallelize()"
-        )
+            check_hands_over(name, module.get_submodule(".".join(parts[:length])))

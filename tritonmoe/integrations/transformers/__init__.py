@@ -8,6 +8,7 @@ from tritonmoe.integrations.transformers.parallelize import parallelize
 from tritonmoe.integrations.transformers.patching import PatchReport, patch
 from tritonmoe.integrations.transformers.registration import register
 from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMERS
+from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
 from tritonmoe.integrations.transformers.statistics import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.two_batches import HalvedForward, two_batches
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
@@ -27,7 +28,9 @@ __all__ = [
     "load_upcycled",
     "parallelize",
     "patch",
+    "record_routing",
     "register",
+    "replay_routing",
     "two_batches",
     "upcycle",
     "upcycle_checkpoint",

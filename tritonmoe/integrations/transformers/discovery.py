@@ -1,14 +1,16 @@
 """Which experts classes transformers has, read from its sources, and which experts modules a model has."""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import nn
 
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES
@@ -102,7 +104,16 @@ def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
 
 def is_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
     """Say whether this module runs through transformers' ExpertsInterface (and not, say, through that of fp8)."""
-    forward = type(module).forward
+    return _asks_registry(type(module))
+
+
+@torch.compiler.assume_constant_result
+def _asks_registry(kind: type[nn.Module]) -> bool:
+    return _reads_registry(kind.forward)
+
+
+@functools.cache  # of the function, since PEFT's own way makes a class of its own for every forward
+def _reads_registry(forward: Callable[..., object]) -> bool:
     if "experts_interface" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
         return False
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

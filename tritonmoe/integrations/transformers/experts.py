@@ -8,12 +8,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
+from tritonmoe.experts.adapters import ExpertAdapters, noted_factors
 from tritonmoe.experts.arguments import ExpertInputs, check_plain
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.gates import choose_activation
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
@@ -36,7 +37,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     state = expert_parallel_state(self)
     if state is None:
         return run_experts(self, hidden_states, top_k_index, top_k_weights, _on_one_device, self.down_proj.shape[0])
-    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state.local(self))
+    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state)
 
 
 def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
@@ -53,6 +54,7 @@ def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
         transposed=spec.layout.transposed,
         gate_up_bias=weights.gate_up_bias,
         down_bias=weights.down_bias,
+        adapters=ExpertAdapters(weights.gate_up_a, weights.gate_up_b, weights.down_a, weights.down_b),
     )
 
 
@@ -63,14 +65,14 @@ def run_experts(
     topk_weights: Tensor,
     run: Run,
     num_experts: int,
-    get: Callable[[str], Tensor] | None = None,
+    state: ExpertParallelState | None = None,
 ) -> Tensor:
     """Call `run` with the weights and gate of `experts`.
 
     Args:
         run: moe_mlp, or expert_parallel_mlp over the ranks that hold the experts.
         num_experts: E of the ids, over all ranks.
-        get: gives the tensor to compute with, by the parameter's name; None for the parameter itself.
+        state: what parallelize() left on the module; None where it did not.
     """
     has_gate = getattr(experts, "has_gate", True)
     has_bias = getattr(experts, "has_bias", False)
@@ -82,7 +84,7 @@ def run_experts(
         dtype = getattr(experts, up_name).dtype
 
     def cast(name: str) -> Tensor:
-        weight = getattr(experts, name) if get is None else get(name)
+        weight = getattr(experts, name) if state is None else state.local_parameter(experts, name)
         check_plain(name, weight)  # a cast would take the numbers of a quantised one for its values
         return weight.to(dtype)
 
@@ -91,11 +93,14 @@ def run_experts(
         activation = _keep_dtype(activation)
     is_transposed = getattr(experts, "is_transposed", False)
     spec = expert_spec(activation, has_gate, is_interleaved, is_transposed, "auto", "hidden", None, False)
+    own_experts = range(num_experts) if state is None else state.expert_ids
+    factors = noted_factors(experts, dtype, own_experts)
     weights = PerWeight(
         cast(up_name),
         cast(f"{up_name}_bias") if has_bias else None,
         cast("down_proj"),
         cast("down_proj_bias") if has_bias else None,
+        **factors,
     )
     inputs = ExpertInputs(hidden_states.to(dtype), topk_ids, topk_weights, weights)
     # the casts are done: autocast would now only round the fp32 sums inside

@@ -17,6 +17,7 @@ from tritonmoe.integrations.torch_distributed.parallelize import (
 )
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
 from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState, expert_parallel_state
@@ -62,8 +63,7 @@ def parallelize(
             the ranks' losses.
     Raises:
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            share weights with another module, or are adapted by PEFT themselves; init_process_group was not called.
-            Nothing is changed.
+            or share weights with another module; init_process_group was not called. Nothing is changed.
     """
     check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
@@ -77,6 +77,7 @@ def parallelize(
             "parallelize()"
         )
     transport = as_transport(group_or_mesh)
+    hand_over_factors()
     found = experts_modules(model)
     layers = routed_experts(model)
     _check_spreadable(model, found, layers, transport)

@@ -5,6 +5,7 @@ import torch
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations.transformers.experts import experts_forward
 from tritonmoe.integrations.transformers.names import EP_REGISTRY_SINCE, EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
 __all__ = ["register"]
@@ -12,6 +13,9 @@ __all__ = ["register"]
 
 def register(overlap: OverlapConfig | None = None) -> None:
     """Give transformers' MoE models the experts implementation "tritonmoe"; calling it again changes nothing.
+
+    Where PEFT is installed, its adapters of experts (LoraConfig(target_parameters=...)) are not multiplied out any
+    more in models that run through it, whether made before or after this call.
 
     From transformers 5.23 on it also gives `DistributedConfig` the expert-parallel implementation "tritonmoe", whose
     exchanges overlap with the experts; earlier releases have parallelize().
@@ -31,6 +35,7 @@ def register(overlap: OverlapConfig | None = None) -> None:
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    hand_over_factors()
     if version >= EP_REGISTRY_SINCE and torch.distributed.is_available():
         from transformers.distributed.expert_parallel import EPImplementationInterface
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tritonmoe.errors import TransportError
-from tritonmoe.integrations.torch_distributed.parallelize import check_not_adapted, expert_parameters
+from tritonmoe.experts.adapters import check_hands_over
+from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
@@ -55,7 +56,7 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
 
 
 def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
-    check_not_adapted(name, getattr(block, own_name))
+    check_hands_over(name, getattr(block, own_name))
     _check_implementation(name, experts.config._experts_implementation)
 
 

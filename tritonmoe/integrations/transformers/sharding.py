@@ -1,6 +1,5 @@
 """ExpertParallelState: what parallelize() leaves on an experts module, by which it reaches the other ranks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,19 +42,21 @@ class ExpertParallelState:
         call_spec = CallSpec(spec, self.num_experts, self.overlap)
         return run_expert_parallel(CallArguments(call_spec, self.sharding.transport, inputs, self.calls))
 
-    def local(self, experts: nn.Module) -> Callable[[str], Tensor]:
-        """Give the function that gives this rank's experts of a parameter, by its name; differentiable."""
-        first = len(self.names) * self.calls.layer
+    @property
+    def expert_ids(self) -> range:
+        """The experts of this rank."""
+        num_local = self.num_experts // self.sharding.transport.size
+        first = self.sharding.transport.rank * num_local
+        return range(first, first + num_local)
 
-        def local_parameter(name: str) -> Tensor:
-            parameter = getattr(experts, name)
-            if name not in self.names:
-                return parameter
-            number = first + self.names.index(name)
-            make = partial(local_shard, parameter, self.sharding, self.gradient_scale, number)
-            return for_both_halves(parameter, parameter.dtype, make)
-
-        return local_parameter
+    def local_parameter(self, experts: nn.Module, name: str) -> Tensor:
+        """Give this rank's experts of a parameter of the module, by its name; differentiable."""
+        parameter = getattr(experts, name)
+        if name not in self.names:
+            return parameter
+        number = len(self.names) * self.calls.layer + self.names.index(name)
+        make = partial(local_shard, parameter, self.sharding, self.gradient_scale, number)
+        return for_both_halves(parameter, parameter.dtype, make)
 
 
 def expert_parallel_state(experts: nn.Module) -> ExpertParallelState | None:

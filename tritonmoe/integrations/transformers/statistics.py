@@ -7,9 +7,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.layer import MoELayer
+from tritonmoe.integrations.transformers.routed_experts import routed_experts, routed_ids
 from tritonmoe.routing import RoutingStatistics, routing_statistics
 from tritonmoe.runtime.autograd import is_recomputing
 
@@ -92,30 +91,19 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     """
     check_transformers()
     check_model(model)
-    found: dict[str, nn.Module] = {}
-    num_experts: dict[str, int] = {}
-    registered = experts_modules(model)
-    for name, module in model.named_modules():
-        if name in registered:
-            found[name], num_experts[name] = module, registered[name].down_proj.shape[0]
-        elif isinstance(module, MoELayer):
-            own_name = f"{name}.experts" if name else "experts"
-            found[own_name], num_experts[own_name] = module.experts, module.config.num_experts
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no experts that go through transformers' registry")
-    statistics = ModelStatistics(num_experts)
+    found = routed_experts(model)
+    statistics = ModelStatistics({name: routed.num_experts for name, routed in found.items()})
 
     def count(name: str, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
         if not is_recomputing():
             with torch.no_grad():
-                topk_ids = keywords["top_k_index"] if "top_k_index" in keywords else arguments[1]
-                statistics._add(name, topk_ids)
+                statistics._add(name, routed_ids(arguments, keywords)[0])
 
     hooks = [
-        experts.register_forward_pre_hook(
+        routed.experts.register_forward_pre_hook(
             lambda _, arguments, keywords, name=name: count(name, arguments, keywords), with_kwargs=True
         )
-        for name, experts in found.items()
+        for name, routed in found.items()
     ]
     try:
         yield statistics

@@ -133,9 +133,11 @@ class HalvedForward:
     @contextmanager
     def _loss_over_whole_batch(self, arguments: Arguments) -> Iterator[None]:
         """Let the model's loss of a half be its share of the mean over all target tokens of the batch."""
+        from transformers import PreTrainedModel
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        model = self.model
+        # the one whose loss it is, inside of PEFT's model
+        model = next(inner for inner in self.model.modules() if isinstance(inner, PreTrainedModel))
         if model.loss_function is not ForCausalLMLoss:
             raise ValueError(
                 f"{type(model).__name__} has a loss of its own, which two_batches can't compute of halves: leave out "

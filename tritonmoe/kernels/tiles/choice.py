@@ -5,8 +5,10 @@ never from a chunk's rows, so that a row's bits don't depend on the chunk it is 
 layer's rows either.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,10 +22,19 @@ from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles import table, tma
 from tritonmoe.kernels.tiles.config import TileConfig
 
-__all__ = ["grouped_matmul_config", "row_class", "tile_height"]
+__all__ = [
+    "LONG_SUMS",
+    "grouped_matmul_config",
+    "lacks_fences",
+    "measured_class",
+    "row_class",
+    "tile_height",
+]
 
 ENOUGH_PROGRAMS = 320
 """So many programs occupy every supported GPU: none has more multiprocessors (MI300X has 304 compute units)."""
+LONG_SUMS = (128, 256, 512, 1024, 2048, 4096)
+"""The classes of pairs per expert that weight_grad is measured for beyond the lowest."""
 
 
 def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
@@ -39,6 +50,16 @@ def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
     if pairs < 24:
         return 8 if grouping.num_layer_rows <= 8 else 16
     return 32 if pairs < 48 else 64 if pairs < 96 else 128
+
+
+def measured_class(operation: str, rows: int | None, grouping: Grouping) -> int | None:
+    """Give the class of pairs per expert that a product is measured for: the row class, of weight_grad up to 4096.
+
+    Its sums are as long as an expert has pairs, so which tile is fastest changes beyond the highest tile's 128.
+    """
+    if operation != "weight_grad" or rows != 128:
+        return rows
+    return next((pairs for pairs in LONG_SUMS if grouping.pairs_per_expert < 1.5 * pairs), LONG_SUMS[-1])
 
 
 def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
@@ -77,30 +98,79 @@ def grouped_matmul_config(
     """
     target = launch.target_of(like.device)
     rows = row_class(grouping, options)
-    height = tile_height(operation, rows, grouping)
-    config = table.tile_of(table.family_of(target), table.elements_of(like.dtype, width, depth), operation, height)
+    measured_rows = measured_class(operation, rows, grouping)
+    key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, measured_rows)
+    measured = measured_tiles.fields_of(key)
+    abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like.dtype)
+    product = _Product(operation, target, *abilities, like.dtype, width, depth)
+    gather = dict(measured).get("gather")
+    config, clipped = _config(
+        product,
+        rows,
+        tile_height(operation, rows, grouping),
+        min(grouping.top_k, grouping.num_experts),
+        measured,
+        tuple(refusals.items()),
+        _why_no_gather(target, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
+        may_be_persistent and (options.num_sms is not None or not options.beside_exchanges),
+    )
+    measured_tiles.note(key, config)
+    return clipped
+
+
+class _Product(NamedTuple):
+    """What of a grouped product doesn't depend on its rows."""
+
+    operation: str
+    target: GPUTarget | None
+    why_no_tma: str
+    """Empty where there is TMA."""
+    lacks_fences: bool
+    precision: str
+    dtype: torch.dtype
+    width: int
+    depth: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(
+    product: _Product,
+    rows: int | None,
+    height: int,
+    num_slots: int,
+    measured: tuple[tuple[str, Any], ...],
+    refusals: tuple[tuple[str, str], ...],
+    gather_refusal: str,
+    may_be_persistent: bool,
+) -> tuple[TileConfig, TileConfig]:
+    """Choose the tile, and shrink it to the product; every launch asks.
+
+    Args:
+        rows: the row class. height: the most rows of a tile. num_slots: the row tiles that one token has at least.
+        measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
+        may_be_persistent: whether it is known how many multiprocessors are free, and nothing spills.
+    """
+    operation, target, why_no_tma, _, _, dtype, width, depth = product
+    config = table.tile_of(table.family_of(target), table.elements_of(dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
-        config = _narrowed(config, width, min(grouping.top_k, grouping.num_experts))
+        config = _narrowed(config, width, num_slots)
     gathers = operation in ("up", "up_ungated")
-    config = replace(config, tma=not _why_no_tma(target), gather="pointers" if gathers else "")
-    key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, rows)
-    config = measured_tiles.choose(key, config)
-    reads = tma.reads(refusals, _why_no_tma(target) or ("" if config.tma else "measured to be faster"))
-    persistent = may_be_persistent and config.persistent and _may_walk(reads, options)
+    config = replace(config, tma=not why_no_tma, gather="pointers" if gathers else "")
+    config = replace(config, **dict(measured))
+    reads = tma.reads(dict(refusals), why_no_tma or ("" if config.tma else "measured to be faster"))
+    persistent = may_be_persistent and config.persistent and _may_walk(reads)
     gather = config.gather if gathers else ""
     if gather in ("tma", "copy"):
-        refused = _why_no_gather(target, gather, like, grouping.num_pairs)
-        reads = (*tma.reads({"x": refused}, ""), *reads)
-        gather = "pointers" if refused else gather
+        reads = (*tma.reads({"x": gather_refusal}, ""), *reads)
+        gather = "pointers" if gather_refusal else gather
     config = replace(config, persistent=persistent, gather=gather, reads=reads)
-    if _needs_missing_fences(target, operation, like.dtype, config):
+    if _needs_missing_fences(product, config):
         # With one stage no copy is asynchronous; two pieces of up's 64 rows spill then.
         subtiles = 4 if operation == "up" else config.subtiles
         config = replace(config, num_stages=1, persistent=False, subtiles=subtiles)
-    measured_tiles.note(key, config)
     if operation == "weight_grad":
-        return _clipped_weight_grad(config, width, depth, target, like.dtype)
-    return config.clipped(width, depth)
+        return config, _clipped_weight_grad(config, product)
+    return config, config.clipped(width, depth)
 
 
 def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
@@ -114,33 +184,30 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
     return replace(config, block_n=block_n)
 
 
-def _may_walk(reads: tuple[tuple[str, str], ...], options: KernelOptions) -> bool:
+def _may_walk(reads: tuple[tuple[str, str], ...]) -> bool:
     """Say whether a program may load its next tile while it stores one.
 
-    Addresses of operands that come through pointers take the registers that the next tile needs. The tiles of a program
-    whose multiprocessor an exchange holds would wait until the exchange ends.
+    Addresses of operands that come through pointers take the registers that the next tile needs. Nor may it where an
+    exchange holds multiprocessors: the tiles of a program that waits for one would wait until the exchange ends.
     """
-    knows_free_multiprocessors = options.num_sms is not None or not options.beside_exchanges
-    return knows_free_multiprocessors and bool(reads) and all(way == tma.BY_TMA for _, way in reads)
+    return bool(reads) and all(way == tma.BY_TMA for _, way in reads)
 
 
-def _clipped_weight_grad(
-    config: TileConfig, width: int, depth: int, target: GPUTarget | None, dtype: torch.dtype
-) -> TileConfig:
+def _clipped_weight_grad(config: TileConfig, product: _Product) -> TileConfig:
     """Shrink the tile of weight_grad, whose rows are columns of its operand, and cut it in pieces where that pays.
 
     It only pays where accumulators live outside the registers: in the tensor memory of sm_100, and in the interpreter.
     """
-    config = config.clipped(width, config.block_k)
-    has_tensor_memory = table.family_of(target) == "sm_100" and dtype != torch.float32
+    config = config.clipped(product.width, config.block_k)
+    has_tensor_memory = table.family_of(product.target) == "sm_100" and product.dtype != torch.float32
     return replace(
         config,
-        block_m=min(config.block_m, max(16, triton.next_power_of_2(depth))),
-        subtiles=config.subtiles if target is None or has_tensor_memory else 1,
+        block_m=min(config.block_m, max(16, triton.next_power_of_2(product.depth))),
+        subtiles=config.subtiles if product.target is None or has_tensor_memory else 1,
     )
 
 
-def _lacks_fences(target: GPUTarget | None) -> bool:
+def lacks_fences(target: GPUTarget | None) -> bool:
     """Say whether asynchronous copies through pointers are not safe: with one stage there are none.
 
     tcgen05 reads shared memory through another proxy than cp.async writes it through, and before 3.7.1 Triton puts no
@@ -150,10 +217,10 @@ def _lacks_fences(target: GPUTarget | None) -> bool:
     return table.family_of(target) == "sm_100" and launch.TRITON_VERSION < (3, 7, 1)
 
 
-def _needs_missing_fences(target: GPUTarget | None, operation: str, dtype: torch.dtype, config: TileConfig) -> bool:
+def _needs_missing_fences(product: _Product, config: TileConfig) -> bool:
     """Say whether tcgen05 multiplies what comes through pointers, and no fence stands between the two."""
-    by_tcgen05 = config.block_m >= 64 and (dtype.itemsize == 2 or launch.dot_precision(dtype) == "tf32")
-    return by_tcgen05 and _lacks_fences(target) and not _reads_all_by_tma(operation, config)
+    by_tcgen05 = config.block_m >= 64 and (product.dtype.itemsize == 2 or product.precision == "tf32")
+    return by_tcgen05 and product.lacks_fences and not _reads_all_by_tma(product.operation, config)
 
 
 def _reads_all_by_tma(operation: str, config: TileConfig) -> bool:

@@ -18,6 +18,8 @@ GATHERS = ("pointers", "tma", "copy")
 
 MAX_BLOCK = 1024
 """The longest side of a tile. Triton's own limit is on a tile's elements."""
+MAX_PROGRAMS = 4
+"""The most persistent programs that share a multiprocessor: tiles of more would be too small to multiply."""
 MAX_COUNT = 1024
 """The most stages, and the most row tiles side by side: a file that says more is damaged."""
 
@@ -39,6 +41,8 @@ def refusal(name: str, value: object) -> str:
         fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
     elif name in ("persistent", "tma"):
         fits, rule = isinstance(value, bool), "false or true"
+    elif name == "programs_per_multiprocessor":
+        fits, rule = is_integer(value) and 1 <= value <= MAX_PROGRAMS, f"an integer from 1 to {MAX_PROGRAMS}"
     elif name in ("num_stages", "group_m"):
         fits = is_integer(value) and 1 <= value <= MAX_COUNT
         rule = f"an integer from 1 on, up to {MAX_COUNT}"
@@ -47,12 +51,16 @@ def refusal(name: str, value: object) -> str:
     return "" if fits else f"{name} must be {rule}, got {value!r}"
 
 
+_CHECKED = (
+    *("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "subtiles"),
+    *("gather", "programs_per_multiprocessor"),
+)
+
+
 @functools.lru_cache(None, typed=True)  # 1.0 is no 1
-def _check(
-    block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, group_m: int, subtiles: int, gather: str
-) -> None:
-    """Raise ValueError for the first field that can't be; cached, as every product of every step asks."""
-    for name, value in locals().items():
+def _check(*values: int | str) -> None:
+    """Raise ValueError for the first field of _CHECKED that can't be; cached, as every product of every step asks."""
+    for name, value in zip(_CHECKED, values, strict=True):
         if refused := refusal(name, value):
             raise ValueError(f"A tile configuration's {refused}")
 
@@ -71,13 +79,16 @@ class TileConfig:
     subtiles: int = 1
     """Pieces in which the epilogue handles the columns: fewer live registers."""
     persistent: bool = False
-    """Whether there are only as many programs as free multiprocessors, which load their next tile while they store one.
+    """Whether programs walk over all tiles, programs_per_multiprocessor of them on each free multiprocessor, and load
+    their next tile while they store one.
     Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
     tma: bool = False
     """Whether operands that allow it are read by TMA."""
     gather: str = ""
     """How `up` gets the rows of x: through "pointers", by "tma", which gathers them (Blackwell), or by TMA as boxes of
     a "copy" in storage order. Empty for the other operations."""
+    programs_per_multiprocessor: int = 1
+    """With two, one multiplies while the other stores; both need room in registers and shared memory."""
     reads: tuple[tuple[str, str], ...] = ()
     """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
 
@@ -92,6 +103,7 @@ class TileConfig:
             self.group_m,
             self.subtiles,
             gather,
+            self.programs_per_multiprocessor,
         )
 
     def by_tma(self, operand: str) -> bool:
@@ -100,7 +112,9 @@ class TileConfig:
 
     def __str__(self) -> str:
         fields = [
-            f"{name}={value}" for name, value in dataclasses.asdict(self).items() if name != "reads" and value != ""
+            f"{name}={value}"
+            for name, value in dataclasses.asdict(self).items()
+            if name != "reads" and (name, value) not in (("gather", ""), ("programs_per_multiprocessor", 1))
         ]
         return " ".join(fields) + "".join(f"; {operand} by {way}" for operand, way in self.reads)
 

@@ -1,21 +1,23 @@
 """Tile configurations that were measured, by what they were measured for: they stand before the table's.
 
 An entry replaces fields of the TileConfig that the table gives (table.py). Its key has the architecture, the dtype, the
-operation, the product's width and depth rounded up to powers of two, and the class of pairs per expert
-(`choice.row_class`): never the number of rows, so that nothing is compiled anew in the middle of training.
+operation, the product's width and depth rounded up to powers of two, the class of pairs per expert
+(`choice.measured_class`): never the number of rows, so that nothing is compiled anew in the middle of training; and
+Triton's version: another one makes other code of the same tile.
 `tritonmoe tune` measures entries and keeps them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
+import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+import triton
 
 from tritonmoe.kernels.tiles.config import TileConfig, refusal
 from tritonmoe.runtime.files import locked, read_json, write_whole
@@ -25,8 +27,10 @@ __all__ = [
     "Entries",
     "asked",
     "cache_file",
-    "choose",
+    "fields_of",
+    "forget_last",
     "has_gather",
+    "leave_out_last",
     "note",
     "read",
     "tile_key",
@@ -42,6 +46,11 @@ SHIPPED: Entries = {}
 
 _replacement: Entries | None = None
 _asked: dict[str, TileConfig] | None = None
+_left_out: set[str] = set()
+"""Keys of entries that this process found to be refused."""
+_of_thread = threading.local()
+"""`last`: the key of the entry that this thread took last."""
+log = logging.getLogger("tritonmoe")
 
 
 @functools.cache
@@ -52,17 +61,38 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
         architecture: "sm_90", "gfx942".
         width, depth: as for `choice.grouped_matmul_config`. rows: the class of pairs per expert; None: any.
     Example:
-        tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is "sm_90 bfloat16 up 1024x2048 rows 128".
+        With Triton 3.6.0 tile_key("sm_90", torch.bfloat16, "up", 768, 2048, 128) is
+        "sm_90 bfloat16 up 1024x2048 rows 128 triton 3.6.0".
     """
     width, depth = (1 << max(0, size - 1).bit_length() for size in (width, depth))
-    return f"{architecture} {str(dtype).removeprefix('torch.')} {operation} {width}x{depth} rows {rows or 'any'}"
+    product = f"{str(dtype).removeprefix('torch.')} {operation} {width}x{depth} rows {rows or 'any'}"
+    return f"{architecture} {product} triton {triton.__version__}"
 
 
-def choose(key: str, default: TileConfig) -> TileConfig:
-    """Give `default` with the fields that an entry for `key` replaces."""
+def fields_of(key: str) -> tuple[tuple[str, int | str], ...]:
+    """Give the fields that an entry for `key` replaces, with their values; none where there is no entry."""
     entries = _cached() if _replacement is None else _replacement
-    fields: Mapping[str, Any] = entries.get(key, SHIPPED.get(key, {}))
-    return dataclasses.replace(default, **fields)
+    fields = entries.get(key, SHIPPED.get(key, {}))
+    if not fields or key in _left_out:
+        return ()
+    _of_thread.last = key
+    return tuple(fields.items())
+
+
+def forget_last() -> None:
+    """Begin a product, for `leave_out_last`."""
+    _of_thread.last = None
+
+
+def leave_out_last(error: Exception) -> bool:
+    """Take no more the entry that this thread's product took, and warn; False where it took none, or inside `using`."""
+    key = _of_thread.last
+    if key is None or _replacement is not None:
+        return False
+    _left_out.add(key)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    log.warning("the measured tile of %s is left out, since it can't run: %s. Run `tritonmoe tune` again", key, reason)
+    return True
 
 
 def has_gather(way: str) -> bool:

@@ -5,6 +5,7 @@ Triton's allocator, which is set for one thread at a time, and autograd runs bac
 can't read is read through pointers; both give the same tiles, so a row's bits don't depend on the way.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -31,19 +32,25 @@ def refusal(tensor: Tensor) -> str:
 
     The rules are those of cuTensorMapEncodeTiled in the manual of the CUDA driver.
     """
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    if tensor.numel() == 0:
+    shape = tuple(tensor.shape)
+    if 0 in shape:
         return f"shape {shape} is empty"
+    return _refusal(shape[1:], tensor.stride(), tensor.data_ptr() % 16 == 0, tensor.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal(inner_shape: tuple[int, ...], strides: tuple[int, ...], is_aligned: bool, element_size: int) -> str:
+    """Say it of a tensor with these strides whose axes after the first have this shape; every launch asks."""
     if strides[-1] != 1:
         return f"no axis of a tile is contiguous, strides are {strides}"
-    if tensor.data_ptr() % 16:
+    if not is_aligned:
         return "its address is no multiple of 16 bytes"
     for axis, stride in enumerate(strides[:-1]):
-        stride_bytes = stride * tensor.element_size()
+        stride_bytes = stride * element_size
         if stride_bytes % 16 or stride_bytes >= 2**40:
             return f"{stride_bytes} bytes along axis {axis} are no multiple of 16 below 2^40"
-        if stride < strides[axis + 1] * shape[axis + 1] or stride % strides[axis + 1]:
-            return f"strides {strides} of shape {shape} are not nested"
+        if stride < strides[axis + 1] * inner_shape[axis] or stride % strides[axis + 1]:
+            return f"strides {strides} are not nested, the axes after the first have shape {inner_shape}"
     return ""
 
 
@@ -54,15 +61,20 @@ def refusal_of_weight(weight: Tensor) -> str:
 
 def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
     """Say why TMA can't read a tile's gate and up columns at once."""
-    view = halves(weight, out_axis)
-    if view.stride(2) == 1 != view.stride(3):
+    shape, strides = _layout_of_halves(weight, out_axis)
+    if strides[2] == 1 != strides[3]:
         return "a tile's gate and up columns are two pieces of its contiguous axis"
-    return refusal(view)
+    if 0 in shape:
+        return f"shape {shape} is empty"
+    return _refusal(shape[1:], strides, weight.data_ptr() % 16 == 0, weight.element_size())
 
 
 def refusal_of_copied_rows(tensor: Tensor, num_rows: int) -> str:
     """Say why TMA couldn't read boxes of `num_rows` rows of `tensor`, copied one behind the other."""
-    return refusal(tensor.new_empty(num_rows, tensor.shape[1], device="meta"))
+    width = tensor.shape[1]
+    if num_rows == 0 or width == 0:
+        return f"shape {(num_rows, width)} is empty"
+    return _refusal((width,), (width, 1), True, tensor.element_size())
 
 
 def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], ...]:
@@ -76,7 +88,11 @@ def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], 
 
 def describe(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
     """Give the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
+    # Its constructor takes longer than a launch, and checks what `refusal` has checked.
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.block_shape = tensor, list(box)
+    descriptor.shape, descriptor.strides = list(tensor.shape), list(tensor.stride())
+    return descriptor
 
 
 def innermost_last(weight: Tensor) -> Tensor:
@@ -86,8 +102,13 @@ def innermost_last(weight: Tensor) -> Tensor:
 
 def halves(weight: Tensor, out_axis: int) -> Tensor:
     """View gate_up_proj, whose `out_axis` has 2F columns, gate before up, as (E, 2, F, D)."""
-    num_units = weight.shape[out_axis] // 2
-    return weight.transpose(out_axis, 1).unflatten(1, (2, num_units))
+    return weight.as_strided(*_layout_of_halves(weight, out_axis))
+
+
+def _layout_of_halves(weight: Tensor, out_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    num_experts, num_units, depth = weight.shape[0], weight.shape[out_axis] // 2, weight.shape[3 - out_axis]
+    of_expert, of_unit, of_depth = weight.stride(0), weight.stride(out_axis), weight.stride(3 - out_axis)
+    return (num_experts, 2, num_units, depth), (of_expert, num_units * of_unit, of_unit, of_depth)
 
 
 def describe_weight(weight: Tensor, in_axis: int, block_k: int, block_n: int) -> TensorDescriptor:

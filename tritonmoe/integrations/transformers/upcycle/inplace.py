@@ -43,9 +43,8 @@ class UpcycledFFN(MoELayer):
             self.shared_expert = GroupedExperts(shared, **factory)
 
     def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
-        self._refuse_adapted()
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.to(self.experts.gate_up_proj.dtype)
+            rows = x.to(self.grouped_experts.gate_up_proj.dtype)
             y = super().forward(rows, fillers=fillers)
             if self.shared_expert is not None:
                 flat = rows.reshape(-1, rows.shape[-1])

@@ -1,20 +1,15 @@
-"""What `tritonmoe bench gpu` measures of single kernels: each operation beside a dense product of its FLOPs."""
+"""Every operation of a layer as a function that runs it alone, and dense products of the same FLOPs."""
 
-import statistics
 from collections.abc import Callable
 
 from torch import Tensor
 
 from tritonmoe import backends
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.benchmarks.gpu_cases import Setting, time_variants
-from tritonmoe.benchmarks.roofline import kernel_work
-from tritonmoe.benchmarks.shapes import LayerInputs, LayerShape, draw_inputs
-from tritonmoe.benchmarks.timing import summarize
+from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.config.layer import Projection
-from tritonmoe.runtime.files import Json
 
-__all__ = ["measure_kernels", "operation_calls"]
+__all__ = ["dense_products", "operation_calls"]
 
 
 def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], object]]:
@@ -47,33 +42,7 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
     }
 
 
-def measure_kernels(shape: LayerShape, num_tokens: int, routing: str, setting: Setting) -> Json:
-    """Time each operation beside a dense product of its FLOPs, where it has one."""
-    inputs = draw_inputs(shape, num_tokens, routing, setting.dtype, setting.device)
-    runs = operation_calls(inputs, setting.backend)
-    works = kernel_work(shape, num_tokens, element_bytes=inputs.x.element_size())
-    works["up, inference"] = works["up"]
-    dense = _dense_by_kernel(inputs)
-    results: Json = {}
-    for name, run in runs.items():
-        variants = {"kernel": run} | ({"dense product": dense[name]} if name in dense else {})
-        times, failed = time_variants(variants, setting)
-        if failed:
-            raise RuntimeError(f"{name}: {failed}")
-        summary = summarize(times["kernel"])
-        seconds = statistics.median(times["kernel"])
-        results[name] = {
-            **summary,
-            "us": round(seconds * 1e6, 2),
-            "tflops": round(works[name].flops / seconds / 1e12, 3),
-            "gb_per_s": round(works[name].num_bytes / seconds / 1e9, 1),
-        }
-        if name in dense:
-            results[name]["fraction_of_dense"] = round(statistics.median(times["dense product"]) / seconds, 3)
-    return results
-
-
-def _dense_by_kernel(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:
+def dense_products(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:
     """Give for every kernel with a product one dense product of the same FLOPs."""
     shape, x = inputs.shape, inputs.x.detach()
     n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size

@@ -1,0 +1,159 @@
+"""`python -m bench.gpu --out FILE`: the day's plan, or what is left of it; `--rehearse` is the same on a CPU, tiny."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.gpu.children import ROOT
+from bench.gpu.compilation import compile_missing, kernels_of
+from bench.gpu.plan import Case, cases
+from bench.gpu.setting import DAY, REHEARSAL, Setting
+from bench.gpu.worker import Worker
+from tritonmoe.aot import ARCHITECTURES
+from tritonmoe.benchmarks.argument_types import output_file
+from tritonmoe.benchmarks.kept_results import KeptResults, open_results, source_hash
+from tritonmoe.benchmarks.machine import identity
+from tritonmoe.benchmarks.tile_candidates import redundant
+from tritonmoe.benchmarks.tuning import LEAST_GAIN, best_entries
+from tritonmoe.kernels import launch
+from tritonmoe.runtime.files import Json
+
+__all__ = ["is_finished", "is_wrong", "main"]
+
+HARNESS = source_hash(Path(__file__).parent, ROOT / "tests")
+REHEARSED_TARGET = "sm_90"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing; give 0 when nothing is left, 3 when something is, 1 when one went wrong, 2 when it can't."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=output_file, required=True, help="file of results; a rerun goes on in it")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="begin no case after so many seconds (540)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on this CPU")
+    arguments = parser.parse_args(argv)
+    problem = _why_not(arguments.rehearse)
+    if problem:
+        print(f"python -m bench.gpu: {problem}", file=sys.stderr)
+        return 2
+    setting = REHEARSAL if arguments.rehearse else DAY
+    target = REHEARSED_TARGET if arguments.rehearse else launch.architecture_of(launch.target_of(setting.device))
+    if target not in ARCHITECTURES:
+        print(f"python -m bench.gpu: {target} is none of {', '.join(ARCHITECTURES)}", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + arguments.budget_s
+    try:
+        with open_results(arguments.out, {**identity(), "is_rehearsal": arguments.rehearse}) as results:
+            return _run(setting, target, results, deadline)
+    except (OSError, ValueError) as error:
+        print(f"python -m bench.gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def _why_not(rehearse: bool) -> str:
+    if launch.INTERPRETED:
+        return (
+            "unset TRITON_INTERPRET: kernels are compiled; the rehearsal switches the interpreter on where it needs it"
+        )
+    if not rehearse and not torch.cuda.is_available():
+        return "there is no GPU: --rehearse goes through the plan without one"
+    return ""
+
+
+def is_finished(result: Json | None) -> bool:
+    """Say whether a case needs no other run: what went wrong does once this folder or the tests have changed."""
+    return result is not None and (not is_wrong(result) or result["harness"] == HARNESS)
+
+
+def is_wrong(result: Json) -> bool:
+    """Say whether a result speaks against the kernels or the harness."""
+    return result.get("passed") is False or "failed" in result or bool(result.get("problem"))
+
+
+def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -> int:
+    kernels = kernels_of(setting, target)
+    plan = cases(setting, target)
+    missing = [case for case in plan if not is_finished(results.by_case.get(case.name))]
+    print(
+        f"run {results.run}: {len(plan) - len(missing)} of {len(plan)} cases are finished in {results.path}", flush=True
+    )
+    worker, is_compiled = Worker(setting), False
+    try:
+        for number, case in enumerate(missing):
+            if not is_compiled and case.measure not in ("describe_machine", "measure_dense"):
+                compile_missing(kernels, target, results, lambda text: print(text, flush=True))
+                is_compiled = True
+            if time.monotonic() > deadline:
+                print(f"{len(missing) - number} cases are left: run the same command again")
+                return 3
+            started = time.monotonic()
+            found = _run_case(case, setting, results, worker)
+            seconds = round(time.monotonic() - started, 2)
+            results.add(case.name, {"arguments": case.arguments, **found, "seconds": seconds, "harness": HARNESS})
+            print(f"{case.name}: {_headline(found)} ({seconds:.1f} s)", flush=True)
+    finally:
+        worker.stop()
+    names = [case.name for case in plan] + [kernel.name for kernel in kernels if kernel.candidate is None]
+    wrong = {name: result for name in names if is_wrong(result := results.by_case[name])}
+    for name, result in wrong.items():
+        why = next((result[word] for word in ("failed", "errors", "problem") if result.get(word)), result)
+        print(f"WRONG: {name}: {why}"[:1000], file=sys.stderr)
+    print(f"tiles that were faster, twice: {json.dumps(tuned_entries(results.by_case))}")
+    print(f"all {len(plan)} cases are finished, {len(wrong)} of them wrong")
+    return 1 if wrong else 0
+
+
+def _run_case(case: Case, setting: Setting, results: KeptResults, worker: Worker) -> Json:
+    arguments = dict(case.arguments)
+    if case.measure == "try_tile":
+        reasons = redundant(_fitness(results))
+        if (name := case.name.removeprefix("C tile ")) in reasons:
+            return {"left_out": reasons[name]}
+    if case.needs_tuned:
+        arguments["entries"] = tuned_entries(results.by_case)
+    return worker.run(case.measure, arguments, case.limit_s)
+
+
+def _fitness(results: KeptResults) -> dict[str, Json]:
+    start = "A compile tile "
+    return {case.removeprefix(start): line for case, line in results.by_case.items() if case.startswith(start)}
+
+
+def tuned_entries(by_case: dict[str, Json]) -> dict[str, dict[str, int | str]]:
+    """Give the tiles that stage C has found to be faster than the table's, by their keys.
+
+    Once a product has been measured again its tile must have been faster then too.
+    """
+    tried = {
+        case: {**line, **line["arguments"]}
+        for case, line in by_case.items()
+        if case.startswith("C tile ") and "gain" in line
+    }
+    entries = best_entries(tried)
+    again = {key: by_case[name] for key in entries if (name := f"C again {key}") in by_case}
+    slow = {key for key, line in again.items() if not line.get("agrees") or line["gain"] < LEAST_GAIN}
+    return {key: fields for key, fields in entries.items() if key not in slow}
+
+
+def _headline(found: Json) -> str:
+    for name in ("failed", "out_of_memory", "left_out"):
+        if isinstance(found.get(name), str):
+            return f"{name}: {found[name].splitlines()[0][:200]}"
+    if "passed" in found:
+        return "passed" if found["passed"] else "WRONG"
+    if "times" in found:
+        return ", ".join(
+            f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']} TFLOP/s)" if "tflops" in timed else "")
+            for name, timed in found["times"].items()
+        )
+    if "gain" in found:
+        return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
+    return "done"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""A whole layer beside its peers and dense products of its FLOPs, in the same rounds; its router, its memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.gpu.workbench import Call, Workbench, with_entries
+from tritonmoe.benchmarks.roofline import backward_flops, forward_flops
+from tritonmoe.benchmarks.shapes import LayerInputs
+from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.integrations.transformers import peers
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.routing.router import TopKRouter
+from tritonmoe.runtime.files import Json
+
+__all__ = ["OURS", "TUNED", "measure_layer", "measure_memory", "measure_router"]
+
+OURS, TUNED, DENSE = "tritonmoe", "tritonmoe, tuned", "dense products"
+BATCHED_MM_LARGEST_PAIRS = 64
+"""batched_mm copies the weights for every pair."""
+EAGER_LARGEST_EXPERTS = 256
+Function = Callable[[], Tensor]
+
+
+def measure_layer(
+    bench: Workbench, shape: str, num_tokens: int, routing: str, backward: bool, others: bool, entries: Json
+) -> Json:
+    """Time a forward, or a forward and backward, of moe_mlp in the table's tiles beside dense products of its FLOPs.
+
+    Args:
+        others: whether the peers and the torch backend are timed too.
+        entries: measured tiles; where there are any, moe_mlp is timed with them as well.
+
+    Returns:
+        What Workbench.time does, with "tflops" and "fraction_of_dense" of every time.
+    """
+    inputs = bench.inputs(shape, num_tokens, routing)
+    functions, left_out = _functions(bench, inputs, others, entries)
+    variants = {name: _step(inputs, function, backward) for name, function in functions.items()}
+    variants[DENSE] = _dense_products(inputs, backward)
+    found = bench.time(variants, OURS)
+    found["left_out"] |= left_out
+    flops = forward_flops(inputs.shape, num_tokens) + backward * backward_flops(inputs.shape, num_tokens)
+    for name, timed in found["times"].items():
+        timed["tflops"] = round(flops / timed["us"] / 1e6, 3)
+        if DENSE in found["times"] and name != DENSE:
+            timed["fraction_of_dense"] = round(found["times"][DENSE]["us"] / timed["us"], 3)
+    return found
+
+
+def _functions(
+    bench: Workbench, inputs: LayerInputs, others: bool, entries: Json
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Give ours and every peer that can run, as functions of the very same tensors, and why others can't."""
+    x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
+
+    def ours(backend: str) -> Function:
+        return lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend=backend)
+
+    found: dict[str, Function] = {OURS: _with_tiles(ours(bench.setting.layer_backend), {})}
+    if entries:
+        found[TUNED] = _with_tiles(ours(bench.setting.layer_backend), entries)
+    if not others:
+        return found, {}
+    found["torch backend"] = ours("torch")
+    left_out: dict[str, str] = {}
+    for peer in peers.PEERS:
+        reason = _why_left_out(peer, inputs)
+        if reason is None:
+            try:
+                function = _peer_function(peer, inputs)
+            except Exception as error:  # another version of the package, say
+                reason = f"{type(error).__name__}: {error}"[:300]
+        if reason is not None:
+            left_out[peer] = reason
+            continue
+        # transformers multiplies rows by the weights in their own dtype: give it the rows' one.
+        found[peer] = lambda function=function: function(x, ids, gates.to(x.dtype))  # type: ignore[misc]
+    return found, left_out
+
+
+def _with_tiles(function: Function, entries: measured_tiles.Entries) -> Function:
+    return with_entries(function, entries)  # type: ignore[return-value]
+
+
+def _why_left_out(peer: str, inputs: LayerInputs) -> str | None:
+    reason = peers.peer_unusable_reason(peer, inputs.x.device, plain=inputs.shape.is_plain)
+    if reason is None and peer == "batched_mm" and inputs.topk_ids.numel() > BATCHED_MM_LARGEST_PAIRS:
+        reason = f"it copies the weights for every pair: only up to {BATCHED_MM_LARGEST_PAIRS} pairs"
+    if reason is None and peer == "eager" and inputs.shape.num_experts > EAGER_LARGEST_EXPERTS:
+        reason = f"it loops over the experts: only up to {EAGER_LARGEST_EXPERTS}"
+    return reason
+
+
+def _peer_function(peer: str, inputs: LayerInputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    w = inputs.weights
+    if peer == "liger":
+        return peers.liger_function(w["gate_up_proj"], w["down_proj"])
+    if inputs.shape.is_plain:
+        return peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
+    return peers.gpt_oss_experts_function(peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"])
+
+
+def _step(inputs: LayerInputs, function: Function, backward: bool) -> Call:
+    def forward_only() -> None:
+        with torch.no_grad():
+            function()
+
+    def both() -> None:
+        torch.autograd.grad(function(), list(inputs.leaves.values()), inputs.dout)
+
+    return both if backward else forward_only
+
+
+def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
+    """Give matrix products of the layer's FLOPs: N rows, no experts, gather, activation or sum."""
+    shape, x = inputs.shape, inputs.x.detach()
+    n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
+    width = 2 * f if shape.layout.gated else f
+    rows, hidden, inner = (x.new_empty(n, columns).normal_() for columns in (d, width, f))
+    w1, w2 = x.new_empty(d, width).normal_(), x.new_empty(f, d).normal_()
+
+    def run() -> None:
+        rows @ w1
+        inner @ w2
+        if backward:
+            rows @ w2.mT
+            hidden @ w1.mT
+            hidden.mT @ rows
+            inner.mT @ rows
+
+    return run
+
+
+def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str) -> Json:
+    """Give the megabytes that a forward keeps for backward beside x and the weights, and the most that a step holds."""
+    inputs = bench.inputs(shape, num_tokens, routing)
+
+    def forward() -> Tensor:
+        return moe_mlp(
+            inputs.x, inputs.topk_ids, inputs.topk_weights, **inputs.arguments, backend=bench.setting.layer_backend
+        )
+
+    with measured_tiles.using({}):
+        kept = kept_for_backward_mb(forward, inputs.leaves.values())
+        return {"kept_mb": kept, "peak_mb": peak_mb(_step(inputs, forward, backward=True))}
+
+
+def measure_router(bench: Workbench, shape: str, num_tokens: int) -> Json:
+    """Time TopKRouter's forward and its forward and backward beside the product of its logits in the rows' dtype."""
+    inputs = bench.inputs(shape, num_tokens, "uniform")
+    layer = inputs.shape
+    sizes = layer.hidden_size, layer.intermediate_size, layer.num_experts, layer.top_k
+    router = TopKRouter(MoEConfig(*sizes)).to(inputs.x.device, inputs.x.dtype)
+    dweights = torch.ones_like(inputs.topk_weights)
+
+    def forward() -> None:
+        with torch.no_grad():
+            router(inputs.x)
+
+    def both() -> None:
+        torch.autograd.grad(router(inputs.x).topk_weights, (inputs.x, router.weight), dweights)
+
+    product = inputs.x.detach() @ router.weight.detach().mT
+    variants: dict[str, Call] = {"forward": forward, "forward+backward": both}
+    variants["product of the logits alone"] = lambda: torch.mm(inputs.x.detach(), router.weight.detach().mT)
+    return {**bench.time(variants, "forward"), "logits": list(product.shape)}

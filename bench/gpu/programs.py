@@ -1,0 +1,93 @@
+"""Programs beside the measurements: the tests on the GPU, ncu on single kernels, compute-sanitizer on tiny layers."""
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+
+from bench.gpu.children import run_program, tail
+from bench.gpu.workbench import Workbench
+from tritonmoe.runtime.files import Json
+
+__all__ = ["KERNEL_OF", "profile_with_ncu", "run_sanitizer", "run_tests"]
+
+KERNEL_OF = {
+    "up": "_up",
+    "down": "_grouped_matmul",
+    "down_grad": "_down_grad",
+    "up_grad": "_grouped_matmul",
+    "weight_grad W1": "_outer_sums",
+    "gather_sum": "_gather_sum",
+}
+"""The operations that ncu looks at, and how their kernel's name begins."""
+NCU = ("ncu", "--set", "full", "--page", "raw", "--csv", "--launch-skip", "2", "--launch-count", "1")
+PROGRAM_LIMIT_S = 240.0
+TESTS_LIMIT_S = 120.0
+NO_TESTS = 5
+"""pytest's status where a file has no test for this machine."""
+FIRST_TIER = "not thorough and not slow and not soak"
+
+
+def run_tests(bench: Workbench, file: str) -> Json:
+    """Run the first tier of a file of tests, on a GPU as many at once as there are cores; passed where none failed."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"left_out": "pytest is not installed"}
+    bench.forget()  # the tests need the device's memory
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-m", FIRST_TIER, file]
+    if not bench.setting.is_rehearsal and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(os.cpu_count()), "--dist", "load"]
+    found = run_program(command, TESTS_LIMIT_S)
+    output = found.pop("output")
+    failures = re.findall(r"^(?:FAILED|ERROR) .*$", output, re.MULTILINE)
+    return {**found, "passed": found["status"] in (0, NO_TESTS), "failures": failures[:50], "output": tail(output)}
+
+
+def _tool(bench: Workbench, *command: str) -> list[str] | None:
+    """Give a tool's command; none of it in a rehearsal, None where the tool isn't there."""
+    if bench.setting.is_rehearsal:
+        return []
+    return list(command) if shutil.which(command[0]) else None
+
+
+def profile_with_ncu(bench: Workbench, operation: str, num_tokens: int) -> Json:
+    """Give all that ncu measures of one operation's kernel, by metric, stall reasons among them."""
+    kernel = KERNEL_OF[operation]
+    tool = _tool(bench, *NCU, "--kernel-name", f"regex:^{kernel}")
+    if tool is None:
+        return {"left_out": "ncu is not there"}
+    found = _run_operation(bench, tool, operation, num_tokens)
+    output = found.pop("output")
+    if "ERR_NVGPUCTRPERM" in output:
+        return {"left_out": "this user may not read the GPU's counters (ERR_NVGPUCTRPERM)"}
+    metrics = {} if bench.setting.is_rehearsal else parse_ncu(output.splitlines())
+    is_right = found["status"] == 0 if bench.setting.is_rehearsal else bool(metrics)
+    return {**found, "metrics": metrics} if is_right else {**found, "failed": tail(output)}
+
+
+def parse_ncu(lines: Sequence[str]) -> dict[str, str]:
+    """Give the metrics of the last kernel in what ncu printed as CSV: value and unit, by name."""
+    rows = [row for row in csv.reader(lines) if len(row) > 20]
+    if len(rows) < 3:
+        return {}
+    names, units, *_, values = rows
+    return {name: f"{value} {unit}".strip() for name, unit, value in zip(names, units, values, strict=True)}
+
+
+def run_sanitizer(bench: Workbench, tool: str, operation: str, num_tokens: int) -> Json:
+    """Run one operation of a tiny layer under compute-sanitizer; passed where it found nothing."""
+    command = _tool(bench, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+    if command is None:
+        return {"left_out": "compute-sanitizer is not there"}
+    found = _run_operation(bench, command, operation, num_tokens, "--tiny")
+    output = found.pop("output")
+    return {**found, "passed": found["status"] == 0, "output": tail(output)}
+
+
+def _run_operation(bench: Workbench, tool: Sequence[str], operation: str, num_tokens: int, *more: str) -> Json:
+    bench.forget()
+    interpreted = "1" if bench.setting.is_rehearsal else None
+    command = [*tool, sys.executable, "-m", "bench.gpu.one_operation", operation, str(num_tokens), *more]
+    return run_program(command, PROGRAM_LIMIT_S, {"TRITON_INTERPRET": interpreted})

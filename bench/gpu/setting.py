@@ -1,0 +1,104 @@
+"""Sizes and repetitions of a day on a GPU, and of its rehearsal on a CPU: the same plan, tiny and interpreted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
+
+__all__ = ["DAY", "HEADLINE", "REHEARSAL", "Setting"]
+
+HEADLINE = "Qwen3-30B-A3B"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes and numbers of repetitions, the same for every case of a run."""
+
+    is_rehearsal: bool
+    device_type: str
+    dtype_name: str
+    layer_backend: str
+    """What a whole layer runs on; single operations and checks always run the Triton kernels."""
+    headline_tokens: int
+    peer_tokens: tuple[int, ...]
+    sweep_tokens: tuple[int, ...]
+    other_shapes: tuple[str, ...]
+    shape_tokens: tuple[int, ...]
+    kernel_tests: tuple[str, ...]
+    other_tests: tuple[str, ...]
+    """Those that run on a GPU too, in the end."""
+    profiled_operations: tuple[str, ...]
+    """Those that ncu looks at, and compute-sanitizer."""
+    rounds: int
+    reruns: int
+    batch_s: float
+    most_candidates: int | None
+    """Tiles to try for each product; None for all."""
+    clocks_command: tuple[str, ...] | None
+    """A program that prints SM clock (MHz), power (W) and temperature (C) again and again; None for the GPU's."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_type)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def shapes(self) -> Mapping[str, LayerShape]:
+        """Give the layers by name, shrunk in a rehearsal."""
+        if not self.is_rehearsal:
+            return GPU_SHAPES
+        return {name: replace(tiny(shape), num_experts=4, top_k=2) for name, shape in GPU_SHAPES.items()}
+
+
+DAY = Setting(
+    is_rehearsal=False,
+    device_type="cuda",
+    dtype_name="bfloat16",
+    layer_backend="triton",
+    headline_tokens=32768,
+    peer_tokens=(32768, 4096, 8),
+    sweep_tokens=(16384, 8192, 4096, 2048, 512, 64, 8, 1),
+    other_shapes=tuple(name for name in GPU_SHAPES if name != HEADLINE),
+    shape_tokens=(32768, 4096, 512, 64, 8, 1),
+    kernel_tests=tuple(
+        f"tests/kernels/test_{name}.py"
+        for name in ("triton_backend", "group", "weight_grad", "tma", "row_gather", "several_steps")
+    ),
+    other_tests=(
+        *(f"tests/kernels/test_{name}.py" for name in ("properties", "backward_properties", "options")),
+        *(f"tests/expert_parallel/test_{name}.py" for name in ("cuda_graph", "host_reads")),
+        *("tests/experts/test_saved_memory.py", "tests/dispatch/test_capacity.py", "tests/test_grouping.py"),
+        *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
+    ),
+    profiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
+    rounds=7,
+    reruns=50,
+    batch_s=0.02,
+    most_candidates=None,
+    clocks_command=None,
+)
+_PRINTING_CLOCKS = "import time\nwhile True:\n print('1980, 650.5, 60', flush=True)\n time.sleep(0.01)"
+REHEARSAL = Setting(
+    is_rehearsal=True,
+    device_type="cpu",
+    dtype_name="float32",
+    layer_backend="torch",
+    headline_tokens=12,
+    peer_tokens=(12, 8),
+    sweep_tokens=(1,),
+    other_shapes=("gpt-oss",),
+    shape_tokens=(12,),
+    kernel_tests=("tests/kernels/test_tile_table.py",),
+    other_tests=(),
+    profiled_operations=("weight_grad W1",),
+    rounds=1,
+    reruns=2,
+    batch_s=0.0,
+    most_candidates=2,
+    clocks_command=("python", "-c", _PRINTING_CLOCKS),
+)

@@ -1,0 +1,106 @@
+"""What the cases of a process share: the setting, the last inputs, the clocks, and functions timed side by side."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from bench.gpu.clocks import Clocks
+from bench.gpu.setting import Setting
+from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool, interleaved
+from tritonmoe.benchmarks.operation_calls import operation_calls
+from tritonmoe.benchmarks.shapes import LayerInputs, draw_inputs
+from tritonmoe.benchmarks.tuning import calls_by_key
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.runtime.files import Json
+
+__all__ = ["Call", "Workbench", "with_entries"]
+
+Call = Callable[[], object]
+
+
+def with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
+    """Give the call with these measured tiles, and with the table's for all others, whatever is in tiles.json."""
+
+    def run() -> object:
+        with measured_tiles.using(entries):
+            return call()
+
+    return run
+
+
+class Workbench:
+    """One process's measurements, one after the other."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.clocks = Clocks(setting.clocks_command)
+        self._inputs: tuple[tuple[str, int, str], LayerInputs] | None = None
+        self._operations: tuple[LayerInputs, dict[str, Call]] | None = None
+        self._by_key: tuple[LayerInputs, dict[str, Call]] | None = None
+
+    def inputs(self, shape: str, num_tokens: int, routing: str) -> LayerInputs:
+        """Give a layer's inputs, the last ones where they are the same."""
+        key = shape, num_tokens, routing
+        if self._inputs is None or self._inputs[0] != key:
+            self.forget()
+            layer = self.setting.shapes[shape]
+            self._inputs = key, draw_inputs(layer, num_tokens, routing, self.setting.dtype, self.setting.device)
+        return self._inputs[1]
+
+    def operations(self, inputs: LayerInputs) -> dict[str, Call]:
+        """Give the layer's operations on the Triton kernels, made once for the last inputs."""
+        if self._operations is None or self._operations[0] is not inputs:
+            with measured_tiles.using({}):
+                self._operations = inputs, operation_calls(inputs, "triton")
+        return self._operations[1]
+
+    def calls_by_key(self, inputs: LayerInputs) -> dict[str, Call]:
+        """Give for every product's key an operation that asks for its tile, found once for the last inputs."""
+        if self._by_key is None or self._by_key[0] is not inputs:
+            self._by_key = inputs, calls_by_key(self.operations(inputs))
+        return self._by_key[1]
+
+    def forget(self) -> None:
+        """Give back the memory of the last inputs."""
+        self._inputs = self._operations = self._by_key = None
+        gc.collect()
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def time(self, variants: Mapping[str, Call], needed: str) -> Json:
+        """Time functions in the same rounds.
+
+        Args:
+            needed: the one that must run; any other that raises is left out, and its error told.
+
+        Returns:
+            "times": by name the median in microseconds ("us"), all "samples_us", and how they were timed ("timed_by");
+            "left_out": by name why; "clocks": see Clocks.since.
+        """
+        timed: dict[str, TimedCalls] = {}
+        pool = graph_pool(self.setting.device)
+        left_out: dict[str, str] = {}
+        for name, run in variants.items():
+            try:
+                timed[name] = TimedCalls(run, self.setting.device, self.setting.batch_s, pool)
+            except Exception as error:
+                if name == needed:
+                    raise
+                left_out[name] = f"{type(error).__name__}: {error}"[:300]
+                gc.collect()
+                if self.setting.device.type == "cuda":
+                    torch.cuda.synchronize()  # raises where the device computes nothing more
+        started = time.monotonic()
+        samples = interleaved(timed, self.setting.rounds)
+        times = {
+            name: {
+                "us": round(1e6 * statistics.median(seconds), 3),
+                "samples_us": [round(1e6 * value, 3) for value in seconds],
+                "timed_by": timed[name].way,
+            }
+            for name, seconds in samples.items()
+        }
+        return {"times": times, "left_out": left_out, "clocks": self.clocks.since(started)}

@@ -1,0 +1,124 @@
+"""The process that runs the cases, so that one that crashes or hangs takes only itself: another worker goes on."""
+
+import gc
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+
+from bench.gpu.setting import Setting
+from tritonmoe.benchmarks.processes import ends_with_its_parent
+from tritonmoe.runtime.files import Json
+
+__all__ = ["Worker"]
+
+SILENT = "6"
+"""The log level at which the profiler's library doesn't print two lines for every run."""
+
+
+def _measures() -> dict[str, Callable[..., Json]]:
+    """Give everything that a case can ask for, by name."""
+    from bench.gpu import checks, layers, operations, programs, versions
+
+    functions = (
+        *(versions.describe_machine, operations.measure_dense, programs.run_tests),
+        *(checks.check_small_layers, checks.check_samples, checks.rerun),
+        *(layers.measure_layer, layers.measure_memory, layers.measure_router),
+        *(operations.measure_operation, operations.profile_step, operations.measure_host),
+        *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
+    )
+    return {function.__name__: function for function in functions}
+
+
+def _work(pipe: Connection, setting: Setting) -> None:
+    ends_with_its_parent()
+    gc.freeze()  # looking through all that was imported would take a second for every case
+    os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)  # before the profiler's library is loaded
+    from bench.gpu.workbench import Workbench
+
+    measures, bench = _measures(), Workbench(setting)
+    while True:
+        try:
+            measure, arguments = pipe.recv()
+        except EOFError:
+            bench.clocks.close()
+            return
+        try:
+            found = measures[measure](bench, **_translated(setting, arguments))
+        except torch.OutOfMemoryError as error:
+            found = {"out_of_memory": str(error).splitlines()[0]}
+            bench.forget()
+        except Exception as error:
+            traceback.print_exc()
+            found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+        pipe.send(found)
+
+
+def _translated(setting: Setting, arguments: Json) -> Json:
+    """Give the arguments with the keys of tiles as this process looks them up: a rehearsal has no GPU's."""
+    if not setting.is_rehearsal:
+        return arguments
+
+    def key_here(key: str) -> str:
+        return " ".join(["interpreter", setting.dtype_name, *key.split()[2:]])
+
+    translated = dict(arguments)
+    if "key" in arguments:
+        translated["key"] = key_here(arguments["key"])
+    if "entries" in arguments:
+        translated["entries"] = {key_here(key): fields for key, fields in arguments["entries"].items()}
+    return translated
+
+
+class Worker:
+    """One process at a time that runs cases, begun when it is needed, and anew after a failure."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def run(self, measure: str, arguments: Json, limit_s: float) -> Json:
+        """Run one case; what fails, crashes or takes longer than `limit_s` says so under "failed"."""
+        if self._pipe is None:
+            self._start()
+        assert self._pipe is not None
+        assert self._process is not None
+        found: Json
+        try:
+            self._pipe.send((measure, arguments))
+            if not self._pipe.poll(limit_s):
+                found = {"failed": f"it took longer than {limit_s:.0f} s"}
+            else:
+                found = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join(10)
+            found = {"failed": f"its process ended with status {self._process.exitcode}"}
+        if "failed" in found:  # the device may compute nothing more for that process
+            self.stop()
+        return found
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        before = os.environ.get("TRITON_INTERPRET")
+        if self._setting.is_rehearsal:
+            os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            self._process = context.Process(target=_work, args=(theirs, self._setting), daemon=False)
+            self._process.start()
+        finally:
+            if before is None:
+                os.environ.pop("TRITON_INTERPRET", None)
+        theirs.close()
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None

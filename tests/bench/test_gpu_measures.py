@@ -1,0 +1,245 @@
+"""What the cases of bench.gpu measure and check, in the interpreter on a CPU with tiny layers."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.gpu import checks, children, clocks, layers, operations, programs, worker
+from bench.gpu.setting import HEADLINE, REHEARSAL
+from bench.gpu.workbench import Workbench
+from tritonmoe.kernels.tiles import measured as measured_tiles
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    bench = Workbench(REHEARSAL)
+    yield bench
+    bench.clocks.close()
+
+
+def test_samples_of_every_result_are_compared_with_fp64(bench):
+    for shape, biases in ((HEADLINE, []), ("gpt-oss", ["dgate_up_bias", "ddown_bias"])):
+        found = checks.check_samples(bench, shape, 12, "hot", {})
+        of_experts = [f"d{name}" for name in ("gate_up_proj", "down_proj")] + biases
+        expected = {"y", "dx", "dtopk_weights"}
+        expected |= {f"{name} of the {of} expert" for name in of_experts for of in ("busiest", "middle", "idlest")}
+        assert set(found["errors"]) == expected
+        assert found["passed"]
+        assert all(error["error"] > 0 for error in found["errors"].values() if error["plain_error"] > 0)
+
+
+@pytest.mark.parametrize("name", ["dx", "ddown_proj"])
+def test_an_error_of_a_thousandth_is_found(name, bench, monkeypatch):
+    step = checks._step
+
+    def wrong(inputs, backend):
+        return {key: value * (1.001 if key == name else 1.0) for key, value in step(inputs, backend).items()}
+
+    monkeypatch.setattr(checks, "_step", wrong)
+    found = checks.check_samples(bench, HEADLINE, 12, "uniform", {})
+    assert not found["passed"]
+    assert {error.partition(" of ")[0] for error, of in found["errors"].items() if not of["passed"]} == {name}
+
+
+def test_the_checked_tiles_are_used(bench):
+    found = checks.check_samples(bench, HEADLINE, 12, "uniform", {"gather": "copy"})
+    assert any("gather=copy" in tile for key, tile in found["tiles"].items() if " up " in key)
+
+
+def test_a_bit_that_differs_in_one_rerun_is_found(bench, monkeypatch):
+    assert checks.rerun(bench, HEADLINE, 12, "zipf", {}) == {"reruns": 2, "different": {}, "passed": True}
+    step, runs = checks._step, []
+
+    def unsteady(inputs, backend):
+        found = step(inputs, backend)
+        runs.append(1)
+        if len(runs) == 4:  # one finds the keys of the tiles, one is the first
+            found["dx"].view(torch.int32)[-1, -1] ^= 1
+        return found
+
+    monkeypatch.setattr(checks, "_step", unsteady)
+    found = checks.rerun(bench, HEADLINE, 12, "zipf", {})
+    assert found == {"reruns": 2, "different": {"dx": 1}, "passed": False}
+
+
+def test_a_layer_beside_its_peers(bench):
+    entries = {key: {"block_n": 16} for key in bench.calls_by_key(bench.inputs(HEADLINE, 12, "uniform"))}
+    found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=True, others=True, entries=entries)
+    assert {"tritonmoe", "tritonmoe, tuned", "torch backend", "eager", "grouped_mm"} <= set(found["times"])
+    assert set(found["left_out"]) >= {"sonicmoe", "liger"}
+    ours = found["times"]["tritonmoe"]
+    assert ours["tflops"] == pytest.approx(3 * 6 * 24 * 32 * 16 / ours["us"] / 1e6, abs=1e-3)
+    assert ours["fraction_of_dense"] > 0
+    assert len(ours["samples_us"]) == REHEARSAL.rounds
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
+    def refuse(*weights, **keywords):
+        raise ImportError("cannot import name 'MixtralExperts'")
+
+    monkeypatch.setattr(layers.peers, "experts_function", refuse)
+    found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=True, entries={})
+    assert found["left_out"]["eager"] == "ImportError: cannot import name 'MixtralExperts'"
+    monkeypatch.setattr(layers, "moe_mlp", refuse)
+    with pytest.raises(ImportError):
+        layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=False, entries={})
+
+
+def test_memory_is_h_and_the_mark_of_the_call(bench):
+    """h in the layer's dtype, one int64 that marks the call, and nothing that depends on D."""
+    found = layers.measure_memory(bench, HEADLINE, 12, "uniform")
+    assert found["kept_mb"] == round((24 * 2 * 16 * 4 + 8) / 1e6, 3)
+    assert found["peak_mb"] > 0
+
+
+def test_single_operations(bench):
+    found = operations.measure_operation(bench, "down", HEADLINE, 12)
+    assert {"kernel", "dense product"} == set(found["times"])
+    assert found["times"]["kernel"]["gb_per_s"] >= 0
+    assert operations.measure_host(bench, "group", 8)["launches"] == 1
+    profile = operations.profile_step(bench, HEADLINE, 12, {})
+    assert profile["kernels"]
+    assert profile["total_us"] >= max(kernel["us"] for kernel in profile["kernels"])
+
+
+def test_what_is_in_the_cache_of_tiles_is_not_measured(bench, monkeypatch):
+    monkeypatch.setattr(measured_tiles, "_cached", lambda: pytest.fail("tiles.json was asked"))
+    operations.measure_operation(bench, "up", HEADLINE, 12)
+    checks.check_samples(bench, HEADLINE, 12, "uniform", {})
+
+
+def test_clocks_are_read_while_something_runs():
+    printing = (
+        "print('1980, 700.5, 61', flush=True); print('[N/A], 1, 1', flush=True); print('1900, 500.5, 61', flush=True)"
+    )
+    started = time.monotonic()
+    read = clocks.Clocks(("python", "-c", f"{printing}; import time; time.sleep(60)"))
+    while read.since(started)["readings"] < 2:
+        assert time.monotonic() < started + 30
+        time.sleep(0.01)
+    found = read.since(started)
+    assert found == {"readings": 2, "sm_mhz": 1940.0, "watts": 600.5, "celsius": 61.0, "lowest_sm_mhz": 1900.0}
+    assert read.since(time.monotonic()) == {"readings": 0}
+    read.close()
+
+
+def test_metrics_of_ncu():
+    names = ["ID", "Kernel Name", *(f"metric_{number}" for number in range(30))]
+    units = ["", "", *["%"] * 30]
+    lines = [
+        "==PROF== Connected",
+        *(",".join(f'"{cell}"' for cell in row) for row in (names, units, ["0", "up", *["1,5"] * 30])),
+    ]
+    found = programs.parse_ncu(lines)
+    assert found["Kernel Name"] == "up"
+    assert found["metric_29"] == "1,5 %"
+    assert programs.parse_ncu(["==ERROR== ERR_NVGPUCTRPERM"]) == {}
+
+
+def test_a_program_that_takes_too_long_is_killed_with_what_it_started():
+    child = "print(1, flush=True); import time; time.sleep(60)"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = time.monotonic()
+    found = children.run_program([sys.executable, "-c", script], limit_s=1.0)
+    assert time.monotonic() - started < 30
+    assert found["status"] is None
+
+
+def test_a_program_ends_with_the_process_that_started_it():
+    child = "print(1, flush=True); import time; time.sleep(60)"
+    script = f"""
+import subprocess, sys
+from tritonmoe.benchmarks.processes import dies_with_its_parent
+process = subprocess.Popen([sys.executable, "-c", {child!r}], preexec_fn=dies_with_its_parent)
+process.wait()
+"""
+    command = [sys.executable, "-c", script]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=children.ROOT, text=True)
+    assert parent.stdout.readline() == "1\n"
+    parent.send_signal(signal.SIGKILL)
+    assert parent.stdout.read() == ""  # its end is closed when the child is gone too
+    parent.wait()
+
+
+def fake_measures():
+    def sleep(bench):
+        time.sleep(60)
+
+    def crash(bench):
+        signal.raise_signal(signal.SIGKILL)
+
+    def fail(bench):
+        raise ValueError("wrong numbers")
+
+    def too_large(bench):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22 GiB")
+
+    def right(bench, key, entries):
+        return {"key": key, "entries": entries}
+
+    return {function.__name__: function for function in (sleep, crash, fail, too_large, right)}
+
+
+def test_a_case_that_crashes_hangs_or_fails_takes_only_itself(monkeypatch):
+    context = worker.multiprocessing.get_context("fork")  # so that the process has these cases
+    monkeypatch.setattr(worker, "_measures", fake_measures)
+    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda method: context)
+    runner = worker.Worker(REHEARSAL)
+    tile = {"key": "sm_90 bfloat16 up 1x1", "entries": {"sm_90 bfloat16 down 1x1": {"block_n": 16}}}
+    right = {"key": "interpreter float32 up 1x1", "entries": {"interpreter float32 down 1x1": {"block_n": 16}}}
+    try:
+        assert runner.run("right", tile, 30.0) == right
+        assert runner.run("crash", {}, 30.0) == {"failed": "its process ended with status -9"}
+        assert runner.run("too_large", {}, 30.0)["out_of_memory"].startswith("CUDA out of memory")
+        assert runner.run("sleep", {}, 0.5) == {"failed": "it took longer than 0 s"}
+        assert runner.run("fail", {}, 30.0) == {"failed": "ValueError: wrong numbers"}
+        assert runner.run("right", tile, 30.0) == right
+    finally:
+        runner.stop()
+
+
+def on_a_gpu(monkeypatch, output, status):
+    """Let programs see a GPU's tools, which print this."""
+    setting = programs.Workbench.__new__(programs.Workbench)
+    setting.setting = replace(REHEARSAL, is_rehearsal=False)
+    setting.forget = lambda: None
+    commands = []
+
+    def run_program(command, limit_s, variables=None):
+        commands.append(command)
+        return {"command": " ".join(command), "status": status, "program_s": 1.0, "output": output}
+
+    monkeypatch.setattr(programs, "run_program", run_program)
+    monkeypatch.setattr(programs.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    return setting, commands
+
+
+def test_tools_on_a_gpu(monkeypatch):
+    bench, commands = on_a_gpu(monkeypatch, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1)
+    assert "ERR_NVGPUCTRPERM" in programs.profile_with_ncu(bench, "up", 32768)["left_out"]
+    assert commands[0][0] == "ncu"
+    assert commands[0][-5:] == [sys.executable, "-m", "bench.gpu.one_operation", "up", "32768"]
+    bench, _ = on_a_gpu(monkeypatch, "==PROF== Connected, and nothing else", 0)
+    assert "nothing else" in programs.profile_with_ncu(bench, "up", 32768)["failed"]
+    bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
+    assert not programs.run_sanitizer(bench, "memcheck", "up", 40)["passed"]
+    assert commands[0][:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    monkeypatch.setattr(programs.shutil, "which", lambda tool: None)
+    assert programs.profile_with_ncu(bench, "up", 32768) == {"left_out": "ncu is not there"}
+    assert programs.run_sanitizer(bench, "memcheck", "up", 40) == {"left_out": "compute-sanitizer is not there"}
+
+
+def test_files_of_tests(monkeypatch):
+    bench, _ = on_a_gpu(monkeypatch, "FAILED tests/a.py::test_b - assert 1\n1 failed, 2 passed in 1 s", 1)
+    found = programs.run_tests(bench, "tests/a.py")
+    assert (found["passed"], found["failures"]) == (False, ["FAILED tests/a.py::test_b - assert 1"])
+    for status, passed in ((0, True), (programs.NO_TESTS, True), (None, False)):
+        bench, _ = on_a_gpu(monkeypatch, "", status)
+        assert programs.run_tests(bench, "tests/a.py")["passed"] == passed

@@ -1,0 +1,188 @@
+"""python -m bench.gpu: its plan, and how it goes on after a stop, a failure and a change."""
+
+import json
+
+import pytest
+
+from bench.gpu import __main__ as gpu
+from bench.gpu import plan
+from bench.gpu.compilation import Kernel
+from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
+from tritonmoe.aot import Variant
+from tritonmoe.benchmarks.kept_results import read_results
+from tritonmoe.benchmarks.tile_candidates import Candidate
+
+GAINS = (1.3, 1.0)
+
+
+def test_the_day_in_its_order():
+    cases = plan.cases(DAY, "sm_90")
+    assert len({case.name for case in cases}) == len(cases)
+    stages = [case.name[0] for case in cases]
+    assert stages == sorted(stages)
+    assert set(stages) == set("ABCDEF")
+    checked = [case.arguments for case in cases if case.name.startswith("A check Qwen")]
+    assert {arguments["num_tokens"] for arguments in checked} == {32768}
+    assert {json.dumps(arguments["tiles"]) for arguments in checked} >= {"{}", '{"persistent": false}'}
+    assert {arguments["routing"] for arguments in checked} == {"uniform", "hot"}
+    assert DAY.reruns == 50
+    assert sum(case.measure == "profile_with_ncu" for case in cases) == 6
+    assert all(
+        (case.measure in ("remeasure_tile", "profile_step") or "tuned" in case.name)
+        for case in cases
+        if case.needs_tuned
+    )
+
+
+def test_the_rehearsal_calls_all_that_the_day_does():
+    of_day, of_rehearsal = ({case.measure for case in plan.cases(s, "sm_90")} for s in (DAY, REHEARSAL))
+    assert of_day == of_rehearsal
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Cases that do nothing, two kernels that are not compiled; give the names and entries of what ran, in order."""
+    ran = []
+
+    class Worker:
+        def __init__(self, setting):
+            pass
+
+        def run(self, measure, arguments, limit_s):
+            ran.append((measure, arguments))
+            if measure in ("try_tile", "remeasure_tile"):
+                gain = GAINS[0] if measure == "remeasure_tile" or "up" in arguments["key"] else GAINS[1]
+                return {"gain": gain, "agrees": True}
+            return {"passed": True}
+
+        def stop(self):
+            ran.append(("stop", {}))
+
+    def compile_missing(kernels, target, results, say):
+        for kernel in kernels:
+            if kernel.name not in results.by_case:
+                results.add(kernel.name, {"problem": "", "binary": kernel.name, "cache": "x"})
+                ran.append(("compile", {"name": kernel.name}))
+
+    names = [f"A compile {name}" for name in ("one", "two")]
+    monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [Kernel(name, Variant()) for name in names])
+    monkeypatch.setattr(gpu, "compile_missing", compile_missing)
+    monkeypatch.setattr(gpu, "Worker", Worker)
+    monkeypatch.setattr(gpu.launch, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "identity", lambda: {"device": "a card"})
+    return ran
+
+
+def run(folder, *arguments):
+    return gpu.main(["--rehearse", "--out", str(folder / "gpu.jsonl"), *arguments])
+
+
+def test_every_case_stands_in_the_file_once(ran, tmp_path, capsys):
+    assert run(tmp_path) == 0
+    names = [line["case"] for line in read_results(tmp_path / "gpu.jsonl")]
+    planned = [case.name for case in plan.cases(REHEARSAL, "sm_90")]
+    assert sorted(names) == sorted(["identity", "A compile one", "A compile two", *planned])
+    assert [measure for measure, _ in ran][:4] == ["describe_machine", "measure_dense", "compile", "compile"]
+    assert "0 of them wrong" in capsys.readouterr().out
+    ran.clear()
+    assert run(tmp_path) == 0
+    assert ran == [("stop", {})]
+
+
+def test_tiles_are_measured_again_and_then_used(ran, tmp_path, capsys):
+    run(tmp_path)
+    (used,) = (arguments for measure, arguments in ran if measure == "profile_step" and arguments["entries"])
+    (key,) = used["entries"]
+    assert " up " in key
+    assert used["shape"] == HEADLINE
+    (again,) = (a for measure, a in ran if measure == "remeasure_tile" and a["key"] == key)
+    assert again["entries"] == used["entries"]
+    assert f"tiles that were faster, twice: {json.dumps(used['entries'])}" in capsys.readouterr().out
+
+
+def test_a_tile_that_was_fast_by_chance_is_not_used(ran, tmp_path, monkeypatch):
+    tried = plan.cases(REHEARSAL, "sm_90")
+    key = next(case.arguments["key"] for case in tried if case.measure == "try_tile")
+    line = {"arguments": {"key": key, "fields": {"block_n": 16}}, "gain": 1.2, "agrees": True}
+    by_case = {f"C tile {key}: x": line}
+    assert gpu.tuned_entries(by_case) == {key: {"block_n": 16}}
+    assert gpu.tuned_entries(by_case | {f"C again {key}": {"gain": 1.01, "agrees": True}}) == {}
+    assert gpu.tuned_entries(by_case | {f"C again {key}": {"gain": 1.5, "agrees": False}}) == {}
+    assert gpu.tuned_entries(by_case | {f"C again {key}": {"gain": 1.5, "agrees": True}}) != {}
+    assert gpu.tuned_entries(by_case | {f"C again {key}": {"failed": "x"}}) == {}
+
+
+def test_a_tile_with_spills_is_not_measured(ran, tmp_path, monkeypatch):
+    case = next(case for case in plan.cases(REHEARSAL, "sm_90") if case.measure == "try_tile")
+    tile = Candidate(case.arguments["key"], case.arguments["fields"])
+    compiled = Kernel(f"A compile tile {tile.name}", Variant(), candidate=tile)
+    monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [compiled])
+
+    def compile_missing(kernels, target, results, say):
+        results.add(kernels[0].name, {"problem": "spills 8 bytes", "binary": "", "cache": "x"})
+
+    monkeypatch.setattr(gpu, "compile_missing", compile_missing)
+    assert run(tmp_path) == 0
+    lines = {line["case"]: line for line in read_results(tmp_path / "gpu.jsonl")}
+    assert lines[case.name]["left_out"] == "spills 8 bytes"
+    assert case.arguments not in [arguments for measure, arguments in ran if measure == "try_tile"]
+
+
+def test_a_kernel_that_does_not_compile_is_wrong(ran, tmp_path, monkeypatch, capsys):
+    def compile_missing(kernels, target, results, say):
+        for kernel in kernels:
+            results.add(kernel.name, {"problem": "CompilationError: no", "binary": "", "cache": "x"})
+
+    monkeypatch.setattr(gpu, "compile_missing", compile_missing)
+    assert run(tmp_path) == 1
+    assert "WRONG: A compile one: CompilationError: no" in capsys.readouterr().err
+
+
+def test_no_case_begins_after_the_budget(ran, tmp_path, capsys):
+    assert run(tmp_path, "--budget-s", "-1") == 3
+    assert [measure for measure, _ in ran] == ["stop"]
+    assert "cases are left: run the same command again" in capsys.readouterr().out
+
+
+def test_what_went_wrong_runs_again_only_after_a_change(ran, tmp_path, monkeypatch, capsys):
+    right = gpu.Worker.run
+
+    def wrong(self, measure, arguments, limit_s):
+        found = right(self, measure, arguments, limit_s)
+        if measure == "measure_router":
+            return {"failed": "RuntimeError: no such instruction"}
+        return {"passed": False, "errors": {"dx": 1}} if measure == "rerun" else found
+
+    monkeypatch.setattr(gpu.Worker, "run", wrong)
+    assert run(tmp_path) == 1
+    assert "WRONG: B router: RuntimeError: no such instruction" in capsys.readouterr().err
+    ran.clear()
+    assert run(tmp_path) == 1
+    assert [measure for measure, _ in ran] == ["stop"]
+    monkeypatch.setattr(gpu, "HARNESS", "changed")
+    monkeypatch.setattr(gpu.Worker, "run", right)
+    ran.clear()
+    assert run(tmp_path) == 0
+    assert {measure for measure, _ in ran} == {"measure_router", "rerun", "stop"}
+
+
+def test_other_sources_are_another_run(ran, tmp_path, monkeypatch):
+    assert run(tmp_path) == 0
+    count = len(ran)
+    monkeypatch.setattr(gpu, "identity", lambda: {"device": "a card", "sources": "changed"})
+    assert run(tmp_path) == 0
+    assert len(ran) == 2 * count
+
+
+def test_what_can_not_run_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.launch, "INTERPRETED", True)
+    assert run(tmp_path) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.setattr(gpu.launch, "INTERPRETED", False)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "gpu.jsonl")]) == 2
+    assert "there is no GPU: --rehearse" in capsys.readouterr().err
+    (tmp_path / "gpu.jsonl").write_text("{}\n")
+    monkeypatch.setattr(gpu, "identity", dict)
+    assert run(tmp_path) == 2
+    assert "is no file of results" in capsys.readouterr().err

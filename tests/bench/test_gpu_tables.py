@@ -1,0 +1,59 @@
+"""The tables of a day with a GPU, from lines as bench.gpu writes them."""
+
+import json
+
+import pytest
+
+from bench.readme import gpu_tables
+from tritonmoe.benchmarks.kept_results import open_results
+
+LAYER = {"shape": "Mixtral", "num_tokens": 32768, "routing": "uniform", "backward": False, "others": True}
+TIMES = {
+    "tritonmoe": {"us": 200.0, "tflops": 400.4, "fraction_of_dense": 0.601},
+    "grouped_mm": {"us": 300.0, "tflops": 266.0},
+    "torch backend": {"us": 10.0, "tflops": 1.0},
+    "dense products": {"us": 120.0, "tflops": 700.0},
+}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    return tmp_path / "gpu.jsonl"
+
+
+def cells_of(shape):
+    (row,) = (row for row in gpu_tables.gpu_table("gpu").splitlines() if row.startswith(f"| {shape} |"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def test_nothing_is_measured_yet(results):
+    assert "on a GPU: not measured yet" in gpu_tables.gpu_table("gpu")
+    assert set(cells_of("Mixtral")) == {"not measured yet"}
+
+
+def test_the_last_runs_layers_beside_their_peers(results):
+    with open_results(results, {"device": "an older card"}) as lines:
+        lines.add("D 1", {"arguments": LAYER, "times": {"tritonmoe": {"us": 1.0, "tflops": 9999.0}}})
+    with open_results(results, {"device": "H100"}) as lines:
+        lines.add("B 1", {"arguments": {**LAYER, "others": False}, "times": {"tritonmoe": {"tflops": 8888.0}}})
+        lines.add("D 1", {"arguments": LAYER, "times": TIMES})
+        tuned = {**TIMES, "tritonmoe, tuned": {"us": 150.0, "tflops": 533.3, "fraction_of_dense": 0.8}}
+        lines.add("D 2", {"arguments": {**LAYER, "backward": True}, "times": tuned})
+        lines.add("D 3", {"arguments": {**LAYER, "num_tokens": 4096, "backward": True}, "failed": "x"})
+        lines.add("D 4", {"arguments": {**LAYER, "num_tokens": 8}, "out_of_memory": "x"})
+    assert gpu_tables.gpu_table("gpu").startswith("`python -m bench.gpu` on H100.")
+    assert cells_of("Mixtral") == ["400, 0.60, 1.50x", "533, 0.80, 2.00x", "failed", "out of memory"]
+
+
+def test_killed_rehearsals(monkeypatch):
+    runs = [
+        {"kills": [{"after_s": 1.0, "lines": 3}, {"after_s": 2.0, "lines": 70}], "is_right": True},
+        {"kills": [{"after_s": 1.0, "lines": 0}], "is_right": False},
+    ]
+    environment = {"device": "a CPU", "cores": 2, "versions": {"torch": "2.13"}, "date": "2026-11-27"}
+    data = {"environment": environment, "results": {"runs": runs, "cases": 120, "unharmed_s": 80.4}}
+    monkeypatch.setattr(gpu_tables, "load", lambda name: json.loads(json.dumps(data)))
+    text = gpu_tables.killed_text("gpu_killed")
+    assert "2 rehearsals of 120 cases and kernels (80 s unharmed) were killed 3 times, each at most 2 times" in text
+    assert text.endswith("with 0 to 70 results in the file; 1 of them lost and repeated nothing.")

@@ -1,0 +1,34 @@
+"""The committed table of python -m bench.missing_waits: every deletion is noticed, or redundant for a reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from virtual_gpu import VIRTUAL_GPUS
+
+ROWS = json.loads((Path(__file__).parents[2] / "bench" / "results" / "missing_waits.json").read_text())["results"]
+REASONS = {"what is left keeps the order", "others keep the order", "never runs"}
+KERNELS = {"up", "grouped_matmul", "down_grad", "outer_sums"}
+
+
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_every_deletion_is_accounted_for(gpu):
+    rows = [row for row in ROWS if row["target"] == gpu]
+    assert {row["kernel"] for row in rows} >= KERNELS
+    for kernel in KERNELS:
+        of_kernel = [row for row in rows if row["kernel"] == kernel]
+        assert {"barrier"} < {row["kind"] for row in of_kernel}
+        assert sum("noticed" in row for row in of_kernel) > len(of_kernel) / 3
+    for row in rows:
+        assert bool(row.get("noticed")) != (row.get("redundant") in REASONS), row
+        if row.get("redundant") == "others keep the order":
+            assert row["others"], row
+            assert row["without"], row
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+def test_fences_and_waits_for_copies_and_products_are_all_noticed(gpu):
+    """What is redundant is barriers, and the wait for products that follows the loop which has waited for them."""
+    kinds = {row["kind"] for row in ROWS if row["target"] == gpu and "noticed" not in row}
+    assert kinds <= {"barrier", "wait for wgmma"}

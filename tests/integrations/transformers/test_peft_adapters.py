@@ -1,0 +1,329 @@
+"""PEFT's adapters of experts on a patched model: never multiplied out, and equal to what PEFT makes of them."""
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import REACHED, make_model, relative_error
+from test_transformers_training import qwen3_moe, token_ids
+from tiny_models import make_tokenizer
+from torch import Tensor, nn
+
+import tritonmoe as tm
+from tritonmoe.experts.adapters import noted_factors
+from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
+from tritonmoe.transports import LocalTransport, Transport
+
+peft = pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+MORE_FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v2", "phimoe", "granitemoe", "ernie4_5_moe", "lfm2_moe")
+
+VERSION = tuple(int(number) for number in peft.__version__.split(".")[:2])
+ONE_ADAPTER_BEFORE_0_20 = pytest.mark.skipif(VERSION < (0, 20), reason="PEFT takes one adapter of parameters there")
+
+
+def targets(model: nn.Module) -> list[str]:
+    """Give the names of the experts' projections, as LoraConfig wants them."""
+    return sorted(
+        {
+            f"{name.rpartition('layers.')[2].partition('.')[2]}.{key}"
+            for name, experts in discovery.experts_modules(model).items()
+            for key, parameter in experts.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        }
+    )
+
+
+def adapt(model: nn.Module, **settings) -> nn.Module:
+    """Give the model with random adapters on its experts."""
+    config = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": targets(model), **settings}
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(init_lora_weights=False, **config))
+
+
+def results(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model(input_ids=token_ids(), labels=token_ids())
+    output.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": output.logits.detach().clone(), **grads}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, {n: error for n, error in errors.items() if error >= tolerance}
+
+
+@pytest.fixture
+def never_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Give what makes every later product of adapters with weights an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an adapter was multiplied out")
+
+    return lambda: monkeypatch.setattr(torch.nn.utils.parametrize, "register_parametrization", refuse)
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.thorough) for family in MORE_FAMILIES)]
+)
+def test_a_family_equals_peft(family: str, tmp_path: Path, never_multiplied_out: Callable[[], None]) -> None:
+    if family not in REACHED:
+        pytest.skip("in this release of transformers its experts ask no registry")
+    plain = adapt(make_model(family)).eval()
+    expected = results(plain)
+    plain.save_pretrained(tmp_path / "plain")
+    merged = copy.deepcopy(plain).merge_and_unload()
+
+    never_multiplied_out()
+    base = make_model(family)
+    patch(base)
+    ours = adapt(base).eval()
+    assert sum("lora_" in name for name in expected) >= 4
+    assert_equal(results(ours), expected)
+    ours.save_pretrained(tmp_path / "ours")
+    saved = [(tmp_path / kind / "adapter_model.safetensors").read_bytes() for kind in ("plain", "ours")]
+    assert saved[0] == saved[1]
+    loaded = PeftModel.from_pretrained(base.__class__(base.config), tmp_path / "plain")  # on other base weights
+    loaded.load_state_dict(ours.state_dict())
+    patch(loaded)
+    unmerged = loaded.eval()(token_ids()).logits
+    assert torch.equal(unmerged, ours(token_ids()).logits)
+    mine = ours.merge_and_unload()
+    for name, parameter in merged.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], parameter), name
+    assert relative_error(mine(token_ids()).logits, unmerged) < 2e-5
+
+
+def test_patched_after_peft(never_multiplied_out: Callable[[], None]) -> None:
+    model = adapt(qwen3_moe())
+    expected = results(model)
+    never_multiplied_out()
+    assert patch(model).num_switched == 2
+    assert_equal(results(model), expected)
+
+
+def test_chosen_by_name(never_multiplied_out: Callable[[], None]) -> None:
+    model = adapt(qwen3_moe())
+    expected = results(model)
+    register()
+    model.set_experts_implementation("tritonmoe")
+    never_multiplied_out()
+    assert_equal(results(model), expected)
+
+
+SETTINGS = {
+    "rsLoRA": {"use_rslora": True},
+    "a rank per projection": {"rank_pattern": {r".*experts\.gate_up_proj": 5, r".*experts\.down_proj": 2}},
+    "one projection": {"target_parameters": ["experts.down_proj"]},
+    "rank 16 and alpha 3": {"r": 16, "lora_alpha": 3},
+    "attention too": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings(setting: str, never_multiplied_out: Callable[[], None]) -> None:
+    model = adapt(qwen3_moe(), **SETTINGS[setting])
+    expected = results(model)
+    never_multiplied_out()
+    patch(model)
+    assert_equal(results(model), expected)
+
+
+@ONE_ADAPTER_BEFORE_0_20
+def test_several_adapters_and_one_active(never_multiplied_out: Callable[[], None]) -> None:
+    base = qwen3_moe()
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets(base), init_lora_weights=False)
+    model = adapt(base)
+    model.add_adapter("other", config)
+
+    def of_each() -> list[Tensor]:
+        found = []
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            found.append(model(token_ids()).logits.detach())
+        with model.disable_adapter():
+            found.append(model(token_ids()).logits.detach())
+        return found
+
+    expected = of_each()
+    never_multiplied_out()
+    patch(model)
+    for actual, wanted in zip(of_each(), expected, strict=True):
+        assert relative_error(actual, wanted) < 2e-5
+    assert relative_error(expected[0], expected[1]) > 1e-3
+
+
+@ONE_ADAPTER_BEFORE_0_20
+def test_two_active_adapters_run_as_peft_runs_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapt(qwen3_moe(), target_parameters=["experts.down_proj"])
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(token_ids()).logits.detach()
+    patch(model)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert relative_error(model(token_ids()).logits, expected) < 2e-5
+    lines = [record.getMessage() for record in caplog.records if "multiplies out" in record.getMessage()]
+    assert len(lines) == 2, "one for each of two layers"
+    assert "2 adapters are active at once" in lines[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, never_multiplied_out: Callable[[], None]) -> None:
+    model = adapt(qwen3_moe()).train()
+    patch(model)
+    never_multiplied_out()
+    expected = results(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    actual = results(model)
+    assert_equal({name: actual[name] for name in expected}, expected, 1e-6)
+
+
+def test_narrow_weights_and_wide_adapters(never_multiplied_out: Callable[[], None]) -> None:
+    """PEFT keeps adapters of a bf16 model in fp32; PEFT's own way rounds the sum of weight and adapter."""
+    exact = results(adapt(qwen3_moe().bfloat16().float()))
+    models = [adapt(qwen3_moe().bfloat16()) for _ in range(2)]
+    patch(models[1])
+    plain = results(models[0])
+    never_multiplied_out()
+    ours = results(models[1])
+    for name, value in exact.items():
+        assert ours[name].dtype == plain[name].dtype, name
+        assert relative_error(ours[name].float(), value) <= 2 * relative_error(plain[name].float(), value) + 1e-3, name
+
+
+@pytest.mark.thorough
+def test_a_compiled_model(never_multiplied_out: Callable[[], None]) -> None:
+    model = adapt(qwen3_moe())
+    patch(model)
+    never_multiplied_out()
+    expected = results(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = results(compiled)
+    assert_equal({name.removeprefix("_orig_mod."): value for name, value in actual.items()}, expected)
+
+
+def test_other_implementations_are_left_alone() -> None:
+    register()
+    model = adapt(qwen3_moe())
+    expected = results(model)
+    patch(model)
+    model.set_experts_implementation("eager")
+    actual = results(model)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def test_it_says_what_is_trained(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_adapters, "_said", set())
+    model = adapt(qwen3_moe())
+    patch(model)
+    with caplog.at_level(logging.INFO, "tritonmoe"):
+        for _ in range(2):
+            model(token_ids())
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("tritonmoe")]
+    assert len(lines) == 2, "one for each projection"
+    # A (6 * 3, 32) and B (24, 6 * 3) of gate_up_proj (6, 24, 32)
+    assert "'default' of rank 3 on Qwen3MoeExperts.gate_up_proj is never multiplied out: it has 1008" in "".join(lines)
+    assert "for 6 experts of a layer, which are trained, and the 4608 of the weight itself are frozen" in "".join(lines)
+
+
+CONFIG = tm.MoEConfig(16, 8, 4, 2)
+
+
+def adapted_layer(transport: Transport | None = None, placement: tm.ExpertPlacement | None = None) -> nn.Module:
+    register()
+    torch.manual_seed(0)
+    layer = nn.Sequential(tm.MoELayer(CONFIG, transport, placement=placement))
+    return adapt(layer, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+
+
+def test_experts_in_another_order() -> None:
+    """As many slots as experts, and none in its place: the factors go to the experts, not to the slots."""
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for arguments in ((), (LocalTransport(), tm.ExpertPlacement(((3, 1, 0, 2),)))):
+        model = adapted_layer(*arguments)
+        out = model(x)
+        out.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found.append({"out": out.detach(), **grads})
+    assert_equal(found[1], found[0], 1e-5)
+
+
+def test_replicas_train_no_adapters() -> None:
+    def on_rank(transport: Transport) -> None:
+        model = adapted_layer(transport, tm.ExpertPlacement(((0, 1, 2, 3), (3, 2, 1, 0))))
+        with pytest.raises(ValueError, match="several slots of a placement can't be trained"):
+            model(torch.randn(3, 16))
+        with torch.no_grad():
+            model(torch.randn(3, 16))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def test_two_calls_at_once_end_in_any_order() -> None:
+    """As two threads that serve one model make them."""
+    model = adapted_layer()
+    wrapper = model.get_submodule("base_model.model.0.experts")
+    experts, first, second = wrapper.get_base_layer(), *(wrapper._activate_lora(["default"]) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    for ended, still in ((first, True), (second, False)):
+        ended.__exit__(None, None, None)
+        assert bool(noted_factors(experts, torch.float32, range(4))) == still
+
+
+def test_functional_call() -> None:
+    model = adapt(qwen3_moe())
+    patch(model)
+    doubled = {name: 2 * p.detach() if "lora_B" in name else p.detach() for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, doubled, (token_ids(),)).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+        assert relative_error(out, model(token_ids()).logits) < 1e-6
+
+
+@pytest.mark.slow
+def test_trl_prefers_with_adapters(tmp_path: Path) -> None:
+    """DPO, whose reference is the same model without its adapters."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    found = []
+    for is_patched in (False, True):
+        model = qwen3_moe()
+        if is_patched:
+            patch(model)
+        dataset = Dataset.from_dict({"prompt": ["1 2", "3 4"] * 8, "chosen": ["5 6"] * 16, "rejected": ["7 8"] * 16})
+        arguments = DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        config = LoraConfig(r=4, target_modules=[], target_parameters=targets(model))
+        trainer = DPOTrainer(
+            model, args=arguments, train_dataset=dataset, processing_class=make_tokenizer(), peft_config=config
+        )
+        trainer.train()
+        found.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+    assert found[1][-1] < found[1][0]

@@ -1,0 +1,117 @@
+"""Results that a kill can't take: one line of JSON each, in one file, on the disk as soon as it exists.
+
+Every line belongs to a run: a card, a driver, versions and sources, whose lines count only while they are the same. A
+line that a kill tore is the last one, and is dropped when the file is opened again.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tritonmoe.runtime.files import Json, check_regular, locked, parse_json
+
+__all__ = ["KeptResults", "hash_of", "open_results", "read_results", "source_hash"]
+
+LOCK_TIMEOUT_S = 10.0
+"""A process that was killed has let go by then."""
+
+
+def hash_of(files: Iterable[tuple[Path, Path]]) -> str:
+    """Give a hash of files, each with the folder from which its name counts: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for root, path in files:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def source_hash(*roots: Path) -> str:
+    """Give a hash of the Python files in these folders: 16 hexadecimal digits, the same wherever the folders lie."""
+    return hash_of((root, path) for root in roots for path in sorted(root.rglob("*.py")))[:16]
+
+
+class KeptResults:
+    """The results of one run in an open file, and what they belong to."""
+
+    def __init__(self, path: Path, identity: Json) -> None:
+        """Read the file, or begin it, and add a line that says what this run is, unless one stands there.
+
+        identity: all that a result depends on beside its case.
+        """
+        self.path = path
+        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        lines = read_results(path)
+        self.by_case: dict[str, Json] = {line["case"]: line for line in lines if line["run"] == self.run}
+        """The run's results by the name of their case; of several the last."""
+        self._file = path.open("ab")
+        if "identity" not in self.by_case:
+            self.add("identity", identity)
+
+    def add(self, case: str, values: Json) -> None:
+        """Append a result; it is on the disk when this returns."""
+        line: Json = _without_nan({"run": self.run, "case": case, **values})
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.by_case[case] = line
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def open_results(path: Path, identity: Json) -> Iterator[KeptResults]:
+    """Open a file of results alone: a second process that opens it waits, and fails after ten seconds.
+
+    Raises:
+        ValueError: the file is no file of results. OSError: it can't be written, or another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(path.name + ".lock"), LOCK_TIMEOUT_S):
+        results = KeptResults(path, identity)
+        try:
+            yield results
+        finally:
+            results.close()
+
+
+def read_results(path: Path) -> list[Json]:
+    """Give every whole line of a file of results, oldest first; none where there is no file.
+
+    Raises:
+        ValueError: a line is damaged, or is no result.
+    """
+    if not path.exists():
+        return []
+    check_regular(path)
+    lines = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        line = parse_json(text, path)
+        if not isinstance(line, dict) or not {"run", "case"} <= set(line):
+            raise ValueError(f"{path} is no file of results: line {number} has no run and case. Give another file")
+        lines.append(line)
+    return lines
+
+
+def _without_nan(value: Any) -> Any:
+    """Give a value whose NaN and infinities are the words "nan" and "inf": JSON has neither."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut the file behind its last whole line."""
+    if path.exists():
+        check_regular(path)
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)

@@ -1,0 +1,45 @@
+"""RoutingRule: how logits become ids and weights of K experts; also as a string, for operators."""
+
+import ast
+from functools import lru_cache
+from typing import NamedTuple
+
+from tritonmoe.config.layer import MoEConfig
+
+__all__ = ["RoutingRule", "decode"]
+
+
+class RoutingRule(NamedTuple):
+    """The fields of a MoEConfig that say how logits become ids and weights; their meaning stands there."""
+
+    top_k: int
+    sigmoid: bool = False
+    """Scores are the sigmoid of the logits, and otherwise their softmax."""
+    softmax_after_topk: bool = False
+    renormalize: bool = True
+    routed_scaling_factor: float = 1.0
+    num_expert_groups: int = 1
+    top_k_groups: int = 1
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> "RoutingRule":
+        """Give the rule of a layer."""
+        return cls(
+            config.top_k,
+            config.score_function == "sigmoid",
+            config.softmax_after_topk,
+            config.renormalize,
+            float(config.routed_scaling_factor),
+            config.num_expert_groups,
+            config.top_k_groups,
+        )
+
+    def encode(self) -> str:
+        """Give the string that an operator takes for this rule."""
+        return repr(tuple(self))
+
+
+@lru_cache(maxsize=1024)
+def decode(encoded: str) -> RoutingRule:
+    """Give the rule that encode() made the string of."""
+    return RoutingRule(*ast.literal_eval(encoded))

@@ -1,0 +1,197 @@
+"""AdaptedProjection: a projection with a low-rank adapter, and the sums that are the gradients of its factors.
+
+It multiplies by W + scale * A B without ever making that sum: rows go through A (R columns are left of them) and B, and
+the product with W is added to what came out.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tritonmoe.backends.ops import GradientOperands, Operations
+from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions, PerWeight, Projection
+from tritonmoe.experts.flops import count_products, matrix_size
+from tritonmoe.grouping import Grouping
+
+__all__ = ["AdaptedProjection", "AdapterRows", "AdapterRowsOfBoth", "adapter_gradients"]
+
+
+class AdapterRows(NamedTuple):
+    """Rows in the rank of an adapter, one for each pair in storage order: what the gradients of its factors are of."""
+
+    inward: Tensor
+    """(N, R): what the forward multiplies with B, here times the gate weight for the down-projection."""
+    outward: Tensor
+    """(N, R): what the backward multiplies with A."""
+
+    @classmethod
+    def empty(cls, num_pairs: int, factor_a: Tensor) -> "AdapterRows":
+        shape = num_pairs, factor_a.shape[1]
+        return cls(factor_a.new_empty(shape), factor_a.new_empty(shape))
+
+    def part(self, positions: slice) -> "AdapterRows":
+        return AdapterRows(self.inward[positions], self.outward[positions])
+
+
+AdapterRowsOfBoth = tuple[AdapterRows | None, AdapterRows | None]
+"""Those of the up-projection's adapter and of the down-projection's."""
+FACTOR = ExpertLayout(gated=False)
+FACTOR_TRANSPOSED = ExpertLayout(gated=False, transposed=True)
+
+
+class AdaptedProjection(NamedTuple):
+    """A projection and its adapter, with the operations that multiply by both."""
+
+    ops: Operations
+    options: KernelOptions
+    projection: Projection
+    factor_a: Tensor | None
+    """(E, R, in); None where the projection is not adapted."""
+    factor_b: Tensor | None
+    """(E, out, R), with the scale."""
+
+    def _gathered(self, rows: Tensor, grouping: Grouping) -> tuple[Tensor, Grouping]:
+        """Gather rows once for two products, where the operations copy them in any case, a block of pairs at a time."""
+        if self.ops.MAX_BLOCK_PAIRS is None or grouping.rows_are_pairs:
+            return rows, grouping
+        return rows.index_select(0, grouping.row_index), grouping.by_pair
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The multiplications of one pair with the weight, with A and with B."""
+        return [0 if of is None else matrix_size(of) for of in (self.projection.weight, self.factor_a, self.factor_b)]
+
+    @property
+    def num_products(self) -> int:
+        """The multiplications of one pair in up() and down()."""
+        return sum(self._sizes)
+
+    @property
+    def num_down_grad_products(self) -> int:
+        """Those in down_grad()."""
+        weight, factor_a, factor_b = self._sizes
+        return weight + 2 * factor_a + factor_b
+
+    def num_up_grad_products(self, needs_dx: bool) -> int:
+        """Those in up_grad()."""
+        weight, factor_a, factor_b = self._sizes
+        return factor_a + factor_b + (weight + factor_a if needs_dx else 0)
+
+    def rows(self, num_pairs: int) -> AdapterRows | None:
+        """Give memory for the rows of an adapter's gradients; None where there is no adapter."""
+        return None if self.factor_a is None else AdapterRows.empty(num_pairs, self.factor_a)
+
+    def up(
+        self,
+        x: Tensor,
+        grouping: Grouping,
+        activation: FusedActivation | None,
+        *,
+        needs_h: bool = True,
+        out_h: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Do what the operation `up` does."""
+        ops, options, projection, factor_a, factor_b = self
+        if factor_a is not None and factor_b is not None:
+            x, grouping = self._gathered(x, grouping)
+            reduced, _ = ops.up(x, Projection(factor_a, None, FACTOR), grouping, None, options=options)
+            assert reduced is not None
+            out_h = ops.down(reduced, Projection(factor_b, None, FACTOR), grouping, out=out_h, options=options)
+            projection = projection._replace(addend=out_h)
+        return ops.up(x, projection, grouping, activation, needs_h=needs_h, out_h=out_h, options=options)
+
+    def down(self, a: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
+        """Do what the operation `down` does."""
+        ops, options, projection, factor_a, factor_b = self
+        if factor_a is not None and factor_b is not None:
+            reduced = ops.down(a, Projection(factor_a, None, FACTOR), grouping, options=options)
+            out = ops.down(reduced, Projection(factor_b, None, FACTOR), grouping, out=out, options=options)
+            projection = projection._replace(addend=out)
+        return ops.down(a, projection, grouping, out=out, options=options)
+
+    def down_grad(
+        self,
+        dout: Tensor,
+        hidden: Tensor,
+        topk_weights: Tensor,
+        grouping: Grouping,
+        activation: FusedActivation | None,
+        *,
+        out: tuple[Tensor | None, Tensor | None],
+        rows: AdapterRows | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what the operation `down_grad` does, and fill `rows`."""
+        ops, options, projection, factor_a, factor_b = self
+        if factor_a is not None and factor_b is not None and rows is not None:
+            dout, by_pair = self._gathered(dout, grouping)
+            if by_pair is not grouping:
+                topk_weights = topk_weights.flatten().index_select(0, grouping.pair_index).unsqueeze(1)
+                grouping = by_pair
+            to_rank = Projection(factor_b, None, FACTOR_TRANSPOSED)
+            ops.up(dout, to_rank, grouping, None, out_h=rows.outward, options=options)
+            through = ops.up_grad(
+                rows.outward, Projection(factor_a, None, FACTOR), grouping, out=out[1], options=options
+            )
+            projection, out = projection._replace(addend=through), (out[0], through)
+        dh, scaled_a, dweights = ops.down_grad(
+            dout, projection, hidden, topk_weights, grouping, activation, out=out, options=options
+        )
+        if factor_a is not None and rows is not None:
+            ops.down(scaled_a, Projection(factor_a, None, FACTOR), grouping, out=rows.inward, options=options)
+        return dh, scaled_a, dweights
+
+    def up_grad(
+        self, dh: Tensor, x: Tensor, grouping: Grouping, *, needs_dx: bool, out: Tensor | None, rows: AdapterRows | None
+    ) -> Tensor | None:
+        """Do what the operation `up_grad` does, where it is needed, and fill `rows`. x: (R, D), the rows of `up`."""
+        ops, options, projection, factor_a, factor_b = self
+        if factor_a is not None and factor_b is not None and rows is not None:
+            inward, outward = Projection(factor_a, None, FACTOR), Projection(factor_b, None, FACTOR)
+            ops.up(x, inward, grouping, None, out_h=rows.inward, options=options)
+            ops.up_grad(dh, outward, grouping, out=rows.outward, options=options)
+            if needs_dx:
+                out = ops.up_grad(rows.outward, inward, grouping, out=out, options=options)
+                projection = projection._replace(addend=out)
+        return ops.up_grad(dh, projection, grouping, out=out, options=options) if needs_dx else None
+
+
+def adapter_gradients(
+    ops: Operations,
+    options: KernelOptions,
+    grouping: Grouping,
+    needs: PerWeight[bool],
+    operands: GradientOperands,
+    rows: AdapterRowsOfBoth,
+) -> dict[str, Tensor | None]:
+    """Sum the gradients of the adapters' factors that are needed, over all pairs of a layer, by PerWeight's names.
+
+    Args:
+        operands: those of the weights' gradients. rows: what up_grad() and down_grad() filled, of all chunks.
+    """
+    of_up, of_down = rows
+    if of_up is None and of_down is None:
+        return {}
+    x, dh, dout, scaled_a, _ = operands
+    pairs = grouping.by_pair
+
+    def outer(of: Grouping, pair_values: Tensor | None, row_values: Tensor | None, layout: ExpertLayout) -> Tensor:
+        assert pair_values is not None
+        assert row_values is not None
+        count_products(ops, pair_values, of.num_pairs, pair_values.shape[1] * row_values.shape[1])
+        sums = ops.weight_grad(
+            of, layout, GradientOperands(x=row_values, dh=pair_values), NEEDS_UP, options=options
+        ).gate_up_proj
+        assert sums is not None
+        return sums
+
+    grads: dict[str, Tensor | None] = {}
+    if of_up is not None:
+        grads["gate_up_a"] = outer(grouping, of_up.outward, x, FACTOR) if needs.gate_up_a else None
+        grads["gate_up_b"] = outer(pairs, of_up.inward, dh, FACTOR).mT.contiguous() if needs.gate_up_b else None
+    if of_down is not None:
+        grads["down_a"] = outer(pairs, of_down.outward, scaled_a, FACTOR) if needs.down_a else None
+        grads["down_b"] = outer(grouping, of_down.inward, dout, FACTOR_TRANSPOSED) if needs.down_b else None
+    return grads
+
+
+NEEDS_UP = PerWeight(True, False, False, False)

@@ -1,0 +1,114 @@
+"""Low-rank adapters (LoRA) on experts: their factors, as a caller gives them or a wrapper of a module notes them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.layer import (
+    PerWeight,
+    is_number,
+)
+
+__all__ = ["HANDS_OVER", "NOTES", "ExpertAdapters", "Note", "check_hands_over", "noted_factors", "with_adapters"]
+
+
+@dataclass(frozen=True)
+class ExpertAdapters:
+    """Low-rank adapters on the experts' projections: x W1 becomes x W1 + gate_up_scale * (x A1) B1, and so for W2.
+
+    For E experts, each projection with a rank R of its own, any integer; what is not adapted has neither factor. The
+    factors lie as those of torch.nn.Linear whatever the layout of the weights, and the columns of B1 come in the order
+    of the weight's own. Source: LoRA (Hu et al., arXiv:2106.09685).
+
+    Example:
+        One expert with W1 = [[2]], A1 = [[3]], B1 = [[10]] and scale 0.5 multiplies by 2 + 0.5 * 3 * 10 = 17.
+    """
+
+    gate_up_a: Tensor | None = None
+    """(E, R, D)."""
+    gate_up_b: Tensor | None = None
+    """(E, 2F, R), F instead of 2F when ungated."""
+    down_a: Tensor | None = None
+    """(E, R, F)."""
+    down_b: Tensor | None = None
+    """(E, D, R)."""
+    gate_up_scale: float = 1.0
+    """alpha / R, or alpha / sqrt(R) (rsLoRA)."""
+    down_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("gate_up_scale", "down_scale"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        for name in ("gate_up", "down"):
+            a, b = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+            if (a is None) != (b is None):
+                given, missing = (f"{name}_b", f"{name}_a") if a is None else (f"{name}_a", f"{name}_b")
+                raise ValueError(f"an adapter has two factors, got {given} without {missing}: give both or none")
+
+
+def with_adapters(weights: PerWeight[Tensor], adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
+    """Add the factors of adapters, with their scales, to the weights of a call."""
+    if adapters is None:
+        return weights
+    if not isinstance(adapters, ExpertAdapters):
+        raise TypeError(f"adapters must be ExpertAdapters or None, got {type(adapters).__name__}")
+    for name, scale in (("gate_up", adapters.gate_up_scale), ("down", adapters.down_scale)):
+        if scale != 1 and hasattr(getattr(adapters, f"{name}_b"), "main_grad"):
+            raise ValueError(
+                f"{name}_b has a main_grad, which the gradient of {name}_scale * {name}_b can't be added to: fold the "
+                f"scale {scale} into {name}_b and give {name}_scale=1, or leave main_grad to after the backward"
+            )
+    return weights._replace(
+        gate_up_a=adapters.gate_up_a,
+        gate_up_b=_scaled(adapters.gate_up_b, adapters.gate_up_scale),
+        down_a=adapters.down_a,
+        down_b=_scaled(adapters.down_b, adapters.down_scale),
+    )
+
+
+NOTES = "_tritonmoe_factors"
+"""The attribute of a module of experts that holds a list of Notes while somebody else's adapters (PEFT's) are in force.
+"""
+HANDS_OVER = "_tritonmoe_hands_over"
+"""The attribute of a class that wraps experts in adapters and makes such notes; it holds what the class did before."""
+GiveFactors = Callable[[torch.dtype, Sequence[int]], tuple[Tensor, Tensor]]
+"""(dtype, ids of experts) -> A and B with its scale, of these experts."""
+
+
+class Note(NamedTuple):
+    """What an adapted parameter of a module of experts has beside its weight."""
+
+    experts: nn.Module
+    """Copies of a module may share their list of notes."""
+    parameter_name: str
+    give_factors: GiveFactors
+
+
+def check_hands_over(name: str, wrapper: nn.Module) -> None:
+    """Raise ValueError where this is PEFT's wrapper, which adds whole tensors, around spread experts called `name`."""
+    if type(wrapper).__name__ == "ParamWrapper" and getattr(type(wrapper), HANDS_OVER, None) is None:
+        raise ValueError(
+            f"PEFT adapts {name} itself (target_parameters), whose experts are spread over ranks, and would add to "
+            "them what is not: call tritonmoe.integrations.transformers.register() first, with which it hands over "
+            "factors instead"
+        )
+
+
+def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
+    """Give the factors of the adapters that are noted on a module of experts, by PerWeight's names."""
+    notes: list[Note] = experts.__dict__.get(NOTES, [])
+    # of threads that run one module all have noted the same
+    givers = {note.parameter_name: note.give_factors for note in notes if note.experts is experts}
+    found: dict[str, Tensor] = {}
+    for parameter_name, give_factors in givers.items():
+        name = "down" if parameter_name == "down_proj" else "gate_up"
+        found[f"{name}_a"], found[f"{name}_b"] = give_factors(dtype, expert_ids)
+    return found
+
+
+def _scaled(factor: Tensor | None, scale: float) -> Tensor | None:
+    return factor if factor is None or scale == 1 else factor * scale

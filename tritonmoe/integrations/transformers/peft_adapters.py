@@ -1,0 +1,212 @@
+"""PEFT's adapters of experts (LoRA with target_parameters): their factors instead of the product that PEFT makes.
+
+For every adapted parameter PEFT wraps the experts module in a ParamWrapper, which replaces the parameter by
+weight + scale * B A while the experts run. Here it notes the two factors on the experts module instead. Every rank has
+the factors of all experts, as PEFT's checkpoints do, and computes with those of its own: their gradients are zero for
+the others' experts, and are averaged as those of any dense parameter.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.experts.adapters import HANDS_OVER, NOTES, Note
+from tritonmoe.integrations.transformers.discovery import is_experts
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.transports import Transport
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
+
+__all__ = ["hand_over_factors"]
+
+logger = logging.getLogger(__name__)
+
+DELTA = "_tritonmoe_delta"
+"""The attribute of ParamWrapper, once it has been taught to, that holds its get_delta_weight."""
+WAS_LOGGED = "_tritonmoe_was_logged"
+"""The attribute of a wrapper of which it was logged that it multiplies out."""
+_said: set[tuple[str, str, str, int]] = set()
+"""The kinds of adapters of which it was logged what they train."""
+
+
+def hand_over_factors() -> None:
+    """Teach PEFT's ParamWrapper, where PEFT is installed, to hand over factors; calling it again changes nothing.
+
+    Not when the first adapter runs: under activation checkpointing its recompute would differ from its forward.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        wrapper = getattr(importlib.import_module("peft.tuners.lora.layer"), "ParamWrapper", None)
+    except Exception as error:  # PEFT's own trouble, of which its own users hear
+        logger.warning("PEFT can't be imported (%s): its adapters of experts would run in its own way", error)
+        return
+    if wrapper is None or HANDS_OVER in vars(wrapper):  # a release before target_parameters has none
+        return
+    if not hasattr(wrapper, "_activate_lora"):
+        logger.warning("it is not known here how this release of PEFT runs adapters of experts: it keeps its own way")
+        return
+    setattr(wrapper, HANDS_OVER, wrapper._activate_lora)
+    wrapper._activate_lora = _activate
+    setattr(wrapper, DELTA, wrapper.get_delta_weight)
+    wrapper.get_delta_weight = _delta_weight
+
+
+def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:
+    """Stand in the place of ParamWrapper._activate_lora, inside of which the experts run."""
+    reason = _why_not(self, active_adapters)
+    if reason is None:
+        adapter = next(name for name in active_adapters if name in self.lora_A)
+        _say_what_trains(self, adapter)
+        return _Noted(self, adapter)
+    experts = self.get_base_layer()
+    transport = _spread_over(experts)
+    if reason and transport is not None:
+        refuse(transport)
+        raise ValueError(
+            f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose experts are "
+            f"spread over ranks, since {reason}"
+        )
+    _log_once(self, reason)
+    return getattr(type(self), HANDS_OVER)(self, active_adapters)
+
+
+class _Noted:
+    """Inside of it an experts module has the note of one adapted parameter."""
+
+    def __init__(self, wrapper: "ParamWrapper", adapter: str) -> None:
+        self.wrapper, self.adapter = wrapper, adapter
+        self.note = Note(wrapper.get_base_layer(), wrapper.parameter_name, self.factors)
+
+    def __enter__(self) -> None:
+        self.note.experts.__dict__.setdefault(NOTES, []).append(self.note)
+
+    def __exit__(self, *_: object) -> None:
+        # this one, whatever another thread, or the other half of two_batches, has noted meanwhile
+        notes = self.note.experts.__dict__[NOTES]
+        notes[:] = [note for note in notes if note is not self.note]
+
+    def factors(self, dtype: torch.dtype, expert_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Give A (E, R, in) and B (E, out, R) with its scale, of these experts."""
+        wrapper, adapter, num_experts = self.wrapper, self.adapter, self.wrapper.num_experts
+        # PEFT's rows of A are (expert, rank), its columns of B (rank, expert)
+        lora_a, lora_b = (_weight(factors[adapter]) for factors in (wrapper.lora_A, wrapper.lora_B))
+        factor_a = lora_a.unflatten(0, (num_experts, -1))
+        factor_b = lora_b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+        if not getattr(wrapper, "_did_swap_in_out_features", False) and not _is_transposed(wrapper.get_base_layer()):
+            # releases before 0.19 take the rows of every weight for what comes in: their A is our B
+            factor_a, factor_b = factor_b.mT, factor_a.mT
+        if list(expert_ids) != list(range(num_experts)):
+            first, last = expert_ids[0], expert_ids[-1]
+            is_range = list(expert_ids) == list(range(first, last + 1))  # a slice is a view
+            own = slice(first, last + 1) if is_range else list(expert_ids)
+            factor_a, factor_b = factor_a[own], factor_b[own]
+        return factor_a.to(dtype).contiguous(), (factor_b * wrapper.scaling[adapter]).to(dtype).contiguous()
+
+
+def _weight(linear: Any) -> Tensor:
+    """Give the weight, whatever torch.func or FSDP have put in the parameter's place."""
+    return linear.weight
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
+    """Say why PEFT's own way is taken; an empty string where nobody needs to know, None where factors can be taken."""
+    experts = wrapper.get_base_layer()
+    active = [name for name in active_adapters if name in wrapper.lora_A]
+    if not active:
+        return ""
+    if not isinstance(experts, GroupedExperts):
+        if getattr(getattr(experts, "config", None), "_experts_implementation", None) != EXPERTS_IMPLEMENTATION:
+            return ""
+        if not is_experts(experts):
+            return ""
+    transport = _spread_over(experts)
+    if transport is not None and transport.size > 1 and not _has_all_experts(wrapper):
+        return (
+            "every rank would have adapters of its own experts alone, under the same names: spread the experts with "
+            "parallelize(), over ranks of torch.distributed, instead of ep_implementation"
+        )
+    if len(active) > 1:
+        return f"{len(active)} adapters are active at once, which only PEFT's own way runs: activate one"
+    shape = wrapper.get_param().shape
+    up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    if wrapper.parameter_name not in (up_name, "down_proj") or len(shape) != 3 or wrapper.num_experts < 2:
+        return f"{wrapper.parameter_name} {tuple(shape)} is no projection of several experts"
+    if wrapper.parameter_name in getattr(experts, "parametrizations", {}):
+        return f"{wrapper.parameter_name} has another parametrization: remove it"
+    if wrapper.lora_variant.get(active[0]) is not None or wrapper.lora_bias.get(active[0]):
+        return "the adapter is more than two factors: leave out DoRA, or the bias"
+    return None
+
+
+def _spread_over(experts: nn.Module) -> Transport | None:
+    """Give over what the rows of spread experts go; None where they are all here."""
+    return experts.transport if isinstance(experts, GroupedExperts) else transport_of(experts)
+
+
+def _has_all_experts(wrapper: "ParamWrapper") -> bool:
+    """Say whether the factors are those of all ranks' experts."""
+    experts = wrapper.get_base_layer()
+    if isinstance(experts, GroupedExperts):
+        return wrapper.num_experts == experts.config.num_experts
+    state = expert_parallel_state(experts)
+    return state is not None and wrapper.num_experts == state.num_experts
+
+
+def _say_what_trains(wrapper: "ParamWrapper", adapter: str) -> None:
+    """Log, once for every kind of adapter, that it is recognised, and how much of the experts it trains."""
+    kind = type(wrapper.get_base_layer()).__name__, wrapper.parameter_name, adapter, wrapper.r[adapter]
+    if kind in _said or torch.compiler.is_compiling():
+        return
+    _said.add(kind)
+    factors = [*wrapper.lora_A[adapter].parameters(), *wrapper.lora_B[adapter].parameters()]
+    logger.info(
+        "the adapter %r of rank %d on %s.%s is never multiplied out: it has %d parameters for %d experts of a layer, "
+        "%s, and the %d of the weight itself are %s",
+        adapter,
+        wrapper.r[adapter],
+        *kind[:2],
+        sum(factor.numel() for factor in factors),
+        wrapper.num_experts,
+        "which are trained" if all(factor.requires_grad for factor in factors) else "which are frozen",
+        wrapper.get_param().numel(),
+        "trained" if wrapper.get_param().requires_grad else "frozen",
+    )
+
+
+def _log_once(wrapper: "ParamWrapper", reason: str) -> None:
+    if reason and not wrapper.__dict__.get(WAS_LOGGED):
+        wrapper.__dict__[WAS_LOGGED] = True
+        logger.warning(
+            "PEFT multiplies out the adapter of %s of %s at every step, since %s",
+            wrapper.parameter_name,
+            type(wrapper.get_base_layer()).__name__,
+            reason,
+        )
+
+
+def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keywords: Any) -> Tensor:
+    """Stand in the place of ParamWrapper.get_delta_weight: of spread experts give a DTensor, which merge() adds."""
+    delta = getattr(type(self), DELTA)(self, adapter_name, *args, **keywords)
+    parameter, experts = self.get_param(), self.get_base_layer()
+    if _spread_over(experts) is None or not hasattr(parameter, "device_mesh"):
+        return delta
+    from torch.distributed.tensor import distribute_tensor
+
+    if isinstance(experts, GroupedExperts) and experts.placement is not None:  # the parameter is by slots
+        delta = delta[[expert for held in experts.placement.experts_of_rank for expert in held]]
+    return distribute_tensor(delta.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)

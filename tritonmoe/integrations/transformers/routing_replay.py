@@ -1,0 +1,191 @@
+"""record_routing() and replay_routing(): one model's choice of experts, kept, and taken by a model that trains."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
+from torch.utils.hooks import RemovableHandle
+
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.routed_experts import RoutedExperts, routed_experts, routed_ids
+from tritonmoe.layer import MoELayer
+from tritonmoe.routing.recording import RoutingRecording, check_same_layers
+from tritonmoe.routing.replay import LayerReplay
+from tritonmoe.runtime.autograd import is_recomputing
+
+__all__ = ["record_routing", "replay_routing"]
+
+COMPILED = (
+    "compiled code doesn't call the hooks by which routing is recorded and replayed: use the model without "
+    "torch.compile meanwhile, and generate(..., disable_compile=True)"
+)
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module, *, weights: bool = False, path: str | os.PathLike | None = None
+) -> Iterator[RoutingRecording]:
+    """Record, while the context lasts, which experts a transformers model chooses, under any experts implementation.
+
+    Each forward of a layer is one call, whose tokens are the rows of the flattened (batch, sequence), padding included.
+    Models upcycled in place are recorded too, and so are models in wrappers (DistributedDataParallel, FSDP2, PEFT): the
+    names of layers are those of the model inside. Ids are global and of this rank's tokens, where experts are spread
+    over ranks. A forward that activation checkpointing runs again counts once. Nothing is read on the host.
+
+    Args:
+        weights: also the weights that the experts get, in their dtype.
+        path: a file to write when the context ends, as RoutingRecording.save() does; every rank needs one of its own.
+    Raises:
+        ValueError: the model has no experts that go through transformers' registry, nor tritonmoe's own, or is
+            compiled; at the end: no layer was called, or ids were not in [0, E).
+        ImportError: transformers is missing or too old.
+    Example:
+        with tmt.record_routing(model) as recording:
+            model(**batch)
+    """
+    found = _find(model)
+    recording = RoutingRecording()
+
+    def record(routed: RoutedExperts, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        _refuse_compiler()
+        if not is_recomputing():
+            topk_ids, topk_weights = routed_ids(arguments, keywords)
+            recording.add(routed.layer, topk_ids, routed.num_experts, topk_weights if weights else None)
+
+    hooks = [
+        routed.experts.register_forward_pre_hook(
+            lambda _, arguments, keywords, routed=routed: record(routed, arguments, keywords), with_kwargs=True
+        )
+        for routed in found.values()
+    ]
+    try:
+        yield recording
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not recording.layers:
+        raise ValueError(f"no experts of {type(model).__name__} were called while its routing was recorded; {COMPILED}")
+    for layer in recording.layers.values():
+        _ = layer.topk_ids  # raises where some are not in [0, E)
+    if path is not None:
+        recording.save(path)
+
+
+@contextmanager
+def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator[None]:
+    """Let the routers of a transformers model take recorded ids, while the context lasts.
+
+    The weights of these experts, and their gradients, come from the model's own scores: its router runs as ever, and
+    where it calls torch.topk, the values are the scores at the recorded ids. The n-th forward of a layer takes its n-th
+    recorded call; activation checkpointing of either kind takes the ids of the forward that it recomputes, also in a
+    backward behind the context. Tokens that a rearranged recording doesn't know choose by themselves. Over ranks each
+    replays its own recording of its own tokens. Experts get the recorded ids or the forward raises, on every rank.
+
+    Raises:
+        ValueError: the model has other layers or experts than the recording, or is compiled; in a forward: other tokens
+            or K than recorded, more forwards, a router that can't be replayed; at the end: fewer forwards.
+        TypeError: no recording. ImportError: transformers is missing or too old.
+    Example:
+        with tmt.replay_routing(model, recording):
+            model(**batch).loss.backward()
+    """
+    if not isinstance(recording, RoutingRecording):
+        raise TypeError(
+            f"recording must be a RoutingRecording, got {type(recording).__name__}: RoutingRecording.load()"
+        )
+    found = _find(model)
+    owner = f"this {type(model).__name__}"
+    check_same_layers(recording, {routed.layer: routed.num_experts for routed in found.values()}, owner)
+    replay = _Replay(model, found, recording)
+    try:
+        yield
+    except BaseException:
+        replay.close()
+        raise
+    replay.close()
+    replay.check_all_taken()
+
+
+class _Replay:
+    """The hooks of a replay: they go when no backward can recompute a forward of it any more."""
+
+    def __init__(self, model: nn.Module, found: dict[str, RoutedExperts], recording: RoutingRecording) -> None:
+        self.layers = [LayerReplay(routed.layer, recording.layers[routed.layer]) for routed in found.values()]
+        self.has_failed = False
+        self.hooks: list[RemovableHandle] = [model.register_forward_hook(self._end_forward, always_call=True)]
+        for layer, routed in zip(self.layers, found.values(), strict=True):
+            self._hook(layer, routed)
+
+    def _hook(self, layer: LayerReplay, routed: RoutedExperts) -> None:
+        block, is_own = routed.block, isinstance(routed.block, MoELayer)
+        if block is None:
+            raise ValueError("replay needs the router: pass the model that holds these experts")
+
+        def start(*_: object) -> None:
+            _refuse_compiler()
+            self._drop_hooks()
+            layer.start()
+
+        def finish(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            try:
+                if self.has_failed and layer.is_open:
+                    raise ValueError(
+                        "a forward has failed in this replay, and the order of calls is lost: begin a new one"
+                    )
+                layer.finish(routed_ids(arguments, keywords)[0], allow_skipped=is_own)
+            except ValueError:
+                if routed.transport is not None:
+                    refuse(routed.transport)
+                raise
+
+        self.hooks += [
+            block.register_forward_pre_hook(start),
+            routed.experts.register_forward_pre_hook(finish, with_kwargs=True),
+            block.register_forward_hook(lambda *_: layer.end(), always_call=True),
+        ]
+
+    def _end_forward(self, _: nn.Module, arguments: object, result: Any) -> None:
+        if not is_recomputing():  # whose exceptions may end a recompute early
+            self.has_failed |= result is None and sys.exc_info()[0] is not None
+
+    def close(self) -> None:
+        """End the replay of new forwards."""
+        for layer in self.layers:
+            layer.end()
+            layer.is_open = False
+        self._drop_hooks()
+
+    def _drop_hooks(self) -> None:
+        if not any(layer.is_open or layer.has_recomputes for layer in self.layers):
+            for hook in self.hooks:
+                hook.remove()
+
+    def check_all_taken(self) -> None:
+        """Raise ValueError unless every recorded call was taken."""
+        for layer in self.layers:
+            if layer.num_left:
+                raise ValueError(
+                    f"the recording has {len(layer.recording.num_tokens)} calls of {layer.name}, and {layer.next_call} "
+                    f"were replayed: run as many forwards as were recorded, or rearrange the recording; {COMPILED}"
+                )
+
+
+def _refuse_compiler() -> None:
+    """Raise RuntimeError where torch.compile traces this code, or would trace what this code calls."""
+    if torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None:
+        raise RuntimeError(COMPILED)
+
+
+def _find(model: nn.Module) -> dict[str, RoutedExperts]:
+    check_transformers()
+    check_model(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) is compiled: {COMPILED}")
+    return routed_experts(model)

@@ -1,0 +1,112 @@
+"""CompiledKernels: what Triton compiled of a kernel, once however many threads ask, and found again without its binder.
+
+Triton finds a compiled kernel by what of every argument is compiled in. Its binder takes longer for that than a launch
+does, so that small layers would wait for it. The keys here say at least as much: launches that have one key have one
+kernel in Triton too.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["compiled_kernels"]
+
+_lock = threading.RLock()
+Key = tuple[Any, ...]
+
+
+class _MadeOnce(dict[Any, Any]):
+    """What Triton keeps of a kernel for each device, made once however many threads ask for it first."""
+
+    def __init__(self, make: Callable[[], Any], made: dict[Any, Any]) -> None:
+        super().__init__(made)
+        self.make = make
+
+    def __missing__(self, device: Any) -> Any:
+        with _lock:
+            if device not in self:
+                self[device] = self.make()
+            return self[device]
+
+
+class CompiledKernels:
+    """What was compiled of one `triton.jit` function.
+
+    Emulated ranks are threads: by itself Triton would compile in each of them what several launch for the first time.
+    What is compiled is launched without a lock.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.unspecialised = {place for place, parameter in enumerate(kernel.params) if parameter.do_not_specialize}
+        self.found: dict[Key, Any] = {}
+        self.compile_anyway = kernel._do_compile
+        kernel._do_compile = self._compile_once
+        kernel.device_caches = _MadeOnce(kernel.create_binder, kernel.device_caches)
+
+    def _compile_once(self, key: Any, signature: Any, device: Any, *others: Any) -> Any:
+        with _lock:
+            compiled = self.kernel.device_caches[device][0].get(key)
+            return self.compile_anyway(key, signature, device, *others) if compiled is None else compiled
+
+    def launch(
+        self,
+        device_index: int | None,
+        grid: tuple[int, ...],
+        args: Sequence[Any],
+        constexprs: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        """Launch on the current device, which has this index.
+
+        Args:
+            args: tensors, descriptors, numbers and None. constexprs: what follows them in the signature, by name.
+        """
+        values = self.in_order(args, constexprs)
+        key = self.key(device_index, args, values, options)
+        compiled = self.found.get(key)
+        if compiled is None:
+            self.found[key] = self.kernel[grid](*args, **constexprs, **options)
+        else:
+            compiled[grid + (1,) * (3 - len(grid))](*args, *values)
+
+    def in_order(self, args: Sequence[Any], constexprs: dict[str, Any]) -> list[Any]:
+        """Give the constexprs as they follow `args` in the signature."""
+        return [constexprs[name] for name in self.kernel.arg_names[len(args) :]]
+
+    def key(self, device_index: int | None, args: Sequence[Any], values: Sequence[Any], options: dict[str, Any]) -> Key:
+        """Give what decides which compiled kernel a launch takes. values: the constexprs in order."""
+        return device_index, *values, *options.values(), *self._specialised(args)
+
+    def _specialised(self, args: Sequence[Any]) -> list[Any]:
+        """Give what of these arguments Triton compiles in, and perhaps more."""
+        parts: list[Any] = []
+        for place, arg in enumerate(args):
+            if arg is None or isinstance(arg, float):
+                parts += type(arg), arg  # 1.0 is no 1
+            elif isinstance(arg, int):
+                # no more than whether it is 1, a multiple of 16, and its width
+                parts.append(-(2**31) <= arg < 2**31 if place in self.unspecialised else arg)
+            elif isinstance(arg, Tensor):
+                parts += arg.dtype, arg.data_ptr() % 16
+            else:
+                assert isinstance(arg, TensorDescriptor), f"argument {place} of a kernel is a {type(arg).__name__}"
+                parts += (arg.base.dtype, *arg.block_shape)
+        return parts
+
+
+_made: dict[int, CompiledKernels] = {}
+
+
+def compiled_kernels(kernel: Any) -> CompiledKernels:
+    """Give what was compiled of a `triton.jit` function; it holds the function, so no other one gets its id."""
+    made = _made.get(id(kernel))
+    if made is None:
+        with _lock:
+            made = _made.get(id(kernel))
+            if made is None:
+                made = _made[id(kernel)] = CompiledKernels(kernel)
+    return made

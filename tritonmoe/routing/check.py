@@ -1,0 +1,96 @@
+"""The router's kernels against plain PyTorch on the device at hand: what they choose, and every gradient."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tritonmoe.backends.check import Checked, allowed_error
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.routing.router import Routing, TopKRouter
+
+__all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
+
+
+@dataclass(frozen=True)
+class CheckedRouter:
+    """A router that is checked."""
+
+    name: str
+    config: MoEConfig
+    dtype: torch.dtype = torch.bfloat16
+    num_tokens: int = 300
+
+
+def _config(num_experts: int, top_k: int, hidden_size: int = 96) -> MoEConfig:
+    return MoEConfig(hidden_size, 16, num_experts, top_k)
+
+
+_DEEPSEEK = replace(
+    _config(64, 6),
+    score_function="sigmoid",
+    selection_bias=True,
+    routed_scaling_factor=2.5,
+    num_expert_groups=8,
+    top_k_groups=4,
+)
+ROUTERS = (
+    CheckedRouter("router, bf16", _config(128, 8)),
+    CheckedRouter("router, groups", _DEEPSEEK),
+    CheckedRouter("router, odd sizes", replace(_config(60, 4, 67), renormalize=False)),
+    CheckedRouter("router, fp16", replace(_config(32, 4), softmax_after_topk=True), torch.float16),
+    CheckedRouter("router, fp32", _config(32, 4), torch.float32),
+)
+"""Every kind of scores, and every way in which the products are made."""
+SMALL_ROUTERS = tuple(replace(router, num_tokens=20) for router in ROUTERS)
+"""For Triton's interpreter."""
+
+
+class _Operands:
+    """The same random numbers, in any dtype."""
+
+    def __init__(self, router: CheckedRouter, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        config, num_tokens = router.config, router.num_tokens
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cpu").to(device)
+
+        self.config = config
+        self.x = draw(num_tokens, config.hidden_size).to(router.dtype)
+        self.weight = (draw(config.num_experts, config.hidden_size) * config.hidden_size**-0.5).to(router.dtype)
+        self.bias = draw(config.num_experts) * 0.1
+        outputs = ((num_tokens, width) for width in (config.num_experts, config.num_experts, config.top_k))
+        self.doutputs = [draw(*shape) for shape in outputs]
+
+    def run(self, backend: str, dtype: torch.dtype) -> tuple[Routing, dict[str, Tensor]]:
+        """Give what a router chooses in this dtype, and its results and gradients by name."""
+        x = self.x.to(dtype).requires_grad_()
+        router = TopKRouter(self.config, backend=backend, device=x.device, dtype=dtype)
+        router.weight.data.copy_(self.weight)
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.copy_(self.bias)
+        routing = router(x)
+        results = {"logits": routing.logits, "scores": routing.scores, "weights": routing.topk_weights}
+        doutputs = [dout.to(value.dtype) for dout, value in zip(self.doutputs, results.values(), strict=True)]
+        dx, dweight = torch.autograd.grad(list(results.values()), (x, router.weight), doutputs)
+        return routing, {**results, "gradient of x": dx, "gradient of the weight": dweight}
+
+
+def check_router(router: CheckedRouter, device: torch.device) -> Iterator[Checked]:
+    """Route random tokens with the kernels, and compare with fp64.
+
+    Ids may differ where the scores do by no more than rounding, which these tokens' don't.
+    """
+    operands = _Operands(router, device)
+    routing, actual = operands.run("triton", router.dtype)
+    plain_routing, plain = operands.run("torch", router.dtype)
+    exact = operands.run("torch", torch.float64)[1]
+    for name in ("topk_ids", "load"):
+        is_equal = torch.equal(getattr(routing, name), getattr(plain_routing, name))
+        yield Checked(router.name, f"router: {name}", 0.0 if is_equal else float("inf"), 0.0)
+    for name, value in actual.items():
+        right = exact[name].double()
+        errors = [(found.double() - right).abs().max().item() for found in (value, plain[name])]
+        yield Checked(router.name, f"router: {name}", errors[0], allowed_error(router.dtype, errors[1], right))

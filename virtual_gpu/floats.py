@@ -1,0 +1,106 @@
+"""Floating-point numbers as GPUs compute with them, where NumPy has no operation of the same result."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["flushed", "fused", "fused64", "larger", "saturated", "smaller", "unordered", "with_nan"]
+
+Array = NDArray
+
+
+def flushed(values: Array) -> Array:
+    """Give zeros of the same sign for numbers too small to be normal (FTZ)."""
+    return np.where(abs(values) < np.finfo(values.dtype).tiny, np.copysign(values.dtype.type(0), values), values)
+
+
+def unordered(left: Array, right: Array) -> Array:
+    """Say where either is NaN."""
+    return np.isnan(left) | np.isnan(right)
+
+
+def smaller(left: Array, right: Array) -> Array:
+    """Give the minimum; of a number and NaN the number, and -0 is less than 0."""
+    return np.where(left == right, np.where(np.signbit(left), left, right), np.fmin(left, right))
+
+
+def larger(left: Array, right: Array) -> Array:
+    """Give the maximum; of a number and NaN the number, and 0 is more than -0."""
+    return np.where(left == right, np.where(np.signbit(left), right, left), np.fmax(left, right))
+
+
+def with_nan(function: Callable[[Array, Array], Array], left: Array, right: Array) -> Array:
+    """Give NaN wherever either is NaN."""
+    return np.where(unordered(left, right), left.dtype.type(np.nan), function(left, right))
+
+
+def _sum(left: Array, right: Array) -> tuple[Array, Array]:
+    """Give a sum of float64, rounded, and what was rounded away (Knuth's TwoSum)."""
+    total = left + right
+    part = total - left
+    return total, (left - (total - part)) + (right - part)
+
+
+def _sum_to_odd(left: Array, right: Array) -> Array:
+    """Add float64 and round what isn't exact to the neighbour with an odd last bit.
+
+    Such a sum can be rounded once more, to fewer bits, as if it were exact (Boldo and Melquiond).
+    """
+    total, error = _sum(left, right)
+    bits = np.atleast_1d(total).view(np.int64)
+    wrong = (error != 0) & (bits & 1 == 0) & np.isfinite(total)
+    return (bits + np.where(wrong, np.where((error > 0) == (total > 0), 1, -1), 0)).view(np.float64)
+
+
+def fused(a: Array, b: Array, c: Array, kind: str = "") -> Array:
+    """Give a * b + c in the type of c, rounded once; kind "bf16": float32 to round to that.
+
+    The product of two float32 is exact in float64.
+    """
+    exact = _sum_to_odd(a.astype(np.float64) * b, c.astype(np.float64))
+    result = exact.astype(c.dtype)
+    if kind == "bf16":
+        bits = result.view(np.int32)
+        wrong = (result != exact) & (bits & 1 == 0) & np.isfinite(result)
+        step = np.where(wrong, np.where(abs(exact) > abs(result), 1, -1), 0).astype(np.int32)
+        return (bits + step).view(np.float32)
+    return result
+
+
+def fused64(a: Array, b: Array, c: Array) -> Array:
+    """Give a * b + c of float64, rounded once (Boldo and Melquiond), where no part of it overflows or vanishes."""
+    upper, lower = _product(a, b)
+    total, rest = _sum(c, lower)
+    first, second = _sum(upper, total)
+    result = first + _sum_to_odd(rest, second)
+    return np.where(np.isfinite(result), result, a * b + c)
+
+
+def _product(a: Array, b: Array) -> tuple[Array, Array]:
+    """Give a product of float64, rounded, and what was rounded away (Dekker and Veltkamp)."""
+    product = a * b
+    (a_upper, a_lower), (b_upper, b_lower) = _halves(a), _halves(b)
+    return product, ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower
+
+
+def _halves(values: Array) -> tuple[Array, Array]:
+    scaled = values * 134217729.0  # 2**27 + 1
+    upper = scaled - (scaled - values)
+    return upper, values - upper
+
+
+def saturated(values: Array, kind: str) -> Array:
+    """Give whole numbers as integers ("s32"), the nearest that there are; NaN as cvt gives it.
+
+    NaN is 0, or the sign's bit alone where float64 or an integer of 64 bits is converted.
+    """
+    target = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
+    limits, wide = np.iinfo(target), np.asarray(values, np.float64)
+    inside = (wide > limits.min) & (wide < limits.max)  # the largest of 64 bits is none of float64
+    result = np.where(inside, wide, 0).astype(target)
+    result = np.where(wide >= limits.max, limits.max, np.where(wide <= limits.min, limits.min, result)).astype(target)
+    for_nan = np.array(0, target)
+    if values.dtype.itemsize == 8 or target.itemsize == 8:
+        for_nan = np.array(1 << (8 * target.itemsize - 1), f"u{target.itemsize}").view(target)
+    return np.where(np.isnan(wide), for_nan, result)
