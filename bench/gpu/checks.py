@@ -12,6 +12,7 @@ from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.routing.check import ROUTERS, SMALL_ROUTERS, check_router
+from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
 
 __all__ = ["check_samples", "check_small_layers", "rerun"]
@@ -161,6 +162,6 @@ def check_small_layers(bench: Workbench) -> Json:
     layers = SMALL_CASES[:1] if bench.setting.is_rehearsal else CASES
     found = [one for layer in layers for one in check_layer(layer, choose("triton", device, layer.dtype), device)]
     routers = SMALL_ROUTERS[:1] if bench.setting.is_rehearsal else ROUTERS
-    found += [one for router in routers for one in check_router(router, device)]
+    found += [one for router in routers for one in check_router(router, TopKRouter, device)]
     wrong = {f"{one.layer}, {one.operation}": [one.error, one.allowed] for one in found if not one.is_right}
     return {"results": len(found), "errors": wrong, "passed": not wrong}

@@ -5,11 +5,12 @@ A kernel that was compiled for a GPU that its compiler hardly knows may run and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.choice import choose
+from tritonmoe.backends import reference as reference_module
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, Projection
 from tritonmoe.grouping import Grouping
@@ -115,8 +116,7 @@ class _Operands:
 
 def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> Iterator[Checked]:
     """Run every operation of `ops`, each on operands that plain PyTorch made, and compare with fp64."""
-    operands = _Operands(layer, device)
-    reference = choose("reference", device, layer.dtype)
+    operands, reference = _Operands(layer, device), cast(Operations, reference_module)
     expected = reference.group(operands.ids, layer.num_experts)
     grouping = ops.group(operands.ids, layer.num_experts)
     for name in ("expert_offsets", "inverse", "pair_index"):

@@ -1,5 +1,6 @@
 """Which backend computes a call: by name, or what "auto" chooses from the device, the dtype and the layer."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -101,9 +102,9 @@ def choose(
 ) -> Operations:
     """Give the backend module for `backend` ("auto", "triton", "torch" or "reference").
 
-    "auto" is triton on a GPU and torch elsewhere; the choice and its reason are logged once. Only triton can be batch
-    invariant: the libraries behind PyTorch's products choose their code by the number of rows, and round a row
-    differently with its neighbours.
+    "auto" is triton on a GPU whose kernels were seen to be right (first_use.py) and torch elsewhere; the choice and its
+    reason are logged once. Only triton can be batch invariant: the libraries behind PyTorch's products choose their
+    code by the number of rows, and round a row differently with its neighbours.
 
     Args:
         num_experts: on this device. top_k: experts per token.
@@ -136,11 +137,13 @@ def _choose(
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":
-        if reason is None and device.type == "cuda":
-            backend = "triton"
-        else:
-            backend = "torch"
-            log.info("backend 'auto' chose torch: %s", reason or "the interpreter is for tests only")
+        if reason is None and device.type != "cuda":
+            reason = "the interpreter is for tests only"
+        if reason is None and not _are_experts_right(device, dtype):
+            reason = "its kernels are wrong here"
+        backend = "triton" if reason is None else "torch"
+        if reason is not None:
+            log.info("backend 'auto' chose torch: %s", reason)
     if options.batch_invariant and backend != "triton":
         raise ValueError(
             f"batch_invariant=True needs backend='triton', and this call runs on {backend!r} "
@@ -148,6 +151,13 @@ def _choose(
             "Use batch_invariant=False here"
         )
     return cast(Operations, importlib.import_module(f"{__package__}.{backend}"))
+
+
+def _are_experts_right(device: torch.device, dtype: torch.dtype) -> bool:
+    from tritonmoe.backends import check, first_use  # only where kernels run: a CPU may have no Triton
+
+    layer, ops = dataclasses.replace(check.CASES[0], dtype=dtype), choose("triton", device, dtype)
+    return first_use.are_right(device, dtype, "experts", lambda: check.check_layer(layer, ops, device))
 
 
 def launches_kernels(ops: Operations) -> bool:

@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tritonmoe.kernels import launch
     from tritonmoe.kernels.tiles import measured
     from tritonmoe.routing.check import ROUTERS, SMALL_ROUTERS, check_router
+    from tritonmoe.routing.router import TopKRouter
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     layers, routers = (SMALL_CASES, SMALL_ROUTERS) if launch.INTERPRETED else (CASES, ROUTERS)
     checks = [(one.name, check_layer(one, choose("triton", device, one.dtype), device)) for one in layers]
-    checks += [(router.name, check_router(router, device)) for router in routers]
+    checks += [(router.name, check_router(router, TopKRouter, device)) for router in routers]
     found, wrong = [], 0
     for case, results in checks:
         with measured.asked() as tiles:

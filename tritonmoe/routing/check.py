@@ -1,16 +1,19 @@
 """The router's kernels against plain PyTorch on the device at hand: what they choose, and every gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonmoe.backends.check import Checked, allowed_error
 from tritonmoe.config.layer import MoEConfig
-from tritonmoe.routing.router import Routing, TopKRouter
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
+
+RouterClass = Callable[..., Any]
+"""TopKRouter, which asks here itself."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ SMALL_ROUTERS = tuple(replace(router, num_tokens=20) for router in ROUTERS)
 class _Operands:
     """The same random numbers, in any dtype."""
 
-    def __init__(self, router: CheckedRouter, device: torch.device) -> None:
+    def __init__(self, router: CheckedRouter, router_class: RouterClass, device: torch.device) -> None:
+        self.router_class = router_class
         generator = torch.Generator().manual_seed(0)
         config, num_tokens = router.config, router.num_tokens
 
@@ -64,10 +68,10 @@ class _Operands:
         outputs = ((num_tokens, width) for width in (config.num_experts, config.num_experts, config.top_k))
         self.doutputs = [draw(*shape) for shape in outputs]
 
-    def run(self, backend: str, dtype: torch.dtype) -> tuple[Routing, dict[str, Tensor]]:
+    def run(self, backend: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
         """Give what a router chooses in this dtype, and its results and gradients by name."""
         x = self.x.to(dtype).requires_grad_()
-        router = TopKRouter(self.config, backend=backend, device=x.device, dtype=dtype)
+        router = self.router_class(self.config, backend=backend, device=x.device, dtype=dtype)
         router.weight.data.copy_(self.weight)
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias.copy_(self.bias)
@@ -78,12 +82,12 @@ class _Operands:
         return routing, {**results, "gradient of x": dx, "gradient of the weight": dweight}
 
 
-def check_router(router: CheckedRouter, device: torch.device) -> Iterator[Checked]:
+def check_router(router: CheckedRouter, router_class: RouterClass, device: torch.device) -> Iterator[Checked]:
     """Route random tokens with the kernels, and compare with fp64.
 
     Ids may differ where the scores do by no more than rounding, which these tokens' don't.
     """
-    operands = _Operands(router, device)
+    operands = _Operands(router, router_class, device)
     routing, actual = operands.run("triton", router.dtype)
     plain_routing, plain = operands.run("torch", router.dtype)
     exact = operands.run("torch", torch.float64)[1]

@@ -1,5 +1,6 @@
 """TopKRouter: a linear layer of scores, and the choice of K experts for each token."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
 from tritonmoe.config.routing import RoutingRule
+from tritonmoe.routing.check import ROUTERS, check_router
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.runtime.autograd import is_recomputing, without_autocast
@@ -39,6 +41,23 @@ class Routing:
     """() int64, on the device: how many tokens were skipped for a non-finite logit."""
     load: Tensor
     """(E,) int64: how many pairs chose each expert."""
+
+
+@functools.cache
+def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
+    from tritonmoe.backends import first_use  # only where kernels run: a CPU may have no Triton
+
+    checked = next(router for router in ROUTERS if router.dtype == dtype)
+    return first_use.are_right(device, dtype, "router", lambda: check_router(checked, TopKRouter, device))
+
+
+def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether "auto" takes the kernels of this GPU, which is asked once."""
+    return _are_right(device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, without importing dynamo: tracers can't look into caches and files.
+_are_kernels_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -174,7 +193,7 @@ class TopKRouter(nn.Module):
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
         refuse_tangents(x, self.weight)
-        if is_fused(self.backend, x, self.weight):
+        if is_fused(self.backend, x, self.weight) and (self.backend != "auto" or _are_kernels_right(x.device, x.dtype)):
             routing = self._route_by_kernels(x)
         else:
             routing = self._route(x)

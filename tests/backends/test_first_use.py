@@ -1,0 +1,215 @@
+"""backend="auto" takes a GPU's kernels where they were seen to be right, else PyTorch's operations."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from tritonmoe.backends import check, choice, choose, first_use
+from tritonmoe.backends import torch as torch_backend
+from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.check import Checked
+from tritonmoe.config.layer import MoEConfig
+from tritonmoe.routing import router
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RIGHT = Checked("bf16", "up: h", 0.01, 0.02)
+WRONG = Checked("bf16", "down", 0.3, 0.02)
+
+
+@pytest.fixture(autouse=True)
+def a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stand for a machine whose card is new, and this process too; kept results go to a folder of the test's own."""
+    monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr(first_use, "_machine", lambda device: "a card, driver 13000")
+    first_use._found.clear()
+    choice._choose.cache_clear()
+    router._are_right.cache_clear()
+    yield
+    first_use._found.clear()
+    choice._choose.cache_clear()
+    router._are_right.cache_clear()
+
+
+def ask(*checked: Checked, calls: list | None = None, dtype: torch.dtype = torch.bfloat16) -> bool:
+    def compare() -> Iterator[Checked]:
+        if calls is not None:
+            calls.append(None)
+        yield from checked
+
+    return first_use.are_right(CPU, dtype, "experts", compare)
+
+
+def test_what_is_right_is_kept(tmp_path: Path) -> None:
+    calls: list[None] = []
+    assert ask(RIGHT, calls=calls)
+    assert ask(WRONG, calls=calls), "asked once in a process"
+    first_use._found.clear()
+    assert ask(WRONG, calls=calls), "and once for a machine"
+    assert len(calls) == 1
+    assert json.loads((tmp_path / "new" / "checked.json").read_text()) == {
+        "right": ["experts bfloat16 on a card, driver 13000"]
+    }
+    assert not ask(WRONG, calls=calls, dtype=torch.float16), "another dtype has other kernels"
+    assert ask(RIGHT, calls=calls, dtype=torch.float32)
+    assert len(json.loads((tmp_path / "new" / "checked.json").read_text())["right"]) == 2
+
+
+@pytest.mark.parametrize("error", [0.3, float("nan")])
+def test_what_is_wrong_is_named_and_asked_again(error: float, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    calls: list[None] = []
+    wrong = Checked("bf16", "down", error, 0.02)
+    with caplog.at_level(logging.WARNING, "tritonmoe"):
+        assert not ask(RIGHT, wrong, calls=calls)
+        assert not ask(RIGHT, calls=calls)
+    assert len(caplog.records) == len(calls) == 1
+    assert "(experts bfloat16 on a card, driver 13000)" in caplog.text
+    assert f"down is off by {error:.2g}, 0.02 is allowed" in caplog.text
+    assert "`tritonmoe check`" in caplog.text
+    assert not (tmp_path / "new" / "checked.json").exists()
+    first_use._found.clear()
+    assert ask(RIGHT, calls=calls)
+    assert len(calls) == 2
+
+
+def test_no_mode_of_the_caller_reaches_the_comparison() -> None:
+    """A recompute counts saved tensors, inference mode refuses gradients, fake tensors have no values."""
+    packed: list[torch.Tensor] = []
+
+    def compare() -> Iterator[Checked]:
+        x = torch.ones(3, requires_grad=True)
+        y = (x.exp() * 2).sum()
+        assert torch.autograd.grad(y, x)[0].tolist() == pytest.approx([2 * torch.e] * 3)
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert not torch.are_deterministic_algorithms_enabled()
+        yield RIGHT
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor)
+        return tensor
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16),
+            FakeTensorMode(),
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            assert first_use.are_right(CPU, torch.bfloat16, "experts", compare)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert packed == []
+
+
+def test_an_error_is_the_callers_and_no_answer() -> None:
+    def compare() -> Iterator[Checked]:
+        raise torch.OutOfMemoryError("no memory")
+        yield RIGHT
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        first_use.are_right(CPU, torch.bfloat16, "experts", compare)
+    assert ask(RIGHT)
+
+
+def test_ranks_that_are_threads_ask_once() -> None:
+    calls: list[None] = []
+
+    def compare() -> Iterator[Checked]:
+        calls.append(None)
+        time.sleep(0.1)
+        yield RIGHT
+
+    def run() -> None:
+        first_use.are_right(CPU, torch.bfloat16, "experts", compare)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_a_result_that_cannot_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "new").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING, "tritonmoe"):
+        assert ask(RIGHT)
+    assert "checked again in every process" in caplog.text
+    assert str(tmp_path / "new") in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"right": 3}'])
+def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "checked.json"
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"checked\.json"):
+        ask(RIGHT)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_experts_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison that "auto" asks for, of a small layer."""
+    monkeypatch.setattr(check, "CASES", check.SMALL_CASES)
+    right = triton_backend.gather_sum
+
+    def slightly_wrong(*args: object, **keywords: object) -> torch.Tensor:
+        return right(*args, **keywords) * 1.1
+
+    if is_wrong:
+        monkeypatch.setattr(triton_backend, "gather_sum", slightly_wrong)
+    assert choice._are_experts_right(CPU, torch.float32) is not is_wrong
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_routers_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = router.route_by_kernels
+
+    def slightly_wrong(*args: object) -> tuple:
+        logits, scores, *others = right(*args)
+        return logits, scores * 1.1, *others
+
+    if is_wrong:
+        monkeypatch.setattr(router, "route_by_kernels", slightly_wrong)
+    assert router._are_kernels_right(CPU, torch.float32) is not is_wrong
+
+
+@pytest.mark.parametrize("are_right", [True, False])
+def test_auto_takes_what_is_right(are_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "are_right", lambda *_: are_right)
+    assert choose("auto", CUDA, torch.bfloat16) is (triton_backend if are_right else torch_backend)
+    assert choose("triton", CUDA, torch.bfloat16) is triton_backend
+    if not are_right:
+        with pytest.raises(ValueError, match="its kernels are wrong here"):
+            choose("auto", CUDA, torch.bfloat16, choice.KernelOptions(batch_invariant=True))
+
+
+@pytest.mark.parametrize("are_right", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_auto_takes_a_router_that_is_right(are_right: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+    monkeypatch.setattr(first_use, "are_right", lambda *_: are_right)
+    monkeypatch.setattr(router, "is_fused", lambda *_: True)
+    monkeypatch.setattr(router.TopKRouter, "_route", lambda *_: ways.append("torch"))
+    monkeypatch.setattr(router.TopKRouter, "_route_by_kernels", lambda *_: ways.append("triton"))
+    router.TopKRouter(MoEConfig(8, 8, 4, 2), backend=backend)(torch.ones(3, 8))
+    assert ways == ["triton" if are_right or backend == "triton" else "torch"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert choice._are_experts_right(CUDA, dtype)
+        assert router._are_kernels_right(CUDA, dtype)

@@ -1,0 +1,135 @@
+"""Whether a GPU's kernels are right, asked once before backend="auto" takes them: one layer or router, in seconds.
+
+A compiler that hardly knows a card can make code that runs and gives wrong numbers. What was found right is kept in
+checked.json beside the measured tiles, by card, driver, versions and dtype; what was wrong is asked in every process.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tritonmoe.backends.check import Checked
+from tritonmoe.kernels.launch import TRITON_VERSION
+from tritonmoe.kernels.tiles import measured
+from tritonmoe.runtime.files import locked, read_json, write_whole
+from tritonmoe.runtime.host_device import is_captured
+
+__all__ = ["are_right"]
+
+log = logging.getLogger("tritonmoe")
+_lock = threading.Lock()
+_found: dict[str, bool] = {}
+"""What this process knows, by the keys of checked.json."""
+
+
+def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callable[[], Iterable[Checked]]) -> bool:
+    """Say whether the kernels behind `what` compute what plain PyTorch does; run `check` where nobody has.
+
+    While a stream of the device is captured into a CUDA graph nothing can be checked, and they are taken for right. The
+    first answer takes as long as the check's kernels take to compile. Ranks that are threads wait for one of them.
+
+    Args:
+        what: "experts", say, for the key and the messages. check: makes the comparisons.
+    """
+    machine = _machine(device)
+    if machine is None or is_captured(device):
+        return True
+    key = f"{what} {str(dtype).removeprefix('torch.')} on {machine}"
+    with _lock:
+        if key not in _found:
+            _found[key] = key in _kept() or _is_checked_right(key, check)
+        return _found[key]
+
+
+def _machine(device: torch.device) -> str | None:
+    """Name what decides which code a kernel becomes; None where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    triton = ".".join(map(str, TRITON_VERSION))
+    return f"{card}, driver {driver}, triton {triton}, torch {torch.__version__}, tritonmoe {version('tritonmoe')}"
+
+
+def _file() -> Path:
+    return measured.cache_file().with_name("checked.json")
+
+
+def _kept() -> list[str]:
+    try:
+        found = read_json(_file())
+    except OSError:  # _keep says why nothing can be kept
+        return []
+    if not isinstance(found, dict) or not isinstance(found.get("right"), list):
+        raise ValueError(f'{_file()} has no list "right", which is how it was written: delete it')
+    return found["right"]
+
+
+def _keep(key: str) -> None:
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with locked(_file().with_suffix(".lock")):
+            write_whole(_file(), json.dumps({"right": sorted({*_kept(), key})}, indent=1), "result of a check")
+    except OSError as error:
+        log.warning("the kernels will be checked again in every process, since where that is kept: %s", error)
+
+
+def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
+    log.info("checking kernels once: %s", key)
+    checked = _in_a_thread(check)
+    wrong = [one for one in checked if not one.is_right]
+    if not wrong:
+        _keep(key)
+        return True
+    log.warning(
+        "the kernels are wrong here (%s): %s. Calls with backend='auto' take PyTorch's operations instead, which are "
+        "slower; `tritonmoe check` compares everything, with the tiles",
+        key,
+        "; ".join(f"{one.operation} is off by {one.error:.2g}, {one.allowed:.2g} is allowed" for one in wrong),
+    )
+    return False
+
+
+def _in_a_thread(check: Callable[[], Iterable[Checked]]) -> list[Checked]:
+    """Run where no mode of the caller is on: no autocast, no inference mode, no dispatch mode, no hooks, no transform.
+
+    Settings of the process that refuse what a comparison does are off meanwhile.
+    """
+    results: list[list[Checked]] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(list(check()))
+        except BaseException as error:
+            errors.append(error)
+
+    with _lenient_settings():
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextlib.contextmanager
+def _lenient_settings() -> Iterator[None]:
+    """Allow sums in any order, and host reads, which a user may have forbidden for the process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    sync_debug_mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    torch.use_deterministic_algorithms(False)
+    if sync_debug_mode:
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
+        if sync_debug_mode:
+            torch.cuda.set_sync_debug_mode(sync_debug_mode)
