@@ -19,7 +19,10 @@ LONGEST_FILES = {
     "test_expert_parallel_compile.py",
     "test_launched_steps.py",
     "test_process_faults.py",
+    "test_rebuild.py",
     "test_training_table.py",
+    "test_transformers_expert_parallel.py",
+    "test_transformers_two_batches.py",
     "test_two_level_faults.py",
 }
 """They come first: the tests of a file run in one process, which would end long after the other."""
