@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.gpu.workbench import Workbench
 from tritonmoe.backends import choose
-from tritonmoe.backends.check import CASES, SMALL_CASES, allowed_error, check_layer
+from tritonmoe.backends.check import CASES, SMALL_CASES, check_layer, distances
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -64,13 +64,10 @@ def _compare(errors: dict[str, Json], found: Values, sample: "_TokenSample | _Ex
     dtype = next(iter(found.values())).dtype
     exact, plain = sample.values(torch.float64), sample.values(dtype)
     for name, right in exact.items():
-        error, plain_error = (float((values[name].double() - right).abs().max()) for values in (found, plain))
-        allowed = allowed_error(dtype, plain_error, right)
+        measured = distances(found[name], plain[name], right, dtype)
         errors[f"{name}{suffix}"] = {
-            "error": error,
-            "plain_error": plain_error,
-            "allowed": allowed,
-            "passed": error <= allowed,  # NaN is no pass
+            **{measure: distance._asdict() for measure, distance in measured.items()},
+            "passed": all(distance.is_small for distance in measured.values()),
         }
 
 
@@ -163,5 +160,5 @@ def check_small_layers(bench: Workbench) -> Json:
     found = [one for layer in layers for one in check_layer(layer, choose("triton", device, layer.dtype), device)]
     routers = SMALL_ROUTERS[:1] if bench.setting.is_rehearsal else ROUTERS
     found += [one for router in routers for one in check_router(router, TopKRouter, device)]
-    wrong = {f"{one.layer}, {one.operation}": [one.error, one.allowed] for one in found if not one.is_right}
+    wrong = [f"{one.layer}, {one}" for one in found if not one.is_right]
     return {"results": len(found), "errors": wrong, "passed": not wrong}

@@ -15,13 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from tritonmoe.backends import check, choice, choose, first_use
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.check import Checked
+from tritonmoe.backends.check import Checked, Distance
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing import router
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-RIGHT = Checked("bf16", "up: h", 0.01, 0.02)
-WRONG = Checked("bf16", "down", 0.3, 0.02)
+RIGHT = Checked("bf16", "up: h", {"largest": Distance(0.01, 0.02)})
+WRONG = Checked("bf16", "down", {"largest": Distance(0.3, 0.02)})
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +65,14 @@ def test_what_is_right_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [0.3, float("nan")])
 def test_what_is_wrong_is_named_and_asked_again(error: float, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     calls: list[None] = []
-    wrong = Checked("bf16", "down", error, 0.02)
+    wrong = Checked("bf16", "down", {"largest": Distance(error, 0.02), "root mean square": Distance(0.1, 0.2)})
     with caplog.at_level(logging.WARNING, "tritonmoe"):
         assert not ask(RIGHT, wrong, calls=calls)
         assert not ask(RIGHT, calls=calls)
     assert len(caplog.records) == len(calls) == 1
     assert "(experts bfloat16 on a card, driver 13000)" in caplog.text
-    assert f"down is off by {error:.2g}, 0.02 is allowed" in caplog.text
+    assert f"down: largest error {error:.2g}, 0.02 is allowed" in caplog.text
+    assert "root mean square" not in caplog.text
     assert "`tritonmoe check`" in caplog.text
     assert not (tmp_path / "new" / "checked.json").exists()
     first_use._found.clear()

@@ -9,6 +9,7 @@ import torch
 from tritonmoe.backends import check as backends_check
 from tritonmoe.backends import triton
 from tritonmoe.cli import main
+from tritonmoe.config.layer import Projection
 from tritonmoe.kernels import router
 from tritonmoe.routing import check as routing_check
 
@@ -41,7 +42,7 @@ def test_a_wrong_kernel_is_named(
     assert main(["check"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
-    assert f"  {operation}: off by" in out
+    assert f"  {operation}: largest error" in out
     assert "  tiles of interpreter" in out
 
 
@@ -61,7 +62,24 @@ def test_a_wrong_router_is_named(
     monkeypatch.setattr(router, kernel, slightly_wrong)
     monkeypatch.setattr(backends_check, "SMALL_CASES", ())
     assert main(["check"]) == 1
-    assert f"  router: {result}: off by" in capsys.readouterr().out
+    assert f"  router: {result}: largest error" in capsys.readouterr().out
+
+
+def test_a_small_error_of_every_sum_is_wrong(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its largest error is like that of rounding."""
+    right = triton.down
+
+    def last_unit_too_small(a: torch.Tensor, projection: Projection, *args: object, **keywords: object) -> torch.Tensor:
+        a = a.clone()
+        a[:, -1] *= 0.97
+        return right(a, projection, *args, **keywords)
+
+    monkeypatch.setattr(routing_check, "SMALL_ROUTERS", ())
+    monkeypatch.setattr(triton, "down", last_unit_too_small)
+    layer = next(layer for layer in backends_check.SMALL_CASES if layer.dtype == torch.bfloat16)
+    monkeypatch.setattr(backends_check, "SMALL_CASES", (layer,))
+    assert main(["check"]) == 1
+    assert "  down: root mean square error" in capsys.readouterr().out
 
 
 def test_results_that_are_not_finite_are_wrong(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +87,7 @@ def test_results_that_are_not_finite_are_wrong(capsys: pytest.CaptureFixture, mo
     monkeypatch.setattr(routing_check, "SMALL_ROUTERS", ())
     monkeypatch.setattr(triton, "gather_sum", lambda *args, **keywords: right(*args, **keywords).fill_(float("nan")))
     assert main(["check"]) == 1
-    assert "gather_sum: off by nan" in capsys.readouterr().out
+    assert "gather_sum: largest error nan" in capsys.readouterr().out
 
 
 def test_without_kernels(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

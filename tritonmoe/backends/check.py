@@ -5,7 +5,7 @@ A kernel that was compiled for a GPU that its compiler hardly knows may run and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +15,34 @@ from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, Projection
 from tritonmoe.grouping import Grouping
 
-__all__ = ["CASES", "SMALL_CASES", "Checked", "CheckedLayer", "allowed_error", "check_layer"]
+__all__ = ["CASES", "SMALL_CASES", "Checked", "CheckedLayer", "Distance", "check_ids", "check_layer", "distances"]
 
 
-def allowed_error(dtype: torch.dtype, plain_error: float, exact: Tensor) -> float:
-    """Give twice the error of plain PyTorch in the same dtype, and a floor of four units in the last place."""
-    return 2 * plain_error + 4 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
+class Distance(NamedTuple):
+    """How far values are off fp64's, in one measure."""
+
+    error: float
+    allowed: float
+
+    @property
+    def is_small(self) -> bool:
+        return self.error <= self.allowed  # not where it is NaN
+
+
+def distances(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> dict[str, Distance]:
+    """Give the largest error of `found`, for a wrong element, and the root mean square, for sums that are all wrong.
+
+    Twice the error of plain PyTorch is allowed, and some units in the last place of `dtype`: of the largest value four,
+    of the root mean square one.
+    """
+    eps = torch.finfo(dtype).eps
+    errors = [(values.double() - exact).abs() for values in (found, plain)]
+    (largest, plain_largest), size = (error.max().item() for error in errors), exact.abs().max().item()
+    (mean, plain_mean, mean_size) = (values.square().mean().sqrt().item() for values in (*errors, exact))
+    return {
+        "largest": Distance(largest, 2 * plain_largest + 4 * eps * size),
+        "root mean square": Distance(mean, 2 * plain_mean + eps * mean_size),
+    }
 
 
 @dataclass(frozen=True)
@@ -62,17 +84,27 @@ SMALL_CASES = tuple(
 
 @dataclass(frozen=True)
 class Checked:
-    """How far one result of one operation is off."""
+    """How far one result of one operation is off, by measure: "largest", "root mean square", or the share of ids."""
 
     layer: str
     operation: str
-    error: float
-    """The largest, of values of about 1."""
-    allowed: float
+    distances: dict[str, Distance]
 
     @property
     def is_right(self) -> bool:
-        return self.error <= self.allowed  # not where it is NaN
+        return all(distance.is_small for distance in self.distances.values())
+
+    def __str__(self) -> str:
+        """Name the operation and every distance that is too large."""
+        large = [(measure, one) for measure, one in self.distances.items() if not one.is_small]
+        parts = [f"{measure} error {one.error:.2g}, {one.allowed:.2g} is allowed" for measure, one in large]
+        return f"{self.operation}: {'; '.join(parts)}"
+
+
+def check_ids(layer: str, operation: str, found: Tensor, right: Tensor) -> Checked:
+    """Compare integers, which are to be equal."""
+    different = (found != right).sum().item() if found.shape == right.shape else float("inf")
+    return Checked(layer, operation, {"number of different ids": Distance(different, 0.0)})
 
 
 class _Operands:
@@ -121,17 +153,15 @@ def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> I
     grouping = ops.group(operands.ids, layer.num_experts)
     for name in ("expert_offsets", "inverse", "pair_index"):
         found, right = getattr(grouping, name), getattr(expected, name)
-        is_equal = torch.equal(found[: len(right)], right)
-        yield Checked(layer.name, f"group: {name}", 0.0 if is_equal else float("inf"), 0.0)
+        yield check_ids(layer.name, f"group: {name}", found[: len(right)], right)
     plain = _results(reference, operands, expected, {})
     exact = _results(reference, operands.double(), expected, plain)
     actual = _results(ops, operands, grouping, plain)
     for name, value in actual.items():
         right = exact[name]
-        found, near = (values[: len(right)].double() for values in (value, plain[name]))
+        found, near = (values[: len(right)] for values in (value, plain[name]))
         if right.numel():
-            errors = [(values - right).abs().max().item() for values in (found, near)]
-            yield Checked(layer.name, name, errors[0], allowed_error(layer.dtype, errors[1], right))
+            yield Checked(layer.name, name, distances(found, near, right, found.dtype))
 
 
 def _results(ops: Operations, operands: _Operands, grouping: Grouping, given: dict[str, Tensor]) -> dict[str, Tensor]:

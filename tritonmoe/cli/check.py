@@ -1,8 +1,8 @@
 """`tritonmoe check`: whether this GPU's kernels compute what plain PyTorch does, operation by operation.
 
 Small layers of every layout and dtype, and routers of every rule, forward and backward, take seconds once the kernels
-are compiled. A result may be off twice as far as plain PyTorch in the same dtype. The exit status is 1 where one is
-further off: don't train with those kernels, backend="torch" computes without them.
+are compiled. The largest error of a result, and its root mean square, may be twice those of plain PyTorch in the same
+dtype. The exit status is 1 where one is larger: don't train with those kernels, backend="torch" computes without them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         print(f"{case:24} {len(checked):3} results, " + (f"{len(bad)} WRONG" if bad else "all right"))
         for one in bad:
-            print(f"  {one.operation}: off by {one.error:.2g}, {one.allowed:.2g} is allowed")
+            print(f"  {one}")
         if bad:
             print("".join(f"  tiles of {key}: {config}\n" for key, config in tiles.items()), end="")
     if arguments.json:

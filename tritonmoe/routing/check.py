@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.check import Checked, allowed_error
+from tritonmoe.backends.check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
@@ -92,9 +92,6 @@ def check_router(router: CheckedRouter, router_class: RouterClass, device: torch
     plain_routing, plain = operands.run("torch", router.dtype)
     exact = operands.run("torch", torch.float64)[1]
     for name in ("topk_ids", "load"):
-        is_equal = torch.equal(getattr(routing, name), getattr(plain_routing, name))
-        yield Checked(router.name, f"router: {name}", 0.0 if is_equal else float("inf"), 0.0)
+        yield check_ids(router.name, f"router: {name}", getattr(routing, name), getattr(plain_routing, name))
     for name, value in actual.items():
-        right = exact[name].double()
-        errors = [(found.double() - right).abs().max().item() for found in (value, plain[name])]
-        yield Checked(router.name, f"router: {name}", errors[0], allowed_error(router.dtype, errors[1], right))
+        yield Checked(router.name, f"router: {name}", distances(value, plain[name], exact[name].double(), value.dtype))
