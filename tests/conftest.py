@@ -7,10 +7,12 @@ import gc
 import importlib.util
 import os
 import signal
+import sys
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch and NumPy are imported: every worker has one core
+if "PYTEST_XDIST_WORKER" in os.environ or any(argument.startswith("--virtual-gpu") for argument in sys.argv):
+    # Read when torch and NumPy are imported. Every worker has one core, and a virtual GPU's matrices are small.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import tiers
