@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tritonmoe.benchmarks.processes import dies_with_its_parent
 from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.processes import dies_with_its_parent
 
 __all__ = ["ROOT", "run_program", "tail"]
 

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from tritonmoe.benchmarks.processes import dies_with_its_parent
 from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.processes import dies_with_its_parent
 
 __all__ = ["Clocks"]
 

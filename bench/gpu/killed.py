@@ -24,9 +24,9 @@ from bench.gpu.plan import cases
 from bench.gpu.setting import REHEARSAL
 from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.processes import dies_with_its_parent
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.processes import dies_with_its_parent
 
 __all__ = ["main"]
 

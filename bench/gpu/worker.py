@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from bench.gpu.setting import Setting
-from tritonmoe.benchmarks.processes import ends_with_its_parent
 from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Worker"]
 

@@ -156,7 +156,7 @@ def test_a_program_ends_with_the_process_that_started_it():
     child = "print(1, flush=True); import time; time.sleep(60)"
     script = f"""
 import subprocess, sys
-from tritonmoe.benchmarks.processes import dies_with_its_parent
+from tritonmoe.runtime.processes import dies_with_its_parent
 process = subprocess.Popen([sys.executable, "-c", {child!r}], preexec_fn=dies_with_its_parent)
 process.wait()
 """

@@ -16,6 +16,7 @@ from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
 
@@ -141,7 +142,9 @@ def compile_all(
                     jobs.append((variant, target, kernel))
     context = multiprocessing.get_context("spawn")
     results = []
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=ends_with_its_parent
+    ) as pool:
         for result in pool.map(_run, jobs):
             results.append(result)
             progress(len(results), len(jobs))

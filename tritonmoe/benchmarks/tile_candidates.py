@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from tritonmoe.aot import ARCHITECTURES, Variant, compile_one, compile_unchecked, record_launches, source_of
-from tritonmoe.benchmarks.processes import ends_with_its_parent
 from tritonmoe.kernels.launch import Launch
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
+from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Candidate", "Fields", "Fitness", "candidates_of", "judge", "judge_all", "products_of", "redundant"]
 
