@@ -12,7 +12,17 @@ from tritonmoe.config.layer import (
     is_number,
 )
 
-__all__ = ["HANDS_OVER", "NOTES", "ExpertAdapters", "Note", "check_hands_over", "noted_factors", "with_adapters"]
+__all__ = [
+    "HANDS_OVER",
+    "NOTES",
+    "SHARDS",
+    "ExpertAdapters",
+    "Note",
+    "check_hands_over",
+    "noted_factors",
+    "shard_adapters",
+    "with_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,9 @@ NOTES = "_tritonmoe_factors"
 """
 HANDS_OVER = "_tritonmoe_hands_over"
 """The attribute of a class that wraps experts in adapters and makes such notes; it holds what the class did before."""
+SHARDS = "_tritonmoe_shards"
+"""The attribute of such a class that holds a function of a wrapper, which keeps this rank's factors of spread experts.
+"""
 GiveFactors = Callable[[torch.dtype, Sequence[int]], tuple[Tensor, Tensor]]
 """(dtype, ids of experts) -> A and B with its scale, of these experts."""
 
@@ -112,6 +125,14 @@ def check_hands_over(name: str, wrapper: nn.Module) -> None:
             "them what is not: call tritonmoe.integrations.transformers.register() first, with which it hands over "
             "factors instead"
         )
+
+
+def shard_adapters(module: nn.Module) -> None:
+    """Let every wrapper in `module` whose experts are spread over ranks keep the factors of this rank's experts."""
+    for child in module.modules():
+        shard = getattr(type(child), SHARDS, None)
+        if shard is not None:
+            shard(child)
 
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
