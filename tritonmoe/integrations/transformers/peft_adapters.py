@@ -63,19 +63,19 @@ def hand_over_factors() -> None:
     setattr(wrapper, DELTA, wrapper.get_delta_weight)
     wrapper.get_delta_weight = _delta_weight
     setattr(wrapper, SHARDS, shard_factors)
-    wrapper.update_layer = _then_sharded(wrapper.update_layer)
+    wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
     gather_what_peft_saves()
 
 
-def _then_sharded(update_layer: Callable[..., None]) -> Callable[..., None]:
-    """Let ParamWrapper.update_layer, which makes an adapter, keep this rank's part of it."""
+def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
+    """Let this rank keep its part of an adapter once that has its values, and PEFT moves it to the experts' device."""
 
-    @functools.wraps(update_layer)
-    def update(self: "ParamWrapper", *arguments: Any, **keywords: Any) -> None:
-        update_layer(self, *arguments, **keywords)
+    @functools.wraps(move)
+    def method(self: "ParamWrapper", *arguments: Any, **keywords: Any) -> None:
+        move(self, *arguments, **keywords)
         shard_factors(self)
 
-    return update
+    return method
 
 
 def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:

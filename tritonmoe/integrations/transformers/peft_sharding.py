@@ -53,13 +53,16 @@ def spread_of(experts: nn.Module) -> Spread | None:
 
 
 def shard_factors(wrapper: "ParamWrapper") -> None:
-    """Keep this rank's part of all factors that are whole here, where the experts are spread; every rank calls."""
+    """Keep this rank's part of all factors that are whole here, where the experts are spread; every rank calls.
+
+    Those on the meta device have no values yet, and wait.
+    """
     spread = spread_of(wrapper.get_base_layer())
     if spread is None or len(wrapper.get_param().shape) != 3:
         return
     for adapter in wrapper.lora_A:
         for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
-            if not any(sharded_modules(linear)):
+            if not linear.weight.is_meta and not any(sharded_modules(linear)):
                 _shard(linear, spread.sharding, wrapper.num_experts, is_b)
 
 
