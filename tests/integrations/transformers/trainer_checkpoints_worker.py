@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
 from tiny_models import make_dense, make_tokenizer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -271,6 +272,13 @@ def run_adapted(name: str, directory: Path) -> None:
         for base in (make_model(name), make_adapted(name, "one"), make_spread(name)):
             loaded = PeftModel.from_pretrained(base, directory / f"adapter-{order}").eval()
             torch.testing.assert_close(loaded(input_ids=ids[own]).logits, logits[own])
+        for settings in ({}, {"low_cpu_mem_usage": True}):
+            frozen = PeftModel.from_pretrained(make_spread(name), directory / f"adapter-{order}", **settings)
+            assert_divided(frozen)
+            frozen.save_pretrained(directory / "again")
+            assert (directory / "again" / "adapter_model.safetensors").read_bytes() == whole_file
+        tm.gather_state_dicts(frozen)
+        assert_same(get_peft_model_state_dict(frozen), get_peft_model_state_dict(one_device))
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=ids[own]).logits, logits[own], atol=1e-4, rtol=1e-4)
 
@@ -334,7 +342,20 @@ def run_adapted_experts(name: str, directory: Path) -> None:
             fully_shard(part, ignored_params=set(tm.expert_parameters(adapted)))
         assert_divided(adapted)
         assert_close(gradients_on(adapted, own), expected)
+        replicas = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replica", "expert"))
+        model = make()
+        tmt.parallelize(model, replicas)
+        torch.manual_seed(rank)
+        with pytest.raises(ValueError, match="has another value on ranks"):
+            get_peft_model(model, config)
+        model = make()
+        tmt.parallelize(model, replicas)
+        assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapt(model)), own), expected)
         adapted = adapt(make())
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad])
+        with pytest.raises(ValueError, match="SGD was made with the experts of"):
+            tmt.parallelize(adapted, dist.group.WORLD)
+        del optimizer
         tmt.parallelize(adapted, dist.group.WORLD)
         tmt.two_batches(adapted)
         assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapted), own), expected)

@@ -117,7 +117,8 @@ def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor
         if local.dtype != parameter.dtype:
             raise ValueError(
                 f"this release of PEFT has cast the adapter {adapter!r} to {parameter.dtype} without its values, since "
-                "it is spread over ranks: upgrade PEFT, or pass autocast_adapter_dtype=False to get_peft_model"
+                "it is spread over ranks: upgrade PEFT, or call get_peft_model before parallelize, or with "
+                "autocast_adapter_dtype=False"
             )
         factors.append(local)
     factor_a, factor_b = factors
