@@ -203,3 +203,29 @@ def test_ranks_with_other_dropout_are_told() -> None:
             batch.call(transport, batch.of_rank(transport.rank), tm.OverlapConfig(2))
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("expert_gradients", ["mean", "sum"])
+def test_a_spread_layer_takes_the_adapters_of_its_experts(expert_gradients: str) -> None:
+    """With gradients that are averaged, or not, as those of the experts are."""
+    config, num_ranks = tm.MoEConfig(HIDDEN, INTERMEDIATE, 4, 2), 2
+    factors = {name: w for name, w in Batch(1, 4, 2, ranks=(2, 3)).weights.items() if name[-2:] in ("_a", "_b")}
+    x = torch.randn(num_ranks, 7, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def run_layer(transport: Transport | None, own: slice, rows: Tensor) -> dict[str, Tensor]:
+        leaves = {name: factor[own].clone().requires_grad_() for name, factor in factors.items()}
+        seeded = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+        layer = tm.MoELayer(config, transport, expert_gradients=expert_gradients, **seeded)
+        layer(rows, adapters=tm.ExpertAdapters(**leaves)).square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    expected = run_layer(None, slice(None), x)
+    results = tm.run_on_emulated_ranks(
+        lambda transport: run_layer(transport, slice(2 * transport.rank, 2 * transport.rank + 2), x[transport.rank]),
+        num_ranks,
+        timeout_s=20,
+    )
+    for name, grad in expected.items():
+        found = torch.cat([result[name] for result in results])
+        wanted = grad / num_ranks if expert_gradients == "mean" else grad
+        assert (found - wanted).abs().max() < 1e-6 * wanted.abs().max(), name  # gate weights travel in fp32

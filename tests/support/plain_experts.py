@@ -46,7 +46,7 @@ ACTIVATIONS = {name: name for name in ACTIVATION_NAMES} | {
 FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 SCALES = {"gate_up_scale": 0.75, "down_scale": 2.0}
 """Of adapters, where a case has some."""
-SEED = 7
+SEED = 4
 """Of torch's generator, where a case has dropout."""
 
 

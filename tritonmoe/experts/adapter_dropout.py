@@ -85,9 +85,12 @@ def _is_dropped(seeds: Tensor, width: int, probability: float) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Hash each int32, whose products wrap; in place. Source: lowbias32 (Wellons, hash-prospector), public domain."""
+    """Hash each int32, whose products wrap, in place.
+
+    Source: lowbias32 (Wellons, hash-prospector, public domain) but for its last step, which only low bits need: here
+    high ones decide.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         bits ^= (bits >> shift) & (2 ** (32 - shift) - 1)  # a logical shift
         bits *= factor
-    bits ^= (bits >> 16) & 0xFFFF
     return bits
