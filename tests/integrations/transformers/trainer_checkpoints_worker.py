@@ -294,6 +294,26 @@ def run_adapted(name: str, directory: Path) -> None:
         assert_same(weights(resumed.model), weights(undisturbed.model))
 
 
+def assert_trained_as_on_one_device(models: list[Any]) -> None:
+    """Three clipped steps of AdamW: of a model here, and of the same one over ranks, each with its part of the state."""
+    from peft import get_peft_model_state_dict
+
+    ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
+    for model, rows in zip(models, (slice(0, 2 * size), own), strict=True):
+        parallel = model if rows != own else nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW([p for p in parallel.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            parallel(input_ids=ids[rows], labels=ids[rows]).loss.backward()
+            nn.utils.clip_grad_norm_(parallel.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    assert sum(m.to_local().numel() for m in moments) * size == sum(m.numel() for m in moments)
+    one_device, spread = models
+    tm.gather_state_dicts(spread)
+    assert_close(get_peft_model_state_dict(spread), get_peft_model_state_dict(one_device))
+
+
 def run_adapted_experts(name: str, directory: Path) -> None:
     """LoRA on experts alone, before they are spread and after it, equals PEFT's own way on one device."""
     from peft import LoraConfig, get_peft_model
@@ -342,6 +362,7 @@ def run_adapted_experts(name: str, directory: Path) -> None:
             fully_shard(part, ignored_params=set(tm.expert_parameters(adapted)))
         assert_divided(adapted)
         assert_close(gradients_on(adapted, own), expected)
+        assert_trained_as_on_one_device([adapt(make_model(name)), adapt(make_spread(name))])
         replicas = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replica", "expert"))
         model = make()
         tmt.parallelize(model, replicas)
