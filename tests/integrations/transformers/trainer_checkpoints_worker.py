@@ -295,7 +295,7 @@ def run_adapted(name: str, directory: Path) -> None:
 
 
 def assert_trained_as_on_one_device(models: list[Any]) -> None:
-    """Three clipped steps of AdamW: of a model here, and of the same one over ranks, each with its part of the state."""
+    """Three clipped steps of AdamW, of a model here and of the same one over ranks: each has its part of the state."""
     from peft import get_peft_model_state_dict
 
     ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
