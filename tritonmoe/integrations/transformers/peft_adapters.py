@@ -55,7 +55,7 @@ def hand_over_factors() -> None:
         return
     if wrapper is None or HANDS_OVER in vars(wrapper):  # a release before target_parameters has none
         return
-    if not hasattr(wrapper, "_activate_lora"):
+    if not all(hasattr(wrapper, name) for name in ("_activate_lora", "_move_adapter_to_device_of_base_layer")):
         logger.warning("it is not known here how this release of PEFT runs adapters of experts: it keeps its own way")
         return
     setattr(wrapper, HANDS_OVER, wrapper._activate_lora)
