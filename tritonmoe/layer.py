@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Literal
@@ -19,7 +20,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import check_hands_over, noted_factors
+from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_factors, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -221,11 +222,12 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 bias.zero_()
 
-    def _weights(self, x: Tensor | None = None) -> PerWeight[Tensor]:
+    def _weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
         """Give this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
-        parameters: PerWeight[Tensor] = PerWeight(
+        own: PerWeight[Tensor] = PerWeight(
             self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         )
+        parameters = with_adapters(own, adapters)
         sharding, calls = self._sharding, self._calls
         if sharding is None or calls is None:
             return parameters
@@ -250,10 +252,14 @@ class GroupedExperts(nn.Module):
         dtype = x.dtype
         return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
 
-    def _adapted_weights(self, x: Tensor | None = None) -> PerWeight[Tensor]:
-        """Give _weights(), and the factors of the adapters in force."""
-        weights = self._weights(x)
+    def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
+        """Give _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
+        weights = self._weights(x, adapters)
         factors = noted_factors(self, weights.gate_up_proj.dtype, self.expert_ids)
+        if factors and adapters is not None:
+            raise ValueError(
+                "adapters are given to experts that PEFT has adapted already: give none, or don't wrap them"
+            )
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
         if is_trained and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
@@ -267,10 +273,11 @@ class GroupedExperts(nn.Module):
         make = partial(local_shard, parameter, sharding, self._gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 
-    def _spec(self) -> ExpertSpec:
+    def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
         config, options = self.config, self.options
         layout = config.gated, config.interleaved, config.transposed
-        return expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
+        spec = expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
+        return spec.with_dropout(adapters)
 
     def forward(
         self,
@@ -278,26 +285,37 @@ class GroupedExperts(nn.Module):
         topk_ids: Tensor,
         topk_weights: Tensor,
         *,
+        adapters: ExpertAdapters | None = None,
         num_nonfinite_rows: Tensor | None = None,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
         """Give (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
 
+        adapters: of this rank's experts; with dropout in training mode alone, with gradients as expert_gradients says.
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
         fillers: as in expert_parallel_mlp; on one device they are called first.
         """
         if self.transport is None:
             for filler in fillers:
                 filler()
-            return run_experts(self._spec(), ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights()))
+            adapters = self._in_mode(adapters)
+            weights = self._adapted_weights(None, adapters)
+            return run_experts(self._spec(adapters), ExpertInputs(x, topk_ids, topk_weights, weights))
         try:
-            spec = CallSpec(self._spec(), self.config.num_experts, self.overlap, self.placement)
-            inputs = ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights(x))
+            adapters = self._in_mode(adapters)
+            spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
+            inputs = ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights(x, adapters))
         except Exception:
             refuse(self.transport)
             raise
         arguments = CallArguments(spec, self.transport, inputs, self._calls, num_nonfinite_rows, fillers)
         return run_expert_parallel(arguments)
+
+    def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
+        """Give adapters without dropout, but in training mode."""
+        if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
+            return replace(adapters, dropout=0.0)
+        return adapters
 
 
 def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
@@ -403,10 +421,17 @@ class MoELayer(nn.Module):
             raise RuntimeError("there are no statistics before the first forward")
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
-    def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        adapters: ExpertAdapters | None = None,
+        fillers: Sequence[Callable[[], None]] = (),
+    ) -> Tensor:
         """Give (..., D) of x (..., D).
 
         Args:
+            adapters: as GroupedExperts takes them.
             fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
                 the shared expert come before them.
         """
@@ -443,6 +468,7 @@ class MoELayer(nn.Module):
             flat,
             topk_ids,
             routing.topk_weights,
+            adapters=adapters,
             num_nonfinite_rows=routing.num_nonfinite_rows,
             fillers=[_one_after_the_other(pair) for pair in zip_longest(own_fillers, fillers)],
         )

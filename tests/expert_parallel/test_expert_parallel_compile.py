@@ -204,11 +204,13 @@ def test_operators_pass_opcheck() -> None:
     num_local, width, _ = leaves["gate_up_proj"].shape
     shapes = (num_local, 2, D), (num_local, width, 2), (num_local, 3, FF), (num_local, D, 3)
     tensors += [torch.randn(shape, requires_grad=True) for shape in shapes]
-    arguments = (True, [True] * 10, encode(CallSpec(SILU, E, tm.OverlapConfig(2))))
+    seeds = torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32)
+    spec = CallSpec(SILU.with_dropout(tm.ExpertAdapters(dropout=0.2)), E, tm.OverlapConfig(2))
+    arguments = (seeds, None, True, [True] * 10, encode(spec))
     operator = torch.ops.tritonmoe.expert_parallel_mlp.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(operator, (transport.handle, None, *tensors, None, *arguments), test_utils=checks)
-    kept = operator(transport.handle, None, *tensors, None, *arguments)[1]
+    opcheck(operator, (transport.handle, None, *tensors, *arguments), test_utils=checks)
+    kept = operator(transport.handle, None, *tensors, *arguments)[1]
     backward = torch.ops.tritonmoe.expert_parallel_mlp_backward.default
     saved = [tensor.detach() for tensor in tensors[2:]]
     needs = [True, True, True, True, False, True, True, False, False, True]

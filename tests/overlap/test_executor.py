@@ -17,7 +17,7 @@ from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.overlap.executor import execute
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
@@ -164,8 +164,7 @@ def run_sleeping(
                     exchanges,
                     lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds),
                     x,
-                    ids,
-                    torch.ones(num_tokens, 1),
+                    RowMetadata(ids, torch.ones(num_tokens, 1)),
                 )
                 y, forward = forward_pass.run()
                 assert torch.equal(y, 2 * x)

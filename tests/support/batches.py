@@ -31,6 +31,8 @@ class Batch:
     device: str = "cpu"
     ranks: tuple[int, int] = (0, 0)
     """Of adapters on the two projections; 0 for none."""
+    dropout: float = 0.0
+    """Of those adapters."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -69,7 +71,7 @@ class Batch:
     def on_one_device(self, backend: str = "reference", **options) -> dict[str, Tensor]:
         leaves = {name: torch.cat(self.tokens[name]).requires_grad_() for name in ("x", "topk_weights")}
         leaves |= {name: value.clone().requires_grad_() for name, value in self.weights.items()}
-        arguments = with_adapters(leaves)
+        arguments = with_adapters(leaves, self.dropout)
         out = tm.moe_mlp(topk_ids=torch.cat(self.ids), **arguments, **{**self.options, **options}, backend=backend)
         grads = torch.autograd.grad(out, list(leaves.values()), torch.cat(self.tokens["dout"]))
         return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -86,7 +88,7 @@ class Batch:
             num_experts=self.num_experts,
             transport=transport,
             overlap=overlap,
-            **with_adapters(leaves),
+            **with_adapters(leaves, self.dropout),
             **{**self.options, **options},
         )
 
@@ -117,11 +119,11 @@ class Batch:
         return {name: torch.cat(parts) for name, parts in zip(names, zip(*results, strict=True), strict=True)}
 
 
-def with_adapters(leaves: dict[str, Tensor]) -> dict:
+def with_adapters(leaves: dict[str, Tensor], dropout: float = 0.0) -> dict:
     """Give arguments of moe_mlp: the factors of adapters among leaves as ExpertAdapters."""
     factors = {name: leaf for name, leaf in leaves.items() if name[-2:] in ("_a", "_b")}
     others = {name: leaf for name, leaf in leaves.items() if name not in factors}
-    return {**others, "adapters": tm.ExpertAdapters(**factors, down_scale=0.5)} if factors else others
+    return {**others, "adapters": tm.ExpertAdapters(**factors, down_scale=0.5, dropout=dropout)} if factors else others
 
 
 def assert_equals_one_device(actual: dict[str, Tensor], expected: dict[str, Tensor], where: object = "") -> None:

@@ -8,7 +8,10 @@ from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.config.layer import ACTIVATION_NAMES
+from tritonmoe.backends import reference
+from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
+from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows, with_row_seeds
+from tritonmoe.experts.arguments import ExpertInputs
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,7 +24,9 @@ __all__ = [
     "differentiable",
     "exact_and_plain",
     "gradients",
+    "kept_columns",
     "plain_moe",
+    "row_seeds",
     "run_moe_mlp",
 ]
 
@@ -41,6 +46,8 @@ ACTIVATIONS = {name: name for name in ACTIVATION_NAMES} | {
 FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 SCALES = {"gate_up_scale": 0.75, "down_scale": 2.0}
 """Of adapters, where a case has some."""
+SEED = 4
+"""Of torch's generator, where a case has dropout."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Case:
     up_rank: int = 0
     """Of an adapter on the up-projection, and so for the down-projection; 0 for none."""
     down_rank: int = 0
+    dropout: float = 0.0
+    """Of what the adapters multiply."""
 
     def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
         """Draw everything that moe_mlp takes, and dout; the same numbers, rounded, in every dtype."""
@@ -130,6 +139,7 @@ def plain_activation(h: Tensor, case: Case) -> Tensor:
 def plain_moe(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     """One expert after the other, in the dtype of x."""
     x, ids = inputs["x"], inputs["topk_ids"]
+    kept_of_rows, kept_of_pairs = kept_columns(case, row_seeds(case, x))
     out = x * 0
     for e in range(case.num_experts):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
@@ -138,15 +148,34 @@ def plain_moe(case: Case, inputs: dict[str, Tensor]) -> Tensor:
         if case.bias:
             h = h + inputs["gate_up_bias"][e]
         if case.up_rank:
-            h = h + x[tokens] @ inputs["gate_up_a"][e].T @ (SCALES["gate_up_scale"] * inputs["gate_up_b"][e]).T
+            kept = x[tokens] * kept_of_rows[tokens].to(x.dtype) / (1 - case.dropout)
+            h = h + kept @ inputs["gate_up_a"][e].T @ (SCALES["gate_up_scale"] * inputs["gate_up_b"][e]).T
         a = plain_activation(h, case)
         y = a @ (w2 if case.transposed else w2.T)
         if case.bias:
             y = y + inputs["down_bias"][e]
         if case.down_rank:
-            y = y + a @ inputs["down_a"][e].T @ (SCALES["down_scale"] * inputs["down_b"][e]).T
+            kept = a * kept_of_pairs[tokens, slots].to(a.dtype) / (1 - case.dropout)
+            y = y + kept @ inputs["down_a"][e].T @ (SCALES["down_scale"] * inputs["down_b"][e]).T
         out = out.index_add(0, tokens, (y * inputs["topk_weights"][tokens, slots, None]).to(x.dtype))
     return out
+
+
+def row_seeds(case: Case, x: Tensor) -> Tensor:
+    """Give the seeds (T,) of the tokens that the call of run_moe_mlp() draws."""
+    torch.manual_seed(SEED)
+    drawn = with_row_seeds(ExpertInputs(x, x, x, PerWeight(x, None, x, None)), case.dropout).row_seeds
+    return torch.zeros(len(x), dtype=torch.int32, device=x.device) if drawn is None else drawn
+
+
+def kept_columns(case: Case, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Give what adapters keep: of every token (T, D) bool, and of the activation of every pair (T, K, F) bool."""
+    dropout, num_tokens = AdapterDropout(case.dropout, seeds), len(seeds)
+    rows = DroppedRows.like(torch.ones(num_tokens, case.hidden, device=seeds.device))
+    dropout.drop_rows(torch.ones_like(rows.values), slice(None), rows)
+    all_pairs = reference.group(torch.zeros(num_tokens, case.top_k, dtype=torch.int64, device=seeds.device), 1)
+    of_pairs = dropout.dropped_of_pairs(all_pairs, case.intermediate)
+    return rows.values != 0, ~of_pairs.view(num_tokens, case.top_k, case.intermediate)
 
 
 def differentiable(inputs: dict[str, Tensor], only: set[str] | None = None) -> dict[str, Tensor]:
@@ -160,13 +189,15 @@ def differentiable(inputs: dict[str, Tensor], only: set[str] | None = None) -> d
 
 def run_moe_mlp(case: Case, leaves: dict[str, Tensor], **options) -> Tensor:
     arguments = {name: value for name, value in leaves.items() if name != "dout" and name not in FACTORS}
-    return tm.moe_mlp(**arguments, **{"adapters": adapters_in(leaves), **case.options(), **options})
+    if case.dropout:
+        torch.manual_seed(SEED)
+    return tm.moe_mlp(**arguments, **{"adapters": adapters_in(leaves, case.dropout), **case.options(), **options})
 
 
-def adapters_in(leaves: dict[str, Tensor]) -> tm.ExpertAdapters | None:
+def adapters_in(leaves: dict[str, Tensor], dropout: float = 0.0) -> tm.ExpertAdapters | None:
     """Give the adapters whose factors are among `leaves`; None where there are none."""
     factors = {name: leaves[name] for name in FACTORS if name in leaves}
-    return tm.ExpertAdapters(**factors, **SCALES) if factors else None
+    return tm.ExpertAdapters(**factors, **SCALES, dropout=dropout) if factors else None
 
 
 def gradients(

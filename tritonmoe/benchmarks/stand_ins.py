@@ -15,7 +15,7 @@ from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
 from tritonmoe.transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
@@ -86,7 +86,8 @@ def run_layer_pass(
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)
-    forward = ForwardPass(exchanges, lambda plan, rows, *_: make_experts(rows, plan), x, topk_ids, topk_weights)
+    metadata = RowMetadata(topk_ids, topk_weights)
+    forward = ForwardPass(exchanges, lambda plan, rows, *_: make_experts(rows, plan), x, metadata)
     reports = [forward.run()[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))

@@ -45,8 +45,8 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Say whether this is an int or a float, and finite."""
-    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+    """Say whether this is an int or a float, and finite (not by math.isfinite, which torch.compile can't trace)."""
+    return is_integer(value) or (isinstance(value, float) and abs(value) < math.inf)
 
 
 def check_flags(settings: object, *names: str) -> None:

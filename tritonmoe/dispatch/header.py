@@ -26,7 +26,9 @@ __all__ = [
     "SAVES",
     "CallHeader",
     "activation_fields",
+    "bits_of",
     "in_millionths",
+    "numbers_of",
 ]
 
 MAGIC = 0x7417_0E
@@ -148,6 +150,8 @@ class CallHeader(NamedTuple):
     """Of the low-rank adapter on the up-projection, 0 for none."""
     down_rank: int = 0
     """Of that on the down-projection."""
+    dropout: int = 0
+    """The bits of the adapters' dropout."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
@@ -181,13 +185,23 @@ def in_millionths(capacity: float) -> int:
     return round(1e6 * capacity)
 
 
+def bits_of(*numbers: float) -> tuple[int, ...]:
+    """Give the bits of numbers, as ranks compare them."""
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *(0.0 + n for n in numbers)))  # not -0.0
+
+
+def numbers_of(*bits: int) -> tuple[float, ...]:
+    """Give the numbers of which bits_of() gave the bits."""
+    return struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits))
+
+
 def activation_fields(activation: Activation) -> dict[str, int]:
     """Give the header's fields that say which activation this is; a callable travels as the end of its name."""
     if isinstance(activation, str):
         return {"activation": ACTIVATION_NAMES.index(activation)}
     if isinstance(activation, ClampedSwiGLU):
-        numbers = struct.pack("<3d", *(0.0 + getattr(activation, name) for name in CLAMPED_FIELDS))  # not -0.0
-        return {"activation": CLAMPED, **dict(zip(CLAMPED_FIELDS, struct.unpack("<3q", numbers), strict=True))}
+        numbers = bits_of(*(getattr(activation, name) for name in CLAMPED_FIELDS))
+        return {"activation": CLAMPED, **dict(zip(CLAMPED_FIELDS, numbers, strict=True))}
     named: object = activation
     while isinstance(named, functools.partial):
         named = named.func

@@ -22,6 +22,7 @@ from tritonmoe.dispatch.header import (
     NAME_FIELDS,
     SAVES,
     CallHeader,
+    numbers_of,
 )
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 
@@ -32,7 +33,7 @@ DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CO
 
 def _activation_words(activation: int, *numbers_and_name: int) -> str:
     if activation == CLAMPED:
-        limit, alpha, up_offset = struct.unpack("<3d", struct.pack("<3q", *numbers_and_name[:3]))
+        limit, alpha, up_offset = numbers_of(*numbers_and_name[:3])
         return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"
     if activation == CALLABLE:
         name = struct.pack("<4q", *numbers_and_name[3:]).decode(errors="replace").rstrip()
@@ -101,6 +102,7 @@ SAME_CALL = (
     _field("down_bias", _one_of(("none", "a tensor"))),
     Compared("the rank of the adapter on gate_up_proj in this layer call", ("gate_up_rank",), _rank_words),
     Compared("the rank of the adapter on down_proj in this layer call", ("down_rank",), _rank_words),
+    Compared("the dropout of the adapters in this layer call", ("dropout",), lambda bits: str(numbers_of(bits)[0])),
     Compared("whether a CUDA graph captures this layer call", ("captured",), _one_of(("not captured", "captured"))),
 )
 CHOSEN = (

@@ -9,7 +9,7 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
-from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields
+from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields, bits_of
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
@@ -144,6 +144,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         down_bias=int(weights.down_bias is not None),
         gate_up_rank=0 if weights.gate_up_a is None else weights.gate_up_a.shape[1],
         down_rank=0 if weights.down_a is None else weights.down_a.shape[1],
+        dropout=bits_of(experts.dropout)[0],
         expert_gradients=EXPERT_GRADIENTS.index(gradients),
         **activation_fields(experts.activation),
         **call.state.history(),

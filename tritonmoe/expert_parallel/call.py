@@ -32,7 +32,7 @@ from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
 __all__ = [
@@ -124,12 +124,13 @@ class ReceivedExperts:
     weights: PerWeight[Tensor]
     keep_hidden: bool
 
-    def __call__(
-        self, plan: DispatchPlan, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, places: RowPlaces
-    ) -> ExpertsRun:
+    def __call__(self, plan: DispatchPlan, rows: Tensor, metadata: RowMetadata, places: RowPlaces) -> ExpertsRun:
         call, num_local_experts = self.call, self.weights.gate_up_proj.shape[0]
+        topk_ids, topk_weights, row_seeds = metadata
         grouping = call.group(plan, places, topk_ids - call.first_expert, num_local_experts)
-        return ExpertsRun(call.settings, self.weights, rows, topk_weights, grouping, self.keep_hidden)
+        return ExpertsRun(
+            call.settings, self.weights, rows, topk_weights, grouping, self.keep_hidden, row_seeds=row_seeds
+        )
 
 
 class Runner(Protocol):
@@ -184,6 +185,8 @@ class SavedTensors(NamedTuple):
     """(R, K) fp32, of those rows."""
     weights: PerWeight[Tensor]
     h: Tensor | None
+    row_seeds: Tensor | None = None
+    """(R,) int32, with dropout on what adapters multiply."""
     activation_parameters: Sequence[Tensor] = ()
 
 
@@ -198,18 +201,19 @@ class CallGradients(NamedTuple):
 
 
 def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor, ExpertsRun, Kept]:
-    """Give out (T, D), the experts' run, whose rows, topk_weights and h are for a backward to save, and the rest."""
+    """Give out (T, D), the experts' run, of which a backward saves tensors, and the rest."""
     return run_all_phases(forward_phases(call, inputs))
 
 
 def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tuple[Tensor, ExpertsRun, Kept]]:
     """Do what run_forward() does, in three phases."""
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, row_seeds = inputs
     settings, plan = call.settings, call.plan
     keep_hidden = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
     make_experts = call.make_experts(weights, keep_hidden)
-    layer_pass = ForwardPass(exchanges, make_experts, x, topk_ids, topk_weights, call.fillers)
+    metadata = RowMetadata(topk_ids, topk_weights, row_seeds)
+    layer_pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
     with _in_the_middle(call):
         out, timings = yield from layer_pass.phases()
     run, inner_plan = call.after_forward(layer_pass.experts, timings)
@@ -279,6 +283,7 @@ def backward_phases(
         activation_parameters=list(saved.activation_parameters),
         main_grads=None if call.owners is None else find_main_grads(call.owners),
         shared_grads=shared_grads,
+        row_seeds=saved.row_seeds,
     )
     experts, received_weights = call.experts_of_backward(run, kept)
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)

@@ -15,6 +15,7 @@ from tritonmoe.dispatch.two_level import check_two_level
 from tritonmoe.expert_parallel.call import Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
+from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
     ExpertInputs,
     Needs,
@@ -129,7 +130,7 @@ def _checked_inputs(arguments: CallArguments, owners: PerWeight[Tensor] | None) 
     check_arguments(inputs, spec.experts.layout)
     check_expert_parallel(inputs.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
     check_dtype(inputs.x.dtype, spec.overlap)
-    return inputs
+    return with_row_seeds(inputs, spec.experts.dropout)
 
 
 def _activation_parameters(settings: ExpertSettings, inputs: ExpertInputs) -> list[Tensor]:

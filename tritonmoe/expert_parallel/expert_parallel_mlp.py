@@ -15,6 +15,7 @@ from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.function_context import (
     NUM_WEIGHTS,
     gradients_of_inputs,
+    needs_of_weights,
     saved_forward,
     tensors_to_save,
 )
@@ -43,6 +44,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
         ctx: Any,
         call: ExpertParallelCall,
         topk_ids: Tensor,
+        row_seeds: Tensor | None,
         x: Tensor,
         topk_weights: Tensor,
         anchor: Tensor | None,
@@ -50,11 +52,11 @@ class _ExpertParallelMLP(torch.autograd.Function):
     ) -> Tensor:
         weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
         parameters = weights_and_parameters[NUM_WEIGHTS:]
-        out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights))
+        out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds))
         ctx.call = call
         ctx.weights_dtype = topk_weights.dtype
         if kept.plan.needs_any:
-            needs = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
+            needs = needs_of_weights(ctx)
             ctx.save_for_backward(*tensors_to_save(run, weights, needs, keep_beside(ctx, kept), parameters))
         return out
 
@@ -62,8 +64,7 @@ class _ExpertParallelMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved, mark = saved_forward(ctx.saved_tensors)
-        needs_weights = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
-        grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_weights)
+        grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_of_weights(ctx))
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
 
@@ -81,10 +82,11 @@ class _AsFunction:
         return Needs.of(inputs, activation_parameters)
 
     def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
-        x, topk_ids, topk_weights, weights = inputs
+        x, topk_ids, topk_weights, weights, row_seeds = inputs
         # A rank that needs no gradient itself still takes part in the others' backward.
         anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
-        return _ExpertParallelMLP.apply(call, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
+        rows = topk_ids, row_seeds, x, topk_weights
+        return _ExpertParallelMLP.apply(call, *rows, anchor, *weights, *activation_parameters)
 
 
 class _InHalf(_AsFunction):
@@ -159,6 +161,7 @@ def expert_parallel_mlp(
     try:
         experts = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
         weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
+        experts = experts.with_dropout(adapters)
     except Exception:
         refuse(transport)
         raise

@@ -29,6 +29,7 @@ from tritonmoe.expert_parallel.call_spec import CallArguments, decode, encode
 from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import ExpertInputs, Needs
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes, refuse_second_derivative
@@ -65,7 +66,7 @@ class _InOperator:
         out, run, beside = run_forward(call, inputs)
         if beside.plan.needs_any:
             rows = inputs.x.clone() if run.rows is inputs.x else run.rows  # the graph may write over its x
-            self.kept = hold((call, beside, rows, run.topk_weights, run.h))
+            self.kept = hold((call, beside, rows, run.topk_weights, run.h, run.row_seeds))
         return out
 
 
@@ -84,6 +85,7 @@ def _expert_parallel_mlp(
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    row_seeds: Tensor | None,
     num_nonfinite_rows: Tensor | None,
     grad_enabled: bool,
     needs: list[bool],
@@ -92,7 +94,7 @@ def _expert_parallel_mlp(
     """Give out (T, D), `kept`, and `turn`. needs: Needs.as_list()."""
     factors = gate_up_a, gate_up_b, down_a, down_b
     weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
-    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
+    inputs = ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds)
     calling = None if layer is None else find(layer)
     if current_half() is not None:
         refuse(find(turn))
@@ -130,10 +132,10 @@ def _expert_parallel_mlp_backward(
 
     needs: Needs.as_list(). save: the forward's, for the count of FLOPs.
     """
-    call, beside, rows, received_weights, h = find(kept)
+    call, beside, rows, received_weights, h, row_seeds = find(kept)
     factors = gate_up_a, gate_up_b, down_a, down_b
     weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
-    saved = SavedTensors(rows, received_weights, weights, h)
+    saved = SavedTensors(rows, received_weights, weights, h, row_seeds)
     wanted = Needs.from_list(needs)
     with torch.no_grad(), without_autocast(dout.device):
         grads = run_backward(call, beside, saved, dout, wanted.weights)
@@ -199,7 +201,7 @@ def expert_parallel_operator(arguments: CallArguments) -> Tensor:
     spec, transport, inputs, layer, num_nonfinite_rows, fillers = arguments
     for filler in fillers:
         filler()
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, row_seeds = with_row_seeds(inputs, spec.experts.dropout)
     out, _, turn = _expert_parallel_mlp(
         transport.handle,
         None if layer is None else layer.handle,
@@ -207,6 +209,7 @@ def expert_parallel_operator(arguments: CallArguments) -> Tensor:
         topk_ids,
         topk_weights,
         *weights,
+        row_seeds,
         num_nonfinite_rows,
         torch.is_grad_enabled(),
         Needs.of(inputs).as_list(),

@@ -105,7 +105,7 @@ def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
     """Give the kind of the call, and the transport's chooser for its kind."""
-    x, topk_ids, topk_weights, weights = call.inputs
+    x, topk_ids, topk_weights, weights, _ = call.inputs
     settings = call.settings
     widths = BufferWidths(
         x.shape[1],

@@ -33,6 +33,7 @@ from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.function_context import (
     NUM_WEIGHTS,
     gradients_of_inputs,
+    needs_of_weights,
     saved_forward,
     tensors_to_save,
 )
@@ -107,6 +108,7 @@ class _Post(torch.autograd.Function):
         ctx: Any,
         split: _SplitCall,
         topk_ids: Tensor,
+        row_seeds: Tensor | None,
         x: Tensor,
         topk_weights: Tensor,
         anchor: Tensor | None,
@@ -114,9 +116,9 @@ class _Post(torch.autograd.Function):
     ) -> Tensor:
         weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
         split.weights, split.activation_parameters = weights, weights_and_parameters[NUM_WEIGHTS:]
-        split.needs_weights = PerWeight(*ctx.needs_input_grad[5 : 5 + NUM_WEIGHTS])
+        split.needs_weights = needs_of_weights(ctx)
         ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), topk_weights.dtype
-        split.begin_forward(ExpertInputs(x, topk_ids, topk_weights, weights))
+        split.begin_forward(ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds))
         return _token(x)
 
     @staticmethod
@@ -175,12 +177,13 @@ def run_split_call(
     half: Half, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]
 ) -> Tensor:
     """Run a planned call of half a batch, and the other half between its phases; give its result (T, D)."""
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, row_seeds = inputs
     split = _SplitCall(call, half.nodes)
     # A rank that needs no gradient itself still takes part in the others' backward.
     anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
     with leaving_nobody_waiting(call.all_ranks):
-        token = _Post.apply(split, topk_ids, x, topk_weights, anchor, *weights, *activation_parameters)
+        rows = topk_ids, row_seeds, x, topk_weights
+        token = _Post.apply(split, *rows, anchor, *weights, *activation_parameters)
         _share_weight_grads(half, split, weights, token.grad_fn)
         half.hand_over()
         token = _Compute.apply(split, token)

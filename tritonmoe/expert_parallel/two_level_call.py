@@ -15,7 +15,7 @@ from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
 from tritonmoe.overlap.node_pass import NodePass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
 from tritonmoe.transports import Transport
 
 __all__ = ["TwoLevelCall"]
@@ -75,10 +75,9 @@ class _RelayedExperts:
     call: TwoLevelCall
     make_experts: ReceivedExperts
 
-    def __call__(
-        self, plan: DispatchPlan, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, places: RowPlaces
-    ) -> NodePass:
+    def __call__(self, plan: DispatchPlan, rows: Tensor, metadata: RowMetadata, places: RowPlaces) -> NodePass:
         call = self.call
-        exchanges = RowExchanges(call.two_level.inner(topk_ids), call.inside_node, call.settings.ops.gather_sum)
+        inner = call.two_level.inner(metadata.topk_ids)
+        exchanges = RowExchanges(inner, call.inside_node, call.settings.ops.gather_sum)
         num_slices = plan.overlap.num_local_slices
-        return NodePass.receive(exchanges, num_slices, rows, topk_ids, topk_weights, self.make_experts)
+        return NodePass.receive(exchanges, num_slices, rows, metadata, self.make_experts)

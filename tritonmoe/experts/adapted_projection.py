@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, Operations
 from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions, PerWeight, Projection
+from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows
 from tritonmoe.experts.flops import count_products, matrix_size
 from tritonmoe.grouping import Grouping
 
@@ -23,14 +24,14 @@ class AdapterRows(NamedTuple):
     """(N, R): what the forward multiplies with B, here times the gate weight for the down-projection."""
     outward: Tensor
     """(N, R): what the backward multiplies with A."""
-
-    @classmethod
-    def empty(cls, num_pairs: int, factor_a: Tensor) -> "AdapterRows":
-        shape = num_pairs, factor_a.shape[1]
-        return cls(factor_a.new_empty(shape), factor_a.new_empty(shape))
+    dropped: Tensor | None = None
+    """With dropout, what the forward multiplies with A: (R, D) rows of the up-projection, or (N, F), s*a of the
+    down-projection."""
 
     def part(self, positions: slice) -> "AdapterRows":
-        return AdapterRows(self.inward[positions], self.outward[positions])
+        """Give those of some pairs; `dropped` is the down-projection's."""
+        dropped = None if self.dropped is None else self.dropped[positions]
+        return AdapterRows(self.inward[positions], self.outward[positions], dropped)
 
 
 AdapterRowsOfBoth = tuple[AdapterRows | None, AdapterRows | None]
@@ -49,6 +50,8 @@ class AdaptedProjection(NamedTuple):
     """(E, R, in); None where the projection is not adapted."""
     factor_b: Tensor | None
     """(E, out, R), with the scale."""
+    dropout: AdapterDropout | None = None
+    """Of the down-projection; see ExpertSettings.projections()."""
 
     def _gathered(self, rows: Tensor, grouping: Grouping) -> tuple[Tensor, Grouping]:
         """Gather rows once for two products, where the operations copy them in any case, a block of pairs at a time."""
@@ -79,7 +82,11 @@ class AdaptedProjection(NamedTuple):
 
     def rows(self, num_pairs: int) -> AdapterRows | None:
         """Give memory for the rows of an adapter's gradients; None where there is no adapter."""
-        return None if self.factor_a is None else AdapterRows.empty(num_pairs, self.factor_a)
+        if self.factor_a is None:
+            return None
+        _, rank, width = self.factor_a.shape
+        inward, outward = (self.factor_a.new_empty(num_pairs, rank) for _ in range(2))
+        return AdapterRows(inward, outward, None if self.dropout is None else inward.new_empty(num_pairs, width))
 
     def up(
         self,
@@ -87,24 +94,28 @@ class AdaptedProjection(NamedTuple):
         grouping: Grouping,
         activation: FusedActivation | None,
         *,
+        dropped: DroppedRows | None = None,
         needs_h: bool = True,
         out_h: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Do what the operation `up` does."""
-        ops, options, projection, factor_a, factor_b = self
+        """Do what the operation `up` does; dropped: x as the adapter takes it, None for x itself."""
+        ops, options, projection, factor_a, factor_b, _ = self
         if factor_a is not None and factor_b is not None:
-            x, grouping = self._gathered(x, grouping)
-            reduced, _ = ops.up(x, Projection(factor_a, None, FACTOR), grouping, None, options=options)
+            rows, by_row = self._gathered(x if dropped is None else dropped.values, grouping)
+            reduced, _ = ops.up(rows, Projection(factor_a, None, FACTOR), by_row, None, options=options)
             assert reduced is not None
-            out_h = ops.down(reduced, Projection(factor_b, None, FACTOR), grouping, out=out_h, options=options)
+            out_h = ops.down(reduced, Projection(factor_b, None, FACTOR), by_row, out=out_h, options=options)
             projection = projection._replace(addend=out_h)
+            if dropped is None:
+                x, grouping = rows, by_row
         return ops.up(x, projection, grouping, activation, needs_h=needs_h, out_h=out_h, options=options)
 
     def down(self, a: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """Do what the operation `down` does."""
-        ops, options, projection, factor_a, factor_b = self
+        ops, options, projection, factor_a, factor_b, dropout = self
         if factor_a is not None and factor_b is not None:
-            reduced = ops.down(a, Projection(factor_a, None, FACTOR), grouping, options=options)
+            inward = a if dropout is None else a.masked_fill(dropout.dropped_of_pairs(grouping, a.shape[1]), 0)
+            reduced = ops.down(inward, Projection(factor_a, None, FACTOR), grouping, options=options)
             out = ops.down(reduced, Projection(factor_b, None, FACTOR), grouping, out=out, options=options)
             projection = projection._replace(addend=out)
         return ops.down(a, projection, grouping, out=out, options=options)
@@ -121,8 +132,11 @@ class AdaptedProjection(NamedTuple):
         rows: AdapterRows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do what the operation `down_grad` does, and fill `rows`."""
-        ops, options, projection, factor_a, factor_b = self
+        ops, options, projection, factor_a, factor_b, dropout = self
+        is_dropped = None
         if factor_a is not None and factor_b is not None and rows is not None:
+            if dropout is not None:
+                is_dropped = dropout.dropped_of_pairs(grouping, factor_a.shape[2])
             dout, by_pair = self._gathered(dout, grouping)
             if by_pair is not grouping:
                 topk_weights = topk_weights.flatten().index_select(0, grouping.pair_index).unsqueeze(1)
@@ -132,25 +146,41 @@ class AdaptedProjection(NamedTuple):
             through = ops.up_grad(
                 rows.outward, Projection(factor_a, None, FACTOR), grouping, out=out[1], options=options
             )
+            if is_dropped is not None:
+                through.masked_fill_(is_dropped, 0)
             projection, out = projection._replace(addend=through), (out[0], through)
         dh, scaled_a, dweights = ops.down_grad(
             dout, projection, hidden, topk_weights, grouping, activation, out=out, options=options
         )
         if factor_a is not None and rows is not None:
-            ops.down(scaled_a, Projection(factor_a, None, FACTOR), grouping, out=rows.inward, options=options)
+            inward = scaled_a
+            if is_dropped is not None and rows.dropped is not None:
+                inward = rows.dropped.copy_(scaled_a).masked_fill_(is_dropped, 0)
+            ops.down(inward, Projection(factor_a, None, FACTOR), grouping, out=rows.inward, options=options)
         return dh, scaled_a, dweights
 
     def up_grad(
-        self, dh: Tensor, x: Tensor, grouping: Grouping, *, needs_dx: bool, out: Tensor | None, rows: AdapterRows | None
+        self,
+        dh: Tensor,
+        x: Tensor,
+        grouping: Grouping,
+        *,
+        needs_dx: bool,
+        out: Tensor | None,
+        rows: AdapterRows | None,
+        dropped: DroppedRows | None = None,
     ) -> Tensor | None:
-        """Do what the operation `up_grad` does, where it is needed, and fill `rows`. x: (R, D), the rows of `up`."""
-        ops, options, projection, factor_a, factor_b = self
+        """Do what the operation `up_grad` does, where it is needed, and fill `rows`. x, dropped: those of `up`."""
+        ops, options, projection, factor_a, factor_b, _ = self
         if factor_a is not None and factor_b is not None and rows is not None:
             inward, outward = Projection(factor_a, None, FACTOR), Projection(factor_b, None, FACTOR)
-            ops.up(x, inward, grouping, None, out_h=rows.inward, options=options)
+            inputs = x if dropped is None else dropped.values
+            ops.up(inputs, inward, grouping, None, out_h=rows.inward, options=options)
             ops.up_grad(dh, outward, grouping, out=rows.outward, options=options)
             if needs_dx:
                 out = ops.up_grad(rows.outward, inward, grouping, out=out, options=options)
+                if dropped is not None:
+                    out.masked_fill_(dropped.of_pairs(grouping), 0)
                 projection = projection._replace(addend=out)
         return ops.up_grad(dh, projection, grouping, out=out, options=options) if needs_dx else None
 
@@ -186,9 +216,11 @@ def adapter_gradients(
 
     grads: dict[str, Tensor | None] = {}
     if of_up is not None:
+        x = x if of_up.dropped is None else of_up.dropped
         grads["gate_up_a"] = outer(grouping, of_up.outward, x, FACTOR) if needs.gate_up_a else None
         grads["gate_up_b"] = outer(pairs, of_up.inward, dh, FACTOR).mT.contiguous() if needs.gate_up_b else None
     if of_down is not None:
+        scaled_a = scaled_a if of_down.dropped is None else of_down.dropped
         grads["down_a"] = outer(pairs, of_down.outward, scaled_a, FACTOR) if needs.down_a else None
         grads["down_b"] = outer(grouping, of_down.inward, dout, FACTOR_TRANSPOSED) if needs.down_b else None
     return grads

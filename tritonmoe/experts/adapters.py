@@ -12,7 +12,17 @@ from tritonmoe.config.layer import (
     is_number,
 )
 
-__all__ = ["HANDS_OVER", "NOTES", "ExpertAdapters", "Note", "check_hands_over", "noted_factors", "with_adapters"]
+__all__ = [
+    "HANDS_OVER",
+    "NOTES",
+    "SHARDS",
+    "ExpertAdapters",
+    "Note",
+    "check_hands_over",
+    "noted_factors",
+    "shard_adapters",
+    "with_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -21,10 +31,12 @@ class ExpertAdapters:
 
     For E experts, each projection with a rank R of its own, any integer; what is not adapted has neither factor. The
     factors lie as those of torch.nn.Linear whatever the layout of the weights, and the columns of B1 come in the order
-    of the weight's own. Source: LoRA (Hu et al., arXiv:2106.09685).
+    of the weight's own. With `dropout` A1 multiplies dropout(x), in which a token loses the same columns for all its
+    experts, and A2 that of each pair's activation. Source: LoRA (Hu et al., arXiv:2106.09685).
 
     Example:
-        One expert with W1 = [[2]], A1 = [[3]], B1 = [[10]] and scale 0.5 multiplies by 2 + 0.5 * 3 * 10 = 17.
+        One expert with W1 = [[2]], A1 = [[3]], B1 = [[10]] and scale 0.5 multiplies by 2 + 0.5 * 3 * 10 = 17; with
+        dropout 0.5 by 2 + 0.5 * 3 * 10 / (1 - 0.5) = 32 or, for as many tokens, by 2.
     """
 
     gate_up_a: Tensor | None = None
@@ -38,11 +50,17 @@ class ExpertAdapters:
     gate_up_scale: float = 1.0
     """alpha / R, or alpha / sqrt(R) (rsLoRA)."""
     down_scale: float = 1.0
+    dropout: float = 0.0
+    """The probability p, in [0, 1), with which each column of what A multiplies is zero; the others are divided by
+    1 - p. Functions apply it in every call, modules in training mode alone. Drawn from torch's generator of x's device.
+    """
 
     def __post_init__(self) -> None:
         for name in ("gate_up_scale", "down_scale"):
             if not is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number of at least 0 and less than 1, got {self.dropout!r}")
         for name in ("gate_up", "down"):
             a, b = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
             if (a is None) != (b is None):
@@ -56,17 +74,25 @@ def with_adapters(weights: PerWeight[Tensor], adapters: ExpertAdapters | None) -
         return weights
     if not isinstance(adapters, ExpertAdapters):
         raise TypeError(f"adapters must be ExpertAdapters or None, got {type(adapters).__name__}")
+    kept = 1 - adapters.dropout
     for name, scale in (("gate_up", adapters.gate_up_scale), ("down", adapters.down_scale)):
-        if scale != 1 and hasattr(getattr(adapters, f"{name}_b"), "main_grad"):
+        if not hasattr(getattr(adapters, f"{name}_b"), "main_grad"):
+            continue
+        if adapters.dropout:
+            raise ValueError(
+                f"{name}_b has a main_grad, which the gradient of {name}_b / (1 - dropout) can't be added to: leave "
+                f"main_grad to after the backward, or give dropout=0 instead of {adapters.dropout}"
+            )
+        if scale != 1:
             raise ValueError(
                 f"{name}_b has a main_grad, which the gradient of {name}_scale * {name}_b can't be added to: fold the "
                 f"scale {scale} into {name}_b and give {name}_scale=1, or leave main_grad to after the backward"
             )
     return weights._replace(
         gate_up_a=adapters.gate_up_a,
-        gate_up_b=_scaled(adapters.gate_up_b, adapters.gate_up_scale),
+        gate_up_b=_scaled(adapters.gate_up_b, adapters.gate_up_scale / kept),
         down_a=adapters.down_a,
-        down_b=_scaled(adapters.down_b, adapters.down_scale),
+        down_b=_scaled(adapters.down_b, adapters.down_scale / kept),
     )
 
 
@@ -75,6 +101,9 @@ NOTES = "_tritonmoe_factors"
 """
 HANDS_OVER = "_tritonmoe_hands_over"
 """The attribute of a class that wraps experts in adapters and makes such notes; it holds what the class did before."""
+SHARDS = "_tritonmoe_shards"
+"""The attribute of such a class that holds a function of a wrapper, which keeps this rank's factors of spread experts.
+"""
 GiveFactors = Callable[[torch.dtype, Sequence[int]], tuple[Tensor, Tensor]]
 """(dtype, ids of experts) -> A and B with its scale, of these experts."""
 
@@ -96,6 +125,14 @@ def check_hands_over(name: str, wrapper: nn.Module) -> None:
             "them what is not: call tritonmoe.integrations.transformers.register() first, with which it hands over "
             "factors instead"
         )
+
+
+def shard_adapters(module: nn.Module) -> None:
+    """Let every wrapper in `module` whose experts are spread over ranks keep the factors of this rank's experts."""
+    for child in module.modules():
+        shard = getattr(type(child), SHARDS, None)
+        if shard is not None:
+            shard(child)
 
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:

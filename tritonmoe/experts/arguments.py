@@ -32,6 +32,8 @@ class ExpertInputs(NamedTuple):
     topk_weights: Tensor
     """(T, K)."""
     weights: PerWeight[Tensor]
+    row_seeds: Tensor | None = None
+    """(T,) int32, with dropout on what adapters multiply: see adapter_dropout.py."""
 
 
 class Needs(NamedTuple):
@@ -83,7 +85,7 @@ def check_tensors(inputs: ExpertInputs) -> None:
             "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
             "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, _ = inputs
     names = ("x", "topk_ids", "topk_weights", *PerWeight._fields)
     for name, tensor in zip(names, (x, topk_ids, topk_weights, *weights), strict=True):
         if tensor is None and name in OPTIONAL:
@@ -109,7 +111,7 @@ def check_arguments(inputs: ExpertInputs, layout: ExpertLayout) -> None:
 
 
 def _check_tokens(inputs: ExpertInputs) -> None:
-    x, topk_ids, topk_weights, _ = inputs
+    x, topk_ids, topk_weights, *_ = inputs
     if x.dim() != 2:
         raise ValueError(f"x must be (T, D), got shape {tuple(x.shape)}: flatten leading dimensions first")
     if not x.is_floating_point():
@@ -219,7 +221,7 @@ def cast_for_autocast(inputs: ExpertInputs) -> ExpertInputs:
 
     Nothing changes where autocast is off, and, as there, for fp64.
     """
-    x, topk_ids, topk_weights, weights = inputs
+    x, _, topk_weights, weights, _ = inputs
     if not is_autocast_on(x.device):
         return inputs
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -228,7 +230,7 @@ def cast_for_autocast(inputs: ExpertInputs) -> ExpertInputs:
             check_plain(name, weight)
     cast_weights = weights.map(lambda weight: _cast_unless_fp64(weight, dtype))
     topk_weights = _cast_unless_fp64(topk_weights, torch.float32)
-    return ExpertInputs(_cast_unless_fp64(x, dtype), topk_ids, topk_weights, cast_weights)
+    return inputs._replace(x=_cast_unless_fp64(x, dtype), topk_weights=topk_weights, weights=cast_weights)
 
 
 def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:

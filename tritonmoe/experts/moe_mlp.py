@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
+from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (
     ExpertInputs,
@@ -44,24 +45,25 @@ class _MoEMLP(torch.autograd.Function):
         settings: ExpertSettings,
         owners: Owners,
         topk_ids: Tensor,
+        row_seeds: Tensor | None,
         x: Tensor,
         topk_weights: Tensor,
         *weights: Any,
     ) -> Tensor:
-        inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights))
+        inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights), row_seeds)
         out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
         ctx.settings, ctx.owners = settings, owners
-        x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 5), computes_h=h is None)
-        ctx.save_for_backward(x, topk_weights, *weights, h, keep_beside(ctx, grouping))
+        x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 6), computes_h=h is None)
+        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, keep_beside(ctx, grouping))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, *weights, h, mark = ctx.saved_tensors
-        saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h)
-        needs = Needs.from_list(ctx.needs_input_grad[3:])
-        return None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
+        x, topk_weights, *weights, h, row_seeds, mark = ctx.saved_tensors
+        saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h, row_seeds)
+        needs = Needs.from_list(ctx.needs_input_grad[4:])
+        return None, None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
 
 
 class _UpHalf(torch.autograd.Function):
@@ -73,36 +75,40 @@ class _UpHalf(torch.autograd.Function):
         settings: ExpertSettings,
         owners: Owners,
         grouping: Grouping,
+        row_seeds: Tensor | None,
         x: Tensor,
         *weights: Any,
     ) -> Tensor:
-        gate_up, _ = settings.projections(_among(NO_WEIGHTS, OF_UP, weights))
+        of_up = _among(NO_WEIGHTS, OF_UP, weights)
+        gate_up, _ = settings.projections(of_up)
         count_products(settings.ops, x, grouping.num_pairs, gate_up.num_products)
-        h, _ = gate_up.up(x, grouping, None)
+        h, _ = gate_up.up(x, grouping, None, dropped=_dropped(settings, of_up, x, row_seeds))
         assert h is not None
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
-        of_up = _among(NO_WEIGHTS, OF_UP, weights)
-        x = rows_to_save(x, of_up, _needs_gate_up(ctx, 4), computes_h=False)
-        ctx.save_for_backward(x, *weights, keep_beside(ctx, grouping))
+        x = rows_to_save(x, of_up, _needs_gate_up(ctx, 5), computes_h=False)
+        ctx.save_for_backward(x, *weights, row_seeds, keep_beside(ctx, grouping))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights, mark), settings = ctx.saved_tensors, ctx.settings
+        (x, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
         grouping = kept_beside(ctx, mark)
-        _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
+        _, _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
         dh = dh.contiguous()
-        gate_up, _ = settings.projections(_among(NO_WEIGHTS, OF_UP, weights))
-        rows = gate_up.rows(grouping.num_pairs)
+        of_up = _among(NO_WEIGHTS, OF_UP, weights)
+        gate_up, _ = settings.projections(of_up)
+        rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, of_up, x, row_seeds)
         count_products(settings.ops, dh, grouping.num_pairs, gate_up.num_up_grad_products(needs_x))
-        dx_pairs = gate_up.up_grad(dh, x, grouping, needs_dx=needs_x, out=None, rows=rows)
+        dx_pairs = gate_up.up_grad(dh, x, grouping, needs_dx=needs_x, out=None, rows=rows, dropped=dropped)
         dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
         needs, operands = _among(NO_GRADIENTS, OF_UP, needs_weights), GradientOperands(x=x, dh=dh)
         main_grads = find_main_grads(ctx.owners)
+        if rows is not None and dropped is not None:
+            rows = rows._replace(dropped=dropped.values)
         grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(rows, None))
-        return None, None, None, dx, *(getattr(grads, name) for name in OF_UP)
+        return None, None, None, None, dx, *(getattr(grads, name) for name in OF_UP)
 
 
 class _DownHalf(torch.autograd.Function):
@@ -114,24 +120,25 @@ class _DownHalf(torch.autograd.Function):
         settings: ExpertSettings,
         owners: Owners,
         grouping: Grouping,
+        row_seeds: Tensor | None,
         a: Tensor,
         topk_weights: Tensor,
         *weights: Any,
     ) -> Tensor:
-        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights))
+        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
         count_products(settings.ops, a, grouping.num_pairs, down.num_products)
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
-        ctx.save_for_backward(a, topk_weights, *weights, keep_beside(ctx, grouping))
+        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, keep_beside(ctx, grouping))
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, *weights, mark), settings = ctx.saved_tensors, ctx.settings
+        (a, topk_weights, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
         grouping = kept_beside(ctx, mark)
-        _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
-        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights))
+        _, _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
+        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
         rows = down.rows(grouping.num_pairs)
         count_products(settings.ops, dout, grouping.num_pairs, down.num_down_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
@@ -141,7 +148,19 @@ class _DownHalf(torch.autograd.Function):
         main_grads = find_main_grads(ctx.owners)
         grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(None, rows))
         dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs_topk_weights else None
-        return None, None, None, da, dtopk_weights, *(getattr(grads, name) for name in OF_DOWN)
+        return None, None, None, None, da, dtopk_weights, *(getattr(grads, name) for name in OF_DOWN)
+
+
+def _dropped(
+    settings: ExpertSettings, weights: PerWeight[Any], x: Tensor, row_seeds: Tensor | None
+) -> DroppedRows | None:
+    """Give all rows as the adapter of the up-projection multiplies them; None for the rows themselves."""
+    dropout = settings.adapter_dropout(row_seeds)
+    if dropout is None or weights.gate_up_a is None:
+        return None
+    dropped = DroppedRows.like(x)
+    dropout.drop_rows(x, slice(None), dropped)
+    return dropped
 
 
 def _needs_gate_up(ctx: Any, place: int) -> bool:
@@ -166,20 +185,21 @@ def _is_traced(x: Tensor) -> bool:
 
 def _run_eagerly(settings: ExpertSettings, owners: Owners, inputs: ExpertInputs) -> Tensor:
     """Run the experts as autograd Functions, or as none where no gradient is wanted."""
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, row_seeds = inputs
     transformed = is_transformed()
     if transformed:
         topk_ids, owners = unwrapped(topk_ids), NO_WEIGHTS
+        row_seeds = None if row_seeds is None else unwrapped(row_seeds)
     if is_fused(settings.activation):
         if transformed or Needs.of(inputs).any:
-            return run_function(_MoEMLP, settings, owners, topk_ids, x, topk_weights, *weights)
+            return run_function(_MoEMLP, settings, owners, topk_ids, row_seeds, x, topk_weights, *weights)
         out, _, _ = run_forward(settings, inputs, keep_hidden=False)
         return out
     of_up, of_down = ([getattr(weights, name) for name in names] for names in (OF_UP, OF_DOWN))
     grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
-    h = run_function(_UpHalf, settings, owners, grouping, x, *of_up)
+    h = run_function(_UpHalf, settings, owners, grouping, row_seeds, x, *of_up)
     a = checked_activation(settings, h)
-    return run_function(_DownHalf, settings, owners, grouping, a, topk_weights, *of_down)
+    return run_function(_DownHalf, settings, owners, grouping, row_seeds, a, topk_weights, *of_down)
 
 
 @outside_graphs
@@ -241,6 +261,7 @@ def moe_mlp(
     """
     spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
     weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
+    spec = spec.with_dropout(adapters)
     return run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
 
 
@@ -249,6 +270,7 @@ def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
     check_tensors(inputs)
     owners, inputs = inputs.weights, cast_for_autocast(inputs)
     check_arguments(inputs, spec.layout)
+    inputs = with_row_seeds(inputs, spec.dropout)
     has_main_grads = find_main_grads(owners) is not None
     if has_main_grads and is_transformed():
         raise RuntimeError(MAIN_GRAD)

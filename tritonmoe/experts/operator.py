@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 
-NUM_TENSORS = len((*ExpertInputs._fields[:-1], *PerWeight._fields))
-"""How many tensors the operator takes."""
+NUM_TENSORS = len(("x", "topk_ids", "topk_weights", *PerWeight._fields))
+"""How many of the operator's arguments are these tensors, which come first."""
 
 
 class SavedForward(NamedTuple):
@@ -47,15 +47,16 @@ class SavedForward(NamedTuple):
     grouping: Grouping
     h: Tensor | None
     """(N, 2F), or None where backward computes it again."""
+    row_seeds: Tensor | None = None
 
 
 def run_forward(
     settings: ExpertSettings, inputs: ExpertInputs, keep_hidden: bool, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Give out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, row_seeds = inputs
     grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
-    run = ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden)
+    run = ExpertsRun(settings, weights, x, topk_weights, grouping, keep_hidden, row_seeds=row_seeds)
     if h is not None:
         run.h = h[: grouping.num_pairs]
     return run.forward(0), run.h, grouping
@@ -69,8 +70,8 @@ def run_backward(
     main_grads: PerWeight[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Give the wanted gradients of x, topk_weights and the weights; None for the others and for those in main_grads."""
-    x, topk_weights, weights, grouping, h = saved
-    run = ExpertsRun(settings, weights, x, topk_weights, grouping, False, h, main_grads=main_grads)
+    x, topk_weights, weights, grouping, h, row_seeds = saved
+    run = ExpertsRun(settings, weights, x, topk_weights, grouping, False, h, main_grads=main_grads, row_seeds=row_seeds)
     dx, dweights = run.backward(0, dout, needs.x)
     grads = run.weight_grad(dout, needs.weights)
     return dx, dweights.to(topk_weights.dtype) if needs.topk_weights else None, *grads
@@ -89,13 +90,14 @@ def _moe_mlp(
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    row_seeds: Tensor | None,
     keep_hidden: bool,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Give out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
     factors = gate_up_a, gate_up_b, down_a, down_b
     weights = PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias, *factors)
-    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
+    inputs = ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds)
     settings = choose_backend(decode(spec), inputs)
     check_num_pairs(topk_ids)
     h = _empty_hidden(x, topk_ids, gate_up_proj, keep_hidden, spec)
@@ -132,6 +134,7 @@ def _moe_mlp_backward(
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    row_seeds: Tensor | None,
     h: Tensor | None,
     needs: list[bool],
     spec: str,
@@ -142,14 +145,15 @@ def _moe_mlp_backward(
     settings = choose_backend(decode(spec), ExpertInputs(x, topk_ids, topk_weights, weights))
     with without_autocast(x.device):
         grouping = settings.ops.group(topk_ids, gate_up_proj.shape[0])
-        saved = SavedForward(x, topk_weights, weights, grouping, None if h is None else h[: grouping.num_pairs])
+        h = None if h is None else h[: grouping.num_pairs]
+        saved = SavedForward(x, topk_weights, weights, grouping, h, row_seeds)
         grads = run_backward(settings, saved, dout, Needs.from_list(needs))
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @_moe_mlp_backward.register_fake
 def _moe_mlp_backward_shapes(dout: Tensor, x: Tensor, topk_ids: Tensor, *others: Any) -> list[Tensor]:
-    *differentiable, _, needs, _ = others
+    *differentiable, _, _, needs, _ = others
     return gradient_shapes(x, differentiable, needs)
 
 
@@ -174,7 +178,7 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = [needs_x, *needs_others]
     grads = _moe_mlp_backward(dout, *tensors, needs, ctx.spec)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, None, *others, None, None
+    return dx, None, *others, None, None, None
 
 
 def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -187,12 +191,12 @@ _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 def _forward_flops(x: Shape, topk_ids: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
     """Shapes stand for tensors."""
-    *weights, _, _ = others
+    *weights, _, _, _ = others
     return forward_flops(topk_ids, weights)
 
 
 def _backward_flops(dout: Shape, x: Shape, topk_ids: Shape, topk_weights: Shape, *others: Any, **__: Any) -> int:
-    *weights, h, needs, _ = others
+    *weights, _, h, needs, _ = others
     return backward_flops(topk_ids, weights, needs, h is None)
 
 
@@ -204,6 +208,6 @@ def moe_mlp_operator(spec: ExpertSpec, inputs: ExpertInputs, keep_hidden: bool) 
     """Call the operator tritonmoe::moe_mlp: (T, D)."""
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    x, topk_ids, topk_weights, weights = inputs
-    out, _ = _moe_mlp(x, topk_ids, topk_weights, *weights, keep_hidden, encode(spec))
+    x, topk_ids, topk_weights, weights, row_seeds = inputs
+    out, _ = _moe_mlp(x, topk_ids, topk_weights, *weights, row_seeds, keep_hidden, encode(spec))
     return out

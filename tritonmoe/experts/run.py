@@ -12,6 +12,7 @@ from torch import Tensor
 from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight, is_fused
 from tritonmoe.experts.adapted_projection import AdaptedProjection, AdapterRowsOfBoth
+from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
@@ -54,6 +55,10 @@ class ExpertsRun:
     scaled_a: Tensor | None = None
     adapter_rows: AdapterRowsOfBoth = (None, None)
     """Of the up-projection's adapter and of the down-projection's, where there are such; filled as dh is."""
+    row_seeds: Tensor | None = None
+    """(R,) int32 with dropout on what adapters multiply."""
+    dropped: DroppedRows | None = None
+    """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
     dweights: Tensor | None = None
     """(N',) gradients of the gate weights, one for each pair in chunks of experts, filled chunk by chunk; else None."""
     activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
@@ -73,7 +78,8 @@ class ExpertsRun:
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
-        gate_up, down = self.settings.projections(self.weights)
+        gate_up, down = self._projections(self.weights)
+        self._drop_rows(chunk, grouping)
         count_products(ops, self.rows, grouping.num_pairs, gate_up.num_products + down.num_products)
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
@@ -98,7 +104,7 @@ class ExpertsRun:
                 for_each(forward_block, blocks, self.rows.device)
                 y = pairs_y
         else:
-            h, _ = gate_up.up(self.rows, grouping, None)
+            h, _ = gate_up.up(self.rows, grouping, None, dropped=self.dropped)
             assert h is not None
             a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
             if graph is not None:
@@ -120,7 +126,7 @@ class ExpertsRun:
         activation = self.settings.activation
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
-        h, a = gate_up.up(self.rows, block.grouping, activation, needs_h=needs_h, out_h=out_h)
+        h, a = gate_up.up(self.rows, block.grouping, activation, dropped=self.dropped, needs_h=needs_h, out_h=out_h)
         assert a is not None
         return h, down.down(a, block.grouping, out=out_y)
 
@@ -138,14 +144,15 @@ class ExpertsRun:
             self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             inner = self.settings.layout.intermediate_size(self._hidden_width)
             self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
-            gate_up, down = self.settings.projections(self.weights)
+            gate_up, down = self._projections(self.weights)
             self.adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
-        gate_up, down = self.settings.projections(self.weights)
+        gate_up, down = self._projections(self.weights)
+        self._drop_rows(chunk, grouping)
         computes_h = is_fused(activation) and self.h is None
         multiplications = down.num_down_grad_products + gate_up.num_up_grad_products(needs_dx)
         multiplications += computes_h * gate_up.num_products
@@ -176,7 +183,9 @@ class ExpertsRun:
             )
             zero_padding(da, grouping)
             dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
-            dx_pairs = gate_up.up_grad(dh, self.rows, grouping, needs_dx=needs_dx, out=dx_pairs, rows=up_rows)
+            dx_pairs = gate_up.up_grad(
+                dh, self.rows, grouping, needs_dx=needs_dx, out=dx_pairs, rows=up_rows, dropped=self.dropped
+            )
         dx = None
         if dx_pairs is not None:
             dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
@@ -200,7 +209,7 @@ class ExpertsRun:
         gate_up, down = self._block_projections(block)
         positions = block.positions
         if h is None:
-            hidden, _ = gate_up.up(self.rows, block.grouping, None)
+            hidden, _ = gate_up.up(self.rows, block.grouping, None, dropped=self.dropped)
             assert hidden is not None
         else:
             hidden = _part(h, positions)
@@ -210,7 +219,9 @@ class ExpertsRun:
             dout, hidden, self.topk_weights, block.grouping, activation, out=(dh, scaled_a), rows=down_rows
         )
         out = None if dx_pairs is None else _part(dx_pairs, positions)
-        return dweights, gate_up.up_grad(dh, self.rows, block.grouping, needs_dx=needs_dx, out=out, rows=up_rows)
+        return dweights, gate_up.up_grad(
+            dh, self.rows, block.grouping, needs_dx=needs_dx, out=out, rows=up_rows, dropped=self.dropped
+        )
 
     def _backward_parts(self, pairs: slice) -> tuple[Tensor, Tensor, AdapterRowsOfBoth]:
         """Give what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
@@ -233,7 +244,24 @@ class ExpertsRun:
         weights = self.weights
         if block.grouping.num_experts != weights.gate_up_proj.shape[0]:
             weights = weights.map(lambda weight: weight[block.experts])
-        return self.settings.projections(weights)
+        return self._projections(weights)
+
+    def _projections(self, weights: PerWeight[Tensor]) -> tuple[AdaptedProjection, AdaptedProjection]:
+        return self.settings.projections(weights, self.row_seeds)
+
+    def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
+        """Fill `dropped` for the rows of a chunk."""
+        dropout = self.settings.adapter_dropout(self.row_seeds)
+        if dropout is None or self.weights.gate_up_a is None:
+            return
+        if self.dropped is None:
+            self.dropped = DroppedRows.like(self.rows)
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            places: slice | Tensor = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+        else:  # some of the rows that have come so far
+            places = rows_of_pairs(grouping)
+        dropout.drop_rows(self.rows, places, self.dropped)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
         """Give the gradients of the weights that need one.
@@ -244,9 +272,15 @@ class ExpertsRun:
         shared = self.shared_grads
         left = NO_WEIGHTS if shared is None else shared.take()
         grads = weight_gradients(
-            self.settings, self.grouping, needs, self.main_grads, operands, left, self.adapter_rows
+            self.settings, self.grouping, needs, self.main_grads, operands, left, self._adapter_operands()
         )
         return grads if shared is None else shared.leave(grads)
+
+    def _adapter_operands(self) -> AdapterRowsOfBoth:
+        up_rows, down_rows = self.adapter_rows
+        if up_rows is not None and self.dropped is not None:
+            up_rows = up_rows._replace(dropped=self.dropped.values)
+        return up_rows, down_rows
 
     @property
     def _hidden_width(self) -> int:

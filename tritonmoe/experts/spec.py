@@ -1,7 +1,7 @@
 """ExpertSpec: how experts compute, decided and checked once for all calls alike; also as a string, for operators."""
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from tritonmoe.config.layer import (
     is_fused,
 )
 from tritonmoe.experts.adapted_projection import AdaptedProjection
+from tritonmoe.experts.adapter_dropout import AdapterDropout
+from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
@@ -46,6 +48,8 @@ class ExpertSpec:
     backend: str
     save: Literal["hidden", "input"]
     options: KernelOptions
+    dropout: float = 0.0
+    """Of what adapters multiply."""
 
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
@@ -54,6 +58,10 @@ class ExpertSpec:
             raise ValueError(f"save must be 'hidden' or 'input', got {self.save!r}")
         self.options.check()
         return self
+
+    def with_dropout(self, adapters: ExpertAdapters | None) -> "ExpertSpec":
+        """Give what experts with these adapters compute like."""
+        return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self
 
 
 class ExpertSettings(NamedTuple):
@@ -64,15 +72,26 @@ class ExpertSettings(NamedTuple):
     activation: Activation
     save: Literal["hidden", "input"] = "hidden"
     options: KernelOptions = KernelOptions()
+    dropout: float = 0.0
 
-    def projections(self, weights: PerWeight[Tensor]) -> tuple[AdaptedProjection, AdaptedProjection]:
-        """Give the up-projection and the down-projection of experts that have these weights."""
-        w1, b1, w2, b2, *factors = weights
+    def projections(
+        self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None
+    ) -> tuple[AdaptedProjection, AdaptedProjection]:
+        """Give the up-projection and the down-projection of experts that have these weights.
+
+        row_seeds: (R,), with dropout; of the up-projection, callers drop columns of the rows themselves.
+        """
+        w1, b1, w2, b2, up_a, up_b, down_a, down_b = weights
         up, down = Projection(w1, b1, self.layout), Projection(w2, b2, self.layout)
+        dropout = self.adapter_dropout(row_seeds)
         return (
-            AdaptedProjection(self.ops, self.options, up, *factors[:2]),
-            AdaptedProjection(self.ops, self.options, down, *factors[2:]),
+            AdaptedProjection(self.ops, self.options, up, up_a, up_b),
+            AdaptedProjection(self.ops, self.options, down, down_a, down_b, dropout),
         )
+
+    def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
+        """Give the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
+        return None if row_seeds is None else AdapterDropout(self.dropout, row_seeds)
 
 
 def expert_spec(
@@ -134,7 +153,7 @@ def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: 
     num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
     x = inputs.x
     ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
-    return ExpertSettings(ops, spec.layout, spec.activation, spec.save, options)
+    return ExpertSettings(ops, spec.layout, spec.activation, spec.save, options, spec.dropout)
 
 
 # As a string
@@ -147,12 +166,13 @@ def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
         activation = activation.limit, activation.alpha, activation.up_offset
     layout, options = spec.layout, spec.options
     flags = layout.gated, layout.interleaved, layout.transposed
-    return activation, *flags, spec.backend, spec.save, options.num_sms, options.batch_invariant
+    return activation, *flags, spec.backend, spec.save, options.num_sms, options.batch_invariant, spec.dropout
 
 
 def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
-    activation, *others = plain
-    return _make_spec(ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation, *others)
+    activation, *others, dropout = plain
+    spec = _make_spec(ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation, *others)
+    return replace(spec, dropout=dropout)
 
 
 def literal(plain: object) -> str:

@@ -14,7 +14,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, su
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import Actions, Phases, execute_in_phases, run_all_phases
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
@@ -41,9 +41,8 @@ class ExpertsPass(Protocol):
         ...
 
 
-MakeExperts = Callable[[DispatchPlan, Tensor, Tensor, Tensor, RowPlaces], ExpertsPass]
-"""(the plan, rows (R, D), topk_ids (R, K) int32 global, topk_weights (R, K) fp32, where the rows lie) -> the experts of
-one call."""
+MakeExperts = Callable[[DispatchPlan, Tensor, RowMetadata, RowPlaces], ExpertsPass]
+"""(the plan, rows (R, D), what came with them, where they lie) -> the experts of one call."""
 
 
 class ForwardPass:
@@ -51,7 +50,7 @@ class ForwardPass:
 
     Args:
         make_experts: makes the experts of the received rows, before any of them has arrived.
-        x: (T, D). topk_ids, topk_weights: (T, K).
+        x: (T, D). metadata: of its rows.
         fillers: the caller's work, as in expert_parallel_mlp.
     """
 
@@ -63,20 +62,19 @@ class ForwardPass:
     """(R, K) fp32, from the group step on."""
     wire_squares: Tensor | None = None
     """As in LayerReport."""
-    _metadata: ArrivingMetadata
+    _arriving: ArrivingMetadata
 
     def __init__(
         self,
         exchanges: RowExchanges,
         make_experts: MakeExperts,
         x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
+        metadata: RowMetadata,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan
         self.make_experts = make_experts
-        self.x, self.topk_ids, self.topk_weights = x, topk_ids, topk_weights
+        self.x, self.sent_metadata = x, metadata
         self.fillers = fillers
         plan, width = self.plan, x.shape[1]
         self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
@@ -110,7 +108,7 @@ class ForwardPass:
         }
 
     def metadata(self) -> PendingExchange:
-        pending, self._metadata = self.exchanges.send_metadata(self.topk_ids, self.topk_weights)
+        pending, self._arriving = self.exchanges.send_metadata(self.sent_metadata)
         return pending
 
     def dispatch(self, chunk: int) -> PendingExchange:
@@ -125,9 +123,10 @@ class ForwardPass:
         if not plan.is_identity:
             local = slice(plan.num_local)
             torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
-        top_k = self.topk_ids.shape[1]
-        ids, self.received_weights, places = self.exchanges.receive_metadata(self._metadata, top_k)
-        self.experts = self.make_experts(plan, self.rows, ids, self.received_weights, places)
+        top_k = self.sent_metadata.topk_ids.shape[1]
+        metadata, places = self.exchanges.receive_metadata(self._arriving, top_k)
+        self.received_weights = metadata.topk_weights
+        self.experts = self.make_experts(plan, self.rows, metadata, places)
 
     def compute_experts(self, chunk: int) -> None:
         segment = self.plan.segment(chunk)

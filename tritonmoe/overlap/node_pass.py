@@ -16,7 +16,7 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import Actions, execute
 from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
@@ -49,15 +49,14 @@ class NodePass:
         exchanges: RowExchanges,
         num_local_slices: int,
         relayed: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
+        metadata: RowMetadata,
         make_experts: MakeExperts,
     ) -> "NodePass":
-        """Spread the ids (R, K) and weights (R, K) of the relayed rows (R, D) inside the node, and make the experts.
+        """Spread what came with the relayed rows (R, D) inside the node, and make the experts.
 
         num_local_slices: how many of the outer plan's segments are local ones.
         """
-        received = _Metadata(exchanges, relayed, topk_ids, topk_weights, make_experts)
+        received = _Metadata(exchanges, relayed, metadata, make_experts)
         step = Step(StepKind.GROUP, None)
         actions = {StepKind.NODE_METADATA: received.metadata, StepKind.GROUP: received.group}
         report = execute(build_inside(step, needs_x=True), actions, relayed.device)
@@ -112,8 +111,7 @@ class _Metadata:
 
     exchanges: RowExchanges
     relayed: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
+    of_relayed: RowMetadata
     make_experts: MakeExperts
     rows: Tensor = field(init=False)
     experts: ExpertsPass = field(init=False)
@@ -123,12 +121,12 @@ class _Metadata:
         self.rows = self.relayed.new_empty(self.exchanges.plan.num_received, self.relayed.shape[1])
 
     def metadata(self) -> PendingExchange:
-        pending, self.arriving = self.exchanges.send_metadata(self.topk_ids, self.topk_weights)
+        pending, self.arriving = self.exchanges.send_metadata(self.of_relayed)
         return pending
 
     def group(self) -> None:
-        ids, weights, places = self.exchanges.receive_metadata(self.arriving, self.topk_ids.shape[1])
-        self.experts = self.make_experts(self.exchanges.plan, self.rows, ids, weights, places)
+        metadata, places = self.exchanges.receive_metadata(self.arriving, self.of_relayed.topk_ids.shape[1])
+        self.experts = self.make_experts(self.exchanges.plan, self.rows, metadata, places)
 
 
 class _Sums:

@@ -12,7 +12,7 @@ from tritonmoe.overlap.steps import Way
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import DecodedExchange, WireFormat
 
-__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges"]
+__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges", "RowMetadata"]
 
 
 class GatherSum(Protocol):
@@ -21,8 +21,31 @@ class GatherSum(Protocol):
     def __call__(self, y: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor: ...
 
 
+class RowMetadata(NamedTuple):
+    """What travels with rows: where they go, and what is computed with them."""
+
+    topk_ids: Tensor
+    """(R, K), global; int32 once it has travelled."""
+    topk_weights: Tensor
+    """(R, K); fp32 once it has travelled."""
+    row_seeds: Tensor | None = None
+    """(R,) int32, as in ExpertInputs."""
+
+    def pack(self) -> Tensor:
+        """Give (R, 2K) int32, ids, then the bits of the fp32 weights; with row_seeds (R, 2K + 1)."""
+        ids, weights, seeds = self
+        ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
+        columns = [ids, weights.to(torch.float32).view(torch.int32)]
+        return torch.cat(columns if seeds is None else [*columns, seeds.unsqueeze(1)], dim=1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor, top_k: int) -> "RowMetadata":
+        ids, bits, seeds = packed.tensor_split((top_k, 2 * top_k), dim=1)
+        return cls(ids, bits.contiguous().view(torch.float32), seeds.flatten() if seeds.shape[1] else None)
+
+
 class ArrivingMetadata(NamedTuple):
-    """The ids and weights of received rows while their exchange is under way, packed as (rows, 2K) int32."""
+    """What comes with received rows while its exchange is under way, packed as RowMetadata.pack() does."""
 
     stored: Tensor
     """One row for each received row; so far it has those that stay on this rank."""
@@ -38,23 +61,23 @@ class RowExchanges:
     transport: Transport
     gather_sum: GatherSum
 
-    def send_metadata(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[PendingExchange, ArrivingMetadata]:
-        """Send the ids (T, K) and weights (T, K) of all chunks; what arrives is for receive_metadata."""
+    def send_metadata(self, metadata: RowMetadata) -> tuple[PendingExchange, ArrivingMetadata]:
+        """Send what belongs to the T rows of all chunks; what arrives is for receive_metadata."""
         plan = self.plan
-        pairs = _pack_metadata(topk_ids, topk_weights).index_select(0, plan.tokens.home_tokens)
+        pairs = metadata.pack().index_select(0, plan.tokens.home_tokens)
         if plan.tokens.has_padding:
-            pairs[:, : topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
+            pairs[:, : metadata.topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
         stored = pairs.new_empty(plan.num_received, pairs.shape[1])
         stored[: plan.num_local] = pairs[: plan.num_local]
         pending, arriving = self.exchange_all(pairs.index_select(0, plan.send_order()), Way.TO_EXPERTS)
         return pending, ArrivingMetadata(stored, arriving)
 
-    def receive_metadata(self, metadata: ArrivingMetadata, top_k: int) -> tuple[Tensor, Tensor, RowPlaces]:
-        """Give ids (R, K) int32, weights (R, K) fp32 and places of the received rows, once the exchange has ended."""
+    def receive_metadata(self, metadata: ArrivingMetadata, top_k: int) -> tuple[RowMetadata, RowPlaces]:
+        """Give what came with the received rows, and their places, once the exchange has ended."""
         stored, arrived = metadata
         places = self.plan.place_received(arrived[:, :top_k])
         stored[places.received] = arrived
-        return *_unpack_metadata(stored, top_k), places
+        return RowMetadata.unpack(stored, top_k), places
 
     def pack(self, values: Tensor, chunk: int) -> Tensor:
         """Copy the rows of `values` (T, D) that a chunk sends, rank by rank; what two ranks need is copied twice."""
@@ -118,13 +141,3 @@ class RowExchanges:
             squares += wire.squares(rows, encoded)
         arriving = wire.empty(out.shape[0], out.shape[1], out.device)
         return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)
-
-
-def _pack_metadata(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Give (T, 2K) int32: ids, then the bits of the fp32 weights."""
-    ids = topk_ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
-    return torch.cat([ids, topk_weights.to(torch.float32).view(torch.int32)], dim=1)
-
-
-def _unpack_metadata(packed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    return packed[:, :top_k], packed[:, top_k:].contiguous().view(torch.float32)

@@ -270,6 +270,12 @@ def test_replicas_train_no_adapters() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+def test_other_adapters_beside_those_of_peft_are_refused() -> None:
+    model, ours = adapted_layer(), tm.ExpertAdapters(down_a=torch.ones(4, 2, 8), down_b=torch.ones(4, 16, 2))
+    with pytest.raises(ValueError, match="experts that PEFT has adapted already"):
+        model.base_model.model[0](torch.randn(3, 16), adapters=ours)
+
+
 def test_two_calls_at_once_end_in_any_order() -> None:
     """As two threads that serve one model make them."""
     model = adapted_layer()

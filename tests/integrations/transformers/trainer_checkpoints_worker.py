@@ -15,13 +15,14 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
 from tiny_models import make_dense, make_tokenizer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import tritonmoe as tm
 from tritonmoe.experts.adapters import HANDS_OVER
 from tritonmoe.integrations import transformers as tmt
+from tritonmoe.transports.sharding.whole_states import whole_forms
 
 STEPS = 4
 
@@ -229,9 +230,22 @@ def make_adapted(name: str, order: str) -> Any:
     return model
 
 
+def peft_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Give every gradient whole, and those of adapters in PEFT's format."""
+    forms = whole_forms(model)
+    return {name: forms[name](grad) if name in forms else grad for name, grad in gradients(model).items()}
+
+
+def assert_divided(model: nn.Module) -> None:
+    """Each rank has its share of the experts' adapters, and no more."""
+    factors = [p for name, p in model.named_parameters() if "lora_" in name and ".experts." in name]
+    assert factors
+    assert all(factor.to_local().numel() * size == factor.numel() for factor in factors)
+
+
 def run_adapted(name: str, directory: Path) -> None:
-    """LoRA on attention and experts, before parallelize() and after it: gradients, one rank's file, resumed, merged."""
-    from peft import PeftModel
+    """LoRA on attention and experts, before parallelize() and after it: gradients, the file, resumed, merged."""
+    from peft import PeftModel, get_peft_model_state_dict
 
     ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
     one_device = make_adapted(name, "adapted")
@@ -239,17 +253,32 @@ def run_adapted(name: str, directory: Path) -> None:
     output.loss.backward()
     logits = output.logits.detach()
     expected = gradients(one_device)
+    norm = nn.utils.clip_grad_norm_(one_device.parameters(), 0.1)
+    one_device.save_pretrained(directory / f"adapter-of-{rank}")
+    whole_file = (directory / f"adapter-of-{rank}" / "adapter_model.safetensors").read_bytes()
     for order in ("before", "after"):
         model = make_adapted(name, order)
+        assert_divided(model)
         parallel = nn.parallel.DistributedDataParallel(model)
         parallel(input_ids=ids[own], labels=ids[own]).loss.backward()
-        assert_close(gradients(model), expected)
-        if rank == 0:
-            model.save_pretrained(directory / f"adapter-{order}")
-        dist.barrier()
+        assert_close(peft_gradients(model), expected)
+        torch.testing.assert_close(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.1)), norm)
+        with pytest.raises(ValueError, match="would keep one rank's experts alone"):
+            torch.save(get_peft_model_state_dict(model), directory / f"rank-{rank}.pt")
+        with pytest.raises(ValueError, match="every rank must call it"):
+            model.save_pretrained(directory / "alone", is_main_process=rank == 0)
+        model.save_pretrained(directory / f"adapter-{order}")
+        assert (directory / f"adapter-{order}" / "adapter_model.safetensors").read_bytes() == whole_file
         for base in (make_model(name), make_adapted(name, "one"), make_spread(name)):
             loaded = PeftModel.from_pretrained(base, directory / f"adapter-{order}").eval()
             torch.testing.assert_close(loaded(input_ids=ids[own]).logits, logits[own])
+        for settings in ({}, {"low_cpu_mem_usage": True}):
+            frozen = PeftModel.from_pretrained(make_spread(name), directory / f"adapter-{order}", **settings)
+            assert_divided(frozen)
+            frozen.save_pretrained(directory / "again")
+            assert (directory / "again" / "adapter_model.safetensors").read_bytes() == whole_file
+        tm.gather_state_dicts(frozen)
+        assert_same(get_peft_model_state_dict(frozen), get_peft_model_state_dict(one_device))
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=ids[own]).logits, logits[own], atol=1e-4, rtol=1e-4)
 
@@ -263,6 +292,26 @@ def run_adapted(name: str, directory: Path) -> None:
         resumed.train(resume_from_checkpoint=str(path / "checkpoint-2"))
         assert losses(resumed) == losses(undisturbed)
         assert_same(weights(resumed.model), weights(undisturbed.model))
+
+
+def assert_trained_as_on_one_device(models: list[Any]) -> None:
+    """Three clipped steps of AdamW, of a model here and of the same one over ranks: each has its part of the state."""
+    from peft import get_peft_model_state_dict
+
+    ids, own = batch(2 * size), slice(2 * rank, 2 * rank + 2)
+    for model, rows in zip(models, (slice(0, 2 * size), own), strict=True):
+        parallel = model if rows != own else nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW([p for p in parallel.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            parallel(input_ids=ids[rows], labels=ids[rows]).loss.backward()
+            nn.utils.clip_grad_norm_(parallel.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    assert sum(m.to_local().numel() for m in moments) * size == sum(m.numel() for m in moments)
+    one_device, spread = models
+    tm.gather_state_dicts(spread)
+    assert_close(get_peft_model_state_dict(spread), get_peft_model_state_dict(one_device))
 
 
 def run_adapted_experts(name: str, directory: Path) -> None:
@@ -288,7 +337,7 @@ def run_adapted_experts(name: str, directory: Path) -> None:
             model(rows[4 * own.start : 4 * own.stop]).square().mean().backward()
         else:
             model(input_ids=ids[own], labels=ids[own]).loss.backward()
-        return {k.removeprefix("module."): grad for k, grad in gradients(model).items() if "lora_" in k}
+        return {k.removeprefix("module."): grad for k, grad in peft_gradients(model).items() if "lora_" in k}
 
     one_device = adapt(make())
     with peft_alone():
@@ -311,9 +360,23 @@ def run_adapted_experts(name: str, directory: Path) -> None:
         tmt.parallelize(adapted, dist.group.WORLD)
         for part in (*adapted.get_base_model().model.layers, adapted):
             fully_shard(part, ignored_params=set(tm.expert_parameters(adapted)))
-        assert isinstance(next(p for key, p in adapted.named_parameters() if "lora_A" in key), DTensor)
+        assert_divided(adapted)
         assert_close(gradients_on(adapted, own), expected)
+        assert_trained_as_on_one_device([adapt(make_model(name)), adapt(make_spread(name))])
+        replicas = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replica", "expert"))
+        model = make()
+        tmt.parallelize(model, replicas)
+        torch.manual_seed(rank)
+        with pytest.raises(ValueError, match="has another value on ranks"):
+            get_peft_model(model, config)
+        model = make()
+        tmt.parallelize(model, replicas)
+        assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapt(model)), own), expected)
         adapted = adapt(make())
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad])
+        with pytest.raises(ValueError, match="SGD was made with the experts of"):
+            tmt.parallelize(adapted, dist.group.WORLD)
+        del optimizer
         tmt.parallelize(adapted, dist.group.WORLD)
         tmt.two_batches(adapted)
         assert_close(gradients_on(nn.parallel.DistributedDataParallel(adapted), own), expected)

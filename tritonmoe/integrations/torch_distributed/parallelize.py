@@ -11,12 +11,12 @@ from torch import nn
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
-from tritonmoe.experts.adapters import check_hands_over
+from tritonmoe.experts.adapters import SHARDS, check_hands_over, shard_adapters
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.parameters import check_expert_gradients, check_same_weights, find_sharding
-from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole
+from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 
 __all__ = [
     "expert_parameters",
@@ -86,6 +86,7 @@ def parallelize(
     for layer in module.modules():
         if isinstance(layer, MoELayer) and layer.router.reduce_load is None:
             layer.router.reduce_load = layer.grouped_experts.sum_over_ranks
+    shard_adapters(module)
     return len(found)
 
 
@@ -129,10 +130,11 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
         gather_optimizer(optimizer)
 
 
-def _gather(names: tuple[str, ...], _: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
+def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
+    forms = whole_forms(module)
     for name in names:
         if prefix + name in state_dict:
-            state_dict[prefix + name] = whole(state_dict[prefix + name])
+            state_dict[prefix + name] = whole(state_dict[prefix + name], forms.get(name))
 
 
 def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
@@ -152,6 +154,9 @@ def refuse_held(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     own = {id(parameter): name for name, experts in found.items() for parameter in experts.parameters(recurse=False)}
+    for name, child in module.named_modules():
+        if hasattr(type(child), SHARDS):
+            own |= {id(parameter): name for key, parameter in child.named_parameters() if "lora_" in key}
     for name, experts in found.items():
         if any(hasattr(parameter, "device_mesh") for parameter in experts.parameters(recurse=False)):
             raise ValueError(

@@ -41,7 +41,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
 
 
 def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
-    x, topk_ids, topk_weights, weights = inputs
+    x, topk_ids, topk_weights, weights, _ = inputs
     return moe_mlp(
         x,
         topk_ids,
@@ -120,7 +120,7 @@ def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 def _normed_experts(run: Run, spec: ExpertSpec, inputs: ExpertInputs, norm: nn.Module, num_experts: int) -> Tensor:
     """Norm each expert's output before it is weighted (muse_spark): K=1 on T*K rows, then the sum here."""
-    rows, topk_ids, topk_weights, weights = inputs
+    rows, topk_ids, topk_weights, weights, _ = inputs
     num_tokens, top_k = topk_ids.shape
     is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
     pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tritonmoe.config.overlap import OverlapConfig, check_overlap
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
+from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.parallelize import parallelize as parallelize_layers
 from tritonmoe.integrations.torch_distributed.parallelize import (
     refuse_adapted,
@@ -89,6 +90,7 @@ def parallelize(
             _spread(experts, sharding, overlap, expert_gradients)
     if layers:
         parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+    shard_adapters(model)
     bind_to_spread(model, found)
     let_trainer_save_spread_models()
     return len(found) + len(layers)

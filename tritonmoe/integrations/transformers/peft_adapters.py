@@ -1,15 +1,15 @@
 """PEFT's adapters of experts (LoRA with target_parameters): their factors instead of the product that PEFT makes.
 
 For every adapted parameter PEFT wraps the experts module in a ParamWrapper, which replaces the parameter by
-weight + scale * B A while the experts run. Here it notes the two factors on the experts module instead. Every rank has
-the factors of all experts, as PEFT's checkpoints do, and computes with those of its own: their gradients are zero for
-the others' experts, and are averaged as those of any dense parameter.
+weight + scale * B A while the experts run. Here it notes the two factors on the experts module instead. Of experts that
+are spread over ranks, each rank holds the factors of its own (peft_sharding.py).
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.experts.adapters import HANDS_OVER, NOTES, Note
+from tritonmoe.experts.adapters import HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.peft_sharding import local_factors, shard_factors
+from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import Transport
@@ -53,13 +55,27 @@ def hand_over_factors() -> None:
         return
     if wrapper is None or HANDS_OVER in vars(wrapper):  # a release before target_parameters has none
         return
-    if not hasattr(wrapper, "_activate_lora"):
+    if not all(hasattr(wrapper, name) for name in ("_activate_lora", "_move_adapter_to_device_of_base_layer")):
         logger.warning("it is not known here how this release of PEFT runs adapters of experts: it keeps its own way")
         return
     setattr(wrapper, HANDS_OVER, wrapper._activate_lora)
     wrapper._activate_lora = _activate
     setattr(wrapper, DELTA, wrapper.get_delta_weight)
     wrapper.get_delta_weight = _delta_weight
+    setattr(wrapper, SHARDS, shard_factors)
+    wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
+    gather_what_peft_saves()
+
+
+def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
+    """Let this rank keep its part of an adapter once that has its values, and PEFT moves it to the experts' device."""
+
+    @functools.wraps(move)
+    def method(self: "ParamWrapper", *arguments: Any, **keywords: Any) -> None:
+        move(self, *arguments, **keywords)
+        shard_factors(self)
+
+    return method
 
 
 def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:
@@ -99,14 +115,18 @@ class _Noted:
     def factors(self, dtype: torch.dtype, expert_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Give A (E, R, in) and B (E, out, R) with its scale, of these experts."""
         wrapper, adapter, num_experts = self.wrapper, self.adapter, self.wrapper.num_experts
-        # PEFT's rows of A are (expert, rank), its columns of B (rank, expert)
-        lora_a, lora_b = (_weight(factors[adapter]) for factors in (wrapper.lora_A, wrapper.lora_B))
-        factor_a = lora_a.unflatten(0, (num_experts, -1))
-        factor_b = lora_b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+        local = local_factors(wrapper, adapter)
+        if local is None:
+            # PEFT's rows of A are (expert, rank), its columns of B (rank, expert)
+            lora_a, lora_b = (_weight(factors[adapter]) for factors in (wrapper.lora_A, wrapper.lora_B))
+            factor_a = lora_a.unflatten(0, (num_experts, -1))
+            factor_b = lora_b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+        else:
+            factor_a, factor_b = local
         if not getattr(wrapper, "_did_swap_in_out_features", False) and not _is_transposed(wrapper.get_base_layer()):
             # releases before 0.19 take the rows of every weight for what comes in: their A is our B
             factor_a, factor_b = factor_b.mT, factor_a.mT
-        if list(expert_ids) != list(range(num_experts)):
+        if local is None and list(expert_ids) != list(range(num_experts)):
             first, last = expert_ids[0], expert_ids[-1]
             is_range = list(expert_ids) == list(range(first, last + 1))  # a slice is a view
             own = slice(first, last + 1) if is_range else list(expert_ids)
@@ -201,6 +221,9 @@ def _log_once(wrapper: "ParamWrapper", reason: str) -> None:
 
 def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keywords: Any) -> Tensor:
     """Stand in the place of ParamWrapper.get_delta_weight: of spread experts give a DTensor, which merge() adds."""
+    local = local_factors(self, adapter_name)
+    if local is not None:
+        return _spread_delta(self, local, self.scaling[adapter_name])
     delta = getattr(type(self), DELTA)(self, adapter_name, *args, **keywords)
     parameter, experts = self.get_param(), self.get_base_layer()
     if _spread_over(experts) is None or not hasattr(parameter, "device_mesh"):
@@ -210,3 +233,19 @@ def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keyword
     if isinstance(experts, GroupedExperts) and experts.placement is not None:  # the parameter is by slots
         delta = delta[[expert for held in experts.placement.experts_of_rank for expert in held]]
     return distribute_tensor(delta.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Give the product of this rank's factors as its part of the whole, like the parameter's."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    parameter = wrapper.get_param()
+    if tuple(parameter.placements) != (Shard(0),):
+        raise ValueError(
+            f"the adapter of {wrapper.parameter_name} can't be merged into experts that lie as {parameter.placements}: "
+            "merge before fully_shard()"
+        )
+    factor_a, factor_b = (factor.detach() for factor in factors)
+    delta = factor_b @ factor_a * scale
+    delta = delta if getattr(wrapper, "_did_swap_in_out_features", False) else delta.mT.contiguous()
+    return DTensor.from_local(delta.to(parameter.dtype), parameter.device_mesh, [Shard(0)], run_check=False)

@@ -18,7 +18,7 @@ from tritonmoe.integrations.torch_distributed.parallelize import expert_paramete
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.whole_states import StateDict, whole
+from tritonmoe.transports.sharding.whole_states import StateDict, whole, whole_forms
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -88,13 +88,14 @@ def gathered_state(model: nn.Module, state_dict: StateDict | None = None, *, kee
     Args:
         state_dict: None is the model's. What saves adapters leaves out frozen experts.
     """
+    forms = whole_forms(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    left_out = frozen if saves_adapters(model) else set()
+    left_out = frozen - forms.keys() if saves_adapters(model) else set()
     gathered = {}
     for name, value in (model.state_dict() if state_dict is None else state_dict).items():
         if name in left_out and hasattr(value, "full_tensor"):
             continue
-        value = whole(value)
+        value = whole(value, forms.get(name))
         if keep:
             gathered[name] = value
     return gathered
@@ -145,7 +146,8 @@ def _save_gathered(
     """
     state_dict = settings.get("state_dict")
     is_whole = state_dict and not any(hasattr(value, "full_tensor") for value in state_dict.values())
-    if is_whole or (saves_adapters(model) and not any(p.requires_grad for p in expert_parameters(model))):
+    is_dense = saves_adapters(model) and not any(p.requires_grad for p in expert_parameters(model))
+    if is_whole or (is_dense and not whole_forms(model)):
         _save(save, save_directory, settings)
         return
     # As one rank alone calls: with is_main_process, and Trainer before transformers 5.24 with state_dict=None.
@@ -160,6 +162,24 @@ def _save_gathered(
     state = gathered_state(model, state_dict, keep=is_first)
     settings = {**settings, "state_dict": state, "is_main_process": True}
     on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
+
+
+def gather_what_peft_saves() -> None:
+    """Let PEFT's models gather adapters that are spread over ranks when they are saved, from now on."""
+    import peft
+
+    peft_model: Any = peft.PeftModel
+    save = peft_model.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, **settings: Any) -> None:
+        own = functools.partial(save, self)
+        if whole_forms(self):
+            _save_gathered(self, own, save_directory, **settings)
+        else:
+            own(save_directory, **settings)
+
+    peft_model.save_pretrained = save_pretrained
 
 
 def _save_as_its_class(model: "PreTrainedModel", save_directory: str | os.PathLike, **settings: Any) -> None:

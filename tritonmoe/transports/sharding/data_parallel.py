@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -75,11 +76,33 @@ def ignore_sharded_parameters() -> None:
     @functools.wraps(original)
     def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
-        _ignore(given["module"], given.get("process_group"), given.get("device_mesh"))
-        original(self, *arguments, **keywords)
+        module = given["module"]
+        _ignore(module, given.get("process_group"), given.get("device_mesh"))
+        if not _averages_nothing(module):
+            original(self, *arguments, **keywords)
+            return
+        original(self, *arguments, **keywords, **_nothing_to_average(module))
+        self._lazy_init_ran = True  # what there would be to initialise is not made then
 
     setattr(init, MARK, True)
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+
+
+def _averages_nothing(module: nn.Module) -> bool:
+    """Say whether everything that is trained is other parameters on every rank, as adapters of experts alone are."""
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return bool(trained) and ignored.issuperset(trained)
+
+
+def _nothing_to_average(module: nn.Module) -> dict[str, object]:
+    """Give the arguments with which DistributedDataParallel takes a module of which it averages nothing.
+
+    It refuses one, though Trainer wraps all, unless it is told of a parameter that somebody else lets it average: one
+    here that no module has.
+    """
+    of_nobody = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
+    return {"delay_all_reduce_named_params": [("", of_nobody)], "param_to_hook_all_reduce": of_nobody}
 
 
 def explain_fully_shard() -> None:

@@ -5,18 +5,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["StateDict", "gather_optimizer", "part_of", "refuse_pickling", "whole"]
+__all__ = ["StateDict", "gather_optimizer", "give_whole_as", "part_of", "refuse_pickling", "whole", "whole_forms"]
 
 StateDict: TypeAlias = dict[str, Any]
 """What state_dict() of a module or an optimizer gives: tensors, and whatever else a class keeps by name."""
 
 MARK = "_tritonmoe_refused_meshes"
+FORM = "_tritonmoe_whole_form"
 
 
 def refuse_pickling(mesh: "DeviceMesh") -> None:
@@ -48,9 +49,26 @@ def refuse_pickling(mesh: "DeviceMesh") -> None:
         getattr(DTensor, MARK).add(mesh)
 
 
-def whole(value: object) -> object:
-    """Give a DTensor gathered, on the CPU, and anything else as it is; every rank of its mesh calls."""
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+def give_whole_as(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Let the weight of a module be saved as `convert` gives it, once it is gathered: adapters, in PEFT's format."""
+    setattr(module, FORM, convert)
+
+
+def whole_forms(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Give the names in module.state_dict() of such weights, and what converts each."""
+    return {
+        f"{name}.weight".lstrip("."): child.__dict__[FORM]
+        for name, child in module.named_modules()
+        if FORM in child.__dict__
+    }
+
+
+def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> object:
+    """Give a DTensor gathered, on the CPU, in this form, and anything else as it is; every rank of its mesh calls."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    gathered = value.full_tensor().cpu()
+    return gathered if form is None else form(gathered)
 
 
 def part_of(value: Tensor, parameter: "DTensor") -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
 from tritonmoe.layer import GroupedExperts, MoELayer
@@ -42,10 +43,12 @@ class UpcycledFFN(MoELayer):
             )
             self.shared_expert = GroupedExperts(shared, **factory)
 
-    def forward(self, x: Tensor, *, fillers: Sequence[Callable[[], None]] = ()) -> Tensor:
+    def forward(
+        self, x: Tensor, *, adapters: ExpertAdapters | None = None, fillers: Sequence[Callable[[], None]] = ()
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.to(self.grouped_experts.gate_up_proj.dtype)
-            y = super().forward(rows, fillers=fillers)
+            y = super().forward(rows, adapters=adapters, fillers=fillers)
             if self.shared_expert is not None:
                 flat = rows.reshape(-1, rows.shape[-1])
                 ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)

@@ -1,0 +1,125 @@
+"""PEFT's adapters of spread experts: each rank holds the factors of its own experts, and files keep PEFT's format.
+
+A, whose rows are (expert, rank), is a DTensor of that shape. The columns of PEFT's B are (rank, expert), which no rank
+has a contiguous part of: it becomes a DTensor (E, out, R), and PEFT's matrix again where it is gathered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tritonmoe.expert_parallel.halves import for_both_halves
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.transports import as_transport
+from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.parameters import Sharding, check_same_weights, local_shard, shard_parameters
+from tritonmoe.transports.sharding.whole_states import StateDict, give_whole_as
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
+
+__all__ = ["local_factors", "shard_factors", "spread_of"]
+
+
+class Spread(NamedTuple):
+    """How the factors of a wrapper's experts are spread."""
+
+    sharding: Sharding
+    gradient_scale: float
+    layer: int
+
+
+def spread_of(experts: nn.Module) -> Spread | None:
+    """Give how the factors of these experts are spread, None where every rank has them all.
+
+    None too over ranks that torch.distributed doesn't know, or where a placement gives the experts another order.
+    """
+    if isinstance(experts, GroupedExperts):
+        if experts.placement is not None and not experts.placement.is_contiguous:
+            return None
+        sharding, scale, calls = experts._sharding, experts._gradient_scale, experts._calls
+    else:
+        state = expert_parallel_state(experts)
+        if state is None:
+            return None
+        sharding, scale, calls = state.sharding, state.gradient_scale, state.calls
+    if sharding is None or sharding.mesh is None or calls is None:
+        return None
+    return Spread(sharding, scale, calls.layer)
+
+
+def shard_factors(wrapper: "ParamWrapper") -> None:
+    """Keep this rank's part of all factors that are whole here, where the experts are spread; every rank calls.
+
+    Those on the meta device have no values yet, and wait.
+    """
+    spread = spread_of(wrapper.get_base_layer())
+    if spread is None or len(wrapper.get_param().shape) != 3:
+        return
+    for adapter in wrapper.lora_A:
+        for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
+            if not linear.weight.is_meta and not any(sharded_modules(linear)):
+                _shard(linear, spread.sharding, wrapper.num_experts, is_b)
+
+
+def _shard(linear: Any, sharding: Sharding, num_experts: int, is_b: bool) -> None:
+    if sharding.replicas is not None:
+        check_same_weights(
+            linear, {"": linear}, replace(sharding, transport=as_transport(sharding.replicas), replicas=None)
+        )
+    weight, rank, size = linear.weight, sharding.transport.rank, sharding.transport.size
+    whole = _from_peft(weight.detach(), num_experts) if is_b else weight.detach()
+    if is_b:
+        linear.register_load_state_dict_pre_hook(partial(_load_from_peft, num_experts))
+        give_whole_as(linear, _to_peft)
+    else:
+        give_whole_as(linear, _as_it_is)
+    part = whole.tensor_split(size)[rank].clone().requires_grad_(weight.requires_grad)
+    shard_parameters(linear, {"weight": part}, sharding)
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _from_peft(weight: Tensor, num_experts: int) -> Tensor:
+    """Turn B (out, R * E) into (E, out, R)."""
+    return weight.unflatten(1, (-1, num_experts)).permute(2, 0, 1).contiguous()
+
+
+def _to_peft(weight: Tensor) -> Tensor:
+    """Turn (E, out, R) into B (out, R * E)."""
+    return weight.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def _load_from_peft(num_experts: int, linear: nn.Module, state_dict: StateDict, prefix: str, *_: object) -> None:
+    value = state_dict.get(f"{prefix}weight")
+    if isinstance(value, Tensor) and value.dim() == 2:
+        state_dict[f"{prefix}weight"] = _from_peft(value, num_experts)
+
+
+def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor] | None:
+    """Give PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
+    spread = spread_of(wrapper.get_base_layer())
+    linears: Sequence[Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+    if spread is None or not any(sharded_modules(linears[0])):
+        return None
+    first_number = -4 * (spread.layer + 1) + 2 * (wrapper.parameter_name == "down_proj")  # not the experts' own numbers
+    factors = []
+    for number, linear in enumerate(linears):
+        parameter = linear.weight
+        make = partial(local_shard, parameter, spread.sharding, spread.gradient_scale, first_number + number)
+        local = for_both_halves(parameter, parameter.dtype, make)
+        if local.dtype != parameter.dtype:
+            raise ValueError(
+                f"this release of PEFT has cast the adapter {adapter!r} to {parameter.dtype} without its values, since "
+                "it is spread over ranks: upgrade PEFT, or call get_peft_model before parallelize, or with "
+                "autocast_adapter_dtype=False"
+            )
+        factors.append(local)
+    factor_a, factor_b = factors
+    return factor_a.unflatten(0, (factor_b.shape[0], -1)), factor_b
