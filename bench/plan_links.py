@@ -382,7 +382,7 @@ def _with_nodes() -> Iterator[Table]:
             f"to the other fabrics' rows of more than two nodes: efficiency {defaults.efficiency:.2f}, decay "
             f"{defaults.decay:.2f}, NCCL's latency {defaults.nccl_latency_us:.0f} us and "
             f"{defaults.nccl_us_per_peer:.1f} us per peer; "
-            + ("nothing to its own" if fabric.is_nccl else "to its own rows of two nodes: the rate at which rows are moved")
+            + ("nothing to its own" if fabric.is_nccl else "to its own rows of two nodes: how fast rows are moved")
         )
         yield Table(
             *(f"Decay with nodes: {fabric.name}", fabric.source, fitted, rows, 0.15, 0.25),

@@ -64,11 +64,7 @@ def test_no_two_points_of_nccl_on_one_node_tell_the_others():
     """As docs/planning.md says: the target is missed whichever two of its points a line goes through."""
     points = [(row["bytes"], row["us"]) for row in published("nccl_all_to_all_8xH20_nvlink")["rows"]]
     worst = [
-        max(
-            abs((y0 + (y1 - y0) / (x1 - x0) * (x - x0)) / y - 1)
-            for x, y in points
-            if x >= 7.5e6 and x not in (x0, x1)
-        )
+        max(abs((y0 + (y1 - y0) / (x1 - x0) * (x - x0)) / y - 1) for x, y in points if x >= 7.5e6 and x not in (x0, x1))
         for (x0, y0), (x1, y1) in itertools.combinations(points, 2)
     ]
     assert 0.10 < min(worst) < 0.105
