@@ -65,10 +65,10 @@ START_RATE = 1e9
 NETNS_TIMEOUT_S = 120.0
 MEASURED = "measured.json"
 """The file beside a kept recording with its scenario, and the seconds of the calls of every variant."""
-NOT_DRAWN = ("exchange contention", "expert compute")
+NOT_DRAWN = ("exchange contention", "late link", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
-SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention")
-"""Experts that sleep are not slowed by exchanges: only the simulator can have that."""
+SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention", "late link")
+"""Experts that sleep are not slowed by exchanges, and no link here has a latency of its own: the simulator's have."""
 HEALTHY_SHARE = 0.3
 TWO_SHARE = 0.2
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
@@ -155,15 +155,17 @@ def draw_scenario(
     possible = [cause for cause in drawn if size > 2 or cause != "slow port"]
     causes = draw.sample(possible, 2 if kind > 1 - TWO_SHARE else 1)
     is_masked = bool({"slow link", "slow port"} & set(causes)) and "bandwidth" in causes
+    is_masked |= {"late link", "latency"} <= set(causes)
     if is_masked or {"imbalance", "slow rank"} <= set(causes):
         causes = causes[:1]  # one hides the other
     culprits: dict[str, tuple[int, ...]] = {}
     amounts: dict[str, float] = {}
     for cause in causes:
         sender, receiver = draw.sample(range(size), 2)
-        culprits[cause] = (sender, receiver) if cause == "slow link" else (sender,)
+        culprits[cause] = (sender, receiver) if cause in ("slow link", "late link") else (sender,)
         amounts[cause] = {
             "slow link": draw.uniform(6, 16) * (size - 1),
+            "late link": compute_s * draw.uniform(0.15, 0.4),
             "slow port": draw.uniform(4, 12),
             "slow rank": draw.uniform(1.25, 2.0),
             "late rank": compute_s * draw.uniform(0.4, 1.2),
@@ -351,23 +353,29 @@ def synthetic_run(scenario: Scenario) -> Run:
     def at_culprit(cause: CauseKind) -> tuple[int, float] | None:
         return (scenario.culprits[cause][0], amounts[cause]) if cause in amounts else None
 
+    def of_link(cause: CauseKind) -> tuple[int, int, float] | None:
+        if cause not in amounts:
+            return None
+        sender, receiver = scenario.culprits[cause]
+        return sender, receiver, amounts[cause]
+
     hot = at_culprit("imbalance")
-    slow_link = (*scenario.culprits["slow link"], amounts["slow link"]) if "slow link" in amounts else None
     return Run(
-        scenario.size,
-        scenario.num_chunks,
-        scenario.num_tokens * TOP_K / scenario.size,
-        scenario.pair_s,
-        scenario.chunk_s(),
-        amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
-        amounts.get("latency", scenario.latency_s),
-        amounts.get("host overhead", 4e-4) / 2,
-        slow_link,  # type: ignore[arg-type]
-        at_culprit("slow port"),
-        at_culprit("slow rank"),
-        at_culprit("late rank"),
-        None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
-        amounts.get("exchange contention", 0.0),
+        size=scenario.size,
+        num_chunks=scenario.num_chunks,
+        rows=scenario.num_tokens * TOP_K / scenario.size,
+        pair_s=scenario.pair_s,
+        fixed_s=scenario.chunk_s(),
+        byte_s=amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
+        latency_s=amounts.get("latency", scenario.latency_s),
+        host_s=amounts.get("host overhead", 4e-4) / 2,
+        slow_link=of_link("slow link"),
+        late_link=of_link("late link"),
+        slow_port=at_culprit("slow port"),
+        slow_rank=at_culprit("slow rank"),
+        late_rank=at_culprit("late rank"),
+        hot_rank=None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
+        contention=amounts.get("exchange contention", 0.0),
     )
 
 

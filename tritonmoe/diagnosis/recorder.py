@@ -242,7 +242,7 @@ def _plain_call(held: _Held) -> Json:
         "top_k": report.top_k,
         "row_bytes": report.row_bytes,
         "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
-        "rows_between_nodes": report.rows_between_nodes,
+        "rows_to_nodes": report.rows_to_nodes,
         "overflowed": report.overflowed,
         "send_offsets": report.send_offsets,
         "return_offsets": report.return_offsets,
