@@ -50,7 +50,7 @@ HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
 NETNS_TIMES = 2.0
 """The experts take so many times as long there: what a chunk costs a real process by itself, 3 ms forward and backward,
 would else be a tenth of a healthy call, and a finding."""
-EMULATED_TIMES = 4.0
+EMULATED_TIMES = 2.0
 """And on emulated ranks, whose Python code takes turns."""
 NUM_EXPERTS, TOP_K = 8, 2
 WARM_UP = 3
@@ -306,12 +306,17 @@ def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
                 seconds = run_rank(transport, scenario, arguments.calls, _shape)
             ranks = gather(transport, seconds)
             if transport.rank == 0:
-                kept = {"scenario": asdict(scenario), "seconds": slowest_of(ranks)}
-                (folder / MEASURED).write_text(json.dumps(kept))
-                results.append(judge_kept(folder))
+                results.append(_keep_and_judge(folder, "netns", scenario, slowest_of(ranks)))
                 if arguments.keep is None:
                     shutil.rmtree(parent)
     return results
+
+
+def _keep_and_judge(folder: Path, where: str, scenario: Scenario, seconds: dict[str, list[float]]) -> Json:
+    """Write what was measured beside the recording in a folder, and judge both."""
+    kept = {"where": where, "scenario": asdict(scenario), "seconds": seconds}
+    (folder / MEASURED).write_text(json.dumps(kept))
+    return judge_kept(folder)
 
 
 def _kept(keep: str | None) -> Path:
@@ -320,7 +325,7 @@ def _kept(keep: str | None) -> Path:
 
 
 def judge_kept(folder: Path) -> Json:
-    """Judge what run_netns_rank left in a folder."""
+    """Judge what _keep_and_judge left in a folder."""
     kept = json.loads((folder / MEASURED).read_text())
     culprits = {cause: tuple(ranks) for cause, ranks in kept["scenario"]["culprits"].items()}
     scenario = Scenario(**{**kept["scenario"], "causes": tuple(kept["scenario"]["causes"]), "culprits": culprits})
@@ -448,11 +453,20 @@ def summarize(results: Sequence[Json]) -> Json:
     }
 
 
-def run_scenario(scenario: Scenario, calls: int, run: Callable[[Scenario, int, Path], dict[str, list[float]]]) -> Json:
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = run(scenario, calls, Path(folder) / "run")
-        found = attribute(read_recording(Path(folder) / "run"))
-    return judge(scenario, seconds, found)
+def run_here(where: str, arguments: argparse.Namespace) -> list[Json]:
+    """Run every scenario in this process, emulated or synthetic."""
+    is_emulated = where == "emulated"
+    run, times, drawn = (
+        (run_emulated, EMULATED_TIMES, CAUSES) if is_emulated else (run_synthetic, 1.0, SYNTHETIC_CAUSES)
+    )
+    results = []
+    for number in range(arguments.seed, arguments.seed + (arguments.emulated or arguments.synthetic)):
+        scenario, parent = draw_scenario(number, times=times, drawn=drawn), _kept(arguments.keep)
+        folder = parent / f"{scenario.seed}-{scenario.size}"
+        results.append(_keep_and_judge(folder, where, scenario, run(scenario, arguments.calls, folder)))
+        if arguments.keep is None:
+            shutil.rmtree(parent)
+    return results
 
 
 def _line(result: Json) -> str:
@@ -471,15 +485,13 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--synthetic", type=positive, metavar="N", help="N scenarios, walked by the simulator")
     where.add_argument("--emulated", type=positive, metavar="N", help="N scenarios on emulated ranks and links")
     where.add_argument("--netns", type=positive, metavar="W", help="W ranks in network namespaces (Linux, root) ...")
-    where.add_argument("--judge", metavar="DIR", help="read again what --netns kept there")
-    parser.add_argument("--keep", metavar="DIR", help="keep recordings and seconds of --netns in this folder")
+    where.add_argument("--judge", metavar="DIR", help="read again what --keep kept there")
+    parser.add_argument("--keep", metavar="DIR", help="keep recordings and seconds in this folder")
     parser.add_argument("--scenarios", type=positive, default=20, metavar="N", help="... in N scenarios (default 20)")
     parser.add_argument("--calls", type=positive, default=9, help="calls of each kind, taking turns (default 9)")
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
-    if arguments.keep and not arguments.netns:
-        parser.error("--keep belongs to --netns")
     torch.set_num_threads(1)
     if arguments.netns and "RANK" not in os.environ:
         return run_in_namespaces(arguments, sys.argv[1:] if argv is None else argv)
@@ -489,15 +501,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     elif arguments.judge:
         kept = sorted(file.parent for file in Path(arguments.judge).glob(f"*/{MEASURED}"))
-        kind, results = "netns", [judge_kept(folder) for folder in kept]
+        (kind,) = {json.loads((folder / MEASURED).read_text())["where"] for folder in kept}
+        results = [judge_kept(folder) for folder in kept]
     else:
-        kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
-        run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
-        for number in range(arguments.seed, arguments.seed + count):
-            times, drawn = (1.0, SYNTHETIC_CAUSES) if arguments.synthetic else (EMULATED_TIMES, CAUSES)
-            scenario = draw_scenario(number, times=times, drawn=drawn)
-            results.append(run_scenario(scenario, arguments.calls, run))
-            print(_line(results[-1]), flush=True)
+        kind = "emulated" if arguments.emulated else "synthetic"
+        results = run_here(kind, arguments)
     summary = summarize(results)
     print(f"{WHERE[kind]}:")
     for name, value in summary.items():
