@@ -213,7 +213,8 @@ def step_units(
         num_local_slices: how many of the segments are local ones.
         sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
     """
-    of = {Unit.SENT_ROWS: sent, Unit.RETURNED_ROWS: returned, Unit.PAIRS: pairs}[step.kind.unit]
+    unit = step.kind.unit
+    of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
     segment = step.segment(num_local_slices)
     if segment is not None:
         return of[segment]
