@@ -50,7 +50,7 @@ HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
 NETNS_TIMES = 2.0
 """The experts take so many times as long there: what a chunk costs a real process by itself, 3 ms forward and backward,
 would else be a tenth of a healthy call, and a finding."""
-EMULATED_TIMES = 4.0
+EMULATED_TIMES = 2.0
 """And on emulated ranks, whose Python code takes turns."""
 NUM_EXPERTS, TOP_K = 8, 2
 WARM_UP = 3
@@ -65,10 +65,10 @@ START_RATE = 1e9
 NETNS_TIMEOUT_S = 120.0
 MEASURED = "measured.json"
 """The file beside a kept recording with its scenario, and the seconds of the calls of every variant."""
-NOT_DRAWN = ("exchange contention", "expert compute")
+NOT_DRAWN = ("exchange contention", "late link", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
-SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention")
-"""Experts that sleep are not slowed by exchanges: only the simulator can have that."""
+SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention", "late link")
+"""Experts that sleep are not slowed by exchanges, and no link here has a latency of its own: the simulator's have."""
 HEALTHY_SHARE = 0.3
 TWO_SHARE = 0.2
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
@@ -155,15 +155,17 @@ def draw_scenario(
     possible = [cause for cause in drawn if size > 2 or cause != "slow port"]
     causes = draw.sample(possible, 2 if kind > 1 - TWO_SHARE else 1)
     is_masked = bool({"slow link", "slow port"} & set(causes)) and "bandwidth" in causes
+    is_masked |= {"late link", "latency"} <= set(causes)
     if is_masked or {"imbalance", "slow rank"} <= set(causes):
         causes = causes[:1]  # one hides the other
     culprits: dict[str, tuple[int, ...]] = {}
     amounts: dict[str, float] = {}
     for cause in causes:
         sender, receiver = draw.sample(range(size), 2)
-        culprits[cause] = (sender, receiver) if cause == "slow link" else (sender,)
+        culprits[cause] = (sender, receiver) if cause in ("slow link", "late link") else (sender,)
         amounts[cause] = {
             "slow link": draw.uniform(6, 16) * (size - 1),
+            "late link": compute_s * draw.uniform(0.15, 0.4),
             "slow port": draw.uniform(4, 12),
             "slow rank": draw.uniform(1.25, 2.0),
             "late rank": compute_s * draw.uniform(0.4, 1.2),
@@ -304,12 +306,17 @@ def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
                 seconds = run_rank(transport, scenario, arguments.calls, _shape)
             ranks = gather(transport, seconds)
             if transport.rank == 0:
-                kept = {"scenario": asdict(scenario), "seconds": slowest_of(ranks)}
-                (folder / MEASURED).write_text(json.dumps(kept))
-                results.append(judge_kept(folder))
+                results.append(_keep_and_judge(folder, "netns", scenario, slowest_of(ranks)))
                 if arguments.keep is None:
                     shutil.rmtree(parent)
     return results
+
+
+def _keep_and_judge(folder: Path, where: str, scenario: Scenario, seconds: dict[str, list[float]]) -> Json:
+    """Write what was measured beside the recording in a folder, and judge both."""
+    kept = {"where": where, "scenario": asdict(scenario), "seconds": seconds}
+    (folder / MEASURED).write_text(json.dumps(kept))
+    return judge_kept(folder)
 
 
 def _kept(keep: str | None) -> Path:
@@ -318,7 +325,7 @@ def _kept(keep: str | None) -> Path:
 
 
 def judge_kept(folder: Path) -> Json:
-    """Judge what run_netns_rank left in a folder."""
+    """Judge what _keep_and_judge left in a folder."""
     kept = json.loads((folder / MEASURED).read_text())
     culprits = {cause: tuple(ranks) for cause, ranks in kept["scenario"]["culprits"].items()}
     scenario = Scenario(**{**kept["scenario"], "causes": tuple(kept["scenario"]["causes"]), "culprits": culprits})
@@ -351,23 +358,29 @@ def synthetic_run(scenario: Scenario) -> Run:
     def at_culprit(cause: CauseKind) -> tuple[int, float] | None:
         return (scenario.culprits[cause][0], amounts[cause]) if cause in amounts else None
 
+    def of_link(cause: CauseKind) -> tuple[int, int, float] | None:
+        if cause not in amounts:
+            return None
+        sender, receiver = scenario.culprits[cause]
+        return sender, receiver, amounts[cause]
+
     hot = at_culprit("imbalance")
-    slow_link = (*scenario.culprits["slow link"], amounts["slow link"]) if "slow link" in amounts else None
     return Run(
-        scenario.size,
-        scenario.num_chunks,
-        scenario.num_tokens * TOP_K / scenario.size,
-        scenario.pair_s,
-        scenario.chunk_s(),
-        amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
-        amounts.get("latency", scenario.latency_s),
-        amounts.get("host overhead", 4e-4) / 2,
-        slow_link,  # type: ignore[arg-type]
-        at_culprit("slow port"),
-        at_culprit("slow rank"),
-        at_culprit("late rank"),
-        None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
-        amounts.get("exchange contention", 0.0),
+        size=scenario.size,
+        num_chunks=scenario.num_chunks,
+        rows=scenario.num_tokens * TOP_K / scenario.size,
+        pair_s=scenario.pair_s,
+        fixed_s=scenario.chunk_s(),
+        byte_s=amounts.get("bandwidth", 1.0) / (scenario.rate * 1e9),
+        latency_s=amounts.get("latency", scenario.latency_s),
+        host_s=amounts.get("host overhead", 4e-4) / 2,
+        slow_link=of_link("slow link"),
+        late_link=of_link("late link"),
+        slow_port=at_culprit("slow port"),
+        slow_rank=at_culprit("slow rank"),
+        late_rank=at_culprit("late rank"),
+        hot_rank=None if hot is None else (hot[0], 1 + hot[1] * (scenario.size - 1) / 2),
+        contention=amounts.get("exchange contention", 0.0),
     )
 
 
@@ -440,11 +453,20 @@ def summarize(results: Sequence[Json]) -> Json:
     }
 
 
-def run_scenario(scenario: Scenario, calls: int, run: Callable[[Scenario, int, Path], dict[str, list[float]]]) -> Json:
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = run(scenario, calls, Path(folder) / "run")
-        found = attribute(read_recording(Path(folder) / "run"))
-    return judge(scenario, seconds, found)
+def run_here(where: str, arguments: argparse.Namespace) -> list[Json]:
+    """Run every scenario in this process, emulated or synthetic."""
+    is_emulated = where == "emulated"
+    run, times, drawn = (
+        (run_emulated, EMULATED_TIMES, CAUSES) if is_emulated else (run_synthetic, 1.0, SYNTHETIC_CAUSES)
+    )
+    results = []
+    for number in range(arguments.seed, arguments.seed + (arguments.emulated or arguments.synthetic)):
+        scenario, parent = draw_scenario(number, times=times, drawn=drawn), _kept(arguments.keep)
+        folder = parent / f"{scenario.seed}-{scenario.size}"
+        results.append(_keep_and_judge(folder, where, scenario, run(scenario, arguments.calls, folder)))
+        if arguments.keep is None:
+            shutil.rmtree(parent)
+    return results
 
 
 def _line(result: Json) -> str:
@@ -463,15 +485,13 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--synthetic", type=positive, metavar="N", help="N scenarios, walked by the simulator")
     where.add_argument("--emulated", type=positive, metavar="N", help="N scenarios on emulated ranks and links")
     where.add_argument("--netns", type=positive, metavar="W", help="W ranks in network namespaces (Linux, root) ...")
-    where.add_argument("--judge", metavar="DIR", help="read again what --netns kept there")
-    parser.add_argument("--keep", metavar="DIR", help="keep recordings and seconds of --netns in this folder")
+    where.add_argument("--judge", metavar="DIR", help="read again what --keep kept there")
+    parser.add_argument("--keep", metavar="DIR", help="keep recordings and seconds in this folder")
     parser.add_argument("--scenarios", type=positive, default=20, metavar="N", help="... in N scenarios (default 20)")
     parser.add_argument("--calls", type=positive, default=9, help="calls of each kind, taking turns (default 9)")
     parser.add_argument("--seed", type=seed, default=0, help="of the first scenario (default 0)")
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
-    if arguments.keep and not arguments.netns:
-        parser.error("--keep belongs to --netns")
     torch.set_num_threads(1)
     if arguments.netns and "RANK" not in os.environ:
         return run_in_namespaces(arguments, sys.argv[1:] if argv is None else argv)
@@ -481,15 +501,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     elif arguments.judge:
         kept = sorted(file.parent for file in Path(arguments.judge).glob(f"*/{MEASURED}"))
-        kind, results = "netns", [judge_kept(folder) for folder in kept]
+        (kind,) = {json.loads((folder / MEASURED).read_text())["where"] for folder in kept}
+        results = [judge_kept(folder) for folder in kept]
     else:
-        kind, count = ("synthetic", arguments.synthetic) if arguments.synthetic else ("emulated", arguments.emulated)
-        run, results = {"synthetic": run_synthetic, "emulated": run_emulated}[kind], []
-        for number in range(arguments.seed, arguments.seed + count):
-            times, drawn = (1.0, SYNTHETIC_CAUSES) if arguments.synthetic else (EMULATED_TIMES, CAUSES)
-            scenario = draw_scenario(number, times=times, drawn=drawn)
-            results.append(run_scenario(scenario, arguments.calls, run))
-            print(_line(results[-1]), flush=True)
+        kind = "emulated" if arguments.emulated else "synthetic"
+        results = run_here(kind, arguments)
     summary = summarize(results)
     print(f"{WHERE[kind]}:")
     for name, value in summary.items():

@@ -169,6 +169,11 @@ class Sample:
     """Samples of one series are alike but for the number of nodes."""
     seconds: float
 
+    @property
+    def moved_bytes(self) -> float:
+        """What kernels that forward move through a GPU: a row inside its node once, one that crosses out and in."""
+        return self.inside_bytes + 2 * self.cross_bytes
+
 
 @dataclass(frozen=True)
 class Fabric:
@@ -293,10 +298,10 @@ LEAST, MOST = Defaults(0.5, 0.0, 0.0, 0.0), Defaults(1.0, 0.4, 400.0, 3.0)
 GPU_POSTED_LATENCY_US = 30.0
 
 
-def _seconds(fabric: Fabric, sample: Sample, defaults: Defaults, inside_gb_per_s: float | None) -> float:
-    """Give what is predicted. inside_gb_per_s: what a node reaches, where its own two-node row said so."""
+def _seconds(fabric: Fabric, sample: Sample, defaults: Defaults, moved_gb_per_s: float | None) -> float:
+    """Give what is predicted. moved_gb_per_s: what kernels that forward move, where their own two-node row said so."""
     cluster = fabric.cluster if fabric.is_nccl else _gpu_posted(fabric.cluster)
-    between, inside = cluster.between, cluster.inside
+    between, inside, inside_bytes = cluster.between, cluster.inside, sample.inside_bytes
     between = replace(
         between,
         efficiency=Estimate(defaults.efficiency, "assumed"),
@@ -304,18 +309,19 @@ def _seconds(fabric: Fabric, sample: Sample, defaults: Defaults, inside_gb_per_s
         latency_us=Estimate(defaults.nccl_latency_us if fabric.is_nccl else GPU_POSTED_LATENCY_US, "assumed"),
         us_per_peer=Estimate(defaults.nccl_us_per_peer if fabric.is_nccl else 0.0, "assumed"),
     )
-    if inside_gb_per_s is not None:
-        inside = replace(inside, gb_per_s=inside_gb_per_s, efficiency=Estimate(1.0, "measured"))
+    if moved_gb_per_s is not None:
+        inside = replace(inside, gb_per_s=moved_gb_per_s, efficiency=Estimate(1.0, "measured"))
+        inside_bytes = sample.moved_bytes
     cluster = replace(cluster, between=between, inside=inside)
-    return exchange_s(cluster, sample.num_ranks, sample.inside_bytes, sample.cross_bytes)
+    return exchange_s(cluster, sample.num_ranks, inside_bytes, sample.cross_bytes)
 
 
-def _inside_rates(fabric: Fabric) -> dict[str, float]:
-    """Give what a node reaches (GB/s) in each series of kernels that forward, from its row of two nodes."""
+def _moved_rates(fabric: Fabric) -> dict[str, float]:
+    """Give the GB/s that a GPU moves in each series of kernels that forward, from its row of two nodes."""
     if fabric.is_nccl:
         return {}
     return {
-        sample.series: sample.inside_bytes / (sample.seconds - GPU_POSTED_LATENCY_US * 1e-6) / 1e9
+        sample.series: sample.moved_bytes / (sample.seconds - GPU_POSTED_LATENCY_US * 1e-6) / 1e9
         for sample in fabric.samples
         if sample.num_ranks == 16
     }
@@ -330,7 +336,7 @@ def _fit(fabrics: Sequence[Fabric]) -> Defaults:
     def loss(defaults: Defaults) -> float:
         total = 0.0
         for fabric in fabrics:
-            rates = _inside_rates(fabric)
+            rates = _moved_rates(fabric)
             errors = [
                 abs(math.log(_seconds(fabric, sample, defaults, rates.get(sample.series)) / sample.seconds))
                 for sample in fabric.samples
@@ -358,11 +364,11 @@ def _with_nodes() -> Iterator[Table]:
     fabrics = _fabrics()
     for fabric in fabrics:
         defaults = _fit([other for other in fabrics if other is not fabric])
-        rates = _inside_rates(fabric)
+        rates = _moved_rates(fabric)
         rows, excluded = [], set()
         for sample in fabric.samples:
-            inside = rates.get(sample.series) if sample.num_ranks > 8 else None
-            predicted = _seconds(fabric, sample, defaults, inside)
+            moved = rates.get(sample.series) if sample.num_ranks > 8 else None
+            predicted = _seconds(fabric, sample, defaults, moved)
             is_fitted = sample.num_ranks == 16 and sample.series in rates
             note = ""
             if sample.num_ranks <= 8:
@@ -376,7 +382,7 @@ def _with_nodes() -> Iterator[Table]:
             f"to the other fabrics' rows of more than two nodes: efficiency {defaults.efficiency:.2f}, decay "
             f"{defaults.decay:.2f}, NCCL's latency {defaults.nccl_latency_us:.0f} us and "
             f"{defaults.nccl_us_per_peer:.1f} us per peer; "
-            + ("nothing to its own" if fabric.is_nccl else "to its own rows of two nodes: the rate inside a node")
+            + ("nothing to its own" if fabric.is_nccl else "to its own rows of two nodes: how fast rows are moved")
         )
         yield Table(
             *(f"Decay with nodes: {fabric.name}", fabric.source, fitted, rows, 0.15, 0.25),

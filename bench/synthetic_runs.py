@@ -12,8 +12,9 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts, step_units
-from tritonmoe.simulation.simulator import simulate
+from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
 
@@ -44,7 +45,9 @@ class Run:
     size: int = 4
     num_chunks: int = 4
     rows: float = 200.0
-    """From every rank to every rank; a pair each."""
+    """From every rank to every rank."""
+    top_k: int = 1
+    """With uniform routing; a row has a pair for each of its experts on the rank."""
     pair_s: float = 1e-4
     fixed_s: float = 2e-4
     byte_s: float = 1e-7
@@ -59,6 +62,13 @@ class Run:
     """So many times the pairs, and rows, of every other rank, of as many in all."""
     contention: float = 0.0
     """The share of its speed that compute loses while an exchange is under way."""
+    late_link: tuple[int, int, float] | None = None
+    """Every message from the first to the second rank takes so many seconds longer."""
+    node_size: int | None = None
+    """So many ranks on each host, which reach each other at inside_byte_s; None: all on one host, at byte_s."""
+    inside_byte_s: float = 2e-8
+    has_two_levels: bool = False
+    """Whether a row goes once to each node, and from there on to its ranks."""
     tells_arrivals: bool = True
     """Whether it is known when each rank's rows arrived, as it is not over NCCL."""
     uses_rendezvous: bool = False
@@ -79,7 +89,41 @@ class Run:
             rank, times = self.hot_rank
             rows[:, rank] *= times
             rows *= self.rows * self.size**2 / rows.sum()
-        return LayerWork(rows, rows.clone(), 4 * HIDDEN_SIZE, 1)
+        return LayerWork(rows, rows * (self.tokens * self.top_k / self.size / self.rows), 4 * HIDDEN_SIZE, self.top_k)
+
+    @property
+    def tokens(self) -> float:
+        """Of each rank, so that uniform routing sends so many rows to each rank."""
+        return self.rows / self._reached(self.size)
+
+    def _reached(self, number: int) -> float:
+        """Give the share of tokens that need any of the experts of one of so many ranks, or nodes."""
+        return 1 - (1 - 1 / number) ** self.top_k
+
+    def walked_work(self) -> LayerWork | TwoLevelWork:
+        """Give the work on the levels that there are."""
+        if not self.has_two_levels:
+            return self.work()
+        assert self.node_size is not None
+        each = self.link().each
+        assert each is not None
+        assert each.inside is not None
+        each = replace(each, port_out_s=each.inside.out_s, port_in_s=each.inside.in_s, inside=None)
+        inside = replace(self.link(), each=each, contention=0.0)
+        return TwoLevelWork.of(self.work(), self.rows_to_nodes(), inside)
+
+    def walked_link(self) -> LinkCosts:
+        """Give the link of walked_work, of two levels the one between nodes."""
+        link = self.link()
+        assert link.each is not None
+        return replace(link, each=replace(link.each, inside=None)) if self.has_two_levels else link
+
+    def rows_to_nodes(self) -> Tensor:
+        """Give (W, nodes): the tokens of each rank that need any rank of each node."""
+        assert self.node_size is not None
+        by_node = self.work().rows.view(self.size, -1, self.node_size).sum(2)
+        share = self._reached(self.size // self.node_size) / self._reached(self.size) / self.node_size
+        return (share * by_node).round()
 
     def steps(self) -> StepCosts:
         kinds = {"experts": 1.0, "experts_backward": 2.0, "weight_grad": 1.0}
@@ -96,7 +140,15 @@ class Run:
         if self.slow_link is not None:
             sender, receiver, times = self.slow_link
             link_s[sender, receiver] = self.byte_s * times
-        each = EachLink(port, port, link_s, self.latency_s * ones(self.size, self.size))
+        latency_s = self.latency_s * ones(self.size, self.size)
+        if self.late_link is not None:
+            sender, receiver, seconds = self.late_link
+            latency_s[sender, receiver] += seconds
+        inside = None
+        if self.node_size is not None:
+            near = port * (self.inside_byte_s / self.byte_s)
+            inside = InsidePorts(self.node_size, near, near)
+        each = EachLink(port, port, link_s, latency_s, inside)
         return LinkCosts(
             self.latency_s,
             1 / self.byte_s,
@@ -119,8 +171,9 @@ class Run:
 
 def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple[list[dict], float]:
     """Give a forward (0) or backward (1) that begins then, on every rank as it is recorded, and what it takes."""
-    plan, work = run.plan, run.work()
-    sizes = [[part.tolist() for part in of] for of in work.segments(plan)]
+    plan, work = run.plan, run.walked_work()
+    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    sizes = [[part.tolist() for part in of] for of in outer.segments(plan)]
     late = run.late_s() if number == 0 else 0 * run.late_s()
     costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
     costs.__dict__.update(noise=run.noise, generator=generator)
@@ -136,30 +189,28 @@ def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple
     left = posted.max() + noisy(run.latency_s)
     origin = left + noisy(run.host_s)
     rate = float((run.noise * torch.randn(1, generator=generator)).exp())
-    found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).link(), origin - at)
+    found = simulate(schedule, plan, work, costs, replace(run, byte_s=run.byte_s * rate).walked_link(), origin - at)
     ranks = []
     for rank in range(run.size):
         own = [[part[rank] for part in of] for of in sizes]
-        steps = []
-        for one in found.steps:
-            start, end = at + float(one.start_s[rank]), at + float(one.end_s[rank])
-            arrivals = None if one.arrivals_s is None else (at + one.arrivals_s[:, rank] - origin[rank]).tolist()
-            if arrivals is not None:
-                arrivals[rank] = None
-            if not run.tells_arrivals:
-                arrivals = None
-            steps.append(
-                {
-                    "kind": str(one.step.kind),
-                    "chunk": one.step.chunk,
-                    "start_s": start - float(origin[rank]),
-                    "end_s": end - float(origin[rank]),
-                    "wait_s": 0.0 if one.wait_s is None else float(one.wait_s[rank]),
-                    "post_s": 0.0 if one.posted_s is None else at + float(one.posted_s[rank]) - start,
-                    "units": step_units(one.step, plan.num_local_slices, *own),
-                    "arrivals_s": arrivals,
-                }
-            )
+        since = float(origin[rank]) - at
+
+        def plain(
+            one: SimulatedStep, rank: int = rank, own: list[list[float]] = own, since: float = since
+        ) -> dict[str, object]:
+            start, posted = float(one.start_s[rank]), one.posted_s
+            return {
+                "kind": str(one.step.kind),
+                "chunk": one.step.chunk,
+                "start_s": start - since,
+                "end_s": float(one.end_s[rank]) - since,
+                "wait_s": 0.0 if one.wait_s is None else float(one.wait_s[rank]),
+                "post_s": 0.0 if posted is None else float(posted[rank]) - start,
+                "units": step_units(one.step, plan.num_local_slices, *own),
+                "arrivals_s": _arrivals(run, one, rank, since),
+            }
+
+        steps = [plain(one) for one in found.steps]
         ranks.append(
             {
                 "marks": {
@@ -170,9 +221,24 @@ def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple
                 "origin": float(origin[rank]),
                 "total_s": float(found.end_s[rank]) + at - float(origin[rank]),
                 "steps": steps,
+                "steps_inside": [plain(inside) for one in found.steps for inside in one.inside],
             }
         )
     return ranks, found.total_s
+
+
+def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[float | None] | None:
+    """Give when the rows of each rank that takes part had arrived at this one, None of its own."""
+    if one.arrivals_s is None or not run.tells_arrivals:
+        return None
+    arrivals = [None if peer == rank else float(one.arrivals_s[peer, rank]) - since for peer in range(run.size)]
+    if not run.has_two_levels:
+        return arrivals
+    assert run.node_size is not None
+    node, place = divmod(rank, run.node_size)
+    if one.step.kind.is_inside_node:
+        return arrivals[node * run.node_size : (node + 1) * run.node_size]
+    return arrivals[place :: run.node_size]
 
 
 def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
@@ -187,10 +253,10 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
             "rank": rank,
             "size": size,
             "transport": "Synthetic",
-            "node_size": None,
+            "node_size": runs[0].node_size if runs[0].has_two_levels else None,
             "shares_link": False,
             "uses_rendezvous": runs[0].uses_rendezvous,
-            "host": "here",
+            "host": f"node{rank // (runs[0].node_size or size)}",
             "wall_clock": 0.0,
             "perf_counter": 0.0,
         }
@@ -216,10 +282,11 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
                     "half": 0,
                     "plan": plain_plan(run.plan),
                     "sizes": {"num_experts": 2 * size, "hidden_size": HIDDEN_SIZE, "intermediate_size": 8},
-                    "top_k": 1,
+                    "top_k": run.top_k,
                     "row_bytes": 4 * HIDDEN_SIZE,
                     "other_row_bytes": 4 * HIDDEN_SIZE,
                     "rows": work.rows[rank].to(torch.int64).tolist(),
+                    "rows_to_nodes": run.rows_to_nodes()[rank].to(torch.int64).tolist() if run.has_two_levels else None,
                     "pairs": work.pairs[rank].to(torch.int64).tolist(),
                     "pairs_per_expert": [int(work.pairs[:, rank].sum()) - 1, 1],
                     "forward": forward[rank],
@@ -233,4 +300,13 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
 
 def healthy(run: Run) -> Run:
     """Give the run without what is wrong with it."""
-    return replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None, contention=0.0)
+    return replace(
+        run,
+        slow_link=None,
+        slow_port=None,
+        slow_rank=None,
+        late_rank=None,
+        hot_rank=None,
+        late_link=None,
+        contention=0.0,
+    )

@@ -23,10 +23,13 @@ def test_a_kept_run_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "slow link" in capsys.readouterr().out
 
 
-def test_keep_is_for_namespaces(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        doctor.main(["--synthetic", "1", "--keep", "folder"])
-    assert "--keep belongs to --netns" in capsys.readouterr().err
+def test_what_is_kept_is_judged_as_it_was(tmp_path: Path) -> None:
+    run = ["--json", str(tmp_path / "run.json"), "--seed", "3013", "--calls", "4"]
+    assert doctor.main(["--synthetic", "1", "--keep", str(tmp_path / "kept"), *run]) == 0
+    assert doctor.main(["--judge", str(tmp_path / "kept"), "--json", str(tmp_path / "again.json")]) == 0
+    first, again = (json.loads((tmp_path / name).read_text())["results"] for name in ("run.json", "again.json"))
+    assert first == again
+    assert first["scenarios"][0]["is_first"]
 
 
 def test_a_healthy_scenario_has_nothing_to_leave_out() -> None:

@@ -15,6 +15,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.run_figures import figures_of
 from tritonmoe.diagnosis.verdict import as_text
 from tritonmoe.simulation.two_batches import simulate_two_batches
 
@@ -60,6 +61,78 @@ def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Pat
     assert (first.kind, first.ranks) == (kind, culprits)
     if kind in ("slow link", "slow port", "slow rank", "late rank"):
         assert first.gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+def test_a_link_whose_messages_come_late(tmp_path: Path) -> None:
+    """Its bytes are as fast as the others', so that no link is slow."""
+    run = Run(size=3, late_link=(2, 1, 0.03))
+    found = diagnose(tmp_path, run)
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert [(one.kind, one.ranks) for one in found.findings] == [("late link", (2, 1)), ("latency", ())]
+    assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+def test_a_slow_link_is_not_late(tmp_path: Path) -> None:
+    """Its small messages take longer too, as long as their bytes say."""
+    found = diagnose(tmp_path, Run(slow_link=(2, 1, 100.0)))
+    assert not any(one.kind == "late link" for one in (*found.findings, *found.others))
+
+
+TWO_LEVELS = Run(node_size=2, has_two_levels=True, top_k=4, num_chunks=2)
+ON_TWO_LEVELS = {
+    "healthy": (TWO_LEVELS, None),
+    "between nodes": (replace(TWO_LEVELS, slow_link=(0, 2, 60.0)), ("slow link", (0, 2))),
+    "inside a node": (replace(TWO_LEVELS, slow_link=(3, 2, 60.0)), ("slow link", (3, 2))),
+    "slow rank": (replace(TWO_LEVELS, slow_rank=(2, 1.5)), ("slow rank", (2,))),
+    "late link": (replace(TWO_LEVELS, late_link=(1, 3, 0.1)), ("late link", (1, 3))),
+    "slow port": (replace(TWO_LEVELS, size=6, slow_port=(3, 40.0)), ("slow port", (3,))),
+    "imbalance": (replace(TWO_LEVELS, hot_rank=(0, 2.0)), ("imbalance", (0,))),
+    "bandwidth": (replace(TWO_LEVELS, byte_s=2e-6), ("bandwidth", ())),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "inside a node" else pytest.mark.thorough) for n in ON_TWO_LEVELS]
+)
+def test_causes_on_two_levels(name: str, tmp_path: Path) -> None:
+    run, expected = ON_TWO_LEVELS[name]
+    found = diagnose(tmp_path, run)
+    assert found.measured_s == pytest.approx(run.seconds())
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    waits_s = torch.tensor(figures_of(found)["waits_s"])
+    if name in ("between nodes", "inside a node"):
+        sender, receiver = run.slow_link[:2]
+        assert int(waits_s.argmax()) == receiver * run.size + sender
+    assert ((found.findings[0].kind, found.findings[0].ranks) if found.findings else None) == expected
+    # Inside a node of two a slow port is two slow links.
+    if name not in ("healthy", "imbalance", "bandwidth", "slow port"):
+        assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+@pytest.mark.thorough
+def test_other_levels_are_advised_by_what_they_gain(tmp_path: Path) -> None:
+    """Rows that cross once to a node save time between nodes; where both links are as fast, they cost some."""
+    one = Run(node_size=2, top_k=4, num_chunks=2, byte_s=5e-6)
+    two = replace(one, has_two_levels=True)
+    (advice,) = (a for a in diagnose(tmp_path / "one", one).advice if "two levels" in a.words)
+    assert advice.gain.seconds == pytest.approx(one.seconds() - two.seconds(), rel=0.05)
+    alike = replace(one, inside_byte_s=5e-6)
+    assert not any("two levels" in a.words for a in diagnose(tmp_path / "alike", alike).advice)
+    two = replace(alike, has_two_levels=True)
+    (advice,) = (a for a in diagnose(tmp_path / "two", two).advice if "one level" in a.words)
+    assert advice.gain.seconds == pytest.approx(two.seconds() - alike.seconds(), rel=0.05)
+
+
+def test_links_between_hosts_are_slower_than_those_inside(tmp_path: Path) -> None:
+    """On one level too: no link is slow for being one between nodes."""
+    run = Run(node_size=2, top_k=4, byte_s=2e-6, inside_byte_s=2e-8)
+    found = diagnose(tmp_path, run)
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert [one.kind for one in found.findings] == ["bandwidth"]
+    assert found.costs.link.each is not None
+    assert found.costs.link.each.inside is not None
+    assert float(found.costs.link.each.port_out_s.median()) == pytest.approx(2e-6, rel=0.05)
+    assert float(found.costs.link.each.inside.out_s.median()) == pytest.approx(2e-8, rel=0.5)
 
 
 def test_contention_is_a_part_of_what_the_bytes_cost(tmp_path: Path) -> None:

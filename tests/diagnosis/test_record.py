@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tritonmoe as tm
+from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.recording import read_recording
@@ -18,7 +19,7 @@ from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.transports import Transport
+from tritonmoe.transports import Transport, TwoLevelTransport
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
 CONFIG = tm.MoEConfig(8, 4, 4, 2)
@@ -168,3 +169,40 @@ def test_halves_of_a_batch_are_told_and_not_replayed(tmp_path: Path) -> None:
     assert all(call.has_backward for call in recording.calls)
     with pytest.raises(ValueError, match="of two_batches, in which the times of each half hold the other one's work"):
         attribute(recording)
+
+
+def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> None:
+        layer = tm.MoELayer(CONFIG, TwoLevelTransport(transport, 2), tm.OverlapConfig(2))
+        for _ in range(CALLS):
+            layer(torch.randn(NUM_TOKENS, 8, requires_grad=True)).sum().backward()
+
+    with record(tmp_path / "run"):
+        tm.run_on_emulated_ranks(on_rank, 4)
+    recording = read_recording(tmp_path / "run")
+    assert recording.node_size == 2
+    (call, *_) = recording.calls
+    assert call.levels is not None
+    for rank, of in enumerate(call.ranks):
+        node = of.rows_to_nodes[rank // 2]
+        assert max(of.rows[rank - rank % 2 :][:2]) <= node <= NUM_TOKENS
+        inside = {str(step.step.kind) for one in of.passes for step in one.steps_inside}
+        assert {"node_metadata", "node_dispatch", "experts", "node_combine", "node_combine_backward"} <= inside
+    arrivals = [step.arrivals_s for step in call.ranks[3].forward.steps_inside if step.step.kind == "node_dispatch"]
+    assert all(of is not None and of[0] is not None and of[1] is None for of in arrivals)
+    found = attribute(recording)
+    assert found.costs.link.each is not None
+    assert found.costs.link.each.inside is not None
+    assert set(found.costs.steps.fixed_s) >= {"experts", "experts_backward", "dispatch"}
+    assert not any("node_" in kind for kind in found.costs.steps.fixed_s)
+
+
+def test_rows_to_nodes_that_contradict_are_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [Run(node_size=2, has_two_levels=True)])
+    file = folder / "rank-0002.jsonl"
+    header, line = file.read_text().splitlines()
+    call = json.loads(line)
+    call["rows_to_nodes"][1] = 10**6
+    file.write_text(f"{header}\n{json.dumps(call)}\n")
+    with pytest.raises(ValueError, match=r"rank-0002.jsonl line 2: rows_to_nodes: 1000000 of node 1 contradict rows"):
+        read_recording(folder)

@@ -80,7 +80,7 @@ def test_measured_and_replayed_lanes_agree(slow: Attribution) -> None:
 def test_names_are_not_markup(tmp_path: Path) -> None:
     folder = write_run(tmp_path / EVIL.replace("/", "_"), [Run()] * 3)
     for file in folder.iterdir():
-        file.write_text(file.read_text().replace('"host": "here"', f'"host": {json.dumps(EVIL)}'))
+        file.write_text(file.read_text().replace('"host": "node0"', f'"host": {json.dumps(EVIL)}'))
     text = page_text(run_page([attribute(read_recording(folder))]))
     page, data = check_page(text)
     assert sum(tag == "script" for tag, _ in page.tags) == 3
@@ -94,7 +94,9 @@ def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
     """As many ranks as can be drawn. Of more calls only medians and sums are shown."""
     run = Run(size=64, slow_rank=(63, 1.5), rows=20.0)
     recording = read_recording(write_run(tmp_path, [run] * 2))
-    ratios = LinkRatios(ones(64), ones(64), ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345), True)
+    ratios = LinkRatios(
+        ones(64), ones(64), ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345), True, 0 * ones(64, 64)
+    )
     costs = replace(slow.costs, steps=run.steps(), link=run.link(), ratios=ratios, slowness=(1.0,) * 63 + (1.5,))
     finding = replace(slow.findings[0], ranks=(63,))
     found = replace(slow, recording=recording, call=recording.calls[0], calls=recording.calls * 4, costs=costs)

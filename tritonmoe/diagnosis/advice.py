@@ -9,9 +9,9 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, walk, with_plan
+from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, Nodes, walk, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.simulation.cost_model import EachLink
+from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
 from tritonmoe.simulation.two_batches import MOST_LAYERS
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.search import search
@@ -37,6 +37,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Pr
     yield from _other_plan(typical)
     yield from _narrower_rows(calls[0])
     yield from _other_placement(calls)
+    yield from _other_levels(calls[0], typical)
     yield from _fewer_ranks(typical)
     yield from _two_batches(calls, typical)
 
@@ -48,7 +49,7 @@ def _other_plan(typical: Conditions) -> Iterator[Proposal]:
         local_first=plan.local_first, wire_dtype=plan.wire_dtype, chunk_by=plan.chunk_by, capacity=plan.capacity
     )
     has_backward = len(typical.schedules) > 1
-    found = search(config, typical.work, typical.steps, typical.link, backward=has_backward)
+    found = search(config, typical.walked_work, typical.steps, typical.walked_link, backward=has_backward)
     best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
     if best != plan:
         yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
@@ -110,7 +111,8 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
     load = torch.tensor([pairs for of in per_rank for pairs in of], dtype=torch.float64, device="cpu")
     before = torch.tensor([sum(of) for of in per_rank], dtype=torch.float64, device="cpu")
     size, num_experts = len(per_rank), len(load)
-    for num_slots in (slots, slots + 1):
+    # Replicas need one level.
+    for num_slots in (slots,) if calls[0].levels is not None else (slots, slots + 1):
         if num_slots * size > num_experts * size:
             continue
         placement = ExpertPlacement.balanced(load, size, num_slots)
@@ -131,10 +133,45 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
             yield Proposal(words, "takes one more expert's memory on each rank, and sums its gradients", placed)
 
 
+def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]:
+    """Propose one level instead of two, or two instead of one where it is known which ranks are neighbours."""
+    plan, inside = typical.plan, typical.each_link.inside
+    if typical.nodes is not None:
+        yield Proposal("one level: the transport of all ranks", "", lambda of: replace(of, nodes=None))
+    elif inside is not None and plan.chunk_by == "tokens" and plan.capacity is None:
+        node_size, row_bytes = inside.node_size, call.inside_row_bytes
+
+        def over_nodes(of: Conditions) -> Conditions:
+            by_node = of.work.rows.view(of.work.size, -1, node_size)
+            to_nodes = _needing_any(list(by_node.unbind(2)), _tokens(of.work), of.work.top_k)
+            return replace(of, nodes=Nodes.of(to_nodes, of.work, row_bytes))
+
+        words = f"two levels: TwoLevelTransport with node_size={node_size}, a token once to each node"
+        yield Proposal(words, "packs and sums rows a second time", over_nodes)
+
+
+def _tokens(work: LayerWork) -> torch.Tensor:
+    """Give the tokens (W, 1) of every rank, as its pairs tell."""
+    return work.pairs.sum(1, keepdim=True) / work.top_k
+
+
+def _needing_any(needed: Sequence[torch.Tensor], tokens: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Give how many tokens need any of several owners, each of which so many of them need.
+
+    Each of a token's experts is one of the first owner's, of the second's and so on, as often as these numbers say.
+    """
+    is_elsewhere = torch.ones_like(needed[0])
+    for rows in needed:
+        share = (rows / tokens.clamp(min=1)).clamp(max=1)
+        is_elsewhere = is_elsewhere - (1 - (1 - share) ** (1 / top_k))
+    return tokens * (1 - is_elsewhere.clamp(min=0) ** top_k)
+
+
 def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
     """Propose to spread the experts over half as many ranks, so that both halves of the ranks have all of them."""
-    size = typical.work.size
-    if size >= 4 and size % 2 == 0:
+    size, inside = typical.work.size, typical.each_link.inside
+    are_whole_nodes = inside is None or inside.node_size % (size // 2) == 0 or size // 2 % inside.node_size == 0
+    if size >= 4 and size % 2 == 0 and are_whole_nodes:
         yield Proposal(
             f"expert parallelism over {size // 2} ranks instead of {size}",
             "takes twice the experts' memory on each rank; summing their gradients over both groups is not in it",
@@ -147,21 +184,26 @@ def _on_half(of: Conditions, number: int) -> Conditions:
     work, half = of.work, of.work.size // 2
     halves = slice(0, half), slice(half, None)
     ranks = halves[number]
-    tokens = work.pairs[ranks].sum(1, keepdim=True) / work.top_k
-    # Each of a token's experts is one of the first owner's, or of the second's, as often as these rows say.
-    is_elsewhere = torch.ones_like(work.pairs[ranks, ranks])
-    for owners in halves:
-        needed = (work.rows[ranks, owners] / tokens.clamp(min=1)).clamp(max=1)
-        is_elsewhere = is_elsewhere - (1 - (1 - needed) ** (1 / work.top_k))
-    rows = tokens * (1 - is_elsewhere.clamp(min=0) ** work.top_k)
+    tokens = _tokens(work)[ranks]
+    rows = _needing_any([work.rows[ranks, owners] for owners in halves], tokens, work.top_k)
     pairs = work.pairs[ranks, halves[0]] + work.pairs[ranks, halves[1]]
-    each = of.each_link
+    each, inside = of.each_link, of.each_link.inside
     link = EachLink(
         each.port_out_s[ranks], each.port_in_s[ranks], each.link_s[ranks, ranks], each.latency_s[ranks, ranks]
     )
+    nodes = of.nodes
+    if inside is not None and half > inside.node_size:
+        link = replace(link, inside=InsidePorts(inside.node_size, inside.out_s[ranks], inside.in_s[ranks]))
+    elif inside is not None:  # they are all of one node
+        link, nodes = replace(link, port_out_s=inside.out_s[ranks], port_in_s=inside.in_s[ranks]), None
+    if nodes is not None:
+        to_nodes = nodes.rows_of(work)[ranks].chunk(2, 1)
+        fewer = replace(work, rows=rows, pairs=pairs)
+        nodes = Nodes.of(_needing_any(to_nodes, tokens, work.top_k), fewer, nodes.row_bytes)
     return replace(
         of,
         work=replace(work, rows=rows, pairs=pairs),
+        nodes=nodes,
         entries=tuple(_entry_on(ranks, entry) for entry in of.entries),
         steps=replace(of.steps, slowness={kind: values[ranks] for kind, values in of.steps.slowness.items()}),
         link=replace(of.link, each=link),

@@ -18,8 +18,8 @@ from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, wa
 
 __all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute", "calls_before"]
 
-NAMED_LINKS: tuple[CauseKind, ...] = ("slow link", "slow port")
-"""Where one of these is found it stands before the bandwidth, which it is a part of."""
+PART_OF: dict[CauseKind, CauseKind] = {"slow link": "bandwidth", "slow port": "bandwidth", "late link": "latency"}
+"""Where one of these is found it stands before what it is a part of."""
 SMALLEST_SHARE = 0.08
 """A cause that costs a smaller share of the step is not spoken of."""
 SMALLEST_ADVICE = 0.03
@@ -92,7 +92,7 @@ class Attribution:
     replayed_s: float
     costs: Costs
     findings: tuple[Finding, ...]
-    """The causes that cost enough to be spoken of, by their gain; the bandwidth last where a link or port is slow."""
+    """The causes that cost enough to be spoken of, by their gain; bandwidth and latency last where a link is named."""
     others: tuple[Finding, ...]
     """The rest, and what the experts compute, which is the bound itself."""
     advice: tuple[Advice, ...]
@@ -121,13 +121,10 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     """Find what a recorded step would gain without each cause.
 
     Raises:
-        ValueError: there is no call that all ranks have recorded, or only on one rank or two levels, or of halves of a
-            batch.
+        ValueError: there is no call that all ranks have recorded, or only on one rank, or of halves of a batch.
     """
     if recording.size < 2:
         raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
-    if recording.headers[0].get("node_size") is not None:
-        raise ValueError(f"{recording.path} is of two levels, whose steps can't be replayed yet: record on one level")
     if any(call.half for call in recording.calls):
         raise ValueError(
             f"{recording.path} is of two_batches, in which the times of each half hold the other one's work: record a "
@@ -137,7 +134,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
     calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
-    costs = fit_costs(similar, recording.shares_link, recording.uses_rendezvous)
+    costs = fit_costs(similar, recording)
     measured = statistics.median(map(times.__getitem__, calls))
     conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
     as_it_was = _walked(conditions)
@@ -154,7 +151,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     of_other_plans = [call for call in similar if call.plan != calls[0].plan]
     for _ in range(NUM_SELECTIONS):
         selection = draw.choices(calls, k=len(calls))
-        own = fit_costs([*selection, *of_other_plans], recording.shares_link, recording.uses_rendezvous)
+        own = fit_costs([*selection, *of_other_plans], recording)
         few_as_they_were = _walked(
             [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
         )
@@ -174,8 +171,8 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         for gain in (_interval(seconds, values),)
     ]
     spoken = [one for one in found if _is_spoken_of(one, measured)]
-    is_named = any(one.kind in NAMED_LINKS for one in spoken)
-    spoken.sort(key=lambda one: (is_named and one.kind == "bandwidth", -one.gain.seconds))
+    named = {PART_OF[one.kind] for one in spoken if one.kind in PART_OF}
+    spoken.sort(key=lambda one: (one.kind in named, -one.gain.seconds))
     advice = [
         Advice(proposal.words, proposal.costs, _interval(seconds, values))
         for (proposal, seconds), values in zip(promised, drawn_promises, strict=True)
@@ -202,6 +199,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
 
 _MENDING: dict[CauseKind, str] = {
     "slow link": "mend the link from rank {} to rank {}",
+    "late link": "find what holds up messages from rank {} to rank {}",
     "slow port": "mend the port of rank {}",
     "slow rank": "mend rank {}, or leave it out",
     "late rank": "find what holds up rank {} before the layer",

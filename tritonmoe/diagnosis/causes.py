@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.costs import Costs
+from tritonmoe.diagnosis.messages import Reach
 from tritonmoe.diagnosis.recording import RecordedCall
 from tritonmoe.diagnosis.replay import Conditions, conditions_of
 from tritonmoe.overlap.steps import StepKind, Unit
@@ -19,6 +20,7 @@ __all__ = ["Cause", "CauseKind", "causes_of"]
 
 CauseKind = Literal[
     "slow link",
+    "late link",
     "slow port",
     "slow rank",
     "late rank",
@@ -52,7 +54,7 @@ def causes_of(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
     yield from _late_ranks(calls, costs)
     yield _imbalance(calls)
     yield Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
-    yield Cause("latency", (), f"{1e6 * costs.link.latency_s:.0f} us for every exchange", without_latency)
+    yield Cause("latency", (), f"{_latency(costs.link)} for every exchange", without_latency)
     steps = calls[0].plan.num_segments
     yield Cause("chunk overhead", (), f"what experts in {steps} parts cost over one", without_chunk_overhead)
     yield Cause("host overhead", (), "the host, before the first step and between steps", without_host_overhead)
@@ -63,7 +65,19 @@ def causes_of(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
 
 
 def _rate(link: LinkCosts) -> str:
-    return f"{link.bytes_per_s / 1e9:.3g} GB/s"
+    rate = f"{link.bytes_per_s / 1e9:.3g} GB/s"
+    inside = None if link.each is None else link.each.inside
+    if inside is None or not bool((inside.out_s > 0).any()):
+        return rate
+    return f"{rate} between nodes, {1e-9 / float(inside.out_s.median()):.3g} GB/s inside"
+
+
+def _latency(link: LinkCosts) -> str:
+    latency = f"{1e6 * link.latency_s:.0f} us"
+    if link.each is None or link.each.inside is None:
+        return latency
+    is_near = Reach.INSIDE.pairs(len(link.each.latency_s), link.each.inside.node_size)
+    return f"{latency} between nodes and {1e6 * float(link.each.latency_s[is_near].median()):.0f} us inside"
 
 
 def _slow_links(costs: Costs) -> Iterator[Cause]:
@@ -71,8 +85,16 @@ def _slow_links(costs: Costs) -> Iterator[Cause]:
     for i, k in (ratios.link > 1).nonzero().tolist():
         words = f"from rank {i} to rank {k} a byte takes {float(ratios.link[i, k]):.1f} times as long as elsewhere"
         yield Cause("slow link", (i, k), words, partial(without_slow_link, i=i, k=k))
-    for rank in ((ratios.port_out > 1) | (ratios.port_in > 1)).nonzero()[:, 0].tolist():
-        ways = {"out of it": float(ratios.port_out[rank]), "into it": float(ratios.port_in[rank])}
+    for i, k in (ratios.excess_s > 0).nonzero().tolist():
+        excess_s = float(ratios.excess_s[i, k])
+        words = f"from rank {i} to rank {k} every message takes {1e6 * excess_s:.0f} us longer than elsewhere"
+        yield Cause("late link", (i, k), words, partial(without_late_link, i=i, k=k, excess_s=excess_s))
+    ports = {"out of it": ratios.port_out, "into it": ratios.port_in}
+    if ratios.inside_out is not None and ratios.inside_in is not None:
+        ports |= {"out of it inside its node": ratios.inside_out, "into it inside its node": ratios.inside_in}
+    slow = torch.stack([ratio > 1 for ratio in ports.values()]).any(0)
+    for rank in slow.nonzero()[:, 0].tolist():
+        ways = {way: float(ratio[rank]) for way, ratio in ports.items()}
         said = " and ".join(f"{times:.1f} times as long {way}" for way, times in ways.items() if times > 1)
         words = f"at the port of rank {rank} a byte takes {said}"
         yield Cause("slow port", (rank,), words, partial(without_slow_port, rank=rank))
@@ -114,11 +136,30 @@ def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:
     return replace(of, link=replace(of.link, each=replace(each, link_s=link_s)))
 
 
+def without_late_link(of: Conditions, i: int, k: int, excess_s: float) -> Conditions:
+    latency_s = of.each_link.latency_s.clone()
+    latency_s[i, k] -= excess_s
+
+    def sooner(counts_s: Tensor) -> Tensor:  # counts come over the same link
+        counts_s = counts_s.clone()
+        counts_s[k] = torch.maximum(counts_s[k] - excess_s, counts_s.min())
+        return counts_s
+
+    entries = tuple(replace(entry, counts_s=sooner(entry.counts_s)) for entry in of.entries)
+    return replace(of, link=replace(of.link, each=replace(of.each_link, latency_s=latency_s)), entries=entries)
+
+
 def without_slow_port(of: Conditions, rank: int) -> Conditions:
-    each = of.each_link
-    out, into = each.port_out_s.clone(), each.port_in_s.clone()
-    out[rank], into[rank] = out.median(), into.median()
-    return replace(of, link=replace(of.link, each=replace(each, port_out_s=out, port_in_s=into)))
+    def mended(port_s: Tensor) -> Tensor:
+        port_s = port_s.clone()
+        port_s[rank] = port_s.median()
+        return port_s
+
+    each, inside = of.each_link, of.each_link.inside
+    if inside is not None:
+        inside = replace(inside, out_s=mended(inside.out_s), in_s=mended(inside.in_s))
+    each = replace(each, port_out_s=mended(each.port_out_s), port_in_s=mended(each.port_in_s), inside=inside)
+    return replace(of, link=replace(of.link, each=each))
 
 
 def without_slow_rank(of: Conditions, rank: int) -> Conditions:
@@ -148,10 +189,11 @@ def without_imbalance(of: Conditions) -> Conditions:
 
 
 def without_bandwidth(of: Conditions) -> Conditions:
-    each = of.link.each
-    if each is not None:
-        nothing = torch.zeros_like(each.port_out_s)
-        each = replace(each, port_out_s=nothing, port_in_s=nothing, link_s=torch.zeros_like(each.link_s))
+    each, inside = of.each_link, of.each_link.inside
+    nothing = torch.zeros_like(each.port_out_s)
+    if inside is not None:
+        inside = replace(inside, out_s=nothing, in_s=nothing)
+    each = replace(each, port_out_s=nothing, port_in_s=nothing, link_s=torch.zeros_like(each.link_s), inside=inside)
     return replace(of, link=replace(of.link, bytes_per_s=float("inf"), each=each))
 
 

@@ -13,10 +13,10 @@ import torch
 
 from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.diagnosis.links import LinkRatios, fit_links
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep
+from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep, Recording
 from tritonmoe.overlap.report import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
-from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, step_units
 
 __all__ = ["Costs", "fit_costs"]
 
@@ -72,8 +72,8 @@ class _Sample:
         return self.kind.unit is Unit.PAIRS
 
 
-def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool) -> Costs:
-    """Find what steps and exchanges cost, by calls whose layers have the same sizes; the flags are the recording's."""
+def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
+    """Find what steps and exchanges cost, by some of the recording's calls, whose layers have the same sizes."""
     notes: list[str] = []
     size = len(calls[0].ranks)
     by_kind = {
@@ -81,9 +81,11 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous:
         for kind, of in groupby(sorted(_samples(calls), key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
     }
     slowness = _slowness(by_kind, size)
-    link, ratios, link_notes = fit_links(calls, shares_link, uses_rendezvous)
-    # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them.
-    contention = _contention(by_kind, slowness) if ratios.are_told_apart else 0.0
+    link, ratios, link_notes = fit_links(calls, recording)
+    # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them. On two
+    # levels the walk lets no experts lose speed.
+    is_told = ratios.are_told_apart and not recording.has_two_levels
+    contention = _contention(by_kind, slowness) if is_told else 0.0
     if contention:
         slowness = _slowness(by_kind, size, contention)
     lines = _lines(by_kind, slowness, contention)
@@ -103,7 +105,16 @@ def fit_costs(calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous:
 
 def _gap_s(one: RecordedPass) -> float:
     """Give the time between two steps of a pass."""
-    return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in one.steps)) / max(1, len(one.steps))
+    steps = _leaves(one)
+    return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in steps)) / max(1, len(steps))
+
+
+def _leaves(one: RecordedPass) -> list[RecordedStep]:
+    """Give the steps of a pass, and instead of one that has steps inside its node those."""
+    if not one.steps_inside:
+        return list(one.steps)
+    outer = {(step.step.kind, step.step.chunk) for step in one.steps_inside if not step.step.kind.is_inside_node}
+    return [step for step in one.steps if (step.step.kind, step.step.chunk) not in outer] + list(one.steps_inside)
 
 
 def _spent_s(step: RecordedStep) -> float:
@@ -117,7 +128,8 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
         for number in range(len(call.by_pass)):
             for rank, step, beside_s in _steps_of(call, number):
                 # Calls with other numbers of units fall into one group if they differ by little.
-                key = (call.plan, step.step.kind, step.step.chunk, rank, round(8 * math.log2(step.units)))
+                # A step inside a node costs what its twin between nodes does.
+                key = (call.plan, step.step.kind.twin, step.step.chunk, rank, round(8 * math.log2(step.units)))
                 found.setdefault(key, []).append((step.units, _spent_s(step), beside_s))
     samples = []
     for (_, kind, _, rank, _), values in found.items():
@@ -142,10 +154,20 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
             for step in one.steps
             if step.step.lane == "comm"
         ]
-        for step in one.steps:
+        for step in _leaves(one):
+            if step.step.kind.is_inside_node:
+                step = replace(step, units=_units_inside(call, step.step, rank))
             if step.units > 0:
                 is_computed = step.step.lane == "compute"
                 yield rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
+
+
+def _units_inside(call: RecordedCall, step: Step, rank: int) -> float:
+    """Give the units of a step inside a node, as if each chunk had its share of the rows."""
+    assert call.levels is not None
+    work = call.levels.inside(call.plan, step.chunk)
+    sizes = [[of[rank]] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
+    return float(step_units(Step(step.kind.twin, None), 0, *sizes))
 
 
 _ByKind = Mapping[StepKind, Sequence[_Sample]]

@@ -4,7 +4,6 @@ A message goes out when the ports of both of its ranks have turned to its exchan
 the two. A port that is slow delays all messages of its rank, a slow link those of one pair of ranks in one direction.
 """
 
-import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.fits import fit_relative_line, medians, weighted_median
-from tritonmoe.diagnosis.recording import RankCall, RecordedCall
-from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.cost_model import EachLink, LinkCosts
+from tritonmoe.diagnosis.messages import Messages, Reach, messages_of, reaches
+from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LinkCosts
 
 __all__ = ["SMALLEST_RATIO", "LinkRatios", "fit_links"]
 
@@ -25,69 +24,21 @@ SMALLEST_RATIO = 1.15
 ROUNDS = 5
 MAX_MESSAGES = 50_000
 """Of more messages than that only those of some passes are looked at."""
-KEPT_PASSES = 1024
-"""The exchanges of so many passes are kept: calls are fitted in many selections."""
 START_SHARE = 0.25
 """The first guess of the rate lets so many messages of all be faster."""
 SHORTEST_S = 1e-6
 LEAST_BYTE_S = 1e-18
 """Of links whose bytes take no time."""
-APART_S = 1e4
-"""No pass takes so long."""
 AGAINST = 2.0
 """With rendezvous what is sent against a slow link waits for that one's acknowledgements: a link so many times as
 fast as the slow one in the other direction is not slow itself."""
+TWO_SIZES = 1.2
+"""Exchanges tell latency and rate of a link apart if the bytes of some are more than so many times those of the first,
+squared."""
+LEAST_EXCESS_S = 1e-4
+"""A link whose messages take longer than the others' by less than this, or than they take at all, is like them."""
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
-
-
-@dataclass(frozen=True)
-class _Messages:
-    """What ranks sent each other in M exchanges, one pass after the other: (M, W, W), from rank i to rank k."""
-
-    posted: Tensor
-    """Seconds of the recording's clock: when both ranks had posted the exchange."""
-    arrived: Tensor
-    """When the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
-    before: Tensor
-    """When those before them in the same pass were there; -inf where there are none."""
-    sent_bytes: Tensor
-    port_bytes: Tensor
-    """Those that the busier of both ports has, which decide how long a message takes."""
-    is_first: Tensor
-    """(M,): whether the exchange is the first of its pass, which waits for none."""
-    are_told_apart: bool
-    """Whether it is known when each rank's rows arrived, and not only when all of them were there."""
-
-    @classmethod
-    def joined(cls, passes: "Sequence[_Messages]") -> "_Messages":
-        """Put passes one behind the other, far apart: a selection of calls may have the same one twice."""
-        shifts = [APART_S * n - float(of.posted.min()) if len(of.posted) else 0.0 for n, of in enumerate(passes)]
-        shifted = list(zip(passes, shifts, strict=True))
-        return cls(
-            torch.cat([of.posted + shift for of, shift in shifted]),
-            torch.cat([of.arrived + shift for of, shift in shifted]),
-            torch.cat([of.before + shift for of, shift in shifted]),
-            torch.cat([of.sent_bytes for of in passes]),
-            torch.cat([of.port_bytes for of in passes]),
-            torch.cat([of.is_first for of in passes]),
-            any(of.are_told_apart for of in passes),
-        )
-
-    @property
-    def are_known(self) -> Tensor:
-        return ~self.arrived.isnan()
-
-    def begun(self, latency_s: float, uses_rendezvous: bool) -> Tensor:
-        """Give from when each message counts: both ranks had posted it, and the one before it on its link had left.
-
-        Where a receiver's word is needed, also the message before that word, in the other direction, had come.
-        """
-        begin = torch.maximum(self.posted, self.before - latency_s)
-        if uses_rendezvous:  # the word may also have left before those rows
-            word = self.before.transpose(1, 2)
-            begin = torch.where(self.arrived > word, torch.maximum(begin, word), begin)
-        return begin
 
 
 @dataclass(frozen=True)
@@ -101,125 +52,91 @@ class LinkRatios:
     """(W, W)."""
     are_told_apart: bool
     """Whether it is known when each rank's rows arrived; if not, all ratios are 1."""
+    excess_s: Tensor
+    """(W, W): by how much each message from rank i to rank k takes longer than others, however small; mostly 0."""
+    inside_out: Tensor | None = None
+    """(W,): of ports inside the own node, where nodes are known; port_out and port_in are those to others."""
+    inside_in: Tensor | None = None
+
+    def of_byte(self, node_size: int | None) -> Tensor:
+        """Give (W, W): how many times as long as on like links a byte takes from rank i to rank k, ports included."""
+        ratio = torch.maximum(self.port_out[:, None], self.port_in) * self.link
+        if self.inside_out is None or self.inside_in is None:
+            return ratio
+        is_inside = Reach.INSIDE.pairs(len(ratio), node_size)
+        return torch.where(is_inside, torch.maximum(self.inside_out[:, None], self.inside_in) * self.link, ratio)
 
 
-def fit_links(
-    calls: Sequence[RecordedCall], shares_link: bool, uses_rendezvous: bool
-) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
-    """Find what exchanges cost; the notes say what could not be found.
-
-    shares_link: whether exchanges that are under way together share a port. uses_rendezvous: as the transport says.
-    """
-    size = len(calls[0].ranks)
+def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
+    """Find what exchanges cost, in these of its calls; the notes say what could not be found."""
+    size, node_size = recording.size, recording.node_size
     passes = [(call, number) for call in calls for number in range(len(call.by_pass))]
     messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
     every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
-    sent = _Messages.joined([_messages_of(call, number) for call, number in passes[::every]])
-    if not bool(sent.are_known.any()):
-        of_ranks = torch.ones(size, dtype=torch.float64, device="cpu")
-        of_links = torch.ones(size, size, dtype=torch.float64, device="cpu")
-        free = EachLink(0 * of_ranks, 0 * of_ranks, 0 * of_links, 0 * of_links)
-        link = LinkCosts(0.0, 1 / LEAST_BYTE_S, shares_link, each=free)
-        return link, LinkRatios(of_ranks, of_ranks, of_links, False), ("no exchange carried rows from rank to rank",)
-    fit = _Fit(sent, size, uses_rendezvous)
-    ratios = fit.ratios()
-    byte_s = max(fit.byte_s, LEAST_BYTE_S)
-    port_out_s, port_in_s = ratios.port_out * byte_s, ratios.port_in * byte_s
-    # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
-    link_s = torch.where(ratios.link > 1, ratios.link * torch.maximum(port_out_s[:, None], port_in_s), 0.0)
-    each = EachLink(port_out_s, port_in_s, link_s * fit.port_share, torch.full_like(ratios.link, fit.latency_s))
+    fits = {}
+    for reach in reaches(node_size):
+        sent = Messages.joined([messages_of(call, number, reach, node_size) for call, number in passes[::every]])
+        fits[reach] = _Fit(sent, size, recording.uses_rendezvous)
     notes = []
-    if not ratios.are_told_apart:
+    if not any(bool(fit.sent.are_known.any()) for fit in fits.values()):
+        notes.append("no exchange carried rows from rank to rank")
+    elif not any(fit.sent.are_told_apart for fit in fits.values()):
         notes.append("it is not known when each rank's rows arrived (NCCL): links and ports are not told apart")
-    link = LinkCosts(fit.latency_s, 1 / byte_s, shares_link, each=each, is_rendezvous=uses_rendezvous)
+    each, ratios = next(iter(fits.values())).found()
+    if Reach.INSIDE in fits:
+        assert node_size is not None
+        near, near_ratios = fits[Reach.INSIDE].found()
+        is_near = Reach.INSIDE.pairs(size, node_size)
+        each = EachLink(
+            each.port_out_s,
+            each.port_in_s,
+            torch.where(is_near, near.link_s, each.link_s),
+            torch.where(is_near, near.latency_s, each.latency_s),
+            InsidePorts(node_size, near.port_out_s, near.port_in_s),
+        )
+        ratios = LinkRatios(
+            *(ratios.port_out, ratios.port_in, torch.where(is_near, near_ratios.link, ratios.link)),
+            ratios.are_told_apart or near_ratios.are_told_apart,
+            torch.where(is_near, near_ratios.excess_s, ratios.excess_s),
+            near_ratios.port_out,
+            near_ratios.port_in,
+        )
+    far = next(iter(fits.values()))
+    link = LinkCosts(
+        *(far.latency_s, 1 / max(far.byte_s, LEAST_BYTE_S), recording.shares_link),
+        each=each,
+        is_rendezvous=recording.uses_rendezvous,
+    )
     return link, ratios, tuple(notes)
-
-
-@functools.lru_cache(maxsize=KEPT_PASSES)
-def _messages_of(call: RecordedCall, number: int) -> _Messages:
-    """Give the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
-    ranks = [of.passes[number] for of in call.ranks]
-    size = len(ranks)
-    steps = [{step.step: step for step in one.steps if step.step.lane == "comm"} for one in ranks]
-    posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
-    latest = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
-    for step in steps[0]:
-        if step.kind is StepKind.REPLICA_BACKWARD:
-            continue
-        if not all(step in of for of in steps):
-            raise ValueError(f"call {call.sequence}: not every rank has the step {step}")
-        at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
-        for rank, one in enumerate(ranks):
-            arrivals = steps[rank][step].arrivals_s
-            for peer in range(size):
-                if peer != rank:
-                    # Where a peer's moment is not known, all its rows were there at the end of the exchange.
-                    moment = steps[rank][step].end_s if arrivals is None else arrivals[peer]
-                    at[peer, rank] = torch.nan if moment is None else one.origin + moment
-        own = [one.origin + steps[rank][step].start_s + steps[rank][step].post_s for rank, one in enumerate(ranks)]
-        sent_bytes.append(_sent_bytes(call, step, [of[step].units for of in steps]))
-        at = torch.where(sent_bytes[-1] > 0, at, torch.nan)
-        posted.append(torch.tensor(own, dtype=torch.float64, device="cpu"))
-        arrived.append(at)
-        before.append(latest)
-        latest = torch.where(at.isnan(), latest, at)
-        are_told_apart |= all(of[step].arrivals_s is not None for of in steps)
-    if not posted:
-        nothing = torch.zeros(0, size, size, dtype=torch.float64, device="cpu")
-        is_first = torch.zeros(0, dtype=torch.bool, device="cpu")
-        return _Messages(nothing, nothing, nothing, nothing, nothing, is_first, False)
-    moments, sent = torch.stack(posted), torch.stack(sent_bytes)
-    return _Messages(
-        torch.maximum(moments[:, :, None], moments[:, None]),
-        torch.stack(arrived),
-        torch.stack(before),
-        sent,
-        torch.maximum(sent.sum(2, keepdim=True), sent.sum(1, keepdim=True)),
-        torch.arange(len(posted), device="cpu") == 0,
-        are_told_apart,
-    )
-
-
-def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
-    """Give the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
-    work = call.work
-    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
-    rows = rows.clone().fill_diagonal_(0)
-    if step.chunk is not None:
-        of_rank = torch.tensor(units, dtype=torch.float64, device="cpu")
-        travelling = torch.tensor([_travelling(of, step, call) for of in call.ranks], dtype=torch.float64, device="cpu")
-        rows = rows * (of_rank / travelling.clamp(min=1))[:, None]
-    return rows * work.bytes_per_row(step.kind)
-
-
-def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
-    """Give the units of all chunks of a kind of step on one rank."""
-    return sum(
-        other.units
-        for one in of.passes
-        for other in one.steps
-        if other.step.kind is step.kind and other.step.chunk is not None and other.step.chunk >= 0
-    )
 
 
 class _Fit:
     """Latency and seconds of a byte, and what each message took in terms of them."""
 
-    def __init__(self, sent: _Messages, size: int, uses_rendezvous: bool) -> None:
+    def __init__(self, sent: Messages, size: int, uses_rendezvous: bool) -> None:
         self.sent, self.size, self.uses_rendezvous = sent, size, uses_rendezvous
         self.latency_s, self.byte_s = 0.0, 0.0
         ratio = torch.ones(size, dtype=torch.float64, device="cpu")
         self.port_out, self.port_in = ratio, ratio
         self.link = torch.ones(size, size, dtype=torch.float64, device="cpu")
+        self.excess_s = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        """(W, W): by how much every message of a link takes longer than latency_s and its bytes."""
         self.port_share = sent.port_bytes.sum(0) / sent.sent_bytes.sum(0).clamp(min=1)
         """(W, W): how many times its own bytes the busier port of a message has."""
+        if not bool(sent.are_known.any()):
+            return
         self._guess()
+        self._measure_latencies()
         for _ in range(ROUNDS):
             self._refine()
         self._measure_slow_links()
 
     def _begun(self) -> Tensor:
-        return self.sent.begun(self.latency_s, self.uses_rendezvous)
+        return self.sent.begun(self._latencies_s, self.uses_rendezvous)
+
+    @property
+    def _latencies_s(self) -> Tensor:
+        return self.latency_s + self.excess_s
 
     def _seconds(self) -> Tensor:
         return self.sent.arrived - self._begun()
@@ -236,11 +153,42 @@ class _Fit:
         small = (sent.arrived - sent.posted - sent.port_bytes * self.byte_s)[first]
         self.latency_s = max(0.0, float(small.median())) if len(small) else 0.0
 
+    def _measure_latencies(self) -> None:
+        """Find the links on which a message takes longer however small it is: by small messages that wait for none.
+
+        What their bytes take is known from large ones of the same link, which may be slow as well.
+        """
+        sent = self.sent
+        if not sent.are_told_apart:
+            return
+        sizes = sent.port_bytes.amax((1, 2))
+        limit = TWO_SIZES * float(torch.where(sent.is_first, sizes, torch.inf).min())
+        small = sent.are_known & (sent.is_first & (sizes <= limit))[:, None, None]
+        large = sent.are_known & (sizes > TWO_SIZES * limit)[:, None, None]
+        if not bool(large.any()):
+            return
+        seconds = sent.arrived - sent.posted
+        small_s, small_bytes = (medians(of, small.to(torch.float64)) for of in (seconds, sent.sent_bytes))
+        large_s, large_bytes = (medians(of, large.to(torch.float64)) for of in (self._seconds(), sent.sent_bytes))
+        byte_s = ((large_s - small_s) / (large_bytes - small_bytes)).nan_to_num(nan=0.0).clamp(min=0)
+        latency_s = (small_s - byte_s * small_bytes).clamp(min=0)
+        known = latency_s[~latency_s.isnan()]
+        if not len(known):
+            return
+        typical = float(known.quantile(0.5, interpolation="lower"))
+        # Of a link that is late at all times, the earliest quarter is late too.
+        early = torch.where(small, seconds - byte_s * sent.sent_bytes, torch.nan).nanquantile(0.25, dim=0)
+        excess = latency_s - typical
+        is_late = (excess > max(LEAST_EXCESS_S, typical)) & (early - typical > 0.5 * excess)
+        self.excess_s = torch.where(is_late, excess, 0.0)
+        if bool(is_late.any()):
+            self.latency_s = typical
+
     def _ratios(self) -> Tensor:
         """Give how many times as long as byte_s a byte takes on each link (W, W), its median; NaN where none went."""
         sent = self.sent
         due_s = sent.port_bytes * self.byte_s
-        ratios = (self._seconds().clamp(min=SHORTEST_S) - self.latency_s) / due_s
+        ratios = (self._seconds().clamp(min=SHORTEST_S) - self._latencies_s) / due_s
         counts = sent.are_known & (due_s > 0)
         return medians(ratios, torch.where(counts, sent.port_bytes, 0.0)).clamp(min=1e-3)
 
@@ -262,7 +210,7 @@ class _Fit:
         Single messages of a link that is never at rest take times that vary, and their median is less than their mean.
         """
         sent, known = self.sent, self.sent.are_known
-        seconds = torch.where(known, (self._seconds() - self.latency_s).clamp(min=0), 0.0)
+        seconds = torch.where(known, (self._seconds() - self._latencies_s).clamp(min=0), 0.0)
         sizes = torch.where(known, sent.sent_bytes, 0.0)
         number = sent.is_first.cumsum(0) - 1
         of_pass = torch.zeros(int(number[-1]) + 1, self.size, self.size, dtype=torch.float64, device="cpu")
@@ -320,7 +268,7 @@ class _Fit:
         """
         latency_s = self.latency_s
         begun = self._begun()
-        ended = torch.maximum(self.sent.arrived - latency_s, begun)
+        ended = torch.maximum(self.sent.arrived - self._latencies_s, begun)
 
         def by_port(values: Tensor, otherwise: float) -> Tensor:
             """Give (M, other end, port) of the messages that count."""
@@ -368,8 +316,8 @@ class _Fit:
         """Split the ratio (W, W) of every link to the typical one into those of ports and what is left to the link."""
         if not self.sent.are_told_apart:
             return
-        if self.size == 2:
-            out = into = torch.ones(2, dtype=torch.float64, device="cpu")
+        if self.sent.num_peers == 1:
+            out = into = torch.ones(self.size, dtype=torch.float64, device="cpu")
         else:
             # All of a slow port's messages are slow, also the fastest of them.
             filled = ratio.nan_to_num(nan=torch.inf)
@@ -378,12 +326,18 @@ class _Fit:
         port = torch.maximum(out[:, None], into)
         left = (ratio / port).nan_to_num(nan=1.0)
         # Of a slow port's messages, which take turns, the last takes as long as all of them.
-        least = torch.where(port > 1, SMALLEST_RATIO * (self.size - 1), SMALLEST_RATIO)
+        least = torch.where(port > 1, SMALLEST_RATIO * self.sent.num_peers, SMALLEST_RATIO)
         self.port_out, self.port_in = out.clone(), into.clone()
         self.link = torch.where(left > least, left, 1.0)
 
-    def ratios(self) -> LinkRatios:
-        return LinkRatios(self.port_out, self.port_in, self.link, self.sent.are_told_apart)
+    def found(self) -> tuple[EachLink, LinkRatios]:
+        """Give what a byte and a message cost on every port and link, and how they differ from the typical ones."""
+        byte_s = max(self.byte_s, LEAST_BYTE_S) if bool(self.sent.are_known.any()) else 0.0
+        out_s, in_s = self.port_out * byte_s, self.port_in * byte_s
+        # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
+        link_s = torch.where(self.link > 1, self.link * torch.maximum(out_s[:, None], in_s), 0.0)
+        each = EachLink(out_s, in_s, link_s * self.port_share, self._latencies_s)
+        return each, LinkRatios(self.port_out, self.port_in, self.link, self.sent.are_told_apart, self.excess_s)
 
 
 def _typical(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

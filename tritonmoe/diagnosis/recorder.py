@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,9 @@ __all__ = ["record"]
 
 MAX_HELD = 256
 """So many forwards may wait for their backward; then the oldest is written without one."""
+PAUSE_S = 0.25
+"""So long the thread that writes waits for more calls: several in a row take it half of the time of single ones, for
+which the core's caches are cold."""
 DECIMALS = 7
 """Seconds are written to a tenth of a microsecond."""
 
@@ -43,9 +46,9 @@ def record(path: str | os.PathLike) -> Iterator[None]:
 
     It goes around a training or benchmark loop; the layers may be anywhere, in models of transformers too. Every rank
     records, into a folder that they share or that is put together later: rank 3 writes rank-0003.jsonl, a header and
-    one line for each call, as soon as its backward is over. Calls over a second transport go to transport-1 in there.
-    The times are those of last_report; nothing is read from a device in a call, a thread of its own writes. Calls in a
-    CUDA graph have no times and are left out.
+    one line for each call, within half a second of the end of its backward. Calls over a second transport go to
+    transport-1 in there. The times are those of last_report; nothing is read from a device in a call, a thread of its
+    own writes. Calls in a CUDA graph have no times and are left out.
 
     path: the folder, which may be new; emulated ranks, threads of one process, all give the same one.
     Raises:
@@ -111,6 +114,7 @@ class _Recorder:
         self._lock = threading.Lock()
         self._complete: queue.SimpleQueue[_Held | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
+        self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
@@ -141,6 +145,7 @@ class _Recorder:
         for held in self._held.values():
             self._complete.put(held)
         self._complete.put(None)
+        self._is_ending.set()
         self._thread.join()
         for file in self._files.values():
             file.close()
@@ -161,12 +166,26 @@ class _Recorder:
             return file
 
     def _write(self) -> None:
-        while (held := self._complete.get()) is not None:
+        is_over = False
+        while not is_over:
+            batch = [self._complete.get()]
+            self._is_ending.wait(PAUSE_S)
+            while not self._complete.empty():
+                batch.append(self._complete.get())
+            is_over = batch[-1] is None
             if self._failure is None:
                 try:
-                    held.file.write(held)
+                    _write_calls([held for held in batch if held is not None])
                 except OSError as error:
                     self._failure = error
+
+
+def _write_calls(batch: Sequence[_Held]) -> None:
+    """Write calls; their lines have reached the system when this returns."""
+    for held in batch:
+        held.file.write(held)
+    for file in {held.file for held in batch}:
+        file.flush()
 
 
 class _RankFile:
@@ -194,19 +213,21 @@ class _RankFile:
         self._has_header = False
 
     def write(self, held: _Held) -> None:
-        """Write a call; its line has reached the system when this returns."""
+        """Write a call, into memory at first."""
         if not self._has_header:
             self._header["model"] = {**_sizes(held.header), "top_k": held.header.top_k}
             self._write_line(self._header)
             self._has_header = True
         self._write_line(_plain_call(held))
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 
     def _write_line(self, values: Json) -> None:
         self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
-        self._file.flush()
 
 
 def _versions(*packages: str) -> dict[str, str | None]:
@@ -242,7 +263,7 @@ def _plain_call(held: _Held) -> Json:
         "top_k": report.top_k,
         "row_bytes": report.row_bytes,
         "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
-        "rows_between_nodes": report.rows_between_nodes,
+        "rows_to_nodes": report.rows_to_nodes,
         "overflowed": report.overflowed,
         "send_offsets": report.send_offsets,
         "return_offsets": report.return_offsets,
@@ -256,16 +277,18 @@ def _plain_call(held: _Held) -> Json:
 
 
 def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerReport, sizes: list[list[float]]) -> Json:
+    num_local_slices = report.overlap.num_local_slices
+
     def plain(timing: StepTiming) -> Json:
-        arrivals = timing.arrivals_s
+        step, arrivals = timing.step, timing.arrivals_s
         return {
-            "kind": str(timing.step.kind),
-            "chunk": timing.step.chunk,
+            "kind": str(step.kind),
+            "chunk": step.chunk,
             "start_s": round(timing.start_s, DECIMALS),
             "end_s": round(timing.end_s, DECIMALS),
             "wait_s": round(timing.wait_s, DECIMALS),
             "post_s": round(timing.post_s, DECIMALS),
-            "units": step_units(timing.step, report.overlap.num_local_slices, *sizes),
+            "units": step_units(step, num_local_slices, *sizes),
             "arrivals_s": arrivals and [None if at is None else round(at, DECIMALS) for at in arrivals],
         }
 

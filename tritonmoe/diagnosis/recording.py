@@ -7,7 +7,7 @@ rank's time.perf_counter(), those of steps count from the origin of their pass.
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,8 @@ from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.files import Json, check_regular, parse_json
-from tritonmoe.simulation.cost_model import LayerWork
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [
     "FORMAT",
@@ -77,6 +78,8 @@ class RecordedPass:
     """The start of its first step."""
     total_s: float
     steps: tuple[RecordedStep, ...]
+    steps_inside: tuple[RecordedStep, ...] = ()
+    """On two levels: what some of the steps did inside the node."""
 
     @property
     def end(self) -> float:
@@ -99,6 +102,8 @@ class RankCall:
     """Of this rank's experts, in the order of its slots."""
     forward: RecordedPass
     backward: RecordedPass | None
+    rows_to_nodes: tuple[int, ...] | None = None
+    """On two levels, by node: the tokens of this rank that need any of its ranks."""
 
     @property
     def passes(self) -> tuple[RecordedPass, ...]:
@@ -131,6 +136,27 @@ class RecordedCall:
         return LayerWork(_matrix(rows), _matrix(pairs), self.row_bytes, self.top_k, self.other_row_bytes)
 
     @property
+    def rows_to_nodes(self) -> Tensor | None:
+        """(W, nodes) on two levels: the tokens of each rank that need any rank of each node."""
+        rows = [of.rows_to_nodes for of in self.ranks if of.rows_to_nodes is not None]
+        return _matrix(rows) if rows else None
+
+    @property
+    def inside_row_bytes(self) -> int:
+        """The bytes of a row inside a node, where rows have no wire format."""
+        if self.plan.wire_dtype is torch.bfloat16:
+            return 4 * self.sizes["hidden_size"]
+        return self.row_bytes if self.plan.wire_dtype is None else self.other_row_bytes
+
+    @cached_property
+    def levels(self) -> TwoLevelWork | None:
+        """What all ranks sent and computed on each of two levels; None on one."""
+        to_nodes = self.rows_to_nodes
+        if to_nodes is None:
+            return None
+        return TwoLevelWork.of(self.work, to_nodes, FREE, inside_row_bytes=self.inside_row_bytes)
+
+    @property
     def has_backward(self) -> bool:
         return all(of.backward is not None for of in self.ranks)
 
@@ -140,6 +166,10 @@ class RecordedCall:
         found = [tuple(of.forward for of in self.ranks)]
         backward = tuple(of.backward for of in self.ranks if of.backward is not None)
         return [*found, backward] if self.has_backward else found
+
+
+FREE = LinkCosts(0.0, float("inf"))
+"""Of work whose links are told by what was recorded."""
 
 
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -166,6 +196,21 @@ class Recording:
     @property
     def transport(self) -> str:
         return str(self.headers[0]["transport"])
+
+    @property
+    def node_size(self) -> int | None:
+        """How many neighbours are a node: as a transport of two levels says, else those on one host; None: no nodes."""
+        if self.has_two_levels:
+            return int(self.headers[0]["node_size"])
+        hosts = [str(header["host"]) for header in self.headers]
+        node_size = hosts.count(hosts[0])
+        nodes = [hosts[first : first + node_size] for first in range(0, self.size, node_size)]
+        are_alike = all(len(node) == node_size and len(set(node)) == 1 for node in nodes)
+        return node_size if are_alike and 1 < node_size < self.size and len(set(hosts)) == len(nodes) else None
+
+    @property
+    def has_two_levels(self) -> bool:
+        return self.headers[0].get("node_size") is not None
 
     @property
     def uses_rendezvous(self) -> bool:
@@ -315,12 +360,15 @@ def _read_rank(path: Path, notes: list[str]) -> _RankFile:
         header.take(key, convert)
     header.take("uses_rendezvous", bool)
     header.take("perf_counter", _number)
+    node_size = None if header.values.get("node_size") is None else header.take("node_size", _integer)
+    if node_size is not None and not (1 < node_size < size and size % node_size == 0):
+        raise ValueError(f"{path} line 1: node_size must make two or more nodes of {size} ranks, got {node_size}")
     found = _RankFile(path, header.values, rank, size, {})
     latest = -float("inf")
     for number, line in enumerate(lines[1:], 2):
         fields = _parse(line, path, number)
         sequence = fields.take("call", _integer)
-        found.calls[sequence] = read = _read_call(fields, size)  # a call that ran twice: the second one
+        found.calls[sequence] = read = _read_call(fields, size, node_size)  # a call that ran twice: the second one
         for layer_pass in read.call.passes:
             moments = [layer_pass.entered, layer_pass.origin, layer_pass.end]
             if moments != sorted(moments):
@@ -341,7 +389,7 @@ def _parse(line: bytes, path: Path, number: int) -> _Fields:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read_call(fields: _Fields, size: int) -> _CallLine:
+def _read_call(fields: _Fields, size: int, node_size: int | None) -> _CallLine:
     names = ("num_experts", "hidden_size", "intermediate_size")
     sizes = fields.inside("sizes")
     agreed = (
@@ -359,13 +407,19 @@ def _read_call(fields: _Fields, size: int) -> _CallLine:
         fields.take("rows", _tuple_of(_integer, size)),
         fields.take("pairs", _tuple_of(_integer, size)),
         fields.take("pairs_per_expert", _tuple_of(_integer)),
-        _read_pass(fields.inside("forward"), size),
-        None if backward is None else _read_pass(fields.inside("backward"), size),
+        _read_pass(fields.inside("forward"), node_size is not None),
+        None if backward is None else _read_pass(fields.inside("backward"), node_size is not None),
+        None if node_size is None else fields.take("rows_to_nodes", _tuple_of(_integer, size // node_size)),
     )
+    for node, rows in enumerate(call.rows_to_nodes or ()):
+        assert node_size is not None
+        of_ranks = call.rows[node * node_size : (node + 1) * node_size]
+        if not max(of_ranks) <= rows <= sum(of_ranks):
+            raise ValueError(f"{fields.where}: rows_to_nodes: {rows} of node {node} contradict rows {list(of_ranks)}")
     return _CallLine(fields.where, agreed, call)
 
 
-def _read_pass(fields: _Fields, size: int) -> RecordedPass:
+def _read_pass(fields: _Fields, has_two_levels: bool) -> RecordedPass:
     def step(values: object) -> RecordedStep:
         of = _Fields(values, "a step")
         return RecordedStep(
@@ -387,6 +441,7 @@ def _read_pass(fields: _Fields, size: int) -> RecordedPass:
         fields.take("origin", _number),
         fields.take("total_s", _number),
         fields.take("steps", _tuple_of(step)),
+        fields.take("steps_inside", _tuple_of(step)) if has_two_levels else (),
     )
 
 
@@ -420,10 +475,10 @@ def _align_clocks(ranks: Sequence[_RankFile], notes: list[str]) -> None:
 def _shifted(call: RankCall, shift_s: float) -> RankCall:
     def shifted(layer_pass: RecordedPass) -> RecordedPass:
         marks = layer_pass.marks and CallMarks(*(moment - shift_s for moment in layer_pass.marks))
-        return RecordedPass(marks, layer_pass.origin - shift_s, layer_pass.total_s, layer_pass.steps)
+        return replace(layer_pass, marks=marks, origin=layer_pass.origin - shift_s)
 
     backward = None if call.backward is None else shifted(call.backward)
-    return RankCall(call.rows, call.pairs, call.pairs_per_expert, shifted(call.forward), backward)
+    return replace(call, forward=shifted(call.forward), backward=backward)
 
 
 def _join_calls(ranks: Sequence[_RankFile], notes: list[str]) -> tuple[RecordedCall, ...]:

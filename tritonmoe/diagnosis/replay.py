@@ -19,11 +19,13 @@ from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate
 from tritonmoe.simulation.two_batches import simulate_two_batches
+from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [
     "Conditions",
     "Entry",
     "Halves",
+    "Nodes",
     "Walk",
     "conditions_of",
     "measured_s",
@@ -69,6 +71,8 @@ class Conditions:
     gap_s: float
     halves: "Halves | None" = None
     """To walk two halves of a batch at once; None for a whole batch."""
+    nodes: "Nodes | None" = None
+    """To walk two levels; None for one."""
 
     @property
     def each_link(self) -> EachLink:
@@ -76,6 +80,43 @@ class Conditions:
         if self.link.each is None:
             raise ValueError("these costs don't tell links apart")
         return self.link.each
+
+    @property
+    def walked_work(self) -> LayerWork | TwoLevelWork:
+        """What is sent and computed, on the levels that are walked."""
+        nodes, inside = self.nodes, self.each_link.inside
+        if nodes is None:
+            return self.work
+        assert inside is not None
+        each = replace(self.each_link, port_out_s=inside.out_s, port_in_s=inside.in_s, inside=None)
+        link = replace(self.link, each=each, contention=0.0)
+        return TwoLevelWork.of(self.work, nodes.rows_of(self.work), link, inside_row_bytes=nodes.row_bytes)
+
+    @property
+    def walked_link(self) -> LinkCosts:
+        """The link of `walked_work`, of two levels the one between nodes."""
+        return self.link if self.nodes is None else replace(self.link, each=replace(self.each_link, inside=None))
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What is to be known of a call whose rows go over nodes first."""
+
+    share: Tensor
+    """(W, nodes): how many rows of each rank go to a node, of those that go to its ranks on one level."""
+    row_bytes: int
+    """Of a row inside a node."""
+
+    @classmethod
+    def of(cls, rows_to_nodes: Tensor, work: LayerWork, row_bytes: int) -> "Nodes":
+        """Give what is to be known where so many tokens (W, nodes) of each rank need any rank of each node."""
+        by_node = work.rows.view(work.size, rows_to_nodes.shape[1], -1)
+        return cls(rows_to_nodes / by_node.sum(2).clamp(min=1), row_bytes)
+
+    def rows_of(self, work: LayerWork) -> Tensor:
+        """Give how many tokens (W, nodes) of each rank need any rank of each node."""
+        by_node = work.rows.view(work.size, self.share.shape[1], -1)
+        return torch.minimum(torch.maximum(self.share * by_node.sum(2), by_node.amax(2)), by_node.sum(2))
 
 
 @dataclass(frozen=True)
@@ -112,8 +153,9 @@ def walk(conditions: Conditions) -> Walk:
 
 def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
     """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
-    work, costs, link = conditions.work, _with_gap(conditions.steps, conditions.gap_s), conditions.link
-    walked = simulate_two_batches(HALF_PLAN, work.scaled(0.5), costs, link, halves.beside_s, halves.num_layers)
+    costs, link = _with_gap(conditions.steps, conditions.gap_s), conditions.walked_link
+    work, half = (replace(conditions, work=conditions.work.scaled(share)).walked_work for share in (1.0, 0.5))
+    walked = simulate_two_batches(HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers)
     stack_s = sum(of.total_s for of in walked) / halves.num_layers
     passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
     return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))
@@ -123,6 +165,7 @@ def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
     """Walk a call whose ranks ended the pass before at these times (W,); None: as far apart as was recorded."""
     total_s, passes = 0.0, []
     costs = _with_gap(conditions.steps, conditions.gap_s)
+    work, link = conditions.walked_work, conditions.walked_link
     for schedule, entry in zip(conditions.schedules, conditions.entries, strict=True):
         behind_s = entry.passed_on_s
         if ended_s is not None:
@@ -130,7 +173,7 @@ def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
         posted_s = entry.own_s + behind_s + entry.before_counts_s
         left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
         start_s = left_s + entry.before_steps_s
-        simulation = simulate(schedule, conditions.plan, conditions.work, costs, conditions.link, start_s)
+        simulation = simulate(schedule, conditions.plan, work, costs, link, start_s)
         total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
         passes.append(simulation)
         ended_s = simulation.end_s
@@ -169,7 +212,11 @@ def conditions_of(call: RecordedCall, before: RecordedCall | None, costs: Costs)
         entries.append(_entry_of(passes, ended))
         schedules.append(_schedule_of(call.plan, passes[0]))
         ended = passes
-    return Conditions(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, costs.link, costs.gap_s)
+    to_nodes = call.rows_to_nodes
+    return Conditions(
+        *(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, costs.link, costs.gap_s),
+        nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
+    )
 
 
 def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | None) -> Entry:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tritonmoe.diagnosis.attribution import Attribution, calls_before
+from tritonmoe.diagnosis.messages import members
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
 from tritonmoe.diagnosis.replay import conditions_of, measured_s, walk
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
@@ -36,7 +37,7 @@ def figures_of(found: Attribution) -> Json:
         how many times the mean that is.
     """
     (call, before), ratios, steps = _median_call(found), found.costs.ratios, found.costs.steps
-    of_byte = torch.maximum(ratios.port_out[:, None], ratios.port_in) * ratios.link
+    of_byte = ratios.of_byte(found.recording.node_size)
     return {
         "median_call": {
             "call": call.sequence,
@@ -87,15 +88,17 @@ def _loads(found: Attribution) -> Json:
 def _waits(found: Attribution) -> list[list[float]] | None:
     if not (found.recording.has_arrivals and found.costs.ratios.are_told_apart):
         return None
-    of_calls = torch.stack([_waits_of(call) for call in found.calls])
+    of_calls = torch.stack([_waits_of(call, found.recording.node_size) for call in found.calls])
     return [[round(value, DECIMALS) for value in row] for row in of_calls.median(0).values.tolist()]
 
 
-def _waits_of(call: RecordedCall) -> torch.Tensor:
+def _waits_of(call: RecordedCall, node_size: int | None) -> torch.Tensor:
     waits_s = torch.zeros(len(call.ranks), len(call.ranks), dtype=torch.float64, device="cpu")
     for rank, of in enumerate(call.ranks):
-        for step in (step for one in of.passes for step in one.steps if step.arrivals_s is not None):
-            for peer, arrived_s in enumerate(step.arrivals_s or ()):
+        steps = [step for one in of.passes for step in (*one.steps, *one.steps_inside) if step.arrivals_s is not None]
+        for step in steps:
+            peers = members(call, rank, step.step.kind.is_inside_node, node_size)
+            for peer, arrived_s in zip(peers, step.arrivals_s or (), strict=True):
                 if arrived_s is not None:
                     waits_s[rank, peer] += min(step.wait_s, max(0.0, arrived_s - (step.end_s - step.wait_s)))
     return waits_s
@@ -123,5 +126,5 @@ def _both(passes: Sequence[PassTimeline]) -> Sequence[PassTimeline]:
 
 def _pass_timeline(passes: Sequence[RecordedPass], rank: int) -> PassTimeline:
     since, own = _typical_entry(passes), passes[rank]
-    spans = tuple(span.shifted(own.origin - since) for span in spans_of(own.steps, ()))
+    spans = tuple(span.shifted(own.origin - since) for span in spans_of(own.steps, own.steps_inside))
     return PassTimeline(spans, max(one.end for one in passes) - since)

@@ -72,6 +72,7 @@ def as_json(found: Attribution) -> Json:
         "misfits": list(found.misfits),
         "link": {"latency_s": found.costs.link.latency_s, "bytes_per_s": found.costs.link.bytes_per_s},
         "link_ratios": found.costs.ratios.link.tolist(),
+        "link_excess_s": found.costs.ratios.excess_s.tolist(),
         "port_ratios": {"out": found.costs.ratios.port_out.tolist(), "in": found.costs.ratios.port_in.tolist()},
         "slowness": list(found.costs.slowness),
         "notes": list(found.notes),

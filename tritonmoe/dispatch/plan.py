@@ -140,11 +140,6 @@ class DispatchPlan:
     def all_receive_splits(self) -> list[int]:
         return [sum(column) for column in zip(*self.receive_rows[self.overlap.num_local_slices :], strict=True)]
 
-    @property
-    def rows_to_itself(self) -> int:
-        """How many rows this rank sends to itself in exchanges: none with local_first."""
-        return self.all_send_splits[self.rank]
-
     def send_order(self) -> Tensor:
         """(S - local,) int64: exchanged home rows, as they are sent, by (rank, token), padding at its chunk's end."""
         if self.overlap.chunk_by == "tokens":

@@ -107,8 +107,8 @@ class ExpertParallelCall:
         return self.plan.pair_offsets
 
     @property
-    def rows_between_nodes(self) -> int | None:
-        """The rows that this rank sends to other nodes; None on one level."""
+    def rows_to_nodes(self) -> tuple[int, ...] | None:
+        """The rows that this rank sends to each node, its own included; None on one level."""
         return None
 
     def located(self, error: TransportError) -> TransportError:
@@ -230,7 +230,7 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
         forward=timings,
         wire_squares=layer_pass.wire_squares,
         other_row_bytes=layer_pass.wire.row_bytes(x.shape[1]),
-        rows_between_nodes=call.rows_between_nodes,
+        rows_to_nodes=call.rows_to_nodes,
         marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
     )
     for listener in listeners:

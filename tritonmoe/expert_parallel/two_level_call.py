@@ -60,8 +60,8 @@ class TwoLevelCall(ExpertParallelCall):
         return self.two_level.pair_offsets
 
     @property
-    def rows_between_nodes(self) -> int | None:
-        return sum(self.plan.all_send_splits) - self.plan.rows_to_itself
+    def rows_to_nodes(self) -> tuple[int, ...] | None:
+        return tuple(map(sum, zip(*self.plan.tokens.rows, strict=True)))
 
     def located(self, error: TransportError) -> TransportError:
         """Say which rank of all it is of: exchanges count the ranks of their level."""

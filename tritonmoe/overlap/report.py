@@ -242,8 +242,8 @@ class LayerReport:
     first_run: "LayerReport | None" = None
     """The report of the first run, where rows of some rank didn't fit into the capacity and the call ran again without
     one. All else here is of the second run, whose results are the call's."""
-    rows_between_nodes: int | None = None
-    """How many rows this rank sends to other nodes in the forward's dispatch, on a TwoLevelTransport."""
+    rows_to_nodes: tuple[int, ...] | None = None
+    """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
     marks: CallMarks | None = None
     """When this rank came to the call, and when it had everybody's counts."""
     backward_marks: CallMarks | None = None
@@ -253,6 +253,14 @@ class LayerReport:
     what the other half did in between."""
     first_half: "LayerReport | None" = None
     """Of a second half: the report of the first half's call of this layer."""
+
+    @property
+    def rows_between_nodes(self) -> int | None:
+        """How many rows this rank sends to other nodes in the forward's dispatch, on a TwoLevelTransport."""
+        if self.rows_to_nodes is None:
+            return None
+        own_node = self.rank * len(self.rows_to_nodes) // len(self.traffic_rows)
+        return sum(self.rows_to_nodes) - self.rows_to_nodes[own_node]
 
     @property
     def home_offsets(self) -> tuple[int, ...]:

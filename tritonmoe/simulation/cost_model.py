@@ -13,9 +13,21 @@ from torch import Tensor
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
 from tritonmoe.overlap.steps import Step, StepKind, Unit, Way
 
-__all__ = ["EachLink", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class InsidePorts:
+    """The second port of each rank, over which it reaches the other ranks of its node."""
+
+    node_size: int
+    """Ranks of a node are neighbours."""
+    out_s: Tensor
+    """(W,) float64 seconds for which a byte occupies it on its way out."""
+    in_s: Tensor
+    """(W,): on its way in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +43,9 @@ class EachLink:
     the ports alone set the speed."""
     latency_s: Tensor
     """(W, W)."""
+    inside: InsidePorts | None = None
+    """Where ranks of one node reach each other through ports of their own; port_out_s and port_in_s are then those to
+    other nodes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,13 @@ class LinkCosts:
     """Takes the place of latency_s, bytes_per_s and node_size where links differ."""
     is_rendezvous: bool = False
     """With `each`: whether a message also waits for those before it in the other direction (gloo)."""
+
+    @property
+    def port_node_size(self) -> int | None:
+        """The ranks of a node, where each rank has a second port for them."""
+        if self.each is None:
+            return self.node_size
+        return None if self.each.inside is None else self.each.inside.node_size
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
@@ -149,27 +171,37 @@ class LayerWork:
         return self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
 
     def ports(self, link: LinkCosts, way: Way = Way.TO_EXPERTS) -> tuple[Tensor, Tensor]:
-        """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it."""
-        own = self.rows.diagonal()
+        """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it.
+
+        Where ranks of one node have a second port for each other, it is the one to other nodes.
+        """
+        own, node_size = self.rows.diagonal(), link.port_node_size
         out, into = self._sums[0] - own, self._sums[1] - own
         if way is Way.HOME:
             out, into = into, out
+        if node_size is not None:
+            inside_out, inside_in = self._inside_rows(node_size, way)
+            out, into = out - inside_out, into - inside_in
         if link.each is not None:
             return out * link.each.port_out_s, into * link.each.port_in_s
-        if link.node_size is None or link.inter_bytes_per_s is None:  # both or neither
-            return out / link.bytes_per_s, into / link.bytes_per_s
-        num_nodes = -(-self.size // link.node_size)
-        inside_out, inside_in = torch.zeros_like(out), torch.zeros_like(into)
-        for node in range(num_nodes):
-            ranks = slice(node * link.node_size, (node + 1) * link.node_size)
-            inside_out[ranks] = self.rows[ranks, ranks].sum(1) - own[ranks]
-            inside_in[ranks] = self.rows[ranks, ranks].sum(0) - own[ranks]
-        if way is Way.HOME:
-            inside_out, inside_in = inside_in, inside_out
-        return (
-            torch.maximum(inside_out / link.bytes_per_s, (out - inside_out) / link.inter_bytes_per_s),
-            torch.maximum(inside_in / link.bytes_per_s, (into - inside_in) / link.inter_bytes_per_s),
-        )
+        rate = link.bytes_per_s if link.inter_bytes_per_s is None else link.inter_bytes_per_s
+        return out / rate, into / rate
+
+    def inside_ports(self, link: LinkCosts, way: Way) -> tuple[Tensor, Tensor] | None:
+        """Give the same of each rank's port to the others of its node; None where there is one port for all ranks."""
+        if link.port_node_size is None:
+            return None
+        out, into = self._inside_rows(link.port_node_size, way)
+        if link.each is not None and link.each.inside is not None:
+            return out * link.each.inside.out_s, into * link.each.inside.in_s
+        return out / link.bytes_per_s, into / link.bytes_per_s
+
+    def _inside_rows(self, node_size: int, way: Way) -> tuple[Tensor, Tensor]:
+        """Give the rows (W,) that each rank sends to the others of its node, and those that come from there."""
+        node = torch.arange(self.size, device="cpu") // node_size
+        inside = torch.where(node[:, None] == node, self.rows, 0.0).fill_diagonal_(0)
+        out, into = inside.sum(1), inside.sum(0)
+        return (into, out) if way is Way.HOME else (out, into)
 
 
 def step_units(
@@ -181,7 +213,8 @@ def step_units(
         num_local_slices: how many of the segments are local ones.
         sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
     """
-    of = {Unit.SENT_ROWS: sent, Unit.RETURNED_ROWS: returned, Unit.PAIRS: pairs}[step.kind.unit]
+    unit = step.kind.unit
+    of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
     segment = step.segment(num_local_slices)
     if segment is not None:
         return of[segment]

@@ -25,6 +25,9 @@ class Ports:
         )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.ports = {way: work.ports(link, way) for way in Way}
+        self.inside_ports = {way: work.inside_ports(link, way) for way in Way}
+        """Those to the other ranks of a node, where they are second ones."""
+        self.inside_clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
         each, self.link_s = link.each, dict[Way, Tensor]()
         """(W, W), where ways from rank to rank differ: the seconds of one byte per travelling row."""
         self.link_clock = torch.zeros(0, device="cpu")
@@ -45,16 +48,24 @@ class Ports:
         """Post exchange `number` at (W,) `now`, of so many bytes for each row that travels."""
         way = way or Way.TO_EXPERTS
         out_s, in_s = (seconds * row_bytes for seconds in self.ports[way])
+        inside = self.inside_ports[way]
+        near_s = None if inside is None else tuple(seconds * row_bytes for seconds in inside)
         if self.link.is_shared:
             self._work_off(now)
-            self.remaining[number] = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
+            self.remaining[number] = torch.maximum(_busiest(out_s, in_s, near_s), self._slowest_link(way, row_bytes))
             return
-        start = torch.maximum(now, self.clock)
+        start, near_start = torch.maximum(now, self.clock), torch.maximum(now, self.inside_clock)
         self.clock = start + torch.maximum(out_s, in_s) / self.link.alone_share
+        if near_s is not None:
+            self.inside_clock = near_start + torch.maximum(*near_s) / self.link.alone_share
         if self.is_in_one_group is not None:
             # A message from i to k occupies both ends' ports until the busier one is done.
             message_s = torch.maximum(out_s[:, None], in_s) / self.link.alone_share
             begin = torch.maximum(start[:, None], start)
+            if near_s is not None:
+                near_message_s = torch.maximum(near_s[0][:, None], near_s[1]) / self.link.alone_share
+                message_s = torch.where(self.is_in_one_node, near_message_s, message_s)
+                begin = torch.where(self.is_in_one_node, torch.maximum(near_start[:, None], near_start), begin)
             if self.link_s:
                 link_s = self.link_s[way] * row_bytes
                 begin = torch.maximum(begin, self.link_clock)
@@ -69,9 +80,17 @@ class Ports:
             self.messages[number] = arrival
             self.arrivals[number] = torch.maximum(arrival.amax(0), arrival.amax(1))
         else:
-            busiest = torch.maximum(torch.maximum(out_s, in_s), self._slowest_link(way, row_bytes))
-            arrival = self._of_group(start) + self._of_group(busiest) / self.link.alone_share
+            busiest = torch.maximum(_busiest(out_s, in_s, near_s), self._slowest_link(way, row_bytes))
+            arrival = self._of_group(torch.maximum(start, near_start)) + self._of_group(busiest) / self.link.alone_share
             self.arrivals[number] = arrival + self._latency_s
+
+    @property
+    def is_in_one_node(self) -> Tensor:
+        """(W, W): whether rank i reaches rank k over their second ports."""
+        node_size = self.link.port_node_size
+        assert node_size is not None
+        node = torch.arange(len(self.clock), device="cpu") // node_size
+        return node[:, None] == node
 
     @property
     def _latency_s(self) -> float:
@@ -98,7 +117,7 @@ class Ports:
                     torch.diff(levels, dim=0, prepend=torch.zeros_like(levels[:1])) * widths
                 ).sum(0)
         else:
-            busy_until = self.clock
+            busy_until = torch.maximum(self.clock, self.inside_clock)
         return seconds + lost * torch.minimum(seconds / (1 - lost), (busy_until - now).clamp(min=0))
 
     def arrival(self, number: int) -> Tensor:
@@ -137,3 +156,9 @@ class Ports:
             self.remaining[number] = (left - level).clamp(min=0)
         for number in [n for n, left in self.remaining.items() if n in self.arrivals and not left.any()]:
             del self.remaining[number]
+
+
+def _busiest(out_s: Tensor, in_s: Tensor, near_s: tuple[Tensor, ...] | None) -> Tensor:
+    """Give (W,): for how long the busiest port of each rank is occupied, the two ways of a second one included."""
+    busiest = torch.maximum(out_s, in_s)
+    return busiest if near_s is None else torch.maximum(busiest, torch.maximum(*near_s))

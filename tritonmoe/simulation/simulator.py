@@ -196,10 +196,13 @@ def _walk_inside(
         begun = now
         between_nodes = Step(step.kind.twin, None)
         now = now + costs.on_ranks(between_nodes.kind, step_units(between_nodes, 0, *sizes))
-        if step.lane == "comm":
-            ports.post(position, now, work.bytes_per_row(between_nodes.kind), between_nodes.kind.way)
-            now = torch.maximum(now, ports.arrival(position))
-        steps.append(SimulatedStep(step, begun, now))
+        if step.lane == "compute":
+            steps.append(SimulatedStep(step, begun, now))
+            continue
+        ports.post(position, now, work.bytes_per_row(between_nodes.kind), between_nodes.kind.way)
+        posted, now = now, torch.maximum(now, ports.arrival(position))
+        messages = ports.messages.get(position)
+        steps.append(SimulatedStep(step, begun, now, posted_s=posted, wait_s=now - posted, arrivals_s=messages))
     return steps
 
 

@@ -18,6 +18,7 @@ from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
 from tritonmoe.simulation.two_batches import simulate_two_batches
+from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [
     "budgeted_plan",
@@ -138,7 +139,7 @@ def budgeted_plan(
 
 def search(
     config: OverlapConfig,
-    work: LayerWork,
+    work: LayerWork | TwoLevelWork,
     costs: StepCosts,
     link: LinkCosts,
     *,
@@ -179,7 +180,8 @@ def search(
     one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
     experts_s = one.lane_s(StepKind.EXPERTS)
     communication_s = one.lane_s(StepKind.DISPATCH, StepKind.COMBINE)
-    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(work.pairs.sum(0).max()))
+    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(outer.pairs.sum(0).max()))
     seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
     seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
     growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])

@@ -1,0 +1,193 @@
+"""Messages: what ranks sent each other in recorded passes, and when it had arrived; of each level, if there are two."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from tritonmoe.diagnosis.recording import RankCall, RecordedCall
+from tritonmoe.overlap.steps import Step, StepKind, Way
+
+__all__ = ["Messages", "Reach", "members", "messages_of", "reaches"]
+
+KEPT_PASSES = 2048
+"""The exchanges of so many passes are kept: calls are fitted in many selections."""
+APART_S = 1e4
+"""No pass takes so long."""
+
+
+class Reach(Enum):
+    """Which messages: ranks of one node reach each other in another way than those of other nodes."""
+
+    ALL = "of all ranks, where no nodes are known"
+    BETWEEN = "from node to node"
+    INSIDE = "inside a node"
+
+    def pairs(self, size: int, node_size: int | None) -> Tensor:
+        """Give (W, W): whether these messages go from rank i to rank k."""
+        others = ~torch.eye(size, dtype=torch.bool, device="cpu")
+        if self is Reach.ALL:
+            return others
+        assert node_size is not None
+        node = torch.arange(size, device="cpu") // node_size
+        is_inside = node[:, None] == node
+        return others & (is_inside if self is Reach.INSIDE else ~is_inside)
+
+
+def reaches(node_size: int | None) -> tuple[Reach, ...]:
+    """Give the kinds of messages that there are with nodes of so many ranks."""
+    return (Reach.ALL,) if node_size is None else (Reach.BETWEEN, Reach.INSIDE)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What ranks sent each other in M exchanges, one pass after the other: (M, W, W), from rank i to rank k."""
+
+    posted: Tensor
+    """Seconds of the recording's clock: when both ranks had posted the exchange."""
+    arrived: Tensor
+    """When the rows of rank i were at rank k; NaN where that is not known, or nothing was sent."""
+    before: Tensor
+    """When those before them in the same pass were there; -inf where there are none."""
+    sent_bytes: Tensor
+    port_bytes: Tensor
+    """Those that the busier of both ports has, which decide how long a message takes."""
+    is_first: Tensor
+    """(M,): whether the exchange is the first of its pass, which waits for none."""
+    are_told_apart: bool
+    """Whether it is known when each rank's rows arrived, and not only when all of them were there."""
+
+    @classmethod
+    def joined(cls, passes: "Sequence[Messages]") -> "Messages":
+        """Put passes one behind the other, far apart: a selection of calls may have the same one twice."""
+        shifts = [APART_S * n - float(of.posted.min()) if len(of.posted) else 0.0 for n, of in enumerate(passes)]
+        shifted = list(zip(passes, shifts, strict=True))
+        return cls(
+            torch.cat([of.posted + shift for of, shift in shifted]),
+            torch.cat([of.arrived + shift for of, shift in shifted]),
+            torch.cat([of.before + shift for of, shift in shifted]),
+            torch.cat([of.sent_bytes for of in passes]),
+            torch.cat([of.port_bytes for of in passes]),
+            torch.cat([of.is_first for of in passes]),
+            any(of.are_told_apart for of in passes),
+        )
+
+    @property
+    def are_known(self) -> Tensor:
+        return ~self.arrived.isnan()
+
+    @property
+    def num_peers(self) -> int:
+        """To how many ranks the rank sends that sends to most."""
+        return int((self.sent_bytes > 0).any(0).sum(1).max())
+
+    def begun(self, latency_s: Tensor, uses_rendezvous: bool) -> Tensor:
+        """Give from when each message counts: both ranks had posted it, and the one before it on its link had left.
+
+        Where a receiver's word is needed, also the message before that word, in the other direction, had come.
+        """
+        begin = torch.maximum(self.posted, self.before - latency_s)
+        if uses_rendezvous:  # the word may also have left before those rows
+            word = self.before.transpose(1, 2)
+            begin = torch.where(self.arrived > word, torch.maximum(begin, word), begin)
+        return begin
+
+
+@functools.lru_cache(maxsize=KEPT_PASSES)
+def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
+    """Give the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
+    ranks = [of.passes[number] for of in call.ranks]
+    size = len(ranks)
+    is_inside = call.levels is not None and reach is Reach.INSIDE
+    steps = [
+        {step.step: step for step in (one.steps_inside if is_inside else one.steps) if step.step.lane == "comm"}
+        for one in ranks
+    ]
+    is_sent = reach.pairs(size, node_size)
+    posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
+    latest = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
+    for step in steps[0]:
+        if step.kind is StepKind.REPLICA_BACKWARD:
+            continue
+        if not all(step in of for of in steps):
+            raise ValueError(f"call {call.sequence}: not every rank has the step {step}")
+        sent = _bytes_inside(call, step) if is_inside else _sent_bytes(call, step, [of[step].units for of in steps])
+        sent_bytes.append(torch.where(is_sent, sent, 0.0))
+        at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
+        for rank, one in enumerate(ranks):
+            peers, own = members(call, rank, is_inside, node_size), steps[rank][step]
+            if own.arrivals_s is not None and len(own.arrivals_s) != len(peers):
+                raise ValueError(
+                    f"call {call.sequence}: {step} has {len(own.arrivals_s)} arrivals of {len(peers)} ranks"
+                )
+            for place, peer in enumerate(peers):
+                # Where a peer's moment is not known, all its rows were there at the end of the exchange.
+                moment = own.end_s if own.arrivals_s is None else own.arrivals_s[place]
+                at[peer, rank] = torch.nan if moment is None else one.origin + moment
+        at = torch.where(sent_bytes[-1] > 0, at, torch.nan)
+        moments = [one.origin + of[step].start_s + of[step].post_s for one, of in zip(ranks, steps, strict=True)]
+        posted.append(torch.tensor(moments, dtype=torch.float64, device="cpu"))
+        arrived.append(at)
+        before.append(latest)
+        latest = torch.where(at.isnan(), latest, at)
+        are_told_apart |= all(of[step].arrivals_s is not None for of in steps)
+    if not posted:
+        nothing = torch.zeros(0, size, size, dtype=torch.float64, device="cpu")
+        is_first = torch.zeros(0, dtype=torch.bool, device="cpu")
+        return Messages(nothing, nothing, nothing, nothing, nothing, is_first, False)
+    own_posted, all_sent = torch.stack(posted), torch.stack(sent_bytes)
+    return Messages(
+        torch.maximum(own_posted[:, :, None], own_posted[:, None]),
+        torch.stack(arrived),
+        torch.stack(before),
+        all_sent,
+        torch.maximum(all_sent.sum(2, keepdim=True), all_sent.sum(1, keepdim=True)),
+        torch.arange(len(posted), device="cpu") == 0,
+        are_told_apart,
+    )
+
+
+def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | None) -> range:
+    """Give the ranks that take part in an exchange of a rank, in the order of its arrivals.
+
+    is_inside: whether the exchange is one inside a node, on two levels.
+    """
+    size = len(call.ranks)
+    if call.levels is None:
+        return range(size)
+    assert node_size is not None
+    first = rank - rank % node_size
+    return range(first, first + node_size) if is_inside else range(rank % node_size, size, node_size)
+
+
+def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
+    """Give the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
+    work = call.work if call.levels is None else call.levels.outer
+    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
+    rows = rows.clone().fill_diagonal_(0)
+    if step.chunk is not None:
+        of_rank = torch.tensor(units, dtype=torch.float64, device="cpu")
+        travelling = torch.tensor([_travelling(of, step, call) for of in call.ranks], dtype=torch.float64, device="cpu")
+        rows = rows * (of_rank / travelling.clamp(min=1))[:, None]
+    return rows * work.bytes_per_row(step.kind)
+
+
+def _bytes_inside(call: RecordedCall, step: Step) -> Tensor:
+    """Give the bytes (W, W) from rank i to rank k of its node, as if each chunk had its share of the rows."""
+    assert call.levels is not None
+    work = call.levels.inside(call.plan, step.chunk)
+    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
+    return rows.clone().fill_diagonal_(0) * work.bytes_per_row(step.kind.twin)
+
+
+def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
+    """Give the units of all chunks of a kind of step on one rank."""
+    return sum(
+        other.units
+        for one in of.passes
+        for other in one.steps
+        if other.step.kind is step.kind and other.step.chunk is not None and other.step.chunk >= 0
+    )
