@@ -499,6 +499,25 @@ def test_a_forward_that_failed_ends_the_replay():
     model(batch())
 
 
+def test_copies_of_a_model_go_their_own_way():
+    """Hooks are copied with a model, a reference model say."""
+    model = test_families.make_model("mixtral")
+    with record_routing(model) as recording:
+        model(batch())
+        copied = copy.deepcopy(model)
+        copied(batch(seed=2))
+    copied(batch(seed=2))
+    assert recording.num_tokens == [18]
+    own = copied(batch()).logits
+    with replay_routing(model, random_recording(18)):
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(batch()).logits, own)
+        with pytest.raises(IndexError):
+            copied(batch() + 64)
+        assert not torch.equal(model(batch()).logits, own)
+    assert torch.equal(copied(batch()).logits, own)
+
+
 @pytest.mark.thorough
 def test_compiled_models_are_refused():
     model = test_families.make_model("mixtral")
