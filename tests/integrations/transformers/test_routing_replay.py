@@ -499,6 +499,21 @@ def test_a_forward_that_failed_ends_the_replay():
     model(batch())
 
 
+def test_a_replay_inside_another_is_refused():
+    model = test_families.make_model("mixtral")
+    first, second = random_recording(18, seed=1), random_recording(18, seed=2)
+    with (
+        pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts takes the ids of another replay already"),
+        replay_routing(model, first),
+        replay_routing(model, second),
+    ):
+        model(batch())
+    for recording in (first, second):
+        with replay_routing(model, recording), record_routing(model) as replayed:
+            model(batch())
+        assert ids_of(replayed) == ids_of(recording)
+
+
 def test_copies_of_a_model_go_their_own_way():
     """Hooks are copied with a model, a reference model say."""
     model = test_families.make_model("mixtral")
