@@ -173,13 +173,13 @@ class GroupedExperts(nn.Module):
             }
         )
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks that train these experts, replicas included, in place; give it back."""
-        if self._sharding is not None:
-            self._sharding.transport.all_reduce(tensor)
-            if self._sharding.replicas is not None:
-                as_transport(self._sharding.replicas).all_reduce(tensor)
-        return tensor
+    @property
+    def sum_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        """A function that sums a tensor over all ranks that train these experts, replicas included, in place.
+
+        None on one device. It holds no experts, so that a copy of a router that has it copies none.
+        """
+        return None if self._sharding is None else self._sharding.sum_over_ranks
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -376,8 +376,7 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
-        if self.experts.transport is not None:
-            self.router.reduce_load = self.experts.sum_over_ranks
+        self.router.reduce_load = self.experts.sum_over_ranks
         if config.selection_bias:
             mark_own_buffers(self.router, ("load",))
         self.shared_expert: nn.Module | None = None
