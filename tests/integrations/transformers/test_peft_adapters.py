@@ -1,6 +1,7 @@
 """PEFT's adapters of experts on a patched model: never multiplied out, and equal to what PEFT makes of them."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,25 @@ def test_replicas_train_no_adapters() -> None:
             model(torch.randn(3, 16))
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("wrapping", [{"modules_to_save": ["router"]}, {"target_parameters": ["router.weight"]}])
+def test_a_router_that_peft_wraps_sums_its_load(wrapping: dict) -> None:
+    """Spread behind PEFT, whose wrapper stands in the router's place."""
+    config = dataclasses.replace(CONFIG, selection_bias=True)
+
+    def on_rank(transport: Transport) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(config, backend="torch"))
+        model = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], **wrapping))
+        tm.parallelize(model, transport)
+        model(torch.randn(9, 16, generator=torch.Generator().manual_seed(transport.rank)))
+        routers = [module for module in model.modules() if isinstance(module, tm.TopKRouter)]
+        return sum(router.update_selection_bias() for router in routers)
+
+    first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert torch.equal(first, second)
+    assert first.sum() == 2 * 9 * 2
 
 
 def test_two_calls_at_once_end_in_any_order() -> None:
