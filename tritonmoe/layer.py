@@ -19,7 +19,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import check_hands_over, noted_factors
+from tritonmoe.experts.adapters import check_hands_over, inside_wrapper, noted_factors
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -461,7 +461,7 @@ class MoELayer(nn.Module):
         """The experts themselves, where PEFT has wrapped `experts` as well."""
         experts: nn.Module = self.experts
         while not isinstance(experts, GroupedExperts):
-            experts = experts.get_submodule("base_layer")
+            experts = inside_wrapper(experts)
         return experts
 
     def __getstate__(self) -> dict[str, object]:

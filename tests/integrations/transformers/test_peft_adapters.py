@@ -271,15 +271,41 @@ def test_replicas_train_no_adapters() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_experts_that_peft_trains_whole(num_ranks: int | None) -> None:
+    """modules_to_save: a copy of the experts stands beside them, and runs while the adapter is in force."""
+
+    def on_rank(transport: Transport | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)  # ranks are threads
+        plain = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(CONFIG, transport, backend="torch", generator=generator))
+        x = torch.randn(9, 16)
+        out = plain(x)
+        out.square().sum().backward()
+        expected = plain[1].experts.gate_up_proj.grad
+        model = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], modules_to_save=["experts"]))
+        model(x).square().sum().backward()
+        saved = model.get_submodule("base_model.model.1.experts.modules_to_save.default")
+        layer = model.get_submodule("base_model.model.1")
+        assert layer.grouped_experts is saved
+        assert layer.experts.original_module.gate_up_proj.grad is expected
+        assert relative_error(saved.gate_up_proj.grad, expected) < 1e-6
+        with torch.no_grad():
+            saved.down_proj.zero_()
+            assert not model(x).any()
+            with model.disable_adapter():
+                assert relative_error(model(x), out) < 1e-6
+
+    on_rank() if num_ranks is None else tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20)
+
+
 @pytest.mark.parametrize("wrapping", [{"modules_to_save": ["router"]}, {"target_parameters": ["router.weight"]}])
 def test_a_router_that_peft_wraps_sums_its_load(wrapping: dict) -> None:
     """Spread behind PEFT, whose wrapper stands in the router's place."""
-    config = dataclasses.replace(CONFIG, selection_bias=True)
+    layer = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(dataclasses.replace(CONFIG, selection_bias=True)))
+    adapted = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], **wrapping))
 
     def on_rank(transport: Transport) -> Tensor:
-        torch.manual_seed(0)
-        layer = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(config, backend="torch"))
-        model = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], **wrapping))
+        model = copy.deepcopy(adapted)
         tm.parallelize(model, transport)
         model(torch.randn(9, 16, generator=torch.Generator().manual_seed(transport.rank)))
         routers = [module for module in model.modules() if isinstance(module, tm.TopKRouter)]
