@@ -280,7 +280,14 @@ def test_models_upcycled_in_place():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
-@pytest.mark.parametrize("targets", [{"target_modules": ["q_proj"]}, {"target_parameters": ["down_proj"]}])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_parameters": ["down_proj"]},
+        *({"target_modules": ["q_proj"], "modules_to_save": [name]} for name in ("gate", "experts", "mlp")),
+    ],
+)
 def test_adapted_models_take_recordings_of_plain_ones(targets):
     from peft import LoraConfig, get_peft_model
 

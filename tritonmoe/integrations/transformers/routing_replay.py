@@ -120,7 +120,8 @@ class _Replay:
     """The hooks of a replay: they go when no backward can recompute a forward of it any more."""
 
     def __init__(self, model: nn.Module, found: dict[str, RoutedExperts], recording: RoutingRecording) -> None:
-        self.layers = [LayerReplay(routed.layer, recording.layers[routed.layer]) for routed in found.values()]
+        by_name = {routed.layer: LayerReplay(routed.layer, recording.layers[routed.layer]) for routed in found.values()}
+        self.layers = list(by_name.values())
         self.has_failed = False
 
         def end(module: nn.Module, _: object, result: object) -> None:
@@ -129,8 +130,8 @@ class _Replay:
 
         # All hooks are functions, which a copy of the model leaves as they are: of methods it would copy the replay.
         self.hooks: list[RemovableHandle] = [model.register_forward_hook(end, always_call=True)]
-        for layer, routed in zip(self.layers, found.values(), strict=True):
-            self._hook(layer, routed)
+        for routed in found.values():
+            self._hook(by_name[routed.layer], routed)
 
     def _hook(self, layer: LayerReplay, routed: RoutedExperts) -> None:
         block, is_own = routed.block, isinstance(routed.block, MoELayer)
