@@ -496,6 +496,20 @@ def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
         assert torch.equal(bias, whole.router.e_score_correction_bias)
 
 
+def test_a_copy_of_a_router_alone_holds_no_experts() -> None:
+    """PEFT's modules_to_save makes one."""
+
+    def on_rank(transport: Transport) -> None:
+        layer = tm.MoELayer(replace(CONFIG, selection_bias=True), transport, generator=seeded())
+        router = copy.deepcopy(layer.router)
+        router(batch(transport.rank))
+        layer.router(batch(transport.rank))
+        assert torch.equal(router.update_selection_bias(), layer.router.update_selection_bias())
+        assert not isinstance(getattr(router.reduce_load, "__self__", None), nn.Module)
+
+    tm.run_on_emulated_ranks(on_rank, 2)
+
+
 def test_load_balance_over_needs_to_be_known() -> None:
     with pytest.raises(ValueError, match="load_balance_over must be 'rank' or 'global', got 'node'"):
         replace(CONFIG, load_balance_over="node")

@@ -20,7 +20,13 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_factors, with_adapters
+from tritonmoe.experts.adapters import (
+    ExpertAdapters,
+    check_hands_over,
+    inside_wrapper,
+    noted_factors,
+    with_adapters,
+)
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -174,13 +180,13 @@ class GroupedExperts(nn.Module):
             }
         )
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks that train these experts, replicas included, in place; give it back."""
-        if self._sharding is not None:
-            self._sharding.transport.all_reduce(tensor)
-            if self._sharding.replicas is not None:
-                as_transport(self._sharding.replicas).all_reduce(tensor)
-        return tensor
+    @property
+    def sum_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        """A function that sums a tensor over all ranks that train these experts, replicas included, in place.
+
+        None on one device. It holds no experts, so that a copy of a router that has it copies none.
+        """
+        return None if self._sharding is None else self._sharding.sum_over_ranks
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -394,8 +400,7 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
-        if self.experts.transport is not None:
-            self.router.reduce_load = self.experts.sum_over_ranks
+        self.router.reduce_load = self.experts.sum_over_ranks
         if config.selection_bias:
             mark_own_buffers(self.router, ("load",))
         self.shared_expert: nn.Module | None = None
@@ -488,7 +493,7 @@ class MoELayer(nn.Module):
         """The experts themselves, where PEFT has wrapped `experts` as well."""
         experts: nn.Module = self.experts
         while not isinstance(experts, GroupedExperts):
-            experts = experts.get_submodule("base_layer")
+            experts = inside_wrapper(experts)
         return experts
 
     def __getstate__(self) -> dict[str, object]:

@@ -25,6 +25,18 @@ def test_ids_take_the_smallest_dtype(num_experts, dtype):
     assert recording.num_tokens == [1, 2]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+def test_ids_and_indices_of_any_integer_dtype(dtype):
+    """Engines give what holds their ids in the fewest bytes."""
+    integers = getattr(torch, dtype)
+    recording = RoutingRecording()
+    for ids in ([[0, 1], [2, 3]], [[7, 0]]):
+        recording.add("a", torch.tensor(ids).to(integers), 8)
+    assert recording.layers["a"].topk_ids.tolist() == [[0, 1], [2, 3], [7, 0]]
+    rearranged = recording.rearranged(torch.tensor([2, 0]).to(integers), torch.tensor([-1, 1]))
+    assert rearranged.layers["a"].topk_ids[[0, 1, 3]].tolist() == [[7, 0], [0, 1], [2, 3]]
+
+
 def test_many_calls_are_kept_in_their_order():
     recording, expected = RoutingRecording(), []
     for call in range(700):
@@ -113,6 +125,9 @@ def test_what_does_not_fit_is_said():
         recording.add("a", torch.tensor([[0, 1]]), 9)
     with pytest.raises(TypeError, match=r"must be integers, got torch\.float32"):
         recording.add("a", torch.tensor([[0.0, 1.0]]), 8)
+    for array in ([[0, 1]], torch.tensor([[0, 1]]).numpy()):
+        with pytest.raises(TypeError, match=rf"must be a tensor, got {type(array).__name__}: torch\.as_tensor"):
+            recording.add("a", array, 8)
     with pytest.raises(ValueError, match="either all calls of a layer have weights"):
         recording.add("a", torch.tensor([[0, 1]]), 8, torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"ids \(1, 2\) and weights \(1, 1\)"):
@@ -128,6 +143,8 @@ def test_what_does_not_fit_is_said():
         recording.rearranged()
     with pytest.raises(TypeError, match="an index must be integers"):
         recording.rearranged(torch.tensor([True]))
+    with pytest.raises(TypeError, match="an index must be a tensor, got list"):
+        recording.rearranged([0])
     with pytest.raises(ValueError, match="the recording is empty"):
         RoutingRecording().token_index(1)
     recording.add("b", torch.tensor([[0, 1], [0, 1]]), 8)

@@ -13,6 +13,8 @@ from tritonmoe.runtime.files import check_regular, write_whole
 __all__ = ["LayerRecording", "RoutingRecording"]
 
 FORMAT = "tritonmoe routing 1"
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""PyTorch neither compares nor joins them."""
 PENDING_CALLS = 256
 """After so many calls, or one of as many tokens, ids are brought into the smallest dtype."""
 
@@ -41,8 +43,7 @@ class LayerRecording:
         Raises:
             ValueError: the shapes, or whether there are weights, differ from those of earlier calls. TypeError: no ids.
         """
-        if topk_ids.is_floating_point() or topk_ids.dtype == torch.bool:
-            raise TypeError(f"topk_ids must be integers, got {topk_ids.dtype}")
+        _check_integers("topk_ids", topk_ids)
         if topk_ids.dim() != 2 or (self.num_tokens and topk_ids.shape[1] != self.top_k):
             expected = f"(T, {self.top_k}), as in earlier calls" if self.num_tokens else "(T, K)"
             raise ValueError(f"topk_ids must be {expected}, got {tuple(topk_ids.shape)}")
@@ -55,7 +56,8 @@ class LayerRecording:
         if self.is_recorded is not None:
             known = self.is_recorded.new_ones(topk_ids.shape[0])
             self.is_recorded = torch.cat([self.is_recorded, known])
-        self._pending.append(topk_ids.detach().clone())
+        ids = topk_ids.detach()
+        self._pending.append(ids.long() if ids.dtype in UNSIGNED else ids.clone())
         if topk_weights is not None:
             self._weights.append(topk_weights.detach().clone())
         if len(self._pending) == PENDING_CALLS or len(topk_ids) >= PENDING_CALLS:
@@ -190,14 +192,13 @@ class RoutingRecording:
         if not indices:
             raise ValueError("rearranged() takes an index for each forward, got none")
         for index in indices:
-            if index.is_floating_point() or index.dtype == torch.bool:
-                raise TypeError(f"an index must be integers, got {index.dtype}")
-            if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < total:
-                raise ValueError(
-                    f"an index must be in [-1, {total}), which are the recorded tokens, got {int(index.min())} to "
-                    f"{int(index.max())}"
-                )
+            _check_integers("an index", index)
         whole = torch.cat([index.reshape(-1).long().cpu() for index in indices])
+        if whole.numel() and not -1 <= int(whole.min()) <= int(whole.max()) < total:
+            raise ValueError(
+                f"an index must be in [-1, {total}), which are the recorded tokens, got {int(whole.min())} to "
+                f"{int(whole.max())}"
+            )
         result = RoutingRecording()
         result.layers = {
             name: layer.rearranged(whole, [index.numel() for index in indices]) for name, layer in self.layers.items()
@@ -309,6 +310,15 @@ def check_same_layers(recording: RoutingRecording, num_experts: Mapping[str, int
                 f"both must have the same experts: {name} has {num_experts[name]} in {owner}, and {recorded_experts} "
                 "in the recording"
             )
+
+
+def _check_integers(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}: torch.as_tensor() makes one of an array or a list"
+        )
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
 
 
 def _mean(shares: Tensor) -> float:

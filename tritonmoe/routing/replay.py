@@ -77,7 +77,9 @@ class LayerReplay(TorchFunctionMode):
         """Say that the block that holds the router begins. What is wrong finish() says."""
         self.end()
         number = self._find_call()
-        if number is not None:
+        if number is not None and is_replaying():
+            self._problem = f"{self.name} takes the ids of another replay already: end one before the other begins"
+        elif number is not None:
             self._number = number
             self.is_active = True
             self.__enter__()

@@ -1,6 +1,7 @@
 """PEFT's adapters of experts on a patched model: never multiplied out, and equal to what PEFT makes of them."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +275,51 @@ def test_other_adapters_beside_those_of_peft_are_refused() -> None:
     model, ours = adapted_layer(), tm.ExpertAdapters(down_a=torch.ones(4, 2, 8), down_b=torch.ones(4, 16, 2))
     with pytest.raises(ValueError, match="experts that PEFT has adapted already"):
         model.base_model.model[0](torch.randn(3, 16), adapters=ours)
+
+
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_experts_that_peft_trains_whole(num_ranks: int | None) -> None:
+    """modules_to_save: a copy of the experts stands beside them, and runs while the adapter is in force."""
+
+    def on_rank(transport: Transport | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)  # ranks are threads
+        plain = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(CONFIG, transport, backend="torch", generator=generator))
+        x = torch.randn(9, 16)
+        out = plain(x)
+        out.square().sum().backward()
+        expected = plain[1].experts.gate_up_proj.grad
+        model = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"], modules_to_save=["experts"]))
+        model(x).square().sum().backward()
+        saved = model.get_submodule("base_model.model.1.experts.modules_to_save.default")
+        layer = model.get_submodule("base_model.model.1")
+        assert layer.grouped_experts is saved
+        assert layer.experts.original_module.gate_up_proj.grad is expected
+        assert relative_error(saved.gate_up_proj.grad, expected) < 1e-6
+        with torch.no_grad():
+            saved.down_proj.zero_()
+            assert not model(x).any()
+            with model.disable_adapter():
+                assert relative_error(model(x), out) < 1e-6
+
+    on_rank() if num_ranks is None else tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20)
+
+
+@pytest.mark.parametrize("wrapping", [{"modules_to_save": ["router"]}, {"target_parameters": ["router.weight"]}])
+def test_a_router_that_peft_wraps_sums_its_load(wrapping: dict) -> None:
+    """Spread behind PEFT, whose wrapper stands in the router's place."""
+    layer = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(dataclasses.replace(CONFIG, selection_bias=True)))
+    adapted = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], **wrapping))
+
+    def on_rank(transport: Transport) -> Tensor:
+        model = copy.deepcopy(adapted)
+        tm.parallelize(model, transport)
+        model(torch.randn(9, 16, generator=torch.Generator().manual_seed(transport.rank)))
+        routers = [module for module in model.modules() if isinstance(module, tm.TopKRouter)]
+        return sum(router.update_selection_bias() for router in routers)
+
+    first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert torch.equal(first, second)
+    assert first.sum() == 2 * 9 * 2
 
 
 def test_two_calls_at_once_end_in_any_order() -> None:

@@ -280,7 +280,14 @@ def test_models_upcycled_in_place():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
-@pytest.mark.parametrize("targets", [{"target_modules": ["q_proj"]}, {"target_parameters": ["down_proj"]}])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_parameters": ["down_proj"]},
+        *({"target_modules": ["q_proj"], "modules_to_save": [name]} for name in ("gate", "experts", "mlp")),
+    ],
+)
 def test_adapted_models_take_recordings_of_plain_ones(targets):
     from peft import LoraConfig, get_peft_model
 
@@ -497,6 +504,40 @@ def test_a_forward_that_failed_ends_the_replay():
         model(batch())
     assert not replay.__exit__(ValueError, raised.value, None)
     model(batch())
+
+
+def test_a_replay_inside_another_is_refused():
+    model = test_families.make_model("mixtral")
+    first, second = random_recording(18, seed=1), random_recording(18, seed=2)
+    with (
+        pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts takes the ids of another replay already"),
+        replay_routing(model, first),
+        replay_routing(model, second),
+    ):
+        model(batch())
+    for recording in (first, second):
+        with replay_routing(model, recording), record_routing(model) as replayed:
+            model(batch())
+        assert ids_of(replayed) == ids_of(recording)
+
+
+def test_copies_of_a_model_go_their_own_way():
+    """Hooks are copied with a model, a reference model say."""
+    model = test_families.make_model("mixtral")
+    with record_routing(model) as recording:
+        model(batch())
+        copied = copy.deepcopy(model)
+        copied(batch(seed=2))
+    copied(batch(seed=2))
+    assert recording.num_tokens == [18]
+    own = copied(batch()).logits
+    with replay_routing(model, random_recording(18)):
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(batch()).logits, own)
+        with pytest.raises(IndexError):
+            copied(batch() + 64)
+        assert not torch.equal(model(batch()).logits, own)
+    assert torch.equal(copied(batch()).logits, own)
 
 
 @pytest.mark.thorough

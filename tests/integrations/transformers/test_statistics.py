@@ -1,5 +1,7 @@
 """collect_statistics(): every pair counted once, whatever runs the experts and however often they are recomputed."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -65,6 +67,17 @@ def test_recomputed_forwards_count_once(use_reentrant):
         model(ids_of(model), labels=ids_of(model)).loss.backward()
     assert all(layer.num_routed_pairs == 2 * 18 for layer in statistics.layers.values())
     assert all(p.grad is not None for p in model.model.layers[0].mlp.experts.parameters())
+
+
+def test_copies_are_not_counted():
+    """Of weights that are averaged, say: hooks are copied with a model."""
+    model = mixtral()
+    with collect_statistics(model) as statistics:
+        model(ids_of(model))
+        copied = copy.deepcopy(model)
+        copied(ids_of(model))
+    copied(ids_of(model))
+    assert [layer.num_routed_pairs for layer in statistics.layers.values()] == [2 * 9 * 2] * 2
 
 
 @pytest.mark.parametrize("shared_expert", [False, True])

@@ -13,6 +13,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.experts.adapters import SHARDS, check_hands_over, shard_adapters
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.parameters import check_expert_gradients, check_same_weights, find_sharding
@@ -84,8 +85,10 @@ def parallelize(
     for experts in found.values():
         experts.spread_over(group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
     for layer in module.modules():
-        if isinstance(layer, MoELayer) and layer.router.reduce_load is None:
-            layer.router.reduce_load = layer.grouped_experts.sum_over_ranks
+        if isinstance(layer, MoELayer):
+            for router in layer.router.modules():  # of PEFT's wrapper all that it may call
+                if isinstance(router, TopKRouter) and router.reduce_load is None:
+                    router.reduce_load = layer.grouped_experts.sum_over_ranks
     shard_adapters(module)
     return len(found)
 

@@ -1,6 +1,6 @@
 """Which modules of a model get routed tokens, of transformers and of tritonmoe, and which block routes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,7 +12,16 @@ from tritonmoe.transports import Transport
 
 __all__ = ["RoutedExperts", "routed_experts", "routed_ids"]
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+COPIES = "modules_to_save"
+"""What PEFT calls the copies that it trains of a module; below it stand the names of adapters."""
+WRAPPERS = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "base_layer",
+    "original_module",
+    COPIES,
+}
 """What wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, PEFT."""
 PREFIXES = ("module.", "base_model.model.")
 """What DistributedDataParallel and PEFT put before the names of a whole model."""
@@ -26,7 +35,10 @@ class RoutedExperts:
     block: nn.Module | None
     """The module around it whose forward runs the router, then the experts; None where there is none in the model."""
     layer: str
-    """Its name without those that wrappers add: the same in a model, in DistributedDataParallel and under PEFT."""
+    """Its name without those that wrappers add: the same in a model, in DistributedDataParallel and under PEFT.
+
+    A module and the copies that PEFT's modules_to_save made of it, of which one runs, share it.
+    """
     num_experts: int
     """E, over all ranks."""
     transport: Transport | None
@@ -66,7 +78,7 @@ def routed_ids(arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) ->
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:
     parts = name.split(".")
-    while parts[-1] in WRAPPERS:
+    while _is_wrapper(parts, len(parts) - 1):
         parts.pop()
     return model.get_submodule(".".join(parts[:-1])) if parts != [""] else None
 
@@ -74,4 +86,10 @@ def _block(model: nn.Module, name: str) -> nn.Module | None:
 def _layer(name: str) -> str:
     while name.startswith(PREFIXES):
         name = name.removeprefix("module.").removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    parts = name.split(".")
+    return ".".join(part for place, part in enumerate(parts) if not _is_wrapper(parts, place))
+
+
+def _is_wrapper(parts: Sequence[str], place: int) -> bool:
+    """Say whether a part of a module's name is what a wrapper calls what it wraps."""
+    return parts[place] in WRAPPERS or (place > 0 and parts[place - 1] == COPIES)

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,11 @@ def record_routing(
     found = _find(model)
     recording = RoutingRecording()
 
-    def record(routed: RoutedExperts, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+    def record(
+        module: nn.Module, routed: RoutedExperts, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]
+    ) -> None:
+        if module is not routed.experts:  # a copy of the model, which has the hooks too
+            return
         _refuse_compiler()
         if not is_recomputing():
             topk_ids, topk_weights = routed_ids(arguments, keywords)
@@ -60,7 +63,8 @@ def record_routing(
 
     hooks = [
         routed.experts.register_forward_pre_hook(
-            lambda _, arguments, keywords, routed=routed: record(routed, arguments, keywords), with_kwargs=True
+            lambda module, arguments, keywords, routed=routed: record(module, routed, arguments, keywords),
+            with_kwargs=True,
         )
         for routed in found.values()
     ]
@@ -116,23 +120,34 @@ class _Replay:
     """The hooks of a replay: they go when no backward can recompute a forward of it any more."""
 
     def __init__(self, model: nn.Module, found: dict[str, RoutedExperts], recording: RoutingRecording) -> None:
-        self.layers = [LayerReplay(routed.layer, recording.layers[routed.layer]) for routed in found.values()]
+        by_name = {routed.layer: LayerReplay(routed.layer, recording.layers[routed.layer]) for routed in found.values()}
+        self.layers = list(by_name.values())
         self.has_failed = False
-        self.hooks: list[RemovableHandle] = [model.register_forward_hook(self._end_forward, always_call=True)]
-        for layer, routed in zip(self.layers, found.values(), strict=True):
-            self._hook(layer, routed)
+
+        def end(module: nn.Module, _: object, result: object) -> None:
+            if module is model and not is_recomputing():  # whose exceptions may end a recompute early
+                self.has_failed |= result is None and sys.exc_info()[0] is not None
+
+        # All hooks are functions, which a copy of the model leaves as they are: of methods it would copy the replay.
+        self.hooks: list[RemovableHandle] = [model.register_forward_hook(end, always_call=True)]
+        for routed in found.values():
+            self._hook(by_name[routed.layer], routed)
 
     def _hook(self, layer: LayerReplay, routed: RoutedExperts) -> None:
         block, is_own = routed.block, isinstance(routed.block, MoELayer)
         if block is None:
             raise ValueError("replay needs the router: pass the model that holds these experts")
 
-        def start(*_: object) -> None:
+        def start(module: nn.Module, _: object) -> None:
+            if module is not block:  # a copy of the model, which has the hooks too
+                return
             _refuse_compiler()
             self._drop_hooks()
             layer.start()
 
-        def finish(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        def finish(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            if module is not routed.experts:
+                return
             try:
                 if self.has_failed and layer.is_open:
                     raise ValueError(
@@ -144,15 +159,15 @@ class _Replay:
                     refuse(routed.transport)
                 raise
 
+        def end(module: nn.Module, *_: object) -> None:
+            if module is block:
+                layer.end()
+
         self.hooks += [
             block.register_forward_pre_hook(start),
             routed.experts.register_forward_pre_hook(finish, with_kwargs=True),
-            block.register_forward_hook(lambda *_: layer.end(), always_call=True),
+            block.register_forward_hook(end, always_call=True),
         ]
-
-    def _end_forward(self, _: nn.Module, arguments: object, result: Any) -> None:
-        if not is_recomputing():  # whose exceptions may end a recompute early
-            self.has_failed |= result is None and sys.exc_info()[0] is not None
 
     def close(self) -> None:
         """End the replay of new forwards."""

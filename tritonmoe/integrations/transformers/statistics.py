@@ -94,14 +94,17 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     found = routed_experts(model)
     statistics = ModelStatistics({name: routed.num_experts for name, routed in found.items()})
 
-    def count(name: str, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
-        if not is_recomputing():
+    def count(
+        module: nn.Module, name: str, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]
+    ) -> None:
+        # A copy of the model has the hooks too.
+        if module is found[name].experts and not is_recomputing():
             with torch.no_grad():
                 statistics._add(name, routed_ids(arguments, keywords)[0])
 
     hooks = [
         routed.experts.register_forward_pre_hook(
-            lambda _, arguments, keywords, name=name: count(name, arguments, keywords), with_kwargs=True
+            lambda module, arguments, keywords, name=name: count(module, name, arguments, keywords), with_kwargs=True
         )
         for name, routed in found.items()
     ]

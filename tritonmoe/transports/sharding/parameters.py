@@ -52,6 +52,13 @@ class Sharding:
     members: tuple[int, ...] | None = None
     """All of these ranks, by their global number."""
 
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all of these ranks, those with copies included, in place; give it back."""
+        self.transport.all_reduce(tensor)
+        if self.replicas is not None:
+            as_transport(self.replicas).all_reduce(tensor)
+        return tensor
+
 
 def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> Sharding:
     """Give how parameters on this device are spread over `ranks`, whose transport is `transport`.
