@@ -395,6 +395,7 @@ def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attributio
     return {
         "number": scenario.seed,
         "ranks": scenario.size,
+        "calls": len(seconds["with"]),
         "causes": list(scenario.causes),
         "culprits": {cause: list(ranks) for cause, ranks in scenario.culprits.items()},
         "amounts": scenario.amounts,

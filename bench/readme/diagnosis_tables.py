@@ -25,9 +25,11 @@ def doctor_table(prefix: str) -> str:
         "healthy with a finding": ("healthy: false alarms", "healthy: number"),
         "both of two said": ("two causes: both said", "two causes: number"),
     }
+    calls = {scenario["calls"] for one in data for scenario in one["results"]["scenarios"]}
     lines = [
-        f"`python -m bench.doctor` on {where(data[0]['environment'])}: medians of 9 interleaved calls, experts that "
-        "sleep. Shares, with the number of scenarios that they are of; errors are relative.",
+        f"`python -m bench.doctor` on {where(data[0]['environment'])}: medians of {', '.join(map(str, sorted(calls)))} "
+        "interleaved calls, experts that sleep. Shares, with the number of scenarios that they are of; errors are "
+        "relative.",
         "",
         f"| scenarios | ranks | seeds | {' | '.join(columns)} | culprit right | gain within 15 % | "
         "gain, median error | replay, median error | worst |",
@@ -126,12 +128,16 @@ def recording_table(name: str) -> str:
         "layer (E=64, K=8, D=512, F=256), forward and backward. Milliseconds, median (quartiles) of "
         f"{samples} interleaved rounds; the difference is the median of the rounds' own.",
         "",
-        "| tokens a rank | recorded | not recorded | difference |",
-        "| --- | --- | --- | --- |",
+        "| tokens a rank | recorded | not recorded | difference | computed by a process, not recorded | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in data["results"]:
-        times = [spread(row["times"][variant]) for variant in ("recorded", "not recorded")]
-        lines.append(f"| {row['tokens_per_rank']} | {' | '.join(times)} | {row['difference_us'] / 1e3:+.1f} |")
+        cells = [str(row["tokens_per_rank"])]
+        cells += [spread(row["times"][variant]) for variant in ("recorded", "not recorded")]
+        computed = row["computed"]
+        cells += [f"{row['difference_us'] / 1e3:+.1f}", spread(computed["times"]["not recorded"])]
+        cells += [f"{computed['difference_us'] / 1e3:+.2f} ({computed['share']:+.1%})"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -190,6 +190,8 @@ def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
         assert {"node_metadata", "node_dispatch", "experts", "node_combine", "node_combine_backward"} <= inside
     arrivals = [step.arrivals_s for step in call.ranks[3].forward.steps_inside if step.step.kind == "node_dispatch"]
     assert all(of is not None and of[0] is not None and of[1] is None for of in arrivals)
+    for step in (step for of in call.ranks for one in of.passes for step in (*one.steps, *one.steps_inside)):
+        assert all(at is None or step.start_s <= at <= step.end_s + 1e-6 for at in step.arrivals_s or ()), step
     found = attribute(recording)
     assert found.costs.link.each is not None
     assert found.costs.link.each.inside is not None

@@ -90,6 +90,11 @@ class StepTiming:
     arrivals_s: tuple[float | None, ...] | None = None
     """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
 
+    def shifted(self, offset_s: float) -> "StepTiming":
+        """Give it so much later."""
+        arrivals = self.arrivals_s and tuple(None if at is None else at + offset_s for at in self.arrivals_s)
+        return replace(self, start_s=self.start_s + offset_s, end_s=self.end_s + offset_s, arrivals_s=arrivals)
+
 
 class PassReport:
     """The timings of one pass over a layer; read lazily, since on CUDA that waits until the device has ended it."""
@@ -150,7 +155,7 @@ class PassReport:
         """On two levels: what steps did inside the node, with times from the start of this pass."""
         offsets_s = [self._seconds(report._origin) for _, report in self.inside]
         return [
-            replace(timing, start_s=timing.start_s + offset_s, end_s=timing.end_s + offset_s)
+            timing.shifted(offset_s)
             for (_, report), offset_s in zip(self.inside, offsets_s, strict=True)
             for timing in report.steps
         ]
