@@ -420,6 +420,20 @@ def test_peft_and_trainer_train_with_the_auxiliary_loss(tmp_path):
     torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
 
 
+def test_the_auxiliary_loss_is_that_of_the_copies_that_peft_trains():
+    peft = pytest.importorskip("peft")
+    moe = upcycle(make_dense("gpt2", **NO_DROPOUT["gpt2"]), 4, 2).train()
+    rows = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = moe(rows, labels=rows).loss
+    settings = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["mlp"])
+    adapted = peft.get_peft_model(copy.deepcopy(moe), settings).train()
+    torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+    with adapted.disable_adapter(), torch.no_grad():
+        adapted(input_ids=rows)  # as DPO's reference: what it leaves is no part of the next loss
+        torch.testing.assert_close(aux_loss(adapted), aux_loss(moe))
+    torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+
+
 def test_an_auxiliary_loss_that_nobody_takes_is_logged_once(caplog):
     moe = upcycle(make_dense("gpt2"), 4, 2).train()
     ids = make_batch(moe)["input_ids"]
