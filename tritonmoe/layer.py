@@ -19,7 +19,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import check_hands_over, inside_wrapper, noted_factors
+from tritonmoe.experts.adapters import check_hands_over, noted_factors
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -29,6 +29,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.runtime.wrappers import inside_wrapper
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports.sharding.parameters import (
@@ -458,7 +459,7 @@ class MoELayer(nn.Module):
 
     @property
     def grouped_experts(self) -> GroupedExperts:
-        """The experts themselves, where PEFT has wrapped `experts` as well."""
+        """The experts themselves, where PEFT, torch.compile or checkpoint_wrapper has wrapped `experts` as well."""
         experts: nn.Module = self.experts
         while not isinstance(experts, GroupedExperts):
             experts = inside_wrapper(experts)

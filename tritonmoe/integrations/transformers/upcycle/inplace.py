@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig
-from tritonmoe.experts.adapters import inside_wrapper
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.runtime.wrappers import COPIES, inside_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,11 +90,11 @@ def _layers_in_force(model: nn.Module) -> list[MoELayer]:
     """Give the MoE layers but for those in whose place PEFT's modules_to_save runs another copy."""
     others: list[str] = []
     for name, module in model.named_modules():
-        copies = module._modules.get("modules_to_save")
+        copies = module._modules.get(COPIES)
         if copies is not None:
             inside, prefix = inside_wrapper(module), f"{name}." if name else ""
             by_name = {"original_module": module.get_submodule("original_module")}
-            by_name |= {f"modules_to_save.{key}": child for key, child in copies.named_children()}
+            by_name |= {f"{COPIES}.{key}": child for key, child in copies.named_children()}
             others += [f"{prefix}{key}" for key, child in by_name.items() if child is not inside]
     is_other = tuple(f"{name}." for name in others)
     return [
