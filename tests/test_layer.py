@@ -500,13 +500,15 @@ def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
 @pytest.mark.parametrize("num_ranks", [None, 2])
 @pytest.mark.parametrize("wrap", ["checkpoint_wrapper", "compile"])
 def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
+    config = replace(CONFIG, shared_intermediate_size=4)
+
     def on_rank(transport: Transport | None = None) -> None:
         one_plan = tm.OverlapConfig(num_chunks=2)
-        plain, wrapped = (tm.MoELayer(CONFIG, transport, one_plan, generator=seeded()) for _ in range(2))
-        if wrap == "compile":
-            wrapped.experts = torch.compile(wrapped.experts, backend="eager")
-        else:
-            wrapped.experts = checkpoint_wrapper(wrapped.experts)
+        plain, wrapped = (tm.MoELayer(config, transport, one_plan, generator=seeded()) for _ in range(2))
+        for name in ("experts", "shared_expert"):
+            inside = getattr(wrapped, name)
+            wrapper = checkpoint_wrapper(inside) if wrap != "compile" else torch.compile(inside, backend="eager")
+            setattr(wrapped, name, wrapper)
         assert isinstance(wrapped.grouped_experts, tm.GroupedExperts)
         inputs = [batch(0).requires_grad_() for _ in range(2)]
         for layer, x in zip((plain, wrapped), inputs, strict=True):
@@ -521,7 +523,7 @@ def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
 def test_what_is_no_wrapper_of_experts() -> None:
     layer = tm.MoELayer(CONFIG)
     layer.experts = nn.Sequential(layer.experts)
-    with pytest.raises(TypeError, match="a Sequential stands where experts are expected"):
+    with pytest.raises(TypeError, match="a Sequential stands where the experts of a MoELayer are"):
         layer(batch(0))
 
 

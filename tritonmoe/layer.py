@@ -29,7 +29,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
-from tritonmoe.runtime.wrappers import inside_wrapper
+from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports.sharding.parameters import (
@@ -439,6 +439,8 @@ class MoELayer(nn.Module):
         shared = self.shared_expert
         if isinstance(shared, SharedExpert):  # a subclass may run one of its own
             own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
+        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers run it as a whole
+            own_fillers = [lambda: halves.append(shared(flat))]
         y = self.experts(
             flat,
             topk_ids,
@@ -447,7 +449,7 @@ class MoELayer(nn.Module):
             fillers=[_one_after_the_other(pair) for pair in zip_longest(own_fillers, fillers)],
         )
         if halves:
-            y = y + halves[1]
+            y = y + halves[-1]
         self.last_routing = routing
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
@@ -460,9 +462,12 @@ class MoELayer(nn.Module):
     @property
     def grouped_experts(self) -> GroupedExperts:
         """The experts themselves, where PEFT, torch.compile or checkpoint_wrapper has wrapped `experts` as well."""
-        experts: nn.Module = self.experts
-        while not isinstance(experts, GroupedExperts):
-            experts = inside_wrapper(experts)
+        experts = innermost(self.experts)
+        if not isinstance(experts, GroupedExperts):
+            raise TypeError(
+                f"a {type(experts).__name__} stands where the experts of a MoELayer are expected, and is no wrapper "
+                "that is known here: those of torch.compile, checkpoint_wrapper, FSDP and PEFT are"
+            )
         return experts
 
     def __getstate__(self) -> dict[str, object]:
