@@ -324,7 +324,8 @@ class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
     With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
-    its down half under the last combine; backward runs it before the exchanges.
+    its down half under the last combine, and inside a wrapper all of it under the dispatch; backward runs it before the
+    exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
