@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
@@ -494,6 +495,36 @@ def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
     for summed, bias in tm.run_on_emulated_ranks(on_rank, 3):
         assert torch.equal(summed, load)
         assert torch.equal(bias, whole.router.e_score_correction_bias)
+
+
+@pytest.mark.parametrize("num_ranks", [None, 2])
+@pytest.mark.parametrize("wrap", ["checkpoint_wrapper", "compile"])
+def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
+    config = replace(CONFIG, shared_intermediate_size=4)
+
+    def on_rank(transport: Transport | None = None) -> None:
+        one_plan = tm.OverlapConfig(num_chunks=2)
+        plain, wrapped = (tm.MoELayer(config, transport, one_plan, generator=seeded()) for _ in range(2))
+        for name in ("experts", "shared_expert"):
+            inside = getattr(wrapped, name)
+            wrapper = checkpoint_wrapper(inside) if wrap != "compile" else torch.compile(inside, backend="eager")
+            setattr(wrapped, name, wrapper)
+        assert isinstance(wrapped.grouped_experts, tm.GroupedExperts)
+        inputs = [batch(0).requires_grad_() for _ in range(2)]
+        for layer, x in zip((plain, wrapped), inputs, strict=True):
+            layer(x).square().sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
+        for expected, actual in zip(plain.parameters(), wrapped.parameters(), strict=True):
+            assert torch.equal(actual.grad, expected.grad)
+
+    on_rank() if num_ranks is None else tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=60)
+
+
+def test_what_is_no_wrapper_of_experts() -> None:
+    layer = tm.MoELayer(CONFIG)
+    layer.experts = nn.Sequential(layer.experts)
+    with pytest.raises(TypeError, match="a Sequential stands where the experts of a MoELayer are"):
+        layer(batch(0))
 
 
 def test_a_copy_of_a_router_alone_holds_no_experts() -> None:

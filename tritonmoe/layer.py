@@ -20,13 +20,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import (
-    ExpertAdapters,
-    check_hands_over,
-    inside_wrapper,
-    noted_factors,
-    with_adapters,
-)
+from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_factors, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -36,6 +30,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports.sharding.parameters import (
@@ -347,7 +342,8 @@ class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
     With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
-    its down half under the last combine; backward runs it before the exchanges.
+    its down half under the last combine, and inside a wrapper all of it under the dispatch; backward runs it before the
+    exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
@@ -469,6 +465,8 @@ class MoELayer(nn.Module):
         shared = self.shared_expert
         if isinstance(shared, SharedExpert):  # a subclass may run one of its own
             own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
+        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers run it as a whole
+            own_fillers = [lambda: halves.append(shared(flat))]
         y = self.experts(
             flat,
             topk_ids,
@@ -478,7 +476,7 @@ class MoELayer(nn.Module):
             fillers=[_one_after_the_other(pair) for pair in zip_longest(own_fillers, fillers)],
         )
         if halves:
-            y = y + halves[1]
+            y = y + halves[-1]
         self.last_routing = routing
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
@@ -490,10 +488,13 @@ class MoELayer(nn.Module):
 
     @property
     def grouped_experts(self) -> GroupedExperts:
-        """The experts themselves, where PEFT has wrapped `experts` as well."""
-        experts: nn.Module = self.experts
-        while not isinstance(experts, GroupedExperts):
-            experts = inside_wrapper(experts)
+        """The experts themselves, where PEFT, torch.compile or checkpoint_wrapper has wrapped `experts` as well."""
+        experts = innermost(self.experts)
+        if not isinstance(experts, GroupedExperts):
+            raise TypeError(
+                f"a {type(experts).__name__} stands where the experts of a MoELayer are expected, and is no wrapper "
+                "that is known here: those of torch.compile, checkpoint_wrapper, FSDP and PEFT are"
+            )
         return experts
 
     def __getstate__(self) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ __all__ = [
     "ExpertAdapters",
     "Note",
     "check_hands_over",
-    "inside_wrapper",
     "noted_factors",
     "shard_adapters",
     "with_adapters",
@@ -134,15 +133,6 @@ def shard_adapters(module: nn.Module) -> None:
         shard = getattr(type(child), SHARDS, None)
         if shard is not None:
             shard(child)
-
-
-def inside_wrapper(wrapper: nn.Module) -> nn.Module:
-    """Give what PEFT's wrapper around experts runs: the module inside or, of modules_to_save, the copy in force."""
-    copies: Any = getattr(wrapper, "modules_to_save", None)
-    if copies is None:
-        return wrapper.get_submodule("base_layer")
-    active: Any = () if wrapper.disable_adapters else wrapper.active_adapters
-    return copies[active[0]] if active and active[0] in copies else wrapper.get_submodule("original_module")
 
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:

@@ -159,7 +159,8 @@ class RoutingRecording:
         """Give (batch_size, S) int64: the number of the token at each position of each sequence, to rearrange by.
 
         For calls that each hold the next positions of the same sequences, as generate() makes: one of the prompts,
-        then one for each new token. Padding in the prompts has numbers too.
+        then one for each new token. Padding in the prompts has numbers too. Beam search exchanges sequences between
+        calls, and assisted decoding drops tokens: after these, record one forward of the result instead.
         Raises:
             ValueError: the tokens of a call are no multiple of batch_size.
         Example:

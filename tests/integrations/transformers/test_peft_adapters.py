@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.experts.adapters import noted_factors
+from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -275,6 +276,32 @@ def test_other_adapters_beside_those_of_peft_are_refused() -> None:
     model, ours = adapted_layer(), tm.ExpertAdapters(down_a=torch.ones(4, 2, 8), down_b=torch.ones(4, 16, 2))
     with pytest.raises(ValueError, match="experts that PEFT has adapted already"):
         model.base_model.model[0](torch.randn(3, 16), adapters=ours)
+
+
+@pytest.mark.parametrize(
+    "wrapping", [{"target_parameters": ["gate_up_proj", "down_proj"]}, {"modules_to_save": ["shared_expert"]}]
+)
+def test_a_shared_expert_that_peft_wraps(wrapping: dict) -> None:
+    """The names of its parameters are those of the experts', so that targets of these are targets of it."""
+    register()
+    config = dataclasses.replace(CONFIG, shared_intermediate_size=8)
+    layer, x = nn.Sequential(nn.Linear(16, 16), tm.MoELayer(config)), torch.randn(9, 16)
+    expected = layer(x)
+    settings = LoraConfig(r=2, target_modules=["0"], **wrapping)
+    model = get_peft_model(copy.deepcopy(layer), settings)
+    assert relative_error(model(x), expected) < 1e-6
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.normal_()
+    adapted = model(x)
+    adapted.square().sum().backward()
+    trained = [p.grad for name, p in model.named_parameters() if "shared_expert" in name and p.requires_grad]
+    assert trained
+    assert all(grad.any() for grad in trained)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.get_submodule("1").shared_expert, SharedExpert)
+    assert relative_error(merged(x), adapted) < 1e-5
 
 
 @pytest.mark.parametrize("num_ranks", [None, 2])

@@ -13,6 +13,7 @@ from quantised_weights import Int4Tensor, Params4bit
 from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, make_dense
 from torch import nn
 
+from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers import aux_loss, collect_statistics, load_upcycled, patch, verify_upcycle
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
@@ -418,6 +419,29 @@ def test_peft_and_trainer_train_with_the_auxiliary_loss(tmp_path):
     expected = moe(rows, labels=rows).loss
     adapted = peft.get_peft_model(moe, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).train()
     torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+
+
+def test_the_auxiliary_loss_is_that_of_the_copies_that_peft_trains():
+    peft = pytest.importorskip("peft")
+    moe = upcycle(make_dense("gpt2", **NO_DROPOUT["gpt2"]), 4, 2).train()
+    rows = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = moe(rows, labels=rows).loss
+    settings = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["mlp"])
+    adapted = peft.get_peft_model(copy.deepcopy(moe), settings).train()
+    torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+    with adapted.disable_adapter(), torch.no_grad():
+        adapted(input_ids=rows)  # as DPO's reference: what it leaves is no part of the next loss
+        torch.testing.assert_close(aux_loss(adapted), aux_loss(moe))
+    torch.testing.assert_close(adapted(input_ids=rows, labels=rows).loss, expected)
+
+
+def test_a_shared_expert_that_peft_wraps_is_not_spread():
+    peft = pytest.importorskip("peft")
+    moe = upcycle(make_dense("gpt2"), 4, 2, shared_expert=True)
+    routed = [f"transformer.h.{number}.mlp.c_fc.experts" for number in range(2)]
+    assert list(routed_experts(moe)) == routed
+    adapted = peft.get_peft_model(moe, peft.LoraConfig(target_modules=[], target_parameters=["down_proj"]))
+    assert list(routed_experts(adapted)) == [f"base_model.model.{name}.base_layer" for name in routed]
 
 
 def test_an_auxiliary_loss_that_nobody_takes_is_logged_once(caplog):

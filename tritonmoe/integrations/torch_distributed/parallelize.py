@@ -143,7 +143,10 @@ def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, pr
 def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
     """Give the experts in `module` that tokens are routed to, by name: none that stand beside them for every token."""
     beside = {
-        id(layer.shared_expert) for layer in module.modules() if isinstance(layer, MoELayer) and layer.shared_expert
+        id(child)
+        for layer in module.modules()
+        if isinstance(layer, MoELayer) and layer.shared_expert
+        for child in layer.shared_expert.modules()
     }
     return {
         name: child

@@ -8,21 +8,13 @@ from torch import Tensor, nn
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.layer import MoELayer
+from tritonmoe.runtime.wrappers import COPIES, INSIDE
 from tritonmoe.transports import Transport
 
 __all__ = ["RoutedExperts", "routed_experts", "routed_ids"]
 
-COPIES = "modules_to_save"
-"""What PEFT calls the copies that it trains of a module; below it stand the names of adapters."""
-WRAPPERS = {
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "base_layer",
-    "original_module",
-    COPIES,
-}
-"""What wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, PEFT."""
+WRAPPERS = {*INSIDE, "original_module", COPIES}
+"""What wrappers call the module inside."""
 PREFIXES = ("module.", "base_model.model.")
 """What DistributedDataParallel and PEFT put before the names of a whole model."""
 

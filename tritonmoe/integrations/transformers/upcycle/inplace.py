@@ -13,6 +13,7 @@ from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.runtime.wrappers import COPIES, inside_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         RuntimeError: there was no forward, or one without a graph in training, as reentrant checkpointing makes them:
             the loss would teach the routers nothing.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    layers = _layers_in_force(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
     for module in model.modules():
@@ -86,6 +87,24 @@ def aux_loss(model: nn.Module) -> Tensor:
             'checkpointing: enable it with {"use_reentrant": False}, or call aux_loss() under torch.no_grad()'
         )
     return torch.stack([loss.to(found[0].device) for loss in found]).sum()
+
+
+def _layers_in_force(model: nn.Module) -> list[MoELayer]:
+    """Give the MoE layers but for those in whose place PEFT's modules_to_save runs another copy."""
+    others: list[str] = []
+    for name, module in model.named_modules():
+        copies = module._modules.get(COPIES)
+        if copies is not None:
+            inside, prefix = inside_wrapper(module), f"{name}." if name else ""
+            by_name = {"original_module": module.get_submodule("original_module")}
+            by_name |= {f"{COPIES}.{key}": child for key, child in copies.named_children()}
+            others += [f"{prefix}{key}" for key, child in by_name.items() if child is not inside]
+    is_other = tuple(f"{name}." for name in others)
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoELayer) and not f"{name}.".startswith(is_other)
+    ]
 
 
 def add_aux_loss(model: nn.Module, _: object, output: Any) -> Any:
