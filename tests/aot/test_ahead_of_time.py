@@ -18,6 +18,8 @@ BY_TMA = {
     "down grouped_matmul": 2,
     "down_grad down_grad": 1,
     "up_grad grouped_matmul": 2,
+    "weight_grad W1 outer_sums": 1,
+    "weight_grad W2 outer_sums": 1,
 }
 """Kernels that read operands by TMA, and how many."""
 REGISTERS_BY_TMA = {"sm_90": 208, "sm_100": 176, "sm_120": 200}
@@ -34,7 +36,7 @@ ROUTER_REGISTERS = {
 }
 """What a thread of the router's kernels may use, on any target. Products have 4 or 8 warps in a program, choices 1: so
 two programs and eight fit at least, which hide each other's loads."""
-ISSUE_LIMIT = 0.75
+ISSUE_LIMIT = 0.5
 """What a step's instructions may take of the cycles of its products on sm_90."""
 ONE_TILE = "bf16 one tile a program"
 TMA_TARGETS = (
@@ -91,13 +93,14 @@ def test_kernels_compile_and_fit(tmp_path):
             persistent, one_tile = (by_key.get((variant, kernel, target)) for variant in ("bf16", ONE_TILE))
             reads_all = BY_TMA[kernel] == 2
             walks = target == "sm_90" or (target == "sm_100" and (reads_all or not WAITS_FOR_POINTERS))
+            walks = walks and not kernel.startswith("weight_grad")
             assert (one_tile is not None) is walks, "compiled twice, or not at all"
             if one_tile is not None:
                 # One loop over all tiles of a program: the next one's loads are under way while one is stored.
                 assert "store" in persistent["loop"]
                 assert "store" not in one_tile["loop"]
                 assert persistent["loop"][persistent["matrix"]] == one_tile["loop"][one_tile["matrix"]]
-    for kernel in (*BY_TMA, "weight_grad W1 outer_sums", "weight_grad W2 outer_sums"):
+    for kernel in BY_TMA:
         step = by_key["bf16", kernel, "sm_90"]["step"]
         assert step["products_in_flight"] == 1, kernel
         assert step["issue_slots"] <= ISSUE_LIMIT * step["matrix_cycles"], kernel

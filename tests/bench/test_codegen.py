@@ -128,7 +128,7 @@ def test_every_kernel_of_the_committed_table_is_fit():
     assert not any("spills" in row or "error" in row for row in rows)
 
 
-ISSUE_LIMITS = {"sm_80": 0.75, "sm_90": 0.9, "sm_100": 1.6, "sm_120": 0.4}
+ISSUE_LIMITS = {"sm_80": 0.55, "sm_90": 0.5, "sm_100": 1.3, "sm_120": 0.3}
 """What a step's instructions may take of the cycles of its products, in one scheduler."""
 
 
