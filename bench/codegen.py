@@ -2,6 +2,8 @@
 
 An older Triton is installed into a folder of its own (pip install --target), which stands before the installed one in
 PYTHONPATH of a second process: no second torch is needed.
+
+With --steps it is the small table of what a step of each of a layer's products costs: minutes instead of two hours.
 """
 
 import argparse
@@ -18,11 +20,18 @@ from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.benchmarks.kept_results import hash_of
 from tritonmoe.runtime.files import write_whole
 
-__all__ = ["OLDEST_TRITON", "main", "source_hash"]
+__all__ = ["OLDEST_TRITON", "STEPS", "STEP_KERNELS", "main", "source_hash"]
 
 OLDEST_TRITON = "3.6.0"
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 RESULT = Path("bench") / "results" / "codegen.json"
+STEPS = RESULT.with_name("codegen_steps.json")
+STEP_VARIANT = "bf16"
+STEP_KERNELS = (
+    *("up up", "down grouped_matmul", "down_grad down_grad", "up_grad grouped_matmul"),
+    *("weight_grad W1 outer_sums", "weight_grad W2 outer_sums"),
+)
+"""The products of a training step of one layer."""
 
 
 def source_hash() -> str:
@@ -47,9 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--overlays", type=Path, default=Path("build") / "triton", help="folder of other Tritons")
     parser.add_argument("--workers", type=positive, default=2, help="compiling processes (default 2)")
-    parser.add_argument("--variants", nargs="+", help="only these variants (default: all)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--variants", nargs="+", help="only these variants (default: all)")
+    what.add_argument("--steps", action="store_true", help=f"what a step of each product of {STEP_VARIANT} costs")
     parser.add_argument("--targets", nargs="+", help="only these targets (default: all)")
-    parser.add_argument("--json", type=output_file, default=RESULT, help=f"file to write (default {RESULT})")
+    parser.add_argument("--json", type=output_file, help=f"file to write (default {RESULT}, of steps {STEPS})")
     arguments = parser.parse_args(argv)
     before, started = source_hash(), time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -76,17 +87,26 @@ def main(argv: list[str] | None = None) -> int:
         "triton_versions": list(dict.fromkeys(arguments.triton_versions)),
         "torch": importlib.metadata.version("torch"),
         "date": time.strftime("%Y-%m-%d"),
-        "results": rows,
     }
-    # One row a line, without what is zero or empty: a short file, and a readable difference when a kernel changes.
-    lines = [
-        json.dumps({name: value for name, value in row.items() if value and (name != "loop" or row.get("matrix"))})
-        for row in table.pop("results")
-    ]
+    # One row a line: a readable difference when a kernel changes.
+    shortened = _step_of if arguments.steps else _without_zeros
+    lines = [json.dumps(shortened(row)) for row in rows]
     text = json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    write_whole(arguments.json, text, "table")
-    print(f"wrote {arguments.json} in {time.perf_counter() - started:.0f} s")
+    file = arguments.json or (STEPS if arguments.steps else RESULT)
+    write_whole(file, text, "table")
+    print(f"wrote {file} in {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
+
+
+def _without_zeros(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is zero or empty, and what only the table of steps has: a short file."""
+    unused = {"step"} if row.get("matrix") else {"step", "loop"}
+    return {name: value for name, value in row.items() if value and name not in unused}
+
+
+def _step_of(row: dict[str, Any]) -> dict[str, Any]:
+    where = {name: row[name] for name in ("triton", "kernel", "target")}
+    return where | row["step"] | {"loop_instructions": row["loop"]["all"]}
 
 
 def _overlay(version: str, folder: Path) -> Path:
@@ -101,7 +121,10 @@ def _overlay(version: str, folder: Path) -> Path:
 def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Give the rows of one Triton; None where it can't compile."""
     command = [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", str(arguments.workers)]
-    command += ["--variants", *arguments.variants] if arguments.variants else ["--all"]
+    if arguments.steps:
+        command += ["--variants", STEP_VARIANT, "--kernels", *STEP_KERNELS]
+    else:
+        command += ["--variants", *arguments.variants] if arguments.variants else ["--all"]
     command += ["--targets", *arguments.targets] if arguments.targets else []
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(overlay)] if overlay else []

@@ -53,11 +53,10 @@ def run_launch(item: launch.Launch, target: GPUTarget, edit: Callable[[str], str
             continue
         value = values[name]
         if isinstance(value, TensorDescriptor):
-            itemsize = value.base.element_size()
-            spans.append(View(value.base.data_ptr(), tuple(value.shape), tuple(value.strides), itemsize))
+            spans.append(_view(value.base))
             parameters += [_tensor_map(value, next(descriptors)), *value.shape, *value.strides]
         elif isinstance(value, Tensor):
-            spans.append(View(value.data_ptr(), tuple(value.shape), value.stride(), value.element_size()))
+            spans.append(_view(value))
             parameters.append(value.data_ptr())
         else:
             parameters.append(bits_of_scalar(value, kind))
@@ -84,6 +83,10 @@ def _nvidia_translation(ptx: str) -> nvidia_translation.Translation:
 @functools.lru_cache(256)
 def _amd_translation(assembly: str) -> amd_translation.Translation:
     return amd_translation.translate(amd_parser.parse(assembly))
+
+
+def _view(tensor: Tensor) -> View:
+    return View(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.element_size())
 
 
 def _tensor_map(descriptor: TensorDescriptor, meta: dict[str, Any]) -> TensorMap:

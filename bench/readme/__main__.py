@@ -36,6 +36,7 @@ TABLES = {
     "fixed_experts": overlap_tables.fixed_experts_table,
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,
+    "codegen_steps": kernel_tables.codegen_steps_table,
     "gpu": gpu_tables.gpu_table,
     "gpu_killed": gpu_tables.killed_text,
     "missing_waits": kernel_tables.missing_waits_table,

@@ -11,6 +11,7 @@ from tritonmoe.kernels.tiles import measured as measured_tiles
 
 __all__ = [
     "bounds_table",
+    "codegen_steps_table",
     "codegen_table",
     "decoding_table",
     "launch_table",
@@ -69,6 +70,42 @@ def codegen_cell(row: dict) -> str:
         return "error"
     sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
     return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
+
+
+def codegen_steps_table(name: str) -> str:
+    """Give what a step of each product costs on every target, under both Tritons."""
+    data = load(name)
+    rows = data["results"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [
+        "`python -m bench.codegen --steps`, Qwen3-30B-A3B in bf16. A step multiplies one piece of the depth; a tile's "
+        "beginning and end, which a persistent loop has too, are no part of it. Cells: instructions of a warp (of the "
+        "whole persistent loop); on NVIDIA the cycles in which a scheduler issues them, of those that the products "
+        "take; barriers; on sm_90 the groups of wgmma that run on behind the wait; and FLOP per byte that a tile reads "
+        "from the L2 cache.",
+        "",
+        f"| kernel, Triton | {' | '.join(targets)} |",
+        f"| --- |{' --- |' * len(targets)}",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        for version in data["triton_versions"]:
+            cells = {
+                row["target"]: _step_cell(row) for row in rows if (row["kernel"], row["triton"]) == (kernel, version)
+            }
+            lines.append(f"| {kernel}, {version} | {' | '.join(cells[target] for target in targets)} |")
+    return "\n".join(lines)
+
+
+def _step_cell(row: dict) -> str:
+    around = row["loop_instructions"]
+    cell = [f"{row['instructions']}{f' ({around})' if around > 2 * row['instructions'] else ''}"]
+    if "issue_slots" in row:
+        cell.append(f"{row['issue_slots'] / row['matrix_cycles']:.0%}")
+    cell.append(str(row["barriers"]))
+    if "products_in_flight" in row:
+        cell.append(f"{row['products_in_flight']} runs on")
+    cell.append(f"{2 * row['rows'] * row['columns'] * row['depth'] / row['l2_bytes']:.0f}")
+    return ", ".join(cell)
 
 
 REDUNDANT = ("what is left keeps the order", "others keep the order", "never runs")

@@ -18,6 +18,8 @@ BY_TMA = {
     "down grouped_matmul": 2,
     "down_grad down_grad": 1,
     "up_grad grouped_matmul": 2,
+    "weight_grad W1 outer_sums": 1,
+    "weight_grad W2 outer_sums": 1,
 }
 """Kernels that read operands by TMA, and how many."""
 REGISTERS_BY_TMA = {"sm_90": 208, "sm_100": 176, "sm_120": 200}
@@ -34,6 +36,8 @@ ROUTER_REGISTERS = {
 }
 """What a thread of the router's kernels may use, on any target. Products have 4 or 8 warps in a program, choices 1: so
 two programs and eight fit at least, which hide each other's loads."""
+ISSUE_LIMIT = 0.5
+"""What a step's instructions may take of the cycles of its products on sm_90."""
 ONE_TILE = "bf16 one tile a program"
 TMA_TARGETS = (
     "sm_90",
@@ -89,12 +93,17 @@ def test_kernels_compile_and_fit(tmp_path):
             persistent, one_tile = (by_key.get((variant, kernel, target)) for variant in ("bf16", ONE_TILE))
             reads_all = BY_TMA[kernel] == 2
             walks = target == "sm_90" or (target == "sm_100" and (reads_all or not WAITS_FOR_POINTERS))
+            walks = walks and not kernel.startswith("weight_grad")
             assert (one_tile is not None) is walks, "compiled twice, or not at all"
             if one_tile is not None:
                 # One loop over all tiles of a program: the next one's loads are under way while one is stored.
                 assert "store" in persistent["loop"]
                 assert "store" not in one_tile["loop"]
                 assert persistent["loop"][persistent["matrix"]] == one_tile["loop"][one_tile["matrix"]]
+    for kernel in BY_TMA:
+        step = by_key["bf16", kernel, "sm_90"]["step"]
+        assert step["products_in_flight"] == 1, kernel
+        assert step["issue_slots"] <= ISSUE_LIMIT * step["matrix_cycles"], kernel
     for kernel, registers in ROUTER_REGISTERS.items():
         for target in ARCHITECTURES:
             found = by_key["bf16", kernel, target]
@@ -166,6 +175,51 @@ def test_the_innermost_loop_is_counted():
     code = read_amd(AMD_ASSEMBLY)
     assert (code.registers, code.spills, code.num_warps, code.matrix) == (118, 3, 8, "mfma")
     assert code.loop == {"all": 4, "mfma": 1, "shared": 1, "barrier": 1}
+    assert code.step == {"instructions": 4, "barriers": 1}
+
+
+PERSISTENT = """
+_kernel:
+\ts_cbranch_scc1 .LBB0_4
+.LBB0_1:
+\tv_add_u32 v0, v0, v1
+\ts_cbranch_scc0 .LBB0_2
+\ts_barrier
+\ts_barrier
+\tv_add_u32 v0, v0, v1
+.LBB0_2:
+\ts_cbranch_scc1 .LBB0_5
+.LBB0_6:
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\ts_barrier
+\ts_cbranch_scc0 .LBB0_3
+\tglobal_store_dwordx4 v[4:5], v[0:3], off
+.LBB0_3:
+\ts_cbranch_scc1 .LBB0_1
+.LBB0_4:
+\ts_endpgm
+.LBB0_5:
+\ts_sleep 1
+\ts_cbranch_scc1 .LBB0_5
+\ts_branch .LBB0_6
+    .max_flat_workgroup_size: 512
+    .vgpr_count:     118
+    .vgpr_spill_count: 0
+    .wavefront_size: 64
+"""
+
+
+def test_a_step_of_a_persistent_loop_has_neither_a_tiles_beginning_nor_its_end():
+    """Nor is the branch back from a wait behind the kernel's end taken for a shorter loop."""
+    code = read_amd(PERSISTENT)
+    assert code.loop == {"all": 11, "mfma": 1, "store": 1, "barrier": 3}
+    assert code.step == {"instructions": 7, "barriers": 1}
+
+
+def test_a_step_passes_the_matrix_instruction():
+    """Though a shorter way through the loop leaves it out."""
+    code = read_amd(PERSISTENT.replace("scc0 .LBB0_2", "scc0 .LBB0_3"))
+    assert code.step == {"instructions": 10, "barriers": 3}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import codegen
+from tritonmoe.aot import ARCHITECTURES
 
 
 @pytest.fixture
@@ -47,6 +48,20 @@ def test_both_tritons_are_in_the_table(tmp_path, no_compiling):
     assert table["source_hash"] == codegen.source_hash()
     assert [row["triton"] for row in table["results"]] == table["triton_versions"]
     assert table["triton_versions"][0] == "3.6.0"
+
+
+def test_steps_are_a_table_of_their_own(tmp_path, no_compiling):
+    commands, row, done = no_compiling
+    done.stdout = json.dumps([row | {"step": {"instructions": 9, "barriers": 0}, "loop": {"all": 12}}])
+    assert run(tmp_path, "--triton-versions", "9.9", "--steps") == 0
+    ((command, _),) = commands
+    assert command[command.index("--variants") :] == ["--variants", "bf16", "--kernels", *codegen.STEP_KERNELS]
+    (written,) = json.loads((tmp_path / "table.json").read_text())["results"]
+    where = {"triton": "9.9", "kernel": "up up", "target": "sm_90"}
+    assert written == where | {"instructions": 9, "barriers": 0, "loop_instructions": 12}
+    assert run(tmp_path, "--triton-versions", "9.9") == 0
+    (written,) = json.loads((tmp_path / "table.json").read_text())["results"]
+    assert "step" not in written
 
 
 def test_a_triton_that_pip_does_not_find(tmp_path, monkeypatch, capsys):
@@ -94,9 +109,12 @@ def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
     assert codegen.source_hash() in seen
 
 
-def test_the_committed_table_is_of_these_sources():
-    table = json.loads((codegen.ROOT.parent / codegen.RESULT).read_text())
-    assert table["source_hash"] == codegen.source_hash(), "stale: run python -m bench.codegen"
+@pytest.mark.parametrize(
+    ("file", "command"), [(codegen.RESULT, "codegen"), (codegen.STEPS, "codegen --steps")], ids=["all", "steps"]
+)
+def test_the_committed_table_is_of_these_sources(file, command):
+    table = json.loads((codegen.ROOT.parent / file).read_text())
+    assert table["source_hash"] == codegen.source_hash(), f"stale: run python -m bench.{command}"
     assert len(table["triton_versions"]) == 2
     assert {row["triton"] for row in table["results"]} == set(table["triton_versions"])
 
@@ -108,3 +126,21 @@ def test_every_kernel_of_the_committed_table_is_fit():
     ]
     assert not unfit
     assert not any("spills" in row or "error" in row for row in rows)
+
+
+ISSUE_LIMITS = {"sm_80": 0.55, "sm_90": 0.5, "sm_100": 1.3, "sm_120": 0.3}
+"""What a step's instructions may take of the cycles of its products, in one scheduler."""
+
+
+def test_steps_of_the_committed_table_keep_their_limits():
+    """Issuing leaves room between matrix instructions, and wgmma runs on while the next step is prepared."""
+    rows = json.loads((codegen.ROOT.parent / codegen.STEPS).read_text())["results"]
+    assert len(rows) == 2 * len(ARCHITECTURES) * len(codegen.STEP_KERNELS)
+    for row in rows:
+        limit = ISSUE_LIMITS.get(row["target"])
+        assert (limit is None) == ("issue_slots" not in row)
+        if limit is not None:
+            assert row["issue_slots"] <= limit * row["matrix_cycles"], row
+        assert row.get("products_in_flight", 1) == 1, row
+        assert ("products_in_flight" in row) == (row["target"] == "sm_90")
+        assert row["barriers"] <= 8, row

@@ -19,8 +19,11 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.config.layer import KernelOptions, PerWeight
-from tritonmoe.kernels import bias_grad, launch, spans, weight_grad
+from tritonmoe.grouping import Grouping
+from tritonmoe.kernels import bias_grad, launch, ragged_tiles, spans, weight_grad
 from tritonmoe.kernels.spans import span_of_slot
+from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import tma
 
 BACKENDS = pytest.mark.parametrize(
     "backend", [reference, torch_backend, triton_backend], ids=["reference", "torch", "triton"]
@@ -85,6 +88,65 @@ def test_only_one_of_the_gradients_is_added(backend: ModuleType) -> None:
     assert grads.down_proj is None
     assert torch.equal(grads.gate_up_proj, expected.gate_up_proj)
     torch.testing.assert_close(down, 1 + expected.down_proj)
+
+
+def ways(operands: Operands, grouping: Grouping, **fields: bool) -> tuple[list[str], reference.WeightGrads]:
+    """Give how the values of pairs were read, for each of both weights, and the gradients; `fields` as if measured."""
+
+    class Everything(dict):
+        def get(self, key, default=None):
+            return fields
+
+    with measured_tiles.using(Everything()), measured_tiles.asked() as asked, nan_filled_memory():
+        grads = operands.weight_grad(triton_backend, grouping)
+    return [dict(config.reads)["pair_values"] for config in asked.values()], grads
+
+
+@pytest.mark.usefixtures("reads_by_tma")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_tiles_read_by_tma_end_where_an_expert_ends(value: float) -> None:
+    """The bits of pointers, though the last box of experts of 1, 31, 32 and 34 pairs reaches into another's rows."""
+    ids = torch.arange(6).repeat_interleave(torch.tensor([0, 1, 31, 32, 34, 64]))
+    ids = ids[torch.randperm(162, generator=torch.Generator().manual_seed(0))].view(-1, 2)
+    operands = Operands(ids, 6, LAYOUTS["concatenated"], torch.float16, hidden=40, intermediate=24)
+    grouping = operands.group()
+    by_tma, grads = ways(operands, grouping)
+    by_pointers, expected = ways(operands, grouping, tma=False)
+    assert by_tma == [tma.BY_TMA] * 2
+    assert by_pointers == ["pointers: measured to be faster"] * 2
+    plain, exact = operands.weight_grad(reference, grouping), operands.double().weight_grad(reference, grouping)
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(getattr(grads, name), getattr(expected, name)), name
+        assert_close_to_exact(name, getattr(grads, name), getattr(plain, name), getattr(exact, name))
+    offsets = grouping.expert_offsets.tolist()
+    for expert in (2, 4):
+        operands.dh[offsets[expert] : offsets[expert + 1]] = value
+        operands.scaled_a[offsets[expert] : offsets[expert + 1]] = value
+    _, poisoned = ways(operands, grouping)
+    for name in ("gate_up_proj", "down_proj"):
+        for expert in range(6):
+            found = getattr(poisoned, name)[expert]
+            if expert in (2, 4):
+                assert not found.isfinite().any()
+            else:
+                assert torch.equal(found, getattr(expected, name)[expert]), (name, expert)
+
+
+@pytest.mark.usefixtures("reads_by_tma")
+def test_pairs_that_tma_cannot_read() -> None:
+    ids = random_ids(9, 2, 3)
+    odd = Operands(ids, 3, LAYOUTS["concatenated"], torch.float16)
+    found, _ = ways(odd, odd.group())
+    assert found == [tma.BY_TMA, "pointers: 24 bytes along axis 0 are no multiple of 16 below 2^40"]
+    single = Operands(ids, 3, LAYOUTS["concatenated"], torch.float32)
+    assert set(ways(single, single.group())[0]) == {"pointers: products in fp32 would spill registers with it"}
+    offsets = (0, 4, 9)
+    sources = row_sources(offsets, torch.zeros(9, dtype=torch.int64), 1)
+    in_chunks = reference.group(odd.ids, 3, chunk_row_offsets=offsets, row_sources=sources)
+    assert set(ways(odd, in_chunks)[0]) == {"pointers: the pairs of a tile lie in several chunks"}
+    many = torch.empty(2**30 + 1, 8, dtype=torch.float16, device="meta")
+    assert ragged_tiles.refusal(many) == "1073741825 rows are more than 2^30"
+    assert not ragged_tiles.refusal(many[1:])
 
 
 @triton.jit

@@ -38,6 +38,11 @@ def _print_tables(results: list[Compiled]) -> None:
         if result.matrix:
             mix = ", ".join(f"{count} {kind}" for kind, count in result.loop.items())
             print(f"{result.variant}: {result.kernel:<{width}} {result.target:<7} {mix}")
+    print("\na step of that loop, that is neither the first nor the last of a tile")
+    for result in results:
+        if result.step:
+            step = ", ".join(f"{name} {value}" for name, value in result.step.items())
+            print(f"{result.variant}: {result.kernel:<{width}} {result.target:<7} {step}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT_VARIANTS))
     parser.add_argument("--all", action="store_true", help="every variant: layouts, activations, shapes, batch sizes")
+    parser.add_argument("--kernels", nargs="+", default=(), help='only these, as printed: "up up" (default: all)')
     parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args(arguments)
@@ -57,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"compiled {done} of {total}", file=sys.stderr, flush=True)
 
     variants = list(VARIANTS) if options.all else options.variants
-    results = compile_all(options.targets, variants, options.workers, progress)
+    results = compile_all(options.targets, variants, options.kernels, options.workers, progress)
     if options.json:
         print(json.dumps([{**asdict(result), "problem": result.problem} for result in results], indent=1))
     else:

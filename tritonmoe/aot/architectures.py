@@ -1,16 +1,19 @@
 """The GPUs that kernels are compiled for: what a program may use of them, and how many programs fit side by side.
 
 NVIDIA's limits are those of the CUDA programming guide's table of compute capabilities, AMD's those of the CDNA 3 and
-CDNA 4 instruction set manuals.
+CDNA 4 instruction set manuals. Rates of products are the data sheets' dense peaks, divided by multiprocessors and boost
+clock: A100 312 TFLOP/s, H100 989, B200 2250, RTX PRO 6000 504, MI300X 1307, MI355X 2517.
 """
 
 from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+__all__ = ["ARCHITECTURES", "SCHEDULERS", "Architecture"]
 
 KB = 1024
+SCHEDULERS = 4
+"""Schedulers of a multiprocessor: each issues one instruction of one of its warps in a cycle."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Architecture:
     registers: int
     """32-bit registers that one of the four schedulers has for each lane, all its warps together."""
     register_granule: int
+    matrix_flops: int
+    """Operations of a multiprocessor in a cycle, in products of fp16 or bf16 with sums in fp32."""
     warps: int
     """Warps that can be resident, in all four schedulers together."""
     programs: int
@@ -43,7 +48,7 @@ class Architecture:
             sm_90, 168 registers, 100 KB, 8 warps: registers allow 3 warps in each of four schedulers, so one program.
         """
         granules = -(-max(registers, 1) // self.register_granule) * self.register_granule
-        warps = min(4 * (self.registers // granules), self.warps)
+        warps = min(SCHEDULERS * (self.registers // granules), self.warps)
         programs = min(warps // num_warps, self.programs)
         if shared_bytes:
             programs = min(programs, self.shared_bytes // (shared_bytes + self.reserved_shared_bytes))
@@ -53,7 +58,7 @@ class Architecture:
 
 
 def _nvidia(
-    capability: int, matrix_instruction: str, *, shared_kb: int, warps: int, programs: int, **more
+    capability: int, matrix_instruction: str, *, shared_kb: int, matrix_flops: int, warps: int, programs: int, **more
 ) -> Architecture:
     # A scheduler's 16384 registers are given out to warps of 32 threads, 256 at a time.
     return Architecture(
@@ -64,13 +69,14 @@ def _nvidia(
         reserved_shared_bytes=KB,
         registers=16384 // 32,
         register_granule=8,
+        matrix_flops=matrix_flops,
         warps=warps,
         programs=programs,
         **more,
     )
 
 
-def _amd(name: str, shared_kb: int) -> Architecture:
+def _amd(name: str, shared_kb: int, matrix_flops: int) -> Architecture:
     return Architecture(
         GPUTarget("hip", name, 64),
         "mfma",
@@ -79,16 +85,19 @@ def _amd(name: str, shared_kb: int) -> Architecture:
         reserved_shared_bytes=0,
         registers=512,
         register_granule=8,
+        matrix_flops=matrix_flops,
         warps=32,
         programs=32,
     )
 
 
 ARCHITECTURES = {
-    "sm_80": _nvidia(80, "mma.sync", shared_kb=164, warps=64, programs=32),
-    "sm_90": _nvidia(90, "wgmma", shared_kb=228, warps=64, programs=32),
-    "sm_100": _nvidia(100, "tcgen05", shared_kb=228, warps=64, programs=32, tensor_memory_columns=512),
-    "sm_120": _nvidia(120, "mma.sync", shared_kb=100, warps=48, programs=24),
-    "gfx942": _amd("gfx942", shared_kb=64),
-    "gfx950": _amd("gfx950", shared_kb=160),
+    "sm_80": _nvidia(80, "mma.sync", shared_kb=164, matrix_flops=2048, warps=64, programs=32),
+    "sm_90": _nvidia(90, "wgmma", shared_kb=228, matrix_flops=4096, warps=64, programs=32),
+    "sm_100": _nvidia(
+        100, "tcgen05", shared_kb=228, matrix_flops=8192, warps=64, programs=32, tensor_memory_columns=512
+    ),
+    "sm_120": _nvidia(120, "mma.sync", shared_kb=100, matrix_flops=1024, warps=48, programs=24),
+    "gfx942": _amd("gfx942", shared_kb=64, matrix_flops=2048),
+    "gfx950": _amd("gfx950", shared_kb=160, matrix_flops=4096),
 }

@@ -3,7 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import triton
@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.architectures import ARCHITECTURES
+from tritonmoe.aot.architectures import ARCHITECTURES, SCHEDULERS
 from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
@@ -19,6 +19,10 @@ from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
+
+
+HALF_BYTES = 2
+"""Bytes of an element of fp16 and bf16."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Compiled:
     """Operands that the launch hands over as descriptors, to be read by TMA."""
     loop: dict[str, int] = field(default_factory=dict)
     """Instructions by kind in the innermost loop around the matrix instruction (no such loop: in the whole kernel)."""
+    step: dict[str, int] = field(default_factory=dict)
+    """Of a step of a product in fp16 or bf16: the tile's rows, columns and depth, what `MachineCode.step` has, the
+    bytes of its operands' tiles ("l2_bytes"), the cycles of its products ("matrix_cycles"), and on NVIDIA those in
+    which one scheduler issues its instructions ("issue_slots")."""
     error: str = ""
 
     @property
@@ -66,12 +74,26 @@ class Compiled:
         return ""
 
 
-def _product_rows(ttir: str) -> int | None:
-    """Give the rows of the tiles that a kernel multiplies in fp16 or bf16; None where it multiplies none."""
-    rows = [
-        int(match[2]) for match in re.finditer(r"tt\.dot .*?tensor<[\dx]+x(bf16|f16)\S*> \* .*-> tensor<(\d+)x", ttir)
+def _product_tile(ttir: str) -> tuple[int, int, int] | None:
+    """Give rows, columns and depth of the tiles that a kernel multiplies in fp16 or bf16; None where there are none."""
+    tiles = [
+        (int(match[3]), int(match[4]), int(match[1]))
+        for match in re.finditer(r"tt\.dot .*?tensor<\d+x(\d+)x(bf16|f16)\S*> \* .*-> tensor<(\d+)x(\d+)x", ttir)
     ]
-    return max(rows, default=None)
+    return max(tiles, default=None)
+
+
+def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str) -> dict[str, int]:
+    """Put what a step of a product costs beside what the tile asks for; empty where no matrix instruction loops."""
+    if tile is None or not code.step:
+        return {}
+    architecture, (rows, columns, depth) = ARCHITECTURES[target_name], tile
+    step = {"rows": rows, "columns": columns, "depth": depth, **code.step}
+    step["l2_bytes"] = (rows + columns) * depth * HALF_BYTES
+    step["matrix_cycles"] = 2 * rows * columns * depth // architecture.matrix_flops
+    if architecture.target.backend == "cuda":  # AMD's take a vector instruction in four cycles, and others beside it
+        step["issue_slots"] = code.step["instructions"] * code.num_warps // SCHEDULERS
+    return step
 
 
 def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
@@ -90,10 +112,10 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         )
     except Exception as error:
         return Compiled(variant, kernel, target_name, error=f"{type(error).__name__}: {error}"[:2000])
-    rows = _product_rows(assembly["ttir"])
-    if rows is None:
+    tile = _product_tile(assembly["ttir"])
+    if tile is None:
         expected = ""
-    elif architecture.target.backend == "cuda" and rows < 64:
+    elif architecture.target.backend == "cuda" and tile[0] < 64:
         expected = "mma.sync"  # wgmma and tcgen05 multiply 64 rows at least
     else:
         expected = architecture.matrix_instruction
@@ -112,6 +134,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         expected_matrix=expected,
         tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
         loop=code.loop,
+        step=_step(code, tile, target_name),
     )
 
 
@@ -125,10 +148,14 @@ def _run(job: tuple[str, str, str]) -> Compiled:
 def compile_all(
     targets: Iterable[str],
     variants: Iterable[str],
+    kernels: Collection[str] = (),
     num_workers: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
-    """Compile the kernels of the given variants for the given targets; what launches alike is compiled once."""
+    """Compile the kernels of the given variants for the given targets; what launches alike is compiled once.
+
+    kernels: only these, as "operation kernel"; all where there is none.
+    """
     jobs, seen = [], set()
     for variant in variants:
         for target in targets:
@@ -137,7 +164,7 @@ def compile_all(
             for kernel, item in launches.items():
                 source = source_of(item, ARCHITECTURES[target].target)
                 key = (target, source.hash(), str(item.options))
-                if key not in seen:
+                if key not in seen and (not kernels or kernel in kernels):
                     seen.add(key)
                     jobs.append((variant, target, kernel))
     context = multiprocessing.get_context("spawn")

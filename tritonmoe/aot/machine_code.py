@@ -1,5 +1,10 @@
-"""Read what the compiler made: registers and spills of a kernel, and the instructions of its innermost matrix loop."""
+"""Read what the compiler made: registers and spills of a kernel, its innermost matrix loop, and a step of that.
 
+A persistent program has one loop over the steps of all of its tiles, so a tile's beginning and end are in that loop. A
+step is the shortest way through the loop that passes its matrix instructions: neither the first nor the last of a tile.
+"""
+
+import math
 import re
 import subprocess
 import tempfile
@@ -7,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
@@ -31,6 +37,8 @@ AMD_KINDS = {
     "barrier": r"s_barrier\w*|s_waitcnt\w*",
 }
 MATRIX_KINDS = ("wgmma", "tcgen05", "mma.sync", "mfma")
+WAITS = {"copies_in_flight": "DEPBAR", "products_in_flight": "WARPGROUP"}
+"""The waits of a step that say what they leave under way: groups of cp.async, and of wgmma."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,9 @@ class MachineCode:
     """The matrix instruction in the loop; empty where there is none."""
     loop: dict[str, int]
     """Instructions by kind in the innermost loop with a matrix instruction (in the whole kernel where none loops)."""
+    step: dict[str, int]
+    """Of a step: its "instructions", its "barriers" of the whole program, and where it waits for groups of asynchronous
+    copies or products, how many it leaves under way (see WAITS). Empty where no matrix instruction loops."""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -63,8 +74,9 @@ def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
         assembly = _tool("nvdisasm", "--print-code", file.name)
     registers, stack, local = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     code = list(_nvidia_instructions(assembly))
-    matrix, loop = _matrix_loop(code, NVIDIA_KINDS)
-    return MachineCode(registers, stack + local, _number(r"\.reqntid (\d+)", ptx) // 32, matrix, loop)
+    loop = _matrix_loop(code, NVIDIA_KINDS)
+    num_warps = _number(r"\.reqntid (\d+)", ptx) // 32
+    return MachineCode(registers, stack + local, num_warps, *_counts(code, loop, NVIDIA_KINDS))
 
 
 def read_amd(assembly: str) -> MachineCode:
@@ -73,8 +85,9 @@ def read_amd(assembly: str) -> MachineCode:
         _number(rf"\.{key}:\s+(\d+)", assembly)
         for key in ("vgpr_count", "vgpr_spill_count", "max_flat_workgroup_size", "wavefront_size")
     )
-    matrix, loop = _matrix_loop(list(_amd_instructions(assembly)), AMD_KINDS)
-    return MachineCode(registers, spills, threads // width, matrix, loop)
+    code = list(_amd_instructions(assembly))
+    loop = _matrix_loop(code, AMD_KINDS)
+    return MachineCode(registers, spills, threads // width, *_counts(code, loop, AMD_KINDS))
 
 
 def _number(pattern: str, text: str) -> int:
@@ -83,54 +96,124 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-_Instruction = tuple[str, str]
-"""(mnemonic, the label it branches to); a label itself is ("", label)."""
+class _Instruction(NamedTuple):
+    name: str
+    """The mnemonic; empty for a label."""
+    label: str = ""
+    """The label itself, or the one it branches to."""
+    always: bool = False
+    """Whether it branches, or ends, whatever happened."""
+    left: int = -1
+    """Of a wait for groups: how many may be under way after it."""
 
 
 def _nvidia_instructions(assembly: str) -> Iterator[_Instruction]:
     for line in assembly.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
-            yield "", label[1]
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", line):
-            branch = re.search(r"`\((\.L_\w+)\)", line) if found[1] == "BRA" else None
-            yield found[1], branch[1] if branch else ""
+            yield _Instruction("", label[1])
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+\s+)?([A-Z]\w*)(\S*)(.*)", line):
+            predicate, name, modifiers, operands = found.groups()
+            branch = re.search(r"`\((\.L_\w+)\)", operands) if name == "BRA" else None
+            left = re.search(r"0x([0-9a-f]+)", operands) if ".LE" in modifiers else None
+            yield _Instruction(
+                name,
+                branch[1] if branch else "",
+                name in ("BRA", "EXIT") and predicate is None and ".U" not in modifiers,
+                int(left[1], 16) if left else -1,
+            )
 
 
 def _amd_instructions(assembly: str) -> Iterator[_Instruction]:
     for line in assembly.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
-            yield "", label[1]
+            yield _Instruction("", label[1])
         elif found := re.match(r"\s+([a-z]\w+)(?:\s+(\.LBB\w+))?", line):
-            yield found[1], found[2] or "" if "branch" in found[1] else ""
+            target = found[2] or "" if "branch" in found[1] else ""
+            yield _Instruction(found[1], target, found[1] in ("s_branch", "s_endpgm"))
 
 
-def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> tuple[str, dict[str, int]]:
-    """Give the matrix instruction and the instruction counts of the innermost loop that has one.
+def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> list[_Instruction]:
+    """Give the innermost loop that has a matrix instruction: what lies between a label and a later branch back to it.
 
-    A loop is what lies between a label and a later branch back to it.
+    A branch back from a wait that was moved behind the end of the kernel makes no loop: it is reached otherwise, too.
     """
-    labels = {label: place for place, (name, label) in enumerate(code) if not name}
-    loops = sorted(
-        (place - labels[label], labels[label])
-        for place, (name, label) in enumerate(code)
-        if name and label and labels.get(label, place) < place
+    labels = {item.label: place for place, item in enumerate(code) if not item.name}
+    branches = sorted(
+        (place - labels[item.label], place)
+        for place, item in enumerate(code)
+        if item.name and item.label and labels.get(item.label, place) < place
     )
-    for length, first in loops:  # the shortest first: no loop comes before one inside it
-        counts = _count(code[first : first + length + 1], kinds)
-        if any(kind in counts for kind in MATRIX_KINDS):
-            break
-    else:
-        counts = _count(code, kinds)
-    return " + ".join(kind for kind in MATRIX_KINDS if kind in counts), counts
+    for length, last in branches:  # the shortest first: no loop comes before one inside it
+        loop = code[last - length : last + 1]
+        if _matrix(_count(loop, kinds)) and not _reaches(code, labels, last, last - length):
+            return loop
+    return []
+
+
+def _next_places(item: _Instruction, place: int, labels: Mapping[str, int]) -> list[int]:
+    """Give where a program may go on from `place`; a label that is not among `labels` is left out."""
+    places = [] if item.always else [place + 1]
+    if item.name and item.label in labels:
+        places.append(labels[item.label])
+    return places
+
+
+def _reaches(code: list[_Instruction], labels: Mapping[str, int], last: int, around: int) -> bool:
+    """Say whether a kernel can get from its beginning to `last` without passing `around`."""
+    seen, waiting = {around, len(code)}, [0]
+    while waiting:
+        place = waiting.pop()
+        if place not in seen:
+            seen.add(place)
+            waiting += _next_places(code[place], place, labels)
+    return last in seen
+
+
+def _matrix(counts: Mapping[str, int]) -> str:
+    return " + ".join(kind for kind in MATRIX_KINDS if kind in counts)
+
+
+def _counts(
+    code: list[_Instruction], loop: list[_Instruction], kinds: Mapping[str, str]
+) -> tuple[str, dict[str, int], dict[str, int]]:
+    """Give the matrix instruction, the instructions by kind, and what a step has: as MachineCode does."""
+    counts = _count(loop or code, kinds)
+    if not loop:
+        return _matrix(counts), counts, {}
+    way = _shortest_way(loop, re.compile("|".join(kinds[kind] for kind in MATRIX_KINDS if kind in counts)))
+    barriers = sum(item.name == "BAR" or item.name.startswith("s_barrier") for item in way)
+    step = {"instructions": sum(bool(item.name) for item in way), "barriers": barriers}
+    for name, wait in WAITS.items():
+        left = [item.left for item in way if item.name == wait and item.left >= 0]
+        step |= {name: min(left)} if left else {}
+    return _matrix(counts), counts, step
+
+
+def _shortest_way(loop: list[_Instruction], matrix: re.Pattern[str]) -> list[_Instruction]:
+    """Give the shortest way through a loop, of those that pass the most matrix instructions."""
+    labels = {item.label: place for place, item in enumerate(loop) if not item.name}
+    # From each place to the end: (-matrix instructions, instructions, the next place).
+    ways: list[tuple[float, float, int]] = [(0, 0, len(loop))] * len(loop)
+    for place in range(len(loop) - 2, -1, -1):  # the last one is the branch back
+        item = loop[place]
+        later = [next_place for next_place in _next_places(item, place, labels) if next_place > place]
+        ends = [(*ways[next_place][:2], next_place) for next_place in later]
+        products, length, next_place = min(ends, default=(math.inf, math.inf, len(loop)))  # it leaves the loop
+        ways[place] = products - bool(matrix.fullmatch(item.name)), length + bool(item.name), next_place
+    way, place = [], 0
+    while place < len(loop):
+        way.append(loop[place])
+        place = ways[place][2]
+    return way
 
 
 def _count(code: list[_Instruction], kinds: Mapping[str, str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for name, _ in code:
-        if name:
+    for item in code:
+        if item.name:
             counts["all"] += 1
             for kind, pattern in kinds.items():
-                if re.fullmatch(pattern, name):
+                if re.fullmatch(pattern, item.name):
                     counts[kind] += 1
                     break
     return {kind: counts[kind] for kind in ("all", *kinds) if kind in counts}

@@ -33,10 +33,10 @@ _TALL: dict[str, tuple[tuple[int, ...], ...]] = {
     "down": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3)),
     "down_grad": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)),
     "weight_grad": (
-        *((128, 256, 64, 8, num_stages) for num_stages in (4, 5, 6)),
-        *((128, 128, 64, num_warps, 5) for num_warps in (4, 8)),
-        *((128, 256, block_k, 8, num_stages) for block_k, num_stages in ((32, 6), (128, 3))),
-        (256, 128, 64, 8, 5),
+        *((128, 256, 64, 8, num_stages) for num_stages in (4, 3)),
+        *((128, 128, 64, num_warps, num_stages) for num_warps, num_stages in ((4, 3), (8, 4), (8, 6))),
+        *((128, 256, block_k, 8, num_stages) for block_k, num_stages in ((32, 6), (128, 2))),
+        (256, 128, 64, 8, 4),
     ),
 }
 """By operation: block_m, block_n, block_k, num_warps and num_stages, in half precision."""

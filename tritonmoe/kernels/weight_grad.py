@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
+from tritonmoe.kernels import ragged_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
 from tritonmoe.kernels.row_tiles import slot_and_column_tile
@@ -36,7 +37,7 @@ def span_length(num_pairs: int, tiles_per_expert: int) -> int:
 
 @triton.jit(do_not_specialize=["span", "num_tiles"], do_not_specialize_on_alignment=["expert_offsets"])
 def _outer_sums_kernel(
-    pair_values,  # (N, P), by storage position
+    pair_values,  # (N, P), by storage position, or its `ragged_tiles` descriptor
     row_values,  # (R, Q), by row
     order,  # (N,) int32: storage positions in source order; None where they are the same
     pair_index,  # (N,) int32: flat pair ids in source order
@@ -46,7 +47,6 @@ def _outer_sums_kernel(
     P,
     Q,
     E,
-    K,
     span,
     num_tiles,
     num_p_tiles,
@@ -61,6 +61,8 @@ def _outer_sums_kernel(
     stride_workspace_row,
     stride_workspace_p,
     stride_workspace_q,
+    K: tl.constexpr,
+    PAIRS_BY_TMA: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,19 +87,31 @@ def _outer_sums_kernel(
             p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
             q = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
             accumulator = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+            # Indices are loaded a step before what they lead to, into registers: they take no stage from the tiles.
+            places = first + tl.arange(0, BLOCK_K)
+            pairs = tl.load(pair_index + places, mask=places < end, other=0)
+            if order is not None:
+                stored = tl.load(order + places, mask=places < end, other=0)
             for start in range(first, end, BLOCK_K):
-                positions = start + tl.arange(0, BLOCK_K)
-                valid = positions < end
-                rows = (tl.load(pair_index + positions, mask=valid, other=0) // K).to(tl.int64)
-                if order is not None:
-                    positions = tl.load(order + positions, mask=valid, other=0)
-                # Already (P, pairs): a transpose in registers would keep these loads out of the pipeline on sm_80.
-                left_pointers = (
-                    pair_values + positions.to(tl.int64)[None, :] * stride_pair_row + p[:, None] * stride_pair_column
-                )
+                places = start + tl.arange(0, BLOCK_K)
+                valid = places < end
+                next_places = tl.minimum(places + BLOCK_K, end - 1)
+                # No pair is negative, and an unsigned division by a constant is short.
+                rows = (pairs.to(tl.uint32) // K).to(tl.int64)
+                pairs = tl.load(pair_index + next_places)
                 right_pointers = row_values + rows[:, None] * stride_row_row + q[None, :] * stride_row_column
                 # Zero on both sides: what lies behind the expert's last pair may be NaN.
-                left = tl.load(left_pointers, mask=valid[None, :] & (p < P)[:, None], other=0.0)
+                if PAIRS_BY_TMA:
+                    left = ragged_tiles.load(pair_values, start, end, p_tile * BLOCK_P, BLOCK_K, BLOCK_P).T
+                else:
+                    positions = places
+                    if order is not None:
+                        positions = stored
+                        stored = tl.load(order + next_places)
+                    pair_rows = pair_values + positions.to(tl.int64)[None, :] * stride_pair_row
+                    # Already (P, pairs): a transpose in registers would keep these loads out of the pipeline on sm_80.
+                    left_pointers = pair_rows + p[:, None] * stride_pair_column
+                    left = tl.load(left_pointers, mask=valid[None, :] & (p < P)[:, None], other=0.0)
                 right = tl.load(right_pointers, mask=valid[:, None] & (q < Q)[None, :], other=0.0)
                 accumulator = dot(left, right, accumulator, PRECISION)
             SUB_Q: tl.constexpr = BLOCK_Q // SUBTILES
@@ -124,6 +138,15 @@ def _max_registers(tile_size: int, num_warps: int) -> int:
     """
     num_programs = 1 if tile_size > 1024 * num_warps else 2
     return min(255, 2048 // (num_warps * num_programs))
+
+
+def _refusal(pair_values: Tensor, grouping: Grouping) -> str:
+    """Say why TMA can't read tiles of the pairs' values; empty where it can."""
+    if grouping.source_order is not None:
+        return "the pairs of a tile lie in several chunks"
+    if pair_values.dtype == torch.float32:
+        return "products in fp32 would spill registers with it"
+    return ragged_tiles.refusal(pair_values)
 
 
 def _in_pieces(config: TileConfig, pairs_first: bool) -> TileConfig:
@@ -158,11 +181,12 @@ def outer_sums(
     shape = (p_size, q_size) if pairs_first else (q_size, p_size)
     out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
-    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, {})
-    # Rows without vector loads spill under any one limit of registers with one Triton or the other, without it nothing;
-    # but some spill where the epilogue works in pieces.
+    refusals = {"pair_values": _refusal(pair_values, grouping)}
+    config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, refusals)
+    by_tma = config.by_tma("pair_values")
+    # Rows without vector loads take the registers of two programs, and some spill where the epilogue works in pieces.
     has_vector_loads = p_size % 8 == 0 and q_size % 8 == 0
-    max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else None
+    max_registers = _max_registers(config.block_m * config.block_n, config.num_warps) if has_vector_loads else 255
     if accumulate is not None and has_vector_loads:
         config = _in_pieces(config, pairs_first)
     num_p_tiles, num_q_tiles = cdiv(p_size, config.block_m), cdiv(q_size, config.block_n)
@@ -174,7 +198,7 @@ def outer_sums(
     launch(
         _outer_sums_kernel,
         (num_programs(num_tiles, config, options, pair_values.device),),
-        pair_values,
+        ragged_tiles.describe(pair_values, config.block_k, config.block_m) if by_tma else pair_values,
         row_values,
         grouping.source_order,
         pair_index,
@@ -184,7 +208,6 @@ def outer_sums(
         p_size,
         q_size,
         num_experts,
-        grouping.top_k,
         span,
         num_tiles,
         num_p_tiles,
@@ -199,6 +222,8 @@ def outer_sums(
         0 if workspace is None else workspace.stride(0),
         0 if workspace is None else workspace.stride(p_axis),
         0 if workspace is None else workspace.stride(q_axis),
+        K=grouping.top_k,
+        PAIRS_BY_TMA=by_tma,
         BLOCK_P=config.block_m,
         BLOCK_Q=config.block_n,
         BLOCK_K=config.block_k,

@@ -32,6 +32,10 @@ class TensorMap:
             raise MemoryFault(f"TMA needs a base that is a multiple of 16 bytes, not {self.base:#x}")
         if self.strides[-1] != 1 or any(stride * self.element_bytes % 16 for stride in self.strides[:-1]):
             raise MemoryFault(f"TMA needs strides of multiples of 16 bytes, not {self.strides} elements")
+        if any(stride * self.element_bytes >= 2**40 for stride in self.strides):
+            raise MemoryFault(f"TMA needs strides below 2^40 bytes, not {self.strides} elements")
+        if len(self.shape) > 5 or max(self.shape) > 2**32:
+            raise MemoryFault(f"TMA has at most five axes of up to 2^32 elements, not {self.shape}")
         if any(not 1 <= width <= 256 for width in self.box):
             raise MemoryFault(f"TMA's boxes have 1 to 256 elements an axis, not {self.box}")
         if self.swizzle_bytes and self.box[-1] * self.element_bytes > self.swizzle_bytes:

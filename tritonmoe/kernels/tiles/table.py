@@ -47,15 +47,15 @@ sm_90,sm_100  half      up_ungated   64            64      256       64         
 sm_90,sm_100  half      down         64            64      256       64          8           3        8         1  no
 sm_90,sm_100  half      up           any          128      128       64          8           3        8         4  yes
 sm_90,sm_100  half      down_grad    any          128      128       64          8           3        8         4  yes
-sm_90,sm_100  half      weight_grad  any          128      256       64          8           5        8         4  no
+sm_90,sm_100  half      weight_grad  any          128      256       64          8           4        8         4  no
 sm_90,sm_100  half      any          any          128      256       64          8           3        8         4  yes
 sm_80         half      up           any          128       64       64          8           4        8         4  no
 sm_80         half      down         any          128      128       64          8           4        8         1  no
-sm_80         half      weight_grad  any          128      128       64          8           7        8         4  no
+sm_80         half      weight_grad  any          128      128       64          8           5        8         4  no
 sm_80         half      any          any          128      128       64          8           4        8         4  no
 any           half      up           any          128       64       64          8           3        8         4  no
 any           half      down         any          128      128       64          8           3        8         1  no
-any           half      weight_grad  any          128      128       64          8           5        8         4  no
+any           half      weight_grad  any          128      128       64          8           4        8         4  no
 any           half      any          any          128      128       64          8           3        8         4  no
 """
 """The first row that fits counts; a cell of the first four columns is "any", or the values that fit it.
@@ -69,10 +69,10 @@ walks: TileConfig.persistent. Such a tile has a multiprocessor to itself: no oth
 The other columns are fields of TileConfig.
 
 Why these: tiles of 16 or 32 rows are narrow, because reading the weights is all their work, and many multiprocessors
-should read. Three stages of the high ones fit the 99 KB of shared memory of sm_86, sm_89 and sm_120. weight_grad finds
-rows through an index, whose load takes stages from the data's: 5 or 7 leave 2 or 3 buffers. The pieces of the epilogue
-(subtiles) are as few as spill nothing: four of 64 rows spill 8 bytes a thread on sm_100; down, whose accumulator is the
-smallest, stores a tile that doesn't walk at once.
+should read. Three stages of the high ones fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and so do four of
+weight_grad: a stage is a buffer where matrix instructions read shared memory, elsewhere one stage has none. The pieces
+of the epilogue (subtiles) are as few as spill nothing: four of 64 rows spill 8 bytes a thread on sm_100; down, whose
+accumulator is the smallest, stores a tile that doesn't walk at once.
 """
 ANY = "any"
 

@@ -86,12 +86,18 @@ def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], 
     return tuple((name, f"pointers: {reason}" if reason else BY_TMA) for name, reason in reasons.items())
 
 
-def describe(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
-    """Give the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros."""
+def describe(
+    tensor: Tensor, box: Sequence[int], shape: Sequence[int] | None = None, strides: Sequence[int] | None = None
+) -> TensorDescriptor:
+    """Give the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros.
+
+    shape, strides: where the descriptor's are not the tensor's.
+    """
     # Its constructor takes longer than a launch, and checks what `refusal` has checked.
     descriptor = object.__new__(TensorDescriptor)
     descriptor.base, descriptor.block_shape = tensor, list(box)
-    descriptor.shape, descriptor.strides = list(tensor.shape), list(tensor.stride())
+    descriptor.shape = list(tensor.shape if shape is None else shape)
+    descriptor.strides = list(tensor.stride() if strides is None else strides)
     return descriptor
 
 
