@@ -126,7 +126,8 @@ def recording_table(name: str) -> str:
     lines = [
         f"`python -m bench.recording` on {where(data['environment'])}: two processes over gloo on these cores, one MoE "
         "layer (E=64, K=8, D=512, F=256), forward and backward. Milliseconds, median (quartiles) of "
-        f"{samples} interleaved rounds; the difference is the median of the rounds' own.",
+        f"{samples} interleaved rounds; a difference is the median of the rounds' own. What a process computes is "
+        "the time of all of its threads on the cores.",
         "",
         "| tokens a rank | recorded | not recorded | difference | computed by a process, not recorded | difference |",
         "| --- | --- | --- | --- | --- | --- |",
