@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["num_tile_slots", "row_tile_ends", "slot_and_column_tile", "tile_of_slot"]
+__all__ = ["num_tile_slots", "row_of", "row_tile_ends", "slot_and_column_tile", "tile_of_slot"]
 
 
 def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -12,6 +12,12 @@ def num_tile_slots(num_pairs: int, num_experts: int, block_m: int) -> int:
     An expert with pairs has at most one tile that is not full.
     """
     return num_pairs // block_m + min(num_experts, num_pairs)
+
+
+@triton.jit
+def row_of(pairs, K: tl.constexpr):
+    """Give the rows of pairs, none of which is negative: an unsigned division by a constant is short."""
+    return (pairs.to(tl.uint32) // K).to(tl.int32)
 
 
 @triton.jit

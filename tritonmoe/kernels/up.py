@@ -21,7 +21,7 @@ from tritonmoe.kernels.launch import (
     output,
     tile_keywords,
 )
-from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
+from tritonmoe.kernels.row_tiles import num_tile_slots, row_of, row_tile_ends, slot_and_column_tile, tile_of_slot
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -76,7 +76,6 @@ def _up_kernel(
     D,
     F,
     E,
-    K,
     num_slots,
     num_column_tiles,
     stride_x_row,
@@ -92,6 +91,7 @@ def _up_kernel(
     limit,
     alpha,
     up_offset,
+    K: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALVES: tl.constexpr,
@@ -128,7 +128,7 @@ def _up_kernel(
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             # Rows past the expert's end are some other row's numbers: computed and not stored.
-            rows = tl.load(pair_index + positions, mask=valid, other=0) // K
+            rows = row_of(tl.load(pair_index + positions, mask=valid, other=0), K)
             depth = tl.arange(0, BLOCK_K)
             if GATHER == "pointers":
                 x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
@@ -278,7 +278,6 @@ def up(
         depth,
         num_units,
         num_experts,
-        grouping.top_k,
         num_slots,
         num_column_tiles,
         x.stride(0),
@@ -292,6 +291,7 @@ def up(
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
         *scalars,
+        K=grouping.top_k,
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
         # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.

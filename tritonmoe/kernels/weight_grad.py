@@ -12,7 +12,7 @@ from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import ragged_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
-from tritonmoe.kernels.row_tiles import slot_and_column_tile
+from tritonmoe.kernels.row_tiles import row_of, slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -95,10 +95,8 @@ def _outer_sums_kernel(
             for start in range(first, end, BLOCK_K):
                 places = start + tl.arange(0, BLOCK_K)
                 valid = places < end
-                next_places = tl.minimum(places + BLOCK_K, end - 1)
-                # No pair is negative, and an unsigned division by a constant is short.
-                rows = (pairs.to(tl.uint32) // K).to(tl.int64)
-                pairs = tl.load(pair_index + next_places)
+                rows = row_of(pairs, K).to(tl.int64)
+                pairs = tl.load(pair_index + tl.minimum(places + BLOCK_K, end - 1))
                 right_pointers = row_values + rows[:, None] * stride_row_row + q[None, :] * stride_row_column
                 # Zero on both sides: what lies behind the expert's last pair may be NaN.
                 if PAIRS_BY_TMA:
@@ -107,7 +105,8 @@ def _outer_sums_kernel(
                     positions = places
                     if order is not None:
                         positions = stored
-                        stored = tl.load(order + next_places)
+                        # Masked instead: with the minimum fp32 spills on sm_90 and sm_100 before Triton 3.7.
+                        stored = tl.load(order + places + BLOCK_K, mask=places + BLOCK_K < end, other=0)
                     pair_rows = pair_values + positions.to(tl.int64)[None, :] * stride_pair_row
                     # Already (P, pairs): a transpose in registers would keep these loads out of the pipeline on sm_80.
                     left_pointers = pair_rows + p[:, None] * stride_pair_column

@@ -200,10 +200,10 @@ tensor_copy        cp.async.bulk.tensor.2d.tile::gather4.{_TENSOR_COPY}
 copy               cp.async.ca|cg.shared.global
 copy_commit        cp.async.commit_group
 copy_wait          cp.async.wait_group
-mbarrier_init      mbarrier.init.shared::cta.b64
-mbarrier_inval     mbarrier.inval.shared::cta.b64
-mbarrier_arrive    mbarrier.arrive.expect_tx.shared::cta.b64
-mbarrier_wait      mbarrier.try_wait.parity.shared::cta.b64
+mbarrier_init      mbarrier.init.shared|shared::cta.b64
+mbarrier_inval     mbarrier.inval.shared|shared::cta.b64
+mbarrier_arrive    mbarrier.arrive.expect_tx.shared|shared::cta.b64
+mbarrier_wait      mbarrier.try_wait.parity.shared|shared::cta.b64
 atomic_add         atom.relaxed.[cta|gpu|sys].shared|shared::cta.add.u32
 load_matrix        ldmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::cta.b16
 store_matrix       stmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::cta.b16
