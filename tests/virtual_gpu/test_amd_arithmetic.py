@@ -435,6 +435,7 @@ def run_scalar(name, kind, kinds, values, scc):
         "v_pk_add_f16 v2, v1, v1",
         "v_pk_add_u16 v2, v1, v1 op_sel_hi:[1,0]",
         "v_pk_add_f32 v[2:3], v[4:5], v[4:5] clamp",
+        "v_pk_mov_b32 v[2:3], v[4:5], v[4:5] neg_lo:[1,0]",
         "v_mfma_f32_32x32x8_bf16 v[2:17], v[2:3], v[2:3], 0 cbsz:1",
         "ds_read_i8 v2, v1",
         "ds_read_u16_d16_hi v2, v1",

@@ -142,6 +142,18 @@ def test_parts_of_registers():
         assert (found.view(np.float32) == operation(numbers[:2], numbers[2:])).all()
 
 
+@pytest.mark.parametrize("chosen", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_words_that_move_keep_their_bits(chosen):
+    """Also those that are no numbers."""
+    source = random_rows(4)
+    source[0, :4] = 0x7F800001, 0xFFC12345, 0x80000000, 1
+    line = f"v_pk_mov_b32 v[20:21], v[10:11], v[12:13] op_sel:[{chosen[0]},{chosen[1]}]"
+    assert (run_lines([line], source, 2) == source[[chosen[0], 2 + chosen[1]]]).all()
+    found = run_lines(["v_pk_mov_b32 v[20:21], 1.0, v[12:13]"], source, 2)
+    assert (found[0] == 0x3F800000).all()
+    assert (found[1] == source[2]).all()
+
+
 def test_sums_of_64_bits():
     source = random_rows(4)
     a, b, low, high = source.astype(np.uint64)

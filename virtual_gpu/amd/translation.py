@@ -24,7 +24,7 @@ PACKED = {
     "v_pk_add_f32": ("{0} + {1}", "{0} + {1}"),
     "v_pk_mul_f32": ("{0} * {1}", "{0} * {1}"),
     "v_pk_fma_f32": ("fused({0}, {1}, {2})", "fused({0}, {1}, {2})"),
-    "v_pk_mov_b32": ("{0}.view('u4')", "{1}.view('u4')"),
+    "v_pk_mov_b32": ("{0}", "{1}"),
 }
 """Instructions on pairs of 32-bit words, and what the lower and the upper word of the result are."""
 
@@ -211,30 +211,32 @@ class _Writer(MemoryWriter):
             raise NotImplementedError(name)
 
     def packed(self, name: str, operands: tuple[str, ...]) -> None:
-        """Write an instruction on pairs of float32; each half of the result chooses halves of the sources."""
+        """Write an instruction on pairs of 32-bit words; each half of the result chooses halves of the sources."""
         count = len(operands) - 1
         chosen = [self.take_choices(key, count, index) for index, key in enumerate(("op_sel", "op_sel_hi"))]
         negated = [self.take_choices(key, count, 0) for key in ("neg_lo", "neg_hi")]
+        moves = name == "v_pk_mov_b32"
+        if moves and any(map(any, negated)):
+            raise NotImplementedError("a negative of what is moved")
+        file, kind = ("U", "u4") if moves else ("F", "f4")
         texts = []
         for half in range(2):
             values = []
             for index, operand in enumerate(operands[1:]):
                 found = register(operand)
-                upper = chosen[half][index]
-                if name == "v_pk_mov_b32":
-                    upper = chosen[0][index]
+                upper = chosen[0 if moves else half][index]
                 if found is None:
                     if upper:
                         raise NotImplementedError("the upper half of a constant")
-                    text = self.value(operand, "f4")
+                    text = self.value(operand, kind)
                 else:
-                    text = f"{'S' * (found[0] == 'S')}F[{found[1] + upper}]"
+                    text = f"{'S' * (found[0] == 'S')}{file}[{found[1] + upper}]"
                 values.append(f"(-{text})" if negated[half][index] else text)
             texts.append(PACKED[name][half].format(*values))
         number = self.number(operands[0], "V")
         self.lines.append(f"T, P = {texts[0]}, {texts[1]}")
-        self.lines.append(f"copyto(F[{number}], T, where=X)")
-        self.lines.append(f"copyto(F[{number + 1}], P, where=X)")
+        self.lines.append(f"copyto({file}[{number}], T, where=X)")
+        self.lines.append(f"copyto({file}[{number + 1}], P, where=X)")
 
     def mixed(self, name: str, operands: tuple[str, ...]) -> None:
         """Write a fused multiplication and addition whose sources may be float16 each."""
