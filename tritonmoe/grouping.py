@@ -289,8 +289,7 @@ class PaddedPairs(NamedTuple):
     """(places,) bool: whether a place has a pair of its own."""
 
 
-@dataclass(frozen=True)
-class GroupingBlock:
+class GroupingBlock(NamedTuple):
     """Some of one chunk's pairs, for operations that go pair by pair (not for gather_sum: `inverse` is the chunk's)."""
 
     positions: slice

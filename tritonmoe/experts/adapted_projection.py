@@ -207,7 +207,7 @@ def adapter_gradients(
     def outer(of: Grouping, pair_values: Tensor | None, row_values: Tensor | None, layout: ExpertLayout) -> Tensor:
         assert pair_values is not None
         assert row_values is not None
-        count_products(ops, pair_values, of.num_pairs, pair_values.shape[1] * row_values.shape[1])
+        count_products(ops, pair_values, of.num_pairs, lambda: pair_values.shape[1] * row_values.shape[1])
         sums = ops.weight_grad(
             of, layout, GradientOperands(x=row_values, dh=pair_values), NEEDS_UP, options=options
         ).gate_up_proj

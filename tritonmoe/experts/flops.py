@@ -93,7 +93,7 @@ def register_flop_formulas() -> None:
         counter.flop_registry.update({operator: flop_counter.flop_registry[operator] for operator in FLOP_FORMULAS})
 
 
-def count_products(ops: Operations, like: Tensor, num_pairs: int, multiplications: int) -> None:
+def count_products(ops: Operations, like: Tensor, num_pairs: int, multiplications: Callable[[], int]) -> None:
     """Count kernels that multiply each of num_pairs pairs so many times; nothing where the mode sees the products.
 
     On one device skipped pairs are counted too: how many there are is known to the device alone.
@@ -103,7 +103,7 @@ def count_products(ops: Operations, like: Tensor, num_pairs: int, multiplication
     flop_counter = sys.modules.get("torch.utils.flop_counter")
     if flop_counter is not None and any(_counters_at_work(flop_counter)):
         register_flop_formulas()
-        _grouped_products(like, 2 * num_pairs * multiplications)
+        _grouped_products(like, 2 * num_pairs * multiplications())
 
 
 def _counters_at_work(flop_counter: ModuleType) -> Iterator[Any]:

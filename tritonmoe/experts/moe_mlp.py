@@ -81,7 +81,7 @@ class _UpHalf(torch.autograd.Function):
     ) -> Tensor:
         of_up = _among(NO_WEIGHTS, OF_UP, weights)
         gate_up, _ = settings.projections(of_up)
-        count_products(settings.ops, x, grouping.num_pairs, gate_up.num_products)
+        count_products(settings.ops, x, grouping.num_pairs, lambda: gate_up.num_products)
         h, _ = gate_up.up(x, grouping, None, dropped=_dropped(settings, of_up, x, row_seeds))
         assert h is not None
         zero_padding(h, grouping)
@@ -100,7 +100,7 @@ class _UpHalf(torch.autograd.Function):
         of_up = _among(NO_WEIGHTS, OF_UP, weights)
         gate_up, _ = settings.projections(of_up)
         rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, of_up, x, row_seeds)
-        count_products(settings.ops, dh, grouping.num_pairs, gate_up.num_up_grad_products(needs_x))
+        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_up_grad_products(needs_x))
         dx_pairs = gate_up.up_grad(dh, x, grouping, needs_dx=needs_x, out=None, rows=rows, dropped=dropped)
         dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
         needs, operands = _among(NO_GRADIENTS, OF_UP, needs_weights), GradientOperands(x=x, dh=dh)
@@ -126,7 +126,7 @@ class _DownHalf(torch.autograd.Function):
         *weights: Any,
     ) -> Tensor:
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
-        count_products(settings.ops, a, grouping.num_pairs, down.num_products)
+        count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
         ctx.save_for_backward(a, topk_weights, *weights, row_seeds, keep_beside(ctx, grouping))
@@ -140,7 +140,7 @@ class _DownHalf(torch.autograd.Function):
         _, _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
         rows = down.rows(grouping.num_pairs)
-        count_products(settings.ops, dout, grouping.num_pairs, down.num_down_grad_products)
+        count_products(settings.ops, dout, grouping.num_pairs, lambda: down.num_down_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
         zero_padding(da, grouping)
         needs = _among(NO_GRADIENTS, OF_DOWN, needs_weights)

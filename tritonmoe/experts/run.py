@@ -4,6 +4,7 @@ Knows nothing of ranks, streams or transports. One device is the case of one chu
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -78,9 +79,9 @@ class ExpertsRun:
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
-        gate_up, down = self._projections(self.weights)
+        gate_up, down = self._projections
         self._drop_rows(chunk, grouping)
-        count_products(ops, self.rows, grouping.num_pairs, gate_up.num_products + down.num_products)
+        count_products(ops, self.rows, grouping.num_pairs, lambda: gate_up.num_products + down.num_products)
         results = self._results(chunk)
         y = None if results is None else results[self._among_results(chunk)]
         if is_fused(activation):
@@ -144,18 +145,21 @@ class ExpertsRun:
             self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             inner = self.settings.layout.intermediate_size(self._hidden_width)
             self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
-            gate_up, down = self._projections(self.weights)
+            gate_up, down = self._projections
             self.adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
                 return None, dweights
             return self._no_sums(grouping) if out is None else out, dweights
-        gate_up, down = self._projections(self.weights)
+        gate_up, down = self._projections
         self._drop_rows(chunk, grouping)
         computes_h = is_fused(activation) and self.h is None
-        multiplications = down.num_down_grad_products + gate_up.num_up_grad_products(needs_dx)
-        multiplications += computes_h * gate_up.num_products
+
+        def multiplications() -> int:
+            products = down.num_down_grad_products + gate_up.num_up_grad_products(needs_dx)
+            return products + computes_h * gate_up.num_products
+
         count_products(ops, self.rows, grouping.num_pairs, multiplications)
         results = self._results(chunk) if needs_dx else None
         dx_pairs = None if results is None else results[self._among_results(chunk)]
@@ -241,13 +245,14 @@ class ExpertsRun:
 
     def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
         """Give the up-projection and the down-projection of the block's experts."""
-        weights = self.weights
-        if block.grouping.num_experts != weights.gate_up_proj.shape[0]:
-            weights = weights.map(lambda weight: weight[block.experts])
-        return self._projections(weights)
+        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
+            return self._projections
+        return self.settings.projections(self.weights.map(lambda weight: weight[block.experts]), self.row_seeds)
 
-    def _projections(self, weights: PerWeight[Tensor]) -> tuple[AdaptedProjection, AdaptedProjection]:
-        return self.settings.projections(weights, self.row_seeds)
+    @cached_property
+    def _projections(self) -> tuple[AdaptedProjection, AdaptedProjection]:
+        """The up-projection and the down-projection of all experts."""
+        return self.settings.projections(self.weights, self.row_seeds)
 
     def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
         """Fill `dropped` for the rows of a chunk."""

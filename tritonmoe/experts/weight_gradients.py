@@ -4,6 +4,8 @@ That is a weight's main_grad, or what another backward of the same weights has l
 """
 
 from dataclasses import dataclass, field
+from functools import partial
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -74,17 +76,19 @@ def weight_gradients(
     if not any(needs):
         return left
     ops, options = settings.ops, settings.options
-    sums: PerWeight[Tensor | None] = PerWeight(
-        *(main if mine is None else mine for mine, main in zip(left, main_grads or NO_WEIGHTS, strict=True))
-    )
+    sums: PerWeight[Tensor | None] = left
+    if main_grads is not None:
+        sums = PerWeight(*(main if mine is None else mine for mine, main in zip(left, main_grads, strict=True)))
     x, dh, dout, scaled_a, _ = operands
     for is_needed, one, other in ((needs.gate_up_proj, x, dh), (needs.down_proj, dout, scaled_a)):
         if is_needed and one is not None and other is not None:
-            count_products(settings.ops, one, grouping.num_pairs, one.shape[1] * other.shape[1])
+            count_products(settings.ops, one, grouping.num_pairs, partial(mul, one.shape[1], other.shape[1]))
     grads: PerWeight[Tensor | None] = ops.weight_grad(
         grouping, settings.layout, operands, needs, accumulate=sums, options=options
     )
     grads = grads._replace(**adapter_gradients(ops, options, grouping, needs, operands, adapter_rows))
+    if sums is NO_WEIGHTS:
+        return grads
     others = [name for name in PerWeight._fields if name not in ("gate_up_proj", "down_proj")]
     grads = grads._replace(**{name: _added(getattr(grads, name), getattr(sums, name)) for name in others})
     return PerWeight(*(grad if mine is None else mine for mine, grad in zip(left, grads, strict=True)))

@@ -85,17 +85,18 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @wraps(backward)
     def once(ctx: object, dout: Tensor) -> tuple:
-        creates_graph = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            with without_autocast(dout.device):
+                return backward(ctx, dout)
         with torch.no_grad(), without_autocast(dout.device):
             grads = backward(ctx, dout)
-        if not creates_graph:
-            return grads
         return _FirstDerivative.apply(torch.empty(0, requires_grad=True, device="cpu"), *grads)
 
     return once
 
 
 _numbers = itertools.count()
+_CPU = torch.device("cpu")
 _kept_by_recomputes: dict[int, object] = {}
 
 
@@ -115,7 +116,7 @@ def keep_beside(ctx: Any, value: object) -> Tensor:
             _kept_by_recomputes.pop(number, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
-    return torch.tensor(number, device="cpu")
+    return torch.tensor(number, device=_CPU)
 
 
 def kept_beside(ctx: Any, mark: Tensor) -> Any:
