@@ -61,7 +61,7 @@ def test_blocks_of_every_kind(num_tokens: int, dtype: torch.dtype) -> None:
     check(case, case.inputs(dtype), "torch")
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     num_tokens=st.integers(0, 40),
     num_experts=st.integers(1, 7),
