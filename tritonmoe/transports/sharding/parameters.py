@@ -20,7 +20,7 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_sharded,
 )
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
-from tritonmoe.transports.sharding.whole_states import StateDict, part_of, refuse_pickling
+from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ class Sharding:
     """Of one dimension: the ranks with the same part as this one; None where there is no other."""
     members: tuple[int, ...] | None = None
     """All of these ranks, by their global number."""
+
+    def __deepcopy__(self, memo: dict) -> "Sharding":
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        """Refuse pickle as the parameters do, which a module's other attributes may come before."""
+        if self.transport.size > 1:
+            raise no_pickle(self.transport.size)
+        return super().__reduce_ex__(protocol)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all of these ranks, those with copies included, in place; give it back."""

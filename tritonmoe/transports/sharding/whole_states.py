@@ -11,13 +11,31 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["StateDict", "gather_optimizer", "give_whole_as", "part_of", "refuse_pickling", "whole", "whole_forms"]
+__all__ = [
+    "StateDict",
+    "gather_optimizer",
+    "give_whole_as",
+    "no_pickle",
+    "part_of",
+    "refuse_pickling",
+    "whole",
+    "whole_forms",
+]
 
 StateDict: TypeAlias = dict[str, Any]
 """What state_dict() of a module or an optimizer gives: tensors, and whatever else a class keeps by name."""
 
 MARK = "_tritonmoe_refused_meshes"
 FORM = "_tritonmoe_whole_form"
+
+
+def no_pickle(num_ranks: int) -> ValueError:
+    """Give the error with which pickle is refused what is spread over so many ranks."""
+    return ValueError(
+        f"torch.save, or pickle, would keep one rank's experts alone of those that are spread over {num_ranks} ranks: "
+        "save with torch.distributed.checkpoint; or, where every rank calls state_dict() as under Accelerate and "
+        "Lightning, call tritonmoe.gather_state_dicts(module, optimizer) before training, which makes its tensors whole"
+    )
 
 
 def refuse_pickling(mesh: "DeviceMesh") -> None:
@@ -35,12 +53,7 @@ def refuse_pickling(mesh: "DeviceMesh") -> None:
         def reduce(tensor: Tensor, protocol: object) -> str | tuple[object, ...]:
             assert isinstance(tensor, DTensor)
             if tensor.device_mesh in refused:
-                raise ValueError(
-                    "torch.save, or pickle, would keep one rank's experts alone of those that are spread over "
-                    f"{tensor.device_mesh.size()} ranks: save with torch.distributed.checkpoint; or, where every rank "
-                    "calls state_dict() as under Accelerate and Lightning, call tritonmoe.gather_state_dicts(module, "
-                    "optimizer) before training, which makes its tensors whole"
-                )
+                raise no_pickle(tensor.device_mesh.size())
             return original(tensor, protocol)
 
         setattr(DTensor, MARK, refused)
