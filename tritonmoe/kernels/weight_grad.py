@@ -180,6 +180,8 @@ def outer_sums(
     shape = (p_size, q_size) if pairs_first else (q_size, p_size)
     out = pair_values.new_empty(num_experts, *shape) if accumulate is None else accumulate
     assert out.shape == (num_experts, *shape), f"accumulate is {tuple(out.shape)}, not {(num_experts, *shape)}"
+    if grouping.num_pairs == 0:  # no descriptor of them could be made: a kernel for pointers would be compiled
+        return out.zero_() if accumulate is None else None
     refusals = {"pair_values": _refusal(pair_values, grouping)}
     config = grouped_matmul_config("weight_grad", pair_values, q_size, p_size, grouping, options, refusals)
     by_tma = config.by_tma("pair_values")
