@@ -84,14 +84,16 @@ class CompiledKernels:
     def _specialised(self, args: Sequence[Any]) -> list[Any]:
         """Give what of these arguments Triton compiles in, and perhaps more."""
         parts: list[Any] = []
+        add, unspecialised = parts.append, self.unspecialised
         for place, arg in enumerate(args):
-            if arg is None or isinstance(arg, float):
-                parts += type(arg), arg  # 1.0 is no 1
-            elif isinstance(arg, int):
+            if isinstance(arg, int):
                 # no more than whether it is 1, a multiple of 16, and its width
-                parts.append(-(2**31) <= arg < 2**31 if place in self.unspecialised else arg)
+                add(-(2**31) <= arg < 2**31 if place in unspecialised else arg)
             elif isinstance(arg, Tensor):
-                parts += arg.dtype, arg.data_ptr() % 16
+                add(arg.dtype)
+                add(arg.data_ptr() % 16)
+            elif arg is None or isinstance(arg, float):
+                parts += type(arg), arg  # 1.0 is no 1
             else:
                 assert isinstance(arg, TensorDescriptor), f"argument {place} of a kernel is a {type(arg).__name__}"
                 parts += (arg.base.dtype, *arg.block_shape)
