@@ -166,3 +166,22 @@ def test_calls_after_a_rearrangement() -> None:
     again = rearranged.rearranged(torch.tensor([2, 1, 0]))
     assert again.layers["a"].topk_ids[[0, 2]].tolist() == [[3, 2], [2, 3]]
     assert again.layers["a"].is_recorded.tolist() == [True, False, True]
+
+
+def test_a_file_with_one_wrong_bit_is_refused(tmp_path):
+    """Wherever it is: in ids it would be another expert. Only bits between the parts of a file mean nothing."""
+    recording = record(torch.arange(600).remainder(8).view(300, 2).tolist())
+    recording.save(tmp_path / "routing.pt")
+    content = (tmp_path / "routing.pt").read_bytes()
+    refused = 0
+    for position in range(0, len(content), 7):
+        wrong = bytearray(content)
+        wrong[position] ^= 1 << position % 8
+        (tmp_path / "wrong.pt").write_bytes(wrong)
+        try:
+            found = RoutingRecording.load(tmp_path / "wrong.pt")
+        except ValueError:
+            refused += 1
+        else:
+            assert torch.equal(found.layers["a"].topk_ids, recording.layers["a"].topk_ids)
+    assert refused > 50

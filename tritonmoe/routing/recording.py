@@ -2,6 +2,7 @@
 
 import io
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -268,19 +269,21 @@ class RoutingRecording:
             ValueError: it is no such file. OSError: it can't be read.
         """
         check_regular(Path(path))
+        saved = Path(path).read_bytes()
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
+            with zipfile.ZipFile(io.BytesIO(saved)) as archive:  # torch.load doesn't compare the sums that it finds
+                if damaged := archive.testzip():
+                    raise ValueError(f"the sum of {damaged} is another one")
+            content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is no recording of the routing, or is damaged: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or "layers" not in content:
             raise ValueError(f"{path} is no recording of the routing: save() of a RoutingRecording writes them")
         recording = cls()
-        for name, saved in content["layers"].items():
-            layer = LayerRecording(saved["num_experts"])
-            layer.add(saved["topk_ids"], saved["topk_weights"])
-            layer.num_tokens, layer.is_recorded = saved["num_tokens"], saved["is_recorded"]
+        for name, fields in content["layers"].items():
+            layer = LayerRecording(fields["num_experts"])
+            layer.add(fields["topk_ids"], fields["topk_weights"])
+            layer.num_tokens, layer.is_recorded = fields["num_tokens"], fields["is_recorded"]
             if sum(layer.num_tokens) != layer.topk_ids.shape[0]:
                 raise ValueError(f"{path} is damaged: {name} has other tokens than its calls")
             recording.layers[name] = layer
