@@ -63,7 +63,7 @@ def test_messages_of_other_exchanges_sizes_or_dtypes_have_other_tags() -> None:
 
 
 POLICIES = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 from pathlib import Path
 from tritonmoe.transports import ProcessGroupTransport
 
@@ -71,7 +71,9 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def policies():
     tasks = [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text() == "gloo_tcp_loop\\n"]
     return [os.sched_getscheduler(int(task.name)) for task in tasks]
-before = os.sched_getscheduler(0)
+before, deadline = os.sched_getscheduler(0), time.monotonic() + 5
+while not policies() and time.monotonic() < deadline:  # a thread takes its name when it first runs
+    time.sleep(0.01)
 print(len(policies()), "named")
 ProcessGroupTransport().exchange_counts(torch.zeros(1, 1, dtype=torch.int64))
 assert set(policies()) <= {os.SCHED_BATCH}, policies()
