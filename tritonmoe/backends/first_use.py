@@ -51,7 +51,8 @@ def _machine(device: torch.device) -> str | None:
     """Name what decides which code a kernel becomes; None where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    card = torch.cuda.get_device_name(device)
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # PyTorch's stubs don't know it
     triton = ".".join(map(str, TRITON_VERSION))
     return f"{card}, driver {driver}, triton {triton}, torch {torch.__version__}, tritonmoe {version('tritonmoe')}"
 
