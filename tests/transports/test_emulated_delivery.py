@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_emulation import QUICK_S, within
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import EmulatedWorld, LinkModel, Transport
@@ -131,6 +132,23 @@ def test_wait_waits() -> None:
             assert received.eq(received[:, :1]).all()
 
     run_on_emulated_ranks(fn, 2, link=LinkModel(None, 5_000))
+
+
+def test_rows_are_let_go_before_wait_returns() -> None:
+    """Whoever frees them then has their memory at once, whatever the thread that copied them does next."""
+
+    def fn(transport: Transport) -> int:
+        num_held = 0
+        for _ in range(300):
+            rows = torch.empty(2, 1000)
+            pending = transport.exchange(rows, [1, 1], [1, 1])
+            pending.wait()
+            storage = StorageWeakRef(rows.untyped_storage())
+            del rows
+            num_held += not storage.expired()
+        return num_held
+
+    assert run_on_emulated_ranks(fn, 2) == [0, 0]
 
 
 @pytest.mark.gpu

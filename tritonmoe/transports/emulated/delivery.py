@@ -159,6 +159,8 @@ class Delivery:
                 if failure is not None:
                     exchange.fail(TransportError(f"{failure} ({exchange.words})"))
                 exchange.finish_if_complete()
+            # Whoever waits goes on when the lock is free: the rows must not be held here any longer by then.
+            del exchange, sender, receiver, source, target
         return True
 
     def _note_ready(self) -> None:
