@@ -20,7 +20,7 @@ from tritonmoe.expert_parallel import split_call
 from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.transports import Death, Transport
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 """Errors must come long before it."""
 
 
