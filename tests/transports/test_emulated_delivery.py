@@ -1,5 +1,6 @@
 """When the rows of emulated ranks arrive: the link model in wall time, and rows that a device computes later."""
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -93,6 +94,25 @@ def test_latency_does_not_occupy_the_port() -> None:
         for times in run_on_emulated_ranks(lambda t: timed_exchanges(t, 3, 100), 2, link=link):
             for actual_s in times[:3]:
                 assert_about(actual_s, 0.020)
+
+    retry_on_a_busy_machine(check)
+
+
+def test_a_late_link_delays_its_own_messages_alone() -> None:
+    """Those from rank 0 to rank 1; both of these wait for them, and nobody else does."""
+
+    meeting = threading.Barrier(3, timeout=QUICK_S)
+
+    def fn(transport: Transport) -> float:
+        meeting.wait()
+        before = time.perf_counter()
+        transport.exchange(torch.ones(3, 1), [1, 1, 1], [1, 1, 1]).wait()
+        return time.perf_counter() - before
+
+    def check() -> None:
+        link = LinkModel(None, 20_000, late_links_us={(0, 1): 60_000})
+        for actual_s, expected_s in zip(run_on_emulated_ranks(fn, 3, link=link), (0.08, 0.08, 0.02), strict=True):
+            assert_about(actual_s, expected_s)
 
     retry_on_a_busy_machine(check)
 

@@ -211,6 +211,7 @@ def test_bad_arguments() -> None:
         ("bandwidth_gb_per_s must be a positive number", lambda: LinkModel(0)),
         ("bandwidth_gb_per_s must be .* got '50'", lambda: LinkModel("50")),  # type: ignore[arg-type]
         ("latency_us must be a finite number", lambda: LinkModel(None, float("nan"))),
+        ("late_links_us must say how many microseconds", lambda: LinkModel(None, late_links_us={(0, 1): -1.0})),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -107,7 +107,7 @@ class Delivery:
             start = max(start, self._link_is_free_at.get(ends, 0.0))
             self._link_is_free_at[ends] = start + link_s
         ports_s = link.transfer_s(sender.bytes_out, sender.rank), link.transfer_s(receiver.bytes_in, receiver.rank)
-        return start + max(link_s, *ports_s) + link.latency_us * 1e-6
+        return start + max(link_s, *ports_s) + link.message_s(*ends)
 
     def _wake(self) -> None:
         """Let the thread look at what has changed; it starts with the first such call."""
