@@ -14,7 +14,10 @@ from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import Attribution, attribute
+from tritonmoe.diagnosis.causes import causes_of
+from tritonmoe.diagnosis.costs import fit_costs
 from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.replay import conditions_of
 from tritonmoe.diagnosis.run_figures import figures_of
 from tritonmoe.diagnosis.verdict import as_text
 from tritonmoe.simulation.two_batches import simulate_two_batches
@@ -70,6 +73,26 @@ def test_a_link_whose_messages_come_late(tmp_path: Path) -> None:
     assert found.error == pytest.approx(0, abs=0.02), found.misfits
     assert [(one.kind, one.ranks) for one in found.findings] == [("late link", (2, 1)), ("latency", ())]
     assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+@pytest.mark.parametrize("waits", [(True, True), (True, False)], ids=["both ends wait", "the receiver waits"])
+def test_counts_that_come_over_a_late_link_are_no_fault_of_the_host(waits: tuple[bool, bool], tmp_path: Path) -> None:
+    late_s = 0.03
+    recording = read_recording(write_run(tmp_path, [Run(size=2, late_link=(1, 0, late_s))] * CALLS))
+    costs = fit_costs(recording.calls, recording)
+    of = conditions_of(recording.calls[-1], None, costs)
+    added_s = late_s * torch.tensor(waits, dtype=torch.float64)
+    late = replace(of, entries=tuple(replace(entry, counts_s=entry.counts_s + added_s) for entry in of.entries))
+    by_kind = {cause.kind: cause for cause in causes_of(recording.calls, costs)}
+    for before, counted, mended, by_host in zip(
+        of.entries,
+        late.entries,
+        by_kind["late link"].remove(late).entries,
+        by_kind["host overhead"].remove(late).entries,
+        strict=True,
+    ):
+        assert mended.counts_s.tolist() == pytest.approx(before.counts_s.tolist(), abs=1e-3)
+        assert by_host.counts_s.tolist() == pytest.approx(counted.counts_s.tolist(), abs=1e-3)
 
 
 def test_a_slow_link_is_not_late(tmp_path: Path) -> None:
@@ -135,8 +158,12 @@ def test_links_between_hosts_are_slower_than_those_inside(tmp_path: Path) -> Non
     assert float(found.costs.link.each.inside.out_s.median()) == pytest.approx(2e-8, rel=0.5)
 
 
-def test_contention_is_a_part_of_what_the_bytes_cost(tmp_path: Path) -> None:
-    run = Run(byte_s=6e-7, contention=0.5)
+@pytest.mark.parametrize(
+    "run",
+    [Run(byte_s=6e-7, contention=0.5), replace(TWO_LEVELS, byte_s=1e-6, contention=0.5)],
+    ids=["one level", "two levels"],
+)
+def test_contention_is_a_part_of_what_the_bytes_cost(run: Run, tmp_path: Path) -> None:
     found = diagnose(tmp_path, run)
     assert found.error == pytest.approx(0, abs=0.02), found.misfits
     (contention,) = (one for one in found.findings if one.kind == "exchange contention")
@@ -254,6 +281,40 @@ def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:
     found = diagnose(tmp_path, run)
     assert {(one.kind, one.ranks) for one in found.findings} == {("slow rank", (2,)), ("late rank", (1,))}
     assert found.together.seconds >= run.seconds() - healthy(run).seconds() - 1e-3
+
+
+def test_one_call_does_not_say_how_much_calls_differ(tmp_path: Path) -> None:
+    found = attribute(read_recording(write_run(tmp_path, [Run(slow_rank=(2, 1.6))])))
+    assert "note: how much calls differ is not known of so few (1): record 20" in as_text(found)
+
+
+def test_one_disturbed_call_of_another_plan_tells_no_costs(tmp_path: Path) -> None:
+    """Of two calls in one chunk one takes four times as long; neither has a fault that the others could have."""
+    run, quiet = Run(num_chunks=3), replace(Run(), num_chunks=1)
+    found = attribute(read_recording(write_run(tmp_path, [quiet] * 2 + [replace(quiet, pair_s=4e-4)] + [run] * 6)))
+    assert found.error == pytest.approx(0, abs=0.01), found.misfits
+    assert found.is_healthy
+    assert found.costs.link.contention == 0
+    assert found.costs.steps.unit_s["experts"] == pytest.approx(run.pair_s, rel=0.01)
+
+
+def test_chunks_that_differ_by_chance_occupy_ports_for_longer(tmp_path: Path) -> None:
+    """Of two chunks each is busy in another direction, so that a port takes 150 rows twice instead of 100."""
+    recording = read_recording(write_run(tmp_path, [Run(size=2, num_chunks=2)] * CALLS))
+    call = recording.calls[-1]
+    ranks = []
+    for rank, of in enumerate(call.ranks):
+        rows = {"dispatch": [150.0, 50.0], "combine": [50.0, 150.0]}
+        steps = [
+            replace(step, units=rows[step.step.kind][step.step.chunk ^ rank]) if step.step.kind in rows else step
+            for step in of.forward.steps
+        ]
+        ranks.append(replace(of, forward=replace(of.forward, steps=tuple(steps))))
+    costs = fit_costs(recording.calls, recording)
+    even, uneven = (conditions_of(one, None, costs).each_link for one in (call, replace(call, ranks=tuple(ranks))))
+    assert torch.equal(even.port_out_s, costs.link.each.port_out_s)
+    assert (uneven.port_out_s / even.port_out_s).tolist() == pytest.approx([1.5, 1.5])
+    assert (uneven.port_in_s / even.port_in_s).tolist() == pytest.approx([1.5, 1.5])
 
 
 def test_a_replay_that_is_off_explains_nothing(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ OUTLIER = 1.25
 """A call that takes so many times the median is an outlier ..."""
 KEPT_SHARE = 0.7
 """... unless fewer than these calls would be left: then it is what the run is like."""
+FEW_CALLS = 3
+"""Selections of fewer calls than that are too much alike to tell how certain a gain is."""
 WARM_UP_CALLS = 1
 """So many first calls of a layer are left out, where there are more than three times as many."""
 
@@ -178,6 +180,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         for (proposal, seconds), values in zip(promised, drawn_promises, strict=True)
     ]
     advice += [Advice(_mend(one), "", one.gain) for one in spoken if one.kind in _MENDING]
+    few = [f"how much calls differ is not known of so few ({len(calls)}): record 20"] if len(calls) < FEW_CALLS else []
     helps = [one for one in advice if one.gain.low_s > 0 and one.gain.seconds >= SMALLEST_ADVICE * measured]
     others = sorted((one for one in found if one not in spoken), key=lambda one: -one.gain.seconds)
     return Attribution(
@@ -193,7 +196,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
         together=_interval(together, drawn[-1]),
         misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
-        notes=(*recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
+        notes=(*few, *recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
 
 

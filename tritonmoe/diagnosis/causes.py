@@ -139,14 +139,27 @@ def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:
 def without_late_link(of: Conditions, i: int, k: int, excess_s: float) -> Conditions:
     latency_s = of.each_link.latency_s.clone()
     latency_s[i, k] -= excess_s
+    return _with_latencies(of, latency_s)
 
-    def sooner(counts_s: Tensor) -> Tensor:  # counts come over the same link
-        counts_s = counts_s.clone()
-        counts_s[k] = torch.maximum(counts_s[k] - excess_s, counts_s.min())
-        return counts_s
+
+def _with_latencies(of: Conditions, latency_s: Tensor) -> Conditions:
+    """Let a message of no bytes take (W, W) seconds; counts are such messages too."""
+    link = replace(of.link, each=replace(of.each_link, latency_s=latency_s))
+    before_s, after_s = _held_up_s(of.link), _held_up_s(link)
+
+    def sooner(counts_s: Tensor) -> Tensor:
+        # Of a sender some transports don't wait until its counts have come: then it has nothing to gain.
+        return torch.maximum(counts_s - (before_s - after_s), torch.minimum(counts_s, after_s))
 
     entries = tuple(replace(entry, counts_s=sooner(entry.counts_s)) for entry in of.entries)
-    return replace(of, link=replace(of.link, each=replace(of.each_link, latency_s=latency_s)), entries=entries)
+    return replace(of, link=link, entries=entries)
+
+
+def _held_up_s(link: LinkCosts) -> Tensor:
+    """Give how long (W,) each rank has to wait for what all send each other at once, be it ever so small."""
+    assert link.each is not None
+    latency_s = link.each.latency_s.clone().fill_diagonal_(0)
+    return torch.maximum(latency_s.amax(0), latency_s.amax(1))
 
 
 def without_slow_port(of: Conditions, rank: int) -> Conditions:
@@ -198,12 +211,8 @@ def without_bandwidth(of: Conditions) -> Conditions:
 
 
 def without_latency(of: Conditions) -> Conditions:
-    latency_s = of.link.latency_s
-    each = of.link.each
-    if each is not None:
-        each = replace(each, latency_s=torch.zeros_like(each.latency_s))
-    entries = tuple(replace(entry, counts_s=(entry.counts_s - latency_s).clamp(min=0)) for entry in of.entries)
-    return replace(of, link=replace(of.link, latency_s=0.0, each=each), entries=entries)
+    without = _with_latencies(of, torch.zeros_like(of.each_link.latency_s))
+    return replace(without, link=replace(without.link, latency_s=0.0))
 
 
 def without_chunk_overhead(of: Conditions) -> Conditions:
@@ -220,7 +229,7 @@ def without_host_overhead(of: Conditions) -> Conditions:
         return torch.zeros_like(values)
 
     def counted(values: Tensor) -> Tensor:
-        return values.clamp(max=of.link.latency_s)
+        return torch.minimum(values, _held_up_s(of.link))
 
     entries = tuple(
         replace(

@@ -20,6 +20,8 @@ from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, step_units
 
 __all__ = ["Costs", "fit_costs"]
 
+DISTURBED = 1.25
+"""Of two or three calls one whose step takes so many times as long as in the middle one tells no cost."""
 ROUNDS = 6
 """So often slowness of ranks and lines through their steps are fitted in turn."""
 SMALLEST_SLOWNESS = 1.05
@@ -51,8 +53,9 @@ class Costs:
 class _Sample:
     """One step of one rank: what it took in the mean of the calls in which it had so many units.
 
-    The longest of every eight are left out of the mean. Times have long tails, which the steps of a call share out
-    among themselves: the sum of their medians would be less than the median of their sums.
+    The longest of every eight are left out of the mean, of two or three those that are far longer than the middle one,
+    or the shorter one: one disturbed call would be half of what is known of a size. Times have long tails, which the
+    steps of a call share out among themselves: the sum of their medians would be less than the median of their sums.
     """
 
     kind: StepKind
@@ -82,10 +85,8 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
     }
     slowness = _slowness(by_kind, size)
     link, ratios, link_notes = fit_links(calls, recording)
-    # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them. On two
-    # levels the walk lets no experts lose speed.
-    is_told = ratios.are_told_apart and not recording.has_two_levels
-    contention = _contention(by_kind, slowness) if is_told else 0.0
+    # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them.
+    contention = _contention(by_kind, slowness) if ratios.are_told_apart else 0.0
     if contention:
         slowness = _slowness(by_kind, size, contention)
     lines = _lines(by_kind, slowness, contention)
@@ -133,7 +134,10 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
                 found.setdefault(key, []).append((step.units, _spent_s(step), beside_s))
     samples = []
     for (_, kind, _, rank, _), values in found.items():
-        kept = sorted(values, key=lambda value: value[1])[: len(values) - len(values) // 8]
+        ordered = sorted(values, key=lambda value: value[1])
+        limit = DISTURBED * ordered[(len(values) - 1) // 2][1]
+        few = [value for value in ordered if value[1] <= limit]
+        kept = few if len(values) < 4 else ordered[: len(values) - len(values) // 8]
         samples.append(_Sample(kind, rank, *map(statistics.mean, zip(*kept, strict=True))))
     return samples
 

@@ -112,17 +112,11 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
     for step in steps[0]:
         if step.kind is StepKind.REPLICA_BACKWARD:
             continue
-        if not all(step in of for of in steps):
-            raise ValueError(f"call {call.sequence}: not every rank has the step {step}")
         sent = _bytes_inside(call, step) if is_inside else _sent_bytes(call, step, [of[step].units for of in steps])
         sent_bytes.append(torch.where(is_sent, sent, 0.0))
         at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
         for rank, one in enumerate(ranks):
             peers, own = members(call, rank, is_inside, node_size), steps[rank][step]
-            if own.arrivals_s is not None and len(own.arrivals_s) != len(peers):
-                raise ValueError(
-                    f"call {call.sequence}: {step} has {len(own.arrivals_s)} arrivals of {len(peers)} ranks"
-                )
             for place, peer in enumerate(peers):
                 # Where a peer's moment is not known, all its rows were there at the end of the exchange.
                 moment = own.end_s if own.arrivals_s is None else own.arrivals_s[place]

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from tritonmoe.config.layer import is_integer, is_number
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
+from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.report import CallMarks
+from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.files import Json, check_regular, parse_json
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
@@ -39,6 +42,14 @@ __all__ = [
 FORMAT = "tritonmoe recording"
 SCHEMA = 1
 MAX_LINE_BYTES = 64 << 20
+MOST = 1 << 53
+"""No count and no moment is larger than the integers that a float holds exactly."""
+NEAR_S = 0.01
+"""By so little the times of a step may lie outside of their pass: a device's are of another clock than the host's."""
+SAME_CLOCK_S = 5.0
+"""By so little a rank may seem to have heard from another one before that spoke: it notes the time after it spoke."""
+ALIKE = ("transport", "node_size", "shares_link", "uses_rendezvous")
+"""What the headers of all ranks must say alike."""
 Value = TypeVar("Value")
 
 
@@ -238,9 +249,14 @@ def read_recording(path: Path) -> Recording:
         ValueError: a file is no recording or damaged, a rank is missing, ranks recorded different calls, or a clock
             went back; the message names the file, and the line where there is one. OSError: a file can't be read.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: give the one that record() has written")
     files = sorted(file for file in path.iterdir() if re.fullmatch(r"rank-\d{4,}\.jsonl", file.name))
     if not files:
-        raise ValueError(f"{path} has no recording: there is no file rank-0000.jsonl in it")
+        raise ValueError(
+            f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
+            "expert-parallel layer makes while record() lasts"
+        )
     notes: list[str] = []
     ranks = [_read_rank(file, notes) for file in files]
     size = ranks[0].size
@@ -249,6 +265,10 @@ def read_recording(path: Path) -> Recording:
             raise ValueError(f"{found.path} is of {found.size} ranks and {ranks[0].path} of {size}: two recordings")
         if found.path.name != file_name(found.rank):
             raise ValueError(f"{found.path} line 1: it is of rank {found.rank}, its name says another one")
+        for key in ALIKE:
+            here, there = found.header.get(key), ranks[0].header.get(key)
+            if here != there:
+                raise ValueError(f"{found.path} line 1: {key} is {here!r}, and {there!r} in {ranks[0].path}")
     missing = sorted(set(range(size)) - {found.rank for found in ranks})
     if missing:
         raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
@@ -279,15 +299,49 @@ class _Fields:
 
 
 def _integer(value: object) -> int:
-    if not is_integer(value):
+    if not is_integer(value) or abs(value) > MOST:
         raise ValueError(f"must be a whole number, got {value!r}")
     return value
 
 
+def _count(value: object) -> int:
+    if _integer(value) < 0:
+        raise ValueError(f"must not be negative, got {value!r}")
+    return _integer(value)
+
+
 def _number(value: object) -> float:
-    if not is_number(value):
+    if not is_number(value) or abs(value) > MOST:  # type: ignore[arg-type]
         raise ValueError(f"must be a finite number, got {value!r}")
     return float(value)  # type: ignore[arg-type]
+
+
+def _amount(value: object) -> float:
+    if _number(value) < 0:
+        raise ValueError(f"must not be negative, got {value!r}")
+    return _number(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be words, got {value!r}")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {value!r}")
+    return value
+
+
+HEADER: dict[str, Callable[[object], object]] = {
+    "host": _text,
+    "transport": _text,
+    "shares_link": _flag,
+    "uses_rendezvous": _flag,
+    "wall_clock": _number,
+    "perf_counter": _number,
+}
 
 
 def _optional(convert: Callable[[object], Value]) -> Callable[[object], Value | None]:
@@ -356,10 +410,8 @@ def _read_rank(path: Path, notes: list[str]) -> _RankFile:
     rank, size = header.take("rank", _integer), header.take("size", _integer)
     if not 0 <= rank < size:
         raise ValueError(f"{path} line 1: rank must lie in 0..{size - 1}, got {rank}")
-    for key, convert in (("host", str), ("transport", str), ("shares_link", bool), ("wall_clock", _number)):
+    for key, convert in HEADER.items():
         header.take(key, convert)
-    header.take("uses_rendezvous", bool)
-    header.take("perf_counter", _number)
     node_size = None if header.values.get("node_size") is None else header.take("node_size", _integer)
     if node_size is not None and not (1 < node_size < size and size % node_size == 0):
         raise ValueError(f"{path} line 1: node_size must make two or more nodes of {size} ranks, got {node_size}")
@@ -370,8 +422,8 @@ def _read_rank(path: Path, notes: list[str]) -> _RankFile:
         sequence = fields.take("call", _integer)
         found.calls[sequence] = read = _read_call(fields, size, node_size)  # a call that ran twice: the second one
         for layer_pass in read.call.passes:
-            moments = [layer_pass.entered, layer_pass.origin, layer_pass.end]
-            if moments != sorted(moments):
+            moments = [*(layer_pass.marks or ()), layer_pass.origin, layer_pass.end]
+            if any(later < earlier - NEAR_S for earlier, later in pairwise(moments)):
                 raise ValueError(f"{fields.where}: the clock went back: {moments}")
         if read.call.forward.entered < latest - 3600:
             raise ValueError(f"{fields.where}: the clock went back, to {read.call.forward.entered} from {latest}")
@@ -383,10 +435,7 @@ def _parse(line: bytes, path: Path, number: int) -> _Fields:
     where = f"{path} line {number}"
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"{where}: it has {len(line)} bytes, and no call needs more than {MAX_LINE_BYTES}")
-    try:
-        return _Fields(parse_json(line, path), where)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return _Fields(parse_json(line, where), where)
 
 
 def _read_call(fields: _Fields, size: int, node_size: int | None) -> _CallLine:
@@ -394,22 +443,23 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> _CallLine:
     sizes = fields.inside("sizes")
     agreed = (
         fields.take("layer", _integer),
-        fields.take("recomputed", bool),
+        fields.take("recomputed", _flag),
         fields.take("half", _integer),
         fields.take("plan", _plan),
-        fields.take("row_bytes", _integer),
-        fields.take("other_row_bytes", _integer),
-        fields.take("top_k", _integer),
-        {name: sizes.take(name, _integer) for name in names},
+        fields.take("row_bytes", _count),
+        fields.take("other_row_bytes", _count),
+        fields.take("top_k", _count),
+        {name: sizes.take(name, _count) for name in names},
     )
+    plan = agreed[3]
     backward = fields.take("backward", lambda value: value)
     call = RankCall(
-        fields.take("rows", _tuple_of(_integer, size)),
-        fields.take("pairs", _tuple_of(_integer, size)),
-        fields.take("pairs_per_expert", _tuple_of(_integer)),
-        _read_pass(fields.inside("forward"), node_size is not None),
-        None if backward is None else _read_pass(fields.inside("backward"), node_size is not None),
-        None if node_size is None else fields.take("rows_to_nodes", _tuple_of(_integer, size // node_size)),
+        fields.take("rows", _tuple_of(_count, size)),
+        fields.take("pairs", _tuple_of(_count, size)),
+        fields.take("pairs_per_expert", _tuple_of(_count)),
+        _read_pass(fields.inside("forward"), plan, size, node_size),
+        None if backward is None else _read_pass(fields.inside("backward"), plan, size, node_size),
+        None if node_size is None else fields.take("rows_to_nodes", _tuple_of(_count, size // node_size)),
     )
     for node, rows in enumerate(call.rows_to_nodes or ()):
         assert node_size is not None
@@ -419,30 +469,48 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> _CallLine:
     return _CallLine(fields.where, agreed, call)
 
 
-def _read_pass(fields: _Fields, has_two_levels: bool) -> RecordedPass:
-    def step(values: object) -> RecordedStep:
+def _read_pass(fields: _Fields, plan: OverlapPlan, size: int, node_size: int | None) -> RecordedPass:
+    total_s = fields.take("total_s", _amount)
+
+    def step(values: object, num_peers: int) -> RecordedStep:
         of = _Fields(values, "a step")
-        return RecordedStep(
+        found = RecordedStep(
             Step(of.take("kind", _kind), of.take("chunk", _optional(_integer))),
             start_s=of.take("start_s", _number),
             end_s=of.take("end_s", _number),
-            wait_s=of.take("wait_s", _number),
-            post_s=of.take("post_s", _number),
-            units=of.take("units", _number),
-            arrivals_s=of.take("arrivals_s", _optional(_tuple_of(_optional(_number)))),
+            wait_s=of.take("wait_s", _amount),
+            post_s=of.take("post_s", _amount),
+            units=of.take("units", _amount),
+            arrivals_s=of.take("arrivals_s", _optional(_tuple_of(_optional(_number), num_peers))),
         )
+        arrivals_s = [at for at in found.arrivals_s or () if at is not None]
+        moments = [found.start_s, found.start_s + found.post_s, found.end_s, found.wait_s, *arrivals_s]
+        is_inside = min(moments) >= -NEAR_S and max(moments) <= total_s + NEAR_S
+        if not is_inside or found.end_s < found.start_s - NEAR_S:
+            raise ValueError(f"{found.step}: these are no times of a pass that takes {total_s} s: {moments}")
+        return found
 
     def marks(values: object) -> CallMarks:
         of = _Fields(values, "marks")
         return CallMarks(*(of.take(name, _number) for name in CallMarks._fields))
 
-    return RecordedPass(
-        fields.take("marks", _optional(marks)),
-        fields.take("origin", _number),
-        fields.take("total_s", _number),
-        fields.take("steps", _tuple_of(step)),
-        fields.take("steps_inside", _tuple_of(step)) if has_two_levels else (),
-    )
+    num_peers = size if node_size is None else size // node_size
+    steps = fields.take("steps", _tuple_of(lambda values: step(values, num_peers)))
+    inside: tuple[RecordedStep, ...] = ()
+    schedule = schedule_of(plan, [one.step.kind for one in steps])
+    if node_size is not None:
+        inside = fields.take("steps_inside", _tuple_of(lambda values: step(values, node_size)))
+        _check_steps(inside, inside_of(schedule), f"{fields.where}: steps_inside")
+    _check_steps(steps, schedule, f"{fields.where}: steps")
+    return RecordedPass(fields.take("marks", _optional(marks)), fields.take("origin", _number), total_s, steps, inside)
+
+
+def _check_steps(steps: Sequence[RecordedStep], schedule: Schedule, where: str) -> None:
+    """Raise ValueError unless a pass has the steps of its plan's schedule, each once."""
+    found, expected = ([(step.kind, step.chunk) for step in of] for of in ([one.step for one in steps], schedule))
+    if found != expected:
+        there, due = (", ".join(str(Step(*one)) for one in of) for of in (found, expected))
+        raise ValueError(f"{where}: the plan has the steps {due}, and here are {there}")
 
 
 def _align_clocks(ranks: Sequence[_RankFile], notes: list[str]) -> None:
@@ -495,5 +563,30 @@ def _join_calls(ranks: Sequence[_RankFile], notes: list[str]) -> tuple[RecordedC
                     f"{line.where}: call {sequence} is not the one of {lines[0].where}: {line.agreed} there and "
                     f"{lines[0].agreed} here"
                 )
+            both = zip(_exchanges(line.call), _exchanges(lines[0].call), strict=False)
+            if any(here != there for here, there in both):
+                raise ValueError(f"{line.where}: call {sequence} has other exchanges than at {lines[0].where}")
+        _check_clocks(lines)
         joined.append(RecordedCall(sequence, *lines[0].agreed, tuple(line.call for line in lines)))
     return tuple(joined)
+
+
+def _check_clocks(lines: Sequence[_CallLine]) -> None:
+    """Raise ValueError where a rank has heard from all before one of them spoke, by their times: these are no one's."""
+    for passes in zip(*(line.call.passes for line in lines), strict=False):
+        marks = [one.marks for one in passes if one.marks is not None]
+        if len(marks) < len(lines):
+            continue
+        last = max(range(len(lines)), key=lambda rank: marks[rank].counts_posted)
+        first = min(range(len(lines)), key=lambda rank: marks[rank].counts_left)
+        early_s = marks[last].counts_posted - marks[first].counts_left
+        if early_s > SAME_CLOCK_S:
+            raise ValueError(
+                f"{lines[first].where}: this rank has heard from all {early_s:.1f} s before the one of "
+                f"{lines[last].where} sent its counts: a clock has jumped, or these are files of two runs"
+            )
+
+
+def _exchanges(call: RankCall) -> list[list[Step]]:
+    """Give the exchanges of each pass, which are matched by their order."""
+    return [[step.step for step in one.steps if step.step.lane == "comm"] for one in call.passes]

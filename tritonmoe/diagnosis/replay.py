@@ -14,7 +14,8 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.diagnosis.schedules import schedule_of
+from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate
@@ -210,13 +211,38 @@ def conditions_of(call: RecordedCall, before: RecordedCall | None, costs: Costs)
     schedules, entries = [], []
     for passes in call.by_pass:
         entries.append(_entry_of(passes, ended))
-        schedules.append(_schedule_of(call.plan, passes[0]))
+        schedules.append(schedule_of(call.plan, [step.step.kind for step in passes[0].steps]))
         ended = passes
     to_nodes = call.rows_to_nodes
+    link = _with_uneven_chunks(costs.link, call)
     return Conditions(
-        *(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, costs.link, costs.gap_s),
+        *(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, link, costs.gap_s),
         nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
     )
+
+
+def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
+    """Give the link with ports that are occupied for as long as by the call's own chunks.
+
+    The walk gives every chunk exactly its share of the rows. Of real ones, which differ by chance, the busier way of a
+    port decides, in every exchange anew: ways of 54 and 48 rows, then of 48 and 54, take what 108 take.
+    """
+    if call.plan.chunk_by != "tokens" or link.each is None:
+        return link
+
+    def rows(kind: StepKind) -> Tensor:
+        """Give (C, W): the rows of every chunk that each rank sends."""
+        of_ranks = [[step.units for step in of.forward.steps if step.step.kind is kind] for of in call.ranks]
+        return torch.tensor(of_ranks, dtype=torch.float64, device="cpu").T
+
+    sent, returned = rows(StepKind.DISPATCH), rows(StepKind.COMBINE)
+    times = torch.maximum(sent, returned).sum(0) / torch.maximum(sent.sum(0), returned.sum(0)).clamp(min=1)
+    each, inside = link.each, link.each.inside
+    times = times.clamp(min=1)  # of a rank without rows
+    if inside is not None:
+        inside = replace(inside, out_s=inside.out_s * times, in_s=inside.in_s * times)
+    each = replace(each, port_out_s=each.port_out_s * times, port_in_s=each.port_in_s * times, inside=inside)
+    return replace(link, each=each)
 
 
 def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | None) -> Entry:
@@ -255,20 +281,4 @@ def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:
 
 def _like(schedule: Schedule, plan: OverlapPlan) -> Schedule:
     """Give the schedule of another plan for the same pass, with as much needed of it."""
-    return _schedule(plan, [step.kind for step in schedule])
-
-
-def _schedule_of(plan: OverlapPlan, one: RecordedPass) -> Schedule:
-    return _schedule(plan, [step.step.kind for step in one.steps])
-
-
-def _schedule(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
-    """Give the schedule of a pass that has steps of these kinds."""
-    if StepKind.METADATA in kinds:
-        return build_forward(plan, kinds.count(StepKind.FILLER))
-    return build_backward(
-        plan,
-        needs_x=StepKind.DISPATCH_BACKWARD in kinds,
-        needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
-        sums_replicas=StepKind.REPLICA_BACKWARD in kinds,
-    )
+    return schedule_of(plan, [step.kind for step in schedule])

@@ -86,8 +86,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return parse_json(file.read(), path)
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """Give what JSON of unknown origin says, `path` being where it comes from.
+def parse_json(text: bytes, where: Path | str) -> Any:
+    """Give what JSON of unknown origin says, `where` being the file that it comes from, and the line, say.
 
     Raises:
         ValueError: it is no JSON, or is what Python would take and no reader expects: a key that stands twice in an
@@ -97,23 +97,23 @@ def parse_json(text: bytes, path: Path) -> Any:
     try:
         found = json.loads(text, object_pairs_hook=_as_object, parse_int=_as_integer)
     except RecursionError:
-        raise ValueError(f"{path} is damaged: it nests deeper than {MAX_DEPTH}") from None
+        raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or half written: {error}") from error
+        raise ValueError(f"{where} is damaged or half written: {error}") from error
     unseen: list[tuple[str, int, object]] = [("", 1, found)]
     while unseen:
         key, depth, value = unseen.pop()
         if isinstance(value, dict | list):
             if depth > MAX_DEPTH:
-                raise ValueError(f"{path} is damaged: it nests deeper than {MAX_DEPTH}, at {key[:99]}")
+                raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}, at {key[:99]}")
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for name, inside in items:
                 if not isinstance(inside, str):
                     unseen.append((f"{key}[{name!r}]", depth + 1, inside))
         elif isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{path} is damaged: {key} is NaN")
+            raise ValueError(f"{where} is damaged: {key} is NaN")
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{path} is damaged: {key} is an integer of more than 64 bits")
+            raise ValueError(f"{where} is damaged: {key} is an integer of more than 64 bits")
     return found
 
 

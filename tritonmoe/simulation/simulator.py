@@ -144,7 +144,7 @@ class WalkedPass:
                 steps[earlier] = replace(steps[earlier], end_s=arrival, wait_s=wait_s, arrivals_s=messages)
         start = walk.now
         if walk.levels is not None and (inside := build_inside(step, needs_x=self._needs_x)):
-            done = _walk_inside(inside, walk.levels, walk.levels.inside(walk.plan, step.chunk), walk.costs, start)
+            done = _walk_inside(inside, walk, walk.levels, walk.levels.inside(walk.plan, step.chunk))
             walk.now = done[-1].end_s
             steps.append(SimulatedStep(step, start, walk.now, done))
             return
@@ -182,23 +182,24 @@ def simulate(
     return Simulation(walked.steps, walk.now)
 
 
-def _walk_inside(
-    schedule: Schedule, levels: TwoLevelWork, work: LayerWork, costs: StepCosts, start: Tensor
-) -> list[SimulatedStep]:
-    """Give the times of the steps inside nodes, which start at (W,) `start`; every exchange is waited for at once.
+def _walk_inside(schedule: Schedule, walk: Walk, levels: TwoLevelWork, work: LayerWork) -> list[SimulatedStep]:
+    """Give the times of the steps inside nodes, from where the walk is; every exchange is waited for at once.
 
-    A step inside a node costs what its twin between nodes does. work: what is sent and computed inside the nodes.
+    A step inside a node costs what its twin between nodes does, and is as slow as that beside exchanges between nodes.
+    work: what is sent and computed inside the nodes.
     """
     sizes = [[of] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
     ports = Ports(work, levels.link, levels.node_of_rank)
-    now, steps = start, []
+    now, steps = walk.now, []
     for position, step in enumerate(schedule):
         begun = now
         between_nodes = Step(step.kind.twin, None)
-        now = now + costs.on_ranks(between_nodes.kind, step_units(between_nodes, 0, *sizes))
+        seconds = walk.costs.on_ranks(between_nodes.kind, step_units(between_nodes, 0, *sizes))
         if step.lane == "compute":
+            now = now + walk.ports.beside(now, seconds)
             steps.append(SimulatedStep(step, begun, now))
             continue
+        now = now + seconds
         ports.post(position, now, work.bytes_per_row(between_nodes.kind), between_nodes.kind.way)
         posted, now = now, torch.maximum(now, ports.arrival(position))
         messages = ports.messages.get(position)

@@ -1,0 +1,27 @@
+"""schedule_of: which schedule a recorded pass ran, as its plan and the kinds of its steps tell."""
+
+from collections.abc import Sequence
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
+from tritonmoe.overlap.steps import StepKind
+
+__all__ = ["inside_of", "schedule_of"]
+
+
+def schedule_of(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
+    """Give the schedule of a pass that has steps of these kinds."""
+    if StepKind.METADATA in kinds:
+        return build_forward(plan, kinds.count(StepKind.FILLER))
+    return build_backward(
+        plan,
+        needs_x=StepKind.DISPATCH_BACKWARD in kinds,
+        needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
+        sums_replicas=StepKind.REPLICA_BACKWARD in kinds,
+    )
+
+
+def inside_of(schedule: Schedule) -> Schedule:
+    """Give what the steps of a pass on two levels do inside a node, in their order."""
+    needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
+    return tuple(inside for step in schedule for inside in build_inside(step, needs_x=needs_x))
