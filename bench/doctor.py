@@ -6,7 +6,8 @@ experts sleep for so long a pair, so that ranks which share cores don't disturb 
 --netns W runs them on W processes in network namespaces, --emulated N on emulated ranks and links. --synthetic N
 measures nothing: the simulator makes the recordings, with noise, and says what would be measured; that tells what the
 method can do, and whether it was broken. --keep DIR keeps what was recorded and measured, and --judge DIR reads it
-again, so that another version of the doctor can be tried on the same runs.
+again, so that another version of the doctor can be tried on the same runs. What is kept in DIR already is not run
+again, so that a campaign can be ended at any time and gone on with.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,21 +39,34 @@ from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.causes import CauseKind
 from tritonmoe.diagnosis.recorder import record
 from tritonmoe.diagnosis.recording import read_recording
-from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.two_level import GroupView
 
-__all__ = ["Scenario", "draw_scenario", "main", "run_emulated", "run_synthetic"]
+__all__ = [
+    "Scenario",
+    "begin",
+    "draw_scenario",
+    "judge_kept",
+    "keep_and_judge",
+    "main",
+    "run_emulated",
+    "run_synthetic",
+]
 
 HIDDEN_SIZE, NETNS_HIDDEN_SIZE = 64, 1024
 """D. A real link is fast for the first 128 KB, tc's burst, so its messages must be larger."""
 NETNS_TIMES = 2.0
 """The experts take so many times as long there: what a chunk costs a real process by itself, 3 ms forward and backward,
 would else be a tenth of a healthy call, and a finding."""
-EMULATED_TIMES = 2.0
-"""And on emulated ranks, whose Python code takes turns."""
+EMULATED_TIMES = 3.0
+"""And on emulated ranks, whose Python code takes turns and whose sleeps end up to a millisecond late: a twentieth of
+chunks of 20 ms, which stays when the cause is gone."""
+TOKENS, EMULATED_TOKENS = (256, 384, 512), (1024, 1536, 2048)
+"""T. Of few tokens the fullest rank gets some 5 % more than the mean by chance, which stays without the imbalance; the
+rows of real links are long, so that few make a large message."""
 NUM_EXPERTS, TOP_K = 8, 2
 WARM_UP = 3
 """So many calls run in one chunk before the others, as the first ones of num_chunks="auto" do."""
@@ -62,17 +77,21 @@ WHERE = {
     "netns": "processes in network namespaces, gloo, links shaped by tc",
 }
 START_RATE = 1e9
-NETNS_TIMEOUT_S = 120.0
+TIMEOUT_S = 120.0
 MEASURED = "measured.json"
 """The file beside a kept recording with its scenario, and the seconds of the calls of every variant."""
 NOT_DRAWN = ("exchange contention", "late link", "expert compute")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
+"""Of network namespaces: tc's buckets have no latency, and experts that sleep are not slowed by exchanges."""
+EMULATED_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "late link")
 SYNTHETIC_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "exchange contention", "late link")
-"""Experts that sleep are not slowed by exchanges, and no link here has a latency of its own: the simulator's have."""
 HEALTHY_SHARE = 0.3
 TWO_SHARE = 0.2
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
 """What a cause must cost to be asked for first, and to be asked for at all."""
+STEADY = 0.10
+"""Where calls of one kind differ by more, from quartile to quartile over their median, something else ran on the
+machine: what the cause costs isn't known well enough then to say whether a gain is within 15 % of it."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +121,18 @@ class Scenario:
         return self.amounts[kind] if kind in self.causes and rank in self.culprits[kind] else without
 
     def link(self) -> LinkModel:
-        slow_links, slow_ports = {}, {}
+        slow_links, slow_ports, late_links_us = {}, {}, {}
         if "slow link" in self.causes:
             sender, receiver = self.culprits["slow link"]
             slow_links[sender, receiver] = self.amounts["slow link"]
+        if "late link" in self.causes:
+            sender, receiver = self.culprits["late link"]
+            late_links_us[sender, receiver] = 1e6 * self.amounts["late link"]
         if "slow port" in self.causes:
             slow_ports[self.culprits["slow port"][0]] = self.amounts["slow port"]
         rate = self.rate / (self.amounts["bandwidth"] if "bandwidth" in self.causes else 1.0)
         latency_s = self.amounts["latency"] if "latency" in self.causes else self.latency_s
-        return LinkModel(rate, 1e6 * latency_s, slow_ports, slow_links)
+        return LinkModel(rate, 1e6 * latency_s, slow_ports, slow_links, late_links_us)
 
     def ids(self, rank: int) -> Tensor:
         """Give (T, K) ids, uniform but for the hot expert."""
@@ -135,13 +157,15 @@ def draw_scenario(
     hidden_size: int = HIDDEN_SIZE,
     times: float = 1.0,
     drawn: Sequence[CauseKind] = CAUSES,
+    tokens: Sequence[int] = TOKENS,
 ) -> Scenario:
     """Draw a scenario; without causes the experts take so much longer than the exchanges that these are hidden.
 
     times: how many times as long they take as otherwise, and the exchanges with them. drawn: the possible causes.
+    tokens: the possible numbers of them on a rank.
     """
     draw = random.Random(number)
-    size, num_tokens = draw.choice(sizes), draw.choice((256, 384, 512))
+    size, num_tokens = draw.choice(sizes), draw.choice(tokens)
     compute_s = times * draw.uniform(0.06, 0.14)
     pair_s = compute_s / (num_tokens * TOP_K)
     bytes_out = num_tokens * TOP_K * (1 - 1 / size) * 4 * hidden_size
@@ -229,9 +253,9 @@ class _Layer:
         self.ids = scenario.ids(rank)
         self.weights = torch.rand(self.ids.shape, generator=generator)
 
-    def seconds(self) -> float:
-        """Give how long a call takes on this rank, all ranks starting together."""
-        self.transport._world.barrier()
+    def seconds(self, meet: Callable[[], object]) -> float:
+        """Give how long a call takes on this rank; all ranks start together, as they come from `meet`."""
+        meet()
         started = time.perf_counter()
         time.sleep(self.late_s)
         self.layer(self.x, self.ids, self.weights).sum().backward()
@@ -252,12 +276,15 @@ def variants_of(scenario: Scenario) -> dict[str, Scenario]:
 def run_emulated(scenario: Scenario, calls: int, folder: Path) -> dict[str, list[float]]:
     """Give the slowest rank's seconds of calls of every variant; those with the causes are recorded into `folder`."""
 
+    # Over the link itself ranks would meet late, by its latency, and some of them by that of the link before.
+    meeting = threading.Barrier(scenario.size, timeout=TIMEOUT_S)
+
     def on_rank(transport: Transport) -> dict[str, list[float]]:
         assert isinstance(transport, EmulatedTransport)
-        return run_rank(transport, scenario, calls, lambda of: transport.world.set_link(of.link()))
+        return run_rank(transport, scenario, calls, lambda of: transport.world.set_link(of.link()), meeting.wait)
 
     with record(folder):  # the first transport's calls, those with the causes, are in the folder itself
-        ranks = run_on_emulated_ranks(on_rank, scenario.size, link=scenario.link(), timeout_s=120)
+        ranks = run_on_emulated_ranks(on_rank, scenario.size, link=scenario.link(), timeout_s=TIMEOUT_S)
     return slowest_of(ranks)
 
 
@@ -267,19 +294,27 @@ def slowest_of(ranks: Sequence[dict[str, list[float]]]) -> dict[str, list[float]
 
 
 def run_rank(
-    transport: Transport, scenario: Scenario, calls: int, set_link: Callable[[Scenario], None]
+    transport: Transport,
+    scenario: Scenario,
+    calls: int,
+    set_link: Callable[[Scenario], None],
+    meet: Callable[[], object],
 ) -> dict[str, list[float]]:
-    """Give this rank's seconds of calls of every variant, which take turns; set_link is called on rank 0."""
+    """Give this rank's seconds of calls of every variant, which take turns.
+
+    set_link: called on rank 0.
+    meet: returns on all ranks together.
+    """
     variants = variants_of(scenario)
     layers = {name: _Layer(transport, variant) for name, variant in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(WARM_UP + calls):
         for name, layer in layers.items():
-            transport.barrier()
+            meet()
             if transport.rank == 0:
                 set_link(variants[name])
             layer.layer.overlap = tm.OverlapConfig(1 if number < WARM_UP else scenario.num_chunks)
-            elapsed = layer.seconds()
+            elapsed = layer.seconds(meet)
             if number >= WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
@@ -289,43 +324,53 @@ def run_in_namespaces(arguments: argparse.Namespace, argv: Sequence[str]) -> int
     """Start the ranks in network namespaces; they run this program again."""
     command = [sys.executable, "-m", "bench.doctor", *argv]
     with Namespaces(command, arguments.netns, START_RATE) as namespaces:
-        return namespaces.run(NETNS_TIMEOUT_S)
+        return namespaces.run(TIMEOUT_S)
 
 
 def run_netns_rank(arguments: argparse.Namespace) -> list[Json]:
     """Run every scenario on this rank of the namespaces; rank 0 gives the results."""
     results = []
-    with torchrun_ranks(timeout_s=NETNS_TIMEOUT_S) as transport:
+    with torchrun_ranks(timeout_s=TIMEOUT_S) as transport:
         for number in range(arguments.seed, arguments.seed + arguments.scenarios):
             scenario = draw_scenario(number, (transport.size,), NETNS_HIDDEN_SIZE, NETNS_TIMES)
             if "latency" in scenario.causes:  # tc's bucket has none of its own
                 continue
-            (parent,) = set(gather(transport, str(_kept(arguments.keep)) if transport.rank == 0 else None)) - {None}
-            folder = Path(parent) / f"{scenario.seed}-{scenario.size}"
+            begun = str(begin(arguments.keep, scenario)) if transport.rank == 0 else None
+            (name,) = set(gather(transport, begun)) - {None}
+            folder = Path(name)
+            if (folder / MEASURED).exists():
+                results += [judge_kept(folder)] if transport.rank == 0 else []
+                continue
             with record(folder):
-                seconds = run_rank(transport, scenario, arguments.calls, _shape)
+                seconds = run_rank(transport, scenario, arguments.calls, _shape, transport.barrier)
             ranks = gather(transport, seconds)
             if transport.rank == 0:
-                results.append(_keep_and_judge(folder, "netns", scenario, slowest_of(ranks)))
+                results.append(keep_and_judge(folder, "netns", scenario, slowest_of(ranks)))
                 if arguments.keep is None:
-                    shutil.rmtree(parent)
+                    shutil.rmtree(folder.parent)
     return results
 
 
-def _keep_and_judge(folder: Path, where: str, scenario: Scenario, seconds: dict[str, list[float]]) -> Json:
+def keep_and_judge(folder: Path, where: str, scenario: Scenario, seconds: dict[str, list[float]]) -> Json:
     """Write what was measured beside the recording in a folder, and judge both."""
     kept = {"where": where, "scenario": asdict(scenario), "seconds": seconds}
-    (folder / MEASURED).write_text(json.dumps(kept))
+    write_whole(folder / MEASURED, json.dumps(kept), "measurement")
     return judge_kept(folder)
 
 
-def _kept(keep: str | None) -> Path:
-    """Give the folder of all recordings, a new temporary one where they are not kept."""
-    return Path(tempfile.mkdtemp() if keep is None else keep).absolute()
+def begin(keep: str | None, scenario: Scenario) -> Path:
+    """Give the folder of a scenario in that of all, a new temporary one where they are not kept.
+
+    What a run has left there that was ended before it had measured the scenario is removed.
+    """
+    folder = Path(tempfile.mkdtemp() if keep is None else keep).absolute() / f"{scenario.seed}-{scenario.size}"
+    if not (folder / MEASURED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def judge_kept(folder: Path) -> Json:
-    """Judge what _keep_and_judge left in a folder."""
+    """Judge what keep_and_judge left in a folder."""
     kept = json.loads((folder / MEASURED).read_text())
     culprits = {cause: tuple(ranks) for cause, ranks in kept["scenario"]["culprits"].items()}
     scenario = Scenario(**{**kept["scenario"], "causes": tuple(kept["scenario"]["causes"]), "culprits": culprits})
@@ -400,6 +445,7 @@ def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attributio
         "culprits": {cause: list(ranks) for cause, ranks in scenario.culprits.items()},
         "amounts": scenario.amounts,
         "step_ms": round(1e3 * step_s, 2),
+        "spread": round(max(map(_spread, seconds.values())), 4),
         "recorded_ms": round(1e3 * found.measured_s, 2),
         "replay_error": round(found.error, 4),
         "true_share": {cause: round(gain / step_s, 4) for cause, gain in true_s.items()},
@@ -418,6 +464,14 @@ def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attributio
     }
 
 
+def _spread(seconds: Sequence[float]) -> float:
+    """Give from quartile to quartile of calls, over their median."""
+    if len(seconds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / middle
+
+
 def summarize(results: Sequence[Json]) -> Json:
     """Give the figures of all scenarios; None where no scenario has any."""
 
@@ -433,7 +487,7 @@ def summarize(results: Sequence[Json]) -> Json:
         abs(r["predicted_share"][cause] / true - 1)
         for r in results
         for cause, true in r["true_share"].items()
-        if true >= SMALL_SHARE
+        if true >= SMALL_SHARE and r["spread"] <= STEADY
     ]
     errors = sorted(abs(r["replay_error"]) for r in results)
     return {
@@ -447,6 +501,8 @@ def summarize(results: Sequence[Json]) -> Json:
         "culprit right": share([right for r in results for right in r["culprits_right"].values()]),
         "two causes: both said": share([r["all_said"] for r in two]),
         "two causes: number": len(two),
+        "not steady: number": sum(r["spread"] > STEADY for r in results),
+        "gain: number": len(gains),
         "gain within 15 %": share([gain <= 0.15 for gain in gains]),
         "gain: median error": round(statistics.median(gains), 3) if gains else None,
         "replay: median error": round(statistics.median(errors), 3) if errors else None,
@@ -457,16 +513,18 @@ def summarize(results: Sequence[Json]) -> Json:
 def run_here(where: str, arguments: argparse.Namespace) -> list[Json]:
     """Run every scenario in this process, emulated or synthetic."""
     is_emulated = where == "emulated"
-    run, times, drawn = (
-        (run_emulated, EMULATED_TIMES, CAUSES) if is_emulated else (run_synthetic, 1.0, SYNTHETIC_CAUSES)
-    )
+    run, drawn = (run_emulated, EMULATED_CAUSES) if is_emulated else (run_synthetic, SYNTHETIC_CAUSES)
+    times, tokens = (EMULATED_TIMES, EMULATED_TOKENS) if is_emulated else (1.0, TOKENS)
     results = []
     for number in range(arguments.seed, arguments.seed + (arguments.emulated or arguments.synthetic)):
-        scenario, parent = draw_scenario(number, times=times, drawn=drawn), _kept(arguments.keep)
-        folder = parent / f"{scenario.seed}-{scenario.size}"
-        results.append(_keep_and_judge(folder, where, scenario, run(scenario, arguments.calls, folder)))
+        scenario = draw_scenario(number, times=times, drawn=drawn, tokens=tokens)
+        folder = begin(arguments.keep, scenario)
+        if (folder / MEASURED).exists():
+            results.append(judge_kept(folder))
+            continue
+        results.append(keep_and_judge(folder, where, scenario, run(scenario, arguments.calls, folder)))
         if arguments.keep is None:
-            shutil.rmtree(parent)
+            shutil.rmtree(folder.parent)
     return results
 
 

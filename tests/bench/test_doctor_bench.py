@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_what_is_kept_is_judged_as_it_was(tmp_path: Path) -> None:
     first, again = (json.loads((tmp_path / name).read_text())["results"] for name in ("run.json", "again.json"))
     assert first == again
     assert first["scenarios"][0]["is_first"]
+
+
+def test_a_late_link_of_emulated_ranks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The counts are late too: that is no fault of the host. A run that is gone on with measures nothing again."""
+    plain = doctor.Scenario(0, 2, 256, 2, pair_s=4e-5, fixed_s=5e-4, rate=0.02, latency_s=2e-4)
+    late = replace(plain, causes=("late link",), culprits={"late link": (1, 0)}, amounts={"late link": 0.03})
+    (tmp_path / "0-2").mkdir()
+    (tmp_path / "0-2" / "rank-0000.jsonl").write_text("of a run that was ended")
+    folder = doctor.begin(str(tmp_path), late)
+    judged = doctor.keep_and_judge(folder, "emulated", late, doctor.run_emulated(late, 3, folder))
+    assert judged["said"][0][:2] == ("late link", [1, 0])
+    assert not any(kind == "host overhead" for kind, *_ in judged["said"])
+    assert (doctor.begin(str(tmp_path), late) / doctor.MEASURED).exists()
 
 
 def test_a_healthy_scenario_has_nothing_to_leave_out() -> None:
