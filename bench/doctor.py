@@ -37,8 +37,8 @@ from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.causes import CauseKind
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.recorder import record
-from tritonmoe.diagnosis.recording import read_recording
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks

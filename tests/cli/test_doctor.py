@@ -9,7 +9,7 @@ import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.cli import main
 from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 
 
 @pytest.fixture

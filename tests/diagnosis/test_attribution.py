@@ -16,7 +16,7 @@ from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.causes import causes_of
 from tritonmoe.diagnosis.costs import fit_costs
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.replay import conditions_of
 from tritonmoe.diagnosis.run_figures import figures_of
 from tritonmoe.diagnosis.verdict import as_text

@@ -14,7 +14,7 @@ import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport

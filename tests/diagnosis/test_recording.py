@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.synthetic_runs import Run, write_run
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 
 
 @pytest.fixture

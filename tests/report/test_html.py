@@ -22,7 +22,7 @@ from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.links import LinkRatios
 from tritonmoe.diagnosis.model_config import find_model
 from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json
 from tritonmoe.report.charts import Curve, Curves, Heat, ticks

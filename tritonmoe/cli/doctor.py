@@ -14,7 +14,7 @@ from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_
 from tritonmoe.benchmarks.ranks import device_and_backend
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.probe_pairs import probe_pairs
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json, as_text
 from tritonmoe.report.html import write_page

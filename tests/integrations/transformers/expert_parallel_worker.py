@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.recording import read_recording
+from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.routing import RoutingRecording, save_topk
 

@@ -1,0 +1,134 @@
+"""read_recording: the files of all ranks as one Recording, matched call by call, on one clock."""
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tritonmoe.diagnosis.rank_file import CallLine, RankFile, read_rank_file
+from tritonmoe.diagnosis.recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
+from tritonmoe.overlap.report import CallMarks
+from tritonmoe.overlap.steps import Step
+
+__all__ = ["read_recording"]
+
+SAME_CLOCK_S = 5.0
+"""By so little a rank may seem to have heard from another one before that spoke: it notes the time after it spoke."""
+ALIKE = ("transport", "node_size", "shares_link", "uses_rendezvous")
+"""What the headers of all ranks must say alike."""
+
+
+def read_recording(path: Path) -> Recording:
+    """Read a folder that `record` wrote.
+
+    A last line that was not written to its end is left out, and so are calls that some rank has not recorded.
+
+    Raises:
+        ValueError: a file is no recording or damaged, a rank is missing, ranks recorded different calls, or a clock
+            went back; the message names the file, and the line where there is one. OSError: a file can't be read.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: give the one that record() has written")
+    files = sorted(file for file in path.iterdir() if re.fullmatch(r"rank-\d{4,}\.jsonl", file.name))
+    if not files:
+        raise ValueError(
+            f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
+            "expert-parallel layer makes while record() lasts"
+        )
+    notes: list[str] = []
+    ranks = [read_rank_file(file, notes) for file in files]
+    size = ranks[0].size
+    for found in ranks:
+        if found.size != size:
+            raise ValueError(f"{found.path} is of {found.size} ranks and {ranks[0].path} of {size}: two recordings")
+        if found.path.name != file_name(found.rank):
+            raise ValueError(f"{found.path} line 1: it is of rank {found.rank}, its name says another one")
+        for key in ALIKE:
+            here, there = found.header.get(key), ranks[0].header.get(key)
+            if here != there:
+                raise ValueError(f"{found.path} line 1: {key} is {here!r}, and {there!r} in {ranks[0].path}")
+    missing = sorted(set(range(size)) - {found.rank for found in ranks})
+    if missing:
+        raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
+    _align_clocks(ranks, notes)
+    return Recording(path, tuple(found.header for found in ranks), _join_calls(ranks, notes), tuple(notes))
+
+
+def _align_clocks(ranks: Sequence[RankFile], notes: list[str]) -> None:
+    """Move the times of every rank to the clock of rank 0.
+
+    On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment:
+    the median of the differences counts.
+    """
+    first = ranks[0]
+    for found in ranks[1:]:
+        if found.header["host"] == first.header["host"]:
+            continue
+        pairs = [
+            (line.call.forward.marks, found.calls[n].call.forward.marks)
+            for n, line in first.calls.items()
+            if n in found.calls
+        ]
+        ahead = [
+            theirs.counts_left - ours.counts_left for ours, theirs in pairs if ours is not None and theirs is not None
+        ]
+        if not ahead:
+            raise ValueError(f"{found.path}: nothing tells how its clock stands to that of {first.path.name}")
+        shift_s = statistics.median(ahead)
+        spread_s = statistics.median(abs(one - shift_s) for one in ahead)
+        notes.append(f"clock of rank {found.rank} ({found.header['host']}) aligned, within {spread_s * 1e6:.0f} us")
+        for line in found.calls.values():
+            line.call = _shifted(line.call, shift_s)
+
+
+def _shifted(call: RankCall, shift_s: float) -> RankCall:
+    def shifted(layer_pass: RecordedPass) -> RecordedPass:
+        marks = layer_pass.marks and CallMarks(*(moment - shift_s for moment in layer_pass.marks))
+        return replace(layer_pass, marks=marks, origin=layer_pass.origin - shift_s)
+
+    backward = None if call.backward is None else shifted(call.backward)
+    return replace(call, forward=shifted(call.forward), backward=backward)
+
+
+def _join_calls(ranks: Sequence[RankFile], notes: list[str]) -> tuple[RecordedCall, ...]:
+    everywhere = set.intersection(*(set(found.calls) for found in ranks))
+    left_out = set.union(*(set(found.calls) for found in ranks)) - everywhere
+    if left_out:
+        notes.append(f"{len(left_out)} calls that not every rank has recorded are left out")
+    joined = []
+    for sequence in sorted(everywhere):
+        lines = [found.calls[sequence] for found in ranks]
+        for line in lines[1:]:
+            if line.agreed != lines[0].agreed:
+                raise ValueError(
+                    f"{line.where}: call {sequence} is not the one of {lines[0].where}: {line.agreed} there and "
+                    f"{lines[0].agreed} here"
+                )
+            both = zip(_exchanges(line.call), _exchanges(lines[0].call), strict=False)
+            if any(here != there for here, there in both):
+                raise ValueError(f"{line.where}: call {sequence} has other exchanges than at {lines[0].where}")
+        _check_clocks(lines)
+        joined.append(RecordedCall(sequence, *lines[0].agreed, tuple(line.call for line in lines)))
+    return tuple(joined)
+
+
+def _check_clocks(lines: Sequence[CallLine]) -> None:
+    """Raise ValueError where a rank has heard from all before one of them spoke, by their times: these are no one's."""
+    for passes in zip(*(line.call.passes for line in lines), strict=False):
+        marks = [one.marks for one in passes if one.marks is not None]
+        if len(marks) < len(lines):
+            continue
+        last = max(range(len(lines)), key=lambda rank: marks[rank].counts_posted)
+        first = min(range(len(lines)), key=lambda rank: marks[rank].counts_left)
+        early_s = marks[last].counts_posted - marks[first].counts_left
+        if early_s > SAME_CLOCK_S:
+            raise ValueError(
+                f"{lines[first].where}: this rank has heard from all {early_s:.1f} s before the one of "
+                f"{lines[last].where} sent its counts: a clock has jumped, or these are files of two runs"
+            )
+
+
+def _exchanges(call: RankCall) -> list[list[Step]]:
+    """Give the exchanges of each pass, which are matched by their order."""
+    return [[step.step for step in one.steps if step.step.lane == "comm"] for one in call.passes]
