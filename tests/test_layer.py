@@ -500,6 +500,8 @@ def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
 @pytest.mark.parametrize("num_ranks", [None, 2])
 @pytest.mark.parametrize("wrap", ["checkpoint_wrapper", "compile"])
 def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
+    if wrap == "compile" and num_ranks and torch.__version__.startswith(("2.10.", "2.11.")):
+        pytest.skip("torch 2.11 crashes where threads compile, as emulated ranks do")
     config = replace(CONFIG, shared_intermediate_size=4)
 
     def on_rank(transport: Transport | None = None) -> None:

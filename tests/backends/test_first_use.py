@@ -195,6 +195,16 @@ def test_auto_takes_what_is_right(are_right: bool, monkeypatch: pytest.MonkeyPat
             choose("auto", CUDA, torch.bfloat16, choice.KernelOptions(batch_invariant=True))
 
 
+def test_what_a_graph_captures_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be compared then: kernels are taken, and compared at the first call behind it."""
+    monkeypatch.setattr(check, "check_layer", lambda *_: [WRONG])
+    monkeypatch.setattr(router, "check_router", lambda *_: [WRONG])
+    for captured in (True, False):
+        monkeypatch.setattr(first_use, "is_captured", lambda device, captured=captured: captured)
+        assert choose("auto", CUDA, torch.bfloat16) is (triton_backend if captured else torch_backend)
+        assert router._are_kernels_right(CUDA, torch.bfloat16) is captured
+
+
 @pytest.mark.parametrize("are_right", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_auto_takes_a_router_that_is_right(are_right: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

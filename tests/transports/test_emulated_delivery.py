@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import EmulatedWorld, LinkModel, Transport
+from tritonmoe.transports.emulated.exchange import EmulatedExchange
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
 
@@ -169,6 +170,45 @@ def test_rows_are_let_go_before_wait_returns() -> None:
         return num_held
 
     assert run_on_emulated_ranks(fn, 2) == [0, 0]
+
+
+class SlowToGoOn:
+    """A lock behind which the thread that made it stands still for a while, as on a busy machine."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock, self.thread = lock, threading.get_ident()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        if threading.get_ident() == self.thread:
+            time.sleep(0.3)
+
+
+def test_received_rows_are_let_go_by_the_peer_that_posts_last() -> None:
+    has_posted = threading.Event()
+
+    def fn(transport: Transport) -> bool:
+        rows = torch.ones(2, 1000)
+        if transport.rank == 1:
+            assert has_posted.wait(10)
+            lock = transport.world.lock
+            exchange = EmulatedExchange(transport, "exchange", rows, [1, 1], [1, 1], torch.empty(2, 1000))
+            transport.world.lock = SlowToGoOn(lock)
+            transport.world.post(exchange)
+            transport.world.lock = lock
+            exchange.wait()
+            return True
+        pending = transport.exchange(rows, [1, 1], [1, 1])
+        has_posted.set()
+        received = pending.wait()
+        storage = StorageWeakRef(received.untyped_storage())
+        del pending, received
+        return storage.expired()
+
+    assert run_on_emulated_ranks(fn, 2) == [True, True]
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from tritonmoe.backends.ops import Operations
+from tritonmoe.backends.ops import Operations, Unchecked
 from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 
 __all__ = ["BACKENDS", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
@@ -113,7 +113,11 @@ def choose(
         TypeError: no backend computes in this dtype.
     """
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    return _choose(backend, device, dtype, options, num_experts, top_k, _triton_version(), interprets)
+    arguments = device, dtype, options, num_experts, top_k, _triton_version(), interprets
+    try:
+        return _choose(backend, *arguments)
+    except Unchecked:  # taken for right in this call, and asked again in the next one
+        return _choose("triton", *arguments)
 
 
 @functools.lru_cache(maxsize=1024)

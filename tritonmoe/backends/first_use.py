@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tritonmoe.backends.check import Checked
+from tritonmoe.backends.ops import Unchecked
 from tritonmoe.kernels.launch import TRITON_VERSION
 from tritonmoe.kernels.tiles import measured
 from tritonmoe.runtime.files import locked, read_json, write_whole
@@ -31,19 +32,23 @@ _found: dict[str, bool] = {}
 def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callable[[], Iterable[Checked]]) -> bool:
     """Say whether the kernels behind `what` compute what plain PyTorch does; run `check` where nobody has.
 
-    While a stream of the device is captured into a CUDA graph nothing can be checked, and they are taken for right. The
-    first answer takes as long as the check's kernels take to compile. Ranks that are threads wait for one of them.
+    The first answer takes as long as the check's kernels take to compile. Ranks that are threads wait for one of them.
 
     Args:
         what: "experts", say, for the key and the messages. check: makes the comparisons.
+    Raises:
+        Unchecked: nobody has, and a stream of the device is captured into a CUDA graph.
     """
     machine = _machine(device)
-    if machine is None or is_captured(device):
+    if machine is None:
         return True
     key = f"{what} {str(dtype).removeprefix('torch.')} on {machine}"
     with _lock:
         if key not in _found:
-            _found[key] = key in _kept() or _is_checked_right(key, check)
+            is_kept = key in _kept()
+            if not is_kept and is_captured(device):
+                raise Unchecked(key)
+            _found[key] = is_kept or _is_checked_right(key, check)
         return _found[key]
 
 

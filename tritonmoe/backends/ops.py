@@ -35,12 +35,17 @@ __all__ = [
     "NO_GRADIENTS",
     "GradientOperands",
     "Operations",
+    "Unchecked",
     "WeightGrads",
     "accumulation_dtype",
     "apply_activation",
     "required",
     "split_gate",
 ]
+
+
+class Unchecked(Exception):
+    """Kernels can't be compared with anything now; an error, since no cache keeps one for an answer."""
 
 
 WeightGrads = PerWeight[Tensor | None]

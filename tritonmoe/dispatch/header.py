@@ -152,6 +152,8 @@ class CallHeader(NamedTuple):
     """Of that on the down-projection."""
     dropout: int = 0
     """The bits of the adapters' dropout."""
+    adapters: int = 0
+    """A checksum of the names of PEFT's adapters."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":

@@ -145,6 +145,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         gate_up_rank=0 if weights.gate_up_a is None else weights.gate_up_a.shape[1],
         down_rank=0 if weights.down_a is None else weights.down_a.shape[1],
         dropout=bits_of(experts.dropout)[0],
+        adapters=zlib.crc32(experts.adapters.encode()),
         expert_gradients=EXPERT_GRADIENTS.index(gradients),
         **activation_fields(experts.activation),
         **call.state.history(),

@@ -20,6 +20,7 @@ __all__ = [
     "Note",
     "check_hands_over",
     "noted_factors",
+    "noted_names",
     "shard_adapters",
     "with_adapters",
 ]
@@ -114,6 +115,8 @@ class Note(NamedTuple):
     experts: nn.Module
     """Copies of a module may share their list of notes."""
     parameter_name: str
+    adapter: str
+    """Its name."""
     give_factors: GiveFactors
 
 
@@ -137,14 +140,26 @@ def shard_adapters(module: nn.Module) -> None:
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
     """Give the factors of the adapters that are noted on a module of experts, by PerWeight's names."""
+    found: dict[str, Tensor] = {}
+    for parameter_name, note in _notes(experts).items():
+        name = "down" if parameter_name == "down_proj" else "gate_up"
+        found[f"{name}_a"], found[f"{name}_b"] = note.give_factors(dtype, expert_ids)
+    return found
+
+
+def noted_names(experts: nn.Module) -> str:
+    """Give the names of the adapters that are noted on a module of experts, by which ranks know that they run the same.
+
+    An empty string where there are none.
+    """
+    notes = _notes(experts)
+    return " ".join([f"{parameter_name}:{notes[parameter_name].adapter}" for parameter_name in sorted(notes)])
+
+
+def _notes(experts: nn.Module) -> dict[str, Note]:
     notes: list[Note] = experts.__dict__.get(NOTES, [])
     # of threads that run one module all have noted the same
-    givers = {note.parameter_name: note.give_factors for note in notes if note.experts is experts}
-    found: dict[str, Tensor] = {}
-    for parameter_name, give_factors in givers.items():
-        name = "down" if parameter_name == "down_proj" else "gate_up"
-        found[f"{name}_a"], found[f"{name}_b"] = give_factors(dtype, expert_ids)
-    return found
+    return {note.parameter_name: note for note in notes if note.experts is experts}
 
 
 def _scaled(factor: Tensor | None, scale: float) -> Tensor | None:

@@ -50,6 +50,8 @@ class ExpertSpec:
     options: KernelOptions
     dropout: float = 0.0
     """Of what adapters multiply."""
+    adapters: str = ""
+    """The names of adapters that somebody else (PEFT) put on the experts: ranks compare them."""
 
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
@@ -166,13 +168,14 @@ def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
         activation = activation.limit, activation.alpha, activation.up_offset
     layout, options = spec.layout, spec.options
     flags = layout.gated, layout.interleaved, layout.transposed
-    return activation, *flags, spec.backend, spec.save, options.num_sms, options.batch_invariant, spec.dropout
+    kernels = spec.backend, spec.save, options.num_sms, options.batch_invariant
+    return activation, *flags, *kernels, spec.dropout, spec.adapters
 
 
 def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
-    activation, *others, dropout = plain
+    activation, *others, dropout, adapters = plain
     spec = _make_spec(ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation, *others)
-    return replace(spec, dropout=dropout)
+    return replace(spec, dropout=dropout, adapters=adapters)
 
 
 def literal(plain: object) -> str:

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
+from tritonmoe.backends.ops import Unchecked
 from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.routing.check import ROUTERS, check_router
@@ -52,8 +53,11 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether "auto" takes the kernels of this GPU, which is asked once."""
-    return _are_right(device, dtype)
+    """Say whether "auto" takes the kernels of this GPU, which is asked once it can be."""
+    try:
+        return _are_right(device, dtype)
+    except Unchecked:
+        return True
 
 
 # What torch.compiler.assume_constant_result does, without importing dynamo: tracers can't look into caches and files.

@@ -272,6 +272,25 @@ def test_replicas_train_no_adapters() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+@ONE_ADAPTER_BEFORE_0_20
+def test_ranks_with_other_active_adapters_are_told() -> None:
+    """Two adapters alike, so that nothing but their names differs."""
+    adapted = adapted_layer()
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted.add_adapter("other", LoraConfig(r=3, target_modules=[], target_parameters=parameters))
+
+    def on_rank(transport: Transport) -> None:
+        model = copy.deepcopy(adapted)
+        tm.parallelize(model, transport)
+        model.set_adapter("other")
+        model(torch.randn(3, 16))
+        model.set_adapter(("default", "other")[transport.rank])
+        with pytest.raises(tm.CountMismatch, match="which of PEFT's adapters are active"):
+            model(torch.randn(3, 16))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
 def test_other_adapters_beside_those_of_peft_are_refused() -> None:
     model, ours = adapted_layer(), tm.ExpertAdapters(down_a=torch.ones(4, 2, 8), down_b=torch.ones(4, 16, 2))
     with pytest.raises(ValueError, match="experts that PEFT has adapted already"):

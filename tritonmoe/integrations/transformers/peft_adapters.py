@@ -24,7 +24,6 @@ from tritonmoe.integrations.transformers.peft_sharding import local_factors, sha
 from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.transports import Transport
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -86,7 +85,7 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         _say_what_trains(self, adapter)
         return _Noted(self, adapter)
     experts = self.get_base_layer()
-    transport = _spread_over(experts)
+    transport = transport_of(experts)
     if reason and transport is not None:
         refuse(transport)
         raise ValueError(
@@ -102,7 +101,7 @@ class _Noted:
 
     def __init__(self, wrapper: "ParamWrapper", adapter: str) -> None:
         self.wrapper, self.adapter = wrapper, adapter
-        self.note = Note(wrapper.get_base_layer(), wrapper.parameter_name, self.factors)
+        self.note = Note(wrapper.get_base_layer(), wrapper.parameter_name, adapter, self.factors)
 
     def __enter__(self) -> None:
         self.note.experts.__dict__.setdefault(NOTES, []).append(self.note)
@@ -154,7 +153,7 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
             return ""
         if not is_experts(experts):
             return ""
-    transport = _spread_over(experts)
+    transport = transport_of(experts)
     if transport is not None and transport.size > 1 and not _has_all_experts(wrapper):
         return (
             "every rank would have adapters of its own experts alone, under the same names: spread the experts with "
@@ -171,11 +170,6 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     if wrapper.lora_variant.get(active[0]) is not None or wrapper.lora_bias.get(active[0]):
         return "the adapter is more than two factors: leave out DoRA, or the bias"
     return None
-
-
-def _spread_over(experts: nn.Module) -> Transport | None:
-    """Give over what the rows of spread experts go; None where they are all here."""
-    return experts.transport if isinstance(experts, GroupedExperts) else transport_of(experts)
 
 
 def _has_all_experts(wrapper: "ParamWrapper") -> bool:
@@ -226,7 +220,7 @@ def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keyword
         return _spread_delta(self, local, self.scaling[adapter_name])
     delta = getattr(type(self), DELTA)(self, adapter_name, *args, **keywords)
     parameter, experts = self.get_param(), self.get_base_layer()
-    if _spread_over(experts) is None or not hasattr(parameter, "device_mesh"):
+    if transport_of(experts) is None or not hasattr(parameter, "device_mesh"):
         return delta
     from torch.distributed.tensor import distribute_tensor
 

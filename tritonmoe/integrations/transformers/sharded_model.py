@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.whole_states import StateDict, whole, whole_forms
 
@@ -157,11 +158,29 @@ def _save_gathered(
             "state_dict=None may be alone: call model.save_pretrained(directory) on every rank, or "
             "trainer.save_model(directory), as Trainer's own checkpoints do"
         )
+    _meet(model)
     everybody = _everybody(model)
     is_first = everybody.get_rank() == int(everybody.mesh.min())
     state = gathered_state(model, state_dict, keep=is_first)
     settings = {**settings, "state_dict": state, "is_main_process": True}
     on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
+
+
+def _meet(model: nn.Module) -> None:
+    """Wait for the other ranks; one that calls a layer instead ends that at once, which no gather would.
+
+    Raises, on every rank:
+        TransportError: not all of them save.
+    """
+    transports = {id(found): found for module in model.modules() if (found := transport_of(module)) is not None}
+    for transport in transports.values():
+        try:
+            transport.barrier()
+        except (CountMismatch, TransportError) as error:
+            raise TransportError(
+                "save_pretrained gathers what is spread over ranks, so every rank must call it, and not all do: call "
+                "model.save_pretrained(directory) on every rank, not on the first one alone; only that one writes"
+            ) from error
 
 
 def gather_what_peft_saves() -> None:

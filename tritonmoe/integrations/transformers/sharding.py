@@ -12,6 +12,7 @@ from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
+from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import Transport
 from tritonmoe.transports.sharding.parameters import Sharding, local_shard
 
@@ -70,6 +71,8 @@ def note_transport(experts: nn.Module, transport: Transport) -> None:
 
 
 def transport_of(experts: nn.Module) -> Transport | None:
-    """Give over what the rows of an experts module go; None where its experts are all here."""
+    """Give over what the rows of an experts module go; None where its experts are all here, and for other modules."""
+    if isinstance(experts, GroupedExperts):
+        return experts.transport
     state = expert_parallel_state(experts)
     return experts.__dict__.get(TRANSPORT) if state is None else state.sharding.transport

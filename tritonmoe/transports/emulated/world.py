@@ -89,30 +89,8 @@ class EmulatedWorld:
 
     def post(self, exchange: EmulatedExchange) -> None:
         """Number an exchange and pair it with those that its peers have posted."""
-        rank = exchange.rank
         with self.lock:
-            if self._closed_because is not None:
-                raise TransportError(f"exchange on closed emulated ranks: {self._closed_because} ({exchange.words})")
-            if rank in self._ended:
-                raise TransportError(f"exchange on a rank that has ended ({exchange.words})")
-            if rank in self._given_up:
-                raise TransportError(
-                    f"this EmulatedTransport is broken since its first failure: rank {rank} {self._given_up[rank]}. "
-                    f"Call transport.rebuild() on all ranks ({exchange.words})"
-                )
-            exchange.number = number = self._num_posted[rank]
-            self._num_posted[rank] += 1
-            self._delivery.post(exchange)
-            self.unfinished.add(exchange)
-            peers = self._posted.setdefault(number, [])
-            for peer in peers:
-                self._pair(exchange, peer)
-            peers.append(exchange)
-            if len(peers) == self.num_ranks:
-                del self._posted[number]
-            for stopped_rank in (*self._ended, *self._given_up):
-                self._fail_if_waiting_for(exchange, stopped_rank)
-            exchange.finish_if_complete()
+            self._post(exchange)  # what it holds of the peers' exchanges is gone when they go on
 
     def wait(self, exchange: EmulatedExchange) -> None:
         """Block until the exchange is complete; raise TransportError when it can't be, or takes too long."""
@@ -189,6 +167,31 @@ class EmulatedWorld:
         self._delivery.join()
 
     # The methods below are called with the lock held.
+
+    def _post(self, exchange: EmulatedExchange) -> None:
+        rank = exchange.rank
+        if self._closed_because is not None:
+            raise TransportError(f"exchange on closed emulated ranks: {self._closed_because} ({exchange.words})")
+        if rank in self._ended:
+            raise TransportError(f"exchange on a rank that has ended ({exchange.words})")
+        if rank in self._given_up:
+            raise TransportError(
+                f"this EmulatedTransport is broken since its first failure: rank {rank} {self._given_up[rank]}. "
+                f"Call transport.rebuild() on all ranks ({exchange.words})"
+            )
+        exchange.number = number = self._num_posted[rank]
+        self._num_posted[rank] += 1
+        self._delivery.post(exchange)
+        self.unfinished.add(exchange)
+        peers = self._posted.setdefault(number, [])
+        for peer in peers:
+            self._pair(exchange, peer)
+        peers.append(exchange)
+        if len(peers) == self.num_ranks:
+            del self._posted[number]
+        for stopped_rank in (*self._ended, *self._given_up):
+            self._fail_if_waiting_for(exchange, stopped_rank)
+        exchange.finish_if_complete()
 
     def _error_of(self, exchange: EmulatedExchange) -> TransportError:
         """Say why an exchange is not complete."""
