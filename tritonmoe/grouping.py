@@ -274,7 +274,7 @@ class Grouping:
 
         Only for a Grouping of one chunk (inverse is relative to the chunk).
         """
-        return torch.cat([values, values.new_zeros(1)])[self.inverse]  # -1 is the last one
+        return torch.cat([values, values.new_zeros(1)]).take(self.inverse.long())  # -1 is the last one
 
 
 class PaddedPairs(NamedTuple):

@@ -18,6 +18,8 @@ SEVERAL = 63
 """Stands for more than one warp where a byte's last reader is kept, or who waited for an instruction."""
 ATOMIC = 62
 """Stands for any warps where a byte's last writer is kept: their atomic operations have no order, and need none."""
+UNTOUCHED, READ, WRITTEN, ALLOCATED = range(4)
+"""What was done to a byte since a proxy fence; each hides those before it. ALLOCATED: tcgen05.alloc wrote there."""
 LARGEST_PIECE = 16
 
 
@@ -65,8 +67,8 @@ class SharedMemory:
         """Whether an asynchronous copy will write the byte."""
         self._busy = np.zeros(length, np.int16)
         """Matrix instructions that still read the byte."""
-        self._unfenced = np.zeros(length, bool)
-        """Whether the byte was written as threads write, with no fence to the asynchronous proxy since."""
+        self._since_fence = np.full(length, UNTOUCHED, np.uint8)
+        """What threads did with the byte since the last fence to the asynchronous proxy."""
         self._num_copies = self._num_products = 0
         """How many are under way."""
 
@@ -82,8 +84,8 @@ class SharedMemory:
             self._mark_read(pieces, warps)
 
     def fence(self) -> None:
-        """Let matrix instructions and bulk copies see what threads wrote."""
-        self._unfenced[:] = False
+        """Order what threads did before what matrix instructions and bulk copies do from now on."""
+        self._since_fence[:] = UNTOUCHED
 
     def read(self, addresses: NDArray[Any], size: int, warps: NDArray[np.intp], aligned: int = 0) -> NDArray[np.uint8]:
         """Give (n, size) bytes at `addresses` (n,), multiples of `aligned` or of `size` (0), read by the warps (n,)."""
@@ -108,7 +110,7 @@ class SharedMemory:
         values = np.ascontiguousarray(values).reshape(*pieces.numbers.shape, pieces.unit)
         self._check_write(pieces, warps, values)
         _rows(self._written, pieces)[pieces.numbers] = self.epoch * 64 + pieces.beside(warps)
-        _rows(self._unfenced, pieces)[pieces.numbers] = needs_fence
+        _rows(self._since_fence, pieces)[pieces.numbers] = WRITTEN if needs_fence else ALLOCATED
         _rows(self.data, pieces)[pieces.numbers] = values
 
     def begin_atomic(self, addresses: NDArray[Any], warps: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -128,8 +130,9 @@ class SharedMemory:
     def begin_bulk_copy(self, pieces: Pieces, warp: NDArray[np.intp]) -> None:
         """Let a copy of the asynchronous proxy that a thread of a warp started own these pieces until it lands."""
         self._inside(pieces)
-        if self.checks_fences and _rows(self._unfenced, pieces)[pieces.numbers].any():
-            raise MemoryFault("a bulk copy writes shared memory that threads wrote without a proxy fence since")
+        for did, what in ((WRITTEN, "wrote"), (READ, "read")):
+            if self.checks_fences and (_rows(self._since_fence, pieces)[pieces.numbers] == did).any():
+                raise MemoryFault(f"a bulk copy writes shared memory that threads {what} without a proxy fence since")
         self.begin_copy(pieces, warp)
 
     def begin_copy(self, pieces: Pieces, warps: NDArray[np.intp]) -> None:
@@ -142,17 +145,17 @@ class SharedMemory:
 
     def land_copy(self, pieces: Pieces, values: NDArray[np.uint8], warps: NDArray[np.intp]) -> None:
         """Land bytes of a copy: for the warps that started it they are there. `end_copy` ends it."""
-        self._land(pieces, values, self.epoch * 64 + pieces.beside(warps), unfenced=True)
+        self._land(pieces, values, self.epoch * 64 + pieces.beside(warps), WRITTEN)
 
     def land_bulk_copy(self, pieces: Pieces, values: NDArray[np.uint8], waiter: int | None) -> None:
         """End a copy of the asynchronous proxy: for the warp that waited (None: for every warp) the bytes are there."""
-        self._land(pieces, values, np.array(0 if waiter is None else self.epoch * 64 + waiter), unfenced=False)
+        self._land(pieces, values, np.array(0 if waiter is None else self.epoch * 64 + waiter), UNTOUCHED)
         self.end_copy()
 
-    def _land(self, pieces: Pieces, values: NDArray[np.uint8], tags: NDArray[Any], unfenced: bool) -> None:
+    def _land(self, pieces: Pieces, values: NDArray[np.uint8], tags: NDArray[Any], did: int) -> None:
         _rows(self._in_flight, pieces)[pieces.numbers] = False
         _rows(self._written, pieces)[pieces.numbers] = tags
-        _rows(self._unfenced, pieces)[pieces.numbers] = unfenced
+        _rows(self._since_fence, pieces)[pieces.numbers] = did
         _rows(self.data, pieces)[pieces.numbers] = values.reshape(*pieces.numbers.shape, pieces.unit)
 
     def end_copy(self) -> None:
@@ -165,7 +168,7 @@ class SharedMemory:
         self._check_no_copy(pieces, "a matrix instruction reads shared memory that an asynchronous copy still writes")
         if (_rows(self._written, pieces)[pieces.numbers] >= self.epoch * 64).any():
             raise MemoryFault("a matrix instruction reads shared memory written since the last barrier")
-        if self.checks_fences and _rows(self._unfenced, pieces)[pieces.numbers].any():
+        if self.checks_fences and (_rows(self._since_fence, pieces)[pieces.numbers] == WRITTEN).any():
             raise MemoryFault("a matrix instruction reads shared memory written without a proxy fence since")
         _rows(self._busy, pieces)[pieces.numbers] += 1
         self._num_products += 1
@@ -179,6 +182,8 @@ class SharedMemory:
         return _rows(self.data, pieces)[pieces.numbers]
 
     def _mark_read(self, pieces: Pieces, warps: NDArray[np.intp]) -> None:
+        touched = _rows(self._since_fence, pieces)
+        touched[pieces.numbers] = np.maximum(touched[pieces.numbers], READ)
         rows, tag = _rows(self._read, pieces), self.epoch * 64 + pieces.beside(warps)
         before = rows[pieces.numbers]
         now = self.epoch * 64

@@ -121,8 +121,7 @@ def missing_waits_table(name: str) -> str:
         f"{len(rows)} in all. *Left over*: it can go together with all others of its kind in this column, and the "
         "order is kept. *One of several*: once those are gone the machine notices this one too. *Never runs*: in code "
         "for a product of no steps (a hidden size of 0), for eight partial sums at once, "
-        "or of AMD's for firmware that doesn't preload arguments. The proxy fences that are left over (sm_120) stand "
-        "between threads' reads and a bulk copy: the machine asks for none there, so their need is not settled.",
+        "or of AMD's for firmware that doesn't preload arguments.",
         "",
         "| GPU | deleted | noticed | left over | one of several | never runs |",
         "| --- | --- | --- | --- | --- | --- |",

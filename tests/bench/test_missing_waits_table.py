@@ -27,7 +27,7 @@ def test_every_deletion_is_accounted_for(gpu):
             assert row["without"], row
 
 
-@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100", "sm_120"])
 def test_fences_and_waits_for_copies_and_products_are_all_noticed(gpu):
     """What is redundant is barriers, and the wait for products that follows the loop which has waited for them."""
     kinds = {row["kind"] for row in ROWS if row["target"] == gpu and "noticed" not in row}

@@ -127,6 +127,8 @@ REFERENCE = {
     "v_rcp_iflag_f32": lambda a: exact.divided(1.0, a, "f32"),
     "v_rndne_f32": lambda a: exact.whole(a, "rni"),
     "v_ldexp_f32": lambda a, b: rounded(math.ldexp(a, max(-2000, min(b, 800))), "f32") if math.isfinite(a) else a,
+    "v_add_f64": lambda a, b: exact.combined(lambda x, y: x + y, (a, b), "f64"),
+    "v_cvt_f64_f32": lambda a: a,
     "v_cvt_f32_u32": lambda a: rounded(float(a), "f32"),
     "v_cvt_u32_f32": lambda a: exact.to_integer(exact.whole(a, "rzi"), "u32", "f32"),
     "v_cvt_i32_f32": lambda a: exact.to_integer(exact.whole(a, "rzi"), "s32", "f32"),
@@ -141,11 +143,14 @@ DIVISION = {"v_div_fixup_f32", "v_div_fmas_f32"}
 """Steps of a division, which `test_division` runs together."""
 
 
-def words(generator, floats):
+def words(generator, kind):
     """Give 64 bits for each thread: random ones, small ones, and numbers near 1 and special where they are floats."""
     bits = generator.integers(0, 1 << 64, NUM_THREADS, dtype=np.uint64)
     bits[:30] = generator.integers(0, 40, 30)
-    if floats:
+    if kind == "f8":
+        bits[:60] = generator.normal(0, 2, 60).view(np.uint64)
+        bits[60:69] = SPECIAL["f64"]
+    elif kind in ("f4", "h"):
         bits[:60] = generator.normal(0, 2, 60).astype(np.float32).view(np.uint32)
         bits[60:71] = SPECIAL["f32"]
     else:
@@ -177,7 +182,7 @@ def agree(found, wanted, kind, shown):
     got = decode(found, kind)
     if kind in exact.FORMATS:
         bits = encode(wanted, kind)
-        assert math.isnan(got) if bits is None else found & WORD == bits, shown
+        assert math.isnan(got) if bits is None else found & ((1 << exact.width_of(kind)) - 1) == bits, shown
     else:
         assert got == decode(int(wanted) & ((1 << 64) - 1), kind), shown
 
@@ -191,18 +196,19 @@ def test_every_instruction_has_a_reference():
 def test_vector_instruction(name):
     kind, kinds, _ = VECTOR[name]
     generator = np.random.default_rng(len(name))
-    sources = [words(generator, one in ("f4", "h")) for one in kinds]
+    sources = [words(generator, one) for one in kinds]
     if name == "v_perm_b32":
         sources[2] = [sum((index * 7 + byte * 3) % 8 << 8 * byte for byte in range(4)) for index in range(NUM_THREADS)]
         sources[2][:3] = [0x0C00FF07, 0x0D0C0102, 0x0C0C0C0C]
     if name == "v_cvt_f32_f16":
         sources[0] = [int(bits) for bits in generator.integers(0, 1 << 16, NUM_THREADS)]
     operands = [register(index, one) for index, one in enumerate(kinds)]
-    result = "v[20:21]" if kind == "u8" else "v20"
+    is_pair = kind[1] == "8"
+    result = "v[20:21]" if is_pair else "v20"
     lines = [f"{name} {result}, {', '.join(operands)}{' bitop3:0x6a' * ('bitop3' in name)}"]
     if name == "v_fmac_f32":
         lines = ["v_mov_b32 v20, v14", f"{name} v20, v10, v12"]
-    found = run_vector(lines, sources, 1 + (kind == "u8"))
+    found = run_vector(lines, sources, 1 + is_pair)
     for thread in range(NUM_THREADS):
         values = [decode(row[thread], KINDS[one]) for row, one in zip(sources, kinds, strict=True)]
         wanted = REFERENCE[name](*values)
@@ -228,9 +234,7 @@ def test_comparisons(kind):
     """Of integers, and of floats, NaN among them."""
     floats = kind[0] == "f"
     generator = np.random.default_rng(3)
-    sources = [words(generator, floats) for _ in range(2)]
-    if kind == "f8":
-        sources = [[int(np.float64(decode(value & WORD, "f32")).view(np.uint64)) for value in row] for row in sources]
+    sources = [words(generator, kind) for _ in range(2)]
     if kind == "f2":
         sources = [[int(value) for value in generator.integers(0, 1 << 16, NUM_THREADS)] for _ in range(2)]
         sources[0][0] = sources[1][1] = 0x7E00
@@ -267,7 +271,7 @@ def compared(name, left, right):
 def test_division():
     """The steps into which compilers cut a division give the quotient, rounded once."""
     generator = np.random.default_rng(5)
-    sources = [words(generator, True) for _ in range(2)]
+    sources = [words(generator, "f4") for _ in range(2)]
     lines = """
         v_div_scale_f32 v22, s[8:9], v12, v12, v10
         v_div_scale_f32 v23, vcc, v10, v12, v10

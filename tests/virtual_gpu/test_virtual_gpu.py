@@ -156,19 +156,22 @@ def test_faults(body, fault, message, monkeypatch):
         run(body)
 
 
-def test_threads_add_in_any_order():
+@pytest.mark.parametrize("name", ["atom.relaxed.sys.shared.add.u32", "atom.shared.add.u32"])
+def test_threads_add_in_any_order(name):
+    """Each gets what was there before, and all 64 sums are different."""
     found = run(
-        """
+        f"""
         mov.b32 %r4, 0;
         st.shared.b32 [%r2], 0;
         bar.sync 0;
-        atom.relaxed.sys.shared.add.u32 %r5, [%r4], 2;
+        {name} %r5, [%r4], 2;
         bar.sync 0;
         ld.shared.b32 %r6, [%r4];
+        add.u32 %r6, %r6, %r5;
         st.global.b32 [%rd3], %r6;
         """
     )
-    assert (found == 128).all()
+    assert sorted(found.tolist()) == list(range(128, 256, 2))
 
 
 @pytest.mark.parametrize("kept", ["all", "wait", "barrier"])
@@ -247,6 +250,10 @@ def test_a_box_outside_its_tensor_is_zero():
     shared = SharedMemory(256)
     shared.write(np.array([128]), np.zeros((1, 4), np.uint8), np.array([0]))
     with pytest.raises(MemoryFault, match="a bulk copy writes shared memory that threads wrote without a proxy fence"):
+        shared.begin_bulk_copy(places, np.array(0))
+    shared.fence()
+    shared.read(np.array([252]), 4, np.array([0]))
+    with pytest.raises(MemoryFault, match="a bulk copy writes shared memory that threads read without a proxy fence"):
         shared.begin_bulk_copy(places, np.array(0))
     shared.fence()
     shared.begin_bulk_copy(places, np.array(0))

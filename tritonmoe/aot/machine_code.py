@@ -71,7 +71,7 @@ def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _tool("nvdisasm", "--print-code", file.name)
+        assembly = _tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
     registers, stack, local = (_number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     code = list(_nvidia_instructions(assembly))
     loop = _matrix_loop(code, NVIDIA_KINDS)

@@ -75,7 +75,7 @@ class CompiledKernels:
 
     def in_order(self, args: Sequence[Any], constexprs: dict[str, Any]) -> list[Any]:
         """Give the constexprs as they follow `args` in the signature."""
-        return [constexprs[name] for name in self.kernel.arg_names[len(args) :]]
+        return list(map(constexprs.__getitem__, self.kernel.arg_names[len(args) :]))
 
     def key(self, device_index: int | None, args: Sequence[Any], values: Sequence[Any], options: dict[str, Any]) -> Key:
         """Give what decides which compiled kernel a launch takes. values: the constexprs in order."""
@@ -83,21 +83,25 @@ class CompiledKernels:
 
     def _specialised(self, args: Sequence[Any]) -> list[Any]:
         """Give what of these arguments Triton compiles in, and perhaps more."""
-        parts: list[Any] = []
-        add, unspecialised = parts.append, self.unspecialised
-        for place, arg in enumerate(args):
-            if isinstance(arg, int):
-                # no more than whether it is 1, a multiple of 16, and its width
-                add(-(2**31) <= arg < 2**31 if place in unspecialised else arg)
-            elif isinstance(arg, Tensor):
-                add(arg.dtype)
-                add(arg.data_ptr() % 16)
-            elif arg is None or isinstance(arg, float):
-                parts += type(arg), arg  # 1.0 is no 1
-            else:
-                assert isinstance(arg, TensorDescriptor), f"argument {place} of a kernel is a {type(arg).__name__}"
-                parts += (arg.base.dtype, *arg.block_shape)
+        parts = [  # every launch waits for this: no call for most arguments, no loop of statements
+            arg
+            if arg is None or type(arg) is int  # of which it is no more than 1, a multiple of 16, and the width
+            else (arg.dtype, arg.data_ptr() % 16)
+            if isinstance(arg, Tensor)
+            else _kind(arg)
+            for arg in args
+        ]
+        for place in self.unspecialised:
+            parts[place] = -(2**31) <= args[place] < 2**31
         return parts
+
+
+def _kind(arg: Any) -> Any:
+    """Give what Triton compiles in of a rarer kind of argument."""
+    if isinstance(arg, float):
+        return float
+    assert isinstance(arg, TensorDescriptor), f"an argument of a kernel is a {type(arg).__name__}"
+    return TensorDescriptor, arg.base.dtype, *arg.block_shape
 
 
 _made: dict[int, CompiledKernels] = {}

@@ -128,6 +128,7 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do.
 
+    args: the first is a tensor or a descriptor of one; the kernel runs on its device.
     max_registers: how many registers a thread may have, on NVIDIA. Without it ptxas may spill some bytes so that one
     more program fits.
     The interpreter patches module globals while it runs, so its launches take turns.
@@ -135,9 +136,10 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, **_pinned_options()}
-    on_nvidia = torch.version.hip is None if _recording is None else _recording.target.backend == "cuda"
-    if max_registers is not None and on_nvidia:
-        options["maxnreg"] = max_registers
+    if max_registers is not None:
+        on_nvidia = torch.version.hip is None if _recording is None else _recording.target.backend == "cuda"
+        if on_nvidia:
+            options["maxnreg"] = max_registers
     if _recording is not None:
         caught = Launch(kernel, grid, args, constexprs, options)
         _recording.launches.append(caught)
@@ -147,7 +149,8 @@ def launch(
         with _interpreter_lock:
             kernel[grid](*args, **constexprs)
     else:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        first = args[0]
+        device = (first if isinstance(first, Tensor) else first.base).device
         with torch.cuda.device(device):
             compiled_kernels(kernel).launch(device.index, grid, args, constexprs, options)
 

@@ -90,6 +90,8 @@ v_rndne_f32          f4 f4        np.rint({0})
 v_ldexp_f32          f4 f4,i4     np.ldexp({0}, {1})
 v_div_fixup_f32      f4 f4,f4,f4  divide_fixup({0}, {1}, {2})
 v_div_fmas_f32       f4 f4,f4,f4  divide_scaled_up({0}, {1}, {2}, mask_of_bits(SB[106]))
+v_add_f64            f8 f8,f8     {0} + {1}
+v_cvt_f64_f32        f8 f4        {0}.astype('f8')
 v_cvt_f32_u32        f4 u4        {0}.astype('f4')
 v_cvt_u32_f32        u4 f4        to_integer({0}, 'u4')
 v_cvt_i32_f32        i4 f4        to_integer({0}, 'i4')

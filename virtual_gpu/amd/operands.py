@@ -177,6 +177,7 @@ class OperandWriter:
         """Store vectors of `kind` in a register or a pair."""
         number = self.number(operand, "V")
         if kind[1] == "8":
-            self.lines.append(f"r.put_pair({number}, {text}, {where})")
+            words = f"({text}).view('u8')" if kind[0] == "f" else text
+            self.lines.append(f"r.put_pair({number}, {words}, {where})")
         else:
             self.lines.append(f"copyto({kind[0].upper()}[{number}], {text}, where={where})")

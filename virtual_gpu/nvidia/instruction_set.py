@@ -204,7 +204,7 @@ mbarrier_init      mbarrier.init.shared|shared::cta.b64
 mbarrier_inval     mbarrier.inval.shared|shared::cta.b64
 mbarrier_arrive    mbarrier.arrive.expect_tx.shared|shared::cta.b64
 mbarrier_wait      mbarrier.try_wait.parity.shared|shared::cta.b64
-atomic_add         atom.relaxed.[cta|gpu|sys].shared|shared::cta.add.u32
+atomic_add         atom.[relaxed].[cta|gpu|sys].shared|shared::cta.add.u32
 load_matrix        ldmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::cta.b16
 store_matrix       stmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::cta.b16
 mma                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
