@@ -147,7 +147,7 @@ def _headline(found: Json) -> str:
         return "passed" if found["passed"] else "WRONG"
     if "times" in found:
         return ", ".join(
-            f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']} TFLOP/s)" if "tflops" in timed else "")
+            f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']:.3g} TFLOP/s)" if "tflops" in timed else "")
             for name, timed in found["times"].items()
         )
     if "gain" in found:

@@ -45,7 +45,7 @@ def measure_layer(
     found["left_out"] |= left_out
     flops = forward_flops(inputs.shape, num_tokens) + backward * backward_flops(inputs.shape, num_tokens)
     for name, timed in found["times"].items():
-        timed["tflops"] = round(flops / timed["us"] / 1e6, 3)
+        timed["tflops"] = flops / timed["us"] / 1e6
         if DENSE in found["times"] and name != DENSE:
             timed["fraction_of_dense"] = round(found["times"][DENSE]["us"] / timed["us"], 3)
     return found

@@ -40,7 +40,7 @@ def measure_dense(bench: Workbench, size: int) -> Json:
     """Time a square product: the most that a grouped product could reach on this card, today."""
     left, right = (torch.randn(size, size, device=bench.setting.device).to(bench.setting.dtype) for _ in range(2))
     found = bench.time({"product": lambda: left @ right}, "product")
-    return {**found, "tflops": round(2 * size**3 / found["times"]["product"]["us"] / 1e6, 3)}
+    return {**found, "tflops": 2 * size**3 / found["times"]["product"]["us"] / 1e6}
 
 
 def measure_operation(bench: Workbench, operation: str, shape: str, num_tokens: int) -> Json:
@@ -55,7 +55,7 @@ def measure_operation(bench: Workbench, operation: str, shape: str, num_tokens: 
     works = kernel_work(inputs.shape, num_tokens, element_bytes=inputs.x.element_size())
     work = works[operation.removesuffix(", inference")]
     for name, timed in found["times"].items():
-        timed["tflops"] = round(work.flops / timed["us"] / 1e6, 3)
+        timed["tflops"] = work.flops / timed["us"] / 1e6
         if name == "kernel":
             timed["gb_per_s"] = round(work.num_bytes / timed["us"] / 1e3, 1)
             if operation in dense:
