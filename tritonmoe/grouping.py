@@ -81,6 +81,9 @@ class Grouping:
     None where that is the same one."""
     rows_are_pairs: bool = False
     """Whether row n is that of the pair at position n, so that nothing needs to be gathered: see by_pair."""
+    row_tiles: torch.Tensor | None = None
+    """(C, slots, 4, 4) int32: the tiles of each chunk's products, see kernels/row_tiles.py; None where none are listed
+    yet, or ever."""
 
     @property
     def num_experts(self) -> int:
@@ -176,6 +179,7 @@ class Grouping:
             chunk_row_offsets=(first_row, last_row),
             chunk_pair_offsets=(0, last_pair - first_pair),
             layer_rows=self.chunk_row_offsets[-1],
+            row_tiles=None if self.row_tiles is None else self.row_tiles[index : index + 1],
         )
 
     def among_empty_chunks(
@@ -190,6 +194,7 @@ class Grouping:
             chunk_expert_offsets=chunk_expert_offsets,
             chunk_row_offsets=chunk_row_offsets,
             chunk_pair_offsets=chunk_pair_offsets,
+            row_tiles=None if self.row_tiles is None else self.row_tiles.expand(num_chunks, -1, -1, -1),
         )
 
     def in_expert_chunks(
@@ -228,6 +233,7 @@ class Grouping:
             chunk_pair_offsets=chunk_pair_offsets,
             first_expert_chunk=first,
             returned_rows=None if top_k == 1 else returned_rows,  # every row has one chunk
+            row_tiles=None,
         )
 
     def blocks(self, max_pairs: int | None) -> list["GroupingBlock"]:
@@ -266,6 +272,7 @@ class Grouping:
             expert_offsets=expert_offsets,
             chunk_expert_offsets=expert_offsets.unsqueeze(0),
             chunk_pair_offsets=(0, last - first),
+            row_tiles=None,
         )
         return GroupingBlock(slice(first, last), experts, grouping)
 

@@ -196,10 +196,10 @@ def test_worked_example() -> None:
     work = LayerWork.of(torch.tensor([[0, 8], [8, 0]]), 1.0, row_bytes=2, top_k=1)
     overlap = tm.OverlapPlan((1, 1), local_first=False, window=1, backward_window=1)
     said = peak_bytes(overlap, work, BufferWidths(1, 1, num_local_experts=1, dtype_bytes=2, gated=False))
-    lasting = 8 * 2 + 8 * 2 + 8 * 16 + 8 * 12 + 8 * 4 + 8 * 2  # rows, home, ids and weights, grouping, weights, h
+    lasting = 8 * 2 + 8 * 2 + 8 * 16 + 8 * 16 + 8 * 4 + 8 * 2  # rows, home, ids and weights, grouping, weights, h
     last_experts = 4 * 2 + 4 * 2 + 4 * 2 + 4 * 2  # chunk 0's sums under way, chunk 1's; a and y of four pairs
     assert said.forward == lasting + last_experts
-    kept = 8 * (2 + 4) + 8 * 12 + 8 * 2  # rows and weights, grouping, h
+    kept = 8 * (2 + 4) + 8 * 16 + 8 * 2  # rows and weights, grouping, h
     gradients = 8 * (2 + 4) + 8 * 2 + 8 * (2 + 2)  # dout and dweights, home, dh and s*a
     assert said.backward == kept + gradients + 4 * 2 + 8 * 4 * 3  # one chunk of sums; dtopk_weights, sent and home
 

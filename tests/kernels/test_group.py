@@ -168,9 +168,9 @@ class OnlyAllocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("num_rows", "num_launches"), [(0, 1), (1, 1), (64, 1), (65, 3), (100_000, 3)])
+@pytest.mark.parametrize(("num_rows", "num_launches"), [(0, 1), (1, 1), (64, 1), (65, 4), (100_000, 4)])
 @pytest.mark.parametrize("num_experts", [1, 60, 1024])
-def test_group_takes_at_most_three_launches(num_rows, num_launches, num_experts):
+def test_group_takes_at_most_four_launches(num_rows, num_launches, num_experts):
     """N = 1024 pairs of K = 16 still fit one program."""
     ids = torch.empty(num_rows, 16, dtype=torch.int64, device="meta")
     with launch.recording(aot.TARGETS["sm_90"]) as launches, OnlyAllocations():
@@ -179,8 +179,8 @@ def test_group_takes_at_most_three_launches(num_rows, num_launches, num_experts)
     assert num_launches > 1 or launches[0].grid == (1,)
 
 
-@pytest.mark.parametrize(("rows", "num_launches"), [([[0, 0], [0, 0]], 1), ([[3, 0], [1, 2]], 3), ([[999] * 9] * 5, 3)])
-def test_group_in_chunks_takes_at_most_three_launches(rows, num_launches):
+@pytest.mark.parametrize(("rows", "num_launches"), [([[0, 0], [0, 0]], 1), ([[3, 0], [1, 2]], 4), ([[999] * 9] * 5, 4)])
+def test_group_in_chunks_takes_at_most_four_launches(rows, num_launches):
     sources = RowSources(tuple(range(len(rows[0]))), torch.tensor(rows))
     row_offsets = (0, *itertools.accumulate(map(sum, rows)))
     pair_offsets = tuple(16 * row for row in row_offsets)

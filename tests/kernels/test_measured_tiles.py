@@ -180,3 +180,8 @@ def test_a_tile_that_triton_would_refuse_is_refused_with_the_rule(name, value, m
     cache.write_text(json.dumps({"tiles": {KEY: {name: value}}}))
     with pytest.raises(ValueError, match=f"tiles.json.*{KEY}: {message}.*, got {value!r}.*correct it, or delete it"):
         up_launch()
+
+
+def test_a_tile_of_a_height_without_row_tiles_is_refused():
+    with measured_tiles.using({KEY: {"block_m": 256}}), pytest.raises(ValueError, match="block_m of up must be one of"):
+        up_launch()

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, random_ids, run_operations
+from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, assert_row_tiles, random_ids, run_operations
+from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
 from tritonmoe.backends import triton as kernels
@@ -95,37 +96,40 @@ def test_registers_of_weight_grad(variant, target, registers):
 
 
 @triton.jit
-def tiles_of_slots(offsets, found, E, stride, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+def read_slots(tiles, found, number, stride, BLOCK_M: tl.constexpr):
     slot = tl.program_id(0)
-    tile_ends = row_tiles.row_tile_ends(offsets, E, BLOCK_E, BLOCK_M)
-    expert, first, end = row_tiles.tile_of_slot(slot, tile_ends, offsets, E, BLOCK_M)
+    expert, first, end = row_tiles.tile_of_slot(slot, tiles, BLOCK_M)
     tl.store(found + slot, expert)
     tl.store(found + stride + slot, first)
     tl.store(found + 2 * stride + slot, end)
+    tl.store(number + slot, row_tiles.num_row_tiles(tiles, BLOCK_M))
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
-    block_m=st.sampled_from([16, 32, 64]),
-    padding=st.integers(0, 50),
+    counts=st.lists(st.integers(0, 140), min_size=1, max_size=9),
+    skipped=st.integers(0, 50),
+    height=st.sampled_from(row_tiles.TILE_HEIGHTS),
 )
-def test_slots_cover_every_pair_once(counts, block_m, padding):
-    """What tile_of_slot gives, in order, is the list of all experts' tiles; the slots behind it are empty."""
-    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).to(torch.int32)
-    num_slots = row_tiles.num_tile_slots(int(offsets[-1]) + padding, len(counts), block_m)
-    found = torch.full((3, num_slots), -1, device=DEVICE)
-    launch.launch(
-        tiles_of_slots, (num_slots,), offsets.to(DEVICE), found, len(counts), num_slots, BLOCK_E=16, BLOCK_M=block_m
-    )
+def test_slots_cover_every_pair_once(counts, skipped, height):
+    """The row tiles of a grouping that was cut are the list of all experts' tiles; the slots behind it are empty."""
+    ids = torch.tensor([e for e, count in enumerate([*counts, skipped]) for _ in range(count)]).view(-1, 1).to(DEVICE)
+    cut = dataclasses.replace(kernels.group(ids, len(counts)), row_tiles=None)
+    with nan_filled_memory():
+        tiles = row_tiles.row_tiles_of(cut)
+    assert row_tiles.row_tiles_of(cut) is tiles
+    offsets = cut.expert_offsets.tolist()
+    assert_row_tiles(tiles[0], offsets, cut.num_pairs)
+    num_slots = row_tiles.num_tile_slots(cut.num_pairs, len(counts), height)
+    found, number = torch.full((3, num_slots), -1, device=DEVICE), torch.full((num_slots,), -1, device=DEVICE)
+    launch.launch(read_slots, (num_slots,), tiles, found, number, num_slots, BLOCK_M=height)
     expected = [
-        (e, first, int(offsets[e + 1]))
-        for e in range(len(counts))
-        for first in range(int(offsets[e]), int(offsets[e + 1]), block_m)
+        (e, first, offsets[e + 1]) for e in range(len(counts)) for first in range(offsets[e], offsets[e + 1], height)
     ]
     reached = [tuple(column) for column in found.T.tolist()]
     assert reached[: len(expected)] == expected
-    assert all(first >= end for _, first, end in reached[len(expected) :])
+    assert all(expert == -1 for expert, _, _ in reached[len(expected) :])
+    assert set(number.tolist()) <= {len(expected)}
 
 
 def rows_of_layer(layer, options):

@@ -12,6 +12,7 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import RowSources
+from tritonmoe.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {
@@ -187,8 +188,23 @@ def row_sources(row_offsets, sources, num_sources):
     return RowSources(tuple(range(num_sources)), torch.stack(rows))
 
 
+def assert_row_tiles(row_tiles, offsets, num_pairs):
+    """Compare what launches for so many pairs read of one chunk's row tiles with the tiles of its experts, in order."""
+    num_experts, row_tiles = len(offsets) - 1, row_tiles.tolist()
+    for place, height in enumerate(TILE_HEIGHTS):
+        tiles = [
+            [e, first, offsets[e + 1]]
+            for e in range(num_experts)
+            for first in range(offsets[e], offsets[e + 1], height)
+        ]
+        slots = [row_tiles[slot][place] for slot in range(num_tile_slots(num_pairs, num_experts, height))]
+        assert [slot[:3] for slot in slots[: len(tiles)]] == tiles
+        assert all(slot[0] == -1 for slot in slots[len(tiles) :])
+        assert not slots or slots[0][3] == len(tiles)
+
+
 def assert_same_grouping(actual, expected):
-    """Compare integers exactly; behind the last pair there is padding of -1."""
+    """Compare integers exactly, the reference's and the row tiles; behind the last pair there is padding of -1."""
     num_pairs = expected.num_pairs
     assert torch.equal(actual.pair_index[:num_pairs], expected.pair_index)
     assert (actual.pair_index[num_pairs:] == -1).all()
@@ -196,6 +212,9 @@ def assert_same_grouping(actual, expected):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
         assert getattr(actual, name).dtype == torch.int32
     assert actual.chunk_row_offsets == expected.chunk_row_offsets
+    for chunk, offsets in enumerate(expected.chunk_expert_offsets.tolist()):
+        first, last = actual.chunk_pair_offsets[chunk : chunk + 2]
+        assert_row_tiles(actual.row_tiles[chunk], offsets, last - first)
     if expected.source_order is None:
         assert actual.source_order is None
     else:

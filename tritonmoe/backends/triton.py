@@ -3,6 +3,8 @@
 Five are functions of the folder kernels as they are. `group` and `weight_grad` put several launches together.
 """
 
+from itertools import pairwise
+
 from torch import Tensor
 from torch import device as Device
 
@@ -15,6 +17,7 @@ from tritonmoe.kernels.down_grad import down_grad
 from tritonmoe.kernels.gather_sum import gather_sum
 from tritonmoe.kernels.group import MAX_FEW_PAIRS, group_few_pairs, group_pairs
 from tritonmoe.kernels.group_tiles import TileTable
+from tritonmoe.kernels.row_tiles import list_row_tiles
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.up import up
 from tritonmoe.kernels.weight_grad import outer_sums
@@ -47,7 +50,10 @@ def group(
     chunk_pair_offsets: tuple[int, ...] | None = None,
     row_sources: RowSources | None = None,
 ) -> Grouping:
-    """Order the pairs by counting sort in three launches; one chunk without pair offsets is padded to R*K positions."""
+    """Order the pairs by counting sort in three launches, and list the row tiles in a fourth.
+
+    One chunk without pair offsets is padded to R*K positions. A single launch does all for few pairs of one chunk.
+    """
     num_rows, top_k = topk_ids.shape
     assert num_experts <= MAX_EXPERTS, f"{num_experts} experts"
     assert top_k <= MAX_TOP_K, f"{top_k} experts per token"
@@ -56,11 +62,12 @@ def group(
     if num_chunks == 1:
         pair_offsets = (0, num_rows * top_k) if chunk_pair_offsets is None else tuple(chunk_pair_offsets)
         if topk_ids.numel() <= MAX_FEW_PAIRS:
-            pair_index, offsets, inverse = group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
+            pair_index, offsets, inverse, row_tiles = group_few_pairs(topk_ids, num_experts, pair_offsets[-1])
             source_order = None
         else:
             table = TileTable(topk_ids.numel())
             pair_index, offsets, inverse, source_order = group_pairs(topk_ids, num_experts, table, pair_offsets[-1])
+            row_tiles = list_row_tiles(offsets, pair_offsets[-1])
         expert_offsets = offsets[0]
     else:
         if chunk_pair_offsets is None or row_sources is None:
@@ -73,6 +80,7 @@ def group(
         assert table.num_pairs == topk_ids.numel(), f"{table.num_pairs} pairs in runs, {topk_ids.numel()} in topk_ids"
         pair_index, offsets, inverse, source_order = group_pairs(topk_ids, num_experts, table, pair_offsets[-1])
         expert_offsets, offsets = offsets[-1], offsets[:-1]
+        row_tiles = list_row_tiles(offsets, max(last - first for first, last in pairwise(pair_offsets)))
     return Grouping(
         pair_index=pair_index,
         expert_offsets=expert_offsets,
@@ -81,6 +89,7 @@ def group(
         chunk_expert_offsets=offsets,
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=pair_offsets,
+        row_tiles=row_tiles,
     )
 
 

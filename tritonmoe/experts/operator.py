@@ -7,7 +7,7 @@ experts/moe_mlp.py decides. Both run the two functions `run_forward` and `run_ba
 
 Operators take no objects and give no None: an ExpertSpec comes as the string that spec.encode() makes of it, and what
 is not wanted has no elements. The grouping is not saved but made again in backward: it is short work, and 8K bytes a
-token less.
+token less, of the kernels 12K.
 """
 
 from collections.abc import Sequence

@@ -12,12 +12,18 @@ from tritonmoe.kernels.launch import (
     cdiv,
     contiguous_columns,
     launch,
-    next_power_of_2,
     num_programs,
     output,
     tile_keywords,
 )
-from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
+from tritonmoe.kernels.row_tiles import (
+    num_row_tiles,
+    num_tile_slots,
+    row_tiles_of,
+    slot_and_column_tile,
+    tile_of_slot,
+    tile_of_slot_again,
+)
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
@@ -25,17 +31,16 @@ from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["expert_offsets"])
+@triton.jit(do_not_specialize=["num_slots"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor
     bias,  # (E, width) or None
     addend,  # (N, width), perhaps the same memory as out, or None
-    expert_offsets,  # (E+1,) int32
+    row_tiles,  # (1, num_slots, 4, 4) int32
     out,  # (N, width), dtype of values
     depth_size,
     width,
-    E,
     num_slots,
     num_column_tiles,
     stride_values_row,
@@ -54,23 +59,19 @@ def _grouped_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_row_tiles = num_slots
+    num_used_slots = num_slots
     if FLATTEN:
-        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        num_row_tiles = tl.max(tile_ends, 0)
-    num_tiles = num_row_tiles * num_column_tiles
+        num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
+    num_tiles = num_used_slots * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        if not FLATTEN:
-            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        if FLATTEN or first < end:
+        slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
+        if FLATTEN or expert >= 0:
             columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
             column_mask = columns < width
             positions = first + tl.arange(0, BLOCK_M)
@@ -115,6 +116,10 @@ def _grouped_matmul_kernel(
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
 
+            if not FLATTEN:
+                expert, first, end = tile_of_slot_again(slot, row_tiles, BLOCK_M)
+                positions = first + tl.arange(0, BLOCK_M)
+                valid = positions < end
             SUB_N: tl.constexpr = BLOCK_N // SUBTILES
             subtiles = split_columns(accumulator, BLOCK_M, BLOCK_N, SUBTILES)
             out_rows = out + positions.to(tl.int64)[:, None] * stride_out_row
@@ -158,11 +163,10 @@ def _grouped_matmul(
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         bias,
         addend,
-        grouping.expert_offsets,
+        row_tiles_of(grouping),
         out,
         depth,
         width,
-        num_experts,
         num_slots,
         num_column_tiles,
         values.stride(0),
@@ -178,7 +182,6 @@ def _grouped_matmul(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
         EVEN_DEPTH=depth % config.block_k == 0,
-        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, values.dtype),
     )
     return out

@@ -16,13 +16,20 @@ from tritonmoe.kernels.launch import (
     cdiv,
     contiguous_columns,
     launch,
-    next_power_of_2,
     num_programs,
     output,
     tile_keywords,
 )
 from tritonmoe.kernels.pair_sums import sum_partials
-from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, slot_and_column_tile, tile_of_slot
+from tritonmoe.kernels.row_tiles import (
+    num_row_tiles,
+    num_tile_slots,
+    row_of,
+    row_tiles_of,
+    slot_and_column_tile,
+    tile_of_slot,
+    tile_of_slot_again,
+)
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
@@ -30,7 +37,7 @@ from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 __all__ = ["down_grad"]
 
 
-@triton.jit(do_not_specialize=["N", "num_slots"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
+@triton.jit(do_not_specialize=["N", "num_slots"], do_not_specialize_on_alignment=["pair_index"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
@@ -38,14 +45,12 @@ def _down_grad_kernel(
     hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
     topk_weights,  # (R, K)
     pair_index,  # (N,) int32
-    expert_offsets,  # (E+1,) int32
+    row_tiles,  # (1, num_slots, 4, 4) int32
     dhidden,  # as hidden
     scaled_a,  # (N, F)
     partial_sums,  # (num_column_tiles, N) fp32: <g, a> of each column tile
     D,
     F,
-    E,
-    K,
     N,
     num_slots,
     num_column_tiles,
@@ -63,6 +68,7 @@ def _down_grad_kernel(
     limit,
     alpha,
     up_offset,
+    K: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -72,30 +78,26 @@ def _down_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_row_tiles = num_slots
+    num_used_slots = num_slots
     if FLATTEN:
-        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        num_row_tiles = tl.max(tile_ends, 0)
-    num_tiles = num_row_tiles * num_column_tiles
+        num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
+    num_tiles = num_used_slots * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        if not FLATTEN:
-            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        if FLATTEN or first < end:
+        slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
+        if FLATTEN or expert >= 0:
             first_unit = column_tile * BLOCK_N
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             pairs = tl.load(pair_index + positions, mask=valid, other=0)
             depth = tl.arange(0, BLOCK_K)
             dout_pointers = (
-                dout + (pairs // K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
+                dout + row_of(pairs, K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
             units = first_unit + tl.arange(0, BLOCK_N)
             weight_pointers = None
@@ -130,11 +132,16 @@ def _down_grad_kernel(
                 g = dot(dout_tile, weight_tile, g, PRECISION)
                 dout_pointers += BLOCK_K * stride_dout_column
 
+            if not FLATTEN:
+                _, first, end = tile_of_slot_again(slot, row_tiles, BLOCK_M)
+                positions = first + tl.arange(0, BLOCK_M)
+                valid = positions < end
             if FLATTEN:
                 # Loaded once more (and differently, or it would be once): kept through the loop they take registers.
                 pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
-            rows = (pairs // K).to(tl.int64)
-            weights_pointers = topk_weights + rows * stride_topk_weights_row + pairs % K * stride_topk_weights_slot
+            rows = row_of(pairs, K)
+            weights_row = topk_weights + rows.to(tl.int64) * stride_topk_weights_row
+            weights_pointers = weights_row + (pairs - rows * K) * stride_topk_weights_slot
             scale = tl.load(weights_pointers, mask=valid, other=0.0).to(tl.float32)
             long_positions = positions.to(tl.int64)
             SUB_N: tl.constexpr = BLOCK_N // SUBTILES
@@ -213,14 +220,12 @@ def down_grad(
         hidden,
         topk_weights,
         grouping.pair_index,
-        grouping.expert_offsets,
+        row_tiles_of(grouping),
         dh,
         scaled_a,
         partial_sums,
         depth,
         num_units,
-        num_experts,
-        grouping.top_k,
         num_pairs,
         num_slots,
         num_column_tiles,
@@ -236,13 +241,13 @@ def down_grad(
         dh.stride(0),
         scaled_a.stride(0),
         *scalars,
+        K=grouping.top_k,
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
         ACTIVATION=name,
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
         EVEN_D=depth % config.block_k == 0,
-        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, dout.dtype),
     )
     sum_partials(partial_sums, dout, down_bias, grouping, dweights)

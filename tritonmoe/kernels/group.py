@@ -1,6 +1,7 @@
 """Grouping without atomics: a stable counting sort of the pairs by (chunk, expert) in three launches, or in one.
 
-Few pairs of one chunk go through the three steps (group_steps.py) in one program.
+Few pairs of one chunk go through the three steps (group_steps.py) in one program, which also lists their row tiles
+(row_tiles.py).
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tritonmoe.kernels.group_steps import count_tile, place_tile, scan_tiles
 from tritonmoe.kernels.group_tiles import PAIRS_PER_TILE, TileTable
 from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2
+from tritonmoe.kernels.row_tiles import EXPERTS_PER_STEP, empty_row_tiles, write_row_tiles
 
 __all__ = ["MAX_FEW_PAIRS", "group_few_pairs", "group_pairs"]
 
@@ -27,9 +29,9 @@ def _count_kernel(
     num_pairs,
     num_tiles,
     E,
-    K,
     stride_ids_row,
     stride_ids_slot,
+    K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -79,9 +81,9 @@ def _place_kernel(
     num_positions,
     num_tiles,
     E,
-    K,
     stride_ids_row,
     stride_ids_slot,
+    K: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
@@ -106,28 +108,30 @@ def _place_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_positions", "num_tiles"])
+@triton.jit(do_not_specialize=["num_pairs", "num_positions", "num_tiles", "num_slots"])
 def _group_few_kernel(
     topk_ids,  # (R, K) integers
-    starts,  # (num_tiles, E+1) int32
+    starts,  # (num_tiles, E+1) int32, and behind it the shifts (num_tiles, E)
     expert_offsets,  # (1, E+1) int32
-    shifts,  # (num_tiles, E) int32
     pair_index,  # (N,) int32
     inverse,  # (R, K) int32
+    row_tiles,  # (1, num_slots, 4, 4) int32
     num_pairs,
     num_positions,
     num_tiles,
+    num_slots,
     E,
-    K,
     stride_ids_row,
     stride_ids_slot,
+    K: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
-    """Count, scan and place in one program: what it wrote before a barrier, it can read behind it."""
+    """Count, scan, place and list the row tiles in one program, which can read behind a barrier what it wrote."""
+    shifts = starts + num_tiles * (E + 1)
     for tile in range(num_tiles):
         count_tile(
             tile,
@@ -168,6 +172,7 @@ def _group_few_kernel(
             TILE,
             BLOCK_OTHERS,
         )
+    write_row_tiles(0, 1, expert_offsets, row_tiles, num_slots, E, BLOCK_E)
 
 
 def _num_bins(num_experts: int) -> int:
@@ -175,42 +180,44 @@ def _num_bins(num_experts: int) -> int:
     return max(256, next_power_of_2(num_experts + 1))
 
 
-def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Group one chunk of at most MAX_FEW_PAIRS pairs in one launch of one program.
 
     Returns:
-        The pairs in storage order (num_positions,), -1 past their end; the expert offsets (1, E+1); the inverse (R, K).
+        The pairs in storage order (num_positions,), -1 past their end; the expert offsets (1, E+1); the inverse (R, K);
+        the row tiles.
     """
     num_pairs = topk_ids.numel()
     num_tiles = cdiv(num_pairs, FEW_PAIRS_PER_TILE)
-    starts = topk_ids.new_empty(num_tiles, num_experts + 1, dtype=torch.int32)
-    shifts = topk_ids.new_empty(num_tiles, num_experts, dtype=torch.int32)
+    starts_and_shifts = topk_ids.new_empty(num_tiles * (2 * num_experts + 1), dtype=torch.int32)
     offsets = topk_ids.new_empty(1, num_experts + 1, dtype=torch.int32)
     pair_index = topk_ids.new_empty(num_positions, dtype=torch.int32)
     inverse = topk_ids.new_empty(topk_ids.shape, dtype=torch.int32)
+    row_tiles = empty_row_tiles(1, num_positions, num_experts, topk_ids)
     launch(
         _group_few_kernel,
         (1,),
         topk_ids,
-        starts,
+        starts_and_shifts,
         offsets,
-        shifts,
         pair_index,
         inverse,
+        row_tiles,
         num_pairs,
         num_positions,
         num_tiles,
+        row_tiles.shape[1],
         num_experts,
-        topk_ids.shape[1],
         topk_ids.stride(0),
         topk_ids.stride(1),
+        K=topk_ids.shape[1],
         BLOCK_BINS=_num_bins(num_experts),
-        BLOCK_E=128,
+        BLOCK_E=EXPERTS_PER_STEP,
         BLOCK_T=8,
         TILE=FEW_PAIRS_PER_TILE,
         BLOCK_OTHERS=FEW_PAIRS_PER_TILE if INTERPRETED else 64,  # 16, 32 and 128 spill on some target or Triton
     )
-    return pair_index, offsets, inverse
+    return pair_index, offsets, inverse, row_tiles
 
 
 def group_pairs(
@@ -240,9 +247,9 @@ def group_pairs(
         table.num_pairs,
         table.num_tiles,
         num_experts,
-        topk_ids.shape[1],
         topk_ids.stride(0),
         topk_ids.stride(1),
+        K=topk_ids.shape[1],
         BLOCK_E=_num_bins(num_experts),
         TILE=PAIRS_PER_TILE,
     )
@@ -273,9 +280,9 @@ def group_pairs(
         num_positions,
         table.num_tiles,
         num_experts,
-        topk_ids.shape[1],
         topk_ids.stride(0),
         topk_ids.stride(1),
+        K=topk_ids.shape[1],
         TILE=PAIRS_PER_TILE,
         BLOCK_OTHERS=PAIRS_PER_TILE if INTERPRETED else 32,
     )

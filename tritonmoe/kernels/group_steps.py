@@ -15,6 +15,8 @@ knows what tiles there are, and hands them over in `tile_table` (group_tiles.Til
 import triton
 import triton.language as tl
 
+from tritonmoe.kernels.row_tiles import row_of
+
 __all__ = ["count_tile", "place_tile", "scan_tiles"]
 
 
@@ -40,13 +42,14 @@ def _load_experts(
     valid,
     topk_ids,  # (R, K) integers
     E,
-    K,
+    K: tl.constexpr,
     stride_ids_row,
     stride_ids_slot,
 ):
     """Give each flat pair's expert as int32; E for pairs that are skipped or past the end."""
-    row = (flat // K).to(tl.int64)
-    ids = tl.load(topk_ids + row * stride_ids_row + flat % K * stride_ids_slot, mask=valid, other=-1)
+    row = row_of(flat, K)
+    pointers = topk_ids + row.to(tl.int64) * stride_ids_row + (flat - row * K) * stride_ids_slot
+    ids = tl.load(pointers, mask=valid, other=-1)
     return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
@@ -59,7 +62,7 @@ def count_tile(
     num_pairs,
     num_tiles,
     E,
-    K,
+    K: tl.constexpr,
     stride_ids_row,
     stride_ids_slot,
     BLOCK_E: tl.constexpr,
@@ -142,7 +145,7 @@ def place_tile(
     num_positions,
     num_tiles,
     E,
-    K,
+    K: tl.constexpr,
     stride_ids_row,
     stride_ids_slot,
     TILE: tl.constexpr,

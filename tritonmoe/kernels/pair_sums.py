@@ -6,21 +6,20 @@ from torch import Tensor
 
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels.launch import launch, next_power_of_2
-from tritonmoe.kernels.row_tiles import num_tile_slots, row_tile_ends, tile_of_slot
+from tritonmoe.kernels.row_tiles import num_tile_slots, row_tiles_of, tile_of_slot
 
 __all__ = ["sum_partials"]
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["pair_index"])
 def _sum_partials_kernel(
     partial_sums,  # (num_column_tiles, N) fp32
     dout,  # (R, D)
     bias,  # (E, D) or None
     pair_index,  # (N,) int32
-    expert_offsets,  # (E+1,) int32
+    row_tiles,  # (1, num_slots, 4, 4) int32
     dweights,  # (N,) fp32
     D,
-    E,
     K,
     N,
     num_column_tiles,
@@ -30,11 +29,9 @@ def _sum_partials_kernel(
     stride_bias_column,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
-    tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-    expert, first, end = tile_of_slot(tl.program_id(0), tile_ends, expert_offsets, E, BLOCK_M)
-    if first >= end:
+    expert, first, end = tile_of_slot(tl.program_id(0), row_tiles, BLOCK_M)
+    if expert < 0:
         return
     positions = first + tl.arange(0, BLOCK_M)
     valid = positions < end
@@ -75,10 +72,9 @@ def sum_partials(
         dout,
         down_bias,
         grouping.pair_index,
-        grouping.expert_offsets,
+        row_tiles_of(grouping),
         dweights,
         depth,
-        num_experts,
         grouping.top_k,
         num_pairs,
         partial_sums.shape[0],
@@ -88,5 +84,4 @@ def sum_partials(
         0 if down_bias is None else down_bias.stride(1),
         BLOCK_M=block_m,
         BLOCK_K=min(128, next_power_of_2(depth)),
-        BLOCK_E=next_power_of_2(num_experts),
     )

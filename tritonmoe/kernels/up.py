@@ -16,12 +16,19 @@ from tritonmoe.kernels.launch import (
     cdiv,
     contiguous_columns,
     launch,
-    next_power_of_2,
     num_programs,
     output,
     tile_keywords,
 )
-from tritonmoe.kernels.row_tiles import num_tile_slots, row_of, row_tile_ends, slot_and_column_tile, tile_of_slot
+from tritonmoe.kernels.row_tiles import (
+    num_row_tiles,
+    num_tile_slots,
+    row_of,
+    row_tiles_of,
+    slot_and_column_tile,
+    tile_of_slot,
+    tile_of_slot_again,
+)
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -63,19 +70,18 @@ def _tile_columns(
     return columns, mask
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["pair_index"])
 def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
     bias,  # (E, 2F) or None
     addend,  # (N, 2F), perhaps the same memory as h, or None
     pair_index,  # (N,) int32
-    expert_offsets,  # (E+1,) int32
+    row_tiles,  # (1, num_slots, 4, 4) int32
     h,  # (N, 2F), dtype of x, or None
     a,  # (N, F), dtype of x, or None
     D,
     F,
-    E,
     num_slots,
     num_column_tiles,
     stride_x_row,
@@ -103,7 +109,6 @@ def _up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
@@ -114,17 +119,14 @@ def _up_kernel(
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
-    num_row_tiles = num_slots
+    num_used_slots = num_slots
     if FLATTEN:
-        tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        num_row_tiles = tl.max(tile_ends, 0)
-    num_tiles = num_row_tiles * num_column_tiles
+        num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
+    num_tiles = num_used_slots * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-        if not FLATTEN:
-            tile_ends = row_tile_ends(expert_offsets, E, BLOCK_E, BLOCK_M)
-        slot, column_tile = slot_and_column_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first, end = tile_of_slot(slot, tile_ends, expert_offsets, E, BLOCK_M)
-        if FLATTEN or first < end:
+        slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
+        expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
+        if FLATTEN or expert >= 0:
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             # Rows past the expert's end are some other row's numbers: computed and not stored.
@@ -173,6 +175,10 @@ def _up_kernel(
                 if GATHER == "pointers":
                     x_pointers += BLOCK_K * stride_x_column
 
+            if not FLATTEN:
+                expert, first, end = tile_of_slot_again(slot, row_tiles, BLOCK_M)
+                positions = first + tl.arange(0, BLOCK_M)
+                valid = positions < end
             if TWO_BOXES:
                 gate_half, up_half = split_column_pairs(accumulator, BLOCK_M, BLOCK_N, True)
                 gates = split_columns(gate_half, BLOCK_M, BLOCK_N, SUBTILES)
@@ -272,12 +278,11 @@ def up(
         gate_up_bias,
         addend,
         grouping.pair_index,
-        grouping.expert_offsets,
+        row_tiles_of(grouping),
         h,
         a,
         depth,
         num_units,
-        num_experts,
         num_slots,
         num_column_tiles,
         x.stride(0),
@@ -301,7 +306,6 @@ def up(
         ACTIVATION=name,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
-        BLOCK_E=next_power_of_2(num_experts),
         **tile_keywords(config, x.dtype),
     )
     return h, a

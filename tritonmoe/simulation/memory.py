@@ -166,10 +166,15 @@ class _Walk:
         return sums
 
     def _grouping_bytes(self) -> Tensor:
-        """Give the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows."""
+        """Give the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows.
+
+        Kernels also have row tiles, 64 bytes for 16 pairs, of every chunk as many as of the largest.
+        """
         top_k = self.work.top_k
         has_returned_rows = self.plan.chunk_by == "experts" and top_k > 1
-        return (2 * self.num_pairs + self.num_received * (top_k + has_returned_rows)) * INDEX_BYTES
+        lists_row_tiles = self.widths.working_set.max_block_pairs is None
+        row_tiles = lists_row_tiles * len(self.pairs) * self.largest_pairs
+        return (2 * self.num_pairs + row_tiles + self.num_received * (top_k + has_returned_rows)) * INDEX_BYTES
 
 
 class _ForwardWalk(_Walk):

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
+from tritonmoe.kernels.row_tiles import TILE_HEIGHTS
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles import table, tma
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -157,6 +158,11 @@ def _config(
     gathers = operation in ("up", "up_ungated")
     config = replace(config, tma=not why_no_tma, gather="pointers" if gathers else "")
     config = replace(config, **dict(measured))
+    if operation != "weight_grad" and config.block_m not in TILE_HEIGHTS:
+        raise ValueError(
+            f"block_m of {operation} must be one of {TILE_HEIGHTS}, the heights of which `group` lists row tiles, "
+            f"got {config.block_m}: correct the measured entry, or delete it and run `tritonmoe tune` again"
+        )
     reads = tma.reads(dict(refusals), why_no_tma or ("" if config.tma else "measured to be faster"))
     persistent = may_be_persistent and config.persistent and _may_walk(reads)
     gather = config.gather if gathers else ""
