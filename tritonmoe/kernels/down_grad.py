@@ -105,6 +105,9 @@ def _down_grad_kernel(
                 weight_pointers = weight_tiles.first_pointers(
                     weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
                 )
+            if not FLATTEN:
+                # Behind the last tile's epilogue, once: Triton 3.6 would put a barrier for it into every step.
+                tl.debug_barrier()
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -136,9 +139,8 @@ def _down_grad_kernel(
                 _, first, end = tile_of_slot_again(slot, row_tiles, BLOCK_M)
                 positions = first + tl.arange(0, BLOCK_M)
                 valid = positions < end
-            if FLATTEN:
-                # Loaded once more (and differently, or it would be once): kept through the loop they take registers.
-                pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
+            # Loaded once more (and differently, or it would be once): kept through the loop they take registers.
+            pairs = tl.load(pair_index + positions, mask=valid, other=0, eviction_policy="evict_last")
             rows = row_of(pairs, K)
             weights_row = topk_weights + rows.to(tl.int64) * stride_topk_weights_row
             weights_pointers = weights_row + (pairs - rows * K) * stride_topk_weights_slot
