@@ -25,7 +25,8 @@ from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
 
-COUNTED_CALLS = 4
+COUNTED_CALLS = 20
+"""TCP now and then sends several kilobytes again."""
 SETTLE_S = 0.3
 """How long it takes until what a socket has taken has passed the interface's counters."""
 
