@@ -62,7 +62,7 @@ def interrupt(
     try:
         wait_for(lambda: is_running(process.pid, said.read_text()), STARTED_WITHIN_S, "it has not started")
         assert process.poll() is None, said.read_text()
-        namespaces = set(processes_of(process.pid).values()) - {os.readlink("/proc/self/ns/net")}
+        inside = processes_in(set(processes_of(process.pid).values()) - {os.readlink("/proc/self/ns/net")})
         end(process.pid)
         assert process.wait(timeout=ENDS_WITHIN_S) != 0
         wait_for(lambda: not processes_of(process.pid), ENDS_WITHIN_S, "a process is left")
@@ -70,16 +70,31 @@ def interrupt(
         for pid in processes_of(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    assert not namespaces & {link for entry in Path("/proc").glob("[0-9]*/ns/net") if (link := readlink(entry))}
+    assert not {pid for pid, started in inside if start_of(pid) == started}, "a process is left in a namespace"
     assert [path.name for path in folder.iterdir()] == ["said"]
     return said.read_text()
 
 
-def readlink(path: Path) -> str | None:
+def processes_in(namespaces: set[str]) -> set[tuple[int, str]]:
+    """Give the processes in network namespaces, of any session, and when they started.
+
+    A namespace that has ended leaves its number to the next one, perhaps another test's: it tells nothing afterwards.
+    """
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry / "ns" / "net") in namespaces and (started := start_of(int(entry.name))):
+                found.add((int(entry.name), started))
+    return found
+
+
+def start_of(pid: int) -> str | None:
+    """Give the moment at which a process started; None where it has ended."""
     try:
-        return os.readlink(path)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def run(command: list[str], folder: Path) -> None:
