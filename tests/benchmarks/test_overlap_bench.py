@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from html_pages import check_page
+from namespace_processes import processes_in, start_of
 
 import tritonmoe as tm
 from tritonmoe.benchmarks import BENCHMARKS, load, overlap
@@ -375,6 +376,7 @@ def test_nothing_is_left_of_a_run_that_was_ended(end: signal.Signals) -> None:
     namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
     assert len(namespaces) == 5
     assert os.readlink("/proc/self/ns/net") not in namespaces
+    inside = processes_in(namespaces)
     process.send_signal(end)
     process.wait(timeout=10)
     process.stdout.close()
@@ -382,14 +384,7 @@ def test_nothing_is_left_of_a_run_that_was_ended(end: signal.Signals) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a process is left"
         time.sleep(0.02)
-    assert not namespaces & {link for entry in Path("/proc").glob("[0-9]*/ns/net") if (link := readlink(entry))}
-
-
-def readlink(path: Path) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:  # it has ended in the meantime
-        return None
+    assert not {pid for pid, started in inside if start_of(pid) == started}
 
 
 @NEEDS_NAMESPACES

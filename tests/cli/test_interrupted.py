@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from namespace_processes import processes_in, start_of
 
 import tritonmoe as tm
 from tritonmoe.benchmarks.namespaces import INTERFACE, unusable_reason
@@ -73,28 +74,6 @@ def interrupt(
     assert not {pid for pid, started in inside if start_of(pid) == started}, "a process is left in a namespace"
     assert [path.name for path in folder.iterdir()] == ["said"]
     return said.read_text()
-
-
-def processes_in(namespaces: set[str]) -> set[tuple[int, str]]:
-    """Give the processes in network namespaces, of any session, and when they started.
-
-    A namespace that has ended leaves its number to the next one, perhaps another test's: it tells nothing afterwards.
-    """
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(entry / "ns" / "net") in namespaces and (started := start_of(int(entry.name))):
-                found.add((int(entry.name), started))
-    return found
-
-
-def start_of(pid: int) -> str | None:
-    """Give the moment at which a process started; None where it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
 
 
 def run(command: list[str], folder: Path) -> None:
