@@ -1,12 +1,17 @@
 """`tritonmoe doctor`: the verdict, its files, and the exit status."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
+from tritonmoe.benchmarks import overlap_rank
+from tritonmoe.benchmarks.measured_layer import MeasuredLayer
+from tritonmoe.benchmarks.overlap_variants import Variant
 from tritonmoe.cli import main
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.reading import read_recording
@@ -65,7 +70,18 @@ def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.thorough
-def test_bench_overlap_records(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bench_overlap_records(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the calls of "auto", though a rank is late with one before them."""
+    run_rounds = overlap_rank.run_rounds
+
+    def run_late(rank: MeasuredLayer, *arguments: Any) -> Any:
+        found = run_rounds(rank, *arguments)
+        if rank.transport.rank == 1:
+            time.sleep(0.5)
+            rank.run_layer(Variant("compute", 1))
+        return found
+
+    monkeypatch.setattr(overlap_rank, "run_rounds", run_late)
     arguments = ["--emulate", "2", "--model", "tiny", "--tokens", "64", "--chunks", "1", "2", "--rounds", "3", "--rate"]
     assert main(["bench", "overlap", *arguments, "100mbit", "--record", str(tmp_path / "run")]) == 0
     assert f"read it with tritonmoe doctor {tmp_path / 'run'}" in capsys.readouterr().out

@@ -83,9 +83,12 @@ def measure_rank(
     rounds_run = run_rounds(rank, variants, rounds)
     seconds, reports = rounds_run.seconds, rounds_run.reports
     if record_to is not None:
+        # Ranks that are threads share what is recorded: no call of another variant may be under way.
+        rank.measured_ranks.barrier()
         with record(record_to):
             for _ in range(rounds):
                 rank.timed(Variant("auto"))
+            rank.measured_ranks.barrier()
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
     uplink_bytes = {"one level": uplinks} if uplinks else {}
     rows_between_nodes = None
