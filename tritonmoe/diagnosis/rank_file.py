@@ -54,21 +54,23 @@ def _integer(value: object) -> int:
 
 
 def _count(value: object) -> int:
-    if _integer(value) < 0:
+    count = _integer(value)
+    if count < 0:
         raise ValueError(f"must not be negative, got {value!r}")
-    return _integer(value)
+    return count
 
 
 def _number(value: object) -> float:
-    if not is_number(value) or abs(value) > MOST:  # type: ignore[arg-type]
+    if not is_number(value) or abs(value) > MOST:  # type: ignore[arg-type]  # is_number knows it
         raise ValueError(f"must be a finite number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)  # type: ignore[arg-type]  # as above
 
 
 def _amount(value: object) -> float:
-    if _number(value) < 0:
+    amount = _number(value)
+    if amount < 0:
         raise ValueError(f"must not be negative, got {value!r}")
-    return _number(value)
+    return amount
 
 
 def _text(value: object) -> str:
