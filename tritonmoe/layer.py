@@ -20,7 +20,7 @@ from tritonmoe.expert_parallel.check import check_expert_parallel, check_fillers
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_factors, noted_names, with_adapters
+from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
@@ -278,7 +278,7 @@ class GroupedExperts(nn.Module):
         config, options = self.config, self.options
         layout = config.gated, config.interleaved, config.transposed
         spec = expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
-        names = noted_names(self)
+        names = noted_adapters(self)
         return (replace(spec, adapters=names) if names else spec).with_dropout(adapters)
 
     def forward(

@@ -153,7 +153,7 @@ class CallHeader(NamedTuple):
     dropout: int = 0
     """The bits of the adapters' dropout."""
     adapters: int = 0
-    """A checksum of the names of PEFT's adapters."""
+    """A checksum of the names and scales of PEFT's adapters."""
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":

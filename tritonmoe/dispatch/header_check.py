@@ -102,7 +102,7 @@ SAME_CALL = (
     _field("down_bias", _one_of(("none", "a tensor"))),
     Compared("the rank of the adapter on gate_up_proj in this layer call", ("gate_up_rank",), _rank_words),
     Compared("the rank of the adapter on down_proj in this layer call", ("down_rank",), _rank_words),
-    Compared("which of PEFT's adapters are active in this layer call", ("adapters",), None),
+    Compared("which of PEFT's adapters are active in this layer call, and with what scale", ("adapters",), None),
     Compared("the dropout of the adapters in this layer call", ("dropout",), lambda bits: str(numbers_of(bits)[0])),
     Compared("whether a CUDA graph captures this layer call", ("captured",), _one_of(("not captured", "captured"))),
 )

@@ -19,8 +19,8 @@ __all__ = [
     "ExpertAdapters",
     "Note",
     "check_hands_over",
+    "noted_adapters",
     "noted_factors",
-    "noted_names",
     "shard_adapters",
     "with_adapters",
 ]
@@ -116,7 +116,7 @@ class Note(NamedTuple):
     """Copies of a module may share their list of notes."""
     parameter_name: str
     adapter: str
-    """Its name."""
+    """Its name and its scale."""
     give_factors: GiveFactors
 
 
@@ -147,8 +147,8 @@ def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[i
     return found
 
 
-def noted_names(experts: nn.Module) -> str:
-    """Give the names of the adapters that are noted on a module of experts, by which ranks know that they run the same.
+def noted_adapters(experts: nn.Module) -> str:
+    """Give the adapters that are noted on a module of experts, by which ranks know that they run the same.
 
     An empty string where there are none.
     """

@@ -51,7 +51,7 @@ class ExpertSpec:
     dropout: float = 0.0
     """Of what adapters multiply."""
     adapters: str = ""
-    """The names of adapters that somebody else (PEFT) put on the experts: ranks compare them."""
+    """The names and scales of adapters that somebody else (PEFT) put on the experts: ranks compare them."""
 
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""

@@ -21,6 +21,7 @@ from tritonmoe.transports import LocalTransport, Transport
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 MORE_FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v2", "phimoe", "granitemoe", "ernie4_5_moe", "lfm2_moe")
@@ -286,6 +287,20 @@ def test_ranks_with_other_active_adapters_are_told() -> None:
         model(torch.randn(3, 16))
         model.set_adapter(("default", "other")[transport.rank])
         with pytest.raises(tm.CountMismatch, match="which of PEFT's adapters are active"):
+            model(torch.randn(3, 16))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def test_ranks_with_another_scale_of_an_adapter_are_told() -> None:
+    adapted = adapted_layer()
+
+    def on_rank(transport: Transport) -> None:
+        model = copy.deepcopy(adapted)
+        tm.parallelize(model, transport)
+        wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
+        wrapper.scaling["default"] *= 1 + transport.rank
+        with pytest.raises(tm.CountMismatch, match="are active in this layer call, and with what scale"):
             model(torch.randn(3, 16))
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
-from tritonmoe.experts.adapters import ExpertAdapters, noted_factors, noted_names
+from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors
 from tritonmoe.experts.arguments import ExpertInputs, check_plain
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
@@ -97,7 +97,7 @@ def run_experts(
     own_experts = range(num_experts) if state is None else state.expert_ids
     factors = noted_factors(experts, dtype, own_experts)
     if factors:
-        spec = replace(spec, adapters=noted_names(experts))
+        spec = replace(spec, adapters=noted_adapters(experts))
     weights = PerWeight(
         cast(up_name),
         cast(f"{up_name}_bias") if has_bias else None,

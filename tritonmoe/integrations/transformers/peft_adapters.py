@@ -101,7 +101,8 @@ class _Noted:
 
     def __init__(self, wrapper: "ParamWrapper", adapter: str) -> None:
         self.wrapper, self.adapter = wrapper, adapter
-        self.note = Note(wrapper.get_base_layer(), wrapper.parameter_name, adapter, self.factors)
+        scaled = f"{adapter} * {wrapper.scaling[adapter]}"
+        self.note = Note(wrapper.get_base_layer(), wrapper.parameter_name, scaled, self.factors)
 
     def __enter__(self) -> None:
         self.note.experts.__dict__.setdefault(NOTES, []).append(self.note)
