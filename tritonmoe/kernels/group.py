@@ -84,8 +84,7 @@ def _place_kernel(
     stride_ids_row,
     stride_ids_slot,
     K: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
 ):
     place_tile(
         tl.program_id(0),
@@ -103,8 +102,7 @@ def _place_kernel(
         K,
         stride_ids_row,
         stride_ids_slot,
-        TILE,
-        BLOCK_OTHERS,
+        LOG_TILE,
     )
 
 
@@ -127,8 +125,7 @@ def _group_few_kernel(
     BLOCK_BINS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
 ):
     """Count, scan, place and list the row tiles in one program, which can read behind a barrier what it wrote."""
     shifts = starts + num_tiles * (E + 1)
@@ -145,7 +142,7 @@ def _group_few_kernel(
             stride_ids_row,
             stride_ids_slot,
             BLOCK_BINS,
-            TILE,
+            2**LOG_TILE,
         )
     tl.debug_barrier()
     for first_expert in range(0, E + 1, BLOCK_E):
@@ -169,8 +166,7 @@ def _group_few_kernel(
             K,
             stride_ids_row,
             stride_ids_slot,
-            TILE,
-            BLOCK_OTHERS,
+            LOG_TILE,
         )
     write_row_tiles(0, 1, expert_offsets, row_tiles, num_slots, E, BLOCK_E)
 
@@ -214,8 +210,7 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
         BLOCK_BINS=_num_bins(num_experts),
         BLOCK_E=EXPERTS_PER_STEP,
         BLOCK_T=8,
-        TILE=FEW_PAIRS_PER_TILE,
-        BLOCK_OTHERS=FEW_PAIRS_PER_TILE if INTERPRETED else 64,  # 16, 32 and 128 spill on some target or Triton
+        LOG_TILE=FEW_PAIRS_PER_TILE.bit_length() - 1,
     )
     return pair_index, offsets, inverse, row_tiles
 
@@ -253,7 +248,7 @@ def group_pairs(
         BLOCK_E=_num_bins(num_experts),
         TILE=PAIRS_PER_TILE,
     )
-    block_e = 128 if INTERPRETED else 16
+    block_e = 128 if INTERPRETED else 4  # many programs, each of few steps: what a step waits for is memory
     launch(
         _scan_kernel,
         (table.num_scans, cdiv(num_experts + 1, block_e)),
@@ -264,7 +259,7 @@ def group_pairs(
         table.num_tiles,
         num_experts,
         BLOCK_E=block_e,
-        BLOCK_T=8 if INTERPRETED else 64,
+        BLOCK_T=8 if INTERPRETED else 256,
     )
     launch(
         _place_kernel,
@@ -283,7 +278,6 @@ def group_pairs(
         topk_ids.stride(0),
         topk_ids.stride(1),
         K=topk_ids.shape[1],
-        TILE=PAIRS_PER_TILE,
-        BLOCK_OTHERS=PAIRS_PER_TILE if INTERPRETED else 32,
+        LOG_TILE=PAIRS_PER_TILE.bit_length() - 1,
     )
     return pair_index, offsets, inverse, source_order

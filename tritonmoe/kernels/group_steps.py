@@ -1,8 +1,8 @@
 """The three steps of grouping, as pieces of kernels: count a tile, scan the tiles, place a tile's pairs.
 
 The first step stores a tile's exclusive running count over the experts; the second sums these down the tiles of a chunk
-(sums of exclusive running counts are the chunk's expert offsets); the third ranks the pairs of a tile by comparing them
-and stores every pair in its place.
+(sums of exclusive running counts are the chunk's expert offsets); the third sorts the pairs of a tile and stores every
+pair in its place.
 
 With several chunks a tile has pairs of one chunk and one source rank. The second step then also sums down all tiles by
 (source rank, chunk), which gives the layer's expert offsets, and the third stores the source order as well. The host
@@ -132,6 +132,24 @@ def _tiles_of_steps(steps, end, tile_table, num_tiles):
 
 
 @triton.jit
+def _sorted_keys(keys, LOG_SIZE: tl.constexpr):
+    """Sort (2**LOG_SIZE,) different keys from 0 to 2**30 by a bitonic network (Batcher 1968).
+
+    Stage s merges runs of 2**s keys, of which every other one falls. Its step compares keys whose places differ in one
+    bit, which is an axis here: a key's partner is the sum of the two without it.
+    """
+    places = tl.reshape(tl.arange(0, 2**LOG_SIZE), [2] * LOG_SIZE)
+    cube = tl.reshape(keys, [2] * LOG_SIZE)
+    for stage in tl.static_range(1, LOG_SIZE + 1):
+        falls = (places >> stage) & 1
+        for bit in tl.static_range(stage - 1, -1, -1):
+            partner = tl.sum(cube, LOG_SIZE - 1 - bit, keep_dims=True) - cube
+            is_upper = (places >> bit) & 1
+            cube = tl.where(is_upper == falls, tl.minimum(cube, partner), tl.maximum(cube, partner))
+    return tl.reshape(cube, [2**LOG_SIZE])
+
+
+@triton.jit
 def place_tile(
     tile,
     topk_ids,  # (R, K) integers
@@ -148,40 +166,33 @@ def place_tile(
     K: tl.constexpr,
     stride_ids_row,
     stride_ids_slot,
-    TILE: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
 ):
     """Store a tile's pairs where they belong, and mark the positions that the pairs leave over.
 
     With one chunk those positions of pair_index become -1. With several chunks, any of which may end early, those
     behind the last pair of all become 0 in source_order, because others index with it.
     """
+    TILE: tl.constexpr = 2**LOG_TILE
     first, end, first_position = _tile_range(tile, tile_table, num_pairs, num_tiles, TILE)
-    places = tl.arange(0, TILE)
-    pairs = first + places
-    valid = pairs < end
-    experts = _load_experts(pairs, valid, topk_ids, E, K, stride_ids_row, stride_ids_slot)
-    # The rank in the sorted tile is the number of smaller keys; keys are unique and stable.
-    keys = experts * TILE + places
-    rank = tl.zeros((TILE,), tl.int32)
-    for start in range(0, TILE, BLOCK_OTHERS):
-        other_places = start + tl.arange(0, BLOCK_OTHERS)
-        others = first + other_places
-        other_experts = _load_experts(others, others < end, topk_ids, E, K, stride_ids_row, stride_ids_slot)
-        other_keys = other_experts * TILE + other_places
-        rank += tl.sum((other_keys[None, :] < keys[:, None]).to(tl.int32), 1)
+    ranks = tl.arange(0, TILE)
+    pairs = first + ranks
+    experts = _load_experts(pairs, pairs < end, topk_ids, E, K, stride_ids_row, stride_ids_slot)
+    keys = _sorted_keys(experts * TILE + ranks, LOG_TILE)
+    experts = keys // TILE
+    pairs = first + keys % TILE
     active = experts < E
     shift = shifts + tl.cast(tile, tl.int64) * E + experts
-    position = tl.where(active, tl.load(shift, mask=active, other=0) + rank, -1)
+    position = tl.where(active, tl.load(shift, mask=active, other=0) + ranks, -1)
     stored = first_position + position
     tl.store(pair_index + stored, pairs, mask=active & (stored < num_positions))
-    tl.store(inverse + pairs, position, mask=valid)
+    tl.store(inverse + pairs, position, mask=pairs < end)
     if source_order is not None:
         layer_shift = shift + tl.cast(num_tiles, tl.int64) * E
-        place = tl.load(layer_shift, mask=active, other=0) + rank
+        place = tl.load(layer_shift, mask=active, other=0) + ranks
         tl.store(source_order + place, stored, mask=active & (place < num_positions))
     # Tile after tile covers all positions, each once.
-    positions = tl.cast(tile, tl.int64) * TILE + places
+    positions = tl.cast(tile, tl.int64) * TILE + ranks
     padding = (positions >= tl.load(expert_offsets + E)) & (positions < num_positions)
     if tile_table is None:
         tl.store(pair_index + positions, tl.full((TILE,), -1, tl.int32), mask=padding)
