@@ -15,11 +15,14 @@ from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording import folder_name
+from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports.two_level import GroupView
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
 CONFIG = tm.MoEConfig(8, 4, 4, 2)
@@ -115,9 +118,58 @@ def test_a_recording_is_not_written_over(tmp_path: Path) -> None:
     with record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     before = (tmp_path / "rank-0000.jsonl").read_bytes()
-    with pytest.raises(FileExistsError), record(tmp_path):
+    with pytest.raises(FileExistsError, match="another folder for each run"), record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     assert (tmp_path / "rank-0000.jsonl").read_bytes() == before
+
+
+def test_the_other_ranks_hear_of_a_file_of_an_earlier_run(tmp_path: Path) -> None:
+    """Before a row has moved, and without a timeout; a second try doesn't go elsewhere."""
+    earlier = tmp_path / "rank-0001.jsonl"
+    earlier.write_text("")
+
+    def on_rank(transport: Transport) -> None:
+        layer = tm.GroupedExperts(CONFIG, transport, backend="torch")
+        arguments = torch.randn(4, 8), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
+        for _ in range(2):
+            with pytest.raises(FileExistsError if transport.rank == 1 else TransportError, match="rank"):
+                layer(*arguments)
+
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(on_rank, SIZE)
+    assert list(tmp_path.iterdir()) == [earlier]
+
+
+def test_groups_of_a_jobs_ranks_have_folders_of_their_own(tmp_path: Path) -> None:
+    """As in a mesh of two replicas and two expert ranks: rank 0 of both groups writes rank-0000.jsonl."""
+
+    def on_rank(world: Transport) -> None:
+        first = world.rank // SIZE * SIZE
+        for _ in range(2):
+            train(GroupView(world, range(first, first + SIZE)), calls=1)
+
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(on_rank, 2 * SIZE)
+    folders = [tmp_path / name for name in ("ranks-0000-to-0001", "ranks-0002-to-0003")]
+    assert sorted(tmp_path.iterdir()) == folders
+    for first, folder in zip((0, 2), folders, strict=True):
+        for of_transport in (folder, folder / "transport-1"):
+            recording = read_recording(of_transport)
+            assert (recording.size, len(recording.calls)) == (SIZE, 1)
+            assert [header["job_ranks"] for header in recording.headers] == [[first, first + 1]] * SIZE
+    with pytest.raises(ValueError, match=f"give the folder of one, or of several, as {folders[0]} {folders[1]}"):
+        read_recording(tmp_path)
+    (folders[1] / "rank-0001.jsonl").rename(folders[0] / "rank-0001.jsonl")
+    with pytest.raises(ValueError, match=r"job_ranks is \[2, 3\], and \[0, 1\] in"):
+        read_recording(folders[0])
+
+
+def test_groups_of_ranks_have_names_of_their_own() -> None:
+    groups = [(3,), (4, 5, 6, 7), (1, 5), (0, 2, 4), (0, 3, 4), (0, 1, 4), (4, 2, 0)]
+    names = [folder_name(group) for group in groups]
+    even = ["ranks-0003-to-0003", "ranks-0004-to-0007", "ranks-0001-to-0005-by-4", "ranks-0000-to-0004-by-2"]
+    assert names[:4] == even
+    assert len(set(names)) == len(groups)
 
 
 def test_nobody_listens_when_nothing_is_recorded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ __all__ = ["read_recording"]
 
 SAME_CLOCK_S = 5.0
 """By so little a rank may seem to have heard from another one before that spoke: it notes the time after it spoke."""
-ALIKE = ("transport", "node_size", "shares_link", "uses_rendezvous")
+ALIKE = ("job_ranks", "transport", "node_size", "shares_link", "uses_rendezvous")
 """What the headers of all ranks must say alike."""
 
 
@@ -32,6 +32,12 @@ def read_recording(path: Path) -> Recording:
         raise ValueError(f"{path} is no folder: give the one that record() has written")
     files = sorted(file for file in path.iterdir() if re.fullmatch(r"rank-\d{4,}\.jsonl", file.name))
     if not files:
+        of_groups = sorted({str(file.parent) for file in path.glob("ranks-*/rank-*.jsonl")})
+        if of_groups:
+            raise ValueError(
+                f"{path} has recordings of groups of ranks, each with its own calls: give the folder of one, or of "
+                f"several, as {' '.join(of_groups[:2])}"
+            )
         raise ValueError(
             f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
             "expert-parallel layer makes while record() lasts"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe import __version__
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
@@ -47,12 +47,14 @@ def record(path: str | os.PathLike) -> Iterator[None]:
     It goes around a training or benchmark loop; the layers may be anywhere, in models of transformers too. Every rank
     records, into a folder that they share or that is put together later: rank 3 writes rank-0003.jsonl, a header and
     one line for each call, within half a second of the end of its backward. Calls over a second transport go to
-    transport-1 in there. The times are those of last_report; nothing is read from a device in a call, a thread of its
-    own writes. Calls in a CUDA graph have no times and are left out.
+    transport-1 in there. Where a layer's ranks are not all of the job, as in a mesh of replicas and expert ranks, each
+    group has a folder in there, ranks-0004-to-0007 say. The times are those of last_report; nothing is read from a
+    device in a call, a thread of its own writes. Calls in a CUDA graph have no times and are left out.
 
     path: the folder, which may be new; emulated ranks, threads of one process, all give the same one.
     Raises:
-        FileExistsError: it has a recording of this rank already. OSError: at the end, a file could not be written.
+        FileExistsError: in a layer's first call, before a row moves: it has a recording of this rank already. OSError:
+            at the end, a file could not be written.
     Example:
         with tritonmoe.diagnosis.record("run"):
             train(model, steps=20)
@@ -109,7 +111,7 @@ class _Recorder:
         self.path = path
         self.num_users = 0
         self._files: WeakKeyDictionary[Transport, _RankFile] = WeakKeyDictionary()
-        self._transports_of_rank: dict[int, int] = {}
+        self._transports_of_rank: dict[tuple[Path, int], int] = {}
         self._held: dict[tuple[int, int], _Held] = {}  # by file and number of the call
         self._lock = threading.Lock()
         self._complete: queue.SimpleQueue[_Held | None] = queue.SimpleQueue()
@@ -118,12 +120,24 @@ class _Recorder:
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
+    def before_forward(self, transport: Transport, device: torch.device) -> None:
+        with self._lock:
+            if transport in self._files:
+                return
+            ranks = transport.job_ranks
+            folder = self.path if ranks is None else self.path / folder_name(ranks)
+            number = self._transports_of_rank.get((folder, transport.rank), 0)
+            own = folder / f"transport-{number}" if number else folder
+            self._files[transport] = _RankFile(own, transport, device)
+            self._transports_of_rank[folder, transport.rank] = number + 1
+            transport.tells_arrivals = True
+
     def after_forward(
         self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
     ) -> None:
-        if header.captured:
+        file = self._files.get(transport)
+        if header.captured or file is None:  # None: the call began before the recording
             return
-        file = self._file_of(transport, expert_offsets.device)
         held = _Held(file, header, report, HostCopy(expert_offsets), is_recomputing())
         if not header.grad_enabled:
             self._complete.put(held)
@@ -154,17 +168,6 @@ class _Recorder:
         if self._failure is not None:
             raise self._failure
 
-    def _file_of(self, transport: Transport, device: torch.device) -> "_RankFile":
-        with self._lock:
-            file = self._files.get(transport)
-            if file is None:
-                number = self._transports_of_rank.get(transport.rank, 0)
-                self._transports_of_rank[transport.rank] = number + 1
-                folder = self.path / f"transport-{number}" if number else self.path
-                file = self._files[transport] = _RankFile(folder, transport, device)
-                transport.tells_arrivals = True  # from its next exchange on
-            return file
-
     def _write(self) -> None:
         is_over = False
         while not is_over:
@@ -192,11 +195,18 @@ class _RankFile:
     """The file of one rank on one transport."""
 
     def __init__(self, folder: Path, transport: Transport, device: torch.device) -> None:
+        self._path = folder / file_name(transport.rank)
+        if self._path.exists():
+            raise FileExistsError(
+                f"{self._path} is of an earlier run: give record() another folder for each run, and each restart of "
+                "one, or remove this one first"
+            )
         self._header: Json = {
             "format": FORMAT,
             "schema": SCHEMA,
             "rank": transport.rank,
             "size": transport.size,
+            "job_ranks": transport.job_ranks,
             "transport": type(transport).__name__,
             "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
             "shares_link": transport.shares_link(device),
@@ -208,26 +218,28 @@ class _RankFile:
             "wall_clock": time.time(),
             "perf_counter": time.perf_counter(),
         }
-        folder.mkdir(exist_ok=True)
-        self._file: TextIO = (folder / file_name(transport.rank)).open("x")
-        self._has_header = False
+        self._file: TextIO | None = None
 
     def write(self, held: _Held) -> None:
         """Write a call, into memory at first."""
-        if not self._has_header:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("x")
             self._header["model"] = {**_sizes(held.header), "top_k": held.header.top_k}
-            self._write_line(self._header)
-            self._has_header = True
-        self._write_line(_plain_call(held))
+            _write_line(self._file, self._header)
+        _write_line(self._file, _plain_call(held))
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _write_line(self, values: Json) -> None:
-        self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+
+def _write_line(file: TextIO, values: Json) -> None:
+    file.write(json.dumps(values, separators=(",", ":")) + "\n")
 
 
 def _versions(*packages: str) -> dict[str, str | None]:

@@ -1,7 +1,8 @@
-"""Listeners: who hears of every layer call of this process once a pass of it is over, as a recording does."""
+"""Listeners: who hears of every layer call of this process, before it and after each pass, as a recording does."""
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tritonmoe.dispatch.header import CallHeader
@@ -13,6 +14,13 @@ __all__ = ["CallListener", "listeners"]
 
 class CallListener(Protocol):
     """What hears of calls; it is called on the thread that ran the pass, and reads nothing of the device there."""
+
+    def before_forward(self, transport: Transport, device: torch.device) -> None:
+        """Hear that a call begins, of which no rank has sent anything yet; not inside of a CUDA graph.
+
+        What it raises the call raises, and the other ranks hear of it.
+        """
+        ...
 
     def after_forward(
         self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
