@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
@@ -21,7 +23,7 @@ from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 from tritonmoe.transports.two_level import GroupView
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
@@ -94,6 +96,60 @@ def test_forwards_alone_and_forwards_whose_backward_does_not_come(tmp_path: Path
     with record(tmp_path / "left"):
         tm.run_on_emulated_ranks(forward_only, SIZE)
     assert [call.has_backward for call in read_recording(tmp_path / "left").calls] == [False]
+
+
+def wait_for_calls(folder: Path, count: int) -> list[dict]:
+    """Give the calls of rank 0's file, once it has so many, while the recording goes on."""
+    file, deadline = folder / "rank-0000.jsonl", time.monotonic() + 30
+    while not file.exists() or file.read_bytes().count(b"\n") <= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [json.loads(line) for line in file.read_text().split("\n")[1:-1]]
+
+
+def local_call() -> Callable[[], torch.Tensor]:
+    """Give a layer's call on one rank that is alone."""
+    layer = tm.GroupedExperts(CONFIG, LocalTransport(), backend="torch")
+    x = torch.randn(NUM_TOKENS, 8, requires_grad=True)
+    weights, ids = torch.rand(NUM_TOKENS, 4).topk(2)
+    return lambda: layer(x, ids, weights).sum()
+
+
+def test_a_forward_whose_graph_is_dropped_is_written_then(tmp_path: Path) -> None:
+    """And one whose graph is kept has its backward, later."""
+    call = local_call()
+    with record(tmp_path):
+        kept, dropped = call(), call()
+        del dropped
+        (line,) = wait_for_calls(tmp_path, 1)
+        assert (line["call"], line["backward"]) == (1, None)
+        kept.backward()
+        _, line = wait_for_calls(tmp_path, 2)
+        assert line["call"] == 0
+        assert line["backward"] is not None
+    assert len(wait_for_calls(tmp_path, 2)) == 2
+
+
+def test_as_many_forwards_as_there_are_wait_for_their_backward(tmp_path: Path) -> None:
+    """As in a pipeline, whose microbatches all go forwards first."""
+    call = local_call()
+    with record(tmp_path):
+        torch.stack([call() for _ in range(300)]).sum().backward()
+    calls = read_recording(tmp_path).calls
+    assert [call.sequence for call in calls] == list(range(300))
+    assert all(call.has_backward for call in calls)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_both_runs_of_a_checkpointed_call_are_written_when_its_backward_is_over(
+    use_reentrant: bool, tmp_path: Path
+) -> None:
+    call, anchor = local_call(), torch.zeros((), requires_grad=True)
+    with record(tmp_path):
+        checkpoint(lambda anchor: anchor + call(), anchor, use_reentrant=use_reentrant).backward()
+        lines = sorted(wait_for_calls(tmp_path, 2), key=lambda line: line["call"])
+    assert [line["recomputed"] for line in lines] == [False, True]
+    assert [line["backward"] is not None for line in lines] == [not use_reentrant, use_reentrant]
 
 
 def test_ranks_may_each_enter_the_same_folder(tmp_path: Path) -> None:

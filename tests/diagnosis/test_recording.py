@@ -140,6 +140,28 @@ def test_a_rank_that_hears_from_others_before_they_spoke(lines: tuple[int, ...],
         read_recording(run)
 
 
+HOURS_S = 2 * 3600.0
+
+
+def test_a_forward_that_is_written_hours_later(run: Path) -> None:
+    """As one is whose graph lives so long: lines are in the order in which calls ended."""
+    for file in (run / "rank-0000.jsonl", run / "rank-0001.jsonl"):
+        for number in (3, 4):
+            change(file, number, shift(HOURS_S))
+        header, first, *others = file.read_text().splitlines()
+        file.write_text("".join(line + "\n" for line in (header, *others, first)))
+    assert [call.sequence for call in read_recording(run).calls] == [0, 1, 2]
+
+
+def test_the_clock_of_all_ranks_goes_back(run: Path) -> None:
+    for file in (run / "rank-0000.jsonl", run / "rank-0001.jsonl"):
+        for number in (2, 3):
+            change(file, number, shift(HOURS_S))
+    first = run / "rank-0000.jsonl"
+    with pytest.raises(ValueError, match=re.escape(f"{first} line 4: the clock went back, to 10")):
+        read_recording(run)
+
+
 def test_what_is_no_folder(run: Path) -> None:
     for path in (run / "rank-0000.jsonl", run / "nowhere"):
         with pytest.raises(ValueError, match=re.escape(f"{path} is no folder")):

@@ -22,6 +22,9 @@ MOST = 1 << 53
 """No count and no moment is larger than the integers that a float holds exactly."""
 NEAR_S = 0.01
 """By so little the times of a step may lie outside of their pass: a device's are of another clock than the host's."""
+JUMP_S = 3600.0
+"""A call that began so long before the one with the number before it has another clock. By less it may: half a batch
+that runs again begins after the other half."""
 Value = TypeVar("Value")
 
 
@@ -170,7 +173,6 @@ def read_rank_file(path: Path, notes: list[str]) -> RankFile:
     if node_size is not None and not (1 < node_size < size and size % node_size == 0):
         raise ValueError(f"{path} line 1: node_size must make two or more nodes of {size} ranks, got {node_size}")
     found = RankFile(path, header.values, rank, size, {})
-    latest = -float("inf")
     for number, line in enumerate(lines[1:], 2):
         fields = _parse(line, path, number)
         sequence = fields.take("call", _integer)
@@ -179,10 +181,17 @@ def read_rank_file(path: Path, notes: list[str]) -> RankFile:
             moments = [*(layer_pass.marks or ()), layer_pass.origin, layer_pass.end]
             if any(later < earlier - NEAR_S for earlier, later in pairwise(moments)):
                 raise ValueError(f"{fields.where}: the clock went back: {moments}")
-        if read.call.forward.entered < latest - 3600:
-            raise ValueError(f"{fields.where}: the clock went back, to {read.call.forward.entered} from {latest}")
-        latest = max(latest, read.call.forward.entered)
+    _check_order(found)
     return found
+
+
+def _check_order(found: RankFile) -> None:
+    """Raise ValueError unless forwards began in the order of their calls' numbers; lines are in that of their ends."""
+    in_order = [found.calls[number] for number in sorted(found.calls)]
+    for before, after in pairwise(in_order):
+        from_s, to_s = before.call.forward.entered, after.call.forward.entered
+        if to_s < from_s - JUMP_S:
+            raise ValueError(f"{after.where}: the clock went back, to {to_s} from {from_s} at {before.where}")
 
 
 def _parse(line: bytes, path: Path, number: int) -> _Fields:

@@ -234,7 +234,7 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
         marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
     )
     for listener in listeners:
-        listener.after_forward(call.all_ranks, call.header, call.report, run.grouping.expert_offsets)
+        listener.after_forward(call.all_ranks, call.header, call.report, run.grouping)
     if call.flag is not None:
         call.is_wrong = call.flag.wait().any().view(1)
         poison([out], call.is_wrong)

@@ -3,9 +3,9 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 
@@ -22,14 +22,13 @@ class CallListener(Protocol):
         """
         ...
 
-    def after_forward(
-        self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
-    ) -> None:
+    def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
         """Hear of a forward. With a capacity that was too small it is told of both runs of a call, the last one second.
 
         Args:
             transport: of all ranks. header: what this rank told the others of the call.
-            expert_offsets: (L+1,) int32 on the layer's device, where the pairs of each of this rank's experts start.
+            grouping: of the pairs that this rank computes, on the layer's device; it lives as long as the call's graph,
+                whose backward may come.
         """
         ...
 
