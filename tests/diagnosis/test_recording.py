@@ -176,8 +176,40 @@ def test_clocks_of_two_hosts_are_aligned(run: Path) -> None:
     for number in (2, 3, 4):
         change(file, number, shift(-50.0))
     found = read_recording(run)
-    assert found.notes == ("clock of rank 1 (there) aligned, within 0 us",)
+    assert found.notes == (
+        "clock of rank 1 (there) aligned, within 0 us",
+        "a late link to the only rank of a host is taken for its clock",
+    )
     for call in found.calls:
         first, second = call.ranks
         assert second.forward.origin == pytest.approx(first.forward.origin)
         assert second.forward.marks == pytest.approx(first.forward.marks)
+
+
+LATE_S = 0.03
+
+
+def hear_late(values: dict) -> None:
+    for of in (values["forward"], values["backward"]):
+        of["origin"] += LATE_S
+        of["marks"]["counts_left"] += LATE_S
+
+
+@pytest.mark.parametrize("late", [0, 2], ids=["on the first host", "on the other host"])
+def test_a_rank_that_counts_reach_late_does_not_move_a_clock(late: int, tmp_path: Path) -> None:
+    """Two hosts of two ranks; the clock of the second one, which both of its ranks have, is 50 s behind."""
+    run = write_run(tmp_path / "run", [Run(node_size=2)] * 3)
+    expected = read_recording(run)
+    for number in (2, 3, 4):
+        for rank in (2, 3):
+            change(run / f"rank-000{rank}.jsonl", number, shift(-50.0))
+        change(run / f"rank-000{late}.jsonl", number, hear_late)
+    found = read_recording(run)
+    assert not any("only rank" in note for note in found.notes)
+    for call, before in zip(found.calls, expected.calls, strict=True):
+        for rank in range(4):
+            for one, other in zip(call.ranks[rank].passes, before.ranks[rank].passes, strict=True):
+                assert one.marks is not None
+                assert other.marks is not None
+                assert one.marks[:2] == pytest.approx(other.marks[:2])
+                assert one.marks.counts_left - other.marks.counts_left == pytest.approx(LATE_S * (rank == late))

@@ -62,30 +62,40 @@ def read_recording(path: Path) -> Recording:
 
 
 def _align_clocks(ranks: Sequence[RankFile], notes: list[str]) -> None:
-    """Move the times of every rank to the clock of rank 0.
+    """Move the times of every host to the clock of rank 0's.
 
-    On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment:
-    the median of the differences counts.
+    On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment,
+    but for those that a message reaches late: of each host the first rank counts, of all calls the median.
     """
-    first = ranks[0]
-    for found in ranks[1:]:
-        if found.header["host"] == first.header["host"]:
-            continue
-        pairs = [
-            (line.call.forward.marks, found.calls[n].call.forward.marks)
-            for n, line in first.calls.items()
-            if n in found.calls
-        ]
-        ahead = [
-            theirs.counts_left - ours.counts_left for ours, theirs in pairs if ours is not None and theirs is not None
-        ]
+    hosts: dict[str, list[RankFile]] = {}
+    for found in ranks:
+        hosts.setdefault(str(found.header["host"]), []).append(found)
+    here, *others = hosts.values()
+    left_here = _left_first(here)
+    for there in others:
+        ahead = [left - left_here[number] for number, left in _left_first(there).items() if number in left_here]
         if not ahead:
-            raise ValueError(f"{found.path}: nothing tells how its clock stands to that of {first.path.name}")
+            raise ValueError(f"{there[0].path}: nothing tells how its clock stands to that of {here[0].path.name}")
         shift_s = statistics.median(ahead)
         spread_s = statistics.median(abs(one - shift_s) for one in ahead)
-        notes.append(f"clock of rank {found.rank} ({found.header['host']}) aligned, within {spread_s * 1e6:.0f} us")
-        for line in found.calls.values():
-            line.call = _shifted(line.call, shift_s)
+        ranks_there = ", ".join(str(found.rank) for found in there)
+        notes.append(f"clock of rank {ranks_there} ({there[0].header['host']}) aligned, within {spread_s * 1e6:.0f} us")
+        for found in there:
+            for line in found.calls.values():
+                line.call = _shifted(line.call, shift_s)
+    if others and any(len(of_host) == 1 for of_host in hosts.values()):
+        notes.append("a late link to the only rank of a host is taken for its clock")
+
+
+def _left_first(of_host: Sequence[RankFile]) -> dict[int, float]:
+    """Give by call when the first of a host's ranks had everybody's counts, where all of its ranks say it."""
+    first: dict[int, float] = {}
+    for number in set.intersection(*(set(found.calls) for found in of_host)):
+        marks = [found.calls[number].call.forward.marks for found in of_host]
+        left = [of.counts_left for of in marks if of is not None]
+        if len(left) == len(of_host):
+            first[number] = min(left)
+    return first
 
 
 def _shifted(call: RankCall, shift_s: float) -> RankCall:
