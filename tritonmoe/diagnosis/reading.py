@@ -57,34 +57,39 @@ def read_recording(path: Path) -> Recording:
     missing = sorted(set(range(size)) - {found.rank for found in ranks})
     if missing:
         raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
-    _align_clocks(ranks, notes)
-    return Recording(path, tuple(found.header for found in ranks), _join_calls(ranks, notes), tuple(notes))
+    of_clocks = _align_clocks(ranks)
+    calls = _join_calls(ranks, notes)
+    return Recording(path, tuple(found.header for found in ranks), calls, (*notes, *of_clocks))
 
 
-def _align_clocks(ranks: Sequence[RankFile], notes: list[str]) -> None:
+def _align_clocks(ranks: Sequence[RankFile]) -> list[str]:
     """Move the times of every host to the clock of rank 0's.
 
     On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment,
-    but for those that a message reaches late: of each host the first rank counts, of all calls the median.
+    but for those that a message reaches late: of each host the first rank counts, of all calls the median. Returns what
+    is to be known of it.
     """
     hosts: dict[str, list[RankFile]] = {}
     for found in ranks:
         hosts.setdefault(str(found.header["host"]), []).append(found)
     here, *others = hosts.values()
+    if not others:
+        return []
     left_here = _left_first(here)
+    spreads_s = []
     for there in others:
         ahead = [left - left_here[number] for number, left in _left_first(there).items() if number in left_here]
         if not ahead:
             raise ValueError(f"{there[0].path}: nothing tells how its clock stands to that of {here[0].path.name}")
         shift_s = statistics.median(ahead)
-        spread_s = statistics.median(abs(one - shift_s) for one in ahead)
-        ranks_there = ", ".join(str(found.rank) for found in there)
-        notes.append(f"clock of rank {ranks_there} ({there[0].header['host']}) aligned, within {spread_s * 1e6:.0f} us")
+        spreads_s.append(statistics.median(abs(one - shift_s) for one in ahead))
         for found in there:
             for line in found.calls.values():
                 line.call = _shifted(line.call, shift_s)
-    if others and any(len(of_host) == 1 for of_host in hosts.values()):
+    notes = [f"clocks of {len(hosts)} hosts aligned, within {max(spreads_s) * 1e6:.0f} us"]
+    if any(len(of_host) == 1 for of_host in hosts.values()):
         notes.append("a late link to the only rank of a host is taken for its clock")
+    return notes
 
 
 def _left_first(of_host: Sequence[RankFile]) -> dict[int, float]:
