@@ -152,6 +152,29 @@ def test_both_runs_of_a_checkpointed_call_are_written_when_its_backward_is_over(
     assert [line["backward"] is not None for line in lines] == [not use_reentrant, use_reentrant]
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_first_run_of_a_call_that_overflows_is_no_time_of_the_host(backward: bool, tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> LayerReport:
+        layer = tm.GroupedExperts(CONFIG, transport, tm.OverlapConfig(2, capacity=0.1), backend="torch")
+        x = torch.randn(NUM_TOKENS, 8, requires_grad=backward)
+        with torch.set_grad_enabled(backward):
+            y = layer(x, torch.tensor([[0, 3]]).expand(NUM_TOKENS, 2), torch.ones(NUM_TOKENS, 2))
+        if backward:
+            y.sum().backward()
+        return report_of(layer)
+
+    with record(tmp_path):
+        reports = tm.run_on_emulated_ranks(on_rank, SIZE, link=tm.LinkModel(0.01, latency_us=2000))
+    recording = read_recording(tmp_path)
+    said = "1 of 1 calls overflowed their capacity and ran twice: what the first runs took is in none of these times"
+    assert recording.notes == (said,)
+    for report, of in zip(reports, recording.calls[0].ranks, strict=True):
+        assert report.first_run is not None
+        first = report.first_run.forward
+        assert first.total_s > 0.002
+        assert of.forward.entered >= first.started_at + first.total_s - 1e-6
+
+
 def test_ranks_may_each_enter_the_same_folder(tmp_path: Path) -> None:
     def on_rank(transport: Transport) -> None:
         with record(tmp_path):

@@ -136,6 +136,8 @@ class CallLine:
     agreed: tuple[int, bool, int, OverlapPlan, int, int, int, Mapping[str, int]]
     """What all ranks must say alike: the fields of RecordedCall from `layer` to `sizes`."""
     call: RankCall
+    ran_twice: bool
+    """Whether rows of some rank didn't fit into a capacity; then it is the second run."""
 
 
 @dataclass
@@ -229,7 +231,8 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> CallLine:
         of_ranks = call.rows[node * node_size : (node + 1) * node_size]
         if not max(of_ranks) <= rows <= sum(of_ranks):
             raise ValueError(f"{fields.where}: rows_to_nodes: {rows} of node {node} contradict rows {list(of_ranks)}")
-    return CallLine(fields.where, agreed, call)
+    ran_twice = "overflowed" in fields.values and fields.take("overflowed", _flag)
+    return CallLine(fields.where, agreed, call, ran_twice)
 
 
 def _read_pass(fields: _Fields, plan: OverlapPlan, size: int, node_size: int | None) -> RecordedPass:

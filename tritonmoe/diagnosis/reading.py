@@ -117,6 +117,12 @@ def _join_calls(ranks: Sequence[RankFile], notes: list[str]) -> tuple[RecordedCa
     left_out = set.union(*(set(found.calls) for found in ranks)) - everywhere
     if left_out:
         notes.append(f"{len(left_out)} calls that not every rank has recorded are left out")
+    num_twice = sum(any(found.calls[number].ran_twice for found in ranks) for number in everywhere)
+    if num_twice:
+        notes.append(
+            f"{num_twice} of {len(everywhere)} calls overflowed their capacity and ran twice: what the first runs took "
+            "is in none of these times"
+        )
     joined = []
     for sequence in sorted(everywhere):
         lines = [found.calls[sequence] for found in ranks]
