@@ -5,21 +5,26 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording import folder_name
+from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
+from tritonmoe.transports.two_level import GroupView
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
 CONFIG = tm.MoEConfig(8, 4, 4, 2)
@@ -93,6 +98,83 @@ def test_forwards_alone_and_forwards_whose_backward_does_not_come(tmp_path: Path
     assert [call.has_backward for call in read_recording(tmp_path / "left").calls] == [False]
 
 
+def wait_for_calls(folder: Path, count: int) -> list[dict]:
+    """Give the calls of rank 0's file, once it has so many, while the recording goes on."""
+    file, deadline = folder / "rank-0000.jsonl", time.monotonic() + 30
+    while not file.exists() or file.read_bytes().count(b"\n") <= count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [json.loads(line) for line in file.read_text().split("\n")[1:-1]]
+
+
+def local_call() -> Callable[[], torch.Tensor]:
+    """Give a layer's call on one rank that is alone."""
+    layer = tm.GroupedExperts(CONFIG, LocalTransport(), backend="torch")
+    x = torch.randn(NUM_TOKENS, 8, requires_grad=True)
+    weights, ids = torch.rand(NUM_TOKENS, 4).topk(2)
+    return lambda: layer(x, ids, weights).sum()
+
+
+def test_a_forward_whose_graph_is_dropped_is_written_then(tmp_path: Path) -> None:
+    """And one whose graph is kept has its backward, later."""
+    call = local_call()
+    with record(tmp_path):
+        kept, dropped = call(), call()
+        del dropped
+        (line,) = wait_for_calls(tmp_path, 1)
+        assert (line["call"], line["backward"]) == (1, None)
+        kept.backward()
+        _, line = wait_for_calls(tmp_path, 2)
+        assert line["call"] == 0
+        assert line["backward"] is not None
+    assert len(wait_for_calls(tmp_path, 2)) == 2
+
+
+def test_as_many_forwards_as_there_are_wait_for_their_backward(tmp_path: Path) -> None:
+    """As in a pipeline, whose microbatches all go forwards first."""
+    call = local_call()
+    with record(tmp_path):
+        torch.stack([call() for _ in range(300)]).sum().backward()
+    calls = read_recording(tmp_path).calls
+    assert [call.sequence for call in calls] == list(range(300))
+    assert all(call.has_backward for call in calls)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_both_runs_of_a_checkpointed_call_are_written_when_its_backward_is_over(
+    use_reentrant: bool, tmp_path: Path
+) -> None:
+    call, anchor = local_call(), torch.zeros((), requires_grad=True)
+    with record(tmp_path):
+        checkpoint(lambda anchor: anchor + call(), anchor, use_reentrant=use_reentrant).backward()
+        lines = sorted(wait_for_calls(tmp_path, 2), key=lambda line: line["call"])
+    assert [line["recomputed"] for line in lines] == [False, True]
+    assert [line["backward"] is not None for line in lines] == [not use_reentrant, use_reentrant]
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_first_run_of_a_call_that_overflows_is_no_time_of_the_host(backward: bool, tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> LayerReport:
+        layer = tm.GroupedExperts(CONFIG, transport, tm.OverlapConfig(2, capacity=0.1), backend="torch")
+        x = torch.randn(NUM_TOKENS, 8, requires_grad=backward)
+        with torch.set_grad_enabled(backward):
+            y = layer(x, torch.tensor([[0, 3]]).expand(NUM_TOKENS, 2), torch.ones(NUM_TOKENS, 2))
+        if backward:
+            y.sum().backward()
+        return report_of(layer)
+
+    with record(tmp_path):
+        reports = tm.run_on_emulated_ranks(on_rank, SIZE, link=tm.LinkModel(0.01, latency_us=2000))
+    recording = read_recording(tmp_path)
+    said = "1 of 1 calls overflowed their capacity and ran twice: what the first runs took is in none of these times"
+    assert recording.notes == (said,)
+    for report, of in zip(reports, recording.calls[0].ranks, strict=True):
+        assert report.first_run is not None
+        first = report.first_run.forward
+        assert first.total_s > 0.002
+        assert of.forward.entered >= first.started_at + first.total_s - 1e-6
+
+
 def test_ranks_may_each_enter_the_same_folder(tmp_path: Path) -> None:
     def on_rank(transport: Transport) -> None:
         with record(tmp_path):
@@ -115,9 +197,58 @@ def test_a_recording_is_not_written_over(tmp_path: Path) -> None:
     with record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     before = (tmp_path / "rank-0000.jsonl").read_bytes()
-    with pytest.raises(FileExistsError), record(tmp_path):
+    with pytest.raises(FileExistsError, match="another folder for each run"), record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     assert (tmp_path / "rank-0000.jsonl").read_bytes() == before
+
+
+def test_the_other_ranks_hear_of_a_file_of_an_earlier_run(tmp_path: Path) -> None:
+    """Before a row has moved, and without a timeout; a second try doesn't go elsewhere."""
+    earlier = tmp_path / "rank-0001.jsonl"
+    earlier.write_text("")
+
+    def on_rank(transport: Transport) -> None:
+        layer = tm.GroupedExperts(CONFIG, transport, backend="torch")
+        arguments = torch.randn(4, 8), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
+        for _ in range(2):
+            with pytest.raises(FileExistsError if transport.rank == 1 else TransportError, match="rank"):
+                layer(*arguments)
+
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(on_rank, SIZE)
+    assert list(tmp_path.iterdir()) == [earlier]
+
+
+def test_groups_of_a_jobs_ranks_have_folders_of_their_own(tmp_path: Path) -> None:
+    """As in a mesh of two replicas and two expert ranks: rank 0 of both groups writes rank-0000.jsonl."""
+
+    def on_rank(world: Transport) -> None:
+        first = world.rank // SIZE * SIZE
+        for _ in range(2):
+            train(GroupView(world, range(first, first + SIZE)), calls=1)
+
+    with record(tmp_path):
+        tm.run_on_emulated_ranks(on_rank, 2 * SIZE)
+    folders = [tmp_path / name for name in ("ranks-0000-to-0001", "ranks-0002-to-0003")]
+    assert sorted(tmp_path.iterdir()) == folders
+    for first, folder in zip((0, 2), folders, strict=True):
+        for of_transport in (folder, folder / "transport-1"):
+            recording = read_recording(of_transport)
+            assert (recording.size, len(recording.calls)) == (SIZE, 1)
+            assert [header["job_ranks"] for header in recording.headers] == [[first, first + 1]] * SIZE
+    with pytest.raises(ValueError, match=f"give the folder of one, or of several, as {folders[0]} {folders[1]}"):
+        read_recording(tmp_path)
+    (folders[1] / "rank-0001.jsonl").rename(folders[0] / "rank-0001.jsonl")
+    with pytest.raises(ValueError, match=r"job_ranks is \[2, 3\], and \[0, 1\] in"):
+        read_recording(folders[0])
+
+
+def test_groups_of_ranks_have_names_of_their_own() -> None:
+    groups = [(3,), (4, 5, 6, 7), (1, 5), (0, 2, 4), (0, 3, 4), (0, 1, 4), (4, 2, 0)]
+    names = [folder_name(group) for group in groups]
+    even = ["ranks-0003-to-0003", "ranks-0004-to-0007", "ranks-0001-to-0005-by-4", "ranks-0000-to-0004-by-2"]
+    assert names[:4] == even
+    assert len(set(names)) == len(groups)
 
 
 def test_nobody_listens_when_nothing_is_recorded(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.synthetic_runs import Run, write_run
+from tritonmoe.diagnosis.attribution import attribute
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.verdict import as_text
 
 
 @pytest.fixture
@@ -140,6 +142,28 @@ def test_a_rank_that_hears_from_others_before_they_spoke(lines: tuple[int, ...],
         read_recording(run)
 
 
+HOURS_S = 2 * 3600.0
+
+
+def test_a_forward_that_is_written_hours_later(run: Path) -> None:
+    """As one is whose graph lives so long: lines are in the order in which calls ended."""
+    for file in (run / "rank-0000.jsonl", run / "rank-0001.jsonl"):
+        for number in (3, 4):
+            change(file, number, shift(HOURS_S))
+        header, first, *others = file.read_text().splitlines()
+        file.write_text("".join(line + "\n" for line in (header, *others, first)))
+    assert [call.sequence for call in read_recording(run).calls] == [0, 1, 2]
+
+
+def test_the_clock_of_all_ranks_goes_back(run: Path) -> None:
+    for file in (run / "rank-0000.jsonl", run / "rank-0001.jsonl"):
+        for number in (2, 3):
+            change(file, number, shift(HOURS_S))
+    first = run / "rank-0000.jsonl"
+    with pytest.raises(ValueError, match=re.escape(f"{first} line 4: the clock went back, to 10")):
+        read_recording(run)
+
+
 def test_what_is_no_folder(run: Path) -> None:
     for path in (run / "rank-0000.jsonl", run / "nowhere"):
         with pytest.raises(ValueError, match=re.escape(f"{path} is no folder")):
@@ -154,8 +178,52 @@ def test_clocks_of_two_hosts_are_aligned(run: Path) -> None:
     for number in (2, 3, 4):
         change(file, number, shift(-50.0))
     found = read_recording(run)
-    assert found.notes == ("clock of rank 1 (there) aligned, within 0 us",)
+    assert found.notes == (
+        "clocks of 2 hosts aligned, within 0 us",
+        "a late link to the only rank of a host is taken for its clock",
+    )
     for call in found.calls:
         first, second = call.ranks
         assert second.forward.origin == pytest.approx(first.forward.origin)
         assert second.forward.marks == pytest.approx(first.forward.marks)
+
+
+def test_what_is_not_known_is_said_of_many_hosts_too(tmp_path: Path) -> None:
+    """One note speaks of the clocks of all ranks, and it stands behind those of what the doctor can't find."""
+    run = write_run(tmp_path / "run", [Run(size=4, node_size=2, num_chunks=6, tells_arrivals=False)] * 2)
+    *_, last = (run / "rank-0003.jsonl").read_text().splitlines(keepends=True)
+    (run / "rank-0003.jsonl").write_text((run / "rank-0003.jsonl").read_text().removesuffix(last))
+    lines = as_text(attribute(read_recording(run))).splitlines()
+    said = [line.removeprefix("note: ").split()[0] for line in lines if line.startswith("note: ")]
+    assert said == ["how", "all", "it", "1", "clocks", "1"]
+    assert any("fixed cost is not known" in line for line in lines)
+    assert any("(NCCL): links and ports are not told apart" in line for line in lines)
+
+
+LATE_S = 0.03
+
+
+def hear_late(values: dict) -> None:
+    for of in (values["forward"], values["backward"]):
+        of["origin"] += LATE_S
+        of["marks"]["counts_left"] += LATE_S
+
+
+@pytest.mark.parametrize("late", [0, 2], ids=["on the first host", "on the other host"])
+def test_a_rank_that_counts_reach_late_does_not_move_a_clock(late: int, tmp_path: Path) -> None:
+    """Two hosts of two ranks; the clock of the second one, which both of its ranks have, is 50 s behind."""
+    run = write_run(tmp_path / "run", [Run(node_size=2)] * 3)
+    expected = read_recording(run)
+    for number in (2, 3, 4):
+        for rank in (2, 3):
+            change(run / f"rank-000{rank}.jsonl", number, shift(-50.0))
+        change(run / f"rank-000{late}.jsonl", number, hear_late)
+    found = read_recording(run)
+    assert not any("only rank" in note for note in found.notes)
+    for call, before in zip(found.calls, expected.calls, strict=True):
+        for rank in range(4):
+            for one, other in zip(call.ranks[rank].passes, before.ranks[rank].passes, strict=True):
+                assert one.marks is not None
+                assert other.marks is not None
+                assert one.marks[:2] == pytest.approx(other.marks[:2])
+                assert one.marks.counts_left - other.marks.counts_left == pytest.approx(LATE_S * (rank == late))

@@ -196,7 +196,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
         together=_interval(together, drawn[-1]),
         misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
-        notes=(*few, *recording.notes, *costs.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
+        notes=(*few, *costs.notes, *recording.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
 
 

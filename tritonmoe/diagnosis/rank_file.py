@@ -22,6 +22,9 @@ MOST = 1 << 53
 """No count and no moment is larger than the integers that a float holds exactly."""
 NEAR_S = 0.01
 """By so little the times of a step may lie outside of their pass: a device's are of another clock than the host's."""
+JUMP_S = 3600.0
+"""A call that began so long before the one with the number before it has another clock. By less it may: half a batch
+that runs again begins after the other half."""
 Value = TypeVar("Value")
 
 
@@ -133,6 +136,8 @@ class CallLine:
     agreed: tuple[int, bool, int, OverlapPlan, int, int, int, Mapping[str, int]]
     """What all ranks must say alike: the fields of RecordedCall from `layer` to `sizes`."""
     call: RankCall
+    ran_twice: bool
+    """Whether rows of some rank didn't fit into a capacity; then it is the second run."""
 
 
 @dataclass
@@ -170,7 +175,6 @@ def read_rank_file(path: Path, notes: list[str]) -> RankFile:
     if node_size is not None and not (1 < node_size < size and size % node_size == 0):
         raise ValueError(f"{path} line 1: node_size must make two or more nodes of {size} ranks, got {node_size}")
     found = RankFile(path, header.values, rank, size, {})
-    latest = -float("inf")
     for number, line in enumerate(lines[1:], 2):
         fields = _parse(line, path, number)
         sequence = fields.take("call", _integer)
@@ -179,10 +183,17 @@ def read_rank_file(path: Path, notes: list[str]) -> RankFile:
             moments = [*(layer_pass.marks or ()), layer_pass.origin, layer_pass.end]
             if any(later < earlier - NEAR_S for earlier, later in pairwise(moments)):
                 raise ValueError(f"{fields.where}: the clock went back: {moments}")
-        if read.call.forward.entered < latest - 3600:
-            raise ValueError(f"{fields.where}: the clock went back, to {read.call.forward.entered} from {latest}")
-        latest = max(latest, read.call.forward.entered)
+    _check_order(found)
     return found
+
+
+def _check_order(found: RankFile) -> None:
+    """Raise ValueError unless forwards began in the order of their calls' numbers; lines are in that of their ends."""
+    in_order = [found.calls[number] for number in sorted(found.calls)]
+    for before, after in pairwise(in_order):
+        from_s, to_s = before.call.forward.entered, after.call.forward.entered
+        if to_s < from_s - JUMP_S:
+            raise ValueError(f"{after.where}: the clock went back, to {to_s} from {from_s} at {before.where}")
 
 
 def _parse(line: bytes, path: Path, number: int) -> _Fields:
@@ -220,7 +231,8 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> CallLine:
         of_ranks = call.rows[node * node_size : (node + 1) * node_size]
         if not max(of_ranks) <= rows <= sum(of_ranks):
             raise ValueError(f"{fields.where}: rows_to_nodes: {rows} of node {node} contradict rows {list(of_ranks)}")
-    return CallLine(fields.where, agreed, call)
+    ran_twice = "overflowed" in fields.values and fields.take("overflowed", _flag)
+    return CallLine(fields.where, agreed, call, ran_twice)
 
 
 def _read_pass(fields: _Fields, plan: OverlapPlan, size: int, node_size: int | None) -> RecordedPass:

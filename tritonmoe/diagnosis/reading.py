@@ -15,7 +15,7 @@ __all__ = ["read_recording"]
 
 SAME_CLOCK_S = 5.0
 """By so little a rank may seem to have heard from another one before that spoke: it notes the time after it spoke."""
-ALIKE = ("transport", "node_size", "shares_link", "uses_rendezvous")
+ALIKE = ("job_ranks", "transport", "node_size", "shares_link", "uses_rendezvous")
 """What the headers of all ranks must say alike."""
 
 
@@ -32,6 +32,12 @@ def read_recording(path: Path) -> Recording:
         raise ValueError(f"{path} is no folder: give the one that record() has written")
     files = sorted(file for file in path.iterdir() if re.fullmatch(r"rank-\d{4,}\.jsonl", file.name))
     if not files:
+        of_groups = sorted({str(file.parent) for file in path.glob("ranks-*/rank-*.jsonl")})
+        if of_groups:
+            raise ValueError(
+                f"{path} has recordings of groups of ranks, each with its own calls: give the folder of one, or of "
+                f"several, as {' '.join(of_groups[:2])}"
+            )
         raise ValueError(
             f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
             "expert-parallel layer makes while record() lasts"
@@ -51,35 +57,50 @@ def read_recording(path: Path) -> Recording:
     missing = sorted(set(range(size)) - {found.rank for found in ranks})
     if missing:
         raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
-    _align_clocks(ranks, notes)
-    return Recording(path, tuple(found.header for found in ranks), _join_calls(ranks, notes), tuple(notes))
+    of_clocks = _align_clocks(ranks)
+    calls = _join_calls(ranks, notes)
+    return Recording(path, tuple(found.header for found in ranks), calls, (*notes, *of_clocks))
 
 
-def _align_clocks(ranks: Sequence[RankFile], notes: list[str]) -> None:
-    """Move the times of every rank to the clock of rank 0.
+def _align_clocks(ranks: Sequence[RankFile]) -> list[str]:
+    """Move the times of every host to the clock of rank 0's.
 
-    On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment:
-    the median of the differences counts.
+    On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment,
+    but for those that a message reaches late: of each host the first rank counts, of all calls the median. Returns what
+    is to be known of it.
     """
-    first = ranks[0]
-    for found in ranks[1:]:
-        if found.header["host"] == first.header["host"]:
-            continue
-        pairs = [
-            (line.call.forward.marks, found.calls[n].call.forward.marks)
-            for n, line in first.calls.items()
-            if n in found.calls
-        ]
-        ahead = [
-            theirs.counts_left - ours.counts_left for ours, theirs in pairs if ours is not None and theirs is not None
-        ]
+    hosts: dict[str, list[RankFile]] = {}
+    for found in ranks:
+        hosts.setdefault(str(found.header["host"]), []).append(found)
+    here, *others = hosts.values()
+    if not others:
+        return []
+    left_here = _left_first(here)
+    spreads_s = []
+    for there in others:
+        ahead = [left - left_here[number] for number, left in _left_first(there).items() if number in left_here]
         if not ahead:
-            raise ValueError(f"{found.path}: nothing tells how its clock stands to that of {first.path.name}")
+            raise ValueError(f"{there[0].path}: nothing tells how its clock stands to that of {here[0].path.name}")
         shift_s = statistics.median(ahead)
-        spread_s = statistics.median(abs(one - shift_s) for one in ahead)
-        notes.append(f"clock of rank {found.rank} ({found.header['host']}) aligned, within {spread_s * 1e6:.0f} us")
-        for line in found.calls.values():
-            line.call = _shifted(line.call, shift_s)
+        spreads_s.append(statistics.median(abs(one - shift_s) for one in ahead))
+        for found in there:
+            for line in found.calls.values():
+                line.call = _shifted(line.call, shift_s)
+    notes = [f"clocks of {len(hosts)} hosts aligned, within {max(spreads_s) * 1e6:.0f} us"]
+    if any(len(of_host) == 1 for of_host in hosts.values()):
+        notes.append("a late link to the only rank of a host is taken for its clock")
+    return notes
+
+
+def _left_first(of_host: Sequence[RankFile]) -> dict[int, float]:
+    """Give by call when the first of a host's ranks had everybody's counts, where all of its ranks say it."""
+    first: dict[int, float] = {}
+    for number in set.intersection(*(set(found.calls) for found in of_host)):
+        marks = [found.calls[number].call.forward.marks for found in of_host]
+        left = [of.counts_left for of in marks if of is not None]
+        if len(left) == len(of_host):
+            first[number] = min(left)
+    return first
 
 
 def _shifted(call: RankCall, shift_s: float) -> RankCall:
@@ -96,6 +117,12 @@ def _join_calls(ranks: Sequence[RankFile], notes: list[str]) -> tuple[RecordedCa
     left_out = set.union(*(set(found.calls) for found in ranks)) - everywhere
     if left_out:
         notes.append(f"{len(left_out)} calls that not every rank has recorded are left out")
+    num_twice = sum(any(found.calls[number].ran_twice for found in ranks) for number in everywhere)
+    if num_twice:
+        notes.append(
+            f"{num_twice} of {len(everywhere)} calls overflowed their capacity and ran twice: what the first runs took "
+            "is in none of these times"
+        )
     joined = []
     for sequence in sorted(everywhere):
         lines = [found.calls[sequence] for found in ranks]

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TextIO
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
 
 from tritonmoe import __version__
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.files import Json
@@ -31,8 +31,6 @@ from tritonmoe.transports import Transport, TwoLevelTransport
 
 __all__ = ["record"]
 
-MAX_HELD = 256
-"""So many forwards may wait for their backward; then the oldest is written without one."""
 PAUSE_S = 0.25
 """So long the thread that writes waits for more calls: several in a row take it half of the time of single ones, for
 which the core's caches are cold."""
@@ -46,13 +44,16 @@ def record(path: str | os.PathLike) -> Iterator[None]:
 
     It goes around a training or benchmark loop; the layers may be anywhere, in models of transformers too. Every rank
     records, into a folder that they share or that is put together later: rank 3 writes rank-0003.jsonl, a header and
-    one line for each call, within half a second of the end of its backward. Calls over a second transport go to
-    transport-1 in there. The times are those of last_report; nothing is read from a device in a call, a thread of its
-    own writes. Calls in a CUDA graph have no times and are left out.
+    one line for each call, within half a second of the end of its backward, or of its graph where none comes. Calls
+    over a second transport go to transport-1 in there. Where a layer's ranks are not all of the job, as in a mesh of
+    replicas and expert ranks, each group has a folder in there, ranks-0004-to-0007 say. The times are those of
+    last_report; nothing is read from a device in a call, a thread of its own writes. Calls in a CUDA graph have no
+    times and are left out.
 
     path: the folder, which may be new; emulated ranks, threads of one process, all give the same one.
     Raises:
-        FileExistsError: it has a recording of this rank already. OSError: at the end, a file could not be written.
+        FileExistsError: in a layer's first call, before a row moves: it has a recording of this rank already. OSError:
+            at the end, a file could not be written.
     Example:
         with tritonmoe.diagnosis.record("run"):
             train(model, steps=20)
@@ -102,6 +103,14 @@ class _Held(NamedTuple):
     backward_marks: CallMarks | None = None
 
 
+class _Dropped(NamedTuple):
+    """Says that a call's graph is gone, so that its backward can't come any more."""
+
+    key: tuple[int, int]
+    """As in _Recorder._held."""
+    graph: "ReferenceType[Grouping]"
+
+
 class _Recorder:
     """Listens to calls, on the threads that run them, and writes them on a thread of its own."""
 
@@ -109,40 +118,55 @@ class _Recorder:
         self.path = path
         self.num_users = 0
         self._files: WeakKeyDictionary[Transport, _RankFile] = WeakKeyDictionary()
-        self._transports_of_rank: dict[int, int] = {}
-        self._held: dict[tuple[int, int], _Held] = {}  # by file and number of the call
+        self._transports_of_rank: dict[tuple[Path, int], int] = {}
+        self._held: dict[tuple[int, int], tuple[_Held, ReferenceType[Grouping]]] = {}
+        """By file and number of the call, those whose backward may come, each with what its graph keeps. As long as
+        the graph lives so does the report: holding it takes no memory worth a bound."""
         self._lock = threading.Lock()
-        self._complete: queue.SimpleQueue[_Held | None] = queue.SimpleQueue()
+        self._complete: queue.SimpleQueue[_Held | _Dropped | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
-    def after_forward(
-        self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
-    ) -> None:
-        if header.captured:
+    def before_forward(self, transport: Transport, device: torch.device) -> None:
+        with self._lock:
+            if transport in self._files:
+                return
+            ranks = transport.job_ranks
+            folder = self.path if ranks is None else self.path / folder_name(ranks)
+            number = self._transports_of_rank.get((folder, transport.rank), 0)
+            own = folder / f"transport-{number}" if number else folder
+            self._files[transport] = _RankFile(own, transport, device)
+            self._transports_of_rank[folder, transport.rank] = number + 1
+            transport.tells_arrivals = True
+
+    def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
+        file = self._files.get(transport)
+        if header.captured or file is None:  # None: the call began before the recording
             return
-        file = self._file_of(transport, expert_offsets.device)
-        held = _Held(file, header, report, HostCopy(expert_offsets), is_recomputing())
+        held = _Held(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing())
         if not header.grad_enabled:
             self._complete.put(held)
             return
+        key, complete = (id(file), header.sequence), self._complete
+        # Memory is freed on any thread and at any time, under the lock too: only the queue may be used then.
+        graph = ref(grouping, lambda gone: complete.put(_Dropped(key, gone)))
         with self._lock:
-            self._held[id(file), header.sequence] = held
-            if len(self._held) > MAX_HELD:
-                self._complete.put(self._held.pop(next(iter(self._held))))
+            self._held[key] = held, graph
 
     def after_backward(self, transport: Transport, header: CallHeader, report: LayerReport) -> None:
         with self._lock:
             file = self._files.get(transport)
-            held = self._held.pop((id(file), header.sequence), None)
+            held, _ = self._held.pop((id(file), header.sequence), (None, None))
         if held is not None:
             self._complete.put(held._replace(backward=report.backward, backward_marks=report.backward_marks))
 
     def end(self) -> None:
         """Write what is left; raises OSError where something could not be written."""
-        for held in self._held.values():
+        with self._lock:
+            left, self._held = self._held, {}
+        for held, _ in left.values():
             self._complete.put(held)
         self._complete.put(None)
         self._is_ending.set()
@@ -154,17 +178,6 @@ class _Recorder:
         if self._failure is not None:
             raise self._failure
 
-    def _file_of(self, transport: Transport, device: torch.device) -> "_RankFile":
-        with self._lock:
-            file = self._files.get(transport)
-            if file is None:
-                number = self._transports_of_rank.get(transport.rank, 0)
-                self._transports_of_rank[transport.rank] = number + 1
-                folder = self.path / f"transport-{number}" if number else self.path
-                file = self._files[transport] = _RankFile(folder, transport, device)
-                transport.tells_arrivals = True  # from its next exchange on
-            return file
-
     def _write(self) -> None:
         is_over = False
         while not is_over:
@@ -172,12 +185,23 @@ class _Recorder:
             self._is_ending.wait(PAUSE_S)
             while not self._complete.empty():
                 batch.append(self._complete.get())
-            is_over = batch[-1] is None
+            is_over = any(one is None for one in batch)
             if self._failure is None:
                 try:
-                    _write_calls([held for held in batch if held is not None])
+                    _write_calls([held for held in map(self._to_write, batch) if held is not None])
                 except OSError as error:
                     self._failure = error
+
+    def _to_write(self, one: _Held | _Dropped | None) -> _Held | None:
+        """Give a call that is over; of a call whose graph is gone, the forward, unless its backward came before."""
+        if not isinstance(one, _Dropped):
+            return one
+        with self._lock:
+            held, graph = self._held.get(one.key, (None, None))
+            if graph is not one.graph:  # of the first of two runs
+                return None
+            del self._held[one.key]
+        return held
 
 
 def _write_calls(batch: Sequence[_Held]) -> None:
@@ -192,11 +216,18 @@ class _RankFile:
     """The file of one rank on one transport."""
 
     def __init__(self, folder: Path, transport: Transport, device: torch.device) -> None:
+        self._path = folder / file_name(transport.rank)
+        if self._path.exists():
+            raise FileExistsError(
+                f"{self._path} is of an earlier run: give record() another folder for each run, and each restart of "
+                "one, or remove this one first"
+            )
         self._header: Json = {
             "format": FORMAT,
             "schema": SCHEMA,
             "rank": transport.rank,
             "size": transport.size,
+            "job_ranks": transport.job_ranks,
             "transport": type(transport).__name__,
             "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
             "shares_link": transport.shares_link(device),
@@ -208,26 +239,28 @@ class _RankFile:
             "wall_clock": time.time(),
             "perf_counter": time.perf_counter(),
         }
-        folder.mkdir(exist_ok=True)
-        self._file: TextIO = (folder / file_name(transport.rank)).open("x")
-        self._has_header = False
+        self._file: TextIO | None = None
 
     def write(self, held: _Held) -> None:
         """Write a call, into memory at first."""
-        if not self._has_header:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("x")
             self._header["model"] = {**_sizes(held.header), "top_k": held.header.top_k}
-            self._write_line(self._header)
-            self._has_header = True
-        self._write_line(_plain_call(held))
+            _write_line(self._file, self._header)
+        _write_line(self._file, _plain_call(held))
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _write_line(self, values: Json) -> None:
-        self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+
+def _write_line(file: TextIO, values: Json) -> None:
+    file.write(json.dumps(values, separators=(",", ":")) + "\n")
 
 
 def _versions(*packages: str) -> dict[str, str | None]:

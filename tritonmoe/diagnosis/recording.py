@@ -1,9 +1,11 @@
 """Recording: what layer calls did on every rank, on one clock; `record` writes it, reading.py reads it.
 
 A folder has a file for every rank, rank-0003.jsonl say: a header line, then one line for each call. Times are of the
-rank's time.perf_counter(), those of steps count from the origin of their pass.
+rank's time.perf_counter(), those of steps count from the origin of their pass. Groups of a job's ranks, each of which
+has its own calls, have a folder each in there.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,7 @@ __all__ = [
     "RecordedStep",
     "Recording",
     "file_name",
+    "folder_name",
     "plain_plan",
 ]
 
@@ -38,6 +41,18 @@ SCHEMA = 1
 def file_name(rank: int) -> str:
     """Give the name of a rank's file: rank-0003.jsonl."""
     return f"rank-{rank:04d}.jsonl"
+
+
+def folder_name(job_ranks: Sequence[int]) -> str:
+    """Give the name of the folder of some of a job's ranks: ranks-0004-to-0007, or ranks-0001-to-0005-by-4.
+
+    One of ranks that are not evenly spaced ends in a checksum of them.
+    """
+    first, last = job_ranks[0], job_ranks[-1]
+    step = max(1, (last - first) // max(1, len(job_ranks) - 1))
+    name = f"ranks-{first:04d}-to-{last:04d}" + (f"-by-{step}" if step > 1 else "")
+    is_even = list(job_ranks) == list(range(first, last + 1, step))
+    return name if is_even else f"{name}-{zlib.crc32(str(tuple(job_ranks)).encode()):08x}"
 
 
 def plain_plan(plan: OverlapPlan) -> Json:

@@ -9,6 +9,8 @@ __all__ = ["as_json", "as_text"]
 MOST_FINDINGS = 5
 MOST_OTHERS = 3
 MOST_ADVICE = 4
+MOST_LINES = 20
+LEAST_NOTES = 3
 
 
 def as_text(found: Attribution) -> str:
@@ -37,7 +39,7 @@ def as_text(found: Attribution) -> str:
     if small:
         lines.append("below 8 % or not certain: " + ", ".join(small[:MOST_OTHERS]))
     lines += [_in_short(one, found) + " (the bound, no fault)" for one in found.others if one.kind == "expert compute"]
-    lines += [f"note: {note}" for note in found.notes[:3]]
+    lines += [f"note: {note}" for note in found.notes[: max(LEAST_NOTES, MOST_LINES - len(lines))]]
     return "\n".join(lines)
 
 

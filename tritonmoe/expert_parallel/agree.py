@@ -3,7 +3,9 @@
 On two levels the plan is made in _agree_on_two_levels, and with a capacity in _agree_on_capacity.
 """
 
+import time
 import zlib
+from dataclasses import replace
 
 import torch
 
@@ -43,10 +45,13 @@ def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertPa
 
 
 @torch.no_grad()
-def agree_without_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> ExpertParallelCall:
-    """Plan a call again by its counts, after one in which some rank's rows did not fit. header: of that call."""
-    header = header._replace(capacity=0)
-    return _planned(call, exchange_plan(call.transport, header, _plan_tokens(call, overlap), overlap), header)
+def agree_without_capacity(call: CheckedCall, first: ExpertParallelCall) -> ExpertParallelCall:
+    """Plan a call again by its counts, after a first run in which some rank's rows did not fit."""
+    entered_at = time.perf_counter()
+    header, overlap = first.header._replace(capacity=0), replace(first.report.overlap, capacity=None)
+    again = _planned(call, exchange_plan(call.transport, header, _plan_tokens(call, overlap), overlap), header)
+    again.entered_at, again.first_run = entered_at, first.report
+    return again
 
 
 def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:

@@ -70,8 +70,10 @@ class ExpertParallelCall:
     """The first slot of this rank, where slots are experts unless there is a placement."""
     placement: ExpertPlacement | None
     entered_at: float
-    """As in CheckedCall."""
+    """As in CheckedCall; of a second run, when that began."""
     fillers: Sequence[Callable[[], None]] = ()
+    first_run: LayerReport | None = None
+    """As in LayerReport."""
     report: LayerReport = field(init=False)
     """Made by the forward."""
     capped: CappedTokens | None = None
@@ -230,11 +232,12 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
         forward=timings,
         wire_squares=layer_pass.wire_squares,
         other_row_bytes=layer_pass.wire.row_bytes(x.shape[1]),
+        first_run=call.first_run,
         rows_to_nodes=call.rows_to_nodes,
         marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
     )
     for listener in listeners:
-        listener.after_forward(call.all_ranks, call.header, call.report, run.grouping.expert_offsets)
+        listener.after_forward(call.all_ranks, call.header, call.report, run.grouping)
     if call.flag is not None:
         call.is_wrong = call.flag.wait().any().view(1)
         poison([out], call.is_wrong)

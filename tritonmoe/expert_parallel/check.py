@@ -14,6 +14,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.two_level import check_two_level
 from tritonmoe.expert_parallel.call import Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
@@ -72,7 +73,8 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     """Check a call on this rank, before anything of it is sent.
 
     Raises:
-        ValueError, TypeError: the arguments don't fit together. The other ranks hear of it, and raise too.
+        ValueError, TypeError: the arguments don't fit together. What a listener raises. The other ranks hear of either,
+            and raise too.
     """
     entered_at = time.perf_counter()
     spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
@@ -84,6 +86,9 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
         is_in_graph = is_captured(inputs.x.device)
         if is_in_graph:
             check_capture(spec.overlap)
+        else:
+            for listener in listeners:
+                listener.before_forward(transport, inputs.x.device)
         settings = choose_backend(spec.experts, inputs, beside_exchanges=transport.size > 1)
         parameters = _activation_parameters(settings, inputs)
     except Exception:

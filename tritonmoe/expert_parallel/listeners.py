@@ -1,10 +1,11 @@
-"""Listeners: who hears of every layer call of this process once a pass of it is over, as a recording does."""
+"""Listeners: who hears of every layer call of this process, before it and after each pass, as a recording does."""
 
 from typing import Protocol
 
-from torch import Tensor
+import torch
 
 from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 
@@ -14,14 +15,20 @@ __all__ = ["CallListener", "listeners"]
 class CallListener(Protocol):
     """What hears of calls; it is called on the thread that ran the pass, and reads nothing of the device there."""
 
-    def after_forward(
-        self, transport: Transport, header: CallHeader, report: LayerReport, expert_offsets: Tensor
-    ) -> None:
+    def before_forward(self, transport: Transport, device: torch.device) -> None:
+        """Hear that a call begins, of which no rank has sent anything yet; not inside of a CUDA graph.
+
+        What it raises the call raises, and the other ranks hear of it.
+        """
+        ...
+
+    def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
         """Hear of a forward. With a capacity that was too small it is told of both runs of a call, the last one second.
 
         Args:
             transport: of all ranks. header: what this rank told the others of the call.
-            expert_offsets: (L+1,) int32 on the layer's device, where the pairs of each of this rank's experts start.
+            grouping: of the pairs that this rank computes, on the layer's device; it lives as long as the call's graph,
+                whose backward may come.
         """
         ...
 

@@ -137,9 +137,8 @@ def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerRep
         call.state.captured_flags.append(watched(agreed.is_wrong))
     if agreed.capped is not None and some_rank_overflowed(call.transport, agreed.header, agreed.capped):
         del y  # and with it what the first run keeps for a backward
-        again = agree_without_capacity(call, agreed.header, replace(report.overlap, capacity=None))
+        again = agree_without_capacity(call, agreed)
         y = _run_planned(call, again)
-        again.report.first_run = report
         return y, again.report
     return y, report
 

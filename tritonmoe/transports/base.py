@@ -83,6 +83,14 @@ class Transport(Handled, ABC):
     """Set it to have PendingExchange.arrivals() also where that costs something: with gloo between more than two ranks
     a thread for each of them."""
 
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        """The numbers that this transport's ranks, in their order, have in the whole job; None where it has no others.
+
+        Example: the expert ranks of a mesh (2, 4), ("replica", "expert"), are (0, 1, 2, 3) here and (4, 5, 6, 7) there.
+        """
+        return None
+
     @abstractmethod
     def exchange(
         self,

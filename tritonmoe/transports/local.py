@@ -3,9 +3,11 @@
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
+from tritonmoe.runtime.other_ranks import has_other_ranks
 from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
 
 __all__ = ["LocalTransport"]
@@ -36,6 +38,11 @@ class LocalTransport(Transport):
 
     def __init__(self) -> None:
         self._is_closed = False
+
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        """This process alone, where torch.distributed knows others."""
+        return (torch.distributed.get_rank(),) if has_other_ranks() else None
 
     def exchange(
         self,

@@ -143,6 +143,13 @@ class MPITransport(Transport):
         # Also runs when the process ends, before mpi4py calls MPI_Finalize.
         self._end = weakref.finalize(self, _end, MPI, self._progress)
 
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        world = self.mpi.COMM_WORLD.Get_group()
+        if self.size == world.Get_size():
+            return None
+        return tuple(self._comm.Get_group().Translate_ranks(None, world))
+
     def exchange(
         self,
         rows: Tensor,

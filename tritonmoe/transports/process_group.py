@@ -121,6 +121,13 @@ class ProcessGroupTransport(Transport):
         """The group that it was made on."""
         return self._group
 
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        import torch.distributed as dist
+
+        ranks = tuple(dist.get_process_group_ranks(self._group))
+        return None if len(ranks) == dist.get_world_size() else ranks
+
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
         """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
         import torch.distributed as dist

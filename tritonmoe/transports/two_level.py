@@ -73,6 +73,13 @@ class GroupView(Transport):
         self._ranks = tuple(ranks)
         self.rank, self.size = self._ranks.index(world.rank), len(self._ranks)
 
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        of_world = self._world.job_ranks
+        if self.size == self._world.size:
+            return of_world
+        return self._ranks if of_world is None else tuple(of_world[rank] for rank in self._ranks)
+
     def exchange(
         self,
         rows: Tensor,
@@ -171,6 +178,10 @@ class TwoLevelTransport(Transport):
                     f"{name} must be rank {rank} of {size} on rank {world.rank} of {world.size} with node_size = "
                     f"{node_size}, got rank {part.rank} of {part.size}"
                 )
+
+    @property
+    def job_ranks(self) -> tuple[int, ...] | None:
+        return self.world.job_ranks
 
     def exchange(
         self,

@@ -4,7 +4,9 @@ import copy
 import functools
 import io
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
+from tritonmoe.diagnosis import record
+from tritonmoe.diagnosis.reading import read_recording
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)
@@ -188,6 +192,22 @@ def case_replicated_slots() -> None:
     net.moe.experts.gate_up_proj.requires_grad_(False)
     with pytest.raises(ValueError, match="several slots"):
         net(here())
+
+
+def case_recorded() -> None:
+    """Both groups of expert ranks record into one folder, neighbours and others, and a layer on one rank alone."""
+    names = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    folder, rank = Path(names[0]), dist.get_rank()
+    strided = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replica", "expert"))
+    with record(folder):
+        for ranks in (replicas_and_experts(), strided, dist.group.WORLD, tm.transports.LocalTransport()):
+            Net(transport=ranks)(here()).square().mean().backward()
+    dist.barrier()
+    own = f"ranks-{rank // 2 * 2:04d}-to-{rank // 2 * 2 + 1:04d}"
+    alone, other = f"ranks-{rank:04d}-to-{rank:04d}", f"ranks-{rank % 2:04d}-to-{rank % 2 + 2:04d}-by-2"
+    for name, size in ((own, 2), (other, 2), (".", 4), (alone, 1)):
+        assert read_recording(folder / name).size == size
 
 
 if __name__ == "__main__":
