@@ -103,3 +103,4 @@ def test_no_config(tmp_path):
 def test_a_scaled_model_has_about_so_many_times_the_width():
     half = MODELS["DeepSeek-V3"].scaled(0.5)
     assert (half.hidden_size, half.expert_size, half.num_experts) == (3584, 1024, 256)
+    assert all(model.scaled(1.0) == model for model in MODELS.values())
