@@ -73,6 +73,7 @@ def test_recorded_routing(capsys, tmp_path):
         (["OLMoE-1B-7B", "H100", "--pp", "3"], "64 GPUs can't be shared by tp=1 x pp=3"),
         (["OLMoE-1B-7B", "H100", "--dtype", "fp32"], "H100 says nothing of products in fp32"),
         (["OLMoE-1B-7B", "H100", "--pp", "17"], "pp=17 stages are more than 16 layers"),
+        (["OLMoE-1B-7B", "H100", "--two-batches"], "micro_batch must be at least 2, got 1 (--micro-batch 2)"),
     ],
 )
 def test_bad_arguments_are_2(capsys, arguments, says):

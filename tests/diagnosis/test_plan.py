@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tritonmoe.diagnosis import plan as planning
 from tritonmoe.diagnosis.cluster import Estimate
 from tritonmoe.diagnosis.cluster_presets import CLUSTERS
 from tritonmoe.diagnosis.job import Job
@@ -87,6 +88,38 @@ def test_a_faster_interconnect_is_worth_its_price_or_not():
     assert found.break_even_usd(1) < 2.4
     given_away = compare(JOB, [fast, replace(slow, usd_per_gpu_hour=0.01)], [32])
     assert given_away.is_cheaper == 0
+
+
+@pytest.fixture
+def one_size(monkeypatch):
+    monkeypatch.setattr(planning, "SCALES", (1.0,))
+    monkeypatch.setattr(planning, "SIZES", (1.0,))
+
+
+def test_clusters_on_which_nothing_fits_are_left_out(one_size):
+    job, node = Job(MODELS["OLMoE-1B-7B"]), CLUSTERS["H100"].with_nodes(1)
+    dear = replace(node, name="dear", usd_per_gpu_hour=2.6)
+    small = replace(node, name="small", gpu=replace(node.gpu, memory_gb=1.0))
+    found = compare(job, [node, dear, small], [8])
+    text = comparison_table(found)
+    assert "H100 is cheaper than dear in " in text
+    assert "Nothing fits on small, at least " in text
+    assert "small costs as much" not in text
+    assert found.is_cheaper == compare(job, [node, dear], [8]).is_cheaper
+    assert [found.break_even_usd(number) is None for number in range(3)] == [False, False, True]
+    assert found.usd[0] == [found.plans[0].best.usd_per_million_tokens]
+    nothing = compare(job, [small, node], [8])
+    assert nothing.is_cheaper is None
+    assert "is cheaper than" not in comparison_table(nothing)
+    assert nothing.to_json()["break_even_usd_per_gpu_hour"] == [None, None]
+
+
+def test_machines_of_ones_own_may_cost_nothing(one_size):
+    own = replace(H100, name="own", usd_per_gpu_hour=0.0)
+    found, reverse = (compare(Job(MODELS["OLMoE-1B-7B"]), both, [8]) for both in ([H100, own], [own, H100]))
+    assert (found.is_cheaper, reverse.is_cheaper) == (0, 1)
+    assert "own costs as much as H100 at 2.50 $ a GPU-hour" in comparison_table(found)
+    assert reverse.break_even_usd(1) == 0
 
 
 def test_degrees_that_cannot_be_are_refused():

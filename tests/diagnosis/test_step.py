@@ -132,11 +132,27 @@ def test_overlap_hides_what_it_can():
 
 
 def test_two_batches_hide_what_attention_can_cover():
-    job = Job(MODELS["DeepSeek-V3"], ep=64, micro_batches=4)
+    job = Job(MODELS["DeepSeek-V3"], ep=64, micro_batch=2, micro_batches=4)
     one = step_time(job, CLUSTERS["H100"], 1, OVERLAPS[1])
     two = step_time(replace(job, two_batches=True), CLUSTERS["H100"], 1, OVERLAPS[1])
     assert two.exposed_s < one.exposed_s
     assert two.step_s < one.step_s
+
+
+def test_two_batches_compute_each_half_again_by_itself():
+    """Nothing hides a recomputed half's exchanges: where nothing is fixed, two take as long as a whole batch."""
+    job, cluster = Job(TINY, sequence=1000, micro_batch=2, ep=2), bare(gpus=2, inside=0.1)
+
+    def recomputed(two_batches: bool) -> list[float]:
+        plain, full = (
+            step_time(replace(job, two_batches=two_batches, recompute=how), cluster, 1, OVERLAPS[0])
+            for how in ("none", "full")
+        )
+        return [full.parts["recomputation"], full.exposed_s - plain.exposed_s]
+
+    one, two = recomputed(False), recomputed(True)
+    assert one[1] > 0
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_the_host_bounds_a_small_layer():
@@ -173,6 +189,7 @@ JOBS = st.builds(
     Job,
     st.sampled_from([MODELS["DeepSeek-V3"], MODELS["Qwen3-30B-A3B"]]),
     sequence=st.sampled_from([512, 4096]),
+    micro_batch=st.just(2),
     micro_batches=st.sampled_from([1, 8]),
     pp=st.sampled_from([1, 2]),
     ep=st.sampled_from([8, 16, 32]),

@@ -131,6 +131,15 @@ def test_a_comparison() -> None:
     assert {"by_gpus/1/1/step_ms", "first_is_cheapest"} <= {attributes["data-key"] for attributes, _ in page.numbers}
 
 
+def test_a_comparison_with_a_cluster_on_which_nothing_fits() -> None:
+    of = comparison()
+    unfit = replace(of.plans[1], predictions=[replace(of.plans[1].best, fits=False)])
+    page, data = check_page(page_text(comparison_page(replace(of, plans=[of.plans[0], unfit], is_cheaper=None))))
+    assert data["break_even_usd_per_gpu_hour"][1] is None
+    assert "H200: nothing fits" in page.words
+    assert "of the draws of the estimates" not in page.words.partition("H200: nothing fits")[2]
+
+
 @pytest.mark.thorough
 def test_commands_write_pages(slow: Attribution, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = tmp_path / "run.html", tmp_path / "run.json"

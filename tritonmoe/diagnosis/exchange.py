@@ -36,6 +36,9 @@ class ExchangeTime:
     exposed_forward_s: float
     """The time in which nothing is computed."""
     exposed_backward_s: float
+    again_s: float
+    """Of a forward that recompute="full" runs again: each half of two batches by itself, with nothing beside it."""
+    exposed_again_s: float
 
     @property
     def total_s(self) -> float:
@@ -96,7 +99,8 @@ class LayerExchange:
         agreeing = self.link.latency_s if self.job.ep > 1 else 0.0
         seconds = [simulation.total_s + agreeing for simulation in (forward, backward)]
         exposed = [max(0.0, s - _computing_s(of)) for s, of in zip(seconds, (forward, backward), strict=True)]
-        return ExchangeTime(*seconds, *exposed)
+        again = [seconds[0], exposed[0]]
+        return ExchangeTime(*seconds, *exposed, *again)
 
     def time_of_two_batches(self, plan: OverlapPlan, beside_s: tuple[float, float], num_layers: int) -> ExchangeTime:
         """Give what one of so many layers takes with both halves of a batch, whose tokens are half of the job's.
@@ -109,7 +113,9 @@ class LayerExchange:
         )
         seconds = [of.total_s / num_layers - 2 * beside for of, beside in zip(walked, beside_s, strict=True)]
         exposed = [max(0.0, s - _computing_s(of) / num_layers) for s, of in zip(seconds, walked, strict=True)]
-        return ExchangeTime(*seconds, *exposed)
+        alone = self.time(plan)
+        again = [2 * alone.again_s, 2 * alone.exposed_again_s]
+        return ExchangeTime(*seconds, *exposed, *again)
 
     def _one_level(self, needs: Needs) -> tuple[LayerWork, LinkCosts]:
         ranks, tokens = self.job.ep, self.tokens

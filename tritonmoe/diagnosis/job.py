@@ -61,6 +61,11 @@ class Job:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
         if self.num_tokens < 1:
             raise ValueError(f"{self.sequence} x {self.micro_batch} tokens are fewer than tp={self.tp} ranks")
+        if self.two_batches and self.micro_batch < 2:
+            raise ValueError(
+                "two_batches runs the sequences of a micro-batch in two halves: micro_batch must be at least 2, got "
+                f"{self.micro_batch} (--micro-batch 2)"
+            )
 
     @property
     def num_tokens(self) -> int:

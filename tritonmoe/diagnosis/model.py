@@ -136,6 +136,8 @@ class Model:
 
     def scaled(self, factor: float) -> "Model":
         """Give a model of another size: D, F and all other widths so many times as large, multiples of 128."""
+        if factor == 1:
+            return self
 
         def width(size: int) -> int:
             return max(128, round(size * factor / 128) * 128) if size else 0

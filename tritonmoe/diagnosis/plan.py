@@ -236,14 +236,19 @@ class Comparison:
     """[cluster][scale]: the price of a million tokens with the best choice that fits; None where nothing fits."""
     sized: list[list[Sized]]
     """[cluster][number of nodes], every rank with as many micro-batches."""
-    is_cheaper: float
-    """In how many pairs of drawn clusters the first one is the cheapest, as a share."""
+    is_cheaper: float | None
+    """In how many pairs of drawn clusters the first one is the cheapest of those that the job fits, as a share; None
+    where it fits no other, or not the first."""
 
-    def break_even_usd(self, number: int) -> float:
-        """Give the price of a GPU-hour at which a cluster costs as much as the first, for the model as it is."""
+    def break_even_usd(self, number: int) -> float | None:
+        """Give the price of a GPU-hour at which a cluster costs as much as the first, for the model as it is.
+
+        None where the job doesn't fit on both.
+        """
         first, other = self.plans[0].best, self.plans[number].best
-        price = self.plans[number].cluster.usd_per_gpu_hour
-        return price * first.usd_per_million_tokens / other.usd_per_million_tokens
+        if not (first.fits and other.fits):
+            return None
+        return first.usd_per_million_tokens / _gpu_hours_per_million(self.plans[number].cluster, other.time)
 
     def to_json(self) -> Json:
         return {
@@ -268,12 +273,19 @@ def compare(job: Job, clusters: Sequence[Cluster], degrees: Sequence[int] = ()) 
         [_sized(job, one.with_nodes(nodes), degrees) for nodes in sorted({max(1, round(one.nodes * n)) for n in SIZES})]
         for one in clusters
     ]
+    return Comparison(plans, SCALES, usd, sized, _first_is_cheapest(plans))
+
+
+def _first_is_cheapest(plans: Sequence[Plan]) -> float | None:
     draws = [
         [seconds * one.best.usd_per_million_tokens / one.best.time.step_s for seconds in one.best.draws_s]
         for one in plans
+        if one.best.fits
     ]
+    if not plans[0].best.fits or len(draws) == 1:
+        return None
     pairs = [(first, other) for first in draws[0] for other in (min(of) for of in zip(*draws[1:], strict=True))]
-    return Comparison(plans, SCALES, usd, sized, sum(first < other for first, other in pairs) / len(pairs))
+    return sum(first < other for first, other in pairs) / len(pairs)
 
 
 def _cheapest(job: Job, cluster: Cluster, degrees: Sequence[int]) -> tuple[float | None, float | None]:
@@ -307,4 +319,8 @@ def _sized(job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:
 
 
 def _usd_per_million(cluster: Cluster, time: StepTime) -> float:
-    return cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)
+    return cluster.usd_per_gpu_hour * _gpu_hours_per_million(cluster, time)
+
+
+def _gpu_hours_per_million(cluster: Cluster, time: StepTime) -> float:
+    return cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)

@@ -39,9 +39,11 @@ def comparison_page(comparison: Comparison) -> Page:
     curves = [Curve(one.name, one.fastest_by_degree()) for one in plans]
     rows = [row for one in plans for row in one.rows(MOST_ROWS)]
     table = Table(["cluster", *HEADER], rows)
-    cheaper = figures("first_is_cheapest", "share")
     summary = [plans[0].job(), *(one.best() for one in plans)]
-    summary.append([f"{names[0]} is the cheapest in ", cheaper, " of the draws of the estimates."])
+    if figures.at("first_is_cheapest") is not None:
+        others = " and ".join(one.name for one in plans[1:] if one.choices[0]["fits"])
+        share = figures("first_is_cheapest", "share")
+        summary.append([f"{names[0]} is cheaper than {others} in ", share, " of the draws of the estimates."])
     sections = [
         Section("The best choice on every cluster", [Table(["cluster", *HEADER], [one.rows(1)[0] for one in plans])]),
         Section("Step time by the number of expert-parallel ranks",
@@ -227,5 +229,7 @@ def _by_scale(figures: Figures, names: Sequence[str]) -> Curves:
 
 
 def _break_even(figures: Figures, names: Sequence[str]) -> Table:
-    rows: list[list[Cell]] = [[name, figures(f"break_even_usd_per_gpu_hour/{n}", "$")] for n, name in enumerate(names)]
+    rows: list[list[Cell]] = [
+        [name, _known(figures, f"break_even_usd_per_gpu_hour/{n}", "$")] for n, name in enumerate(names)
+    ]
     return Table(["cluster", f"$ a GPU-hour at which it costs as much as {names[0]}"], rows, "Break-even prices")

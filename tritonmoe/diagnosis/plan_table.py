@@ -60,14 +60,7 @@ def comparison_table(comparison: Comparison) -> str:
         rows.append((plan.cluster.name, str(plan.cluster.num_gpus), *_row(plan.best)))
     names = [plan.cluster.name for plan in comparison.plans]
     lines = [f"{comparison.plans[0].job.model.name}", "", *_table(rows), ""]
-    first, *others = names
-    lines.append(
-        f"{first} is cheaper than {' and '.join(others)} in {comparison.is_cheaper:.0%} of the draws of the estimates."
-    )
-    for number, name in list(enumerate(names))[1:]:
-        lines.append(
-            f"{name} costs as much as {first} at {comparison.break_even_usd(number):.2f} $ a GPU-hour, for this model."
-        )
+    lines += _decision(comparison, names)
     lines += ["", "$ per million tokens, by the model's widths:"]
     prices = [
         (name, *("-" if usd is None else f"{usd:.4f}" for usd in own))
@@ -76,6 +69,21 @@ def comparison_table(comparison: Comparison) -> str:
     lines += _table([("cluster", *(f"x{scale:.2g}" for scale in comparison.scales)), *prices])
     lines += ["", *_crossings(comparison, names)]
     return "\n".join(lines)
+
+
+def _decision(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
+    """Say how the first cluster does against the others, as far as the job fits on them."""
+    bests = [plan.best for plan in comparison.plans]
+    others = [name for name, best in zip(names[1:], bests[1:], strict=True) if best.fits]
+    if comparison.is_cheaper is not None:
+        share = f"{comparison.is_cheaper:.0%}"
+        yield f"{names[0]} is cheaper than {' and '.join(others)} in {share} of the draws of the estimates."
+    for number, (name, best) in enumerate(zip(names, bests, strict=True)):
+        usd = comparison.break_even_usd(number)
+        if not best.fits:
+            yield f"Nothing fits on {name}, at least {best.memory_gb:.0f} GB are needed: draws and prices leave it out."
+        elif number and usd is not None:
+            yield f"{name} costs as much as {names[0]} at {usd:.2f} $ a GPU-hour, for this model."
 
 
 def _crossings(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:

@@ -68,7 +68,7 @@ def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) ->
     if job.recompute == "full":
         again = sum(parts[name][0] for name in both) + parts["tensor-parallel gathers"][0]
         dense["recomputation"] = again + parts["dense"][0]
-        sparse["recomputation"] = again + parts["router"][0] + exchange.forward_s
+        sparse["recomputation"] = again + parts["router"][0] + exchange.again_s
     for of in (dense, sparse):
         of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
@@ -121,7 +121,7 @@ def _whole_step(
     parts |= dict(zip(ONCE_A_STEP, once, strict=True))
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
     _, sparse_there = stages[slowest]
-    again = exchange.exposed_forward_s if job.recompute == "full" else 0.0
+    again = exchange.exposed_again_s if job.recompute == "full" else 0.0
     exposed = (exchange.exposed_s + again) * sparse_there * job.micro_batches
     return StepTime(
         sum(parts.values()),
