@@ -98,9 +98,12 @@ def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> Non
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
+    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b.
+
+    The version is a constant: who asks for it is not imported by the package itself, but inside functions.
+    """
     used = set()
-    for name in names_used(path, for_types=False):
+    for name in names_used(path, for_types=False) - {"tritonmoe.__version__"}:
         while name and name not in MODULES:
             name = name.rpartition(".")[0]
         if name and name != module_of(path):
