@@ -226,6 +226,7 @@ def test_tools_on_a_gpu(monkeypatch):
     assert "ERR_NVGPUCTRPERM" in programs.profile_with_ncu(bench, "up", 32768)["left_out"]
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == [sys.executable, "-m", "bench.gpu.one_operation", "up", "32768"]
+    assert commands[0][commands[0].index("--clock-control") + 1] == "none"
     bench, _ = on_a_gpu(monkeypatch, "==PROF== Connected, and nothing else", 0)
     assert "nothing else" in programs.profile_with_ncu(bench, "up", 32768)["failed"]
     bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
