@@ -17,7 +17,6 @@ __all__ = ["Case", "cases"]
 
 PASSES = {"forward": False, "forward+backward": True}
 SANITIZERS = ("memcheck", "racecheck")
-SANITIZED_TOKENS = 40
 FEW_TOKENS = 8
 
 
@@ -114,7 +113,7 @@ def _tools(setting: Setting) -> Iterator[Case]:
         yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0)
     for tool in SANITIZERS[:1] if setting.is_rehearsal else SANITIZERS:
         for operation in setting.profiled_operations:
-            arguments = {"tool": tool, "operation": operation, "num_tokens": SANITIZED_TOKENS}
+            arguments = {"tool": tool, "operation": operation, "num_tokens": setting.sanitized_tokens}
             yield Case(f"E {tool} {operation}", "run_sanitizer", arguments, limit_s=300.0)
 
 

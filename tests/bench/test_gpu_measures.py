@@ -232,6 +232,8 @@ def test_tools_on_a_gpu(monkeypatch):
     bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
     assert not programs.run_sanitizer(bench, "memcheck", "up", 40)["passed"]
     assert commands[0][:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    assert "--report-api-errors no" in " ".join(commands[0])
+    assert commands[0][-1] == "--small"
     monkeypatch.setattr(programs.shutil, "which", lambda tool: None)
     assert programs.profile_with_ncu(bench, "up", 32768) == {"left_out": "ncu is not there"}
     assert programs.run_sanitizer(bench, "memcheck", "up", 40) == {"left_out": "compute-sanitizer is not there"}

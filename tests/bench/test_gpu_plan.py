@@ -7,10 +7,10 @@ import pytest
 from bench.gpu import __main__ as gpu
 from bench.gpu import plan
 from bench.gpu.compilation import Kernel
-from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
+from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
 from tritonmoe.aot import Variant
 from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.tile_candidates import Candidate
+from tritonmoe.benchmarks.tile_candidates import Candidate, products_of
 
 GAINS = (1.3, 1.0)
 
@@ -32,6 +32,19 @@ def test_the_day_in_its_order():
         for case in cases
         if case.needs_tuned
     )
+
+
+def test_the_sanitizer_runs_the_tiles_of_the_headline():
+    tiles = [
+        {(key.split()[2], str(tile)) for key, tile in products_of(Variant.of(*of), "sm_90").items()}
+        for of in (
+            (DAY.shapes[HEADLINE], DAY.dtype, DAY.headline_tokens),
+            (SMALL, DAY.dtype, DAY.sanitized_tokens),
+        )
+    ]
+    assert tiles[0] == tiles[1]
+    sanitized = [case.arguments for case in plan.cases(DAY, "sm_90") if case.measure == "run_sanitizer"]
+    assert {arguments["num_tokens"] for arguments in sanitized} == {DAY.sanitized_tokens}
 
 
 def test_the_rehearsal_calls_all_that_the_day_does():
