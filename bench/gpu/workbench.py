@@ -83,18 +83,22 @@ class Workbench:
         timed: dict[str, TimedCalls] = {}
         pool = graph_pool(self.setting.device)
         left_out: dict[str, str] = {}
+
+        def leave_out(name: str, error: Exception) -> None:
+            if name == needed:
+                raise error
+            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+            gc.collect()
+            if self.setting.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the device computes nothing more
+
         for name, run in variants.items():
             try:
                 timed[name] = TimedCalls(run, self.setting.device, self.setting.batch_s, pool)
             except Exception as error:
-                if name == needed:
-                    raise
-                left_out[name] = f"{type(error).__name__}: {error}"[:300]
-                gc.collect()
-                if self.setting.device.type == "cuda":
-                    torch.cuda.synchronize()  # raises where the device computes nothing more
+                leave_out(name, error)
         started = time.monotonic()
-        samples = interleaved(timed, self.setting.rounds)
+        samples = interleaved(timed, self.setting.rounds, leave_out)
         times = {
             name: {
                 "us": round(1e6 * statistics.median(seconds), 3),

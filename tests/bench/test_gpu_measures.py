@@ -92,6 +92,21 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
         layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=False, entries={})
 
 
+def test_a_variant_that_fails_while_it_is_timed_is_left_out(bench):
+    def run_out_of_memory():
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    calls = []
+    found = bench.time({"ours": list, "peer": run_out_of_memory}, "ours")
+    assert set(found["times"]) == {"ours"}
+    assert found["left_out"] == {"peer": "OutOfMemoryError: no memory"}
+    calls = []
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.time({"ours": run_out_of_memory, "peer": list}, "ours")
+
+
 def test_memory_is_h_and_the_mark_of_the_call(bench):
     """h in the layer's dtype, one int64 that marks the call, and nothing that depends on D."""
     found = layers.measure_memory(bench, HEADLINE, 12, "uniform")

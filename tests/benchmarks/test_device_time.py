@@ -38,8 +38,8 @@ def test_every_variant_is_timed_once_a_round_behind_one_that_is_dropped():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of which each call takes two milliseconds."""
-    state = {"ms": 0.0, "capturing": None, "replays": 0, "pools": [], "refuses": ""}
+    """A GPU of which each call takes two milliseconds, and raises state["refuses"] where it is captured."""
+    state = {"ms": 0.0, "capturing": None, "replays": 0, "pools": [], "refuses": None}
 
     class Graph:
         def __init__(self):
@@ -65,17 +65,21 @@ def gpu(monkeypatch):
     @contextlib.contextmanager
     def capture(graph, pool):
         state["pools"].append(pool)
-        if state["refuses"]:
-            raise RuntimeError(state["refuses"])
         state["capturing"] = graph
-        yield
-        state["capturing"] = None
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        finally:
+            state["capturing"] = None
 
     def run():
-        if state["capturing"] is not None:
-            state["capturing"].ms += 2.0
-        else:
+        if state["capturing"] is None:
             state["ms"] += 2.0
+            return
+        if state["refuses"] is not None:
+            raise state["refuses"]
+        state["capturing"].ms += 2.0
 
     for name, value in {"CUDAGraph": Graph, "Event": Event, "graph": capture}.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -94,8 +98,33 @@ def test_a_gpu_is_timed_by_graphs(gpu):
 
 def test_what_can_not_be_captured_is_timed_by_events_and_says_why(gpu):
     state, run = gpu
-    state["refuses"] = "operation not permitted when stream is capturing\nmore"
+    state["refuses"] = RuntimeError("operation not permitted when stream is capturing\nmore")
     timed = TimedCalls(run, GPU, batch_s=0.02)
     assert timed.way == "events: operation not permitted when stream is capturing"
     assert timed.seconds() == pytest.approx(0.002)
     assert state["replays"] == 0
+
+
+def test_a_graph_without_memory_is_no_reason_to_time_otherwise(gpu):
+    state, run = gpu
+    state["refuses"] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22 GiB")
+    with pytest.raises(torch.OutOfMemoryError, match="22 GiB"):
+        TimedCalls(run, GPU, batch_s=0.02)
+
+
+def test_a_variant_that_fails_later_is_left_out_where_the_caller_says_so():
+    def run_four_times():
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("no memory")
+
+    for rounds, kept in ((3, {"right"}), (1, {"right", "fails"})):
+        calls, left_out = [], {}
+        timed = {name: TimedCalls(run, CPU, 0.0) for name, run in (("fails", run_four_times), ("right", list))}
+        samples = interleaved(timed, rounds, left_out.__setitem__)
+        assert set(samples) == kept
+        assert {len(seconds) for seconds in samples.values()} == {rounds}
+        assert set(left_out) == {"right", "fails"} - kept
+    calls = [1, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        interleaved({"fails": TimedCalls(run_four_times, CPU, 0.0)}, 1)

@@ -35,6 +35,7 @@ class TimedCalls:
         """Run the function a few times, and capture as many calls as last about `batch_s` seconds.
 
         pool: from `graph_pool`, where graphs that are never replayed at once may share their memory.
+        Raises what the function does, and torch.OutOfMemoryError where its graph needs too much.
         """
         self.run, self.device, self.pool = run, device, pool
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -56,8 +57,12 @@ class TimedCalls:
             graph.replay()
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
+            # Ending a capture that was broken off raises as well, and hides why.
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             torch.cuda.synchronize(self.device)  # raises where the device computes nothing more
-            self.way = f"events: {str(error).splitlines()[0][:200]}"
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            self.way = f"events: {str(first).splitlines()[0][:200]}"
             return
         self.graph = graph
 
@@ -85,14 +90,28 @@ class TimedCalls:
         return self._seconds_of_all() / self.count
 
 
-def interleaved(variants: Mapping[str, TimedCalls], rounds: int) -> Samples:
-    """Time every variant once a round, in an order drawn anew; one round before them is dropped."""
+def interleaved(
+    variants: Mapping[str, TimedCalls], rounds: int, leave_out: Callable[[str, Exception], None] | None = None
+) -> Samples:
+    """Time every variant once a round, in an order drawn anew; one round before them is dropped.
+
+    leave_out: takes the name and the error of a variant that raises, which has no samples then; without it the error is
+    the caller's.
+    """
     samples: Samples = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
     for number in range(1 + rounds):
         shuffle(order)
-        for name in order:
-            taken = variants[name].seconds()
+        for name in tuple(order):
+            try:
+                taken = variants[name].seconds()
+            except Exception as error:
+                if leave_out is None:
+                    raise
+                leave_out(name, error)
+                order.remove(name)
+                del samples[name]
+                continue
             if number > 0:
                 samples[name].append(taken)
     return samples
