@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from bench.gpu.setting import Setting
+from tritonmoe.benchmarks.device_time import CAPTURE_FAILED
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.processes import ends_with_its_parent
 
@@ -73,6 +74,12 @@ def _translated(setting: Setting, arguments: Json) -> Json:
     return translated
 
 
+def _leaves_a_capture(found: Json) -> bool:
+    """Say whether a capture failed: it may keep memory, and what comes after it may not be captured."""
+    ways = [*found.get("timed_by", {}).values(), *(timed["timed_by"] for timed in found.get("times", {}).values())]
+    return any(way.startswith(CAPTURE_FAILED) for way in ways)
+
+
 class Worker:
     """One process at a time that runs cases, begun when it is needed, and anew after a failure."""
 
@@ -97,7 +104,7 @@ class Worker:
         except (EOFError, ConnectionError):
             self._process.join(10)
             found = {"failed": f"its process ended with status {self._process.exitcode}"}
-        if "failed" in found:  # the device may compute nothing more for that process
+        if "failed" in found or _leaves_a_capture(found):  # the device may compute nothing more for that process
             self.stop()
         return found
 

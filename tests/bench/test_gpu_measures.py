@@ -1,5 +1,6 @@
 """What the cases of bench.gpu measure and check, in the interpreter on a CPU with tiny layers."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.gpu import checks, children, clocks, layers, operations, programs, worker
+from bench.gpu import checks, children, clocks, layers, operations, programs, workbench
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -90,6 +91,53 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
     monkeypatch.setattr(layers, "moe_mlp", refuse)
     with pytest.raises(ImportError):
         layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=False, entries={})
+
+
+def test_what_comes_after_a_failed_capture_gets_another_pool(bench, monkeypatch):
+    """It names no device of its own: a stand-in of TimedCalls says which pool it got."""
+    pools = itertools.count()
+    used = {}
+
+    class TimedCalls(workbench.TimedCalls):
+        def __init__(self, run, device, batch_s, pool, captures):
+            super().__init__(run, device, batch_s)
+            used[run] = pool, captures
+            if run is read:
+                self.way = f"{workbench.CAPTURE_FAILED}operation not permitted when stream is capturing"
+            if run is fail:
+                raise torch.OutOfMemoryError("no memory")
+
+    def ours(): ...
+    def read(): ...
+    def fail(): ...
+    def last(): ...
+
+    monkeypatch.setattr(workbench, "graph_pool", lambda device: next(pools))
+    monkeypatch.setattr(workbench, "TimedCalls", TimedCalls)
+    variants = {run.__name__: run for run in (ours, read, fail, last)}
+    found = bench.time(variants, "ours", ["last"])
+    assert used == {ours: (0, True), read: (0, True), fail: (1, True), last: (2, False)}
+    assert set(found["times"]) == {"ours", "read", "last"}
+
+
+def test_what_is_compared_is_timed_first_and_what_reads_is_not_captured(bench, monkeypatch):
+    asked = []
+
+    def time_them(variants, needed, uncaptured):
+        asked.append((list(variants), needed, uncaptured))
+        ways = {name: "events" if name in uncaptured else "graph" for name in variants}
+        return {"times": {name: {"us": 1.0, "timed_by": way} for name, way in ways.items()}, "left_out": {}}
+
+    monkeypatch.setattr(bench, "time", time_them)
+    entries = {"sm_90 bfloat16 up 1x1": {"block_n": 16}}
+    found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=True, entries=entries)
+    ((names, needed, uncaptured),) = asked
+    assert names[:3] == ["tritonmoe", "tritonmoe, tuned", "dense products"]
+    assert names[-1] == "torch backend"
+    assert needed == "tritonmoe"
+    assert set(uncaptured) == {"torch backend", "eager"}
+    fractions = {name for name, timed in found["times"].items() if "fraction_of_dense" in timed}
+    assert fractions == set(names) - {"dense products", "torch backend", "eager"}
 
 
 def test_a_variant_that_fails_while_it_is_timed_is_left_out(bench):
@@ -181,43 +229,6 @@ process.wait()
     parent.send_signal(signal.SIGKILL)
     assert parent.stdout.read() == ""  # its end is closed when the child is gone too
     parent.wait()
-
-
-def fake_measures():
-    def sleep(bench):
-        time.sleep(60)
-
-    def crash(bench):
-        signal.raise_signal(signal.SIGKILL)
-
-    def fail(bench):
-        raise ValueError("wrong numbers")
-
-    def too_large(bench):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22 GiB")
-
-    def right(bench, key, entries):
-        return {"key": key, "entries": entries}
-
-    return {function.__name__: function for function in (sleep, crash, fail, too_large, right)}
-
-
-def test_a_case_that_crashes_hangs_or_fails_takes_only_itself(monkeypatch):
-    context = worker.multiprocessing.get_context("fork")  # so that the process has these cases
-    monkeypatch.setattr(worker, "_measures", fake_measures)
-    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda method: context)
-    runner = worker.Worker(REHEARSAL)
-    tile = {"key": "sm_90 bfloat16 up 1x1", "entries": {"sm_90 bfloat16 down 1x1": {"block_n": 16}}}
-    right = {"key": "interpreter float32 up 1x1", "entries": {"interpreter float32 down 1x1": {"block_n": 16}}}
-    try:
-        assert runner.run("right", tile, 30.0) == right
-        assert runner.run("crash", {}, 30.0) == {"failed": "its process ended with status -9"}
-        assert runner.run("too_large", {}, 30.0)["out_of_memory"].startswith("CUDA out of memory")
-        assert runner.run("sleep", {}, 0.5) == {"failed": "it took longer than 0 s"}
-        assert runner.run("fail", {}, 30.0) == {"failed": "ValueError: wrong numbers"}
-        assert runner.run("right", tile, 30.0) == right
-    finally:
-        runner.stop()
 
 
 def on_a_gpu(monkeypatch, output, status):
