@@ -81,12 +81,12 @@ def _headline(setting: Setting) -> Iterator[Case]:
     layer = {"shape": HEADLINE, "num_tokens": num_tokens}
     for operation in OPERATIONS:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
-    yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
     yield Case("B router", "measure_router", layer)
     yield Case("B memory", "measure_memory", {**layer, "routing": "uniform"})
     for operation in OPERATIONS:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
         yield Case(f"B host time of {operation}", "measure_host", few)
+    yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
 
 
 def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:

@@ -16,6 +16,8 @@ from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Worker"]
 
+PROFILERS = ("profile_step",)
+"""Behind these the profiler's library stays in the process, where every launch takes the host longer from then on."""
 SILENT = "6"
 """The log level at which the profiler's library doesn't print two lines for every run."""
 
@@ -104,7 +106,8 @@ class Worker:
         except (EOFError, ConnectionError):
             self._process.join(10)
             found = {"failed": f"its process ended with status {self._process.exitcode}"}
-        if "failed" in found or _leaves_a_capture(found):  # the device may compute nothing more for that process
+        # The device may compute nothing more for a process that failed.
+        if "failed" in found or measure in PROFILERS or _leaves_a_capture(found):
             self.stop()
         return found
 

@@ -10,6 +10,8 @@ import torch
 from bench.gpu import worker
 from bench.gpu.setting import REHEARSAL
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
+
 
 def fake_measures():
     def sleep(bench):
@@ -31,7 +33,11 @@ def fake_measures():
         times = {"ours": {"timed_by": "graph"}, "peer": {"timed_by": way}}
         return {"process": os.getpid(), **({"timed_by": {"table": way}} if is_tile else {"times": times})}
 
-    return {function.__name__: function for function in (sleep, crash, fail, too_large, right, process)}
+    def profile_step(bench):
+        return {"process": os.getpid()}
+
+    functions = (sleep, crash, fail, too_large, right, process, profile_step)
+    return {function.__name__: function for function in functions}
 
 
 @pytest.fixture
@@ -54,6 +60,11 @@ def test_the_process_of_a_failed_capture_ends(is_tile, runner):
     assert process("events") == first
     assert process("events: operation not permitted when stream is capturing") == first
     assert process("graph") != first
+
+
+def test_the_process_of_a_profiler_ends(runner):
+    first = runner.run("profile_step", {}, 30.0)["process"]
+    assert runner.run("process", {"way": "graph", "is_tile": False}, 30.0)["process"] != first
 
 
 def test_a_case_that_crashes_hangs_or_fails_takes_only_itself(runner):
