@@ -100,7 +100,7 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
     names = [case.name for case in plan] + [kernel.name for kernel in kernels if kernel.candidate is None]
     wrong = {name: result for name in names if is_wrong(result := results.by_case[name])}
     for name, result in wrong.items():
-        why = next((result[word] for word in ("failed", "errors", "problem") if result.get(word)), result)
+        why = next((result[word] for word in ("failed", "errors", "failures", "problem") if result.get(word)), result)
         print(f"WRONG: {name}: {why}"[:1000], file=sys.stderr)
     print(f"tiles that were faster, twice: {json.dumps(tuned_entries(results.by_case))}")
     print(f"all {len(plan)} cases are finished, {len(wrong)} of them wrong")
@@ -140,8 +140,8 @@ def tuned_entries(by_case: dict[str, Json]) -> dict[str, dict[str, int | str]]:
 
 
 def _headline(found: Json) -> str:
-    for name in ("failed", "out_of_memory", "left_out"):
-        if isinstance(found.get(name), str):
+    for name in ("failed", "out_of_memory", "left_out", "problem"):
+        if isinstance(found.get(name), str) and found[name]:
             return f"{name}: {found[name].splitlines()[0][:200]}"
     if "passed" in found:
         return "passed" if found["passed"] else "WRONG"

@@ -1,11 +1,11 @@
 """The day's plan: every case in the order in which it is run, what matters most first.
 
-A: what machine this is, dense ceilings, everything compiled, the tests on the GPU, the headline's own tiles checked.
-B: the headline, layer and operations. C: its tiles, tuned and measured again. D: its peers. E: ncu and
-compute-sanitizer. F: other numbers of tokens, other layers, other tests.
+A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
+B: the headline, layer and operations, then the kernels' tests on the GPU, which compile a lot. C: its tiles, tuned and
+measured again. D: its peers. E: ncu and compute-sanitizer. F: other numbers of tokens, other layers, other tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bench.gpu.compilation import CHECKED_TILES, headline_candidates
@@ -62,8 +62,6 @@ def _machine_and_checks(setting: Setting) -> Iterator[Case]:
     yield Case("A machine", "describe_machine")
     for size in (64,) if setting.is_rehearsal else (8192, 4096):
         yield Case(f"A dense {size}", "measure_dense", {"size": size})
-    for file in setting.kernel_tests:
-        yield Case(f"A tests {file}", "run_tests", {"file": file}, limit_s=300.0)
     yield Case("A check small layers", "check_small_layers", limit_s=300.0)
     layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens}
     for routing in ("uniform", "hot"):  # a hot expert's weight gradients are cut into spans
@@ -87,6 +85,12 @@ def _headline(setting: Setting) -> Iterator[Case]:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
         yield Case(f"B host time of {operation}", "measure_host", few)
     yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
+    yield from _tests("B", setting.kernel_tests)
+
+
+def _tests(stage: str, files: Sequence[str]) -> Iterator[Case]:
+    for file in files:
+        yield Case(f"{stage} tests {file}", "run_tests", {"file": file}, limit_s=300.0)
 
 
 def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:
@@ -127,5 +131,4 @@ def _other_layers(setting: Setting) -> Iterator[Case]:
     for num_tokens in setting.shape_tokens:
         for shape in setting.other_shapes:
             yield from _layer("F", shape, num_tokens, "uniform", others=True)
-    for file in setting.other_tests:
-        yield Case(f"F tests {file}", "run_tests", {"file": file}, limit_s=300.0)
+    yield from _tests("F", setting.other_tests)

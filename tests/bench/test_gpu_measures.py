@@ -269,6 +269,20 @@ def test_files_of_tests(monkeypatch):
     bench, _ = on_a_gpu(monkeypatch, "FAILED tests/a.py::test_b - assert 1\n1 failed, 2 passed in 1 s", 1)
     found = programs.run_tests(bench, "tests/a.py")
     assert (found["passed"], found["failures"]) == (False, ["FAILED tests/a.py::test_b - assert 1"])
+    lines = (
+        "[gw1] [  8%] PASSED tests/a.py::test_a[float16] ",
+        "[gw0] [ 16%] FAILED tests/a.py::test_b ",
+        "tests/a.py::test_c[a b] PASSED      [ 25%]",
+        "tests/a.py::test_d ERROR [100%]",
+        "[gw1] [ 33%] SKIPPED tests/a.py::test_e ",
+        "a line that says PASSED",
+    )
+    bench, commands = on_a_gpu(monkeypatch, "\n".join(lines), None)
+    found = programs.run_tests(bench, "tests/a.py")
+    assert "-v" in commands[0]
+    assert (found["passed"], found["num_passed"]) == (False, 2)
+    assert found["failures"] == [lines[1].strip(), lines[3]]
+    assert found["problem"] == "cut after 240 s, when 2 had passed"
     for status, passed in ((0, True), (programs.NO_TESTS, True), (None, False)):
         bench, _ = on_a_gpu(monkeypatch, "", status)
         assert programs.run_tests(bench, "tests/a.py")["passed"] == passed

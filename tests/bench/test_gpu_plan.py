@@ -28,6 +28,7 @@ def test_the_day_in_its_order():
     assert DAY.reruns == 50
     assert sum(case.measure == "profile_with_ncu" for case in cases) == 6
     measures = [case.measure for case in cases]
+    assert measures.index("run_tests") > measures.index("profile_step")
     assert measures.index("profile_step") > len(measures) - measures[::-1].index("measure_host") - 1
     assert all(
         (case.measure in ("remeasure_tile", "profile_step") or "tuned" in case.name)
