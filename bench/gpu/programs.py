@@ -12,7 +12,7 @@ from bench.gpu.children import run_program, tail
 from bench.gpu.workbench import Workbench
 from tritonmoe.runtime.files import Json
 
-__all__ = ["KERNEL_OF", "profile_with_ncu", "run_sanitizer", "run_tests"]
+__all__ = ["KERNEL_OF", "TESTS_LIMIT_S", "profile_with_ncu", "run_sanitizer", "run_tests"]
 
 KERNEL_OF = {
     "up": "_up",

@@ -154,10 +154,16 @@ def test_a_kernel_that_does_not_compile_is_wrong(ran, tmp_path, monkeypatch, cap
     assert "WRONG: A compile one: CompilationError: no" in capsys.readouterr().err
 
 
-def test_no_case_begins_after_the_budget(ran, tmp_path, capsys):
-    assert run(tmp_path, "--budget-s", "-1") == 3
+@pytest.mark.parametrize("of_a_case", [-0.1, 0.9])
+def test_no_case_begins_that_the_budget_may_cut(of_a_case, ran, tmp_path, capsys):
+    first = plan.cases(REHEARSAL, "sm_90")[0]
+    assert run(tmp_path, "--budget-s", str(of_a_case * first.usual_s)) == 3
     assert [measure for measure, _ in ran] == ["stop"]
     assert "cases are left: run the same command again" in capsys.readouterr().out
+
+
+def test_a_case_usually_takes_less_than_its_limit():
+    assert all(0 < case.usual_s < case.limit_s for case in plan.cases(DAY, "sm_90"))
 
 
 def test_what_went_wrong_runs_again_only_after_a_change(ran, tmp_path, monkeypatch, capsys):
