@@ -83,13 +83,15 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
     print(
         f"run {results.run}: {len(plan) - len(missing)} of {len(plan)} cases are finished in {results.path}", flush=True
     )
-    worker, is_compiled = Worker(setting), False
+    worker, compiled = Worker(setting), 0
     try:
         for number, case in enumerate(missing):
-            if not is_compiled and case.measure not in ("describe_machine", "measure_dense"):
-                compile_missing(kernels, target, results, lambda text: print(text, flush=True))
-                is_compiled = True
-            if time.monotonic() + case.usual_s > deadline:
+            needed = [kernel for kernel in kernels if kernel.name[0] <= case.name[0]]
+            is_ready = len(needed) == compiled or case.measure in ("describe_machine", "measure_dense")
+            if not is_ready:
+                is_ready = compile_missing(needed, target, results, deadline, lambda text: print(text, flush=True))
+                compiled = len(needed)
+            if not is_ready or time.monotonic() + case.usual_s > deadline:
                 print(f"{len(missing) - number} cases are left: run the same command again")
                 return 3
             started = time.monotonic()
@@ -100,7 +102,7 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
     finally:
         worker.stop()
     names = [case.name for case in plan] + [kernel.name for kernel in kernels if kernel.candidate is None]
-    wrong = {name: result for name in names if is_wrong(result := results.by_case[name])}
+    wrong = {name: result for name in names if is_wrong(result := results.by_case.get(name, {}))}
     for name, result in wrong.items():
         why = next((result[word] for word in ("failed", "errors", "failures", "problem") if result.get(word)), result)
         print(f"WRONG: {name}: {why}"[:1000], file=sys.stderr)

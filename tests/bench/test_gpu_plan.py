@@ -74,13 +74,14 @@ def ran(monkeypatch):
         def stop(self):
             ran.append(("stop", {}))
 
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         for kernel in kernels:
             if kernel.name not in results.by_case:
                 results.add(kernel.name, {"problem": "", "binary": kernel.name, "cache": "x"})
                 ran.append(("compile", {"name": kernel.name}))
+        return True
 
-    names = [f"A compile {name}" for name in ("one", "two")]
+    names = ["A compile one", "F compile two"]
     monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [Kernel(name, Variant()) for name in names])
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     monkeypatch.setattr(gpu, "Worker", Worker)
@@ -97,8 +98,10 @@ def test_every_case_stands_in_the_file_once(ran, tmp_path, capsys):
     assert run(tmp_path) == 0
     names = [line["case"] for line in read_results(tmp_path / "gpu.jsonl")]
     planned = [case.name for case in plan.cases(REHEARSAL, "sm_90")]
-    assert sorted(names) == sorted(["identity", "A compile one", "A compile two", *planned])
-    assert [measure for measure, _ in ran][:4] == ["describe_machine", "measure_dense", "compile", "compile"]
+    assert sorted(names) == sorted(["identity", "A compile one", "F compile two", *planned])
+    assert [measure for measure, _ in ran][:3] == ["describe_machine", "measure_dense", "compile"]
+    assert names[names.index("F compile two") + 1][0] == "F", "what only the last stage needs is compiled before it"
+    assert names[names.index("F compile two") - 1][0] != "F"
     assert "0 of them wrong" in capsys.readouterr().out
     ran.clear()
     assert run(tmp_path) == 0
@@ -134,8 +137,9 @@ def test_a_tile_with_spills_is_not_measured(ran, tmp_path, monkeypatch):
     compiled = Kernel(f"A compile tile {tile.name}", Variant(), candidate=tile)
     monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [compiled])
 
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         results.add(kernels[0].name, {"problem": "spills 8 bytes", "binary": "", "cache": "x"})
+        return True
 
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     assert run(tmp_path) == 0
@@ -145,9 +149,10 @@ def test_a_tile_with_spills_is_not_measured(ran, tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_wrong(ran, tmp_path, monkeypatch, capsys):
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         for kernel in kernels:
             results.add(kernel.name, {"problem": "CompilationError: no", "binary": "", "cache": "x"})
+        return True
 
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     assert run(tmp_path) == 1
@@ -160,6 +165,12 @@ def test_no_case_begins_that_the_budget_may_cut(of_a_case, ran, tmp_path, capsys
     assert run(tmp_path, "--budget-s", str(of_a_case * first.usual_s)) == 3
     assert [measure for measure, _ in ran] == ["stop"]
     assert "cases are left: run the same command again" in capsys.readouterr().out
+
+
+def test_no_case_begins_where_the_deadline_came_while_compiling(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "compile_missing", lambda *arguments: False)
+    assert run(tmp_path) == 3
+    assert [measure for measure, _ in ran] == ["describe_machine", "measure_dense", "stop"]
 
 
 def test_a_case_usually_takes_less_than_its_limit():

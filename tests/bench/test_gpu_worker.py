@@ -1,13 +1,16 @@
-"""The process that runs the cases of bench.gpu: what ends it, and that the next case has another."""
+"""The processes of bench.gpu: what ends them, and that others go on with the next case, or the next job."""
 
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from bench.gpu import worker
+from bench.gpu import children, worker
 from bench.gpu.setting import REHEARSAL
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
@@ -40,12 +43,17 @@ def fake_measures():
     return {function.__name__: function for function in functions}
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Let processes have what this one has."""
+    context = children.multiprocessing.get_context("fork")
+    monkeypatch.setattr(children.multiprocessing, "get_context", lambda method: context)
+
+
 @pytest.fixture
 def runner(monkeypatch):
     """A Worker of the cases above."""
-    context = worker.multiprocessing.get_context("fork")  # so that the process has these cases
     monkeypatch.setattr(worker, "_measures", fake_measures)
-    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda method: context)
     runner = worker.Worker(REHEARSAL)
     yield runner
     runner.stop()
@@ -76,3 +84,44 @@ def test_a_case_that_crashes_hangs_or_fails_takes_only_itself(runner):
     assert runner.run("sleep", {}, 0.5) == {"failed": "it took longer than 0 s"}
     assert runner.run("fail", {}, 30.0) == {"failed": "ValueError: wrong numbers"}
     assert runner.run("right", tile, 30.0) == right
+
+
+def work(pipe):
+    while True:
+        job = pipe.recv()
+        if job == "crash":
+            signal.raise_signal(signal.SIGKILL)
+        if isinstance(job, int):  # hangs, and so does what it started, which has this file open
+            subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[job])
+        pipe.send({"done": job})
+
+
+def has_ended(read, write):
+    """Say whether nobody has the writing end any more."""
+    os.close(write)
+    is_readable = bool(select.select([read], [], [], 10.0)[0])
+    os.close(read)
+    return is_readable
+
+
+def test_a_job_that_crashes_or_hangs_takes_only_itself(monkeypatch):
+    monkeypatch.setattr(children.os, "cpu_count", lambda: 2)
+    read, write = os.pipe()
+    jobs = ["a", "crash", "b", write, "c"]
+    found = dict(children.answers(work, jobs, limit_s=2.0, deadline=time.monotonic() + 60.0))
+    assert found.pop("crash") == {"failed": "its process ended with status -9"}
+    assert found.pop(write) == {"failed": "it took longer than 2 s"}
+    assert found == {job: {"done": job} for job in "abc"}
+    assert has_ended(read, write), "what the job had started runs on"
+
+
+def test_jobs_end_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(children.os, "cpu_count", lambda: 2)
+    read, write = os.pipe()
+    started = time.monotonic()
+    found = dict(children.answers(work, [write, "a", "b"], limit_s=60.0, deadline=started + 2.0))
+    assert found == {job: {"done": job} for job in "ab"}
+    assert time.monotonic() - started < 30.0
+    assert has_ended(read, write)
+    assert list(children.answers(work, ["a"], 60.0, deadline=started)) == []
+    assert list(children.answers(work, [], 60.0, deadline=time.monotonic() + 60.0)) == []
