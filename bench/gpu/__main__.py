@@ -150,10 +150,11 @@ def _headline(found: Json) -> str:
     if "passed" in found:
         return "passed" if found["passed"] else "WRONG"
     if "times" in found:
-        return ", ".join(
+        parts = [
             f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']:.3g} TFLOP/s)" if "tflops" in timed else "")
             for name, timed in found["times"].items()
-        )
+        ]
+        return ", ".join([*parts, *(f"{name} left out: {why}" for name, why in found.get("left_out", {}).items())])
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"

@@ -108,6 +108,15 @@ def test_every_case_stands_in_the_file_once(ran, tmp_path, capsys):
     assert ran == [("stop", {})]
 
 
+def test_a_peer_that_is_not_there_is_said():
+    times = {"tritonmoe": {"us": 200.0, "tflops": 400.4}, "grouped_mm": {"us": 300.0}}
+    found = {"times": times, "left_out": {"liger": "the package liger-kernel is not installed"}}
+    assert gpu._headline(found) == (
+        "tritonmoe 200.0 us (400 TFLOP/s), grouped_mm 300.0 us, "
+        "liger left out: the package liger-kernel is not installed"
+    )
+
+
 def test_tiles_are_measured_again_and_then_used(ran, tmp_path, capsys):
     run(tmp_path)
     (used,) = (arguments for measure, arguments in ran if measure == "profile_step" and arguments["entries"])
