@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing; give 0 when nothing is left, 3 when something is, 1 when one went wrong, 2 when it can't."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=output_file, required=True, help="file of results; a rerun goes on in it")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="begin no case after so many seconds (540)")
+    parser.add_argument(
+        "--budget-s", type=float, default=570.0, help="begin no case that may last longer than so many seconds (570)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on this CPU")
     arguments = parser.parse_args(argv)
     problem = _why_not(arguments.rehearse)
@@ -81,13 +83,15 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
     print(
         f"run {results.run}: {len(plan) - len(missing)} of {len(plan)} cases are finished in {results.path}", flush=True
     )
-    worker, is_compiled = Worker(setting), False
+    worker, compiled = Worker(setting), 0
     try:
         for number, case in enumerate(missing):
-            if not is_compiled and case.measure not in ("describe_machine", "measure_dense"):
-                compile_missing(kernels, target, results, lambda text: print(text, flush=True))
-                is_compiled = True
-            if time.monotonic() > deadline:
+            needed = [kernel for kernel in kernels if kernel.name[0] <= case.name[0]]
+            is_ready = len(needed) == compiled or case.measure in ("describe_machine", "measure_dense")
+            if not is_ready:
+                is_ready = compile_missing(needed, target, results, deadline, lambda text: print(text, flush=True))
+                compiled = len(needed)
+            if not is_ready or time.monotonic() + case.usual_s > deadline:
                 print(f"{len(missing) - number} cases are left: run the same command again")
                 return 3
             started = time.monotonic()
@@ -98,9 +102,9 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
     finally:
         worker.stop()
     names = [case.name for case in plan] + [kernel.name for kernel in kernels if kernel.candidate is None]
-    wrong = {name: result for name in names if is_wrong(result := results.by_case[name])}
+    wrong = {name: result for name in names if is_wrong(result := results.by_case.get(name, {}))}
     for name, result in wrong.items():
-        why = next((result[word] for word in ("failed", "errors", "problem") if result.get(word)), result)
+        why = next((result[word] for word in ("failed", "errors", "failures", "problem") if result.get(word)), result)
         print(f"WRONG: {name}: {why}"[:1000], file=sys.stderr)
     print(f"tiles that were faster, twice: {json.dumps(tuned_entries(results.by_case))}")
     print(f"all {len(plan)} cases are finished, {len(wrong)} of them wrong")
@@ -140,16 +144,17 @@ def tuned_entries(by_case: dict[str, Json]) -> dict[str, dict[str, int | str]]:
 
 
 def _headline(found: Json) -> str:
-    for name in ("failed", "out_of_memory", "left_out"):
-        if isinstance(found.get(name), str):
+    for name in ("failed", "out_of_memory", "left_out", "problem"):
+        if isinstance(found.get(name), str) and found[name]:
             return f"{name}: {found[name].splitlines()[0][:200]}"
     if "passed" in found:
         return "passed" if found["passed"] else "WRONG"
     if "times" in found:
-        return ", ".join(
+        parts = [
             f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']:.3g} TFLOP/s)" if "tflops" in timed else "")
             for name, timed in found["times"].items()
-        )
+        ]
+        return ", ".join([*parts, *(f"{name} left out: {why}" for name, why in found.get("left_out", {}).items())])
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"

@@ -1,17 +1,17 @@
-"""Everything that a day will launch, compiled before the first measurement in as many processes as there are cores."""
+"""Everything that a day will launch, compiled before it is measured in as many processes as there are cores."""
 
-import concurrent.futures
 import contextlib
-import multiprocessing
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import triton
 
+from bench.gpu.children import answers
 from bench.gpu.setting import HEADLINE, Setting
 from tritonmoe.aot import ARCHITECTURES, Variant, compile_unchecked, record_launches, source_of
 from tritonmoe.backends.check import CASES
@@ -20,7 +20,6 @@ from tritonmoe.benchmarks.tile_candidates import Candidate, judge
 from tritonmoe.benchmarks.tuning import candidates_of_layer
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.runtime.files import Json, write_whole
-from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Kernel", "compile_missing", "headline_candidates", "kernels_of", "variant_of"]
 
@@ -31,6 +30,8 @@ CHECKED_TILES: tuple[dict[str, int | str], ...] = (
     {"gather": "copy"},
 )
 """What the checks replace in the table's tiles: each changes how operands arrive, or when a tile is stored."""
+COMPILE_LIMIT_S = 180.0
+"""For one kernel, or one candidate."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Kernel:
     """One launch, or all that a candidate changes, to be compiled."""
 
     name: str
+    """It begins with the letter of the stage before which it is compiled."""
     variant: Variant
     kernel: str = ""
     candidate: Candidate | None = None
@@ -60,37 +62,40 @@ def headline_candidates(setting: Setting, target_name: str) -> list[Candidate]:
 
 
 def kernels_of(setting: Setting, target_name: str) -> list[Kernel]:
-    """Give all that is launched, each once, the headline's and its candidates first."""
+    """Give all that is launched, each once, the headline's first; what only F launches is compiled before F."""
     target = ARCHITECTURES[target_name].target
     num_tokens = setting.headline_tokens
     headline = variant_of(setting, HEADLINE, num_tokens)
-    layers = {f"{HEADLINE} T={num_tokens} {tiles}": replace(headline, tiles=tiles) for tiles in CHECKED_TILES}
-    num_headline = len(layers)
+    layers = {f"A compile {HEADLINE} T={num_tokens} {tiles}": replace(headline, tiles=tiles) for tiles in CHECKED_TILES}
     if not setting.is_rehearsal:
-        layers |= {f"small {layer.name}": Variant.of(layer, layer.dtype, layer.num_tokens) for layer in CASES}
-    others = [(HEADLINE, tokens) for tokens in setting.sweep_tokens]
-    others += [(shape, tokens) for shape in setting.other_shapes for tokens in setting.shape_tokens]
-    layers |= {f"{shape} T={tokens}": variant_of(setting, shape, tokens) for shape, tokens in others}
-    found: list[Kernel] = []
+        layers |= {f"A compile small {layer.name}": Variant.of(layer, layer.dtype, layer.num_tokens) for layer in CASES}
+    others = [("A", HEADLINE, tokens) for tokens in setting.peer_tokens]
+    others += [("F", HEADLINE, tokens) for tokens in setting.sweep_tokens]
+    others += [("F", shape, tokens) for shape in setting.other_shapes for tokens in setting.shape_tokens]
+    for stage, shape, tokens in others:
+        layers[f"{stage} compile {shape} T={tokens}"] = variant_of(setting, shape, tokens)
+    found = [
+        Kernel(f"A compile tile {candidate.name}", headline, candidate=candidate)
+        for candidate in headline_candidates(setting, target_name)
+    ]
     seen = set()
-    for number, (layer, variant) in enumerate(layers.items()):
-        if number == num_headline:
-            found += [
-                Kernel(f"A compile tile {candidate.name}", headline, candidate=candidate)
-                for candidate in headline_candidates(setting, target_name)
-            ]
+    for layer, variant in layers.items():
         with measured_tiles.using({}):
             launches = record_launches(variant, target)
         for kernel, launch in launches.items():
             key = source_of(launch, target).hash(), str(launch.options)
             if key not in seen:
                 seen.add(key)
-                found.append(Kernel(f"A compile {layer}: {kernel}", variant, kernel))
+                found.append(Kernel(f"{layer}: {kernel}", variant, kernel))
     return found
 
 
-def _compile(job: tuple[Kernel, str]) -> tuple[str, Json]:
-    kernel, target_name = job
+def _compile_each(pipe: Connection) -> None:
+    while True:
+        pipe.send(_compile(*pipe.recv()))
+
+
+def _compile(kernel: Kernel, target_name: str) -> Json:
     started = time.perf_counter()
     if kernel.candidate is not None:
         found: Json = asdict(judge(kernel.variant, target_name, kernel.candidate))
@@ -102,35 +107,38 @@ def _compile(job: tuple[Kernel, str]) -> tuple[str, Json]:
             found = {"problem": "", "shared_bytes": compiled.metadata.shared}
         except Exception as error:
             found = {"problem": f"{type(error).__name__}: {error}"[:2000]}
-    return kernel.name, {**found, "compile_s": round(time.perf_counter() - started, 2)}
+    return {**found, "compile_s": round(time.perf_counter() - started, 2)}
 
 
 def compile_missing(
-    kernels: Sequence[Kernel], target_name: str, results: KeptResults, say: Callable[[str], None]
-) -> None:
-    """Compile what is in no result, or in another cache than Triton's here: a new machine has an empty one."""
+    kernels: Sequence[Kernel], target_name: str, results: KeptResults, deadline: float, say: Callable[[str], None]
+) -> bool:
+    """Compile what is in no result, or in another cache than Triton's here: a new machine has an empty one.
+
+    A kernel that ends its compiler, or takes it too long, is a problem of its own, and the others are compiled. Says
+    whether all were tried before the deadline, which is on the clock of time.monotonic.
+    """
     cache = _cache_token()
     missing = [kernel for kernel in kernels if results.by_case.get(kernel.name, {}).get("cache") != cache]
     started = time.perf_counter()
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with (
-            _without_interpreter(),
-            concurrent.futures.ProcessPoolExecutor(
-                min(os.cpu_count() or 1, len(missing)), mp_context=context, initializer=ends_with_its_parent
-            ) as pool,
-        ):
-            jobs = [pool.submit(_compile, (kernel, target_name)) for kernel in missing]
-            for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                name, found = job.result()
-                results.add(name, {**found, "cache": cache})
-                if found["problem"] or number % 20 == 0:
-                    say(f"compiled {number} of {len(missing)}; {name}: {found['problem'] or 'fits'}")
+    number = 0
+    with _without_interpreter():
+        jobs = [(kernel, target_name) for kernel in missing]
+        for number, ((kernel, _), found) in enumerate(answers(_compile_each, jobs, COMPILE_LIMIT_S, deadline), 1):
+            if "failed" in found:
+                found = {"problem": f"compiling it: {found['failed']}", "compile_s": 0.0}
+            results.add(kernel.name, {**found, "cache": cache})
+            if found["problem"] or number % 20 == 0:
+                say(f"compiled {number} of {len(missing)}; {kernel.name}: {found['problem'] or 'fits'}")
+    if number < len(missing):
+        say(f"{len(missing) - number} kernels and tiles are not compiled yet")
+        return False
     all_s = sum(results.by_case[kernel.name]["compile_s"] for kernel in kernels)
     say(
         f"{len(kernels)} kernels and tiles are compiled for {target_name}, {len(missing)} of them now, "
         f"in {time.perf_counter() - started:.1f} s by the clock; all together took {all_s:.1f} s of processes"
     )
+    return True
 
 
 def _cache_token() -> str:

@@ -18,7 +18,9 @@ from tritonmoe.runtime.files import Json
 
 __all__ = ["OURS", "TUNED", "measure_layer", "measure_memory", "measure_router"]
 
-OURS, TUNED, DENSE = "tritonmoe", "tritonmoe, tuned", "dense products"
+OURS, TUNED, DENSE, TORCH = "tritonmoe", "tritonmoe, tuned", "dense products", "torch backend"
+UNCAPTURED = (TORCH, "eager")
+"""They read how many pairs every expert has, so no CUDA graph can hold them."""
 BATCHED_MM_LARGEST_PAIRS = 64
 """batched_mm copies the weights for every pair."""
 EAGER_LARGEST_EXPERTS = 256
@@ -35,37 +37,37 @@ def measure_layer(
         entries: measured tiles; where there are any, moe_mlp is timed with them as well.
 
     Returns:
-        What Workbench.time does, with "tflops" and "fraction_of_dense" of every time.
+        What Workbench.time does, with "tflops" of every time, and "fraction_of_dense" where both are timed in one way.
     """
     inputs = bench.inputs(shape, num_tokens, routing)
-    functions, left_out = _functions(bench, inputs, others, entries)
-    variants = {name: _step(inputs, function, backward) for name, function in functions.items()}
+    ours = {OURS: _with_tiles(_ours(bench.setting.layer_backend, inputs), {})}
+    if entries:
+        ours[TUNED] = _with_tiles(_ours(bench.setting.layer_backend, inputs), entries)
+    functions, left_out = _peers(inputs) if others else ({}, {})
+    # What is compared comes first: a peer may take the memory, or leave something behind.
+    variants = {name: _step(inputs, function, backward) for name, function in ours.items()}
     variants[DENSE] = _dense_products(inputs, backward)
-    found = bench.time(variants, OURS)
+    variants |= {name: _step(inputs, function, backward) for name, function in functions.items()}
+    found = bench.time(variants, OURS, UNCAPTURED)
     found["left_out"] |= left_out
     flops = forward_flops(inputs.shape, num_tokens) + backward * backward_flops(inputs.shape, num_tokens)
+    dense = found["times"].get(DENSE)
     for name, timed in found["times"].items():
         timed["tflops"] = flops / timed["us"] / 1e6
-        if DENSE in found["times"] and name != DENSE:
-            timed["fraction_of_dense"] = round(found["times"][DENSE]["us"] / timed["us"], 3)
+        if dense is not None and name != DENSE and timed["timed_by"] == dense["timed_by"]:
+            timed["fraction_of_dense"] = round(dense["us"] / timed["us"], 3)
     return found
 
 
-def _functions(
-    bench: Workbench, inputs: LayerInputs, others: bool, entries: Json
-) -> tuple[dict[str, Function], dict[str, str]]:
-    """Give ours and every peer that can run, as functions of the very same tensors, and why others can't."""
+def _ours(backend: str, inputs: LayerInputs) -> Function:
     x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
+    return lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend=backend)
 
-    def ours(backend: str) -> Function:
-        return lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend=backend)
 
-    found: dict[str, Function] = {OURS: _with_tiles(ours(bench.setting.layer_backend), {})}
-    if entries:
-        found[TUNED] = _with_tiles(ours(bench.setting.layer_backend), entries)
-    if not others:
-        return found, {}
-    found["torch backend"] = ours("torch")
+def _peers(inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
+    """Give every peer that can run, as functions of the same tensors, the torch backend last, and why others can't."""
+    x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
+    found: dict[str, Function] = {}
     left_out: dict[str, str] = {}
     for peer in peers.PEERS:
         reason = _why_left_out(peer, inputs)
@@ -79,6 +81,7 @@ def _functions(
             continue
         # transformers multiplies rows by the weights in their own dtype: give it the rows' one.
         found[peer] = lambda function=function: function(x, ids, gates.to(x.dtype))  # type: ignore[misc]
+    found[TORCH] = _ours("torch", inputs)
     return found, left_out
 
 

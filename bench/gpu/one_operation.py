@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from bench.gpu.operations import OPERATIONS
-from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
+from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
 from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import draw_inputs
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.one_operation", description=__doc__)
     parser.add_argument("operation", choices=OPERATIONS)
     parser.add_argument("num_tokens", type=int)
-    parser.add_argument("--tiny", action="store_true", help="the headline's layer, shrunk")
+    parser.add_argument("--small", action="store_true", help="the headline's layer, shrunk to a few whole tiles")
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     setting = DAY if on_gpu else REHEARSAL
-    shape = (REHEARSAL if arguments.tiny else setting).shapes[HEADLINE]
+    shape = SMALL if arguments.small else setting.shapes[HEADLINE]
     with measured_tiles.using({}):
         inputs = draw_inputs(shape, arguments.num_tokens, "uniform", setting.dtype, setting.device)
         call = operation_calls(inputs, "triton")[arguments.operation]

@@ -1,15 +1,16 @@
 """The day's plan: every case in the order in which it is run, what matters most first.
 
-A: what machine this is, dense ceilings, everything compiled, the tests on the GPU, the headline's own tiles checked.
-B: the headline, layer and operations. C: its tiles, tuned and measured again. D: its peers. E: ncu and
-compute-sanitizer. F: other numbers of tokens, other layers, other tests.
+A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
+B: the headline, layer and operations, then the kernels' tests on the GPU, which compile a lot. C: its tiles, tuned and
+measured again. D: its peers. E: ncu and compute-sanitizer. F: other numbers of tokens, other layers, other tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bench.gpu.compilation import CHECKED_TILES, headline_candidates
 from bench.gpu.operations import OPERATIONS
+from bench.gpu.programs import TESTS_LIMIT_S
 from bench.gpu.setting import HEADLINE, Setting
 from tritonmoe.runtime.files import Json
 
@@ -17,7 +18,6 @@ __all__ = ["Case", "cases"]
 
 PASSES = {"forward": False, "forward+backward": True}
 SANITIZERS = ("memcheck", "racecheck")
-SANITIZED_TOKENS = 40
 FEW_TOKENS = 8
 
 
@@ -31,6 +31,8 @@ class Case:
     """The function that measures it, see worker.py."""
     arguments: Json = field(default_factory=dict)
     limit_s: float = 120.0
+    usual_s: float = 30.0
+    """It is begun only where so much is left of the budget: what a call's end cuts is lost."""
     needs_tuned: bool = False
     """Whether it is given the tiles that stage C found, as `entries`."""
 
@@ -63,17 +65,16 @@ def _machine_and_checks(setting: Setting) -> Iterator[Case]:
     yield Case("A machine", "describe_machine")
     for size in (64,) if setting.is_rehearsal else (8192, 4096):
         yield Case(f"A dense {size}", "measure_dense", {"size": size})
-    for file in setting.kernel_tests:
-        yield Case(f"A tests {file}", "run_tests", {"file": file}, limit_s=300.0)
-    yield Case("A check small layers", "check_small_layers", limit_s=300.0)
+    yield Case("A check small layers", "check_small_layers", limit_s=300.0, usual_s=60.0)
     layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens}
     for routing in ("uniform", "hot"):  # a hot expert's weight gradients are cut into spans
         for tiles in CHECKED_TILES if routing == "uniform" else CHECKED_TILES[:1]:
             name = f"A check {HEADLINE} T={setting.headline_tokens} {routing} {tiles}"
-            yield Case(name, "check_samples", {**layer, "routing": routing, "tiles": tiles}, limit_s=180.0)
+            arguments = {**layer, "routing": routing, "tiles": tiles}
+            yield Case(name, "check_samples", arguments, limit_s=180.0, usual_s=45.0)
     for tiles in (CHECKED_TILES[0], CHECKED_TILES[-1]):
         name = f"A reruns {HEADLINE} T={setting.headline_tokens} {tiles}"
-        yield Case(name, "rerun", {**layer, "routing": "zipf", "tiles": tiles}, limit_s=180.0)
+        yield Case(name, "rerun", {**layer, "routing": "zipf", "tiles": tiles}, limit_s=180.0, usual_s=45.0)
 
 
 def _headline(setting: Setting) -> Iterator[Case]:
@@ -82,12 +83,18 @@ def _headline(setting: Setting) -> Iterator[Case]:
     layer = {"shape": HEADLINE, "num_tokens": num_tokens}
     for operation in OPERATIONS:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
-    yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
     yield Case("B router", "measure_router", layer)
     yield Case("B memory", "measure_memory", {**layer, "routing": "uniform"})
     for operation in OPERATIONS:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
         yield Case(f"B host time of {operation}", "measure_host", few)
+    yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
+    yield from _tests("B", setting.kernel_tests)
+
+
+def _tests(stage: str, files: Sequence[str]) -> Iterator[Case]:
+    for file in files:
+        yield Case(f"{stage} tests {file}", "run_tests", {"file": file}, limit_s=300.0, usual_s=TESTS_LIMIT_S)
 
 
 def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:
@@ -111,11 +118,11 @@ def _peers(setting: Setting) -> Iterator[Case]:
 def _tools(setting: Setting) -> Iterator[Case]:
     for operation in setting.profiled_operations:
         arguments = {"operation": operation, "num_tokens": setting.headline_tokens}
-        yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0)
+        yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0, usual_s=75.0)
     for tool in SANITIZERS[:1] if setting.is_rehearsal else SANITIZERS:
         for operation in setting.profiled_operations:
-            arguments = {"tool": tool, "operation": operation, "num_tokens": SANITIZED_TOKENS}
-            yield Case(f"E {tool} {operation}", "run_sanitizer", arguments, limit_s=300.0)
+            arguments = {"tool": tool, "operation": operation, "num_tokens": setting.sanitized_tokens}
+            yield Case(f"E {tool} {operation}", "run_sanitizer", arguments, limit_s=300.0, usual_s=75.0)
 
 
 def _other_layers(setting: Setting) -> Iterator[Case]:
@@ -124,9 +131,9 @@ def _other_layers(setting: Setting) -> Iterator[Case]:
             yield from _layer("F", HEADLINE, num_tokens, routing, others=False)
     for shape in setting.other_shapes:
         layer = {"shape": shape, "num_tokens": setting.shape_tokens[0], "routing": "zipf", "tiles": {}}
-        yield Case(f"F check {shape} T={setting.shape_tokens[0]}", "check_samples", layer, limit_s=180.0)
+        name = f"F check {shape} T={setting.shape_tokens[0]}"
+        yield Case(name, "check_samples", layer, limit_s=180.0, usual_s=45.0)
     for num_tokens in setting.shape_tokens:
         for shape in setting.other_shapes:
             yield from _layer("F", shape, num_tokens, "uniform", others=True)
-    for file in setting.other_tests:
-        yield Case(f"F tests {file}", "run_tests", {"file": file}, limit_s=300.0)
+    yield from _tests("F", setting.other_tests)

@@ -7,9 +7,11 @@ import torch
 
 from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
 
-__all__ = ["DAY", "HEADLINE", "REHEARSAL", "Setting"]
+__all__ = ["DAY", "HEADLINE", "REHEARSAL", "SMALL", "Setting"]
 
 HEADLINE = "Qwen3-30B-A3B"
+SMALL = replace(GPU_SHAPES[HEADLINE], num_experts=4, top_k=2, hidden_size=256, intermediate_size=128)
+"""The headline's layer with its whole tiles, but few of them: small enough for compute-sanitizer."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Setting:
     """Those that run on a GPU too, in the end."""
     profiled_operations: tuple[str, ...]
     """Those that ncu looks at, and compute-sanitizer."""
+    sanitized_tokens: int
+    """On a GPU enough pairs for each of SMALL's experts that its tiles are the headline's, which are 128 high."""
     rounds: int
     reruns: int
     batch_s: float
@@ -76,6 +80,7 @@ DAY = Setting(
         *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
     ),
     profiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
+    sanitized_tokens=400,
     rounds=7,
     reruns=50,
     batch_s=0.02,
@@ -96,6 +101,7 @@ REHEARSAL = Setting(
     kernel_tests=("tests/kernels/test_tile_table.py",),
     other_tests=(),
     profiled_operations=("weight_grad W1",),
+    sanitized_tokens=12,
     rounds=1,
     reruns=2,
     batch_s=0.0,

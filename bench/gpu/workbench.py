@@ -3,13 +3,13 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
 from bench.gpu.clocks import Clocks
 from bench.gpu.setting import Setting
-from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool, interleaved
+from tritonmoe.benchmarks.device_time import CAPTURE_FAILED, TimedCalls, graph_pool, interleaved
 from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerInputs, draw_inputs
 from tritonmoe.benchmarks.tuning import calls_by_key
@@ -70,31 +70,39 @@ class Workbench:
         if self.setting.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def time(self, variants: Mapping[str, Call], needed: str) -> Json:
+    def time(self, variants: Mapping[str, Call], needed: str, uncaptured: Collection[str] = ()) -> Json:
         """Time functions in the same rounds.
 
         Args:
             needed: the one that must run; any other that raises is left out, and its error told.
+            uncaptured: those that read the device, so that no graph can hold them.
 
         Returns:
             "times": by name the median in microseconds ("us"), all "samples_us", and how they were timed ("timed_by");
             "left_out": by name why; "clocks": see Clocks.since.
         """
         timed: dict[str, TimedCalls] = {}
-        pool = graph_pool(self.setting.device)
+        device = self.setting.device
+        pool = graph_pool(device)
         left_out: dict[str, str] = {}
+
+        def leave_out(name: str, error: Exception) -> None:
+            if name == needed:
+                raise error
+            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the device computes nothing more
+
         for name, run in variants.items():
             try:
-                timed[name] = TimedCalls(run, self.setting.device, self.setting.batch_s, pool)
+                timed[name] = TimedCalls(run, device, self.setting.batch_s, pool, captures=name not in uncaptured)
             except Exception as error:
-                if name == needed:
-                    raise
-                left_out[name] = f"{type(error).__name__}: {error}"[:300]
-                gc.collect()
-                if self.setting.device.type == "cuda":
-                    torch.cuda.synchronize()  # raises where the device computes nothing more
+                leave_out(name, error)
+            if name in left_out or timed[name].way.startswith(CAPTURE_FAILED):
+                pool = graph_pool(device)  # what is pinned in the other one may still be underway
         started = time.monotonic()
-        samples = interleaved(timed, self.setting.rounds)
+        samples = interleaved(timed, self.setting.rounds, leave_out)
         times = {
             name: {
                 "us": round(1e6 * statistics.median(seconds), 3),

@@ -1,7 +1,6 @@
 """The process that runs the cases, so that one that crashes or hangs takes only itself: another worker goes on."""
 
 import gc
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -9,12 +8,15 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from bench.gpu.children import Child
 from bench.gpu.setting import Setting
+from tritonmoe.benchmarks.device_time import CAPTURE_FAILED
 from tritonmoe.runtime.files import Json
-from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Worker"]
 
+PROFILERS = ("profile_step",)
+"""Behind these the profiler's library stays in the process, where every launch takes the host longer from then on."""
 SILENT = "6"
 """The log level at which the profiler's library doesn't print two lines for every run."""
 
@@ -34,7 +36,6 @@ def _measures() -> dict[str, Callable[..., Json]]:
 
 
 def _work(pipe: Connection, setting: Setting) -> None:
-    ends_with_its_parent()
     gc.freeze()  # looking through all that was imported would take a second for every case
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)  # before the profiler's library is loaded
     from bench.gpu.workbench import Workbench
@@ -73,52 +74,43 @@ def _translated(setting: Setting, arguments: Json) -> Json:
     return translated
 
 
+def _leaves_a_capture(found: Json) -> bool:
+    """Say whether a capture failed: it may keep memory, and what comes after it may not be captured."""
+    ways = [*found.get("timed_by", {}).values(), *(timed["timed_by"] for timed in found.get("times", {}).values())]
+    return any(way.startswith(CAPTURE_FAILED) for way in ways)
+
+
 class Worker:
     """One process at a time that runs cases, begun when it is needed, and anew after a failure."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._child: Child | None = None
 
     def run(self, measure: str, arguments: Json, limit_s: float) -> Json:
         """Run one case; what fails, crashes or takes longer than `limit_s` says so under "failed"."""
-        if self._pipe is None:
-            self._start()
-        assert self._pipe is not None
-        assert self._process is not None
-        found: Json
-        try:
-            self._pipe.send((measure, arguments))
-            if not self._pipe.poll(limit_s):
-                found = {"failed": f"it took longer than {limit_s:.0f} s"}
-            else:
-                found = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            self._process.join(10)
-            found = {"failed": f"its process ended with status {self._process.exitcode}"}
-        if "failed" in found:  # the device may compute nothing more for that process
+        if self._child is None:
+            self._child = self._started()
+        self._child.send((measure, arguments))
+        is_late = not self._child.pipe.poll(limit_s)
+        found = {"failed": f"it took longer than {limit_s:.0f} s"} if is_late else self._child.answer()
+        # The device may compute nothing more for a process that failed.
+        if "failed" in found or measure in PROFILERS or _leaves_a_capture(found):
             self.stop()
         return found
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+    def _started(self) -> Child:
         before = os.environ.get("TRITON_INTERPRET")
         if self._setting.is_rehearsal:
             os.environ["TRITON_INTERPRET"] = "1"
         try:
-            self._process = context.Process(target=_work, args=(theirs, self._setting), daemon=False)
-            self._process.start()
+            return Child(_work, self._setting)
         finally:
             if before is None:
                 os.environ.pop("TRITON_INTERPRET", None)
-        theirs.close()
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None and self._pipe is not None:
-            self._pipe.close()
-            self._process.kill()
-            self._process.join()
-        self._process = self._pipe = None
+        if self._child is not None:
+            self._child.kill()
+        self._child = None

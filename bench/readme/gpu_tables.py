@@ -1,5 +1,7 @@
 """What a day with a GPU has measured, and what its rehearsals have shown."""
 
+from collections.abc import Collection
+
 from bench.readme.results import RESULTS, load, where
 from tritonmoe.benchmarks.kept_results import read_results
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
@@ -23,7 +25,8 @@ def gpu_table(name: str) -> str:
     device = devices[0] if layers else "a GPU: not measured yet"
     table = [
         f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
-        "FLOPs in the same rounds, and how many times as fast as the fastest peer; uniform routing.",
+        "FLOPs in the same rounds, and how many times as fast as the fastest peer that was timed in the same way, and "
+        f"its name; uniform routing.{_peers(layers.values())}",
         "",
         f"| shape | {' | '.join(f'T = {num_tokens}, {way}' for num_tokens, way in GPU_COLUMNS)} |",
         f"| --- |{' --- |' * len(GPU_COLUMNS)}",
@@ -32,6 +35,15 @@ def gpu_table(name: str) -> str:
         cells = [gpu_cell(layers.get((shape, num_tokens, way), {})) for num_tokens, way in GPU_COLUMNS]
         table.append(f"| {shape} | {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def _peers(lines: Collection[dict]) -> str:
+    """Say which peers were measured somewhere, and why others were not."""
+    measured = sorted({name for line in lines for name in line.get("times", {})} - set(NO_PEERS))
+    reasons = {name: why for line in lines for name, why in line.get("left_out", {}).items() if name not in measured}
+    left_out = "; ".join(f"{name}, since {why}" for name, why in reasons.items())
+    text = f" Peers: {', '.join(measured) or 'none'}." if lines else ""
+    return text + (f" Left out: {left_out}." if left_out else "")
 
 
 def gpu_cell(line: dict) -> str:
@@ -43,9 +55,15 @@ def gpu_cell(line: dict) -> str:
         return "not measured yet"
     times = line["times"]
     ours = times.get("tritonmoe, tuned", times["tritonmoe"])
-    others = [timed["us"] for name, timed in times.items() if name not in NO_PEERS]
-    ratio = f", {min(others) / ours['us']:.2f}x" if others else ""
-    return f"{ours['tflops']:.0f}, {ours.get('fraction_of_dense', 0):.2f}{ratio}"
+    others = [
+        (timed["us"], name)
+        for name, timed in times.items()
+        if name not in NO_PEERS and timed["timed_by"] == ours["timed_by"]  # events have Python between them
+    ]
+    fraction = f"{ours['fraction_of_dense']:.2f}" if "fraction_of_dense" in ours else "-"
+    fastest, name = min(others, default=(None, ""))
+    ratio = f", {fastest / ours['us']:.2f}x {name}" if fastest is not None else ""
+    return f"{ours['tflops']:.0f}, {fraction}{ratio}"
 
 
 def killed_text(name: str) -> str:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from tritonmoe import __version__
 from tritonmoe.backends import check, choice, choose, first_use
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
@@ -20,6 +22,7 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing import router
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+machine_of = first_use._machine
 RIGHT = Checked("bf16", "up: h", {"largest": Distance(0.01, 0.02)})
 WRONG = Checked("bf16", "down", {"largest": Distance(0.3, 0.02)})
 
@@ -45,6 +48,18 @@ def ask(*checked: Checked, calls: list | None = None, dtype: torch.dtype = torch
         yield from checked
 
     return first_use.are_right(CPU, dtype, "experts", compare)
+
+
+def test_a_checkout_that_nobody_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    discover = Distribution.discover
+    monkeypatch.setattr(
+        Distribution, "discover", lambda **of: iter(()) if of.get("name") == "tritonmoe" else discover(**of)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    assert f"tritonmoe {__version__}" in str(machine_of(CUDA))
+    assert machine_of(CPU) is None
 
 
 def test_what_is_right_is_kept(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the cases of bench.gpu measure and check, in the interpreter on a CPU with tiny layers."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.gpu import checks, children, clocks, layers, operations, programs, worker
+from bench.gpu import checks, children, clocks, layers, operations, programs, workbench
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
 from tritonmoe.kernels.tiles import measured as measured_tiles
@@ -92,6 +93,68 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
         layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=False, entries={})
 
 
+def test_what_comes_after_a_failed_capture_gets_another_pool(bench, monkeypatch):
+    """It names no device of its own: a stand-in of TimedCalls says which pool it got."""
+    pools = itertools.count()
+    used = {}
+
+    class TimedCalls(workbench.TimedCalls):
+        def __init__(self, run, device, batch_s, pool, captures):
+            super().__init__(run, device, batch_s)
+            used[run] = pool, captures
+            if run is read:
+                self.way = f"{workbench.CAPTURE_FAILED}operation not permitted when stream is capturing"
+            if run is fail:
+                raise torch.OutOfMemoryError("no memory")
+
+    def ours(): ...
+    def read(): ...
+    def fail(): ...
+    def last(): ...
+
+    monkeypatch.setattr(workbench, "graph_pool", lambda device: next(pools))
+    monkeypatch.setattr(workbench, "TimedCalls", TimedCalls)
+    variants = {run.__name__: run for run in (ours, read, fail, last)}
+    found = bench.time(variants, "ours", ["last"])
+    assert used == {ours: (0, True), read: (0, True), fail: (1, True), last: (2, False)}
+    assert set(found["times"]) == {"ours", "read", "last"}
+
+
+def test_what_is_compared_is_timed_first_and_what_reads_is_not_captured(bench, monkeypatch):
+    asked = []
+
+    def time_them(variants, needed, uncaptured):
+        asked.append((list(variants), needed, uncaptured))
+        ways = {name: "events" if name in uncaptured else "graph" for name in variants}
+        return {"times": {name: {"us": 1.0, "timed_by": way} for name, way in ways.items()}, "left_out": {}}
+
+    monkeypatch.setattr(bench, "time", time_them)
+    entries = {"sm_90 bfloat16 up 1x1": {"block_n": 16}}
+    found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=True, entries=entries)
+    ((names, needed, uncaptured),) = asked
+    assert names[:3] == ["tritonmoe", "tritonmoe, tuned", "dense products"]
+    assert names[-1] == "torch backend"
+    assert needed == "tritonmoe"
+    assert set(uncaptured) == {"torch backend", "eager"}
+    fractions = {name for name, timed in found["times"].items() if "fraction_of_dense" in timed}
+    assert fractions == set(names) - {"dense products", "torch backend", "eager"}
+
+
+def test_a_variant_that_fails_while_it_is_timed_is_left_out(bench):
+    def run_out_of_memory():
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    calls = []
+    found = bench.time({"ours": list, "peer": run_out_of_memory}, "ours")
+    assert set(found["times"]) == {"ours"}
+    assert found["left_out"] == {"peer": "OutOfMemoryError: no memory"}
+    calls = []
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.time({"ours": run_out_of_memory, "peer": list}, "ours")
+
+
 def test_memory_is_h_and_the_mark_of_the_call(bench):
     """h in the layer's dtype, one int64 that marks the call, and nothing that depends on D."""
     found = layers.measure_memory(bench, HEADLINE, 12, "uniform")
@@ -168,43 +231,6 @@ process.wait()
     parent.wait()
 
 
-def fake_measures():
-    def sleep(bench):
-        time.sleep(60)
-
-    def crash(bench):
-        signal.raise_signal(signal.SIGKILL)
-
-    def fail(bench):
-        raise ValueError("wrong numbers")
-
-    def too_large(bench):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22 GiB")
-
-    def right(bench, key, entries):
-        return {"key": key, "entries": entries}
-
-    return {function.__name__: function for function in (sleep, crash, fail, too_large, right)}
-
-
-def test_a_case_that_crashes_hangs_or_fails_takes_only_itself(monkeypatch):
-    context = worker.multiprocessing.get_context("fork")  # so that the process has these cases
-    monkeypatch.setattr(worker, "_measures", fake_measures)
-    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda method: context)
-    runner = worker.Worker(REHEARSAL)
-    tile = {"key": "sm_90 bfloat16 up 1x1", "entries": {"sm_90 bfloat16 down 1x1": {"block_n": 16}}}
-    right = {"key": "interpreter float32 up 1x1", "entries": {"interpreter float32 down 1x1": {"block_n": 16}}}
-    try:
-        assert runner.run("right", tile, 30.0) == right
-        assert runner.run("crash", {}, 30.0) == {"failed": "its process ended with status -9"}
-        assert runner.run("too_large", {}, 30.0)["out_of_memory"].startswith("CUDA out of memory")
-        assert runner.run("sleep", {}, 0.5) == {"failed": "it took longer than 0 s"}
-        assert runner.run("fail", {}, 30.0) == {"failed": "ValueError: wrong numbers"}
-        assert runner.run("right", tile, 30.0) == right
-    finally:
-        runner.stop()
-
-
 def on_a_gpu(monkeypatch, output, status):
     """Let programs see a GPU's tools, which print this."""
     setting = programs.Workbench.__new__(programs.Workbench)
@@ -226,11 +252,14 @@ def test_tools_on_a_gpu(monkeypatch):
     assert "ERR_NVGPUCTRPERM" in programs.profile_with_ncu(bench, "up", 32768)["left_out"]
     assert commands[0][0] == "ncu"
     assert commands[0][-5:] == [sys.executable, "-m", "bench.gpu.one_operation", "up", "32768"]
+    assert commands[0][commands[0].index("--clock-control") + 1] == "none"
     bench, _ = on_a_gpu(monkeypatch, "==PROF== Connected, and nothing else", 0)
     assert "nothing else" in programs.profile_with_ncu(bench, "up", 32768)["failed"]
     bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
     assert not programs.run_sanitizer(bench, "memcheck", "up", 40)["passed"]
     assert commands[0][:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    assert "--report-api-errors no" in " ".join(commands[0])
+    assert commands[0][-1] == "--small"
     monkeypatch.setattr(programs.shutil, "which", lambda tool: None)
     assert programs.profile_with_ncu(bench, "up", 32768) == {"left_out": "ncu is not there"}
     assert programs.run_sanitizer(bench, "memcheck", "up", 40) == {"left_out": "compute-sanitizer is not there"}
@@ -240,6 +269,20 @@ def test_files_of_tests(monkeypatch):
     bench, _ = on_a_gpu(monkeypatch, "FAILED tests/a.py::test_b - assert 1\n1 failed, 2 passed in 1 s", 1)
     found = programs.run_tests(bench, "tests/a.py")
     assert (found["passed"], found["failures"]) == (False, ["FAILED tests/a.py::test_b - assert 1"])
+    lines = (
+        "[gw1] [  8%] PASSED tests/a.py::test_a[float16] ",
+        "[gw0] [ 16%] FAILED tests/a.py::test_b ",
+        "tests/a.py::test_c[a b] PASSED      [ 25%]",
+        "tests/a.py::test_d ERROR [100%]",
+        "[gw1] [ 33%] SKIPPED tests/a.py::test_e ",
+        "a line that says PASSED",
+    )
+    bench, commands = on_a_gpu(monkeypatch, "\n".join(lines), None)
+    found = programs.run_tests(bench, "tests/a.py")
+    assert "-v" in commands[0]
+    assert (found["passed"], found["num_passed"]) == (False, 2)
+    assert found["failures"] == [lines[1].strip(), lines[3]]
+    assert found["problem"] == "cut after 240 s, when 2 had passed"
     for status, passed in ((0, True), (programs.NO_TESTS, True), (None, False)):
         bench, _ = on_a_gpu(monkeypatch, "", status)
         assert programs.run_tests(bench, "tests/a.py")["passed"] == passed

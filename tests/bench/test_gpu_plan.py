@@ -7,10 +7,10 @@ import pytest
 from bench.gpu import __main__ as gpu
 from bench.gpu import plan
 from bench.gpu.compilation import Kernel
-from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
+from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
 from tritonmoe.aot import Variant
 from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.tile_candidates import Candidate
+from tritonmoe.benchmarks.tile_candidates import Candidate, products_of
 
 GAINS = (1.3, 1.0)
 
@@ -27,11 +27,27 @@ def test_the_day_in_its_order():
     assert {arguments["routing"] for arguments in checked} == {"uniform", "hot"}
     assert DAY.reruns == 50
     assert sum(case.measure == "profile_with_ncu" for case in cases) == 6
+    measures = [case.measure for case in cases]
+    assert measures.index("run_tests") > measures.index("profile_step")
+    assert measures.index("profile_step") > len(measures) - measures[::-1].index("measure_host") - 1
     assert all(
         (case.measure in ("remeasure_tile", "profile_step") or "tuned" in case.name)
         for case in cases
         if case.needs_tuned
     )
+
+
+def test_the_sanitizer_runs_the_tiles_of_the_headline():
+    tiles = [
+        {(key.split()[2], str(tile)) for key, tile in products_of(Variant.of(*of), "sm_90").items()}
+        for of in (
+            (DAY.shapes[HEADLINE], DAY.dtype, DAY.headline_tokens),
+            (SMALL, DAY.dtype, DAY.sanitized_tokens),
+        )
+    ]
+    assert tiles[0] == tiles[1]
+    sanitized = [case.arguments for case in plan.cases(DAY, "sm_90") if case.measure == "run_sanitizer"]
+    assert {arguments["num_tokens"] for arguments in sanitized} == {DAY.sanitized_tokens}
 
 
 def test_the_rehearsal_calls_all_that_the_day_does():
@@ -58,13 +74,14 @@ def ran(monkeypatch):
         def stop(self):
             ran.append(("stop", {}))
 
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         for kernel in kernels:
             if kernel.name not in results.by_case:
                 results.add(kernel.name, {"problem": "", "binary": kernel.name, "cache": "x"})
                 ran.append(("compile", {"name": kernel.name}))
+        return True
 
-    names = [f"A compile {name}" for name in ("one", "two")]
+    names = ["A compile one", "F compile two"]
     monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [Kernel(name, Variant()) for name in names])
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     monkeypatch.setattr(gpu, "Worker", Worker)
@@ -81,12 +98,23 @@ def test_every_case_stands_in_the_file_once(ran, tmp_path, capsys):
     assert run(tmp_path) == 0
     names = [line["case"] for line in read_results(tmp_path / "gpu.jsonl")]
     planned = [case.name for case in plan.cases(REHEARSAL, "sm_90")]
-    assert sorted(names) == sorted(["identity", "A compile one", "A compile two", *planned])
-    assert [measure for measure, _ in ran][:4] == ["describe_machine", "measure_dense", "compile", "compile"]
+    assert sorted(names) == sorted(["identity", "A compile one", "F compile two", *planned])
+    assert [measure for measure, _ in ran][:3] == ["describe_machine", "measure_dense", "compile"]
+    assert names[names.index("F compile two") + 1][0] == "F", "what only the last stage needs is compiled before it"
+    assert names[names.index("F compile two") - 1][0] != "F"
     assert "0 of them wrong" in capsys.readouterr().out
     ran.clear()
     assert run(tmp_path) == 0
     assert ran == [("stop", {})]
+
+
+def test_a_peer_that_is_not_there_is_said():
+    times = {"tritonmoe": {"us": 200.0, "tflops": 400.4}, "grouped_mm": {"us": 300.0}}
+    found = {"times": times, "left_out": {"liger": "the package liger-kernel is not installed"}}
+    assert gpu._headline(found) == (
+        "tritonmoe 200.0 us (400 TFLOP/s), grouped_mm 300.0 us, "
+        "liger left out: the package liger-kernel is not installed"
+    )
 
 
 def test_tiles_are_measured_again_and_then_used(ran, tmp_path, capsys):
@@ -118,8 +146,9 @@ def test_a_tile_with_spills_is_not_measured(ran, tmp_path, monkeypatch):
     compiled = Kernel(f"A compile tile {tile.name}", Variant(), candidate=tile)
     monkeypatch.setattr(gpu, "kernels_of", lambda *arguments: [compiled])
 
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         results.add(kernels[0].name, {"problem": "spills 8 bytes", "binary": "", "cache": "x"})
+        return True
 
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     assert run(tmp_path) == 0
@@ -129,19 +158,32 @@ def test_a_tile_with_spills_is_not_measured(ran, tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_wrong(ran, tmp_path, monkeypatch, capsys):
-    def compile_missing(kernels, target, results, say):
+    def compile_missing(kernels, target, results, deadline, say):
         for kernel in kernels:
             results.add(kernel.name, {"problem": "CompilationError: no", "binary": "", "cache": "x"})
+        return True
 
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     assert run(tmp_path) == 1
     assert "WRONG: A compile one: CompilationError: no" in capsys.readouterr().err
 
 
-def test_no_case_begins_after_the_budget(ran, tmp_path, capsys):
-    assert run(tmp_path, "--budget-s", "-1") == 3
+@pytest.mark.parametrize("of_a_case", [-0.1, 0.9])
+def test_no_case_begins_that_the_budget_may_cut(of_a_case, ran, tmp_path, capsys):
+    first = plan.cases(REHEARSAL, "sm_90")[0]
+    assert run(tmp_path, "--budget-s", str(of_a_case * first.usual_s)) == 3
     assert [measure for measure, _ in ran] == ["stop"]
     assert "cases are left: run the same command again" in capsys.readouterr().out
+
+
+def test_no_case_begins_where_the_deadline_came_while_compiling(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "compile_missing", lambda *arguments: False)
+    assert run(tmp_path) == 3
+    assert [measure for measure, _ in ran] == ["describe_machine", "measure_dense", "stop"]
+
+
+def test_a_case_usually_takes_less_than_its_limit():
+    assert all(0 < case.usual_s < case.limit_s for case in plan.cases(DAY, "sm_90"))
 
 
 def test_what_went_wrong_runs_again_only_after_a_change(ran, tmp_path, monkeypatch, capsys):

@@ -9,10 +9,11 @@ from tritonmoe.benchmarks.kept_results import open_results
 
 LAYER = {"shape": "Mixtral", "num_tokens": 32768, "routing": "uniform", "backward": False, "others": True}
 TIMES = {
-    "tritonmoe": {"us": 200.0, "tflops": 400.4, "fraction_of_dense": 0.601},
-    "grouped_mm": {"us": 300.0, "tflops": 266.0},
-    "torch backend": {"us": 10.0, "tflops": 1.0},
-    "dense products": {"us": 120.0, "tflops": 700.0},
+    "tritonmoe": {"us": 200.0, "tflops": 400.4, "fraction_of_dense": 0.601, "timed_by": "graph"},
+    "grouped_mm": {"us": 300.0, "tflops": 266.0, "timed_by": "graph"},
+    "eager": {"us": 250.0, "tflops": 320.0, "timed_by": "events"},
+    "torch backend": {"us": 10.0, "tflops": 1.0, "timed_by": "events"},
+    "dense products": {"us": 120.0, "tflops": 700.0, "timed_by": "graph"},
 }
 
 
@@ -37,13 +38,18 @@ def test_the_last_runs_layers_beside_their_peers(results):
         lines.add("D 1", {"arguments": LAYER, "times": {"tritonmoe": {"us": 1.0, "tflops": 9999.0}}})
     with open_results(results, {"device": "H100"}) as lines:
         lines.add("B 1", {"arguments": {**LAYER, "others": False}, "times": {"tritonmoe": {"tflops": 8888.0}}})
-        lines.add("D 1", {"arguments": LAYER, "times": TIMES})
-        tuned = {**TIMES, "tritonmoe, tuned": {"us": 150.0, "tflops": 533.3, "fraction_of_dense": 0.8}}
+        left_out = {"liger": "the package liger-kernel is not installed", "eager": "too many experts"}
+        lines.add("D 1", {"arguments": LAYER, "times": TIMES, "left_out": left_out})
+        ours = {**TIMES["tritonmoe"], "us": 150.0, "tflops": 533.3, "fraction_of_dense": 0.8}
+        tuned = {**TIMES, "tritonmoe, tuned": ours}
         lines.add("D 2", {"arguments": {**LAYER, "backward": True}, "times": tuned})
         lines.add("D 3", {"arguments": {**LAYER, "num_tokens": 4096, "backward": True}, "failed": "x"})
         lines.add("D 4", {"arguments": {**LAYER, "num_tokens": 8}, "out_of_memory": "x"})
-    assert gpu_tables.gpu_table("gpu").startswith("`python -m bench.gpu` on H100.")
-    assert cells_of("Mixtral") == ["400, 0.60, 1.50x", "533, 0.80, 2.00x", "failed", "out of memory"]
+    text = gpu_tables.gpu_table("gpu").splitlines()[0]
+    assert text.startswith("`python -m bench.gpu` on H100.")
+    assert text.endswith(" Peers: eager, grouped_mm. Left out: liger, since the package liger-kernel is not installed.")
+    by_name = ["400, 0.60, 1.50x grouped_mm", "533, 0.80, 2.00x grouped_mm"]
+    assert cells_of("Mixtral") == [*by_name, "failed", "out of memory"]
 
 
 def test_killed_rehearsals(monkeypatch):

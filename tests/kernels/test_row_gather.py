@@ -18,13 +18,17 @@ from tritonmoe.config.layer import KernelOptions
 from tritonmoe.kernels.tiles import measured as measured_tiles
 from tritonmoe.kernels.tiles import tma
 
-WAYS = ("tma", "copy")
-pytestmark = [
-    pytest.mark.skipif(
-        DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 10, reason="no TMA that gathers rows"
-    ),
-    pytest.mark.usefixtures("reads_by_tma"),
-]
+NEEDED_CAPABILITY = {"tma": 10, "copy": 9}
+"""The major compute capability from which a GPU can read rows so."""
+WAYS = tuple(NEEDED_CAPABILITY)
+
+
+@pytest.fixture(autouse=True)
+def read_by_this_gpu(request, reads_by_tma):
+    """Skip a way that the GPU doesn't have, and no other."""
+    way = request.node.callspec.params.get("way") if hasattr(request.node, "callspec") else None
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < NEEDED_CAPABILITY.get(way, 0):
+        pytest.skip(f"a GPU of its capability can't read rows by {way}")
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from tritonmoe import __version__
 from tritonmoe.backends.check import Checked
 from tritonmoe.backends.ops import Unchecked
 from tritonmoe.kernels.launch import TRITON_VERSION
@@ -59,7 +59,7 @@ def _machine(device: torch.device) -> str | None:
     card = torch.cuda.get_device_name(device)
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # PyTorch's stubs don't know it
     triton = ".".join(map(str, TRITON_VERSION))
-    return f"{card}, driver {driver}, triton {triton}, torch {torch.__version__}, tritonmoe {version('tritonmoe')}"
+    return f"{card}, driver {driver}, triton {triton}, torch {torch.__version__}, tritonmoe {__version__}"
 
 
 def _file() -> Path:
