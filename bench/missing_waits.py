@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.codegen import source_hash
 from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as operations
@@ -166,9 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", default=(), help="kernels by name (default: all products)")
     parser.add_argument("--json", type=output_file, default=RESULT, help=f"file to write (default {RESULT})")
     arguments = parser.parse_args(argv)
+    sources = source_hash()
     rows = [row for name in arguments.targets for row in rows_of(name, arguments.kernels)]
     table = {
         "benchmark": "missing_waits",
+        "source_hash": sources,
         "triton": importlib.metadata.version("triton"),
         "date": time.strftime("%Y-%m-%d"),
     }
