@@ -31,5 +31,8 @@ class HostCopy:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Say whether a CUDA graph is being captured, so that nothing can be read."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Say whether a CUDA graph captures the device's current stream, so that nothing can be read."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # which need not be the current one
+        return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,25 @@
+"""What the host asks of a device; copies to the host are in tests/expert_parallel/test_host_reads.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tritonmoe.runtime.host_device import is_captured
+
+
+def test_the_stream_of_the_device_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device than the current one may be captured, or not."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [3])
+    assert [is_captured(torch.device("cuda", number)) for number in (0, 3)] == [False, True]
+    assert not is_captured(torch.device("cpu"))
