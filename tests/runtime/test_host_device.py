@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.runtime.host_device import is_captured, wait_for_current_stream
 
 
 def test_the_stream_of_the_device_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +24,16 @@ def test_the_stream_of_the_device_is_asked_about(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [3])
     assert [is_captured(torch.device("cuda", number)) for number in (0, 3)] == [False, True]
     assert not is_captured(torch.device("cpu"))
+
+
+def test_other_streams_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for = []
+
+    def current_stream(device: str) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: waited_for.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
+    wait_for_current_stream("cpu")
+    wait_for_current_stream("cuda:3")
+    assert waited_for == ["cuda:3"]

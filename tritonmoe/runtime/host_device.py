@@ -1,9 +1,9 @@
-"""Between host and device: a few integers on their way to the host, and whether a CUDA graph is being captured."""
+"""Between host and device: integers on their way to the host, waiting, and whether a CUDA graph is being captured."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy", "is_captured"]
+__all__ = ["HostCopy", "is_captured", "wait_for_current_stream"]
 
 
 class HostCopy:
@@ -36,3 +36,9 @@ def is_captured(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):  # which need not be the current one
         return torch.cuda.is_current_stream_capturing()
+
+
+def wait_for_current_stream(device: torch.device | str) -> None:
+    """Return when a device has done what stands on its current stream, whatever its other streams still do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
