@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import (
     PendingExchange,
     Transport,
@@ -73,8 +74,8 @@ class ProcessGroupTransport(Transport):
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
         timeout_s: how long wait(), exchange_counts() and rebuild() wait for gloo before they raise; None is the
-            group's own timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the
-            process.
+            group's own timeout. Over NCCL only the device waits: a host that waits for the device in a layer call
+            raises after it too, unless NCCL's watchdog ends the process before, at the group's timeout.
     Raises:
         ValueError: torch.distributed is not available or not initialised, or this process is not in the group.
     """
@@ -182,9 +183,27 @@ class ProcessGroupTransport(Transport):
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones)
 
+    def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
+        return copy.wait(self._look_around if self.size > 1 else None)
+
+    def _look_around(self, waited_s: float) -> None:
+        """Raise TransportError where this rank's device may wait for ever, over NCCL: nothing else tells the host."""
+        broken = self._notices.find_broken(self.generation)
+        if broken is None and waited_s < self._timeout_s and not self._breakdown.has_happened:
+            return
+        self._give_up(f"waited {waited_s:.1f} s for its device", () if broken is None else (broken,))
+        raise TransportError(
+            f"rank {self.rank} of {self.size} waits for its device, which may wait for rows that never come: "
+            f"{self._breakdown.explain()}"
+        )
+
     def give_up(self, what: str) -> None:
-        if self.size > 1 and self._pid == os.getpid() and self._breakdown.claim():
-            self._breakdown.note(what)
+        if self.size > 1 and self._pid == os.getpid():
+            self._give_up(what)
+
+    def _give_up(self, what: str, because_of: Sequence[int] = ()) -> None:
+        if self._breakdown.claim():
+            self._breakdown.note(what, because_of)
             if self._links is not None:
                 self._links.cut()
 
