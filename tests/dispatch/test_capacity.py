@@ -22,8 +22,7 @@ from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.expert_parallel import call as call_module
 from tritonmoe.expert_parallel import check as check_module
 from tritonmoe.overlap import report as report_module
-from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.device_group import CountsCrossing
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 ROOMY, TIGHT = 1024.0, 0.2
 
@@ -484,15 +483,6 @@ def test_refused() -> None:
             batch.call(TwoLevelTransport(world, 2), batch.of_rank(world.rank), tm.OverlapConfig(2, capacity=2.0))
 
     tm.run_on_emulated_ranks(on_rank, 4, timeout_s=20)
-
-
-def test_counts_do_not_cross_nccl_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport = object.__new__(ProcessGroupTransport)
-    transport.size, transport._backends, transport._counts_crossing = 2, {"cuda": "nccl"}, CountsCrossing()
-    monkeypatch.setattr(ProcessGroupTransport, "_check_usable", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match="cpu:gloo,cuda:nccl"):
-        transport.exchange_counts(torch.zeros(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

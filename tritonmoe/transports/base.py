@@ -107,7 +107,7 @@ class Transport(Handled, ABC):
     def post_counts(self, counts: Tensor) -> PendingExchange:
         """Start sending row k of counts (W, L) int64 on the CPU to rank k; wait() gives the rows received, (W, L).
 
-        L must be the same on every rank. Returns at once, unless counts_cross_device.
+        L must be the same on every rank. Returns at once.
 
         Raises:
             ValueError: counts is not (W, L) int64 on the CPU.
@@ -161,11 +161,6 @@ class Transport(Handled, ABC):
         It is one number for all of these: ranks that begin different ones tell each other so, where gloo would abort.
         """
         return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
-
-    @property
-    def counts_cross_device(self) -> bool:
-        """Whether counts travel behind the work of a device (a group that has only NCCL), so that the host waits."""
-        return False
 
     def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
         """Wait for a copy from this rank's device, in a call that other ranks make too, and give what it holds.

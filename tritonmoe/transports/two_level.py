@@ -188,10 +188,6 @@ class TwoLevelTransport(Transport):
     def post_counts(self, counts: Tensor) -> PendingExchange:
         return self.world.post_counts(counts)
 
-    @property
-    def counts_cross_device(self) -> bool:
-        return self.world.counts_cross_device
-
     def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
         return self.world.wait_for_copy(copy)
 
