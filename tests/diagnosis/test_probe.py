@@ -1,5 +1,7 @@
 """What is probed: links, and the steps of a layer by their size; and that plans are found from it."""
 
+import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from tritonmoe.overlap import report as layer_report
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import simulate_layer
-from tritonmoe.transports import LocalTransport, Transport
+from tritonmoe.transports import LocalTransport, PendingExchange, Transport
 from tritonmoe.tuning.search import search
 
 NUM_TOKENS = 256
@@ -46,6 +48,60 @@ def test_a_link_too_fast_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None
     found = tm.run_on_emulated_ranks(probe_link, 2)
     assert found[0].bytes_per_s == float("inf")
     assert found[0].contention == 0.0
+
+
+def test_jitter_beside_a_fast_link_is_no_contention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 MiB take 0.17 ms at 200 GB/s: of products that ran 20 ms, one percent would be all of it."""
+    products = [itertools.count() for _ in range(2)]
+
+    def on_rank(transport: Transport) -> LinkCosts:
+        of_thread.rank = transport.rank
+        return probe_link(transport)
+
+    def multiply(count: int, _: object) -> float:
+        return 1e-5 * count * (1 + 0.01 * (next(products[of_thread.rank]) % 2))  # every second time takes longer
+
+    of_thread = threading.local()
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "fit_line", lambda points: (0.0, 1 / 200e9))
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "_multiply", multiply)
+    for link in tm.run_on_emulated_ranks(on_rank, 2):
+        assert link.bytes_per_s == pytest.approx(200e9)
+        assert link.contention < 0.02
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_exchanges_on_a_device_are_waited_for_one_by_one(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they take turns the first of two ends in the middle; waiting for the device would end both at once."""
+    clock = [0.0]
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "_multiply", lambda count, _: 1e-5 * count)
+
+    class Enqueued(PendingExchange):
+        def __init__(self, transport: "Turns", end: float) -> None:
+            self.transport, self.end = transport, end
+
+        def wait(self) -> None:
+            self.transport.current_stream = max(self.transport.current_stream, self.end)
+
+    class Turns(LocalTransport):
+        size = 2
+        free_at = current_stream = 0.0
+
+        def exchange(self, rows: Tensor, *_: object) -> PendingExchange:
+            seconds = rows.numel() * 1e-9
+            self.free_at = max(clock[0], self.free_at) + seconds
+            return Enqueued(self, clock[0] + 2 * seconds if is_shared else self.free_at)
+
+        def exchange_counts(self, counts: Tensor) -> Tensor:
+            return counts
+
+    transport = Turns()
+
+    def wait_for_current_stream(_: object) -> None:
+        clock[0] = max(clock[0], transport.current_stream)
+
+    monkeypatch.setattr(tritonmoe.diagnosis.probe, "wait_for_current_stream", wait_for_current_stream)
+    assert probe_link(transport).is_shared == is_shared
 
 
 def batch(rank: int, num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor, Tensor]:

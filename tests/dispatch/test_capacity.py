@@ -19,10 +19,10 @@ import tritonmoe as tm
 from tritonmoe.dispatch import capacity as capacity_module
 from tritonmoe.dispatch.capacity import capped_traffic, plan_capped_tokens, segment_room
 from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.expert_parallel import call as call_module
 from tritonmoe.expert_parallel import check as check_module
 from tritonmoe.overlap import report as report_module
-from tritonmoe.transports import LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.device_group import CountsCrossing
+from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 ROOMY, TIGHT = 1024.0, 0.2
 
@@ -278,7 +278,7 @@ def test_scores_that_are_not_finite_raise_on_every_rank_and_the_next_call_works(
 def captured(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     """Calls of a thread that has set `captured.now` take themselves to be captured."""
     state = threading.local()
-    for module in (capacity_module, check_module, report_module):
+    for module in (call_module, capacity_module, check_module, report_module):
         monkeypatch.setattr(module, "is_captured", lambda device: getattr(state, "now", False))
     return state
 
@@ -311,6 +311,22 @@ def test_captured_calls_give_nan_and_the_next_one_raises(captured: threading.loc
     )
     assert_same_bits(roomy, expected)
     assert all(value.isnan().all() for value in tight.values() if value.numel())
+
+
+def test_a_graph_captures_no_backward_alone(captured: threading.local) -> None:
+    """Its replay would use the splits of one forward, and memory that is given back since."""
+    batch = Batch(2, 6, 2)
+
+    def on_rank(transport: Transport) -> None:
+        leaves = {name: value.requires_grad_() for name, value in batch.of_rank(transport.rank).items()}
+        out = batch.call(transport, leaves, tm.OverlapConfig(2))
+        captured.now = True
+        with pytest.raises(ValueError, match="whose forward it has not captured"):
+            out.sum().backward()
+        captured.now = False
+        assert batch.call(transport, leaves, tm.OverlapConfig(2)).isfinite().all()  # nothing was sent
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
 def test_captured_calls_are_not_tuned_on_and_have_no_times(captured: threading.local) -> None:
@@ -467,15 +483,6 @@ def test_refused() -> None:
             batch.call(TwoLevelTransport(world, 2), batch.of_rank(world.rank), tm.OverlapConfig(2, capacity=2.0))
 
     tm.run_on_emulated_ranks(on_rank, 4, timeout_s=20)
-
-
-def test_counts_do_not_cross_nccl_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport = object.__new__(ProcessGroupTransport)
-    transport.size, transport._backends, transport._counts_crossing = 2, {"cuda": "nccl"}, CountsCrossing()
-    monkeypatch.setattr(ProcessGroupTransport, "_check_usable", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match="cpu:gloo,cuda:nccl"):
-        transport.exchange_counts(torch.zeros(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

@@ -217,6 +217,12 @@ def test_operators_pass_opcheck() -> None:
     opcheck(backward, (None, torch.randn(T, D), kept, *saved, needs, "hidden"), test_utils=checks)
 
 
+@pytest.mark.parametrize("name", ["expert_parallel_mlp", "expert_parallel_mlp_backward"])
+def test_inductor_captures_no_exchange_in_a_cuda_graph(name: str) -> None:
+    """By the device of its first tensor, as without the tag, a graph's first backward would be captured."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tritonmoe, name).default.tags
+
+
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 def test_flop_counter(gated: bool) -> None:
     transport = LocalTransport()

@@ -14,6 +14,7 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.overlap import report as report_module
 from tritonmoe.overlap.executor import execute
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
@@ -247,7 +248,7 @@ def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(report_module, "is_captured", lambda device: False)
     pending = LateExchange(torch.zeros(1), 1.0, [], "dispatch")
     schedule = (Step(StepKind.DISPATCH, 0), Step(StepKind.EXPERTS, 0, (0,)))
     actions = {StepKind.DISPATCH: lambda _: pending, StepKind.EXPERTS: lambda _: None}

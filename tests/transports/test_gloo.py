@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import ENVIRONMENT, run_processes
 
+from tritonmoe.transports import ProcessGroupTransport
 from tritonmoe.transports.gloo import GlooExchange
 
 
@@ -60,6 +64,27 @@ def test_messages_of_other_exchanges_sizes_or_dtypes_have_other_tags() -> None:
     assert all(len(set(of_one)) == 1 for of_one in tags)
     assert len({of_one[0] for of_one in tags}) == len(tags)
     assert post(1, torch.zeros(4, dtype=torch.int64), splits, splits)[0].tags == tags[0]
+
+
+@pytest.fixture
+def group_without_cpu() -> Iterator[None]:
+    """Like init_process_group("nccl") it has no backend for tensors on the CPU."""
+    dist.init_process_group("cuda:gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_without_cpu")
+def test_counts_of_a_group_without_a_cpu_backend_travel_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = ProcessGroupTransport()
+    assert transport._timeout_s == 77
+    counts = torch.arange(3).view(1, 3)
+    assert torch.equal(transport.exchange_counts(counts), counts)
+    assert transport._links is not None
+    transport.close()
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: False)
+    with pytest.raises(ValueError, match="built without gloo"):
+        ProcessGroupTransport()
 
 
 POLICIES = """

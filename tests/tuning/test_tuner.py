@@ -75,6 +75,7 @@ class Timing:
     start_s: float
     end_s: float
     post_s: float = 0.0
+    is_end_known: bool = True
 
 
 class Pass:

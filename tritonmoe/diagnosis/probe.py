@@ -12,6 +12,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.host_device import wait_for_current_stream
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
 from tritonmoe.tuning.measured import median_steps
@@ -27,8 +28,10 @@ SHARED_RATIO = 0.75
 share the link."""
 BESIDE_ROUNDS = 5
 BESIDE_S = 0.02
+"""How long the matrix products beside an exchange run at most."""
 NUM_CALIBRATING = 8
-MOST_BESIDE_BYTES = 2**25
+MOST_BESIDE_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""Of the exchange beside which matrix products run; 2^28 bytes last 1.3 ms at 200 GB/s."""
 MOST_CONTENTION = 0.9
 
 
@@ -36,7 +39,8 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     """Measure latency, bandwidth and contention of a transport; every rank calls it, and all get the same numbers.
 
     Least squares over six sizes of the shortest of three rounds, each started together, the slowest rank's time; for
-    the contention, matrix products alone and beside an exchange. On one rank there is no link: infinitely fast.
+    the contention, matrix products alone and beside an exchange, which lasts as long as they. On one rank there is no
+    link: infinitely fast.
     """
     size = transport.size
     if size == 1:
@@ -56,8 +60,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
         ends = []
         for exchange in pending:
             exchange.wait()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for_current_stream(device)  # the exchanges behind this one run on another
             ends.append((exchange.finished_at() or time.perf_counter()) - started)
         return slowest(transport, ends)
 
@@ -75,9 +78,9 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
     if not byte_s:
         return LinkCosts(latency_s, float("inf"), first > SHARED_RATIO * second)  # too fast to measure, or to be beside
     bytes_per_s = 1 / byte_s
-    num_bytes = int(min(MOST_BESIDE_BYTES, 3 * BESIDE_S * bytes_per_s))
+    num_bytes = int(min(MOST_BESIDE_BYTES[torch.device(device).type], 3 * BESIDE_S * bytes_per_s))
     exchange_s = latency_s + num_bytes / bytes_per_s
-    count = _num_products(device)
+    count = _num_products(device, min(BESIDE_S, exchange_s))  # of more the jitter would look like what is lost
     shares = []
     for _ in range(BESIDE_ROUNDS):
         slowest(transport, [0.0])
@@ -100,10 +103,10 @@ def _multiply(count: int, device: torch.device | str) -> float:
     return time.perf_counter() - started
 
 
-def _num_products(device: torch.device | str) -> int:
-    """Give how many of them take about BESIDE_S."""
+def _num_products(device: torch.device | str, seconds: float) -> int:
+    """Give how many of them take about so long."""
     _multiply(NUM_CALIBRATING, device)
-    return max(1, round(NUM_CALIBRATING * BESIDE_S / _multiply(NUM_CALIBRATING, device)))
+    return max(1, round(NUM_CALIBRATING * seconds / _multiply(NUM_CALIBRATING, device)))
 
 
 def slowest(transport: Transport, seconds: list[float]) -> list[float]:

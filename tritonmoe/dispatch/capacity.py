@@ -148,7 +148,7 @@ def some_rank_overflowed(transport: Transport, header: CallHeader, capped: Cappe
     It raises what exchange_plan raises, NonFiniteScores included, which with a capacity is known no earlier.
     """
     assert capped.flags is not None
-    overflows, nonfinite_rows = capped.flags.wait()
+    overflows, nonfinite_rows = transport.wait_for_copy(capped.flags)
     header = header._replace(nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
     no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64, device="cpu")
     headers, *_ = exchange_counts(transport, header, no_counts, where="after the last chunk")
@@ -179,7 +179,7 @@ def watched(is_wrong: Tensor) -> Tensor:
     return on_host
 
 
-def replay_overflowed(flags: Sequence[Tensor], device: torch.device) -> bool:
+def replay_overflowed(transport: Transport, flags: Sequence[Tensor], device: torch.device) -> bool:
     """Say, once, whether a replay that is enqueued on the current stream before has set one of its flags.
 
     It waits for that stream.
@@ -187,7 +187,7 @@ def replay_overflowed(flags: Sequence[Tensor], device: torch.device) -> bool:
     if not flags:
         return False
     if device.type == "cuda":
-        HostCopy(torch.zeros((), dtype=torch.int64, device=device)).wait()
+        transport.wait_for_copy(HostCopy(torch.zeros((), dtype=torch.int64, device=device)))
     is_set = any(bool(flag) for flag in flags)
     for flag in flags:
         flag.zero_()

@@ -92,13 +92,8 @@ class BackwardAgreement:
 
 
 def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
-    """Start a backward's agreement; give None on one rank, and where the host would have to wait for a device.
-
-    In the latter case the header of the next forward tells which backwards have run.
-    """
-    if transport.size == 1 or transport.counts_cross_device:
-        return None
-    return BackwardAgreement(transport, header)
+    """Start a backward's agreement; give None on one rank."""
+    return None if transport.size == 1 else BackwardAgreement(transport, header)
 
 
 def exchange_counts(

@@ -12,6 +12,7 @@ local_first, half of the local rows first: token 0 needs rank 0, token 1 needs b
 first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1], [1, 2]].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,21 +67,22 @@ def plan_tokens(
     size: int,
     overlap: OverlapPlan,
     num_nonfinite_rows: Tensor | None = None,
+    read: Callable[[HostCopy], list[Tensor]] = HostCopy.wait,
 ) -> TokenPlan:
     """Decide which token goes where and when, from this rank's ids (T, K) alone.
 
     Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call before its count exchange is
-    here: of the counts, and of num_nonfinite_rows, a scalar, with them.
+    here, by `read` (Transport.wait_for_copy): of the counts, and of num_nonfinite_rows, a scalar, with them.
     """
     owner = owners_of_pairs(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:
         num_nonfinite_rows = owner.new_zeros(())
     if overlap.chunk_by == "experts":
-        return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows)
+        return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows, read)
     segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
     row_keys, counts = count_rows(owner, segments, overlap.num_segments)
-    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
-    rows, pairs = read.tolist()
+    counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
+    rows, pairs = counts.tolist()
     bounds = overlap.bounds(topk_ids.shape[0])
     order = order_rows(row_keys, size, topk_ids.shape[1], rows)
     return TokenPlan(bounds, *order, rows, pairs, rows, int(nonfinite_rows))
@@ -94,6 +96,7 @@ def _plan_by_experts(
     size: int,
     overlap: OverlapPlan,
     num_nonfinite_rows: Tensor,
+    read: Callable[[HostCopy], list[Tensor]],
 ) -> TokenPlan:
     """Do what plan_tokens does where a chunk is a range of every rank's own experts."""
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
@@ -106,8 +109,8 @@ def _plan_by_experts(
     absent = num_segments * size
     pairs = count_keys((segments * size + owner).masked_fill(owner == size, absent), absent)
     counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
-    read, nonfinite_rows = HostCopy(counts, num_nonfinite_rows).wait()
-    rows, pairs, return_rows = read.tolist()
+    counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
+    rows, pairs, return_rows = counts.tolist()
     sent, returned = _sorted_rows(row_keys, rows), _sorted_rows(return_keys, return_rows)
     return TokenPlan(
         token_bounds=(0,) * overlap.num_chunks + (num_tokens,),

@@ -127,7 +127,9 @@ def exchange_two_level_plan(
     segments = row_segments(num_tokens, node, num_nodes, overlap, topk_ids.device)
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)
     _, rank_counts = count_rows(owner, segments.repeat_interleave(node_size, dim=1), num_segments)
-    outer_counts, rank_counts, nonfinite_rows = HostCopy(outer_counts, rank_counts, num_nonfinite_rows).wait()
+    outer_counts, rank_counts, nonfinite_rows = transport.wait_for_copy(
+        HostCopy(outer_counts, rank_counts, num_nonfinite_rows)
+    )
     header = header._replace(nonfinite_rows=int(nonfinite_rows))
     outer_rows, outer_pairs = outer_counts.tolist()
     rank_rows, rank_pairs = rank_counts

@@ -56,7 +56,8 @@ def agree_without_capacity(call: CheckedCall, first: ExpertParallelCall) -> Expe
 
 def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
     rank, size, topk_ids = call.transport.rank, call.transport.size, call.inputs.topk_ids
-    return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows)
+    read = call.transport.wait_for_copy
+    return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read)
 
 
 def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> ExpertParallelCall:
@@ -117,7 +118,9 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
     spec, inputs, needs, placement = call.spec, call.inputs, call.needs, call.spec.placement
     experts, weights = spec.experts, inputs.weights
     has_replicas = placement is not None and placement.has_replicas
-    is_replay_wrong = not call.is_captured and replay_overflowed(call.state.captured_flags, inputs.x.device)
+    is_replay_wrong = not call.is_captured and replay_overflowed(
+        call.transport, call.state.captured_flags, inputs.x.device
+    )
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     return CallHeader.of(
         overlap,

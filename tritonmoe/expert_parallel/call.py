@@ -33,6 +33,7 @@ from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
 __all__ = [
@@ -251,6 +252,7 @@ def run_backward(
 
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
+        ValueError: a CUDA graph captures the backward and has not captured the forward.
     """
     return run_all_phases(backward_phases(call, kept, saved, dout, needs_weights))
 
@@ -265,6 +267,11 @@ def backward_phases(
 ) -> Phases[CallGradients]:
     """Do what run_backward() does, in three phases; shared_grads as in ExpertsRun."""
     entered_at = time.perf_counter()
+    if is_captured(dout.device) and not call.header.captured:
+        raise ValueError(
+            "a CUDA graph captures the backward of an expert-parallel call whose forward it has not captured: a replay "
+            "would repeat that one call's exchanges; capture both, or neither"
+        )
     state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
     header = CallHeader(
         sequence=call.header.sequence,

@@ -9,6 +9,7 @@ What a graph would otherwise be free to do with an exchange, it must not:
 - *Memory.* What a forward keeps for its backward has sizes that follow from counts, which no graph knows. It stays in
   Python, held by the storage of a one-element tensor (`kept`) that the graph saves and frees like any other. Nothing
   kept shares memory with what the graph knows and may use again; weights come from the graph.
+- *CUDA graphs.* Inductor may capture what stands around the operators, not them: OUTSIDE_CUDA_GRAPHS.
 - *Need.* Whether the result has a gradient is decided when the graph is made. So a rank that would have to take part in
   other ranks' backward alone is refused, on every rank, in the count exchange.
 
@@ -40,6 +41,9 @@ __all__ = ["expert_parallel_operator"]
 
 END_OF_WEIGHTS = 5 + len(PerWeight._fields)
 """Of the forward operator's arguments: turn, layer, x, topk_ids and topk_weights come before the weights."""
+OUTSIDE_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+"""Inductor captures the parts around the operators alone (mode="reduce-overhead"): a replay would repeat the splits of
+one call, and read and write memory that is given back since."""
 IN_GRAPH = (
     "two_batches can't run a model whose expert-parallel layers stand in a compiled graph, which can't be left in its "
     "middle for the other half of the batch: compile the parts around them (torch.compile(block.attention)), or leave "
@@ -70,7 +74,7 @@ class _InOperator:
         return out
 
 
-@torch.library.custom_op("tritonmoe::expert_parallel_mlp", mutates_args=())
+@torch.library.custom_op("tritonmoe::expert_parallel_mlp", mutates_args=(), tags=OUTSIDE_CUDA_GRAPHS)
 def _expert_parallel_mlp(
     turn: Tensor,
     layer: Tensor | None,
@@ -111,7 +115,7 @@ def _shapes(turn: Tensor, layer: Tensor | None, x: Tensor, *_: Any) -> tuple[Ten
     return x.new_empty(x.shape), turn.new_empty(1), turn.new_empty(())
 
 
-@torch.library.custom_op("tritonmoe::expert_parallel_mlp_backward", mutates_args=())
+@torch.library.custom_op("tritonmoe::expert_parallel_mlp_backward", mutates_args=(), tags=OUTSIDE_CUDA_GRAPHS)
 def _expert_parallel_mlp_backward(
     after: Tensor | None,
     dout: Tensor,

@@ -26,6 +26,9 @@ __all__ = [
     "mark",
 ]
 
+SHORTEST_WAIT_S = 2e-5
+"""Between the two marks around a wait that is over already less passes on a device."""
+
 Mark = float | torch.cuda.Event | None
 """A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
 
@@ -89,6 +92,8 @@ class StepTiming:
     """How long packing and posting an exchange took, on the compute lane."""
     arrivals_s: tuple[float | None, ...] | None = None
     """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
+    is_end_known: bool = True
+    """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
 
     def shifted(self, offset_s: float) -> "StepTiming":
         """Give it so much later."""
@@ -138,13 +143,15 @@ class PassReport:
 
     def _exchange_timing(self, marks: ExchangeMarks) -> StepTiming:
         started_s, wait_ended_s = self._seconds(marks.started), self._seconds(marks.wait_ended)
+        wait_s = wait_ended_s - self._seconds(marks.wait_started)
         return StepTiming(
             marks.step,
             started_s,
             wait_ended_s if marks.finished is None else self._seconds(marks.finished),
-            wait_s=wait_ended_s - self._seconds(marks.wait_started),
+            wait_s=wait_s,
             post_s=self._seconds(marks.posted) - started_s,
             arrivals_s=None if marks.arrivals is None else tuple(map(self._seconds_if_known, marks.arrivals)),
+            is_end_known=marks.finished is not None or wait_s > SHORTEST_WAIT_S,
         )
 
     def _seconds_if_known(self, moment: float | None) -> float | None:

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tritonmoe.runtime.host_device import is_captured
+
 __all__ = ["empty", "recycled", "to_device"]
 
 SMALLEST_RECYCLED_BYTES = 2**20
@@ -120,6 +122,6 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table.to(device)
     pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    if is_captured(device):
         _read_by_replays.append(pinned)
     return pinned.to(device, non_blocking=True)

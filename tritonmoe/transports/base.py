@@ -13,6 +13,7 @@ from torch import Tensor
 from tritonmoe.config.overlap import MAX_CHUNKS
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.handles import Handled
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.collectives import all_reduce, barrier, broadcast, run_outside_graphs
 
 __all__ = [
@@ -114,7 +115,7 @@ class Transport(Handled, ABC):
     def post_counts(self, counts: Tensor) -> PendingExchange:
         """Start sending row k of counts (W, L) int64 on the CPU to rank k; wait() gives the rows received, (W, L).
 
-        L must be the same on every rank. Returns at once, unless counts_cross_device.
+        L must be the same on every rank. Returns at once.
 
         Raises:
             ValueError: counts is not (W, L) int64 on the CPU.
@@ -169,10 +170,13 @@ class Transport(Handled, ABC):
         """
         return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
 
-    @property
-    def counts_cross_device(self) -> bool:
-        """Whether counts travel behind the work of a device (a group that has only NCCL), so that the host waits."""
-        return False
+    def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
+        """Wait for a copy from this rank's device, in a call that other ranks make too, and give what it holds.
+
+        Raises:
+            TransportError: only the device waits for rows (NCCL), another rank has failed, or timeout_s has passed.
+        """
+        return copy.wait()
 
     def uses_rendezvous(self, device: torch.device) -> bool:
         """Say whether rows leave for a rank only when its word has come that it may receive them (gloo).

@@ -75,6 +75,7 @@ class Notices:
         """Publish why this rank lets go; where the store can't be reached, nobody will read it."""
         with contextlib.suppress(TransportError):
             self._set_notices(json.dumps(astuple(notice)))
+            self._ask(lambda: self._store.set(f"broken/{self.number}", json.dumps([notice.generation, self._rank])))
 
     def take_down(self) -> None:
         """Take this rank's notice back, once all ranks have met."""
@@ -86,6 +87,14 @@ class Notices:
                 self._store.set(f"notice/{where}/{self._rank}", text)
 
         self._ask(write)
+
+    def find_broken(self, generation: int) -> int | None:
+        """Give a rank that has put up a notice of this generation, by one question; None where none has."""
+        text = self._get(f"broken/{self.number}")
+        if not text:
+            return None
+        broken, rank = json.loads(text)
+        return rank if broken >= generation else None
 
     def find_roots(self, suspects: Sequence[int], generation: int) -> tuple[list[int], dict[int, Notice]]:
         """Follow the notices of the ranks that were waited for to those that leave none, or failed by themselves.
@@ -179,12 +188,15 @@ class Notices:
             self._ask(lambda: self._store.set(f"meeting/{self.number}/{self._rank}", "-1"))
 
     def _read(self, rank: int, where: int | str | None = None) -> Notice | None:
-        key = f"notice/{self.number if where is None else where}/{rank}"
-        try:
-            text = self._ask(lambda: self._store.get(key) if self._store.check([key]) else b"")
-        except TransportError:
-            return None
+        text = self._get(f"notice/{self.number if where is None else where}/{rank}")
         return Notice.from_json(text) if text else None
+
+    def _get(self, key: str) -> bytes:
+        """Give what the store has under a key; nothing where it can't be reached."""
+        try:
+            return self._ask(lambda: self._store.get(key) if self._store.check([key]) else b"")
+        except TransportError:
+            return b""
 
     def _ask(self, question: Callable[[], Result], within_s: float = STORE_S) -> Result:
         """Do something with the store, in a thread of its own, since nobody knows how long that takes.

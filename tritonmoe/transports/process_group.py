@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import (
     PendingExchange,
     Transport,
@@ -21,9 +22,8 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
-from tritonmoe.transports.device_group import CollectiveExchange, CountsCrossing
+from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks
-from tritonmoe.transports.local import CompletedExchange
 from tritonmoe.transports.notices import Breakdown, Missed, Notices
 from tritonmoe.transports.progress import SECONDS_TO_LET_GO, ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport
@@ -63,8 +63,8 @@ def is_registered(group: "ProcessGroup") -> bool:
 class ProcessGroupTransport(Transport):
     """Rows between the processes of a torch.distributed group.
 
-    CPU tensors travel over gloo where that is the group's CPU backend, on connections of the transport's own, made with
-    its first exchange; CUDA tensors on the group's CUDA backend (NCCL). So a group of "cpu:gloo,cuda:nccl" serves both.
+    CPU tensors, counts among them, travel over gloo where the group has that or nothing for the CPU, on connections of
+    the transport's own, made with its first exchange; CUDA tensors on the group's CUDA backend (NCCL).
     The group stays its maker's: close() doesn't destroy it.
     Splits are not compared between ranks here: where they disagree gloo waits until the timeout and NCCL for ever, so
     callers agree on them through exchange_counts first. Transports of one group are numbered as they are made, and the
@@ -73,10 +73,11 @@ class ProcessGroupTransport(Transport):
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
         timeout_s: how long wait(), exchange_counts() and rebuild() wait for gloo before they raise; None is the
-            group's own timeout. NCCL ignores it, since waiting there blocks only the stream: its watchdog ends the
-            process.
+            group's own timeout. Over NCCL only the device waits: a host that waits for the device in a layer call
+            raises after it too, unless NCCL's watchdog ends the process before, at the group's timeout.
     Raises:
-        ValueError: torch.distributed is not available or not initialised, or this process is not in the group.
+        ValueError: torch.distributed is not available or not initialised, this process is not in the group, or nothing
+            carries CPU tensors.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None, *, timeout_s: float | None = None) -> None:
@@ -103,10 +104,17 @@ class ProcessGroupTransport(Transport):
         self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
         device_type = "cpu" if "cpu" in self._backends else next(iter(self._backends))
         self._timeout_s = _timeout_of(group, device_type) if timeout_s is None else timeout_s
+        if "cpu" not in self._backends:  # as of init_process_group("nccl"): gloo's connections need only its store
+            if not dist.is_gloo_available():
+                raise ValueError(
+                    f"this group has no backend for tensors on the CPU, only {self._backends}, and this torch was "
+                    "built without gloo, by which its ranks would agree: initialise it with another backend for the "
+                    'CPU ("cpu:mpi,cuda:nccl"), or install a torch with gloo'
+                )
+            self._backends["cpu"] = "gloo"
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
         self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
-        self._counts_crossing = CountsCrossing()
         self._is_closed = False
         self._begin_generation(0)
 
@@ -177,21 +185,33 @@ class ProcessGroupTransport(Transport):
     def uses_rendezvous(self, device: torch.device) -> bool:
         return self._is_gloo(device)
 
-    @property
-    def counts_cross_device(self) -> bool:
-        return "cpu" not in self._backends
-
     def post_counts(self, counts: Tensor) -> PendingExchange:
         self._check_usable()
         check_counts(self, counts)
-        if self.counts_cross_device:
-            return CompletedExchange(self._counts_crossing.exchange(self, counts))
         ones = [1] * self.size
         return self.exchange(counts.contiguous(), ones, ones)
 
+    def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
+        return copy.wait(self._look_around if self.size > 1 else None)
+
+    def _look_around(self, waited_s: float) -> None:
+        """Raise TransportError where this rank's device may wait for ever, over NCCL: nothing else tells the host."""
+        broken = self._notices.find_broken(self.generation)
+        if broken is None and waited_s < self._timeout_s and not self._breakdown.has_happened:
+            return
+        self._give_up(f"waited {waited_s:.1f} s for its device", () if broken is None else (broken,))
+        raise TransportError(
+            f"rank {self.rank} of {self.size} waits for its device, which may wait for rows that never come: "
+            f"{self._breakdown.explain()}"
+        )
+
     def give_up(self, what: str) -> None:
-        if self.size > 1 and self._pid == os.getpid() and self._breakdown.claim():
-            self._breakdown.note(what)
+        if self.size > 1 and self._pid == os.getpid():
+            self._give_up(what)
+
+    def _give_up(self, what: str, because_of: Sequence[int] = ()) -> None:
+        if self._breakdown.claim():
+            self._breakdown.note(what, because_of)
             if self._links is not None:
                 self._links.cut()
 
@@ -234,7 +254,6 @@ class ProcessGroupTransport(Transport):
             self.give_up("closed its transport")
         self._is_closed = True
         self._drop_links()
-        self._counts_crossing.forget()
 
     def _meet_first(self, what: str) -> GlooLinks:
         """Connect to the other ranks, for the first exchange of all."""

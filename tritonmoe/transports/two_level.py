@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import (
     MAX_HEADER,
     MAX_SEGMENTS,
@@ -97,6 +98,9 @@ class GroupView(Transport):
         of_world = counts.new_zeros(self._world.size, counts.shape[1])
         of_world[list(self._ranks)] = counts
         return SelectedRows(self._world.post_counts(of_world), self._ranks)
+
+    def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
+        return self._world.wait_for_copy(copy)
 
     @property
     def generation(self) -> int:  # type: ignore[override]
@@ -195,9 +199,8 @@ class TwoLevelTransport(Transport):
     def post_counts(self, counts: Tensor) -> PendingExchange:
         return self.world.post_counts(counts)
 
-    @property
-    def counts_cross_device(self) -> bool:
-        return self.world.counts_cross_device
+    def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
+        return self.world.wait_for_copy(copy)
 
     @property
     def message_length(self) -> int:

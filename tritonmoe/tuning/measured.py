@@ -60,28 +60,36 @@ def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
 def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
     """Fit the link to the metadata and dispatches of calls with one and two chunks.
 
+    An exchange of which only the latest possible end is known, behind compute, or the latest possible beginning, behind
+    such an exchange, counts where nothing better is known of any dispatch.
+
     is_shared: whether exchanges that are under way together share the link.
     """
     alone: dict[tuple[int, str, float], float] = {}  # by bytes: the shortest seconds of an exchange on an idle link
+    late: dict[tuple[int, str, float], float] = {}  # the same where one of its ends is not known
     together: dict[int, float] = {}  # by number of chunks: the shortest seconds of all dispatches, by their bytes
     for report in reports:
         work = layer_work(report)
         busiest = float(torch.maximum(*work.ports(LinkCosts(0.0, 1.0))).max())
         exchanges = [t for t in report.forward.steps if t.step.kind.way is Way.TO_EXPERTS]
-        free_at = 0.0
+        free_at, is_free_known = 0.0, True
         for timing in exchanges:
-            began = max(timing.start_s + timing.post_s, free_at)
-            free_at = timing.end_s
+            posted = timing.start_s + timing.post_s
+            began, is_known = max(posted, free_at), timing.is_end_known and (is_free_known or posted >= free_at)
+            free_at, is_free_known = timing.end_s, timing.is_end_known
             if is_shared and timing.step.chunk is not None and report.num_chunks > 1:
                 continue
             share = 1.0 if timing.step.chunk is None else work.shares(report.overlap)[0][timing.step.chunk]
             num_bytes = busiest * share * work.bytes_per_row(timing.step.kind)
             key, seconds = (report.num_chunks, str(timing.step), num_bytes), max(0.0, timing.end_s - began)
-            alone[key] = min(seconds, alone.get(key, seconds))
+            found = alone if is_known else late
+            found[key] = min(seconds, found.get(key, seconds))
         dispatches = [t for t in exchanges if t.step.kind is StepKind.DISPATCH]
         whole_s = dispatches[-1].end_s - dispatches[0].start_s - dispatches[0].post_s
         of_a_byte = whole_s / max(1.0, busiest * work.bytes_per_row(StepKind.DISPATCH))
         together[report.num_chunks] = min(of_a_byte, together.get(report.num_chunks, of_a_byte))
+    if not any(step.startswith(StepKind.DISPATCH) for _, step, _ in alone):
+        alone = late | alone
     latency_s, byte_s = fit_line([(num_bytes, seconds) for (_, _, num_bytes), seconds in alone.items()])
     alone_share = 1.0
     if is_shared and together[1] > 0:
