@@ -60,6 +60,8 @@ class Run:
     late_rank: tuple[int, float] | None = None
     hot_rank: tuple[int, float] | None = None
     """So many times the pairs, and rows, of every other rank, of as many in all."""
+    capacity: float | None = None
+    """So many times the rows of uniform routing travel then, whatever the routing, and experts skip what is padding."""
     contention: float = 0.0
     """The share of its speed that compute loses while an exchange is under way."""
     late_link: tuple[int, int, float] | None = None
@@ -81,7 +83,7 @@ class Run:
 
     @property
     def plan(self) -> tm.OverlapPlan:
-        return tm.OverlapPlan((1,) * self.num_chunks)
+        return tm.OverlapPlan((1,) * self.num_chunks, capacity=self.capacity)
 
     def work(self) -> LayerWork:
         rows = self.rows * ones(self.size, self.size)
@@ -89,7 +91,19 @@ class Run:
             rank, times = self.hot_rank
             rows[:, rank] *= times
             rows *= self.rows * self.size**2 / rows.sum()
-        return LayerWork(rows, rows * (self.tokens * self.top_k / self.size / self.rows), 4 * HIDDEN_SIZE, self.top_k)
+        pairs = rows * self.pairs_per_row
+        if self.capacity is not None:
+            rows = self.capacity * self.rows * ones(self.size, self.size)
+        return LayerWork(rows, pairs, 4 * HIDDEN_SIZE, self.top_k)
+
+    def recorded_work(self) -> LayerWork:
+        """Give the work as a report has it, with a capacity the room."""
+        work = self.work()
+        return replace(work, pairs=work.rows * self.pairs_per_row)
+
+    @property
+    def pairs_per_row(self) -> float:
+        return self.tokens * self.top_k / self.size / self.rows
 
     @property
     def tokens(self) -> float:
@@ -172,7 +186,7 @@ class Run:
 def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple[list[dict], float]:
     """Give a forward (0) or backward (1) that begins then, on every rank as it is recorded, and what it takes."""
     plan, work = run.plan, run.walked_work()
-    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    outer = work.outer if isinstance(work, TwoLevelWork) else run.recorded_work()
     sizes = [[part.tolist() for part in of] for of in outer.segments(plan)]
     late = run.late_s() if number == 0 else 0 * run.late_s()
     costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
@@ -271,7 +285,7 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
                 ranks, seconds = _walk(run, of_pass, at, generator)
                 passes[layer].append(ranks)
                 at += seconds + run.beside_s[of_pass]
-        work = run.work()
+        work, recorded = run.work(), run.recorded_work()
         for layer, rank in itertools.product(layers, range(size)):
             forward, backward = passes[layer]
             lines[rank].append(
@@ -285,9 +299,9 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
                     "top_k": run.top_k,
                     "row_bytes": 4 * HIDDEN_SIZE,
                     "other_row_bytes": 4 * HIDDEN_SIZE,
-                    "rows": work.rows[rank].to(torch.int64).tolist(),
+                    "rows": recorded.rows[rank].to(torch.int64).tolist(),
                     "rows_to_nodes": run.rows_to_nodes()[rank].to(torch.int64).tolist() if run.has_two_levels else None,
-                    "pairs": work.pairs[rank].to(torch.int64).tolist(),
+                    "pairs": recorded.pairs[rank].to(torch.int64).tolist(),
                     "pairs_per_expert": [int(work.pairs[:, rank].sum()) - 1, 1],
                     "forward": forward[rank],
                     "backward": backward[rank],

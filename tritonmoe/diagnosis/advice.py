@@ -122,7 +122,8 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
 
         def placed(of: Conditions, share: torch.Tensor = share) -> Conditions:
             # Rows follow their pairs: how many tokens need two experts of one rank is not known.
-            return replace(of, work=of.work.scaled(share))
+            work = of.work.scaled(share)
+            return replace(of, work=work if of.plan.capacity is None else replace(work, rows=of.work.rows))
 
         if num_slots == slots:
             yield Proposal("placement=ExpertPlacement.balanced(load, ...)", "moves experts between ranks", placed)

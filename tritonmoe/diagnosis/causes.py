@@ -117,7 +117,7 @@ def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
 
 
 def _imbalance(calls: Sequence[RecordedCall]) -> Cause:
-    pairs = [sum(sum(of.pairs[k] for of in call.ranks) for call in calls) for k in range(len(calls[0].ranks))]
+    pairs = torch.stack([call.work.pairs.sum(0) for call in calls]).sum(0).tolist()
     hottest = max(range(len(pairs)), key=pairs.__getitem__)
     per_expert = [sum(values) for values in zip(*(call.ranks[hottest].pairs_per_expert for call in calls), strict=True)]
     total, mean = max(1, sum(pairs)), max(1.0, sum(pairs) / len(pairs))

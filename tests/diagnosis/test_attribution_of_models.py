@@ -1,0 +1,31 @@
+"""Attribution of what models do: stacks of layers, recomputation, batches that differ, a capacity."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.synthetic_runs import Run, healthy, write_run
+from tritonmoe.diagnosis.attribution import Attribution, attribute
+from tritonmoe.diagnosis.reading import read_recording
+
+CALLS = 4
+
+
+def diagnose(folder: Path, run: Run) -> Attribution:
+    return attribute(read_recording(write_run(folder, [run] * CALLS)))
+
+
+WITH_CAPACITY = {
+    "imbalance": (Run(hot_rank=(0, 2.0), capacity=2.0), (0,)),
+    "slow rank": (Run(slow_rank=(2, 1.5), capacity=2.0), (2,)),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_CAPACITY)
+def test_with_a_capacity_ranks_compute_what_is_there_and_not_the_room(kind: str, tmp_path: Path) -> None:
+    """The room is the same on all ranks: of a hot one all of it seems to take long."""
+    run, culprits = WITH_CAPACITY[kind]
+    found = diagnose(tmp_path, run)
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert [(one.kind, one.ranks) for one in found.findings] == [(kind, culprits)]
+    assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
