@@ -1,5 +1,6 @@
 """Attribution of what models do: stacks of layers, recomputation, batches that differ, a capacity."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,4 +29,28 @@ def test_with_a_capacity_ranks_compute_what_is_there_and_not_the_room(kind: str,
     found = diagnose(tmp_path, run)
     assert found.error == pytest.approx(0, abs=0.02), found.misfits
     assert [(one.kind, one.ranks) for one in found.findings] == [(kind, culprits)]
+    assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+ONE, THREE = Run(is_chained=True, recomputes=True), Run(num_layers=3, is_chained=True)
+IN_A_STACK = {
+    "a slow rank, recomputed": (replace(ONE, slow_rank=(2, 1.5)), ("slow rank", (2,))),
+    "a slow rank of three layers": (replace(THREE, slow_rank=(2, 1.5)), ("slow rank", (2,))),
+    "a late rank of three, recomputed": (
+        replace(THREE, late_rank=(1, 0.08), recomputes=True),
+        ("late rank", (1,)),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if "three" in name else ()) for name in IN_A_STACK]
+)
+def test_ranks_that_end_one_pass_late_are_not_late_in_the_next(name: str, tmp_path: Path) -> None:
+    """Each rank goes on when it has ended a pass itself: a slow one, whose weight gradients nobody waits for, later."""
+    run, fault = IN_A_STACK[name]
+    found = diagnose(tmp_path, run)
+    assert found.measured_s == pytest.approx(run.seconds())
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert [(one.kind, one.ranks) for one in found.findings] == [fault]
     assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)

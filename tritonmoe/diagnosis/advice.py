@@ -212,11 +212,11 @@ def _on_half(of: Conditions, number: int) -> Conditions:
 
 
 def _entry_on(ranks: slice, entry: Entry) -> Entry:
-    return Entry(
-        entry.own_s[ranks],
-        entry.passed_on_s[ranks],
-        entry.before_counts_s[ranks],
-        entry.counts_s[ranks],
-        entry.before_steps_s[ranks],
-        entry.meets,
+    return replace(
+        entry,
+        own_s=entry.own_s[ranks],
+        passed_on_s=entry.passed_on_s[ranks],
+        before_counts_s=entry.before_counts_s[ranks],
+        counts_s=entry.counts_s[ranks],
+        before_steps_s=entry.before_steps_s[ranks],
     )

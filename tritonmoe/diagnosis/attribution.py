@@ -8,15 +8,14 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from tritonmoe.diagnosis.advice import proposals
 from tritonmoe.diagnosis.causes import Cause, CauseKind, causes_of
 from tritonmoe.diagnosis.costs import Costs, fit_costs
 from tritonmoe.diagnosis.recording import RecordedCall, Recording
-from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, walk
+from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, passes_before, walk
 
-__all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute", "calls_before"]
+__all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute"]
 
 PART_OF: dict[CauseKind, CauseKind] = {"slow link": "bandwidth", "slow port": "bandwidth", "late link": "latency"}
 """Where one of these is found it stands before what it is a part of."""
@@ -132,16 +131,16 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
             f"{recording.path} is of two_batches, in which the times of each half hold the other one's work: record a "
             "run of whole batches"
         )
-    before = calls_before(recording)
-    times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
+    before = passes_before(recording)
+    times = {call: measured_s(call, before) for call in recording.calls}
     calls, similar = _calls_of_most_time(recording, times)
     walked = _spread(calls, MOST_WALKED)
     costs = fit_costs(similar, recording)
     measured = statistics.median(map(times.__getitem__, calls))
-    conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
+    conditions = [conditions_of(call, before, costs) for call in walked]
     as_it_was = _walked(conditions)
     replayed = statistics.median(total_s for _, total_s in as_it_was)
-    causes = list(causes_of(calls, costs))
+    causes = list(causes_of(calls, costs, before))
     gains = [_gain_s(as_it_was, cause.remove) for cause in causes]
     promised = [(one, _gain_s(as_it_was, one.change)) for one in proposals(calls, conditions[0])]
     promised = [(one, seconds) for one, seconds in promised if seconds >= SMALLEST_ADVICE * measured]
@@ -155,9 +154,9 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         selection = draw.choices(calls, k=len(calls))
         own = fit_costs([*selection, *of_other_plans], recording)
         few_as_they_were = _walked(
-            [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
+            [conditions_of(call, before, own) for call in _spread(selection, WALKED_OF_SELECTION)]
         )
-        again = {(cause.kind, cause.ranks): cause for cause in causes_of(selection, own)}
+        again = {(cause.kind, cause.ranks): cause for cause in causes_of(selection, own, before)}
         for cause, values in zip(causes, drawn, strict=False):
             # A cause that the selection doesn't show gains nothing there.
             same = again.get((cause.kind, cause.ranks))
@@ -250,15 +249,6 @@ def _without_outliers(calls: list[RecordedCall], times: Mapping[RecordedCall, fl
 
 def _sizes(call: RecordedCall) -> tuple:
     return (*call.sizes.values(), call.row_bytes, call.other_row_bytes)
-
-
-def calls_before(recording: Recording) -> dict[int, RecordedCall]:
-    """Give by number of a call the one before it, where every pass of that was over when it began."""
-    return {
-        after.sequence: before
-        for before, after in pairwise(recording.calls)
-        if all(b.passes[-1].end <= a.forward.entered for b, a in zip(before.ranks, after.ranks, strict=True))
-    }
 
 
 def _spread(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.messages import Reach
 from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, conditions_of
+from tritonmoe.diagnosis.replay import Conditions, PassesBefore, conditions_of
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
@@ -47,11 +47,11 @@ class Cause:
     remove: Callable[[Conditions], Conditions]
 
 
-def causes_of(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
+def causes_of(calls: Sequence[RecordedCall], costs: Costs, before: PassesBefore) -> Iterator[Cause]:
     """Give what may be taken out of calls with these costs."""
     yield from _slow_links(costs)
     yield from _slow_ranks(costs)
-    yield from _late_ranks(calls, costs)
+    yield from _late_ranks(calls, costs, before)
     yield _imbalance(calls)
     yield Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
     yield Cause("latency", (), f"{_latency(costs.link)} for every exchange", without_latency)
@@ -107,8 +107,8 @@ def _slow_ranks(costs: Costs) -> Iterator[Cause]:
             yield Cause("slow rank", (rank,), words, partial(without_slow_rank, rank=rank))
 
 
-def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
-    entries = [entry for call in calls[-WALKED_CALLS:] for entry in conditions_of(call, None, costs).entries]
+def _late_ranks(calls: Sequence[RecordedCall], costs: Costs, before: PassesBefore) -> Iterator[Cause]:
+    entries = [entry for call in calls[-WALKED_CALLS:] for entry in conditions_of(call, before, costs).entries]
     typical = torch.stack([entry.own_s for entry in entries]).median(0).values
     most = torch.stack([entry.own_s for entry in entries]).mean(0)
     for rank in (most > 0).nonzero()[:, 0].tolist():
