@@ -1,5 +1,6 @@
 """Attribution of what models do: stacks of layers, recomputation, batches that differ, a capacity."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,3 +55,42 @@ def test_ranks_that_end_one_pass_late_are_not_late_in_the_next(name: str, tmp_pa
     assert found.error == pytest.approx(0, abs=0.02), found.misfits
     assert [(one.kind, one.ranks) for one in found.findings] == [fault]
     assert found.findings[0].gain.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
+
+
+LENGTHS = (100.0, 130.0, 170.0, 210.0, 260.0, 300.0)
+
+
+def of_lengths(seed: int) -> list[Run]:
+    lengths = list(LENGTHS) * 2
+    random.Random(seed).shuffle(lengths)
+    return [Run(rows=rows) for rows in lengths]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
+def test_batches_of_different_lengths_are_healthy(seed: int, tmp_path: Path) -> None:
+    """The calls that are walked are shorter, or longer, than most."""
+    found = attribute(read_recording(write_run(tmp_path, of_lengths(seed))))
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+    assert found.is_healthy, found.findings
+    assert found.num_calls == len(of_lengths(seed)) - 1
+
+
+def test_a_disturbed_call_takes_long_for_its_length(tmp_path: Path) -> None:
+    """It takes no longer than others do, which have more pairs."""
+    runs = of_lengths(0)
+    runs[7] = replace(runs[7], rows=100.0, pair_s=3 * runs[7].pair_s)
+    found = attribute(read_recording(write_run(tmp_path, runs)))
+    assert 7 not in [call.sequence for call in found.calls]
+    assert found.num_calls == len(runs) - 2
+    assert found.error == pytest.approx(0, abs=0.02), found.misfits
+
+
+def test_prefill_and_decode_are_not_of_one_size(tmp_path: Path) -> None:
+    """The verdict is of the few long calls, in which most of the time goes."""
+    long = Run(rows=200.0, slow_rank=(2, 1.5))
+    runs = [replace(long, rows=8.0)] * 4 + [long]
+    found = attribute(read_recording(write_run(tmp_path, runs * 4)))
+    assert [call.sequence for call in found.calls] == [4, 9, 14, 19]
+    assert found.measured_s == pytest.approx(long.seconds())
+    assert [(one.kind, one.ranks) for one in found.findings] == [("slow rank", (2,))]
+    assert found.findings[0].gain.seconds == pytest.approx(long.seconds() - healthy(long).seconds(), rel=0.05)
