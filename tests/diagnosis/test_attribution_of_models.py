@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording import Recording
+from tritonmoe.simulation.cost_model import LayerWork
 
 CALLS = 4
 
@@ -94,3 +97,46 @@ def test_prefill_and_decode_are_not_of_one_size(tmp_path: Path) -> None:
     assert found.measured_s == pytest.approx(long.seconds())
     assert [(one.kind, one.ranks) for one in found.findings] == [("slow rank", (2,))]
     assert found.findings[0].gain.seconds == pytest.approx(long.seconds() - healthy(long).seconds(), rel=0.05)
+
+
+def of_layers(folder: Path, runs: list[Run]) -> Recording:
+    """Give a recording in which each of these runs is a layer of its own."""
+    layers = [read_recording(write_run(folder / str(layer), [run] * CALLS)) for layer, run in enumerate(runs)]
+    calls = [
+        replace(of.calls[number], layer=layer, sequence=number * len(runs) + layer)
+        for number in range(CALLS)
+        for layer, of in enumerate(layers)
+    ]
+    return replace(layers[0], calls=tuple(calls))
+
+
+def test_each_layer_has_a_hot_rank_of_its_own(tmp_path: Path) -> None:
+    """All layers together, every rank computes as many pairs; the last layer's hot rank is the hottest."""
+    runs = [Run(hot_rank=(rank, 2.0 + rank / 10)) for rank in range(4)]
+    found = attribute(of_layers(tmp_path, runs))
+    (imbalance,) = found.findings
+    assert (imbalance.kind, imbalance.ranks) == ("imbalance", (3,))
+    words = "rank 3 computes 1.74 times the mean rank's pairs in layer 3; the expert of slot 6 has"
+    assert imbalance.words.startswith(words)
+    costs_s = [run.seconds() - healthy(run).seconds() for run in runs]
+    assert min(costs_s) < imbalance.gain.seconds < max(costs_s)
+    (replicas,) = (advice for advice in found.advice if advice.words.startswith("replicas"))
+    assert "for each layer by its own load, in layer 3 the expert of slot 6 on 3 ranks" in replicas.words
+    assert replicas.gain.seconds > 0.5 * imbalance.gain.seconds
+
+
+class LongerBatch(Run):
+    """Rank 2 has twice the tokens; routing is uniform."""
+
+    def work(self) -> LayerWork:
+        work = super().work()
+        times = torch.tensor([1.0, 1.0, 2.0, 1.0], dtype=torch.float64)[:, None]
+        return replace(work, rows=work.rows * times, pairs=work.pairs * times)
+
+
+def test_a_rank_with_more_tokens_is_no_hot_expert(tmp_path: Path) -> None:
+    found = diagnose(tmp_path, LongerBatch(byte_s=1e-6))
+    (imbalance,) = (one for one in (*found.findings, *found.others) if one.kind == "imbalance")
+    assert imbalance.ranks == (2,)
+    assert imbalance.words == "rank 2 has 1.60 times the mean rank's tokens"
+    assert not any("placement" in advice.words.lower() for advice in found.advice)

@@ -30,7 +30,7 @@ NUM_SELECTIONS = 16
 """So many selections of the calls, drawn with replacement, give the intervals."""
 INTERVAL = 0.8
 MOST_WALKED = 4
-"""So many calls are walked without each cause, spread over the recording."""
+"""So many calls are walked without each cause, spread over the layers, and over the recording."""
 WALKED_OF_SELECTION = 2
 MOST_REPLAYED = 32
 """So many are walked as they were, to see how far off the walk is."""
@@ -132,7 +132,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     before = passes_before(recording)
     times = {call: measured_s(call, before) for call in recording.calls}
     calls, similar = calls_of_most_time(recording, times)
-    walked = _spread(calls, MOST_WALKED)
+    walked = _spread(sorted(calls, key=lambda call: call.layer), MOST_WALKED)
     costs = fit_costs(similar, recording)
     measured = statistics.median(map(times.__getitem__, calls))
     conditions = [conditions_of(call, before, costs) for call in walked]
@@ -155,10 +155,10 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         own = fit_costs([*selection, *rest], recording)
         two = _spread(selection, WALKED_OF_SELECTION)
         few_as_they_were = _walked([conditions_of(call, before, own) for call in two])
-        again = {(cause.kind, cause.ranks): cause for cause in causes_of(selection, own, before)}
+        again = {cause.key: cause for cause in causes_of(selection, own, before)}
         for cause, values in zip(causes, drawn, strict=False):
             # A cause that the selection doesn't show gains nothing there.
-            same = again.get((cause.kind, cause.ranks))
+            same = again.get(cause.key)
             values.append(0.0 if same is None else _gained(few_as_they_were, same.remove))
         for (proposal, _), values in zip(promised, drawn_promises, strict=True):
             values.append(_gained(few_as_they_were, proposal.change))

@@ -27,6 +27,7 @@ __all__ = [
     "RecordedPass",
     "RecordedStep",
     "Recording",
+    "by_layer",
     "file_name",
     "plain_plan",
 ]
@@ -175,6 +176,14 @@ FREE = LinkCosts(0.0, float("inf"))
 
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+def by_layer(calls: Sequence[RecordedCall]) -> dict[int, list[RecordedCall]]:
+    """Give the calls of every layer."""
+    found: dict[int, list[RecordedCall]] = {}
+    for call in calls:
+        found.setdefault(call.layer, []).append(call)
+    return found
 
 
 @dataclass(frozen=True)

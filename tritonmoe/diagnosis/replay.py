@@ -82,6 +82,8 @@ class Conditions:
     """To walk two halves of a batch at once; None for a whole batch."""
     nodes: "Nodes | None" = None
     """To walk two levels; None for one."""
+    layer: int = -1
+    """The layer whose call it is."""
 
     @property
     def each_link(self) -> EachLink:
@@ -234,6 +236,7 @@ def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Con
     return Conditions(
         *(call.plan, call.work, schedules, _entries_of(call, before), costs.steps, link, costs.gap_s),
         nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
+        layer=call.layer,
     )
 
 
