@@ -82,6 +82,8 @@ class Run:
     """Whether a rank enters a pass when it has itself ended the one before, as in a model; else all enter together."""
     recomputes: bool = False
     """Whether a forward runs again before each backward, as under activation checkpointing, and is recorded alone."""
+    filler_s: float = 0.0
+    """What each of two fillers in a forward takes: a shared expert's halves, say."""
     beside_s: tuple[float, float] = (1e-3, 1e-3)
     """What the rest of the model takes before each layer's forward, and its backward; before a recompute both."""
     noise: float = 0.0
@@ -151,7 +153,9 @@ class Run:
         if self.slow_rank is not None:
             slowness[self.slow_rank[0]] = self.slow_rank[1]
         fixed = {kind: self.fixed_s * times for kind, times in kinds.items()}
-        return StepCosts(fixed, {k: self.pair_s * t for k, t in kinds.items()}, slowness=dict.fromkeys(kinds, slowness))
+        units = {kind: self.pair_s * times for kind, times in kinds.items()}
+        units["filler"] = self.filler_s / (self.size * self.rows)
+        return StepCosts(fixed, units, slowness=dict.fromkeys(kinds, slowness))
 
     def link(self) -> LinkCosts:
         port, link_s = self.byte_s * ones(self.size), torch.zeros(self.size, self.size, dtype=torch.float64)
@@ -206,7 +210,9 @@ def _walk(
     def noisy(seconds: Tensor | float) -> Tensor:
         return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
 
-    schedule = build_forward(plan) if number == 0 else build_backward(plan, needs_x=True, needs_topk_weights=True)
+    schedule = build_forward(plan, 2 if run.filler_s else 0)
+    if number == 1:
+        schedule = build_backward(plan, needs_x=True, needs_topk_weights=True)
     entered = at + late
     if run.noise:
         entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from bench.synthetic_runs import Run, healthy, write_run
+from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.recording import Recording
 from tritonmoe.simulation.cost_model import LayerWork
+from tritonmoe.simulation.two_batches import simulate_two_batches
 
 CALLS = 4
 
@@ -140,3 +142,34 @@ def test_a_rank_with_more_tokens_is_no_hot_expert(tmp_path: Path) -> None:
     assert imbalance.ranks == (2,)
     assert imbalance.words == "rank 2 has 1.60 times the mean rank's tokens"
     assert not any("placement" in advice.words.lower() for advice in found.advice)
+
+
+def gain_of_two_batches(run: Run, beside_s: tuple[float, float]) -> float:
+    """Give what a layer takes less, in the simulator, beside so much else of the model with a whole batch."""
+    work, plan = run.work(), OverlapPlan((1,), local_first=False)
+    half = replace(work, rows=work.rows / 2, pairs=work.pairs / 2)
+    of_half = tuple(seconds / 2 for seconds in beside_s)
+    num_fillers = 2 if run.filler_s else 0
+    halves = simulate_two_batches(plan, half, run.steps(), run.link(), of_half, 3, num_fillers=num_fillers)
+    return run.seconds() - sum(of.total_s / 3 for of in halves) + sum(beside_s)
+
+
+STACK = Run(size=2, num_chunks=2, byte_s=1e-6, num_layers=3, beside_s=(0.05, 0.1))
+RECOMPUTED = replace(STACK, byte_s=3e-6, beside_s=(0.05, 0.01), recomputes=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "beside_s"),
+    [(replace(STACK, filler_s=0.01), (0.05, 0.1)), (RECOMPUTED, (0.05, 0.06))],
+    ids=["fillers", "recompute"],
+)
+def test_two_batches_gain_nothing_of_a_layers_own(run: Run, beside_s: tuple[float, float], tmp_path: Path) -> None:
+    """Fillers run in each half too, and a recompute is no other work under which an exchange hides."""
+    (advice,) = (one for one in diagnose(tmp_path, run).advice if "two_batches" in one.words)
+    assert advice.gain.seconds == pytest.approx(gain_of_two_batches(run, beside_s), rel=0.1)
+
+
+def test_two_batches_gain_no_shared_expert(tmp_path: Path) -> None:
+    """There is nothing to hide."""
+    found = diagnose(tmp_path, replace(STACK, byte_s=1e-8, filler_s=0.05))
+    assert not any("two_batches" in one.words for one in found.advice)

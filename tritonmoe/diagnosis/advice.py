@@ -9,7 +9,7 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.recording import RecordedCall, by_layer
-from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, Nodes, walk, with_plan
+from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, Nodes, PassesBefore, walk, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
 from tritonmoe.simulation.two_batches import MOST_LAYERS
@@ -29,7 +29,7 @@ class Proposal:
     change: Callable[[Conditions], Conditions]
 
 
-def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
     """Give what could be changed; whether it helps is for the walk to say.
 
     typical: the conditions of one of the calls.
@@ -39,7 +39,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Pr
     yield from _other_placement(calls)
     yield from _other_levels(calls[0], typical)
     yield from _fewer_ranks(typical)
-    yield from _two_batches(calls, typical)
+    yield from _two_batches(calls, typical, before)
 
 
 def _other_plan(typical: Conditions) -> Iterator[Proposal]:
@@ -55,9 +55,9 @@ def _other_plan(typical: Conditions) -> Iterator[Proposal]:
         yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
 
 
-def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
     """Propose to run two halves of a batch at once, where it is known what else the model computes."""
-    beside_s = tuple(_beside_s(calls, number) for number in range(len(typical.schedules)))
+    beside_s = tuple(_beside_s(calls, number, before) for number in range(len(typical.schedules)))
     if all(seconds > 0 for seconds in beside_s):
         num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
         halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
@@ -65,17 +65,23 @@ def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator
         yield Proposal(words, "wants two sequences on every rank", lambda of: replace(of, halves=halves))
 
 
-def _beside_s(calls: Sequence[RecordedCall], number: int) -> float:
-    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow."""
+def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
+    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow.
+
+    Of a recompute between two backwards the pass of the layer itself is left out.
+    """
     found = []
-    for one, other in pairwise(calls):
-        if other.sequence != one.sequence + 1 or other.layer == one.layer:
+    for call in calls:
+        chain = [(call, number)]  # back in time
+        while (earlier := before.get((chain[-1][0].sequence, chain[-1][1]))) is not None:
+            chain.append(earlier)
+            if number == 0 or earlier[1] == 1 or not earlier[0].is_recompute:
+                break
+        last, number_of_last = chain[-1]
+        if number_of_last != number or last.layer == call.layer:
             continue
-        for of_one, of_other in zip(one.ranks, other.ranks, strict=True):
-            first, second = (of_one, of_other) if number == 0 else (of_other, of_one)  # a backward is reversed
-            is_between = one.has_backward and of_one.passes[-1].entered < of_other.forward.entered
-            if not is_between:
-                found.append(second.passes[number].entered - first.passes[number].end)
+        for passes in zip(*(of.by_pass[which] for of, which in chain), strict=True):
+            found.append(sum(later.entered - ended.end for later, ended in pairwise(passes)))
     return statistics.median(found) if found else 0.0
 
 

@@ -142,7 +142,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
     )
     causes = list(causes_of(calls, costs, before))
     shares = [_gained(as_it_was, cause.remove) for cause in causes]
-    promised = [(one, _gained(as_it_was, one.change)) for one in proposals(calls, conditions[0])]
+    promised = [(one, _gained(as_it_was, one.change)) for one in proposals(calls, conditions[0], before)]
     promised = [(one, share) for one, share in promised if share * replayed >= SMALLEST_ADVICE * measured]
     together = _gained(as_it_was, _all_of([cause for cause in causes if cause.kind != "expert compute"]))
     drawn: list[list[float]] = [[] for _ in (*causes, None)]

@@ -166,7 +166,10 @@ def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
     """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
     costs, link = _with_gap(conditions.steps, conditions.gap_s), conditions.walked_link
     work, half = (replace(conditions, work=conditions.work.scaled(share)).walked_work for share in (1.0, 0.5))
-    walked = simulate_two_batches(HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers)
+    num_fillers = sum(step.kind is StepKind.FILLER for step in conditions.schedules[0])
+    walked = simulate_two_batches(
+        HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers, num_fillers=num_fillers
+    )
     stack_s = sum(of.total_s for of in walked) / halves.num_layers
     passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
     return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))
