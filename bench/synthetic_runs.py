@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ __all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
 HIDDEN_SIZE = 64
 ENTRY_S = 5e-4
 """With noise the ranks enter a pass within so many seconds."""
+BEHIND_RECOMPUTE_S = 1e-6
+"""So soon a backward follows."""
 
 
 class NoisyCosts(StepCosts):
@@ -60,6 +62,8 @@ class Run:
     late_rank: tuple[int, float] | None = None
     hot_rank: tuple[int, float] | None = None
     """So many times the pairs, and rows, of every other rank, of as many in all."""
+    capacity: float | None = None
+    """So many times the rows of uniform routing travel then, whatever the routing, and experts skip what is padding."""
     contention: float = 0.0
     """The share of its speed that compute loses while an exchange is under way."""
     late_link: tuple[int, int, float] | None = None
@@ -74,14 +78,20 @@ class Run:
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
     num_layers: int = 1
+    is_chained: bool = False
+    """Whether a rank enters a pass when it has itself ended the one before, as in a model; else all enter together."""
+    recomputes: bool = False
+    """Whether a forward runs again before each backward, as under activation checkpointing, and is recorded alone."""
+    filler_s: float = 0.0
+    """What each of two fillers in a forward takes: a shared expert's halves, say."""
     beside_s: tuple[float, float] = (1e-3, 1e-3)
-    """What the rest of the model takes behind each layer's forward, and behind its backward."""
+    """What the rest of the model takes before each layer's forward, and its backward; before a recompute both."""
     noise: float = 0.0
     """By so large a part times differ from step to step, from exchange to exchange and from entry to entry."""
 
     @property
     def plan(self) -> tm.OverlapPlan:
-        return tm.OverlapPlan((1,) * self.num_chunks)
+        return tm.OverlapPlan((1,) * self.num_chunks, capacity=self.capacity)
 
     def work(self) -> LayerWork:
         rows = self.rows * ones(self.size, self.size)
@@ -89,7 +99,19 @@ class Run:
             rank, times = self.hot_rank
             rows[:, rank] *= times
             rows *= self.rows * self.size**2 / rows.sum()
-        return LayerWork(rows, rows * (self.tokens * self.top_k / self.size / self.rows), 4 * HIDDEN_SIZE, self.top_k)
+        pairs = rows * self.pairs_per_row
+        if self.capacity is not None:
+            rows = self.capacity * self.rows * ones(self.size, self.size)
+        return LayerWork(rows, pairs, 4 * HIDDEN_SIZE, self.top_k)
+
+    def recorded_work(self) -> LayerWork:
+        """Give the work as a report has it, with a capacity the room."""
+        work = self.work()
+        return replace(work, pairs=work.rows * self.pairs_per_row)
+
+    @property
+    def pairs_per_row(self) -> float:
+        return self.tokens * self.top_k / self.size / self.rows
 
     @property
     def tokens(self) -> float:
@@ -131,7 +153,9 @@ class Run:
         if self.slow_rank is not None:
             slowness[self.slow_rank[0]] = self.slow_rank[1]
         fixed = {kind: self.fixed_s * times for kind, times in kinds.items()}
-        return StepCosts(fixed, {k: self.pair_s * t for k, t in kinds.items()}, slowness=dict.fromkeys(kinds, slowness))
+        units = {kind: self.pair_s * times for kind, times in kinds.items()}
+        units["filler"] = self.filler_s / (self.size * self.rows)
+        return StepCosts(fixed, units, slowness=dict.fromkeys(kinds, slowness))
 
     def link(self) -> LinkCosts:
         port, link_s = self.byte_s * ones(self.size), torch.zeros(self.size, self.size, dtype=torch.float64)
@@ -169,19 +193,26 @@ class Run:
         return sum(_walk(quiet, number, 0.0, torch.Generator())[1] for number in range(2))
 
 
-def _walk(run: Run, number: int, at: float, generator: torch.Generator) -> tuple[list[dict], float]:
-    """Give a forward (0) or backward (1) that begins then, on every rank as it is recorded, and what it takes."""
+def _walk(
+    run: Run, number: int, at: float, generator: torch.Generator, late: Tensor | float = 0.0
+) -> tuple[list[dict], float]:
+    """Give a forward (0) or backward (1) on every rank as it is recorded, and what it takes.
+
+    Ranks enter it at that time, or so much later (W,), and a late rank its forward later still.
+    """
     plan, work = run.plan, run.walked_work()
-    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    outer = work.outer if isinstance(work, TwoLevelWork) else run.recorded_work()
     sizes = [[part.tolist() for part in of] for of in outer.segments(plan)]
-    late = run.late_s() if number == 0 else 0 * run.late_s()
+    late = late + (run.late_s() if number == 0 else 0 * run.late_s())
     costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
     costs.__dict__.update(noise=run.noise, generator=generator)
 
     def noisy(seconds: Tensor | float) -> Tensor:
         return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
 
-    schedule = build_forward(plan) if number == 0 else build_backward(plan, needs_x=True, needs_topk_weights=True)
+    schedule = build_forward(plan, 2 if run.filler_s else 0)
+    if number == 1:
+        schedule = build_backward(plan, needs_x=True, needs_topk_weights=True)
     entered = at + late
     if run.noise:
         entered = entered + ENTRY_S * torch.rand(run.size, dtype=torch.float64, generator=generator)
@@ -241,8 +272,19 @@ def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[flo
     return arrivals[place :: run.node_size]
 
 
+def _order(run: Run) -> Iterator[tuple[int, int, int, float]]:
+    """Give the passes of a step: the call's number in it, the layer, 0 or 1, and what the model takes before them."""
+    forward_s, backward_s = run.beside_s
+    for layer in range(run.num_layers):
+        yield layer, layer, 0, forward_s
+    for number, layer in enumerate(reversed(range(run.num_layers)), run.num_layers):
+        if run.recomputes:
+            yield number, layer, 0, forward_s + backward_s
+        yield layer, layer, 1, BEHIND_RECOMPUTE_S if run.recomputes else backward_s
+
+
 def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
-    """Write a recording of one step of each run, which are of one size; the ranks enter each call together."""
+    """Write a recording of one step of each run, which are of one size."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[list[dict]] = []
     size = runs[0].size
@@ -261,38 +303,39 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
             "perf_counter": 0.0,
         }
         lines.append([header])
-    at = 100.0
+    at, late, num_calls = 100.0, 0 * ones(size), 0
     generator = torch.Generator().manual_seed(seed)
-    for number, run in enumerate(runs):
-        passes: list[list[list[dict]]] = [[] for _ in range(run.num_layers)]
-        layers = range(run.num_layers)
-        for of_pass, order in enumerate((layers, reversed(layers))):
-            for layer in order:
-                ranks, seconds = _walk(run, of_pass, at, generator)
-                passes[layer].append(ranks)
-                at += seconds + run.beside_s[of_pass]
-        work = run.work()
-        for layer, rank in itertools.product(layers, range(size)):
-            forward, backward = passes[layer]
+    for run in runs:
+        work, recorded = run.work(), run.recorded_work()
+        passes: dict[tuple[int, int], list[list[dict]]] = {}
+        for number, layer, of_pass, before_s in _order(run):
+            ranks, _ = _walk(run, of_pass, at + before_s, generator, late)
+            passes.setdefault((number, layer), []).append(ranks)
+            ends = torch.tensor([of["origin"] + of["total_s"] for of in ranks], dtype=torch.float64)
+            at = float(ends.min() if run.is_chained else ends.max())
+            late = (ends - at).clamp(min=0)
+        for (number, layer), rank in itertools.product(passes, range(size)):
+            forward, *backward = passes[number, layer]
             lines[rank].append(
                 {
-                    "call": number * run.num_layers + layer,
+                    "call": num_calls + number,
                     "layer": layer,
-                    "recomputed": False,
+                    "recomputed": number >= run.num_layers,
                     "half": 0,
                     "plan": plain_plan(run.plan),
                     "sizes": {"num_experts": 2 * size, "hidden_size": HIDDEN_SIZE, "intermediate_size": 8},
                     "top_k": run.top_k,
                     "row_bytes": 4 * HIDDEN_SIZE,
                     "other_row_bytes": 4 * HIDDEN_SIZE,
-                    "rows": work.rows[rank].to(torch.int64).tolist(),
+                    "rows": recorded.rows[rank].to(torch.int64).tolist(),
                     "rows_to_nodes": run.rows_to_nodes()[rank].to(torch.int64).tolist() if run.has_two_levels else None,
-                    "pairs": work.pairs[rank].to(torch.int64).tolist(),
+                    "pairs": recorded.pairs[rank].to(torch.int64).tolist(),
                     "pairs_per_expert": [int(work.pairs[:, rank].sum()) - 1, 1],
                     "forward": forward[rank],
-                    "backward": backward[rank],
+                    "backward": backward[0][rank] if backward else None,
                 }
             )
+        num_calls += len(passes)
     for rank, of in enumerate(lines):
         (folder / file_name(rank)).write_text("".join(json.dumps(line) + "\n" for line in of))
     return folder
@@ -300,13 +343,5 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
 
 def healthy(run: Run) -> Run:
     """Give the run without what is wrong with it."""
-    return replace(
-        run,
-        slow_link=None,
-        slow_port=None,
-        slow_rank=None,
-        late_rank=None,
-        hot_rank=None,
-        late_link=None,
-        contention=0.0,
-    )
+    run = replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None, late_link=None)
+    return replace(run, contention=0.0)

@@ -80,10 +80,10 @@ def test_counts_that_come_over_a_late_link_are_no_fault_of_the_host(waits: tuple
     late_s = 0.03
     recording = read_recording(write_run(tmp_path, [Run(size=2, late_link=(1, 0, late_s))] * CALLS))
     costs = fit_costs(recording.calls, recording)
-    of = conditions_of(recording.calls[-1], None, costs)
+    of = conditions_of(recording.calls[-1], {}, costs)
     added_s = late_s * torch.tensor(waits, dtype=torch.float64)
     late = replace(of, entries=tuple(replace(entry, counts_s=entry.counts_s + added_s) for entry in of.entries))
-    by_kind = {cause.kind: cause for cause in causes_of(recording.calls, costs)}
+    by_kind = {cause.kind: cause for cause in causes_of(recording.calls, costs, {})}
     for before, counted, mended, by_host in zip(
         of.entries,
         late.entries,
@@ -311,7 +311,7 @@ def test_chunks_that_differ_by_chance_occupy_ports_for_longer(tmp_path: Path) ->
         ]
         ranks.append(replace(of, forward=replace(of.forward, steps=tuple(steps))))
     costs = fit_costs(recording.calls, recording)
-    even, uneven = (conditions_of(one, None, costs).each_link for one in (call, replace(call, ranks=tuple(ranks))))
+    even, uneven = (conditions_of(one, {}, costs).each_link for one in (call, replace(call, ranks=tuple(ranks))))
     assert torch.equal(even.port_out_s, costs.link.each.port_out_s)
     assert (uneven.port_out_s / even.port_out_s).tolist() == pytest.approx([1.5, 1.5])
     assert (uneven.port_in_s / even.port_in_s).tolist() == pytest.approx([1.5, 1.5])

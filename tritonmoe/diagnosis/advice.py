@@ -1,15 +1,15 @@
 """Advice: changes of a run that the walk says would make its step shorter, and what each of them costs."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, Nodes, walk, with_plan
+from tritonmoe.diagnosis.recording import RecordedCall, by_layer
+from tritonmoe.diagnosis.replay import Conditions, Entry, Halves, Nodes, PassesBefore, walk, with_plan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
 from tritonmoe.simulation.two_batches import MOST_LAYERS
@@ -29,7 +29,7 @@ class Proposal:
     change: Callable[[Conditions], Conditions]
 
 
-def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
     """Give what could be changed; whether it helps is for the walk to say.
 
     typical: the conditions of one of the calls.
@@ -39,7 +39,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Pr
     yield from _other_placement(calls)
     yield from _other_levels(calls[0], typical)
     yield from _fewer_ranks(typical)
-    yield from _two_batches(calls, typical)
+    yield from _two_batches(calls, typical, before)
 
 
 def _other_plan(typical: Conditions) -> Iterator[Proposal]:
@@ -55,9 +55,9 @@ def _other_plan(typical: Conditions) -> Iterator[Proposal]:
         yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
 
 
-def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
     """Propose to run two halves of a batch at once, where it is known what else the model computes."""
-    beside_s = tuple(_beside_s(calls, number) for number in range(len(typical.schedules)))
+    beside_s = tuple(_beside_s(calls, number, before) for number in range(len(typical.schedules)))
     if all(seconds > 0 for seconds in beside_s):
         num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
         halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
@@ -65,17 +65,23 @@ def _two_batches(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator
         yield Proposal(words, "wants two sequences on every rank", lambda of: replace(of, halves=halves))
 
 
-def _beside_s(calls: Sequence[RecordedCall], number: int) -> float:
-    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow."""
+def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
+    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow.
+
+    Of a recompute between two backwards the pass of the layer itself is left out.
+    """
     found = []
-    for one, other in pairwise(calls):
-        if other.sequence != one.sequence + 1 or other.layer == one.layer:
+    for call in calls:
+        chain = [(call, number)]  # back in time
+        while (earlier := before.get((chain[-1][0].sequence, chain[-1][1]))) is not None:
+            chain.append(earlier)
+            if number == 0 or earlier[1] == 1 or not earlier[0].is_recompute:
+                break
+        last, number_of_last = chain[-1]
+        if number_of_last != number or last.layer == call.layer:
             continue
-        for of_one, of_other in zip(one.ranks, other.ranks, strict=True):
-            first, second = (of_one, of_other) if number == 0 else (of_other, of_one)  # a backward is reversed
-            is_between = one.has_backward and of_one.passes[-1].entered < of_other.forward.entered
-            if not is_between:
-                found.append(second.passes[number].entered - first.passes[number].end)
+        for passes in zip(*(of.by_pass[which] for of, which in chain), strict=True):
+            found.append(sum(later.entered - ended.end for later, ended in pairwise(passes)))
     return statistics.median(found) if found else 0.0
 
 
@@ -100,37 +106,45 @@ def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
 
 
 def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
-    """Propose to spread the experts by their load, and to give the hot ones replicas in one more slot a rank."""
-    per_rank = [
-        [sum(values) for values in zip(*(call.ranks[rank].pairs_per_expert for call in calls), strict=True)]
-        for rank in range(len(calls[0].ranks))
-    ]
-    slots = len(per_rank[0])
-    if not slots or any(len(of) != slots for of in per_rank):
+    """Propose to spread the experts of each layer by their load, and to give hot ones replicas in one more slot."""
+    size, slots = len(calls[0].ranks), len(calls[0].ranks[0].pairs_per_expert)
+    if not slots or any(len(of.pairs_per_expert) != slots for call in calls for of in call.ranks):
         return
-    load = torch.tensor([pairs for of in per_rank for pairs in of], dtype=torch.float64, device="cpu")
-    before = torch.tensor([sum(of) for of in per_rank], dtype=torch.float64, device="cpu")
-    size, num_experts = len(per_rank), len(load)
+    loads = {
+        layer: torch.tensor([[of.pairs_per_expert for of in call.ranks] for call in of_layer], device="cpu").sum(0)
+        for layer, of_layer in by_layer(calls).items()
+    }
+    of_each = "" if len(loads) == 1 else ", for each layer by its own load"
     # Replicas need one level.
     for num_slots in (slots,) if calls[0].levels is not None else (slots, slots + 1):
-        if num_slots * size > num_experts * size:
+        if num_slots > size * slots:
             continue
-        placement = ExpertPlacement.balanced(load, size, num_slots)
-        copies = [sum(expert in of for of in placement.experts_of_rank) for expert in range(num_experts)]
-        after = [sum(float(load[expert]) / copies[expert] for expert in of) for of in placement.experts_of_rank]
-        share = torch.tensor(after, dtype=torch.float64, device="cpu") / before.clamp(min=1)
+        placements = {layer: ExpertPlacement.balanced(load.flatten(), size, num_slots) for layer, load in loads.items()}
+        shares = {layer: _share_after(load, placements[layer]) for layer, load in loads.items()}
 
-        def placed(of: Conditions, share: torch.Tensor = share) -> Conditions:
+        def placed(of: Conditions, shares: Mapping[int, torch.Tensor] = shares) -> Conditions:
             # Rows follow their pairs: how many tokens need two experts of one rank is not known.
-            return replace(of, work=of.work.scaled(share))
+            work = of.work.scaled(shares[of.layer])
+            return replace(of, work=work if of.plan.capacity is None else replace(work, rows=of.work.rows))
 
         if num_slots == slots:
-            yield Proposal("placement=ExpertPlacement.balanced(load, ...)", "moves experts between ranks", placed)
+            words = f"placement=ExpertPlacement.balanced(load, ...){of_each}"
+            yield Proposal(words, "moves experts between ranks", placed)
         else:
-            hot = max(range(num_experts), key=lambda expert: float(load[expert]))
-            balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots})"
-            words = f"replicas: {balanced}, expert {hot} on {copies[hot]} ranks"
+            layer = max(loads, key=lambda layer: float(loads[layer].max() / loads[layer].sum().clamp(min=1)))
+            hot, where = int(loads[layer].argmax()), f"in layer {layer} " if of_each else ""
+            copies = sum(hot in of for of in placements[layer].experts_of_rank)
+            balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots}){of_each}"
+            words = f"replicas: {balanced}, {where}the expert of slot {hot} on {copies} ranks"
             yield Proposal(words, "takes one more expert's memory on each rank, and sums its gradients", placed)
+
+
+def _share_after(load: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
+    """Give (W,) how many times as many pairs each rank computes with a placement, of the load (W, L) of its slots."""
+    ranks = placement.experts_of_rank
+    copies = torch.tensor([sum(slot in of for of in ranks) for slot in range(load.numel())], device="cpu")
+    of_copy = load.flatten().to(torch.float64) / copies
+    return torch.stack([of_copy[list(of)].sum() for of in ranks]) / load.sum(1).clamp(min=1)
 
 
 def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]:
@@ -211,11 +225,11 @@ def _on_half(of: Conditions, number: int) -> Conditions:
 
 
 def _entry_on(ranks: slice, entry: Entry) -> Entry:
-    return Entry(
-        entry.own_s[ranks],
-        entry.passed_on_s[ranks],
-        entry.before_counts_s[ranks],
-        entry.counts_s[ranks],
-        entry.before_steps_s[ranks],
-        entry.meets,
+    return replace(
+        entry,
+        own_s=entry.own_s[ranks],
+        passed_on_s=entry.passed_on_s[ranks],
+        before_counts_s=entry.before_counts_s[ranks],
+        counts_s=entry.counts_s[ranks],
+        before_steps_s=entry.before_steps_s[ranks],
     )

@@ -6,17 +6,17 @@ them gain together is a figure of its own.
 
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from tritonmoe.diagnosis.advice import proposals
 from tritonmoe.diagnosis.causes import Cause, CauseKind, causes_of
+from tritonmoe.diagnosis.chosen_calls import calls_of_most_time
 from tritonmoe.diagnosis.costs import Costs, fit_costs
 from tritonmoe.diagnosis.recording import RecordedCall, Recording
-from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, walk
+from tritonmoe.diagnosis.replay import Conditions, conditions_of, measured_s, passes_before, walk
 
-__all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute", "calls_before"]
+__all__ = ["Advice", "Attribution", "Finding", "Gain", "attribute"]
 
 PART_OF: dict[CauseKind, CauseKind] = {"slow link": "bandwidth", "slow port": "bandwidth", "late link": "latency"}
 """Where one of these is found it stands before what it is a part of."""
@@ -30,16 +30,12 @@ NUM_SELECTIONS = 16
 """So many selections of the calls, drawn with replacement, give the intervals."""
 INTERVAL = 0.8
 MOST_WALKED = 4
-"""So many calls are walked, spread over the recording."""
+"""So many calls are walked without each cause, spread over the layers, and over the recording."""
 WALKED_OF_SELECTION = 2
-OUTLIER = 1.25
-"""A call that takes so many times the median is an outlier ..."""
-KEPT_SHARE = 0.7
-"""... unless fewer than these calls would be left: then it is what the run is like."""
+MOST_REPLAYED = 32
+"""So many are walked as they were, to see how far off the walk is."""
 FEW_CALLS = 3
 """Selections of fewer calls than that are too much alike to tell how certain a gain is."""
-WARM_UP_CALLS = 1
-"""So many first calls of a layer are left out, where there are more than three times as many."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,7 @@ class Attribution:
     measured_s: float
     """The median of what they took."""
     replayed_s: float
+    """What the walk gives for that: as much more or less as it gives, in the median, for each call itself."""
     costs: Costs
     findings: tuple[Finding, ...]
     """The causes that cost enough to be spoken of, by their gain; bandwidth and latency last where a link is named."""
@@ -132,52 +129,53 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
             f"{recording.path} is of two_batches, in which the times of each half hold the other one's work: record a "
             "run of whole batches"
         )
-    before = calls_before(recording)
-    times = {call: measured_s(call, before.get(call.sequence)) for call in recording.calls}
-    calls, similar = _calls_of_most_time(recording, times)
-    walked = _spread(calls, MOST_WALKED)
+    before = passes_before(recording)
+    times = {call: measured_s(call, before) for call in recording.calls}
+    calls, similar = calls_of_most_time(recording, times)
+    walked = _spread(sorted(calls, key=lambda call: call.layer), MOST_WALKED)
     costs = fit_costs(similar, recording)
     measured = statistics.median(map(times.__getitem__, calls))
-    conditions = [conditions_of(call, before.get(call.sequence), costs) for call in walked]
+    conditions = [conditions_of(call, before, costs) for call in walked]
     as_it_was = _walked(conditions)
-    replayed = statistics.median(total_s for _, total_s in as_it_was)
-    causes = list(causes_of(calls, costs))
-    gains = [_gain_s(as_it_was, cause.remove) for cause in causes]
-    promised = [(one, _gain_s(as_it_was, one.change)) for one in proposals(calls, conditions[0])]
-    promised = [(one, seconds) for one, seconds in promised if seconds >= SMALLEST_ADVICE * measured]
-    everything = _all_of([cause for cause in causes if cause.kind != "expert compute"])
-    together = _gain_s(as_it_was, everything)
+    replayed = measured * statistics.median(
+        _ratio(walk(conditions_of(call, before, costs)).total_s, times[call]) for call in _spread(calls, MOST_REPLAYED)
+    )
+    causes = list(causes_of(calls, costs, before))
+    shares = [_gained(as_it_was, cause.remove) for cause in causes]
+    promised = [(one, _gained(as_it_was, one.change)) for one in proposals(calls, conditions[0], before)]
+    promised = [(one, share) for one, share in promised if share * replayed >= SMALLEST_ADVICE * measured]
+    together = _gained(as_it_was, _all_of([cause for cause in causes if cause.kind != "expert compute"]))
     drawn: list[list[float]] = [[] for _ in (*causes, None)]
     drawn_promises: list[list[float]] = [[] for _ in promised]
     draw = random.Random(seed)
-    of_other_plans = [call for call in similar if call.plan != calls[0].plan]
+    chosen = set(calls)
+    rest = [call for call in similar if call not in chosen]
     for _ in range(NUM_SELECTIONS):
         selection = draw.choices(calls, k=len(calls))
-        own = fit_costs([*selection, *of_other_plans], recording)
-        few_as_they_were = _walked(
-            [conditions_of(call, before.get(call.sequence), own) for call in _spread(selection, WALKED_OF_SELECTION)]
-        )
-        again = {(cause.kind, cause.ranks): cause for cause in causes_of(selection, own)}
+        own = fit_costs([*selection, *rest], recording)
+        two = _spread(selection, WALKED_OF_SELECTION)
+        few_as_they_were = _walked([conditions_of(call, before, own) for call in two])
+        again = {cause.key: cause for cause in causes_of(selection, own, before)}
         for cause, values in zip(causes, drawn, strict=False):
             # A cause that the selection doesn't show gains nothing there.
-            same = again.get((cause.kind, cause.ranks))
-            values.append(0.0 if same is None else _gain_s(few_as_they_were, same.remove))
+            same = again.get(cause.key)
+            values.append(0.0 if same is None else _gained(few_as_they_were, same.remove))
         for (proposal, _), values in zip(promised, drawn_promises, strict=True):
-            values.append(_gain_s(few_as_they_were, proposal.change))
+            values.append(_gained(few_as_they_were, proposal.change))
         drawn[-1].append(
-            _gain_s(few_as_they_were, _all_of([cause for cause in again.values() if cause.kind != "expert compute"]))
+            _gained(few_as_they_were, _all_of([cause for cause in again.values() if cause.kind != "expert compute"]))
         )
     found = [
         Finding(cause.kind, cause.ranks, cause.words, gain, gain.low_s > 0)
-        for cause, seconds, values in zip(causes, gains, drawn, strict=False)
-        for gain in (_interval(seconds, values),)
+        for cause, share, values in zip(causes, shares, drawn, strict=False)
+        for gain in (_interval(share, values, replayed),)
     ]
     spoken = [one for one in found if _is_spoken_of(one, measured)]
     named = {PART_OF[one.kind] for one in spoken if one.kind in PART_OF}
     spoken.sort(key=lambda one: (one.kind in named, -one.gain.seconds))
     advice = [
-        Advice(proposal.words, proposal.costs, _interval(seconds, values))
-        for (proposal, seconds), values in zip(promised, drawn_promises, strict=True)
+        Advice(proposal.words, proposal.costs, _interval(share, values, replayed))
+        for (proposal, share), values in zip(promised, drawn_promises, strict=True)
     ]
     advice += [Advice(_mend(one), "", one.gain) for one in spoken if one.kind in _MENDING]
     few = [f"how much calls differ is not known of so few ({len(calls)}): record 20"] if len(calls) < FEW_CALLS else []
@@ -194,7 +192,7 @@ def attribute(recording: Recording, seed: int = 0) -> Attribution:
         findings=tuple(spoken),
         others=tuple(others),
         advice=tuple(sorted(helps, key=lambda one: -one.gain.seconds)),
-        together=_interval(together, drawn[-1]),
+        together=_interval(together, drawn[-1], replayed),
         misfits=_misfits(walked, conditions, MISFIT_SHARE * measured),
         notes=(*few, *costs.notes, *recording.notes, f"{len(similar)} of {len(recording.calls)} calls are looked at"),
     )
@@ -219,48 +217,6 @@ def _is_spoken_of(one: Finding, measured: float) -> bool:
     return one.is_certain and one.gain.seconds >= max(SMALLEST_SHARE * measured, (one.gain.high_s - one.gain.low_s) / 2)
 
 
-def _calls_of_most_time(
-    recording: Recording, times: Mapping[RecordedCall, float]
-) -> tuple[list[RecordedCall], list[RecordedCall]]:
-    """Give the calls of the plan and size that take most of the time, and all calls of layers of that size."""
-    if not recording.calls:
-        raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
-    seen: dict[int, int] = {}
-    calls = []
-    for call in recording.calls:
-        seen[call.layer] = seen.get(call.layer, 0) + 1
-        if seen[call.layer] > WARM_UP_CALLS:
-            calls.append(call)
-    if len(calls) < 3 * WARM_UP_CALLS * len(seen):
-        calls = list(recording.calls)
-    groups: dict[tuple, list[RecordedCall]] = {}
-    for call in calls:
-        groups.setdefault((*_sizes(call), call.plan, call.has_backward), []).append(call)
-    groups = {key: _without_outliers(group, times) for key, group in groups.items()}
-    most = max(groups.values(), key=lambda group: sum(map(times.__getitem__, group)))
-    return most, [call for group in groups.values() for call in group if _sizes(call) == _sizes(most[0])]
-
-
-def _without_outliers(calls: list[RecordedCall], times: Mapping[RecordedCall, float]) -> list[RecordedCall]:
-    """Leave out calls that something else on the machine disturbed, if they are few: their steps tell no costs."""
-    limit = OUTLIER * statistics.median(map(times.__getitem__, calls))
-    kept = [call for call in calls if times[call] <= limit]
-    return kept if len(kept) >= KEPT_SHARE * len(calls) else calls
-
-
-def _sizes(call: RecordedCall) -> tuple:
-    return (*call.sizes.values(), call.row_bytes, call.other_row_bytes)
-
-
-def calls_before(recording: Recording) -> dict[int, RecordedCall]:
-    """Give by number of a call the one before it, where every pass of that was over when it began."""
-    return {
-        after.sequence: before
-        for before, after in pairwise(recording.calls)
-        if all(b.passes[-1].end <= a.forward.entered for b, a in zip(before.ranks, after.ranks, strict=True))
-    }
-
-
 def _spread(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
     """Give so many calls, evenly spread."""
     if len(calls) <= count:
@@ -276,14 +232,20 @@ def _walked(conditions: Sequence[Conditions]) -> _Walked:
     return [(of, walk(of).total_s) for of in conditions]
 
 
-def _gain_s(as_it_was: _Walked, remove: Callable[[Conditions], Conditions]) -> float:
-    return statistics.median(total_s - walk(remove(of)).total_s for of, total_s in as_it_was)
+def _gained(as_it_was: _Walked, remove: Callable[[Conditions], Conditions]) -> float:
+    """Give the share of a call that is gained without something: batches may differ in their length."""
+    return statistics.median(_ratio(total_s - walk(remove(of)).total_s, total_s) for of, total_s in as_it_was)
 
 
-def _interval(seconds: float, drawn: Sequence[float]) -> Gain:
+def _ratio(seconds: float, to_s: float) -> float:
+    return seconds / to_s if to_s else 0.0
+
+
+def _interval(share: float, drawn: Sequence[float], step_s: float) -> Gain:
     ordered = sorted(drawn)
     aside = int(len(ordered) * (1 - INTERVAL) / 2)
-    return Gain(seconds, min(ordered[aside], seconds), max(ordered[-1 - aside], seconds))
+    low, high = min(ordered[aside], share), max(ordered[-1 - aside], share)
+    return Gain(share * step_s, low * step_s, high * step_s)
 
 
 def _all_of(causes: Sequence[Cause]) -> Callable[[Conditions], Conditions]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.messages import Reach
-from tritonmoe.diagnosis.recording import RecordedCall
-from tritonmoe.diagnosis.replay import Conditions, conditions_of
+from tritonmoe.diagnosis.recording import RecordedCall, by_layer
+from tritonmoe.diagnosis.replay import Conditions, PassesBefore, conditions_of
 from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
@@ -46,12 +46,17 @@ class Cause:
     words: str
     remove: Callable[[Conditions], Conditions]
 
+    @property
+    def key(self) -> tuple:
+        """What tells it from others: there is one imbalance, whichever rank stands out most."""
+        return self.kind, () if self.kind == "imbalance" else self.ranks
 
-def causes_of(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
+
+def causes_of(calls: Sequence[RecordedCall], costs: Costs, before: PassesBefore) -> Iterator[Cause]:
     """Give what may be taken out of calls with these costs."""
     yield from _slow_links(costs)
     yield from _slow_ranks(costs)
-    yield from _late_ranks(calls, costs)
+    yield from _late_ranks(calls, costs, before)
     yield _imbalance(calls)
     yield Cause("bandwidth", (), f"the links' rate, {_rate(costs.link)}", without_bandwidth)
     yield Cause("latency", (), f"{_latency(costs.link)} for every exchange", without_latency)
@@ -107,8 +112,8 @@ def _slow_ranks(costs: Costs) -> Iterator[Cause]:
             yield Cause("slow rank", (rank,), words, partial(without_slow_rank, rank=rank))
 
 
-def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
-    entries = [entry for call in calls[-WALKED_CALLS:] for entry in conditions_of(call, None, costs).entries]
+def _late_ranks(calls: Sequence[RecordedCall], costs: Costs, before: PassesBefore) -> Iterator[Cause]:
+    entries = [entry for call in calls[-WALKED_CALLS:] for entry in conditions_of(call, before, costs).entries]
     typical = torch.stack([entry.own_s for entry in entries]).median(0).values
     most = torch.stack([entry.own_s for entry in entries]).mean(0)
     for rank in (most > 0).nonzero()[:, 0].tolist():
@@ -117,16 +122,27 @@ def _late_ranks(calls: Sequence[RecordedCall], costs: Costs) -> Iterator[Cause]:
 
 
 def _imbalance(calls: Sequence[RecordedCall]) -> Cause:
-    pairs = [sum(sum(of.pairs[k] for of in call.ranks) for call in calls) for k in range(len(calls[0].ranks))]
-    hottest = max(range(len(pairs)), key=pairs.__getitem__)
-    per_expert = [sum(values) for values in zip(*(call.ranks[hottest].pairs_per_expert for call in calls), strict=True)]
-    total, mean = max(1, sum(pairs)), max(1.0, sum(pairs) / len(pairs))
-    expert = hottest * len(per_expert) + max(range(len(per_expert)), key=per_expert.__getitem__) if per_expert else 0
+    """Name the rank that stands out most in any layer, by the pairs that it computes or by the tokens that it has."""
+    layers = by_layer(calls)
+    found = []
+    for layer, of_layer in layers.items():
+        pairs = torch.stack([call.work.pairs for call in of_layer]).sum(0)
+        for computes, of_ranks in ((True, pairs.sum(0)), (False, pairs.sum(1))):
+            times = of_ranks / of_ranks.mean().clamp(min=1)
+            found.append((float(times.max()), computes, int(times.argmax()), layer))
+    most, computes, rank, layer = max(found, key=lambda one: one[0])
+    where = f" in layer {layer}" if len(layers) > 1 else ""
+    if not computes:
+        words = f"rank {rank} has {most:.2f} times the mean rank's tokens{where}"
+        return Cause("imbalance", (rank,), words, without_imbalance)
+    of_slots = torch.tensor([call.ranks[rank].pairs_per_expert for call in layers[layer]], device="cpu").sum(0)
+    total = max(1.0, sum(float(call.work.pairs.sum()) for call in layers[layer]))
+    slot = rank * len(of_slots) + int(of_slots.argmax()) if len(of_slots) else 0
     words = (
-        f"rank {hottest} computes {pairs[hottest] / mean:.2f} times the mean rank's pairs; its expert {expert} has "
-        f"{max(per_expert, default=0) / total:.0%} of all"
+        f"rank {rank} computes {most:.2f} times the mean rank's pairs{where}; the expert of slot {slot} has "
+        f"{max(of_slots.tolist(), default=0) / total:.0%} of all"
     )
-    return Cause("imbalance", (hottest,), words, without_imbalance)
+    return Cause("imbalance", (rank,), words, without_imbalance)
 
 
 def without_slow_link(of: Conditions, i: int, k: int) -> Conditions:

@@ -151,6 +151,7 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
             if step.step.lane == "comm":
                 posted = one.origin + step.start_s + step.post_s
                 last_posted[step.step] = max(posted, last_posted.get(step.step, posted))
+    filled = call.filled.tolist()
     for rank, one in enumerate(passes):
         # Rows are under way when the last rank has posted them, and exchanges take turns.
         under_way = [
@@ -161,6 +162,8 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
         for step in _leaves(one):
             if step.step.kind.is_inside_node:
                 step = replace(step, units=_units_inside(call, step.step, rank))
+            elif call.plan.capacity is not None and step.step.kind.unit is Unit.PAIRS:  # experts skip the padding
+                step = replace(step, units=step.units * filled[rank])
             if step.units > 0:
                 is_computed = step.step.lane == "compute"
                 yield rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0

@@ -29,6 +29,7 @@ __all__ = [
     "RecordedPass",
     "RecordedStep",
     "Recording",
+    "by_layer",
     "file_name",
     "folder_name",
     "plain_plan",
@@ -71,7 +72,7 @@ class RecordedStep:
     wait_s: float
     post_s: float
     units: float
-    """How many of its kind's units it has (steps.Unit)."""
+    """How many of its kind's units it has (steps.Unit); with a capacity those of the room."""
     arrivals_s: tuple[float | None, ...] | None
     """When the rows of every rank had arrived; None where that is not known."""
 
@@ -103,9 +104,9 @@ class RankCall:
     """One call on one rank."""
 
     rows: tuple[int, ...]
-    """(W,): the tokens of this rank that need an expert of each rank."""
+    """(W,): the tokens of this rank that need an expert of each rank; with a capacity the room, which travels."""
     pairs: tuple[int, ...]
-    """(W,): their routed pairs."""
+    """(W,): their routed pairs; with a capacity the room for them."""
     pairs_per_expert: tuple[int, ...]
     """Of this rank's experts, in the order of its slots."""
     forward: RecordedPass
@@ -139,9 +140,17 @@ class RecordedCall:
 
     @cached_property
     def work(self) -> LayerWork:
-        """What all ranks sent and computed."""
-        rows, pairs = ([of.rows for of in self.ranks], [of.pairs for of in self.ranks])
-        return LayerWork(_matrix(rows), _matrix(pairs), self.row_bytes, self.top_k, self.other_row_bytes)
+        """What all ranks sent and computed: with a capacity the room for the rows, and the pairs that are in it."""
+        rows, pairs = _matrix([of.rows for of in self.ranks]), _matrix([of.pairs for of in self.ranks])
+        return LayerWork(rows, pairs * self.filled, self.row_bytes, self.top_k, self.other_row_bytes)
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """(W,): the share of its pairs that each rank computes; with a capacity the rest is padding."""
+        room = _matrix([of.pairs for of in self.ranks]).sum(0)
+        if self.plan.capacity is None:
+            return torch.ones_like(room)
+        return _matrix([[sum(of.pairs_per_expert)] for of in self.ranks])[:, 0] / room.clamp(min=1)
 
     @property
     def rows_to_nodes(self) -> Tensor | None:
@@ -182,6 +191,14 @@ FREE = LinkCosts(0.0, float("inf"))
 
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+def by_layer(calls: Sequence[RecordedCall]) -> dict[int, list[RecordedCall]]:
+    """Give the calls of every layer."""
+    found: dict[int, list[RecordedCall]] = {}
+    for call in calls:
+        found.setdefault(call.layer, []).append(call)
+    return found
 
 
 @dataclass(frozen=True)

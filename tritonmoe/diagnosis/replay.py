@@ -5,15 +5,16 @@ same schedule. What a step or an exchange costs comes from fits to all calls of 
 taken out and the call walked again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.costs import Costs
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
+from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.diagnosis.schedules import schedule_of
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
@@ -27,9 +28,11 @@ __all__ = [
     "Entry",
     "Halves",
     "Nodes",
+    "PassesBefore",
     "Walk",
     "conditions_of",
     "measured_s",
+    "passes_before",
     "walk",
     "with_plan",
 ]
@@ -37,6 +40,9 @@ __all__ = [
 MET_SHARE = 0.8
 """Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
 HALF_PLAN = OverlapPlan((1,), local_first=False)
+
+PassesBefore = Mapping[tuple[int, int], tuple[RecordedCall, int]]
+"""By the number of a call, and of its pass (0 of a forward, 1 of a backward): the call and pass before it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Entry:
     """How much later than the others each rank enters, for a reason of its own."""
     passed_on_s: Tensor
     """How much later it enters because it ended the pass before later."""
+    follows: int
+    """The number of the pass before: 0 of a forward, 1 of a backward, of this call or another one."""
     before_counts_s: Tensor
     """From entering to sending its counts."""
     counts_s: Tensor
@@ -74,6 +82,8 @@ class Conditions:
     """To walk two halves of a batch at once; None for a whole batch."""
     nodes: "Nodes | None" = None
     """To walk two levels; None for one."""
+    layer: int = -1
+    """The layer whose call it is."""
 
     @property
     def each_link(self) -> EachLink:
@@ -142,11 +152,11 @@ class Walk:
 
 def walk(conditions: Conditions) -> Walk:
     """Walk a call under these conditions."""
-    walked = _walk(conditions, None)
+    walked = _walk(conditions, {})
     passed_on_s = max(float(entry.passed_on_s.max()) for entry in conditions.entries)
     if passed_on_s > 0.01 * walked.total_s:
-        # In a loop the pass before the forward is the backward of a call like this one.
-        walked = _walk(conditions, walked.passes[-1].end_s)
+        # In a loop, and in a stack of layers, the pass before is one of this call or of a call like it.
+        walked = _walk(conditions, {number: one.end_s for number, one in enumerate(walked.passes)})
     if conditions.halves is not None:
         walked = replace(walked, total_s=walked.total_s - _gain_of_halves(conditions, conditions.halves))
     return walked
@@ -156,28 +166,35 @@ def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
     """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
     costs, link = _with_gap(conditions.steps, conditions.gap_s), conditions.walked_link
     work, half = (replace(conditions, work=conditions.work.scaled(share)).walked_work for share in (1.0, 0.5))
-    walked = simulate_two_batches(HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers)
+    num_fillers = sum(step.kind is StepKind.FILLER for step in conditions.schedules[0])
+    walked = simulate_two_batches(
+        HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers, num_fillers=num_fillers
+    )
     stack_s = sum(of.total_s for of in walked) / halves.num_layers
     passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
     return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))
 
 
-def _walk(conditions: Conditions, ended_s: Tensor | None) -> Walk:
-    """Walk a call whose ranks ended the pass before at these times (W,); None: as far apart as was recorded."""
+def _walk(conditions: Conditions, ended_s: Mapping[int, Tensor]) -> Walk:
+    """Walk a call whose ranks ended forwards (0) and backwards (1) before at these times (W,).
+
+    Behind a pass that has none here, and none in this call yet, ranks come as far apart as was recorded.
+    """
+    ended_s = dict(ended_s)
     total_s, passes = 0.0, []
     costs = _with_gap(conditions.steps, conditions.gap_s)
     work, link = conditions.walked_work, conditions.walked_link
-    for schedule, entry in zip(conditions.schedules, conditions.entries, strict=True):
+    for number, (schedule, entry) in enumerate(zip(conditions.schedules, conditions.entries, strict=True)):
         behind_s = entry.passed_on_s
-        if ended_s is not None:
-            behind_s = torch.minimum(behind_s, (ended_s - _most(ended_s)).clamp(min=0))
+        if (before_s := ended_s.get(entry.follows)) is not None:
+            behind_s = torch.minimum(behind_s, (before_s - _most(before_s)).clamp(min=0))
         posted_s = entry.own_s + behind_s + entry.before_counts_s
         left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
         start_s = left_s + entry.before_steps_s
         simulation = simulate(schedule, conditions.plan, work, costs, link, start_s)
         total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
         passes.append(simulation)
-        ended_s = simulation.end_s
+        ended_s[number] = simulation.end_s
     return Walk(total_s, tuple(passes))
 
 
@@ -190,34 +207,39 @@ def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
     return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
 
 
-def measured_s(call: RecordedCall, before: RecordedCall | None) -> float:
-    """Give what walk() predicts, as it was recorded; before: as in conditions_of."""
+def passes_before(recording: Recording) -> PassesBefore:
+    """Give for each pass the one before it, of any call, where that was over on all ranks when they entered this one.
+
+    In a stack of layers that is the next layer's backward, or with activation checkpointing a recompute.
+    """
+    passes = [(call, number) for call in recording.calls for number in range(len(call.by_pass))]
+    passes.sort(key=lambda one: one[0].by_pass[one[1]][0].entered)
+    found = {}
+    for (before, number_before), (after, number) in pairwise(passes):
+        of_ranks = zip(before.by_pass[number_before], after.by_pass[number], strict=True)
+        if all(one.end <= other.entered for one, other in of_ranks):
+            found[after.sequence, number] = before, number_before
+    return found
+
+
+def measured_s(call: RecordedCall, before: PassesBefore) -> float:
+    """Give what walk() predicts, as it was recorded."""
     total_s = 0.0
-    ended = None if before is None else before.by_pass[-1]
-    for passes in call.by_pass:
+    for passes, entry in zip(call.by_pass, _entries_of(call, before), strict=True):
         entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
-        total_s += max(one.end for one in passes) - float(_most(entered))
-        total_s -= float(_entry_of(passes, ended).passed_on_s.max())
-        ended = passes
+        total_s += max(one.end for one in passes) - float(_most(entered)) - float(entry.passed_on_s.max())
     return total_s
 
 
-def conditions_of(call: RecordedCall, before: RecordedCall | None, costs: Costs) -> Conditions:
-    """Give the conditions under which a call ran.
-
-    before: the call before it, if no other work of these layers lies between.
-    """
-    ended = None if before is None else before.by_pass[-1]
-    schedules, entries = [], []
-    for passes in call.by_pass:
-        entries.append(_entry_of(passes, ended))
-        schedules.append(schedule_of(call.plan, [step.step.kind for step in passes[0].steps]))
-        ended = passes
+def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Conditions:
+    """Give the conditions under which a call ran."""
+    schedules = tuple(schedule_of(call.plan, [step.step.kind for step in of[0].steps]) for of in call.by_pass)
     to_nodes = call.rows_to_nodes
     link = _with_uneven_chunks(costs.link, call)
     return Conditions(
-        *(call.plan, call.work, tuple(schedules), tuple(entries), costs.steps, link, costs.gap_s),
+        *(call.plan, call.work, schedules, _entries_of(call, before), costs.steps, link, costs.gap_s),
         nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
+        layer=call.layer,
     )
 
 
@@ -245,7 +267,17 @@ def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
     return replace(link, each=each)
 
 
-def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | None) -> Entry:
+def _entries_of(call: RecordedCall, before: PassesBefore) -> tuple[Entry, ...]:
+    entries = []
+    for number, passes in enumerate(call.by_pass):
+        other, follows = before.get((call.sequence, number), (None, 0))
+        entries.append(_entry_of(passes, follows, None if other is None else other.by_pass[follows]))
+    return tuple(entries)
+
+
+def _entry_of(passes: Sequence[RecordedPass], follows: int, ended: Sequence[RecordedPass] | None) -> Entry:
+    """Give how ranks came to a pass; `ended` is the pass before, whose number is `follows`."""
+
     def of_ranks(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64, device="cpu")
 
@@ -264,13 +296,13 @@ def _entry_of(passes: Sequence[RecordedPass], ended: Sequence[RecordedPass] | No
     origins = of_ranks(one.origin for one in passes)
     nothing = torch.zeros_like(origins)
     if any(mark is None for mark in marks):
-        return Entry(own_s, passed_on_s, nothing, nothing, origins - entered, False)
+        return Entry(own_s, passed_on_s, follows, nothing, nothing, origins - entered, False)
     posted = of_ranks(mark.counts_posted for mark in marks if mark is not None)
     left = of_ranks(mark.counts_left for mark in marks if mark is not None)
     counts_s = (left - posted.max()).clamp(min=0)
     # A rank that is early, not late, is held up by the others.
     own_s = torch.where(late_s < 0, late_s, own_s)
-    return Entry(own_s, passed_on_s, posted - entered, counts_s, origins - left, True)
+    return Entry(own_s, passed_on_s, follows, posted - entered, counts_s, origins - left, True)
 
 
 def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from tritonmoe.diagnosis.attribution import Attribution, calls_before
+from tritonmoe.diagnosis.attribution import Attribution
 from tritonmoe.diagnosis.messages import members
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
-from tritonmoe.diagnosis.replay import conditions_of, measured_s, walk
+from tritonmoe.diagnosis.replay import PassesBefore, conditions_of, measured_s, passes_before, walk
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
 from tritonmoe.runtime.files import Json
 
@@ -19,12 +19,11 @@ PASSES = ("forward", "backward")
 DECIMALS = 7
 
 
-def _median_call(found: Attribution) -> tuple[RecordedCall, RecordedCall | None]:
-    """Give the call that took the median of all that the verdict is about, and the one before it as calls_before."""
-    before = calls_before(found.recording)
-    ordered = sorted(found.calls, key=lambda call: measured_s(call, before.get(call.sequence)))
-    call = ordered[(len(ordered) - 1) // 2]
-    return call, before.get(call.sequence)
+def _median_call(found: Attribution) -> tuple[RecordedCall, PassesBefore]:
+    """Give the call that took the median of all that the verdict is about, and the recording's passes_before."""
+    before = passes_before(found.recording)
+    ordered = sorted(found.calls, key=lambda call: measured_s(call, before))
+    return ordered[(len(ordered) - 1) // 2], before
 
 
 def figures_of(found: Attribution) -> Json:
