@@ -97,16 +97,13 @@ def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> Non
     for name in names_used(path):
         if is_within(name, "tritonmoe") and not tolerated(relative.as_posix(), name):
             folder = f"{name}.".split(".")[1]
-            assert folder in allowed or folder == "__version__", f"{relative} imports {name}"
+            assert folder in allowed, f"{relative} imports {name}"
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b.
-
-    The version is a constant: who asks for it is not imported by the package itself, but inside functions.
-    """
+    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
     used = set()
-    for name in names_used(path, for_types=False) - {"tritonmoe.__version__"}:
+    for name in names_used(path, for_types=False):
         while name and name not in MODULES:
             name = name.rpartition(".")[0]
         if name and name != module_of(path):

@@ -16,10 +16,9 @@ from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
+from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CapacityOverflow",

@@ -76,7 +76,7 @@ def gpu(monkeypatch):
             yield
         except RuntimeError:
             state["underway"] = [] if state["ends itself"] else [pool]
-            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904  # as torch does, which hides why
         else:
             state.update(stream="default", underway=[])
         finally:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from tritonmoe import __version__
 from tritonmoe.backends.check import Checked
 from tritonmoe.backends.ops import Unchecked
 from tritonmoe.kernels.launch import TRITON_VERSION
 from tritonmoe.kernels.tiles import measured
 from tritonmoe.runtime.files import locked, read_json, write_whole
 from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.runtime.version import __version__
 
 __all__ = ["are_right"]
 

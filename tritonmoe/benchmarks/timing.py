@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from tritonmoe import __version__
 from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.runtime.files import Json, write_whole
+from tritonmoe.runtime.version import __version__
 
 __all__ = [
     "Samples",

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from tritonmoe import __version__
 from tritonmoe.cli import bench, check, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
+from tritonmoe.runtime.version import __version__
 
 __all__ = ["command_parser", "main"]
 

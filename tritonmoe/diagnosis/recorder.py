@@ -17,7 +17,6 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 
-from tritonmoe import __version__
 from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.listeners import listeners
@@ -26,6 +25,7 @@ from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTim
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
+from tritonmoe.runtime.version import __version__
 from tritonmoe.simulation.cost_model import step_units
 from tritonmoe.transports import Transport, TwoLevelTransport
 
