@@ -75,10 +75,22 @@ def _body(parser: argparse.ArgumentParser) -> list[str]:
             metavar = " ".join(metavar)
         takes_value = action.nargs != 0
         value = (metavar or action.dest.upper()) if takes_value else ""
+        if action.nargs in ("+", "*"):
+            value += " ..."
         names = " ".join([action.option_strings[-1], value]).strip() if action.option_strings else value
         words = (action.help or "") % {**vars(action), "prog": parser.prog}
-        rows.append(f"| `{_cell(names)}` | {_cell(words)} |")
+        rows.append(f"| `{_cell(names)}` | {_cell(words + _unsaid(action, words))} |")
     return [*lines, "", "| argument | |", "| --- | --- |", *rows] if rows else lines
+
+
+def _unsaid(action: argparse.Action, words: str) -> str:
+    """Give what an argument's help leaves to the usage line: that it must be given, or its default."""
+    if action.required and action.option_strings:
+        return " (required)" if words else "required"
+    value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+    if action.nargs == 0 or value in (None, "", argparse.SUPPRESS) or "default" in words:
+        return ""
+    return f" (default {value})" if words else f"default {value}"
 
 
 def _cell(text: str) -> str:

@@ -14,7 +14,7 @@ EXTRAS = ("matplotlib", "numpy", "transformers")
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser(
-        "bench", help="measure: overlap on real links, experts, scheduler", description=__doc__
+        "bench", help="measure: overlap, models of transformers, experts over ranks", description=__doc__
     )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="see tritonmoe bench NAME --help")

@@ -2,7 +2,8 @@
 
 Small layers of every layout and dtype, and routers of every rule, forward and backward, take seconds once the kernels
 are compiled. The largest error of a result, and its root mean square, may be twice those of plain PyTorch in the same
-dtype. The exit status is 1 where one is larger: don't train with those kernels, backend="torch" computes without them.
+dtype. The exit status is 1 where one is larger: don't train with those kernels. Layers with backend="torch" compute
+without them, and models of transformers with experts_implementation="grouped_mm" on one device.
 """
 
 import argparse

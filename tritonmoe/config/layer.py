@@ -222,7 +222,7 @@ class MoEConfig:
     transposed: bool = False
     """Whether weights are (E, D, 2F) and (E, F, D) instead of (E, 2F, D) and (E, D, F)."""
     bias: bool = False
-    """Whether experts have gate_up_bias (E, 2F) and down_bias (E, D)."""
+    """Whether experts have the parameters gate_up_proj_bias (E, 2F) and down_proj_bias (E, D)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """Of the router's logits, over all E experts."""
     softmax_after_topk: bool = False

@@ -129,14 +129,18 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
 
         if num_slots == slots:
             words = f"placement=ExpertPlacement.balanced(load, ...){of_each}"
-            yield Proposal(words, "moves experts between ranks", placed)
+            yield Proposal(words, "moves experts between ranks; a layer has no state dict then", placed)
         else:
             layer = max(loads, key=lambda layer: float(loads[layer].max() / loads[layer].sum().clamp(min=1)))
             hot, where = int(loads[layer].argmax()), f"in layer {layer} " if of_each else ""
             copies = sum(hot in of for of in placements[layer].experts_of_rank)
             balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots}){of_each}"
             words = f"replicas: {balanced}, {where}the expert of slot {hot} on {copies} ranks"
-            yield Proposal(words, "takes one more expert's memory on each rank, and sums its gradients", placed)
+            costs = (
+                "takes one more expert's memory on each rank, and sums its gradients; over torch.distributed only "
+                "expert_parallel_mlp with parameters of your own trains replicas"
+            )
+            yield Proposal(words, costs, placed)
 
 
 def _share_after(load: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
