@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe import backends
 from tritonmoe.dispatch import count_exchange
 from tritonmoe.experts import arguments as argument_checks
+from tritonmoe.routing.nonfinite import NonFiniteCheck
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0
@@ -733,6 +735,23 @@ def test_scores_that_are_not_finite_on_one_device(value: float) -> None:
         layer(torch.ones(5, 8))
     layer(torch.ones(5, 8))
     layer(torch.ones(5, 8))
+
+
+def test_scores_that_are_not_finite_are_heard_late() -> None:
+    """The host may read after further calls, on a device that is behind; a recompute counts nothing."""
+    check, ids = NonFiniteCheck("next"), torch.zeros(4, 2, dtype=torch.int64)
+    for count in (0, 2, 3, 0):
+        with torch.inference_mode(count == 0):
+            check.look(ids, torch.tensor(count))
+    with pytest.raises(tm.NonFiniteScores, match="scores of 5 tokens"):
+        check.raise_earlier()
+    check.look(ids, torch.tensor(0))
+    check.raise_earlier()
+    layer = tm.MoELayer(CONFIG)
+    x = torch.ones(5, 8).index_fill(0, torch.tensor([1]), float("nan")).requires_grad_()
+    checkpoint(layer, x, use_reentrant=False)[0].sum().backward()
+    with pytest.raises(tm.NonFiniteScores, match="scores of 1 tokens"):
+        layer(torch.ones(5, 8))
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "exported", "mode"])

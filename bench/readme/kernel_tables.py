@@ -50,10 +50,14 @@ def codegen_table(name: str) -> str:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
     problems = sum("problem" in row for row in rows)
+    spilled = sorted({row["spills"] for row in rows if "spills" in row})
+    few = sum("spills" in row for row in rows)
     lines = [
         f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
-        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill, too much "
-        f"shared memory, a missing matrix instruction). Below: {variants[0]}, Triton {newest}. A cell has registers, "
+        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill in a loop "
+        "or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
+        f"{few} spill {' or '.join(map(str, spilled))} bytes of a thread outside of their loops, so that one more "
+        f"program fits. Below: {variants[0]}, Triton {newest}. A cell has registers, "
         "KB of shared memory, programs side by side on a multiprocessor, and the matrix instruction in the loop.",
         "",
         f"| kernel | {' | '.join(targets)} |",

@@ -226,7 +226,10 @@ def test_a_step_passes_the_matrix_instruction():
     ("measured", "problem"),
     [
         ({}, ""),
-        ({"spills": 8}, "spills 8 bytes"),
+        ({"spills": 16}, ""),
+        ({"spills": 24}, "spills 24 bytes"),
+        ({"spills": 8, "looped_spills": 2}, "spills in a loop: 2 loads and stores of 8 bytes"),
+        ({"target": "gfx942", "expected_matrix": "", "spills": 1}, "spills 1 registers"),
         ({"shared_bytes": 228 * 1024}, "needs 233472 bytes of shared memory, there are 232448"),
         ({"occupancy": 0}, "no program fits: 128 registers, 8 warps"),
         ({"matrix": "mma.sync"}, "its loop has mma.sync, not wgmma"),
@@ -237,4 +240,4 @@ def test_a_step_passes_the_matrix_instruction():
 )
 def test_what_is_unfit(measured, problem):
     fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
-    assert Compiled("bf16", "up", "sm_90", **(fit | measured)).problem == problem
+    assert Compiled("bf16", "up", **({"target": "sm_90"} | fit | measured)).problem == problem

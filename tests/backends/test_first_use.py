@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from triton.compiler.errors import CompilationError
 
 from tritonmoe import __version__
 from tritonmoe.backends import check, choice, choose, first_use
@@ -135,6 +137,31 @@ def test_an_error_is_the_callers_and_no_answer() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         first_use.are_right(CPU, torch.bfloat16, "experts", compare)
     assert ask(RIGHT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        CompilationError("", None, "tf32 is not supported"),
+        RuntimeError("PassManager::run failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_triton_cannot_compile_pytorch_computes(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[None] = []
+
+    def compare() -> Iterator[Checked]:
+        calls.append(None)
+        raise error
+        yield RIGHT
+
+    for _ in range(2):
+        assert not first_use.are_right(CPU, torch.bfloat16, "experts", compare)
+    assert len(calls) == len(caplog.records) == 1
+    said = f"can't compile kernels here (experts bfloat16 on a card, driver 13000): {type(error).__name__}"
+    assert said in caplog.text
 
 
 def test_ranks_that_are_threads_ask_once() -> None:

@@ -203,9 +203,13 @@ def test_given_outputs_are_filled(num_chunks: int, dtype: torch.dtype, backend: 
         torch.testing.assert_close(value, fresh[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", [torch_backend, reference], ids=["torch", "reference"])
-def test_gather_sum_example(backend: ModuleType) -> None:
-    y, index = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0, 2], [-1, 1], [-1, -1]], dtype=torch.int32)
+def test_gather_sum_example(dtype: torch.dtype, backend: ModuleType) -> None:
+    y, index = (
+        torch.tensor([[1.0], [2.0], [4.0]], dtype=dtype),
+        torch.tensor([[0, 2], [-1, 1], [-1, -1]], dtype=torch.int32),
+    )
     assert backend.gather_sum(y, index).tolist() == [[5.0], [2.0], [0.0]]
     weights = torch.tensor([[10.0, 100.0], [torch.nan, 0.5], [torch.inf, torch.nan]])
     assert backend.gather_sum(y, index, weights).tolist() == [[410.0], [1.0], [0.0]]

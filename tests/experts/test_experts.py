@@ -365,9 +365,10 @@ def test_experts_inside_an_activation(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_skipped_pair_may_have_any_weight(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skipped_pair_may_have_any_weight(dtype: torch.dtype, backend: str) -> None:
     case = Case()
-    inputs = case.inputs(torch.float32)
+    inputs = case.inputs(dtype)
     is_skipped = (inputs["topk_ids"] < 0) | (inputs["topk_ids"] >= case.num_experts)
     assert is_skipped.any()
     expected = check(case, inputs, backend)
@@ -375,6 +376,19 @@ def test_skipped_pair_may_have_any_weight(backend: str) -> None:
         spoiled = differentiable({**inputs, "topk_weights": inputs["topk_weights"].masked_fill(is_skipped, weight)})
         actual = gradients(run_moe_mlp(case, spoiled, backend=backend), spoiled)
         assert all(torch.equal(actual[name], expected[name]) for name in actual)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan(activation: str, backend: str) -> None:
+    """No bound of an activation makes a number of it."""
+    case = Case(activation=ACTIVATIONS[activation], bias=False)
+    inputs = case.inputs(torch.float32)
+    inputs["topk_ids"] = inputs["topk_ids"].clamp(0, case.num_experts - 1)
+    for parts in (slice(None, case.intermediate), slice(case.intermediate, None)):
+        weight = inputs["gate_up_proj"].clone()
+        weight[:, parts] = math.nan
+        assert run_moe_mlp(case, {**inputs, "gate_up_proj": weight}, backend=backend).isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -72,7 +72,7 @@ def test_loads_that_no_fence_follows_are_not_asynchronous(version, stages, monke
 
 def test_tf32_goes_through_tcgen05_too(monkeypatch):
     monkeypatch.setattr(launch, "TRITON_VERSION", (3, 7, 0))
-    monkeypatch.setattr(launch, "dot_precision", lambda dtype: "tf32")
+    monkeypatch.setattr(launch, "dot_precision", lambda like: "tf32")
     launches = aot.record_launches(aot.VARIANTS["fp32"], aot.TARGETS["sm_100"])
     assert launches["up up"].options["num_stages"] == 1
     assert launches["down grouped_matmul"].options["num_stages"] > 1

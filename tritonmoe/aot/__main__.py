@@ -1,7 +1,8 @@
 """python -m tritonmoe.aot: compile, print and say (as an exit status) whether every kernel is fit to run.
 
-Exits with 1 when a kernel doesn't compile, spills, needs more shared memory than the target has, has another matrix
-instruction in its loop than its target's, or fewer TMA loads than descriptors; with 2 where nothing can be compiled.
+Exits with 1 when a kernel doesn't compile, spills in a loop or more than a few bytes, needs more shared memory than the
+target has, has another matrix instruction in its loop than its target's, or fewer TMA loads than descriptors; with 2
+where nothing can be compiled.
 """
 
 import argparse

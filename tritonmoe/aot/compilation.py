@@ -25,6 +25,10 @@ HALF_BYTES = 2
 """Bytes of an element of fp16 and bf16."""
 
 
+FEW_BYTES = 16
+"""What a thread may spill outside of innermost loops: ptxas does so where one more program then fits."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel needs on one target."""
@@ -36,6 +40,8 @@ class Compiled:
     """A thread's registers (vector registers on AMD)."""
     spills: int = 0
     """Bytes of stack a thread uses on NVIDIA, spilled vector registers on AMD."""
+    looped_spills: int = 0
+    """Loads and stores of that stack in innermost loops."""
     shared_bytes: int = 0
     num_warps: int = 0
     occupancy: int = 0
@@ -61,8 +67,13 @@ class Compiled:
         limit = architecture.shared_bytes_per_program
         if self.error:
             return self.error
-        if self.spills:
-            return f"spills {self.spills} {'bytes' if self.target.startswith('sm_') else 'registers'}"
+        if architecture.target.backend == "cuda":
+            if self.looped_spills:
+                return f"spills in a loop: {self.looped_spills} loads and stores of {self.spills} bytes"
+            if self.spills > FEW_BYTES:
+                return f"spills {self.spills} bytes"
+        elif self.spills:
+            return f"spills {self.spills} registers"
         if self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, there are {limit}"
         if self.occupancy < 1:
@@ -127,6 +138,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         target_name,
         registers=code.registers,
         spills=code.spills,
+        looped_spills=code.looped_spills,
         shared_bytes=shared,
         num_warps=code.num_warps,
         occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),

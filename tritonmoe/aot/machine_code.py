@@ -49,6 +49,8 @@ class MachineCode:
     """A thread's registers (AMD: vector registers)."""
     spills: int
     """Bytes of stack a thread uses on NVIDIA, spilled vector registers on AMD."""
+    looped_spills: int
+    """Loads and stores of that stack in innermost loops, on NVIDIA; 0 on AMD."""
     num_warps: int
     """The warps of a program; a warp-specialised kernel has more than it was launched with."""
     matrix: str
@@ -76,7 +78,8 @@ def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
     code = list(_nvidia_instructions(assembly))
     loop = _matrix_loop(code, NVIDIA_KINDS)
     num_warps = _number(r"\.reqntid (\d+)", ptx) // 32
-    return MachineCode(registers, stack + local, num_warps, *_counts(code, loop, NVIDIA_KINDS))
+    looped = sum(item.name in ("LDL", "STL") for inner in _innermost_loops(code) for item in inner)
+    return MachineCode(registers, stack + local, looped, num_warps, *_counts(code, loop, NVIDIA_KINDS))
 
 
 def read_amd(assembly: str) -> MachineCode:
@@ -87,7 +90,7 @@ def read_amd(assembly: str) -> MachineCode:
     )
     code = list(_amd_instructions(assembly))
     loop = _matrix_loop(code, AMD_KINDS)
-    return MachineCode(registers, spills, threads // width, *_counts(code, loop, AMD_KINDS))
+    return MachineCode(registers, spills, 0, threads // width, *_counts(code, loop, AMD_KINDS))
 
 
 def _number(pattern: str, text: str) -> int:
@@ -132,8 +135,8 @@ def _amd_instructions(assembly: str) -> Iterator[_Instruction]:
             yield _Instruction(found[1], target, found[1] in ("s_branch", "s_endpgm"))
 
 
-def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> list[_Instruction]:
-    """Give the innermost loop that has a matrix instruction: what lies between a label and a later branch back to it.
+def _loops(code: list[_Instruction]) -> Iterator[tuple[int, int]]:
+    """Give the loops, the shortest first: the place of a label, and that of a later branch back to it.
 
     A branch back from a wait that was moved behind the end of the kernel makes no loop: it is reached otherwise, too.
     """
@@ -143,11 +146,24 @@ def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> list[_In
         for place, item in enumerate(code)
         if item.name and item.label and labels.get(item.label, place) < place
     )
-    for length, last in branches:  # the shortest first: no loop comes before one inside it
-        loop = code[last - length : last + 1]
-        if _matrix(_count(loop, kinds)) and not _reaches(code, labels, last, last - length):
-            return loop
-    return []
+    for length, last in branches:
+        if not _reaches(code, labels, last, last - length):
+            yield last - length, last
+
+
+def _innermost_loops(code: list[_Instruction]) -> Iterator[list[_Instruction]]:
+    """Give the loops that have no loop inside them."""
+    found: list[tuple[int, int]] = []
+    for first, last in _loops(code):
+        if not any(first <= inner_first and inner_last <= last for inner_first, inner_last in found):
+            found.append((first, last))
+            yield code[first : last + 1]
+
+
+def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> list[_Instruction]:
+    """Give the innermost loop that has a matrix instruction; empty where none has."""
+    loops = (code[first : last + 1] for first, last in _loops(code))
+    return next((loop for loop in loops if _matrix(_count(loop, kinds))), [])
 
 
 def _next_places(item: _Instruction, place: int, labels: Mapping[str, int]) -> list[int]:

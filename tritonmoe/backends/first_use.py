@@ -7,6 +7,7 @@ checked.json beside the measured tiles, by card, driver, versions and dtype; wha
 import contextlib
 import json
 import logging
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tritonmoe.backends.check import Checked
 from tritonmoe.backends.ops import Unchecked
 from tritonmoe.kernels.launch import TRITON_VERSION
 from tritonmoe.kernels.tiles import measured
+from tritonmoe.kernels.tiles.left_out import is_refusal
 from tritonmoe.runtime.files import locked, read_json, write_whole
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.runtime.version import __version__
@@ -87,7 +89,19 @@ def _keep(key: str) -> None:
 
 def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
     log.info("checking kernels once: %s", key)
-    checked = _in_a_thread(check)
+    try:
+        checked = _in_a_thread(check)
+    except Exception as error:
+        if not _is_of_a_compiler(error):
+            raise
+        log.warning(
+            "Triton can't compile kernels here (%s): %s: %s. Calls with backend='auto' take PyTorch's operations "
+            "instead, which are slower; backend='triton' raises this error",
+            key,
+            type(error).__name__,
+            error,
+        )
+        return False
     wrong = [one for one in checked if not one.is_right]
     if not wrong:
         _keep(key)
@@ -99,6 +113,11 @@ def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
         "; ".join(map(str, wrong)),
     )
     return False
+
+
+def _is_of_a_compiler(error: Exception) -> bool:
+    """Say whether it came before anything ran: from Triton's compiler, or the one of C that its launcher needs."""
+    return is_refusal(error) or isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error)
 
 
 def _in_a_thread(check: Callable[[], Iterable[Checked]]) -> list[Checked]:

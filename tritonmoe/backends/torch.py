@@ -158,6 +158,8 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
         if weights is None:
             torch.sum(rows, 1, out=out_of)  # which adds up in fp32
         else:
+            if skips:  # a skipped pair's weight may be NaN
+                weights_of = weights_of.masked_fill(index_of < 0, 0)
             out_of.copy_(torch.bmm(weights_of.unsqueeze(1), rows.to(acc)).squeeze(1))
     return result
 

@@ -19,6 +19,18 @@ def activation_options(activation: FusedActivation | None) -> tuple[str, tuple[f
 
 
 @triton.jit
+def _lower_of(x, bound):
+    """Give the lower one; NaN stays NaN, as in PyTorch."""
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _higher_of(x, bound):
+    """Give the higher one; NaN stays NaN."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _pointwise_with_slope(x, ACTIVATION: tl.constexpr):
     """Give f(x) and f'(x)."""
     if ACTIVATION == "silu":
@@ -36,11 +48,11 @@ def _pointwise_with_slope(x, ACTIVATION: tl.constexpr):
         value = x * sigmoid
         slope = sigmoid + x * sigmoid * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * square)
     elif ACTIVATION == "relu":
-        value = tl.maximum(x, 0.0)
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        value = _higher_of(x, 0.0)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)  # 1 for NaN, as in PyTorch
     else:
         tl.static_assert(ACTIVATION == "relu2")
-        value = tl.maximum(x, 0.0)
+        value = _higher_of(x, 0.0)
         slope = 2.0 * value
         value = value * value
     return value, slope
@@ -50,8 +62,8 @@ def _pointwise_with_slope(x, ACTIVATION: tl.constexpr):
 def activate_with_slopes(gate, up, limit, alpha, up_offset, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     """Give a = act(gate, up), da/dgate and da/dup; `up` is ignored (and da/dup is da/dgate) when ungated."""
     if ACTIVATION == "clamped_swiglu":
-        clamped_gate = tl.minimum(gate, limit)
-        shifted_up = tl.minimum(tl.maximum(up, -limit), limit) + up_offset
+        clamped_gate = _lower_of(gate, limit)
+        shifted_up = _lower_of(_higher_of(up, -limit), limit) + up_offset
         sigmoid = tl.sigmoid(alpha * clamped_gate)
         swish = clamped_gate * sigmoid
         a = swish * shifted_up

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,6 +17,8 @@ __all__ = ["compiled_kernels"]
 
 _lock = threading.RLock()
 Key = tuple[Any, ...]
+HAS_32_BIT_OFFSETS = torch.version.hip is not None
+"""Whether Triton reads a tensor of less than 2 GiB through another instruction, as it does on AMD."""
 
 
 class _MadeOnce(dict[Any, Any]):
@@ -93,6 +96,8 @@ class CompiledKernels:
         ]
         for place in self.unspecialised:
             parts[place] = -(2**31) <= args[place] < 2**31
+        if HAS_32_BIT_OFFSETS:
+            parts += [arg.untyped_storage().size() < 2**31 for arg in args if isinstance(arg, Tensor)]
         return parts
 
 

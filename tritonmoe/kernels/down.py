@@ -182,7 +182,7 @@ def _grouped_matmul(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
         EVEN_DEPTH=depth % config.block_k == 0,
-        **tile_keywords(config, values.dtype),
+        **tile_keywords(config, values),
     )
     return out
 

@@ -250,7 +250,7 @@ def down_grad(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
         EVEN_D=depth % config.block_k == 0,
-        **tile_keywords(config, dout.dtype),
+        **tile_keywords(config, dout),
     )
     sum_partials(partial_sums, dout, down_bias, grouping, dweights)
     return dh, scaled_a, dweights

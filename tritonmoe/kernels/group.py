@@ -211,6 +211,7 @@ def group_few_pairs(topk_ids: Tensor, num_experts: int, num_positions: int) -> t
         BLOCK_E=EXPERTS_PER_STEP,
         BLOCK_T=8,
         LOG_TILE=FEW_PAIRS_PER_TILE.bit_length() - 1,
+        max_registers=255,  # it is alone
     )
     return pair_index, offsets, inverse, row_tiles
 

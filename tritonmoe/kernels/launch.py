@@ -165,8 +165,8 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def tile_keywords(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Give the keywords of `launch` that say how a grouped product of `dtype` operands cuts its matrices into tiles."""
+def tile_keywords(config: TileConfig, like: Tensor) -> dict[str, Any]:
+    """Give the keywords of `launch` that say how a grouped product of such operands cuts its matrices into tiles."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -174,7 +174,7 @@ def tile_keywords(config: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
         "GROUP_M": config.group_m,
         "FLATTEN": config.persistent,
         "SUBTILES": config.subtiles,
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": dot_precision(like),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -193,9 +193,12 @@ def _num_multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Give the PRECISION of `dot`: tf32 only for fp32 and only if the torch setting asks for it."""
-    if dtype != torch.float32:
+def dot_precision(like: Tensor) -> str:
+    """Give the PRECISION of `dot` of such tensors: tf32 for fp32, if the torch setting asks and the GPU has it."""
+    if like.dtype != torch.float32:
+        return "ieee"
+    target = target_of(like.device)
+    if target is not None and target.backend == "hip" and target.arch != "gfx942":
         return "ieee"
     # allow_tf32 raises where the newer setting has been used; fp32_precision reflects both.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -137,9 +137,12 @@ def _choose_experts_kernel(
 
 
 def row_block(num_experts: int) -> dict[str, int]:
-    """Give how many tokens and experts the one warp of a program holds: 16 values in a thread, or one token's."""
+    """Give how many tokens and experts the one warp of a program holds: 8 or 16 values in a thread, or one token's.
+
+    Of the fewest experts 16 tokens: 32 would spill with Triton 3.6.
+    """
     block_e = max(16, next_power_of_2(num_experts))
-    return {"BLOCK_T": 32 if INTERPRETED else max(1, 512 // block_e), "BLOCK_E": block_e, "num_warps": 1}
+    return {"BLOCK_T": 32 if INTERPRETED else max(1, min(16, 512 // block_e)), "BLOCK_E": block_e, "num_warps": 1}
 
 
 def choose_experts(logits: Tensor, selection_bias: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,9 @@ from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 
 __all__ = ["up"]
 
+FEW_COLUMNS = 32
+"""Of such a product, an adapter's with its factor, sums take few registers; ptxas would spill some of the others."""
+
 
 @triton.jit
 def _tile_columns(
@@ -296,6 +299,7 @@ def up(
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
         *scalars,
+        max_registers=80 if num_units <= FEW_COLUMNS else None,
         K=grouping.top_k,
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
@@ -306,6 +310,6 @@ def up(
         ACTIVATION=name,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
-        **tile_keywords(config, x.dtype),
+        **tile_keywords(config, x),
     )
     return h, a

@@ -236,7 +236,7 @@ def outer_sums(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=max_registers,
-        PRECISION=dot_precision(pair_values.dtype),
+        PRECISION=dot_precision(pair_values),
     )
     sum_spans(workspace, grouping.expert_offsets, out, span, accumulate is not None)
     return out if accumulate is None else None

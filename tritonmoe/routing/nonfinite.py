@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import NonFiniteScores
+from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.runtime.transforms import unwrapped
 
@@ -51,18 +52,17 @@ class NonFiniteCheck:
         if when not in ("next", "now"):
             raise ValueError(f"check must be 'next' or 'now', got {when!r}")
         self.when = when
-        self._earlier: Tensor | None = None
+        self._counter: _Counter | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"when": self.when, "_earlier": None}
+        return {"when": self.when, "_counter": None}
 
     def raise_earlier(self) -> None:
         """Raise NonFiniteScores if an earlier call had such tokens and nobody has heard of it."""
-        if torch.compiler.is_compiling() or self._earlier is None:
+        if torch.compiler.is_compiling() or is_recomputing() or self._counter is None:
             return
-        count = int(self._earlier)
+        count = self._counter.unheard()
         if count:
-            self._earlier = None
             raise NonFiniteScores(
                 f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer "
                 f"{WHERE_TO_LOOK}. check='now' raises in the forward itself"
@@ -79,14 +79,32 @@ class NonFiniteCheck:
             return topk_ids
         if self.when == "now":
             _raise_now(count)
-        else:
-            self._remember(count)
+        elif not is_recomputing():  # which would count the forward's tokens again
+            if self._counter is None or self._counter.total.device != count.device:
+                self._counter = _Counter(count)
+            self._counter.add(count)
         return topk_ids
 
-    def _remember(self, count: Tensor) -> None:
-        if not count.is_cuda:
-            self._earlier = count
-            return
-        if self._earlier is None or not self._earlier.is_pinned():
-            self._earlier = torch.zeros((), dtype=count.dtype, pin_memory=True, device="cpu")
-        self._earlier.copy_(count, non_blocking=True)
+
+class _Counter:
+    """Adds counts up on their device, and tells the host what is new of the sum, without waiting for the device.
+
+    The host may read late, when counts of several calls have come: a sum holds them all.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        # Made in inference mode, they could not be written outside of it.
+        with torch.inference_mode(False):
+            self.total = torch.zeros((), dtype=like.dtype, device=like.device)
+            self._on_host = torch.zeros((), dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+        self._heard = 0
+
+    def add(self, count: Tensor) -> None:
+        self.total.add_(count)
+        self._on_host.copy_(self.total, non_blocking=True)
+
+    def unheard(self) -> int:
+        """Give what has come to the host since the last time."""
+        sum_so_far = int(self._on_host)
+        new, self._heard = sum_so_far - self._heard, sum_so_far
+        return new

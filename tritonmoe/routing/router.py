@@ -1,6 +1,7 @@
 """TopKRouter: a linear layer of scores, and the choice of K experts for each token."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from tritonmoe.runtime.autograd import is_recomputing, without_autocast
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
 __all__ = ["Routing", "TopKRouter"]
+
+log = logging.getLogger("tritonmoe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,12 @@ class TopKRouter(nn.Module):
         self.reduce_load = reduce_load
         self.backend = backend
         self._rule = RoutingRule.of(config).encode()
+        has_no_loss = not (config.load_balance_loss_weight or config.z_loss_weight)
+        if config.top_k == 1 and (config.renormalize or config.softmax_after_topk) and has_no_loss:
+            log.warning(
+                "with top_k=1 a renormalised weight is always 1, and nothing else trains this router: take "
+                "renormalize=False with softmax_after_topk=False, or a load_balance_loss_weight, or top_k >= 2"
+            )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
         bias = load = None
         if config.selection_bias:

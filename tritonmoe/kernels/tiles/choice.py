@@ -102,7 +102,7 @@ def grouped_matmul_config(
     measured_rows = measured_class(operation, rows, grouping)
     key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
-    abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like.dtype)
+    abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
     product = _Product(operation, target, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
     config, clipped = _config(

@@ -12,13 +12,13 @@ from triton.errors import TritonError
 
 from tritonmoe.kernels.tiles import measured as measured_tiles
 
-__all__ = ["leaving_out_refused_tiles"]
+__all__ = ["is_refusal", "leaving_out_refused_tiles"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Say whether Triton raised it before anything ran: a compiler's error, or resources that a launch hasn't."""
     return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager::run" in str(error))
 
@@ -32,7 +32,7 @@ def leaving_out_refused_tiles(operation: Callable[P, R]) -> Callable[P, R]:
         try:
             return operation(*args, **keywords)
         except Exception as error:
-            if not _is_refusal(error) or not measured_tiles.leave_out_last(error):
+            if not is_refusal(error) or not measured_tiles.leave_out_last(error):
                 raise
         return operation(*args, **keywords)
 
