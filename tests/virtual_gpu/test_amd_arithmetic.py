@@ -118,6 +118,12 @@ REFERENCE = {
     "v_min_f32": lambda a, b: exact.extreme(a, b, largest=False, nan=False),
     "v_max_f32": lambda a, b: exact.extreme(a, b, largest=True, nan=False),
     "v_max3_f32": lambda *numbers: functools.reduce(REFERENCE["v_max_f32"], numbers),
+    "v_minimum3_f32": lambda *numbers: functools.reduce(
+        lambda a, b: exact.extreme(a, b, largest=False, nan=True), numbers
+    ),
+    "v_maximum3_f32": lambda *numbers: functools.reduce(
+        lambda a, b: exact.extreme(a, b, largest=True, nan=True), numbers
+    ),
     "v_fma_f32": fused,
     "v_fmac_f32": fused,
     "v_fmaak_f32": fused,

@@ -79,6 +79,8 @@ v_mul_f32            f4 f4,f4     {0} * {1}
 v_min_f32            f4 f4,f4     smaller({0}, {1})
 v_max_f32            f4 f4,f4     larger({0}, {1})
 v_max3_f32           f4 f4,f4,f4  larger(larger({0}, {1}), {2})
+v_minimum3_f32       f4 f4,f4,f4  with_nan(smaller, with_nan(smaller, {0}, {1}), {2})
+v_maximum3_f32       f4 f4,f4,f4  with_nan(larger, with_nan(larger, {0}, {1}), {2})
 v_fma_f32            f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmac_f32           f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmaak_f32          f4 f4,f4,f4  fused({0}, {1}, {2})

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import to_bfloat16
-from virtual_gpu.floats import fused, larger, smaller
+from virtual_gpu.floats import fused, larger, smaller, with_nan
 
 __all__ = [
     "add_halves",
@@ -30,6 +30,7 @@ __all__ = [
     "smaller",
     "subtract_to_zero",
     "to_integer",
+    "with_nan",
 ]
 
 Array = NDArray
