@@ -216,8 +216,8 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
     make_experts = call.make_experts(weights, keep_hidden)
     metadata = RowMetadata(topk_ids, topk_weights, row_seeds)
-    layer_pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
-    with _in_the_middle(call):
+    with _in_the_middle(call):  # its buffers too: the other ranks are in this call already
+        layer_pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
         out, timings = yield from layer_pass.phases()
     run, inner_plan = call.after_forward(layer_pass.experts, timings)
     call.report = LayerReport(
@@ -295,10 +295,10 @@ def backward_phases(
         shared_grads=shared_grads,
         row_seeds=saved.row_seeds,
     )
-    experts, received_weights = call.experts_of_backward(run, kept)
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
-    layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
     with _in_the_middle(call):
+        experts, received_weights = call.experts_of_backward(run, kept)
+        layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
         dx, dtopk_weights, grads, timings = yield from layer_pass.phases(agreement)
     state.note_backward(call.header.sequence)
     call.after_backward(experts, timings)
