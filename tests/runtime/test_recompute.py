@@ -1,5 +1,7 @@
 """Activation checkpointing of experts: a backward goes on with what the recompute made, and plans change between."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ import tritonmoe as tm
 from tritonmoe.expert_parallel import agree as agreement
 from tritonmoe.runtime import autograd
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.transports import Transport
+from tritonmoe.transports import LocalTransport, Transport
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 
@@ -133,3 +135,51 @@ def test_a_second_backward_recomputes_again() -> None:
         grads = torch.autograd.grad(out, leaves, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert not autograd._kept_by_recomputes
+
+
+def keeping_everything(function: Callable, *tensors: Tensor) -> Tensor:
+    return function(*tensors)
+
+
+def checkpointed(function: Callable, *tensors: Tensor) -> Tensor:
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+@pytest.mark.parametrize("in_halves", [False, True], ids=["whole", "two_batches"])
+def test_a_checkpointed_forward_keeps_nothing_for_its_backward(in_halves: bool) -> None:
+    """Of a call over ranks, what autograd saves is left to checkpointing, so nothing else may hold it."""
+    if in_halves:
+        pytest.importorskip("greenlet")
+    torch.manual_seed(0)
+    shapes = (9, 16), (9, 2), (4, 24, 16), (4, 16, 12)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    ids, transport, made = torch.rand(9, 4).topk(2).indices, LocalTransport(), []
+
+    def remember(tensor: Tensor) -> Tensor:
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        up, down = remember(up * 0.5), remember(down * 0.5)
+        halves = []
+        y = tm.expert_parallel_mlp(
+            *(x, ids, weights, up, down),
+            num_experts=4,
+            transport=transport,
+            activation=lambda h: remember(swiglu(h)),
+            fillers=[lambda: halves.append(remember(x * x))],
+        )
+        return y + halves[0]
+
+    def gradients(call: Callable) -> tuple[Tensor, ...]:
+        if in_halves:
+            losses = tm.two_batches(lambda scale: call(run, leaves[0] * scale, *leaves[1:]).square().sum(), 1.0, 2.0)
+        else:
+            losses = (call(run, *leaves).square().sum(),)
+        gc.collect()
+        alive = [tuple(tensor().shape) for tensor in made if tensor() is not None]
+        assert bool(alive) == (call is keeping_everything), alive
+        return torch.autograd.grad(sum(losses), leaves)
+
+    for actual, expected in zip(gradients(checkpointed), gradients(keeping_everything), strict=True):
+        torch.testing.assert_close(actual, expected)
