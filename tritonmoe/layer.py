@@ -30,6 +30,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.runtime.autograd import put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
@@ -348,6 +349,7 @@ class MoELayer(nn.Module):
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
+    What a recompute sets is for the checkpointed function alone: its backward puts back what was there.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
@@ -478,6 +480,8 @@ class MoELayer(nn.Module):
         )
         if halves:
             y = y + halves[-1]
+        if not torch.compiler.is_compiling():
+            put_back_after_recompute(self, ("aux_loss", "last_routing"), routing.topk_weights)
         self.last_routing = routing
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.

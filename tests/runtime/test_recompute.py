@@ -1,6 +1,10 @@
 """Activation checkpointing of experts: a backward goes on with what the recompute made, and plans change between."""
 
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel import agree as agreement
+from tritonmoe.routing import z_loss
 from tritonmoe.runtime import autograd
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.transports import Transport
+from tritonmoe.transports import LocalTransport, Transport
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 
@@ -133,3 +138,134 @@ def test_a_second_backward_recomputes_again() -> None:
         grads = torch.autograd.grad(out, leaves, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert not autograd._kept_by_recomputes
+
+
+class _Recomputed(torch.autograd.Function):
+    """Does nothing, and tells which graphs of recomputes are alive."""
+
+    graphs: ClassVar["weakref.WeakSet[Any]"] = weakref.WeakSet()
+    num_alive: ClassVar[list[int]] = []
+    """When each recompute began."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if is_recomputing():
+            _Recomputed.num_alive.append(len(_Recomputed.graphs))
+            ctx.held = torch.nn.Identity()
+            _Recomputed.graphs.add(ctx.held)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx
+
+
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant", "two_batches"])
+def test_a_layer_keeps_no_recomputed_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the function reads of its layers is the recompute's; before the next recompute it is the forward's again."""
+    if kind == "two_batches":
+        pytest.importorskip("greenlet")
+    monkeypatch.setattr(_Recomputed, "num_alive", [])
+    layers = make_layers(LocalTransport(), tm.OverlapConfig(2), load_balance_loss_weight=0.1)
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    leaves = [x, *(parameter for layer in layers for parameter in layer.parameters())]
+
+    def block(layer: tm.MoELayer, rows: Tensor) -> tuple[Tensor, Tensor]:
+        y = layer(_Recomputed.apply(rows))
+        return y + rows, z_loss(layer.last_routing.logits) + layer.aux_loss
+
+    def model(rows: Tensor, use_reentrant: bool | None) -> Tensor:
+        loss = torch.zeros(())
+        for layer in layers:
+            run = partial(block, layer)
+            rows, own = run(rows) if use_reentrant is None else checkpoint(run, rows, use_reentrant=use_reentrant)
+            loss = loss + own
+        return loss + rows.square().mean()
+
+    def gradients(use_reentrant: bool | None) -> list[Tensor]:
+        if kind == "two_batches":
+            loss = sum(tm.two_batches(lambda rows: model(rows, use_reentrant), x[:8], x[8:]))
+        else:
+            loss = model(x, use_reentrant)
+        left = [(layer.last_routing, layer.aux_loss) for layer in layers]
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()
+        assert all(layer.last_routing is a and layer.aux_loss is b for layer, (a, b) in zip(layers, left, strict=True))
+        return [leaf.grad for leaf in leaves]
+
+    for actual, expected in zip(gradients(kind == "reentrant"), gradients(None), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert _Recomputed.num_alive == ([0, 1, 0, 1] if kind == "two_batches" else [0, 0])
+    assert not _Recomputed.graphs
+
+
+def test_after_a_backward_that_raised_a_layer_has_what_the_next_forward_leaves() -> None:
+    layer = make_layers(LocalTransport(), tm.OverlapConfig(2))[0]
+
+    def forward(hook: Callable[[Tensor], None]) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            y = layer(x)
+            y.register_hook(hook)
+            return y.square()
+
+        return checkpoint(run, torch.randn(8, 32, requires_grad=True), use_reentrant=False).sum()
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("own")
+
+    loss, of_forward = forward(fail), layer.last_routing
+    with pytest.raises(ValueError, match="own"):
+        loss.backward()
+    assert layer.last_routing is not of_forward
+    loss, of_forward = forward(lambda _: None), layer.last_routing
+    loss.backward()
+    assert layer.last_routing is of_forward
+
+
+def keeping_everything(function: Callable, *tensors: Tensor) -> Tensor:
+    return function(*tensors)
+
+
+def checkpointed(function: Callable, *tensors: Tensor) -> Tensor:
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+@pytest.mark.parametrize("in_halves", [False, True], ids=["whole", "two_batches"])
+def test_a_checkpointed_forward_keeps_nothing_for_its_backward(in_halves: bool) -> None:
+    """Of a call over ranks, what autograd saves is left to checkpointing, so nothing else may hold it."""
+    if in_halves:
+        pytest.importorskip("greenlet")
+    torch.manual_seed(0)
+    shapes = (9, 16), (9, 2), (4, 24, 16), (4, 16, 12)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    ids, transport, made = torch.rand(9, 4).topk(2).indices, LocalTransport(), []
+
+    def remember(tensor: Tensor) -> Tensor:
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        up, down = remember(up * 0.5), remember(down * 0.5)
+        halves = []
+        y = tm.expert_parallel_mlp(
+            *(x, ids, weights, up, down),
+            num_experts=4,
+            transport=transport,
+            activation=lambda h: remember(swiglu(h)),
+            fillers=[lambda: halves.append(remember(x * x))],
+        )
+        return y + halves[0]
+
+    def gradients(call: Callable) -> tuple[Tensor, ...]:
+        if in_halves:
+            losses = tm.two_batches(lambda scale: call(run, leaves[0] * scale, *leaves[1:]).square().sum(), 1.0, 2.0)
+        else:
+            losses = (call(run, *leaves).square().sum(),)
+        gc.collect()
+        alive = [tuple(tensor().shape) for tensor in made if tensor() is not None]
+        assert bool(alive) == (call is keeping_everything), alive
+        return torch.autograd.grad(sum(losses), leaves)
+
+    for actual, expected in zip(gradients(checkpointed), gradients(keeping_everything), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -28,6 +28,8 @@ from fault_cases import (
 )
 
 import tritonmoe as tm
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Death, Delay, Transport
 
 QUICK_S = 5.0
@@ -104,6 +106,31 @@ def test_a_rank_killed_in_experts(fails: Callable, where: str) -> None:
     assert heard[VICTIM] == "Killed: "
     for rank in range(VICTIM):
         assert re.search(f"^TransportError: {where}: .*rank {VICTIM} failed with Killed.*rank {rank} of", heard[rank])
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [(ForwardPass, "step metadata, all chunks"), (BackwardPass, "step combine_backward, chunk 0")]
+)
+def test_a_rank_without_memory_for_the_buffers(kind: type, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others hear of it there, though its process goes on."""
+    make, all_heard = kind.__init__, threading.Barrier(SIZE)
+
+    def without_memory(self: object, exchanges: RowExchanges, *others: object) -> None:
+        if is_victim(exchanges.transport):
+            raise torch.OutOfMemoryError("as if")
+        make(self, exchanges, *others)
+
+    def on_rank(transport: Transport) -> None:
+        try:
+            step(transport)
+        finally:
+            all_heard.wait(QUICK_S / 2)
+
+    monkeypatch.setattr(kind, "__init__", without_memory)
+    heard = heard_by(on_rank, raised=torch.OutOfMemoryError)
+    assert heard[VICTIM] == "OutOfMemoryError: as if"
+    for rank in range(VICTIM):
+        assert re.search(f"^TransportError: {where}: .*rank {VICTIM} failed with OutOfMemoryError: as if", heard[rank])
 
 
 LATE = [

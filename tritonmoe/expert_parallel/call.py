@@ -33,6 +33,7 @@ from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass, MakeExperts
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
@@ -60,7 +61,7 @@ class ExpertParallelCall:
 
     settings: ExpertSettings
     owners: PerWeight[Tensor] | None
-    """The weights as the user holds them, where a main_grad hangs; None where there can be none."""
+    """The weights as the user holds them, where a main_grad hangs; None where there is none."""
     all_ranks: Transport
     transport: Transport
     """What the plan's rows go over."""
@@ -83,6 +84,10 @@ class ExpertParallelCall:
     """With a capacity in a CUDA graph: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
     """(1,) bool on the device, once the flags are here: whether the results are to be NaN."""
+
+    def __post_init__(self) -> None:
+        if self.owners is not None and find_main_grads(self.owners) is None:
+            self.owners = None  # they may be copies, which are for autograd alone to keep
 
     def make_experts(self, weights: PerWeight[Tensor], keep_hidden: bool) -> MakeExperts:
         """Give what makes the experts of the rows that the plan brings here."""
@@ -216,8 +221,9 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
     make_experts = call.make_experts(weights, keep_hidden)
     metadata = RowMetadata(topk_ids, topk_weights, row_seeds)
-    layer_pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
-    with _in_the_middle(call):
+    with _in_the_middle(call):  # its buffers too: the other ranks are in this call already
+        layer_pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
+        call.fillers = ()  # what they hold is for autograd alone to keep
         out, timings = yield from layer_pass.phases()
     run, inner_plan = call.after_forward(layer_pass.experts, timings)
     call.report = LayerReport(
@@ -242,7 +248,10 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
     if call.flag is not None:
         call.is_wrong = call.flag.wait().any().view(1)
         poison([out], call.is_wrong)
-    return out, run, Kept(plan, inner_plan, run.grouping, run.activation_graphs, call.report)
+    # No backward goes through the graphs of a forward that will be recomputed.
+    is_first = checkpointed_region() is not None and not is_recomputing()
+    activation_graphs = {} if is_first else run.activation_graphs
+    return out, run, Kept(plan, inner_plan, run.grouping, activation_graphs, call.report)
 
 
 def run_backward(
@@ -295,10 +304,10 @@ def backward_phases(
         shared_grads=shared_grads,
         row_seeds=saved.row_seeds,
     )
-    experts, received_weights = call.experts_of_backward(run, kept)
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
-    layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
     with _in_the_middle(call):
+        experts, received_weights = call.experts_of_backward(run, kept)
+        layer_pass = BackwardPass(exchanges, experts, received_weights, dout, needs_weights, call.placement)
         dx, dtopk_weights, grads, timings = yield from layer_pass.phases(agreement)
     state.note_backward(call.header.sequence)
     call.after_backward(experts, timings)

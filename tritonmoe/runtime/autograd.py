@@ -7,9 +7,9 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from types import FrameType
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "kept_beside",
     "once_differentiable",
     "outside_graphs",
+    "put_back_after_recompute",
     "without_autocast",
 ]
 
@@ -175,3 +176,31 @@ def checkpointed_calls() -> list[Any]:
             calls.append(frame.f_locals["ctx"])
         frame = frame.f_back
     return calls
+
+
+_before_recomputes: "weakref.WeakKeyDictionary[Any, dict[str, object]]" = weakref.WeakKeyDictionary()
+"""By object: the attributes that a recompute has set, as they were before it."""
+
+
+def put_back_after_recompute(owner: object, names: Sequence[str], used: Tensor) -> None:
+    """Let attributes that a forward is about to set be for the checkpointed function alone where it recomputes.
+
+    They are what they were before once `used`, a tensor of that forward, has its gradient: by then the function has
+    ended. Whoever held a part of the graph that non-reentrant checkpointing recomputes, which never runs backward,
+    would hold all that it saved.
+    """
+    is_again = is_recomputing()
+    if not is_again:
+        _before_recomputes.pop(owner, None)  # of a backward that raised
+    elif owner not in _before_recomputes:
+        _before_recomputes[owner] = {name: getattr(owner, name) for name in names}
+    # Of non-reentrant checkpointing the graph of the first forward runs backward, of reentrant that of the recompute.
+    if used.requires_grad and (is_again or checkpointed_region() is not None):
+        used.register_hook(partial(_put_back, weakref.ref(owner)))
+
+
+def _put_back(owner_ref: "weakref.ref[Any]", _: Tensor) -> None:
+    owner = owner_ref()
+    if owner is not None:
+        for name, value in _before_recomputes.pop(owner, {}).items():
+            setattr(owner, name, value)
