@@ -14,7 +14,14 @@ from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, m
 from torch import nn
 
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
-from tritonmoe.integrations.transformers import aux_loss, collect_statistics, load_upcycled, patch, verify_upcycle
+from tritonmoe.integrations.transformers import (
+    aux_loss,
+    collect_statistics,
+    load_upcycled,
+    parallelize,
+    patch,
+    verify_upcycle,
+)
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
@@ -293,6 +300,52 @@ def test_gradients_reach_every_expert(name):
             router = router.gate if name in NATIVE else router.router
             assert router.weight.grad.abs().max() > 0
     assert seen >= 4
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def assert_computes_in_bf16(layer, narrow, x, autocast):
+    """The output, and the gradients of fp32 weights, have the bits of experts that are bf16 themselves."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == x.dtype
+    y.float().square().sum().backward()
+    routing, rows = narrow.router(x), x.bfloat16()
+    expected = narrow.experts(rows, routing.topk_ids, routing.topk_weights)
+    if narrow.shared_expert is not None:
+        ids = torch.zeros(len(rows), 1, dtype=torch.int64)
+        expected = expected + narrow.shared_expert(rows, ids, torch.ones(len(rows), 1))
+    assert torch.equal(y, expected.to(x.dtype))
+    expected.to(x.dtype).float().square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        whole = parameter.grad.full_tensor() if hasattr(parameter, "full_tensor") else parameter.grad
+        assert torch.equal(whole, narrow.get_parameter(name).grad.to(whole.dtype)), name
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one device", "spread"])
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_inplace_experts_compute_in_the_dtype_of_autocast_or_of_narrow_rows(shared_expert, spread, group):
+    """The second as under FSDP2's mixed precision, which leaves fp32 weights of spread experts alone, and no others."""
+    cases = [(True, torch.float32), (True, torch.bfloat16), *([(False, torch.bfloat16)] if spread else [])]
+    for autocast, x_dtype in cases:
+        moe = upcycle(make_dense("gpt2"), 4, 2, init="noise", shared_expert=shared_expert).train()
+        layer = moe.transformer.h[0].mlp.c_fc
+        narrow = copy.deepcopy(layer)
+        narrow.experts.bfloat16()
+        if shared_expert:
+            narrow.shared_expert.bfloat16()
+        if spread:
+            parallelize(moe, group)
+            assert hasattr(layer.experts.down_proj, "full_tensor")
+        if shared_expert and not autocast:
+            layer.shared_expert.bfloat16()
+        x = torch.randn(11, 32, generator=torch.Generator().manual_seed(2)).to(x_dtype)
+        assert_computes_in_bf16(layer, narrow, x, autocast)
 
 
 # Ties of the router
