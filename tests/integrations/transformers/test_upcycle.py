@@ -685,6 +685,18 @@ def test_models_that_can_not_be_upcycled():
         upcycle(make_dense("llama").to("meta"), 4, 2)
 
 
+@pytest.mark.parametrize("width", [48, 32])  # of 32 the norm is as wide as the model
+def test_blocks_with_a_norm_between_their_linears_are_no_blocks(width):
+    bitnet = transformers.BitNetForCausalLM(transformers.BitNetConfig(**{**LLAMA_LIKE, "intermediate_size": width}))
+    with pytest.raises(ValueError, match=r"found no dense .* in BitNetForCausalLM: .* nothing else of width F"):
+        upcycle(bitnet, 4, 2)
+    text = {"vocab_size": 64, "embed_dim": 32, "layers": 2, "ffn_dim": width, "attention_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Kosmos2Config(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 4})
+    found = find_blocks(transformers.Kosmos2ForConditionalGeneration(config))
+    assert [block.path for block in found] == ["vision_model.model.encoder.layers.0.mlp.fc1"]
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_a_twin_that_can_not_renormalise_is_refused(name, monkeypatch):
     """Top-k weights must sum to 1; a config takes a field that its model never reads."""
