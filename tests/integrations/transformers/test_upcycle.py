@@ -24,6 +24,7 @@ from tritonmoe.integrations.transformers import (
 )
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
+from tritonmoe.integrations.transformers.trainer_checkpoints import _load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import find_blocks
@@ -548,6 +549,38 @@ def test_inplace_models_save_and_load(name, tmp_path):
     again.save_pretrained(tmp_path / "changed")
     assert states_equal(load_upcycled(tmp_path / "again"), loaded)
     assert states_equal(load_upcycled(tmp_path / "changed"), again)
+
+
+class OwnConfig(transformers.GPT2Config):
+    model_type = "own"
+
+
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """As trust_remote_code brings: transformers' class of this name would compute something else."""
+
+    config_class = OwnConfig
+
+
+def test_inplace_models_of_classes_that_transformers_does_not_have(tmp_path, caplog):
+    moe = upcycle(GPT2LMHeadModel(OwnConfig(**make_dense("gpt2").config.to_diff_dict())), 4, 2)
+    assert "GPT2LMHeadModel is no class of transformers' own: load" in caplog.text
+    moe.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"holds a test_upcycle\.GPT2LMHeadModel, .*pass the class .* as model_class"):
+        load_upcycled(tmp_path / "moe")
+    with pytest.raises(TypeError, match=r"model_class must be a class of transformers' models, got torch\.bfloat16"):
+        load_upcycled(tmp_path / "moe", torch.bfloat16)
+    loaded = load_upcycled(tmp_path / "moe", GPT2LMHeadModel)
+    assert (type(loaded), type(loaded.config)) == (GPT2LMHeadModel, OwnConfig)
+    assert states_equal(moe, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    resumed = copy.deepcopy(moe)
+    with torch.no_grad():
+        next(resumed.parameters()).add_(1)
+    assert _load_saved(resumed, tmp_path / "again")
+    assert states_equal(moe, resumed)
+    caplog.clear()
+    upcycle(make_dense("gpt2"), 4, 2)
+    assert not caplog.text
 
 
 def test_inplace_models_do_not_load_as_dense_ones(tmp_path):
