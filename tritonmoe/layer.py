@@ -246,13 +246,18 @@ class GroupedExperts(nn.Module):
             for number, parameter in enumerate(parameters)
         ]
         weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]
-        if x is None or x.dtype not in (torch.bfloat16, torch.float16) or sharding.mesh is None:
+        if x is None or not self.narrows_to(x.dtype) or find_main_grads(weights) is not None:
             return weights
-        if weights.gate_up_proj.dtype != torch.float32 or find_main_grads(weights) is not None:
-            return weights
-        # So FSDP2's mixed precision casts the parameters that it manages; these it is told to leave alone.
         dtype = x.dtype
         return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
+
+    def narrows_to(self, dtype: torch.dtype) -> bool:
+        """Say whether rows of this dtype get these weights cast to it, but for those with a main_grad.
+
+        So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
+        """
+        is_spread = self._sharding is not None and self._sharding.mesh is not None
+        return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Give _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""

@@ -8,8 +8,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.integrations.transformers import collect_statistics, register
 from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
+from tritonmoe.layer import MoELayer
 from tritonmoe.report.load import write_load_png
 
 SIZES = {
@@ -121,6 +123,32 @@ def test_it_logs_prints_and_draws(tmp_path):
     assert (tmp_path / "again.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="nothing to draw"):
         write_load_png(path, {})
+
+
+@pytest.mark.thorough
+def test_compiled_models_are_refused():
+    """Their code runs without the hooks by which calls are counted: it counted nothing, and said nothing."""
+    torch._dynamo.reset()
+    layer = MoELayer(MoEConfig(8, 4, 4, 2))
+    compiled, x = torch.compile(layer, backend="eager"), torch.randn(5, 8)
+    with pytest.raises(ValueError, match=r"the model \(OptimizedModule\) is compiled"), collect_statistics(compiled):
+        pass
+    with pytest.raises(RuntimeError, match=r"use the model without torch\.compile"), collect_statistics(layer):
+        compiled(x)
+    torch._dynamo.reset()
+    compiled(x)  # now there is code without hooks
+    with pytest.raises(ValueError, match="no experts of MoELayer were called"), collect_statistics(layer):
+        compiled(x)
+    torch._dynamo.reset()
+
+
+def test_statistics_of_nothing_are_refused():
+    layer = MoELayer(MoEConfig(8, 4, 4, 2))
+    with pytest.raises(ValueError, match="no experts of MoELayer were called"), collect_statistics(layer):
+        pass
+    with collect_statistics(layer) as statistics:
+        layer(torch.randn(5, 8))
+        statistics.reset()  # takes back the numbers, not that there was a call
 
 
 def test_a_dense_model_is_refused():

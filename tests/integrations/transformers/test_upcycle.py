@@ -14,9 +14,17 @@ from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, m
 from torch import nn
 
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
-from tritonmoe.integrations.transformers import aux_loss, collect_statistics, load_upcycled, patch, verify_upcycle
+from tritonmoe.integrations.transformers import (
+    aux_loss,
+    collect_statistics,
+    load_upcycled,
+    parallelize,
+    patch,
+    verify_upcycle,
+)
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
+from tritonmoe.integrations.transformers.trainer_checkpoints import _load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import find_blocks
@@ -295,6 +303,52 @@ def test_gradients_reach_every_expert(name):
     assert seen >= 4
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def assert_computes_in_bf16(layer, narrow, x, autocast):
+    """The output, and the gradients of fp32 weights, have the bits of experts that are bf16 themselves."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == x.dtype
+    y.float().square().sum().backward()
+    routing, rows = narrow.router(x), x.bfloat16()
+    expected = narrow.experts(rows, routing.topk_ids, routing.topk_weights)
+    if narrow.shared_expert is not None:
+        ids = torch.zeros(len(rows), 1, dtype=torch.int64)
+        expected = expected + narrow.shared_expert(rows, ids, torch.ones(len(rows), 1))
+    assert torch.equal(y, expected.to(x.dtype))
+    expected.to(x.dtype).float().square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        whole = parameter.grad.full_tensor() if hasattr(parameter, "full_tensor") else parameter.grad
+        assert torch.equal(whole, narrow.get_parameter(name).grad.to(whole.dtype)), name
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one device", "spread"])
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_inplace_experts_compute_in_the_dtype_of_autocast_or_of_narrow_rows(shared_expert, spread, group):
+    """The second as under FSDP2's mixed precision, which leaves fp32 weights of spread experts alone, and no others."""
+    cases = [(True, torch.float32), (True, torch.bfloat16), *([(False, torch.bfloat16)] if spread else [])]
+    for autocast, x_dtype in cases:
+        moe = upcycle(make_dense("gpt2"), 4, 2, init="noise", shared_expert=shared_expert).train()
+        layer = moe.transformer.h[0].mlp.c_fc
+        narrow = copy.deepcopy(layer)
+        narrow.experts.bfloat16()
+        if shared_expert:
+            narrow.shared_expert.bfloat16()
+        if spread:
+            parallelize(moe, group)
+            assert hasattr(layer.experts.down_proj, "full_tensor")
+        if shared_expert and not autocast:
+            layer.shared_expert.bfloat16()
+        x = torch.randn(11, 32, generator=torch.Generator().manual_seed(2)).to(x_dtype)
+        assert_computes_in_bf16(layer, narrow, x, autocast)
+
+
 # Ties of the router
 
 
@@ -497,6 +551,38 @@ def test_inplace_models_save_and_load(name, tmp_path):
     assert states_equal(load_upcycled(tmp_path / "changed"), again)
 
 
+class OwnConfig(transformers.GPT2Config):
+    model_type = "own"
+
+
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """As trust_remote_code brings: transformers' class of this name would compute something else."""
+
+    config_class = OwnConfig
+
+
+def test_inplace_models_of_classes_that_transformers_does_not_have(tmp_path, caplog):
+    moe = upcycle(GPT2LMHeadModel(OwnConfig(**make_dense("gpt2").config.to_diff_dict())), 4, 2)
+    assert "GPT2LMHeadModel is no class of transformers' own: load" in caplog.text
+    moe.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"holds a test_upcycle\.GPT2LMHeadModel, .*pass the class .* as model_class"):
+        load_upcycled(tmp_path / "moe")
+    with pytest.raises(TypeError, match=r"model_class must be a class of transformers' models, got torch\.bfloat16"):
+        load_upcycled(tmp_path / "moe", torch.bfloat16)
+    loaded = load_upcycled(tmp_path / "moe", GPT2LMHeadModel)
+    assert (type(loaded), type(loaded.config)) == (GPT2LMHeadModel, OwnConfig)
+    assert states_equal(moe, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    resumed = copy.deepcopy(moe)
+    with torch.no_grad():
+        next(resumed.parameters()).add_(1)
+    assert _load_saved(resumed, tmp_path / "again")
+    assert states_equal(moe, resumed)
+    caplog.clear()
+    upcycle(make_dense("gpt2"), 4, 2)
+    assert not caplog.text
+
+
 def test_inplace_models_do_not_load_as_dense_ones(tmp_path):
     upcycle(make_dense("gpt2"), 4, 2).save_pretrained(tmp_path / "moe")
     with pytest.raises(OSError, match="no file named"):
@@ -630,6 +716,18 @@ def test_models_that_can_not_be_upcycled():
         assert not hasattr(upcycle(dequantised, 4, 2).config, "quantization_config")
     with pytest.raises(ValueError, match="spread over"):
         upcycle(make_dense("llama").to("meta"), 4, 2)
+
+
+@pytest.mark.parametrize("width", [48, 32])  # of 32 the norm is as wide as the model
+def test_blocks_with_a_norm_between_their_linears_are_no_blocks(width):
+    bitnet = transformers.BitNetForCausalLM(transformers.BitNetConfig(**{**LLAMA_LIKE, "intermediate_size": width}))
+    with pytest.raises(ValueError, match=r"found no dense .* in BitNetForCausalLM: .* nothing else of width F"):
+        upcycle(bitnet, 4, 2)
+    text = {"vocab_size": 64, "embed_dim": 32, "layers": 2, "ffn_dim": width, "attention_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Kosmos2Config(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 4})
+    found = find_blocks(transformers.Kosmos2ForConditionalGeneration(config))
+    assert [block.path for block in found] == ["vision_model.model.encoder.layers.0.mlp.fc1"]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

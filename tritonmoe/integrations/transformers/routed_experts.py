@@ -1,18 +1,35 @@
 """Which modules of a model get routed tokens, of transformers and of tritonmoe, and which block routes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.layer import MoELayer
+from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.wrappers import COPIES, INSIDE
 from tritonmoe.transports import Transport
 
-__all__ = ["RoutedExperts", "routed_experts", "routed_ids"]
+__all__ = [
+    "COMPILED",
+    "RoutedExperts",
+    "refuse_compiler",
+    "routed_experts",
+    "routed_ids",
+    "uncompiled_experts",
+    "watched_routing",
+]
 
+COMPILED = (
+    "compiled code doesn't call the hooks by which routing is recorded, replayed and counted: use the model without "
+    "torch.compile meanwhile, and generate(..., disable_compile=True)"
+)
 WRAPPERS = {*INSIDE, "original_module", COPIES}
 """What wrappers call the module inside."""
 PREFIXES = ("module.", "base_model.model.")
@@ -66,6 +83,62 @@ def routed_ids(arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) ->
     assert topk_ids is not None
     assert topk_weights is not None
     return topk_ids, topk_weights
+
+
+def uncompiled_experts(model: nn.Module) -> dict[str, RoutedExperts]:
+    """Give routed_experts() of a model of transformers.
+
+    Raises:
+        ValueError: as routed_experts(); the model, or a module of it, is compiled.
+        ImportError: transformers is missing or too old.
+    """
+    check_transformers()
+    check_model(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) is compiled: {COMPILED}")
+    return routed_experts(model)
+
+
+def refuse_compiler() -> None:
+    """Raise RuntimeError where torch.compile traces this code, or would trace what this code calls."""
+    if torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None:
+        raise RuntimeError(COMPILED)
+
+
+@contextmanager
+def watched_routing(
+    model: nn.Module, found: Mapping[str, RoutedExperts], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `see` with name, ids and weights in each call of experts of `model` while the context lasts, but recomputes.
+
+    Raises:
+        RuntimeError: in a call that is being compiled. ValueError: at the end: nothing was seen.
+    """
+    was_seen = False
+
+    def watch(name: str, module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        nonlocal was_seen
+        if module is not found[name].experts:  # a copy of the model, which has the hooks too
+            return
+        refuse_compiler()
+        if not is_recomputing():
+            was_seen = True
+            see(name, *routed_ids(arguments, keywords))
+
+    hooks = [
+        routed.experts.register_forward_pre_hook(
+            lambda module, arguments, keywords, name=name: watch(name, module, arguments, keywords), with_kwargs=True
+        )
+        for name, routed in found.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not was_seen:
+        raise ValueError(f"no experts of {type(model).__name__} were called in this context; {COMPILED}")
 
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:

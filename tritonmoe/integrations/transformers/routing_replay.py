@@ -5,25 +5,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
-from torch._C._dynamo import eval_frame
 from torch.utils.hooks import RemovableHandle
 
 from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.routed_experts import RoutedExperts, routed_experts, routed_ids
+from tritonmoe.integrations.transformers.routed_experts import (
+    COMPILED,
+    RoutedExperts,
+    refuse_compiler,
+    routed_ids,
+    uncompiled_experts,
+    watched_routing,
+)
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing.recording import RoutingRecording, check_same_layers
 from tritonmoe.routing.replay import LayerReplay
 from tritonmoe.runtime.autograd import is_recomputing
 
 __all__ = ["record_routing", "replay_routing"]
-
-COMPILED = (
-    "compiled code doesn't call the hooks by which routing is recorded and replayed: use the model without "
-    "torch.compile meanwhile, and generate(..., disable_compile=True)"
-)
 
 
 @contextmanager
@@ -48,33 +47,15 @@ def record_routing(
         with tmt.record_routing(model) as recording:
             model(**batch)
     """
-    found = _find(model)
+    found = uncompiled_experts(model)
     recording = RoutingRecording()
 
-    def record(
-        module: nn.Module, routed: RoutedExperts, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]
-    ) -> None:
-        if module is not routed.experts:  # a copy of the model, which has the hooks too
-            return
-        _refuse_compiler()
-        if not is_recomputing():
-            topk_ids, topk_weights = routed_ids(arguments, keywords)
-            recording.add(routed.layer, topk_ids, routed.num_experts, topk_weights if weights else None)
+    def record(name: str, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        routed = found[name]
+        recording.add(routed.layer, topk_ids, routed.num_experts, topk_weights if weights else None)
 
-    hooks = [
-        routed.experts.register_forward_pre_hook(
-            lambda module, arguments, keywords, routed=routed: record(module, routed, arguments, keywords),
-            with_kwargs=True,
-        )
-        for routed in found.values()
-    ]
-    try:
+    with watched_routing(model, found, record):
         yield recording
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not recording.layers:
-        raise ValueError(f"no experts of {type(model).__name__} were called while its routing was recorded; {COMPILED}")
     for layer in recording.layers.values():
         _ = layer.topk_ids  # raises where some are not in [0, E)
     if path is not None:
@@ -103,7 +84,7 @@ def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator[No
         raise TypeError(
             f"recording must be a RoutingRecording, got {type(recording).__name__}: RoutingRecording.load()"
         )
-    found = _find(model)
+    found = uncompiled_experts(model)
     owner = f"this {type(model).__name__}"
     check_same_layers(recording, {routed.layer: routed.num_experts for routed in found.values()}, owner)
     replay = _Replay(model, found, recording)
@@ -141,7 +122,7 @@ class _Replay:
         def start(module: nn.Module, _: object) -> None:
             if module is not block:  # a copy of the model, which has the hooks too
                 return
-            _refuse_compiler()
+            refuse_compiler()
             self._drop_hooks()
             layer.start()
 
@@ -189,18 +170,3 @@ class _Replay:
                     f"the recording has {len(layer.recording.num_tokens)} calls of {layer.name}, and {layer.next_call} "
                     f"were replayed: run as many forwards as were recorded, or rearrange the recording; {COMPILED}"
                 )
-
-
-def _refuse_compiler() -> None:
-    """Raise RuntimeError where torch.compile traces this code, or would trace what this code calls."""
-    if torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None:
-        raise RuntimeError(COMPILED)
-
-
-def _find(model: nn.Module) -> dict[str, RoutedExperts]:
-    check_transformers()
-    check_model(model)
-    for name, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{name or 'the model'} ({type(module).__name__}) is compiled: {COMPILED}")
-    return routed_experts(model)

@@ -198,11 +198,11 @@ def _load_saved(model: nn.Module, directory: Path) -> bool:
 
     On disk most families have one tensor an expert, under another name, which load_state_dict passes over.
     """
+    model_class: Any = type(model)
     if (directory / DESCRIPTION_FILE).exists():
-        loaded: Any = load_upcycled(directory)
+        loaded: Any = load_upcycled(directory, model_class)
     elif hasattr(type(model), "from_pretrained") and not saves_adapters(model):
         widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-        model_class: Any = type(model)
         loaded = model_class.from_pretrained(directory, dtype=widest)  # rounds nothing
     else:
         return False

@@ -13,18 +13,18 @@ from tritonmoe.runtime.files import read_json
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_skeleton", "find_model_class", "read_config", "read_generation_config"]
+__all__ = ["build_skeleton", "find_model_class", "model_name", "read_config", "read_generation_config"]
 
 
-def read_config(directory: Path) -> "PreTrainedConfig":
-    """Give the config that config.json describes; no code that it names is run.
+def read_config(directory: Path, kind: "type[PreTrainedConfig] | None" = None) -> "PreTrainedConfig":
+    """Give the config that config.json describes, of this kind or the one that it names; no code that it names is run.
 
     Raises:
         ValueError: it is missing or damaged, or transformers refuses it. ImportError: it needs another package.
     """
     import transformers
 
-    return _read(directory, "config.json", transformers.AutoConfig, trust_remote_code=False)
+    return _read(directory, "config.json", kind or transformers.AutoConfig, trust_remote_code=False)
 
 
 def read_generation_config(directory: Path) -> "GenerationConfig | None":
@@ -57,6 +57,12 @@ def find_model_class(name: object) -> "type[PreTrainedModel] | None":
 
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def model_name(model_class: type) -> str:
+    """Give the name by which find_model_class finds this class; of others the full name, by which it finds none."""
+    name = model_class.__name__
+    return name if find_model_class(name) is model_class else f"{model_class.__module__}.{model_class.__qualname__}"
 
 
 def build_skeleton(

@@ -164,7 +164,7 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
         known = ", ".join(f"{n.gate + '/' if n.gate else ''}{n.up}/{n.down}" for n in NAMES if not n.shared)
         raise ValueError(
             f"found no dense feed-forward block in {name}: none of its modules holds linears (D to F and F back to D) "
-            f"called {known}"
+            f"called {known}, and nothing else of width F beside them"
         )
     _refuse_tied(model, blocks)
     return blocks
@@ -227,6 +227,8 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
         id(p) for linear in (up, down, gate) if linear is not None for p in linear.parameters()
     }:
         return None  # it computes something else as well
+    if not names.whole and _holds_more(module, names, width):
+        return None
     prefix = f"{path}." if path else ""
     holder_path = f"{prefix}{names.up}".rpartition(".")[0]
     holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module
@@ -256,6 +258,19 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
         whole=names.whole,
         inner_dropouts=dropouts,
     )
+
+
+def _holds_more(module: nn.Module, names: _Names, width: int) -> bool:
+    """Say whether another parameter is as wide as what `up` hands to `down`: that of a norm between them, or of a gate.
+
+    It is looked for where the linears are and one module below: deeper, an attention's may have that width by chance.
+    """
+    for holder in {"", names.up.rpartition(".")[0], names.down.rpartition(".")[0]}:
+        linears = tuple(f"{name.removeprefix(holder).lstrip('.')}." for name in (names.up, names.down))
+        for name, parameter in module.get_submodule(holder).named_parameters():
+            if name.count(".") <= 1 and not name.startswith(linears) and width in parameter.shape:
+                return True
+    return False
 
 
 def refuse_quantised(model: nn.Module) -> None:

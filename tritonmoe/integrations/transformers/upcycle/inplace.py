@@ -13,7 +13,8 @@ from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
 from tritonmoe.layer import GroupedExperts, MoELayer
-from tritonmoe.runtime.wrappers import COPIES, inside_wrapper
+from tritonmoe.runtime.autograd import is_autocast_on
+from tritonmoe.runtime.wrappers import COPIES, innermost, inside_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,9 @@ log = logging.getLogger("tritonmoe")
 class UpcycledFFN(MoELayer):
     """The MoE layer that stands where a dense block or its first linear stood; (..., D) -> (..., D), in x.dtype.
 
-    The experts compute in the dtype of their weights, under autocast too. With a shared expert, which every token
-    reaches, its output is added to that of the routed ones.
+    The experts compute in autocast's dtype under autocast, else in that of their weights; spread ones that are fp32, in
+    that of narrower rows, as GroupedExperts does. With a shared expert, which every token reaches, its output is added
+    to that of the routed ones.
     """
 
     def __init__(self, config: MoEConfig, shared_width: int | None, **factory: Any) -> None:
@@ -47,15 +49,25 @@ class UpcycledFFN(MoELayer):
     def forward(
         self, x: Tensor, *, adapters: ExpertAdapters | None = None, fillers: Sequence[Callable[[], None]] = ()
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.to(self.grouped_experts.gate_up_proj.dtype)
-            y = super().forward(rows, adapters=adapters, fillers=fillers)
-            if self.shared_expert is not None:
-                flat = rows.reshape(-1, rows.shape[-1])
-                ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
-                ones = torch.ones(flat.shape[0], 1, device=flat.device)
-                y = y + self.shared_expert(flat, ids, ones).view(y.shape)
+        y = super().forward(_rows(x, self.grouped_experts), adapters=adapters, fillers=fillers)
+        if self.shared_expert is not None:
+            flat = _rows(x, self.shared_expert).reshape(-1, x.shape[-1])
+            ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
+            ones = torch.ones(flat.shape[0], 1, device=flat.device)
+            y = y + self.shared_expert(flat, ids, ones).view(y.shape)
         return y.to(x.dtype)
+
+
+def _rows(x: Tensor, module: nn.Module) -> Tensor:
+    """Give x in the dtype of these experts' weights; as it is where the call itself casts."""
+    experts = innermost(module)
+    assert isinstance(experts, GroupedExperts)
+    weight = experts.gate_up_proj
+    if is_autocast_on(x.device) and torch.float64 not in (x.dtype, weight.dtype):
+        return x
+    if experts.narrows_to(x.dtype) and not hasattr(weight, "main_grad"):
+        return x
+    return x.to(weight.dtype)
 
 
 def aux_loss(model: nn.Module) -> Tensor:

@@ -16,6 +16,7 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_files import Checkpo
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
     build_skeleton,
     find_model_class,
+    model_name,
     read_config,
     read_generation_config,
 )
@@ -27,7 +28,7 @@ from tritonmoe.integrations.transformers.upcycle.native import build_model
 from tritonmoe.runtime.files import Json, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["DESCRIPTION_FILE", "WEIGHTS_STEM", "load_upcycled", "remember_conversion", "write_description"]
 
@@ -75,7 +76,7 @@ def save_pretrained(
         writer.close()
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)
-        _write(directory, type(model).__name__, model.config, model.upcycling)
+        _write(directory, model.config, model.upcycling)
 
 
 def _is_no_weight_of_another(name: str) -> bool:
@@ -84,7 +85,7 @@ def _is_no_weight_of_another(name: str) -> bool:
 
 def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
     """Let the model know how it was made, save itself that way, and add its auxiliary loss to its own."""
-    model.upcycling = _describe(conversion)
+    model.upcycling = _describe(model_name(type(model)), conversion)
     model.save_pretrained = functools.partial(
         save_pretrained, model
     )  # a bound method would be the class's when unpickled
@@ -95,17 +96,24 @@ def write_description(
     directory: Path, class_name: str, config: "PreTrainedConfig", conversion: InplaceConversion
 ) -> None:
     """Write config.json and the description; last, since a directory without them does not load."""
-    _write(directory, class_name, config, _describe(conversion))
+    _write(directory, config, _describe(class_name, conversion))
 
 
-def load_upcycled(directory: str | os.PathLike, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load_upcycled(
+    directory: str | os.PathLike,
+    model_class: "type[PreTrainedModel] | None" = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Load a model that was upcycled in place: the dense architecture is built, converted again, and filled.
 
     Args:
         directory: what save_pretrained of such a model, or upcycle_checkpoint(target="inplace"), wrote.
+        model_class: that of the dense model, where transformers doesn't have it: of trust_remote_code, or your own.
         dtype: None keeps that of the checkpoint.
     Raises:
-        ValueError: it is no such directory, is not whole, or this transformers finds other blocks in the model.
+        ValueError: it is no such directory, is not whole, transformers doesn't have its class, or this transformers
+            finds other blocks in the model. TypeError: model_class is no class of models.
         ImportError: transformers is missing or older than 5.7.
     """
     check_transformers()
@@ -113,16 +121,23 @@ def load_upcycled(directory: str | os.PathLike, *, dtype: torch.dtype | None = N
 
     directory = Path(directory)
     class_name, settings, paths = _read_description(directory)
-    model_class = find_model_class(class_name)
+    config_class = None
+    if model_class is not None:
+        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+            raise TypeError(f"model_class must be a class of transformers' models, got {model_class!r}")
+        config_class = model_class.config_class
+    else:
+        model_class = find_model_class(class_name)
     if model_class is None:
         raise ValueError(
-            f"{directory} holds a {class_name}, which transformers {transformers.__version__} doesn't have"
+            f"{directory} holds a {class_name}, which transformers {transformers.__version__} doesn't have: pass the "
+            "class of the dense model as model_class"
         )
     reader = CheckpointReader(directory, WEIGHTS_STEM)
     first_router = f"{next(iter(paths.values()))}.router.weight"
     if first_router not in reader:
         raise ValueError(f"{directory} does not fit its {DESCRIPTION_FILE}: it has no {first_router}")
-    config = read_config(directory)
+    config = read_config(directory, config_class)
     stored_dtype = reader.dtype(first_router)
     skeleton = build_skeleton(model_class, config, stored_dtype, reader)
     _check_shapes(skeleton, settings, _described_blocks(skeleton, paths, directory), reader)
@@ -196,15 +211,16 @@ def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, 
     raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
 
 
-def _describe(conversion: InplaceConversion) -> Json:
+def _describe(class_name: str, conversion: InplaceConversion) -> Json:
     return {
+        "model_class": class_name,
         "format": FORMAT,
         "settings": conversion.settings.as_dict(),
         "blocks": {str(block.index): block.path for block in conversion.blocks},
     }
 
 
-def _write(directory: Path, class_name: str, config: "PreTrainedConfig", description: Json) -> None:
+def _write(directory: Path, config: "PreTrainedConfig", description: Json) -> None:
     config.save_pretrained(directory)
-    text = json.dumps({"model_class": class_name, **description}, indent=2)
+    text = json.dumps(description, indent=2)
     (directory / DESCRIPTION_FILE).write_text(text + "\n")

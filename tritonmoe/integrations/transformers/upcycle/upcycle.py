@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.upcycle.checkpoint_model import find_model_class
 from tritonmoe.integrations.transformers.upcycle.expert_init import Init, UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, find_blocks, select_blocks
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion
@@ -79,6 +80,12 @@ def upcycle(
         from tritonmoe.integrations.transformers.upcycle.saved import remember_conversion
 
         remember_conversion(converted, conversion)
+        if find_model_class(type(model).__name__) is not type(model):
+            log.warning(
+                "%s is no class of transformers' own: load what save_pretrained of this model writes by "
+                "load_upcycled(directory, model_class=...)",
+                type(model).__qualname__,
+            )
     return converted
 
 
