@@ -17,6 +17,7 @@ from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.whole_states import StateDict, whole, whole_forms
@@ -59,7 +60,10 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
 
 
 def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
-    check_hands_over(name, getattr(block, own_name))
+    wrapper = getattr(block, own_name)  # the experts, or PEFT's around them
+    check_hands_over(name, wrapper)
+    for module in (block, wrapper, experts):
+        check_forward(name, module)
     _check_implementation(name, experts.config._experts_implementation)
 
 
