@@ -288,6 +288,24 @@ def test_quantised_experts_classes_are_refused():
         patch(nn.Sequential(FP8Experts(config, block_size=(8, 8))))
 
 
+def test_mxfp4_experts_on_a_gpu_which_have_no_quantised_parameter_are_refused():
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    config = transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts = Mxfp4GptOssExperts(config)
+        for name in ("gate_up_proj", "down_proj"):
+            del experts._parameters[name]
+            setattr(experts, name, object())  # a tensor of Triton's
+    model.config.quantization_config = transformers.Mxfp4Config()
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(
+            ValueError, match=r"Mxfp4GptOssExperts.* are quantised \(mxfp4\).*Mxfp4Config\(dequantize=True"
+        ):
+            patch(whole)
+
+
 def test_a_model_upcycled_in_place_runs_tritonmoe_already():
     with pytest.raises(ValueError, match="was upcycled in place, and its experts are tritonmoe's already"):
         patch(upcycle(gpt2(), 4, 2))

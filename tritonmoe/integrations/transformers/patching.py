@@ -10,7 +10,12 @@ from torch import nn
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.registration import register
-from tritonmoe.integrations.transformers.requirements import check_forward, check_model, quantised_kind
+from tritonmoe.integrations.transformers.requirements import (
+    check_forward,
+    check_model,
+    quantisation_method,
+    quantised_kind,
+)
 from tritonmoe.layer import MoELayer
 
 __all__ = ["PatchReport", "patch"]
@@ -96,11 +101,15 @@ def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str
 
 def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
     quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
+    kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
+    method = quantisation_method(model)
+    if not quantised and not found and method is not None:  # MXFP4 on a GPU is in no parameter
+        quantised, kinds = left, [method]
     if quantised:
-        kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
         raise ValueError(
             f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}), and tritonmoe has no quantised "
-            "arithmetic: load the model without quantization_config, or dequantize it"
+            "arithmetic: load the model without quantization_config or, where its checkpoint is quantised, with "
+            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True), as its method is"
         )
     if found:
         _check_forwards(model, found)

@@ -13,6 +13,7 @@ __all__ = [
     "check_forward",
     "check_model",
     "check_transformers",
+    "quantisation_method",
     "quantised_kind",
 ]
 
@@ -65,6 +66,19 @@ def check_forward(name: str, module: nn.Module) -> None:
             'liger_kernel_config={"swiglu": False}) beside use_liger_kernel=True; a function of your own that calls '
             "the forward of the class says so with functools.wraps"
         )
+
+
+def quantisation_method(model: nn.Module) -> str | None:
+    """Say what a config in `model` calls its quantisation, as "mxfp4"; None for none, and for that of GGUF.
+
+    Weights of a GGUF file are dequantised when they are loaded.
+    """
+    for module in model.modules():
+        found = getattr(getattr(module, "config", None), "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+        if method not in (None, "gguf"):
+            return str(getattr(method, "value", method))
+    return None
 
 
 def quantised_kind(weight: Tensor) -> str | None:
