@@ -4,6 +4,7 @@ Each case compares with one process on the whole batch, computed here by transfo
 the rank, and with it the test.
 """
 
+import copy
 import importlib.util
 import os
 import sys
@@ -129,8 +130,9 @@ def run_parallelized(name: str, directory: Path) -> None:
     assert {(len(load), sum(load)) for load in statistics.loads.values()} == {(8, ids[own].numel() * 3)}
     # a rank whose text has ended helps the others to the end of theirs
     num_new = 6 if rank == 0 else 2
-    shorter = model.generate(ids[own, :4], max_new_tokens=num_new, do_sample=False, synced_gpus=True)
-    assert torch.equal(shorter, tokens[own, : 4 + num_new])
+    for part, settings in ((model, {}), (copy.deepcopy(model), {"synced_gpus": False})):  # as TRL and Seq2SeqTrainer do
+        shorter = part.generate(ids[own, :4], max_new_tokens=num_new, do_sample=False, **settings)
+        assert torch.equal(shorter, tokens[own, : 4 + num_new])
     # a rank without a single token takes part all the same
     experts = model.model.layers[0].mlp.experts
     rows = 3 if rank == 0 else 0
@@ -471,6 +473,8 @@ def run_refused(name: str, directory: Path) -> None:
         wrapped = get_peft_model(make_model("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
         tmt.parallelize(wrapped, dist.group.WORLD)
         wrapped.set_experts_implementation("tritonmoe")
+        longer = wrapped.generate(input_ids=batch()[:, :4], max_new_tokens=2 + 2 * rank, do_sample=False)
+        assert longer.shape == (4, 6 + 2 * rank)
         with pytest.raises(ValueError, match="the experts of MixtralForCausalLM are spread"):
             wrapped.set_experts_implementation("eager")
 

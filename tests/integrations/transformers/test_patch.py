@@ -1,8 +1,11 @@
 """patch(): what is switched is counted and named; where nothing can be, it says so and changes nothing."""
 
 import copy
+import functools
 import logging
 import pickle
+import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -166,6 +169,81 @@ def test_quantised_experts_are_refused_and_nothing_is_changed(kind, group):
         assert type(experts.gate_up_proj) is nn.Parameter
 
 
+def replace_forward(module: nn.Module) -> None:
+    """As Liger, in Trainer.train(), and `kernels`, for use_kernels=True, do."""
+
+    def forward(self: nn.Module, hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
+        return hidden_states
+
+    module.forward = types.MethodType(forward, module)
+
+
+REPLACED = r"layers\.1\.mlp\.experts can't run through tritonmoe: \S+forward has taken the place of .* of "
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("model.layers.1.mlp", "MixtralSparseMoeBlock"), ("model.layers.1.mlp.experts", "MixtralExperts")],
+)
+def test_a_replaced_forward_is_refused_when_patched_and_when_spread(path, kind, group):
+    model, ids = mixtral(), torch.arange(2, 12)[None]
+    before = model.config._experts_implementation
+    replace_forward(model.get_submodule(path))
+    for change in (patch, lambda model: parallelize(model, group)):
+        with pytest.raises(ValueError, match=rf"{REPLACED}{kind}\..*liger_kernel_config"):
+            change(model)
+    assert model.config._experts_implementation == before
+    model = mixtral()
+    parallelize(model, group)
+    model(ids)
+    replace_forward(model.get_submodule(path))
+    with pytest.raises(ValueError, match=REPLACED + kind):
+        model(ids)
+
+
+def test_a_replaced_forward_of_pefts_wrapper_is_refused(group):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = peft.get_peft_model(mixtral(), config)
+    replace_forward(model.base_model.model.model.layers[1].mlp.experts)
+    with pytest.raises(ValueError, match="has taken the place of the forward of ParamWrapper"):
+        patch(model)
+    model = mixtral()
+    parallelize(model, group)
+    adapted = peft.get_peft_model(model, config)
+    adapted(torch.arange(2, 12)[None])
+    replace_forward(model.model.layers[1].mlp.experts)
+    with pytest.raises(ValueError, match="has taken the place of the forward of ParamWrapper"):
+        adapted(torch.arange(2, 12)[None])
+
+
+def hooked_by_accelerate(module: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+def spread_at_loading(module: nn.Module) -> None:
+    expert_parallel = pytest.importorskip("transformers.distributed.expert_parallel")  # transformers 5.23
+    expert_parallel.ExpertParallelLayer().install_forward(module, None)
+
+
+def wrapped(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = functools.wraps(forward)(lambda *args: forward(*args))
+
+
+@pytest.mark.parametrize("wrap", [hooked_by_accelerate, spread_at_loading, wrapped])
+def test_a_forward_that_calls_that_of_the_class_is_none_of_another(wrap: Callable, num_calls, group):
+    model, ids = mixtral(), torch.arange(2, 12)[None]
+    for module in (model.model.layers[1].mlp, model.model.layers[1].mlp.experts):
+        wrap(module)
+    assert patch(model).num_switched == 2
+    assert len(model(ids).logits) == 1
+    assert len(num_calls) == 2
+    parallelize(model, group)
+    model(ids)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,6 +286,24 @@ def test_quantised_experts_classes_are_refused():
     config = transformers.MixtralConfig(**SIZES, num_local_experts=6, hidden_act="silu")
     with pytest.raises(ValueError, match=r"0 \(FP8Experts\) are quantised"):
         patch(nn.Sequential(FP8Experts(config, block_size=(8, 8))))
+
+
+def test_mxfp4_experts_on_a_gpu_which_have_no_quantised_parameter_are_refused():
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    config = transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts = Mxfp4GptOssExperts(config)
+        for name in ("gate_up_proj", "down_proj"):
+            del experts._parameters[name]
+            setattr(experts, name, object())  # a tensor of Triton's
+    model.config.quantization_config = transformers.Mxfp4Config()
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(
+            ValueError, match=r"Mxfp4GptOssExperts.* are quantised \(mxfp4\).*Mxfp4Config\(dequantize=True"
+        ):
+            patch(whole)
 
 
 def test_a_model_upcycled_in_place_runs_tritonmoe_already():

@@ -17,6 +17,7 @@ import tritonmoe as tm
 from tritonmoe.experts.adapters import noted_factors
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
+from tritonmoe.integrations.transformers.sharding import note_transport
 from tritonmoe.transports import LocalTransport, Transport
 
 peft = pytest.importorskip("peft")
@@ -302,6 +303,23 @@ def test_ranks_with_another_scale_of_an_adapter_are_told() -> None:
         wrapper.scaling["default"] *= 1 + transport.rank
         with pytest.raises(tm.CountMismatch, match="are active in this layer call, and with what scale"):
             model(torch.randn(3, 16))
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "tritonmoe"])
+def test_experts_that_transformers_has_spread_are_refused(implementation: str) -> None:
+    """With DistributedConfig(ep_implementation="tritonmoe") they may have any experts_implementation."""
+    register()
+    adapted = adapt(qwen3_moe())
+    adapted.get_base_model().set_experts_implementation(implementation)
+
+    def on_rank(transport: Transport) -> None:
+        model = copy.deepcopy(adapted)
+        for experts in discovery.experts_modules(model).values():
+            note_transport(experts, transport)
+        with pytest.raises(ValueError, match=r"adapters of its own experts alone.* instead of ep_implementation"):
+            model(token_ids())
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 

@@ -10,7 +10,12 @@ from torch import nn
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.registration import register
-from tritonmoe.integrations.transformers.requirements import check_model, quantised_kind
+from tritonmoe.integrations.transformers.requirements import (
+    check_forward,
+    check_model,
+    quantisation_method,
+    quantised_kind,
+)
 from tritonmoe.layer import MoELayer
 
 __all__ = ["PatchReport", "patch"]
@@ -61,7 +66,8 @@ def patch(model: nn.Module) -> PatchReport:
 
     Raises:
         ValueError: nothing can be switched (a dense model, or a family whose experts ask no registry: llama4, dbrx,
-            jetmoe, switch_transformers, ...), or experts are quantised. The modules are named, and nothing is changed.
+            jetmoe, switch_transformers, ...), experts are quantised, or a library of kernels has replaced the forward
+            of experts or of their block. The modules are named, and nothing is changed.
         TypeError: `model` is none. ImportError: transformers is missing or older than 5.7.
     """
     register()
@@ -95,13 +101,18 @@ def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str
 
 def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
     quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
+    kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
+    method = quantisation_method(model)
+    if not quantised and not found and method is not None:  # MXFP4 on a GPU is in no parameter
+        quantised, kinds = left, [method]
     if quantised:
-        kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
         raise ValueError(
             f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}), and tritonmoe has no quantised "
-            "arithmetic: load the model without quantization_config, or dequantize it"
+            "arithmetic: load the model without quantization_config or, where its checkpoint is quantised, with "
+            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True), as its method is"
         )
     if found:
+        _check_forwards(model, found)
         return
     if any(isinstance(module, MoELayer) for module in model.modules()):
         raise ValueError(
@@ -119,6 +130,14 @@ def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.
         f"nothing to switch in {type(model).__name__}: it has no experts{blocks}; `tritonmoe models` lists the "
         "families that have some"
     )
+
+
+def _check_forwards(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    for name in found:
+        parts = name.split(".")
+        end = parts.index("base_layer") if "base_layer" in parts else len(parts)  # PEFT's wrappers stand between
+        for length in range(end - 1, len(parts) + 1):  # from the block to the experts
+            check_forward(name, model.get_submodule(".".join(parts[:length])))
 
 
 def _quantised_kinds(module: nn.Module) -> set[str]:

@@ -149,17 +149,17 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     active = [name for name in active_adapters if name in wrapper.lora_A]
     if not active:
         return ""
-    if not isinstance(experts, GroupedExperts):
-        if getattr(getattr(experts, "config", None), "_experts_implementation", None) != EXPERTS_IMPLEMENTATION:
-            return ""
-        if not is_experts(experts):
-            return ""
     transport = transport_of(experts)
     if transport is not None and transport.size > 1 and not _has_all_experts(wrapper):
         return (
             "every rank would have adapters of its own experts alone, under the same names: spread the experts with "
             "parallelize(), over ranks of torch.distributed, instead of ep_implementation"
         )
+    if not isinstance(experts, GroupedExperts):
+        if getattr(getattr(experts, "config", None), "_experts_implementation", None) != EXPERTS_IMPLEMENTATION:
+            return ""
+        if not is_experts(experts):
+            return ""
     if len(active) > 1:
         return f"{len(active)} adapters are active at once, which only PEFT's own way runs: activate one"
     shape = wrapper.get_param().shape

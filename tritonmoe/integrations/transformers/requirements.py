@@ -1,12 +1,21 @@
-"""Checks before anything starts: transformers is new enough, a model is a module, weights are not quantised."""
+"""Checks before anything starts: of transformers' version, of a model and its forwards, and of quantised weights."""
 
 import importlib.metadata
+import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["MINIMUM_TRANSFORMERS", "WEIGHT_DTYPES", "check_model", "check_transformers", "quantised_kind"]
+__all__ = [
+    "MINIMUM_TRANSFORMERS",
+    "WEIGHT_DTYPES",
+    "check_forward",
+    "check_model",
+    "check_transformers",
+    "quantisation_method",
+    "quantised_kind",
+]
 
 MINIMUM_TRANSFORMERS = (5, 7)
 """Earlier releases accept only their own names for experts_implementation."""
@@ -36,6 +45,40 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = ": load it first, with from_pretrained()" if isinstance(model, str) else ""
         raise TypeError(f"model must be a model of transformers, got {model!r}{hint}")
+
+
+def check_forward(name: str, module: nn.Module) -> None:
+    """Raise ValueError where another forward than its class's stands on this module, through which experts `name` run.
+
+    Whole models pass, whose loss may be another's, and what says that it wraps that of the class (accelerate's hooks).
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None or hasattr(module, "save_pretrained"):
+        return
+    own = type(module).forward
+    forward = inspect.unwrap(forward, stop=lambda inner: getattr(inner, "__func__", inner) is own)
+    where, what = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", type(forward).__name__)
+    is_expert_parallel = str(where).startswith("transformers.distributed.")
+    if getattr(forward, "__func__", forward) is not own and not is_expert_parallel:
+        raise ValueError(
+            f"{name} can't run through tritonmoe: {where}.{what} has taken the place of the forward of "
+            f"{type(module).__name__}. Load the model without use_kernels=True; give TrainingArguments("
+            'liger_kernel_config={"swiglu": False}) beside use_liger_kernel=True; a function of your own that calls '
+            "the forward of the class says so with functools.wraps"
+        )
+
+
+def quantisation_method(model: nn.Module) -> str | None:
+    """Say what a config in `model` calls its quantisation, as "mxfp4"; None for none, and for that of GGUF.
+
+    Weights of a GGUF file are dequantised when they are loaded.
+    """
+    for module in model.modules():
+        found = getattr(getattr(module, "config", None), "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+        if method not in (None, "gguf"):
+            return str(getattr(method, "value", method))
+    return None
 
 
 def quantised_kind(weight: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""What changes in a model whose experts are spread over ranks: it saves itself gathered, and refuses some calls.
+"""What changes in a model whose experts are spread over ranks: how it saves itself and generates, and what it refuses.
 
 Without that, what only whole experts can do ends in DTensor's own errors, deep inside a forward.
 """
@@ -17,6 +17,7 @@ from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
 from tritonmoe.transports.sharding.whole_states import StateDict, whole, whole_forms
@@ -32,7 +33,7 @@ MAX_NAMED = 8
 
 
 def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None:
-    """Give every model of transformers in `model` its own save_pretrained and set_experts_implementation.
+    """Give every model of transformers in `model` its own save_pretrained, set_experts_implementation and generate.
 
     The blocks around the experts check before each forward what can be changed without these.
 
@@ -49,6 +50,8 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
             own.save_pretrained = functools.partial(_save_gathered, own, save)
             if hasattr(type(own), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
                 own.set_experts_implementation = functools.partial(_set_experts_implementation, own)
+                if hasattr(type(own), "generate") and _is_over_whole_job(own):
+                    own.generate = functools.partial(_generate, own)
     for name, experts in found.items():
         block_name, _, own_name = name.rpartition(".")
         if own_name:
@@ -57,7 +60,10 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
 
 
 def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
-    check_hands_over(name, getattr(block, own_name))
+    wrapper = getattr(block, own_name)  # the experts, or PEFT's around them
+    check_hands_over(name, wrapper)
+    for module in (block, wrapper, experts):
+        check_forward(name, module)
     _check_implementation(name, experts.config._experts_implementation)
 
 
@@ -75,6 +81,19 @@ def _set_experts_implementation(model: "PreTrainedModel", experts_implementation
     for implementation in by_config.values():
         _check_implementation(type(model).__name__, implementation)
     type(model).set_experts_implementation(model, experts_implementation)
+
+
+def _is_over_whole_job(model: nn.Module) -> bool:
+    """Say whether rows go to other ranks, and every rank of the job, for which synced_gpus waits, has this model."""
+    import torch.distributed as dist
+
+    exchanges = any(transport.size > 1 for module in model.modules() if (transport := transport_of(module)) is not None)
+    return exchanges and len(_members(model)) == dist.get_world_size()
+
+
+def _generate(model: Any, *inputs: Any, **settings: Any) -> Any:
+    """Generate as its class does, each rank to the end of the longest text, whatever trainers say of synced_gpus."""
+    return type(model).generate(model, *inputs, **{**settings, "synced_gpus": True})
 
 
 def saves_adapters(model: nn.Module) -> bool:
@@ -131,11 +150,16 @@ def _everybody(model: nn.Module) -> "DeviceMesh":
     # FSDP2 spreads parameters over more ranks than the experts alone.
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     largest = max(meshes, key=lambda mesh: mesh.size())
-    members = {rank for _, _, marked in sharded_modules(model) for rank in marked.members or ()}
-    if len(members) > largest.size() and len(members) == dist.get_world_size():  # with copies, on a mesh of two axes
+    num_members = len(_members(model))
+    if num_members > largest.size() and num_members == dist.get_world_size():  # with copies, on a mesh of two axes
         assert dist.group.WORLD is not None
         return DeviceMesh.from_group(dist.group.WORLD, largest.device_type)
     return largest
+
+
+def _members(model: nn.Module) -> set[int]:
+    """Give the ranks that hold the experts or copies of them."""
+    return {rank for _, _, marked in sharded_modules(model) for rank in marked.members or ()}
 
 
 def _save_gathered(
