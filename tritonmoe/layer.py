@@ -343,8 +343,8 @@ class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
     With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
-    its down half under the last combine, and inside a wrapper all of it under the dispatch; backward runs it before the
-    exchanges.
+    its down half under the last combine, and inside a wrapper or with hooks all of it under the dispatch; backward runs
+    it before the exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
@@ -464,9 +464,9 @@ class MoELayer(nn.Module):
         halves: list[Tensor] = []
         own_fillers: list[Callable[[], None]] = []
         shared = self.shared_expert
-        if isinstance(shared, SharedExpert):  # a subclass may run one of its own
+        if isinstance(shared, SharedExpert) and not shared.is_hooked:  # a subclass may run one of its own
             own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
-        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers run it as a whole
+        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers and hooks want its call
             own_fillers = [lambda: halves.append(shared(flat))]
         y = self.experts(
             flat,
