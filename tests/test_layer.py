@@ -713,6 +713,26 @@ def test_parametrised_and_tied_weights() -> None:
     torch.testing.assert_close(original.grad, plain.experts.gate_up_proj.grad / 2)
 
 
+@pytest.mark.parametrize("how", ["parametrization", "pruning"])
+def test_computed_weights_are_not_spread(how: str) -> None:
+    layers = nn.ModuleList(tm.MoELayer(CONFIG, generator=seeded()) for _ in range(2))
+    experts = layers[1].experts
+    if how == "parametrization":
+        nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    else:
+        prune.identity(experts, "down_proj")
+    before = dict(layers.named_parameters())
+    with pytest.raises(ValueError, match=r"down_proj of 1\.experts is computed from other parameters"):
+        tm.parallelize(layers, LocalTransport())
+    assert all(layer.experts.transport is None for layer in layers)
+    assert all(parameter is before[name] for name, parameter in layers.named_parameters())
+    if how == "parametrization":
+        nn.utils.parametrize.remove_parametrizations(experts, "down_proj")
+    else:
+        prune.remove(experts, "down_proj")
+    assert tm.parallelize(layers, LocalTransport()) == 2
+
+
 def test_hooks_frozen_layers_and_inference_mode() -> None:
     layer = tm.MoELayer(replace(CONFIG, load_balance_loss_weight=0.1), generator=seeded())
     expected = layer(2 * batch()).detach()
