@@ -271,7 +271,7 @@ class GroupedExperts(nn.Module):
         return weights._replace(**factors)
 
     def _local_weight(self, parameter: Tensor, sharding: Sharding, number: int) -> Tensor:
-        make = partial(local_shard, parameter, sharding, self._gradient_scale, number)
+        make = partial(local_shard, self, parameter, sharding, self._gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:

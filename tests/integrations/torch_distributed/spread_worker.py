@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
@@ -155,6 +156,37 @@ def case_fully_shard() -> None:
     net(here()).square().mean().backward()
     for expected, got in zip(one.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+
+def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Net:
+    net = spread(mesh)
+    settings = {} if policy is None else {"mp_policy": policy}
+    fully_shard(net.moe.experts, mesh=mesh["replica"], **settings)
+    fully_shard(net, **settings)
+    return net
+
+
+def case_replicas_averaged_by_fsdp() -> None:
+    """FSDP2 alone averages experts that it shards over their replicas: in its dtype, and when it is told to."""
+    mesh, one = replicas_and_experts(), Net()
+    for step in range(2):
+        torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+    net = sharded_over_replicas(mesh)
+    for step, is_synchronised in enumerate((False, True)):
+        net.set_requires_gradient_sync(is_synchronised)
+        loss = net(here(step)).square().mean()
+        with CommDebugMode() as counted:
+            loss.backward()
+        reduced = [str(op) for op in counted.get_comm_counts() if "reduce" in str(op)]
+        assert not reduced or (is_synchronised and all("reduce_scatter" in op for op in reduced)), reduced
+    for expected, got in zip(one.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+    net = sharded_over_replicas(mesh, MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    net(here().bfloat16()).float().square().mean().backward()
+    for parameter in net.moe.experts.parameters():
+        grad = parameter.grad.to_local()
+        assert not torch.equal(grad, grad.bfloat16().float()), "the average was rounded to the parameter's dtype"
 
 
 def case_changed_in_place() -> None:

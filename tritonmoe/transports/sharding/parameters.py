@@ -14,8 +14,10 @@ from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.sharding.data_parallel import (
+    ShardedNames,
     explain_fully_shard,
     ignore_sharded_parameters,
+    is_averaged_by_fsdp,
     mark_mesh,
     mark_sharded,
 )
@@ -128,7 +130,8 @@ def shard_parameters(
         is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
-        mark_sharded(module, tuple(parts), sharding.members)
+        replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
+        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas))
     for name, part in parts.items():
         module.register_parameter(name, None if part is None else _as_parameter(part, sharding))
     if sharding.mesh is None:
@@ -209,10 +212,13 @@ def _checksum(weight: Tensor) -> int:
     return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
 
 
-def local_shard(parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
+def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
     """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
 
+    Where FSDP2 has sharded the parameter over its replicas, the average is left to it, with its reduce_dtype.
+
     Args:
+        module: whose own parameter it is, if any's.
         scale: what the gradient of this rank's rows is multiplied with.
         number: of the parameter, by which ranks with the same rows know that they average the same gradient.
     """
@@ -230,9 +236,10 @@ def local_shard(parameter: Tensor, sharding: Sharding, scale: float, number: int
                 'layer with expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
             )
         local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
-    if scale == 1.0 and sharding.replicas is None:
+    replicas = None if is_averaged_by_fsdp(module, parameter) else sharding.replicas
+    if scale == 1.0 and replicas is None:
         return local
-    return _ScaledGradient.apply(local, scale, sharding.replicas, number)
+    return _ScaledGradient.apply(local, scale, replicas, number)
 
 
 class _ScaledGradient(torch.autograd.Function):
