@@ -3,6 +3,8 @@
 import copy
 import functools
 import io
+import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -187,6 +189,23 @@ def case_replicas_averaged_by_fsdp() -> None:
     for parameter in net.moe.experts.parameters():
         grad = parameter.grad.to_local()
         assert not torch.equal(grad, grad.bfloat16().float()), "the average was rounded to the parameter's dtype"
+
+
+def case_clipped_without_gradients() -> None:
+    """Ranks that have no gradient of a mesh's experts, or of some of them, find the norm with the others."""
+    mesh, rank = replicas_and_experts(), dist.get_rank()
+    for net, norm_type in itertools.product((spread(), spread(mesh), sharded_over_replicas(mesh)), (2.0, math.inf)):
+        experts = net.moe.experts
+        for weight, ranks in ((experts.gate_up_proj, (0,)), (experts.down_proj, (0, 1))):
+            weight.grad = torch.full_like(weight, rank + 2.0) if rank in ranks else None
+        grads = [weight.grad.to_local() for weight in experts.parameters() if weight.grad is not None]
+        norms = [torch.tensor(0.0) for _ in range(dist.get_world_size())]
+        dist.all_gather(norms, nn.utils.get_total_norm(grads, norm_type))
+        members = experts.down_proj.device_mesh.mesh.flatten().tolist()
+        expected = torch.linalg.vector_norm(torch.stack([norms[member] for member in members]), norm_type)
+        wanted = [grad / max(expected.item(), 1.0) for grad in grads]
+        torch.testing.assert_close(tm.clip_grad_norm_(experts.parameters(), 1.0, norm_type), expected)
+        torch.testing.assert_close(grads, wanted)
 
 
 def case_changed_in_place() -> None:
