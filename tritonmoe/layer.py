@@ -39,6 +39,7 @@ from tritonmoe.transports.sharding.parameters import (
     check_replicas,
     find_sharding,
     local_shard,
+    rows_here,
     shard_parameters,
 )
 
@@ -217,8 +218,9 @@ class GroupedExperts(nn.Module):
             return
         if self._sharding is not None:
             check_replicas(seed, self._sharding)
+        experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = self._weights()
-        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, self.expert_ids, seed)
+        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
         for bias in (weights.gate_up_bias, weights.down_bias):
             if bias is not None:
                 bias.zero_()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -189,6 +189,28 @@ def case_replicas_averaged_by_fsdp() -> None:
     for parameter in net.moe.experts.parameters():
         grad = parameter.grad.to_local()
         assert not torch.equal(grad, grad.bfloat16().float()), "the average was rounded to the parameter's dtype"
+
+
+def case_drawn_over_replicas() -> None:
+    """Memory after fully_shard: every rank draws the experts that it holds, those that one device draws."""
+    for num_experts in (8, 6):
+        config = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=num_experts, top_k=2, bias=True)
+        mesh = replicas_and_experts()
+        experts = tm.GroupedExperts(config, mesh, device="meta")
+        fully_shard(experts, mesh=mesh["replica"])
+        experts.to_empty(device="cpu")
+        experts.reset_parameters(torch.Generator().manual_seed(1))
+        one = tm.GroupedExperts(config, generator=torch.Generator().manual_seed(1))
+        for expected, got in zip(one.parameters(), experts.parameters(), strict=True):
+            first, last = ((0, num_experts // 2), (num_experts // 2, num_experts))[mesh.get_local_rank("expert")]
+            chunk = expected[first:last].chunk(2)[mesh.get_local_rank("replica")]
+            torch.testing.assert_close(got.to_local(), chunk.detach(), atol=0, rtol=0)
+    experts = tm.GroupedExperts(config, mesh, generator=torch.Generator().manual_seed(1))
+    fully_shard(experts, mesh=mesh["replica"], shard_placement_fn=lambda _: Shard(1))
+    before = experts.gate_up_proj.to_local().clone()
+    with pytest.raises(ValueError, match="FSDP2 has sharded dimension 1"):
+        experts.reset_parameters(torch.Generator().manual_seed(2))
+    assert torch.equal(experts.gate_up_proj.to_local(), before)
 
 
 def case_clipped_without_gradients() -> None:

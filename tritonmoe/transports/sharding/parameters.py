@@ -35,6 +35,7 @@ __all__ = [
     "check_same_weights",
     "find_sharding",
     "local_shard",
+    "rows_here",
     "shard_parameters",
 ]
 
@@ -210,6 +211,28 @@ def _checksum(weight: Tensor) -> int:
     """Give a checksum of the bits of (E, ...), the experts in their order."""
     bits = weight.detach().contiguous().view(BITS[weight.element_size()])
     return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
+
+
+def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
+    """Give which of this rank's rows of a parameter are in its memory: a part, where FSDP2 shards it over its replicas.
+
+    Raises:
+        ValueError: FSDP2 has sharded another dimension than the rows.
+    """
+    placements = getattr(parameter, "placements", ())[:-1]  # the last one is ours
+    for dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        if placement.dim != 0:
+            raise ValueError(
+                f"FSDP2 has sharded dimension {placement.dim} of the experts' weights, and none is whole enough to be "
+                "drawn here: leave out fully_shard's shard_placement_fn, or load weights instead of drawing them"
+            )
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        chunks = torch.tensor(rows, device="cpu").chunk(mesh.size(dim))
+        rank = mesh.get_local_rank(dim)
+        rows = chunks[rank].tolist() if rank < len(chunks) else []
+    return rows
 
 
 def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
