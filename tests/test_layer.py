@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
@@ -185,6 +186,37 @@ def test_shared_expert_is_one_more_expert_of_every_token(form: str) -> None:
     torch.testing.assert_close(x.grad, other.grad)
     for own, expected in zip(layer.shared_expert.parameters(), given, strict=True):
         torch.testing.assert_close(own.grad, expected.grad[0])
+
+
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_what_hangs_on_calls_of_the_shared_expert_runs(num_ranks: int | None) -> None:
+    """Hooks, which pruning and FSDP2 are too, and a forward of the module's own; the gradients reach behind them."""
+
+    def on_rank(transport: Transport | None = None) -> None:
+        layer = tm.MoELayer(SHARED["gated"], transport, generator=seeded())
+        shared, x = layer.shared_expert, batch()
+        plain, part = layer(x), shared(x)
+        kinds = "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"
+        seen: list[str] = []
+        for kind in kinds:
+            handle = getattr(shared, f"register_{kind}")(lambda *_, kind=kind: seen.append(kind))
+            layer(x.requires_grad_()).sum().backward()
+            assert seen == [kind]
+            handle.remove()
+            seen.clear()
+        shared.forward = lambda x: type(shared).forward(shared, x) * 3  # as Accelerate hangs itself on calls
+        torch.testing.assert_close(layer(x), plain + 2 * part)
+        del shared.forward
+        prune.l1_unstructured(shared, "down_proj", amount=0.5)
+        layer(x)
+        with torch.no_grad():
+            shared.down_proj_orig.zero_()  # as an optimizer writes it
+        torch.testing.assert_close(layer(x), plain - part)
+        shared.zero_grad()
+        layer(x).sum().backward()
+        assert shared.down_proj_orig.grad.count_nonzero() == shared.down_proj_mask.sum()
+
+    on_rank() if num_ranks is None else tm.run_on_emulated_ranks(on_rank, num_ranks)
 
 
 @pytest.mark.parametrize("serial", [False, True], ids=["overlapped", "serial"])
@@ -679,6 +711,26 @@ def test_parametrised_and_tied_weights() -> None:
     plain(batch()).sum().backward()
     original = halved.experts.parametrizations.gate_up_proj.original
     torch.testing.assert_close(original.grad, plain.experts.gate_up_proj.grad / 2)
+
+
+@pytest.mark.parametrize("how", ["parametrization", "pruning"])
+def test_computed_weights_are_not_spread(how: str) -> None:
+    layers = nn.ModuleList(tm.MoELayer(CONFIG, generator=seeded()) for _ in range(2))
+    experts = layers[1].experts
+    if how == "parametrization":
+        nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    else:
+        prune.identity(experts, "down_proj")
+    before = dict(layers.named_parameters())
+    with pytest.raises(ValueError, match=r"down_proj of 1\.experts is computed from other parameters"):
+        tm.parallelize(layers, LocalTransport())
+    assert all(layer.experts.transport is None for layer in layers)
+    assert all(parameter is before[name] for name, parameter in layers.named_parameters())
+    if how == "parametrization":
+        nn.utils.parametrize.remove_parametrizations(experts, "down_proj")
+    else:
+        prune.remove(experts, "down_proj")
+    assert tm.parallelize(layers, LocalTransport()) == 2
 
 
 def test_hooks_frozen_layers_and_inference_mode() -> None:

@@ -12,6 +12,7 @@ from same_bits import assert_same_bits
 from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -271,6 +272,46 @@ def test_a_mode_changes_no_bit(backend: str) -> None:
     expected = run(tm.moe_mlp, leaves, backend=backend)
     with FlopCounterMode(display=False):
         assert_same_bits(run(tm.moe_mlp, leaves, backend=backend), expected)
+
+
+class MadeZeros(TorchDispatchMode):
+    """Notes the shape of every tensor of zeros that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in str(func):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_the_operators_backward_makes_no_gradient_of_what_it_saved() -> None:
+    leaves = draw({})
+    with MadeZeros() as made:  # the call is the operator
+        y = tm.moe_mlp(**leaves, backend="torch")
+        y.sum().backward()
+    assert (leaves["topk_ids"].numel(), 2 * FF) not in made.shapes
+
+
+def test_the_operator_takes_no_gradient_for_none() -> None:
+    """As one gives that stands behind it and needs none of its own."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> None:
+            return None
+
+    leaves = draw({})
+    with FlopCounterMode(display=False):
+        Cut.apply(tm.moe_mlp(**leaves)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
 
 
 # Autocast

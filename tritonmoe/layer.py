@@ -40,6 +40,7 @@ from tritonmoe.transports.sharding.parameters import (
     check_replicas,
     find_sharding,
     local_shard,
+    rows_here,
     shard_parameters,
 )
 
@@ -218,8 +219,9 @@ class GroupedExperts(nn.Module):
             return
         if self._sharding is not None:
             check_replicas(seed, self._sharding)
+        experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = self._weights()
-        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, self.expert_ids, seed)
+        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
         for bias in (weights.gate_up_bias, weights.down_bias):
             if bias is not None:
                 bias.zero_()
@@ -277,7 +279,7 @@ class GroupedExperts(nn.Module):
         return weights._replace(**factors)
 
     def _local_weight(self, parameter: Tensor, sharding: Sharding, number: int) -> Tensor:
-        make = partial(local_shard, parameter, sharding, self._gradient_scale, number)
+        make = partial(local_shard, self, parameter, sharding, self._gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
@@ -349,8 +351,8 @@ class MoELayer(nn.Module):
     """A router and its experts: (..., D) -> (..., D), to stand where a feed-forward block stood.
 
     With config.shared_intermediate_size, `shared_expert` is added to them: its up half runs under the first dispatch,
-    its down half under the last combine, and inside a wrapper all of it under the dispatch; backward runs it before the
-    exchanges.
+    its down half under the last combine, and inside a wrapper or with hooks all of it under the dispatch; backward runs
+    it before the exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
     `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
     without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
@@ -471,9 +473,9 @@ class MoELayer(nn.Module):
         halves: list[Tensor] = []
         own_fillers: list[Callable[[], None]] = []
         shared = self.shared_expert
-        if isinstance(shared, SharedExpert):  # a subclass may run one of its own
+        if isinstance(shared, SharedExpert) and not shared.is_hooked:  # a subclass may run one of its own
             own_fillers = [lambda: halves.append(shared.up(flat)), lambda: halves.append(shared.down(halves[0]))]
-        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers run it as a whole
+        elif shared is not None and isinstance(innermost(shared), SharedExpert):  # wrappers and hooks want its call
             own_fillers = [lambda: halves.append(shared(flat))]
         y = self.experts(
             flat,

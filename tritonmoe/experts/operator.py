@@ -169,10 +169,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, keep_hidden, ctx.spec = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # zeros as large as h, which nobody reads
     ctx.save_for_backward(*tensors, h if keep_hidden else None)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
     tensors = ctx.saved_tensors
     needs_x, _, *needs_others = ctx.needs_input_grad[:NUM_TENSORS]
     needs = [needs_x, *needs_others]

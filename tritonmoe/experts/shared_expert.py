@@ -56,6 +56,12 @@ class SharedExpert(nn.Module):
         gate = "gated" if self.layout.gated else "ungated"
         return f"hidden_size={model_width}, intermediate_size={inner}; {self.activation}, {gate}"
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether something hangs on calls of the module (FSDP2, pruning), which calls of its halves would pass by."""
+        hooks = self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks
+        return any(hooks) or "forward" in self.__dict__
+
     def up(self, x: Tensor) -> Tensor:
         """Give (T, F), the activation of x (T, D) times the up-projection."""
         weight = self.gate_up_proj

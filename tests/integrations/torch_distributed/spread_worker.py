@@ -3,6 +3,8 @@
 import copy
 import functools
 import io
+import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
@@ -155,6 +158,76 @@ def case_fully_shard() -> None:
     net(here()).square().mean().backward()
     for expected, got in zip(one.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+
+def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Net:
+    net = spread(mesh)
+    settings = {} if policy is None else {"mp_policy": policy}
+    fully_shard(net.moe.experts, mesh=mesh["replica"], **settings)
+    fully_shard(net, **settings)
+    return net
+
+
+def case_replicas_averaged_by_fsdp() -> None:
+    """FSDP2 alone averages experts that it shards over their replicas: in its dtype, and when it is told to."""
+    mesh, one = replicas_and_experts(), Net()
+    for step in range(2):
+        torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+    net = sharded_over_replicas(mesh)
+    for step, is_synchronised in enumerate((False, True)):
+        net.set_requires_gradient_sync(is_synchronised)
+        loss = net(here(step)).square().mean()
+        with CommDebugMode() as counted:
+            loss.backward()
+        reduced = [str(op) for op in counted.get_comm_counts() if "reduce" in str(op)]
+        assert not reduced or (is_synchronised and all("reduce_scatter" in op for op in reduced)), reduced
+    for expected, got in zip(one.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
+
+    net = sharded_over_replicas(mesh, MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    net(here().bfloat16()).float().square().mean().backward()
+    for parameter in net.moe.experts.parameters():
+        grad = parameter.grad.to_local()
+        assert not torch.equal(grad, grad.bfloat16().float()), "the average was rounded to the parameter's dtype"
+
+
+def case_drawn_over_replicas() -> None:
+    """Memory after fully_shard: every rank draws the experts that it holds, those that one device draws."""
+    for num_experts in (8, 6):
+        config = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=num_experts, top_k=2, bias=True)
+        mesh = replicas_and_experts()
+        experts = tm.GroupedExperts(config, mesh, device="meta")
+        fully_shard(experts, mesh=mesh["replica"])
+        experts.to_empty(device="cpu")
+        experts.reset_parameters(torch.Generator().manual_seed(1))
+        one = tm.GroupedExperts(config, generator=torch.Generator().manual_seed(1))
+        for expected, got in zip(one.parameters(), experts.parameters(), strict=True):
+            first, last = ((0, num_experts // 2), (num_experts // 2, num_experts))[mesh.get_local_rank("expert")]
+            chunk = expected[first:last].chunk(2)[mesh.get_local_rank("replica")]
+            torch.testing.assert_close(got.to_local(), chunk.detach(), atol=0, rtol=0)
+    experts = tm.GroupedExperts(config, mesh, generator=torch.Generator().manual_seed(1))
+    fully_shard(experts, mesh=mesh["replica"], shard_placement_fn=lambda _: Shard(1))
+    before = experts.gate_up_proj.to_local().clone()
+    with pytest.raises(ValueError, match="FSDP2 has sharded dimension 1"):
+        experts.reset_parameters(torch.Generator().manual_seed(2))
+    assert torch.equal(experts.gate_up_proj.to_local(), before)
+
+
+def case_clipped_without_gradients() -> None:
+    """Ranks that have no gradient of a mesh's experts, or of some of them, find the norm with the others."""
+    mesh, rank = replicas_and_experts(), dist.get_rank()
+    for net, norm_type in itertools.product((spread(), spread(mesh), sharded_over_replicas(mesh)), (2.0, math.inf)):
+        experts = net.moe.experts
+        for weight, ranks in ((experts.gate_up_proj, (0,)), (experts.down_proj, (0, 1))):
+            weight.grad = torch.full_like(weight, rank + 2.0) if rank in ranks else None
+        grads = [weight.grad.to_local() for weight in experts.parameters() if weight.grad is not None]
+        norms = [torch.tensor(0.0) for _ in range(dist.get_world_size())]
+        dist.all_gather(norms, nn.utils.get_total_norm(grads, norm_type))
+        members = experts.down_proj.device_mesh.mesh.flatten().tolist()
+        expected = torch.linalg.vector_norm(torch.stack([norms[member] for member in members]), norm_type)
+        wanted = [grad / max(expected.item(), 1.0) for grad in grads]
+        torch.testing.assert_close(tm.clip_grad_norm_(experts.parameters(), 1.0, norm_type), expected)
+        torch.testing.assert_close(grads, wanted)
 
 
 def case_changed_in_place() -> None:

@@ -8,7 +8,8 @@ from processes import run_torchrun
 WORKER = Path(__file__).parent / "spread_worker.py"
 CASES = (
     *("optimizers", "numbers", "selection_bias", "file_of_one_rank", "assigned", "meshes", "fully_shard"),
-    *("changed_in_place", "too_late", "replicated_slots", "recorded"),
+    *("replicas_averaged_by_fsdp", "clipped_without_gradients"),
+    *("drawn_over_replicas", "changed_in_place", "too_late", "replicated_slots", "recorded"),
 )
 
 

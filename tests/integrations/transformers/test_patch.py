@@ -244,6 +244,17 @@ def test_a_forward_that_calls_that_of_the_class_is_none_of_another(wrap: Callabl
     model(ids)
 
 
+def test_computed_experts_are_refused_and_nothing_is_changed(group):
+    model = mixtral()
+    experts = model.model.layers[1].mlp.experts
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    before = model.config._experts_implementation
+    with pytest.raises(ValueError, match=r"down_proj of .*layers\.1\.mlp\.experts is computed from other parameters"):
+        parallelize(model, group)
+    assert model.config._experts_implementation == before
+    assert type(model.model.layers[0].mlp.experts.down_proj) is nn.Parameter
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -60,7 +60,7 @@ def clip_grad_norm_(
             dense.append(parameter)
     norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
     for sharded in of_meshes.values():
-        norm = get_total_norm(_grads(sharded), norm_type, foreach=foreach)
+        norm = get_total_norm(_grads_of_mesh(sharded), norm_type, foreach=foreach)
         norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double())
     for transport, spread in of_transports.items():
         counted = [part for pair in spread for part in _counted_here(*pair)]
@@ -86,6 +86,23 @@ def clip_grad_norm_(
 
 def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _grads_of_mesh(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Give the gradients of DTensors, a zero for each that has none here and may have one on other ranks.
+
+    All ranks of the mesh reduce a vector of these gradients' norms.
+    """
+    return [_zero_like(p) if p.grad is None else p.grad for p in parameters if p.requires_grad or p.grad is not None]
+
+
+def _zero_like(parameter: Tensor) -> Tensor:
+    """Give a DTensor of one zero on each rank, with this one's dtype, mesh and placements."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    zero = parameter.to_local().new_zeros((1,) * parameter.ndim)
+    return DTensor.from_local(zero, parameter.device_mesh, parameter.placements, run_check=False)
 
 
 def _counted_here(parameter: Tensor, module: GroupedExperts) -> list[Tensor]:

@@ -12,6 +12,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.experts.adapters import SHARDS, check_hands_over, shard_adapters
+from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
@@ -24,6 +25,7 @@ __all__ = [
     "gather_state_dicts",
     "parallelize",
     "refuse_adapted",
+    "refuse_computed",
     "refuse_held",
     "refuse_tied",
     "routed_experts",
@@ -53,8 +55,8 @@ def parallelize(
         overlap, placement, expert_gradients: as in MoELayer; the same on every rank.
     Raises:
         ValueError: there are no such experts, they are spread already, can't be divided by the ranks, share weights
-            with another module, are adapted by a PEFT that does not hand over factors, or have other values on another
-            rank. Nothing is changed then.
+            with another module, have a parametrization, are adapted by a PEFT that does not hand over factors, or have
+            other values on another rank. Nothing is changed then.
         TypeError: `group_or_mesh` is none.
     Example:
         E=8 experts of (8, 2F, D) on a mesh of 4 ranks: parameters of global shape (8, 2F, D), two experts on each rank.
@@ -78,6 +80,7 @@ def parallelize(
         num_experts = experts.config.num_experts
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
+    refuse_computed(found)
     refuse_tied(module, found)
     refuse_adapted(module, found)
     device = next(iter(found.values())).gate_up_proj.device
@@ -183,6 +186,18 @@ def refuse_held(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
                 f"{holder} was made with the experts of {kept[0] or 'the module'} before they are spread, and would "
                 "go on with the parameters that were: call parallelize() first"
             )
+
+
+def refuse_computed(found: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where an expert weight is made of other parameters, which would stay whole."""
+    for name, experts in found.items():
+        for weight in (*PARAMETERS, "up_proj"):
+            if hasattr(experts, weight) and weight not in experts._parameters:
+                raise ValueError(
+                    f"{weight} of {name or 'the module'} is computed from other parameters (a parametrization or "
+                    "pruning), which can't be spread over ranks: make it a parameter again before parallelize(), with "
+                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+                )
 
 
 def refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:

@@ -12,6 +12,7 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.parallelize import parallelize as parallelize_layers
 from tritonmoe.integrations.torch_distributed.parallelize import (
     refuse_adapted,
+    refuse_computed,
     refuse_held,
     refuse_tied,
     routed_experts,
@@ -65,7 +66,8 @@ def parallelize(
             the ranks' losses.
     Raises:
         ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            or share weights with another module; init_process_group was not called. Nothing is changed.
+            share weights with another module, or have a parametrization; init_process_group was not called. Nothing is
+            changed.
     """
     check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
@@ -111,6 +113,7 @@ def _check_spreadable(
         num_experts = experts.down_proj.shape[0]
         check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
     refuse_held(model, found)
+    refuse_computed({**found, **layers})
     refuse_tied(model, found)
     refuse_adapted(model, {**found, **layers})
 

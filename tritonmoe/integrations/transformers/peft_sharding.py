@@ -112,7 +112,7 @@ def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor
     factors = []
     for number, linear in enumerate(linears):
         parameter = linear.weight
-        make = partial(local_shard, parameter, spread.sharding, spread.gradient_scale, first_number + number)
+        make = partial(local_shard, linear, parameter, spread.sharding, spread.gradient_scale, first_number + number)
         local = for_both_halves(parameter, parameter.dtype, make)
         if local.dtype != parameter.dtype:
             raise ValueError(

@@ -56,7 +56,7 @@ class ExpertParallelState:
         if name not in self.names:
             return parameter
         number = len(self.names) * self.calls.layer + self.names.index(name)
-        make = partial(local_shard, parameter, self.sharding, self.gradient_scale, number)
+        make = partial(local_shard, experts, parameter, self.sharding, self.gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 
 

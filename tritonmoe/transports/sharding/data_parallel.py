@@ -19,6 +19,7 @@ __all__ = [
     "ShardedNames",
     "explain_fully_shard",
     "ignore_sharded_parameters",
+    "is_averaged_by_fsdp",
     "mark_mesh",
     "mark_own_buffers",
     "mark_sharded",
@@ -35,11 +36,21 @@ class ShardedNames(NamedTuple):
     names: tuple[str, ...]
     members: tuple[int, ...] | None
     """The global ranks among which a gradient of one of them is averaged already; None where torch knows no ranks."""
+    replicas: tuple[int, ...]
+    """Those of them that hold copies of this rank's parameters."""
+    averaged: tuple[str, ...] = ()
+    """The parameters whose gradients FSDP2 averages over these replicas, among which it shards them."""
 
 
-def mark_sharded(module: nn.Module, names: tuple[str, ...], members: tuple[int, ...] | None) -> None:
+def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:
     """Mark these parameters of the module itself as others on every rank."""
-    setattr(module, MARK, ShardedNames(names, members))
+    setattr(module, MARK, marked)
+
+
+def is_averaged_by_fsdp(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Say whether FSDP2 averages the gradient of this parameter of the module itself over its replicas."""
+    marked = module.__dict__.get(MARK)
+    return marked is not None and any(getattr(module, name) is parameter for name in marked.averaged)
 
 
 def mark_mesh(mesh: "DeviceMesh") -> None:
@@ -106,9 +117,10 @@ def _nothing_to_average(module: nn.Module) -> dict[str, object]:
 
 
 def explain_fully_shard() -> None:
-    """Let FSDP2 say the way out where it is given what it can't make right, from now on.
+    """Let FSDP2 say the way out where it is given what it can't make right, and note what it averages, from now on.
 
-    That is marked parameters which are spread over its ranks already, and others over fewer ranks than these average.
+    What it can't make right is marked parameters which are spread over its ranks already, and others over fewer ranks
+    than these average. What it averages is marked parameters that it shards over their replicas.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 
@@ -121,18 +133,21 @@ def explain_fully_shard() -> None:
     def init(
         self: "FSDPParam", param: nn.Parameter, module_info: "ParamModuleInfo", *arguments: object, **keywords: object
     ) -> None:
+        module, name = module_info.module, module_info.param_name
+        marked: ShardedNames | None = module.__dict__.get(MARK)
+        if marked is None or name not in marked.names:
+            original(self, param, module_info, *arguments, **keywords)
+            return
         try:
             original(self, param, module_info, *arguments, **keywords)
         except Exception as error:
-            marked = module_info.module.__dict__.get(MARK)
-            if marked is None or module_info.param_name not in marked.names:
-                raise
             raise ValueError(
-                f"fully_shard can't shard {module_info.param_name} of {type(module_info.module).__name__}, whose "
-                "experts are spread over these ranks already: pass "
-                "ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the experts itself "
-                "over their replicas"
+                f"fully_shard can't shard {name} of {type(module).__name__}, whose experts are spread over these ranks "
+                "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
+                "experts itself over their replicas"
             ) from error
+        if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
+            mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
 
     setattr(init, MARK, True)
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]

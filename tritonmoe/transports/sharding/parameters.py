@@ -14,8 +14,10 @@ from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.sharding.data_parallel import (
+    ShardedNames,
     explain_fully_shard,
     ignore_sharded_parameters,
+    is_averaged_by_fsdp,
     mark_mesh,
     mark_sharded,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "check_same_weights",
     "find_sharding",
     "local_shard",
+    "rows_here",
     "shard_parameters",
 ]
 
@@ -128,7 +131,8 @@ def shard_parameters(
         is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
-        mark_sharded(module, tuple(parts), sharding.members)
+        replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
+        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas))
     for name, part in parts.items():
         module.register_parameter(name, None if part is None else _as_parameter(part, sharding))
     if sharding.mesh is None:
@@ -209,10 +213,35 @@ def _checksum(weight: Tensor) -> int:
     return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
 
 
-def local_shard(parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
+def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
+    """Give which of this rank's rows of a parameter are in its memory: a part, where FSDP2 shards it over its replicas.
+
+    Raises:
+        ValueError: FSDP2 has sharded another dimension than the rows.
+    """
+    placements = getattr(parameter, "placements", ())[:-1]  # the last one is ours
+    for dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        if placement.dim != 0:
+            raise ValueError(
+                f"FSDP2 has sharded dimension {placement.dim} of the experts' weights, and none is whole enough to be "
+                "drawn here: leave out fully_shard's shard_placement_fn, or load weights instead of drawing them"
+            )
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        chunks = torch.tensor(rows, device="cpu").chunk(mesh.size(dim))
+        rank = mesh.get_local_rank(dim)
+        rows = chunks[rank].tolist() if rank < len(chunks) else []
+    return rows
+
+
+def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
     """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
 
+    Where FSDP2 has sharded the parameter over its replicas, the average is left to it, with its reduce_dtype.
+
     Args:
+        module: whose own parameter it is, if any's.
         scale: what the gradient of this rank's rows is multiplied with.
         number: of the parameter, by which ranks with the same rows know that they average the same gradient.
     """
@@ -230,9 +259,10 @@ def local_shard(parameter: Tensor, sharding: Sharding, scale: float, number: int
                 'layer with expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
             )
         local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
-    if scale == 1.0 and sharding.replicas is None:
+    replicas = None if is_averaged_by_fsdp(module, parameter) else sharding.replicas
+    if scale == 1.0 and replicas is None:
         return local
-    return _ScaledGradient.apply(local, scale, sharding.replicas, number)
+    return _ScaledGradient.apply(local, scale, replicas, number)
 
 
 class _ScaledGradient(torch.autograd.Function):
