@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation
 from tritonmoe.integrations.transformers.gates import fused_name
-from tritonmoe.integrations.transformers.requirements import WEIGHT_DTYPES, quantised_kind
+from tritonmoe.integrations.transformers.requirements import WEIGHT_DTYPES, quantisation_method, quantised_kind
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN
 
 __all__ = [
@@ -275,10 +275,8 @@ def _holds_more(module: nn.Module, names: _Names, width: int) -> bool:
 
 def refuse_quantised(model: nn.Module) -> None:
     """Raise ValueError where the model's config or a parameter says that its weights are quantised."""
-    found = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
-    # weights from a GGUF file are dequantised when they are loaded
-    reason = None if method in (None, "gguf") else f"quantization_config in its config: {method}"
+    method = quantisation_method(model)
+    reason = None if method is None else f"quantization_config in its config: {method}"
     for name, parameter in model.named_parameters():
         kind = quantised_kind(parameter)
         if kind is not None:
