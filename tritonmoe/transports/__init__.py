@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from weakref import WeakKeyDictionary
 
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.collectives import leaving_nobody_waiting
 from tritonmoe.transports.emulated.faults import Death, Delay
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.transport import EmulatedTransport
