@@ -169,9 +169,7 @@ class ProcessGroupTransport(Transport):
             )
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
         if not self._is_gloo(rows.device):
-            return CollectiveExchange(
-                self._breakdown, self._post(out, rows, output_splits, input_splits, what), rows, out, what
-            )
+            return CollectiveExchange(self, self._post(out, rows, output_splits, input_splits, what), rows, out, what)
         links = self._links or self._meet_first(what)
         exchange = GlooExchange(links, self._breakdown, rows, out, what, self._timeout_s)
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
