@@ -215,7 +215,8 @@ class TwoLevelTransport(Transport):
             transport.give_up(what)
 
     def rebuild(self) -> None:
-        """Rebuild the transports of all levels, one after the other, each within its timeout."""
+        """Break the transports of all levels, then rebuild one after the other, each within its timeout."""
+        self.give_up("called rebuild()")
         for transport in self._levels():
             transport.rebuild()
 
