@@ -25,7 +25,7 @@ def first_of_two(store: dist.Store, timeout_s: float) -> ProcessGroupTransport:
     """Give rank 0's transport of a group that is never connected."""
     transport = object.__new__(ProcessGroupTransport)
     transport.rank, transport.size = 0, 2
-    transport._timeout_s, transport._pid, transport._is_closed = timeout_s, os.getpid(), False
+    transport._timeout_s, transport._pid, transport.is_closed = timeout_s, os.getpid(), False
     transport._notices = Notices(store, 0, 2, 0)
     transport._begin_generation(1)
     return transport

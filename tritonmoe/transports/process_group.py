@@ -115,7 +115,7 @@ class ProcessGroupTransport(Transport):
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
         self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
-        self._is_closed = False
+        self.is_closed = False
         self._begin_generation(0)
 
     def _begin_generation(self, generation: int) -> None:
@@ -246,11 +246,11 @@ class ProcessGroupTransport(Transport):
         self._notices.take_down()
 
     def close(self) -> None:
-        if self._is_closed or self._pid != os.getpid():
+        if self.is_closed or self._pid != os.getpid():
             return
         if self._links is not None:
             self.give_up("closed its transport")
-        self._is_closed = True
+        self.is_closed = True
         self._drop_links()
 
     def _meet_first(self, what: str) -> GlooLinks:
@@ -313,7 +313,7 @@ class ProcessGroupTransport(Transport):
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise_in_child(self, self._pid)
-        if self._is_closed:
+        if self.is_closed:
             raise TransportError("this ProcessGroupTransport is closed: make a new one")
 
     def _check_usable(self) -> None:
