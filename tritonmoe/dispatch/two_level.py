@@ -88,10 +88,10 @@ class TwoLevelPlan:
 
 def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlacement | None) -> None:
     """Raise ValueError for what a layer can't do on a TwoLevelTransport."""
-    if overlap.num_chunks != "auto" and overlap.num_chunks > MAX_TWO_LEVEL_CHUNKS:
-        raise ValueError(
-            f"on a TwoLevelTransport num_chunks must be at most {MAX_TWO_LEVEL_CHUNKS}, got {overlap.num_chunks}"
-        )
+    sizes = overlap.shape if isinstance(overlap, OverlapConfig) else overlap.chunk_sizes
+    num_chunks = len(sizes) if isinstance(sizes, tuple) else overlap.num_chunks
+    if num_chunks != "auto" and num_chunks > MAX_TWO_LEVEL_CHUNKS:
+        raise ValueError(f"on a TwoLevelTransport num_chunks must be at most {MAX_TWO_LEVEL_CHUNKS}, got {num_chunks}")
     if overlap.chunk_by == "experts":
         raise ValueError(
             "chunk_by='experts' needs a transport of one level, since a relay spreads and gathers the rows of a chunk "
