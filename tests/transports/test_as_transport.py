@@ -1,4 +1,4 @@
-"""What as_transport() gives for groups and meshes whose transport can't be used any more."""
+"""What as_transport() gives for groups and meshes whose transport has ended, and what with_nodes() refuses."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tritonmoe.transports import TwoLevelTransport, as_transport
+from tritonmoe.transports import ProcessGroupTransport, TwoLevelTransport, as_transport
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,18 @@ def test_a_mesh_of_nodes_whose_transports_have_ended(end: str) -> None:
         assert level is not old
         assert level.group in (dist.group.WORLD, mesh.get_group(0), mesh.get_group(1))
         level._check_usable()
+
+
+def test_ranks_that_with_nodes_can_not_take() -> None:
+    """Before a group is made, which other ranks would wait for."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    transport = ProcessGroupTransport()
+    part = ProcessGroupTransport(dist.new_group([0, 1, 2, 3]))
+    names = [*dist.distributed_c10d._world.pg_names.values()]
+    for node_size in (0, 1, 3, 8):
+        with pytest.raises(ValueError, match=f"8 ranks can't be two or more nodes of node_size = {node_size}"):
+            transport.with_nodes(node_size)
+    with pytest.raises(ValueError, match=r"needs a group of the whole job, got ranks \[0, 1, 2, 3\]"):
+        part.with_nodes(2)
+    assert [*dist.distributed_c10d._world.pg_names.values()] == names
+    assert (transport.with_nodes(4).num_nodes, transport.with_nodes(2).num_nodes) == (2, 4)
