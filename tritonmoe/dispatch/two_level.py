@@ -97,6 +97,11 @@ def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlace
             "chunk_by='experts' needs a transport of one level, since a relay spreads and gathers the rows of a chunk "
             "together: use chunk_by='tokens', or TwoLevelTransport.world"
         )
+    if isinstance(overlap, OverlapConfig) and overlap.memory_budget_bytes is not None:
+        raise ValueError(
+            "memory_budget_bytes needs a transport of one level, whose buffers alone can be predicted: give "
+            "num_chunks, or use TwoLevelTransport.world"
+        )
     if overlap.capacity is not None:
         raise ValueError("capacity needs a transport of one level: leave it out, or use TwoLevelTransport.world")
     if placement is not None and placement.has_replicas:
