@@ -262,7 +262,8 @@ def test_headers_of_other_calls() -> None:
         check_headers([there, there._replace(is_backward=0)])
     fewer = there._replace(layers_made=2, layers_alive=1)
     match = (
-        "made or freed on some ranks alone .* rank 0 has made 3, of which 3 live; rank 1 has made 2, of which 1 live"
+        r"made or freed on some ranks alone .* rank 0 has made 3, of which 3 live; rank 1 has made 2, of which 1 live"
+        r"\)\. Make the same layers on every rank, in the same order$"
     )
     with pytest.raises(tm.CountMismatch, match=match):
         check_headers([here._replace(layers_made=3, layers_alive=3), fewer])

@@ -209,8 +209,11 @@ def test_what_two_levels_can_not_do_is_refused():
         with pytest.raises(ValueError, match="inside_node must be rank"):
             TwoLevelTransport(world, 2, inside_node=world)
         transport = TwoLevelTransport(world, 2)
-        with pytest.raises(ValueError, match="at most 30"):
-            batch.call(transport, batch.of_rank(world.rank), tm.OverlapConfig(num_chunks=31))
+        for overlap in (tm.OverlapConfig(num_chunks=31), tm.OverlapConfig(shape=(1,) * 31)):
+            with pytest.raises(ValueError, match="at most 30, got 31"):
+                batch.call(transport, batch.of_rank(world.rank), overlap)
+        with pytest.raises(ValueError, match="memory_budget_bytes needs a transport of one level"):
+            batch.call(transport, batch.of_rank(world.rank), tm.OverlapConfig(memory_budget_bytes=1 << 30))
         # The ranks still agree on what comes next.
         with torch.no_grad():
             batch.call(transport, batch.of_rank(world.rank), tm.OverlapConfig(num_chunks=30))

@@ -65,6 +65,22 @@ def test_an_error_is_raised_when_all_are_done(num_threads: int) -> None:
     assert len(done) == 15
 
 
+def test_nothing_is_written_behind_an_error(num_threads: int) -> None:
+    has_raised, written = threading.Event(), []
+
+    def call(item: int) -> None:
+        if item == 0:
+            raise MemoryError("item 0")
+        if item == 1:
+            has_raised.wait(0.3)  # the caller of for_each must not get so far meanwhile
+            written.append(has_raised.is_set())
+
+    with pytest.raises(MemoryError, match="item 0"):
+        for_each(call, range(num_threads), CPU)
+    has_raised.set()
+    assert written == [False]
+
+
 def test_one_thread_and_other_devices_are_a_loop() -> None:
     before = torch.get_num_threads()
     threads = set()

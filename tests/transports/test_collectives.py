@@ -1,10 +1,12 @@
 """all_reduce, broadcast and barrier beyond the contract (contract_cases.py): faults, timeouts, torch.compile."""
 
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from fault_cases import WatchedTransport
 from torch import Tensor
 
 import tritonmoe as tm
@@ -38,6 +40,27 @@ def test_a_rank_that_dies_on_the_way(name: str, exchange: int) -> None:
     with pytest.raises(tm.TransportError, match=f"rank 2 was stopped by its fault at exchange {exchange}"):
         tm.run_on_emulated_ranks(on_rank, SIZE, faults=[Death(rank=2, exchange=exchange)], timeout_s=10)
     assert survivors == {rank: (torch.arange(7.0) + rank).tolist() for rank in (0, 1)}
+
+
+@pytest.mark.parametrize(("name", "exchange"), [of_call for of_call in EXCHANGES if of_call[1] > 0])
+def test_a_rank_without_memory_leaves_nobody_waiting(name: str, exchange: int) -> None:
+    """It fails behind the counts in which all agreed, and its process goes on."""
+    all_have_raised = threading.Barrier(SIZE)
+
+    def on_rank(transport: Transport) -> None:
+        left = [exchange]
+
+        def before() -> None:
+            left[0] -= 1
+            if left[0] < 0 and transport.rank == 2:
+                raise MemoryError("no room for the rows")
+
+        expected = MemoryError if transport.rank == 2 else tm.TransportError
+        with pytest.raises(expected, match="no room for the rows"):  # not: has not heard from ranks [2]
+            CALLS[name][1](WatchedTransport(transport, before), torch.arange(7.0))
+        all_have_raised.wait(20)
+
+    tm.run_on_emulated_ranks(on_rank, SIZE, timeout_s=2)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -207,6 +207,23 @@ def test_closed_mpi() -> None:
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env=ENVIRONMENT, check=True)
 
 
+@NEEDS_MPI
+def test_a_process_of_mpi_that_ends_with_rows_under_way_aborts() -> None:
+    """MPI_Finalize would wait for ever, here and on the other ranks."""
+    code = """if True:
+        from mpi4py import MPI
+        from tritonmoe.transports import MPITransport, mpi
+        mpi.SECONDS_BEFORE_ABORT = 0
+        transport = MPITransport(MPI.COMM_WORLD)
+        transport._progress.end = lambda: False  # its thread waits for rows
+        print("the process ends", flush=True)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ended.stdout.startswith("the process ends"), ended.stderr
+    assert "MPI_Abort when this process ends: a transport was closed with exchanges under way" in ended.stderr
+    assert ended.returncode != 0
+
+
 def test_importing_the_transports_leaves_torch_distributed_alone() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import tritonmoe.transports, tritonmoe.transports.emulated.run; "

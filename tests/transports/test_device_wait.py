@@ -11,6 +11,7 @@ import torch.distributed as dist
 import tritonmoe as tm
 from tritonmoe.runtime import host_device
 from tritonmoe.transports import HostCopy, ProcessGroupTransport, Transport, TwoLevelTransport
+from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.notices import Notice, Notices
 
 
@@ -24,7 +25,7 @@ def first_of_two(store: dist.Store, timeout_s: float) -> ProcessGroupTransport:
     """Give rank 0's transport of a group that is never connected."""
     transport = object.__new__(ProcessGroupTransport)
     transport.rank, transport.size = 0, 2
-    transport._timeout_s, transport._pid, transport._is_closed = timeout_s, os.getpid(), False
+    transport._timeout_s, transport._pid, transport.is_closed = timeout_s, os.getpid(), False
     transport._notices = Notices(store, 0, 2, 0)
     transport._begin_generation(1)
     return transport
@@ -67,6 +68,28 @@ def test_a_notice_of_before_ends_nothing(store: dist.Store) -> None:
     other.put_up(Notice(0, 1, "failed again"))
     transport._notices.take_down()
     assert transport._notices.find_broken(1) == 1
+
+
+def test_a_lost_exchange_cuts_the_connections(store: dist.Store) -> None:
+    """Otherwise the other ranks wait for this one's counts until their timeout; of a generation before it cuts none."""
+    transport, cuts = first_of_two(store, timeout_s=60), []
+
+    def fail() -> None:
+        raise RuntimeError("as NCCL with blocking wait")
+
+    def lost_exchange() -> CollectiveExchange:
+        rows = torch.zeros(2, 1)
+        transport._links = SimpleNamespace(cut=lambda: cuts.append(transport.generation))
+        return CollectiveExchange(transport, SimpleNamespace(wait=fail), rows, rows, "rows")
+
+    before = lost_exchange()
+    transport._begin_generation(2)
+    now = lost_exchange()
+    for exchange, expected in ((before, []), (now, [2])):
+        with pytest.raises(tm.TransportError, match="as NCCL with blocking wait"):
+            exchange.wait()
+        assert cuts == expected
+    assert Notices(store, 1, 2, 0).find_broken(2) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ from random_faults import Fault, OwnError
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import CALLS_OF_GENERATION, state_of
-from tritonmoe.transports import Death, LocalTransport, Transport, TwoLevelTransport, leaving_nobody_waiting
+from tritonmoe.transports import (
+    Death,
+    EmulatedWorld,
+    LocalTransport,
+    Transport,
+    TwoLevelTransport,
+    leaving_nobody_waiting,
+)
 
 
 def fail() -> None:
@@ -99,6 +106,25 @@ def test_a_rank_that_has_not_failed_hears_of_rebuild() -> None:
         assert transport.exchange_counts(torch.full((2, 1), transport.rank)).tolist() == [[0], [1]]
 
     tm.run_on_emulated_ranks(fn, 2)
+
+
+def test_a_rank_that_waits_on_another_level_hears_of_rebuild() -> None:
+    between, inside = ([EmulatedWorld(2, timeout_s=2.0) for _ in range(2)] for _ in range(2))
+
+    def fn(world: Transport) -> None:
+        node, place = divmod(world.rank, 2)
+        transport = TwoLevelTransport(
+            world, 2, between_nodes=between[place].transports[node], inside_node=inside[node].transports[place]
+        )
+        if world.rank == 1:
+            with pytest.raises(tm.TransportError, match=r"rank 0 called rebuild\(\)"):
+                transport.inside_node.exchange_counts(torch.zeros(2, 1, dtype=torch.int64))
+        transport.rebuild()
+        for level in (world, transport.between_nodes, transport.inside_node):
+            told = level.exchange_counts(torch.full((level.size, 1), level.rank))
+            assert told[:, 0].tolist() == [*range(level.size)]
+
+    tm.run_on_emulated_ranks(fn, 4, timeout_s=10)
 
 
 def test_rows_of_an_abandoned_exchange_are_not_delivered() -> None:

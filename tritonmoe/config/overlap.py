@@ -68,7 +68,8 @@ class OverlapConfig:
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": choose the fewest equal chunks, two exchanges of a kind under way, with which the buffers
     of a call fit into so many bytes on every rank, by simulation.memory.peak_bytes for the rows of the call before.
-    Nothing is tuned then; where nothing fits, last_report.choice says how much the least is."""
+    Nothing is tuned then; where nothing fits, last_report.choice says how much the least is. Chunks of experts and a
+    TwoLevelTransport have no budget."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)

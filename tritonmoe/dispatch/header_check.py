@@ -192,8 +192,7 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
         )
         why = (
             f"layers were made or freed on some ranks alone (on this transport, {counts}). Make the same layers on "
-            "every rank, in the same order. The transport of a group goes with the last layer on it, and the next one "
-            "counts layers and calls from 0: free layers on all ranks or on none"
+            "every rank, in the same order"
         )
     raise CountMismatch(f"the ranks disagree on which call this is ({said}): {why}")
 

@@ -88,14 +88,19 @@ class TwoLevelPlan:
 
 def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlacement | None) -> None:
     """Raise ValueError for what a layer can't do on a TwoLevelTransport."""
-    if overlap.num_chunks != "auto" and overlap.num_chunks > MAX_TWO_LEVEL_CHUNKS:
-        raise ValueError(
-            f"on a TwoLevelTransport num_chunks must be at most {MAX_TWO_LEVEL_CHUNKS}, got {overlap.num_chunks}"
-        )
+    sizes = overlap.shape if isinstance(overlap, OverlapConfig) else overlap.chunk_sizes
+    num_chunks = len(sizes) if isinstance(sizes, tuple) else overlap.num_chunks
+    if num_chunks != "auto" and num_chunks > MAX_TWO_LEVEL_CHUNKS:
+        raise ValueError(f"on a TwoLevelTransport num_chunks must be at most {MAX_TWO_LEVEL_CHUNKS}, got {num_chunks}")
     if overlap.chunk_by == "experts":
         raise ValueError(
             "chunk_by='experts' needs a transport of one level, since a relay spreads and gathers the rows of a chunk "
             "together: use chunk_by='tokens', or TwoLevelTransport.world"
+        )
+    if isinstance(overlap, OverlapConfig) and overlap.memory_budget_bytes is not None:
+        raise ValueError(
+            "memory_budget_bytes needs a transport of one level, whose buffers alone can be predicted: give "
+            "num_chunks, or use TwoLevelTransport.world"
         )
     if overlap.capacity is not None:
         raise ValueError("capacity needs a transport of one level: leave it out, or use TwoLevelTransport.world")

@@ -7,7 +7,7 @@ block while another computes.
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -50,7 +50,9 @@ def for_each(function: Callable[[Item], object], items: Sequence[Item], device: 
 
     with _starting:
         workers = _workers(count, torch.get_num_threads() // count)
-    for future in [workers.submit(work) for _ in range(count)]:
+    futures = [workers.submit(work) for _ in range(count)]
+    wait(futures)  # result() raises at once, while other workers still write
+    for future in futures:
         future.result()
 
 

@@ -1,10 +1,10 @@
 """Transports: how rows travel between ranks. None of them knows of experts."""
 
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
-from weakref import WeakKeyDictionary
 
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.collectives import leaving_nobody_waiting
 from tritonmoe.transports.emulated.faults import Death, Delay
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.transport import EmulatedTransport
@@ -44,9 +44,9 @@ EXPERT = "expert"
 Ranks: TypeAlias = "Transport | ProcessGroup | DeviceMesh"
 """What people pass to say over which ranks experts are spread."""
 
-_of_meshes: "WeakKeyDictionary[DeviceMesh, TwoLevelTransport]" = WeakKeyDictionary()
 _of_groups: "dict[ProcessGroup, ProcessGroupTransport]" = {}
-"""The transports of groups, kept for as long as their groups exist.
+_of_levels: dict[tuple[Transport, Transport, Transport], TwoLevelTransport] = {}
+"""The transports of groups, and of the levels of meshes, kept until they are closed or their groups destroyed.
 
 When the memory of a layer is freed differs between ranks, so it must not decide when a transport ends.
 """
@@ -72,9 +72,7 @@ def as_transport(ranks: "Ranks | None") -> Transport:
     if is_mesh(ranks):
         mesh = ranks[EXPERT] if ranks.ndim == 2 and EXPERT in (ranks.mesh_dim_names or ()) else ranks
         if mesh.ndim == 2:
-            if mesh not in _of_meshes:
-                _of_meshes[mesh] = _two_level(mesh)
-            return _of_meshes[mesh]
+            return _two_level(mesh)
         if mesh.ndim != 1:
             raise ValueError(
                 f'a DeviceMesh must have one dimension, or two: one called "{EXPERT}" and one of replicas, or nodes '
@@ -86,7 +84,7 @@ def as_transport(ranks: "Ranks | None") -> Transport:
     if not torch.distributed.is_available() or not isinstance(ranks, torch.distributed.ProcessGroup):
         hint = ": torch.distributed.group.WORLD is None before init_process_group()" if ranks is None else ""
         raise TypeError(f"transport must be a Transport, a ProcessGroup or a DeviceMesh, got {type(ranks)}{hint}")
-    for group in [group for group in _of_groups if not is_registered(group)]:
+    for group in [group for group, of in _of_groups.items() if of.is_closed or not is_registered(group)]:
         del _of_groups[group]
     if ranks not in _of_groups:
         _of_groups[ranks] = ProcessGroupTransport(ranks)
@@ -101,9 +99,10 @@ def _two_level(mesh: "DeviceMesh") -> TwoLevelTransport:
             f"a DeviceMesh of two dimensions must hold all {torch.distributed.get_world_size()} ranks in their order, "
             f"got {mesh.mesh.tolist()}: make a TwoLevelTransport of the transports of your own groups"
         )
-    return TwoLevelTransport(
-        as_transport(torch.distributed.group.WORLD),
-        mesh.size(1),
-        between_nodes=as_transport(mesh.get_group(0)),
-        inside_node=as_transport(mesh.get_group(1)),
-    )
+    world, between = as_transport(torch.distributed.group.WORLD), as_transport(mesh.get_group(0))
+    levels = world, between, as_transport(mesh.get_group(1))
+    for old in [old for old in _of_levels if not {*old} <= {*_of_groups.values()}]:
+        del _of_levels[old]
+    if levels not in _of_levels:
+        _of_levels[levels] = TwoLevelTransport(world, mesh.size(1), between_nodes=between, inside_node=levels[2])
+    return _of_levels[levels]

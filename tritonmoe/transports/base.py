@@ -3,8 +3,7 @@
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -24,7 +23,6 @@ __all__ = [
     "check_counts",
     "check_exchange",
     "describe",
-    "leaving_nobody_waiting",
     "raise_in_child",
 ]
 
@@ -294,18 +292,6 @@ def raise_in_child(transport: Transport, pid: int) -> NoReturn:
         f"this {type(transport).__name__} was made in process {pid} and can't be used in its child {os.getpid()}, "
         "which shares its connections: use it in the process that made it, or make another one in the child"
     )
-
-
-@contextmanager
-def leaving_nobody_waiting(transport: Transport) -> Iterator[None]:
-    """Break the transport where this rank leaves a call in its middle, so that others needn't wait for a timeout."""
-    try:
-        yield
-    except GeneratorExit:
-        raise  # the call was left some time ago, and is collected now: the transport may have been rebuilt since
-    except BaseException as error:
-        transport.give_up(f"failed with {type(error).__name__}: {error}")
-        raise
 
 
 def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from tritonmoe.runtime.autograd import outside_graphs
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport
 
-__all__ = ["all_reduce", "barrier", "broadcast", "run_outside_graphs"]
+__all__ = ["all_reduce", "barrier", "broadcast", "leaving_nobody_waiting", "run_outside_graphs"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -52,19 +52,20 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
     if transport.size == 1:
         return tensor
     _agree(transport, "all_reduce", tensor, op=op)
-    rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
-    flat = tensor.detach().contiguous().view(-1)
-    received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
-    # Not Tensor.sum, whose order of adding is its own: in rank order, fp32 or wider, integers as int64.
-    total, *others = (part.to(_accumulation_dtype(tensor.dtype)) for part in received.split(counts[rank] or 1))
-    for other in others:
-        if op in ("max", "min"):
-            total = torch.maximum(total, other) if op == "max" else torch.minimum(total, other)
-        else:
-            total = total + other
-    if op == "mean":
-        total = total / transport.size
-    return _gather(transport, total.to(tensor.dtype), counts, tensor)
+    with leaving_nobody_waiting(transport):
+        rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
+        flat = tensor.detach().contiguous().view(-1)
+        received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
+        # Not Tensor.sum, whose order of adding is its own: in rank order, fp32 or wider, integers as int64.
+        total, *others = (part.to(_accumulation_dtype(tensor.dtype)) for part in received.split(counts[rank] or 1))
+        for other in others:
+            if op in ("max", "min"):
+                total = torch.maximum(total, other) if op == "max" else torch.minimum(total, other)
+            else:
+                total = total + other
+        if op == "mean":
+            total = total / transport.size
+        return _gather(transport, total.to(tensor.dtype), counts, tensor)
 
 
 def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
@@ -76,20 +77,33 @@ def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
     if transport.size == 1:
         return tensor
     _agree(transport, "broadcast", tensor, source=source)
-    rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
-    flat = tensor.detach().contiguous().view(-1)
-    from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
-    if rank == source:
-        part = _exchange(transport, flat, counts, from_source)
-    else:
-        part = _exchange(transport, flat[:0], [0] * transport.size, from_source)
-    return _gather(transport, part, counts, tensor)
+    with leaving_nobody_waiting(transport):
+        rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
+        flat = tensor.detach().contiguous().view(-1)
+        from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
+        if rank == source:
+            part = _exchange(transport, flat, counts, from_source)
+        else:
+            part = _exchange(transport, flat[:0], [0] * transport.size, from_source)
+        return _gather(transport, part, counts, tensor)
 
 
 def barrier(transport: "Transport") -> None:
     """Do what Transport.barrier says."""
     if transport.size > 1:
         _agree(transport, "barrier")
+
+
+@contextmanager
+def leaving_nobody_waiting(transport: "Transport") -> "Iterator[None]":
+    """Break the transport where this rank leaves a call in its middle, so that others needn't wait for a timeout."""
+    try:
+        yield
+    except GeneratorExit:
+        raise  # the call was left some time ago, and is collected now: the transport may have been rebuilt since
+    except BaseException as error:
+        transport.give_up(f"failed with {type(error).__name__}: {error}")
+        raise
 
 
 def run_outside_graphs(

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import PendingExchange
-from tritonmoe.transports.notices import Breakdown
+from tritonmoe.transports.base import PendingExchange, Transport
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -19,8 +18,8 @@ __all__ = ["CollectiveExchange"]
 class CollectiveExchange(PendingExchange):
     """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
 
-    def __init__(self, breakdown: Breakdown, work: "Work", rows: Tensor, out: Tensor, what: str) -> None:
-        self._breakdown = breakdown
+    def __init__(self, transport: Transport, work: "Work", rows: Tensor, out: Tensor, what: str) -> None:
+        self._transport, self._generation = transport, transport.generation
         self._work = work
         self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
         self._out = out
@@ -33,8 +32,8 @@ class CollectiveExchange(PendingExchange):
             self._work.wait()
         except RuntimeError as error:
             elapsed = time.perf_counter() - self._posted_at
-            if self._breakdown.claim():
-                self._breakdown.note(f"lost an exchange: {error}")
+            if self._generation == self._transport.generation:  # otherwise it was rebuilt since
+                self._transport.give_up(f"lost an exchange: {error}")
             raise TransportError(
                 f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
             ) from error

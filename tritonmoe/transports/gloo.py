@@ -22,12 +22,12 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.notices import Breakdown
-from tritonmoe.transports.progress import SECONDS_TO_STOP, ProgressThread, Receipt, ThreadedExchange
+from tritonmoe.transports.progress import SECONDS_TO_LET_GO, SECONDS_TO_STOP, ProgressThread, Receipt, ThreadedExchange
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
 
-__all__ = ["GlooExchange", "GlooLinks", "let_compute_go_on"]
+__all__ = ["GlooExchange", "GlooLinks", "end_links", "let_compute_go_on"]
 
 FOREVER = timedelta(days=365)
 """The timeout that gloo gets, at whose end it closes all connections: the transport decides itself when to do that."""
@@ -101,6 +101,19 @@ class GlooLinks:
         for peer in self._peers:
             with contextlib.suppress(RuntimeError):
                 self._gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, 0).wait(AT_ONCE)
+
+
+def end_links(pid: int, progress: ProgressThread, links: GlooLinks, breakdown: Breakdown) -> None:
+    """Let the thread end; exchanges that nobody waited for get a little time, unless the connections are cut already.
+
+    A thread that came back from gloo while the interpreter ends would abort the process. A child has no such thread.
+    """
+    if os.getpid() != pid:
+        return
+    if not breakdown.has_happened and not progress.end():
+        breakdown.claim()  # what the thread sees now is no failure to tell of
+        links.cut()
+    progress.end(SECONDS_TO_LET_GO)
 
 
 def _wait(request: "Work") -> None:

@@ -5,6 +5,7 @@ in Waitall() as long as an exchange is under way. Polling with Test() can cost s
 """
 
 import atexit
+import functools
 import logging
 import os
 import subprocess
@@ -140,8 +141,10 @@ class MPITransport(Transport):
         self._row_types: dict[int, MPI.Datatype] = {}
         self._failure: str | None = None
         self._progress = ProgressThread("mpi-progress")
-        # Also runs when the process ends, before mpi4py calls MPI_Finalize.
-        self._end = weakref.finalize(self, _end, MPI, self._progress)
+        self._end = weakref.finalize(self, _end, self._progress)
+        self._end.atexit = False  # _end_all() does it
+        _living.add(self)
+        _end_all_at_exit(MPI)
 
     @property
     def job_ranks(self) -> tuple[int, ...] | None:
@@ -218,7 +221,7 @@ class MPITransport(Transport):
     def _break(self, reason: str) -> None:
         if self._failure is None:
             self._failure = reason
-            _abort_at_exit(self.mpi, reason)
+            _abort_at_exit(reason)
 
     def _as_message(self, rows: Tensor) -> "tuple[MPI.buffer, int, MPI.Datatype]":
         """Give the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
@@ -241,10 +244,10 @@ class MPITransport(Transport):
             )
 
 
-def _end(mpi: ModuleType, progress: ProgressThread) -> None:
+def _end(progress: ProgressThread) -> None:
     """Let the thread end; where rows are missing it can't, and MPI is aborted when the process ends."""
     if not progress.end():
-        _abort_at_exit(mpi, "a transport was closed with exchanges under way")
+        _abort_at_exit("a transport was closed with exchanges under way")
 
 
 def _find_short_message(expectation: "tuple[int, int, MPI.Datatype]", status: "MPI.Status") -> list[str]:
@@ -256,19 +259,28 @@ def _find_short_message(expectation: "tuple[int, int, MPI.Datatype]", status: "M
     return [f"rank {peer} sent {arrived} bytes where {num_rows} rows of {row_type.Get_size()} were expected"]
 
 
+_living: "weakref.WeakSet[MPITransport]" = weakref.WeakSet()
 _aborts: list[str] = []
 
 
-def _abort_at_exit(mpi: ModuleType, reason: str) -> None:
+@functools.cache
+def _end_all_at_exit(mpi: ModuleType) -> None:
+    """Register once what ends MPI; what a transport that ends then would register itself, the exit no longer runs."""
+    atexit.register(_end_all, mpi)
+
+
+def _end_all(mpi: ModuleType) -> None:
+    """End this process's transports, before mpi4py calls MPI_Finalize; where one can't, end all ranks."""
+    for transport in list(_living):
+        transport.close()
+    if _aborts:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        time.sleep(SECONDS_BEFORE_ABORT)
+        mpi.COMM_WORLD.Abort(1)
+
+
+def _abort_at_exit(reason: str) -> None:
     """Once the process ends, end all ranks: MPI_Finalize would wait for rows that don't come."""
     logger.error("MPI_Abort when this process ends: %s", reason)
-    if not _aborts:
-        atexit.register(_abort, mpi)
     _aborts.append(reason)
-
-
-def _abort(mpi: ModuleType) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    time.sleep(SECONDS_BEFORE_ABORT)
-    mpi.COMM_WORLD.Abort(1)

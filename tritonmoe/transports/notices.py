@@ -1,7 +1,7 @@
 """Notices: what the ranks of a group leave in its store when a transport breaks, and how they meet to rebuild it.
 
 A rank whose exchange fails puts up a notice before it lets go of its connections, so that whoever finds one closed can
-read why; a rank that has died leaves none. Nothing here is used as long as all is well.
+read why; a rank that has died leaves none. No exchange uses anything here as long as all is well.
 """
 
 import contextlib
@@ -70,6 +70,9 @@ class Notices:
         self._store, self.number = store, number
         self._rank, self._size = rank, size
         self._last_meeting = -1
+        if number:  # what this rank left of an earlier transport would say that it makes the calls of that one
+            with contextlib.suppress(TransportError):
+                self._ask(lambda: self._store.set(f"notice/latest/{rank}", ""))
 
     def put_up(self, notice: Notice) -> None:
         """Publish why this rank lets go; where the store can't be reached, nobody will read it."""

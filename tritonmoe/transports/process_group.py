@@ -23,10 +23,10 @@ from tritonmoe.transports.base import (
     raise_in_child,
 )
 from tritonmoe.transports.device_group import CollectiveExchange
-from tritonmoe.transports.gloo import GlooExchange, GlooLinks
+from tritonmoe.transports.gloo import GlooExchange, GlooLinks, end_links
 from tritonmoe.transports.notices import Breakdown, Missed, Notices
-from tritonmoe.transports.progress import SECONDS_TO_LET_GO, ProgressThread
-from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.progress import ProgressThread
+from tritonmoe.transports.two_level import TwoLevelTransport, check_nodes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -115,7 +115,7 @@ class ProcessGroupTransport(Transport):
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
         self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
-        self._is_closed = False
+        self.is_closed = False
         self._begin_generation(0)
 
     def _begin_generation(self, generation: int) -> None:
@@ -137,10 +137,20 @@ class ProcessGroupTransport(Transport):
         return None if len(ranks) == dist.get_world_size() else ranks
 
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
-        """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call."""
+        """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call.
+
+        Raises:
+            ValueError: the ranks don't make whole nodes, or aren't the whole job.
+        """
         import torch.distributed as dist
 
+        check_nodes(self.size, node_size)
         ranks = dist.get_process_group_ranks(self._group)
+        if self.job_ranks is not None:  # in new_group() all processes of the job name the same groups
+            raise ValueError(
+                f"with_nodes() needs a group of the whole job, got ranks {ranks}: make groups for the "
+                "levels of every part of the job, and a TwoLevelTransport of their transports"
+            )
         groups = [[*range(n, n + node_size)] for n in range(0, self.size, node_size)]
         groups += [[*range(place, self.size, node_size)] for place in range(node_size)]
         made = [dist.new_group([ranks[member] for member in members]) for members in groups]
@@ -169,9 +179,7 @@ class ProcessGroupTransport(Transport):
             )
         what = f"{backend}, {describe(self, input_splits, output_splits)}"
         if not self._is_gloo(rows.device):
-            return CollectiveExchange(
-                self._breakdown, self._post(out, rows, output_splits, input_splits, what), rows, out, what
-            )
+            return CollectiveExchange(self, self._post(out, rows, output_splits, input_splits, what), rows, out, what)
         links = self._links or self._meet_first(what)
         exchange = GlooExchange(links, self._breakdown, rows, out, what, self._timeout_s)
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
@@ -248,11 +256,11 @@ class ProcessGroupTransport(Transport):
         self._notices.take_down()
 
     def close(self) -> None:
-        if self._is_closed or self._pid != os.getpid():
+        if self.is_closed or self._pid != os.getpid():
             return
         if self._links is not None:
             self.give_up("closed its transport")
-        self._is_closed = True
+        self.is_closed = True
         self._drop_links()
 
     def _meet_first(self, what: str) -> GlooLinks:
@@ -278,7 +286,7 @@ class ProcessGroupTransport(Transport):
         self._links = links
         self._progress = ProgressThread("gloo-progress")
         # Also runs when the process ends.
-        self._end = weakref.finalize(self, _end_links, self._pid, self._progress, links, self._breakdown)
+        self._end = weakref.finalize(self, end_links, self._pid, self._progress, links, self._breakdown)
         return links
 
     def _drop_links(self) -> None:
@@ -315,7 +323,7 @@ class ProcessGroupTransport(Transport):
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise_in_child(self, self._pid)
-        if self._is_closed:
+        if self.is_closed:
             raise TransportError("this ProcessGroupTransport is closed: make a new one")
 
     def _check_usable(self) -> None:
@@ -341,16 +349,3 @@ def _next_number(group: "ProcessGroup") -> int:
     """Number the transports that this rank makes on a group."""
     _num_transports[group] = number = _num_transports.get(group, -1) + 1
     return number
-
-
-def _end_links(pid: int, progress: ProgressThread, links: GlooLinks, breakdown: Breakdown) -> None:
-    """Let the thread end; exchanges that nobody waited for get a little time, unless the connections are cut already.
-
-    A thread that came back from gloo while the interpreter ends would abort the process. A child has no such thread.
-    """
-    if os.getpid() != pid:
-        return
-    if not breakdown.has_happened and not progress.end():
-        breakdown.claim()  # what the thread sees now is no failure to tell of
-        links.cut()
-    progress.end(SECONDS_TO_LET_GO)

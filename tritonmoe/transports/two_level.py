@@ -16,7 +16,7 @@ from tritonmoe.transports.base import (
     check_exchange,
 )
 
-__all__ = ["GroupView", "TwoLevelTransport"]
+__all__ = ["GroupView", "TwoLevelTransport", "check_nodes"]
 
 
 class SelectedRows(PendingExchange):
@@ -134,6 +134,15 @@ class GroupView(Transport):
         return of_world
 
 
+def check_nodes(size: int, node_size: int) -> None:
+    """Raise ValueError unless so many ranks make at least two whole nodes of at least two ranks."""
+    if not isinstance(node_size, int) or node_size < 2 or size % node_size or size == node_size:
+        raise ValueError(
+            f"{size} ranks can't be two or more nodes of node_size = {node_size} >= 2 ranks: choose a "
+            "node_size that divides the ranks, or use the transport of all ranks itself"
+        )
+
+
 class TwoLevelTransport(Transport):
     """The ranks of `world`, node by node: rank n * node_size + i is rank i of node n.
 
@@ -162,11 +171,7 @@ class TwoLevelTransport(Transport):
     ) -> None:
         if not isinstance(world, Transport):
             raise TypeError(f"world must be the Transport of all ranks, got {type(world).__name__}")
-        if not isinstance(node_size, int) or node_size < 2 or world.size % node_size or world.size == node_size:
-            raise ValueError(
-                f"{world.size} ranks can't be two or more nodes of node_size = {node_size} >= 2 ranks: choose a "
-                "node_size that divides the ranks, or use the transport of all ranks itself"
-            )
+        check_nodes(world.size, node_size)
         self.world = world
         self.rank, self.size, self.node_size = world.rank, world.size, node_size
         self.num_nodes = world.size // node_size
@@ -215,7 +220,8 @@ class TwoLevelTransport(Transport):
             transport.give_up(what)
 
     def rebuild(self) -> None:
-        """Rebuild the transports of all levels, one after the other, each within its timeout."""
+        """Break the transports of all levels, then rebuild one after the other, each within its timeout."""
+        self.give_up("called rebuild()")
         for transport in self._levels():
             transport.rebuild()
 
