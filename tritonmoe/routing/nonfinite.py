@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.errors import NonFiniteScores
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.host_device import is_captured
-from tritonmoe.runtime.transforms import unwrapped
+from tritonmoe.runtime.transforms import below_transforms, unwrapped
 
 __all__ = ["NonFiniteCheck"]
 
@@ -80,9 +80,10 @@ class NonFiniteCheck:
         if self.when == "now":
             _raise_now(count)
         elif not is_recomputing():  # which would count the forward's tokens again
-            if self._counter is None or self._counter.total.device != count.device:
-                self._counter = _Counter(count)
-            self._counter.add(count)
+            with below_transforms():
+                if self._counter is None or self._counter.total.device != count.device:
+                    self._counter = _Counter(count)
+                self._counter.add(count)
         return topk_ids
 
 
