@@ -1,5 +1,6 @@
 """num_chunks="auto": the closed form, the search, the trials, and ranks that agree on all of it."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import LocalTransport, Transport
+from tritonmoe.tuning import tuner
 from tritonmoe.tuning.measured import layer_costs, link_costs, median_steps
 from tritonmoe.tuning.search import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
@@ -26,6 +28,7 @@ from tritonmoe.tuning.search import (
 from tritonmoe.tuning.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
     DRIFT_CALLS,
+    MAX_UNHEARD_CALLS,
     MEASURED_NUM_CHUNKS,
     NUM_VOTES,
     SETTLING_CALLS,
@@ -359,13 +362,105 @@ def test_drift_starts_all_again_and_noise_does_not() -> None:
     assert run_choosers(100, noisy)[1][0].num_searches == 1
 
 
+def train(
+    chooser: PlanChooser,
+    num_steps: int,
+    total_s: Callable[[int, tm.OverlapPlan], float],
+    *,
+    num_layers: int = 1,
+    lost: Collection[int] = (),
+    rows: Callable[[int], int] = lambda call: 1000,
+) -> list[tm.OverlapPlan]:
+    """Run steps of so many layers' forwards, then their backwards, on ranks that measure alike.
+
+    Args:
+        total_s: of a call and its plan, what it takes forward, and backward again.
+        lost: steps that have no backward. rows: of a call, those of the busiest rank.
+    """
+    plans = []
+    for step in range(num_steps):
+        reports = []
+        for _ in range(num_layers):
+            plan, message, call = chooser.plan(), chooser.message(), len(plans)
+            report = Report(plan, 0.4, 0.2, total_s(call, plan))
+            report.traffic_rows = report.traffic_pairs = report.traffic_rows * rows(call) // 1000
+            chooser.observe([message, message], report, has_backward=True)
+            plans.append(plan)
+            reports.append(report)
+        for report in [] if step in lost else reports:
+            report.backward = Pass(0, 0.0, 0.0, report.forward.total_s, 0.0)
+    return plans
+
+
+def chunks_pay(call: int, plan: tm.OverlapPlan) -> float:
+    return 1.0 if plan.num_chunks == 1 else 0.7
+
+
 def test_calls_without_a_backward_do_not_hold_up_the_choice() -> None:
+    """Without one nothing is known: one chunk, whose calls are watched from then on."""
     chooser = PlanChooser(AUTO, 2)
-    for _ in range(100):
-        plan, message = chooser.plan(), chooser.message()
-        chooser.observe([message, message], Report(plan, 0.4, 0.2), has_backward=True)
-    assert chooser.chosen is not None
+    train(chooser, 2 * MAX_UNHEARD_CALLS + 20, chunks_pay, lost=range(1000))
+    assert chooser.chosen == chooser.candidates[0]
+    assert chooser.chosen.num_chunks == 1
     assert "too few whole calls" in chooser.choice
+    train(chooser, DRIFT_CALLS + 1, chunks_pay)
+    assert chooser.usual == (2e6, 1000)
+    train(chooser, DRIFT_CALLS, lambda call, plan: 10.0)
+    assert chooser.chosen is None, "it is ten times slower now"
+
+
+@pytest.mark.parametrize("lost", [(), (1,), (10,), (12, 13)])
+def test_a_backward_that_never_comes_loses_one_call(lost: tuple[int, ...]) -> None:
+    """As of a step that is left out since its loss isn't finite; also once a plan is chosen."""
+    chooser = PlanChooser(AUTO, 2)
+    # One of the measured calls is waited for.
+    train(chooser, SETTLING_CALLS + 3 * len(lost) + MAX_UNHEARD_CALLS * (1 in lost), chunks_pay, lost=lost)
+    assert "median of 3 rounds" in chooser.choice
+    slower = 2 * DRIFT_CALLS + SETTLING_CALLS + 4
+    train(chooser, slower, lambda call, plan: 2 * chunks_pay(call, plan), lost=(3,))
+    assert chooser.num_searches == 2
+
+
+@pytest.mark.parametrize("num_layers", [12, 94])
+def test_a_deep_model_compares_whole_calls(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers run forward before any runs backward, and the search sees backwards too."""
+    searched = []
+    monkeypatch.setattr(
+        tuner, "search", lambda *args, **given: searched.append(given["backward"]) or search(*args, **given)
+    )
+    chooser = PlanChooser(AUTO, 2)
+    plans = train(chooser, 4, chunks_pay, num_layers=num_layers)
+    assert searched == [True]
+    assert "30% faster than one chunk, median of 3 rounds" in chooser.choice
+    assert plans[-1].num_chunks > 1
+
+
+def test_decoding_is_not_compared_with_prefill() -> None:
+    """Its rows take a hundred times as long each: whichever plan it ran with would lose."""
+    chooser = PlanChooser(AUTO, 2)
+
+    def is_prefill(call: int) -> bool:
+        return call < 9 or call % 10 == 0
+
+    def total_s(call: int, plan: tm.OverlapPlan) -> float:
+        return chunks_pay(call, plan) if is_prefill(call) else 0.1
+
+    train(chooser, 120, total_s, rows=lambda call: 1000 if is_prefill(call) else 1)
+    assert all(time < 3e6 for times in chooser.times.values() for time in times)
+    assert "30% faster than one chunk" in chooser.choice
+
+
+def test_where_nothing_is_tried_calls_are_watched_too() -> None:
+    chosen, choosers = run_choosers(40, fewer_is_slower, chunk_s=9.0)
+    assert choosers[0].choice.endswith("in one chunk)")
+    assert "predicted to be slower" in choosers[0].choice
+    assert {plan.num_chunks for plan in chosen[6:]} == {1}
+
+    def drifts_at_40(call: int, rank: int, plan: tm.OverlapPlan) -> float:
+        return fewer_is_slower(call, rank, plan) * (10.0 if call >= 40 else 1.0)
+
+    chosen, choosers = run_choosers(40 + 2 * DRIFT_CALLS + 2, drifts_at_40, chunk_s=9.0)
+    assert {plan.num_chunks for plan in chosen[40:]} == {1, 2}, "it measures again"
 
 
 def test_a_budget_gives_the_fewest_chunks() -> None:

@@ -9,9 +9,13 @@ share a chooser, which goes through three stages. At every call it is in the sam
    that are best for itself, and votes for two of them; one of the two has chunks of tokens.
 2. It tries the votes of the rank that predicts the longest time, and one chunk beside them, in turn: three rounds of
    real calls. A call's time is that of its slowest rank divided by the rows of its busiest rank; of a plan the median
-   of the three rounds counts.
-3. It keeps the fastest plan if that is at least 3 % faster than one chunk, and one chunk otherwise. Where calls of the
-   same size later take 10 % longer or shorter, it starts again.
+   of the three rounds counts. Calls with over twice or under half the rows of the first one, as decoding has behind a
+   prefill, take part without being compared.
+3. It keeps the fastest plan if that is at least 3 % faster than one chunk, and one chunk otherwise, also where too few
+   whole calls came to compare. Where calls of the same size later take 10 % longer or shorter, it starts again.
+
+Many layers run forward before the first one runs backward, and a forward may get no backward at all: the vote waits
+for the measured calls' backwards, and times are told of whichever of the last calls are over.
 
 Everything that ranks must agree on is an integer in the count header, which every rank sees (votes.Message).
 """
@@ -46,8 +50,9 @@ TRIAL_ROUNDS = 3
 SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
 """How many calls it takes until the plan is chosen, if the backward of each call comes before the next call. Where
 chunks of experts are no choice, it takes four fewer."""
-MAX_TRIAL_CALLS = 64
-"""The first vote is taken where so many calls were not enough to measure every plan; no backward may ever come, say."""
+MAX_UNHEARD_CALLS = 128
+"""After so many calls in a row whose times were not heard, the choice waits no longer: no backward may ever come, say.
+Models have fewer layers with experts than that."""
 SMALLEST_GAIN = 0.03
 """A plan is kept if it is faster than one chunk by at least this share."""
 TRIED_EXCESS = 0.10
@@ -57,6 +62,8 @@ DRIFT = 0.10
 """The search starts again if calls take longer or shorter by this share than when the plan was tried."""
 DRIFT_CALLS = 16
 """Of how many calls the median is compared for that."""
+SIMILAR_SIZE = 2
+"""Calls that are tried are compared if the rows of their busiest ranks are within this factor."""
 SAME_SIZE = 0.10
 """A call is compared with the tried ones if its busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
@@ -114,14 +121,18 @@ class PlanChooser:
     """The plan that is kept, once all candidates are tried."""
     num_tried: int = 0
     """How many calls there were since the candidates were known."""
-    tried: deque[_TriedCall] = field(default_factory=deque)
-    """Those of them whose times the other ranks have not heard yet, the oldest first."""
+    tried: deque[_TriedCall] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    """The last of them whose times the other ranks have not heard yet, the oldest first."""
+    num_unheard: int = 0
+    """How many calls there were since a time was heard that counts, or since all measured calls were made."""
+    has_backward: bool = False
+    """Whether the calls run backward."""
     times: dict[int, list[float]] = field(default_factory=dict)
     """How long each candidate took: nanoseconds per row of the busiest rank, by the candidate's number."""
     usual: tuple[float, float] | None = None
-    """Nanoseconds per row, and rows, of the chosen plan when it was tried."""
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
-    """Nanoseconds per row of the last calls of the chosen plan."""
+    """Nanoseconds per row, and rows, of the chosen plan when it was tried, or of its first calls where it was not."""
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    """Nanoseconds per row, and rows, of the last calls of the chosen plan."""
     num_searches: int = 0
     """How often a plan was chosen: the more often, the larger a drift must be to start again."""
     last_work: LayerWork | None = None
@@ -210,14 +221,19 @@ class PlanChooser:
         if not self.is_tuned:
             return Message(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
         if not self.candidates:
-            return Message() if len(self.measured) < len(self._measured_plans) else self._vote()
-        if not self.tried:
-            return Message()
-        oldest = self.tried[0]
-        nanoseconds = oldest.nanoseconds()
-        if nanoseconds is None:
-            return Message()
-        return Message(measured_call=oldest.number, measured_ns=nanoseconds)
+            return self._vote() if self._can_vote() else Message()
+        for call in self.tried:
+            nanoseconds = call.nanoseconds()
+            if nanoseconds is not None:
+                return Message(measured_call=call.number, measured_ns=nanoseconds)
+        return Message()
+
+    def _can_vote(self) -> bool:
+        """Say whether the measured calls are over, or have been waited for long enough."""
+        if len(self.measured) < len(self._measured_plans):
+            return False
+        are_whole = not self.has_backward or all(report.backward is not None for report in self.measured)
+        return are_whole or self.num_unheard >= MAX_UNHEARD_CALLS
 
     def _vote(self) -> Message:
         """Search in the simulator for the plans that this rank wishes to try."""
@@ -269,17 +285,20 @@ class PlanChooser:
                 self.last_work = most_work(report)
                 self.last_working_sets = {WorkingSet.unpack(message.working_set) for message in messages}
             return
+        self.has_backward = has_backward
         if not self.candidates:
             if len(self.measured) < len(self._measured_plans):
                 self.measured.append(report)
+                self.num_unheard = 0
             else:
+                self.num_unheard += 1
                 self._count_votes(messages)
             return
         self._hear_times(messages)
-        if self.chosen is None or len(self.tried) < DRIFT_CALLS:
-            rows = int(report.traffic_rows.sum(0).max())
-            self.tried.append(_TriedCall(self.num_tried, rows, report, has_backward))
+        rows = int(report.traffic_rows.sum(0).max())
+        self.tried.append(_TriedCall(self.num_tried, rows, report, has_backward))
         self.num_tried += 1
+        self.num_unheard += 1
         if self.chosen is None:
             self._choose_if_tried()
         else:
@@ -294,11 +313,13 @@ class PlanChooser:
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
         self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
         self.num_tried, self.times = 0, {n: [] for n in range(len(self.candidates))}
+        self.num_unheard = 0
         self.measured.clear()
         self.tried.clear()
         self.choice = f"trying {len(self.candidates)} plans in turn"
         if len(self.candidates) == 1:
             self.chosen = one
+            self.num_searches += 1
             self.choice = (
                 f"{one}: every other plan was predicted to be slower by over {TRIED_EXCESS:.0%} ({self.sides})"
             )
@@ -306,29 +327,32 @@ class PlanChooser:
     def _hear_times(self, messages: Sequence[Message]) -> None:
         """Take in the time of one call, if all ranks tell their time of the same call."""
         numbers = {message.measured_call for message in messages}
-        if len(numbers) > 1 or not self.tried or numbers != {self.tried[0].number}:
+        place = next((place for place, call in enumerate(self.tried) if numbers == {call.number}), None)
+        if place is None:
             return
-        call = self.tried.popleft()
-        per_row = max(message.measured_ns for message in messages) / max(1, call.rows)
+        call = self.tried[place]
+        del self.tried[place]
+        rows = max(1, call.rows)
+        per_row = max(message.measured_ns for message in messages) / rows
         if self.chosen is None:
-            self.times[self._candidate_of(call.number)].append(per_row)
-            self.usual = (per_row, call.rows) if self.usual is None else self.usual
-        elif self.usual is not None and abs(call.rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
-            self.recent.append(per_row)
+            self.usual = (per_row, rows) if self.usual is None else self.usual
+            if self.usual[1] / SIMILAR_SIZE <= rows <= self.usual[1] * SIMILAR_SIZE:
+                self.times[self._candidate_of(call.number)].append(per_row)
+                self.num_unheard = 0
+        elif self.usual is None or abs(rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
+            self.recent.append((per_row, rows))
 
     def _choose_if_tried(self) -> None:
-        """Choose a plan once every candidate is measured, or once that has taken too many calls."""
+        """Choose a plan once every candidate is measured, or one chunk where no more times come."""
         is_enough = all(len(times) >= TRIAL_ROUNDS for times in self.times.values())
-        if not is_enough and self.num_tried < MAX_TRIAL_CALLS:
+        if not is_enough and self.num_unheard < MAX_UNHEARD_CALLS:
             return
         rows = self.usual[1] if self.usual else 0
         self.tried.clear()
         self.num_searches += 1
         if not is_enough:
-            self.chosen, self.usual = self.candidates[1], None
-            self.choice = (
-                f"{self.chosen}: predicted to be among the fastest; too few whole calls to try it ({self.sides})"
-            )
+            self.chosen, self.usual = self.candidates[0], None
+            self.choice = f"{self.chosen}: too few whole calls of one size to compare other plans ({self.sides})"
             return
         medians = {n: statistics.median(times) for n, times in self.times.items()}
         best = min(medians, key=lambda n: medians[n])
@@ -344,10 +368,12 @@ class PlanChooser:
 
     def _search_again_if_drifted(self) -> None:
         """Start with the first stage again if the chosen plan's calls take another time than they did."""
-        if self.usual is None or len(self.recent) < DRIFT_CALLS:
+        if len(self.recent) < DRIFT_CALLS:
             return
-        recent = statistics.median(self.recent)
+        recent, rows = (statistics.median(values) for values in zip(*self.recent, strict=True))
         self.recent.clear()
-        if abs(recent / self.usual[0] - 1) > DRIFT * self.num_searches:
+        if self.usual is None:
+            self.usual = recent, rows
+        elif abs(recent / self.usual[0] - 1) > DRIFT * self.num_searches:
             self.chosen, self.candidates, self.usual = None, [], None
             self.tried.clear()
