@@ -33,6 +33,8 @@ NEEDS_NAMESPACES = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 QUICK = ["--model", "tiny", "--rounds", "2", "--chunks", "1", "3"]
 MERITS = ("hidden_share", "exposed_ms", "bound_ratio", "pass_bound_ratio", "speed_up")
 
+RECORDING = ROOT / "bench" / "results" / "recordings" / "slow_link"
+
 
 def test_routings() -> None:
     num_experts, top_k, _, _ = MODELS["fine"]
@@ -277,6 +279,8 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--emulate", "2", "--seed", str(2**32)], "argument --seed: must be a whole number from 0 to 4294967295, got"),
         (["--emulate", "2", "--routing", "uniform:2"], "uniform, remote, zipf:S or a file of ids, got 'uniform:2'"),
         (["--emulate", "2", "--routing", "somewhere"], "uniform, remote, zipf:S or a file"),
+        (["--emulate", "2", "--chunks", "2", "1", "2"], "--chunks must be different numbers, got 2 1 2"),
+        (["--emulate", "2", "--record", str(RECORDING)], "slow_link holds a recording already"),
     ],
 )
 def test_bad_arguments(arguments: list[str], words: str, complaint_of) -> None:

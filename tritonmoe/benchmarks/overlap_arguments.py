@@ -102,6 +102,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     files = [str(path) for path in (arguments.json, arguments.png, arguments.html, arguments.trace) if path is not None]
     if len(set(files)) < len(files):
         raise ValueError(f"--json, --png, --html and --trace must be different files, got {' '.join(files)}")
+    if len(set(arguments.chunks)) < len(arguments.chunks):
+        raise ValueError(f"--chunks must be different numbers, got {' '.join(map(str, arguments.chunks))}")
+    if arguments.record is not None and any(arguments.record.glob("rank-*.jsonl")):
+        raise ValueError(f"{arguments.record} holds a recording already: give --record another folder")
 
 
 def check_ranks(num_ranks: int, model: str) -> None:
