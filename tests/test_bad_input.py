@@ -17,7 +17,7 @@ import tritonmoe as tm
 from tritonmoe import backends
 from tritonmoe.dispatch import count_exchange
 from tritonmoe.experts import arguments as argument_checks
-from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.routing.nonfinite import NonFiniteCheck, _Counter
 from tritonmoe.transports import LocalTransport, Transport
 
 LIMIT_S = 5.0
@@ -747,6 +747,11 @@ def test_scores_that_are_not_finite_are_heard_late() -> None:
         check.raise_earlier()
     check.look(ids, torch.tensor(0))
     check.raise_earlier()
+    of_another_device = check._counters[torch.device("meta")] = _Counter(torch.tensor(0))  # a copy of DataParallel's
+    of_another_device.add(torch.tensor(1))
+    check.look(ids, torch.tensor(1))
+    with pytest.raises(tm.NonFiniteScores, match="scores of 2 tokens"):
+        check.raise_earlier()
     layer = tm.MoELayer(CONFIG)
     x = torch.ones(5, 8).index_fill(0, torch.tensor([1]), float("nan")).requires_grad_()
     checkpoint(layer, x, use_reentrant=False)[0].sum().backward()

@@ -231,10 +231,10 @@ def checkpointed(function: Callable, *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False)
 
 
-@pytest.mark.parametrize("in_halves", [False, True], ids=["whole", "two_batches"])
-def test_a_checkpointed_forward_keeps_nothing_for_its_backward(in_halves: bool) -> None:
-    """Of a call over ranks, what autograd saves is left to checkpointing, so nothing else may hold it."""
-    if in_halves:
+@pytest.mark.parametrize("way", ["one device", "one device, fused", "ranks", "two_batches"])
+def test_a_checkpointed_forward_keeps_nothing_for_its_backward(way: str) -> None:
+    """What autograd saves is left to checkpointing, so nothing else may hold it."""
+    if way == "two_batches":
         pytest.importorskip("greenlet")
     torch.manual_seed(0)
     shapes = (9, 16), (9, 2), (4, 24, 16), (4, 16, 12)
@@ -248,6 +248,9 @@ def test_a_checkpointed_forward_keeps_nothing_for_its_backward(in_halves: bool) 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         up, down = remember(up * 0.5), remember(down * 0.5)
         halves = []
+        if way.startswith("one device"):
+            activation = "silu" if "fused" in way else lambda h: remember(swiglu(h))
+            return tm.moe_mlp(x, ids, weights, up, down, activation=activation)
         y = tm.expert_parallel_mlp(
             *(x, ids, weights, up, down),
             num_experts=4,
@@ -258,7 +261,7 @@ def test_a_checkpointed_forward_keeps_nothing_for_its_backward(in_halves: bool) 
         return y + halves[0]
 
     def gradients(call: Callable) -> tuple[Tensor, ...]:
-        if in_halves:
+        if way == "two_batches":
             losses = tm.two_batches(lambda scale: call(run, leaves[0] * scale, *leaves[1:]).square().sum(), 1.0, 2.0)
         else:
             losses = (call(run, *leaves).square().sum(),)

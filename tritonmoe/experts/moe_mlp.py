@@ -268,10 +268,11 @@ def moe_mlp(
 def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
     """Check the tensors, and run the experts as an operator where something traces, otherwise eagerly."""
     check_tensors(inputs)
-    owners, inputs = inputs.weights, cast_for_autocast(inputs)
+    given, inputs = inputs.weights, cast_for_autocast(inputs)
     check_arguments(inputs, spec.layout)
     inputs = with_row_seeds(inputs, spec.dropout)
-    has_main_grads = find_main_grads(owners) is not None
+    has_main_grads = find_main_grads(given) is not None
+    owners: Owners = given if has_main_grads else NO_WEIGHTS  # they may be copies, for autograd alone to keep
     if has_main_grads and is_transformed():
         raise RuntimeError(MAIN_GRAD)
     with without_autocast(inputs.x.device):

@@ -52,17 +52,17 @@ class NonFiniteCheck:
         if when not in ("next", "now"):
             raise ValueError(f"check must be 'next' or 'now', got {when!r}")
         self.when = when
-        self._counter: _Counter | None = None
+        self._counters: dict[torch.device, _Counter] = {}  # of several where DataParallel copies the layer
 
     def __getstate__(self) -> dict[str, object]:
-        return {"when": self.when, "_counter": None}
+        return {"when": self.when, "_counters": {}}
 
     def raise_earlier(self) -> None:
         """Raise NonFiniteScores if an earlier call had such tokens and nobody has heard of it."""
-        if torch.compiler.is_compiling() or is_recomputing() or self._counter is None:
+        if torch.compiler.is_compiling() or is_recomputing():
             return
-        count = self._counter.unheard()
-        if count:
+        count = sum(counter.unheard() for counter in list(self._counters.values()))
+        if count > 0:
             raise NonFiniteScores(
                 f"router scores of {count} tokens were NaN or infinite in an earlier forward of this layer "
                 f"{WHERE_TO_LOOK}. check='now' raises in the forward itself"
@@ -81,9 +81,8 @@ class NonFiniteCheck:
             _raise_now(count)
         elif not is_recomputing():  # which would count the forward's tokens again
             with below_transforms():
-                if self._counter is None or self._counter.total.device != count.device:
-                    self._counter = _Counter(count)
-                self._counter.add(count)
+                counter = self._counters.get(count.device) or self._counters.setdefault(count.device, _Counter(count))
+                counter.add(count)
         return topk_ids
 
 

@@ -244,6 +244,15 @@ def test_a_forward_that_calls_that_of_the_class_is_none_of_another(wrap: Callabl
     model(ids)
 
 
+def test_experts_that_are_compiled_alone_are_switched_and_spread(group):
+    for change in (patch, lambda model: parallelize(model, group)):
+        model = mixtral()
+        block = model.model.layers[1].mlp
+        block.experts = torch.compile(block.experts, backend="eager")
+        change(model)
+        model(torch.arange(2, 12)[None])
+
+
 def test_computed_experts_are_refused_and_nothing_is_changed(group):
     model = mixtral()
     experts = model.model.layers[1].mlp.experts

@@ -50,10 +50,13 @@ def check_model(model: object) -> None:
 def check_forward(name: str, module: nn.Module) -> None:
     """Raise ValueError where another forward than its class's stands on this module, through which experts `name` run.
 
-    Whole models pass, whose loss may be another's, and what says that it wraps that of the class (accelerate's hooks).
+    Whole models pass, whose loss may be another's, torch.compile's wrappers, and what says that it wraps the class's
+    (accelerate's hooks).
     """
     forward = module.__dict__.get("forward")
-    if forward is None or hasattr(module, "save_pretrained"):
+    if (
+        forward is None or hasattr(module, "save_pretrained") or "_orig_mod" in module._modules
+    ):  # torch.compile's wrapper
         return
     own = type(module).forward
     forward = inspect.unwrap(forward, stop=lambda inner: getattr(inner, "__func__", inner) is own)
