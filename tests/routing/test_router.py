@@ -224,6 +224,16 @@ def test_rates_of_the_selection_bias(rate):
         router.update_selection_bias(rate)
 
 
+def test_loading_forgets_what_load_held():
+    """It isn't in checkpoints: behind to_empty() it is whatever memory held."""
+    config = MoEConfig(8, 4, 6, 2, selection_bias=True)
+    with torch.device("meta"):
+        router = TopKRouter(config)
+    router.to_empty(device="cpu").load.fill_(7)
+    router.load_state_dict(TopKRouter(config).state_dict())
+    assert not router.load.any()
+
+
 def test_reduce_load_must_give_the_load():
     router = make_router(make_config(6, 2, selection_bias=True))
     for wrong, got in ((None, "NoneType"), (torch.ones(3), r"\(3,\)")):

@@ -121,20 +121,17 @@ def budgeted_plan(
     def most(plan: OverlapPlan) -> int:
         return max(peak_bytes(plan, work, replace(widths, working_set=each)).most for each in working_sets)
 
+    chunks = range(1, MAX_CHUNKS + 1)
+    windowed = replace(least, window=BUDGETED_WINDOW, backward_window=BUDGETED_WINDOW)
+    plans = [replace(windowed, chunk_sizes=equal_sizes(num_chunks)) for num_chunks in chunks]
+    why = f"the fewest chunks within memory_budget_bytes = {budget}"
+    if most(plans[0]) <= budget:  # asked first: a plan takes as long to predict as it has chunks
+        return plans[0], f"{plans[0]}: {why}"
     peak = most(least)
     if peak > budget:
         return least, f"{least}: takes least, and with {peak} bytes still more than memory_budget_bytes = {budget}"
-    why = f"the fewest chunks within memory_budget_bytes = {budget}"
-    for num_chunks in range(1, MAX_CHUNKS + 1):
-        plan = replace(
-            least,
-            chunk_sizes=equal_sizes(num_chunks),
-            window=BUDGETED_WINDOW,
-            backward_window=BUDGETED_WINDOW,
-        )
-        if most(plan) <= budget:
-            return plan, f"{plan}: {why}"
-    return least, f"{least}: {why}"
+    found = next((plan for plan in plans[1:] if most(plan) <= budget), least)
+    return found, f"{found}: {why}"
 
 
 def search(

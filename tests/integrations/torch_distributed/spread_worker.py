@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.transports.sharding.whole_states import part_of
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)
@@ -119,8 +120,19 @@ def case_selection_bias() -> None:
 
 def case_file_of_one_rank() -> None:
     """A state dict that torch.save wrote on rank 0 would hold its experts alone."""
-    with pytest.raises(ValueError, match=r"torch\.distributed\.checkpoint"):
-        torch.save(spread().state_dict(), io.BytesIO())
+    for net in (spread(), sharded_over_replicas(replicas_and_experts())):
+        with pytest.raises(ValueError, match=r"torch\.distributed\.checkpoint"):
+            torch.save(net.moe.experts.state_dict(), io.BytesIO())
+
+
+def case_parts() -> None:
+    """A whole tensor is divided as DTensor divides it, where the ranks don't divide its rows too."""
+    for num_rows in (3, 5, 8):
+        rows = torch.randn(num_rows, 2)
+        expected = distribute_tensor(rows, init_device_mesh("cpu", (4,)), [Shard(0)], src_data_rank=None)
+        part = part_of(rows, expected)
+        assert part.shape == expected.shape
+        assert torch.equal(part.to_local(), expected.to_local())
 
 
 def case_assigned() -> None:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import test_families
+import torch
 from test_transformers_expert_parallel import VERSION, run
 
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+from tritonmoe.integrations.transformers.two_batches import HalvedForward
+from tritonmoe.transports import LocalTransport
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
@@ -36,7 +39,8 @@ def steps(trial: HalvesTrial, halves_ns: int, whole_ns: int, num_steps: int) -> 
     """Whether each of the steps ran in halves, where those and whole ones take so long."""
     ran, slowest_ns = [], 0
     for _ in range(num_steps):
-        is_halved, _ = trial.begin(slowest_ns)
+        trial.end(slowest_ns)
+        is_halved, _ = trial.begin()
         slowest_ns = halves_ns if is_halved else whole_ns
         ran.append(is_halved)
     return ran
@@ -59,9 +63,57 @@ def test_steps_of_an_optimizer_decide_nothing():
         trial = HalvesTrial(num_layers=1)
         slowest_ns = 0
         for number in range(trial.num_settling + 9):
-            is_halved, _ = trial.begin(slowest_ns)
+            trial.end(slowest_ns)
+            is_halved, _ = trial.begin()
             slowest_ns = (90 if is_halved else 100) + (1000 if number % every == 0 else 0)
         assert trial.decision
+
+
+def test_steps_that_are_not_tried_take_no_tried_ones_time():
+    """One of a single sequence is whole whatever is tried, and what an evaluation follows is tried again."""
+    trial = HalvesTrial(num_layers=1)
+    slowest_ns, num_tried = 0, 0
+    for number in range(60):
+        trial.end(slowest_ns)
+        if number % 3 == 0:  # a single sequence
+            slowest_ns = 10
+            continue
+        is_halved, _ = trial.begin()
+        slowest_ns = 60 if is_halved else 100
+        num_tried += trial._tried is not None
+        if number % 7 == 0:
+            trial.interrupt()
+            slowest_ns = 0
+    assert trial.times_ns == {True: [60] * 4, False: [100] * 4}
+    assert trial.decision
+    assert num_tried > 8
+
+
+class OtherRank(LocalTransport):
+    """Another rank tells what it says of its batch: minus its sequences, a time, whether it can't split it."""
+
+    def __init__(self, *told):
+        super().__init__()
+        self.told, self.num_calls = torch.tensor(told), 0
+
+    def all_reduce(self, tensor, op="sum"):
+        self.num_calls += 1
+        return torch.maximum(tensor, self.told, out=tensor)
+
+
+@pytest.mark.parametrize("is_refused_there", [False, True])
+def test_a_batch_that_one_rank_cannot_split_is_refused_on_all(is_refused_there):
+    """Nobody waits for that rank in the first layer."""
+    other = OtherRank(-4, 0, int(is_refused_there))
+    halved = HalvedForward(torch.nn.Linear(2, 2), [], [other], None)
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    pictures = {} if is_refused_there else {"pixel_values": torch.zeros(4, 3)}
+    match = "another rank" if is_refused_there else "can't split pixel_values"
+    with pytest.raises(ValueError, match=match):
+        halved._agree({"input_ids": ids, **pictures})
+    assert other.num_calls == 1
+    alone = HalvedForward(halved.model, [], [OtherRank(-1, 0, 1)], None)
+    assert alone._agree({"input_ids": ids})[0] is False, "whole batches need no splitting"
 
 
 @pytest.mark.slow

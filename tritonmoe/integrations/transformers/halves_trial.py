@@ -31,6 +31,8 @@ class HalvesTrial:
     reason: str = ""
     """Of the decision, in one sentence."""
     _began: float | None = None
+    _tried: bool | None = None
+    """Whether the step that runs now is in halves, if it is one of those that are tried."""
 
     @property
     def num_settling(self) -> int:
@@ -42,11 +44,21 @@ class HalvesTrial:
         before, self._began = self._began, time.perf_counter()
         return 0 if before is None or self.decision is not None else max(1, int((self._began - before) * 1e9))
 
-    def begin(self, slowest_ns: int) -> tuple[bool, str]:
-        """Begin a step: take in the slowest rank's time of the step before; say whether it runs in halves, and why."""
+    def end(self, slowest_ns: int) -> None:
+        """Take in the slowest rank's time of the step that has ended, if that was tried."""
+        if self._tried is not None:
+            self.times_ns[self._tried].append(slowest_ns)
+        self._tried = None
+
+    def interrupt(self) -> None:
+        """Forget the step that runs now: what comes before the next one is none. A tried one is tried again."""
+        if self._tried is not None:
+            self.num_steps -= 1
+        self._began = self._tried = None
+
+    def begin(self) -> tuple[bool, str]:
+        """Begin a step that could run in halves: say whether it does, and why."""
         place = self.num_steps - self.num_settling
-        if self.decision is None and 0 < place <= len(ORDER):
-            self.times_ns[ORDER[place - 1]].append(slowest_ns)
         if self.decision is None and place >= len(ORDER):
             self._decide()
         self.num_steps += 1
@@ -54,6 +66,7 @@ class HalvesTrial:
             return self.decision, self.reason
         if place < 0:
             return False, f"step {self.num_steps} of {self.num_settling} before two halves are tried"
+        self._tried = ORDER[place]
         return ORDER[place], f"trying both ways: step {place + 1} of {len(ORDER)}"
 
     def _decide(self) -> None:

@@ -20,7 +20,7 @@ from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.whole_states import StateDict, whole, whole_forms
+from tritonmoe.transports.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -109,7 +109,7 @@ def gathered_state(model: nn.Module, state_dict: StateDict | None = None, *, kee
         state_dict: None is the model's. What saves adapters leaves out frozen experts.
     """
     forms = whole_forms(model)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name_in_state(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     left_out = frozen - forms.keys() if saves_adapters(model) else set()
     gathered = {}
     for name, value in (model.state_dict() if state_dict is None else state_dict).items():

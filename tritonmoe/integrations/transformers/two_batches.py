@@ -16,7 +16,7 @@ from tritonmoe.integrations.transformers.requirements import check_model, check_
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.transports import Transport
+from tritonmoe.transports import Transport, as_transport
 
 __all__ = ["HalvedForward", "two_batches"]
 
@@ -49,6 +49,7 @@ class HalvedForward:
         self.spread = spread
         """Its experts modules that are spread over ranks."""
         self.transports = transports
+        """Over which ranks agree: those of the experts, and the replicas of these."""
         self.trial = trial
         """What decides; None where batches are always halved."""
         self.choice = "there was no forward yet"
@@ -72,6 +73,8 @@ class HalvedForward:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
         why_whole = self._why_whole(arguments)
+        if why_whole and self.trial is not None:
+            self.trial.interrupt()
         is_halved, reason = (False, why_whole) if why_whole else self._agree(arguments)
         before = self._reports()
         if is_halved:
@@ -89,17 +92,34 @@ class HalvedForward:
         return [None if state is None else state.calls.last_report for state in states]
 
     def _agree(self, arguments: Arguments) -> tuple[bool, str]:
-        """Say whether all ranks halve this batch, and why."""
+        """Say whether all ranks halve this batch, and why.
+
+        Raises:
+            ValueError: some rank's batch can't be split.
+        """
         is_training = self.model.training and torch.is_grad_enabled()
         trial = self.trial if is_training and not torch.are_deterministic_algorithms_enabled() else None
+        if trial is None and self.trial is not None:
+            self.trial.interrupt()
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
-        told = torch.tensor([-_batch_size(arguments), elapsed_ns], device="cpu")
+        size, refusal = 2, None
+        try:
+            size = _batch_size(arguments)
+            _split(arguments, size, size // 2)
+        except ValueError as error:
+            refusal = error
+        told = torch.tensor([-size, elapsed_ns, refusal is not None], device="cpu")
         for transport in self.transports:
             transport.all_reduce(told, "max")
-        smallest, slowest_ns = -int(told[0]), int(told[1])
+        smallest, slowest_ns, is_refused = -int(told[0]), int(told[1]), bool(told[2])
+        if trial is not None:
+            trial.end(slowest_ns)
         if smallest < 2:
             return False, f"the batch of some rank has {smallest} sequences, and one sequence is not split"
-        return (True, "") if trial is None else trial.begin(slowest_ns)
+        is_halved, reason = (True, "") if trial is None else trial.begin()
+        if is_halved and is_refused:
+            raise refusal or ValueError("two_batches can't split the batch of another rank, whose own error says why")
+        return is_halved, reason
 
     def _why_whole(self, arguments: Arguments) -> str:
         """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
@@ -247,6 +267,9 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
         raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
+    states = [state for experts in spread if (state := expert_parallel_state(experts)) is not None]
+    replicas = [state.sharding.replicas for state in states if state.sharding.replicas is not None]
+    transports |= dict.fromkeys(as_transport(mesh) for mesh in replicas)
     trial = HalvesTrial(len(spread)) if when == "auto" else None
     halved = HalvedForward(model, spread, tuple(transports), trial)
     model.forward = halved

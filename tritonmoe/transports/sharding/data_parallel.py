@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from tritonmoe.transports.sharding.whole_states import refuse_pickling
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -146,6 +148,7 @@ def explain_fully_shard() -> None:
                 "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
                 "experts itself over their replicas"
             ) from error
+        refuse_pickling(self.sharded_param.device_mesh)  # type: ignore[attr-defined]  # of both dimensions
         if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
             mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
 

@@ -15,6 +15,7 @@ __all__ = [
     "StateDict",
     "gather_optimizer",
     "give_whole_as",
+    "name_in_state",
     "no_pickle",
     "part_of",
     "refuse_pickling",
@@ -70,10 +71,15 @@ def give_whole_as(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Non
 def whole_forms(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     """Give the names in module.state_dict() of such weights, and what converts each."""
     return {
-        f"{name}.weight".lstrip("."): child.__dict__[FORM]
+        name_in_state(f"{name}.weight".lstrip(".")): child.__dict__[FORM]
         for name, child in module.named_modules()
         if FORM in child.__dict__
     }
+
+
+def name_in_state(name: str) -> str:
+    """Give a parameter's name in state_dict(), in which torch's checkpoint_wrapper hides itself."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> object:
@@ -97,10 +103,11 @@ def part_of(value: Tensor, parameter: "DTensor") -> Tensor:
             f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
         )
     mesh = parameter.device_mesh
-    part = value.tensor_split(mesh.size())[mesh.get_local_rank()].clone()  # a view would keep the whole
+    parts, rank = value.chunk(mesh.size()), mesh.get_local_rank()  # as DTensor and FSDP2 divide
+    part = (parts[rank] if rank < len(parts) else value[:0]).clone()  # a view would keep the whole
     if not parameter.is_meta:
         part = part.to(parameter.to_local().device)
-    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
 
 
 def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
