@@ -78,8 +78,10 @@ def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
     code = list(_nvidia_instructions(assembly))
     loop = _matrix_loop(code, NVIDIA_KINDS)
     num_warps = _number(r"\.reqntid (\d+)", ptx) // 32
-    looped = sum(item.name in ("LDL", "STL") for inner in _innermost_loops(code) for item in inner)
-    return MachineCode(registers, stack + local, looped, num_warps, *_counts(code, loop, NVIDIA_KINDS))
+    spills = stack + local
+    inner_loops = _innermost_loops(code) if spills else ()  # few kernels spill, and finding all loops takes a while
+    looped = sum(item.name in ("LDL", "STL") for inner in inner_loops for item in inner)
+    return MachineCode(registers, spills, looped, num_warps, *_counts(code, loop, NVIDIA_KINDS))
 
 
 def read_amd(assembly: str) -> MachineCode:

@@ -175,12 +175,12 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = bias.to(cast.device)
         return self
 
-    def _load_from_state_dict(self, *arguments: object) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         # `load` isn't saved: to_empty() left it uninitialised, or assign=True on the meta device; and that the bias in
         # whatever dtype was given.
         state_dict, prefix, *_ = arguments
-        if self.load is not None and f"{prefix}weight" in state_dict and not self.weight.is_meta:  # type: ignore[operator]
+        if self.load is not None and f"{prefix}weight" in state_dict and not self.weight.is_meta:
             self.load = torch.zeros_like(self.load, device=self.weight.device)
         if self.e_score_correction_bias is not None:
             self.e_score_correction_bias = self.e_score_correction_bias.float()

@@ -102,9 +102,8 @@ def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str
 def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
     quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
     kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
-    method = quantisation_method(model)
-    if not quantised and not found and method is not None:  # MXFP4 on a GPU is in no parameter
-        quantised, kinds = left, [method]
+    if not quantised and not found and (method := quantisation_method(model)) is not None:
+        quantised, kinds = left, [method]  # MXFP4 on a GPU is in no parameter
     if quantised:
         raise ValueError(
             f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}), and tritonmoe has no quantised "

@@ -54,9 +54,7 @@ def check_forward(name: str, module: nn.Module) -> None:
     (accelerate's hooks).
     """
     forward = module.__dict__.get("forward")
-    if (
-        forward is None or hasattr(module, "save_pretrained") or "_orig_mod" in module._modules
-    ):  # torch.compile's wrapper
+    if forward is None or hasattr(module, "save_pretrained") or "_orig_mod" in module._modules:
         return
     own = type(module).forward
     forward = inspect.unwrap(forward, stop=lambda inner: getattr(inner, "__func__", inner) is own)
