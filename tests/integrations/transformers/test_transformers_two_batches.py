@@ -112,6 +112,11 @@ def test_a_batch_that_one_rank_cannot_split_is_refused_on_all(is_refused_there):
     with pytest.raises(ValueError, match=match):
         halved._agree({"input_ids": ids, **pictures})
     assert other.num_calls == 1
+    halved.trial = trial = HalvesTrial(num_layers=1)
+    trial.num_steps = first_tried = trial.num_settling
+    with pytest.raises(ValueError, match=match):
+        halved._agree({"input_ids": ids, **pictures})
+    assert (trial.num_steps, trial._tried) == (first_tried, None), "it is tried again"
     alone = HalvedForward(halved.model, [], [OtherRank(-1, 0, 1)], None)
     assert alone._agree({"input_ids": ids})[0] is False, "whole batches need no splitting"
 

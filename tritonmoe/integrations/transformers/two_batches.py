@@ -118,6 +118,8 @@ class HalvedForward:
             return False, f"the batch of some rank has {smallest} sequences, and one sequence is not split"
         is_halved, reason = (True, "") if trial is None else trial.begin()
         if is_halved and is_refused:
+            if trial is not None:
+                trial.interrupt()  # this step's time will be none
             raise refusal or ValueError("two_batches can't split the batch of another rank, whose own error says why")
         return is_halved, reason
 
