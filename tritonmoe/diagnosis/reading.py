@@ -11,12 +11,22 @@ from tritonmoe.diagnosis.recording import RankCall, RecordedCall, RecordedPass, 
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step
 
-__all__ = ["read_recording"]
+__all__ = ["is_recording", "read_recording"]
 
+FILE = re.compile(r"rank-\d{4,}\.jsonl")
 SAME_CLOCK_S = 5.0
 """By so little a rank may seem to have heard from another one before that spoke: it notes the time after it spoke."""
 ALIKE = ("job_ranks", "transport", "node_size", "shares_link", "uses_rendezvous")
 """What the headers of all ranks must say alike."""
+
+
+def is_recording(path: Path) -> bool:
+    """Say whether a folder has files of `record` in it, or of groups of ranks below it, or nothing at all."""
+    return path.is_dir() and (
+        not any(path.iterdir())
+        or any(FILE.fullmatch(file.name) for file in path.iterdir())
+        or any(True for _ in path.glob("ranks-*/rank-*.jsonl"))
+    )
 
 
 def read_recording(path: Path) -> Recording:
@@ -30,7 +40,7 @@ def read_recording(path: Path) -> Recording:
     """
     if not path.is_dir():
         raise ValueError(f"{path} is no folder: give the one that record() has written")
-    files = sorted(file for file in path.iterdir() if re.fullmatch(r"rank-\d{4,}\.jsonl", file.name))
+    files = sorted(file for file in path.iterdir() if FILE.fullmatch(file.name))
     if not files:
         of_groups = sorted({str(file.parent) for file in path.glob("ranks-*/rank-*.jsonl")})
         if of_groups:

@@ -1,0 +1,35 @@
+"""`python -m bench.straggler_jobs FOLDER...`: what the doctor says of jobs that StragglerAnalysis has published.
+
+A folder has the job's timeline as a Chrome trace, and may have its published figures: mw.json (tori, tideal, Mw).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tritonmoe.doctor.attribution import attribute
+from tritonmoe.doctor.reading import read_traces
+from tritonmoe.doctor.slowdown import slowdown_of
+from tritonmoe.doctor.verdict import as_text
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    for folder in parser.parse_args().folders:
+        run = read_traces(folder)
+        print(as_text(run, attribute(run.graph)))
+        found = slowdown_of(run.graph)
+        print(f"S {found.slowdown:.4f}, M_W {found.share_of_slowest:.4f} of {run.graph.named(found.slowest)}")
+        published = folder / "mw.json"
+        if published.is_file():
+            figures = json.loads(published.read_text())
+            S = figures["tori"] / figures["tideal"]
+            print(f"published: S {S:.4f}, M_W {figures['Mw']:.4f}; off by {found.slowdown / S - 1:+.1%} and "
+                  f"{found.share_of_slowest - figures['Mw']:+.4f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

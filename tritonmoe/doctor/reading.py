@@ -1,0 +1,197 @@
+"""read_traces: a folder of traces of any kind, or a file, as one graph; files are known by what stands in them."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
+from tritonmoe.doctor.flight_recorder import is_flight_record, read_flight_record
+from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.inspector import is_inspector_line, on_one_clock, read_inspector
+from tritonmoe.doctor.joining import joined
+from tritonmoe.doctor.kineto import KinetoReader
+from tritonmoe.doctor.plain_pickle import read_plain_pickle
+from tritonmoe.doctor.step_marks import mark_steps
+from tritonmoe.doctor.trace import RankTrace
+from tritonmoe.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
+
+__all__ = ["ForeignRun", "read_traces"]
+
+SMALL_BYTES = 32 << 20
+"""Files that are smaller together are read in this process."""
+MOST_DUMP_BYTES = 512 << 20
+NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
+
+
+@dataclass
+class ForeignRun:
+    """A run as others recorded it."""
+
+    path: Path
+    graph: Graph
+    kinds: dict[str, int]
+    """How many files of each kind were read."""
+    lanes: str
+    limits: list[str]
+    """What the files can't tell."""
+    is_timeline: bool = False
+
+
+def read_traces(path: Path) -> ForeignRun:
+    """Read a trace, or a folder of them.
+
+    Raises:
+        ValueError: a file is damaged, files contradict each other, or there is no trace; the message says which and
+            why. OSError: a file can't be read.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} has no files in it")
+    found = _read_all([file for file in files if not file.name.startswith(".")])
+    read = [one for one in found if not isinstance(one, str)]
+    others = [one for one in found if isinstance(one, str)]
+    if not read:
+        raise ValueError("; ".join(others[:3]) or f"{path} has no trace in it")
+    limits = [f"{len(others)} files are no traces: {_shortened(others)}"] if others else []
+    timelines = [one for one in read if isinstance(one, tuple)]
+    if timelines:
+        if len(read) > 1:
+            raise ValueError(f"{path} has a pipeline's timeline beside other traces: give one run at a time")
+        graph, own = timelines[0]
+        return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
+    traces = [one for one in read if isinstance(one, RankTrace)]
+    kinds: dict[str, int] = {}
+    for trace in traces:
+        name = {"gpu": "Kineto (GPU)", "cpu": "Kineto (CPU)", "inspector": "NCCL Inspector"}.get(
+            trace.lanes, "flight recorder"
+        )
+        kinds[name] = kinds.get(name, 0) + 1
+    traces = _merged(traces, limits)
+    unmarked = [trace for trace in traces if not trace.steps]
+    if unmarked and len(unmarked) < len(traces):
+        missing = ", ".join(str(trace.rank) for trace in unmarked[:5])
+        raise ValueError(f"{path}: of rank {missing} there is only a record of exchanges, of others a whole trace")
+    if unmarked:
+        on_one_clock(traces)
+        mark_steps(traces, limits)
+    graph, own = joined(traces)
+    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *limits])
+
+
+def _shortened(others: Sequence[str]) -> str:
+    names = [one.split(" ")[0].rsplit("/", 1)[-1] for one in others]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+_Read = RankTrace | tuple[Graph, list[str]] | str
+
+
+def _read_all(files: Sequence[Path]) -> list[_Read]:
+    sizes = [file.stat().st_size for file in files]
+    workers = min(len(files), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if sum(sizes) < SMALL_BYTES or workers < 2:
+        return [_read(file) for file in files]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(_read, files))
+
+
+def _read(path: Path) -> _Read:
+    """Read one file: a rank's trace, or a timeline's graph; a text says that it is no trace, and why."""
+    begin = first_bytes(path)
+    if not begin.strip():
+        raise damaged(path, "it is empty")
+    if begin[:4] == b"PAR1":
+        return f"{path} is a parquet file, which the doctor doesn't read: give the same as JSON"
+    if begin[:1] == b"\x80":
+        return _read_pickle(path)
+    text = begin.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] not in (b"{", b"["):
+        if path.name.endswith(NO_TRACE) or not path.name.endswith(
+            (".json", ".gz", ".jsonl", ".pickle", ".pkl", ".trace")
+        ):
+            return f"{path} is no trace"
+        raise damaged(path, "it is neither JSON nor a pickle")
+    if is_inspector_line(text):
+        return read_inspector(path)
+    return _read_json(path)
+
+
+def _read_pickle(path: Path) -> _Read:
+    if path.stat().st_size > MOST_DUMP_BYTES:
+        raise damaged(path, f"it has more than {MOST_DUMP_BYTES} bytes, as no dump of the flight recorder has")
+    try:
+        with path.open("rb") as file:
+            found = read_plain_pickle(file.read())
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not is_flight_record(found):
+        return f"{path} is a pickle, but no dump of the flight recorder"
+    return read_flight_record(path, found)
+
+
+def _read_json(path: Path) -> _Read:
+    reader = KinetoReader(path)
+    events: list[Any] | None = None
+    for key, value in JsonPieces(path, "traceEvents"):
+        if key == "traceEvents":
+            if events is None and reader.num_events == 0 and _begins_timeline(path, value):
+                events = []
+            if events is not None:
+                events.append(value)
+                continue
+        reader.take(key, value)
+    if events is not None:
+        return read_timeline(path, events)
+    if is_flight_record(reader.top):
+        return read_flight_record(path, reader.top)
+    if reader.num_events == 0 and "traceEvents" not in reader.top and not _has_events(path):
+        return f"{path} is JSON, but no trace"
+    return reader.finish()
+
+
+def _begins_timeline(path: Path, event: Any) -> bool:
+    return is_timeline(event)
+
+
+def _has_events(path: Path) -> bool:
+    with open_text(path) as file:
+        return '"traceEvents"' in file.read(1 << 16)
+
+
+def _merged(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
+    """Give one trace for each rank: where it has a flight record too, its exchanges get groups and numbers of that."""
+    whole = [trace for trace in traces if trace.lanes in ("gpu", "cpu")]
+    records = [trace for trace in traces if trace.lanes not in ("gpu", "cpu")]
+    if not whole:
+        return list(traces)
+    by_rank = {trace.rank: trace for trace in whole}
+    left_over = []
+    for record in records:
+        trace = by_rank.get(record.rank)
+        if trace is None:
+            left_over.append(record)
+            continue
+        _number(trace, record)
+    return [*whole, *left_over]
+
+
+def _number(trace: RankTrace, record: RankTrace) -> None:
+    """Give a trace's exchanges the group and sequence of its flight record, made shortly after they were posted."""
+    if not trace.is_unix_clock:
+        return
+    place = 0
+    for part in sorted(trace.parts, key=lambda part: part.posted_s):
+        for at in range(place, len(record.parts)):
+            other = record.parts[at]
+            if other.posted_s < part.posted_s - 1e-4:
+                place = at + 1
+                continue
+            if other.posted_s > max(part.posted_s + 0.05, part.start_s + 0.05):
+                break
+            if other.kind == part.kind:
+                part.group, part.sequence, place = other.group, other.sequence, at + 1
+                part.group_ranks = trace.groups.get(part.group or "") or other.group_ranks
+                break

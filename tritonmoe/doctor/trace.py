@@ -1,0 +1,59 @@
+"""What a reader gives of one rank: when its computing lane was busy, its exchanges, its steps, what the file lacks."""
+
+from array import array
+from dataclasses import dataclass, field
+
+__all__ = ["Part", "RankTrace", "Step"]
+
+
+@dataclass
+class Part:
+    """One rank's part of an exchange; times in seconds on the file's clock."""
+
+    kind: str
+    posted_s: float
+    start_s: float
+    end_s: float | None
+    """None where the file doesn't tell."""
+    lane: int = 0
+    phase: str = ""
+    group: str | None = None
+    sequence: int | None = None
+    group_ranks: tuple[int, ...] | None = None
+    sent: tuple[int, ...] | None = None
+    """Bytes for each rank of the group."""
+    received: tuple[int, ...] | None = None
+    rows: int | None = None
+    """How many rows came."""
+    num_bytes: int | None = None
+
+
+@dataclass
+class Step:
+    """One step of the training, as its rank saw it."""
+
+    number: int
+    start_s: float
+    end_s: float
+
+
+@dataclass
+class RankTrace:
+    """One rank of a run."""
+
+    source: str
+    rank: int | None
+    world_size: int | None
+    lanes: str
+    """gpu, cpu, or none: what is known of the computing."""
+    host: str = ""
+    busy_start_s: array = field(default_factory=lambda: array("d"))
+    busy_end_s: array = field(default_factory=lambda: array("d"))
+    """When the computing lane was busy: intervals in order that don't overlap."""
+    parts: list[Part] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The ranks of each group of processes, by its name."""
+    is_unix_clock: bool = False
+    limits: list[str] = field(default_factory=list)
+    """What the file can't tell."""

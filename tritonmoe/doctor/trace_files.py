@@ -1,0 +1,200 @@
+"""Files of unknown origin: opened whether packed or not, read piece by piece, refused where they are damaged."""
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tritonmoe.runtime.files import check_regular
+
+__all__ = ["JsonPieces", "damaged", "first_bytes", "number", "open_text"]
+
+BLOCK = 1 << 20
+MAX_VALUE = 256 << 20
+"""No value of a trace, beside the list of its events, has more characters."""
+GZIP = b"\x1f\x8b"
+BLANK = re.compile(r"[\s]*")
+SKIPPED = re.compile(r'\{\s*"ph"\s*:\s*"[sft]"[^{}"]*(?:"[^"\\]*"[^{}"]*)*\}')
+"""An arrow between two events: nobody asks for them, and there are many."""
+
+
+def damaged(path: Path | str, what: str) -> ValueError:
+    """Give the error for a file that can't be trusted."""
+    return ValueError(f"{path} is damaged: {what}")
+
+
+def number(path: Path, where: str, values: dict, key: str, default: float | None = None) -> float:
+    """Give a number of an object in a file; default where it has none.
+
+    Raises:
+        ValueError: it is no finite number, or missing without a default.
+    """
+    value: Any = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e19:
+        raise damaged(path, f"{where}: {key} is {str(value)[:40]!r} and no number")
+    return float(value)
+
+
+def first_bytes(path: Path, count: int = 4096) -> bytes:
+    """Give how a file begins, unpacked.
+
+    Raises:
+        ValueError: it is no file, or packed and damaged. OSError: it can't be read.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        begin = file.read(count)
+    if begin[:2] != GZIP:
+        return begin
+    try:
+        with gzip.open(path) as file:
+            return file.read(count)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise damaged(path, f"it is packed, and can't be unpacked: {error}") from None
+
+
+def open_text(path: Path) -> io.TextIOBase:
+    """Open a file of text, packed or not."""
+    with path.open("rb") as file:
+        is_packed = file.read(2) == GZIP
+    if is_packed:
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it has {name}")
+
+
+class JsonPieces:
+    """A large file of JSON, an object of which one list may be long, read without ever holding all of it.
+
+    `for key, value in JsonPieces(path, "traceEvents")` gives the object's members in their order; of the long list
+    every element, with its key. A file that is a list itself gives its elements so.
+    """
+
+    def __init__(self, path: Path, long_key: str) -> None:
+        self.path, self.long_key = path, long_key
+        self._text, self._at, self._is_whole = "", 0, False
+        self._decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
+        self.num_elements = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Give members and elements.
+
+        Raises:
+            ValueError: the file is damaged, or ends too soon; the message says where.
+        """
+        try:
+            with open_text(self.path) as self._file:
+                yield from self._whole()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise damaged(self.path, f"it is packed, and can't be unpacked to its end: {error}") from None
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, f"it is no text: {error.reason}") from None
+        except RecursionError:
+            raise damaged(self.path, "it nests too deep") from None
+
+    def _whole(self) -> Iterator[tuple[str, Any]]:
+        opening = self._next()
+        if opening == "[":
+            yield from self._elements(self.long_key)
+        elif opening == "{":
+            yield from self._members()
+        else:
+            raise damaged(self.path, "it is no JSON object and no list")
+        if self._next(allow_end=True):
+            raise damaged(self.path, "something follows where it should have ended")
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        self._skip_blank()
+        if self._peek() == "}":
+            self._at += 1
+            return
+        while True:
+            self._skip_blank()
+            key = self._value("a name")
+            if not isinstance(key, str):
+                raise damaged(self.path, f"{str(key)[:40]!r} stands where a name should")
+            if self._next() != ":":
+                raise damaged(self.path, f"there is no colon after {key[:40]!r}")
+            self._skip_blank()
+            if key == self.long_key:
+                if self._peek() != "[":
+                    raise damaged(self.path, f"{key} is no list")
+                self._at += 1
+                yield from self._elements(key)
+            else:
+                yield key, self._value(key)
+            separator = self._next()
+            if separator == "}":
+                return
+            if separator != ",":
+                raise damaged(self.path, f"there is no comma after {key[:40]!r}")
+
+    def _elements(self, key: str) -> Iterator[tuple[str, Any]]:
+        self._skip_blank()
+        if self._peek() == "]":
+            self._at += 1
+            return
+        while True:
+            self._skip_blank()
+            skipped = SKIPPED.match(self._text, self._at)
+            if skipped is not None:
+                self._at = skipped.end()
+            else:
+                yield key, self._value(f"element {self.num_elements} of {key}")
+            self.num_elements += 1
+            separator = self._next()
+            if separator == "]":
+                return
+            if separator != ",":
+                raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
+
+    def _value(self, what: str) -> Any:
+        grown = BLOCK
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+                if end < len(self._text) or self._is_whole:
+                    self._at = end
+                    return value
+            except RecursionError:
+                raise damaged(self.path, f"{what} nests too deep") from None
+            except ValueError as error:
+                is_cut = isinstance(error, json.JSONDecodeError)
+                # An error far from the end of what was read so far is no cut.
+                if self._is_whole or not is_cut or len(self._text) - error.pos > BLOCK // 2:  # type: ignore[attr-defined]
+                    raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
+            if len(self._text) - self._at > MAX_VALUE:
+                raise damaged(self.path, f"{what} has more than {MAX_VALUE} characters")
+            self._fill(grown)
+            grown *= 2
+
+    def _fill(self, count: int = BLOCK) -> None:
+        block = self._file.read(count)
+        self._text, self._at = self._text[self._at :] + block, 0
+        if not block:
+            self._is_whole = True
+
+    def _skip_blank(self) -> None:
+        while True:
+            self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or self._is_whole:
+                return
+            self._fill()
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _next(self, allow_end: bool = False) -> str:
+        self._skip_blank()
+        found = self._peek()
+        if not found and not allow_end:
+            raise damaged(self.path, f"it ends too soon, after {self.num_elements} elements")
+        self._at += 1
+        return found

@@ -1,0 +1,229 @@
+"""usual: what every operation of a run would take if nothing were wrong with it.
+
+Operations of one key do the same work, so they are compared: over steps, and over ranks. Two differences are due to
+something: that of a rank whose median is not the others', and that of a single operation that is far out of what
+its like differ by anyway. The rest is noise: it would be there after any repair, so it stays. Where ranks fall into two
+groups, the faster one tells what is usual: two slow ranks of four are no reason to call their time so. Work that grows
+with the rows that a rank got, and exchanges that grow with their bytes, are compared at equal rows and bytes; what
+the rows themselves cost is imbalance.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tritonmoe.doctor.graph import Graph, Key, Member
+
+__all__ = ["Usual", "level", "slope", "spread", "usual_of"]
+
+JUMP = 1.12
+"""Ranks whose medians are further apart than that, and than their noise, are two groups."""
+LEAST_FAST = 0.25
+"""Such a part of the ranks must be fast for it to be known that it can be done."""
+LEAST_VARIED = 0.03
+"""Rows that differ by a smaller part of their mean say nothing of what a row costs."""
+CERTAIN = 3.0
+"""A rank's median is another one if it is so many times its own uncertainty away."""
+FAR_OUT = 4.5
+"""One operation is out of the noise if it is so many standard deviations away."""
+MOST_SKEW = 3.0
+"""So much wider than below its median may noise be above it."""
+LEAST_S = 20e-6
+"""Differences below that are those of clocks."""
+
+
+@dataclass
+class Usual:
+    """Seconds of every Run and Member, in the order of the graph's."""
+
+    busy_s: list[float]
+    """What it takes with nothing wrong, at the rank's own rows; noise as it was."""
+    idle_s: list[float]
+    transfer_s: list[float]
+    """The same, at the rank's own bytes."""
+    of_rows_s: list[float]
+    """What a Run takes longer, or less, than at the mean of the ranks' rows."""
+    of_bytes_s: list[float]
+    level_busy_s: list[float]
+    """What is usual, without noise."""
+    level_idle_s: list[float]
+    level_transfer_s: list[float]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Give the standard deviation of most values: half of them may be anything."""
+    if len(values) < 2:
+        return 0.0
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+
+
+def level(medians: Sequence[float], noise: float = 0.0) -> float:
+    """Give what is usual of ranks' medians: their median, or that of the faster group's where there are two."""
+    ordered = sorted(medians)
+    best, cut = 1.0, 0
+    for place in range(1, len(ordered)):
+        low, high = ordered[place - 1], ordered[place]
+        if place < LEAST_FAST * len(ordered) or high - low <= CERTAIN * noise:
+            continue
+        jump = high / low if low > 0 else float("inf")
+        if jump > max(JUMP, best):
+            best, cut = jump, place
+    return statistics.median(ordered[:cut] if cut else ordered)
+
+
+def slope(samples: Iterable[tuple[int, int, float, float]]) -> float:
+    """Give how much a value grows with its size, of (rank, step, size, value): the median of pairs, by their distance.
+
+    Pairs are of one rank in two steps, or of two ranks in one step.
+    """
+    by_rank, by_step = defaultdict(list), defaultdict(list)
+    largest = 0.0
+    for rank, step, size, value in samples:
+        by_rank[rank].append((size, value))
+        by_step[step].append((size, value))
+        if size > 0:
+            largest = max(largest, value / size)
+    pairs = []
+    for group in (*by_rank.values(), *by_step.values()):
+        group.sort()
+        for one, other in zip(group, reversed(group), strict=True):
+            if other[0] <= one[0]:
+                break
+            pairs.append(((other[1] - one[1]) / (other[0] - one[0]), other[0] - one[0]))
+    if not pairs:
+        return 0.0
+    pairs.sort()
+    half, so_far = sum(weight for _, weight in pairs) / 2, 0.0
+    for found, weight in pairs:
+        so_far += weight
+        if so_far >= half:
+            return min(max(0.0, found), largest)
+    return 0.0
+
+
+def usual_of(graph: Graph) -> Usual:
+    """Find what every stretch of work and exchange of a graph would take with nothing wrong."""
+    runs, members = graph.runs, graph.members
+    busy, idle, transfers = graph.busy_s(), graph.idle_s(), graph.transfers_s()
+    found = Usual(
+        busy, idle, transfers, [0.0] * len(runs), [0.0] * len(members), list(busy), list(idle), list(transfers)
+    )
+    for stretches in _stretches(graph).values():
+        sizes = [float(runs[own[0]].rows or 0) for own in stretches]
+        where = [(runs[own[0]].rank, runs[own[0]].step) for own in stretches]
+        times = [sum(runs[index].busy_s for index in own) for own in stretches]
+        idles = [sum(runs[index].idle_s for index in own) for own in stretches]
+        of_busy, of_idle = _Samples(where, sizes, times), _Samples(where, [0.0] * len(where), idles)
+        for number, own in enumerate(stretches):
+            for index in own:
+                part = runs[index].busy_s / times[number] if times[number] > 0 else 1 / len(own)
+                busy[index] -= part * of_busy.excess[number]
+                found.of_rows_s[index] = part * of_busy.of_size[number]
+                found.level_busy_s[index] = part * of_busy.levels[number]
+                part = runs[index].idle_s / idles[number] if idles[number] > 0 else 1 / len(own)
+                idle[index] -= part * of_idle.excess[number]
+                found.level_idle_s[index] = part * of_idle.levels[number]
+    by_key: dict[Key, list[int]] = defaultdict(list)
+    for index, member in enumerate(members):
+        by_key[member.key].append(index)
+    for indices in by_key.values():
+        sizes = [_bytes_of(members[index]) for index in indices]
+        where = [(members[index].rank, members[index].step) for index in indices]
+        fair = _fair_bytes([members[index] for index in indices])
+        samples = _Samples(where, sizes, [transfers[index] for index in indices], fair)
+        for number, index in enumerate(indices):
+            transfers[index] -= samples.excess[number]
+            found.of_bytes_s[index] = samples.of_size[number]
+            found.level_transfer_s[index] = samples.levels[number]
+    return found
+
+
+class _Samples:
+    """The times of all operations of one key: what each takes too long, and what its size makes of it."""
+
+    def __init__(
+        self,
+        where: Sequence[tuple[int, int]],
+        sizes: Sequence[float],
+        times: Sequence[float],
+        fair: dict[int, float] | None = None,
+    ) -> None:
+        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks."""
+        if fair is None:
+            by_step: dict[int, list[float]] = defaultdict(list)
+            for (_, step), size in zip(where, sizes, strict=True):
+                by_step[step].append(size)
+            fair = {step: statistics.fmean(of_step) for step, of_step in by_step.items()}
+        mean = statistics.fmean(sizes)
+        unit_s = 0.0
+        if mean > 0 and max(sizes) - min(sizes) > LEAST_VARIED * mean:
+            unit_s = slope([(*at, size, time) for at, size, time in zip(where, sizes, times, strict=True)])
+        self.of_size = [unit_s * (size - fair[step]) for (_, step), size in zip(where, sizes, strict=True)]
+        """Seconds that each takes more than at the mean size of its step."""
+        by_rank: dict[int, list[float]] = defaultdict(list)
+        rest = [time - unit_s * (size - mean) for time, size in zip(times, sizes, strict=True)]
+        for (rank, _), value in zip(where, rest, strict=True):
+            by_rank[rank].append(value)
+        medians = {rank: statistics.median_low(values) for rank, values in by_rank.items()}
+        noise = statistics.median(spread(values) for values in by_rank.values())
+        count = len(rest) / len(by_rank)
+        uncertain = max(LEAST_S, noise * 1.25 / count**0.5) if count > 1 else max(LEAST_S, 0.0)
+        usual = level(list(medians.values()), uncertain)
+        residuals = [value - medians[rank] for (rank, _), value in zip(where, rest, strict=True)]
+        far = FAR_OUT * _deviation(residuals)
+        lasting = {
+            rank: middle - usual if abs(middle - usual) > CERTAIN * uncertain else 0.0
+            for rank, middle in medians.items()
+        }
+        self.excess = [
+            lasting[rank] + (residual if abs(residual) > max(far, LEAST_S) else 0.0)
+            for (rank, _), residual in zip(where, residuals, strict=True)
+        ]
+        """Seconds above (or below) what is usual, without noise."""
+        self.levels = [
+            max(0.0, usual + unit_s * (fair[step] - mean) + more)
+            for (_, step), more in zip(where, self.of_size, strict=True)
+        ]
+
+
+def _deviation(residuals: Sequence[float]) -> float:
+    """Give the standard deviation of noise, of which up to a third of all values above is none."""
+    ordered = sorted(residuals)
+    count = len(ordered)
+    quarter, half, above = (ordered[min(count - 1, int(count * part))] for part in (0.25, 0.5, 0.65))
+    below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
+    return max(below_s, min(above_s, MOST_SKEW * below_s))
+
+
+def _stretches(graph: Graph) -> dict[Key, list[list[int]]]:
+    """Give the indices of the Runs of every stretch, by their key."""
+    found: dict[Key, dict[tuple[int, int], list[int]]] = defaultdict(dict)
+    for index, run in enumerate(graph.runs):
+        place = (run.rank, run.stretch) if run.stretch >= 0 else (-1, index)
+        found[run.key].setdefault(place, []).append(index)
+    return {key: list(of_key.values()) for key, of_key in found.items()}
+
+
+def _fair_bytes(members: Sequence[Member]) -> dict[int, float]:
+    """Give the bytes that each rank would have in an exchange of each step if all sent and got the same."""
+    by_step: dict[int, list[Member]] = defaultdict(list)
+    for member in members:
+        by_step[member.step].append(member)
+    fair = {}
+    for step, of_step in by_step.items():
+        whole = [(member.sent, member.received) for member in of_step if member.sent and member.received]
+        if len(whole) == len(of_step):
+            sums = [(sum(sent), sum(received)) for sent, received in whole]
+            fair[step] = max(statistics.fmean(one[way] for one in sums) for way in (0, 1))
+        else:
+            fair[step] = statistics.fmean(_bytes_of(member) for member in of_step)
+    return fair
+
+
+def _bytes_of(member: Member) -> float:
+    """Give the bytes that set how long an exchange takes on this rank: those that come or go."""
+    if member.sent is None or member.received is None:
+        return float(member.num_bytes or 0)
+    return float(max(sum(member.sent), sum(member.received)))
