@@ -128,7 +128,8 @@ def judge(scenario: Scenario, found: Verdict, true_share: float) -> Judgement:
         f"{one.when.when} {one.cost.share(found.replayed_s):.0%}"
         for one in found.findings
     )
-    promised = found.together.share(found.replayed_s)
+    which = found.findings[0].cost if len(scenario.faults) == 1 and found.findings else found.together
+    promised = which.share(found.replayed_s)
     result = Judgement(scenario, true_share, said or "healthy", None, None, None, None, promised)
     if not scenario.faults:
         result.cause = not found.findings

@@ -38,7 +38,12 @@ def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
     places = {number: index for index, number in enumerate(sorted(numbers))}
     of_steps = [_by_step(trace, places) for trace in traces]
     matched = _matched(traces, of_steps, limits)
-    _align_clocks(traces, of_steps, matched, limits)
+    _align_clocks(traces, matched, limits)
+    for parts in matched.values():
+        latest = max(part.start_s for _, part in parts)
+        for _, part in parts:
+            if part.end_s is None:  # no sooner than that, and that is all that is known
+                part.end_s = latest
     graph = Graph([index if trace.rank is None else trace.rank for index, trace in enumerate(traces)], sorted(numbers))
     bounds = [[(step.start_s, step.end_s) for step in trace.steps if step.number in places] for trace in traces]
     first_s = min(of_rank[0][0] for of_rank in bounds)
@@ -138,9 +143,7 @@ def _matched(traces: Sequence[RankTrace], of_steps: Sequence[_OfSteps], limits: 
     return found
 
 
-def _align_clocks(
-    traces: Sequence[RankTrace], of_steps: Sequence[_OfSteps], matched: _Matched, limits: list[str]
-) -> None:
+def _align_clocks(traces: Sequence[RankTrace], matched: _Matched, limits: list[str]) -> None:
     """Move ranks onto the first one's clock where theirs can't be the same: all leave an exchange at one moment."""
     broken, all_of_them = 0, 0
     apart: dict[int, list[float]] = defaultdict(list)
@@ -195,7 +198,7 @@ class _Programs:
         for exchange, parts in self.matched.items():
             own = range(len(graph.members), len(graph.members) + len(parts))
             graph.exchanges.append(list(own))
-            ends = [part.start_s if part.end_s is None else part.end_s for _, part in parts]
+            ends = [part.end_s or part.start_s for _, part in parts]
             latest = max(part.start_s for _, part in parts)
             for (index, part), end_s in zip(parts, ends, strict=True):
                 step, key = keys[id(part)]
@@ -290,9 +293,11 @@ class _Programs:
         rows: int | None = None
         stretch = 0
 
-        def run_until(moment_s: float, key: Key) -> None:
+        def run_until(moment_s: float, key: Key, ends_stretch: bool = True) -> None:
+            """Add the work until then; a stretch without any is one of no time, to compare others with."""
             nonlocal now_s
-            if moment_s > now_s:
+            if moment_s > now_s or (ends_stretch and len(graph.runs) == stretch):
+                moment_s = max(moment_s, now_s)
                 busy_s = busy.between(now_s, moment_s)
                 graph.runs.append(Run(index, step, key, busy_s, max(0.0, moment_s - now_s - busy_s), rows, stretch))
                 program.append((Kind.RUN, len(graph.runs) - 1))
@@ -312,7 +317,7 @@ class _Programs:
             for moment_s, is_wait, part in events:
                 member = members[id(part)]
                 if is_wait:
-                    run_until(max(now_s, waits[id(part)]), key)
+                    run_until(max(now_s, waits[id(part)]), key, ends_stretch=False)
                     program.append((Kind.WAIT, member))
                     now_s = max(now_s, moment_s)
                     pending = [other for other in pending if other is not part]

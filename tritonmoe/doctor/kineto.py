@@ -209,7 +209,13 @@ class KinetoReader:
         if len(by_number) == len(steps) and all(step.number in by_number for step in steps):
             return sorted(by_number.values(), key=lambda step: step.start_s)
         launches = sorted(zip(*self.launches, strict=True))
-        kernels = sorted(zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True))
+        exchanges = ((arguments.get("correlation"), start, end) for _, start, end, arguments in self.exchanges_on_gpu)
+        kernels = sorted(
+            [
+                *zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True),
+                *(one for one in exchanges if type(one[0]) is int),
+            ]
+        )
         if not launches or not kernels or kernels[-1][0] < 0:
             return steps
         correlations = [correlation for correlation, _, _ in kernels]

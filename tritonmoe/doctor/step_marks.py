@@ -15,7 +15,7 @@ def mark_steps(traces: Sequence[RankTrace], limits: list[str]) -> None:
     """Mark steps in traces without any, the same ones on every rank; say how they were found."""
     common = _common(traces)
     period, first = _period([(part.kind, part.group) for part in common[0]])
-    count = (len(common[0]) - first) // period if period else 0
+    count = (len(common[0]) - first - 1) // period if period else 0  # the last step has no end before another begins
     if count < 3:
         limits.append("no steps are marked, and nothing repeats: all that was recorded counts as one")
         period, first, count = len(common[0]), 0, 1

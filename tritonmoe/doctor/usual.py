@@ -177,10 +177,14 @@ class _Samples:
             rank: middle - usual if abs(middle - usual) > CERTAIN * uncertain else 0.0
             for rank, middle in medians.items()
         }
+        far = max(far, LEAST_S)
         self.excess = [
-            lasting[rank] + (residual if abs(residual) > max(far, LEAST_S) else 0.0)
+            lasting[rank] + residual if residual > far
+            # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
+            else max(lasting[rank] + residual, min(lasting[rank], 0.0)) if residual < -far
+            else lasting[rank]
             for (rank, _), residual in zip(where, residuals, strict=True)
-        ]
+        ]  # fmt: skip
         """Seconds above (or below) what is usual, without noise."""
         self.levels = [
             max(0.0, usual + unit_s * (fair[step] - mean) + more)

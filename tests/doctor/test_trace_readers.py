@@ -1,0 +1,346 @@
+"""Readers of foreign traces: each kind of file, what it can't tell, and damage, which is refused with the place."""
+
+import copy
+import gzip
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bench.foreign_scenarios import Fault, Scenario
+from bench.synthetic_traces import write_traces
+from tritonmoe.cli import main
+from tritonmoe.doctor.attribution import Verdict, attribute
+from tritonmoe.doctor.exchange_names import kind_of_kernel, kind_of_name
+from tritonmoe.doctor.reading import read_traces
+from tritonmoe.doctor.trace_files import JsonPieces
+
+LATE_S = 0.005
+
+
+def event(category: str, name: str, start_us: float, us: float, thread: int, **arguments: Any) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": start_us,
+        "dur": us,
+        "pid": 0,
+        "tid": thread,
+        "args": arguments,
+    }
+
+
+def gpu_trace(rank: int, size: int, names: tuple[str, ...], late: int | None, metadata: bool) -> dict[str, Any]:
+    """Give a rank's trace of 6 steps: kernels of 2 ms, each followed by an exchange of 1 ms that all wait for."""
+    events, correlation = [], 0
+    for step in range(6):
+        base = 1e6 + step * 40_000.0
+        now = base
+        events.append(event("user_annotation", f"ProfilerStep#{step}", base - 300, 39_900, 1))
+        for count, name in enumerate(names):
+            correlation += 1
+            launch = {"correlation": correlation}
+            events.append(event("cuda_runtime", "cudaLaunchKernel", base - 200 + correlation % 50, 2, 1, **launch))
+            start = now + (1e6 * LATE_S if rank == late and count == 0 else 0.0)
+            events.append(event("kernel", "sm90_gemm", start, 2000, 7, **launch, stream=7))
+            posted = start + 2000
+            latest = base + (count + 1) * 2000 + count * 1000 + (1e6 * LATE_S if late is not None else 0.0)
+            correlation += 1
+            more: dict[str, Any] = {"correlation": correlation, "stream": 20}
+            if metadata:
+                more |= {
+                    "Collective name": "alltoallv", "Process Group Name": "ep", "Group size": size, "dtype": "BFloat16",
+                    "Process Group Ranks": str(list(range(size))), "In msg nelems": 64 * size,
+                    "In split size": str([64] * size), "Out split size": str([64] * size), "Seq": step * 2 + count,
+                }  # fmt: skip
+            runtime = event("cuda_runtime", "cudaLaunchKernelExC", base - 200 + correlation % 50, 2, 1)
+            events.append({**runtime, "args": {"correlation": correlation}})
+            events.append(event("kernel", name, posted, latest + 1000 - posted, 20, **more))
+            now = latest + 1000
+    about = {"backend": "nccl", "rank": rank, "world_size": size}
+    return {"schemaVersion": 1, "distributedInfo": about, "baseTimeNanoseconds": 10**18, "traceEvents": events}
+
+
+def judged(folder: Path) -> Verdict:
+    return attribute(read_traces(folder).graph)
+
+
+NEW = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+OLD = "ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclDevComm*, unsigned long, ncclWork*)"
+DEEP_EP = (
+    "void deep_ep::internode::notify_dispatch<false, 4>(int const*, int*)",
+    "void deep_ep::internode::dispatch<false, 4, false>(int4*, float*)",
+    "void deep_ep::internode::combine<false, 4, __nv_bfloat16>(int4*, float*)",
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata"),
+    [((NEW, NEW), True), ((OLD, OLD), False), (DEEP_EP, False), (("void hybrid_ep::dispatch_kernel<1>()",), False)],
+)
+def test_gpu_traces(names: tuple[str, ...], metadata: bool, tmp_path: Path) -> None:
+    for rank in range(4):
+        trace = gpu_trace(rank, 4, names, 2, metadata)
+        (tmp_path / f"worker{rank}.json.gz").write_bytes(gzip.compress(json.dumps(trace).encode()))
+    run = read_traces(tmp_path)
+    assert run.kinds == {"Kineto (GPU)": 4}
+    assert len(run.graph.exchanges) == 6 * len(names)
+    assert ("matched by their order" in " ".join(run.limits)) == (names != (NEW, NEW) and names != (OLD, OLD))
+    found = attribute(run.graph)
+    (finding,) = found.findings
+    assert (finding.kind, finding.culprits.ranks, finding.when.when) == ("late rank", (2,), "always")
+    assert finding.cost.seconds == pytest.approx(
+        LATE_S * 5 / 6, rel=0.02
+    )  # the first step begins with its first kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (NEW, "all_to_all"), (OLD, "all_to_all"), ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(x)", "all_reduce"),
+        ("ncclKernel_ReduceScatter_RING_LL_Sum_float(x)", "reduce_scatter"),
+        ("ncclDevKernel_AllGather_RING_LL(x)", "all_gather"),
+        ("ncclDevKernel_Generic_4(x)", "exchange"), ("void rcclGenericKernel<1>(x)", "exchange"),
+        ("ampere_bf16_s16816gemm", None), ("void at::native::reduce_kernel<512>()", None), (DEEP_EP[0], "notify"),
+        ("void deep_ep::intranode::cached_notify_combine<2>()", "notify"), (DEEP_EP[2], "combine"),
+        ("void nccl_ep::dispatch_kernel<4>()", "dispatch"),
+    ],
+)  # fmt: skip
+def test_names_of_kernels(name: str, kind: str | None) -> None:
+    assert kind_of_kernel(name) == kind
+
+
+def test_names_of_records() -> None:
+    names = ("gloo:all_to_all", "nccl:_reduce_scatter_base", "_allgather_base", "mpi:all_reduce", "alltoallv", "wait")
+    assert [kind_of_name(name) for name in names] == [
+        *("all_to_all", "reduce_scatter", "all_gather", "all_reduce", "all_to_all", None)
+    ]
+
+
+def test_old_hosts_without_gpu_lanes_are_refused(tmp_path: Path) -> None:
+    trace = gpu_trace(0, 2, (NEW,), None, False)
+    trace["traceEvents"] = [event("cpu_op", "record_param_comms", 5, 10, 1), event("cpu_op", "aten::mm", 20, 10, 1)]
+    (tmp_path / "a.json").write_text(json.dumps(trace))
+    with pytest.raises(ValueError, match=r"no lanes of a GPU.*ProfilerActivity"):
+        read_traces(tmp_path)
+
+
+def test_what_files_cannot_tell_is_said(tmp_path: Path) -> None:
+    write_traces(Scenario("", 2), tmp_path)
+    (tmp_path / "rank3.json").unlink()
+    (tmp_path / "rank2.json").unlink()
+    run = read_traces(tmp_path)
+    assert run.limits == ["of 4 ranks 2 are there: what the others do is not known"]
+    (tmp_path / "rank1.json").unlink()
+    assert "one rank only" in read_traces(tmp_path).limits[0]
+    trace = json.loads((tmp_path / "rank0.json").read_text())
+    trace["traceEvents"] = [one for one in trace["traceEvents"] if "ProfilerStep" not in one["name"]]
+    (tmp_path / "rank0.json").write_text(json.dumps(trace))
+    run = read_traces(tmp_path)
+    assert any("no steps are marked" in words for words in run.limits)
+    assert len(run.graph.steps) == 1
+    assert not attribute(run.graph).is_healthy
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write_traces(Scenario("", 2), tmp_path / "one")
+    write_traces(Scenario("", 2), tmp_path / "other")
+    with pytest.raises(ValueError, match="both of rank 0"):
+        read_traces(tmp_path)
+
+
+def test_clocks_that_do_not_agree_are_aligned(tmp_path: Path) -> None:
+    write_traces(Scenario("", 4, faults=(Fault("late rank", (2,), 0.2),)), tmp_path)
+    trace = json.loads((tmp_path / "rank1.json").read_text())
+    trace["baseTimeNanoseconds"] += 700_000_000
+    (tmp_path / "rank1.json").write_text(json.dumps(trace))
+    run = read_traces(tmp_path)
+    assert any("clocks don't agree (by 7" in words for words in run.limits)
+    found = attribute(run.graph)
+    assert (found.findings[0].kind, found.findings[0].culprits.ranks) == ("late rank", (2,))
+
+
+def flight_record(rank: int, late: int, timed: bool) -> dict[str, Any]:
+    """Give a dump of 8 steps, each an all-to-all and an all-reduce."""
+    entries = []
+    for count in range(16):
+        base = 10**18 + (count // 2) * 40_000_000 + (count % 2) * 10_000_000
+        created = base + (8_000_000 if rank == late and count % 2 == 0 else 0)
+        entries.append(
+            {
+                "collective_seq_id": count, "process_group": ["0", "default_pg"], "is_p2p": False,
+                "profiling_name": f"nccl:{'all_to_all' if count % 2 == 0 else 'all_reduce'}",
+                "time_created_ns": created, "input_sizes": [[128, 4]], "input_dtypes": ["Float"], "state": "completed",
+                "time_discovered_started_ns": created if timed else 0,
+                "time_discovered_completed_ns": base + 9_000_000 if timed else 0, "duration_ms": None,
+            }
+        )  # fmt: skip
+    return {"version": "2.10", "pg_config": {"0": {"ranks": "[0, 1, 2]"}}, "entries": entries, "rank": rank}
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("packed", [json, pickle])
+def test_flight_records(packed: Any, timed: bool, tmp_path: Path) -> None:
+    for rank in range(3):
+        content = packed.dumps(flight_record(rank, 1, timed))
+        (tmp_path / f"dump_{rank}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if packed is json:
+        for file in tmp_path.iterdir():
+            file.rename(file.with_suffix(".json"))
+    run = read_traces(tmp_path)
+    assert run.kinds == {"flight recorder": 3}
+    assert (run.graph.ranks, len(run.graph.steps)) == ([0, 1, 2], 7)
+    assert any("2 exchanges, after which they repeat" in words for words in run.limits)
+    assert any("exchanges only" in words for words in run.limits)
+    first = attribute(run.graph).findings[0]
+    assert (first.kind, first.culprits.ranks) == ("late rank", (1,))
+
+
+def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    (tmp_path / "dump_0").write_bytes(pickle.dumps({"version": "2.10", "entries": [Evil()]}))
+    with pytest.raises(ValueError, match=r"dump_0 is damaged.*no plain data"):
+        read_traces(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def inspector_lines(rank: int, late: int, verbose: bool) -> str:
+    header = {"id": "0x7f8c", "rank": rank, "n_ranks": 3, "nnodes": 1}
+    stats = {"coll_records": 12, "coll_dropped_since_last_dump": 5 if rank == 0 else 0}
+    records: list[dict[str, Any]] = [{"header": header, "metadata": {"hostname": "a"}, "dump_stats": stats}]
+    for count in range(12):
+        us = 2000 if rank == late else 9000
+        performance: dict[str, Any] = {
+            "coll": "AllReduce", "coll_sn": count, "coll_msg_size_bytes": 4096, "coll_exec_time_us": us
+        }  # fmt: skip
+        if verbose:
+            end = 1752867229275811 + 20_000 * count
+            kernel = {"channel_id": 0, "kernel_start_ts": end - us, "kernel_stop_ts": end, "kernel_record_ts": end}
+            performance["event_trace_ts"] = {"coll_start_ts": end - us, "kernel_events": [kernel]}
+        records.append({"coll_perf": performance})
+    return "\n".join(map(json.dumps, records))
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_inspector_files(verbose: bool, tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / f"host-pid{rank}.log").write_text(inspector_lines(rank, 2, verbose))
+    run = read_traces(tmp_path)
+    assert run.kinds == {"NCCL Inspector": 3}
+    assert any("dropped 5 records" in words for words in run.limits)
+    assert any("not when" in words for words in run.limits) != verbose
+    first = attribute(run.graph).findings[0]
+    assert (first.kind, first.culprits.ranks) == ("late rank", (2,))
+    assert first.cost.seconds == pytest.approx(0.007, rel=0.1)
+
+
+def test_pieces_are_what_json_says(tmp_path: Path) -> None:
+    whole = {"a": [1, {"b": 'é{}[]\\"'}], "traceEvents": [{"x": i, "s": "y" * 3000} for i in range(1500)], "z": None}
+    for name, content in (("a.json", json.dumps(whole, indent=1).encode()), ("b.json", json.dumps(whole).encode())):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            found = list(JsonPieces(path, "traceEvents"))
+            assert [value for key, value in found if key == "traceEvents"] == whole["traceEvents"]
+            assert dict(found[:1] + found[-1:]) == {"a": whole["a"], "z": None}
+
+
+class Originals(dict):
+    """Whole files by their names, which nobody wants to see printed."""
+
+    def __repr__(self) -> str:
+        return "the whole files"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    folder = tmp_path_factory.mktemp("whole")
+    write_traces(Scenario("", 9, num_ranks=2, num_layers=1, num_steps=3), folder)
+    kineto = (folder / "rank0.json").read_bytes()
+    files = {
+        "kineto.json": kineto,
+        "kineto.json.gz": gzip.compress(kineto, mtime=0),
+        "gpu.json": json.dumps(gpu_trace(0, 2, (NEW, *DEEP_EP), 1, True)).encode(),
+        "flight.json": json.dumps(flight_record(0, 1, True)).encode(),
+        "dump_0": pickle.dumps(flight_record(0, 1, True)),
+        "inspector.log": inspector_lines(0, 1, True).encode(),
+        "timeline.json.gz": (Path(__file__).parent / "data" / "straggler_ar_two_steps.json.gz").read_bytes(),
+    }
+    return Originals(files)
+
+
+WRONG = (None, True, -1, 1e300, "text", [], {}, [[1]], {"a": 1}, "NaN", 2**70, "")
+
+
+def hurt(content: bytes, seed: int) -> bytes:
+    """Damage a file: flip bits, cut it, empty it, or give values of its JSON other types."""
+    draw = random.Random(seed)
+    way = draw.randrange(4)
+    if way == 0:
+        hurt_bytes = bytearray(content)
+        for _ in range(draw.choice((1, 3, 40))):
+            hurt_bytes[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        return bytes(hurt_bytes)
+    if way == 1:
+        return content[: draw.randrange(len(content))]
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return content[draw.randrange(len(content)) :]
+    for _ in range(draw.choice((1, 5))):
+        place: Any = found
+        while True:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            key = draw.choice(list(keys))
+            if isinstance(place[key], dict | list) and place[key] and draw.random() < 0.8:
+                place = place[key]
+                continue
+            place[key] = copy.deepcopy(draw.choice(WRONG))
+            break
+    return json.dumps(found).encode()
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(number=st.integers(0, 6), seed=st.integers(0, 2**32))
+def test_damaged_files(number: int, seed: int, originals: Originals, tmp_path: Path) -> None:
+    name = list(originals)[number]
+    folder = tmp_path / f"{number}-{seed}"
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(hurt(originals[name], seed))
+    refused = ""
+    try:
+        run = read_traces(path)
+        found = attribute(run.graph)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert str(path) in refused
+        assert len(refused) < 400
+    else:
+        assert run.graph.steps
+        assert found.replayed_s > 0
+        assert found.measured_s > 0
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_traces(Scenario("", 2), tmp_path)
+    whole = (tmp_path / "rank1.json").read_text()
+    (tmp_path / "rank1.json").write_text(whole[: len(whole) // 2])
+    assert main(["doctor", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "rank1.json is damaged: element" in said.err
+    assert said.err.count("\n") == 1

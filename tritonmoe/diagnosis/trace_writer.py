@@ -1,0 +1,42 @@
+"""on_trace_ready: write what torch.profiler saw on this rank, for the doctor, and the flight record beside it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tritonmoe.runtime.files import write_whole
+from tritonmoe.transports.flight_record import flight_record, rank_of_job
+
+__all__ = ["on_trace_ready"]
+
+
+def on_trace_ready(folder: str | os.PathLike) -> Callable[[torch.profiler.profile], None]:
+    """Return what `torch.profiler.profile(on_trace_ready=...)` calls when it has a trace: it writes this rank's.
+
+    Every rank writes `folder/rank-0003.trace.json.gz`, and `rank-0003.flight.json` where PyTorch's flight recorder
+    runs; `tritonmoe doctor folder` reads both. The second trace of a run goes to `folder-window-2`, and so on. Give the
+    profiler `record_shapes=True`, without which it is not known on gloo who sent how much, and call its `step()`.
+
+    Raises:
+        FileExistsError: when the trace is there, if the folder has one of this rank: give each run a folder of its own.
+    """
+    num_written = 0
+
+    def write(profile: torch.profiler.profile) -> None:
+        nonlocal num_written
+        num_written += 1
+        rank = rank_of_job()
+        name = f"rank-{int(os.environ.get('RANK', 0)) if rank is None else rank:04d}"
+        into = Path(folder) if num_written == 1 else Path(f"{os.fspath(folder)}-window-{num_written}")
+        into.mkdir(parents=True, exist_ok=True)
+        trace = into / f"{name}.trace.json.gz"
+        if trace.exists():
+            raise FileExistsError(f"{trace} is there: give each run a folder of its own")
+        record = flight_record()
+        profile.export_chrome_trace(str(trace))
+        if record is not None:
+            write_whole(into / f"{name}.flight.json", record, "flight record")
+
+    return write
