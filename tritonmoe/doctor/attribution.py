@@ -103,15 +103,15 @@ def attribute(graph: Graph) -> Verdict:
     together = causes.gained(KINDS)
     least_s = SMALLEST_SHARE * step_s
     findings, others = [], []
-    gained_of_kinds = {}
-    for kind in KINDS:
-        alone = causes.gained([kind])
-        rest = causes.without(KINDS)
-        left = causes.without([other for other in KINDS if other != kind])
-        hidden = [with_it - without for with_it, without in zip(left, rest, strict=True)]
-        gained_of_kinds[kind] = (alone, hidden)
     is_ill = statistics.fmean(together) >= least_s
-    for kind, (alone, hidden) in gained_of_kinds.items():
+    healthy = [was - gain for was, gain in zip(causes.as_it_was, together, strict=True)]
+    for kind in KINDS:
+        if causes.is_nothing(kind):
+            others.append((kind, 0.0))
+            continue
+        alone = causes.gained([kind])
+        left = causes.without([other for other in KINDS if other != kind]) if is_ill else causes.as_it_was
+        hidden = [with_it - without for with_it, without in zip(left, healthy, strict=True)] if is_ill else alone
         most = max(alone, hidden, key=statistics.fmean)
         cost = _cost(most)
         if is_ill and cost.seconds >= least_s and cost.low_s > 0:

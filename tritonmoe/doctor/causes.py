@@ -65,6 +65,11 @@ class Causes:
                     transfer_s[index] -= more
         return self.walker.step_times(run_s, transfer_s)
 
+    def is_nothing(self, kind: CauseKind) -> bool:
+        """Whether no operation is above what is usual for this."""
+        excess = self.excess[kind]
+        return not any(more > 0 for times in (excess.run_s, excess.member_s) for more in times)
+
     def gained(self, kinds: Collection[CauseKind], ranks: Collection[int] | None = None) -> list[float]:
         """Give what each step is shorter without these causes."""
         return [was - now for was, now in zip(self.as_it_was, self.without(kinds, ranks), strict=True)]

@@ -135,7 +135,9 @@ def _read_pickle(path: Path) -> _Read:
 def _read_json(path: Path) -> _Read:
     reader = KinetoReader(path)
     events: list[Any] | None = None
-    for key, value in JsonPieces(path, "traceEvents"):
+    pieces = JsonPieces(path, "traceEvents")
+    pieces.scan = reader.scan
+    for key, value in pieces:
         if key == "traceEvents":
             if events is None and reader.num_events == 0 and _begins_timeline(path, value):
                 events = []

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ MAX_VALUE = 256 << 20
 """No value of a trace, beside the list of its events, has more characters."""
 GZIP = b"\x1f\x8b"
 BLANK = re.compile(r"[\s]*")
-SKIPPED = re.compile(r'\{\s*"ph"\s*:\s*"[sft]"[^{}"]*(?:"[^"\\]*"[^{}"]*)*\}')
-"""An arrow between two events: nobody asks for them, and there are many."""
+NEXT = re.compile(r"\s*,\s*(?=\S)")
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
@@ -82,6 +81,8 @@ class JsonPieces:
         self._text, self._at, self._is_whole = "", 0, False
         self._decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
         self.num_elements = 0
+        self.scan: Callable[[str, int], int] | None = None
+        """Takes an element from the text where it begins, and gives where it ends; -1: it is to be read as JSON."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Give members and elements.
@@ -142,18 +143,26 @@ class JsonPieces:
             self._at += 1
             return
         while True:
-            self._skip_blank()
-            skipped = SKIPPED.match(self._text, self._at)
-            if skipped is not None:
-                self._at = skipped.end()
+            end = -1 if self.scan is None else self.scan(self._text, self._at)
+            if end >= 0:
+                self._at = end
             else:
-                yield key, self._value(f"element {self.num_elements} of {key}")
+                try:  # what nearly always is right, without a call for each element
+                    value, self._at = self._decode(self._text, self._at)
+                except (ValueError, RecursionError):
+                    value = self._value(f"element {self.num_elements} of {key}")
+                yield key, value
             self.num_elements += 1
+            following = NEXT.match(self._text, self._at)
+            if following is not None:
+                self._at = following.end()
+                continue
             separator = self._next()
             if separator == "]":
                 return
             if separator != ",":
                 raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
+            self._skip_blank()
 
     def _value(self, what: str) -> Any:
         grown = BLOCK
