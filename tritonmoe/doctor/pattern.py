@@ -41,9 +41,9 @@ def _ordinal(count: int) -> str:
 
 
 def costly_steps(costs_s: Sequence[float]) -> list[int]:
-    """Give the steps that cost at least half of what the costly ones do."""
-    top = sorted(costs_s)[-max(1, len(costs_s) // 8) :]
-    half = statistics.median(top) / 2
+    """Give the steps that cost at least half of what the costly ones do; a single one may be an accident."""
+    *_, second, most = sorted([0.0, 0.0, *costs_s])
+    half = (second if second >= 0.4 * most else most) / 2
     return [step for step, cost in enumerate(costs_s) if cost > half > 0]
 
 

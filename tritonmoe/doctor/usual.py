@@ -10,7 +10,7 @@ the rows themselves cost is imbalance.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tritonmoe.doctor.graph import Graph, Key, Member
@@ -29,6 +29,8 @@ FAR_OUT = 4.5
 """One operation is out of the noise if it is so many standard deviations away."""
 MOST_SKEW = 3.0
 """So much wider than below its median may noise be above it."""
+UNLIKE_BYTES = 0.5
+"""Ranks' bytes differ by so many times their mean where one rank is much fuller than others."""
 LEAST_S = 20e-6
 """Differences below that are those of clocks."""
 
@@ -128,11 +130,21 @@ def usual_of(graph: Graph) -> Usual:
     by_key: dict[Key, list[int]] = defaultdict(list)
     for index, member in enumerate(members):
         by_key[member.key].append(index)
+    latency_s = max(
+        0.0, min((statistics.median(transfers[one] for one in own) for own in by_key.values()), default=0.0)
+    )
     for indices in by_key.values():
         sizes = [_bytes_of(members[index]) for index in indices]
         where = [(members[index].rank, members[index].step) for index in indices]
         fair = _fair_bytes([members[index] for index in indices])
-        samples = _Samples(where, sizes, [transfers[index] for index in indices], fair)
+        times = [transfers[index] for index in indices]
+        unit_s = None
+        if _is_of_the_fullest(where, sizes, times):
+            fullest = _by_step(where, sizes, max)
+            sizes = [fullest[step] for _, step in where]
+            bound = [(time - latency_s) / size for time, size in zip(times, sizes, strict=True) if size]
+            unit_s = max(0.0, statistics.median(bound)) if bound else None
+        samples = _Samples(where, sizes, times, fair, unit_s)
         for number, index in enumerate(indices):
             transfers[index] -= samples.excess[number]
             found.of_bytes_s[index] = samples.of_size[number]
@@ -149,17 +161,21 @@ class _Samples:
         sizes: Sequence[float],
         times: Sequence[float],
         fair: dict[int, float] | None = None,
+        unit_s: float | None = None,
     ) -> None:
-        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks."""
+        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
+
+        unit_s: what one more of a size costs; None: found by comparison.
+        """
         if fair is None:
-            by_step: dict[int, list[float]] = defaultdict(list)
-            for (_, step), size in zip(where, sizes, strict=True):
-                by_step[step].append(size)
-            fair = {step: statistics.fmean(of_step) for step, of_step in by_step.items()}
+            fair = _by_step(where, sizes, statistics.fmean)
         mean = statistics.fmean(sizes)
-        unit_s = 0.0
-        if mean > 0 and max(sizes) - min(sizes) > LEAST_VARIED * mean:
+        if unit_s is not None:
+            mean = statistics.fmean(fair[step] for _, step in where)
+        elif mean > 0 and max(sizes) - min(sizes) > LEAST_VARIED * mean:
             unit_s = slope([(*at, size, time) for at, size, time in zip(where, sizes, times, strict=True)])
+        else:
+            unit_s = 0.0
         self.of_size = [unit_s * (size - fair[step]) for (_, step), size in zip(where, sizes, strict=True)]
         """Seconds that each takes more than at the mean size of its step."""
         by_rank: dict[int, list[float]] = defaultdict(list)
@@ -190,6 +206,25 @@ class _Samples:
             max(0.0, usual + unit_s * (fair[step] - mean) + more)
             for (_, step), more in zip(where, self.of_size, strict=True)
         ]
+
+
+def _by_step(
+    where: Sequence[tuple[int, int]], values: Sequence[float], what: Callable[[Sequence[float]], float]
+) -> dict[int, float]:
+    """Give the mean, or the largest, of all ranks' values in each step."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for (_, step), value in zip(where, values, strict=True):
+        by_step[step].append(value)
+    return {step: what(of_step) for step, of_step in by_step.items()}
+
+
+def _is_of_the_fullest(where: Sequence[tuple[int, int]], sizes: Sequence[float], times: Sequence[float]) -> bool:
+    """Say whether an exchange takes about equally long on all ranks though their bytes differ: as the fullest needs."""
+    unlike = []
+    for values in (sizes, times):
+        most, least, mean = (_by_step(where, values, what) for what in (max, min, statistics.fmean))
+        unlike.append(statistics.median((most[one] - least[one]) / mean[one] if mean[one] > 0 else 0.0 for one in mean))
+    return unlike[0] > UNLIKE_BYTES and unlike[1] < unlike[0] / 2
 
 
 def _deviation(residuals: Sequence[float]) -> float:
