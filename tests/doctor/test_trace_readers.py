@@ -344,3 +344,32 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert said.out == ""
     assert "rank1.json is damaged: element" in said.err
     assert said.err.count("\n") == 1
+
+
+def test_gloo_runs_a_reduce_scatter_as_an_all_reduce_and_its_threads_compute_nothing_of_the_rank(
+    tmp_path: Path,
+) -> None:
+    for rank in range(2):
+        events = []
+        for step in range(4):
+            base = 1e6 + step * 100_000.0
+            late = 40_000.0 if rank == 1 else 0.0
+            events.append(event("user_annotation", f"ProfilerStep#{step}", base, 99_000, 1))
+            events.append(event("cpu_op", "aten::mm", base + late, 10_000, 1))
+            for count, (name, run) in enumerate(
+                (("_reduce_scatter_base_", "all_reduce"), ("_allgather_base_", "all_gather"))
+            ):
+                posted, end = base + late + 10_000 + 5000 * count, base + 60_000 + 5000 * count
+                events.append(event("cpu_op", f"c10d::{name}", posted, 50, 1))
+                events.append(event("user_annotation", f"gloo:{run}", posted + 20, end - posted - 20, 2 + count))
+                events.append(event("cpu_op", "aten::add_", posted + 30, end - posted - 40, 2 + count))
+            events.append(event("cpu_op", "aten::mm", base + 66_000, 10_000, 1))
+        about = {"backend": "gloo", "rank": rank, "world_size": 2}
+        (tmp_path / f"{rank}.json").write_text(json.dumps({"distributedInfo": about, "traceEvents": events}))
+    run = read_traces(tmp_path)
+    assert run.limits == []
+    assert {len(members) for members in run.graph.exchanges} == {2}
+    assert {member.key[1] for member in run.graph.members} == {"reduce_scatter", "all_gather"}
+    found = attribute(run.graph)
+    assert (found.findings[0].kind, found.findings[0].culprits.ranks) == ("late rank", (1,))
+    assert found.waiting_s == pytest.approx(0.03, rel=0.2)

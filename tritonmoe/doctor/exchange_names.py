@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["ELEMENT_BYTES", "SYMMETRIC", "kind_of_kernel", "kind_of_name", "kind_of_operator"]
+__all__ = ["ELEMENT_BYTES", "SYMMETRIC", "as_run", "kind_of_kernel", "kind_of_name", "kind_of_operator"]
 
 KINDS = (
     # what the name has, without underscores and in small letters, and the kind; the first that fits
@@ -24,6 +24,11 @@ ELEMENT_BYTES = {
     "c10::float8_e4m3fn": 1, "c10::float8_e5m2": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1,
     "int32": 4, "int64": 8, "float16": 2, "float32": 4, "float64": 8, "complexfloat": 8, "c10::complex<float>": 8,
 }  # fmt: skip
+
+
+def as_run(kind: str) -> str:
+    """Give the kind as which gloo runs an exchange: it has no reduce-scatter of its own."""
+    return "all_reduce" if kind == "reduce_scatter" else kind
 
 
 def kind_of_name(name: str) -> str | None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, kind_of_kernel, kind_of_name, kind_of_operator
+from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, as_run, kind_of_kernel, kind_of_name, kind_of_operator
 from tritonmoe.doctor.trace import Part, RankTrace, Step
 from tritonmoe.doctor.trace_files import damaged
 
@@ -318,7 +318,10 @@ class KinetoReader:
         for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
         starts, ends = array("d"), array("d")
+        workers = {thread for _, _, _, thread in self.by_workers}
         for thread, (own_starts, own_ends) in self.operators.items():
+            if thread in workers:
+                continue  # what they compute is a part of the exchange
             posted = by_thread.get(thread, [])
             for start_s, end_s in zip(own_starts, own_ends, strict=True):
                 at = bisect_left(posted, start_s)
@@ -332,10 +335,10 @@ class KinetoReader:
             _from_operator(part, arguments)
             part.start_s = start_s
             found.parts.append(part)
-            waiting[kind].append(part)
+            waiting[as_run(kind)].append(part)
         lanes: dict[Any, int] = {}
         for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
-            of_kind = waiting.get(kind_of_name(name) or "", [])
+            of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
                 part.start_s, part.end_s = start_s, end_s

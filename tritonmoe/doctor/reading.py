@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
+from tritonmoe.doctor.exchange_names import as_run
 from tritonmoe.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.inspector import is_inspector_line, on_one_clock, read_inspector
@@ -193,7 +194,7 @@ def _number(trace: RankTrace, record: RankTrace) -> None:
                 continue
             if other.posted_s > max(part.posted_s + 0.05, part.start_s + 0.05):
                 break
-            if other.kind == part.kind:
+            if as_run(other.kind) == as_run(part.kind):
                 part.group, part.sequence, place = other.group, other.sequence, at + 1
                 part.group_ranks = trace.groups.get(part.group or "") or other.group_ranks
                 break
