@@ -81,8 +81,8 @@ class JsonPieces:
         self._text, self._at, self._is_whole = "", 0, False
         self._decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
         self.num_elements = 0
-        self.scan: Callable[[str, int], int] | None = None
-        """Takes an element from the text where it begins, and gives where it ends; -1: it is to be read as JSON."""
+        self.scan: Callable[[str, int], tuple[int, int]] | None = None
+        """Takes elements from the text, with the comma behind each; gives where the next one begins, and how many."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Give members and elements.
@@ -143,15 +143,14 @@ class JsonPieces:
             self._at += 1
             return
         while True:
-            end = -1 if self.scan is None else self.scan(self._text, self._at)
-            if end >= 0:
-                self._at = end
-            else:
-                try:  # what nearly always is right, without a call for each element
-                    value, self._at = self._decode(self._text, self._at)
-                except (ValueError, RecursionError):
-                    value = self._value(f"element {self.num_elements} of {key}")
-                yield key, value
+            if self.scan is not None:
+                self._at, passed = self.scan(self._text, self._at)
+                self.num_elements += passed
+            try:  # what nearly always is right, without a call for each element
+                value, self._at = self._decode(self._text, self._at)
+            except (ValueError, RecursionError):
+                value = self._value(f"element {self.num_elements} of {key}")
+            yield key, value
             self.num_elements += 1
             following = NEXT.match(self._text, self._at)
             if following is not None:
