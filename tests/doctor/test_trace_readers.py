@@ -373,3 +373,28 @@ def test_gloo_runs_a_reduce_scatter_as_an_all_reduce_and_its_threads_compute_not
     found = attribute(run.graph)
     assert (found.findings[0].kind, found.findings[0].culprits.ranks) == ("late rank", (1,))
     assert found.waiting_s == pytest.approx(0.03, rel=0.2)
+
+
+def test_sends_and_receives_over_gloo_meet_their_peers(tmp_path: Path) -> None:
+    for rank in range(2):
+        events = []
+        for step in range(6):
+            late = 40_000.0 if step % 2 else 0.0
+            base = 1e6 + step * 100_000.0 + (step // 2) * 40_000.0
+            events.append(event("user_annotation", f"ProfilerStep#{step}", base, 99_900 + late, 1))
+            name = "send" if rank == 0 else "recv_"
+            start = base + 10_000.0 + late if rank == 0 else base + 5000.0
+            end = base + 12_000.0 + late
+            peer = {"Concrete Inputs": ["", "", str(1 - rank), "0"]}
+            events.append(event("cpu_op", "aten::mm", base, 4000, 1))
+            events.append(event("cpu_op", f"c10d::{name}", start, 50, 1, **peer))
+            events.append(event("user_annotation", f"gloo:{name.strip('_')}", start + 10, end - start, 1))
+            events.append(event("cpu_op", "aten::mm", end + 1000, 20_000, 1))
+        about = {"backend": "gloo", "rank": rank, "world_size": 2}
+        (tmp_path / f"{rank}.json").write_text(json.dumps({"distributedInfo": about, "traceEvents": events}))
+    run = read_traces(tmp_path)
+    assert run.limits == []
+    assert len(run.graph.exchanges) == 6
+    assert {len(members) for members in run.graph.exchanges} == {2}
+    (finding,) = attribute(run.graph).findings
+    assert (finding.kind, finding.culprits.ranks, finding.when.when) == ("late rank", (0,), "periodic")

@@ -117,9 +117,16 @@ def _matched(traces: Sequence[RankTrace], of_steps: Sequence[_OfSteps], limits: 
                 if group is not None:
                     # Groups of one name but other ranks are different ones: each has its own on every rank.
                     group = (part.group, part.group_ranks or traces[index].groups.get(str(part.group)))
-                if part.kind in ("send", "recv"):
-                    group = ("alone", index)
-                lists[step, group, part.kind][index].append(part)
+                kind = part.kind
+                if kind in ("send", "recv"):
+                    ranks = part.group_ranks or traces[index].groups.get(str(part.group))
+                    peer = part.peer
+                    if ranks is not None and peer is not None:
+                        peer = ranks[peer] if peer < len(ranks) else None
+                    here = traces[index].rank
+                    pair = (here, peer) if kind == "send" else (peer, here)
+                    group, kind = (("alone", index), kind) if peer is None else (("pair", *pair), "transfer")
+                lists[step, group, kind][index].append(part)
     found: _Matched = {}
     unmatched = 0
     for (_, group, _), by_rank in lists.items():

@@ -325,7 +325,7 @@ class KinetoReader:
         for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
         starts, ends = array("d"), array("d")
-        workers = {thread for _, _, _, thread in self.by_workers}
+        workers = {thread for _, _, _, thread in self.by_workers} - set(by_thread)
         for thread, (own_starts, own_ends) in self.operators.items():
             if thread in workers:
                 continue  # what they compute is a part of the exchange
@@ -457,6 +457,8 @@ def _from_operator(part: Part, arguments: dict) -> None:
         part.num_bytes = element
         for size in tensor:
             part.num_bytes *= size
+    if part.kind in ("send", "recv") and isinstance(inputs, list) and len(inputs) > 2:
+        part.peer = int(inputs[2]) if re.fullmatch(r"\d{1,7}", str(inputs[2])) else None
     if part.kind != "all_to_all" or not isinstance(inputs, list) or len(inputs) < 5:
         return
     received, cut_received = _whole_numbers(inputs[3])

@@ -231,7 +231,7 @@ def _deviation(residuals: Sequence[float]) -> float:
     """Give the standard deviation of noise, of which up to a third of all values above is none."""
     ordered = sorted(residuals)
     count = len(ordered)
-    quarter, half, above = (ordered[min(count - 1, int(count * part))] for part in (0.25, 0.5, 0.65))
+    quarter, half, above = (ordered[int((count - 1) * part)] for part in (0.25, 0.5, 0.65))
     below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
     return max(below_s, min(above_s, MOST_SKEW * below_s))
 
