@@ -62,7 +62,9 @@ class GroupedExperts(nn.Module):
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
             two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
             TwoLevelTransport).
-            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same.
+            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same;
+            and the same deep copies of a layer, each of which is a layer of its own. Weights that
+            torch.func.functional_call puts in a layer's place go by the layer's number.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
         expert_gradients: "mean": gradients are as if averaged over all ranks, replicas included, as
@@ -242,7 +244,7 @@ class GroupedExperts(nn.Module):
                 "would count them several times. Use a placement without replicas, freeze them "
                 "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
             )
-        first = len(parameters) * calls.layer
+        first = len(parameters) * calls.number
         local = [
             None if parameter is None else self._local_weight(parameter, sharding, first + number)
             for number, parameter in enumerate(parameters)

@@ -194,6 +194,12 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
             f"layers were made or freed on some ranks alone (on this transport, {counts}). Make the same layers on "
             "every rank, in the same order"
         )
+    elif len({(h.layer, h.copy) for h in headers}) > 1 and any(h.copy for h in headers):
+        why = (
+            "a copy of a layer (copy.deepcopy, AveragedModel, a reference model) is a layer of its own, numbered among "
+            "the copies of its original as they are made. Make the same copies on every rank, in the same order, those "
+            "included that one rank alone needs, and call them in the same order"
+        )
     raise CountMismatch(f"the ranks disagree on which call this is ({said}): {why}")
 
 

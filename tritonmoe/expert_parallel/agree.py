@@ -126,6 +126,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         overlap,
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
+        copy=0 if call.layer is None else call.layer.copy,
         num_experts=call.num_slots,
         top_k=inputs.topk_ids.shape[1],
         hidden_size=inputs.x.shape[1],

@@ -223,7 +223,7 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
         ValueError: the other half makes another one. RuntimeError: it can't be left in its middle. The other ranks hear
             of either, and raise too.
     """
-    layer = -1 if arguments.layer is None else arguments.layer.layer
+    layer = -1 if arguments.layer is None else arguments.layer.number
     try:
         half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
         x = arguments.inputs.x

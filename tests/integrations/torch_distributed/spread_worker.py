@@ -279,6 +279,18 @@ def case_replicated_slots() -> None:
         net(here())
 
 
+def case_copies_over_replicas() -> None:
+    """Ranks that hold copies of the same experts never average a layer's gradients with those of its deepcopy."""
+    mesh = replicas_and_experts()
+    net = spread(mesh)
+    nets = [net, copy.deepcopy(net)]
+    for one in nets:
+        one(here()).sum().backward()  # alike on all ranks
+    losses = [one(here()).sum() for one in nets]
+    with pytest.raises(tm.CountMismatch, match="different layers, or of a layer and its deepcopy"):
+        losses[mesh.get_local_rank("replica")].backward()
+
+
 def case_recorded() -> None:
     """Both groups of expert ranks record into one folder, neighbours and others, and a layer on one rank alone."""
     names = [tempfile.mkdtemp()]

@@ -30,7 +30,8 @@ class Spread(NamedTuple):
 
     sharding: Sharding
     gradient_scale: float
-    layer: int
+    number: int
+    """LayerCalls.number."""
 
 
 def spread_of(experts: nn.Module) -> Spread | None:
@@ -49,7 +50,7 @@ def spread_of(experts: nn.Module) -> Spread | None:
         sharding, scale, calls = state.sharding, state.gradient_scale, state.calls
     if sharding is None or sharding.mesh is None or calls is None:
         return None
-    return Spread(sharding, scale, calls.layer)
+    return Spread(sharding, scale, calls.number)
 
 
 def shard_factors(wrapper: "ParamWrapper") -> None:
@@ -108,7 +109,8 @@ def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor
     linears: Sequence[Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
     if spread is None or not any(sharded_modules(linears[0])):
         return None
-    first_number = -4 * (spread.layer + 1) + 2 * (wrapper.parameter_name == "down_proj")  # not the experts' own numbers
+    is_down = wrapper.parameter_name == "down_proj"
+    first_number = -4 * (spread.number + 1) + 2 * is_down  # not the experts' own numbers
     factors = []
     for number, linear in enumerate(linears):
         parameter = linear.weight

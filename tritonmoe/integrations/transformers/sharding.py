@@ -55,7 +55,7 @@ class ExpertParallelState:
         parameter = getattr(experts, name)
         if name not in self.names:
             return parameter
-        number = len(self.names) * self.calls.layer + self.names.index(name)
+        number = len(self.names) * self.calls.number + self.names.index(name)
         make = partial(local_shard, experts, parameter, self.sharding, self.gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 

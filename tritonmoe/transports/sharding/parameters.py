@@ -299,8 +299,8 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
     numbers = torch.tensor([number, -number], device=device)
     dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
     said = (
-        "the ranks that hold copies of the same experts run the backward of different layers: every rank must run the "
-        "same backwards in the same order"
+        "the ranks that hold copies of the same experts run the backward of different layers, or of a layer and its "
+        "deepcopy: every rank must make the same layers and copies, and run the same backwards, in the same order"
     )
     if device.type == "cpu":
         if int(numbers[0]) != -int(numbers[1]):
