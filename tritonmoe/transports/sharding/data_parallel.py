@@ -139,8 +139,8 @@ def _refuse_uneven(module: nn.Module) -> None:
         if marked.members is not None and len(marked.members) > 1:
             raise ValueError(
                 f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
-                "which all take part in every call of them, and join() lets a rank without batches stop: give every rank "
-                "as many batches (one may have no tokens), or let all ranks stop with the first one, by "
+                "which all take part in every call of them, and join() lets a rank without batches stop: give every "
+                "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
                 "join(throw_on_early_termination=True)"
             )
 
