@@ -1,9 +1,10 @@
 """Sharded parameters under DistributedDataParallel, which leaves them alone, and FSDP2, which has to be told to."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ __all__ = [
 
 MARK = "_tritonmoe_sharded"
 OWN_BUFFERS = "_tritonmoe_own_buffers"
+OF_NOBODY = "_tritonmoe_of_nobody"
 
 
 class ShardedNames(NamedTuple):
@@ -77,8 +79,10 @@ def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, Sharded
 def ignore_sharded_parameters() -> None:
     """Let DistributedDataParallel neither broadcast nor average parameters that are marked, from now on.
 
-    It reads the names to ignore from the module that it is given, which knows nothing of marks inside it.
+    It reads the names to ignore from the module that it is given, which knows nothing of marks inside it. Its join()
+    is refused where a rank without batches would leave the others waiting for its experts.
     """
+    from torch.distributed.algorithms.join import Join, Joinable
     from torch.nn.parallel import DistributedDataParallel
 
     original: Callable[..., None] = DistributedDataParallel.__init__
@@ -91,31 +95,79 @@ def ignore_sharded_parameters() -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
         module = given["module"]
         _ignore(module, given.get("process_group"), given.get("device_mesh"))
-        if not _averages_nothing(module):
+        if given.get("mixed_precision") is not None and _averages_nothing(module):
+            raise ValueError(
+                "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
+                "none, and its mixed_precision restores parameters where it averages: leave mixed_precision out, and "
+                "run the model under torch.autocast"
+            )
+        with _something_to_average(module):
             original(self, *arguments, **keywords)
-            return
-        original(self, *arguments, **keywords, **_nothing_to_average(module))
-        self._lazy_init_ran = True  # what there would be to initialise is not made then
+
+    set_state: Callable[..., None] = DistributedDataParallel.__setstate__
+
+    @functools.wraps(set_state)
+    def restore(self: DistributedDataParallel, state: dict[str, Any]) -> None:
+        with _something_to_average(state["_modules"]["module"]):
+            set_state(self, state)
+
+    make_join: Callable[..., None] = Join.__init__
+
+    @functools.wraps(make_join)
+    def init_join(
+        self: Join,
+        joinables: list[Joinable],
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+        **keywords: object,
+    ) -> None:
+        if enable and not throw_on_early_termination:
+            for joined in joinables:
+                if isinstance(joined, nn.Module):
+                    _refuse_uneven(joined)
+        make_join(self, joinables, enable, throw_on_early_termination, **keywords)
 
     setattr(init, MARK, True)
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]
+    Join.__init__ = init_join  # type: ignore[method-assign]
+
+
+def _refuse_uneven(module: nn.Module) -> None:
+    """Raise ValueError if the module's layers exchange rows: join() stands in for a rank only in what it averages."""
+    for name, child, marked in sharded_modules(module):
+        if marked.members is not None and len(marked.members) > 1:
+            raise ValueError(
+                f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
+                "which all take part in every call of them, and join() lets a rank without batches stop: give every "
+                "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
+                "join(throw_on_early_termination=True)"
+            )
 
 
 def _averages_nothing(module: nn.Module) -> bool:
     """Say whether everything that is trained is other parameters on every rank, as adapters of experts alone are."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return bool(trained) and ignored.issuperset(trained)
+    return bool(trained) and ignored.issuperset(trained) and any(True for _ in sharded_modules(module))
 
 
-def _nothing_to_average(module: nn.Module) -> dict[str, object]:
-    """Give the arguments with which DistributedDataParallel takes a module of which it averages nothing.
+@contextlib.contextmanager
+def _something_to_average(module: nn.Module) -> "Iterator[None]":
+    """Let DistributedDataParallel find a parameter to average in a module in which it ignores all that is trained.
 
-    It refuses one, though Trainer wraps all, unless it is told of a parameter that somebody else lets it average: one
-    here that no module has.
+    It refuses a module without one, though Trainer wraps all. The parameter is in no graph, so that nothing is averaged
+    but in the first step of a static graph; all else that it does, with frozen parameters and buffers too, it does.
     """
+    if not _averages_nothing(module):
+        yield
+        return
     of_nobody = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
-    return {"delay_all_reduce_named_params": [("", of_nobody)], "param_to_hook_all_reduce": of_nobody}
+    module.register_parameter(OF_NOBODY, of_nobody)
+    try:
+        yield
+    finally:
+        delattr(module, OF_NOBODY)
 
 
 def explain_fully_shard() -> None:

@@ -7,7 +7,7 @@ DTensors of two meshes. A model with sharded experts and whole dense parameters 
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
 """Operations that DTensor has no rules for. They work element by element, so that each rank runs them on its parts."""
 
+COLLECTIVES = ("broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_")
+"""What torch.distributed's functions call with the tensors that they are given."""
+
 _without_handler = threading.RLock()
 
 
@@ -41,6 +44,8 @@ def allow_mixed_lists() -> None:
     for operation in (*_operations_on_lists(), aten.stack.default):
         handlers.setdefault(operation, _run_by_kind)
     handlers.setdefault(aten._local_scalar_dense.default, _number_of)
+    for collective in COLLECTIVES:
+        handlers.setdefault(getattr(torch.ops.c10d, collective).default, _refuse_collective)
     unscale = aten._amp_foreach_non_finite_check_and_unscale_.default
     if getattr(handlers[unscale], "func", None) is not _unscale_by_kind:
         handlers[unscale] = functools.partial(_unscale_by_kind, handlers[unscale])
@@ -151,6 +156,16 @@ def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords
             "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
         )
     return operation(tensor.to_local(), **keywords)
+
+
+def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
+    name = operation._schema.name.removeprefix("c10d::").rstrip("_")
+    raise ValueError(
+        f"torch.distributed's {name} got a DTensor, of which every "
+        "rank holds another part, as of experts that are spread over ranks; it would mix these parts: leave out the "
+        "parameters that tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do "
+        "such things to all that they get: give the experts an optimizer of their own)"
+    )
 
 
 def _unscale_by_kind(
