@@ -49,18 +49,19 @@ class _MoEMLP(torch.autograd.Function):
         x: Tensor,
         topk_weights: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights), row_seeds)
         out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
         ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 6), computes_h=h is None)
-        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, keep_beside(ctx, grouping))
-        return out
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, mark)
+        return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, *weights, h, row_seeds, mark = ctx.saved_tensors
+    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, topk_weights, *weights, h, row_seeds, mark = tensors
         saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h, row_seeds)
         needs = Needs.from_list(ctx.needs_input_grad[4:])
         return None, None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
@@ -78,7 +79,7 @@ class _UpHalf(torch.autograd.Function):
         row_seeds: Tensor | None,
         x: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         of_up = _among(NO_WEIGHTS, OF_UP, weights)
         gate_up, _ = settings.projections(of_up)
         count_products(settings.ops, x, grouping.num_pairs, lambda: gate_up.num_products)
@@ -87,13 +88,14 @@ class _UpHalf(torch.autograd.Function):
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(x, of_up, _needs_gate_up(ctx, 5), computes_h=False)
-        ctx.save_for_backward(x, *weights, row_seeds, keep_beside(ctx, grouping))
-        return h
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(x, *weights, row_seeds, mark)
+        return h, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *weights, row_seeds, mark), settings = saved, ctx.settings
         grouping = kept_beside(ctx, mark)
         _, _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
         dh = dh.contiguous()
@@ -124,18 +126,19 @@ class _DownHalf(torch.autograd.Function):
         a: Tensor,
         topk_weights: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
         count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
-        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, keep_beside(ctx, grouping))
-        return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, mark)
+        return settings.ops.gather_sum(y, grouping.inverse, topk_weights), mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (a, topk_weights, *weights, row_seeds, mark), settings = saved, ctx.settings
         grouping = kept_beside(ctx, mark)
         _, _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
