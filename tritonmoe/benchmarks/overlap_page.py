@@ -46,6 +46,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
     traffic = Heat(
         "Tokens of a rank that need an expert of another",
         *("traffic_rows", results["traffic_rows"], "count", "from rank", "to rank", ranks, ranks),
+        base=min(map(min, results["traffic_rows"])),
     )
     sections = [
         Section("Lanes", [lanes_chart("The best schedules, measured and planned", lanes, merit)]),
