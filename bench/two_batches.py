@@ -28,7 +28,7 @@ from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
+from tritonmoe.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations import transformers as tmt
@@ -206,23 +206,24 @@ def sent_bytes(step: Step) -> float:
 
 
 def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped: Samples) -> Json:
-    """Give the times at one rate, and what two batches gain; ratios are medians over rounds."""
+    """Give the times at one rate, and what two batches gain: ratios of medians."""
+    step = {name: summarize(seconds) for name, seconds in samples.items()}
 
-    def ratio(slower: str, faster: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(samples[slower], samples[faster], strict=True)), 3)
+    def over(slower: str, faster: str) -> float:
+        return ratio(step[slower], step[faster], 3)
 
     wire_s = 8 * sent["two batches"] / parse_rate(rate)
     bound_s = max(statistics.median(unshaped["two batches"]), wire_s)
-    of_one_rank = {"beside_one_by_one": ratio("two batches", ONE_BY_ONE)} if ONE_BY_ONE in samples else {}
+    of_one_rank = {"beside_one_by_one": over("two batches", ONE_BY_ONE)} if ONE_BY_ONE in samples else {}
     return {
         "rate": rate,
-        "step": {name: summarize(seconds) for name, seconds in samples.items()},
+        "step": step,
         "sent_mb": {name: round(of_one / 1e6, 2) for name, of_one in sent.items()},
         "communication_alone_ms": round(1e3 * wire_s, 1),
-        "faster_than_one_batch": ratio("one batch", "two batches"),
-        "in_2_chunks_faster_than_one_batch": ratio("one batch", "two batches in 2 chunks"),
-        "faster_than_serial": ratio("serial", "two batches"),
-        "auto_faster_than_one_batch": ratio("one batch", "auto"),
+        "faster_than_one_batch": over("one batch", "two batches"),
+        "in_2_chunks_faster_than_one_batch": over("one batch", "two batches in 2 chunks"),
+        "faster_than_serial": over("serial", "two batches"),
+        "auto_faster_than_one_batch": over("one batch", "auto"),
         "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
         **of_one_rank,
     }

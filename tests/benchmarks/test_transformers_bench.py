@@ -9,6 +9,7 @@ import torch
 
 from tritonmoe.benchmarks import transformers as bench
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.benchmarks.timing import ratio
 from tritonmoe.benchmarks.transformers import Subject, kept, largest_violation
 from tritonmoe.cli import main
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
@@ -28,7 +29,7 @@ def test_it_runs_and_writes(tmp_path, capsys):
     for case in results:
         assert {"tritonmoe", "eager", "grouped_mm", "batched_mm"} <= case["times"].keys()
         assert case["best_other"] in case["times"]
-        assert case["ratio"] > 0
+        assert case["ratio"] == ratio(case["times"][case["best_other"]], case["times"]["tritonmoe"], 3)
         assert ("kept_for_backward_mb" in case) == (case["pass"] == "training")
         assert case["peak_mb"].keys() == case["times"].keys()
         assert min(case["peak_mb"].values()) > 0

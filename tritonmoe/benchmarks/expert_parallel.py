@@ -21,7 +21,7 @@ from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, me
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import gather
-from tritonmoe.benchmarks.timing import summarize, write_json
+from tritonmoe.benchmarks.timing import ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.errors import TransportError
@@ -131,10 +131,9 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
         if measured.seconds_on_fast_link:
             fast = measured.seconds_on_fast_link[name]
             case["step_on_fast_link"] = summarize(fast)
-            case["exposed_ms"] = round(1e3 * (statistics.median(seconds) - statistics.median(fast)), 3)
+            case["exposed_ms"] = round(case["step"]["median_ms"] - case["step_on_fast_link"]["median_ms"], 3)
             case["sent_mb"] = round(measured.sent_mb[name], 3)
         variants[name] = case
-    ratios = [peer / ours for peer, ours in zip(measured.seconds[best], measured.seconds[str(OURS)], strict=True)]
     on_netns = arguments.netns is not None
     results = {
         "link": f"{num_ranks} network namespaces, gloo, {arguments.rate} a link" if on_netns else f"{num_ranks} ranks",
@@ -149,7 +148,7 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
         "chunks": arguments.chunks or "auto",
         "variants": variants,
         "best_other": best,
-        "ratio": round(statistics.median(ratios), 3),
+        "ratio": ratio(variants[best]["step"], variants[str(OURS)]["step"], 3),
     }
     if measured.seconds_on_fast_link:
         peer = variants[best]

@@ -18,6 +18,7 @@ from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.overlap_variants import variants_of
+from tritonmoe.benchmarks.overlap_verdict import verdict
 from tritonmoe.benchmarks.ranks import device_and_backend, gather
 from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.benchmarks.timing import summarize, write_figures
@@ -190,10 +191,10 @@ def _measure(
     }
     ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
-        summary[kind]["contention"] = max((r["contention"][kind] for r in ranks), key=lambda one: one["median"])
+        summary[kind]["contention"] = max(r["contention"][kind] for r in ranks)
     if measured.rate is not None:
         description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
-    return {
+    results = {
         "link": description,
         "emulated": arguments.emulate is not None,
         "ranks": transport.size,
@@ -223,6 +224,7 @@ def _measure(
         "two_levels_computed_bytes": _bytes_between_nodes([r["rows_between_nodes"] for r in ranks], measured, workload),
         "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
+    return {**results, "verdict": verdict(results)}
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:
@@ -264,7 +266,7 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
 
     def write_picture(path: Path) -> None:
         lanes = [one[0] for one in timelines.values()]
-        texts = [headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
+        texts = [results["verdict"]["text"], headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
         write_overlap_png(path, lanes, results, *texts)
 
     for path, write, hint in (
@@ -282,6 +284,6 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
             failures.append(str(error))
     if arguments.record is not None:
         said.append(f"wrote {arguments.record}: read it with tritonmoe doctor {arguments.record}")
-    print("\n".join(said), flush=True)
+    print("\n".join([*said, "", results["verdict"]["text"]]), flush=True)
     if failures:
         raise OSError("; ".join(failures))

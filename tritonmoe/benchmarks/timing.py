@@ -8,7 +8,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ __all__ = [
     "environment",
     "interleave",
     "package_versions",
+    "quartiles",
+    "ratio",
     "summarize",
     "synchronize",
     "write_figures",
@@ -85,16 +87,33 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def summarize(seconds: list[float]) -> dict[str, float]:
+def summarize(seconds: Sequence[float]) -> dict[str, float]:
     """Give median and quartiles in milliseconds."""
-    ordered = sorted(seconds)
-    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    lower, upper = quartiles(seconds)
     return {
-        "median_ms": round(statistics.median(ordered) * 1e3, 3),
-        "lower_quartile_ms": round(quartiles[0] * 1e3, 3),
-        "upper_quartile_ms": round(quartiles[2] * 1e3, 3),
-        "samples": len(ordered),
+        "median_ms": round(statistics.median(seconds) * 1e3, 3),
+        "lower_quartile_ms": round(lower * 1e3, 3),
+        "upper_quartile_ms": round(upper * 1e3, 3),
+        "samples": len(seconds),
     }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Give the lower and the upper quartile: of two values these are the values, of one it is that one."""
+    if len(values) < 2:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4)
+    # Of two values statistics.quantiles gives what lies beyond them.
+    return max(lower, min(values)), min(upper, max(values))
+
+
+def ratio(above: Mapping[str, float], below: Mapping[str, float], digits: int = 4) -> float:
+    """Give the quotient of two times' medians, as summarize() gives them and a table shows them.
+
+    This is what every speed-up is. The median of the rounds' own quotients would be another number: of two schedules
+    the slower one could have the larger speed-up beside its median.
+    """
+    return round(above["median_ms"] / below["median_ms"], digits)
 
 
 def environment() -> Json:
