@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"(ms: {times})",
                         flush=True,
                     )
-    write_json(arguments.json, "moe_mlp", results)
+    write_json(arguments.json, "moe_mlp", results, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

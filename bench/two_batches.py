@@ -24,7 +24,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from tritonmoe.benchmarks.argument_types import positive, positive_number
-from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
+from tritonmoe.benchmarks.expert_parallel_rank import num_settling_steps
+from tritonmoe.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import slowest
@@ -42,8 +43,6 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main"]
 
 UNSHAPED = "40gbit"
-WARM_UP = 7
-"""Steps until "auto" has chosen the chunks of a whole batch: it takes about twenty calls, a step makes one a layer."""
 ONE_BY_ONE = "one half after the other"
 SETTLED = 2
 """Steps of every variant that are not counted, after each change of the link's rate."""
@@ -87,6 +86,7 @@ class Step:
         self.model: Any = qwen3_moe_model(sizes, dtype=dtype)
         if arguments.adapters:
             self.alone, self.model = (_adapted(model, arguments.adapters) for model in (self.alone, self.model))
+        self.num_layers = arguments.layers
         self.num_nodes = 1 if arguments.node_size is None else transport.size // arguments.node_size
         ranks: Ranks = transport.group
         if self.num_nodes > 1:
@@ -170,7 +170,7 @@ class Step:
 def measure(step: Step, rates: list[str], rounds: int) -> list[Json]:
     """Give, for each rate, what summarize_rate() makes of every variant's steps."""
     transport = step.transport
-    for _ in range(WARM_UP):
+    for _ in range(num_settling_steps(step.num_layers) + 1):
         step.timed("one batch")
     results: list[Json] = []
     unshaped: Samples = {}
@@ -262,7 +262,8 @@ def main() -> int:
     check_model_sizes(arguments)
     for rate in arguments.rates:
         parse_rate(rate)
-    if "RANK" in os.environ:
+    check_start(arguments.netns, {})
+    if is_inside():
         run_rank(arguments)
         return 0
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -123,3 +123,23 @@ def test_liger_is_measured_where_it_runs(monkeypatch):
     case = bench.measure(Subject(model, is_block=True, num_tokens=16, new_tokens=2), "training", 16, 1, 0.0)
     assert LigerFunction.calls > before
     assert {"liger", "tritonmoe"} <= case["times"].keys() == case["peak_mb"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--subjects", "block", "--layers", "8"],
+            "--layers 8 has no effect on what is measured: leave it out, or",
+        ),
+        (["--passes", "training", "--new-tokens", "4"], "--new-tokens 4 has no effect on what is measured"),
+        (
+            ["--passes", "decode", "--subjects", "block", "--tokens", "9"],
+            "--tokens 9 has no effect on what is",
+        ),
+    ],
+)
+def test_options_that_nothing_would_heed(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "transformers", *arguments])
+    assert words in capsys.readouterr().err

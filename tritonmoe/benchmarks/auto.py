@@ -15,7 +15,7 @@ import sys
 import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
-from tritonmoe.benchmarks.inside_namespace import ask
+from tritonmoe.benchmarks.inside_namespace import ask, check_start
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.overlap_prediction import predict
@@ -32,13 +32,15 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 
 
+DEFAULT_RATES = ["400mbit", "1gbit", "2500mbit"]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench auto", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
     parser.add_argument(
         "--rates",
         nargs="+",
-        default=["400mbit", "1gbit", "2500mbit"],
         help="with --netns: of every rank's link, each direction (default 400mbit 1gbit 2500mbit)",
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["coarse", "fine"])
@@ -68,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    check_start(arguments.netns, {"--rates": arguments.rates})
+    arguments.rates = arguments.rates or DEFAULT_RATES
+    for option in ("rates", "models", "routings", "chunks"):
+        values = getattr(arguments, option)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{option} must differ from each other, got {' '.join(map(str, values))}")
     rates = [parse_rate(rate) for rate in arguments.rates]
     if "RANK" in os.environ:
         return _run_rank(arguments)
@@ -120,7 +128,7 @@ def _run_rank(arguments: argparse.Namespace) -> int:
                 "cases": cases,
             }
             print(_as_words(results))
-            write_json(arguments.json, "auto", results)
+            write_json(arguments.json, "auto", results, device)
     return 0
 
 

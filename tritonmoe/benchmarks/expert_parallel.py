@@ -18,6 +18,7 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
+from tritonmoe.benchmarks.inside_namespace import check_start
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import gather
@@ -39,7 +40,7 @@ LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench expert_parallel", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
-    parser.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    parser.add_argument("--rate", help="with --netns: every rank's link, each direction (default 1gbit)")
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--sequences", type=positive, default=1, help="of these tokens (default 1); 2 for halves too")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    check_start(arguments.netns, {"--rate": arguments.rate})
+    arguments.rate = arguments.rate or "1gbit"
     rate = parse_rate(arguments.rate)
     check_model_sizes(arguments)
     if arguments.tokens % arguments.sequences:
@@ -116,7 +119,7 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
         results |= {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
         if ranks.rank == 0:
             print(_as_table(results))
-            write_json(arguments.json, "expert_parallel", results)
+            write_json(arguments.json, "expert_parallel", results, ids.device)
     if loss_difference > LARGEST_LOSS_DIFFERENCE[arguments.dtype]:
         raise ValueError(f"the variants' losses differ by {loss_difference:.2g}, relative: these times say nothing")
     return 0

@@ -116,11 +116,11 @@ def ratio(above: Mapping[str, float], below: Mapping[str, float], digits: int = 
     return round(above["median_ms"] / below["median_ms"], digits)
 
 
-def environment() -> Json:
-    """Give the machine and the versions that a figure belongs to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+def environment(device: torch.device | str = "cpu") -> Json:
+    """Give the machine and the versions that a figure belongs to, which was measured on this device."""
+    device = torch.device(device)
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -164,14 +164,17 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
 
 
-def write_json(path: Path | None, name: str, results: object) -> None:
-    """Write the results with the machine and versions, if a path was given, and say so."""
+def write_json(path: Path | None, name: str, results: object, device: torch.device | str = "cpu") -> None:
+    """Write the results with the machine and versions, if a path was given, and say so.
+
+    device: what they were measured on.
+    """
     if path is not None:
-        write_figures(path, name, results)
+        write_figures(path, name, results, device)
         print(f"wrote {path}")
 
 
-def write_figures(path: Path, name: str, results: object) -> None:
+def write_figures(path: Path, name: str, results: object, device: torch.device | str) -> None:
     """Write the results with the machine and versions."""
-    figures = {"benchmark": name, "environment": environment(), "results": results}
+    figures = {"benchmark": name, "environment": environment(device), "results": results}
     write_whole(path, json.dumps(figures, indent=1), "file of figures")

@@ -167,12 +167,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_used(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError for an option that nothing of what is to be measured would heed."""
+    has_prompt = "decode" in arguments.passes and "model" in arguments.subjects
+    for name, is_used, way in (
+        ("layers", "model" in arguments.subjects, "add model to --subjects"),
+        ("new_tokens", "decode" in arguments.passes, "add decode to --passes"),
+        ("tokens", arguments.passes != ["decode"] or has_prompt, "add training or prefill to --passes"),
+    ):
+        if getattr(arguments, name) != parser.get_default(name) and not is_used:
+            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+            raise ValueError(f"{option} has no effect on what is measured: leave it out, or {way}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print a table, a line for each case; ratio is the best other median over ours."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
         check_model_sizes(arguments)
+        _check_used(arguments, parser)
     except ValueError as error:
         parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     print(as_table(results, (OURS, *PEERS)))
     for peer, reason in {peer: why for case in results for peer, why in case["not_run"].items()}.items():
         print(f"not run somewhere: {peer} ({reason})")
-    write_json(arguments.json, "transformers", results)
+    write_json(arguments.json, "transformers", results, device)
     if arguments.png is not None:
         write_png(arguments.png, results, (OURS, *PEERS))
         print(f"wrote {arguments.png}")
