@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import set_detect_anomaly
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -289,6 +290,23 @@ def case_copies_over_replicas() -> None:
     losses = [one(here()).sum() for one in nets]
     with pytest.raises(tm.CountMismatch, match="different layers, or of a layer and its deepcopy"):
         losses[mesh.get_local_rank("replica")].backward()
+
+
+def case_anomaly_mode() -> None:
+    """The search for NaN is refused where one rank wants it, and in a backward alone; without NaN it is right."""
+    expected, net = spread(), spread()
+    expected(here()).square().mean().backward()
+    refused = "detect_anomaly looks for NaN" if dist.get_rank() == 1 else r"ranks \[1\] refused"
+    with set_detect_anomaly(dist.get_rank() == 1), pytest.raises((RuntimeError, tm.TransportError), match=refused):
+        net(here())
+    loss = net(here()).square().mean()
+    with set_detect_anomaly(True), pytest.raises(RuntimeError, match=r"detect_anomaly looks for NaN.*check_nan=False"):
+        loss.backward()
+    net.zero_grad()
+    with set_detect_anomaly(True, check_nan=False):
+        net(here()).square().mean().backward()
+    for wanted, got in zip(expected.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(whole(got.grad), whole(wanted.grad))
 
 
 def case_recorded() -> None:
