@@ -9,7 +9,15 @@ WORKER = Path(__file__).parent / "spread_worker.py"
 CASES = (
     *("optimizers", "numbers", "selection_bias", "file_of_one_rank", "assigned", "meshes", "fully_shard"),
     *("replicas_averaged_by_fsdp", "clipped_without_gradients"),
-    *("drawn_over_replicas", "changed_in_place", "too_late", "replicated_slots", "copies_over_replicas", "recorded"),
+    *(
+        "drawn_over_replicas",
+        "changed_in_place",
+        "too_late",
+        "replicated_slots",
+        "copies_over_replicas",
+        "recorded",
+        "not_spread",
+    ),
 )
 
 
