@@ -325,6 +325,69 @@ def case_recorded() -> None:
         assert read_recording(folder / name).size == size
 
 
+def on_rank(rank: int, change: Callable[[Net], object]) -> Callable[[Net], object]:
+    return lambda net: change(net) if dist.get_rank() == rank else None
+
+
+def keep_weight_elsewhere(net: Net) -> None:
+    net.elsewhere = nn.ParameterList([net.moe.experts.down_proj])
+
+
+def forget_module_that_keeps_it(net: Net) -> None:
+    other = nn.ParameterList([net.moe.experts.down_proj])
+    other.circle = [other]
+
+
+def ignore_what_differs(net: Net) -> None:
+    net._ddp_params_and_buffers_to_ignore = ["first.bias"]
+    on_rank(1, lambda net: net.first.bias.detach().add_(1))(net)
+
+
+def case_not_spread() -> None:
+    """What would be lost or go on with whole weights, and weights that differ: refused on every rank, unchanged."""
+    others, net, mesh = "can't spread the experts of", Net(), replicas_and_experts()
+    for change, words, words_elsewhere in (
+        (lambda net: net.moe.experts.down_proj.register_hook(torch.neg), r"^experts.down_proj has hooks", others),
+        (
+            lambda net: net.moe.experts.down_proj.register_post_accumulate_grad_hook(print),
+            r"has hooks \(register_post_accumulate_grad_hook\).* after parallelize\(\)",
+            others,
+        ),
+        (lambda net: net(here()).sum().backward(), "has a gradient", others),
+        (
+            lambda net: setattr(net.moe.experts.down_proj, "main_grad", torch.zeros(8, 8, 12)),
+            r"down_proj.main_grad is a tensor \(8, 8, 12\)",
+            others,
+        ),
+        (keep_weight_elsewhere, "is a weight of a ParameterList outside of the given MoELayer too", others),
+        (lambda net: net.moe.router.weight.detach().mul_(2), "router.weight .* another value .*manual_seed", None),
+        (lambda net: net.moe.router.e_score_correction_bias.add_(1), "e_score_correction_bias .* another value", None),
+        (lambda net: net.moe.bfloat16(), r"is torch.bfloat16 on ranks \[1\] and torch.float32 on rank 0", None),
+        (lambda net: net.moe.to("meta"), r"is on the meta device on ranks \[1\]", None),
+    ):
+        for ranks in (dist.group.WORLD, mesh):
+            net = Net(BIASED)
+            on_rank(1, change)(net)
+            before = list(map(id, net.parameters()))
+            is_told = dist.get_rank() in (range(4) if ranks is dist.group.WORLD else range(2))
+            expected = words if dist.get_rank() == 1 or (words_elsewhere is None and is_told) else others
+            with pytest.raises(ValueError, match=expected):
+                tm.parallelize(net.moe, ranks)
+            assert list(map(id, net.parameters())) == before
+
+    net = Net(BIASED)
+    with pytest.raises(ValueError, match="router would count this rank's load alone: give parallelize"):
+        tm.parallelize(net.moe.experts, dist.group.WORLD)
+    net = Net()
+    net.moe.experts.down_proj.scale_of_rate = 3.0
+    for change in (forget_module_that_keeps_it, ignore_what_differs):
+        change(net)
+    tm.parallelize(net, dist.group.WORLD)
+    assert net.moe.experts.down_proj.scale_of_rate == 3.0
+    with pytest.raises(ValueError, match=r"moe\.experts are spread over ranks already: call parallelize"):
+        tm.parallelize(net, dist.group.WORLD)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

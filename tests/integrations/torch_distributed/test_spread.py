@@ -10,7 +10,7 @@ CASES = (
     *("optimizers", "numbers", "selection_bias", "file_of_one_rank", "assigned", "meshes", "fully_shard"),
     *("replicas_averaged_by_fsdp", "clipped_without_gradients"),
     *("drawn_over_replicas", "changed_in_place", "too_late", "replicated_slots", "copies_over_replicas"),
-    *("anomaly_mode", "recorded"),
+    *("anomaly_mode", "recorded", "not_spread"),
 )
 
 

@@ -16,7 +16,8 @@ from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.parameters import Sharding, check_same_weights, local_shard, shard_parameters
+from tritonmoe.transports.sharding.parameters import Sharding, local_shard, shard_parameters
+from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
 from tritonmoe.transports.sharding.whole_states import StateDict, give_whole_as
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
 
 def _shard(linear: Any, sharding: Sharding, num_experts: int, is_b: bool) -> None:
     if sharding.replicas is not None:
-        check_same_weights(
+        check_on_all_ranks(
             linear, {"": linear}, replace(sharding, transport=as_transport(sharding.replicas), replicas=None)
         )
     weight, rank, size = linear.weight, sharding.transport.rank, sharding.transport.size

@@ -26,6 +26,7 @@ __all__ = [
     "mark_mesh",
     "mark_own_buffers",
     "mark_sharded",
+    "own_buffers",
     "sharded_modules",
 ]
 
@@ -66,6 +67,14 @@ def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
     """Mark these buffers of the module itself as others on every rank, which are to stay so."""
     setattr(module, OWN_BUFFERS, names)
     ignore_sharded_parameters()
+
+
+def own_buffers(module: nn.Module) -> list[str]:
+    """Give the names of what mark_own_buffers() has marked inside `module`."""
+    marked = [
+        (prefix, name) for prefix, child in module.named_modules() for name in child.__dict__.get(OWN_BUFFERS, ())
+    ]
+    return [f"{prefix}.{name}".lstrip(".") for prefix, name in marked]
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
@@ -256,10 +265,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 f"torch.distributed's replicate() has made a plain tensor of {name}, of which every rank holds other "
                 "experts, and would average them: use DistributedDataParallel"
             )
-    ignored = []
-    for prefix, child in module.named_modules():
-        for name in child.__dict__.get(OWN_BUFFERS, ()):
-            ignored.append(f"{prefix}.{name}".lstrip("."))
+    ignored = own_buffers(module)
     for prefix, child, marked in sharded_modules(module):
         if marked.members is None:
             raise ValueError(
