@@ -187,6 +187,11 @@ class GroupedExperts(nn.Module):
         """
         return None if self._sharding is None else self._sharding.sum_over_ranks
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
+        return self._sharding
+
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
         flags = [name for name in ("interleaved", "transposed", "bias") if getattr(config, name)]

@@ -19,6 +19,7 @@ from tritonmoe.routing.check import ROUTERS, check_router
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.runtime.autograd import is_recomputing, without_autocast
+from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
 __all__ = ["Routing", "TopKRouter"]
@@ -212,7 +213,7 @@ class TopKRouter(nn.Module):
             routing = self._route_by_kernels(x)
         else:
             routing = self._route(x)
-        if self.load is not None and self.training and not is_recomputing():
+        if self.load is not None and self.training and not is_recomputing() and not is_helping():
             with below_transforms():
                 self.load += unwrapped(routing.load)
         return routing

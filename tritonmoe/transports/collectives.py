@@ -1,4 +1,4 @@
-"""all_reduce, broadcast and barrier on any transport: what the ranks say first, then at most two exchanges of rows.
+"""Collectives on any transport: what the ranks say first, then at most two exchanges of rows.
 
 The ranks compare their calls in one count exchange, which has the size of a layer call's: gloo aborts a process whose
 peer sends another size, and then nobody could say what disagreed. Rows follow only where all ranks make the same call.
@@ -18,14 +18,14 @@ from tritonmoe.runtime.autograd import outside_graphs
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport
 
-__all__ = ["all_reduce", "barrier", "broadcast", "leaving_nobody_waiting", "run_outside_graphs"]
+__all__ = ["all_reduce", "barrier", "broadcast", "leaving_nobody_waiting", "run_outside_graphs", "share_number"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 MAGIC = 0x7417_C0
 """Stands where the header of a layer call has another number, so that ranks see that they make different calls."""
-CALLS = ("all_reduce", "broadcast", "barrier")
+CALLS = ("all_reduce", "broadcast", "barrier", "share_number")
 OPS = ("sum", "mean", "max", "min")
 DEVICES = ("cpu", "cuda")
 DTYPES = (
@@ -34,7 +34,9 @@ DTYPES = (
     *(torch.complex64, torch.complex128),
 )
 FIXED_FIELDS = 8
-"""Magic, whether the arguments were refused, call, op, source, dtype, device, number of dimensions; then the shape."""
+"""Magic, whether the arguments were refused, call, op, source, dtype, device, number of dimensions.
+
+Then the shape; with share_number() the number, in which ranks may differ."""
 
 
 def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
@@ -92,6 +94,11 @@ def barrier(transport: "Transport") -> None:
     """Do what Transport.barrier says."""
     if transport.size > 1:
         _agree(transport, "barrier")
+
+
+def share_number(transport: "Transport", number: int) -> list[int]:
+    """Do what Transport.share_number says, in the one exchange by which the ranks agree on this call."""
+    return [number] if transport.size == 1 else _agree(transport, "share_number", number=number)
 
 
 @contextmanager
@@ -152,11 +159,13 @@ def _refused_with_word(transport: "Transport") -> "Iterator[None]":
         raise
 
 
-def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0) -> None:
-    """Raise the same error on every rank unless all make this call."""
+def _agree(
+    transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0, number: int = 0
+) -> list[int]:
+    """Raise the same error on every rank unless all make this call, and give what each has for `number`."""
     said = [MAGIC, 0, CALLS.index(call), OPS.index(op), source]
     if tensor is None:
-        said += [0, 0, 0]
+        said += [0, 0, 0, number]
     else:
         said += [DTYPES.index(tensor.dtype), DEVICES.index(tensor.device.type), tensor.dim(), *tensor.shape]
     counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
@@ -176,19 +185,23 @@ def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: 
         raise TransportError(
             f"ranks {refused} refused the arguments of their part of this {_words(said)}; see the error raised there"
         )
+    numbers = [row[FIXED_FIELDS] for row in everybody]
+    if CALLS[said[2]] == "share_number":
+        everybody = [row[:FIXED_FIELDS] for row in everybody]
     if any(row != everybody[0] for row in everybody):
         calls = ", ".join(f"rank {rank}: {_words(row)}" for rank, row in enumerate(everybody))
         raise CountMismatch(
             f"the ranks disagree on this call ({calls}): give every rank the same arguments and make the same calls in "
             "the same order"
         )
+    return numbers
 
 
 def _words(said: list[int]) -> str:
     """Say in words what one rank calls."""
     _, _, call, op, source, dtype, device, num_dims = said[:FIXED_FIELDS]
-    if CALLS[call] == "barrier":
-        return "barrier"
+    if CALLS[call] in ("barrier", "share_number"):
+        return CALLS[call]
     how = OPS[op] if CALLS[call] == "all_reduce" else f"from rank {source}"
     shape = tuple(said[FIXED_FIELDS : FIXED_FIELDS + num_dims])
     return f"{CALLS[call]} ({how}) of {shape} {DTYPES[dtype]} on {DEVICES[device]}"

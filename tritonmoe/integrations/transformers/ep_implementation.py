@@ -15,6 +15,7 @@ from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import run_experts
+from tritonmoe.integrations.transformers.generation import let_spread_models_generate
 from tritonmoe.integrations.transformers.sharding import note_transport
 from tritonmoe.transports import as_transport
 
@@ -43,6 +44,7 @@ class OverlappedEP(EPImplementation):
         self.num_experts = experts.num_experts * self.transport.size
         self.calls = LayerCalls(self.transport)
         note_transport(experts, self.transport)
+        let_spread_models_generate()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Give (T, D) of hidden_states (T, D), global ids and weights (T, K)."""

@@ -44,7 +44,7 @@ def parallelize(
     the optimizer afterwards. torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
     `model.save_pretrained` gathers, so every rank must call it; the first one writes. Trainer's checkpoints do too, and
     torch.save of one rank's state dict is refused (tritonmoe.gather_state_dicts). Every rank calls `model.generate`,
-    which runs with synced_gpus=True where all ranks of the job have the model: texts may end at different lengths.
+    as often; texts may end at different lengths. Continuous batching (generate_batch) is refused.
     DistributedDataParallel, and so Trainer, leaves expert parameters alone, in whatever module the model stands.
     FSDP2's fully_shard comes after this, over the replicas for the experts or with
     `ignored_params=set(tritonmoe.expert_parameters(model))`: docs/transformers.md. The layers of a model upcycled in
