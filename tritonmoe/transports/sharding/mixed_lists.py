@@ -44,6 +44,7 @@ def allow_mixed_lists() -> None:
     for operation in (*_operations_on_lists(), aten.stack.default):
         handlers.setdefault(operation, _run_by_kind)
     handlers.setdefault(aten._local_scalar_dense.default, _number_of)
+    handlers.setdefault(aten._is_any_true.default, _is_any_true_here)
     for collective in COLLECTIVES:
         handlers.setdefault(getattr(torch.ops.c10d, collective).default, _refuse_collective)
     unscale = aten._amp_foreach_non_finite_check_and_unscale_.default
@@ -156,6 +157,11 @@ def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords
             "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
         )
     return operation(tensor.to_local(), **keywords)
+
+
+def _is_any_true_here(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> Tensor:
+    """Ask this rank's part alone: so torch.autograd.detect_anomaly looks for NaN, which one rank may do by itself."""
+    return operation(arguments[0].to_local(), **keywords)
 
 
 def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:

@@ -210,8 +210,6 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
         module: whose own parameter it is, if any's.
         scale: what the gradient of this rank's rows is multiplied with.
         number: of the parameter, by which ranks with the same rows know that they average the same gradient.
-    Raises:
-        RuntimeError: torch.autograd.detect_anomaly would look for NaN in the gradient of a DTensor.
     """
     # FSDP2's hooks hand over gathered parameters: a DTensor where they are spread besides, else a tensor.
     # Under torch.compile hasattr(parameter, "to_local") is False.
@@ -219,10 +217,7 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
     if sharding.mesh is not None:
         from torch.distributed.tensor import DTensor
 
-        if isinstance(parameter, DTensor):
-            if parameter.requires_grad and torch.is_grad_enabled():
-                _refuse_search_for_nan()
-            local = parameter.to_local()
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if hasattr(parameter, "main_grad"):
         if scale != 1.0 or sharding.replicas is not None:
             raise ValueError(
@@ -233,48 +228,32 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
     replicas = None if is_averaged_by_fsdp(module, parameter) else sharding.replicas
     if scale == 1.0 and replicas is None:
         return local
-    return _ScaledGradient.apply(local, scale, replicas, local is not parameter, number)
-
-
-def _refuse_search_for_nan() -> None:
-    """Raise RuntimeError in anomaly mode, but for check_nan=False: DTensor has no rule for how autograd asks for NaN."""
-    is_traced = torch.compiler.is_compiling()
-    if not is_traced and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-        raise RuntimeError(
-            "torch.autograd.detect_anomaly looks for NaN in every gradient, and can't in those of spread experts, which "
-            "are DTensors (aten._is_any_true has no sharding strategy). detect_anomaly(check_nan=False) still says which "
-            "forward a failing backward belongs to; on emulated ranks (tritonmoe.run_on_emulated_ranks) experts are "
-            "plain tensors, in which it finds NaN"
-        )
+    return _ScaledGradient.apply(local, scale, replicas, number)
 
 
 class _ScaledGradient(torch.autograd.Function):
     """The tensor itself; its gradient times a factor, and averaged over replicas."""
 
     @staticmethod
-    def forward(
-        tensor: Tensor, scale: float, replicas: "DeviceMesh | None", is_spread: bool, number: int
-    ) -> Tensor:
+    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-        _, ctx.scale, ctx.replicas, ctx.is_spread, ctx.number = inputs
+        _, ctx.scale, ctx.replicas, ctx.number = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_spread:
-            _refuse_search_for_nan()
         if ctx.replicas is None:
             # In place, since nobody else has what the experts' backward has just made.
             is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-            return grad * ctx.scale if is_traced else grad.mul_(ctx.scale), None, None, None, None
+            return grad * ctx.scale if is_traced else grad.mul_(ctx.scale), None, None, None
         _check_number(ctx.number, ctx.replicas, grad.device)
         from torch.distributed._functional_collectives import all_reduce
 
         # Divided first, so that a sum in a narrow dtype overflows no earlier than its mean.
         total = all_reduce(grad * (ctx.scale / ctx.replicas.size()), "sum", ctx.replicas)
-        return total, None, None, None, None
+        return total, None, None, None
 
 
 def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> None:
