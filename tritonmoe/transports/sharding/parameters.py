@@ -271,14 +271,14 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
 
 
 def _refuse_search_for_nan() -> None:
-    """Raise RuntimeError in anomaly mode, but for check_nan=False: DTensor has no rule for how autograd asks for NaN."""
+    """Raise RuntimeError in anomaly mode, unless check_nan=False: DTensor has no rule for how autograd finds NaN."""
     is_traced = torch.compiler.is_compiling()
     if not is_traced and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
         raise RuntimeError(
-            "torch.autograd.detect_anomaly looks for NaN in every gradient, and can't in those of spread experts, which "
-            "are DTensors (aten._is_any_true has no sharding strategy). detect_anomaly(check_nan=False) still says which "
-            "forward a failing backward belongs to; on emulated ranks (tritonmoe.run_on_emulated_ranks) experts are "
-            "plain tensors, in which it finds NaN"
+            "torch.autograd.detect_anomaly looks for NaN in every gradient, and can't in those of spread experts, "
+            "which are DTensors (aten._is_any_true has no sharding strategy). detect_anomaly(check_nan=False) still "
+            "says which forward a failing backward belongs to; on emulated ranks (tritonmoe.run_on_emulated_ranks) "
+            "experts are plain tensors, in which it finds NaN"
         )
 
 
@@ -286,9 +286,7 @@ class _ScaledGradient(torch.autograd.Function):
     """The tensor itself; its gradient times a factor, and averaged over replicas."""
 
     @staticmethod
-    def forward(
-        tensor: Tensor, scale: float, replicas: "DeviceMesh | None", is_spread: bool, number: int
-    ) -> Tensor:
+    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", is_spread: bool, number: int) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
