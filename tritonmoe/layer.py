@@ -30,6 +30,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
+from tritonmoe.routing.unused_loss import UnusedLoss
 from tritonmoe.runtime.autograd import put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.transports import Ranks, as_transport
@@ -419,7 +420,8 @@ class MoELayer(nn.Module):
         self.shared_expert: nn.Module | None = None
         if config.shared_intermediate_size:
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
-        self.aux_loss: Tensor | None = None
+        self._aux_loss: Tensor | None = None
+        self._unused_loss = UnusedLoss(bool(config.load_balance_loss_weight or config.z_loss_weight))
         self.last_routing: Routing | None = None
         self._nonfinite = NonFiniteCheck(check)
 
@@ -495,15 +497,28 @@ class MoELayer(nn.Module):
         if halves:
             y = y + halves[-1]
         if not torch.compiler.is_compiling():
-            put_back_after_recompute(self, ("aux_loss", "last_routing"), routing.topk_weights)
+            put_back_after_recompute(self, ("_aux_loss", "last_routing"), routing.topk_weights)
+            if self.training:
+                self._unused_loss.watch(routing.topk_weights)
         self.last_routing = routing
         is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
-        self.aux_loss = auxiliary_loss(routing, self.config, grouped_experts.sum_over_ranks if is_global else None)
+        self._aux_loss = auxiliary_loss(routing, self.config, grouped_experts.sum_over_ranks if is_global else None)
         if not torch.compiler.is_compiling():
-            keep_for_this_half(self, "aux_loss", "last_routing")
+            keep_for_this_half(self, "_aux_loss", "last_routing")
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The weighted sum of config's losses of the last forward, attached; None before the first one."""
+        if not torch.compiler.is_compiling():
+            self._unused_loss.is_settled = True
+        return self._aux_loss
+
+    @aux_loss.setter
+    def aux_loss(self, loss: Tensor | None) -> None:
+        self._aux_loss = loss
 
     @property
     def grouped_experts(self) -> GroupedExperts:
@@ -518,7 +533,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
-        return {**self.__dict__, "aux_loss": None, "last_routing": None}
+        return {**self.__dict__, "_aux_loss": None, "last_routing": None}
 
 
 def _one_after_the_other(fillers: Sequence[Callable[[], None] | None]) -> Callable[[], None]:

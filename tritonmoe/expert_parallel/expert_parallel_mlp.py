@@ -26,6 +26,7 @@ from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
+from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
@@ -169,7 +170,9 @@ def expert_parallel_mlp(
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
-    return run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
+    out = run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
+    watch_ids(topk_ids, num_experts)
+    return out
 
 
 def run_expert_parallel(arguments: CallArguments) -> Tensor:

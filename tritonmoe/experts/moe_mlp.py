@@ -20,6 +20,7 @@ from tritonmoe.experts.arguments import (
 )
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
+from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
@@ -237,7 +238,7 @@ def moe_mlp(
     Args:
         x: tokens (T, D), floating point; T = 0 gives (0, D), still attached to the graph.
         topk_ids: (T, K) int32 or int64; ids outside [0, E) are skipped: no work, zero gradient for their weight.
-            An id may stand twice in a row.
+            An id may stand twice in a row. Where the first ids all lie in [1, E], a warning is logged, once.
         topk_weights: (T, K) floating point; used in fp32.
         gate_up_proj: (E, 2F, D), or (E, D, 2F) with transposed=True; F instead of 2F with gated=False.
         down_proj: (E, D, F), or (E, F, D) with transposed=True.
@@ -265,7 +266,9 @@ def moe_mlp(
     spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
     weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
-    return run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+    out = run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+    watch_ids(topk_ids, gate_up_proj.shape[0])
+    return out
 
 
 def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:

@@ -148,6 +148,8 @@ def _warn_of_earlier(model: nn.Module) -> None:
             "them away), or add tritonmoe.integrations.transformers.aux_loss(model) to yours",
             type(model).__name__,
         )
+        for layer in _layers_in_force(model):
+            _ = layer.aux_loss  # read, so that not every layer says it again
     model.__dict__[IS_LEFT] = model.__dict__.get(IS_LEFT) is None  # then False: said
 
 
