@@ -1,7 +1,8 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonmoe.backends import check_name
 from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
@@ -31,10 +33,11 @@ from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_st
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
 from tritonmoe.routing.unused_loss import UnusedLoss
-from tritonmoe.runtime.autograd import put_back_after_recompute
+from tritonmoe.runtime.autograd import leaf_of, put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
-from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
+from tritonmoe.transports import Ranks, Transport, as_transport
+from tritonmoe.transports.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
+from tritonmoe.transports.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
     check_expert_gradients,
@@ -48,6 +51,7 @@ from tritonmoe.transports.sharding.parameters import (
 __all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
 _all_experts: "WeakSet[GroupedExperts]" = WeakSet()
+_given_factors = WeakIdKeyDictionary()  # of calls with adapters: which module's experts a parameter adapts, weakly
 _all_experts_lock = threading.Lock()  # emulated ranks are threads
 
 
@@ -142,6 +146,7 @@ class GroupedExperts(nn.Module):
         check_expert_parallel(num_local, num_experts, size, placement)
         self._sharding = find_sharding(ranks, self.transport, device)
         self._calls = LayerCalls(self.transport, expert_gradients)
+        agree_on_overflow(_transports_of)
         if expert_gradients == "mean":
             self._gradient_scale = 1 / size
         first = rank * num_local
@@ -156,7 +161,8 @@ class GroupedExperts(nn.Module):
                 self.register_parameter(name, None if part is None else nn.Parameter(part))
             return
         is_in_order = self.placement is None or self.placement.is_contiguous
-        shard_parameters(self, parts, self._sharding, is_in_order)
+        is_summed = self._calls is not None and self._calls.expert_gradients == "sum"
+        shard_parameters(self, parts, self._sharding, is_in_order, is_summed)
 
     def spread_over(
         self,
@@ -272,6 +278,8 @@ class GroupedExperts(nn.Module):
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Give _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
         weights = self._weights(x, adapters)
+        if adapters is not None and self.transport is not None and self.transport.size > 1:
+            _note_factors(self, adapters)
         factors = noted_factors(self, weights.gate_up_proj.dtype, self.expert_ids)
         if factors and adapters is not None:
             raise ValueError(
@@ -348,11 +356,41 @@ def experts_of_parameters() -> dict[int, GroupedExperts]:
     """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
 
     The living modules are asked. A note on the parameters would be lost where they are exchanged for others: by
-    deepcopy, load_state_dict with assign=True, parametrizations.
+    deepcopy, load_state_dict with assign=True, parametrizations. Factors of adapters that were given to an eager call
+    over ranks, themselves or cast, reshaped or scaled, count as parameters of the module that was called.
     """
     with _all_experts_lock:
         modules = list(_all_experts)
-    return {id(parameter): module for module in modules for parameter in module.parameters()}
+        given = [(id(factor), of_module()) for factor, of_module in _given_factors.items()]
+    own = {id(parameter): module for module in modules for parameter in module.parameters()}
+    return {factor: module for factor, module in given if module is not None} | own
+
+
+def _transports_of(parameters: Iterable[Tensor]) -> list[Transport]:
+    """Give the transports over which some of these parameters are spread as plain tensors, in their order."""
+    experts = experts_of_parameters()
+    modules = [experts.get(id(parameter)) for parameter in parameters if not hasattr(parameter, "device_mesh")]
+    spread = [module.transport for module in modules if module is not None and module.transport is not None]
+    return [transport for transport in dict.fromkeys(spread) if transport.size > 1]
+
+
+def _note_factors(module: GroupedExperts, adapters: ExpertAdapters) -> None:
+    """Remember the parameters of a call's adapters, which are this rank's alone as its experts are."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for factor in (adapters.gate_up_a, adapters.gate_up_b, adapters.down_a, adapters.down_b):
+        leaf = None if factor is None else leaf_of(factor)
+        if leaf is None or hasattr(leaf, "device_mesh"):
+            continue
+        if is_averaged_by_ddp(leaf):
+            raise ValueError(
+                "a factor of adapters is this rank's experts' alone, and DistributedDataParallel averages it with the "
+                "factors of the other ranks' experts: keep it outside of the module that is wrapped, or name it in "
+                "that module's _ddp_params_and_buffers_to_ignore before wrapping (a parameter of the module itself as "
+                '"name" and ".name")'
+            )
+        with _all_experts_lock:
+            _given_factors[leaf] = weakref.ref(module)
 
 
 class MoELayer(nn.Module):
@@ -369,9 +407,10 @@ class MoELayer(nn.Module):
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
     itself, see GroupedExperts, whose arguments these are. router.update_selection_bias() sums the load over all ranks
-    (router.reduce_load, which can be replaced). On transports other than torch.distributed's, clip all gradients with
-    tritonmoe.clip_grad_norm_. num_sms and batch_invariant are for the routed experts: the products of a shared expert
-    are PyTorch's, and so are the router's but for bf16 and fp16 where the kernels run; PyTorch's may round a row
+    of the transport, without one over those of a DistributedDataParallel around the layer (router.reduce_load, which
+    can be replaced; under FSDP2 it has to be set). On transports other than torch.distributed's, clip all gradients
+    with tritonmoe.clip_grad_norm_. num_sms and batch_invariant are for the routed experts: the products of a shared
+    expert are PyTorch's, and so are the router's but for bf16 and fp16 where the kernels run; PyTorch's may round a row
     differently with its neighbours.
 
     check: when a token whose router scores are NaN or infinite, which goes to no expert, raises NonFiniteScores. With a

@@ -122,8 +122,8 @@ class TopKRouter(nn.Module):
     With config.selection_bias there are two buffers: `e_score_correction_bias` (E,), which stays fp32 whatever the
     module is cast to (bf16 would swallow its small steps), and `load` (E,) int64, not saved in checkpoints: pairs
     per expert over the training forwards since the last update. DistributedDataParallel copies buffers from
-    rank 0 before each forward, which falsifies `load`: where the router stands in no MoELayer, which sees to that, give
-    it broadcast_buffers=False.
+    rank 0 before each forward, which falsifies `load`: where the router stands in no MoELayer, which sees to that and
+    to reduce_load, give it broadcast_buffers=False, and the router a reduce_load.
     """
 
     weight: nn.Parameter
@@ -284,13 +284,21 @@ class TopKRouter(nn.Module):
         Returns:
             The load that was used, (E,) int64.
         Raises:
-            ValueError: the router has no selection bias, or the rate is no number. TypeError: reduce_load gave no load.
+            ValueError: the router has no selection bias, or the rate is no number; FSDP2 spreads the router over ranks
+            whose load nothing sums. TypeError: reduce_load gave no load.
         """
         if self.e_score_correction_bias is None or self.load is None:
             raise ValueError("the router has no selection bias: build it with MoEConfig(selection_bias=True)")
         if not is_number(rate) or rate < 0:
             raise ValueError(f"rate must be finite and not negative, got {rate!r}")
         load = self.load.clone()
+        placements = getattr(self.weight, "placements", ())  # of a DTensor
+        if self.reduce_load is None and any(placement.is_shard() for placement in placements):
+            raise ValueError(
+                "the router's weight is spread over ranks that each count the load of their own tokens, and its "
+                "selection bias would become another one on each: set router.reduce_load to a function that sums a "
+                "tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
+            )
         if self.reduce_load is not None:
             load = reduce_counts(load, self.reduce_load)
         direction = (load.sum() - load.numel() * load).sign()  # in integers: a balanced expert does not move

@@ -27,6 +27,7 @@ __all__ = [
     "is_recomputing",
     "keep_beside",
     "kept_beside",
+    "leaf_of",
     "once_differentiable",
     "outside_graphs",
     "put_back_after_recompute",
@@ -216,3 +217,16 @@ def _put_back(owner_ref: "weakref.ref[Any]", _: Tensor) -> None:
     if owner is not None:
         for name, value in _before_recomputes.pop(owner, {}).items():
             setattr(owner, name, value)
+
+
+def leaf_of(tensor: Tensor) -> Tensor | None:
+    """Give the leaf that a tensor is, or that it is a cast, view or multiple of; None where it is something else."""
+    if tensor.grad_fn is None:
+        return tensor if tensor.requires_grad else None
+    node: Any = tensor.grad_fn
+    while not hasattr(node, "variable"):
+        before = [one for one, _ in node.next_functions if one is not None]
+        if len(before) != 1:
+            return None
+        node = before[0]
+    return node.variable if node.variable.numel() == tensor.numel() else None

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import itertools
+import logging
 import math
 import sys
 import tempfile
@@ -383,6 +384,74 @@ def case_not_spread() -> None:
     assert net.moe.experts.down_proj.scale_of_rate == 3.0
     with pytest.raises(ValueError, match=r"moe\.experts are spread over ranks already: call parallelize"):
         tm.parallelize(net, dist.group.WORLD)
+
+
+def case_bias_without_transport() -> None:
+    """The load of all ranks moves the bias of a layer that knows of no ranks, under DistributedDataParallel."""
+    one = Net(BIASED)
+    for x in batches():
+        one(x)
+    load = one.moe.router.update_selection_bias(0.5)
+    for broadcasts in (True, False):
+        net = Net(BIASED)
+        wrapped = DistributedDataParallel(net, broadcast_buffers=broadcasts)
+        wrapped(here()).sum().backward()
+        assert torch.equal(net.moe.router.update_selection_bias(0.5), load)
+        wrapped(here()).sum().backward()
+        assert torch.equal(net.moe.router.e_score_correction_bias, one.moe.router.e_score_correction_bias)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).moe.router.reduce_load is None
+    assert copy.deepcopy(net).moe.router.reduce_load is net.moe.router.reduce_load
+    net = Net(BIASED)
+    fully_shard(net)
+    net(here()).sum().backward()
+    with pytest.raises(ValueError, match=r"set router\.reduce_load to a function"):
+        net.moe.router.update_selection_bias()
+
+
+def case_sums_beside_means() -> None:
+    for gradients, number in (("mean", 0), ("sum", 1)):
+        net, said = Net(), []
+        tm.parallelize(net, dist.group.WORLD, expert_gradients=gradients)
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(record.getMessage())
+        logging.getLogger("tritonmoe").addHandler(handler)
+        for _ in range(2):
+            DistributedDataParallel(net)
+        fully_shard(net, ignored_params=set(tm.expert_parameters(net)))
+        logging.getLogger("tritonmoe").removeHandler(handler)
+        assert len(said) == number, said
+        assert all("4 times as large" in words and 'expert_gradients="mean"' in words for words in said)
+
+
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(transport=dist.group.WORLD)
+        torch.manual_seed(1)
+        rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        self.factors = nn.ParameterList([torch.randn(8, 2, 8)[rows], torch.randn(8, 24, 2)[rows]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.moe(self.net.first(x), adapters=tm.ExpertAdapters(*self.factors))
+
+
+def case_factors_of_a_call() -> None:
+    """DistributedDataParallel would average one rank's factors with others'; ignored, they count as experts."""
+    with pytest.raises(ValueError, match="_ddp_params_and_buffers_to_ignore"):
+        DistributedDataParallel(Adapted())(here())
+    adapted = Adapted()
+    adapted._ddp_params_and_buffers_to_ignore = ["factors.0", "factors.1"]
+    wrapped = DistributedDataParallel(adapted)
+    wrapped(here()).square().mean().backward()
+    spread = [p.grad.to_local() for p in tm.expert_parameters(adapted)] + [p.grad for p in adapted.factors]
+    squares = torch.stack([grad.square().sum() for grad in spread]).sum()
+    dist.all_reduce(squares)
+    dense = [p.grad for p in adapted.net.parameters() if not isinstance(p, DTensor)]
+    expected = (squares + torch.stack([grad.square().sum() for grad in dense]).sum()).sqrt()
+    torch.testing.assert_close(tm.clip_grad_norm_(adapted.parameters(), 1.0), expected)
 
 
 if __name__ == "__main__":

@@ -455,12 +455,13 @@ def run_refused(name: str, directory: Path) -> None:
         tmt.parallelize(model, dist.group.WORLD)
     if hook is not None:
         hook.remove()
-    model.model.layers[1].mlp.gate.weight.data += rank
+    gate = model.model.layers[1].mlp.gate
+    gate.weight.data *= 1 + rank
     with pytest.raises(ValueError, match=r"layers.1.mlp.gate.weight of Mixtral\w* has another value on ranks \[1\]"):
         tmt.parallelize(model, dist.group.WORLD)
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.config._experts_implementation != "tritonmoe"
-    model.model.layers[1].mlp.gate.weight.data -= rank
+    gate.weight.data /= 1 + rank
     first.down_proj.scale_of_rate = 3.0
     tmt.parallelize(model, dist.group.WORLD)
     assert first.down_proj.scale_of_rate == 3.0

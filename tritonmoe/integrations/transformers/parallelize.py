@@ -99,7 +99,7 @@ def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, 
         for name, parameter in experts.named_parameters(recurse=False)
         if parameter.shape[0] == num_experts  # a stack of one per expert
     }
-    shard_parameters(experts, own, sharding)
+    shard_parameters(experts, own, sharding, is_summed=expert_gradients == "sum")
     scale = 1 / transport.size if expert_gradients == "mean" else 1.0
     calls = LayerCalls(transport, expert_gradients)
     setattr(experts, STATE, ExpertParallelState(num_experts, sharding, overlap, scale, calls, tuple(own)))

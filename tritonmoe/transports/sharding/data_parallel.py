@@ -3,12 +3,17 @@
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from tritonmoe.routing import TopKRouter
+from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.whole_states import refuse_pickling
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ __all__ = [
     "ShardedNames",
     "explain_fully_shard",
     "ignore_sharded_parameters",
+    "is_averaged_by_ddp",
     "is_averaged_by_fsdp",
     "mark_mesh",
     "mark_own_buffers",
@@ -30,9 +36,13 @@ __all__ = [
     "sharded_modules",
 ]
 
+log = logging.getLogger("tritonmoe")
+
 MARK = "_tritonmoe_sharded"
 OWN_BUFFERS = "_tritonmoe_own_buffers"
 OF_NOBODY = "_tritonmoe_of_nobody"
+_averaged = WeakIdKeyDictionary()
+_warned_of: "WeakSet[nn.Module]" = WeakSet()
 
 
 class ShardedNames(NamedTuple):
@@ -45,6 +55,31 @@ class ShardedNames(NamedTuple):
     """Those of them that hold copies of this rank's parameters."""
     averaged: tuple[str, ...] = ()
     """The parameters whose gradients FSDP2 averages over these replicas, among which it shards them."""
+    is_summed: bool = False
+    """Whether their gradients stay sums over the ranks, where dense ones are averaged."""
+
+
+class SumOverRanks:
+    """Sums a tensor over ranks, in place, and gives it back.
+
+    A copy of what has it shares it; a file keeps None, since whoever reads it may have other ranks.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._transport = as_transport(ranks)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self._transport.all_reduce(tensor)
+
+    def __deepcopy__(self, memo: dict) -> "SumOverRanks":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """Stand for a SumOverRanks in a file."""
 
 
 def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:
@@ -102,8 +137,8 @@ def ignore_sharded_parameters() -> None:
     @functools.wraps(original)
     def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
-        module = given["module"]
-        _ignore(module, given.get("process_group"), given.get("device_mesh"))
+        module, group, mesh = given["module"], given.get("process_group"), given.get("device_mesh")
+        _ignore(module, group, mesh)
         if given.get("mixed_precision") is not None and _averages_nothing(module):
             raise ValueError(
                 "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
@@ -112,6 +147,8 @@ def ignore_sharded_parameters() -> None:
             )
         with _something_to_average(module):
             original(self, *arguments, **keywords)
+        _note_averaged(module)
+        _count_over(module, self.process_group if mesh is None else mesh)
 
     set_state: Callable[..., None] = DistributedDataParallel.__setstate__
 
@@ -119,6 +156,7 @@ def ignore_sharded_parameters() -> None:
     def restore(self: DistributedDataParallel, state: dict[str, Any]) -> None:
         with _something_to_average(state["_modules"]["module"]):
             set_state(self, state)
+        _note_averaged(self.module)
 
     make_join: Callable[..., None] = Join.__init__
 
@@ -152,6 +190,48 @@ def _refuse_uneven(module: nn.Module) -> None:
                 "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
                 "join(throw_on_early_termination=True)"
             )
+
+
+def _count_over(module: nn.Module, ranks: Ranks) -> None:
+    """Let the routers of layers that know of no ranks sum over these the load that moves their selection bias.
+
+    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied.
+    """
+    routers = [child for child in module.modules() if isinstance(child, TopKRouter) and OWN_BUFFERS in vars(child)]
+    for router in routers:
+        if router.reduce_load is None:
+            router.reduce_load = SumOverRanks(ranks)
+
+
+def _note_averaged(module: nn.Module) -> None:
+    """Remember what DistributedDataParallel averages of this module."""
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.requires_grad and f"{prefix}.{name}" not in ignored:  # as it spells them
+                _averaged[parameter] = True
+
+
+def is_averaged_by_ddp(parameter: Tensor) -> bool:
+    """Say whether DistributedDataParallel was made with this parameter, and averages its gradient."""
+    return parameter in _averaged
+
+
+def _warn_of_sums(averages: str, name: str, marked: ShardedNames, child: nn.Module) -> None:
+    """Say once of a module that gradients of its experts are sums beside averaged ones."""
+    if marked.is_summed and marked.members is not None and len(marked.members) > 1 and child not in _warned_of:
+        _warned_of.add(child)
+        number = len(marked.members)
+        log.warning(
+            "%s averages dense gradients over %d ranks, and those of the experts of %s stay sums over them "
+            '(expert_gradients="sum"), %d times as large: take expert_gradients="mean", or divide them by %d yourself '
+            "before each step, or let a communication hook sum the dense ones",
+            averages,
+            number,
+            name,
+            number,
+            number,
+        )
 
 
 def _averages_nothing(module: nn.Module) -> bool:
@@ -246,7 +326,8 @@ def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module
     if all(id(parameter) in of_experts for parameter in parameters):
         return
     ranks = sorted(mesh.mesh.flatten().tolist())
-    for _, child, marked in sharded:
+    for name, child, marked in sharded:
+        _warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
         if marked.members is not None and sorted(marked.members) != ranks:
             raise ValueError(
                 f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
@@ -281,6 +362,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 'over the same ranks, with a DeviceMesh of the dimensions "replica" and "expert" where each expert '
                 "has copies"
             )
+        _warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
         for name in marked.names:
             parameter = getattr(child, name)
             if parameter is not None:

@@ -118,17 +118,22 @@ def _check_order(mesh: "DeviceMesh", dim: int) -> None:
 
 
 def shard_parameters(
-    module: nn.Module, parts: dict[str, Tensor | None], sharding: Sharding, is_in_order: bool = True
+    module: nn.Module,
+    parts: dict[str, Tensor | None],
+    sharding: Sharding,
+    is_in_order: bool = True,
+    is_summed: bool = False,
 ) -> None:
     """Give the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
 
     Args:
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
         is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
+        is_summed: whether their gradients stay sums over the ranks.
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
         replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
-        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas))
+        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed))
     for name, part in parts.items():
         parameter, before = None if part is None else _as_parameter(part, sharding), module._parameters.get(name)
         if parameter is not None and before is not None:
