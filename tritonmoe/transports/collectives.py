@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonmoe.config.layer import is_integer
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.runtime.autograd import outside_graphs
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport
@@ -51,8 +52,8 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
             raise ValueError(f"complex numbers have no {op}: reduce their real and imaginary parts or their abs()")
     if transport.size == 1:
         return tensor
-    _agree(transport, "all_reduce", tensor, op=op)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "all_reduce", tensor, op=op)
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
@@ -76,8 +77,8 @@ def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
             raise ValueError(f"source must be one of the ranks 0..{transport.size - 1}, got {source!r}")
     if transport.size == 1:
         return tensor
-    _agree(transport, "broadcast", tensor, source=source)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "broadcast", tensor, source=source)
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
@@ -152,8 +153,10 @@ def _refused_with_word(transport: "Transport") -> "Iterator[None]":
         raise
 
 
-def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0) -> None:
-    """Raise the same error on every rank unless all make this call."""
+def _agree(
+    transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0
+) -> list[int]:
+    """Raise the same error on every rank unless all make this call, and give what the ranks said of it."""
     said = [MAGIC, 0, CALLS.index(call), OPS.index(op), source]
     if tensor is None:
         said += [0, 0, 0]
@@ -162,7 +165,8 @@ def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: 
     counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
     counts[:, : len(said)] = torch.tensor(said, device="cpu")
     try:
-        everybody = transport.exchange_counts(counts).tolist()
+        with Doing(lambda: _words(said)):
+            everybody = transport.exchange_counts(counts).tolist()
     except TransportError as error:
         raise TransportError(f"the ranks could not agree on this {_words(said)}: {error}") from error
     strangers = [rank for rank, row in enumerate(everybody) if row[0] != MAGIC]
@@ -182,6 +186,7 @@ def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: 
             f"the ranks disagree on this call ({calls}): give every rank the same arguments and make the same calls in "
             "the same order"
         )
+    return said
 
 
 def _words(said: list[int]) -> str:

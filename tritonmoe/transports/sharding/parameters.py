@@ -22,8 +22,10 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_sharded,
 )
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.transports.sharding.watched_collectives import watched_on
 from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -141,7 +143,9 @@ def shard_parameters(
     ignore_sharded_parameters()
     explain_fully_shard()
     mark_mesh(sharding.mesh)
-    refuse_pickling(sharding.mesh)
+    for name in parts:
+        if (parameter := getattr(module, name)) is not None:
+            refuse_pickling(parameter)
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
     else:
@@ -204,7 +208,8 @@ def check_same_weights(module: nn.Module, found: Mapping[str, nn.Module], shardi
 
 def _of_all(numbers: Tensor, transport: Transport) -> Tensor:
     """Give the (L,) int64 numbers of every rank: (W, L)."""
-    return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
+    with Doing(lambda: "the comparison of the ranks' weights"):
+        return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
 
 
 def _checksum(weight: Tensor) -> int:
@@ -297,7 +302,8 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
     import torch.distributed as dist
 
     numbers = torch.tensor([number, -number], device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
+    with watched_on(replicas, "a backward, before the average of experts' gradients over their replicas"):
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
     said = (
         "the ranks that hold copies of the same experts run the backward of different layers: every rank must run the "
         "same backwards in the same order"
