@@ -177,10 +177,15 @@ class CallHeader(NamedTuple):
     @property
     def place(self) -> str:
         """Where in the program this rank is, in words."""
+        return f"{'backward' if self.is_backward else 'forward'} of {self.call}"
+
+    @property
+    def call(self) -> str:
+        """Which call it is, in words."""
         caller = "expert_parallel_mlp" if self.layer < 0 else f"layer {self.layer}"
         if self.copy:
             caller = f"copy {self.copy} of {caller}"
-        return f"{'backward' if self.is_backward else 'forward'} of {caller}, call {self.sequence}"
+        return f"{caller}, call {self.sequence}"
 
 
 HEADER_SIZE = len(CallHeader._fields)

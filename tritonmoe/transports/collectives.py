@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonmoe.config.layer import is_integer
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.runtime.autograd import outside_graphs
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport
@@ -53,8 +54,8 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
             raise ValueError(f"complex numbers have no {op}: reduce their real and imaginary parts or their abs()")
     if transport.size == 1:
         return tensor
-    _agree(transport, "all_reduce", tensor, op=op)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "all_reduce", tensor, op=op)[transport.rank]
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
@@ -78,8 +79,8 @@ def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
             raise ValueError(f"source must be one of the ranks 0..{transport.size - 1}, got {source!r}")
     if transport.size == 1:
         return tensor
-    _agree(transport, "broadcast", tensor, source=source)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "broadcast", tensor, source=source)[transport.rank]
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
@@ -98,7 +99,11 @@ def barrier(transport: "Transport") -> None:
 
 def share_number(transport: "Transport", number: int) -> list[int]:
     """Do what Transport.share_number says, in the one exchange by which the ranks agree on this call."""
-    return [number] if transport.size == 1 else _agree(transport, "share_number", number=number)
+    return (
+        [number]
+        if transport.size == 1
+        else [row[FIXED_FIELDS] for row in _agree(transport, "share_number", number=number)]
+    )
 
 
 @contextmanager
@@ -161,8 +166,8 @@ def _refused_with_word(transport: "Transport") -> "Iterator[None]":
 
 def _agree(
     transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0, number: int = 0
-) -> list[int]:
-    """Raise the same error on every rank unless all make this call, and give what each has for `number`."""
+) -> list[list[int]]:
+    """Raise the same error on every rank unless all make this call, and give what each rank said of it."""
     said = [MAGIC, 0, CALLS.index(call), OPS.index(op), source]
     if tensor is None:
         said += [0, 0, 0, number]
@@ -171,7 +176,8 @@ def _agree(
     counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
     counts[:, : len(said)] = torch.tensor(said, device="cpu")
     try:
-        everybody = transport.exchange_counts(counts).tolist()
+        with Doing(lambda: _words(said)):
+            everybody = transport.exchange_counts(counts).tolist()
     except TransportError as error:
         raise TransportError(f"the ranks could not agree on this {_words(said)}: {error}") from error
     strangers = [rank for rank, row in enumerate(everybody) if row[0] != MAGIC]
@@ -185,16 +191,14 @@ def _agree(
         raise TransportError(
             f"ranks {refused} refused the arguments of their part of this {_words(said)}; see the error raised there"
         )
-    numbers = [row[FIXED_FIELDS] for row in everybody]
-    if CALLS[said[2]] == "share_number":
-        everybody = [row[:FIXED_FIELDS] for row in everybody]
-    if any(row != everybody[0] for row in everybody):
+    compared = FIXED_FIELDS if call == "share_number" else None
+    if any(row[:compared] != everybody[0][:compared] for row in everybody):
         calls = ", ".join(f"rank {rank}: {_words(row)}" for rank, row in enumerate(everybody))
         raise CountMismatch(
             f"the ranks disagree on this call ({calls}): give every rank the same arguments and make the same calls in "
             "the same order"
         )
-    return numbers
+    return everybody
 
 
 def _words(said: list[int]) -> str:

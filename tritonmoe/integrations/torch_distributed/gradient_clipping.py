@@ -10,6 +10,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmoe.layer import GroupedExperts, experts_of_parameters
 from tritonmoe.transports import Transport
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,19 +63,20 @@ def clip_grad_norm_(
         else:
             dense.append(parameter)
     norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
-    for transport in of_transports:
-        _check_same(norms[0], transport)
-    for sharded in of_meshes.values():
-        norm = get_total_norm(_grads_of_mesh(sharded), norm_type, foreach=foreach)
-        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double())
-    for transport, spread in of_transports.items():
-        counted = [part for pair in spread for part in _counted_here(*pair)]
-        own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
-        # A rank without a gradient takes part too: the others wait for it.
-        if norm_type == math.inf:
-            norms.append(transport.all_reduce(own, "max"))
-        else:
-            norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
+    with Doing(lambda: "clip_grad_norm_"):
+        for transport in of_transports:
+            _check_same(norms[0], transport)
+        for sharded in of_meshes.values():
+            norm = get_total_norm(_grads_of_mesh(sharded), norm_type, foreach=foreach)
+            norms.append(full_tensor(norm, "clip_grad_norm_").double())
+        for transport, spread in of_transports.items():
+            counted = [part for pair in spread for part in _counted_here(*pair)]
+            own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
+            # A rank without a gradient takes part too: the others wait for it.
+            if norm_type == math.inf:
+                norms.append(transport.all_reduce(own, "max"))
+            else:
+                norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(

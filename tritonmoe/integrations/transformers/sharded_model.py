@@ -21,6 +21,7 @@ from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
 from tritonmoe.transports.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
     everybody = _everybody(model)
     failed = torch.tensor(int(error is not None), device=everybody.device_type)
     # also a barrier: nobody reads a half-written directory
-    num_failed = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim).full_tensor()
+    everybodys = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim)
+    num_failed = full_tensor(everybodys, "save_pretrained, until the first rank has written")
     if error is not None:
         raise error
     if num_failed.item():

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.whole_states import refuse_pickling
+from tritonmoe.transports.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -280,6 +280,7 @@ def explain_fully_shard() -> None:
         marked: ShardedNames | None = module.__dict__.get(MARK)
         if marked is None or name not in marked.names:
             original(self, param, module_info, *arguments, **keywords)
+            note_sharded_by_fsdp(self)
             return
         try:
             original(self, param, module_info, *arguments, **keywords)
@@ -289,7 +290,7 @@ def explain_fully_shard() -> None:
                 "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
                 "experts itself over their replicas"
             ) from error
-        refuse_pickling(self.sharded_param.device_mesh)  # type: ignore[attr-defined]  # of both dimensions
+        refuse_pickling(self.sharded_param)  # type: ignore[arg-type]  # over both dimensions
         if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
             mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
 

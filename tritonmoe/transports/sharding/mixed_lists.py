@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
     from torch.distributed.device_mesh import DeviceMesh
@@ -188,4 +190,4 @@ def _unscale_by_kind(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    return full_tensor(tensor, "a norm or sum over experts")

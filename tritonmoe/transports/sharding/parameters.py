@@ -21,8 +21,10 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_sharded,
 )
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.transports.sharding.watched_collectives import watched_on
 from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -145,7 +147,9 @@ def shard_parameters(
     ignore_sharded_parameters()
     explain_fully_shard()
     mark_mesh(sharding.mesh)
-    refuse_pickling(sharding.mesh)
+    for name in parts:
+        if (parameter := getattr(module, name)) is not None:
+            refuse_pickling(parameter)
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
     else:
@@ -181,7 +185,8 @@ def check_replicas(seed: int, sharding: Sharding) -> None:
 
 def numbers_of_all(numbers: Tensor, transport: Transport) -> Tensor:
     """Give the (L,) int64 numbers of every rank: (W, L)."""
-    return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
+    with Doing(lambda: "the comparison of the ranks' weights"):
+        return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
 
 
 def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
@@ -268,7 +273,8 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
     import torch.distributed as dist
 
     numbers = torch.tensor([number, -number], device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
+    with watched_on(replicas, "a backward, before the average of experts' gradients over their replicas"):
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
     said = (
         "the ranks that hold copies of the same experts run the backward of different layers, or of a layer and its "
         "deepcopy: every rank must make the same layers and copies, and run the same backwards, in the same order"
