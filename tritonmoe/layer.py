@@ -419,6 +419,8 @@ class MoELayer(nn.Module):
     itself, in compiled code (fullgraph too) and exported programs as well, but can't be captured by a CUDA graph.
     """
 
+    _left_by_a_call: tuple[str, ...] = ("_aux_loss", "last_routing")
+
     def __init__(
         self,
         config: MoEConfig,
@@ -484,12 +486,15 @@ class MoELayer(nn.Module):
         self,
         x: Tensor,
         *,
+        token_mask: Tensor | None = None,
         adapters: ExpertAdapters | None = None,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
         """Give (..., D) of x (..., D).
 
         Args:
+            token_mask: (...) bool, False for padding: such a row goes to no expert, its output is the shared expert's
+                or zero, and it counts in no loss, no load and no statistics. None: every row is a token.
             adapters: as GroupedExperts takes them.
             fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
                 the shared expert come before them.
@@ -510,7 +515,7 @@ class MoELayer(nn.Module):
             if one_device:
                 self._nonfinite.raise_earlier()
             flat = x.reshape(-1, x.shape[-1])
-            routing = self.router(flat)
+            routing = self._route(flat, x.shape[:-1], token_mask)
             topk_ids = routing.topk_ids
             if one_device:
                 topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
@@ -536,17 +541,29 @@ class MoELayer(nn.Module):
         if halves:
             y = y + halves[-1]
         if not torch.compiler.is_compiling():
-            put_back_after_recompute(self, ("_aux_loss", "last_routing"), routing.topk_weights)
+            put_back_after_recompute(self, self._left_by_a_call, routing.topk_weights)
             if self.training:
                 self._unused_loss.watch(routing.topk_weights)
-        self.last_routing = routing
-        is_global = not one_device and self.config.load_balance_over == "global"
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
-        self._aux_loss = auxiliary_loss(routing, self.config, grouped_experts.sum_over_ranks if is_global else None)
+        self._leave(routing, x.shape[:-1])
         if not torch.compiler.is_compiling():
-            keep_for_this_half(self, "_aux_loss", "last_routing")
+            keep_for_this_half(self, *self._left_by_a_call)
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
+
+    def _route(self, flat: Tensor, shape: torch.Size, token_mask: Tensor | None) -> Routing:
+        if token_mask is None:
+            return self.router(flat)
+        if isinstance(token_mask, Tensor) and token_mask.shape != shape:
+            raise ValueError(f"token_mask must be {tuple(shape)}, as x is without D, got {tuple(token_mask.shape)}")
+        return self.router(flat, token_mask.reshape(-1) if isinstance(token_mask, Tensor) else token_mask)
+
+    def _leave(self, routing: Routing, shape: torch.Size) -> None:
+        """Set what a call leaves, of rows of this shape."""
+        self.last_routing = routing
+        is_global = self.grouped_experts.transport is not None and self.config.load_balance_over == "global"
+        reduce_load = self.grouped_experts.sum_over_ranks if is_global else None
+        self._aux_loss = auxiliary_loss(routing, self.config, reduce_load)
 
     @property
     def aux_loss(self) -> Tensor | None:

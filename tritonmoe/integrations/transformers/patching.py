@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.registration import register
@@ -83,6 +84,7 @@ def patch(model: nn.Module) -> PatchReport:
     for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
         experts.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
         experts.__dict__[REGISTRATION] = _Registration()
+    watch_auxiliary_losses(model)
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))

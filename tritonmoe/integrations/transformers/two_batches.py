@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
@@ -37,7 +38,6 @@ Other tensors can't be split, whatever size their first dimension happens to hav
 """
 SHARED = ("num_items_in_batch", "logits_to_keep")
 """Tensors that both halves get as they are."""
-CACHES = ("cache", "past_key_values")
 JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_logits")
 """The results, or tuples of results, whose first dimension is the batch."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
+from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import watch_forwards
 from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import check_destination, unpublished
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, ShardWriter, parse_size
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
@@ -23,7 +24,7 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
 from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
 from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, find_blocks, select_blocks
-from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, add_aux_loss, replace_blocks
+from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, replace_blocks
 from tritonmoe.integrations.transformers.upcycle.native import build_model
 from tritonmoe.runtime.files import Json, read_json
 
@@ -89,7 +90,7 @@ def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
     model.save_pretrained = functools.partial(
         save_pretrained, model
     )  # a bound method would be the class's when unpickled
-    model.register_forward_hook(add_aux_loss)
+    watch_forwards(model)
 
 
 def write_description(
