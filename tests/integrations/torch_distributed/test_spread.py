@@ -9,11 +9,18 @@ WORKER = Path(__file__).parent / "spread_worker.py"
 CASES = (
     *("optimizers", "numbers", "selection_bias", "file_of_one_rank", "assigned", "meshes", "fully_shard"),
     *("replicas_averaged_by_fsdp", "clipped_without_gradients"),
-    *("drawn_over_replicas", "changed_in_place", "too_late", "replicated_slots", "copies_over_replicas"),
-    *("anomaly_mode", "recorded", "not_spread"),
+    *("drawn_over_replicas", "changed_in_place", "too_late", "replicated_slots", "anomaly_mode", "recorded"),
+)
+REFUSED_OR_AGREED = (
+    "copies_over_replicas",
+    "not_spread",
+    "bias_without_transport",
+    "sums_beside_means",
+    "factors_of_a_call",
 )
 
 
 @pytest.mark.thorough
-def test_spread_experts_on_four_ranks():
-    run_torchrun(4, WORKER, cases=CASES)
+@pytest.mark.parametrize("cases", [CASES, REFUSED_OR_AGREED], ids=["right", "refused or agreed"])
+def test_spread_experts_on_four_ranks(cases: tuple[str, ...]) -> None:
+    run_torchrun(4, WORKER, cases=cases)
