@@ -106,7 +106,7 @@ def run_saved_alone(name: str, directory: Path) -> None:
     model = tmt.upcycle(make_dense(name), num_experts=4, top_k=2)
     expected = weights(model)
     tm.parallelize(model, dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"experts of this model are spread .*gather_state_dicts\(model\)"):
+    with pytest.raises(ValueError, match=r"weights of this model are spread .*gather_state_dicts\(model\)"):
         model.save_pretrained(directory / "alone")
     assert not (directory / "alone").exists()
     tm.gather_state_dicts(model)
