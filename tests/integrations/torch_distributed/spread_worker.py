@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,71 @@ def case_optimizers() -> None:
             weight.zero_()
         torch._foreach_copy_(copies, spread_weights)
     assert all(torch.equal(whole(a), whole(b)) for a, b in zip(copies, spread_weights, strict=True))
+
+
+def case_optimizers_of_single_tensors() -> None:
+    """Masks (Rprop), norms over a whole tensor or over its experts (Adafactor) give what they give on one device."""
+    biased = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, bias=True)
+    kinds: list[Callable] = [
+        functools.partial(kind, lr=0.01, foreach=foreach, maximize=maximize)
+        for kind in (torch.optim.Rprop, torch.optim.Adafactor)
+        for foreach, maximize in ((False, False), (True, True))
+    ]
+    for kind in kinds:
+        parallel = DistributedDataParallel(spread(config=biased))
+        for many in (parallel, sharded_over_replicas(replicas_and_experts(), config=biased)):
+            one = Net(biased)
+            # nothing but noise decides the signs of the router's gradient
+            left_out = "router" if kind.func is torch.optim.Rprop else "nothing"
+            optimizers = [
+                kind([parameter for name, parameter in net.named_parameters() if left_out not in name])
+                for net in (one, many)
+            ]
+            for step in range(3):
+                torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+                many(here(step)).square().mean().backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+                torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+
+
+def case_what_takes_no_parts() -> None:
+    """One vector of all parameters, plain state of a DTensor and `.data =`, which PyTorch ignores, are refused."""
+    net = spread()
+    before = [whole(parameter.detach()).clone() for parameter in net.parameters()]
+
+    def closure() -> torch.Tensor:
+        loss = net(here()).square().mean()
+        loss.backward()
+        return loss
+
+    way_out = r"torch\.optim's other optimizers, torch\.optim\.Adafactor"
+    with pytest.raises(RuntimeError, match=way_out):
+        torch.optim.LBFGS(net.parameters()).step(closure)
+    with pytest.raises(RuntimeError, match="full_tensor"):
+        nn.utils.parameters_to_vector(net.parameters())
+    experts = net.moe.experts
+    with pytest.raises(RuntimeError, match=way_out):
+        torch.zeros(8, 24).add_(experts.gate_up_proj.grad.mean(-1))
+    whole_weight = torch.randn(8, 24, 8)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="distribute_tensor"):
+        experts.gate_up_proj.copy_(whole_weight)
+    vector = torch.randn(sum(parameter.numel() for parameter in experts.parameters()))
+    with pytest.raises(ValueError, match="PyTorch ignores `parameter"):
+        nn.utils.vector_to_parameters(vector, experts.parameters())
+    for value in (whole_weight, experts.gate_up_proj.data * 2, experts.gate_up_proj.data.bfloat16()):
+        with pytest.raises(ValueError, match="distribute_tensor"):
+            experts.gate_up_proj.data = value
+    experts.gate_up_proj.data = experts.gate_up_proj.data
+    assert all(torch.equal(whole(a), b) for a, b in zip(net.parameters(), before, strict=True))
+    mesh, placements = experts.gate_up_proj.device_mesh, experts.gate_up_proj.placements
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(distribute_tensor(whole_weight, mesh, placements, src_data_rank=None))
+    assert torch.equal(whole(experts.gate_up_proj), whole_weight)
+    net.first.weight.data = torch.ones(8, 8)  # a dense one
+    assert torch.equal(net.first.weight, torch.ones(8, 8))
 
 
 def case_numbers() -> None:
@@ -174,8 +240,8 @@ def case_fully_shard() -> None:
         torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
 
 
-def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Net:
-    net = spread(mesh)
+def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None, **made: Any) -> Net:
+    net = spread(mesh, **made)
     settings = {} if policy is None else {"mp_policy": policy}
     fully_shard(net.moe.experts, mesh=mesh["replica"], **settings)
     fully_shard(net, **settings)

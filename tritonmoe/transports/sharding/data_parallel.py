@@ -29,6 +29,7 @@ __all__ = [
     "ignore_sharded_parameters",
     "is_averaged_by_ddp",
     "is_averaged_by_fsdp",
+    "is_marked_mesh",
     "mark_mesh",
     "mark_own_buffers",
     "mark_sharded",
@@ -96,6 +97,11 @@ def is_averaged_by_fsdp(module: nn.Module, parameter: torch.Tensor) -> bool:
 def mark_mesh(mesh: "DeviceMesh") -> None:
     """Mark a mesh as one over which experts are spread; it need not be named for them."""
     setattr(mesh, MARK, True)
+
+
+def is_marked_mesh(mesh: "DeviceMesh") -> bool:
+    """Say whether experts are spread over this mesh."""
+    return hasattr(mesh, MARK)
 
 
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_mesh,
     mark_sharded,
 )
+from tritonmoe.transports.sharding.dtensor_gaps import fill_dtensor_gaps
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.transports.sharding.watched_collectives import watched_on
 from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
@@ -144,6 +145,7 @@ def shard_parameters(
     if sharding.mesh is None:
         return
     allow_mixed_lists()
+    fill_dtensor_gaps()
     ignore_sharded_parameters()
     explain_fully_shard()
     mark_mesh(sharding.mesh)
