@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MAX_PAIRS
-from tritonmoe.dispatch.header import HEADER_SIZE, CallHeader
+from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import check_headers
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.transports import Transport
@@ -53,10 +53,14 @@ def _headers(received: Tensor) -> list[CallHeader]:
     return [CallHeader._make(row) for row in received[:, :HEADER_SIZE].tolist()]
 
 
-def refuse_call(transport: Transport, sequence: int) -> None:
-    """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
+def refuse_call(transport: Transport, sequence: int) -> bool:
+    """Tell every rank that this rank's arguments were refused, in the place of the count exchange.
+
+    Return whether all ranks called a layer.
+    """
     with Doing(lambda: f"layer call {sequence}, whose arguments it refuses"):
-        transport.exchange_counts(_message(transport, CallHeader(sequence=sequence, error=1)))
+        received = transport.exchange_counts(_message(transport, CallHeader(sequence=sequence, error=1)))
+    return all(header.magic == MAGIC for header in _headers(received))
 
 
 class BackwardAgreement:

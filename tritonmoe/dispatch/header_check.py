@@ -26,7 +26,7 @@ from tritonmoe.dispatch.header import (
 )
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 
-__all__ = ["check_headers"]
+__all__ = ["NoLayerCall", "check_headers"]
 
 DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CODES.items()}}
 
@@ -133,11 +133,15 @@ KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
 """Fields that may differ between ranks, which then choose other plans: what each is called, and its values' names."""
 
 
+class NoLayerCall(CountMismatch):
+    """Some rank made a collective of the transport where this one called a layer, which that rank didn't count."""
+
+
 def check_headers(headers: Sequence[CallHeader]) -> None:
     """Raise the same error on every rank unless all ranks make the same call, or run its backward."""
     strangers = [rank for rank, h in enumerate(headers) if h.magic != MAGIC]
     if strangers:
-        raise CountMismatch(
+        raise NoLayerCall(
             f"ranks {strangers} sent something that is not a layer call: every rank must make the same "
             "expert-parallel calls, in the same order, on this transport"
         )

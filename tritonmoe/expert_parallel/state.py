@@ -73,6 +73,10 @@ class TransportState:
         self.num_calls += 1
         return self.num_calls - 1
 
+    def uncount_call(self) -> None:
+        """Take back the number of the call that began last: other ranks made a collective then, and counted nothing."""
+        self.num_calls -= 1
+
     def note_backward(self, sequence: int) -> None:
         """Remember that a call's backward has run."""
         self.under_way.pop(sequence, None)
@@ -154,4 +158,6 @@ class LayerCalls(Handled):
 
 def refuse(transport: Transport) -> None:
     """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
-    refuse_call(transport, state_of(transport).next_call())
+    state = state_of(transport)
+    if not refuse_call(transport, state.next_call()):
+        state.uncount_call()

@@ -11,7 +11,7 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts, spread_layers
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
-from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
@@ -79,7 +79,13 @@ def parallelize(
         patch(model)  # it says what is missing where there is nothing to spread
     experts = {**found, **layers}
     sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
-    check_on_all_ranks(model, experts, sharding, lambda: check_spreadable(model, experts, transport.size))
+
+    def check() -> None:
+        if found:
+            check_patchable(model, found)
+        check_spreadable(model, experts, transport.size)
+
+    check_on_all_ranks(model, experts, sharding, check)
     if found:
         patch(model)
         for own in found.values():

@@ -19,7 +19,7 @@ from tritonmoe.integrations.transformers.requirements import (
 )
 from tritonmoe.layer import MoELayer
 
-__all__ = ["PatchReport", "patch"]
+__all__ = ["PatchReport", "check_patchable", "patch"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def patch(model: nn.Module) -> PatchReport:
 
     found = experts_modules(model)
     left = _other_experts(model, found)
-    _check(model, found, left)
+    check_patchable(model, found, left)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -101,7 +101,13 @@ def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str
     return others
 
 
-def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
+def check_patchable(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module] | None = None) -> None:
+    """Raise patch()'s ValueError where nothing of the model, of which these are the experts modules, can be switched.
+
+    Args:
+        left: what else is called experts; found here where it is None.
+    """
+    left = _other_experts(model, found) if left is None else left
     quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
     kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
     if not quantised and not found and (method := quantisation_method(model)) is not None:
