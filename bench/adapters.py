@@ -7,7 +7,6 @@ PEFT's own way to run them: it adds B A to the weights in every step.
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
-from tritonmoe.benchmarks.timing import add_arguments, interleave, summarize, write_json
+from tritonmoe.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.experts.adapters import HANDS_OVER
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
 from tritonmoe.runtime.files import Json
@@ -117,17 +116,15 @@ def main() -> None:
     samples = interleave(runs, arguments.rounds)
     results = []
     for variant in VARIANTS:
-        model, seconds = models[variant.name], samples[variant.name]
-        # what takes more than twice as long leaves early: of its rounds alone
-        ratios = [own / floor for own, floor in zip(seconds, samples[FLOOR.name], strict=False)]
+        model, times = models[variant.name], summarize(samples[variant.name])
         result = {
             "variant": variant.name,
             "num_tokens": arguments.tokens,
             "trained_of_experts": sum(
                 p.numel() for n, p in model.named_parameters() if p.requires_grad and ".experts." in n
             ),
-            **summarize(seconds),
-            "of_frozen": round(statistics.median(ratios), 3),
+            **times,
+            "of_frozen": ratio(times, summarize(samples[FLOOR.name]), 3),
             **memory(variant, model, runs[variant.name], batches[0]),
         }
         results.append(result)

@@ -12,7 +12,6 @@ again, so that a campaign can be ended at any time and gone on with.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -31,10 +30,10 @@ from torch import Tensor
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.benchmarks.argument_types import output_file, positive, seed
-from tritonmoe.benchmarks.inside_namespace import ask
+from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import gather
-from tritonmoe.benchmarks.timing import write_json
+from tritonmoe.benchmarks.timing import quartiles, write_json
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.causes import CauseKind
 from tritonmoe.diagnosis.reading import read_recording
@@ -468,8 +467,8 @@ def _spread(seconds: Sequence[float]) -> float:
     """Give from quartile to quartile of calls, over their median."""
     if len(seconds) < 2:
         return 0.0
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return (high - low) / middle
+    low, high = quartiles(seconds)
+    return (high - low) / statistics.median(seconds)
 
 
 def summarize(results: Sequence[Json]) -> Json:
@@ -552,7 +551,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if arguments.netns and "RANK" not in os.environ:
+    check_start(arguments.netns, {})
+    if arguments.netns and not is_inside():
         return run_in_namespaces(arguments, sys.argv[1:] if argv is None else argv)
     if arguments.netns:
         kind, results = "netns", run_netns_rank(arguments)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.benchmarks.inside_namespace import ask
+from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import slowest
@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     check_model_sizes(arguments)
     rates = [parse_rate(rate) for rate in arguments.rates]
-    if "RANK" in os.environ:
+    check_start(arguments.netns, {})
+    if is_inside():
         return _run_rank(arguments, rates)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with Namespaces([sys.executable, "-m", "bench.plan_ourselves", *argv], arguments.netns, rates[0]) as namespaces:

@@ -1,7 +1,6 @@
 """What the scheduler costs: one chunk through the executor with LocalTransport against the bare ops (moe_mlp)."""
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from bench.moe_mlp import SHAPES
 from tritonmoe.benchmarks.argument_types import positive
-from tritonmoe.benchmarks.timing import add_arguments, interleave, summarize, write_json
+from tritonmoe.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.experts.moe_mlp import moe_mlp
@@ -48,7 +47,7 @@ def build(shape: tuple[int, int, int, int], num_tokens: int, backward: bool) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one line per case; overhead is the median over rounds of executor / bare - 1."""
+    """Print one line per case; overhead is executor / bare - 1, of medians."""
     parser = argparse.ArgumentParser(prog="python -m bench.scheduler", description=__doc__)
     parser.add_argument("--tokens", type=positive, default=2048)
     add_arguments(parser, rounds=31)
@@ -58,16 +57,16 @@ def main(argv: list[str] | None = None) -> None:
         for backward in (False, True):
             variants = build(shape, arguments.tokens, backward)
             samples = interleave(variants, arguments.rounds, seconds=arguments.seconds)
-            ratios = [e / b for e, b in zip(samples["executor"], samples["bare"], strict=True)]
-            overhead = statistics.median(ratios) - 1
+            times = {variant: summarize(seconds) for variant, seconds in samples.items()}
+            overhead = round(ratio(times["executor"], times["bare"]) - 1, 4)
             case: dict[str, Any] = {
                 "shape": name,
                 "E_K_D_F": shape,
                 "T": arguments.tokens,
                 "dtype": "float32",
                 "pass": "forward+backward" if backward else "forward",
-                "times": {variant: summarize(times) for variant, times in samples.items()},
-                "overhead": round(overhead, 4),
+                "times": times,
+                "overhead": overhead,
             }
             results.append(case)
             bare_ms, executor_ms = (case["times"][variant]["median_ms"] for variant in ("bare", "executor"))

@@ -24,11 +24,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from tritonmoe.benchmarks.argument_types import positive, positive_number
-from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
+from tritonmoe.benchmarks.expert_parallel_rank import num_settling_steps
+from tritonmoe.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
+from tritonmoe.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations import transformers as tmt
@@ -42,8 +43,6 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main"]
 
 UNSHAPED = "40gbit"
-WARM_UP = 7
-"""Steps until "auto" has chosen the chunks of a whole batch: it takes about twenty calls, a step makes one a layer."""
 ONE_BY_ONE = "one half after the other"
 SETTLED = 2
 """Steps of every variant that are not counted, after each change of the link's rate."""
@@ -87,6 +86,7 @@ class Step:
         self.model: Any = qwen3_moe_model(sizes, dtype=dtype)
         if arguments.adapters:
             self.alone, self.model = (_adapted(model, arguments.adapters) for model in (self.alone, self.model))
+        self.num_layers = arguments.layers
         self.num_nodes = 1 if arguments.node_size is None else transport.size // arguments.node_size
         ranks: Ranks = transport.group
         if self.num_nodes > 1:
@@ -170,7 +170,7 @@ class Step:
 def measure(step: Step, rates: list[str], rounds: int) -> list[Json]:
     """Give, for each rate, what summarize_rate() makes of every variant's steps."""
     transport = step.transport
-    for _ in range(WARM_UP):
+    for _ in range(num_settling_steps(step.num_layers) + 1):
         step.timed("one batch")
     results: list[Json] = []
     unshaped: Samples = {}
@@ -206,23 +206,24 @@ def sent_bytes(step: Step) -> float:
 
 
 def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped: Samples) -> Json:
-    """Give the times at one rate, and what two batches gain; ratios are medians over rounds."""
+    """Give the times at one rate, and what two batches gain: ratios of medians."""
+    step = {name: summarize(seconds) for name, seconds in samples.items()}
 
-    def ratio(slower: str, faster: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(samples[slower], samples[faster], strict=True)), 3)
+    def over(slower: str, faster: str) -> float:
+        return ratio(step[slower], step[faster], 3)
 
     wire_s = 8 * sent["two batches"] / parse_rate(rate)
     bound_s = max(statistics.median(unshaped["two batches"]), wire_s)
-    of_one_rank = {"beside_one_by_one": ratio("two batches", ONE_BY_ONE)} if ONE_BY_ONE in samples else {}
+    of_one_rank = {"beside_one_by_one": over("two batches", ONE_BY_ONE)} if ONE_BY_ONE in samples else {}
     return {
         "rate": rate,
-        "step": {name: summarize(seconds) for name, seconds in samples.items()},
+        "step": step,
         "sent_mb": {name: round(of_one / 1e6, 2) for name, of_one in sent.items()},
         "communication_alone_ms": round(1e3 * wire_s, 1),
-        "faster_than_one_batch": ratio("one batch", "two batches"),
-        "in_2_chunks_faster_than_one_batch": ratio("one batch", "two batches in 2 chunks"),
-        "faster_than_serial": ratio("serial", "two batches"),
-        "auto_faster_than_one_batch": ratio("one batch", "auto"),
+        "faster_than_one_batch": over("one batch", "two batches"),
+        "in_2_chunks_faster_than_one_batch": over("one batch", "two batches in 2 chunks"),
+        "faster_than_serial": over("serial", "two batches"),
+        "auto_faster_than_one_batch": over("one batch", "auto"),
         "beside_bound": round(statistics.median(samples["two batches"]) / bound_s, 3),
         **of_one_rank,
     }
@@ -261,7 +262,8 @@ def main() -> int:
     check_model_sizes(arguments)
     for rate in arguments.rates:
         parse_rate(rate)
-    if "RANK" in os.environ:
+    check_start(arguments.netns, {})
+    if is_inside():
         run_rank(arguments)
         return 0
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -332,6 +332,76 @@ def test_aux_loss_is_attached_and_right() -> None:
     (y.sum() + balanced.aux_loss).backward()
 
 
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
+def test_rows_that_a_token_mask_calls_padding_count_nowhere(kind: str) -> None:
+    """Even NaN in them: everything is that of the tokens alone."""
+    losses = {"load_balance_loss_weight": 0.5, "z_loss_weight": 0.25}
+    config = replace(CONFIG, **losses, selection_bias=True, score_function="sigmoid", shared_intermediate_size=4)
+    masked = tm.MoELayer(config, generator=seeded(), check="now" if kind == "plain" else "next")
+    alone = copy.deepcopy(masked)
+    x, mask = batch(num_tokens=14).view(2, 7, 8), torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = mask[1, 0] = False
+    padded = x.clone().requires_grad_()
+    if kind == "plain":
+        padded = torch.where(mask.unsqueeze(-1), x, torch.nan).requires_grad_()
+
+    def call(rows: Tensor) -> tuple[Tensor, Tensor]:
+        y = masked(rows, token_mask=mask)
+        return y, masked.aux_loss
+
+    if kind == "compiled":
+        y, aux_loss = torch.compile(call, backend="aot_eager", fullgraph=True)(padded)
+    else:
+        y, aux_loss = checkpoint(call, padded, use_reentrant=False) if kind == "checkpointed" else call(padded)
+    tokens = x[mask].requires_grad_()
+    expected = alone(tokens)
+    torch.testing.assert_close(y[mask], expected)
+    torch.testing.assert_close(aux_loss, alone.aux_loss)
+    assert torch.equal(masked.router.load, alone.router.load)
+    assert masked.statistics().num_skipped_pairs == 3 * 4
+    if kind != "plain":
+        torch.testing.assert_close(y[~mask], masked.shared_expert(x[~mask]))
+    (y[mask].square().sum() + aux_loss).backward()
+    (expected.square().sum() + alone.aux_loss).backward()
+    torch.testing.assert_close(padded.grad[mask], tokens.grad)
+    assert torch.equal(padded.grad[~mask].nan_to_num(), torch.zeros_like(padded.grad[~mask]))
+    torch.testing.assert_close(masked.router.weight.grad, alone.router.weight.grad)
+    torch.testing.assert_close(masked.experts.down_proj.grad, alone.experts.down_proj.grad)
+
+
+def test_token_masks_of_ranks() -> None:
+    config = replace(CONFIG, load_balance_loss_weight=1.0, load_balance_over="global")
+    xs = [batch(rank) for rank in range(2)]
+    masks = [torch.arange(len(x)) < 3 + rank for rank, x in enumerate(xs)]
+
+    def on_rank(transport: Transport) -> list[Tensor]:
+        layer = tm.MoELayer(config, transport, generator=seeded())
+        y = layer(xs[transport.rank], token_mask=masks[transport.rank])
+        found = [y.detach(), transport.all_reduce(layer.aux_loss.detach(), "mean")]
+        wrong = masks[0].long() if transport.rank == 0 else masks[1]
+        with pytest.raises((TypeError, tm.TransportError)):
+            layer(xs[transport.rank], token_mask=wrong)
+        return found
+
+    whole = tm.MoELayer(config, generator=seeded())
+    expected = whole(torch.cat(xs), token_mask=torch.cat(masks))
+    results = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    torch.testing.assert_close(torch.cat([y for y, _ in results]), expected)
+    for _, aux_loss in results:
+        torch.testing.assert_close(aux_loss, whole.aux_loss)
+
+
+def test_token_masks_that_are_refused() -> None:
+    layer, x = tm.MoELayer(CONFIG, generator=seeded()), batch(num_tokens=6)
+    for mask in (torch.ones(6), [True] * 6):
+        with pytest.raises(TypeError, match="token_mask must be a bool tensor, True for tokens, got"):
+            layer(x, token_mask=mask)
+    with pytest.raises(ValueError, match=r"token_mask must be \(6,\), as x is without D, got \(5,\)"):
+        layer(x, token_mask=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"whether it is a token, \(6,\) on cpu, got \(2, 3\) on cpu"):
+        layer.router(x, torch.ones(2, 3, dtype=torch.bool))
+
+
 def test_statistics() -> None:
     layer = tm.MoELayer(CONFIG, generator=seeded())
     layer(batch(num_tokens=50))

@@ -633,23 +633,6 @@ def test_batch_invariant_is_refused_where_nobody_can_promise_it(backend: str) ->
         tm.moe_mlp(**draw({}), batch_invariant=True, backend=backend)
 
 
-@pytest.mark.parametrize("way", ["eager", "callable", "operator", "expert_parallel"])
-def test_a_second_derivative_says_why_it_is_refused(way: str) -> None:
-    leaves = draw({})
-    if way == "expert_parallel":
-        y = tm.expert_parallel_mlp(**leaves, num_experts=E, transport=LocalTransport())
-    elif way == "operator":
-        with FlopCounterMode(display=False):
-            y = tm.moe_mlp(**leaves)
-    else:
-        y = tm.moe_mlp(**leaves, activation="silu" if way == "eager" else lambda h: F.silu(h[:, :FF]) * h[:, FF:])
-    dx, dw = torch.autograd.grad(y.square().sum(), [leaves["x"], leaves["gate_up_proj"]], create_graph=True)
-    assert dx.requires_grad
-    dw.mul_(2)  # as gradient clipping does
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*plain PyTorch"):
-        dx.sum().backward()
-
-
 # Scaling and determinism
 
 

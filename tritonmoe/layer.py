@@ -1,7 +1,8 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonmoe.backends import check_name
 from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
@@ -30,10 +32,12 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
-from tritonmoe.runtime.autograd import put_back_after_recompute
+from tritonmoe.routing.unused_loss import UnusedLoss
+from tritonmoe.runtime.autograd import leaf_of, put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
-from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.data_parallel import mark_own_buffers
+from tritonmoe.transports import Ranks, Transport, as_transport
+from tritonmoe.transports.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
+from tritonmoe.transports.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
     check_expert_gradients,
@@ -47,6 +51,7 @@ from tritonmoe.transports.sharding.parameters import (
 __all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
 _all_experts: "WeakSet[GroupedExperts]" = WeakSet()
+_given_factors = WeakIdKeyDictionary()  # of calls with adapters: which module's experts a parameter adapts, weakly
 _all_experts_lock = threading.Lock()  # emulated ranks are threads
 
 
@@ -62,7 +67,9 @@ class GroupedExperts(nn.Module):
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
             two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
             TwoLevelTransport).
-            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same.
+            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same;
+            and the same deep copies of a layer, each of which is a layer of its own. Weights that
+            torch.func.functional_call puts in a layer's place go by the layer's number.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
         expert_gradients: "mean": gradients are as if averaged over all ranks, replicas included, as
@@ -139,6 +146,7 @@ class GroupedExperts(nn.Module):
         check_expert_parallel(num_local, num_experts, size, placement)
         self._sharding = find_sharding(ranks, self.transport, device)
         self._calls = LayerCalls(self.transport, expert_gradients)
+        agree_on_overflow(_transports_of)
         if expert_gradients == "mean":
             self._gradient_scale = 1 / size
         first = rank * num_local
@@ -153,7 +161,8 @@ class GroupedExperts(nn.Module):
                 self.register_parameter(name, None if part is None else nn.Parameter(part))
             return
         is_in_order = self.placement is None or self.placement.is_contiguous
-        shard_parameters(self, parts, self._sharding, is_in_order)
+        is_summed = self._calls is not None and self._calls.expert_gradients == "sum"
+        shard_parameters(self, parts, self._sharding, is_in_order, is_summed)
 
     def spread_over(
         self,
@@ -184,6 +193,11 @@ class GroupedExperts(nn.Module):
         None on one device. It holds no experts, so that a copy of a router that has it copies none.
         """
         return None if self._sharding is None else self._sharding.sum_over_ranks
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
+        return self._sharding
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -242,7 +256,7 @@ class GroupedExperts(nn.Module):
                 "would count them several times. Use a placement without replicas, freeze them "
                 "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
             )
-        first = len(parameters) * calls.layer
+        first = len(parameters) * calls.number
         local = [
             None if parameter is None else self._local_weight(parameter, sharding, first + number)
             for number, parameter in enumerate(parameters)
@@ -264,6 +278,8 @@ class GroupedExperts(nn.Module):
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Give _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
         weights = self._weights(x, adapters)
+        if adapters is not None and self.transport is not None and self.transport.size > 1:
+            _note_factors(self, adapters)
         factors = noted_factors(self, weights.gate_up_proj.dtype, self.expert_ids)
         if factors and adapters is not None:
             raise ValueError(
@@ -340,11 +356,41 @@ def experts_of_parameters() -> dict[int, GroupedExperts]:
     """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
 
     The living modules are asked. A note on the parameters would be lost where they are exchanged for others: by
-    deepcopy, load_state_dict with assign=True, parametrizations.
+    deepcopy, load_state_dict with assign=True, parametrizations. Factors of adapters that were given to an eager call
+    over ranks, themselves or cast, reshaped or scaled, count as parameters of the module that was called.
     """
     with _all_experts_lock:
         modules = list(_all_experts)
-    return {id(parameter): module for module in modules for parameter in module.parameters()}
+        given = [(id(factor), of_module()) for factor, of_module in _given_factors.items()]
+    own = {id(parameter): module for module in modules for parameter in module.parameters()}
+    return {factor: module for factor, module in given if module is not None} | own
+
+
+def _transports_of(parameters: Iterable[Tensor]) -> list[Transport]:
+    """Give the transports over which some of these parameters are spread as plain tensors, in their order."""
+    experts = experts_of_parameters()
+    modules = [experts.get(id(parameter)) for parameter in parameters if not hasattr(parameter, "device_mesh")]
+    spread = [module.transport for module in modules if module is not None and module.transport is not None]
+    return [transport for transport in dict.fromkeys(spread) if transport.size > 1]
+
+
+def _note_factors(module: GroupedExperts, adapters: ExpertAdapters) -> None:
+    """Remember the parameters of a call's adapters, which are this rank's alone as its experts are."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for factor in (adapters.gate_up_a, adapters.gate_up_b, adapters.down_a, adapters.down_b):
+        leaf = None if factor is None else leaf_of(factor)
+        if leaf is None or hasattr(leaf, "device_mesh"):
+            continue
+        if is_averaged_by_ddp(leaf):
+            raise ValueError(
+                "a factor of adapters is this rank's experts' alone, and DistributedDataParallel averages it with the "
+                "factors of the other ranks' experts: keep it outside of the module that is wrapped, or name it in "
+                "that module's _ddp_params_and_buffers_to_ignore before wrapping (a parameter of the module itself as "
+                '"name" and ".name")'
+            )
+        with _all_experts_lock:
+            _given_factors[leaf] = weakref.ref(module)
 
 
 class MoELayer(nn.Module):
@@ -361,9 +407,10 @@ class MoELayer(nn.Module):
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
     itself, see GroupedExperts, whose arguments these are. router.update_selection_bias() sums the load over all ranks
-    (router.reduce_load, which can be replaced). On transports other than torch.distributed's, clip all gradients with
-    tritonmoe.clip_grad_norm_. num_sms and batch_invariant are for the routed experts: the products of a shared expert
-    are PyTorch's, and so are the router's but for bf16 and fp16 where the kernels run; PyTorch's may round a row
+    of the transport, without one over those of a DistributedDataParallel around the layer (router.reduce_load, which
+    can be replaced; under FSDP2 it has to be set). On transports other than torch.distributed's, clip all gradients
+    with tritonmoe.clip_grad_norm_. num_sms and batch_invariant are for the routed experts: the products of a shared
+    expert are PyTorch's, and so are the router's but for bf16 and fp16 where the kernels run; PyTorch's may round a row
     differently with its neighbours.
 
     check: when a token whose router scores are NaN or infinite, which goes to no expert, raises NonFiniteScores. With a
@@ -371,6 +418,8 @@ class MoELayer(nn.Module):
     for the device, and says nothing in compiled code; "now" waits for the router in every call and raises in the call
     itself, in compiled code (fullgraph too) and exported programs as well, but can't be captured by a CUDA graph.
     """
+
+    _left_by_a_call: tuple[str, ...] = ("_aux_loss", "last_routing")
 
     def __init__(
         self,
@@ -412,7 +461,8 @@ class MoELayer(nn.Module):
         self.shared_expert: nn.Module | None = None
         if config.shared_intermediate_size:
             self.shared_expert = SharedExpert(config, generator=generator, device=device, dtype=dtype)
-        self.aux_loss: Tensor | None = None
+        self._aux_loss: Tensor | None = None
+        self._unused_loss = UnusedLoss(bool(config.load_balance_loss_weight or config.z_loss_weight))
         self.last_routing: Routing | None = None
         self._nonfinite = NonFiniteCheck(check)
 
@@ -436,12 +486,15 @@ class MoELayer(nn.Module):
         self,
         x: Tensor,
         *,
+        token_mask: Tensor | None = None,
         adapters: ExpertAdapters | None = None,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
         """Give (..., D) of x (..., D).
 
         Args:
+            token_mask: (...) bool, False for padding: such a row goes to no expert, its output is the shared expert's
+                or zero, and it counts in no loss, no load and no statistics. None: every row is a token.
             adapters: as GroupedExperts takes them.
             fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
                 the shared expert come before them.
@@ -462,7 +515,7 @@ class MoELayer(nn.Module):
             if one_device:
                 self._nonfinite.raise_earlier()
             flat = x.reshape(-1, x.shape[-1])
-            routing = self.router(flat)
+            routing = self._route(flat, x.shape[:-1], token_mask)
             topk_ids = routing.topk_ids
             if one_device:
                 topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
@@ -488,15 +541,40 @@ class MoELayer(nn.Module):
         if halves:
             y = y + halves[-1]
         if not torch.compiler.is_compiling():
-            put_back_after_recompute(self, ("aux_loss", "last_routing"), routing.topk_weights)
-        self.last_routing = routing
-        is_global = not one_device and self.config.load_balance_over == "global"
+            put_back_after_recompute(self, self._left_by_a_call, routing.topk_weights)
+            if self.training:
+                self._unused_loss.watch(routing.topk_weights)
         # Behind the experts' call, in which the ranks have found that all make it: here they may exchange loads.
-        self.aux_loss = auxiliary_loss(routing, self.config, grouped_experts.sum_over_ranks if is_global else None)
+        self._leave(routing, x.shape[:-1])
         if not torch.compiler.is_compiling():
-            keep_for_this_half(self, "aux_loss", "last_routing")
+            keep_for_this_half(self, *self._left_by_a_call)
         # No view for autograd: changed in place (`y += x`), one loses the hook with which FSDP2 gathers for backward.
         return torch.ops.aten._unsafe_view(y, x.shape)
+
+    def _route(self, flat: Tensor, shape: torch.Size, token_mask: Tensor | None) -> Routing:
+        if token_mask is None:
+            return self.router(flat)
+        if isinstance(token_mask, Tensor) and token_mask.shape != shape:
+            raise ValueError(f"token_mask must be {tuple(shape)}, as x is without D, got {tuple(token_mask.shape)}")
+        return self.router(flat, token_mask.reshape(-1) if isinstance(token_mask, Tensor) else token_mask)
+
+    def _leave(self, routing: Routing, shape: torch.Size) -> None:
+        """Set what a call leaves, of rows of this shape."""
+        self.last_routing = routing
+        is_global = self.grouped_experts.transport is not None and self.config.load_balance_over == "global"
+        reduce_load = self.grouped_experts.sum_over_ranks if is_global else None
+        self._aux_loss = auxiliary_loss(routing, self.config, reduce_load)
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The weighted sum of config's losses of the last forward, attached; None before the first one."""
+        if not torch.compiler.is_compiling():
+            self._unused_loss.is_settled = True
+        return self._aux_loss
+
+    @aux_loss.setter
+    def aux_loss(self, loss: Tensor | None) -> None:
+        self._aux_loss = loss
 
     @property
     def grouped_experts(self) -> GroupedExperts:
@@ -511,7 +589,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
-        return {**self.__dict__, "aux_loss": None, "last_routing": None}
+        return {**self.__dict__, "_aux_loss": None, "last_routing": None}
 
 
 def _one_after_the_other(fillers: Sequence[Callable[[], None] | None]) -> Callable[[], None]:

@@ -30,7 +30,7 @@ def describe_machine(bench: Workbench) -> Json:
             "capability": list(torch.cuda.get_device_capability(bench.setting.device)),
         }
     return {
-        "environment": environment(),
+        "environment": environment(bench.setting.device),
         "versions": all_versions(),
         "cuda": torch.version.cuda,
         "card": dict(zip(FIELDS, found, strict=True)) if found is not None else None,

@@ -100,14 +100,13 @@ def headline_table(_: str) -> str:
         for case in load("transformers_cpu")["results"]
     }
     spread_model = load("expert_parallel_netns")["results"]
-    overlap = load("overlap_netns_both_balanced")["results"]["summary"]
+    overlap = load("overlap_netns_both_balanced")["results"]["summary"]["overlapped"]
     chosen = load("auto_netns")["results"]
-    nodes = load("overlap_nodes_100mbit")["results"]["summary"]["two_levels_speed_up"]["median"]
+    nodes = load("overlap_nodes_100mbit")["results"]["summary"]["two_levels_speed_up"]
     doctor = [one["results"]["summary"] for one in load_all("doctor_netns")]
     codegen = load("codegen")["results"]
     found = sum(round(one["of 15 %: cause first"] * one["of 15 %: number"]) for one in doctor if one["of 15 %: number"])
     training = [models["model", "training", dtype, "skewed"]["ratio"] for dtype in ("float32", "bfloat16")]
-    serial_over_overlapped = overlap["T_serial"]["median_ms"] / overlap["T_overlapped"]["median_ms"]
     rows = [
         (
             "one layer, E=64 K=8, T=2048, forward+backward, CPU",
@@ -123,7 +122,7 @@ def headline_table(_: str) -> str:
         ),
         (
             "one layer, link as slow as compute: overlapped over serial",
-            f"{serial_over_overlapped:.2f} times as fast, {overlap['overlapped']['hidden_share']['median']:.0%} hidden",
+            f"{overlap['speed_up']:.2f} times as fast, {overlap['hidden_share']:.0%} hidden",
         ),
         ("nodes with a slow uplink: two levels over one", f"{nodes:.2f} times as fast"),
         (
@@ -159,7 +158,7 @@ def adapters_table(name: str) -> str:
     num_tokens = results["results"][0]["num_tokens"]
     caption = (
         "Forward and backward of a four-layer Qwen3-MoE-like model, D=512, F=256, E=64, K=8, "
-        f"T={num_tokens}, fp32; whatever is no expert is trained. Medians (quartiles) of interleaved rounds, and the "
-        f"median of the ratios of each round. `python -m bench.adapters`; {where(results['environment'])}."
+        f"T={num_tokens}, fp32; whatever is no expert is trained. Medians (quartiles) of interleaved rounds, and "
+        f"their ratios. `python -m bench.adapters`; {where(results['environment'])}."
     )
     return "\n".join([*lines, "", caption])

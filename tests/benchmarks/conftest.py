@@ -6,13 +6,14 @@ import pytest
 
 
 @pytest.fixture
-def complaint_of(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Callable[[list[str]], int], list[str]], str]:
-    """Give what a benchmark's main says of arguments that it refuses, outside of torchrun."""
+def complaint_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Give what a benchmark's main says of arguments that it refuses: outside of torchrun, or as this RANK of it."""
 
-    def complaint(main: Callable[[list[str]], int], arguments: list[str]) -> str:
-        monkeypatch.delenv("RANK", raising=False)
+    def complaint(main: Callable[[list[str]], int], arguments: list[str], rank: str | None = None) -> str:
+        if rank is None:
+            monkeypatch.delenv("RANK", raising=False)
+        else:
+            monkeypatch.setenv("RANK", rank)
         try:
             status: object = main(arguments)
         except SystemExit as refused:  # argparse

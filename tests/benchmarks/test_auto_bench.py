@@ -26,8 +26,8 @@ def test_the_sweep_has_every_shape_of_its_chunk_counts() -> None:
 def test_summary() -> None:
     def case(over_winner: float, over_serial: float, errors: list[float]) -> dict:
         return {
-            "auto_over_winner": {"median": over_winner},
-            "auto_over_serial": {"median": over_serial},
+            "auto_over_winner": over_winner,
+            "auto_over_serial": over_serial,
             "errors": {str(n): error for n, error in enumerate(errors)},
         }
 
@@ -46,6 +46,7 @@ def test_summary() -> None:
         ([], "start it with --netns N, or under torchrun"),
         (["--netns", "3"], "divide the 8 experts of coarse"),
         (["--netns", "2", "--rates", "fast"], "a rate is a positive number"),
+        (["--netns", "2", "--chunks", "1", "2", "1"], "--chunks must differ from each other, got 1 2 1"),
         (["--netns", "2", "--chunks", "33"], "must be a whole number from 1 to 32, got '33'"),
         (["--netns", "2", "--rounds", "0"], "argument --rounds: must be a whole number of at least 1, got '0'"),
     ],

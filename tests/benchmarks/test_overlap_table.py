@@ -1,5 +1,6 @@
 """What `tritonmoe bench overlap` says: figures that can't be, words that are explained, how long it will take."""
 
+import statistics
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from tritonmoe.benchmarks import argument_types
 from tritonmoe.benchmarks.overlap import make_parser
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
+from tritonmoe.benchmarks.timing import quartiles, summarize
 from tritonmoe.benchmarks.transformers import main as bench_transformers
 from tritonmoe.cli import main
 from tritonmoe.runtime.progress import Progress, duration
@@ -29,6 +31,7 @@ def results_of(overlapped_ms: float, communication_ms: float = 40.0, passes: tup
             for name, of_passes in zip(("compute", "communication C=1"), passes, strict=True)
         },
         reports={name: [report] * 3 for name in ("compute", "overlapped C=2", "auto")},
+        experts_s={name: ([0.045, 0.04, 0.9], [0.03, 0.036, 0.03]) for name in ("overlapped C=2", "auto")},
     )
     summary = summarize_overlap(measured)
     about = {"link": "a link", "model": "tiny", "tokens": 9, "routing": "uniform", "pass": "forward", "rounds": 7}
@@ -69,8 +72,51 @@ def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
     assert results_of(190.0, 200.0)["summary"]["overlapped"]["too_noisy"] == ["bound_ratio", "hidden_share"]
     # The passes' longer sides: 40 of compute, 80 of communication.
     uneven = results_of(105.0, 90.0, ((40, 60), (10, 80)))["summary"]["overlapped"]
-    assert uneven["pass_bound_ratio"]["median"] == 0.875
+    assert uneven["pass_bound_ratio"] == 0.875
     assert uneven["too_noisy"] == ["pass_bound_ratio"]
+
+
+def drifting(factors: dict[str, list[float]]) -> Any:
+    """Give measurements on a machine whose speed drifts: 100 ms times the factors of each schedule's rounds."""
+    seconds = {name: [0.1 * factor for factor in of_one] for name, of_one in factors.items()}
+    rounds = len(next(iter(seconds.values())))
+    report = SimpleNamespace(forward=SimpleNamespace(compute_s=0.03), num_chunks=2)
+    return SimpleNamespace(
+        seconds=seconds,
+        pass_seconds={name: [[0.05] * rounds] for name in ("compute", "communication C=1")},
+        reports={name: [report] * rounds for name in seconds},
+        experts_s={name: ([0.03], [0.03]) for name in ("overlapped C=2", "auto")},
+    )
+
+
+def test_the_slower_schedule_has_the_smaller_speed_up() -> None:
+    """The median of the rounds' own ratios says the opposite here: 1.5 for auto and 1.2 for the faster one."""
+    factors = {"compute": [0.5, 0.5, 0.5], "communication C=1": [0.5, 0.5, 0.5], "serial C=1": [1.2, 1.5, 3.0]}
+    factors |= {"overlapped C=2": [1.0, 0.8, 2.5], "auto": [0.8, 1.1, 2.0]}
+    summary = summarize_overlap(drifting(factors))
+    overlapped, auto = summary["overlapped"], summary["auto"]
+    assert (overlapped["median_ms"], auto["median_ms"]) == (100.0, 110.0)
+    assert overlapped["speed_up"] == 1.5
+    assert auto["speed_up"] == round(150 / 110, 4)
+    assert (
+        statistics.median(s / t for s, t in zip(factors["serial C=1"], factors["overlapped C=2"], strict=True)) == 1.2
+    )
+    assert statistics.median(s / t for s, t in zip(factors["serial C=1"], factors["auto"], strict=True)) > 1.49
+    assert auto["over_best"] == 1.1
+    assert (overlapped["exposed_ms"], overlapped["bound_ratio"], overlapped["hidden_share"]) == (50.0, 2.0, 0.0)
+
+
+def test_contention_is_beside_the_same_chunks_alone() -> None:
+    assert results_of(120.0)["summary"]["overlapped"]["contention"] == 1.5  # 45 ms over 30, of each the median
+
+
+def test_quartiles_of_few_rounds_are_within_them() -> None:
+    assert quartiles([3.0]) == (3.0, 3.0)
+    assert quartiles([3.0, 1.0]) == (1.0, 3.0)
+    assert quartiles([2.0, 3.0, 1.0]) == (1.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (1.5, 4.5)
+    of_two = summarize([0.1, 0.5])
+    assert (of_two["lower_quartile_ms"], of_two["upper_quartile_ms"]) == (100.0, 500.0)
 
 
 def test_every_word_is_explained() -> None:

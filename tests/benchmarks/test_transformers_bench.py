@@ -9,6 +9,7 @@ import torch
 
 from tritonmoe.benchmarks import transformers as bench
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.benchmarks.timing import ratio
 from tritonmoe.benchmarks.transformers import Subject, kept, largest_violation
 from tritonmoe.cli import main
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
@@ -28,7 +29,7 @@ def test_it_runs_and_writes(tmp_path, capsys):
     for case in results:
         assert {"tritonmoe", "eager", "grouped_mm", "batched_mm"} <= case["times"].keys()
         assert case["best_other"] in case["times"]
-        assert case["ratio"] > 0
+        assert case["ratio"] == ratio(case["times"][case["best_other"]], case["times"]["tritonmoe"], 3)
         assert ("kept_for_backward_mb" in case) == (case["pass"] == "training")
         assert case["peak_mb"].keys() == case["times"].keys()
         assert min(case["peak_mb"].values()) > 0
@@ -122,3 +123,23 @@ def test_liger_is_measured_where_it_runs(monkeypatch):
     case = bench.measure(Subject(model, is_block=True, num_tokens=16, new_tokens=2), "training", 16, 1, 0.0)
     assert LigerFunction.calls > before
     assert {"liger", "tritonmoe"} <= case["times"].keys() == case["peak_mb"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--subjects", "block", "--layers", "8"],
+            "--layers 8 has no effect on what is measured: leave it out, or",
+        ),
+        (["--passes", "training", "--new-tokens", "4"], "--new-tokens 4 has no effect on what is measured"),
+        (
+            ["--passes", "decode", "--subjects", "block", "--tokens", "9"],
+            "--tokens 9 has no effect on what is",
+        ),
+    ],
+)
+def test_options_that_nothing_would_heed(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "transformers", *arguments])
+    assert words in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The search of `tritonmoe tune`: which tiles are tried, what is measured of one, which are kept."""
 
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,8 @@ def test_a_tile_is_measured_beside_the_tables(calls):
     key = key_of(calls, "down")
     found = tuning.try_candidate(calls[key], Candidate(key, {"block_n": 16}), CPU, rounds=3, batch_s=0.0)
     assert {name: len(samples) for name, samples in found["samples"].items()} == {"table": 3, "candidate": 3}
+    table_s, candidate_s = (statistics.median(found["samples"][name]) for name in ("table", "candidate"))
+    assert found["gain"] == table_s / candidate_s
     assert found["agrees"]
     assert found["gain"] > 0
     assert "block_n=16" in found["tile"]
@@ -154,11 +157,11 @@ def no_gpu_needed(monkeypatch):
         name = candidate.fields["name"]
         if rounds == tuning.ROUNDS_AGAIN:
             measured.append(f"{name} again")
-            return {"gain": gains_again[candidate.key], "agrees": True, "samples": {"candidate": [1.0]}}
+            return {"gain": gains_again[candidate.key], "agrees": True, "samples": {"table": [1.0], "candidate": [1.0]}}
         measured.append(name)
         if name == interrupted:
             raise KeyboardInterrupt
-        return {"gain": names[name], "agrees": True, "samples": {"candidate": [1.0]}}
+        return {"gain": names[name], "agrees": True, "samples": {"table": [1.0], "candidate": [1.0]}}
 
     def candidates(variant, target_name, done):
         return [Candidate(key, {"name": name}) for key in "kl" if key not in done for name in names]

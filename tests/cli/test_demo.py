@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from html_pages import check_page
 
 from tritonmoe.cli import demo, main
-from tritonmoe.demo.measure import LayerShape
+from tritonmoe.demo.measure import LayerMeasurement, LayerShape
+from tritonmoe.demo.report import title
+from tritonmoe.report import png
+from tritonmoe.report.timeline import PassTimeline, Timeline
 
 
 @pytest.fixture
@@ -22,7 +26,14 @@ def short(monkeypatch):
     monkeypatch.setattr(LayerShape, "of_device", classmethod(lambda cls, device: cls(64, 32, 64)))
 
 
-def test_json(tmp_path, capsys, short):
+def test_json(tmp_path, capsys, short, monkeypatch):
+    drawn = {}
+
+    def write_png(path, traffic_rows, timelines, *, title, note):
+        drawn.update(traffic=traffic_rows, timelines=timelines, title=title)
+        png.write_png(path, traffic_rows, timelines, title=title, note=note)
+
+    monkeypatch.setattr(demo, "write_png", write_png)
     arguments = ["demo", "--steps", "8", "--ranks", "2", "--device", "cpu", "--out", str(tmp_path / "new"), "--json"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -35,10 +46,21 @@ def test_json(tmp_path, capsys, short):
     assert held_out[1] < held_out[0] - 0.5
     assert results["training"]["last_bits_per_byte"] == pytest.approx(losses[-1] / math.log(2))
     assert results["bit_equality"] == {"is_equal": True, "steps": 3, "losses": 6}
-    traffic = torch.tensor(results["training"]["traffic_rows"])
+    layer = results["layer"]
+    traffic = torch.tensor(layer["traffic_rows"])
     assert traffic.shape == (2, 2)
-    # Each of the 4 x 128 tokens of a rank needs one or two ranks.
-    assert ((traffic.sum(1) >= 512) & (traffic.sum(1) <= 1024)).all()
+    # Each of the 64 tokens of a rank needs one or two ranks.
+    assert ((traffic.sum(1) >= 64) & (traffic.sum(1) <= 128)).all()
+    # What is drawn are the medians, and the traffic of the same calls.
+    assert drawn["traffic"] == layer["traffic_rows"]
+    assert "traffic_rows" not in results["training"]
+    assert [one.name for one in drawn["timelines"]] == ["serial", "overlapped"]
+    for timeline in drawn["timelines"]:
+        assert (
+            timeline.total_s == layer["median_s"][timeline.name] == statistics.median(layer["total_s"][timeline.name])
+        )
+    assert layer["speed_up"] == layer["median_s"]["serial"] / layer["median_s"]["overlapped"]
+    assert f"overlapped {layer['speed_up']:.2f} times as fast as serial" in drawn["title"]
     assert sum(results["training"]["pairs_per_expert"]) == 2 * 2 * 512 * 2  # ranks, layers, tokens, K
     assert results["layer"]["speed_up"] > 0
     assert set(results["layer"]["exposed_share"]) == {"serial", "overlapped", "serial, one chunk"}
@@ -52,6 +74,32 @@ def test_json(tmp_path, capsys, short):
         events = json.load(file)["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
     assert any(event["name"] == "dispatch 1" and event["args"]["chunk"] == 1 for event in events)
+
+
+def test_the_speed_up_is_of_the_medians():
+    """The median of the rounds' own speed-ups is 1.2."""
+    passes = {"serial": [1.2, 1.5, 3.0, 9.0], "overlapped": [1.0, 0.75, 2.5, 9.0], "serial, one chunk": [1.0] * 4}
+
+    def of_rank(variant, rank, total_s):
+        return Timeline(variant, rank, PassTimeline((), 0.25), PassTimeline((), total_s - 0.25))
+
+    layer = LayerMeasurement(
+        shape=LayerShape(8, 8, 8),
+        bandwidth_gb_per_s=1.0,
+        free_link_s=1.0,
+        exchange_s=1.0,
+        traffic_rows=[[1, 2], [3, 4]],
+        total_s=passes,
+        exposed_share=dict.fromkeys(passes, 0.5),
+        timelines={
+            "serial": [of_rank("serial", 0, 1.5), of_rank("serial", 1, 1.25)],
+            "overlapped": [of_rank("overlapped", 0, 0.5), of_rank("overlapped", 1, 1.0)],
+        },
+    )
+    assert layer.speed_up("serial") == 1.5
+    assert title(layer) == "One MoE layer on 2 ranks: overlapped 1.50 times as fast as serial"
+    assert [(one.name, one.rank, one.total_s) for one in layer.shown] == [("serial", 0, 1.5), ("overlapped", 1, 1.0)]
+    assert min(layer.speed_ups("serial")) <= layer.speed_up("serial") <= max(layer.speed_ups("serial"))
 
 
 @pytest.mark.thorough

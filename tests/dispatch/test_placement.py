@@ -112,6 +112,14 @@ def test_tokens_of_a_replicated_expert_are_split():
     assert placement.slots(ids, 1).tolist() == [[2, 3], [0, -1], [3, -1], [0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_slots_of_ids_in_a_narrow_dtype(dtype):
+    """The number of experts, which doesn't fit into the ids' dtype, must not wrap."""
+    num_experts = torch.iinfo(dtype).max + 1
+    placement = tm.ExpertPlacement((tuple(range(num_experts)),))
+    assert placement.slots(torch.tensor([[0, num_experts - 1]], dtype=dtype), 0).tolist() == [[0, num_experts - 1]]
+
+
 def test_who_counts():
     placement = tm.ExpertPlacement(((0, 1, 2), (3, 2, 0)))
     assert placement.owners(2) == (0, 1)

@@ -131,6 +131,67 @@ def check_router(far, x, weight):
     assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
 
 
+SHAPES = {
+    "topk_ids": (5, 4),
+    "topk_weights": (5, 4),
+    "gate_up_proj": (3, 8, 4),
+    "down_proj": (3, 4, 4),
+    "gate_up_bias": (3, 8),
+    "down_bias": (3, 4),
+    "gate_up_a": (3, 2, 4),
+    "gate_up_b": (3, 8, 2),
+    "down_a": (3, 2, 4),
+    "down_b": (3, 4, 2),
+}
+FAR = [(name, axis) for name, shape in SHAPES.items() for axis in range(1, len(shape))]
+
+
+def inputs_with(**strides):
+    """Give inputs on the meta device, contiguous but where strides are given."""
+    from tritonmoe.config.layer import PerWeight
+    from tritonmoe.experts.arguments import ExpertInputs
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}
+    for name, stride in strides.items():
+        tensors[name] = torch.empty_strided(SHAPES[name], stride, device="meta")
+    ids, weights = tensors.pop("topk_ids"), tensors.pop("topk_weights")
+    return ExpertInputs(torch.empty(5, 4, device="meta"), ids, weights, PerWeight(**tensors))
+
+
+@pytest.mark.parametrize(("name", "axis"), FAR)
+def test_offsets_past_int32_inside_an_expert_are_refused(name, axis):
+    """As of a permuted view of weights that lie with another axis first; between experts any distance is right."""
+    from tritonmoe.experts.arguments import check_strides
+
+    size = SHAPES[name][axis]
+    strides = [1] * len(SHAPES[name])
+    strides[0], strides[axis] = 2**40, (2**31 - 1) // (size - 1)
+    check_strides(inputs_with(**{name: strides}))
+    strides[axis] += 1
+    with pytest.raises(ValueError, match=rf"{name} .* lies too far apart.* along axis {axis} .*{name}\.contiguous\(\)"):
+        check_strides(inputs_with(**{name: strides}))
+
+
+def test_weights_of_deepseek_v3_with_another_axis_first(tmp_path):
+    """The refusal comes before anything is read; PyTorch's own products take such weights."""
+    import tritonmoe as tm
+
+    experts, width, depth, apart = 2, 4, 4, 2**30
+    storage = torch.from_file(str(tmp_path / "far"), shared=True, size=width * apart, dtype=torch.float16)
+    far = storage.as_strided((experts, width, depth), (depth, apart, 1))
+    far.copy_(torch.arange(experts * width * depth).view(far.shape) / 16)
+    x, ids, weights = torch.ones(3, depth).half(), torch.tensor([[0], [1], [1]]), torch.ones(3, 1)
+    down = torch.ones(experts, depth, width // 2).half()
+    expected = tm.moe_mlp(x, ids, weights, far.contiguous(), down)
+    assert torch.equal(tm.moe_mlp(x, ids, weights, far, down, backend="torch"), expected)
+    with pytest.raises(ValueError, match="at most 2147483647 along each axis but the first"):
+        tm.moe_mlp(x, ids, weights, far, down, backend="triton")
+    with pytest.raises(ValueError, match="lies too far apart"):
+        tm.expert_parallel_mlp(
+            x, ids, weights, far, down, num_experts=experts, transport=tm.transports.LocalTransport(), backend="triton"
+        )
+
+
 @pytest.mark.thorough
 def test_addresses_past_two_to_the_31(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

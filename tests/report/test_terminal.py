@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tritonmoe.report import png
 from tritonmoe.report.terminal import TextStyle, heat_map, lane_timelines, sparkline, text_style
 from tritonmoe.report.timeline import PassTimeline, Span, Timeline
 
@@ -27,6 +28,25 @@ def test_heat_map_shades_and_numbers():
         "from 0    0 :: 4",
         "from 1 .. 2 ## 8",
     ]
+
+
+def test_heat_map_begins_at_the_least_count():
+    drawn = heat_map([[100, 104], [102, 108]], TextStyle(unicode=False), row="from", column="to")
+    assert drawn.splitlines() == [
+        "    to      0      1",
+        "from 0    100 :: 104",
+        "from 1 .. 102 ## 108",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "limits"), [([[100, 104], [102, 108]], (100, 108)), ([[7, 7]] * 2, (7, 8)), ([], (0, 1))]
+)
+def test_the_picture_begins_at_the_least_count(rows, limits):
+    figure = png._make_figure(4, 4)
+    axes = figure.add_subplot()
+    png._draw_heat_map(axes, rows or [[0]])
+    assert axes.images[0].get_clim() == limits
 
 
 def test_heat_map_of_zeros_and_of_no_rows():

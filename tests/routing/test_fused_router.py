@@ -133,9 +133,13 @@ def test_what_needs_no_gradient_gets_none(calls: list[int]) -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     router, x = make_router(), tokens().requires_grad_()
-    (dx,) = torch.autograd.grad(loss_of(router(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        dx.sum().backward()
+    for result in ("topk_weights", "scores", "logits"):
+        out = getattr(router(x), result)
+        dout = torch.ones_like(out).requires_grad_()
+        for grad in torch.autograd.grad(out, [x, router.weight], dout, create_graph=True):
+            for by in (x, router.weight, dout):
+                with pytest.raises(RuntimeError, match=r"routers whose work kernels do.*backend='torch'"):
+                    torch.autograd.grad(grad.sum(), by)
 
 
 # Which path a call takes

@@ -37,6 +37,26 @@ def test_ids_and_indices_of_any_integer_dtype(dtype):
     assert rearranged.layers["a"].topk_ids[[0, 1, 3]].tolist() == [[7, 0], [0, 1], [2, 3]]
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "dtype"),
+    [(128, torch.int8), (200, torch.int8), (256, torch.int8), (256, torch.uint8), (32768, torch.int16)],
+)
+def test_ids_of_a_dtype_that_their_number_does_not_fit(num_experts, dtype, tmp_path):
+    """E is one more than the largest id: in the ids' own dtype it may wrap, to 0 or below."""
+    largest = min(num_experts - 1, torch.iinfo(dtype).max)
+    recording, ids = RoutingRecording(), [[0, 1], [2, largest]]
+    recording.add("a", torch.tensor(ids, dtype=dtype), num_experts)
+    assert recording.layers["a"].topk_ids.tolist() == ids
+    recording.save(tmp_path / "routing.pt")
+    again = RoutingRecording.load(tmp_path / "routing.pt")
+    assert again.layers["a"].topk_ids.tolist() == ids
+    assert again.agreement(recording) == {"a": 1.0}
+    if dtype.is_signed:
+        recording.add("a", torch.tensor([[0, -1]], dtype=dtype), num_experts)
+        with pytest.raises(ValueError, match="and some are not"):
+            _ = recording.layers["a"].topk_ids
+
+
 def test_many_calls_are_kept_in_their_order():
     recording, expected = RoutingRecording(), []
     for call in range(700):

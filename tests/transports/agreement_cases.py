@@ -4,6 +4,7 @@ Run as agreement_cases.py FOLDER RANK SIZE it is one gloo process, which runs al
 writes FOLDER/RANK.json: by case, what this rank raised, and when.
 """
 
+import copy
 import functools
 import gc
 import json
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
@@ -120,11 +122,16 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(one, other), (one, other)
 
 
-def expected_step(transport: Transport) -> list[Tensor]:
-    """Give the gradients of one step of layer_on() with tokens()."""
-    layer, x = layer_on(transport), tokens(transport)
+def step_of_one(layer: tm.MoELayer, transport: Transport) -> list[Tensor]:
+    """Give the gradients of one step of this layer with tokens()."""
+    x = tokens(transport)
     layer(x).square().sum().backward()
     return gradients(layer, x)
+
+
+def expected_step(transport: Transport) -> list[Tensor]:
+    """Give the gradients of one step of layer_on() with tokens()."""
+    return step_of_one(layer_on(transport), transport)
 
 
 # Backward
@@ -402,7 +409,67 @@ def a_layer_freed_and_made_again_on_one_rank_alone(transport: Transport) -> None
         layer(tokens(transport))
 
 
+COPY = r"a copy of a layer \(copy\.deepcopy, AveragedModel, a reference model\) is a layer of its own"
+
+
+def layer_and_copies(transport: Transport, number: int = 1) -> list[tm.MoELayer]:
+    """Give a layer and copies of it, each with other weights."""
+    layers = [layer_on(transport)]
+    layers += [copy.deepcopy(layers[0]) for _ in range(number)]
+    with torch.no_grad():
+        for factor, layer in enumerate(layers, 1):
+            for parameter in layer.parameters():
+                parameter.mul_(factor)
+    return layers
+
+
+@disagree(are_at("forward of layer 0, call 0", "forward of copy 1 of layer 0, call 0", COPY))
+def a_copy_called_in_another_order(transport: Transport) -> None:
+    layers = layer_and_copies(transport)
+    for layer in by_rank(transport, layers, layers[::-1]):
+        layer(tokens(transport))
+
+
+@disagree(are_at("forward of copy 2 of layer 0, call 0", "forward of copy 3 of layer 0, call 0", COPY))
+def clones_of_a_clone_called_in_another_order(transport: Transport) -> None:
+    averaged = AveragedModel(layer_on(transport))
+    clones = [copy.deepcopy(averaged) for _ in range(2)]
+    for layer in by_rank(transport, clones, clones[::-1]):
+        layer(tokens(transport))
+
+
+@disagree(are_at("backward of layer 0, call 0", "backward of copy 1 of layer 0, call 1", COPY))
+def backward_of_a_copy_in_another_order(transport: Transport) -> None:
+    losses = [layer(tokens(transport)).sum() for layer in layer_and_copies(transport)]
+    for loss in by_rank(transport, losses, losses[::-1]):
+        loss.backward()
+
+
+@disagree(are_at("forward of copy 2 of layer 0, call 0", "forward of copy 1 of layer 0, call 0", COPY))
+def another_copy_made_on_one_rank_alone(transport: Transport) -> None:
+    layer_and_copies(transport, by_rank(transport, 2, 1))[-1](tokens(transport))
+
+
 # What is legal
+
+
+@legal
+def copies_called_alike(transport: Transport) -> None:
+    """Also where rank 0 alone keeps a copy, of another layer, and layers are made after it."""
+    other = layer_on(transport)
+    averaged = copy.deepcopy(other) if transport.rank == 0 else None
+    expected = expected_step(transport)
+    layers = layer_and_copies(transport, 2)
+    for one in (layers[1], layers[0], layers[2], layers[1]):
+        step_of_one(one, transport)
+    for factor, layer in enumerate(layers, 1):
+        again = layer_on(transport)
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.mul_(factor)
+        assert_equal(step_of_one(layer, transport), step_of_one(again, transport))
+    assert_equal(step_of_one(layers[0], transport), expected)
+    assert (averaged is None) == (transport.rank != 0)
 
 
 @legal

@@ -394,6 +394,13 @@ def a_barrier_waits_for_all(transport: Transport) -> None:
 
 
 @case
+def every_rank_hears_the_numbers_of_all(transport: Transport) -> None:
+    rank, size = transport.rank, transport.size
+    for factor in (1, -3, 2**40):
+        assert transport.share_number(rank * factor) == [other * factor for other in range(size)]
+
+
+@case
 def collectives_that_differ_are_refused_on_every_rank(transport: Transport) -> None:
     """In shape, dtype, op, source, call, or a layer call: the same error everywhere, and the next call works."""
     rank, size = transport.rank, transport.size
@@ -434,6 +441,8 @@ def collectives_that_differ_are_refused_on_every_rank(transport: Transport) -> N
             lambda: transport.broadcast(torch.ones(2), 0),
             lambda: transport.broadcast(torch.ones(2), 1),
         ),
+        ("barrier.*share_number", transport.barrier, lambda: transport.share_number(3)),
+        ("something", lambda: transport.share_number(3), layer_call),
         ("barrier.*all_reduce", transport.barrier, lambda: transport.all_reduce(torch.ones(2))),
         ("something", lambda: transport.all_reduce(torch.ones(2)), layer_call),
         ("something", layer_call, lambda: transport.broadcast(torch.ones(2))),

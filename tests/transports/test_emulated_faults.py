@@ -223,3 +223,54 @@ def test_layers_called_in_one_order_may_be_called_again_and_again() -> None:
             layer(torch.ones(3, 8))
 
     assert heard_by(fn) == [""] * SIZE
+
+
+@pytest.mark.parametrize("kind", [lambda *place: Delay(*place, 0.0), Death])
+def test_a_fault_that_never_happens_is_a_warning(kind):
+    counts = torch.zeros(2, 1, dtype=torch.int64)
+
+    def three_exchanges(transport: Transport) -> int:
+        for _ in range(3):
+            transport.exchange_counts(counts)
+        return transport.rank
+
+    words = r"{}\(rank=1, exchange=3.*\) never happened: rank 1 made 3 exchanges, numbers 0 to 2; give a fault"
+    with pytest.warns(UserWarning, match=words.format("(Delay|Death)")) as caught:
+        assert tm.run_on_emulated_ranks(three_exchanges, 2, faults=[kind(1, 3), Delay(0, 2, 0.0)]) == [0, 1]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="rank 1 made no exchange"):
+        tm.run_on_emulated_ranks(lambda transport: transport.rank, 2, faults=[kind(1, 0)])
+
+    def rebuilt(transport: Transport) -> None:
+        if transport.rank == 0:
+            transport.exchange(torch.zeros(0), [0, 0], [0, 0])
+            transport.exchange(torch.zeros(0), [0, 0], [0, 0])
+        transport.rebuild()
+        transport.exchange_counts(counts)
+
+    with pytest.warns(UserWarning, match=r"exchange=1.* never happened: rebuild\(\) passed over this number on rank 1"):
+        tm.run_on_emulated_ranks(rebuilt, 2, faults=[kind(1, 1)])
+
+
+@pytest.mark.filterwarnings("error")
+def test_faults_behind_a_death_are_no_warning():
+    with pytest.raises(tm.TransportError, match="rank 1 was stopped by its fault at exchange 0"):
+        tm.run_on_emulated_ranks(step, SIZE, faults=[Death(1, 0), Delay(0, 99, 0.0), Death(1, 99)])
+
+
+@pytest.mark.parametrize(
+    ("faults", "error", "words"),
+    [
+        ([Death(2, 0)], ValueError, "must name a rank from 0 to 1"),
+        ([Death(-1, 0)], ValueError, "must name a rank from 0 to 1"),
+        ([Delay(0, -1, 0.0)], ValueError, "an exchange from 0 on"),
+        ([Delay(0, 1.5, 0.0)], TypeError, "by whole numbers"),
+        ([Death("1", 0)], TypeError, "by whole numbers"),
+        ([Delay(0, 1, 0.0), Delay(0, 1, 2.0)], ValueError, "are of one exchange of one rank: leave one out"),
+        ([(0, 1)], TypeError, "a fault is a Delay or a Death"),
+    ],
+)
+def test_faults_that_cannot_happen_are_errors(faults, error, words):
+    with pytest.raises(error, match=words):
+        tm.run_on_emulated_ranks(step, 2, faults=faults)

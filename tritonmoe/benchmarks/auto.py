@@ -15,15 +15,14 @@ import sys
 import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
-from tritonmoe.benchmarks.inside_namespace import ask
+from tritonmoe.benchmarks.inside_namespace import ask, check_start
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.overlap_prediction import predict
 from tritonmoe.benchmarks.overlap_rank import run_rounds
-from tritonmoe.benchmarks.overlap_report import best, spread
-from tritonmoe.benchmarks.overlap_variants import Variant, overlapped_variants
+from tritonmoe.benchmarks.overlap_variants import Variant, best, overlapped_variants
 from tritonmoe.benchmarks.ranks import device_and_backend, gather, slowest
-from tritonmoe.benchmarks.timing import Samples, summarize, write_json
+from tritonmoe.benchmarks.timing import Samples, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.files import Json
@@ -33,13 +32,15 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 
 
+DEFAULT_RATES = ["400mbit", "1gbit", "2500mbit"]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench auto", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
     parser.add_argument(
         "--rates",
         nargs="+",
-        default=["400mbit", "1gbit", "2500mbit"],
         help="with --netns: of every rank's link, each direction (default 400mbit 1gbit 2500mbit)",
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["coarse", "fine"])
@@ -69,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    check_start(arguments.netns, {"--rates": arguments.rates})
+    arguments.rates = arguments.rates or DEFAULT_RATES
+    for option in ("rates", "models", "routings", "chunks"):
+        values = getattr(arguments, option)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{option} must differ from each other, got {' '.join(map(str, values))}")
     rates = [parse_rate(rate) for rate in arguments.rates]
     if "RANK" in os.environ:
         return _run_rank(arguments)
@@ -121,7 +128,7 @@ def _run_rank(arguments: argparse.Namespace) -> int:
                 "cases": cases,
             }
             print(_as_words(results))
-            write_json(arguments.json, "auto", results)
+            write_json(arguments.json, "auto", results, device)
     return 0
 
 
@@ -141,6 +148,7 @@ def measure_case(transport: Transport, workload: Workload, device: str, argument
     second = run_rounds(rank, again, arguments.rounds)
     seconds = {name: slowest(transport, values) for name, values in second.seconds.items()}
     chosen = second.reports["auto"][-1]
+    again_ms = {name: summarize(values) for name, values in seconds.items()}
     return {
         "model": workload.model,
         "E_K_D_F": list(workload.shape),
@@ -155,20 +163,20 @@ def measure_case(transport: Transport, workload: Workload, device: str, argument
         "winner": winner,
         "serial": serial,
         "auto": chosen.choice,
-        "again_ms": {name: summarize(values) for name, values in seconds.items()},
-        "auto_over_winner": spread([a / b for a, b in zip(seconds["auto"], seconds[winner], strict=True)]),
-        "auto_over_serial": spread([a / b for a, b in zip(seconds["auto"], seconds[serial], strict=True)]),
+        "again_ms": again_ms,
+        "auto_over_winner": ratio(again_ms["auto"], again_ms[winner]),
+        "auto_over_serial": ratio(again_ms["auto"], again_ms[serial]),
     }
 
 
 def summarize_cases(cases: list[Json]) -> Json:
     """Give the median and the worst of all cases: auto over the sweep's winner, auto over no overlap, the simulator."""
-    excess = [case["auto_over_winner"]["median"] - 1 for case in cases]
+    excess = [case["auto_over_winner"] - 1 for case in cases]
     errors = [abs(error) for case in cases for error in case["errors"].values()]
     return {
         "auto_excess_median": round(statistics.median(excess), 4),
         "auto_excess_largest": round(max(excess), 4),
-        "auto_over_serial_largest": round(max(case["auto_over_serial"]["median"] for case in cases), 4),
+        "auto_over_serial_largest": round(max(case["auto_over_serial"] for case in cases), 4),
         "simulator_error_median": round(statistics.median(errors), 4),
         "simulator_error_largest": round(max(errors), 4),
     }
@@ -179,8 +187,8 @@ def _as_line(case: Json) -> str:
     errors = [abs(error) for error in case["errors"].values()]
     return (
         f"{case['rate']:>9} {case['model']:<7} {case['routing']:<9} auto {again['auto']['median_ms']:7.1f} ms, "
-        f"{winner} {again[winner]['median_ms']:7.1f} ms: {case['auto_over_winner']['median'] - 1:+.1%}; "
-        f"over {case['serial']} {case['auto_over_serial']['median'] - 1:+.1%}; simulator's error: median "
+        f"{winner} {again[winner]['median_ms']:7.1f} ms: {case['auto_over_winner'] - 1:+.1%}; "
+        f"over {case['serial']} {case['auto_over_serial'] - 1:+.1%}; simulator's error: median "
         f"{statistics.median(errors):.1%}, largest {max(errors):.1%}\n          {case['auto']}"
     )
 

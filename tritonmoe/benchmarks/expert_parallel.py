@@ -18,10 +18,11 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
+from tritonmoe.benchmarks.inside_namespace import check_start
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import gather
-from tritonmoe.benchmarks.timing import summarize, write_json
+from tritonmoe.benchmarks.timing import ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.errors import TransportError
@@ -39,7 +40,7 @@ LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench expert_parallel", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
-    parser.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    parser.add_argument("--rate", help="with --netns: every rank's link, each direction (default 1gbit)")
     parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
     parser.add_argument("--sequences", type=positive, default=1, help="of these tokens (default 1); 2 for halves too")
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    check_start(arguments.netns, {"--rate": arguments.rate})
+    arguments.rate = arguments.rate or "1gbit"
     rate = parse_rate(arguments.rate)
     check_model_sizes(arguments)
     if arguments.tokens % arguments.sequences:
@@ -116,7 +119,7 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
         results |= {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
         if ranks.rank == 0:
             print(_as_table(results))
-            write_json(arguments.json, "expert_parallel", results)
+            write_json(arguments.json, "expert_parallel", results, ids.device)
     if loss_difference > LARGEST_LOSS_DIFFERENCE[arguments.dtype]:
         raise ValueError(f"the variants' losses differ by {loss_difference:.2g}, relative: these times say nothing")
     return 0
@@ -131,10 +134,9 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
         if measured.seconds_on_fast_link:
             fast = measured.seconds_on_fast_link[name]
             case["step_on_fast_link"] = summarize(fast)
-            case["exposed_ms"] = round(1e3 * (statistics.median(seconds) - statistics.median(fast)), 3)
+            case["exposed_ms"] = round(case["step"]["median_ms"] - case["step_on_fast_link"]["median_ms"], 3)
             case["sent_mb"] = round(measured.sent_mb[name], 3)
         variants[name] = case
-    ratios = [peer / ours for peer, ours in zip(measured.seconds[best], measured.seconds[str(OURS)], strict=True)]
     on_netns = arguments.netns is not None
     results = {
         "link": f"{num_ranks} network namespaces, gloo, {arguments.rate} a link" if on_netns else f"{num_ranks} ranks",
@@ -149,7 +151,7 @@ def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_rank
         "chunks": arguments.chunks or "auto",
         "variants": variants,
         "best_other": best,
-        "ratio": round(statistics.median(ratios), 3),
+        "ratio": ratio(variants[best]["step"], variants[str(OURS)]["step"], 3),
     }
     if measured.seconds_on_fast_link:
         peer = variants[best]

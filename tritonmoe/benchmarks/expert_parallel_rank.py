@@ -11,10 +11,12 @@ from torch import Tensor
 from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples, synchronize
+from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.two_batches import two_batches
 from tritonmoe.transports import Transport
+from tritonmoe.tuning.tuner import SETTLING_CALLS
 
-__all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps"]
+__all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps", "num_settling_steps"]
 
 FAST_LINK = 40e9
 """Bits per second of a link that takes next to no time, to see what a step takes besides."""
@@ -90,7 +92,7 @@ def measure_steps(transport: Transport, models: Models, ids: Tensor, rounds: int
         return time.perf_counter() - started
 
     loss_difference, gradient_difference = _differences(models, variants, step)
-    for _ in range(WARMUP):
+    for _ in range(num_settling_steps(len(experts_modules(models[OURS.exchange])))):
         step(OURS)
     rates = [None] if rate is None else [rate, FAST_LINK]
     samples: list[Samples] = [{str(variant): [] for variant in variants} for _ in rates]
@@ -118,8 +120,9 @@ def measure_steps(transport: Transport, models: Models, ids: Tensor, rounds: int
     )
 
 
-WARMUP = 6
-"""Steps until "auto" has chosen its chunks: it takes some calls of a layer, and a step makes one for each layer."""
+def num_settling_steps(num_layers: int) -> int:
+    """Give the steps until "auto" has chosen its chunks: it takes some calls, and a step makes one for each layer."""
+    return -(-SETTLING_CALLS // num_layers) + 1
 
 
 def _differences(models: Models, variants: list[Variant], step: Step) -> tuple[float, float]:

@@ -2,13 +2,44 @@
 
 import os
 import socket
+from collections.abc import Mapping
 
-__all__ = ["CONTROL", "INTERFACE", "ask", "interface_bytes"]
+__all__ = ["CONTROL", "INSIDE", "INTERFACE", "ask", "check_start", "interface_bytes", "is_inside"]
+
+INSIDE = "TRITONMOE_INSIDE_NAMESPACES"
+"""The environment variable that every process in the namespaces has; torchrun's RANK alone says nothing of its link."""
 
 CONTROL = "TRITONMOE_NAMESPACES_CONTROL"
 """The environment variable that holds the number of the open socket over which rank 0 asks."""
 INTERFACE = "eth0"
 """What the end of a rank's link is called in its namespace."""
+
+
+def is_inside() -> bool:
+    """Say whether this process was started in a network namespace of its own."""
+    return INSIDE in os.environ
+
+
+def check_start(netns: int | None, link_options: Mapping[str, object]) -> None:
+    """Refuse --netns under torchrun, and there what is said of a link that nothing shapes.
+
+    link_options: by option what was given for it, or None.
+    Raises:
+        ValueError: the option that would have no effect, and the way out.
+    """
+    if "RANK" not in os.environ or is_inside():
+        return
+    if netns is not None:
+        raise ValueError(
+            f"--netns {netns} starts processes of its own, and the environment has RANK={os.environ['RANK']}, as under "
+            "torchrun: start it without torchrun (unset RANK), or leave out --netns to measure torchrun's ranks"
+        )
+    for option, given in link_options.items():
+        if given is not None:
+            raise ValueError(
+                f"{option} is of the links that --netns makes: under torchrun the link is what it is. Leave it out, or "
+                "start with --netns N and without torchrun"
+            )
 
 
 def ask(question: str) -> str | None:

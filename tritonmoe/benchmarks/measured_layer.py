@@ -88,6 +88,7 @@ class MeasuredLayer:
             leaf.requires_grad_(workload.backward)
         self._replays: dict[Variant, ReplayTransport] = {}
         self._recordings: dict[OverlapPlan, list[torch.Tensor]] = {}
+        self._at_once: dict[OverlapPlan, ReplayTransport] = {}
         self.passes: list[PassReport] = []
         """The passes of the latest run."""
 
@@ -119,13 +120,16 @@ class MeasuredLayer:
             self._replays[variant] = ReplayTransport(self.transport, None if is_free or peers is None else peers.port)
         replay = self._replays[variant]
         if peers is not None:
-            plan = self._next_plan(variant, replay)
-            if plan not in self._recordings:
-                peers.ask(plan)
-                self._recordings[plan] = self.record(plan)
-            replay.received = self._recordings[plan]
+            replay.received = self._recorded(peers, self._next_plan(variant, replay))
         replay.rewind()
         return replay
+
+    def _recorded(self, peers: ReplayedPeers, plan: OverlapPlan) -> list[torch.Tensor]:
+        plan = replace(plan, wire_dtype=self.workload.torch_wire_dtype)
+        if plan not in self._recordings:
+            peers.ask(plan)
+            self._recordings[plan] = self.record(plan)
+        return self._recordings[plan]
 
     def _next_plan(self, variant: Variant, transport: Transport) -> OverlapPlan:
         """Give the plan of the next call; that of "auto" depends on the calls before it on this transport."""
@@ -168,6 +172,23 @@ class MeasuredLayer:
         for layer_pass in self.passes:
             _ = layer_pass.steps  # read now: until then they hold on to the device's events
         return seconds, report
+
+    def run_at_once(self, plan: OverlapPlan) -> LayerReport:
+        """Run a call of this plan whose rows are there at once, when all ranks are ready: its steps, with no exchange.
+
+        Every rank makes the same calls: what the rows are is recorded in a call before the first one of a plan.
+        """
+        replay = self._at_once.get(plan)
+        if replay is None:
+            replay = self._at_once[plan] = ReplayTransport(self.transport)
+            if self.link.peers is not None:
+                replay.received = self._recorded(self.link.peers, plan)
+            replay.rewind()
+            self._run_layer(replay, plan)
+        replay.rewind()
+        synchronize()
+        self.measured_ranks.barrier()
+        return self._run_layer(replay, plan)
 
     def median_s(self, variant: Variant) -> float:
         """Give the slowest rank's median over a few runs."""

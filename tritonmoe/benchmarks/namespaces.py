@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from tritonmoe.benchmarks.inside_namespace import CONTROL, INTERFACE
+from tritonmoe.benchmarks.inside_namespace import CONTROL, INSIDE, INTERFACE
 
 __all__ = ["INTERFACE", "Namespaces", "parse_rate", "unusable_reason"]
 
@@ -188,6 +188,7 @@ class Namespaces:
         cores = sorted(os.sched_getaffinity(0))
         for rank in range(self.num_ranks):
             environment = {
+                INSIDE: "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.num_ranks),

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
+from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes, is_inside
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
-from tritonmoe.benchmarks.overlap_arguments import check_arguments, check_ranks, make_parser
+from tritonmoe.benchmarks.overlap_arguments import DEFAULT_RATE, check_arguments, check_ranks, make_parser
 from tritonmoe.benchmarks.overlap_page import overlap_page
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.overlap_variants import variants_of
+from tritonmoe.benchmarks.overlap_verdict import verdict
 from tritonmoe.benchmarks.ranks import device_and_backend, gather
 from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.benchmarks.timing import summarize, write_figures
@@ -71,7 +72,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         results = _emulate_one(arguments, workload, "cuda") if has_gpu else _emulate_all(arguments, workload)
         _write(arguments, results)
         return 0
-    if arguments.netns is not None and "RANK" not in os.environ:
+    if arguments.netns is not None and not is_inside():
         return _run_namespaces(arguments, argv)
     if arguments.mpi:
         try:
@@ -104,7 +105,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _emulate_all(arguments: argparse.Namespace, workload: Workload) -> Json:
     """Measure N ranks that all compute, on a CPU."""
     description = f"{arguments.emulate} emulated ranks in one process, emulated link"
-    model = LinkModel(parse_rate(arguments.rate) / 8e9)
+    model = LinkModel(parse_rate(arguments.rate or DEFAULT_RATE) / 8e9)
 
     def on_rank(transport: Transport) -> Json:
         assert isinstance(transport, EmulatedTransport)
@@ -118,7 +119,7 @@ def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str)
     """Measure rank 0 alone: the others compute only while a call of each plan is recorded, before it is measured."""
     num_ranks = arguments.emulate
     description = f"one of {num_ranks} ranks computes, the others are replayed; emulated link"
-    peers = ReplayedPeers(num_ranks, LinkModel(parse_rate(arguments.rate) / 8e9))
+    peers = ReplayedPeers(num_ranks, LinkModel(parse_rate(arguments.rate or DEFAULT_RATE) / 8e9))
 
     def on_rank(transport: Transport) -> Json:
         if transport.rank == 0:
@@ -134,7 +135,9 @@ def _emulate_one(arguments: argparse.Namespace, workload: Workload, device: str)
 
 def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
     inter_rate = None if arguments.inter_rate is None else parse_rate(arguments.inter_rate)
-    description = f"{arguments.netns} network namespaces, gloo, {arguments.rate} a link"
+    rate = arguments.rate or DEFAULT_RATE
+    of_rate = f", {rate} a link" if arguments.compute_ratio is None else ""  # that is to be chosen yet
+    description = f"{arguments.netns} network namespaces, gloo{of_rate}"
     if arguments.node_size is not None:
         description += f", nodes of {arguments.node_size} with an uplink of {arguments.inter_rate}"
     os.environ[DESCRIPTION] = description
@@ -142,7 +145,7 @@ def _run_namespaces(arguments: argparse.Namespace, argv: list[str]) -> int:
     with Namespaces(
         command,
         arguments.netns,
-        parse_rate(arguments.rate),
+        parse_rate(rate),
         node_size=arguments.node_size,
         inter_rate=inter_rate,
     ) as namespaces:
@@ -190,15 +193,19 @@ def _measure(
     }
     ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
-        summary[kind]["contention"] = max((r["contention"][kind] for r in ranks), key=lambda one: one["median"])
+        summary[kind]["contention"] = max(r["contention"][kind] for r in ranks)
+    rate = measured.rate
+    if rate is None and (arguments.emulate is not None or arguments.netns is not None):
+        rate = parse_rate(arguments.rate or DEFAULT_RATE)
     if measured.rate is not None:
         description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
-    return {
+    results = {
         "link": description,
         "emulated": arguments.emulate is not None,
+        "device": torch.device(device).type,
         "ranks": transport.size,
         "computing_ranks": len(ranks),
-        "rate_bits_per_s": measured.rate if measured.rate is not None else parse_rate(arguments.rate),
+        "rate_bits_per_s": rate,
         "model": workload.model,
         "E_K_D_F": list(workload.shape),
         "tokens": workload.num_tokens,
@@ -223,6 +230,7 @@ def _measure(
         "two_levels_computed_bytes": _bytes_between_nodes([r["rows_between_nodes"] for r in ranks], measured, workload),
         "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
+    return {**results, "verdict": verdict(results)}
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:
@@ -264,11 +272,11 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
 
     def write_picture(path: Path) -> None:
         lanes = [one[0] for one in timelines.values()]
-        texts = [headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
+        texts = [results["verdict"]["text"], headline(results), *noise_notes(results)], as_terms(TERMS_OF_PICTURE)
         write_overlap_png(path, lanes, results, *texts)
 
     for path, write, hint in (
-        (arguments.json, lambda path: write_figures(path, "overlap", results), ""),
+        (arguments.json, lambda path: write_figures(path, "overlap", results, results["device"]), ""),
         (arguments.trace, lambda path: write_chrome_trace(path, timelines), ": open it in https://ui.perfetto.dev"),
         (arguments.png, write_picture, ""),
         (arguments.html, lambda path: write_page(path, overlap_page(results, timelines)), ""),
@@ -282,6 +290,6 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
             failures.append(str(error))
     if arguments.record is not None:
         said.append(f"wrote {arguments.record}: read it with tritonmoe doctor {arguments.record}")
-    print("\n".join(said), flush=True)
+    print("\n".join([*said, "", results["verdict"]["text"]]), flush=True)
     if failures:
         raise OSError("; ".join(failures))

@@ -13,11 +13,14 @@ from tritonmoe.benchmarks.argument_types import (
     report_file,
     seed,
 )
+from tritonmoe.benchmarks.inside_namespace import check_start
 from tritonmoe.benchmarks.namespaces import parse_rate
 from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
 
-__all__ = ["check_arguments", "check_ranks", "make_parser"]
+__all__ = ["DEFAULT_RATE", "check_arguments", "check_ranks", "make_parser"]
+
+DEFAULT_RATE = "1gbit"
 
 DESCRIPTION = """\
 How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
@@ -40,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
     where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
     link = where.add_mutually_exclusive_group()
-    link.add_argument("--rate", default="1gbit", help="every rank's link, each direction (default 1gbit)")
+    link.add_argument("--rate", help=f"with these: every rank's link, each direction (default {DEFAULT_RATE})")
     where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
     where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
     link.add_argument(
@@ -76,12 +79,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    parse_rate(arguments.rate)
+    if arguments.rate is not None:
+        parse_rate(arguments.rate)
+    check_start(arguments.netns, {"--inter-rate": arguments.inter_rate, "--node-size": arguments.node_size})
     modes = [name for name in ("emulate", "netns", "mpi") if getattr(arguments, name)]
     if len(modes) > 1 or (not modes and "RANK" not in os.environ):
         raise ValueError(
             "choose one of --emulate N, --netns N and --mpi (under mpiexec), or start it under torchrun: "
             "torchrun --nproc-per-node 2 -m tritonmoe bench overlap"
+        )
+    if arguments.emulate is not None and "RANK" in os.environ:
+        raise ValueError(
+            f"--emulate {arguments.emulate} needs one process, and the environment has RANK={os.environ['RANK']}: "
+            "under torchrun every process would emulate all ranks. Start it without torchrun (unset RANK), or leave it "
+            "out"
+        )
+    if arguments.rate is not None and modes not in (["emulate"], ["netns"]):
+        raise ValueError(
+            f"--rate {arguments.rate} shapes the link of --emulate or --netns: under torchrun and mpiexec the link is "
+            "what it is. Leave it out"
         )
     if arguments.compute_ratio is not None:
         if not 0 < arguments.compute_ratio < 1000:

@@ -26,7 +26,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
         [name, *(shown(results["summary"][kind], name) for kind in ("overlapped", "auto"))] for name in MERITS
     ]
     merit = Table(
-        ["figure", "the fastest overlapped", "auto"], merits, "Figures of merit, medians of the rounds with quartiles"
+        ["figure", "the fastest overlapped", "auto"], merits, "Figures of merit, of the medians of the rounds"
     )
     variants: list[list[Cell]] = [
         [name, *(number(f"variants/{name}/{of}", "ms") for of in QUARTILES)] for name in results["variants"]
@@ -46,6 +46,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
     traffic = Heat(
         "Tokens of a rank that need an expert of another",
         *("traffic_rows", results["traffic_rows"], "count", "from rank", "to rank", ranks, ranks),
+        base=min(map(min, results["traffic_rows"])),
     )
     sections = [
         Section("Lanes", [lanes_chart("The best schedules, measured and planned", lanes, merit)]),
@@ -57,6 +58,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
     summary = [
         f"{results['model']}, {results['tokens']} tokens on each of {results['ranks']} ranks, {results['routing']} "
         f"routing, {results['pass']}; {results['link']}",
+        results["verdict"]["text"],
         headline(results),
         *noise_notes(results),
     ]

@@ -10,7 +10,7 @@ import torch
 
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
 from tritonmoe.benchmarks.overlap_prediction import predict
-from tritonmoe.benchmarks.overlap_variants import Variant, variants_of
+from tritonmoe.benchmarks.overlap_variants import Variant, best, variants_of
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.benchmarks.workload import Workload
@@ -25,6 +25,7 @@ from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
 
+CONTENTION_ROUNDS = 7
 COUNTED_CALLS = 20
 """TCP now and then sends several kilobytes again."""
 SETTLE_S = 0.3
@@ -55,6 +56,9 @@ class RankMeasurement:
     pass_seconds: dict[str, list[list[float]]]
     """The slowest rank's seconds of forward and, if it runs, backward, by variant of compute and communication alone.
     What a call takes outside its passes (planning, the count exchange, autograd) is in neither."""
+    experts_s: dict[str, tuple[list[float], list[float]]]
+    """This rank's seconds of experts in the forward, by variant, of the fastest overlapped one and of "auto": beside
+    exchanges, and of the same chunks with no exchange beside them, call by call."""
     predicted: dict[str, tuple[float, Sequence[Simulation]]]
     """The simulator's seconds, from this rank's costs, by variant that ran the layer in a given number of chunks."""
 
@@ -89,6 +93,13 @@ def measure_rank(
             for _ in range(rounds):
                 rank.timed(Variant("auto"))
             rank.measured_ranks.barrier()
+    slowest_s = {name: slowest(rank.measured_ranks, values) for name, values in seconds.items()}
+    fastest = best(slowest_s, "overlapped")
+    experts_s = {
+        str(variant): _experts_s(rank, variant, min(rounds, CONTENTION_ROUNDS))
+        for variant in variants
+        if str(variant) in (fastest, "auto")
+    }
     sent_bytes, uplinks = _count_bytes(rank, report, Variant("serial", 2))
     uplink_bytes = {"one level": uplinks} if uplinks else {}
     rows_between_nodes = None
@@ -96,7 +107,7 @@ def measure_rank(
         _, uplink_bytes["two levels"] = _count_bytes(rank, report, Variant("two levels", 2))
         rows_between_nodes = rank.run_layer(Variant("two levels", 2)).rows_between_nodes
     return RankMeasurement(
-        seconds={name: slowest(rank.measured_ranks, values) for name, values in seconds.items()},
+        seconds=slowest_s,
         traffic_rows=report.traffic_rows.tolist(),
         row_bytes=report.row_bytes,
         other_row_bytes=layer_work(report).bytes_per_row(StepKind.COMBINE),
@@ -110,8 +121,21 @@ def measure_rank(
         sent_bytes=sent_bytes,
         uplink_bytes=uplink_bytes,
         rows_between_nodes=rows_between_nodes,
+        experts_s=experts_s,
         predicted=predict(rank, variants, seconds, reports),
     )
+
+
+def _experts_s(rank: MeasuredLayer, variant: Variant, rounds: int) -> tuple[list[float], list[float]]:
+    """Give the experts' seconds in the forward of calls of a variant, and of their plans' steps alone, in turn."""
+    beside, alone = [], []
+    for _ in range(rounds):
+        _, report = rank.timed(variant)
+        assert report is not None, "an overlapped variant runs the layer itself"
+        beside.append(report.forward.compute_s)
+        # Against one chunk that has all rows, each of several chunks would look slow for being small.
+        alone.append(rank.run_at_once(report.overlap).forward.compute_s)
+    return beside, alone
 
 
 @dataclass

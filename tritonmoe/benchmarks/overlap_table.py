@@ -11,6 +11,7 @@ __all__ = ["TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noi
 TERMS = {
     "T_compute": "the layer whose rows are there at once: nothing travels",
     "T_communication": "its exchanges, with experts that compute nothing; the fastest number of chunks",
+    "T_pass_bound": "the longer of both in the forward, and in the backward, and what a call takes outside of them",
     "T_serial": "compute and exchanges in turn; the fastest number of chunks",
     "T_overlapped": "the fastest overlapped schedule",
     "auto": 'num_chunks="auto": the schedule that the layer chose by itself',
@@ -18,11 +19,11 @@ TERMS = {
     "predicted": "what the simulator says, given what steps and the link cost",
     "planned": "in pictures and traces: the lanes that the simulator predicts",
     "bound_ratio": "time / max(T_compute, T_communication): at least 1; 1 where the shorter one is wholly hidden",
-    "pass_bound_ratio": "time / the sum of that maximum of the forward and that of the backward: at least 1",
+    "pass_bound_ratio": "time / T_pass_bound: at least 1; a backward can't hide what the forward exposes",
     "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): at most 1",
     "exposed_ms": "time - T_compute: at least 0",
-    "speed_up": "T_serial / time",
-    "contention": "the experts' time in forward beside exchanges / alone, of the rank where it is largest",
+    "speed_up": "T_serial / time, as all ratios of the medians that are shown",
+    "contention": "the experts' time in forward beside exchanges / with rows there at once, of the most hindered rank",
     "over_best": "auto's time / T_overlapped",
     "two_levels_speed_up": "T_overlapped / the fastest time on two levels",
     "two_levels_auto_over_best": "auto's time on two levels / the fastest there",
@@ -33,19 +34,16 @@ TERMS_OF_PICTURE = (
     *("bound_ratio", "hidden_share", "speed_up"),
 )
 OF_ROUNDS = (
-    "A time is that of the slowest rank, a figure the median of the rounds' own, with its quartiles. What lies beyond "
-    f"its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
+    "A time is that of the slowest rank, the median of the rounds with its quartiles; a figure is of these medians. "
+    f"What lies beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
 )
 FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up", "contention", "over_best")
 TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
 
 
-def shown(figures: Json, name: str, *, quartiles: bool = True) -> str:
-    """Give one figure of merit as text: "1.018 (0.985 .. 1.044)", "too noisy: 0.953 (0.902 .. 0.981)"."""
-    one = figures[name]
-    text = f"{one['median']:.3f}"
-    if quartiles:
-        text += f" ({one['lower_quartile']:.3f} .. {one['upper_quartile']:.3f})"
+def shown(figures: Json, name: str) -> str:
+    """Give one figure of merit as text: "1.018", "too noisy: 0.953"."""
+    text = f"{figures[name]:.3f}"
     return f"too noisy: {text}" if name in figures.get("too_noisy", ()) else text
 
 
@@ -67,7 +65,7 @@ def headline(results: Json) -> str:
     """Give the best schedule's figures in one line."""
     figures = results["summary"]["overlapped"]
     names = ("bound_ratio", "hidden_share", "speed_up")
-    said = ", ".join(f"{name} {shown(figures, name, quartiles=False)}" for name in names)
+    said = ", ".join(f"{name} {shown(figures, name)}" for name in names)
     return f"{_title(figures)}: {said}"
 
 
@@ -97,7 +95,7 @@ def as_table(results: Json) -> str:
         if name in results["predicted_ms"]:
             line += f"  predicted {results['predicted_ms'][name]:.2f}"
         lines.append(line)
-    for title in ("compute", "communication", "serial", "overlapped", "two levels"):
+    for title in ("compute", "communication", "pass_bound", "serial", "overlapped", "two levels"):
         if f"T_{title}" not in summary:
             continue
         row = summary[f"T_{title}"]

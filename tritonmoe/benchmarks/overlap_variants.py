@@ -1,11 +1,13 @@
 """The ways in which the overlap benchmark runs a layer call: compute alone, communication alone, serial, overlapped."""
 
+import statistics
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.config.overlap import OverlapConfig, ramp_sizes
 
-__all__ = ["Variant", "overlapped_variants", "variants_of"]
+__all__ = ["Variant", "best", "overlapped_variants", "variants_of"]
 
 GROWTHS = (2, 4)
 """The growths of the ramps in a sweep."""
@@ -67,3 +69,8 @@ def overlapped_variants(chunks: list[int], num_local_experts: int) -> list[Varia
     if of_experts:
         variants += [Variant("free transport", n, chunk_by="experts") for n in (1, max(of_experts))]
     return variants
+
+
+def best(seconds: Samples, kind: str) -> str:
+    """Give the name of the variant of this kind with the smallest median."""
+    return min((name for name in seconds if name.startswith(kind)), key=lambda name: statistics.median(seconds[name]))

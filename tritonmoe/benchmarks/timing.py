@@ -8,7 +8,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ __all__ = [
     "environment",
     "interleave",
     "package_versions",
+    "quartiles",
+    "ratio",
     "summarize",
     "synchronize",
     "write_figures",
@@ -85,23 +87,40 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def summarize(seconds: list[float]) -> dict[str, float]:
+def summarize(seconds: Sequence[float]) -> dict[str, float]:
     """Give median and quartiles in milliseconds."""
-    ordered = sorted(seconds)
-    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    lower, upper = quartiles(seconds)
     return {
-        "median_ms": round(statistics.median(ordered) * 1e3, 3),
-        "lower_quartile_ms": round(quartiles[0] * 1e3, 3),
-        "upper_quartile_ms": round(quartiles[2] * 1e3, 3),
-        "samples": len(ordered),
+        "median_ms": round(statistics.median(seconds) * 1e3, 3),
+        "lower_quartile_ms": round(lower * 1e3, 3),
+        "upper_quartile_ms": round(upper * 1e3, 3),
+        "samples": len(seconds),
     }
 
 
-def environment() -> Json:
-    """Give the machine and the versions that a figure belongs to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Give the lower and the upper quartile: of two values these are the values, of one it is that one."""
+    if len(values) < 2:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4)
+    # Of two values statistics.quantiles gives what lies beyond them.
+    return max(lower, min(values)), min(upper, max(values))
+
+
+def ratio(above: Mapping[str, float], below: Mapping[str, float], digits: int = 4) -> float:
+    """Give the quotient of two times' medians, as summarize() gives them and a table shows them.
+
+    This is what every speed-up is. The median of the rounds' own quotients would be another number: of two schedules
+    the slower one could have the larger speed-up beside its median.
+    """
+    return round(above["median_ms"] / below["median_ms"], digits)
+
+
+def environment(device: torch.device | str = "cpu") -> Json:
+    """Give the machine and the versions that a figure belongs to, which was measured on this device."""
+    device = torch.device(device)
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -145,14 +164,17 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
 
 
-def write_json(path: Path | None, name: str, results: object) -> None:
-    """Write the results with the machine and versions, if a path was given, and say so."""
+def write_json(path: Path | None, name: str, results: object, device: torch.device | str = "cpu") -> None:
+    """Write the results with the machine and versions, if a path was given, and say so.
+
+    device: what they were measured on.
+    """
     if path is not None:
-        write_figures(path, name, results)
+        write_figures(path, name, results, device)
         print(f"wrote {path}")
 
 
-def write_figures(path: Path, name: str, results: object) -> None:
+def write_figures(path: Path, name: str, results: object, device: torch.device | str) -> None:
     """Write the results with the machine and versions."""
-    figures = {"benchmark": name, "environment": environment(), "results": results}
+    figures = {"benchmark": name, "environment": environment(device), "results": results}
     write_whole(path, json.dumps(figures, indent=1), "file of figures")

@@ -15,7 +15,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import picture_file, positive
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
-from tritonmoe.benchmarks.timing import Samples, add_arguments, interleave, summarize, write_json
+from tritonmoe.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.benchmarks.transformers_report import as_table, write_png
 from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.integrations.transformers import collect_statistics
@@ -122,15 +122,16 @@ def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], No
 
 
 def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> Json:
-    """Give times and memory of every implementation, the best other one and the median ratio of its times to ours."""
+    """Give times and memory of every implementation, the best other one and the ratio of its median to ours."""
     peers, reasons = peers_that_run(subject, kind, num_tokens)
     names = [OURS, *peers]
     samples = interleave({name: variant(subject, kind, name) for name in names}, rounds, seconds=seconds)
     best = min(peers, key=lambda name: statistics.median(samples[name]))
+    times = {name: summarize(of_one) for name, of_one in samples.items()}
     case: Json = {
-        "times": {name: summarize(times) for name, times in samples.items()},
+        "times": times,
         "best_other": best,
-        "ratio": round(_ratio(samples, best), 3),
+        "ratio": ratio(times[best], times[OURS], 3),
         "not_run": reasons,
     }
     case["peak_mb"] = {name: peak_mb(variant(subject, kind, name)) for name in names}
@@ -142,11 +143,6 @@ def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: 
 def kept(subject: Subject, implementation: str) -> float:
     subject.model.set_experts_implementation(implementation)
     return kept_for_backward_mb(subject.forward_with_graph, subject.model.parameters())
-
-
-def _ratio(samples: Samples, best: str) -> float:
-    """Give the median over rounds of best / ours; a variant that left early has fewer rounds."""
-    return statistics.median(other / ours for other, ours in zip(samples[best], samples[OURS], strict=False))
 
 
 def largest_violation(subject: Subject) -> float:
@@ -171,12 +167,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_used(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError for an option that nothing of what is to be measured would heed."""
+    has_prompt = "decode" in arguments.passes and "model" in arguments.subjects
+    for name, is_used, way in (
+        ("layers", "model" in arguments.subjects, "add model to --subjects"),
+        ("new_tokens", "decode" in arguments.passes, "add decode to --passes"),
+        ("tokens", arguments.passes != ["decode"] or has_prompt, "add training or prefill to --passes"),
+    ):
+        if getattr(arguments, name) != parser.get_default(name) and not is_used:
+            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+            raise ValueError(f"{option} has no effect on what is measured: leave it out, or {way}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print a table, a line for each case; ratio is the best other time over ours, per round, median."""
+    """Print a table, a line for each case; ratio is the best other median over ours."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
         check_model_sizes(arguments)
+        _check_used(arguments, parser)
     except ValueError as error:
         parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     print(as_table(results, (OURS, *PEERS)))
     for peer, reason in {peer: why for case in results for peer, why in case["not_run"].items()}.items():
         print(f"not run somewhere: {peer} ({reason})")
-    write_json(arguments.json, "transformers", results)
+    write_json(arguments.json, "transformers", results, device)
     if arguments.png is not None:
         write_png(arguments.png, results, (OURS, *PEERS))
         print(f"wrote {arguments.png}")

@@ -33,7 +33,7 @@ def as_table(results: list[Json], names: Sequence[str]) -> str:
         for case in results
         if "kept_for_backward_mb" in case
     ]
-    return "\n".join(["median ms / peak MB of a call; ratio: best other time over ours", *text, *kept])
+    return "\n".join(["median ms / peak MB of a call; ratio: best other median over ours", *text, *kept])
 
 
 def write_png(path: Path, results: list[Json], names: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ def try_candidate(call: Call, candidate: Candidate, device: torch.device, rounds
     """Measure one tile beside the table's, in the same rounds.
 
     Returns:
-        "samples" in seconds of a call, "table" and "candidate"; "gain", the median ratio of a round's two; "agrees":
+        "samples" in seconds of a call, "table" and "candidate"; "gain", the ratio of their medians; "agrees":
         whether the results are the table's up to the rounding of sums, for compilers have bugs; "tile" as it was used.
         Or "left_out": why it can't run.
     """
@@ -70,9 +70,7 @@ def try_candidate(call: Call, candidate: Candidate, device: torch.device, rounds
             torch.cuda.synchronize(device)  # raises where the device computes nothing more
         return {"left_out": f"{type(error).__name__}: {error}"[:300]}
     samples = interleaved(timed, rounds)
-    gain = statistics.median(
-        before / after for before, after in zip(samples["table"], samples["candidate"], strict=True)
-    )
+    gain = statistics.median(samples["table"]) / statistics.median(samples["candidate"])
     agrees = all(map(_agree, found, expected))
     ways = {name: calls.way for name, calls in timed.items()}
     return {"samples": samples, "gain": gain, "agrees": agrees, "tile": str(chosen[candidate.key]), "timed_by": ways}
@@ -194,4 +192,5 @@ def _outcome(result: Json) -> str:
     if "gain" not in result:
         return result["left_out"]
     wrong = "" if result["agrees"] else ", WRONG"
-    return f"{1e6 * statistics.median(result['samples']['candidate']):.1f} us, {result['gain']:.3f} times{wrong}"
+    table_us, candidate_us = (1e6 * statistics.median(result["samples"][name]) for name in ("table", "candidate"))
+    return f"{candidate_us:.1f} us beside the table's {table_us:.1f}, {result['gain']:.3f} times as fast{wrong}"

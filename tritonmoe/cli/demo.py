@@ -20,7 +20,7 @@ from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, posit
 from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
 from tritonmoe.demo.page import as_page
-from tritonmoe.demo.report import Results, as_json, as_text, rate_text
+from tritonmoe.demo.report import Results, as_json, as_text, rate_text, title
 from tritonmoe.demo.training import RankTraining, Training, train
 from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
@@ -35,7 +35,7 @@ DEFAULT_STEPS = 60
 TRAINING_TIME_LIMIT_S = 20.0
 """Without --steps, training on a slow machine ends here."""
 MEASURING_TIME_LIMIT_S = 8.0
-MEASURING_ROUNDS = 10
+MEASURING_ROUNDS = 11
 CALIBRATION_STEPS = 4
 COMPARED_STEPS = 8
 PROGRESS_EVERY = 10
@@ -136,12 +136,11 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     def draw(path: Path) -> None:
         write_png(
             path,
-            overlapped[0].traffic_rows,
-            layer.timelines_of(layer.slowest_rank),
-            title=f"One MoE layer on {num_ranks} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as "
-            "serial",
-            note=f"emulated link of {rate_text(layer.bandwidth_gb_per_s)}; traffic of the trained model's first MoE "
-            "layer",
+            layer.traffic_rows,
+            layer.shown,
+            title=title(layer),
+            note=f"emulated link of {rate_text(layer.bandwidth_gb_per_s)}; the median round of each schedule, on its "
+            "slowest rank",
         )
 
     def trace(path: Path) -> None:

@@ -61,25 +61,22 @@ class LayerMeasurement:
     exchange_s: float
     """The seconds that the link needs for the rows of the busiest rank."""
     traffic_rows: list[list[int]]
-    """(W, W): how many tokens of rank i rank k needs, in the measured batch."""
+    """(W, W): how many tokens of rank i rank k needs, in every call that is timed: all have the same batch."""
     total_s: dict[str, list[float]]
     """By variant: the seconds of forward and backward of each round, the longest of the ranks."""
     exposed_share: dict[str, float]
     """By variant: waiting for exchanges / exchanges under way, each summed over ranks and rounds."""
     timelines: dict[str, list[Timeline]]
-    """By variant: every rank in the round whose speed-up is the median."""
+    """By variant: every rank in the round that took median_s."""
 
     @property
-    def slowest_rank(self) -> int:
-        """The rank that the overlapped timelines were longest on."""
-        return max(self.timelines["overlapped"], key=lambda timeline: timeline.total_s).rank
-
-    def timelines_of(self, rank: int) -> list[Timeline]:
-        """Give one rank's serial and overlapped timeline."""
-        return [self.timelines["serial"][rank], self.timelines["overlapped"][rank]]
+    def shown(self) -> list[Timeline]:
+        """The serial and the overlapped timeline of the rank that was the slowest: they take median_s."""
+        return [max(self.timelines[variant], key=lambda one: one.total_s) for variant in ("serial", "overlapped")]
 
     def median_s(self, variant: str) -> float:
-        return statistics.median(self.total_s[variant])
+        """Give the seconds of a round that was measured: of an even number of rounds the lower median."""
+        return statistics.median_low(self.total_s[variant])
 
     def speed_ups(self, baseline: str) -> list[float]:
         """Give baseline / overlapped of each round."""
@@ -87,8 +84,8 @@ class LayerMeasurement:
         return [serial / overlapped for serial, overlapped in pairs]
 
     def speed_up(self, baseline: str) -> float:
-        """Give the median over the rounds."""
-        return statistics.median(self.speed_ups(baseline))
+        """Give the ratio of the medians; it lies between the smallest and the largest of the rounds' own."""
+        return self.median_s(baseline) / self.median_s("overlapped")
 
 
 def measure_layer(
@@ -115,18 +112,17 @@ def measure_layer(
     bandwidth_gb_per_s = busiest_bytes / free_link_s / 1e9
     measured = run(VARIANTS, rounds, LinkModel(bandwidth_gb_per_s, LATENCY_US))
     total_s = {variant: _longest_s(measured, variant) for variant in VARIANTS}
-    ratios = [serial / overlapped for serial, overlapped in zip(total_s["serial"], total_s["overlapped"], strict=True)]
-    typical = ratios.index(statistics.median_low(ratios))
+    typical = {variant: seconds.index(statistics.median_low(seconds)) for variant, seconds in total_s.items()}
     return LayerMeasurement(
         shape=shape,
         bandwidth_gb_per_s=bandwidth_gb_per_s,
         free_link_s=free_link_s,
         exchange_s=busiest_bytes / (bandwidth_gb_per_s * 1e9),
-        traffic_rows=first.traffic_rows.tolist(),
+        traffic_rows=measured[0]["overlapped"][typical["overlapped"]].traffic_rows.tolist(),
         total_s=total_s,
         exposed_share={variant: _exposed_share(measured, variant) for variant in VARIANTS},
         timelines={
-            variant: [layer_timeline(variant, reports[variant][typical]) for reports in measured]
+            variant: [layer_timeline(variant, reports[variant][typical[variant]]) for reports in measured]
             for variant in VARIANTS
         },
     )

@@ -21,7 +21,7 @@ def as_page(results: Results) -> Page:
     ]
     whole = Table(["schedule", "forward + backward", "communication exposed"], variants, "Medians of the rounds")
     runs = {name: layer.timelines[name] for name in ("serial", "overlapped")}
-    ranks = ranks_within(runs, first=[layer.slowest_rank])
+    ranks = ranks_within(runs, first=[one.rank for one in layer.shown])
     runs = {name: [timelines[rank] for rank in ranks] for name, timelines in runs.items()}
     steps = len(data["training"]["losses_nats"])
     every = max(1, steps // 12)
@@ -32,11 +32,12 @@ def as_page(results: Results) -> Page:
     traffic = Heat(
         "Tokens of a rank that need an expert of another",
         *("layer/traffic_rows", layer.traffic_rows, "count", "from rank", "to rank", names, names),
+        base=min(map(min, layer.traffic_rows)),
     )
     sections = [
         Section("One layer, serial and overlapped", [
-            lanes_chart("The round of the median speed-up: forward, then backward", runs, whole)]),
-        Section("Traffic", [traffic]),
+            lanes_chart("The median round of each schedule: forward, then backward", runs, whole)]),
+        Section("Traffic of this layer", [traffic]),
         Section("Training", [Curves("Loss", "step", "nats a byte", [curve], Table(["step", "nats a byte"], losses))]),
     ]  # fmt: skip
     summary: list[Line] = [

@@ -16,7 +16,7 @@ from tritonmoe.report.terminal import TIMELINE_LEGEND, TextStyle, heat_map, lane
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import LinkModel
 
-__all__ = ["Results", "as_json", "as_text", "rate_text"]
+__all__ = ["Results", "as_json", "as_text", "rate_text", "title"]
 
 
 @dataclass
@@ -73,8 +73,7 @@ def _parameters(results: Results) -> tuple[int, int]:
 
 def as_text(results: Results, style: TextStyle) -> str:
     """Give what is printed."""
-    parts = [_text_of_model(results), _text_of_training(results, style), _text_of_traffic(results, style)]
-    parts.append(_text_of_layer(results, style))
+    parts = [_text_of_model(results), _text_of_training(results, style), _text_of_layer(results, style)]
     viewer = " (open it at https://ui.perfetto.dev)" if results.trace else ""
     files = {"Picture": results.png, "Trace": results.trace, "Report": results.report}
     hints = {"Trace": viewer}
@@ -126,25 +125,30 @@ def _text_of_training(results: Results, style: TextStyle) -> str:
     return "\n".join(lines)
 
 
-def _text_of_traffic(results: Results, style: TextStyle) -> str:
-    drawn = heat_map(results.training[0].traffic_rows, style, row="from", column="to")
+def title(layer: LayerMeasurement) -> str:
+    """Give what stands above the picture."""
     return (
-        "Traffic of the first MoE layer in the last step: tokens of rank i (from) that\n"
-        f"need an expert of rank k (to); each travels once, the diagonal stays at home\n{drawn}"
+        f"One MoE layer on {len(layer.traffic_rows)} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as "
+        "serial"
     )
 
 
 def _text_of_layer(results: Results, style: TextStyle) -> str:
     layer, shape = results.layer, results.layer.shape
     num_rounds = len(layer.total_s["serial"])
+    serial, overlapped = layer.shown
     lines = [
         f"One MoE layer: {shape.num_tokens} tokens per rank, "
         f"D={shape.hidden_size}, F={shape.intermediate_size}, E={shape.num_experts}, K={shape.top_k}",
         f"Emulated link of {rate_text(layer.bandwidth_gb_per_s)}: its exchanges take as long as forward and backward",
         f"do where rows travel at once ({layer.free_link_s * 1e3:.0f} ms). {_sharing(results)}",
         "",
-        f"Rank {layer.slowest_rank} in the round of the median speed-up",
-        lane_timelines(layer.timelines_of(layer.slowest_rank), style),
+        "Its traffic: tokens of rank i (from) that need an expert of rank k (to); each",
+        "travels once, the diagonal stays at home",
+        heat_map(layer.traffic_rows, style, row="from", column="to"),
+        "",
+        f"The median round of each, on its slowest rank: {serial.rank} serial, {overlapped.rank} overlapped",
+        lane_timelines(layer.shown, style),
         "",
         *TIMELINE_LEGEND,
         "",
@@ -157,9 +161,9 @@ def _text_of_layer(results: Results, style: TextStyle) -> str:
         )
     ratios = layer.speed_ups("serial")
     lines.append(
-        f"  speed-up           {layer.speed_up('serial'):.2f} over serial with the same chunks "
-        f"({min(ratios):.2f} to {max(ratios):.2f}),"
+        f"  speed-up           {layer.speed_up('serial'):.2f} over serial with the same chunks, of these medians"
     )
+    lines.append(f"                     (of single rounds {min(ratios):.2f} to {max(ratios):.2f}),")
     lines.append(f"                     {layer.speed_up('serial, one chunk'):.2f} over serial in one chunk")
     return "\n".join(lines)
 
@@ -192,7 +196,6 @@ def as_json(results: Results) -> Json:
             "held_out_nats": training[0].held_out_losses,
             "step_s_median": statistics.median(training[0].step_s),
             "pairs_per_expert": _expert_load(results),
-            "traffic_rows": training[0].traffic_rows,
         },
         "bit_equality": {
             "is_equal": results.is_bit_equal,

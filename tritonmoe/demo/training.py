@@ -54,8 +54,6 @@ class RankTraining:
     """Seconds of forward and backward of all MoE layers, for each step."""
     exchanged_bytes: list[int] = field(default_factory=list)
     """Bytes that this step's MoE layers moved in the busier direction of this rank's link, per layer."""
-    traffic_rows: list[list[int]] = field(default_factory=list)
-    """(W, W): how many tokens of rank i rank k needed, in the first MoE layer of the last step."""
     expert_load: list[int] = field(default_factory=list)
     """(E,) pairs per expert of this rank's tokens, over the MoE layers of the last step."""
     num_parameters: int = 0
@@ -124,11 +122,8 @@ def _train_rank(transport: Transport, training: Training, on_step: Callable[[int
             on_step(step, mean_loss)
         if any_late:
             break
-    first_report = next(model.moe_layers).last_report
-    if first_report is not None:
-        seen.traffic_rows = first_report.traffic_rows.tolist()
-        loads = [layer.statistics().load for layer in model.moe_layers]
-        seen.expert_load = torch.stack(loads).sum(0).tolist()
+    loads = [layer.statistics().load for layer in model.moe_layers]
+    seen.expert_load = torch.stack(loads).sum(0).tolist()
     if training.evaluates:
         seen.held_out_losses.append(_held_out_loss(model, transport, training))
     return seen

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MAX_PAIRS
-from tritonmoe.dispatch.header import HEADER_SIZE, CallHeader
+from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import check_headers
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.transports import Transport
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
+from tritonmoe.transports.waiting import Doing
 
 __all__ = [
     "BackwardAgreement",
@@ -52,9 +53,14 @@ def _headers(received: Tensor) -> list[CallHeader]:
     return [CallHeader._make(row) for row in received[:, :HEADER_SIZE].tolist()]
 
 
-def refuse_call(transport: Transport, sequence: int) -> None:
-    """Tell every rank that this rank's arguments were refused, in the place of the count exchange."""
-    transport.exchange_counts(_message(transport, CallHeader(sequence=sequence, error=1)))
+def refuse_call(transport: Transport, sequence: int) -> bool:
+    """Tell every rank that this rank's arguments were refused, in the place of the count exchange.
+
+    Return whether all ranks called a layer.
+    """
+    with Doing(lambda: f"layer call {sequence}, whose arguments it refuses"):
+        received = transport.exchange_counts(_message(transport, CallHeader(sequence=sequence, error=1)))
+    return all(header.magic == MAGIC for header in _headers(received))
 
 
 class BackwardAgreement:
@@ -83,7 +89,8 @@ class BackwardAgreement:
             rank didn't come, or refused the arguments of a forward.
         """
         try:
-            received = self._pending.wait()
+            with Doing(lambda: f"the agreement on the {self._header.place}"):
+                received = self._pending.wait()
         except TransportError as error:
             raise TransportError(f"before the {self._header.place}: {error}") from error
         self.times = CountTimes(self._posted_at, time.perf_counter())
@@ -116,7 +123,8 @@ def exchange_counts(
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
     posted_at = time.perf_counter()
     try:
-        received = transport.exchange_counts(message)
+        with Doing(lambda: f"the count exchange of the {header.place}"):
+            received = transport.exchange_counts(message)
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
     times = CountTimes(posted_at, time.perf_counter())

@@ -53,6 +53,8 @@ class CallHeader(NamedTuple):
     """The number of the call: how many calls this transport has seen before it; a backward has its forward's number."""
     layer: int = -1
     """Which layer calls, counted in the order in which layers were made on this transport; -1: no layer, a function."""
+    copy: int = 0
+    """Which copy of this layer, counted in the order in which its copies were made; 0: the layer itself."""
     is_backward: int = 0
     """Whether this is a call's backward. Then the header leaves out what its forward has agreed on."""
     layers_made: int = 0
@@ -175,8 +177,15 @@ class CallHeader(NamedTuple):
     @property
     def place(self) -> str:
         """Where in the program this rank is, in words."""
+        return f"{'backward' if self.is_backward else 'forward'} of {self.call}"
+
+    @property
+    def call(self) -> str:
+        """Which call it is, in words."""
         caller = "expert_parallel_mlp" if self.layer < 0 else f"layer {self.layer}"
-        return f"{'backward' if self.is_backward else 'forward'} of {caller}, call {self.sequence}"
+        if self.copy:
+            caller = f"copy {self.copy} of {caller}"
+        return f"{caller}, call {self.sequence}"
 
 
 HEADER_SIZE = len(CallHeader._fields)

@@ -26,7 +26,7 @@ from tritonmoe.dispatch.header import (
 )
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 
-__all__ = ["check_headers"]
+__all__ = ["NoLayerCall", "check_headers"]
 
 DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CODES.items()}}
 
@@ -133,11 +133,15 @@ KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
 """Fields that may differ between ranks, which then choose other plans: what each is called, and its values' names."""
 
 
+class NoLayerCall(CountMismatch):
+    """Some rank made a collective of the transport where this one called a layer, which that rank didn't count."""
+
+
 def check_headers(headers: Sequence[CallHeader]) -> None:
     """Raise the same error on every rank unless all ranks make the same call, or run its backward."""
     strangers = [rank for rank, h in enumerate(headers) if h.magic != MAGIC]
     if strangers:
-        raise CountMismatch(
+        raise NoLayerCall(
             f"ranks {strangers} sent something that is not a layer call: every rank must make the same "
             "expert-parallel calls, in the same order, on this transport"
         )
@@ -193,6 +197,12 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
         why = (
             f"layers were made or freed on some ranks alone (on this transport, {counts}). Make the same layers on "
             "every rank, in the same order"
+        )
+    elif len({(h.layer, h.copy) for h in headers}) > 1 and any(h.copy for h in headers):
+        why = (
+            "a copy of a layer (copy.deepcopy, AveragedModel, a reference model) is a layer of its own, numbered among "
+            "the copies of its original as they are made. Make the same copies on every rank, in the same order, those "
+            "included that one rank alone needs, and call them in the same order"
         )
     raise CountMismatch(f"the ranks disagree on which call this is ({said}): {why}")
 

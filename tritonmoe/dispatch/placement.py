@@ -155,8 +155,9 @@ class ExpertPlacement:
         Token t takes replica (t + rank) mod n of an expert's n: an even split, known without a word to other ranks.
         """
         slots, num_replicas = (to_device(table, topk_ids.device) for table in self._slots_of_expert)
+        topk_ids = topk_ids.long()  # into a narrow dtype E itself may not fit
         skipped = (topk_ids < 0) | (topk_ids >= self.num_experts)
-        experts = topk_ids.masked_fill(skipped, 0).to(torch.int64)
+        experts = topk_ids.masked_fill(skipped, 0)
         token = torch.arange(topk_ids.shape[0], device=topk_ids.device)[:, None] + rank
         return slots[experts, token % num_replicas[experts]].masked_fill(skipped, -1)
 

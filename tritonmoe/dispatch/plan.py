@@ -62,6 +62,11 @@ class DispatchPlan:
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
 
     @property
+    def call(self) -> str:
+        """Which call it is, in words."""
+        return self.headers[0].call
+
+    @property
     def num_chunks(self) -> int:
         return self.overlap.num_chunks
 

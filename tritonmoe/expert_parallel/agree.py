@@ -12,6 +12,7 @@ import torch
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
 from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields, bits_of
+from tritonmoe.dispatch.header_check import NoLayerCall
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
@@ -34,7 +35,14 @@ def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertPa
     Raises, on every rank alike:
         CountMismatch, TransportError, NonFiniteScores, CapacityOverflow, ValueError: as exchange_plan says.
     """
-    header = call_header(call, overlap, message)
+    try:
+        return _agree(call, overlap, call_header(call, overlap, message))
+    except NoLayerCall:
+        call.state.uncount_call()
+        raise
+
+
+def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> ExpertParallelCall:
     if call.two_level is not None:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
     if overlap.capacity is not None:
@@ -126,6 +134,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         overlap,
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
+        copy=0 if call.layer is None else call.layer.copy,
         num_experts=call.num_slots,
         top_k=inputs.topk_ids.shape[1],
         hidden_size=inputs.x.shape[1],

@@ -66,7 +66,7 @@ class ExpertParallelCall:
     transport: Transport
     """What the plan's rows go over."""
     header: CallHeader
-    """What this rank told the others: by its `sequence` and `layer` they know that they run the same backward."""
+    """What this rank told the others: by `sequence`, `layer` and `copy` they know that they run the same backward."""
     plan: DispatchPlan
     first_expert: int
     """The first slot of this rank, where slots are experts unless there is a placement."""
@@ -285,6 +285,7 @@ def backward_phases(
     header = CallHeader(
         sequence=call.header.sequence,
         layer=call.header.layer,
+        copy=call.header.copy,
         is_backward=1,
         replica_grads=replica_bits(call.placement, needs_weights),
         **state.history(),

@@ -26,6 +26,7 @@ from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
+from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
@@ -49,21 +50,22 @@ class _ExpertParallelMLP(torch.autograd.Function):
         topk_weights: Tensor,
         anchor: Tensor | None,
         *weights_and_parameters: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
         parameters = weights_and_parameters[NUM_WEIGHTS:]
         out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds))
         ctx.call = call
         ctx.weights_dtype = topk_weights.dtype
+        mark = None
         if kept.plan.needs_any:
-            needs = needs_of_weights(ctx)
-            ctx.save_for_backward(*tensors_to_save(run, weights, needs, keep_beside(ctx, kept), parameters))
-        return out
+            mark = keep_beside(ctx, kept)
+            ctx.save_for_backward(*tensors_to_save(run, weights, needs_of_weights(ctx), mark, parameters))
+        return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(ctx.saved_tensors)
+    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved, mark = saved_forward(tensors)
         grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_of_weights(ctx))
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
@@ -86,7 +88,8 @@ class _AsFunction:
         # A rank that needs no gradient itself still takes part in the others' backward.
         anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
         rows = topk_ids, row_seeds, x, topk_weights
-        return _ExpertParallelMLP.apply(call, *rows, anchor, *weights, *activation_parameters)
+        out, _ = _ExpertParallelMLP.apply(call, *rows, anchor, *weights, *activation_parameters)
+        return out
 
 
 class _InHalf(_AsFunction):
@@ -167,7 +170,9 @@ def expert_parallel_mlp(
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
-    return run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
+    out = run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
+    watch_ids(topk_ids, num_experts)
+    return out
 
 
 def run_expert_parallel(arguments: CallArguments) -> Tensor:

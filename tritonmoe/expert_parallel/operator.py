@@ -33,8 +33,8 @@ from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import ExpertInputs, Needs
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
-from tritonmoe.experts.operator import gradient_shapes, refuse_second_derivative
-from tritonmoe.runtime.autograd import without_autocast
+from tritonmoe.experts.operator import gradient_shapes
+from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
 from tritonmoe.runtime.handles import find, hold
 
 __all__ = ["expert_parallel_operator"]

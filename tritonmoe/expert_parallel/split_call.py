@@ -123,7 +123,7 @@ class _Post(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Sequence[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
             grads = ctx.split.end_backward()
         return gradients_of_inputs(grads, ctx.weights_dtype)
@@ -138,7 +138,7 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Sequence[Tensor], token: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
             ctx.split.go_on_with_backward()
         return None, _token(token)
@@ -146,23 +146,23 @@ class _Compute(torch.autograd.Function):
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
+    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.split, ctx.number = split, split.nodes.next_number()
         out, run, kept = split.end_forward()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
         weights = split.weights
         del split.weights
         parameters, split.activation_parameters = split.activation_parameters, ()
+        mark = None
         if kept.plan.needs_any:
-            ctx.save_for_backward(
-                *tensors_to_save(run, weights, split.needs_weights, keep_beside(ctx, kept), parameters)
-            )
-        return out
+            mark = keep_beside(ctx, kept)
+            ctx.save_for_backward(*tensors_to_save(run, weights, split.needs_weights, mark, parameters))
+        return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(ctx.saved_tensors)
+    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved, mark = saved_forward(tensors)
         with ctx.split.in_turn(ctx.number):
             ctx.split.begin_backward(kept_beside(ctx, mark), saved, dout)
         return None, _token(dout)
@@ -188,7 +188,8 @@ def run_split_call(
         half.hand_over()
         token = _Compute.apply(split, token)
         half.hand_over()
-        return _End.apply(split, token)
+        out, _ = _End.apply(split, token)
+        return out
 
 
 def _share_weight_grads(half: Half, split: _SplitCall, weights: PerWeight[Tensor], node: Node | None) -> None:
@@ -223,7 +224,7 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
         ValueError: the other half makes another one. RuntimeError: it can't be left in its middle. The other ranks hear
             of either, and raise too.
     """
-    layer = -1 if arguments.layer is None else arguments.layer.layer
+    layer = -1 if arguments.layer is None else arguments.layer.number
     try:
         half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
         x = arguments.inputs.x

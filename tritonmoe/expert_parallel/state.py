@@ -1,5 +1,6 @@
 """What lives as long as a transport: how many layers and calls it has seen, and what its calls have learnt."""
 
+import copy
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,6 +73,10 @@ class TransportState:
         self.num_calls += 1
         return self.num_calls - 1
 
+    def uncount_call(self) -> None:
+        """Take back the number of the call that began last: other ranks made a collective then, and counted nothing."""
+        self.num_calls -= 1
+
     def note_backward(self, sequence: int) -> None:
         """Remember that a call's backward has run."""
         self.under_way.pop(sequence, None)
@@ -116,12 +121,20 @@ def state_of(transport: Transport) -> TransportState:
 
 
 class LayerCalls(Handled):
-    """What a layer's calls have in common: its place among the layers on its transport, and the latest report."""
+    """What a layer's calls have in common: its place among the layers on its transport, and the latest report.
+
+    A copy of a layer has other weights, so it has a number of its own, among the copies of its original: a copy made on
+    one rank alone shifts the numbers of no other layer.
+    """
 
     def __init__(self, transport: Transport, expert_gradients: str = "sum") -> None:
         state = state_of(transport)
         self.layer = state.num_layers
-        """By this the ranks know that they call the same layer."""
+        """By this and `copy` the ranks know that they call the same layer."""
+        self.copy = 0
+        """Which copy of that layer it is, copies of copies included; 0: the layer itself."""
+        self._num_copies = [0]
+        """How many there are, in a list that all of them share."""
         self.expert_gradients = expert_gradients
         """What becomes of its gradients: in EXPERT_GRADIENTS."""
         self.last_report: LayerReport | None = None
@@ -131,7 +144,20 @@ class LayerCalls(Handled):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_report": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCalls":
+        copied = copy.copy(self)
+        self._num_copies[0] += 1
+        copied.copy = self._num_copies[0]
+        return copied
+
+    @property
+    def number(self) -> int:
+        """One number for `layer` and `copy`."""
+        return self.copy << 32 | self.layer
+
 
 def refuse(transport: Transport) -> None:
     """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
-    refuse_call(transport, state_of(transport).next_call())
+    state = state_of(transport)
+    if not refuse_call(transport, state.next_call()):
+        state.uncount_call()

@@ -17,6 +17,7 @@ __all__ = [
     "check_arguments",
     "check_num_pairs",
     "check_plain",
+    "check_strides",
     "check_tensors",
     "find_main_grads",
 ]
@@ -72,6 +73,8 @@ class Needs(NamedTuple):
 NO_NEEDS = Needs(False, False, PerWeight(False, False, False, False))
 
 
+BESIDE_X = ("topk_ids", "topk_weights", *PerWeight._fields)
+MAX_OFFSET = 2**31 - 1
 OPTIONAL = frozenset(PerWeight._fields) - {"gate_up_proj", "down_proj"}
 
 
@@ -86,7 +89,7 @@ def check_tensors(inputs: ExpertInputs) -> None:
             "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
     x, topk_ids, topk_weights, weights, _ = inputs
-    names = ("x", "topk_ids", "topk_weights", *PerWeight._fields)
+    names = ("x", *BESIDE_X)
     for name, tensor in zip(names, (x, topk_ids, topk_weights, *weights), strict=True):
         if tensor is None and name in OPTIONAL:
             continue
@@ -199,6 +202,32 @@ def check_num_pairs(topk_ids: Tensor) -> None:
             f"T*K = {topk_ids.numel()} pairs exceed {MAX_PAIRS}, the range of the int32 positions: "
             "split the batch into several calls"
         )
+
+
+def check_strides(inputs: ExpertInputs) -> None:
+    """Raise ValueError where an offset inside an expert, a bias or a token's slots is past the kernels' int32.
+
+    Along the first axis they compute in int64; rows of x that aren't contiguous they copy.
+    """
+    _, topk_ids, topk_weights, weights, _ = inputs
+    tensors = topk_ids, topk_weights, *weights
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        if max(weights.gate_up_proj.stride(0), weights.down_proj.stride(0)) <= MAX_OFFSET:
+            return
+    for name, tensor in zip(BESIDE_X, tensors, strict=True):
+        if tensor is None:
+            continue
+        for axis, (size, stride) in enumerate(zip(tensor.shape[1:], tensor.stride()[1:], strict=True), 1):
+            if (size - 1) * stride > MAX_OFFSET:
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} with strides {tensor.stride()} lies too far apart for the kernels: "
+                    f"(size - 1) * stride may be at most {MAX_OFFSET} along each axis but the first, and along axis "
+                    f"{axis} is {(size - 1) * stride}. Pass {name}.contiguous(), once for all calls, or "
+                    "backend='torch'"
+                )
 
 
 def check_plain(name: str, weight: Tensor) -> None:

@@ -20,6 +20,7 @@ from tritonmoe.experts.arguments import (
 )
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
+from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
@@ -49,18 +50,19 @@ class _MoEMLP(torch.autograd.Function):
         x: Tensor,
         topk_weights: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights), row_seeds)
         out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
         ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 6), computes_h=h is None)
-        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, keep_beside(ctx, grouping))
-        return out
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, mark)
+        return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, *weights, h, row_seeds, mark = ctx.saved_tensors
+    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, topk_weights, *weights, h, row_seeds, mark = tensors
         saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h, row_seeds)
         needs = Needs.from_list(ctx.needs_input_grad[4:])
         return None, None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
@@ -78,7 +80,7 @@ class _UpHalf(torch.autograd.Function):
         row_seeds: Tensor | None,
         x: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         of_up = _among(NO_WEIGHTS, OF_UP, weights)
         gate_up, _ = settings.projections(of_up)
         count_products(settings.ops, x, grouping.num_pairs, lambda: gate_up.num_products)
@@ -87,13 +89,14 @@ class _UpHalf(torch.autograd.Function):
         zero_padding(h, grouping)
         ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(x, of_up, _needs_gate_up(ctx, 5), computes_h=False)
-        ctx.save_for_backward(x, *weights, row_seeds, keep_beside(ctx, grouping))
-        return h
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(x, *weights, row_seeds, mark)
+        return h, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *weights, row_seeds, mark), settings = saved, ctx.settings
         grouping = kept_beside(ctx, mark)
         _, _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
         dh = dh.contiguous()
@@ -124,18 +127,19 @@ class _DownHalf(torch.autograd.Function):
         a: Tensor,
         topk_weights: Tensor,
         *weights: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
         count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
-        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, keep_beside(ctx, grouping))
-        return settings.ops.gather_sum(y, grouping.inverse, topk_weights)
+        mark = keep_beside(ctx, grouping)
+        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, mark)
+        return settings.ops.gather_sum(y, grouping.inverse, topk_weights), mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, *weights, row_seeds, mark), settings = ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (a, topk_weights, *weights, row_seeds, mark), settings = saved, ctx.settings
         grouping = kept_beside(ctx, mark)
         _, _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
         _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
@@ -234,7 +238,7 @@ def moe_mlp(
     Args:
         x: tokens (T, D), floating point; T = 0 gives (0, D), still attached to the graph.
         topk_ids: (T, K) int32 or int64; ids outside [0, E) are skipped: no work, zero gradient for their weight.
-            An id may stand twice in a row.
+            An id may stand twice in a row. Where the first ids all lie in [1, E], a warning is logged, once.
         topk_weights: (T, K) floating point; used in fp32.
         gate_up_proj: (E, 2F, D), or (E, D, 2F) with transposed=True; F instead of 2F with gated=False.
         down_proj: (E, D, F), or (E, F, D) with transposed=True.
@@ -262,7 +266,9 @@ def moe_mlp(
     spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
     weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
-    return run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+    out = run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+    watch_ids(topk_ids, gate_up_proj.shape[0])
+    return out
 
 
 def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:

@@ -22,13 +22,12 @@ from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forwar
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.grouping import Grouping
-from tritonmoe.runtime.autograd import SECOND_DERIVATIVE, without_autocast
+from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
 
 __all__ = [
     "SavedForward",
     "gradient_shapes",
     "moe_mlp_operator",
-    "refuse_second_derivative",
     "run_backward",
     "run_forward",
 ]
@@ -182,10 +181,6 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
     grads = _moe_mlp_backward(dout, *tensors, needs, ctx.spec)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, None, *others, None, None, None
-
-
-def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(SECOND_DERIVATIVE)
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_setup_context)

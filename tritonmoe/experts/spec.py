@@ -23,7 +23,7 @@ from tritonmoe.config.layer import (
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
-from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.arguments import ExpertInputs, check_strides
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
@@ -155,6 +155,8 @@ def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: 
     num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
     x = inputs.x
     ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
+    if backends.launches_kernels(ops):
+        check_strides(inputs)
     return ExpertSettings(ops, spec.layout, spec.activation, spec.save, options, spec.dropout)
 
 

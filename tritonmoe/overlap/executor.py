@@ -14,6 +14,7 @@ from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks,
 from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
+from tritonmoe.transports.waiting import Doing
 
 __all__ = ["Actions", "Phases", "execute", "execute_in_phases", "run_all_phases"]
 
@@ -26,9 +27,9 @@ Actions = Mapping[StepKind, Callable[..., PendingExchange | None]]
 exchange that it posted, if its lane is comm."""
 
 
-def execute(schedule: Schedule, actions: Actions, device: torch.device) -> PassReport:
-    """Run the steps in order, and give their timings."""
-    return run_all_phases(execute_in_phases(schedule, actions, device))
+def execute(schedule: Schedule, actions: Actions, device: torch.device, call: str = "") -> PassReport:
+    """Run the steps in order, and give their timings; call: names the layer call to whoever waits long."""
+    return run_all_phases(execute_in_phases(schedule, actions, device, call))
 
 
 def run_all_phases(phases: Phases[Result]) -> Result:
@@ -40,7 +41,7 @@ def run_all_phases(phases: Phases[Result]) -> Result:
             return end.value
 
 
-def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device) -> Phases[PassReport]:
+def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device, call: str) -> Phases[PassReport]:
     """Do what execute() does, in three phases: see schedule.phase_ends()."""
     report = PassReport(device)
     posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
@@ -50,7 +51,7 @@ def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device
             yield
         for earlier in step.after:
             if earlier in posted:
-                report.exchanges.append(_wait(schedule[earlier], *posted.pop(earlier), device))
+                report.exchanges.append(_wait(schedule[earlier], *posted.pop(earlier), device, call))
         started = mark(device)
         pending = _run(step, actions)
         if pending is None:
@@ -75,11 +76,14 @@ def _run(step: Step, actions: Actions) -> PendingExchange | None:
     return pending
 
 
-def _wait(step: Step, started: Mark, posted: Mark, pending: PendingExchange, device: torch.device) -> ExchangeMarks:
+def _wait(
+    step: Step, started: Mark, posted: Mark, pending: PendingExchange, device: torch.device, call: str
+) -> ExchangeMarks:
     """Wait for an exchange, and give its times: they are all that is kept, since an exchange would keep its buffers."""
     before = mark(device)
     try:
-        pending.wait()
+        with Doing(lambda: _words(step, call)):
+            pending.wait()
     except TransportError as error:
         raise _at_step(step, error) from error
     after = mark(device)
@@ -90,5 +94,9 @@ def _wait(step: Step, started: Mark, posted: Mark, pending: PendingExchange, dev
 
 def _at_step(step: Step, error: TransportError) -> TransportError:
     """Say where in the layer an exchange failed; the error itself says on which rank."""
+    return TransportError(f"{_words(step)}: {error}")
+
+
+def _words(step: Step, call: str = "") -> str:
     where = "all chunks" if step.chunk is None else "local rows" if step.chunk < 0 else f"chunk {step.chunk}"
-    return TransportError(f"step {step.kind}, {where}: {error}")
+    return ", ".join([f"step {step.kind}", where, *([f"of {call}"] if call else ())])

@@ -93,7 +93,7 @@ class ForwardPass:
     def phases(self) -> Phases[tuple[Tensor, PassReport]]:
         """Do what run() does, in three phases."""
         schedule = build_forward(self.plan.overlap, len(self.fillers))
-        report = yield from execute_in_phases(schedule, self.actions(), self.x.device)
+        report = yield from execute_in_phases(schedule, self.actions(), self.x.device, self.plan.call)
         return self.out, report
 
     def actions(self) -> Actions:
@@ -217,7 +217,7 @@ class BackwardPass:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
-        report = yield from execute_in_phases(schedule, self.actions(), self.dout.device)
+        report = yield from execute_in_phases(schedule, self.actions(), self.dout.device, plan.call)
         dx = self.dx if plan.needs_x else None
         dtopk_weights = self.dtopk_weights if plan.needs_topk_weights else None
         return LayerGrads(dx, dtopk_weights, self.weight_grads, report)

@@ -59,7 +59,7 @@ class NodePass:
         received = _Metadata(exchanges, relayed, metadata, make_experts)
         step = Step(StepKind.GROUP, None)
         actions = {StepKind.NODE_METADATA: received.metadata, StepKind.GROUP: received.group}
-        report = execute(build_inside(step, needs_x=True), actions, relayed.device)
+        report = execute(build_inside(step, needs_x=True), actions, relayed.device, exchanges.plan.call)
         return cls(exchanges, num_local_slices, relayed, received.experts, received.rows, [(step, report)])
 
     @property
@@ -102,7 +102,9 @@ class NodePass:
 
     def _run(self, kind: StepKind, segment: int, actions: Actions, needs_x: bool = True) -> None:
         step = Step(kind, segment - self.num_local_slices)
-        self.reports.append((step, execute(build_inside(step, needs_x=needs_x), actions, self.rows.device)))
+        self.reports.append(
+            (step, execute(build_inside(step, needs_x=needs_x), actions, self.rows.device, self.plan.call))
+        )
 
 
 @dataclass

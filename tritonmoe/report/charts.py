@@ -10,7 +10,7 @@ from tritonmoe.report.figures import UNITS, Cell, Table
 __all__ = ["Curve", "Curves", "Heat", "Segment", "Strip", "Strips", "ticks"]
 
 NUM_SHADES = 8
-"""Of a heat map; the lightest is of zero, the darkest of the largest value."""
+"""Of a heat map; the lightest is just above its base, the darkest of the largest value."""
 
 
 @dataclass(frozen=True)

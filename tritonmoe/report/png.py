@@ -123,8 +123,9 @@ def _draw_sweep(axes: "Axes", results: Json) -> None:
 
 def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
     num_ranks = len(traffic_rows)
-    largest = max((value for values in traffic_rows for value in values), default=0)
-    axes.imshow(traffic_rows, cmap="viridis", vmin=0, vmax=max(1, largest))
+    every = [value for values in traffic_rows for value in values]
+    least, largest = min(every, default=0), max(every, default=0)
+    axes.imshow(traffic_rows, cmap="viridis", vmin=least, vmax=max(least + 1, largest))
     axes.set_title("tokens of rank i that need rank k", fontsize=11)
     axes.set_xlabel("to rank k")
     axes.set_ylabel("from rank i")
@@ -134,7 +135,7 @@ def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
     if num_ranks <= 16:
         for i, values in enumerate(traffic_rows):
             for k, value in enumerate(values):
-                color = "black" if largest and value > 0.6 * largest else "white"
+                color = "black" if value - least > 0.6 * (largest - least) else "white"
                 axes.text(k, i, str(value), ha="center", va="center", color=color, fontsize=11)
 
 

@@ -65,7 +65,7 @@ def text_style(stream: TextIO) -> TextStyle:
 
 
 def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *, row: str, column: str) -> str:
-    """Draw a matrix of counts with one shaded cell each: darkest is zero, brightest the largest count.
+    """Draw a matrix of counts with one shaded cell each: darkest is the least count, brightest the largest.
 
     Args:
         matrix: rows of non-negative integers, all of one length.
@@ -77,7 +77,8 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
     width = len(matrix[0]) if matrix else 0
     if any(len(values) != width for values in matrix):
         raise ValueError(f"a heat map's rows must have one length, got {[len(values) for values in matrix]}")
-    largest = max((value for values in matrix for value in values), default=0)
+    every = [value for values in matrix for value in values]
+    least, largest = min(every, default=0), max(every, default=0)
     digits = max([len(str(largest)), *(len(str(index)) for index in range(width))])
     labels = [f"{row} {index}" for index in range(len(matrix))]
     label_width = max((len(label) for label in labels), default=0)
@@ -89,7 +90,7 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
         cell_width = 2
 
     def cell(value: int) -> str:
-        level = value / largest if largest else 0.0
+        level = (value - least) / (largest - least) if largest > least else float(largest > 0)
         if style.color:
             index = round(level * (len(HEAT_COLORS) - 1))
             text = f"{value:>{cell_width - 1}} " if has_numbers else " " * cell_width

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.config.routing import decode
 from tritonmoe.routing.replay import is_replaying
-from tritonmoe.runtime.autograd import without_autocast
+from tritonmoe.runtime.autograd import once_differentiable, refuse_second_derivative, without_autocast
 from tritonmoe.runtime.transforms import is_transformed
 
 __all__ = ["is_fused", "route_by_kernels"]
@@ -92,10 +91,16 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any,
+        saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        dlogits: Tensor | None,
+        dscores: Tensor | None,
+        *others: Tensor | None,
+    ) -> tuple[Any, ...]:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grads = dlogits, dscores, others[1]
-        return *_run_backward(grads, ctx.saved_tensors, (needs_x, needs_weight), ctx.rule), None, None
+        return *_run_backward(grads, saved, (needs_x, needs_weight), ctx.rule), None, None
 
 
 # As an operator
@@ -159,3 +164,4 @@ def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others:
 
 
 _route.register_autograd(_backward, setup_context=_setup_context)
+_route_backward.register_autograd(refuse_second_derivative)

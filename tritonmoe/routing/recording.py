@@ -67,7 +67,7 @@ class LayerRecording:
     def _compact(self) -> None:
         """Bring the calls that came since the last time into the smallest dtype; waits for no device."""
         if self._pending:
-            ids = torch.cat(self._pending)
+            ids = torch.cat(self._pending).long()  # E itself may not fit into their dtype, and would wrap
             is_outside = ((ids < 0) | (ids >= self.num_experts)).any()
             self._is_outside = is_outside if self._is_outside is None else self._is_outside | is_outside
             self._ids.append(ids.to(_smallest_dtype(self.num_experts)))

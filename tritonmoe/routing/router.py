@@ -2,8 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from tritonmoe.routing.check import ROUTERS, check_router
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.runtime.autograd import is_recomputing, without_autocast
+from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
-__all__ = ["Routing", "TopKRouter"]
+__all__ = ["Routing", "TopKRouter", "join_routings"]
 
 log = logging.getLogger("tritonmoe")
 
@@ -45,6 +46,35 @@ class Routing:
     """() int64, on the device: how many tokens were skipped for a non-finite logit."""
     load: Tensor
     """(E,) int64: how many pairs chose each expert."""
+
+    def of_tokens(self, is_token: Tensor) -> "Routing":
+        """Leave out the rows where is_token (T,) is False: no experts, no part in any loss, load or statistics.
+
+        They are as those without a finite score, logits -inf, but num_nonfinite_rows does not count them.
+        """
+        keep = is_token.unsqueeze(1)
+        topk_ids = torch.where(keep, self.topk_ids, -1)
+        return replace(
+            self,
+            topk_ids=topk_ids,
+            topk_weights=torch.where(keep, self.topk_weights, 0.0),
+            logits=torch.where(keep, self.logits, float("-inf")),
+            scores=torch.where(keep, self.scores, 0.0),
+            num_nonfinite_rows=(is_token & ~self.logits.isfinite().all(dim=1)).sum(),
+            load=expert_load(topk_ids, self.load.shape[0]),
+        )
+
+
+def join_routings(parts: Sequence[Routing]) -> Routing:
+    """Give the routing of all tokens of these parts of a batch, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in _SUMMED}
+    rows = [field.name for field in fields(Routing) if field.name not in _SUMMED]
+    return Routing(**sums, **{name: torch.cat([getattr(part, name) for part in parts]) for name in rows})
+
+
+_SUMMED = ("num_nonfinite_rows", "load")
 
 
 @functools.cache
@@ -107,6 +137,17 @@ def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
+def _check_token_mask(token_mask: object, x: Tensor) -> None:
+    if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
+        kind = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
+        raise TypeError(f"token_mask must be a bool tensor, True for tokens, got {kind}: pass attention_mask != 0")
+    if token_mask.shape != x.shape[:-1] or token_mask.device != x.device:
+        raise ValueError(
+            f"token_mask must say of each row of x whether it is a token, {tuple(x.shape[:-1])} on {x.device}, got "
+            f"{tuple(token_mask.shape)} on {token_mask.device}"
+        )
+
+
 class TopKRouter(nn.Module):
     """Chooses K of E experts for each token.
 
@@ -121,8 +162,8 @@ class TopKRouter(nn.Module):
     With config.selection_bias there are two buffers: `e_score_correction_bias` (E,), which stays fp32 whatever the
     module is cast to (bf16 would swallow its small steps), and `load` (E,) int64, not saved in checkpoints: pairs
     per expert over the training forwards since the last update. DistributedDataParallel copies buffers from
-    rank 0 before each forward, which falsifies `load`: where the router stands in no MoELayer, which sees to that, give
-    it broadcast_buffers=False.
+    rank 0 before each forward, which falsifies `load`: where the router stands in no MoELayer, which sees to that and
+    to reduce_load, give it broadcast_buffers=False, and the router a reduce_load.
     """
 
     weight: nn.Parameter
@@ -190,14 +231,18 @@ class TopKRouter(nn.Module):
         said = f"hidden_size={config.hidden_size}, num_experts={config.num_experts}, top_k={config.top_k}"
         return f"{said}, {config.score_function}{', selection_bias' if config.selection_bias else ''}"
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
         """Route the tokens x (T, D), any floating dtype; logits and everything after are fp32.
 
         Differentiable in x and weight, through topk_weights, scores and logits; ids carry no gradient.
         fp64 inputs are computed in fp64. Reads nothing on the host.
 
+        Args:
+            token_mask: (T,) bool; rows where it is False are padding, which Routing.of_tokens leaves out, and which
+                `load` does not count. None: every row is a token.
         Raises:
-            ValueError, TypeError: x is not (T, D), not floating point, or not on the weight's device.
+            ValueError, TypeError: x is not (T, D), not floating point, or not on the weight's device; token_mask is no
+                such mask.
         """
         config = self.config
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -207,12 +252,16 @@ class TopKRouter(nn.Module):
             raise ValueError(f"the router takes (T, {config.hidden_size}) tokens, got shape {tuple(x.shape)}")
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
+        if token_mask is not None:
+            _check_token_mask(token_mask, x)
         refuse_tangents(x, self.weight)
         if is_fused(self.backend, x, self.weight) and (self.backend != "auto" or _are_kernels_right(x.device, x.dtype)):
             routing = self._route_by_kernels(x)
         else:
             routing = self._route(x)
-        if self.load is not None and self.training and not is_recomputing():
+        if token_mask is not None:
+            routing = routing.of_tokens(token_mask)
+        if self.load is not None and self.training and not is_recomputing() and not is_helping():
             with below_transforms():
                 self.load += unwrapped(routing.load)
         return routing
@@ -283,13 +332,21 @@ class TopKRouter(nn.Module):
         Returns:
             The load that was used, (E,) int64.
         Raises:
-            ValueError: the router has no selection bias, or the rate is no number. TypeError: reduce_load gave no load.
+            ValueError: the router has no selection bias, or the rate is no number; FSDP2 spreads the router over ranks
+            whose load nothing sums. TypeError: reduce_load gave no load.
         """
         if self.e_score_correction_bias is None or self.load is None:
             raise ValueError("the router has no selection bias: build it with MoEConfig(selection_bias=True)")
         if not is_number(rate) or rate < 0:
             raise ValueError(f"rate must be finite and not negative, got {rate!r}")
         load = self.load.clone()
+        placements = getattr(self.weight, "placements", ())  # of a DTensor
+        if self.reduce_load is None and any(placement.is_shard() for placement in placements):
+            raise ValueError(
+                "the router's weight is spread over ranks that each count the load of their own tokens, and its "
+                "selection bias would become another one on each: set router.reduce_load to a function that sums a "
+                "tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
+            )
         if self.reduce_load is not None:
             load = reduce_counts(load, self.reduce_load)
         direction = (load.sum() - load.numel() * load).sign()  # in integers: a balanced expert does not move

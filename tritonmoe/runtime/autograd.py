@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils.checkpoint
@@ -20,7 +20,6 @@ from torch import Tensor
 from tritonmoe.runtime.thread_state import saved_tensors_hooks
 
 __all__ = [
-    "SECOND_DERIVATIVE",
     "caller_autocast",
     "checkpointed_calls",
     "checkpointed_region",
@@ -28,15 +27,18 @@ __all__ = [
     "is_recomputing",
     "keep_beside",
     "kept_beside",
+    "leaf_of",
     "once_differentiable",
     "outside_graphs",
     "put_back_after_recompute",
+    "refuse_second_derivative",
     "without_autocast",
 ]
 
 SECOND_DERIVATIVE = (
-    "the gradients of tritonmoe's experts cannot be differentiated again: their backward is one operation without a "
-    "derivative of its own, in every backend. For a gradient penalty or a Hessian write the experts in plain PyTorch"
+    "the gradients of tritonmoe's experts, and of routers whose work kernels do, cannot be differentiated again: their "
+    "backward is one operation without a derivative of its own, in every backend. For a gradient penalty or a Hessian "
+    "write the experts in plain PyTorch; a router with backend='torch' has second derivatives"
 )
 
 
@@ -66,32 +68,41 @@ does so at the first call. Callers ask torch.compiler.is_compiling() before they
 """
 
 
+def refuse_second_derivative(ctx: Any, *_: Tensor) -> NoReturn:
+    """Stand as the backward of what gives gradients, and say that there is none."""
+    raise RuntimeError(SECOND_DERIVATIVE)
+
+
 class _FirstDerivative(torch.autograd.Function):
-    """Hands gradients on, attached to a graph that raises when they are differentiated."""
+    """Hands gradients on, attached to what they depend on by a node that raises when they are differentiated."""
 
     @staticmethod
-    def forward(ctx: object, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: object, grads: Sequence[Tensor | None], *_: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.detach() for grad in grads)
 
-    @staticmethod
-    def backward(ctx: object, *_: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(SECOND_DERIVATIVE)
+    backward = staticmethod(refuse_second_derivative)
 
 
 def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Wrap a Function's backward(ctx, dout): no graph and no autocast inside; a second derivative raises RuntimeError.
+    """Wrap a Function's backward(ctx, saved, *douts): no graph, no autocast inside; a second derivative raises.
 
-    torch.autograd.function.once_differentiable does the first and the last, with an error that names nobody.
+    saved: ctx.saved_tensors, which activation checkpointing gives once. autograd finds the error only where it stands
+    between a gradient and what that is differentiated by: so gradients hang on all that is saved and on `douts`. Of an
+    input that isn't saved the way leads through the mark of keep_beside(), which is an output of the Function.
+    torch.autograd.function.once_differentiable raises only where `douts` need a gradient, and names nobody.
     """
 
     @wraps(backward)
-    def once(ctx: object, dout: Tensor) -> tuple:
+    def once(ctx: Any, *douts: Tensor | None) -> tuple:
+        saved = ctx.saved_tensors
+        device = next(dout.device for dout in douts if dout is not None)
         if not torch.is_grad_enabled():
-            with without_autocast(dout.device):
-                return backward(ctx, dout)
-        with torch.no_grad(), without_autocast(dout.device):
-            grads = backward(ctx, dout)
-        return _FirstDerivative.apply(torch.empty(0, requires_grad=True, device="cpu"), *grads)
+            with without_autocast(device):
+                return backward(ctx, saved, *douts)
+        with torch.no_grad(), without_autocast(device):
+            grads = backward(ctx, saved, *douts)
+        causes = (tensor for tensor in (*douts, *saved) if tensor is not None and tensor.requires_grad)
+        return _FirstDerivative.apply(grads, *causes)
 
     return once
 
@@ -103,6 +114,8 @@ _kept_by_recomputes: dict[int, object] = {}
 
 def keep_beside(ctx: Any, value: object) -> Tensor:
     """Keep what is no tensor and belongs to the saved ones (a grouping, a plan), and give the mark to save with them.
+
+    The Function gives the mark as an output too: once_differentiable says why.
 
     Non-reentrant checkpointing hands the backward of the first forward's node the tensors that a recompute saved. Their
     rows are in the recompute's order, which need not be the first one's: the plan may have changed since, and near-tie
@@ -117,12 +130,12 @@ def keep_beside(ctx: Any, value: object) -> Tensor:
             _kept_by_recomputes.pop(number, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
-    return torch.tensor(number, device=_CPU)
+    return torch.tensor(number, dtype=torch.float64, device=_CPU)  # of a dtype that has gradients
 
 
 def kept_beside(ctx: Any, mark: Tensor) -> Any:
     """Give what keep_beside() kept in the forward that saved these tensors; `mark` is one of them."""
-    number, (own_number, own) = int(mark), ctx.kept
+    number, (own_number, own) = int(mark.item()), ctx.kept
     recomputed = _kept_by_recomputes.pop(number, None)
     if number == own_number:
         return own
@@ -204,3 +217,16 @@ def _put_back(owner_ref: "weakref.ref[Any]", _: Tensor) -> None:
     if owner is not None:
         for name, value in _before_recomputes.pop(owner, {}).items():
             setattr(owner, name, value)
+
+
+def leaf_of(tensor: Tensor) -> Tensor | None:
+    """Give the leaf that a tensor is, or that it is a cast, view or multiple of; None where it is something else."""
+    if tensor.grad_fn is None:
+        return tensor if tensor.requires_grad else None
+    node: Any = tensor.grad_fn
+    while not hasattr(node, "variable"):
+        before = [one for one, _ in node.next_functions if one is not None]
+        if len(before) != 1:
+            return None
+        node = before[0]
+    return node.variable if node.variable.numel() == tensor.numel() else None

@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from tritonmoe.runtime.autograd import SECOND_DERIVATIVE, outside_graphs, without_autocast
+from tritonmoe.runtime.autograd import outside_graphs, refuse_second_derivative, without_autocast
 
 __all__ = [
     "MAIN_GRAD",
@@ -84,9 +84,10 @@ def refuse_jvp(ctx: object, *grad_inputs: object) -> NoReturn:
 
 
 def run_function(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
-    """Apply an autograd Function that has one output and whose backward is once_differentiable."""
+    """Apply an autograd Function that gives its output and a mark, and whose backward is once_differentiable."""
     if not is_transformed():
-        return function.apply(*arguments)
+        out, _ = function.apply(*arguments)
+        return out
     return _run_transformed(function, *arguments)
 
 
@@ -112,7 +113,8 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, _Context]:
         kept = _Context()
-        return function.forward(kept, *arguments), kept
+        out, _ = function.forward(kept, *arguments)
+        return out, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, _Context]) -> None:
@@ -146,9 +148,6 @@ class _TransformedBackward(torch.autograd.Function):
     def setup_context(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor | None, ...]) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: object, *_: Tensor) -> NoReturn:
-        raise RuntimeError(SECOND_DERIVATIVE)
-
+    backward = staticmethod(refuse_second_derivative)
     vmap = staticmethod(refuse_vmap)
     jvp = staticmethod(refuse_jvp)

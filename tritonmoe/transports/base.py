@@ -13,7 +13,7 @@ from tritonmoe.config.overlap import MAX_CHUNKS
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.handles import Handled
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.collectives import all_reduce, barrier, broadcast, run_outside_graphs
+from tritonmoe.transports.collectives import all_reduce, barrier, broadcast, run_outside_graphs, share_number
 
 __all__ = [
     "PendingExchange",
@@ -159,6 +159,14 @@ class Transport(Handled, ABC):
             CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
         """
         run_outside_graphs(barrier, self)
+
+    def share_number(self, number: int) -> list[int]:
+        """Give every rank's integer, in their order: a barrier by which each rank says one, in a single exchange.
+
+        Raises:
+            CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
+        """
+        return run_outside_graphs(share_number, self, number)
 
     @property
     def message_length(self) -> int:

@@ -1,4 +1,4 @@
-"""all_reduce, broadcast and barrier on any transport: what the ranks say first, then at most two exchanges of rows.
+"""Collectives on any transport: what the ranks say first, then at most two exchanges of rows.
 
 The ranks compare their calls in one count exchange, which has the size of a layer call's: gloo aborts a process whose
 peer sends another size, and then nobody could say what disagreed. Rows follow only where all ranks make the same call.
@@ -14,18 +14,19 @@ from torch import Tensor
 from tritonmoe.config.layer import is_integer
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.runtime.autograd import outside_graphs
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from tritonmoe.transports.base import Transport
 
-__all__ = ["all_reduce", "barrier", "broadcast", "leaving_nobody_waiting", "run_outside_graphs"]
+__all__ = ["all_reduce", "barrier", "broadcast", "leaving_nobody_waiting", "run_outside_graphs", "share_number"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 MAGIC = 0x7417_C0
 """Stands where the header of a layer call has another number, so that ranks see that they make different calls."""
-CALLS = ("all_reduce", "broadcast", "barrier")
+CALLS = ("all_reduce", "broadcast", "barrier", "share_number")
 OPS = ("sum", "mean", "max", "min")
 DEVICES = ("cpu", "cuda")
 DTYPES = (
@@ -34,7 +35,9 @@ DTYPES = (
     *(torch.complex64, torch.complex128),
 )
 FIXED_FIELDS = 8
-"""Magic, whether the arguments were refused, call, op, source, dtype, device, number of dimensions; then the shape."""
+"""Magic, whether the arguments were refused, call, op, source, dtype, device, number of dimensions.
+
+Then the shape; with share_number() the number, in which ranks may differ."""
 
 
 def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
@@ -51,8 +54,8 @@ def all_reduce(transport: "Transport", tensor: Tensor, op: str) -> Tensor:
             raise ValueError(f"complex numbers have no {op}: reduce their real and imaginary parts or their abs()")
     if transport.size == 1:
         return tensor
-    _agree(transport, "all_reduce", tensor, op=op)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "all_reduce", tensor, op=op)[transport.rank]
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
@@ -76,8 +79,8 @@ def broadcast(transport: "Transport", tensor: Tensor, source: int) -> Tensor:
             raise ValueError(f"source must be one of the ranks 0..{transport.size - 1}, got {source!r}")
     if transport.size == 1:
         return tensor
-    _agree(transport, "broadcast", tensor, source=source)
-    with leaving_nobody_waiting(transport):
+    said = _agree(transport, "broadcast", tensor, source=source)[transport.rank]
+    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
@@ -92,6 +95,15 @@ def barrier(transport: "Transport") -> None:
     """Do what Transport.barrier says."""
     if transport.size > 1:
         _agree(transport, "barrier")
+
+
+def share_number(transport: "Transport", number: int) -> list[int]:
+    """Do what Transport.share_number says, in the one exchange by which the ranks agree on this call."""
+    return (
+        [number]
+        if transport.size == 1
+        else [row[FIXED_FIELDS] for row in _agree(transport, "share_number", number=number)]
+    )
 
 
 @contextmanager
@@ -152,17 +164,20 @@ def _refused_with_word(transport: "Transport") -> "Iterator[None]":
         raise
 
 
-def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0) -> None:
-    """Raise the same error on every rank unless all make this call."""
+def _agree(
+    transport: "Transport", call: str, tensor: Tensor | None = None, op: str = "sum", source: int = 0, number: int = 0
+) -> list[list[int]]:
+    """Raise the same error on every rank unless all make this call, and give what each rank said of it."""
     said = [MAGIC, 0, CALLS.index(call), OPS.index(op), source]
     if tensor is None:
-        said += [0, 0, 0]
+        said += [0, 0, 0, number]
     else:
         said += [DTYPES.index(tensor.dtype), DEVICES.index(tensor.device.type), tensor.dim(), *tensor.shape]
     counts = torch.zeros(transport.size, transport.message_length, dtype=torch.int64, device="cpu")
     counts[:, : len(said)] = torch.tensor(said, device="cpu")
     try:
-        everybody = transport.exchange_counts(counts).tolist()
+        with Doing(lambda: _words(said)):
+            everybody = transport.exchange_counts(counts).tolist()
     except TransportError as error:
         raise TransportError(f"the ranks could not agree on this {_words(said)}: {error}") from error
     strangers = [rank for rank, row in enumerate(everybody) if row[0] != MAGIC]
@@ -176,19 +191,21 @@ def _agree(transport: "Transport", call: str, tensor: Tensor | None = None, op: 
         raise TransportError(
             f"ranks {refused} refused the arguments of their part of this {_words(said)}; see the error raised there"
         )
-    if any(row != everybody[0] for row in everybody):
+    compared = FIXED_FIELDS if call == "share_number" else None
+    if any(row[:compared] != everybody[0][:compared] for row in everybody):
         calls = ", ".join(f"rank {rank}: {_words(row)}" for rank, row in enumerate(everybody))
         raise CountMismatch(
             f"the ranks disagree on this call ({calls}): give every rank the same arguments and make the same calls in "
             "the same order"
         )
+    return everybody
 
 
 def _words(said: list[int]) -> str:
     """Say in words what one rank calls."""
     _, _, call, op, source, dtype, device, num_dims = said[:FIXED_FIELDS]
-    if CALLS[call] == "barrier":
-        return "barrier"
+    if CALLS[call] in ("barrier", "share_number"):
+        return CALLS[call]
     how = OPS[op] if CALLS[call] == "all_reduce" else f"from rank {source}"
     shape = tuple(said[FIXED_FIELDS : FIXED_FIELDS + num_dims])
     return f"{CALLS[call]} ({how}) of {shape} {DTYPES[dtype]} on {DEVICES[device]}"

@@ -127,7 +127,7 @@ class GlooExchange(ThreadedExchange["Work"]):
         self, links: GlooLinks, breakdown: Breakdown, rows: Tensor, out: Tensor, what: str, timeout_s: float
     ) -> None:
         super().__init__(rows, out, what, timeout_s)
-        self._links, self._breakdown = links, breakdown
+        self._links, self._breakdown, self._number = links, breakdown, 0
         self._receipts: dict[int, Receipt[Work]] = {}
 
     def watch(self, progress: ProgressThread) -> None:
@@ -153,6 +153,8 @@ class GlooExchange(ThreadedExchange["Work"]):
         Raises:
             TransportError: a peer's connection is closed.
         """
+
+        self._number = number
 
         def tag(part: Tensor) -> int:
             # Ends that disagree on exchange, size or dtype never meet: gloo aborts a process that gets too many bytes.
@@ -198,6 +200,12 @@ class GlooExchange(ThreadedExchange["Work"]):
         if self._breakdown.claim():
             self._breakdown.note(f"lost its connection to rank {peer}", [peer], [peer])
             self._links.cut()
+
+    def waited_for(self) -> str:
+        return self._breakdown.whom(self.missing()[1], self._number)
+
+    def show(self, words: str) -> None:
+        self._breakdown.show_wait(self._number, words)
 
     def fail(self, reason: str) -> NoReturn:
         if self.failure is None and self._breakdown.claim():  # it takes too long

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from tritonmoe.errors import TransportError
+from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -143,6 +144,9 @@ class Notices:
         wanted = max(generation, self._last_meeting + 1) if is_rebuild else generation
         others = [rank for rank in range(self._size) if rank != self._rank]
         pause = POLL_S[0]
+        absent: list[int] = []
+        what = "rebuild()" if is_rebuild else "the first exchange"
+        long = LongWait(f"rank {self._rank} of {self._size}", lambda: f"ranks {absent}", what, timeout_s)
         try:
             while True:
                 self._last_meeting = wanted
@@ -162,6 +166,7 @@ class Notices:
                     given_up = [rank for rank in others if theirs[rank] > wanted or self._read(rank)]
                     if given_up:
                         raise Missed("ranks {} have given up already", given_up)
+                long.look(waited)
                 if waited > timeout_s:
                     raise Missed(f"ranks {{}} did not come within timeout_s = {timeout_s}", absent)
                 time.sleep(pause)
@@ -169,6 +174,23 @@ class Notices:
         except BaseException:
             self._leave()
             raise
+
+    def show_wait(self, generation: int, number: int, words: str) -> None:
+        """Show the other ranks that this one waits in an exchange of this number; "" when that is over."""
+        with contextlib.suppress(TransportError):
+            text = json.dumps([self.number, generation, number, words]) if words else ""
+            self._ask(lambda: self._store.set(f"waiting/{self._rank}", text))
+
+    def whom(self, suspects: Sequence[int], generation: int, number: int) -> str:
+        """Name those of the ranks that don't wait in this exchange, with what they show instead; all, if all do."""
+        said, elsewhere = [], []
+        for rank in suspects:
+            text = self._get(f"waiting/{rank}")
+            place = json.loads(text) if text else [None, None, None, ""]
+            if place[:3] != [self.number, generation, number]:
+                said.append(rank)
+                elsewhere += [f"rank {rank} waits in: {place[3]}"] if text else []
+        return f"ranks {said or list(suspects)}" + (f" ({'; '.join(elsewhere)})" if elsewhere else "")
 
     def find_elsewhere(self, rank: int) -> Notice | None:
         """Give the rank's latest notice if it is of another transport on this group."""
@@ -250,6 +272,14 @@ class Breakdown:
         self._notice = Notice(self._notices.number, self._generation, what, tuple(because_of), tuple(closed))
         self._notices.put_up(self._notice)
         self._is_known.set()
+
+    def show_wait(self, number: int, words: str) -> None:
+        """Do what Notices.show_wait does, in this generation."""
+        self._notices.show_wait(self._generation, number, words)
+
+    def whom(self, suspects: Sequence[int], number: int) -> str:
+        """Do what Notices.whom does, in this generation."""
+        return self._notices.whom(suspects, self._generation, number)
 
     @property
     def has_happened(self) -> bool:

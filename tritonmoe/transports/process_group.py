@@ -1,5 +1,6 @@
 """ProcessGroupTransport: rows between processes, through torch.distributed (NCCL on GPUs, gloo on CPUs)."""
 
+import functools
 import os
 import time
 import weakref
@@ -27,6 +28,7 @@ from tritonmoe.transports.gloo import GlooExchange, GlooLinks, end_links
 from tritonmoe.transports.notices import Breakdown, Missed, Notices
 from tritonmoe.transports.progress import ProgressThread
 from tritonmoe.transports.two_level import TwoLevelTransport, check_nodes
+from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -200,10 +202,20 @@ class ProcessGroupTransport(Transport):
         return self.exchange(counts.contiguous(), ones, ones)
 
     def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
-        return copy.wait(self._look_around if self.size > 1 else None)
+        if self.size == 1:
+            return copy.wait()
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        long = LongWait(
+            f"rank {self.rank} of {self.size}",
+            lambda: f"its device, which may wait for rows of ranks {others},",
+            "a copy to the host",
+            self._timeout_s,
+        )
+        return copy.wait(functools.partial(self._look_around, long))
 
-    def _look_around(self, waited_s: float) -> None:
+    def _look_around(self, long: LongWait, waited_s: float) -> None:
         """Raise TransportError where this rank's device may wait for ever, over NCCL: nothing else tells the host."""
+        long.look(waited_s)
         broken = self._notices.find_broken(self.generation)
         if broken is None and waited_s < self._timeout_s and not self._breakdown.has_happened:
             return

@@ -11,6 +11,7 @@ from typing import Generic, NoReturn, TypeVar
 from torch import Tensor
 
 from tritonmoe.transports.base import PendingExchange
+from tritonmoe.transports.waiting import LongWait, wait_aloud
 
 __all__ = ["Message", "ProgressThread", "Receipt", "ThreadedExchange"]
 
@@ -49,7 +50,7 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
         self._rows: Tensor | None = rows  # read until the messages have left
         self._out = out
         self._timeout_s = timeout_s
-        self._size = 0  # as posted
+        self._rank, self._size = 0, 0  # as posted
         self.posted_at = time.perf_counter()
 
     def post(
@@ -68,7 +69,8 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
             sent, received: the rows for and from each rank.
             receive, send: post a message, given the rows and the peer, and give the library's request.
         """
-        self._size = size = len(sent)
+        self._rank, self._size = rank, len(sent)
+        size = self._size
         for step in range(1, size):
             peer = (rank - step) % size
             if received[peer].numel():
@@ -96,13 +98,26 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
         ranks = sorted({message.peer for message in messages})
         return f"could not send all rows to ranks {ranks} within timeout_s = {self._timeout_s}", ranks
 
+    def waited_for(self) -> str:
+        """Name the ranks that this one waits for."""
+        received = sorted({message.peer for message in self.messages if message.is_received})
+        return f"ranks {received or sorted({message.peer for message in self.messages})}"
+
+    def show(self, words: str) -> None:
+        """Show the other ranks what this one waits in; "" when it is over."""
+
     def wait(self) -> Tensor:
-        if not self.has_ended.wait(self._timeout_s):
+        if not self.has_ended.wait(0) and not self._wait_aloud():
             self.fail(f"it took longer than timeout_s = {self._timeout_s}")
         if self.failure is not None:
             self.fail(self.failure)
         self._rows = None
         return self._out
+
+    def _wait_aloud(self) -> bool:
+        who = f"rank {self._rank} of {self._size}"
+        long = LongWait(who, self.waited_for, self.what, self._timeout_s, self.show)
+        return wait_aloud(self.has_ended.wait, long, self._timeout_s)
 
     def finished_at(self) -> float | None:
         return self.arrived_at if self.has_ended.is_set() else None

@@ -4,16 +4,19 @@ import copy
 import functools
 import io
 import itertools
+import logging
 import math
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import set_detect_anomaly
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -87,6 +90,71 @@ def case_optimizers() -> None:
             weight.zero_()
         torch._foreach_copy_(copies, spread_weights)
     assert all(torch.equal(whole(a), whole(b)) for a, b in zip(copies, spread_weights, strict=True))
+
+
+def case_optimizers_of_single_tensors() -> None:
+    """Masks (Rprop), norms over a whole tensor or over its experts (Adafactor) give what they give on one device."""
+    biased = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, bias=True)
+    kinds: list[Callable] = [
+        functools.partial(kind, lr=0.01, foreach=foreach, maximize=maximize)
+        for kind in (torch.optim.Rprop, torch.optim.Adafactor)
+        for foreach, maximize in ((False, False), (True, True))
+    ]
+    for kind in kinds:
+        parallel = DistributedDataParallel(spread(config=biased))
+        for many in (parallel, sharded_over_replicas(replicas_and_experts(), config=biased)):
+            one = Net(biased)
+            # nothing but noise decides the signs of the router's gradient
+            left_out = "router" if kind.func is torch.optim.Rprop else "nothing"
+            optimizers = [
+                kind([parameter for name, parameter in net.named_parameters() if left_out not in name])
+                for net in (one, many)
+            ]
+            for step in range(3):
+                torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+                many(here(step)).square().mean().backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+                torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+
+
+def case_what_takes_no_parts() -> None:
+    """One vector of all parameters, plain state of a DTensor and `.data =`, which PyTorch ignores, are refused."""
+    net = spread()
+    before = [whole(parameter.detach()).clone() for parameter in net.parameters()]
+
+    def closure() -> torch.Tensor:
+        loss = net(here()).square().mean()
+        loss.backward()
+        return loss
+
+    way_out = r"torch\.optim's other optimizers, torch\.optim\.Adafactor"
+    with pytest.raises(RuntimeError, match=way_out):
+        torch.optim.LBFGS(net.parameters()).step(closure)
+    with pytest.raises(RuntimeError, match="full_tensor"):
+        nn.utils.parameters_to_vector(net.parameters())
+    experts = net.moe.experts
+    with pytest.raises(RuntimeError, match=way_out):
+        torch.zeros(8, 24).add_(experts.gate_up_proj.grad.mean(-1))
+    whole_weight = torch.randn(8, 24, 8)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="distribute_tensor"):
+        experts.gate_up_proj.copy_(whole_weight)
+    vector = torch.randn(sum(parameter.numel() for parameter in experts.parameters()))
+    with pytest.raises(ValueError, match="PyTorch ignores `parameter"):
+        nn.utils.vector_to_parameters(vector, experts.parameters())
+    for value in (whole_weight, experts.gate_up_proj.data * 2, experts.gate_up_proj.data.bfloat16()):
+        with pytest.raises(ValueError, match="distribute_tensor"):
+            experts.gate_up_proj.data = value
+    experts.gate_up_proj.data = experts.gate_up_proj.data
+    assert all(torch.equal(whole(a), b) for a, b in zip(net.parameters(), before, strict=True))
+    mesh, placements = experts.gate_up_proj.device_mesh, experts.gate_up_proj.placements
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(distribute_tensor(whole_weight, mesh, placements, src_data_rank=None))
+    assert torch.equal(whole(experts.gate_up_proj), whole_weight)
+    net.first.weight.data = torch.ones(8, 8)  # a dense one
+    assert torch.equal(net.first.weight, torch.ones(8, 8))
 
 
 def case_numbers() -> None:
@@ -172,8 +240,8 @@ def case_fully_shard() -> None:
         torch.testing.assert_close(whole(got.grad), expected.grad, atol=1e-6, rtol=0)
 
 
-def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Net:
-    net = spread(mesh)
+def sharded_over_replicas(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None, **made: Any) -> Net:
+    net = spread(mesh, **made)
     settings = {} if policy is None else {"mp_policy": policy}
     fully_shard(net.moe.experts, mesh=mesh["replica"], **settings)
     fully_shard(net, **settings)
@@ -279,6 +347,32 @@ def case_replicated_slots() -> None:
         net(here())
 
 
+def case_copies_over_replicas() -> None:
+    """Ranks that hold copies of the same experts never average a layer's gradients with those of its deepcopy."""
+    mesh = replicas_and_experts()
+    net = spread(mesh)
+    nets = [net, copy.deepcopy(net)]
+    for one in nets:
+        one(here()).sum().backward()  # alike on all ranks
+    losses = [one(here()).sum() for one in nets]
+    with pytest.raises(tm.CountMismatch, match="different layers, or of a layer and its deepcopy"):
+        losses[mesh.get_local_rank("replica")].backward()
+
+
+def case_anomaly_mode() -> None:
+    """Each rank looks for NaN in its own experts' gradients, all ranks or one alone, and finds it."""
+    expected, net = spread(), spread()
+    expected(here()).square().mean().backward()
+    for is_wanted in (True, dist.get_rank() == 1):
+        net.zero_grad()
+        with set_detect_anomaly(is_wanted):
+            net(here()).square().mean().backward()
+        for wanted, got in zip(expected.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(whole(got.grad), whole(wanted.grad))
+    with set_detect_anomaly(True), pytest.raises(RuntimeError, match="returned nan values"):
+        (net.moe.experts.down_proj * torch.nan).to_local().sum().backward()
+
+
 def case_recorded() -> None:
     """Both groups of expert ranks record into one folder, neighbours and others, and a layer on one rank alone."""
     names = [tempfile.mkdtemp()]
@@ -293,6 +387,137 @@ def case_recorded() -> None:
     alone, other = f"ranks-{rank:04d}-to-{rank:04d}", f"ranks-{rank % 2:04d}-to-{rank % 2 + 2:04d}-by-2"
     for name, size in ((own, 2), (other, 2), (".", 4), (alone, 1)):
         assert read_recording(folder / name).size == size
+
+
+def on_rank(rank: int, change: Callable[[Net], object]) -> Callable[[Net], object]:
+    return lambda net: change(net) if dist.get_rank() == rank else None
+
+
+def keep_weight_elsewhere(net: Net) -> None:
+    net.elsewhere = nn.ParameterList([net.moe.experts.down_proj])
+
+
+def forget_module_that_keeps_it(net: Net) -> None:
+    other = nn.ParameterList([net.moe.experts.down_proj])
+    other.circle = [other]
+
+
+def ignore_what_differs(net: Net) -> None:
+    net._ddp_params_and_buffers_to_ignore = ["first.bias"]
+    on_rank(1, lambda net: net.first.bias.detach().add_(1))(net)
+
+
+def case_not_spread() -> None:
+    """What would be lost or go on with whole weights, and weights that differ: refused on every rank, unchanged."""
+    others, net, mesh = "can't spread the experts of", Net(), replicas_and_experts()
+    for change, words, words_elsewhere in (
+        (lambda net: net.moe.experts.down_proj.register_hook(torch.neg), r"^experts.down_proj has hooks", others),
+        (
+            lambda net: net.moe.experts.down_proj.register_post_accumulate_grad_hook(print),
+            r"has hooks \(register_post_accumulate_grad_hook\).* after parallelize\(\)",
+            others,
+        ),
+        (lambda net: net(here()).sum().backward(), "has a gradient", others),
+        (
+            lambda net: setattr(net.moe.experts.down_proj, "main_grad", torch.zeros(8, 8, 12)),
+            r"down_proj.main_grad is a tensor \(8, 8, 12\)",
+            others,
+        ),
+        (keep_weight_elsewhere, "is a weight of a ParameterList outside of the given MoELayer too", others),
+        (lambda net: net.moe.router.weight.detach().mul_(2), "router.weight .* another value .*manual_seed", None),
+        (lambda net: net.moe.router.e_score_correction_bias.add_(1), "e_score_correction_bias .* another value", None),
+        (lambda net: net.moe.bfloat16(), r"is torch.bfloat16 on ranks \[1\] and torch.float32 on rank 0", None),
+        (lambda net: net.moe.to("meta"), r"is on the meta device on ranks \[1\]", None),
+    ):
+        for ranks in (dist.group.WORLD, mesh):
+            net = Net(BIASED)
+            on_rank(1, change)(net)
+            before = list(map(id, net.parameters()))
+            is_told = dist.get_rank() in (range(4) if ranks is dist.group.WORLD else range(2))
+            expected = words if dist.get_rank() == 1 or (words_elsewhere is None and is_told) else others
+            with pytest.raises(ValueError, match=expected):
+                tm.parallelize(net.moe, ranks)
+            assert list(map(id, net.parameters())) == before
+
+    net = Net(BIASED)
+    with pytest.raises(ValueError, match="router would count this rank's load alone: give parallelize"):
+        tm.parallelize(net.moe.experts, dist.group.WORLD)
+    net = Net()
+    net.moe.experts.down_proj.scale_of_rate = 3.0
+    for change in (forget_module_that_keeps_it, ignore_what_differs):
+        change(net)
+    tm.parallelize(net, dist.group.WORLD)
+    assert net.moe.experts.down_proj.scale_of_rate == 3.0
+    with pytest.raises(ValueError, match=r"moe\.experts are spread over ranks already: call parallelize"):
+        tm.parallelize(net, dist.group.WORLD)
+
+
+def case_bias_without_transport() -> None:
+    """The load of all ranks moves the bias of a layer that knows of no ranks, under DistributedDataParallel."""
+    one = Net(BIASED)
+    for x in batches():
+        one(x)
+    load = one.moe.router.update_selection_bias(0.5)
+    for broadcasts in (True, False):
+        net = Net(BIASED)
+        wrapped = DistributedDataParallel(net, broadcast_buffers=broadcasts)
+        wrapped(here()).sum().backward()
+        assert torch.equal(net.moe.router.update_selection_bias(0.5), load)
+        wrapped(here()).sum().backward()
+        assert torch.equal(net.moe.router.e_score_correction_bias, one.moe.router.e_score_correction_bias)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).moe.router.reduce_load is None
+    assert copy.deepcopy(net).moe.router.reduce_load is net.moe.router.reduce_load
+    net = Net(BIASED)
+    fully_shard(net)
+    net(here()).sum().backward()
+    with pytest.raises(ValueError, match=r"set router\.reduce_load to a function"):
+        net.moe.router.update_selection_bias()
+
+
+def case_sums_beside_means() -> None:
+    for gradients, number in (("mean", 0), ("sum", 1)):
+        net, said = Net(), []
+        tm.parallelize(net, dist.group.WORLD, expert_gradients=gradients)
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(record.getMessage())
+        logging.getLogger("tritonmoe").addHandler(handler)
+        for _ in range(2):
+            DistributedDataParallel(net)
+        fully_shard(net, ignored_params=set(tm.expert_parameters(net)))
+        logging.getLogger("tritonmoe").removeHandler(handler)
+        assert len(said) == number, said
+        assert all("4 times as large" in words and 'expert_gradients="mean"' in words for words in said)
+
+
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(transport=dist.group.WORLD)
+        torch.manual_seed(1)
+        rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        self.factors = nn.ParameterList([torch.randn(8, 2, 8)[rows], torch.randn(8, 24, 2)[rows]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.moe(self.net.first(x), adapters=tm.ExpertAdapters(*self.factors))
+
+
+def case_factors_of_a_call() -> None:
+    """DistributedDataParallel would average one rank's factors with others'; ignored, they count as experts."""
+    with pytest.raises(ValueError, match="_ddp_params_and_buffers_to_ignore"):
+        DistributedDataParallel(Adapted())(here())
+    adapted = Adapted()
+    adapted._ddp_params_and_buffers_to_ignore = ["factors.0", "factors.1"]
+    wrapped = DistributedDataParallel(adapted)
+    wrapped(here()).square().mean().backward()
+    spread = [p.grad.to_local() for p in tm.expert_parameters(adapted)] + [p.grad for p in adapted.factors]
+    squares = torch.stack([grad.square().sum() for grad in spread]).sum()
+    dist.all_reduce(squares)
+    dense = [p.grad for p in adapted.net.parameters() if not isinstance(p, DTensor)]
+    expected = (squares + torch.stack([grad.square().sum() for grad in dense]).sum()).sqrt()
+    torch.testing.assert_close(tm.clip_grad_norm_(adapted.parameters(), 1.0), expected)
 
 
 if __name__ == "__main__":

@@ -260,3 +260,65 @@ def test_data_parallel_training_is_that_of_one_device(num_ranks: int) -> None:
                 right = whole.get_parameter(parameter_name)
                 right = right[list(module.expert_ids)] if isinstance(module, tm.GroupedExperts) else right
                 torch.testing.assert_close(parameter, right)
+
+
+@pytest.mark.parametrize("given", ["themselves", "cast", "scaled"])
+def test_factors_of_a_call_count_as_experts(given: str) -> None:
+    """They are other ones on every rank, as the experts are that they adapt."""
+    generator = torch.Generator().manual_seed(3)
+    wholes = [torch.randn(12, 2, 8, generator=generator), torch.randn(12, 12, 2, generator=generator)]
+    x, ids = torch.randn(7, 8, generator=generator), torch.randint(12, (7, 3), generator=generator)
+
+    def on_rank(transport: Transport | None) -> tuple[float, list[Tensor]]:
+        layer = tm.GroupedExperts(
+            CONFIG, transport, expert_gradients="sum", generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        kind = torch.float32 if given == "cast" else torch.float64
+        factors = [nn.Parameter(whole[list(layer.expert_ids)].to(kind)) for whole in wholes]
+        used = [2 * factor if given == "scaled" else factor.double() for factor in factors]
+        rows = slice(None) if transport is None else slice(3 * transport.rank, (3, 7)[transport.rank])
+        weights = torch.full((7, 3), 0.5, dtype=torch.float64)
+        out = layer(x[rows].double(), ids[rows], weights[rows], adapters=tm.ExpertAdapters(*used))
+        out.square().sum().backward()
+        norm = tm.clip_grad_norm_([*layer.parameters(), *factors], 1.0).item()
+        return norm, [factor.grad for factor in factors]
+
+    (norm, grads), parts = on_rank(None), tm.run_on_emulated_ranks(on_rank, 2)
+    assert [part for part, _ in parts] == [pytest.approx(norm)] * 2
+    for number, grad in enumerate(grads):
+        torch.testing.assert_close(torch.cat([part[number] for _, part in parts]), grad)
+
+
+def test_dense_gradients_that_are_not_averaged_are_refused() -> None:
+    def on_rank(transport: Transport) -> None:
+        model, whole = Model(transport), Model(None)
+        draw_grads(whole)
+        take_grads(model, whole)
+        model.head.weight.grad *= 1 + transport.rank
+        with pytest.raises(ValueError, match=r"of dense parameters have norms from .* on the ranks, .*: average them"):
+            tm.clip_grad_norm_(model.parameters(), 1.0)
+
+    tm.run_on_emulated_ranks(on_rank, 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflows_on", [0, 1, None])
+def test_grad_scaler_skips_on_all_ranks_or_on_none(fused: bool, overflows_on: int | None) -> None:
+    """The optimizer of a rank without gradients of its experts hears of an overflow too."""
+
+    def on_rank(transport: Transport) -> tuple[float, bool]:
+        model = Model(transport).float()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        for parameter in model.head.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if transport.rank == overflows_on:
+            model.layers[0].experts.down_proj.grad = torch.full_like(model.layers[0].experts.down_proj, math.inf)
+        before = model.head.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale(), torch.equal(model.head.weight, before)
+
+    expected = (8.0, False) if overflows_on is None else (4.0, True)
+    assert tm.run_on_emulated_ranks(on_rank, 2) == [expected] * 2

@@ -83,7 +83,7 @@ def run_sharded_beside_experts(name: str, directory: Path) -> None:
         fully_shard(layer, mesh=everybody, ignored_params=experts)
     fully_shard(model, mesh=everybody, ignored_params=experts)
     check_step(model, ids, expected)
-    with pytest.raises(ValueError, match="parallelize a model once, and before fully_shard"):
+    with pytest.raises(ValueError, match="are spread over ranks already: call parallelize"):
         tmt.parallelize(model, dist.group.WORLD)
 
 

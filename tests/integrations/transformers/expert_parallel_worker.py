@@ -450,7 +450,21 @@ def run_refused(name: str, directory: Path) -> None:
         tmt.parallelize(model, dist.group.WORLD)
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     second.down_proj = own
+    hook = first.down_proj.register_hook(torch.neg) if rank == 1 else None
+    with pytest.raises(ValueError, match="has hooks" if rank == 1 else r"ranks \[1\] can't spread the experts"):
+        tmt.parallelize(model, dist.group.WORLD)
+    if hook is not None:
+        hook.remove()
+    gate = model.model.layers[1].mlp.gate
+    gate.weight.data *= 1 + rank
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate.weight of Mixtral\w* has another value on ranks \[1\]"):
+        tmt.parallelize(model, dist.group.WORLD)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert model.config._experts_implementation != "tritonmoe"
+    gate.weight.data /= 1 + rank
+    first.down_proj.scale_of_rate = 3.0
     tmt.parallelize(model, dist.group.WORLD)
+    assert first.down_proj.scale_of_rate == 3.0
     with pytest.raises(ValueError, match="is spread over cpu, ranks"):
         tmt.upcycle(model, 4, 2)
     with pytest.raises(ValueError, match="spread over ranks already"):

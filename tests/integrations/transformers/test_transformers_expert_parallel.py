@@ -125,7 +125,7 @@ def test_trainer_checkpoints_go_over_more_ranks(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_adapted_experts_on_two_processes_equal_one(directory):
     cases = (f"adapted_experts:{name}" for name in ("layer", "gemma2", "mixtral"))
-    run(2, directory, *cases, worker=CHECKPOINTS_WORKER)
+    run(2, directory, "adapted_merged:mixtral", *cases, worker=CHECKPOINTS_WORKER)
 
 
 @pytest.mark.thorough

@@ -8,7 +8,7 @@ import torch
 from test_transformers_expert_parallel import VERSION, run
 
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
-from tritonmoe.integrations.transformers.two_batches import HalvedForward
+from tritonmoe.integrations.transformers.two_batches import HalvedForward, _split
 from tritonmoe.transports import LocalTransport
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"
@@ -20,6 +20,7 @@ MORE = tuple(family for family in test_families.QUICK if family not in FAMILIES)
 def test_families_and_calls_in_halves(tmp_path):
     cases = (
         "calls:qwen3_moe",
+        "positions:qwen3_vl_moe",
         "whole:mixtral",
         "checkpointed:mixtral",
         "copied:mixtral",
@@ -119,6 +120,33 @@ def test_a_batch_that_one_rank_cannot_split_is_refused_on_all(is_refused_there):
     assert (trial.num_steps, trial._tried) == (first_tried, None), "it is tried again"
     alone = HalvedForward(halved.model, [], [OtherRank(-1, 0, 1)], None)
     assert alone._agree({"input_ids": ids})[0] is False, "whole batches need no splitting"
+
+
+def test_the_batch_is_the_dimension_that_the_argument_has_it_in():
+    """Whatever size the others have."""
+    ids = torch.arange(12).view(3, 4)
+    turned = torch.arange(3 * 3 * 4).view(3, 3, 4)
+    mask = torch.ones(3, 1, 4, 4)
+    arguments = {"input_ids": ids, "position_ids": turned, "attention_mask": mask, "labels": ids}
+    first, second = _split(arguments, 3, 2)
+    assert torch.equal(first["position_ids"], turned[:, :2])
+    assert torch.equal(second["position_ids"], turned[:, 2:])
+    assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]]), ids)
+    assert (first["attention_mask"].shape[0], second["labels"].shape[0]) == (2, 1)
+    shared = _split({"position_ids": turned[:, :1], "attention_mask": mask[:1]}, 3, 2)
+    assert shared == ({}, {}), "both halves get what is for every sequence as it is"
+    for refused in (
+        {"position_ids": torch.arange(3)},  # of three tokens
+        {"attention_mask": torch.ones(3, 4, 4)},
+        {"attention_mask": {"full_attention": mask}},
+        {"cache_position": torch.arange(3)},
+        {"cu_seq_lens_q": torch.arange(3)},
+        {"pixel_values": torch.ones(3, 5)},
+        {"image_grid_thw": torch.ones(3, 3)},
+        {"encoder_outputs": (torch.ones(3, 4, 8),)},
+    ):
+        with pytest.raises(ValueError, match=f"can't split {next(iter(refused))}"):
+            _split({"input_ids": ids, **refused}, 3, 2)
 
 
 @pytest.mark.slow

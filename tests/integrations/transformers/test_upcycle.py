@@ -24,7 +24,7 @@ from tritonmoe.integrations.transformers import (
 )
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
-from tritonmoe.integrations.transformers.trainer_checkpoints import _load_saved
+from tritonmoe.integrations.transformers.trainer_loading import load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import find_blocks
@@ -576,7 +576,7 @@ def test_inplace_models_of_classes_that_transformers_does_not_have(tmp_path, cap
     resumed = copy.deepcopy(moe)
     with torch.no_grad():
         next(resumed.parameters()).add_(1)
-    assert _load_saved(resumed, tmp_path / "again")
+    assert load_saved(resumed, tmp_path / "again")
     assert states_equal(moe, resumed)
     caplog.clear()
     upcycle(make_dense("gpt2"), 4, 2)

@@ -1,5 +1,6 @@
 """What every rank runs of Trainer's checkpoints: `torchrun trainer_checkpoints_worker.py DIRECTORY CASE...`."""
 
+import functools
 import os
 import shutil
 import signal
@@ -105,7 +106,7 @@ def run_saved_alone(name: str, directory: Path) -> None:
     model = tmt.upcycle(make_dense(name), num_experts=4, top_k=2)
     expected = weights(model)
     tm.parallelize(model, dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"experts of this model are spread .*gather_state_dicts\(model\)"):
+    with pytest.raises(ValueError, match=r"weights of this model are spread .*gather_state_dicts\(model\)"):
         model.save_pretrained(directory / "alone")
     assert not (directory / "alone").exists()
     tm.gather_state_dicts(model)
@@ -294,6 +295,48 @@ def run_adapted(name: str, directory: Path) -> None:
         assert_same(weights(resumed.model), weights(undisturbed.model))
 
 
+def run_adapted_merged(name: str, directory: Path) -> None:
+    """Safe merging looks at every rank's experts, and hotswap takes the part of this rank."""
+    from peft.utils import hotswap
+
+    own = slice(2 * rank, 2 * rank + 2)
+    ids = batch(2 * size)[own]
+    other = make_adapted(name, "adapted")
+    with torch.no_grad():
+        for key, parameter in other.named_parameters():
+            if "lora_" in key:
+                parameter.mul_(-0.5)
+        expected, swapped = make_adapted(name, "adapted")(input_ids=ids).logits, other(input_ids=ids).logits
+    assert (expected - swapped).abs().max() > 1e-3
+    other.save_pretrained(directory / f"swapped-{rank}")
+    for order in ("before", "after"):
+        model = make_adapted(name, order)
+        model.merge_adapter(safe_merge=True)
+        close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+        close(model(input_ids=ids).logits, expected)
+        with pytest.raises(ValueError, match="currently merged"):
+            hotswap.hotswap_adapter(model, str(directory / f"swapped-{rank}"), "default", torch_device="cpu")
+        model.unmerge_adapter()
+        close(model(input_ids=ids).logits, expected)
+        hotswap.hotswap_adapter(model, str(directory / f"swapped-{rank}"), "default", torch_device="cpu")
+        assert_divided(model)
+        close(model(input_ids=ids).logits, swapped)
+        close(model.merge_and_unload(safe_merge=True)(input_ids=ids).logits, swapped)
+        broken = make_adapted(name, order)
+        layer = broken.get_base_model().model.layers[0].mlp
+        before = whole(layer.experts.get_base_layer().gate_up_proj.detach()).clone()
+        factor = next(p for key, p in layer.named_parameters() if "lora_B" in key)
+        if rank == size - 1:  # another rank's experts
+            factor.detach().to_local().fill_(torch.nan)
+        with pytest.raises(ValueError, match=r"some rank's weights .* infinite or NaN"):
+            broken.merge_and_unload(safe_merge=True)
+        assert torch.equal(whole(layer.experts.get_base_layer().gate_up_proj.detach()), before)
+        key = next(key for key in whole_forms(broken) if "lora_A" in key)
+        wider = {key: torch.cat([other.state_dict()[key]] * 2)}
+        with pytest.raises(ValueError, match="adapter of another rank"):
+            hotswap.hotswap_adapter_from_state_dict(broken, wider, "default", broken.peft_config["default"])
+
+
 def assert_trained_as_on_one_device(models: list[Any]) -> None:
     """Three clipped steps of AdamW, of a model here and of the same one over ranks: each has its part of the state."""
     from peft import get_peft_model_state_dict
@@ -438,6 +481,7 @@ CASES = {
     "write": run_write,
     "read": run_read,
     "adapted": run_adapted,
+    "adapted_merged": run_adapted_merged,
     "adapted_experts": run_adapted_experts,
     "trl": run_trl,
 }

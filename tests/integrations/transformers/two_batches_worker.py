@@ -13,6 +13,7 @@ import transformers
 from expert_parallel_training_worker import check_training
 from expert_parallel_worker import (
     OVERLAP,
+    SIZES,
     batch,
     enable_checkpoints,
     main,
@@ -134,6 +135,28 @@ def run_calls(name: str, directory: Path) -> None:
     model.loss_function = lambda *_, **__: torch.zeros(())
     with pytest.raises(ValueError, match="a loss of its own"):
         model(**inputs)
+
+
+def model_of_three_positions() -> nn.Module:
+    """Qwen3-VL-MoE: it turns by time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    sizes = {"num_experts": 8, "moe_intermediate_size": 12, "decoder_sparse_step": 1, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLMoeConfig(text_config={**SIZES, **sizes}, vision_config=vision, image_token_id=60)
+    torch.manual_seed(0)
+    return transformers.Qwen3VLMoeForConditionalGeneration._from_config(config, experts_implementation="eager")
+
+
+def run_positions(name: str, directory: Path) -> None:
+    """Positions whose second dimension is the batch, whose first one has the batch's size in two of these batches."""
+    model = spread(model_of_three_positions())
+    for num_sequences in (3, 4, 5):
+        ids = torch.randint(2, 55, (num_sequences, 7), generator=torch.Generator().manual_seed(rank))
+        text = torch.arange(7) + torch.arange(num_sequences)[:, None]
+        turned = torch.stack([text * 2, text + 5, text])
+        for positions in (turned, torch.cat([text[None], turned]), turned[:, :1]):
+            compare(model, {"input_ids": ids, "position_ids": positions, "labels": ids, "use_cache": False})
 
 
 def run_whole(name: str, directory: Path) -> None:
@@ -259,6 +282,7 @@ def run_trainer(name: str, directory: Path) -> None:
 CASES = {
     "family": run_family,
     "calls": run_calls,
+    "positions": run_positions,
     "whole": run_whole,
     "checkpointed": run_checkpointed,
     "copied": run_copied,

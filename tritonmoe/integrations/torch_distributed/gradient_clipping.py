@@ -10,6 +10,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmoe.layer import GroupedExperts, experts_of_parameters
 from tritonmoe.transports import Transport
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,14 +35,16 @@ def clip_grad_norm_(
     count over their meshes, also beside plain tensors; all else counts as the same on every rank.
 
     Every rank makes the call, once dense gradients are averaged, with the same parameters in the same order, whether or
-    not they have a gradient there. Weights that expert_parallel_mlp gets from elsewhere than a GroupedExperts count as
-    dense: reduce the norm of these with Transport.all_reduce.
+    not they have a gradient there. Factors of adapters that were given to an eager call of a layer count as experts of
+    it. Weights that expert_parallel_mlp gets from elsewhere than a GroupedExperts, and factors that were given in
+    compiled code alone, count as dense: reduce the norm of these with Transport.all_reduce.
 
     Args: torch's; norm_type: positive, or inf.
     Returns:
         The norm before clipping, () fp32 (fp64 where a gradient is), the same bits on every rank.
     Raises:
-        ValueError: norm_type is not positive. RuntimeError: with error_if_nonfinite, the norm is not finite (on every
+        ValueError: norm_type is not positive, or, beside plain tensors of experts, what counts as dense has another
+            norm on another rank. RuntimeError: with error_if_nonfinite, the norm is not finite (on every
             rank). TransportError: the ranks could not add up their parts. Nothing is scaled then.
     """
     norm_type = float(norm_type)
@@ -59,17 +63,20 @@ def clip_grad_norm_(
         else:
             dense.append(parameter)
     norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
-    for sharded in of_meshes.values():
-        norm = get_total_norm(_grads_of_mesh(sharded), norm_type, foreach=foreach)
-        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double())
-    for transport, spread in of_transports.items():
-        counted = [part for pair in spread for part in _counted_here(*pair)]
-        own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
-        # A rank without a gradient takes part too: the others wait for it.
-        if norm_type == math.inf:
-            norms.append(transport.all_reduce(own, "max"))
-        else:
-            norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
+    with Doing(lambda: "clip_grad_norm_"):
+        for transport in of_transports:
+            _check_same(norms[0], transport)
+        for sharded in of_meshes.values():
+            norm = get_total_norm(_grads_of_mesh(sharded), norm_type, foreach=foreach)
+            norms.append(full_tensor(norm, "clip_grad_norm_").double())
+        for transport, spread in of_transports.items():
+            counted = [part for pair in spread for part in _counted_here(*pair)]
+            own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
+            # A rank without a gradient takes part too: the others wait for it.
+            if norm_type == math.inf:
+                norms.append(transport.all_reduce(own, "max"))
+            else:
+                norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -82,6 +89,20 @@ def clip_grad_norm_(
     for group in (plain, *of_meshes.values()):
         clip_grads_with_norm_(group, max_norm, total, foreach=foreach)
     return total
+
+
+def _check_same(norm: Tensor, transport: Transport) -> None:
+    """Raise ValueError on every rank where the ranks have other norms of what counts as dense."""
+    if transport.size == 1:
+        return
+    largest, smallest = transport.all_reduce(torch.stack([norm, -norm]).cpu(), "max").tolist()
+    if largest + smallest > 1e-3 * largest:  # not where any is infinite or NaN
+        raise ValueError(
+            f"the gradients of dense parameters have norms from {-smallest:g} to {largest:g} on the ranks, here "
+            f"{float(norm):g}, and every rank would clip by another: average them first, with "
+            'transport.all_reduce(parameter.grad, "mean"), and leave out parameters of this rank alone that are no '
+            "GroupedExperts'"
+        )
 
 
 def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -1,8 +1,6 @@
 """parallelize(): spread the experts of any module over ranks; which parameters those are; their whole state dicts."""
 
 import functools
-import gc
-from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -10,26 +8,17 @@ from torch import nn
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.check import check_expert_parallel
-from tritonmoe.experts.adapters import SHARDS, check_hands_over, shard_adapters
-from tritonmoe.experts.parameters import PARAMETERS
+from tritonmoe.experts.adapters import shard_adapters
+from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.parameters import check_expert_gradients, check_same_weights, find_sharding
+from tritonmoe.transports.sharding.parameters import check_expert_gradients, find_sharding
+from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
 from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 
-__all__ = [
-    "expert_parameters",
-    "gather_state_dicts",
-    "parallelize",
-    "refuse_adapted",
-    "refuse_computed",
-    "refuse_held",
-    "refuse_tied",
-    "routed_experts",
-]
+__all__ = ["expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]
 
 
 def parallelize(
@@ -55,8 +44,9 @@ def parallelize(
         overlap, placement, expert_gradients: as in MoELayer; the same on every rank.
     Raises:
         ValueError: there are no such experts, they are spread already, can't be divided by the ranks, share weights
-            with another module, have a parametrization, are adapted by a PEFT that does not hand over factors, or have
-            other values on another rank. Nothing is changed then.
+            with another module anywhere, have hooks, gradients or a parametrization, or are adapted by a PEFT that does
+            not hand over factors; or parameters or saved buffers of the module, routers and all, are others on another
+            rank, but for those in its _ddp_params_and_buffers_to_ignore. Every rank raises, and nothing is changed.
         TypeError: `group_or_mesh` is none.
     Example:
         E=8 experts of (8, 2F, D) on a mesh of 4 ranks: parameters of global shape (8, 2F, D), two experts on each rank.
@@ -69,31 +59,32 @@ def parallelize(
             f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there is nothing to spread: for a "
             "model of transformers it is tritonmoe.integrations.transformers.parallelize"
         )
-    refuse_held(module, found)
     check_overlap(OverlapConfig() if overlap is None else overlap)
     check_expert_gradients(expert_gradients)
     transport = as_transport(group_or_mesh)
-    size = transport.size
-    for name, experts in found.items():
-        if experts.transport is not None:
-            raise ValueError(f"the experts of {name or 'the module'} are spread over ranks already: parallelize once")
-        num_experts = experts.config.num_experts
-        num_local = num_experts // size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, num_experts, size, placement)
-    refuse_computed(found)
-    refuse_tied(module, found)
-    refuse_adapted(module, found)
-    device = next(iter(found.values())).gate_up_proj.device
-    check_same_weights(module, found, find_sharding(group_or_mesh, transport, device))
-    for experts in found.values():
+    sharding = find_sharding(group_or_mesh, transport, next(iter(found.values())).gate_up_proj.device)
+    check_on_all_ranks(module, found, sharding, lambda: check_spreadable(module, found, transport.size, placement))
+    spread_layers(module, group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
+    shard_adapters(module)
+    return len(found)
+
+
+def spread_layers(
+    module: nn.Module,
+    group_or_mesh: Ranks,
+    overlap: OverlapConfig | OverlapPlan | None = None,
+    *,
+    placement: ExpertPlacement | None = None,
+    expert_gradients: Literal["mean", "sum"] = "mean",
+) -> None:
+    """Do what parallelize() does once it has checked, apart from adapters."""
+    for experts in routed_experts(module).values():
         experts.spread_over(group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
     for layer in module.modules():
         if isinstance(layer, MoELayer):
             for router in layer.router.modules():  # of PEFT's wrapper all that it may call
                 if isinstance(router, TopKRouter) and router.reduce_load is None:
                     router.reduce_load = layer.grouped_experts.sum_over_ranks
-    shard_adapters(module)
-    return len(found)
 
 
 def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -156,71 +147,3 @@ def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
         for name, child in module.named_modules()
         if isinstance(child, GroupedExperts) and id(child) not in beside
     }
-
-
-def refuse_held(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where somebody keeps the parameters that spreading replaces: they would never move again."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    own = {id(parameter): name for name, experts in found.items() for parameter in experts.parameters(recurse=False)}
-    for name, child in module.named_modules():
-        if hasattr(type(child), SHARDS):
-            own |= {id(parameter): name for key, parameter in child.named_parameters() if "lora_" in key}
-    for name, experts in found.items():
-        if any(hasattr(parameter, "device_mesh") for parameter in experts.parameters(recurse=False)):
-            raise ValueError(
-                f"the experts of {name or 'the module'} are DTensors already: call parallelize() before fully_shard() "
-                "and parallelize_module()"
-            )
-    for held in gc.get_objects():
-        if issubclass(type(held), DistributedDataParallel):
-            holder, parameters = "DistributedDataParallel", held.module.parameters()
-        elif issubclass(type(held), torch.optim.Optimizer):
-            holder = type(held).__name__
-            parameters = (parameter for group in held.param_groups for parameter in group["params"])
-        else:
-            continue
-        kept = [own[id(parameter)] for parameter in parameters if id(parameter) in own]
-        if kept:
-            raise ValueError(
-                f"{holder} was made with the experts of {kept[0] or 'the module'} before they are spread, and would "
-                "go on with the parameters that were: call parallelize() first"
-            )
-
-
-def refuse_computed(found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where an expert weight is made of other parameters, which would stay whole."""
-    for name, experts in found.items():
-        for weight in (*PARAMETERS, "up_proj"):
-            if hasattr(experts, weight) and weight not in experts._parameters:
-                raise ValueError(
-                    f"{weight} of {name or 'the module'} is computed from other parameters (a parametrization or "
-                    "pruning), which can't be spread over ranks: make it a parameter again before parallelize(), with "
-                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
-                )
-
-
-def refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
-    own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
-    names: dict[int, str] = {}
-    every: Iterable[tuple[str, nn.Parameter]] = (
-        (f"{name}.{own_name}", parameter)
-        for name, child in module.named_modules()
-        for own_name, parameter in child.named_parameters(recurse=False)
-    )
-    for name, parameter in every:
-        first = names.setdefault(id(parameter), name)
-        if first != name and (name in own or first in own):
-            raise ValueError(
-                f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
-                "weights of its own before parallelize()"
-            )
-
-
-def refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where PEFT would add whole tensors to expert weights, which spread ones can't take."""
-    for name in found:
-        parts = name.split(".")
-        for length in range(len(parts)):
-            check_hands_over(name, module.get_submodule(".".join(parts[:length])))

@@ -11,8 +11,8 @@ from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMER
 from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
 from tritonmoe.integrations.transformers.statistics import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.two_batches import HalvedForward, two_batches
+from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import aux_loss
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
-from tritonmoe.integrations.transformers.upcycle.inplace import aux_loss
 from tritonmoe.integrations.transformers.upcycle.saved import load_upcycled
 from tritonmoe.integrations.transformers.upcycle.upcycle import UpcycleReport, upcycle, verify_upcycle
 

@@ -10,10 +10,12 @@ from transformers.distributed.expert_parallel import EPImplementation
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import run_experts
+from tritonmoe.integrations.transformers.generation import let_spread_models_generate
 from tritonmoe.integrations.transformers.sharding import note_transport
 from tritonmoe.transports import as_transport
 
@@ -40,7 +42,9 @@ class OverlappedEP(EPImplementation):
         self.experts = experts
         self.transport = as_transport(ep_mesh)
         self.num_experts = experts.num_experts * self.transport.size
+        self.calls = LayerCalls(self.transport)
         note_transport(experts, self.transport)
+        let_spread_models_generate()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Give (T, D) of hidden_states (T, D), global ids and weights (T, K)."""
@@ -55,7 +59,7 @@ class OverlappedEP(EPImplementation):
 
     def _run(self, spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
         call_spec = CallSpec(spec, self.num_experts, self.overlap)
-        return run_expert_parallel(CallArguments(call_spec, self.transport, inputs))
+        return run_expert_parallel(CallArguments(call_spec, self.transport, inputs, self.calls))
 
     def _own_slice(self, tensor: Tensor) -> Tensor:
         shared = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)

@@ -1,7 +1,9 @@
-"""The name that transformers knows tritonmoe by, and the release from which on models take it for whole meshes."""
+"""The names that transformers knows tritonmoe by, and that it gives to arguments of its models."""
 
-__all__ = ["EP_REGISTRY_SINCE", "EXPERTS_IMPLEMENTATION"]
+__all__ = ["CACHES", "EP_REGISTRY_SINCE", "EXPERTS_IMPLEMENTATION"]
 
 EXPERTS_IMPLEMENTATION = "tritonmoe"
 EP_REGISTRY_SINCE = (5, 23)
 """The release of transformers whose models take an expert-parallel implementation by its name."""
+CACHES = ("cache", "past_key_values")
+"""The arguments with keys and values of earlier tokens."""

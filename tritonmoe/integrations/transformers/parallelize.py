@@ -6,33 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig, check_overlap
-from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.adapters import shard_adapters
-from tritonmoe.integrations.torch_distributed.parallelize import parallelize as parallelize_layers
-from tritonmoe.integrations.torch_distributed.parallelize import (
-    refuse_adapted,
-    refuse_computed,
-    refuse_held,
-    refuse_tied,
-    routed_experts,
-)
+from tritonmoe.integrations.torch_distributed.parallelize import routed_experts, spread_layers
+from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
-from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
-from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState, expert_parallel_state
+from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState
 from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
-from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import Ranks, Transport, as_transport
 from tritonmoe.transports.sharding.parameters import (
     Sharding,
     check_expert_gradients,
-    check_same_weights,
     find_sharding,
     shard_parameters,
 )
+from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
 
 __all__ = ["parallelize"]
 
@@ -52,7 +44,7 @@ def parallelize(
     the optimizer afterwards. torch.distributed.checkpoint reads such checkpoints back over any number of ranks.
     `model.save_pretrained` gathers, so every rank must call it; the first one writes. Trainer's checkpoints do too, and
     torch.save of one rank's state dict is refused (tritonmoe.gather_state_dicts). Every rank calls `model.generate`,
-    which runs with synced_gpus=True where all ranks of the job have the model: texts may end at different lengths.
+    as often; texts may end at different lengths. Continuous batching (generate_batch) is refused.
     DistributedDataParallel, and so Trainer, leaves expert parameters alone, in whatever module the model stands.
     FSDP2's fully_shard comes after this, over the replicas for the experts or with
     `ignored_params=set(tritonmoe.expert_parameters(model))`: docs/transformers.md. The layers of a model upcycled in
@@ -65,9 +57,8 @@ def parallelize(
         expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
             the ranks' losses.
     Raises:
-        ValueError: as patch(); the experts of a module can't be divided by the number of ranks, are spread already,
-            share weights with another module, or have a parametrization; init_process_group was not called. Nothing is
-            changed.
+        ValueError: as patch() and tritonmoe.parallelize(); init_process_group was not called. Every rank raises, and
+            nothing is changed.
     """
     check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
@@ -84,38 +75,26 @@ def parallelize(
     hand_over_factors()
     found = experts_modules(model)
     layers = routed_experts(model)
-    _check_spreadable(model, found, layers, transport)
-    if found or not layers:
+    if not found and not layers:
         patch(model)  # it says what is missing where there is nothing to spread
-        sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
-        check_same_weights(model, found, sharding)
-        for experts in found.values():
-            _spread(experts, sharding, overlap, expert_gradients)
-    if layers:
-        parallelize_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
+    experts = {**found, **layers}
+    sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
+
+    def check() -> None:
+        if found:
+            check_patchable(model, found)
+        check_spreadable(model, experts, transport.size)
+
+    check_on_all_ranks(model, experts, sharding, check)
+    if found:
+        patch(model)
+        for own in found.values():
+            _spread(own, sharding, overlap, expert_gradients)
+    spread_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
     shard_adapters(model)
     bind_to_spread(model, found)
     let_trainer_save_spread_models()
     return len(found) + len(layers)
-
-
-def _check_spreadable(
-    model: nn.Module, found: dict[str, ExpertsModule], layers: dict[str, GroupedExperts], transport: Transport
-) -> None:
-    """Raise ValueError, before anything is changed, where these experts of `model` can't be spread."""
-    from torch.distributed.tensor import DTensor
-
-    for name, experts in found.items():
-        if isinstance(experts.down_proj, DTensor) or expert_parallel_state(experts) is not None:
-            raise ValueError(
-                f"the experts of {name} are spread over ranks already: parallelize a model once, and before fully_shard"
-            )
-        num_experts = experts.down_proj.shape[0]
-        check_expert_parallel(num_experts // transport.size, num_experts, transport.size)
-    refuse_held(model, found)
-    refuse_computed({**found, **layers})
-    refuse_tied(model, found)
-    refuse_adapted(model, {**found, **layers})
 
 
 def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
@@ -126,7 +105,7 @@ def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, 
         for name, parameter in experts.named_parameters(recurse=False)
         if parameter.shape[0] == num_experts  # a stack of one per expert
     }
-    shard_parameters(experts, own, sharding)
+    shard_parameters(experts, own, sharding, is_summed=expert_gradients == "sum")
     scale = 1 / transport.size if expert_gradients == "mean" else 1.0
     calls = LayerCalls(transport, expert_gradients)
     setattr(experts, STATE, ExpertParallelState(num_experts, sharding, overlap, scale, calls, tuple(own)))

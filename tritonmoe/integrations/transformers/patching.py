@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.registration import register
@@ -18,7 +19,7 @@ from tritonmoe.integrations.transformers.requirements import (
 )
 from tritonmoe.layer import MoELayer
 
-__all__ = ["PatchReport", "patch"]
+__all__ = ["PatchReport", "check_patchable", "patch"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,14 @@ def patch(model: nn.Module) -> PatchReport:
 
     found = experts_modules(model)
     left = _other_experts(model, found)
-    _check(model, found, left)
+    check_patchable(model, found, left)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     for experts in found.values():  # of classes that set_experts_implementation does not know, as custom code has
         experts.config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
         experts.__dict__[REGISTRATION] = _Registration()
+    watch_auxiliary_losses(model)
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))
@@ -99,7 +101,13 @@ def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str
     return others
 
 
-def _check(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module]) -> None:
+def check_patchable(model: nn.Module, found: Mapping[str, nn.Module], left: dict[str, nn.Module] | None = None) -> None:
+    """Raise patch()'s ValueError where nothing of the model, of which these are the experts modules, can be switched.
+
+    Args:
+        left: what else is called experts; found here where it is None.
+    """
+    left = _other_experts(model, found) if left is None else left
     quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
     kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
     if not quantised and not found and (method := quantisation_method(model)) is not None:

@@ -20,7 +20,12 @@ from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
-from tritonmoe.integrations.transformers.peft_sharding import local_factors, shard_factors
+from tritonmoe.integrations.transformers.peft_sharding import (
+    check_merged_is_finite,
+    local_factors,
+    shard_factors,
+    with_parts,
+)
 from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
@@ -61,9 +66,11 @@ def hand_over_factors() -> None:
     wrapper._activate_lora = _activate
     setattr(wrapper, DELTA, wrapper.get_delta_weight)
     wrapper.get_delta_weight = _delta_weight
+    wrapper.merge = _safely_merged(wrapper.merge)
     setattr(wrapper, SHARDS, shard_factors)
     wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
     gather_what_peft_saves()
+    _hotswap_parts()
 
 
 def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +82,33 @@ def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
         shard_factors(self)
 
     return method
+
+
+def _safely_merged(merge: Callable[..., None]) -> Callable[..., None]:
+    """Let safe_merge=True look at the experts of every rank, where PEFT would look at this rank's, and change none."""
+
+    @functools.wraps(merge)
+    def method(self: "ParamWrapper", safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        if safe_merge and hasattr(self.get_param(), "to_local") and transport_of(self.get_base_layer()) is not None:
+            check_merged_is_finite(self, check_adapters_to_merge(self, adapter_names))
+            safe_merge = False
+        merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    return method
+
+
+def _hotswap_parts() -> None:
+    """Let PEFT's hotswap take this rank's part of a whole adapter, where the one there is spread."""
+    hotswap = importlib.import_module("peft.utils.hotswap")
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def swap_parts(model: nn.Module, state_dict: dict[str, Tensor], *arguments: Any, **keywords: Any) -> None:
+        swap(model, with_parts(model, state_dict), *arguments, **keywords)
+
+    hotswap.hotswap_adapter_from_state_dict = swap_parts  # type: ignore[attr-defined]
 
 
 def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:

@@ -9,20 +9,22 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.halves import for_both_halves
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
-from tritonmoe.transports.sharding.parameters import Sharding, check_same_weights, local_shard, shard_parameters
-from tritonmoe.transports.sharding.whole_states import StateDict, give_whole_as
+from tritonmoe.transports.sharding.parameters import Sharding, local_shard, shard_parameters
+from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
+from tritonmoe.transports.sharding.whole_states import StateDict, give_whole_as, part_of, whole_forms
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
 
-__all__ = ["local_factors", "shard_factors", "spread_of"]
+__all__ = ["check_merged_is_finite", "local_factors", "shard_factors", "spread_of", "with_parts"]
 
 
 class Spread(NamedTuple):
@@ -30,7 +32,8 @@ class Spread(NamedTuple):
 
     sharding: Sharding
     gradient_scale: float
-    layer: int
+    number: int
+    """LayerCalls.number."""
 
 
 def spread_of(experts: nn.Module) -> Spread | None:
@@ -49,7 +52,7 @@ def spread_of(experts: nn.Module) -> Spread | None:
         sharding, scale, calls = state.sharding, state.gradient_scale, state.calls
     if sharding is None or sharding.mesh is None or calls is None:
         return None
-    return Spread(sharding, scale, calls.layer)
+    return Spread(sharding, scale, calls.number)
 
 
 def shard_factors(wrapper: "ParamWrapper") -> None:
@@ -68,7 +71,7 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
 
 def _shard(linear: Any, sharding: Sharding, num_experts: int, is_b: bool) -> None:
     if sharding.replicas is not None:
-        check_same_weights(
+        check_on_all_ranks(
             linear, {"": linear}, replace(sharding, transport=as_transport(sharding.replicas), replicas=None)
         )
     weight, rank, size = linear.weight, sharding.transport.rank, sharding.transport.size
@@ -102,13 +105,54 @@ def _load_from_peft(num_experts: int, linear: nn.Module, state_dict: StateDict, 
         state_dict[f"{prefix}weight"] = _from_peft(value, num_experts)
 
 
+def with_parts(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """Give a whole adapter with this rank's part of what is spread in the model, as PEFT's hotswap copies it there.
+
+    Raises:
+        ValueError: a factor has another rank than the one there.
+    """
+    given = dict(state_dict)
+    for name in whole_forms(model).keys() & state_dict.keys():
+        linear: Any = model.get_submodule(name.removesuffix(".weight"))
+        wrapper: Any = model.get_submodule(name.rsplit(".", 3)[0])
+        value = state_dict[name]
+        is_b = linear.weight.dim() == 3
+        if value.numel() != linear.weight.numel():
+            raise ValueError(
+                f"PEFT can't swap {name} {tuple(value.shape)} into an adapter of another rank, whose experts are "
+                f"spread over ranks: load it under a name of its own with load_adapter(), which takes any rank"
+            )
+        given[name] = part_of(_from_peft(value, wrapper.num_experts) if is_b else value, linear.weight)
+    return given
+
+
+def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> None:
+    """Raise ValueError on every rank if an adapter would make some rank's weights infinite or NaN; every rank calls."""
+    weight: Any = wrapper.get_param().detach()
+    merged = weight.to_local().clone()
+    for adapter in adapters:
+        if adapter in wrapper.lora_A:
+            delta: Any = wrapper.get_delta_weight(adapter)
+            merged += delta.to_local()
+    is_broken = (~merged.isfinite()).any().to(torch.int32)
+    transport = transport_of(wrapper.get_base_layer())
+    assert transport is not None
+    transport.all_reduce(is_broken, "max")
+    if is_broken.item():
+        raise ValueError(
+            f"the adapters {list(adapters)} would make some rank's weights of {wrapper.parameter_name} infinite or "
+            "NaN, and safe_merge=True refuses that: leave them out"
+        )
+
+
 def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor] | None:
     """Give PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
     spread = spread_of(wrapper.get_base_layer())
     linears: Sequence[Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
     if spread is None or not any(sharded_modules(linears[0])):
         return None
-    first_number = -4 * (spread.layer + 1) + 2 * (wrapper.parameter_name == "down_proj")  # not the experts' own numbers
+    is_down = wrapper.parameter_name == "down_proj"
+    first_number = -4 * (spread.number + 1) + 2 * is_down  # not the experts' own numbers
     factors = []
     for number, linear in enumerate(linears):
         parameter = linear.weight

@@ -13,6 +13,7 @@ from tritonmoe.integrations.transformers.requirements import check_model, check_
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.layer import MoELayer
 from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.wrappers import COPIES, INSIDE
 from tritonmoe.transports import Transport
 
@@ -110,7 +111,9 @@ def refuse_compiler() -> None:
 def watched_routing(
     model: nn.Module, found: Mapping[str, RoutedExperts], see: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see` with name, ids and weights in each call of experts of `model` while the context lasts, but recomputes.
+    """Call `see` with name, ids and weights in each call of experts of `model` while the context lasts.
+
+    Recomputes are left out, and forwards by which a rank helps others to generate.
 
     Raises:
         RuntimeError: in a call that is being compiled. ValueError: at the end: nothing was seen.
@@ -119,7 +122,7 @@ def watched_routing(
 
     def watch(name: str, module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
         nonlocal was_seen
-        if module is not found[name].experts:  # a copy of the model, which has the hooks too
+        if module is not found[name].experts or is_helping():  # a copy of the model has the hooks too
             return
         refuse_compiler()
         if not is_recomputing():

@@ -21,6 +21,7 @@ from tritonmoe.layer import MoELayer
 from tritonmoe.routing.recording import RoutingRecording, check_same_layers
 from tritonmoe.routing.replay import LayerReplay
 from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.runtime.helping import is_helping
 
 __all__ = ["record_routing", "replay_routing"]
 
@@ -120,14 +121,14 @@ class _Replay:
             raise ValueError("replay needs the router: pass the model that holds these experts")
 
         def start(module: nn.Module, _: object) -> None:
-            if module is not block:  # a copy of the model, which has the hooks too
+            if module is not block or is_helping():  # a copy of the model has the hooks too
                 return
             refuse_compiler()
             self._drop_hooks()
             layer.start()
 
         def finish(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            if module is not routed.experts:
+            if module is not routed.experts or is_helping():
                 return
             try:
                 if self.has_failed and layer.is_open:

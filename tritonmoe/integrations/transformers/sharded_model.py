@@ -1,4 +1,4 @@
-"""What changes in a model whose experts are spread over ranks: how it saves itself and generates, and what it refuses.
+"""What changes in a model whose experts are spread over ranks: how it saves itself, and what it refuses.
 
 Without that, what only whole experts can do ends in DTensor's own errors, deep inside a forward.
 """
@@ -16,10 +16,12 @@ from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
+from tritonmoe.integrations.transformers.generation import announce_forwards, let_spread_models_generate
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
 from tritonmoe.transports.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ MAX_NAMED = 8
 
 
 def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None:
-    """Give every model of transformers in `model` its own save_pretrained, set_experts_implementation and generate.
+    """Give every model of transformers in `model` its own save_pretrained and set_experts_implementation.
+
+    Its generate() keeps step with the other ranks.
 
     The blocks around the experts check before each forward what can be changed without these.
 
@@ -50,8 +54,8 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
             own.save_pretrained = functools.partial(_save_gathered, own, save)
             if hasattr(type(own), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
                 own.set_experts_implementation = functools.partial(_set_experts_implementation, own)
-                if hasattr(type(own), "generate") and _is_over_whole_job(own):
-                    own.generate = functools.partial(_generate, own)
+    let_spread_models_generate(model)
+    announce_forwards(model)
     for name, experts in found.items():
         block_name, _, own_name = name.rpartition(".")
         if own_name:
@@ -81,19 +85,6 @@ def _set_experts_implementation(model: "PreTrainedModel", experts_implementation
     for implementation in by_config.values():
         _check_implementation(type(model).__name__, implementation)
     type(model).set_experts_implementation(model, experts_implementation)
-
-
-def _is_over_whole_job(model: nn.Module) -> bool:
-    """Say whether rows go to other ranks, and every rank of the job, for which synced_gpus waits, has this model."""
-    import torch.distributed as dist
-
-    exchanges = any(transport.size > 1 for module in model.modules() if (transport := transport_of(module)) is not None)
-    return exchanges and len(_members(model)) == dist.get_world_size()
-
-
-def _generate(model: Any, *inputs: Any, **settings: Any) -> Any:
-    """Generate as its class does, each rank to the end of the longest text, whatever trainers say of synced_gpus."""
-    return type(model).generate(model, *inputs, **{**settings, "synced_gpus": True})
 
 
 def saves_adapters(model: nn.Module) -> bool:
@@ -134,7 +125,8 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
     everybody = _everybody(model)
     failed = torch.tensor(int(error is not None), device=everybody.device_type)
     # also a barrier: nobody reads a half-written directory
-    num_failed = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim).full_tensor()
+    everybodys = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim)
+    num_failed = full_tensor(everybodys, "save_pretrained, until the first rank has written")
     if error is not None:
         raise error
     if num_failed.item():

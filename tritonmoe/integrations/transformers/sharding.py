@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,7 +17,10 @@ from tritonmoe.layer import GroupedExperts
 from tritonmoe.transports import Transport
 from tritonmoe.transports.sharding.parameters import Sharding, local_shard
 
-__all__ = ["STATE", "ExpertParallelState", "expert_parallel_state", "note_transport", "transport_of"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["STATE", "ExpertParallelState", "expert_parallel_state", "note_transport", "replicas_of", "transport_of"]
 
 STATE = "_tritonmoe_expert_parallel"
 """The attribute of an experts module that holds its ExpertParallelState."""
@@ -55,7 +59,7 @@ class ExpertParallelState:
         parameter = getattr(experts, name)
         if name not in self.names:
             return parameter
-        number = len(self.names) * self.calls.layer + self.names.index(name)
+        number = len(self.names) * self.calls.number + self.names.index(name)
         make = partial(local_shard, experts, parameter, self.sharding, self.gradient_scale, number)
         return for_both_halves(parameter, parameter.dtype, make)
 
@@ -76,3 +80,13 @@ def transport_of(experts: nn.Module) -> Transport | None:
         return experts.transport
     state = expert_parallel_state(experts)
     return experts.__dict__.get(TRANSPORT) if state is None else state.sharding.transport
+
+
+def replicas_of(experts: nn.Module) -> "DeviceMesh | None":
+    """Give the ranks that hold copies of this rank's experts of a module; None where there are none."""
+    if isinstance(experts, GroupedExperts):
+        sharding = experts.sharding
+    else:
+        state = expert_parallel_state(experts)
+        sharding = None if state is None else state.sharding
+    return None if sharding is None else sharding.replicas

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
-from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank, saves_adapters
-from tritonmoe.integrations.transformers.upcycle.saved import DESCRIPTION_FILE, load_upcycled
+from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank
+from tritonmoe.integrations.transformers.trainer_loading import load_saved
 from tritonmoe.transports.sharding.whole_states import StateDict
 
 __all__ = ["let_trainer_save_spread_models"]
@@ -184,27 +184,10 @@ def _load_from_checkpoint(
     original: Original, trainer: "SpreadTrainer", resume_from_checkpoint: str, model: nn.Module | None = None
 ) -> None:
     model = trainer.model if model is None else model
-    if not _load_saved(model, Path(resume_from_checkpoint)):
+    if not load_saved(model, Path(resume_from_checkpoint)):
         original(trainer, resume_from_checkpoint, model)
 
 
 def _load_best_model(original: Original, trainer: "SpreadTrainer") -> None:
-    if not _load_saved(trainer.model, Path(trainer.state.best_model_checkpoint)):
+    if not load_saved(trainer.model, Path(trainer.state.best_model_checkpoint)):
         original(trainer)
-
-
-def _load_saved(model: nn.Module, directory: Path) -> bool:
-    """Load what a model's own save_pretrained wrote; False where Trainer's way is right, for adapters and modules.
-
-    On disk most families have one tensor an expert, under another name, which load_state_dict passes over.
-    """
-    model_class: Any = type(model)
-    if (directory / DESCRIPTION_FILE).exists():
-        loaded: Any = load_upcycled(directory, model_class)
-    elif hasattr(type(model), "from_pretrained") and not saves_adapters(model):
-        widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-        loaded = model_class.from_pretrained(directory, dtype=widest)  # rounds nothing
-    else:
-        return False
-    model.load_state_dict(loaded.state_dict())
-    return True

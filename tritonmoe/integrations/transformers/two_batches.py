@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
+from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
@@ -22,19 +23,21 @@ __all__ = ["HalvedForward", "two_batches"]
 
 Arguments: TypeAlias = dict[str, Any]
 """The arguments of a model's forward, by name."""
-SPLIT = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-    "labels",
-    "shift_labels",
-)
-"""The arguments of a model's forward whose first dimension is the batch. Other tensors can't be split."""
+SPLIT = {
+    "input_ids": {2: 0},
+    "inputs_embeds": {3: 0},
+    "attention_mask": {2: 0, 4: 0},
+    "position_ids": {2: 0, 3: 1},  # (3 or 4, B, S) where a model turns by time, height and width
+    "token_type_ids": {2: 0},
+    "labels": {1: 0, 2: 0},
+    "shift_labels": {2: 0},
+}
+"""The arguments of a model's forward that are split: by how many dimensions they have, which is the batch.
+
+Other tensors can't be split, whatever size their first dimension happens to have.
+"""
 SHARED = ("num_items_in_batch", "logits_to_keep")
 """Tensors that both halves get as they are."""
-CACHES = ("cache", "past_key_values")
 JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_logits")
 """The results, or tuples of results, whose first dimension is the batch."""
 
@@ -305,14 +308,16 @@ def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Argu
     for name, value in arguments.items():
         if name in SHARED or value is None or isinstance(value, bool | int | float | str):
             continue
-        if name not in SPLIT or not isinstance(value, Tensor) or value.shape[0] not in (1, size):
+        dim = SPLIT.get(name, {}).get(value.dim()) if isinstance(value, Tensor) else None
+        if dim is None or value.shape[dim] not in (1, size):
             said = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"two_batches can't split {name} ({said}) of a batch of {size} sequences: it splits "
-                f"{', '.join(SPLIT)}, whose first dimension is the batch"
+                f"{', '.join(SPLIT)}, whose first dimension is the batch, and position_ids of three dimensions, whose "
+                "second one is"
             )
-        if value.shape[0] == size:
-            for half, part in zip(halves, (value[:first], value[first:]), strict=True):
+        if value.shape[dim] == size:
+            for half, part in zip(halves, value.tensor_split([first], dim), strict=True):
                 half[name] = part
     return halves
 

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Generic, TypeVar
@@ -45,7 +46,7 @@ def run_on_emulated_ranks(
         num_ranks: W, at least 1.
         device: "cpu", or one CUDA device that all ranks share.
         link: how long rows travel; None is as fast as memory.
-        faults: Delay and Death.
+        faults: Delay and Death; one that never happens is a warning at the end, unless a Death did.
         timeout_s: how long a rank waits for an exchange before it raises TransportError. Code between exchanges has
             no limit: the call returns when every rank's thread has ended.
     Raises:
@@ -120,6 +121,8 @@ class _RankThreads(Generic[Result]):
             torch.set_num_threads(self._num_threads)
             for stream in self._streams:
                 torch.cuda.current_stream(self._world.device).wait_stream(stream)
+        for words in self._world.faults_that_never_happened():
+            warnings.warn(f"{words}; give a fault an exchange that its rank makes", stacklevel=3)
         if self._errors:
             _raise_first_cause(self._errors, self._world.num_ranks)
         return [self._results[rank] for rank in ranks]

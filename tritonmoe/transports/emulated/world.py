@@ -4,9 +4,10 @@ Exchanges are matched by number: the s-th one of a rank belongs to the s-th one 
 waits for a peer.
 """
 
+import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from tritonmoe.transports.emulated.exchange import EmulatedExchange
 from tritonmoe.transports.emulated.faults import Death, Delay, FaultScript, PeerFailure
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.transport import EmulatedTransport
+from tritonmoe.transports.waiting import LongWait, wait_aloud
 
 __all__ = ["EmulatedWorld"]
 
@@ -87,6 +89,10 @@ class EmulatedWorld:
         if delay_s is not None:
             self._is_closed.wait(delay_s)
 
+    def faults_that_never_happened(self) -> list[str]:
+        """Say which faults never happened, and why."""
+        return self._faults.never_happened(self._num_posted)
+
     def post(self, exchange: EmulatedExchange) -> None:
         """Number an exchange and pair it with those that its peers have posted."""
         with self.lock:
@@ -95,10 +101,12 @@ class EmulatedWorld:
     def wait(self, exchange: EmulatedExchange) -> None:
         """Block until the exchange is complete; raise TransportError when it can't be, or takes too long."""
         with self.lock:
-            exchange.has_changed.wait_for(
+            is_over = functools.partial(
+                exchange.has_changed.wait_for,
                 lambda: exchange.finished is not None or exchange.failure is not None or self._closed_because,
-                self.timeout_s,
             )
+            whom = functools.partial(self._whom, exchange)
+            wait_aloud(is_over, self._long_wait(exchange.rank, whom, exchange.words), self.timeout_s)
             if exchange.finished is not None:
                 return
             error = self._error_of(exchange)
@@ -122,9 +130,11 @@ class EmulatedWorld:
                 self._begin_generation()
             self._has_met.notify_all()
             transport = self.transports[rank]
-            self._has_met.wait_for(
-                lambda: transport.generation > generation or self._ended or self._closed_because, self.timeout_s
+            is_over = functools.partial(
+                self._has_met.wait_for,
+                lambda: transport.generation > generation or self._ended or self._closed_because,
             )
+            wait_aloud(is_over, self._long_wait(rank, lambda: f"ranks {self._absent()}", "rebuild()"), self.timeout_s)
             if transport.generation > generation:
                 return
             self._wants_rebuild.discard(rank)
@@ -133,7 +143,7 @@ class EmulatedWorld:
                 raise PeerFailure(f"{said}: {' and '.join(map(self._end_of, self._ended))}")
             if self._closed_because is not None:
                 raise TransportError(f"{said}: {self._closed_because}")
-            absent = [peer for peer in range(self.num_ranks) if peer not in {*self._wants_rebuild, rank}]
+            absent = [peer for peer in self._absent() if peer != rank]
             raise TransportError(
                 f"{said}: ranks {absent} did not come within timeout_s = {self.timeout_s}. Call it again on all ranks"
             )
@@ -192,6 +202,17 @@ class EmulatedWorld:
         for stopped_rank in (*self._ended, *self._given_up):
             self._fail_if_waiting_for(exchange, stopped_rank)
         exchange.finish_if_complete()
+
+    def _long_wait(self, rank: int, whom: Callable[[], str], what: str) -> LongWait:
+        return LongWait(f"rank {rank} of {self.num_ranks}", whom, what, self.timeout_s)
+
+    def _whom(self, exchange: EmulatedExchange) -> str:
+        absent = [rank for rank in exchange.incoming if self._num_posted[rank] <= exchange.number]
+        return f"ranks {absent or sorted({*exchange.incoming, *exchange.outgoing})}"
+
+    def _absent(self) -> list[int]:
+        """Give the ranks that have not called rebuild()."""
+        return [rank for rank in range(self.num_ranks) if rank not in self._wants_rebuild]
 
     def _error_of(self, exchange: EmulatedExchange) -> TransportError:
         """Say why an exchange is not complete."""

@@ -1,14 +1,20 @@
 """Sharded parameters under DistributedDataParallel, which leaves them alone, and FSDP2, which has to be told to."""
 
+import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from tritonmoe.transports.sharding.whole_states import refuse_pickling
+from tritonmoe.routing import TopKRouter
+from tritonmoe.transports import Ranks, as_transport
+from tritonmoe.transports.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,15 +27,23 @@ __all__ = [
     "ShardedNames",
     "explain_fully_shard",
     "ignore_sharded_parameters",
+    "is_averaged_by_ddp",
     "is_averaged_by_fsdp",
+    "is_marked_mesh",
     "mark_mesh",
     "mark_own_buffers",
     "mark_sharded",
+    "own_buffers",
     "sharded_modules",
 ]
 
+log = logging.getLogger("tritonmoe")
+
 MARK = "_tritonmoe_sharded"
 OWN_BUFFERS = "_tritonmoe_own_buffers"
+OF_NOBODY = "_tritonmoe_of_nobody"
+_averaged = WeakIdKeyDictionary()
+_warned_of: "WeakSet[nn.Module]" = WeakSet()
 
 
 class ShardedNames(NamedTuple):
@@ -42,6 +56,31 @@ class ShardedNames(NamedTuple):
     """Those of them that hold copies of this rank's parameters."""
     averaged: tuple[str, ...] = ()
     """The parameters whose gradients FSDP2 averages over these replicas, among which it shards them."""
+    is_summed: bool = False
+    """Whether their gradients stay sums over the ranks, where dense ones are averaged."""
+
+
+class SumOverRanks:
+    """Sums a tensor over ranks, in place, and gives it back.
+
+    A copy of what has it shares it; a file keeps None, since whoever reads it may have other ranks.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._transport = as_transport(ranks)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self._transport.all_reduce(tensor)
+
+    def __deepcopy__(self, memo: dict) -> "SumOverRanks":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """Stand for a SumOverRanks in a file."""
 
 
 def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:
@@ -60,10 +99,23 @@ def mark_mesh(mesh: "DeviceMesh") -> None:
     setattr(mesh, MARK, True)
 
 
+def is_marked_mesh(mesh: "DeviceMesh") -> bool:
+    """Say whether experts are spread over this mesh."""
+    return hasattr(mesh, MARK)
+
+
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
     """Mark these buffers of the module itself as others on every rank, which are to stay so."""
     setattr(module, OWN_BUFFERS, names)
     ignore_sharded_parameters()
+
+
+def own_buffers(module: nn.Module) -> list[str]:
+    """Give the names of what mark_own_buffers() has marked inside `module`."""
+    marked = [
+        (prefix, name) for prefix, child in module.named_modules() for name in child.__dict__.get(OWN_BUFFERS, ())
+    ]
+    return [f"{prefix}.{name}".lstrip(".") for prefix, name in marked]
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
@@ -77,8 +129,10 @@ def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, Sharded
 def ignore_sharded_parameters() -> None:
     """Let DistributedDataParallel neither broadcast nor average parameters that are marked, from now on.
 
-    It reads the names to ignore from the module that it is given, which knows nothing of marks inside it.
+    It reads the names to ignore from the module that it is given, which knows nothing of marks inside it. Its join()
+    is refused where a rank without batches would leave the others waiting for its experts.
     """
+    from torch.distributed.algorithms.join import Join, Joinable
     from torch.nn.parallel import DistributedDataParallel
 
     original: Callable[..., None] = DistributedDataParallel.__init__
@@ -89,33 +143,126 @@ def ignore_sharded_parameters() -> None:
     @functools.wraps(original)
     def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
-        module = given["module"]
-        _ignore(module, given.get("process_group"), given.get("device_mesh"))
-        if not _averages_nothing(module):
+        module, group, mesh = given["module"], given.get("process_group"), given.get("device_mesh")
+        _ignore(module, group, mesh)
+        if given.get("mixed_precision") is not None and _averages_nothing(module):
+            raise ValueError(
+                "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
+                "none, and its mixed_precision restores parameters where it averages: leave mixed_precision out, and "
+                "run the model under torch.autocast"
+            )
+        with _something_to_average(module):
             original(self, *arguments, **keywords)
-            return
-        original(self, *arguments, **keywords, **_nothing_to_average(module))
-        self._lazy_init_ran = True  # what there would be to initialise is not made then
+        _note_averaged(module)
+        _count_over(module, self.process_group if mesh is None else mesh)
+
+    set_state: Callable[..., None] = DistributedDataParallel.__setstate__
+
+    @functools.wraps(set_state)
+    def restore(self: DistributedDataParallel, state: dict[str, Any]) -> None:
+        with _something_to_average(state["_modules"]["module"]):
+            set_state(self, state)
+        _note_averaged(self.module)
+
+    make_join: Callable[..., None] = Join.__init__
+
+    @functools.wraps(make_join)
+    def init_join(
+        self: Join,
+        joinables: list[Joinable],
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+        **keywords: object,
+    ) -> None:
+        if enable and not throw_on_early_termination:
+            for joined in joinables:
+                if isinstance(joined, nn.Module):
+                    _refuse_uneven(joined)
+        make_join(self, joinables, enable, throw_on_early_termination, **keywords)
 
     setattr(init, MARK, True)
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]
+    Join.__init__ = init_join  # type: ignore[method-assign]
+
+
+def _refuse_uneven(module: nn.Module) -> None:
+    """Raise ValueError if the module's layers exchange rows: join() stands in for a rank only in what it averages."""
+    for name, child, marked in sharded_modules(module):
+        if marked.members is not None and len(marked.members) > 1:
+            raise ValueError(
+                f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
+                "which all take part in every call of them, and join() lets a rank without batches stop: give every "
+                "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
+                "join(throw_on_early_termination=True)"
+            )
+
+
+def _count_over(module: nn.Module, ranks: Ranks) -> None:
+    """Let the routers of layers that know of no ranks sum over these the load that moves their selection bias.
+
+    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied.
+    """
+    routers = [child for child in module.modules() if isinstance(child, TopKRouter) and OWN_BUFFERS in vars(child)]
+    for router in routers:
+        if router.reduce_load is None:
+            router.reduce_load = SumOverRanks(ranks)
+
+
+def _note_averaged(module: nn.Module) -> None:
+    """Remember what DistributedDataParallel averages of this module."""
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.requires_grad and f"{prefix}.{name}" not in ignored:  # as it spells them
+                _averaged[parameter] = True
+
+
+def is_averaged_by_ddp(parameter: Tensor) -> bool:
+    """Say whether DistributedDataParallel was made with this parameter, and averages its gradient."""
+    return parameter in _averaged
+
+
+def _warn_of_sums(averages: str, name: str, marked: ShardedNames, child: nn.Module) -> None:
+    """Say once of a module that gradients of its experts are sums beside averaged ones."""
+    if marked.is_summed and marked.members is not None and len(marked.members) > 1 and child not in _warned_of:
+        _warned_of.add(child)
+        number = len(marked.members)
+        log.warning(
+            "%s averages dense gradients over %d ranks, and those of the experts of %s stay sums over them "
+            '(expert_gradients="sum"), %d times as large: take expert_gradients="mean", or divide them by %d yourself '
+            "before each step, or let a communication hook sum the dense ones",
+            averages,
+            number,
+            name,
+            number,
+            number,
+        )
 
 
 def _averages_nothing(module: nn.Module) -> bool:
     """Say whether everything that is trained is other parameters on every rank, as adapters of experts alone are."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return bool(trained) and ignored.issuperset(trained)
+    return bool(trained) and ignored.issuperset(trained) and any(True for _ in sharded_modules(module))
 
 
-def _nothing_to_average(module: nn.Module) -> dict[str, object]:
-    """Give the arguments with which DistributedDataParallel takes a module of which it averages nothing.
+@contextlib.contextmanager
+def _something_to_average(module: nn.Module) -> "Iterator[None]":
+    """Let DistributedDataParallel find a parameter to average in a module in which it ignores all that is trained.
 
-    It refuses one, though Trainer wraps all, unless it is told of a parameter that somebody else lets it average: one
-    here that no module has.
+    It refuses a module without one, though Trainer wraps all. The parameter is in no graph, so that nothing is averaged
+    but in the first step of a static graph; all else that it does, with frozen parameters and buffers too, it does.
     """
+    if not _averages_nothing(module):
+        yield
+        return
     of_nobody = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
-    return {"delay_all_reduce_named_params": [("", of_nobody)], "param_to_hook_all_reduce": of_nobody}
+    module.register_parameter(OF_NOBODY, of_nobody)
+    try:
+        yield
+    finally:
+        delattr(module, OF_NOBODY)
 
 
 def explain_fully_shard() -> None:
@@ -139,6 +286,7 @@ def explain_fully_shard() -> None:
         marked: ShardedNames | None = module.__dict__.get(MARK)
         if marked is None or name not in marked.names:
             original(self, param, module_info, *arguments, **keywords)
+            note_sharded_by_fsdp(self)
             return
         try:
             original(self, param, module_info, *arguments, **keywords)
@@ -148,7 +296,7 @@ def explain_fully_shard() -> None:
                 "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
                 "experts itself over their replicas"
             ) from error
-        refuse_pickling(self.sharded_param.device_mesh)  # type: ignore[attr-defined]  # of both dimensions
+        refuse_pickling(self.sharded_param)  # type: ignore[arg-type]  # over both dimensions
         if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
             mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
 
@@ -185,7 +333,8 @@ def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module
     if all(id(parameter) in of_experts for parameter in parameters):
         return
     ranks = sorted(mesh.mesh.flatten().tolist())
-    for _, child, marked in sharded:
+    for name, child, marked in sharded:
+        _warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
         if marked.members is not None and sorted(marked.members) != ranks:
             raise ValueError(
                 f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
@@ -204,10 +353,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 f"torch.distributed's replicate() has made a plain tensor of {name}, of which every rank holds other "
                 "experts, and would average them: use DistributedDataParallel"
             )
-    ignored = []
-    for prefix, child in module.named_modules():
-        for name in child.__dict__.get(OWN_BUFFERS, ()):
-            ignored.append(f"{prefix}.{name}".lstrip("."))
+    ignored = own_buffers(module)
     for prefix, child, marked in sharded_modules(module):
         if marked.members is None:
             raise ValueError(
@@ -223,6 +369,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 'over the same ranks, with a DeviceMesh of the dimensions "replica" and "expert" where each expert '
                 "has copies"
             )
+        _warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
         for name in marked.names:
             parameter = getattr(child, name)
             if parameter is not None:

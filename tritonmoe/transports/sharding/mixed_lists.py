@@ -5,30 +5,31 @@ DTensors of two meshes. A model with sharded experts and whole dense parameters 
 """
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from tritonmoe.transports.sharding.dtensor_gaps import (
+    Arguments,
+    Handler,
+    Keywords,
+    handlers,
+    is_dtensor,
+    is_part,
+    own_rules,
+)
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 __all__ = ["allow_mixed_lists"]
 
-Arguments: TypeAlias = tuple[Any, ...]
-Keywords: TypeAlias = dict[str, Any]
-"""What an operation is called with: tensors, lists of tensors, numbers."""
-Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
-"""What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
-
 WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_sgd_")
 """Operations that DTensor has no rules for. They work element by element, so that each rank runs them on its parts."""
-
-_without_handler = threading.RLock()
 
 
 def allow_mixed_lists() -> None:
@@ -36,21 +37,12 @@ def allow_mixed_lists() -> None:
 
     Lists of one kind go the way they went. A sum of norms becomes a plain tensor, the norm over all ranks.
     """
-    handlers = _handlers()
-    aten = torch.ops.aten
+    table, aten = handlers(), torch.ops.aten
     for operation in (*_operations_on_lists(), aten.stack.default):
-        handlers.setdefault(operation, _run_by_kind)
-    handlers.setdefault(aten._local_scalar_dense.default, _number_of)
+        table.setdefault(operation, _run_by_kind)
     unscale = aten._amp_foreach_non_finite_check_and_unscale_.default
-    if getattr(handlers[unscale], "func", None) is not _unscale_by_kind:
-        handlers[unscale] = functools.partial(_unscale_by_kind, handlers[unscale])
-
-
-def _handlers() -> "dict[OpOverload, Handler]":
-    """Give DTensor's table of operations with a function of their own, which it asks before its own rules."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor._op_dispatcher._custom_op_handlers  # type: ignore[return-value]
+    if getattr(table[unscale], "func", None) is not _unscale_by_kind:
+        table[unscale] = functools.partial(_unscale_by_kind, table[unscale])
 
 
 def _operations_on_lists() -> "Iterator[OpOverload]":
@@ -84,7 +76,7 @@ def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywor
     places = _by_kind([tensors for tensors in lists if len(tensors) == length])
     is_mixed = len(places) > 1
     if operation is torch.ops.aten.stack.default:
-        if all(tensor.dim() == 0 for tensor in lists[0]) and (is_mixed or any(_is_part(t) for t in lists[0])):
+        if all(tensor.dim() == 0 for tensor in lists[0]) and (is_mixed or any(is_part(t) for t in lists[0])):
             return torch.stack([_whole(tensor) for tensor in lists[0]], *arguments[1:], **keywords)
         places = {None: list(range(length))}
 
@@ -93,20 +85,15 @@ def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywor
 
     results: list[Any] = [None] * length
     returned: object = None
-    handlers = _handlers()
-    with _without_handler:  # in which the table sends the operation on to DTensor's rules
-        own = handlers.pop(operation)
-        try:
-            for where in places.values():
-                some = [at(value, where) for value in arguments]
-                if operation._schema.name in WITHOUT_RULES:
-                    some = _on_this_rank(some)
-                returned = operation(*some, **{name: at(value, where) for name, value in keywords.items()})
-                if isinstance(returned, (list, tuple)) and is_mixed:
-                    for place, result in zip(where, returned, strict=True):
-                        results[place] = result
-        finally:
-            handlers[operation] = own
+    with own_rules(operation):
+        for where in places.values():
+            some = [at(value, where) for value in arguments]
+            if operation._schema.name in WITHOUT_RULES:
+                some = _on_this_rank(some)
+            returned = operation(*some, **{name: at(value, where) for name, value in keywords.items()})
+            if isinstance(returned, (list, tuple)) and is_mixed:
+                for place, result in zip(where, returned, strict=True):
+                    results[place] = result
     if not is_mixed or returned is None:
         return returned
     if operation._schema.name == "aten::_foreach_norm":  # of different kinds, these are summed next
@@ -116,41 +103,18 @@ def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywor
 
 def _on_this_rank(arguments: list[object]) -> list[object]:
     """Give the arguments with every list of DTensors as the parts on this rank, if those lie alike in all lists."""
-    lists = [value for value in arguments if _is_list_of_tensors(value) and _is_dtensor(value[0])]
+    lists = [value for value in arguments if _is_list_of_tensors(value) and is_dtensor(value[0])]
     for tensors in zip(*lists, strict=False):
-        spread = [tensor for tensor in tensors if _is_dtensor(tensor)]
-        if any(_is_part(tensor) or tensor.placements != spread[0].placements for tensor in spread):
+        spread = [tensor for tensor in tensors if is_dtensor(tensor)]
+        if any(is_part(tensor) or tensor.placements != spread[0].placements for tensor in spread):
             return arguments  # DTensor says what it can't do
 
     def part(value: object) -> object:
         if not _is_list_of_tensors(value):
             return value
-        return [tensor.to_local() if _is_dtensor(tensor) else tensor for tensor in value]
+        return [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in value]
 
     return [part(value) for value in arguments]
-
-
-def _is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    return hasattr(tensor, "placements")
-
-
-def _is_part(tensor: Tensor) -> bool:
-    """Say whether it is a DTensor of which each rank has a part that is still to be summed with the others'."""
-    if not _is_dtensor(tensor):
-        return False
-    mesh = tensor.device_mesh
-    return any(placement.is_partial() and mesh.size(dim) > 1 for dim, placement in enumerate(tensor.placements))
-
-
-def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
-    """Give what .item() gives; refuse it where PyTorch would give this rank's part of a sum as if it were the sum."""
-    (tensor,) = arguments
-    if _is_part(tensor):
-        raise ValueError(
-            "this number is a sum or norm over experts that are spread over ranks, and .item(), float() and bool() "
-            "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
-        )
-    return operation(tensor.to_local(), **keywords)
 
 
 def _unscale_by_kind(
@@ -167,4 +131,4 @@ def _unscale_by_kind(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    return full_tensor(tensor, "a norm or sum over experts")

@@ -1,8 +1,7 @@
 """Parameters of which each rank holds a part, as DTensors, which optimizers, clipping and checkpoints understand."""
 
 import functools
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,12 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_mesh,
     mark_sharded,
 )
+from tritonmoe.transports.sharding.dtensor_gaps import fill_dtensor_gaps
 from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.transports.sharding.watched_collectives import watched_on
 from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
 from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,15 +34,12 @@ __all__ = [
     "Sharding",
     "check_expert_gradients",
     "check_replicas",
-    "check_same_weights",
     "find_sharding",
     "local_shard",
+    "numbers_of_all",
     "rows_here",
     "shard_parameters",
 ]
-
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -122,26 +121,37 @@ def _check_order(mesh: "DeviceMesh", dim: int) -> None:
 
 
 def shard_parameters(
-    module: nn.Module, parts: dict[str, Tensor | None], sharding: Sharding, is_in_order: bool = True
+    module: nn.Module,
+    parts: dict[str, Tensor | None],
+    sharding: Sharding,
+    is_in_order: bool = True,
+    is_summed: bool = False,
 ) -> None:
     """Give the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
 
     Args:
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
         is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
+        is_summed: whether their gradients stay sums over the ranks.
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
         replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
-        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas))
+        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed))
     for name, part in parts.items():
-        module.register_parameter(name, None if part is None else _as_parameter(part, sharding))
+        parameter, before = None if part is None else _as_parameter(part, sharding), module._parameters.get(name)
+        if parameter is not None and before is not None:
+            vars(parameter).update(vars(before))  # what others have noted on it
+        module.register_parameter(name, parameter)
     if sharding.mesh is None:
         return
     allow_mixed_lists()
+    fill_dtensor_gaps()
     ignore_sharded_parameters()
     explain_fully_shard()
     mark_mesh(sharding.mesh)
-    refuse_pickling(sharding.mesh)
+    for name in parts:
+        if (parameter := getattr(module, name)) is not None:
+            refuse_pickling(parameter)
     if is_in_order:
         module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
     else:
@@ -167,7 +177,7 @@ def check_expert_gradients(expert_gradients: object) -> None:
 def check_replicas(seed: int, sharding: Sharding) -> None:
     """Raise ValueError unless the ranks that hold the same experts draw them from the same seed; all of them call."""
     if sharding.replicas is not None:
-        seeds = _of_all(torch.tensor([seed], device="cpu"), as_transport(sharding.replicas))
+        seeds = numbers_of_all(torch.tensor([seed], device="cpu"), as_transport(sharding.replicas))
         if len(set(seeds.flatten().tolist())) > 1:
             raise ValueError(
                 "the ranks that hold copies of the same experts would draw different ones: pass a generator with the "
@@ -175,42 +185,10 @@ def check_replicas(seed: int, sharding: Sharding) -> None:
             )
 
 
-def check_same_weights(module: nn.Module, found: Mapping[str, nn.Module], sharding: Sharding) -> None:
-    """Raise ValueError on every rank unless all ranks have the same weights in these modules of `module`.
-
-    Every rank calls it. Weights on the meta device have no values yet, and pass.
-    """
-    there = {
-        f"{prefix}.{name}".lstrip("."): weight
-        for prefix, child in found.items()
-        for name, weight in child.named_parameters(recurse=False)
-        if not weight.is_meta
-    }
-    sums = torch.tensor([_checksum(weight) for weight in there.values()], dtype=torch.int64, device="cpu")
-    replicas = [] if sharding.replicas is None else [as_transport(sharding.replicas)]
-    for transport in (sharding.transport, *replicas):
-        lengths = _of_all(torch.tensor([len(there)], device="cpu"), transport).flatten().tolist()
-        if len(set(lengths)) > 1:
-            raise ValueError(f"the ranks' modules have {lengths} expert weights: make the same module on every rank")
-        for name, column in zip(there, _of_all(sums, transport).T.tolist(), strict=True):
-            if len(set(column)) > 1:
-                others = [rank for rank, value in enumerate(column) if value != column[0]]
-                raise ValueError(
-                    f"{name} of {type(module).__name__} has another value on ranks {others} than on rank 0, and each "
-                    "rank would keep its part of another model: load the same checkpoint on every rank, or call "
-                    "torch.manual_seed() with the same seed before the module is made"
-                )
-
-
-def _of_all(numbers: Tensor, transport: Transport) -> Tensor:
+def numbers_of_all(numbers: Tensor, transport: Transport) -> Tensor:
     """Give the (L,) int64 numbers of every rank: (W, L)."""
-    return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
-
-
-def _checksum(weight: Tensor) -> int:
-    """Give a checksum of the bits of (E, ...), the experts in their order."""
-    bits = weight.detach().contiguous().view(BITS[weight.element_size()])
-    return zlib.crc32(str(bits.flatten(1).sum(1, dtype=torch.int64).tolist()).encode())
+    with Doing(lambda: "the comparison of the ranks' weights"):
+        return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
 
 
 def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
@@ -297,10 +275,11 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
     import torch.distributed as dist
 
     numbers = torch.tensor([number, -number], device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
+    with watched_on(replicas, "a backward, before the average of experts' gradients over their replicas"):
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
     said = (
-        "the ranks that hold copies of the same experts run the backward of different layers: every rank must run the "
-        "same backwards in the same order"
+        "the ranks that hold copies of the same experts run the backward of different layers, or of a layer and its "
+        "deepcopy: every rank must make the same layers and copies, and run the same backwards, in the same order"
     )
     if device.type == "cpu":
         if int(numbers[0]) != -int(numbers[1]):

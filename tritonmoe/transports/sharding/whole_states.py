@@ -1,14 +1,20 @@
 """State dicts of spread parameters: no file of one rank's part, and whole tensors where every rank asks."""
 
 import functools
+import sys
+import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.transports.sharding.watched_collectives import full_tensor
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     from torch.distributed.tensor import DTensor
 
 __all__ = [
@@ -17,6 +23,7 @@ __all__ = [
     "give_whole_as",
     "name_in_state",
     "no_pickle",
+    "note_sharded_by_fsdp",
     "part_of",
     "refuse_pickling",
     "whole",
@@ -39,8 +46,8 @@ def no_pickle(num_ranks: int) -> ValueError:
     )
 
 
-def refuse_pickling(mesh: "DeviceMesh") -> None:
-    """Let pickle, and so torch.save, raise for DTensors over this mesh of several ranks, from now on.
+def refuse_pickling(spread: "DTensor") -> None:
+    """Let pickle, and so torch.save, raise for a DTensor over several ranks, and for what is made of it, from now on.
 
     A pickled DTensor holds one rank's part, and on the rank that reads it claims to be that rank's.
     """
@@ -48,19 +55,58 @@ def refuse_pickling(mesh: "DeviceMesh") -> None:
 
     if not hasattr(DTensor, MARK):
         original: Callable = DTensor.__reduce_ex__
-        refused: set[DeviceMesh] = set()
+        refused: dict[DeviceMesh, set[torch.Size]] = {}
 
         @functools.wraps(original)
         def reduce(tensor: Tensor, protocol: object) -> str | tuple[object, ...]:
             assert isinstance(tensor, DTensor)
-            if tensor.device_mesh in refused:
+            shapes = refused.get(tensor.device_mesh)
+            if shapes and _is_made_of(tensor, shapes) and not _is_sent_to_checkpointer():
                 raise no_pickle(tensor.device_mesh.size())
             return original(tensor, protocol)
 
         setattr(DTensor, MARK, refused)
         DTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]
-    if mesh.size() > 1:
-        getattr(DTensor, MARK).add(mesh)
+    if spread.device_mesh.size() > 1:
+        getattr(DTensor, MARK).setdefault(spread.device_mesh, set()).add(spread.shape)
+
+
+def _is_made_of(tensor: "DTensor", shapes: "set[torch.Size]") -> bool:
+    """Say whether a DTensor on the mesh of spread parameters of these shapes is one, its gradient or a state of it.
+
+    A state has the parameter's shape, or of its three dimensions the first (row and column factors). What lies in the
+    memory of a parameter that FSDP2 shards, and is no spread one, is none of these, whatever its shape.
+    """
+    is_alike = tensor.shape in shapes or (tensor.dim() > 2 and tensor.shape[0] in {shape[0] for shape in shapes})
+    return is_alike and not _is_sharded_by_fsdp(tensor)
+
+
+def note_sharded_by_fsdp(parameter: "FSDPParam") -> None:
+    """Let this parameter, which FSDP2 shards and which is no spread one, be pickled as ever."""
+    _sharded_by_fsdp.add(parameter)
+
+
+_sharded_by_fsdp: "weakref.WeakSet[FSDPParam]" = weakref.WeakSet()
+
+
+def _is_sharded_by_fsdp(tensor: "DTensor") -> bool:
+    """Say whether it lies in the memory of a parameter that FSDP2 shards and that is no spread one."""
+    memory = tensor.to_local().untyped_storage().data_ptr()
+    return any(
+        parameter._sharded_param_data.untyped_storage().data_ptr() == memory != 0 for parameter in _sharded_by_fsdp
+    )
+
+
+def _is_sent_to_checkpointer() -> bool:
+    """Say whether torch.distributed.checkpoint sends a rank's part to the process that writes it as this rank's."""
+    executor = sys.modules.get("torch.distributed.checkpoint._async_process_executor")
+    if executor is None:
+        return False
+    send = executor._AsyncCheckpointProcess._send.__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not send:
+        frame = frame.f_back
+    return frame is not None
 
 
 def give_whole_as(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
@@ -84,9 +130,9 @@ def name_in_state(name: str) -> str:
 
 def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> object:
     """Give a DTensor gathered, on the CPU, in this form, and anything else as it is; every rank of its mesh calls."""
-    if not hasattr(value, "full_tensor"):
+    if not isinstance(value, Tensor) or not hasattr(value, "full_tensor"):
         return value
-    gathered = value.full_tensor().cpu()
+    gathered = full_tensor(value, "the gathering of spread experts in state_dict()").cpu()
     return gathered if form is None else form(gathered)
 
 

@@ -1,9 +1,8 @@
 """Upcycling in place, for architectures without a twin: blocks become MoE layers inside a copy of the model."""
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +11,56 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, parent_and_name
+from tritonmoe.integrations.transformers.upcycle.token_masks import (
+    EnclosingCall,
+    TokenMask,
+    find_mask,
+    tokens_of_calls,
+)
 from tritonmoe.layer import GroupedExperts, MoELayer
-from tritonmoe.runtime.autograd import is_autocast_on
-from tritonmoe.runtime.wrappers import COPIES, innermost, inside_wrapper
+from tritonmoe.routing.losses import auxiliary_loss
+from tritonmoe.routing.router import Routing, join_routings
+from tritonmoe.runtime.autograd import is_autocast_on, is_recomputing
+from tritonmoe.runtime.wrappers import innermost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "add_aux_loss", "aux_loss", "replace_blocks"]
+__all__ = ["AUX_LOSS_WEIGHT", "InplaceConversion", "UpcycledFFN", "replace_blocks"]
 
 AUX_LOSS_WEIGHT = 0.01
 """Weight of the load balance loss in aux_loss(), as in Switch Transformers; the loss itself is 1 at perfect balance."""
 
-IS_LEFT = "_tritonmoe_aux_loss_is_left"
 
-log = logging.getLogger("tritonmoe")
+class LayerCall(NamedTuple):
+    """What is kept of one call of a layer."""
+
+    routing: Routing
+    shape: torch.Size
+    """Of its rows."""
+    mask: TokenMask
 
 
 class UpcycledFFN(MoELayer):
     """The MoE layer that stands where a dense block or its first linear stood; (..., D) -> (..., D), in x.dtype.
+
+    Its aux_loss is that of the tokens of the last forward of a module around it, all calls in it together, and None
+    where that forward skipped it; ValueError where the attention mask doesn't say which rows are tokens.
 
     The experts compute in autocast's dtype under autocast, else in that of their weights; spread ones that are fp32, in
     that of narrower rows, as GroupedExperts does. With a shared expert, which every token reaches, its output is added
     to that of the routed ones.
     """
 
+    calls: tuple[LayerCall, ...] | None
+    """Of the last forward; None before the first one, empty where it skipped this layer."""
+    _left_by_a_call = ("last_routing", "calls", "around")
+
     def __init__(self, config: MoEConfig, shared_width: int | None, **factory: Any) -> None:
         super().__init__(config, **factory)
+        self._unused_loss.is_settled = True  # the model says it
+        self.around: tuple[EnclosingCall, ...] = ()
+        """The calls of modules inside of which this layer stands now, the outermost first."""
         self.shared_expert: GroupedExperts | None = None
         if shared_width is not None:
             shared = MoEConfig(
@@ -47,15 +69,47 @@ class UpcycledFFN(MoELayer):
             self.shared_expert = GroupedExperts(shared, **factory)
 
     def forward(
-        self, x: Tensor, *, adapters: ExpertAdapters | None = None, fillers: Sequence[Callable[[], None]] = ()
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        adapters: ExpertAdapters | None = None,
+        fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
-        y = super().forward(_rows(x, self.grouped_experts), adapters=adapters, fillers=fillers)
+        rows = _rows(x, self.grouped_experts)
+        y = super().forward(rows, token_mask=token_mask, adapters=adapters, fillers=fillers)
         if self.shared_expert is not None:
             flat = _rows(x, self.shared_expert).reshape(-1, x.shape[-1])
             ids = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
             ones = torch.ones(flat.shape[0], 1, device=flat.device)
             y = y + self.shared_expert(flat, ids, ones).view(y.shape)
         return y.to(x.dtype)
+
+    def _leave(self, routing: Routing, shape: torch.Size) -> None:
+        self.last_routing = routing
+        if not is_recomputing():
+            call = LayerCall(routing, shape, find_mask(self.around, shape))
+            self.calls = (*(self.calls or ()), call) if self.around else (call,)
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The loss of the last forward; see the class."""
+        if not self.calls:
+            return None
+        tokens = tokens_of_calls([(call.shape, call.mask) for call in self.calls])
+        routings = [
+            call.routing if is_token is None else call.routing.of_tokens(is_token.to(call.routing.topk_ids.device))
+            for call, is_token in zip(self.calls, tokens, strict=True)
+        ]
+        return auxiliary_loss(join_routings(routings), self.config)
+
+    @aux_loss.setter
+    def aux_loss(self, value: Tensor | None) -> None:
+        assert value is None
+        self.calls = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "calls": None, "around": ()}
 
 
 def _rows(x: Tensor, module: nn.Module) -> Tensor:
@@ -68,87 +122,6 @@ def _rows(x: Tensor, module: nn.Module) -> Tensor:
     if experts.narrows_to(x.dtype) and not hasattr(weight, "main_grad"):
         return x
     return x.to(weight.dtype)
-
-
-def aux_loss(model: nn.Module) -> Tensor:
-    """Give the sum of the load balance losses of a model upcycled in place, for losses that aren't the model's own.
-
-    Valid after a forward; AUX_LOSS_WEIGHT is in it already. The loss that a model gives in training, where it has
-    labels, contains it, as that of natively upcycled models does: don't add it there.
-
-    Raises:
-        ValueError: the model was not upcycled in place.
-        RuntimeError: there was no forward, or one without a graph in training, as reentrant checkpointing makes them:
-            the loss would teach the routers nothing.
-    """
-    layers = _layers_in_force(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
-    for module in model.modules():
-        if module.__dict__.get(IS_LEFT):
-            del module.__dict__[IS_LEFT]
-    found = [layer.aux_loss for layer in layers if layer.aux_loss is not None]
-    if len(found) < len(layers):
-        raise RuntimeError("aux_loss() is there after the model's forward, not before")
-    if torch.is_grad_enabled() and any(
-        layer.training and layer.router.weight.requires_grad and not loss.requires_grad
-        for layer, loss in zip(layers, found, strict=True)
-    ):
-        raise RuntimeError(
-            "the model's training forward made no graph for its auxiliary loss, as under reentrant activation "
-            'checkpointing: enable it with {"use_reentrant": False}, or call aux_loss() under torch.no_grad()'
-        )
-    return torch.stack([loss.to(found[0].device) for loss in found]).sum()
-
-
-def _layers_in_force(model: nn.Module) -> list[MoELayer]:
-    """Give the MoE layers but for those in whose place PEFT's modules_to_save runs another copy."""
-    others: list[str] = []
-    for name, module in model.named_modules():
-        copies = module._modules.get(COPIES)
-        if copies is not None:
-            inside, prefix = inside_wrapper(module), f"{name}." if name else ""
-            by_name = {"original_module": module.get_submodule("original_module")}
-            by_name |= {f"{COPIES}.{key}": child for key, child in copies.named_children()}
-            others += [f"{prefix}{key}" for key, child in by_name.items() if child is not inside]
-    is_other = tuple(f"{name}." for name in others)
-    return [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, MoELayer) and not f"{name}.".startswith(is_other)
-    ]
-
-
-def add_aux_loss(model: nn.Module, _: object, output: Any) -> Any:
-    """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
-
-    Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models.
-    """
-    if not model.training or not torch.is_grad_enabled():
-        return output
-    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.dim():
-        _warn_of_earlier(model)
-        return output
-    loss = loss + aux_loss(model).to(loss.device)
-    if isinstance(output, tuple):
-        return loss, *output[1:]
-    output.loss = loss
-    return output
-
-
-def _warn_of_earlier(model: nn.Module) -> None:
-    """Say once that nobody took the auxiliary loss of the last training forward, which gave no loss of its own."""
-    if torch.compiler.is_compiling():
-        return
-    if model.__dict__.get(IS_LEFT) is True:
-        log.warning(
-            "nobody took the auxiliary loss of %s in its last training forward, so nothing balances its experts: give "
-            "it labels, so that its own loss contains it (Trainer's label_smoothing_factor and compute_loss_func take "
-            "them away), or add tritonmoe.integrations.transformers.aux_loss(model) to yours",
-            type(model).__name__,
-        )
-    model.__dict__[IS_LEFT] = model.__dict__.get(IS_LEFT) is None  # then False: said
 
 
 def replace_blocks(model: nn.Module, settings: UpcycleSettings, blocks: list[FFNBlock], dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.upcycle.expert_init import SHARED_SCALE, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock
 from tritonmoe.runtime.files import Json
@@ -271,6 +272,7 @@ class NativeConversion:
         model.tie_weights()
         if getattr(dense, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(dense.generation_config)
+        watch_auxiliary_losses(model)
         converted: nn.Module = model
         return converted.to(next(dense.parameters()).device).train(dense.training)
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
+from tritonmoe.integrations.transformers.trainer_loading import let_trainer_load_experts
+from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import watch_forwards
 from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import check_destination, unpublished
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, ShardWriter, parse_size
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
@@ -20,22 +21,23 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
     read_config,
     read_generation_config,
 )
-from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
+from tritonmoe.integrations.transformers.upcycle.description import (
+    DESCRIPTION_FILE,
+    WEIGHTS_STEM,
+    describe_conversion,
+    read_description,
+)
 from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, find_blocks, select_blocks
-from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, add_aux_loss, replace_blocks
+from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, replace_blocks
 from tritonmoe.integrations.transformers.upcycle.native import build_model
-from tritonmoe.runtime.files import Json, read_json
+from tritonmoe.runtime.files import Json
+from tritonmoe.transports.sharding.whole_states import StateDict, name_in_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["DESCRIPTION_FILE", "WEIGHTS_STEM", "load_upcycled", "remember_conversion", "write_description"]
-
-DESCRIPTION_FILE = "tritonmoe_upcycling.json"
-WEIGHTS_STEM = "upcycled"
-"""Not "model": from_pretrained must fail on such a directory, not build the dense model with blocks drawn at random."""
-FORMAT = 1
+__all__ = ["load_upcycled", "remember_conversion", "write_description"]
 
 
 def save_pretrained(
@@ -43,28 +45,42 @@ def save_pretrained(
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
     state_dict: dict | None = None,
+    push_to_hub: bool = False,
     max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
+    **hub_settings: Any,
 ) -> None:
     """Write the model's config, its weights and the description of its conversion; all of it or nothing.
 
     Bound to a model upcycled in place as its save_pretrained. Load with load_upcycled(). A directory may hold other
-    files, as Trainer's does, and an earlier such model, which is replaced once the new one is written.
+    files, as Trainer's does, and an earlier such model, which is replaced once the new one is written. Where adapters
+    of PEFT are attached (model.add_adapter), these alone are written, as of any model.
 
+    Args:
+        state_dict: None is the model's own; another has a whole tensor of every parameter, by its name in the model.
+        token: and `hub_settings`, are for the Hub alone, as transformers' own.
+        save_original_format: says nothing here: names are those in the model, which load_upcycled() reads.
     Raises:
-        ValueError: the experts are spread over ranks by tritonmoe.parallelize.
+        ValueError: parameters are spread over ranks; the state dict has not all; or what was asked for could not be
+            loaded again (push_to_hub, variant, distributed_checkpoint).
         FileExistsError: the directory is a file, or holds weights that from_pretrained would load instead.
         OSError: the disk is full; what was there before is there still.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        settings: dict[str, Any] = {"distributed_checkpoint": True} if distributed_checkpoint else {}
+        settings |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
+        settings |= {"save_peft_format": save_peft_format, "save_original_format": save_original_format}
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **settings, **hub_settings)
+        return
+    _refuse_what_loads_nowhere(push_to_hub, variant, distributed_checkpoint)
     if not is_main_process:
         return
     state = model.state_dict() if state_dict is None else state_dict
-    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
-        raise ValueError(
-            "the experts of this model are spread over ranks, and one rank has a part of them: spread them with "
-            "tritonmoe.integrations.transformers.parallelize, after which save_pretrained gathers; here, call "
-            "tritonmoe.gather_state_dicts(model) on every rank, then model.state_dict(), and save it on one rank with "
-            "state_dict="
-        )
+    _check_state(model, state)
     tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if name in state}
     state = {name: tensor for name, tensor in state.items() if name not in tied}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -79,24 +95,63 @@ def save_pretrained(
         _write(directory, model.config, model.upcycling)
 
 
+def _refuse_what_loads_nowhere(push_to_hub: bool, variant: str | None, distributed_checkpoint: bool) -> None:
+    if push_to_hub:
+        raise ValueError(
+            "a model upcycled in place is saved into a directory, from which load_upcycled() loads it, and "
+            "push_to_hub=True is not for it: save it without, and upload the directory with model.push_to_hub(repo_id) "
+            "or huggingface_hub.upload_folder(repo_id=..., folder_path=...)"
+        )
+    if variant is not None:
+        raise ValueError(
+            f"load_upcycled() knows no variants, got variant={variant!r}: save into a directory of its own, after "
+            "model.to(dtype) where it is for another dtype"
+        )
+    if distributed_checkpoint:
+        raise ValueError(
+            "a model upcycled in place is written whole, not with distributed_checkpoint=True: leave it out, or save "
+            "model.state_dict() with torch.distributed.checkpoint, which loads into such a model again"
+        )
+
+
+def _check_state(model: nn.Module, state: StateDict) -> None:
+    """Raise ValueError unless the state has every parameter of the model, whole."""
+    spread = next((name for name, tensor in state.items() if hasattr(tensor, "full_tensor")), None)
+    if spread is not None:
+        raise ValueError(
+            f"weights of this model are spread over ranks ({spread}), and one rank has a part of them: of experts that "
+            "tritonmoe.integrations.transformers.parallelize has spread, save_pretrained gathers them; here, call "
+            "tritonmoe.gather_state_dicts(model) on every rank, then model.state_dict(), and save it on one rank with "
+            "state_dict="
+        )
+    names = {name_in_state(name) for name, _ in model.named_parameters()}
+    lost = sorted(names - state.keys() - getattr(model, "all_tied_weights_keys", {}).keys())
+    if lost:
+        raise ValueError(
+            f"the state dict lacks {len(lost)} of {len(names)} parameters of {type(model).__name__} ({lost[0]}), and "
+            f"load_upcycled() could not load it; it has {', '.join(list(state)[:2]) or 'nothing'}: pass that of the "
+            "model itself, not of a wrapper around it"
+        )
+
+
 def _is_no_weight_of_another(name: str) -> bool:
     return not (name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json")))
 
 
 def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
     """Let the model know how it was made, save itself that way, and add its auxiliary loss to its own."""
-    model.upcycling = _describe(model_name(type(model)), conversion)
+    model.upcycling = describe_conversion(model_name(type(model)), conversion)
     model.save_pretrained = functools.partial(
         save_pretrained, model
     )  # a bound method would be the class's when unpickled
-    model.register_forward_hook(add_aux_loss)
+    watch_forwards(model)
 
 
 def write_description(
     directory: Path, class_name: str, config: "PreTrainedConfig", conversion: InplaceConversion
 ) -> None:
     """Write config.json and the description; last, since a directory without them does not load."""
-    _write(directory, config, _describe(class_name, conversion))
+    _write(directory, config, describe_conversion(class_name, conversion))
 
 
 def load_upcycled(
@@ -120,7 +175,7 @@ def load_upcycled(
     import transformers
 
     directory = Path(directory)
-    class_name, settings, paths = _read_description(directory)
+    class_name, settings, paths = read_description(directory)
     config_class = None
     if model_class is not None:
         if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
@@ -156,6 +211,7 @@ def load_upcycled(
     if (generation_config := read_generation_config(directory)) is not None:
         model.generation_config = generation_config
     remember_conversion(model, InplaceConversion(model, settings, blocks))
+    let_trainer_load_experts()
     converted: nn.Module = model
     return (converted if dtype is None else converted.to(dtype)).eval()
 
@@ -186,38 +242,6 @@ def _check_shapes(
                 f"{reader.directory} does not fit its config.json: {name} is {reader.shape(name)} in the file, "
                 f"{shape} in the model"
             )
-
-
-def _read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, str]]:
-    """Give the model's class, the settings, and the blocks' paths by their positions."""
-    path = directory / DESCRIPTION_FILE
-    if not path.exists():
-        raise ValueError(
-            f"{directory} has no {DESCRIPTION_FILE}: it holds no model upcycled in place, or is half written. Natively "
-            "upcycled models load with from_pretrained"
-        )
-    found = read_json(file_inside(directory, DESCRIPTION_FILE))
-    try:
-        if found["format"] == FORMAT:
-            blocks = found["blocks"]
-            if not isinstance(blocks, dict) or not blocks:
-                raise TypeError(f"blocks must be an object that isn't empty, got {str(blocks)[:40]}")
-            for index, name in blocks.items():
-                if not re.fullmatch(r"0|[1-9]\d{0,5}", index) or not isinstance(name, str):
-                    raise TypeError(f"blocks[{index!r}] must be the path of a block by its position, got {name!r}")
-            return found["model_class"], UpcycleSettings(**found["settings"]), blocks
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): the directory is half written") from error
-    raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
-
-
-def _describe(class_name: str, conversion: InplaceConversion) -> Json:
-    return {
-        "model_class": class_name,
-        "format": FORMAT,
-        "settings": conversion.settings.as_dict(),
-        "blocks": {str(block.index): block.path for block in conversion.blocks},
-    }
 
 
 def _write(directory: Path, config: "PreTrainedConfig", description: Json) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.trainer_loading import let_trainer_load_experts
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import find_model_class
 from tritonmoe.integrations.transformers.upcycle.expert_init import Init, UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, find_blocks, select_blocks
@@ -76,6 +77,7 @@ def upcycle(
         )
     conversion = make_conversion(model, settings, target=target, layers=layers)
     converted: Any = conversion.convert(model)
+    let_trainer_load_experts()
     if isinstance(conversion, InplaceConversion):
         from tritonmoe.integrations.transformers.upcycle.saved import remember_conversion
 

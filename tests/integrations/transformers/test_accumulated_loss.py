@@ -1,0 +1,90 @@
+"""The auxiliary loss's gradient in a step of Trainer, of all its batches and ranks, is that of one large batch."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from accumulated_loss_worker import make_model, router_gradients
+from processes import run_torchrun
+from tiny_models import make_dense
+from torch import nn
+
+from tritonmoe.integrations.transformers import aux_loss, upcycle
+from tritonmoe.integrations.transformers.requirements import check_transformers
+
+pytest.importorskip("accelerate")
+TOLERANCE = {"atol": 1e-7, "rtol": 1e-4}
+MULTIPLIED = "adds its auxiliary loss whole"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_accumulated_batches_of_models_upcycled_in_place(name, tmp_path):
+    """The experts are copies, so all that a router gets is of the auxiliary loss."""
+    moe = make_model(name)
+    row = torch.randint(3, 64, (9,), generator=torch.Generator().manual_seed(1)).expand(4, 9)
+    by_hand = copy.deepcopy(moe)
+    nn.functional.cross_entropy(by_hand(row).logits[:, :-1].flatten(0, 1), row[:, 1:].flatten()).backward()
+    routers = [module for path, module in by_hand.named_modules() if path.endswith(".router")]
+    of_tokens = [router.weight.grad.clone() for router in routers]
+    by_hand.zero_grad()
+    by_hand(row)
+    aux_loss(by_hand).backward()
+    for accumulation in (1, 2, 4):
+        found = router_gradients(copy.deepcopy(moe), accumulation, tmp_path)
+        assert len(found) == len(routers)
+        for gradient, router, rest in zip(found, routers, of_tokens, strict=True):
+            assert rest.norm() < 1e-3 * router.weight.grad.norm()
+            torch.testing.assert_close(gradient, router.weight.grad, atol=1e-6, rtol=2e-3)
+
+
+def test_each_batch_has_its_share_of_the_auxiliary_loss():
+    moe = upcycle(make_dense("gemma"), 4, 2, init="noise", target="inplace").train()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    first = 1 if check_transformers() >= (5, 10) else 0  # the first label that Trainer counts
+    for end in (4, 9):
+        labels = ids.clone()
+        labels[:, end:] = -100
+        alone, auxiliary = moe(ids, labels=labels).loss, aux_loss(moe)
+        loss = moe(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(40)).loss
+        of_tokens = (alone - auxiliary) * 2 * (end - 1) / 40
+        torch.testing.assert_close(loss, of_tokens + auxiliary * 2 * (end - first) / 40)
+    shifted = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    loss = moe(input_ids=ids, labels=ids, shift_labels=shifted, num_items_in_batch=40).loss
+    torch.testing.assert_close(loss, alone * 16 / 40)
+    eager = moe(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(40)).loss
+    in_data_parallel = moe(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor([[40]])).loss
+    torch.testing.assert_close(in_data_parallel, eager.view(1, 1))
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    loss = compiled(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(40)).loss
+    torch.testing.assert_close(loss, eager)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "native"])
+def test_transformers_own_models_say_that_theirs_is_multiplied(kind, tmp_path, caplog):
+    model = make_model(kind)
+    caplog.set_level(logging.WARNING, "tritonmoe")
+    expected = router_gradients(copy.deepcopy(model), 1, tmp_path)
+    assert MULTIPLIED not in caplog.text
+    router_gradients(copy.deepcopy(model), 4, tmp_path)
+    assert caplog.text.count(MULTIPLIED) == 1
+    assert "about 4 batches" in caplog.text
+    assert "router_aux_loss_coef = 0.01" in caplog.text
+    divided, averaged = copy.deepcopy(model), copy.deepcopy(model)
+    divided.router_aux_loss_coef /= 4
+    averaged.accepts_loss_kwargs = False
+    caplog.clear()
+    for other in (divided, averaged):
+        torch.testing.assert_close(router_gradients(other, 4, tmp_path), expected, **TOLERANCE)
+    assert MULTIPLIED not in caplog.text
+
+
+def test_ranks_of_models_upcycled_in_place(tmp_path):
+    kinds = ["gpt2", "gpt2 spread"]
+    expected = router_gradients(make_model("gpt2"), 1, tmp_path)
+    run_torchrun(2, Path(__file__).parent / "accumulated_loss_worker.py", str(tmp_path), cases=kinds)
+    for kind in kinds:
+        for accumulation in (1, 2):
+            found = torch.load(tmp_path / f"{kind} {accumulation}.pt")
+            torch.testing.assert_close(found, expected, **TOLERANCE)

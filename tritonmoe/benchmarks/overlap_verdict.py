@@ -1,0 +1,110 @@
+"""What the overlap benchmark's times mean, in one sentence: what overlap can gain here, and what it gained."""
+
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
+from tritonmoe.report.figures import UNITS
+from tritonmoe.runtime.files import Json
+
+__all__ = ["verdict"]
+
+LEAST_ROUNDS = 3
+"""Fewer have no spread to speak of."""
+WHOLLY = 0.9
+"""The share of what can be gained from which on exchanges count as hidden."""
+AGAIN = "measure more rounds (--rounds), or on a quieter machine"
+
+
+def verdict(results: Json) -> Json:
+    """Give the verdict on what --json has: "text" for people, "case" and shares of the time in series for programs.
+
+    "case": "gained", "hidden" (next to all of what can be gained), "lost" (the fastest overlapped schedule is slower
+    than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster than
+    its bound), "no bound" (the time in series is shorter than a call can be), "no exchange".
+    "possible_gain", "gain" and "auto_gain" are 1 - time / T_serial, of the bound and of the times; None where the times
+    don't tell.
+    """
+    found: Json = {"possible_gain": None, "gain": None, "auto_gain": None}
+    rows = results["traffic_rows"]
+    if not any(count for i, row in enumerate(rows) for k, count in enumerate(row) if i != k):
+        text = "No rows travel between the ranks with this routing: there is nothing to hide."
+        return {"case": "no exchange", "text": text, **found}
+    summary = results["summary"]
+    serial, overlapped, auto = (summary[name] for name in ("T_serial", "overlapped", "auto"))
+    compute_ms, communication_ms = (summary[name]["median_ms"] for name in ("T_compute", "T_communication"))
+    shorter, longer = sorted((("exchanges", communication_ms), ("compute", compute_ms)), key=lambda one: one[1])
+    longest_ms = max(longer[1], summary.get("T_pass_bound", {"median_ms": 0.0})["median_ms"])
+    series_ms = serial["median_ms"]
+    verb = "takes" if shorter[0] == "compute" else "take"
+    takes = f"{shorter[0]} {verb} {_ms(shorter[1])} beside {_ms(longer[1])} of {longer[0]}"
+    takes = f"On this emulated link {takes}" if results["emulated"] else takes[0].upper() + takes[1:]
+    if series_ms < longest_ms * (1 - BEYOND_BOUND):
+        text = f"{takes}, and both in turn took {_ms(series_ms)}, which is too short to be true: {AGAIN}."
+        return {"case": "no bound", "text": text, **found}
+
+    def gain(time_ms: float) -> float:
+        return round(1 - time_ms / series_ms, 4)
+
+    found["possible_gain"] = possible = max(0.0, gain(longest_ms))
+    by_pass = " (each pass by itself)" if longest_ms > longer[1] * (1 + BEYOND_BOUND) else ""
+    name, time_ms = overlapped["variant"], overlapped["median_ms"]
+    case = _case(serial, overlapped, longest_ms, possible)
+    if case in ("gained", "hidden", "lost"):
+        found |= {"gain": gain(time_ms), "auto_gain": gain(auto["median_ms"])}
+    of_auto = f", auto {_said(found['auto_gain'])}" if found["gain"] is not None else ""
+    if case == "gained":
+        outcome = f"{name} {_said(found['gain'])}{of_auto}"
+    elif case == "hidden":
+        outcome = f"{name} {_said(found['gain'])}{of_auto}: the {shorter[0]} {_be(shorter[0])} hidden"
+    elif case == "lost":
+        outcome = f"but {name} {_said(found['gain'])}{of_auto}: {serial['variant']} is the fastest"
+    elif case == "few rounds":
+        outcome = f"{serial['samples']} round{'s' * (serial['samples'] > 1)} can't tell what it gained: {AGAIN}"
+    elif case == "noise":
+        outcome = (
+            f"what it gained can't be told from the noise, {name} took {_middle(overlapped)} and {serial['variant']} "
+            f"{_middle(serial)} in the middle half of the rounds: {AGAIN}"
+        )
+    else:
+        outcome = (
+            f"what it gained can't be told, for {name} took {_ms(time_ms)}, less than the {_ms(longest_ms)} of its "
+            f"bound: {AGAIN}"
+        )
+    text = (
+        f"{takes}: of the {_ms(series_ms)} in series overlap can gain at most {_percent(possible)} here{by_pass}; "
+        f"{outcome}."
+    )
+    return {"case": case, "text": text, **found}
+
+
+def _case(serial: Json, overlapped: Json, longest_ms: float, possible: float) -> str:
+    if serial["samples"] < LEAST_ROUNDS:
+        return "few rounds"
+    if overlapped["median_ms"] < longest_ms * (1 - BEYOND_BOUND):
+        return "too fast"
+    if max(serial["lower_quartile_ms"], overlapped["lower_quartile_ms"]) <= min(
+        serial["upper_quartile_ms"], overlapped["upper_quartile_ms"]
+    ):
+        return "noise"
+    gain = 1 - overlapped["median_ms"] / serial["median_ms"]
+    if gain < 0:
+        return "lost"
+    return "hidden" if gain >= WHOLLY * possible else "gained"
+
+
+def _ms(value: float) -> str:
+    return UNITS["ms"](value)
+
+
+def _middle(times: Json) -> str:
+    return f"{_ms(times['lower_quartile_ms'])} to {_ms(times['upper_quartile_ms'])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1f} %"
+
+
+def _said(gain: float) -> str:
+    return f"gained {_percent(gain)}" if gain >= 0 else f"lost {_percent(-gain)}"
+
+
+def _be(what: str) -> str:
+    return "are" if what == "exchanges" else "is"

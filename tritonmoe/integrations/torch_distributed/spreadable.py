@@ -1,0 +1,188 @@
+"""What parallelize() refuses: experts that can't be spread, and whatever would go on with the whole weights."""
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.experts.adapters import SHARDS, check_hands_over
+from tritonmoe.experts.parameters import PARAMETERS
+from tritonmoe.layer import MoELayer
+from tritonmoe.routing import TopKRouter
+from tritonmoe.transports.sharding.data_parallel import sharded_modules
+
+__all__ = ["check_spreadable"]
+
+
+def check_spreadable(
+    module: nn.Module, found: Mapping[str, Any], size: int, placement: ExpertPlacement | None = None
+) -> None:
+    """Raise ValueError, before anything is changed, where these experts of `module` can't be spread over `size` ranks.
+
+    Args:
+        found: modules of experts, GroupedExperts or those of transformers, by their names.
+    """
+    _refuse_spread(found)
+    _refuse_computed(found)
+    for experts in found.values():
+        num_experts = experts.down_proj.shape[0]
+        num_local = num_experts // size if placement is None else placement.num_slots
+        check_expert_parallel(num_local, num_experts, size, placement)
+    weights = _replaced(module, found)
+    _refuse_noted(weights)
+    _refuse_tied(module, found)
+    _refuse_adapted(module, found)
+    _refuse_held(module, found, {id(weight): name for name, weight in weights.items()})
+
+
+def _refuse_spread(found: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where experts are no whole parameters any more."""
+    for name, experts in found.items():
+        if getattr(experts, "transport", None) is not None or any(sharded_modules(experts)):
+            raise ValueError(
+                f"the experts of {name or 'the module'} are spread over ranks already: call parallelize() once, and "
+                "not on what was made with a transport"
+            )
+        if any(hasattr(parameter, "device_mesh") for parameter in experts.parameters(recurse=False)):
+            raise ValueError(
+                f"the experts of {name or 'the module'} are DTensors already: call parallelize() before fully_shard() "
+                "and parallelize_module(), and not where transformers has spread the model when it was loaded"
+            )
+
+
+def _replaced(module: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Give the parameters that spreading replaces by others, by name: those of experts, and of adapters on them."""
+    own = {
+        f"{name}.{key}".lstrip("."): parameter
+        for name, experts in found.items()
+        for key, parameter in experts.named_parameters(recurse=False)
+    }
+    for name, child in module.named_modules():
+        if hasattr(type(child), SHARDS):
+            factors = {f"{name}.{key}".lstrip("."): parameter for key, parameter in child.named_parameters()}
+            own |= {key: parameter for key, parameter in factors.items() if "lora_" in key}
+    return own
+
+
+def _refuse_noted(weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError where a weight has what was made for all of it, and would be lost or not fit its part."""
+    for name, weight in weights.items():
+        for hooks, register in (
+            (weight._backward_hooks, "register_hook"),
+            (weight._post_accumulate_grad_hooks, "register_post_accumulate_grad_hook"),
+        ):
+            if hooks:
+                raise ValueError(
+                    f"{name} has hooks ({register}), which would stay with the whole weight and never run "
+                    "again: remove them, and register them on the new parameter after parallelize()"
+                )
+        if weight.grad is not None:
+            raise ValueError(
+                f"{name} has a gradient, which would stay with the whole weight: call module.zero_grad() before "
+                "parallelize(), or spread the experts before the backward"
+            )
+        for key, value in vars(weight).items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                raise ValueError(
+                    f"{name}.{key} is a tensor {tuple(value.shape)} for the whole weight, of which this rank keeps a "
+                    "part: set it after parallelize(), as large as parameter.to_local()"
+                )
+
+
+def _refuse_held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, str]) -> None:
+    """Raise ValueError where somebody keeps the parameters that spreading replaces: they would never move again."""
+    if next(_held(module, found, own), None) is not None:
+        gc.collect()  # it may be about to be freed
+    for why in _held(module, found, own):
+        raise ValueError(why)
+
+
+def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, str]) -> Iterator[str]:
+    """Give why the parameters `own` can't be replaced, or the experts that have them be spread, if they can't."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    inside = {id(child) for child in module.modules()}
+    experts = {id(child): name for name, child in found.items()}
+    for held in gc.get_objects():
+        parameters: Iterable[object]
+        kind = type(held)
+        if issubclass(kind, DistributedDataParallel):
+            holder, parameters = "DistributedDataParallel", held.module.parameters()
+        elif issubclass(kind, torch.optim.Optimizer):
+            holder, parameters = kind.__name__, [p for group in held.param_groups for p in group["params"]]
+        elif issubclass(kind, nn.Module) and id(held) not in inside:
+            kept = list(held.__dict__.get("_parameters", {}).values())  # other threads may be making modules
+            for name in [own[id(p)] for p in kept if id(p) in own]:
+                yield (
+                    f"{name} is a weight of a {kind.__name__} outside of the given {type(module).__name__} too, which "
+                    "would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
+                    "weights of its own"
+                )
+            if issubclass(kind, MoELayer) and (alone := _counts_alone(held, experts)) is not None:
+                yield (
+                    f"the experts of {alone or 'the module'} belong to a MoELayer outside of the given "
+                    f"{type(module).__name__}, whose router would count this rank's load alone: give parallelize() the "
+                    "MoELayer, or what holds it"
+                )
+            continue
+        else:
+            continue
+        for name in [own[id(parameter)] for parameter in parameters if id(parameter) in own]:
+            yield (
+                f"{holder} was made with the experts of {name} before they are spread, and would go on with the "
+                "parameters that were: call parallelize() first"
+            )
+
+
+def _counts_alone(layer: MoELayer, experts: Mapping[int, str]) -> str | None:
+    """Give the name of those of `experts` (by id) that are this layer's, if its selection bias knows of no ranks."""
+    children = layer.__dict__.get("_modules", {})
+    own, router = children.get("experts"), children.get("router")
+    if own is None or router is None:
+        return None
+    routers = [child for child in router.modules() if isinstance(child, TopKRouter)]
+    if not any(child.load is not None and child.reduce_load is None for child in routers):
+        return None
+    return next((experts[id(child)] for child in own.modules() if id(child) in experts), None)
+
+
+def _refuse_computed(found: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where an expert weight is made of other parameters, which would stay whole."""
+    for name, experts in found.items():
+        for weight in (*PARAMETERS, "up_proj"):
+            if hasattr(experts, weight) and weight not in experts._parameters:
+                raise ValueError(
+                    f"{weight} of {name or 'the module'} is computed from other parameters (a parametrization or "
+                    "pruning), which can't be spread over ranks: make it a parameter again before parallelize(), with "
+                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+                )
+
+
+def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
+    own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
+    names: dict[int, str] = {}
+    every: Iterable[tuple[str, nn.Parameter]] = (
+        (f"{name}.{own_name}", parameter)
+        for name, child in module.named_modules()
+        for own_name, parameter in child.named_parameters(recurse=False)
+    )
+    for name, parameter in every:
+        first = names.setdefault(id(parameter), name)
+        if first != name and (name in own or first in own):
+            raise ValueError(
+                f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
+                "weights of its own before parallelize()"
+            )
+
+
+def _refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where PEFT would add whole tensors to expert weights, which spread ones can't take."""
+    for name in found:
+        parts = name.split(".")
+        for length in range(len(parts)):
+            check_hands_over(name, module.get_submodule(".".join(parts[:length])))

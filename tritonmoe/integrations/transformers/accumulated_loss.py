@@ -1,0 +1,90 @@
+"""Auxiliary losses under Trainer, which divides the tokens' loss alone by the items of all batches of a step.
+
+It gives a model `num_items_in_batch`: the targets of all accumulated batches, and of all ranks. The tokens' loss is the
+sum over this batch's targets divided by that number; Trainer sums these losses. What a model adds to one whole, as
+transformers' own models add their auxiliary loss, is multiplied by the number of batches and of ranks.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.integrations.transformers.requirements import check_transformers
+
+__all__ = ["are_labels_shifted", "share_of_items", "watch_auxiliary_losses"]
+
+logger = logging.getLogger(__name__)
+
+SHIFTED_SINCE = (5, 10)
+"""The release of transformers whose Trainer leaves out the first label of a row, which no causal model looks at."""
+IS_WATCHED, NUM_CALLS = "_tritonmoe_watches_aux_loss", "_tritonmoe_num_items_calls"
+
+
+def share_of_items(are_shifted: bool, given: Callable[[str], object]) -> Tensor | float:
+    """Give the share of `num_items_in_batch` that is of this batch, as Trainer counts it; 1 where it is not given.
+
+    The shares of all batches and ranks of a step sum to 1.
+
+    Args:
+        are_shifted: are_labels_shifted() of the model.
+        given: gives an argument of the model's forward by its name, None where there is none.
+    """
+    num_items, labels = given("num_items_in_batch"), given("labels")
+    shifted = given("shift_labels")
+    if num_items is None or not isinstance(labels, Tensor):
+        return 1.0
+    if isinstance(shifted, Tensor):
+        labels = shifted
+    elif are_shifted:
+        labels = labels[..., 1:]
+    share: Tensor = (labels != -100).sum() / torch.as_tensor(num_items, device=labels.device)
+    return share
+
+
+def are_labels_shifted(model: Any) -> bool:
+    """Say whether Trainer leaves out the first label of a row of this model when it counts."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    if check_transformers() < SHIFTED_SINCE or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    loss_type: Any = getattr(model, "loss_type", None)
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+
+
+def watch_auxiliary_losses(model: nn.Module) -> None:
+    """Let transformers' own models in `model` say once that Trainer multiplies their auxiliary loss, where it does."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not hasattr(module, IS_WATCHED):
+            module.__dict__[IS_WATCHED] = True
+            module.register_forward_hook(_warn_of_multiplied, with_kwargs=True)
+
+
+def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, Any], output: Any) -> None:
+    if not model.training or keywords.get("num_items_in_batch") is None or torch.compiler.is_compiling():
+        return
+    if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "aux_loss")):
+        return
+    num_calls = model.__dict__[NUM_CALLS] = model.__dict__.get(NUM_CALLS, 0) + 1
+    if num_calls & (num_calls - 1):  # a look at the share waits for the device: at the first, second, fourth, ... call
+        return
+    config: Any = model.config
+    asked = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    share = float(share_of_items(are_labels_shifted(model), keywords.get))
+    if not 0 < share < 1 or getattr(model, "router_aux_loss_coef", asked) != asked:
+        return  # its user has divided it
+    model.__dict__[NUM_CALLS] = 2**62  # said
+    logger.warning(
+        "Trainer sums the losses of about %d batches (gradient_accumulation_steps times ranks) in a step, and %s adds "
+        "its auxiliary loss whole to each: transformers divides only the tokens' loss by num_items_in_batch. The "
+        "routers get that many times the gradient which router_aux_loss_coef = %s asks for. Divide "
+        "model.router_aux_loss_coef by that number, or set model.accepts_loss_kwargs = False before making the "
+        "Trainer, which then averages the batches' losses",
+        max(round(1 / share), 2),
+        type(model).__name__,
+        asked,
+    )

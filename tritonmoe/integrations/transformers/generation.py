@@ -1,0 +1,312 @@
+"""generate() of models whose experts are spread over ranks: each rank ends with its own text, and helps the others.
+
+Every forward needs all ranks, and texts end at different lengths. So a rank says before each forward which model it
+calls, and one whose own generate has ended runs forwards of one token until all have; transformers' synced_gpus would
+go on with the text itself, beyond its cache and its last position.
+"""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritonmoe.errors import TransportError
+from tritonmoe.integrations.transformers.sharding import replicas_of, transport_of
+from tritonmoe.runtime.helping import helping
+from tritonmoe.transports import Transport, as_transport
+from tritonmoe.transports.collectives import run_outside_graphs
+
+__all__ = ["announce_forwards", "let_spread_models_generate"]
+
+log = logging.getLogger("tritonmoe")
+
+ENDED, FAILED = 0, 2**40
+"""What a rank says instead of the number of the model that it calls, counted from 1."""
+MARK = "_tritonmoe_keeps_step"
+
+
+class _UnderWay:
+    """What this process generates now. Compiled forwards read the two flags, and nothing else of it."""
+
+    is_open = False
+    is_announced = False
+    """Whether the next forward has been announced already, by who calls it."""
+    generate: "_Generate | None" = None
+
+
+_under_way = _UnderWay()
+
+
+class _Generate:
+    """One generate of this rank: the models that it may call, and the ranks that call the same ones."""
+
+    def __init__(self, callees: list[nn.Module], transports: list[Transport]) -> None:
+        self.callees = callees
+        """Alike on every rank."""
+        self.transports = transports
+        self.last: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        """The arguments of the last forward of each."""
+
+    def announce(self, callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Return when all ranks that still generate call this model; until then help with what they call."""
+        number = next((n for n, other in enumerate(self.callees, 1) if other is callee), None)
+        if number is None:
+            return
+        self.last[callee] = arguments, keywords
+        while (asked := self.ask(number)) != number:
+            self.help(asked)
+
+    def help_others(self) -> None:
+        """Return when the generate of every rank has ended."""
+        devices = {p.device for p in self.callees[0].parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices):  # dropout of training mode draws
+            while asked := self.ask(ENDED):
+                self.help(asked)
+
+    def ask(self, number: int) -> int:
+        """Say what this rank does next, and give the largest number that any rank says."""
+        own = number
+        for transport in self.transports:
+            try:
+                number = max(transport.share_number(number))
+            except TransportError as error:
+                raise type(error)(
+                    "generate() of a model whose experts are spread over ranks needs every rank until the last text "
+                    f"ends, so each must call it, and as often: {error}"
+                ) from error
+        if number == FAILED != own:
+            raise TransportError(
+                "generate() failed on another rank, whose own error says why, and this one can't go on without it"
+            )
+        return number
+
+    def help(self, number: int) -> None:
+        if number > len(self.callees):
+            raise ValueError(
+                "another rank generates with an assistant_model whose experts are spread, and this rank with none: "
+                "give all ranks the same one"
+            )
+        callee = self.callees[number - 1]
+        arguments, keywords = self._least(callee)
+        with helping(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            _under_way.is_announced = True
+            callee(*arguments, **keywords)
+
+    def _least(self, callee: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give arguments for a forward of little work that leaves no trace: one token at the first position."""
+        positional, named = self.last.get(callee, ((), {}))
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=callee.device)
+        if not hasattr(callee, "generate"):  # an encoder
+            if callee.main_input_name == "input_ids":
+                return (), {"input_ids": ids}
+            if not positional and not named:
+                raise ValueError(
+                    "another rank runs the encoder, and this one, which was given encoder_outputs, has no input for "
+                    "it: give them on every rank, or on none"
+                )
+            return positional, named  # again, of which an encoder keeps nothing
+        accepted = inspect.signature(callee.forward).parameters
+        # two_batches, which splits no batch with a cache, takes it from here whether this one may be split
+        keywords = {"use_cache": named.get("use_cache", True)} if "use_cache" in accepted else {}
+        if not callee.config.is_encoder_decoder:
+            return (), {"input_ids": ids, **keywords}
+        if named.get("encoder_outputs") is None:
+            raise ValueError(
+                f"another rank runs the decoder of {type(callee).__name__}, and this one, whose own generate() ran "
+                "none, has no encoder_outputs for it: let every rank generate something"
+            )
+        keywords |= {name: named[name] for name in ("encoder_outputs", "attention_mask") if name in named}
+        return (), {"decoder_input_ids": ids.expand(len(keywords["encoder_outputs"][0]), 1), **keywords}
+
+
+def let_spread_models_generate(model: nn.Module | None = None) -> None:
+    """Let generate() of models whose experts are spread keep step with the other ranks, from now on.
+
+    What can't is refused: continuous batching, whose threads run on each rank by themselves, and assistants that are
+    the first layers of a spread model.
+
+    Args:
+        model: of which the classes with a generate() of their own are meant too.
+    """
+    from transformers import GenerationMixin, PreTrainedModel
+    from transformers.generation import candidate_generator
+    from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+
+    own = (kind for module in model.modules() for kind in type(module).__mro__) if model is not None else ()
+    for kind in dict.fromkeys([GenerationMixin, *own]):
+        if issubclass(kind, nn.Module | GenerationMixin):
+            _replace(kind, "generate", _keeping_step)
+    _replace(PreTrainedModel, "get_compiled_call", _announcing)
+    _replace(ContinuousMixin, "init_continuous_batching", _refusing_continuous_batching)
+    _replace(candidate_generator.EarlyExitCandidateGenerator, "__init__", _refusing_early_exit)
+
+
+def announce_forwards(model: nn.Module) -> None:
+    """Let the forwards that generate() calls be announced before anything else of them begins."""
+    for callee in _callees(model):
+        hooks: Any = callee._forward_pre_hooks  # an OrderedDict
+        number = next((number for number, hook in hooks.items() if hook is _before_forward), None)
+        if number is None:
+            handle = callee.register_forward_pre_hook(_before_forward, prepend=True, with_kwargs=True)
+            number = handle.id
+        hooks.move_to_end(number, last=False)  # FSDP2 puts its own, which gather weights, before all others
+
+
+def _callees(model: nn.Module) -> list[nn.Module]:
+    """Give the modules of `model` whose forwards generate() calls: models that generate, and their encoders."""
+    found: list[nn.Module] = []
+    module: Any
+    for module in model.modules():
+        if hasattr(type(module), "generate") and hasattr(type(module), "set_experts_implementation"):
+            found.append(module)
+            if module.config.is_encoder_decoder and (encoder := module.get_encoder()) is not module:
+                found.append(encoder)
+    return list(dict.fromkeys(found))
+
+
+def _before_forward(callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    if not _under_way.is_open:
+        return
+    if _under_way.is_announced:
+        _under_way.is_announced = False
+        return
+    run_outside_graphs(_announce, callee, arguments, keywords)
+
+
+def _announce(callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    assert _under_way.generate is not None
+    _under_way.generate.announce(callee, arguments, keywords)
+
+
+def _replace(kind: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = vars(kind).get(name)
+    if original is not None and not hasattr(original, MARK):
+        replaced = functools.wraps(original)(wrap(original))
+        setattr(replaced, MARK, True)
+        setattr(kind, name, replaced)
+
+
+def _keeping_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def generate(self: Any, *arguments: Any, **settings: Any) -> Any:
+        transports = _ranks_together(self)
+        if not transports:
+            return original(self, *arguments, **settings)
+        given = signature.bind(self, *arguments, **settings)
+        if "synced_gpus" in signature.parameters:
+            given.arguments["synced_gpus"] = False
+        if _under_way.is_open:  # this is an inner model's, or an assistant's
+            return original(*given.args, **given.kwargs)
+        models = [self, settings.get("assistant_model")]
+        with _keep_step(models, transports):
+            return original(*given.args, **given.kwargs)
+
+    return generate
+
+
+@contextmanager
+def _keep_step(models: list[Any], transports: list[Transport]) -> Iterator[None]:
+    """Announce this rank's forwards of these models, and wait for the other ranks at the end, whatever it is."""
+    callees = []
+    for model in models:
+        if model is not None and _ranks_together(model):
+            announce_forwards(model)
+            callees += _callees(model)
+    step = _Generate(callees, transports)
+    _under_way.is_open, _under_way.is_announced, _under_way.generate = True, False, step
+    try:
+        yield
+        step.help_others()
+    except Exception as error:
+        if not isinstance(error, TransportError):  # which the others have too
+            log.error("generate() failed on this rank, which tells the others: %s: %s", type(error).__name__, error)
+            with suppress(TransportError):
+                step.ask(FAILED)
+        raise
+    finally:
+        _under_way.is_open, _under_way.is_announced, _under_way.generate = False, False, None
+
+
+def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Announce compiled forwards before they begin: a graph holds no exchange by which ranks agree."""
+
+    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+        compiled = original(self, compile_config)
+        if not _under_way.is_open:
+            return compiled
+
+        @functools.wraps(compiled)
+        def announced(*arguments: Any, **keywords: Any) -> Any:
+            _announce(self, arguments, keywords)
+            _under_way.is_announced = True
+            try:
+                return compiled(*arguments, **keywords)
+            finally:
+                _under_way.is_announced = False
+
+        return announced
+
+    return get_compiled_call
+
+
+def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_continuous_batching(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if _ranks_together(self):
+            raise ValueError(
+                f"the experts of this {type(self).__name__} are spread over ranks, and continuous batching "
+                '(generate_batch, cache_implementation="paged") makes up batches in a thread of each rank, so that '
+                "ranks run different numbers of forwards: call generate(), each rank with its own prompts, padded"
+            )
+        return original(self, *arguments, **settings)
+
+    return init_continuous_batching
+
+
+def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def init(self: Any, *arguments: Any, **settings: Any) -> None:
+        model: Any = signature.bind(self, *arguments, **settings).arguments.get("assistant_model")
+        if isinstance(model, nn.Module) and _ranks_together(model):
+            raise ValueError(
+                f"the experts of this {type(model).__name__} are spread over ranks, and assistant_early_exit runs some "
+                "of its layers, as often as this rank's drafts are accepted, while other ranks run all: give another "
+                "assistant_model, or prompt_lookup_num_tokens"
+            )
+        original(self, *arguments, **settings)
+
+    return init
+
+
+def _ranks_together(model: nn.Module) -> list[Transport]:
+    """Give over what the ranks that must run the same forwards of `model` reach each other; none for one rank alone.
+
+    They are those of its experts, those with copies of these, and those over which FSDP2 spreads what else there is.
+    """
+    from torch.distributed.tensor import DTensor
+
+    found = dict.fromkeys(
+        transport
+        for module in model.modules()
+        if (transport := transport_of(module)) is not None and transport.size > 1
+    )
+    if not found:
+        return []
+    replicas = dict.fromkeys(mesh for module in model.modules() if (mesh := replicas_of(module)) is not None)
+    found |= dict.fromkeys(map(as_transport, replicas))
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    for group in dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()):
+        transport = as_transport(group)
+        if not any(_members(transport) <= _members(other) for other in found):
+            found[transport] = None
+    return list(found)
+
+
+def _members(transport: Transport) -> set[int]:
+    return set(range(torch.distributed.get_world_size()) if transport.job_ranks is None else transport.job_ranks)

@@ -1,0 +1,53 @@
+"""Collectives of torch.distributed that this package makes of spread parameters, which say whom they wait for long."""
+
+import zlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tritonmoe.transports.notices import Notices
+from tritonmoe.transports.waiting import LongWait, watched
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["full_tensor", "watched_on"]
+
+
+def full_tensor(tensor: Tensor, what: str) -> Tensor:
+    """Give a DTensor gathered or summed over its mesh, anything else as it is; every rank of the mesh calls it.
+
+    Args:
+        what: says in which call of this package, to whoever waits long.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    with watched_on(tensor.device_mesh, what):  # type: ignore[attr-defined]
+        return tensor.full_tensor()
+
+
+def watched_on(mesh: "DeviceMesh", what: str) -> AbstractContextManager[None]:
+    """Give a context for collectives over a mesh in which this rank says whom it waits for long, and in what."""
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks = mesh.mesh.flatten().tolist()
+    number = zlib.crc32(f"{what} {ranks}".encode())  # ranks that wait in the same call show the same
+    notices: Notices | None = None
+
+    def find_notices() -> Notices:
+        nonlocal notices
+        if notices is None:
+            store = dist.distributed_c10d._get_default_store()
+            notices = Notices(dist.PrefixStore("tritonmoe", store), rank, size, 0)
+        return notices
+
+    return watched(
+        LongWait(
+            f"rank {rank} of {size}",
+            lambda: find_notices().whom([other for other in ranks if other != rank], -1, number),
+            what,
+            show=lambda words: find_notices().show_wait(-1, number, words),
+        )
+    )
