@@ -72,7 +72,7 @@ def words_of(one: Finding, found: Verdict) -> str:
         who = graph.named(culprits.ranks)
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
-    several = len(culprits.ranks) > 1 or not culprits.ranks
+    several = not culprits.moves and (len(culprits.ranks) or len(graph.ranks)) > 1
     what = {
         "slow rank": f"{'compute' if several else 'computes'} {culprits.factor:.2f} times as long as usual",
         "late rank": f"{'come' if several else 'comes'} late to exchanges, doing nothing that the file shows",
