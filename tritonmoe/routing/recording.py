@@ -29,7 +29,7 @@ class LayerRecording:
         self.num_tokens: list[int] = []
         """Tokens of each call. A token's number is its row in all calls, one below the other."""
         self.is_recorded: Tensor | None = None
-        """(T,) bool: False for tokens of which nothing is recorded: padding, -1 of a rearranged one; None: it has them all."""
+        """(T,) bool: False for tokens of which nothing is recorded: padding, -1 of a rearranged one; None: has all."""
         self.top_k = 0
         """K; 0 before the first call."""
         self._pending: list[Tensor] = []  # calls as they came: few operations each, since decoding makes many
