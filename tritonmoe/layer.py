@@ -568,8 +568,7 @@ class MoELayer(nn.Module):
     @property
     def aux_loss(self) -> Tensor | None:
         """The weighted sum of config's losses of the last forward, attached; None before the first one."""
-        if not torch.compiler.is_compiling():
-            self._unused_loss.is_settled = True
+        self._unused_loss.is_settled = True  # in compiled code as well, whose user reads it there alone
         return self._aux_loss
 
     @aux_loss.setter

@@ -39,15 +39,15 @@ def verdict_of(
 
 
 def test_compute_bound() -> None:
-    found = verdict_of(408.0, 21.0, 429.0, 416.0, auto=420.0)
+    found = verdict_of(408.0, 21.0, 429.0, 416.0, auto=418.0, spread=0.005)
     assert found["text"] == (
         "Exchanges take 21.0 ms beside 408 ms of compute: of the 429 ms in series overlap can gain at most 5 % here; "
-        "overlapped C=4 gained 3 %, auto gained 2 %."
+        "overlapped C=4 gained 3 %, auto gained 3 %."
     )
     assert found["case"] == "gained"
     assert found["possible_gain"] == pytest.approx(21 / 429, abs=1e-4)
     assert found["gain"] == pytest.approx(13 / 429, abs=1e-4)
-    assert found["auto_gain"] == pytest.approx(9 / 429, abs=1e-4)
+    assert found["auto_gain"] == pytest.approx(11 / 429, abs=1e-4)
 
 
 def test_communication_bound() -> None:
@@ -58,9 +58,11 @@ def test_communication_bound() -> None:
 
 
 def test_hidden() -> None:
-    found = verdict_of(200.0, 50.0, 250.0, 203.0, auto=255.0)
+    found = verdict_of(200.0, 50.0, 250.0, 203.0, auto=257.0)
     assert found["case"] == "hidden"
-    assert found["text"].endswith("overlapped C=4 gained 19 %, auto lost 2 %: the exchanges are hidden.")
+    assert found["text"].endswith(
+        "overlapped C=4 gained 19 %, auto lost 3 %: with overlapped C=4 the exchanges are hidden."
+    )
     # A call at its bound, as well as that can be measured.
     assert verdict_of(200.0, 50.0, 250.0, 199.0)["case"] == "hidden"
 
@@ -75,8 +77,29 @@ def test_slower_than_in_series() -> None:
     found = verdict_of(400.0, 4.0, 404.0, 440.0, auto=404.0)
     assert (found["case"], found["gain"]) == ("lost", pytest.approx(-0.0891))
     assert found["text"].endswith(
-        "at most 1.0 % here; but overlapped C=4 lost 9 %, auto gained 0 %: serial C=2 is the fastest."
+        "at most 1.0 % here; but overlapped C=4 lost 9 %, auto nothing that can be told from the noise: "
+        "serial C=2 is the fastest."
     )
+    assert found["auto_gain"] is None
+
+
+def test_auto_alone_is_the_fastest() -> None:
+    found = verdict_of(100.0, 50.0, 140.0, 150.0, auto=130.0)
+    assert (found["case"], found["auto_gain"]) == ("lost", pytest.approx(0.0714))
+    assert found["text"].endswith("but overlapped C=4 lost 7 %, auto gained 7 %: auto is the fastest.")
+
+
+def test_a_gain_above_what_is_possible_is_all_of_it() -> None:
+    found = verdict_of(400.0, 1.0, 401.0, 397.0, spread=0.001)
+    assert found["case"] == "hidden"
+    assert found["text"].endswith(
+        "overlap can gain at most 0.2 % here; overlapped C=4 gained all of it, auto gained all of it: with "
+        "overlapped C=4 the exchanges are hidden."
+    )
+
+
+def test_an_auto_that_cannot_be_has_no_gain() -> None:
+    assert verdict_of(100.0, 50.0, 150.0, 120.0, auto=90.0)["auto_gain"] is None
 
 
 def test_what_noise_hides_is_not_said() -> None:

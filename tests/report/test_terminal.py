@@ -47,6 +47,8 @@ def test_the_picture_begins_at_the_least_count(rows, limits):
     axes = figure.add_subplot()
     png._draw_heat_map(axes, rows or [[0]])
     assert axes.images[0].get_clim() == limits
+    every = [value for values in rows or [[0]] for value in values]
+    assert axes.get_title().endswith(f": {min(every)} (darkest) .. {max(every)}")
 
 
 def test_heat_map_of_zeros_and_of_no_rows():
@@ -56,8 +58,10 @@ def test_heat_map_of_zeros_and_of_no_rows():
 
 def test_heat_map_leaves_out_numbers_that_do_not_fit():
     drawn = heat_map([[5] * 32] * 32, TextStyle(columns=80), row="from", column="to")
-    assert len(drawn.splitlines()) == 32
-    assert all(line.split()[-1] == "█" * 64 for line in drawn.splitlines())
+    *cells, scale = drawn.splitlines()
+    assert len(cells) == 32
+    assert all(line.split()[-1] == "█" * 64 for line in cells)
+    assert scale == "darkest is 5, brightest 5"
 
 
 def test_heat_map_refuses_ragged_rows():

@@ -112,3 +112,11 @@ def test_the_attribute_is_as_before(caplog) -> None:
     layer.aux_loss = None
     assert layer.aux_loss is None
     assert "aux_loss" not in layer.state_dict()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_who_reads_it_in_a_compiled_loss_hears_nothing(backend, caplog) -> None:
+    layer = tm.MoELayer(CONFIG)
+    loss = torch.compile(lambda y: y.square().mean() + layer.aux_loss, backend=backend, fullgraph=True)
+    steps(layer, lambda layer, x: loss(layer(x)))
+    assert messages(caplog) == 0

@@ -20,7 +20,7 @@ def verdict(results: Json) -> Json:
     than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster than
     its bound), "no bound" (the time in series is shorter than a call can be), "no exchange".
     "possible_gain", "gain" and "auto_gain" are 1 - time / T_serial, of the bound and of the times; None where the times
-    don't tell.
+    don't tell. A gain may be the possible one and the error of measurement more.
     """
     found: Json = {"possible_gain": None, "gain": None, "auto_gain": None}
     rows = results["traffic_rows"]
@@ -31,7 +31,7 @@ def verdict(results: Json) -> Json:
     serial, overlapped, auto = (summary[name] for name in ("T_serial", "overlapped", "auto"))
     compute_ms, communication_ms = (summary[name]["median_ms"] for name in ("T_compute", "T_communication"))
     shorter, longer = sorted((("exchanges", communication_ms), ("compute", compute_ms)), key=lambda one: one[1])
-    longest_ms = max(longer[1], summary.get("T_pass_bound", {"median_ms": 0.0})["median_ms"])
+    longest_ms = max(longer[1], summary["T_pass_bound"]["median_ms"])
     series_ms = serial["median_ms"]
     verb = "takes" if shorter[0] == "compute" else "take"
     takes = f"{shorter[0]} {verb} {_ms(shorter[1])} beside {_ms(longer[1])} of {longer[0]}"
@@ -48,14 +48,17 @@ def verdict(results: Json) -> Json:
     name, time_ms = overlapped["variant"], overlapped["median_ms"]
     case = _case(serial, overlapped, longest_ms, possible)
     if case in ("gained", "hidden", "lost"):
-        found |= {"gain": gain(time_ms), "auto_gain": gain(auto["median_ms"])}
-    of_auto = f", auto {_said(found['auto_gain'])}" if found["gain"] is not None else ""
-    if case == "gained":
-        outcome = f"{name} {_said(found['gain'])}{of_auto}"
-    elif case == "hidden":
-        outcome = f"{name} {_said(found['gain'])}{of_auto}: the {shorter[0]} {_be(shorter[0])} hidden"
+        found["gain"] = gain(time_ms)
+        if auto["median_ms"] >= longest_ms * (1 - BEYOND_BOUND) and not _is_noise(serial, auto):
+            found["auto_gain"] = gain(auto["median_ms"])
+    of_auto = f"auto {_said(found['auto_gain'], possible)}"
+    if case in ("gained", "hidden"):
+        outcome = f"{name} {_said(found['gain'], possible)}, {of_auto}"
+        if case == "hidden":
+            outcome += f": with {name} the {shorter[0]} {_be(shorter[0])} hidden"
     elif case == "lost":
-        outcome = f"but {name} {_said(found['gain'])}{of_auto}: {serial['variant']} is the fastest"
+        fastest = "auto" if (found["auto_gain"] or 0) > 0 else serial["variant"]
+        outcome = f"but {name} {_said(found['gain'], possible)}, {of_auto}: {fastest} is the fastest"
     elif case == "few rounds":
         outcome = f"{serial['samples']} round{'s' * (serial['samples'] > 1)} can't tell what it gained: {AGAIN}"
     elif case == "noise":
@@ -80,14 +83,18 @@ def _case(serial: Json, overlapped: Json, longest_ms: float, possible: float) ->
         return "few rounds"
     if overlapped["median_ms"] < longest_ms * (1 - BEYOND_BOUND):
         return "too fast"
-    if max(serial["lower_quartile_ms"], overlapped["lower_quartile_ms"]) <= min(
-        serial["upper_quartile_ms"], overlapped["upper_quartile_ms"]
-    ):
+    if _is_noise(serial, overlapped):
         return "noise"
     gain = 1 - overlapped["median_ms"] / serial["median_ms"]
     if gain < 0:
         return "lost"
     return "hidden" if gain >= WHOLLY * possible else "gained"
+
+
+def _is_noise(one: Json, other: Json) -> bool:
+    return max(one["lower_quartile_ms"], other["lower_quartile_ms"]) <= min(
+        one["upper_quartile_ms"], other["upper_quartile_ms"]
+    )
 
 
 def _ms(value: float) -> str:
@@ -102,7 +109,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1f} %"
 
 
-def _said(gain: float) -> str:
+def _said(gain: float | None, possible: float) -> str:
+    if gain is None:
+        return "nothing that can be told from the noise"
+    if gain > possible:
+        return "gained all of it" if possible > 0 else "gained nothing"
     return f"gained {_percent(gain)}" if gain >= 0 else f"lost {_percent(-gain)}"
 
 

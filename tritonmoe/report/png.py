@@ -126,7 +126,7 @@ def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
     every = [value for values in traffic_rows for value in values]
     least, largest = min(every, default=0), max(every, default=0)
     axes.imshow(traffic_rows, cmap="viridis", vmin=least, vmax=max(least + 1, largest))
-    axes.set_title("tokens of rank i that need rank k", fontsize=11)
+    axes.set_title(f"tokens of rank i that need rank k: {least:,} (darkest) .. {largest:,}", fontsize=10)
     axes.set_xlabel("to rank k")
     axes.set_ylabel("from rank i")
     step = max(1, num_ranks // 16)

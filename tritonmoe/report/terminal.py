@@ -105,6 +105,8 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
         lines.append(f"{column:>{label_width}} {names}".rstrip())
     for label, values in zip(labels, matrix, strict=True):
         lines.append(f"{label:>{label_width}} {''.join(cell(value) for value in values)}".rstrip())
+    if every and not has_numbers:
+        lines.append(f"darkest is {least}, brightest {largest}")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ class LayerRecording:
         self.num_tokens: list[int] = []
         """Tokens of each call. A token's number is its row in all calls, one below the other."""
         self.is_recorded: Tensor | None = None
-        """(T,) bool: False for tokens that a rearranged recording knows nothing of; None where it knows them all."""
+        """(T,) bool: False for tokens of which nothing is recorded: padding, -1 of a rearranged one; None: has all."""
         self.top_k = 0
         """K; 0 before the first call."""
         self._pending: list[Tensor] = []  # calls as they came: few operations each, since decoding makes many
@@ -37,8 +37,10 @@ class LayerRecording:
         self._weights: list[Tensor] = []
         self._is_outside: Tensor | None = None  # () bool, on the device: some id is not in [0, E)
 
-    def add(self, topk_ids: Tensor, topk_weights: Tensor | None = None) -> None:
+    def add(self, topk_ids: Tensor, topk_weights: Tensor | None = None, is_recorded: Tensor | None = None) -> None:
         """Append a call: ids (T, K) of any integer dtype, and weights (T, K) where all calls have some.
+
+        is_recorded: (T,) bool, False for rows of which nothing is to be kept; None for none.
 
         Reads nothing on the host: ids outside [0, E) raise where topk_ids is read first.
         Raises:
@@ -52,13 +54,19 @@ class LayerRecording:
             raise ValueError(f"ids {tuple(topk_ids.shape)} and weights {tuple(topk_weights.shape)} must have one shape")
         if self.num_tokens and (topk_weights is None) == bool(self._weights):
             raise ValueError("either all calls of a layer have weights, or none has")
+        ids = topk_ids.detach()
+        ids = ids.long() if ids.dtype in UNSIGNED else ids.clone()
+        if is_recorded is not None:
+            ids.masked_fill_(~is_recorded.unsqueeze(1), 0)
+        if is_recorded is not None or self.is_recorded is not None:
+            before = (
+                ids.new_ones(sum(self.num_tokens), dtype=torch.bool) if self.is_recorded is None else self.is_recorded
+            )
+            now = ids.new_ones(len(ids), dtype=torch.bool) if is_recorded is None else is_recorded.detach()
+            self.is_recorded = torch.cat([before, now.to(before.device)])
         self.top_k = topk_ids.shape[1]
         self.num_tokens.append(topk_ids.shape[0])
-        if self.is_recorded is not None:
-            known = self.is_recorded.new_ones(topk_ids.shape[0])
-            self.is_recorded = torch.cat([self.is_recorded, known])
-        ids = topk_ids.detach()
-        self._pending.append(ids.long() if ids.dtype in UNSIGNED else ids.clone())
+        self._pending.append(ids)
         if topk_weights is not None:
             self._weights.append(topk_weights.detach().clone())
         if len(self._pending) == PENDING_CALLS or len(topk_ids) >= PENDING_CALLS:
@@ -88,6 +96,8 @@ class LayerRecording:
                     "marks experts of other ranks; spread experts with tritonmoe's parallelize, which keeps ids global"
                 )
             self._is_outside = None
+            if self.is_recorded is not None and self.is_recorded.all():
+                self.is_recorded = None
         if len(self._ids) > 1:
             self._ids = [torch.cat(self._ids)]
         return self._ids[0]
@@ -126,16 +136,24 @@ class RoutingRecording:
         self.layers: dict[str, LayerRecording] = {}
         """Name of the experts module -> its recording, in the order of the model's forward."""
 
-    def add(self, layer: str, topk_ids: Tensor, num_experts: int, topk_weights: Tensor | None = None) -> None:
+    def add(
+        self,
+        layer: str,
+        topk_ids: Tensor,
+        num_experts: int,
+        topk_weights: Tensor | None = None,
+        is_recorded: Tensor | None = None,
+    ) -> None:
         """Append a call of one layer: ids (T, K), of T tokens in the order of the flattened batch.
 
+        is_recorded: (T,) bool, False for rows of which nothing is to be kept, as padding is; None for none.
         Raises:
             ValueError: E or K differs from earlier calls of this layer. TypeError: the ids are no integers.
         """
         found = self.layers.get(layer) or LayerRecording(num_experts)
         if found.num_experts != num_experts:
             raise ValueError(f"{layer} has {found.num_experts} experts in earlier calls, and {num_experts} in this one")
-        found.add(topk_ids, topk_weights)
+        found.add(topk_ids, topk_weights, is_recorded)
         self.layers[layer] = found
 
     @property

@@ -17,8 +17,8 @@ NUM_STEPS = 2
 class UnusedLoss:
     """Whether a layer's auxiliary loss was read, asked in training forwards until it is known; then it costs nothing.
 
-    Reading the attribute counts as use: what becomes of the loss can't be seen. Compiled code, transforms, evaluation
-    and forwards without gradients count no steps.
+    Reading the attribute counts as use, in compiled code too: what becomes of it can't be seen. Compiled layers,
+    transforms, evaluation and forwards without gradients count no steps.
     """
 
     def __init__(self, is_wanted: bool) -> None:

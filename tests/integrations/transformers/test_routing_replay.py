@@ -245,6 +245,30 @@ def test_tokens_without_finite_scores_say_so_themselves():
         layer(x)
 
 
+def test_padding_that_a_mask_names_is_not_recorded(tmp_path):
+    torch.manual_seed(0)
+    layer, x = tm.MoELayer(tm.MoEConfig(16, 16, num_experts=6, top_k=2)), torch.randn(2, 5, 16)
+    mask = torch.tensor([[True, True, True, False, False], [True] * 5])
+    with record_routing(layer, weights=True, path=tmp_path / "routing.pt") as recording:
+        y = layer(x, token_mask=mask)
+        ids = layer.last_routing.topk_ids
+        layer(x[1:])
+    recorded = recording.layers["experts"]
+    assert recorded.is_recorded.tolist() == [*mask.flatten().tolist(), *[True] * 5]
+    assert torch.equal(recorded.topk_ids[:10].long(), ids.clamp(min=0))
+    again = RoutingRecording.load(tmp_path / "routing.pt")
+    assert again.layers["experts"].is_recorded.tolist() == recorded.is_recorded.tolist()
+    with replay_routing(layer, again):
+        assert torch.equal(layer(x, token_mask=mask), y)
+        layer(x[1:])
+    with record_routing(layer) as whole:
+        layer(x)
+    assert whole.layers["experts"].is_recorded is None
+    x[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="router had NaN scores"), record_routing(layer):
+        layer(x, token_mask=mask)
+
+
 def test_every_rank_hears_of_a_recording_that_does_not_fit():
     def run(transport: tm.transports.Transport) -> str:
         torch.manual_seed(0)

@@ -109,10 +109,11 @@ def refuse_compiler() -> None:
 
 @contextmanager
 def watched_routing(
-    model: nn.Module, found: Mapping[str, RoutedExperts], see: Callable[[str, Tensor, Tensor], None]
+    model: nn.Module, found: Mapping[str, RoutedExperts], see: Callable[[str, Tensor, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
     """Call `see` with name, ids and weights in each call of experts of `model` while the context lasts.
 
+    Its last argument is how many tokens had scores that are not finite; None of experts that aren't told.
     Recomputes are left out, and forwards by which a rank helps others to generate.
 
     Raises:
@@ -127,7 +128,7 @@ def watched_routing(
         refuse_compiler()
         if not is_recomputing():
             was_seen = True
-            see(name, *routed_ids(arguments, keywords))
+            see(name, *routed_ids(arguments, keywords), keywords.get("num_nonfinite_rows"))
 
     hooks = [
         routed.experts.register_forward_pre_hook(

@@ -35,7 +35,8 @@ def record_routing(
     Each forward of a layer is one call, whose tokens are the rows of the flattened (batch, sequence), padding included.
     Models upcycled in place are recorded too, and so are models in wrappers (DistributedDataParallel, FSDP2, PEFT): the
     names of layers are those of the model inside. Ids are global and of this rank's tokens, where experts are spread
-    over ranks. A forward that activation checkpointing runs again counts once. Nothing is read on the host.
+    over ranks. A forward that activation checkpointing runs again counts once. Rows that the token_mask of a MoELayer
+    leaves out have numbers, and are not recorded. Nothing is read on the host.
 
     Args:
         weights: also the weights that the experts get, in their dtype.
@@ -51,9 +52,11 @@ def record_routing(
     found = uncompiled_experts(model)
     recording = RoutingRecording()
 
-    def record(name: str, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    def record(name: str, topk_ids: Tensor, topk_weights: Tensor, num_nonfinite_rows: Tensor | None) -> None:
         routed = found[name]
-        recording.add(routed.layer, topk_ids, routed.num_experts, topk_weights if weights else None)
+        # Where all scores are finite, rows without an id are those that token_mask leaves out.
+        is_token = None if num_nonfinite_rows is None else (topk_ids >= 0).any(dim=1) | (num_nonfinite_rows != 0)
+        recording.add(routed.layer, topk_ids, routed.num_experts, topk_weights if weights else None, is_token)
 
     with watched_routing(model, found, record):
         yield recording

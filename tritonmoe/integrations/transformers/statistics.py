@@ -92,7 +92,7 @@ def collect_statistics(model: nn.Module) -> Iterator[ModelStatistics]:
     found = uncompiled_experts(model)
     statistics = ModelStatistics({name: routed.num_experts for name, routed in found.items()})
 
-    def count(name: str, topk_ids: torch.Tensor, _: torch.Tensor) -> None:
+    def count(name: str, topk_ids: torch.Tensor, *_: torch.Tensor | None) -> None:
         with torch.no_grad():
             statistics._add(name, topk_ids)
 
