@@ -166,11 +166,32 @@ def case_numbers() -> None:
         grad.norm().item()
     with pytest.raises(ValueError, match="full_tensor"):
         float(grad.square().sum())
+    asked = []
+
+    def closure() -> torch.Tensor:
+        """Log on one rank, as Lightning's closure does, which runs the whole training step."""
+        with torch.no_grad() if len(asked) % 2 else torch.enable_grad():
+            asked.append(None)
+            loss = net(here()).square().mean()
+            if dist.get_rank() == 0:
+                with pytest.raises(ValueError, match="full_tensor"):
+                    net.moe.experts.down_proj.grad.norm().item()
+                assert net.moe.experts.down_proj.grad.norm(dim=0).placements[0].is_partial()
+        return loss
+
+    for kind in (torch.optim.SGD, torch.optim.Adafactor):
+        optimizer = kind(net.parameters(), lr=0.0)
+        optimizer.register_step_post_hook(lambda *_: dist.get_rank() or grad.norm(dim=0))
+        for _ in range(2):
+            optimizer.step(closure)
     expected = grad.norm().full_tensor().item()
     assert torch.nn.utils.clip_grad_norm_([net.moe.experts.down_proj], 1.0).item() == pytest.approx(expected)
     x = distribute_tensor(torch.randn(4, 8), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
     assert nn.functional.rms_norm(x, (8,)).shape == (4, 8)
     assert x.sum().item() == x.to_local().sum().item()
+    elsewhere = distribute_tensor(torch.randn(4, 8), x.device_mesh, [Shard(0)])
+    with torch.no_grad():
+        assert isinstance(elsewhere.sum().item(), float)  # a mesh that holds no experts: as torch has it
 
 
 def case_selection_bias() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tritonmoe.transports.sharding.data_parallel import is_marked_mesh
-from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.transports.sharding.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -32,6 +33,7 @@ Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 MIXED = "mixed torch.Tensor and DTensor"
 """What PyTorch says of an operation on both."""
 OWN_DATA = "_tritonmoe_own_data"
+STEP = "the step of an optimizer"
 COLLECTIVES = ("broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_")
 """What torch.distributed's functions call with the tensors that they are given."""
 
@@ -99,12 +101,15 @@ def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords
     (tensor,) = arguments
     if not is_part(tensor):
         return operation(tensor.to_local(), **keywords)
-    if not _is_in_optimizer_step():
+    if _is_in_optimizer_step():
+        return operation(full_tensor(tensor, STEP), **keywords)
+    if is_marked_mesh(tensor.device_mesh):
         raise ValueError(
             "this number is a sum or norm over experts that are spread over ranks, and .item(), float() and bool() "
             "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
         )
-    return operation(full_tensor(tensor, "the step of an optimizer"), **keywords)
+    with own_rules(operation):
+        return operation(*arguments, **keywords)
 
 
 def _is_any_true_here(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> Tensor:
@@ -122,16 +127,26 @@ def _reduce(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -
 def _on_every_rank(tensor: "DTensor") -> Tensor:
     from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    with watched_on(tensor.device_mesh, STEP):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def _is_in_optimizer_step() -> bool:
-    """Say whether a caller is an optimizer's step, which every rank takes."""
-    frame = sys._getframe(1)
+    """Say whether an optimizer's own code asks, in its step, which every rank takes.
+
+    A closure that the step calls, a hook on it, and what these call, may ask on one rank alone: PyTorch lets closures
+    have gradients, and their frames are neither PyTorch's nor an optimizer's.
+    """
+    if torch.is_grad_enabled():
+        return False
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer):
+        is_optimizers = isinstance(frame.f_locals.get("self"), Optimizer)
+        if is_optimizers and frame.f_code.co_name == "step":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        if not is_optimizers and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "tritonmoe"):
+            return False
+        frame = frame.f_back
     return False
 
 
