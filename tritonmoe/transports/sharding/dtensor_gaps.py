@@ -1,4 +1,4 @@
-"""What DTensor gives wrong, or refuses with words that help nobody: numbers of parts, masks, `.data =`, plain tensors.
+"""What DTensor gives wrong, or refuses with words that help nobody: numbers of parts, masks, `.data =`.
 
 Optimizers and utilities that take parameters one by one use these where AdamW or SGD use lists (mixed_lists.py).
 """
@@ -30,8 +30,6 @@ Keywords: TypeAlias = dict[str, Any]
 Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 """What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
 
-MIXED = "mixed torch.Tensor and DTensor"
-"""What PyTorch says of an operation on both."""
 OWN_DATA = "_tritonmoe_own_data"
 STEP = "the step of an optimizer"
 COLLECTIVES = ("broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_")
@@ -50,8 +48,6 @@ def fill_dtensor_gaps() -> None:
     table.setdefault(aten.index_put_.default, _put_where_masked)
     for operation in (aten.linalg_vector_norm.default, aten.mean.dim):
         table.setdefault(operation, _reduce)
-    for operation in (aten.cat.default, aten.add_.Tensor, aten.copy_.default):
-        table.setdefault(operation, _explain_mixture)
     for collective in COLLECTIVES:
         table.setdefault(getattr(torch.ops.c10d, collective).default, _refuse_collective)
     if hasattr(DTensor, OWN_DATA):
@@ -186,23 +182,6 @@ def _set_data(own_set: Callable[[Tensor, Tensor], None], parameter: "DTensor", v
 def _is_same_storage(local: Tensor, value: Tensor) -> bool:
     other = value.to_local() if is_dtensor(value) else value
     return (local.data_ptr(), local.shape, local.dtype) == (other.data_ptr(), other.shape, other.dtype)
-
-
-def _explain_mixture(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
-    """Run the operation; where a plain tensor stands beside DTensors, say what that means of experts."""
-    try:
-        with own_rules(operation):
-            return operation(*arguments, **keywords)
-    except RuntimeError as error:
-        if MIXED not in str(error):
-            raise
-        raise RuntimeError(
-            f"{error} Where these are parameters of experts, spread over ranks: LBFGS and parameters_to_vector make "
-            "one vector of all parameters, and transformers' Adafactor keeps plain tensors of each, so they can't "
-            "take them. Train with torch.optim's other optimizers, torch.optim.Adafactor among them; for a vector take "
-            "parameter.full_tensor(), on every rank; copy a whole value as distribute_tensor(value, "
-            "parameter.device_mesh, parameter.placements)"
-        ) from None
 
 
 def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
