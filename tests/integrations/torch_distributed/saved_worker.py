@@ -90,7 +90,7 @@ def case_dense_shards() -> None:
     for parameter in experts.parameters():
         parameter.grad = torch.ones_like(parameter)
     adafactor.step()
-    for parameter, state in adafactor.state.items():
+    for state in adafactor.state.values():
         for name in ("row_var", "col_var"):
             with pytest.raises(ValueError, match=REFUSED):
                 saved(state[name])

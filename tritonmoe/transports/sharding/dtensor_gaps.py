@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from tritonmoe.transports.sharding.data_parallel import is_marked_mesh
 from tritonmoe.transports.sharding.watched_collectives import full_tensor, watched_on
@@ -184,7 +185,11 @@ def _is_same_storage(local: Tensor, value: Tensor) -> bool:
     return (local.data_ptr(), local.shape, local.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
-def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
+def _refuse_collective(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
+    """Refuse a DTensor on a mesh of experts; any other DTensor goes where PyTorch has it go."""
+    if not any(map(_is_of_experts, tree_leaves((arguments, keywords)))):
+        with own_rules(operation):
+            return operation(*arguments, **keywords)
     name = operation._schema.name.removeprefix("c10d::").rstrip("_")
     raise ValueError(
         f"torch.distributed's {name} got a DTensor, of which every "
@@ -192,3 +197,8 @@ def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
         "parameters that tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do "
         "such things to all that they get: give the experts an optimizer of their own)"
     )
+
+
+def _is_of_experts(value: object) -> bool:
+    """Say whether it is a DTensor on a mesh of experts; PyTorch gathers those that it makes one vector of."""
+    return isinstance(value, Tensor) and is_dtensor(value) and is_marked_mesh(value.device_mesh)
