@@ -27,6 +27,8 @@ GRACE_S = 1.0
 """How long a rank looks for the notice of another one that has let go, or that it has waited for in vain."""
 STORE_S = 2.0
 """How long the store may take for an answer: the process that hosts it may be the one that stands still."""
+WORDS_S = 1.0
+"""How long it may take where a wait only says more of itself: by so much such a wait may end later, once."""
 POLL_S = (0.005, 0.2)
 """From how often to how seldom a waiting rank looks into the store."""
 
@@ -71,6 +73,7 @@ class Notices:
         self._store, self.number = store, number
         self._rank, self._size = rank, size
         self._last_meeting = -1
+        self._is_silent = False
         if number:  # what this rank left of an earlier transport would say that it makes the calls of that one
             with contextlib.suppress(TransportError):
                 self._ask(lambda: self._store.set(f"notice/latest/{rank}", ""))
@@ -177,20 +180,33 @@ class Notices:
 
     def show_wait(self, generation: int, number: int, words: str) -> None:
         """Show the other ranks that this one waits in an exchange of this number; "" when that is over."""
-        with contextlib.suppress(TransportError):
-            text = json.dumps([self.number, generation, number, words]) if words else ""
-            self._ask(lambda: self._store.set(f"waiting/{self._rank}", text))
+        text = json.dumps([self.number, generation, number, words]) if words else ""
+        self._ask_in_wait(lambda: self._store.set(f"waiting/{self._rank}", text))
 
     def whom(self, suspects: Sequence[int], generation: int, number: int) -> str:
         """Name those of the ranks that don't wait in this exchange, with what they show instead; all, if all do."""
+        keys = {rank: f"waiting/{rank}" for rank in suspects}
+        texts = self._ask_in_wait(
+            lambda: {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
+        )
         said, elsewhere = [], []
         for rank in suspects:
-            text = self._get(f"waiting/{rank}")
+            text = (texts or {}).get(rank)
             place = json.loads(text) if text else [None, None, None, ""]
             if place[:3] != [self.number, generation, number]:
                 said.append(rank)
                 elsewhere += [f"rank {rank} waits in: {place[3]}"] if text else []
         return f"ranks {said or list(suspects)}" + (f" ({'; '.join(elsewhere)})" if elsewhere else "")
+
+    def _ask_in_wait(self, question: Callable[[], Result]) -> Result | None:
+        """Ask the store what a wait can go on without; never again once it gave no answer in time."""
+        if self._is_silent:
+            return None
+        try:
+            return self._ask(question, WORDS_S)
+        except TransportError:
+            self._is_silent = True
+            return None
 
     def find_elsewhere(self, rank: int) -> Notice | None:
         """Give the rank's latest notice if it is of another transport on this group."""

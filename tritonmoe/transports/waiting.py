@@ -93,8 +93,8 @@ def wait_aloud(wait: Callable[[float | None], object], long: LongWait, timeout_s
     started = time.perf_counter()
     try:
         while True:
-            waited_s = time.perf_counter() - started
-            long.look(waited_s)
+            long.look(time.perf_counter() - started)
+            waited_s = time.perf_counter() - started  # what was said took its time of it
             left_s = None if timeout_s is None else timeout_s - waited_s
             step_s = max(0.0, long.next_s - waited_s)
             if wait(step_s if left_s is None else max(0.0, min(step_s, left_s))):

@@ -12,7 +12,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
@@ -155,6 +157,12 @@ def case_mixing() -> None:
         with pytest.raises(ValueError, match=r"leave out the parameters that tritonmoe\.expert_parameters"):
             mix()
     assert all(torch.equal(weight.to_local(), one) for weight, one in zip(weights, before, strict=True))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("elsewhere",))
+    for placement in (Shard(0), Replicate()):
+        other = DTensor.from_local(torch.ones(2), mesh, [placement])
+        for mix in (lambda other=other: dist.broadcast(other, 0), lambda other=other: dist.all_reduce(other)):
+            with pytest.raises((NotImplementedError, RuntimeError), match="c10d"):  # as PyTorch has it
+                mix()
     of_experts = {id(weight) for weight in weights}
     dense = [parameter for parameter in parallel.parameters() if id(parameter) not in of_experts]
     optimizers = ZeroRedundancyOptimizer(dense, torch.optim.SGD, lr=0.1), torch.optim.SGD(weights, lr=0.1)

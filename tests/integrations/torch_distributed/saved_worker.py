@@ -68,13 +68,32 @@ def case_dense_shards() -> None:
     assert torch.equal(
         local(saved(optimizer.state[net[0].weight]["exp_avg"])), local(optimizer.state[net[0].weight]["exp_avg"])
     )
+    net.convolution = nn.Conv1d(8, 4, 3)  # as many rows as there are experts
+    fully_shard(net.convolution, mesh=net[0].weight.device_mesh)
+    convolved = torch.optim.AdamW(net.convolution.parameters(), lr=0.1)
+    net.convolution(torch.ones(1, 8, 3)).sum().backward()
+    convolved.step()
+    of_convolution = convolved.state_dict()
+    moment = saved(of_convolution)["state"][0]["exp_avg"]
+    assert moment.shape == (4, 8, 3)
+    assert torch.equal(local(moment), local(of_convolution["state"][0]["exp_avg"]))
     weight = net[1].experts.gate_up_proj
-    factor = weight.detach().mean(-1, keepdim=True)
-    for value in (weight, weight.detach() * 2, weight.grad, optimizer.state[weight]["exp_avg"], factor, weights):
+    factors = [weight.detach().mean(dim, keepdim=True) for dim in (-1, -2)]
+    for value in (weight, weight.detach() * 2, weight.grad, optimizer.state[weight]["exp_avg"], *factors, weights):
         with pytest.raises(ValueError, match=REFUSED):
             saved(value)
     with pytest.raises(ValueError, match=REFUSED):
         copy.copy(weight)
+    biased = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=4, top_k=2, bias=True)
+    experts = tm.GroupedExperts(biased, weight.device_mesh)
+    adafactor = torch.optim.Adafactor(experts.parameters())
+    for parameter in experts.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    adafactor.step()
+    for state in adafactor.state.values():
+        for name in ("row_var", "col_var"):
+            with pytest.raises(ValueError, match=REFUSED):
+                saved(state[name])
 
 
 def case_replicas_beside_dense() -> None:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.transports.sharding.dtensor_gaps import handlers
 from tritonmoe.transports.sharding.whole_states import part_of
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
@@ -130,17 +131,19 @@ def case_what_takes_no_parts() -> None:
         loss.backward()
         return loss
 
-    way_out = r"torch\.optim's other optimizers, torch\.optim\.Adafactor"
-    with pytest.raises(RuntimeError, match=way_out):
+    mixed = r"mixed torch\.Tensor and DTensor"  # as PyTorch says it; docs/reference/errors.md has the way out
+    with pytest.raises(RuntimeError, match=mixed):
         torch.optim.LBFGS(net.parameters()).step(closure)
-    with pytest.raises(RuntimeError, match="full_tensor"):
+    with pytest.raises(RuntimeError, match=mixed):
         nn.utils.parameters_to_vector(net.parameters())
     experts = net.moe.experts
-    with pytest.raises(RuntimeError, match=way_out):
+    with pytest.raises(RuntimeError, match=mixed):
         torch.zeros(8, 24).add_(experts.gate_up_proj.grad.mean(-1))
     whole_weight = torch.randn(8, 24, 8)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="distribute_tensor"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=mixed):
         experts.gate_up_proj.copy_(whole_weight)
+    for operation in (torch.ops.aten.add_.Tensor, torch.ops.aten.copy_.default, torch.ops.aten.cat.default):
+        assert operation not in handlers(), "an operation of every DTensor would pay for an error's words"
     vector = torch.randn(sum(parameter.numel() for parameter in experts.parameters()))
     with pytest.raises(ValueError, match="PyTorch ignores `parameter"):
         nn.utils.vector_to_parameters(vector, experts.parameters())
@@ -166,11 +169,32 @@ def case_numbers() -> None:
         grad.norm().item()
     with pytest.raises(ValueError, match="full_tensor"):
         float(grad.square().sum())
+    asked = []
+
+    def closure() -> torch.Tensor:
+        """Log on one rank, as Lightning's closure does, which runs the whole training step."""
+        with torch.no_grad() if len(asked) % 2 else torch.enable_grad():
+            asked.append(None)
+            loss = net(here()).square().mean()
+            if dist.get_rank() == 0:
+                with pytest.raises(ValueError, match="full_tensor"):
+                    net.moe.experts.down_proj.grad.norm().item()
+                assert net.moe.experts.down_proj.grad.norm(dim=0).placements[0].is_partial()
+        return loss
+
+    for kind in (torch.optim.SGD, torch.optim.Adafactor):
+        optimizer = kind(net.parameters(), lr=0.0)
+        optimizer.register_step_post_hook(lambda *_: dist.get_rank() or grad.norm(dim=0))
+        for _ in range(2):
+            optimizer.step(closure)
     expected = grad.norm().full_tensor().item()
     assert torch.nn.utils.clip_grad_norm_([net.moe.experts.down_proj], 1.0).item() == pytest.approx(expected)
     x = distribute_tensor(torch.randn(4, 8), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
     assert nn.functional.rms_norm(x, (8,)).shape == (4, 8)
     assert x.sum().item() == x.to_local().sum().item()
+    elsewhere = distribute_tensor(torch.randn(4, 8), x.device_mesh, [Shard(0)])
+    with torch.no_grad():
+        assert isinstance(elsewhere.sum().item(), float)  # a mesh that holds no experts: as torch has it
 
 
 def case_selection_bias() -> None:

@@ -1,4 +1,4 @@
-"""What DTensor gives wrong, or refuses with words that help nobody: numbers of parts, masks, `.data =`, plain tensors.
+"""What DTensor gives wrong, or refuses with words that help nobody: numbers of parts, masks, `.data =`.
 
 Optimizers and utilities that take parameters one by one use these where AdamW or SGD use lists (mixed_lists.py).
 """
@@ -8,14 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from tritonmoe.transports.sharding.data_parallel import is_marked_mesh
-from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.transports.sharding.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -29,9 +31,8 @@ Keywords: TypeAlias = dict[str, Any]
 Handler: TypeAlias = "Callable[[OpOverload, Arguments, Keywords], Any]"
 """What DTensor's table holds for an operation: a function of it, its arguments and its keywords."""
 
-MIXED = "mixed torch.Tensor and DTensor"
-"""What PyTorch says of an operation on both."""
 OWN_DATA = "_tritonmoe_own_data"
+STEP = "the step of an optimizer"
 COLLECTIVES = ("broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_")
 """What torch.distributed's functions call with the tensors that they are given."""
 
@@ -48,8 +49,6 @@ def fill_dtensor_gaps() -> None:
     table.setdefault(aten.index_put_.default, _put_where_masked)
     for operation in (aten.linalg_vector_norm.default, aten.mean.dim):
         table.setdefault(operation, _reduce)
-    for operation in (aten.cat.default, aten.add_.Tensor, aten.copy_.default):
-        table.setdefault(operation, _explain_mixture)
     for collective in COLLECTIVES:
         table.setdefault(getattr(torch.ops.c10d, collective).default, _refuse_collective)
     if hasattr(DTensor, OWN_DATA):
@@ -99,12 +98,15 @@ def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords
     (tensor,) = arguments
     if not is_part(tensor):
         return operation(tensor.to_local(), **keywords)
-    if not _is_in_optimizer_step():
+    if _is_in_optimizer_step():
+        return operation(full_tensor(tensor, STEP), **keywords)
+    if is_marked_mesh(tensor.device_mesh):
         raise ValueError(
             "this number is a sum or norm over experts that are spread over ranks, and .item(), float() and bool() "
             "would give this rank's part of it: call tensor.full_tensor().item(), on every rank"
         )
-    return operation(full_tensor(tensor, "the step of an optimizer"), **keywords)
+    with own_rules(operation):
+        return operation(*arguments, **keywords)
 
 
 def _is_any_true_here(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> Tensor:
@@ -122,16 +124,26 @@ def _reduce(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -
 def _on_every_rank(tensor: "DTensor") -> Tensor:
     from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    with watched_on(tensor.device_mesh, STEP):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def _is_in_optimizer_step() -> bool:
-    """Say whether a caller is an optimizer's step, which every rank takes."""
-    frame = sys._getframe(1)
+    """Say whether an optimizer's own code asks, in its step, which every rank takes.
+
+    A closure that the step calls, a hook on it, and what these call, may ask on one rank alone: PyTorch lets closures
+    have gradients, and their frames are neither PyTorch's nor an optimizer's.
+    """
+    if torch.is_grad_enabled():
+        return False
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer):
+        is_optimizers = isinstance(frame.f_locals.get("self"), Optimizer)
+        if is_optimizers and frame.f_code.co_name == "step":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        if not is_optimizers and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "tritonmoe"):
+            return False
+        frame = frame.f_back
     return False
 
 
@@ -173,24 +185,11 @@ def _is_same_storage(local: Tensor, value: Tensor) -> bool:
     return (local.data_ptr(), local.shape, local.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
-def _explain_mixture(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
-    """Run the operation; where a plain tensor stands beside DTensors, say what that means of experts."""
-    try:
+def _refuse_collective(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
+    """Refuse a DTensor on a mesh of experts; any other DTensor goes where PyTorch has it go."""
+    if not any(map(_is_of_experts, tree_leaves((arguments, keywords)))):
         with own_rules(operation):
             return operation(*arguments, **keywords)
-    except RuntimeError as error:
-        if MIXED not in str(error):
-            raise
-        raise RuntimeError(
-            f"{error} Where these are parameters of experts, spread over ranks: LBFGS and parameters_to_vector make "
-            "one vector of all parameters, and transformers' Adafactor keeps plain tensors of each, so they can't "
-            "take them. Train with torch.optim's other optimizers, torch.optim.Adafactor among them; for a vector take "
-            "parameter.full_tensor(), on every rank; copy a whole value as distribute_tensor(value, "
-            "parameter.device_mesh, parameter.placements)"
-        ) from None
-
-
-def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
     name = operation._schema.name.removeprefix("c10d::").rstrip("_")
     raise ValueError(
         f"torch.distributed's {name} got a DTensor, of which every "
@@ -198,3 +197,8 @@ def _refuse_collective(operation: "OpOverload", *_: object) -> NoReturn:
         "parameters that tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do "
         "such things to all that they get: give the experts an optimizer of their own)"
     )
+
+
+def _is_of_experts(value: object) -> bool:
+    """Say whether it is a DTensor on a mesh of experts; PyTorch gathers those that it makes one vector of."""
+    return isinstance(value, Tensor) and is_dtensor(value) and is_marked_mesh(value.device_mesh)

@@ -1,5 +1,6 @@
 """Collectives of torch.distributed that this package makes of spread parameters, which say whom they wait for long."""
 
+import functools
 import zlib
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -32,22 +33,21 @@ def watched_on(mesh: "DeviceMesh", what: str) -> AbstractContextManager[None]:
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    ranks = mesh.mesh.flatten().tolist()
-    number = zlib.crc32(f"{what} {ranks}".encode())  # ranks that wait in the same call show the same
-    notices: Notices | None = None
 
-    def find_notices() -> Notices:
-        nonlocal notices
-        if notices is None:
-            store = dist.distributed_c10d._get_default_store()
-            notices = Notices(dist.PrefixStore("tritonmoe", store), rank, size, 0)
-        return notices
+    @functools.cache  # most waits end before anything is asked
+    def place() -> tuple[Notices, list[int], int]:
+        """Give this rank's notices, the ranks of the mesh, and a number that those of them show that wait in this."""
+        store = dist.distributed_c10d._get_default_store()
+        ranks = mesh.mesh.flatten().tolist()
+        number = zlib.crc32(f"{what} {ranks}".encode())
+        return Notices(dist.PrefixStore("tritonmoe", store), rank, size, 0), ranks, number
 
-    return watched(
-        LongWait(
-            f"rank {rank} of {size}",
-            lambda: find_notices().whom([other for other in ranks if other != rank], -1, number),
-            what,
-            show=lambda words: find_notices().show_wait(-1, number, words),
-        )
-    )
+    def whom() -> str:
+        notices, ranks, number = place()
+        return notices.whom([other for other in ranks if other != rank], -1, number)
+
+    def show(words: str) -> None:
+        notices, _, number = place()
+        notices.show_wait(-1, number, words)
+
+    return watched(LongWait(f"rank {rank} of {size}", whom, what, show=show))

@@ -68,17 +68,23 @@ def refuse_pickling(spread: "DTensor") -> None:
         setattr(DTensor, MARK, refused)
         DTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]
     if spread.device_mesh.size() > 1:
-        getattr(DTensor, MARK).setdefault(spread.device_mesh, set()).add(spread.shape)
+        getattr(DTensor, MARK).setdefault(spread.device_mesh, set()).update(_shapes_of_states(spread.shape))
 
 
 def _is_made_of(tensor: "DTensor", shapes: "set[torch.Size]") -> bool:
     """Say whether a DTensor on the mesh of spread parameters of these shapes is one, its gradient or a state of it.
 
-    A state has the parameter's shape, or of its three dimensions the first (row and column factors). What lies in the
-    memory of a parameter that FSDP2 shards, and is no spread one, is none of these, whatever its shape.
+    A state has the parameter's shape, or one of its last two dimensions is 1 (factors of rows and of columns). What
+    lies in the memory of a parameter that FSDP2 shards, and is no spread one, is none of these, whatever its shape.
     """
-    is_alike = tensor.shape in shapes or (tensor.dim() > 2 and tensor.shape[0] in {shape[0] for shape in shapes})
-    return is_alike and not _is_sharded_by_fsdp(tensor)
+    return tensor.shape in shapes and not _is_sharded_by_fsdp(tensor)
+
+
+def _shapes_of_states(shape: torch.Size) -> set[torch.Size]:
+    """Give the shapes that a parameter, its gradient and its states have."""
+    if len(shape) < 2:
+        return {shape}
+    return {shape, torch.Size([*shape[:-1], 1]), torch.Size([*shape[:-2], 1, shape[-1]])}
 
 
 def note_sharded_by_fsdp(parameter: "FSDPParam") -> None:
