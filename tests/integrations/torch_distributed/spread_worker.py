@@ -518,6 +518,16 @@ def case_factors_of_a_call() -> None:
     dense = [p.grad for p in adapted.net.parameters() if not isinstance(p, DTensor)]
     expected = (squares + torch.stack([grad.square().sum() for grad in dense]).sum()).sqrt()
     torch.testing.assert_close(tm.clip_grad_norm_(adapted.parameters(), 1.0), expected)
+    # One that is gone averages nothing, and leaves parameters that can be swapped, as those of calls can.
+    adapted, linear = Adapted(), nn.Linear(2, 2)
+    for module in (adapted, linear):
+        DistributedDataParallel(module)
+    adapted(here()).sum().backward()
+    adapted.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    for module in (adapted.factors, linear):
+        assert {parameter.dtype for parameter in module.double().parameters()} == {torch.float64}
+    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 if __name__ == "__main__":

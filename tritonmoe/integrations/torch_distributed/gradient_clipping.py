@@ -50,12 +50,11 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
-    experts = experts_of_parameters()
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     dense: list[Tensor] = []
     of_transports: dict[Transport, list[tuple[Tensor, GroupedExperts]]] = {}
     of_meshes: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        module = experts.get(id(parameter))
+    for parameter, module in zip(parameters, experts_of_parameters(parameters), strict=True):
         if hasattr(parameter, "device_mesh"):
             of_meshes.setdefault(parameter.device_mesh, []).append(parameter)
         elif module is not None and module.transport is not None:
