@@ -452,6 +452,13 @@ def case_not_spread() -> None:
         tm.parallelize(net, dist.group.WORLD)
 
 
+def through_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def case_bias_without_transport() -> None:
     """The load of all ranks moves the bias of a layer that knows of no ranks, under DistributedDataParallel."""
     one = Net(BIASED)
@@ -465,10 +472,21 @@ def case_bias_without_transport() -> None:
         assert torch.equal(net.moe.router.update_selection_bias(0.5), load)
         wrapped(here()).sum().backward()
         assert torch.equal(net.moe.router.e_score_correction_bias, one.moe.router.e_score_correction_bias)
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    assert torch.load(file, weights_only=False).moe.router.reduce_load is None
+    assert through_file(net).moe.router.reduce_load is None
+    # A DistributedDataParallel counts over its own ranks: from a file, and after one over others, which is gone.
+    wrapped, net = through_file(wrapped), Net(BIASED)
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    DistributedDataParallel(net, process_group=pairs[dist.get_rank() // 2])
+    spread_later = copy.deepcopy(net)
+    tm.parallelize(spread_later, dist.group.WORLD)
+    for later in (wrapped, DistributedDataParallel(net), spread_later):
+        module = getattr(later, "module", later)
+        module.moe.router.load.zero_()
+        module.moe.router.e_score_correction_bias.zero_()
+        later(here()).sum().backward()
+        assert torch.equal(module.moe.router.update_selection_bias(0.5), load)
+    net = Net(BIASED)
+    DistributedDataParallel(net)
     assert copy.deepcopy(net).moe.router.reduce_load is net.moe.router.reduce_load
     net = Net(BIASED)
     fully_shard(net)

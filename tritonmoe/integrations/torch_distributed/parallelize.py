@@ -13,7 +13,7 @@ from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.data_parallel import counts_by_wrapper, sharded_modules
 from tritonmoe.transports.sharding.parameters import check_expert_gradients, find_sharding
 from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
 from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
@@ -83,7 +83,7 @@ def spread_layers(
     for layer in module.modules():
         if isinstance(layer, MoELayer):
             for router in layer.router.modules():  # of PEFT's wrapper all that it may call
-                if isinstance(router, TopKRouter) and router.reduce_load is None:
+                if isinstance(router, TopKRouter) and counts_by_wrapper(router):
                     router.reduce_load = layer.grouped_experts.sum_over_ranks
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ShardedNames",
+    "counts_by_wrapper",
     "explain_fully_shard",
     "ignore_sharded_parameters",
     "is_averaged_by_ddp",
@@ -167,6 +168,7 @@ def ignore_sharded_parameters() -> None:
         with _something_to_average(state["_modules"]["module"]):
             set_state(self, state)
         _note_averaged(self)
+        _count_over(self.module, self.process_group)
 
     make_join: Callable[..., None] = Join.__init__
 
@@ -205,12 +207,18 @@ def _refuse_uneven(module: nn.Module) -> None:
 def _count_over(module: nn.Module, ranks: Ranks) -> None:
     """Let the routers of layers that know of no ranks sum over these the load that moves their selection bias.
 
-    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied.
+    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied. What an
+    earlier DistributedDataParallel has set is replaced: its ranks may be others.
     """
     routers = [child for child in module.modules() if isinstance(child, TopKRouter) and OWN_BUFFERS in vars(child)]
     for router in routers:
-        if router.reduce_load is None:
+        if counts_by_wrapper(router):
             router.reduce_load = SumOverRanks(ranks)
+
+
+def counts_by_wrapper(router: TopKRouter) -> bool:
+    """Say whether nobody has said over which ranks a router sums its load, but perhaps a DistributedDataParallel."""
+    return router.reduce_load is None or isinstance(router.reduce_load, SumOverRanks)
 
 
 def _note_averaged(wrapped: "DistributedDataParallel") -> None:
