@@ -108,7 +108,8 @@ def _check_same(norm: Tensor, transport: Transport) -> None:
         norms = f"from {-smallest:g} to {largest:g} on the ranks"
     if norms:
         raise ValueError(
-            f"the gradients of dense parameters have norms {norms}, here {own:g}, and every rank would clip by another: average them first, with "
+            f"the gradients of dense parameters have norms {norms}, here {own:g}, and every rank would clip "
+            "by another: average them first, with "
             'transport.all_reduce(parameter.grad, "mean"), and leave out parameters of this rank alone that are no '
             "GroupedExperts'"
         )
