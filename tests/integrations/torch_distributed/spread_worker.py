@@ -407,6 +407,24 @@ def ignore_what_differs(net: Net) -> None:
     on_rank(1, lambda net: net.first.bias.detach().add_(1))(net)
 
 
+def keep_kinds_of_tensors(net: Net) -> None:
+    net.register_buffer("quantised", torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.quint8))
+    net.register_buffer("conjugate", torch.ones(3, dtype=torch.complex64).conj())
+    net.register_buffer("negative", torch.ones(3, dtype=torch.complex64).conj().imag)
+
+
+def check_alone_is_heard() -> None:
+    """What one rank alone gets wrong before anything is compared: the others hear of it at once."""
+    for module, settings, words in (
+        (nn.Linear(8, 8), {}, "neither MoELayer nor GroupedExperts"),
+        (Net(), {"overlap": 3}, "overlap must be an OverlapConfig"),
+        (Net(), {"expert_gradients": "none"}, "expert_gradients"),
+    ):
+        is_wrong = dist.get_rank() == 1
+        with pytest.raises((ValueError, TypeError), match=words if is_wrong else "can't spread the experts of"):
+            tm.parallelize(module if is_wrong else Net(), dist.group.WORLD, **(settings if is_wrong else {}))
+
+
 def case_not_spread() -> None:
     """What would be lost or go on with whole weights, and weights that differ: refused on every rank, unchanged."""
     others, net, mesh = "can't spread the experts of", Net(), replicas_and_experts()
@@ -439,12 +457,13 @@ def case_not_spread() -> None:
                 tm.parallelize(net.moe, ranks)
             assert list(map(id, net.parameters())) == before
 
+    check_alone_is_heard()
     net = Net(BIASED)
     with pytest.raises(ValueError, match="router would count this rank's load alone: give parallelize"):
         tm.parallelize(net.moe.experts, dist.group.WORLD)
     net = Net()
     net.moe.experts.down_proj.scale_of_rate = 3.0
-    for change in (forget_module_that_keeps_it, ignore_what_differs):
+    for change in (forget_module_that_keeps_it, ignore_what_differs, keep_kinds_of_tensors):
         change(net)
     tm.parallelize(net, dist.group.WORLD)
     assert net.moe.experts.down_proj.scale_of_rate == 3.0
