@@ -1,17 +1,16 @@
 """The layer: a router and its experts as modules, on one device or, through the scheduler, on many ranks."""
 
 import threading
-import weakref
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Literal
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonmoe.backends import check_name
 from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
@@ -50,8 +49,9 @@ from tritonmoe.transports.sharding.parameters import (
 
 __all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
-_all_experts: "WeakSet[GroupedExperts]" = WeakSet()
-_given_factors = WeakIdKeyDictionary()  # of calls with adapters: which module's experts a parameter adapts, weakly
+_all_experts: "WeakValueDictionary[str, GroupedExperts]" = WeakValueDictionary()
+ADAPTS = "_tritonmoe_adapts"
+"""What a factor of a call's adapters notes: the key of the module that was called (no weakref: those forbid swaps)."""
 _all_experts_lock = threading.Lock()  # emulated ranks are threads
 
 
@@ -117,8 +117,9 @@ class GroupedExperts(nn.Module):
         self._remember()  # this is a copy
 
     def _remember(self) -> None:
+        self._key = uuid.uuid4().hex  # no other process has it: a file of a factor may keep it
         with _all_experts_lock:
-            _all_experts.add(self)
+            _all_experts[self._key] = self
 
     def _join(
         self,
@@ -352,24 +353,25 @@ def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
     return report
 
 
-def experts_of_parameters() -> dict[int, GroupedExperts]:
-    """Give the module of every parameter of a GroupedExperts in this process, by the parameter's id().
+def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts | None]:
+    """Give, for each parameter, the GroupedExperts over ranks of which it is a plain tensor; None for all others.
 
-    The living modules are asked. A note on the parameters would be lost where they are exchanged for others: by
+    The living modules are asked. A note on their parameters would be lost where they are exchanged for others: by
     deepcopy, load_state_dict with assign=True, parametrizations. Factors of adapters that were given to an eager call
     over ranks, themselves or cast, reshaped or scaled, count as parameters of the module that was called.
     """
     with _all_experts_lock:
-        modules = list(_all_experts)
-        given = [(id(factor), of_module()) for factor, of_module in _given_factors.items()]
-    own = {id(parameter): module for module in modules for parameter in module.parameters()}
-    return {factor: module for factor, module in given if module is not None} | own
+        modules = dict(_all_experts.items())
+    spread = [
+        m for m in modules.values() if m.transport is not None and (m.sharding is None or m.sharding.mesh is None)
+    ]
+    own = {id(parameter): module for module in spread for parameter in module.parameters()}
+    return [own.get(id(parameter)) or modules.get(vars(parameter).get(ADAPTS, "")) for parameter in parameters]
 
 
 def _transports_of(parameters: Iterable[Tensor]) -> list[Transport]:
     """Give the transports over which some of these parameters are spread as plain tensors, in their order."""
-    experts = experts_of_parameters()
-    modules = [experts.get(id(parameter)) for parameter in parameters if not hasattr(parameter, "device_mesh")]
+    modules = experts_of_parameters(parameter for parameter in parameters if not hasattr(parameter, "device_mesh"))
     spread = [module.transport for module in modules if module is not None and module.transport is not None]
     return [transport for transport in dict.fromkeys(spread) if transport.size > 1]
 
@@ -389,8 +391,8 @@ def _note_factors(module: GroupedExperts, adapters: ExpertAdapters) -> None:
                 "that module's _ddp_params_and_buffers_to_ignore before wrapping (a parameter of the module itself as "
                 '"name" and ".name")'
             )
-        with _all_experts_lock:
-            _given_factors[leaf] = weakref.ref(module)
+        if getattr(leaf, ADAPTS, None) != module._key:
+            setattr(leaf, ADAPTS, module._key)
 
 
 class MoELayer(nn.Module):

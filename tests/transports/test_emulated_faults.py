@@ -254,6 +254,15 @@ def test_a_fault_that_never_happens_is_a_warning(kind):
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_fault_that_never_happens_hides_no_error():
+    def fails(transport: Transport) -> None:
+        raise ValueError(f"of rank {transport.rank} itself")
+
+    with pytest.raises(ValueError, match="of rank 0 itself"):
+        tm.run_on_emulated_ranks(fails, 1, faults=[Delay(0, 9, 0.0)])
+
+
+@pytest.mark.filterwarnings("error")
 def test_faults_behind_a_death_are_no_warning():
     with pytest.raises(tm.TransportError, match="rank 1 was stopped by its fault at exchange 0"):
         tm.run_on_emulated_ranks(step, SIZE, faults=[Death(1, 0), Delay(0, 99, 0.0), Death(1, 99)])

@@ -124,7 +124,7 @@ class LayerCalls(Handled):
     """What a layer's calls have in common: its place among the layers on its transport, and the latest report.
 
     A copy of a layer has other weights, so it has a number of its own, among the copies of its original: a copy made on
-    one rank alone shifts the numbers of no other layer.
+    one rank alone shifts the numbers of no other layer, but those of later copies of the same original.
     """
 
     def __init__(self, transport: Transport, expert_gradients: str = "sum") -> None:

@@ -431,6 +431,24 @@ def ignore_what_differs(net: Net) -> None:
     on_rank(1, lambda net: net.first.bias.detach().add_(1))(net)
 
 
+def keep_kinds_of_tensors(net: Net) -> None:
+    net.register_buffer("quantised", torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.quint8))
+    net.register_buffer("conjugate", torch.ones(3, dtype=torch.complex64).conj())
+    net.register_buffer("negative", torch.ones(3, dtype=torch.complex64).conj().imag)
+
+
+def check_alone_is_heard() -> None:
+    """What one rank alone gets wrong before anything is compared: the others hear of it at once."""
+    for module, settings, words in (
+        (nn.Linear(8, 8), {}, "neither MoELayer nor GroupedExperts"),
+        (Net(), {"overlap": 3}, "overlap must be an OverlapConfig"),
+        (Net(), {"expert_gradients": "none"}, "expert_gradients"),
+    ):
+        is_wrong = dist.get_rank() == 1
+        with pytest.raises((ValueError, TypeError), match=words if is_wrong else "can't spread the experts of"):
+            tm.parallelize(module if is_wrong else Net(), dist.group.WORLD, **(settings if is_wrong else {}))
+
+
 def case_not_spread() -> None:
     """What would be lost or go on with whole weights, and weights that differ: refused on every rank, unchanged."""
     others, net, mesh = "can't spread the experts of", Net(), replicas_and_experts()
@@ -463,17 +481,25 @@ def case_not_spread() -> None:
                 tm.parallelize(net.moe, ranks)
             assert list(map(id, net.parameters())) == before
 
+    check_alone_is_heard()
     net = Net(BIASED)
     with pytest.raises(ValueError, match="router would count this rank's load alone: give parallelize"):
         tm.parallelize(net.moe.experts, dist.group.WORLD)
     net = Net()
     net.moe.experts.down_proj.scale_of_rate = 3.0
-    for change in (forget_module_that_keeps_it, ignore_what_differs):
+    for change in (forget_module_that_keeps_it, ignore_what_differs, keep_kinds_of_tensors):
         change(net)
     tm.parallelize(net, dist.group.WORLD)
     assert net.moe.experts.down_proj.scale_of_rate == 3.0
     with pytest.raises(ValueError, match=r"moe\.experts are spread over ranks already: call parallelize"):
         tm.parallelize(net, dist.group.WORLD)
+
+
+def through_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def case_bias_without_transport() -> None:
@@ -489,10 +515,21 @@ def case_bias_without_transport() -> None:
         assert torch.equal(net.moe.router.update_selection_bias(0.5), load)
         wrapped(here()).sum().backward()
         assert torch.equal(net.moe.router.e_score_correction_bias, one.moe.router.e_score_correction_bias)
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    assert torch.load(file, weights_only=False).moe.router.reduce_load is None
+    assert through_file(net).moe.router.reduce_load is None
+    # A DistributedDataParallel counts over its own ranks: from a file, and after one over others, which is gone.
+    wrapped, net = through_file(wrapped), Net(BIASED)
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    DistributedDataParallel(net, process_group=pairs[dist.get_rank() // 2])
+    spread_later = copy.deepcopy(net)
+    tm.parallelize(spread_later, dist.group.WORLD)
+    for later in (wrapped, DistributedDataParallel(net), spread_later):
+        module = getattr(later, "module", later)
+        module.moe.router.load.zero_()
+        module.moe.router.e_score_correction_bias.zero_()
+        later(here()).sum().backward()
+        assert torch.equal(module.moe.router.update_selection_bias(0.5), load)
+    net = Net(BIASED)
+    DistributedDataParallel(net)
     assert copy.deepcopy(net).moe.router.reduce_load is net.moe.router.reduce_load
     net = Net(BIASED)
     fully_shard(net)
@@ -542,6 +579,16 @@ def case_factors_of_a_call() -> None:
     dense = [p.grad for p in adapted.net.parameters() if not isinstance(p, DTensor)]
     expected = (squares + torch.stack([grad.square().sum() for grad in dense]).sum()).sqrt()
     torch.testing.assert_close(tm.clip_grad_norm_(adapted.parameters(), 1.0), expected)
+    # One that is gone averages nothing, and leaves parameters that can be swapped, as those of calls can.
+    adapted, linear = Adapted(), nn.Linear(2, 2)
+    for module in (adapted, linear):
+        DistributedDataParallel(module)
+    adapted(here()).sum().backward()
+    adapted.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    for module in (adapted.factors, linear):
+        assert {parameter.dtype for parameter in module.double().parameters()} == {torch.float64}
+    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 if __name__ == "__main__":

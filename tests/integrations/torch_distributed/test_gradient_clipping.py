@@ -168,6 +168,25 @@ def test_a_norm_that_is_not_finite(norm_type: float) -> None:
     tm.run_on_emulated_ranks(on_rank, 2)
 
 
+@pytest.mark.parametrize("values", [(1.0, math.nan), (math.inf, 1.0), (math.inf, math.nan), (math.nan, math.nan)])
+def test_a_dense_norm_that_is_not_finite(values: tuple[float, float]) -> None:
+    """Ranks that differ in it are refused; the same on all of them passes, as with torch's."""
+
+    def on_rank(transport: Transport) -> None:
+        model = nn.ModuleList([tm.GroupedExperts(CONFIG, transport), nn.Linear(2, 2)])
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        model[1].weight.grad[0, 0] = values[transport.rank]
+        if math.isnan(values[0]):
+            assert tm.clip_grad_norm_(model.parameters(), 1.0).isnan()
+            return
+        with pytest.raises(ValueError, match=r"that are finite, infinite or NaN on some ranks.* average them first"):
+            tm.clip_grad_norm_(model.parameters(), 1.0)
+        assert model[0].down_proj.grad.eq(0.5).all()
+
+    tm.run_on_emulated_ranks(on_rank, 2)
+
+
 @pytest.mark.parametrize("norm_type", [0, -1.0, -math.inf, math.nan])
 def test_norm_types_that_are_refused(norm_type: float) -> None:
     with pytest.raises(ValueError, match="norm_type must be positive or inf"):

@@ -160,6 +160,10 @@ def run_ways(name: str, directory: Path) -> None:
     assert torch.equal(model.generate(prompts(1), **settings, assistant_model=assistant), expected)
     tmt.parallelize(assistant, dist.group.WORLD, OVERLAP)
     assert torch.equal(model.generate(prompts(1), **settings, assistant_model=assistant), expected)
+    positional = prompts(1), None, None, None, None, None, assistant
+    assert torch.equal(model.generate(*positional, **settings), expected)
+    with pytest.raises(AttributeError, match=r"config|dtype|device"):  # of its own: it is no module
+        type("Alone", (transformers.GenerationMixin,), {})().generate(ids)
 
 
 def run_stopped(name: str, directory: Path) -> None:

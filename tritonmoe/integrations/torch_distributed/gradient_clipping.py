@@ -50,12 +50,11 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
-    experts = experts_of_parameters()
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     dense: list[Tensor] = []
     of_transports: dict[Transport, list[tuple[Tensor, GroupedExperts]]] = {}
     of_meshes: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        module = experts.get(id(parameter))
+    for parameter, module in zip(parameters, experts_of_parameters(parameters), strict=True):
         if hasattr(parameter, "device_mesh"):
             of_meshes.setdefault(parameter.device_mesh, []).append(parameter)
         elif module is not None and module.transport is not None:
@@ -92,14 +91,25 @@ def clip_grad_norm_(
 
 
 def _check_same(norm: Tensor, transport: Transport) -> None:
-    """Raise ValueError on every rank where the ranks have other norms of what counts as dense."""
+    """Raise ValueError on every rank where the ranks have other norms of what counts as dense.
+
+    One that is infinite, or NaN, on all of them passes.
+    """
     if transport.size == 1:
         return
-    largest, smallest = transport.all_reduce(torch.stack([norm, -norm]).cpu(), "max").tolist()
-    if largest + smallest > 1e-3 * largest:  # not where any is infinite or NaN
+    own = float(norm)
+    kind, finite = math.isnan(own) * 2.0 or math.isinf(own) * 1.0, own if math.isfinite(own) else 0.0
+    said = torch.tensor([finite, -finite, kind, -kind], dtype=torch.float64, device="cpu")
+    largest, smallest, largest_kind, smallest_kind = transport.all_reduce(said, "max").tolist()
+    norms = ""
+    if largest_kind + smallest_kind > 0:
+        norms = "that are finite, infinite or NaN on some ranks and not on others"
+    elif largest + smallest > 1e-3 * largest:
+        norms = f"from {-smallest:g} to {largest:g} on the ranks"
+    if norms:
         raise ValueError(
-            f"the gradients of dense parameters have norms from {-smallest:g} to {largest:g} on the ranks, here "
-            f"{float(norm):g}, and every rank would clip by another: average them first, with "
+            f"the gradients of dense parameters have norms {norms}, here {own:g}, and every rank would clip "
+            "by another: average them first, with "
             'transport.all_reduce(parameter.grad, "mean"), and leave out parameters of this rank alone that are no '
             "GroupedExperts'"
         )

@@ -1,6 +1,7 @@
 """parallelize(): spread the experts of any module over ranks; which parameters those are; their whole state dicts."""
 
 import functools
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -13,12 +14,12 @@ from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.data_parallel import counts_by_wrapper, sharded_modules
 from tritonmoe.transports.sharding.parameters import check_expert_gradients, find_sharding
 from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
 from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 
-__all__ = ["expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]
+__all__ = ["device_of", "expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]
 
 
 def parallelize(
@@ -54,19 +55,28 @@ def parallelize(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     found = routed_experts(module)
-    if not found:
-        raise ValueError(
-            f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there is nothing to spread: for a "
-            "model of transformers it is tritonmoe.integrations.transformers.parallelize"
-        )
-    check_overlap(OverlapConfig() if overlap is None else overlap)
-    check_expert_gradients(expert_gradients)
     transport = as_transport(group_or_mesh)
-    sharding = find_sharding(group_or_mesh, transport, next(iter(found.values())).gate_up_proj.device)
-    check_on_all_ranks(module, found, sharding, lambda: check_spreadable(module, found, transport.size, placement))
+    sharding = find_sharding(group_or_mesh, transport, device_of([*found.values(), module]))
+
+    def check() -> None:
+        if not found:
+            raise ValueError(
+                f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there is nothing to spread: for "
+                "a model of transformers it is tritonmoe.integrations.transformers.parallelize"
+            )
+        check_overlap(OverlapConfig() if overlap is None else overlap)
+        check_expert_gradients(expert_gradients)
+        check_spreadable(module, found, transport.size, placement)
+
+    check_on_all_ranks(module, found, sharding, check)
     spread_layers(module, group_or_mesh, overlap, placement=placement, expert_gradients=expert_gradients)
     shard_adapters(module)
     return len(found)
+
+
+def device_of(modules: Iterable[nn.Module]) -> torch.device:
+    """Give the device of the first parameter in these modules; the CPU where there is none."""
+    return next((parameter.device for module in modules for parameter in module.parameters()), torch.device("cpu"))
 
 
 def spread_layers(
@@ -83,7 +93,7 @@ def spread_layers(
     for layer in module.modules():
         if isinstance(layer, MoELayer):
             for router in layer.router.modules():  # of PEFT's wrapper all that it may call
-                if isinstance(router, TopKRouter) and router.reduce_load is None:
+                if isinstance(router, TopKRouter) and counts_by_wrapper(router):
                     router.reduce_load = layer.grouped_experts.sum_over_ranks
 
 

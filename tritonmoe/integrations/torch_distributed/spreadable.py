@@ -13,7 +13,7 @@ from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.transports.sharding.data_parallel import sharded_modules
+from tritonmoe.transports.sharding.data_parallel import counts_by_wrapper, sharded_modules
 
 __all__ = ["check_spreadable"]
 
@@ -111,9 +111,13 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
         parameters: Iterable[object]
         kind = type(held)
         if issubclass(kind, DistributedDataParallel):
-            holder, parameters = "DistributedDataParallel", held.module.parameters()
+            wrapped = held.__dict__.get("_modules", {}).get("module")  # one may be half made
+            holder, parameters = "DistributedDataParallel", [] if wrapped is None else wrapped.parameters()
         elif issubclass(kind, torch.optim.Optimizer):
-            holder, parameters = kind.__name__, [p for group in held.param_groups for p in group["params"]]
+            holder, parameters = (
+                kind.__name__,
+                [p for group in getattr(held, "param_groups", ()) for p in group["params"]],
+            )
         elif issubclass(kind, nn.Module) and id(held) not in inside:
             kept = list(held.__dict__.get("_parameters", {}).values())  # other threads may be making modules
             for name in [own[id(p)] for p in kept if id(p) in own]:
@@ -145,7 +149,7 @@ def _counts_alone(layer: MoELayer, experts: Mapping[int, str]) -> str | None:
     if own is None or router is None:
         return None
     routers = [child for child in router.modules() if isinstance(child, TopKRouter)]
-    if not any(child.load is not None and child.reduce_load is None for child in routers):
+    if not any(child.load is not None and counts_by_wrapper(child) for child in routers):
         return None
     return next((experts[id(child)] for child in own.modules() if id(child) in experts), None)
 

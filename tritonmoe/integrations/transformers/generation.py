@@ -203,7 +203,7 @@ def _keeping_step(original: Callable[..., Any]) -> Callable[..., Any]:
             given.arguments["synced_gpus"] = False
         if _under_way.is_open:  # this is an inner model's, or an assistant's
             return original(*given.args, **given.kwargs)
-        models = [self, settings.get("assistant_model")]
+        models = [self, given.arguments.get("assistant_model", settings.get("assistant_model"))]
         with _keep_step(models, transports):
             return original(*given.args, **given.kwargs)
 
@@ -215,7 +215,7 @@ def _keep_step(models: list[Any], transports: list[Transport]) -> Iterator[None]
     """Announce this rank's forwards of these models, and wait for the other ranks at the end, whatever it is."""
     callees = []
     for model in models:
-        if model is not None and _ranks_together(model):
+        if _ranks_together(model):
             announce_forwards(model)
             callees += _callees(model)
     step = _Generate(callees, transports)
@@ -273,7 +273,7 @@ def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def init(self: Any, *arguments: Any, **settings: Any) -> None:
         model: Any = signature.bind(self, *arguments, **settings).arguments.get("assistant_model")
-        if isinstance(model, nn.Module) and _ranks_together(model):
+        if _ranks_together(model):
             raise ValueError(
                 f"the experts of this {type(model).__name__} are spread over ranks, and assistant_early_exit runs some "
                 "of its layers, as often as this rank's drafts are accepted, while other ranks run all: give another "
@@ -284,13 +284,15 @@ def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
-def _ranks_together(model: nn.Module) -> list[Transport]:
+def _ranks_together(model: object) -> list[Transport]:
     """Give over what the ranks that must run the same forwards of `model` reach each other; none for one rank alone.
 
     They are those of its experts, those with copies of these, and those over which FSDP2 spreads what else there is.
     """
     from torch.distributed.tensor import DTensor
 
+    if not isinstance(model, nn.Module):  # anything may have transformers' mixin
+        return []
     found = dict.fromkeys(
         transport
         for module in model.modules()

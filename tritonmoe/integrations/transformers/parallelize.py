@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tritonmoe.config.overlap import OverlapConfig, check_overlap
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.adapters import shard_adapters
-from tritonmoe.integrations.torch_distributed.parallelize import routed_experts, spread_layers
+from tritonmoe.integrations.torch_distributed.parallelize import device_of, routed_experts, spread_layers
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.patching import check_patchable, patch
@@ -60,9 +60,7 @@ def parallelize(
         ValueError: as patch() and tritonmoe.parallelize(); init_process_group was not called. Every rank raises, and
             nothing is changed.
     """
-    check_expert_gradients(expert_gradients)
     overlap = OverlapConfig() if overlap is None else overlap
-    check_overlap(overlap)
     check_model(model)
     if isinstance(group_or_mesh, Transport):
         raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {group_or_mesh!r}")
@@ -75,12 +73,14 @@ def parallelize(
     hand_over_factors()
     found = experts_modules(model)
     layers = routed_experts(model)
-    if not found and not layers:
-        patch(model)  # it says what is missing where there is nothing to spread
     experts = {**found, **layers}
-    sharding = find_sharding(group_or_mesh, transport, next(model.parameters()).device)
+    sharding = find_sharding(group_or_mesh, transport, device_of([model]))
 
     def check() -> None:
+        check_expert_gradients(expert_gradients)
+        check_overlap(overlap)
+        if not found and not layers:
+            patch(model)  # it says what is missing where there is nothing to spread
         if found:
             check_patchable(model, found)
         check_spreadable(model, experts, transport.size)

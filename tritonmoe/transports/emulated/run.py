@@ -121,10 +121,10 @@ class _RankThreads(Generic[Result]):
             torch.set_num_threads(self._num_threads)
             for stream in self._streams:
                 torch.cuda.current_stream(self._world.device).wait_stream(stream)
-        for words in self._world.faults_that_never_happened():
-            warnings.warn(f"{words}; give a fault an exchange that its rank makes", stacklevel=3)
         if self._errors:
             _raise_first_cause(self._errors, self._world.num_ranks)
+        for words in self._world.faults_that_never_happened():
+            warnings.warn(f"{words}; give a fault an exchange that its rank makes", stacklevel=3)
         return [self._results[rank] for rank in ranks]
 
     def _run_rank(self, rank: int) -> None:

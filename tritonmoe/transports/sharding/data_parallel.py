@@ -2,15 +2,16 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Ranks, as_transport
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "ShardedNames",
+    "counts_by_wrapper",
     "explain_fully_shard",
     "ignore_sharded_parameters",
     "is_averaged_by_ddp",
@@ -42,7 +45,9 @@ log = logging.getLogger("tritonmoe")
 MARK = "_tritonmoe_sharded"
 OWN_BUFFERS = "_tritonmoe_own_buffers"
 OF_NOBODY = "_tritonmoe_of_nobody"
-_averaged = WeakIdKeyDictionary()
+_averaged: "WeakKeyDictionary[DistributedDataParallel, frozenset[int]]" = WeakKeyDictionary()
+"""The id() of each parameter that a living one averages, which keeps it; a weakref to a parameter forbids its swap."""
+_averaged_lock = threading.Lock()
 _warned_of: "WeakSet[nn.Module]" = WeakSet()
 
 
@@ -153,7 +158,7 @@ def ignore_sharded_parameters() -> None:
             )
         with _something_to_average(module):
             original(self, *arguments, **keywords)
-        _note_averaged(module)
+        _note_averaged(self)
         _count_over(module, self.process_group if mesh is None else mesh)
 
     set_state: Callable[..., None] = DistributedDataParallel.__setstate__
@@ -162,7 +167,8 @@ def ignore_sharded_parameters() -> None:
     def restore(self: DistributedDataParallel, state: dict[str, Any]) -> None:
         with _something_to_average(state["_modules"]["module"]):
             set_state(self, state)
-        _note_averaged(self.module)
+        _note_averaged(self)
+        _count_over(self.module, self.process_group)
 
     make_join: Callable[..., None] = Join.__init__
 
@@ -201,26 +207,45 @@ def _refuse_uneven(module: nn.Module) -> None:
 def _count_over(module: nn.Module, ranks: Ranks) -> None:
     """Let the routers of layers that know of no ranks sum over these the load that moves their selection bias.
 
-    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied.
+    Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied. What an
+    earlier DistributedDataParallel has set is replaced: its ranks may be others.
     """
     routers = [child for child in module.modules() if isinstance(child, TopKRouter) and OWN_BUFFERS in vars(child)]
     for router in routers:
-        if router.reduce_load is None:
+        if counts_by_wrapper(router):
             router.reduce_load = SumOverRanks(ranks)
 
 
-def _note_averaged(module: nn.Module) -> None:
-    """Remember what DistributedDataParallel averages of this module."""
+def counts_by_wrapper(router: TopKRouter) -> bool:
+    """Say whether nobody has said over which ranks a router sums its load, but perhaps a DistributedDataParallel."""
+    return router.reduce_load is None or isinstance(router.reduce_load, SumOverRanks)
+
+
+def _note_averaged(wrapped: "DistributedDataParallel") -> None:
+    """Remember what DistributedDataParallel averages of its module."""
+    module, averaged = wrapped.module, set()
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for prefix, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.requires_grad and f"{prefix}.{name}" not in ignored:  # as it spells them
-                _averaged[parameter] = True
+                averaged.add(id(parameter))
+    with _averaged_lock:
+        _averaged[wrapped] = frozenset(averaged)
 
 
 def is_averaged_by_ddp(parameter: Tensor) -> bool:
-    """Say whether DistributedDataParallel was made with this parameter, and averages its gradient."""
-    return parameter in _averaged
+    """Say whether a living DistributedDataParallel was made with this parameter, and averages its gradient."""
+    if not _is_noted(parameter):
+        return False
+    gc.collect()  # it may be about to be freed
+    return _is_noted(parameter)
+
+
+def _is_noted(parameter: Tensor) -> bool:
+    if not _averaged:
+        return False
+    with _averaged_lock:
+        return any(id(parameter) in averaged for averaged in _averaged.values())
 
 
 def _warn_of_sums(averages: str, name: str, marked: ShardedNames, child: nn.Module) -> None:

@@ -42,12 +42,13 @@ def check_on_all_ranks(
         What `check` raises, where it does. ValueError: it does on another rank, or weights differ.
     """
     error: Exception | None = None
+    there: dict[str, Digest] = {}
     try:
         check()
-    except (ValueError, TypeError) as refused:
+        there = {name: _digest(tensor) for name, tensor in _compared(module)}
+    except Exception as refused:  # whatever it is, the other ranks wait in the exchange below
         error = refused
-    there = {} if error is not None else dict(_compared(module))
-    digests = torch.tensor([_digest(tensor) for tensor in there.values()], dtype=torch.int64, device="cpu")
+    digests = torch.tensor(list(there.values()), dtype=torch.int64, device="cpu")
     names = zlib.crc32(" ".join(there).encode())
     transports = [sharding.transport]
     if sharding.replicas is not None:  # and what is found among these goes to all the others
@@ -142,7 +143,10 @@ def _digest(tensor: Tensor) -> Digest:
     dtype, shape = (zlib.crc32(str(value).encode()) for value in (tensor.dtype, tuple(tensor.shape)))
     if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return Digest(int(tensor.is_meta), dtype, shape, 0)
-    rows = tensor.detach().contiguous().reshape(tensor.shape[0] if tensor.dim() > 1 else tensor.numel(), -1)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    rows = tensor.contiguous().reshape(tensor.shape[0] if tensor.dim() > 1 else tensor.numel(), -1)
     size, row_bytes = rows.element_size(), rows.element_size() * rows.shape[1]
     width = next(width for width in BITS if row_bytes % width == 0)  # a CPU sums int64 30 times as fast as others
     if rows.storage_offset() * size % width:
