@@ -213,7 +213,20 @@ def test_trainer_loads_the_best_adapters_over_an_upcycled_model(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     upcycled().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit this GPT2LMHeadModel: (?s:.*)size mismatch"):
-        make_trainer(upcycled(num_experts=2), tmp_path)._load_from_checkpoint(str(tmp_path))
+    for settings, differing in (
+        ({"num_experts": 2}, r"saved num_experts=4; this model num_experts=2"),
+        ({"top_k": 1}, r"saved top_k=2; this model top_k=1"),
+        ({"granularity": 2}, r"saved granularity=1; this model granularity=2"),
+        ({"shared_expert": True}, r"saved shared_expert=False; this model shared_expert=True"),
+        ({"layers": [0]}, r"saved blocks=.*; this model blocks="),
+    ):
+        arguments: Any = {"num_experts": 4, "top_k": 2, "target": "inplace", **settings}
+        other = tmt.upcycle(make_dense("gpt2"), **arguments)
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        before = weights(other)
+        with pytest.raises(ValueError, match=rf"does not fit this GPT2LMHeadModel, .*another way: {differing}"):
+            make_trainer(other, tmp_path)._load_from_checkpoint(str(tmp_path))
+        assert_same(weights(other), before)
     with pytest.raises(ValueError, match="GPT2LMHeadModel was not: upcycle the dense model"):
         make_trainer(make_dense("gpt2"), tmp_path)._load_from_checkpoint(str(tmp_path))

@@ -105,6 +105,17 @@ def _load_upcycled(model: Any, directory: Path) -> None:
             f"{directory} holds a {class_name} that was upcycled in place, and {type(model).__name__} was not: upcycle "
             'the dense model with target="inplace", or load the directory with load_upcycled(), before Trainer'
         )
+    names = ("num_experts", "top_k", "granularity", "shared_expert")
+    found = {name: getattr(settings, name) for name in names} | {"blocks": blocks}
+    wanted = {name: own["settings"][name] for name in names} | {"blocks": own["blocks"]}
+    differing = [name for name in found if found[name] != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{directory} does not fit this {type(model).__name__}, which was upcycled in another way: saved "
+            f"{', '.join(f'{name}={found[name]}' for name in differing)}; this model "
+            f"{', '.join(f'{name}={wanted[name]}' for name in differing)}: upcycle it as the saved one was, or load "
+            "the directory with load_upcycled(), before Trainer"
+        )
     reader = CheckpointReader(directory, WEIGHTS_STEM)
     state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
     try:
