@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accumulated_loss_worker import make_model, router_gradients
 from processes import run_torchrun
 from tiny_models import make_dense
 from torch import nn
 
 from tritonmoe.integrations.transformers import aux_loss, upcycle
+from tritonmoe.integrations.transformers.accumulated_loss import heeds_num_items
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
 pytest.importorskip("accelerate")
@@ -59,6 +61,59 @@ def test_each_batch_has_its_share_of_the_auxiliary_loss():
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     loss = compiled(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(40)).loss
     torch.testing.assert_close(loss, eager)
+
+
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def test_logits_of_one_number_are_no_loss():
+    """Of shape (1, 1), as is a loss that Trainer has a replica of DataParallel divide."""
+    dense = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=1))
+    moe = upcycle(dense, 4, 2, target="inplace").train()
+    ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(1))
+    expected = moe(input_ids=ids).logits
+    assert expected.shape == (1, 1)
+    assert torch.equal(moe(input_ids=ids, return_dict=False)[0], expected)
+    logits = moe(input_ids=ids, return_dict=False, num_items_in_batch=torch.tensor([[4]]))[0]
+    assert torch.equal(logits, expected)
+
+
+def test_models_whose_own_loss_is_a_plain_mean_keep_its_proportion():
+    """Trainer multiplies their loss by the batches, and so the auxiliary loss in it."""
+    dense = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT))
+    moe = upcycle(dense, 4, 2, init="noise", target="inplace").train()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    arguments = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    torch.testing.assert_close(moe(**arguments, num_items_in_batch=torch.tensor(8)).loss, moe(**arguments).loss)
+
+
+def test_whose_forward_hands_num_items_on():
+    class Inherits(transformers.GPT2LMHeadModel):
+        def forward(self, *arguments, **keywords):
+            return super().forward(*arguments, **keywords)
+
+    class OwnLoss(transformers.GPT2LMHeadModel):
+        def forward(self, *arguments, **keywords):
+            return self.transformer(*arguments, **keywords)[0].mean()
+
+    heeding = (
+        transformers.GPT2LMHeadModel,
+        transformers.LlamaForCausalLM,
+        transformers.ModernBertForMaskedLM,
+        Inherits,
+    )
+    for model_class in heeding:
+        assert heeds_num_items(model_class), model_class
+    for model_class in (transformers.BertForMaskedLM, transformers.T5ForConditionalGeneration, OwnLoss):
+        assert not heeds_num_items(model_class), model_class
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "native"])

@@ -5,7 +5,10 @@ sum over this batch's targets divided by that number; Trainer sums these losses.
 transformers' own models add their auxiliary loss, is multiplied by the number of batches and of ranks.
 """
 
+import ast
+import inspect
 import logging
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
-__all__ = ["are_labels_shifted", "share_of_items", "watch_auxiliary_losses"]
+__all__ = ["are_labels_shifted", "heeds_num_items", "share_of_items", "watch_auxiliary_losses"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,28 @@ def are_labels_shifted(model: Any) -> bool:
         return False
     loss_type: Any = getattr(model, "loss_type", None)
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+
+
+def heeds_num_items(model_class: type) -> bool:
+    """Say whether a class's forward hands `num_items_in_batch` on to its loss function, by its source.
+
+    A forward that computes a loss by itself, as the heads of BERT do, gives the plain mean of its batch; so one whose
+    source isn't there is taken for.
+    """
+    for parent in model_class.__mro__:
+        if "forward" not in parent.__dict__:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(parent.__dict__["forward"]))))
+        except (OSError, TypeError, SyntaxError):
+            return False
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        of_loss = [call for call in calls if getattr(call.func, "attr", None) == "loss_function"]
+        if of_loss:
+            return all(any(word.arg in (None, "num_items_in_batch") for word in call.keywords) for call in of_loss)
+        if not any(getattr(call.func, "id", None) == "super" for call in calls):
+            return False
+    return False
 
 
 def watch_auxiliary_losses(model: nn.Module) -> None:

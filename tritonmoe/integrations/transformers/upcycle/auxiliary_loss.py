@@ -3,14 +3,14 @@
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.halves import keep_for_this_half
-from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, share_of_items
+from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, heeds_num_items, share_of_items
 from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.upcycle.inplace import UpcycledFFN
 from tritonmoe.integrations.transformers.upcycle.token_masks import EnclosingCall
@@ -105,7 +105,7 @@ def watch_forwards(model: "PreTrainedModel") -> None:
         module.register_forward_pre_hook(functools.partial(_enter, watched), with_kwargs=True)
         module.register_forward_hook(functools.partial(_leave, watched), always_call=True)
     names = tuple(inspect.signature(model.forward).parameters)
-    hook = functools.partial(_add_aux_loss, names, are_labels_shifted(model))
+    hook = functools.partial(_add_aux_loss, names, heeds_num_items(type(model)), are_labels_shifted(model))
     model.register_forward_hook(hook, with_kwargs=True)
 
 
@@ -172,6 +172,7 @@ def _layers_below(module: nn.Module) -> list[UpcycledFFN]:
 
 def _add_aux_loss(
     names: tuple[str, ...],
+    heeds: bool,
     are_shifted: bool,
     model: nn.Module,
     arguments: tuple[Any, ...],
@@ -181,20 +182,28 @@ def _add_aux_loss(
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
 
     Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models. A batch that is a
-    part of what is accumulated over batches and ranks has its share of it.
+    part of what is accumulated over batches and ranks has its share of it, where its own loss is a share of theirs.
     """
     if not model.training or not torch.is_grad_enabled():
         return output
+    given = functools.partial(_given, names=names, arguments=arguments, keywords=keywords)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:  # (1, 1) in DataParallel under Trainer
+    if not isinstance(loss, Tensor) or not (loss.dim() == 0 or (heeds and _is_of_replica(loss, given))):
         _warn_of_earlier(model)
         return output
-    share = share_of_items(are_shifted, lambda name: _given(name, names, arguments, keywords))
-    loss = loss + (share * aux_loss(model)).to(loss.device)
+    share = torch.as_tensor(share_of_items(are_shifted, given) if heeds else 1.0)
+    loss = loss + share.to(loss.device) * aux_loss(model).to(loss.device)
     if isinstance(output, tuple):
         return loss, *output[1:]
     output.loss = loss
     return output
+
+
+def _is_of_replica(loss: Tensor, given: Callable[[str], object]) -> bool:
+    """Say whether it is divided by what Trainer gives each replica of DataParallel, a number of shape (1, 1)."""
+    num_items = given("num_items_in_batch")
+    is_divided = isinstance(num_items, Tensor) and num_items.numel() == 1 and num_items.shape == loss.shape
+    return is_divided and isinstance(given("labels"), Tensor)
 
 
 def _warn_of_earlier(model: nn.Module) -> None:
