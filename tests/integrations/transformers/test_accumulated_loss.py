@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accumulated_loss_worker import make_model, router_gradients
+import transformers
+from accumulated_loss_worker import QWEN3_MOE, make_model, router_gradients
 from processes import run_torchrun
 from tiny_models import make_dense
 from torch import nn
 
-from tritonmoe.integrations.transformers import aux_loss, upcycle
+from tritonmoe.integrations.transformers import aux_loss, patch, upcycle
+from tritonmoe.integrations.transformers.accumulated_loss import heeds_num_items
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
 pytest.importorskip("accelerate")
@@ -61,6 +63,59 @@ def test_each_batch_has_its_share_of_the_auxiliary_loss():
     torch.testing.assert_close(loss, eager)
 
 
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def test_logits_of_one_number_are_no_loss():
+    """Of shape (1, 1), as is a loss that Trainer has a replica of DataParallel divide."""
+    dense = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=1))
+    moe = upcycle(dense, 4, 2, target="inplace").train()
+    ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(1))
+    expected = moe(input_ids=ids).logits
+    assert expected.shape == (1, 1)
+    assert torch.equal(moe(input_ids=ids, return_dict=False)[0], expected)
+    logits = moe(input_ids=ids, return_dict=False, num_items_in_batch=torch.tensor([[4]]))[0]
+    assert torch.equal(logits, expected)
+
+
+def test_models_whose_own_loss_is_a_plain_mean_keep_its_proportion():
+    """Trainer multiplies their loss by the batches, and so the auxiliary loss in it."""
+    dense = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT))
+    moe = upcycle(dense, 4, 2, init="noise", target="inplace").train()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    arguments = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    torch.testing.assert_close(moe(**arguments, num_items_in_batch=torch.tensor(8)).loss, moe(**arguments).loss)
+
+
+def test_whose_forward_hands_num_items_on():
+    class Inherits(transformers.GPT2LMHeadModel):
+        def forward(self, *arguments, **keywords):
+            return super().forward(*arguments, **keywords)
+
+    class OwnLoss(transformers.GPT2LMHeadModel):
+        def forward(self, *arguments, **keywords):
+            return self.transformer(*arguments, **keywords)[0].mean()
+
+    heeding = (
+        transformers.GPT2LMHeadModel,
+        transformers.LlamaForCausalLM,
+        transformers.ModernBertForMaskedLM,
+        Inherits,
+    )
+    for model_class in heeding:
+        assert heeds_num_items(model_class), model_class
+    for model_class in (transformers.BertForMaskedLM, transformers.T5ForConditionalGeneration, OwnLoss):
+        assert not heeds_num_items(model_class), model_class
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "native"])
 def test_transformers_own_models_say_that_theirs_is_multiplied(kind, tmp_path, caplog):
     model = make_model(kind)
@@ -78,6 +133,66 @@ def test_transformers_own_models_say_that_theirs_is_multiplied(kind, tmp_path, c
     for other in (divided, averaged):
         torch.testing.assert_close(router_gradients(other, 4, tmp_path), expected, **TOLERANCE)
     assert MULTIPLIED not in caplog.text
+
+
+def test_where_models_of_text_and_images_have_their_coefficient(caplog):
+    """They read it in their config at each call; an attribute of the model's would do nothing."""
+    text = {**QWEN3_MOE, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).train()
+    patch(model)
+    divided, misled = copy.deepcopy(model), copy.deepcopy(model)
+    divided.config.text_config.router_aux_loss_coef /= 4
+    misled.router_aux_loss_coef = 0.01 / 4
+    for other, count in ((model, 1), (misled, 1), (divided, 0)):
+        caplog.clear()
+        call_with_a_quarter(other)
+        assert caplog.text.count(MULTIPLIED) == count
+        assert caplog.text.count("Divide model.config.text_config.router_aux_loss_coef by") == count
+
+
+def call_with_a_quarter(model: nn.Module) -> None:
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    model(input_ids=ids, labels=ids, output_router_logits=True, num_items_in_batch=torch.tensor(64))
+
+
+def test_what_teaches_no_router_is_not_said_to_be_multiplied(caplog):
+    without, frozen = make_model("qwen3_moe"), make_model("qwen3_moe")
+    without.config.router_aux_loss_coef = without.router_aux_loss_coef = 0.0
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    for model in (without, frozen):
+        call_with_a_quarter(model)
+    assert MULTIPLIED not in caplog.text
+
+
+def test_replicas_say_it_once(caplog):
+    """A replica of DataParallel is a new object in each step."""
+    model = make_model("qwen3_moe")
+    for _ in range(5):
+        call_with_a_quarter(model._replicate_for_data_parallel())
+    assert caplog.text.count(MULTIPLIED) == 1
+    caplog.clear()
+    moe = upcycle(make_dense("gemma"), 4, 2, target="inplace").train()
+    for _ in range(5):
+        moe._replicate_for_data_parallel()(torch.ones(2, 9, dtype=torch.int64))
+    assert caplog.text.count("nobody took the auxiliary loss") == 1
+
+
+def test_layers_that_are_replaced_are_seen():
+    moe = upcycle(make_dense("gemma"), 4, 2, init="noise", target="inplace").train()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    moe(ids, labels=ids)
+    layer, fresh = moe.model.layers[0], copy.deepcopy(moe)
+    before, dense = layer.mlp, nn.Identity()
+    for mlp in (copy.deepcopy(before), dense, before):
+        layer.mlp = mlp
+        loss = moe(ids, labels=ids).loss
+        fresh.model.layers[0].mlp = copy.deepcopy(mlp)
+        torch.testing.assert_close(loss, copy.deepcopy(fresh)(ids, labels=ids).loss)
+        assert aux_loss(moe) > 0
 
 
 def test_ranks_of_models_upcycled_in_place(tmp_path):

@@ -148,12 +148,55 @@ def test_trainer_resumes(tmp_path, name):
 
     undisturbed = make_trainer(make(), tmp_path)
     undisturbed.train()
-    load = tmt.load_upcycled if name == "gpt2" else type(make()).from_pretrained
-    for model in (make(), load(tmp_path / "checkpoint-4").train()):
+    loaded = [tmt.load_upcycled(tmp_path / "checkpoint-4").train()] if name == "gpt2" else []
+    for model in (make(), *loaded):
         resumed = make_trainer(model, tmp_path)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert resumed.state.global_step == 4
         assert_same(weights(resumed.model), weights(undisturbed.model))
+
+
+class WithArgument(transformers.GptOssForCausalLM):
+    def __init__(self, config: Any, extra: int) -> None:
+        super().__init__(config)
+        self.extra = nn.Linear(4, extra)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "value head", "native with value head"])
+def test_models_with_parts_of_their_own_resume(tmp_path, kind):
+    """Trainer goes its own way with what tritonmoe has not made; of what it has made, added parts are loaded too."""
+    tmt.upcycle(make_dense("gpt2"), num_experts=4, top_k=2)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+
+    def make(seed: int) -> Any:
+        torch.manual_seed(seed)
+        if kind == "subclass":
+            return WithArgument(config, 3)
+        native = kind.startswith("native")
+        model: Any = (
+            tmt.upcycle(make_dense("llama"), 4, 2, seed=seed) if native else transformers.GptOssForCausalLM(config)
+        )
+        model.value_head = nn.Linear(32, 1)
+        return model
+
+    saved, resumed = make(1), make(2)
+    saved.save_pretrained(tmp_path)
+    make_trainer(resumed, tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert_same(weights(resumed), weights(saved))
+
+
+def test_weights_of_experts_that_are_missing_are_refused(tmp_path, monkeypatch):
+    model: Any = tmt.upcycle(make_dense("llama"), num_experts=4, top_k=2)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    state = {name: value for name, value in loaded.state_dict().items() if "experts.down_proj" not in name}
+    monkeypatch.setattr(loaded, "state_dict", lambda: state)
+    monkeypatch.setattr(type(model), "from_pretrained", lambda *_, **__: loaded)
+    with pytest.raises(ValueError, match=r"lacks weights of the experts of this MixtralForCausalLM: .*down_proj"):
+        make_trainer(model, tmp_path)._load_from_checkpoint(str(tmp_path))
 
 
 def test_trainer_loads_the_best_adapters_over_an_upcycled_model(tmp_path):
@@ -170,7 +213,20 @@ def test_trainer_loads_the_best_adapters_over_an_upcycled_model(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     upcycled().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit this GPT2LMHeadModel: (?s:.*)size mismatch"):
-        make_trainer(upcycled(num_experts=2), tmp_path)._load_from_checkpoint(str(tmp_path))
+    for settings, differing in (
+        ({"num_experts": 2}, r"saved num_experts=4; this model num_experts=2"),
+        ({"top_k": 1}, r"saved top_k=2; this model top_k=1"),
+        ({"granularity": 2}, r"saved granularity=1; this model granularity=2"),
+        ({"shared_expert": True}, r"saved shared_expert=False; this model shared_expert=True"),
+        ({"layers": [0]}, r"saved blocks=.*; this model blocks="),
+    ):
+        arguments: Any = {"num_experts": 4, "top_k": 2, "target": "inplace", **settings}
+        other = tmt.upcycle(make_dense("gpt2"), **arguments)
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        before = weights(other)
+        with pytest.raises(ValueError, match=rf"does not fit this GPT2LMHeadModel, .*another way: {differing}"):
+            make_trainer(other, tmp_path)._load_from_checkpoint(str(tmp_path))
+        assert_same(weights(other), before)
     with pytest.raises(ValueError, match="GPT2LMHeadModel was not: upcycle the dense model"):
         make_trainer(make_dense("gpt2"), tmp_path)._load_from_checkpoint(str(tmp_path))

@@ -5,8 +5,12 @@ sum over this batch's targets divided by that number; Trainer sums these losses.
 transformers' own models add their auxiliary loss, is multiplied by the number of batches and of ranks.
 """
 
+import ast
+import inspect
 import logging
+import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +18,15 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
-__all__ = ["are_labels_shifted", "share_of_items", "watch_auxiliary_losses"]
+__all__ = ["are_labels_shifted", "heeds_num_items", "share_of_items", "watch_auxiliary_losses"]
 
 logger = logging.getLogger(__name__)
 
 SHIFTED_SINCE = (5, 10)
 """The release of transformers whose Trainer leaves out the first label of a row, which no causal model looks at."""
-IS_WATCHED, NUM_CALLS = "_tritonmoe_watches_aux_loss", "_tritonmoe_num_items_calls"
+STATE = "_tritonmoe_watches_aux_loss"
+"""A _State in the __dict__ of a watched model, which it shares with its replicas in DataParallel."""
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def share_of_items(are_shifted: bool, given: Callable[[str], object]) -> Tensor | float:
@@ -54,13 +60,44 @@ def are_labels_shifted(model: Any) -> bool:
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
+def heeds_num_items(model_class: type) -> bool:
+    """Say whether a class's forward hands `num_items_in_batch` on to its loss function, by its source.
+
+    A forward that computes a loss by itself, as the heads of BERT do, gives the plain mean of its batch; so one whose
+    source isn't there is taken for.
+    """
+    for parent in model_class.__mro__:
+        if "forward" not in parent.__dict__:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(parent.__dict__["forward"]))))
+        except (OSError, TypeError, SyntaxError):
+            return False
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        of_loss = [call for call in calls if getattr(call.func, "attr", None) == "loss_function"]
+        if of_loss:
+            return all(any(word.arg in (None, "num_items_in_batch") for word in call.keywords) for call in of_loss)
+        if not any(getattr(call.func, "id", None) == "super" for call in calls):
+            return False
+    return False
+
+
+@dataclass
+class _State:
+    attribute: str | None
+    """Of the model, which holds its coefficient; None where it looks into its config at each call."""
+    first: float | None
+    """What the config asked for when the model was switched."""
+    num_calls: int = 0
+
+
 def watch_auxiliary_losses(model: nn.Module) -> None:
     """Let transformers' own models in `model` say once that Trainer multiplies their auxiliary loss, where it does."""
     from transformers import PreTrainedModel
 
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not hasattr(module, IS_WATCHED):
-            module.__dict__[IS_WATCHED] = True
+        if isinstance(module, PreTrainedModel) and STATE not in module.__dict__:
+            module.__dict__[STATE] = _State(*_coefficient(module))
             module.register_forward_hook(_warn_of_multiplied, with_kwargs=True)
 
 
@@ -69,22 +106,34 @@ def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, Any]
         return
     if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "aux_loss")):
         return
-    num_calls = model.__dict__[NUM_CALLS] = model.__dict__.get(NUM_CALLS, 0) + 1
-    if num_calls & (num_calls - 1):  # a look at the share waits for the device: at the first, second, fourth, ... call
+    state = model.__dict__[STATE]
+    state.num_calls += 1
+    if state.num_calls & (
+        state.num_calls - 1
+    ):  # a look at the share waits for the device: at the first, second, fourth, ... call
         return
-    config: Any = model.config
-    asked = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    if state.attribute is None:
+        name, asked, in_force = "model.config.text_config.router_aux_loss_coef", state.first, _coefficient(model)[1]
+    else:
+        name, asked, in_force = f"model.{state.attribute}", _coefficient(model)[1], getattr(model, state.attribute)
     share = float(share_of_items(are_labels_shifted(model), keywords.get))
-    if not 0 < share < 1 or getattr(model, "router_aux_loss_coef", asked) != asked:
-        return  # its user has divided it
-    model.__dict__[NUM_CALLS] = 2**62  # said
+    if not 0 < share < 1 or not in_force or in_force != asked or not output.aux_loss.requires_grad:
+        return  # its user has divided it, or nothing gets a gradient of it
+    state.num_calls = 2**62  # said
     logger.warning(
         "Trainer sums the losses of about %d batches (gradient_accumulation_steps times ranks) in a step, and %s adds "
         "its auxiliary loss whole to each: transformers divides only the tokens' loss by num_items_in_batch. The "
-        "routers get that many times the gradient which router_aux_loss_coef = %s asks for. Divide "
-        "model.router_aux_loss_coef by that number, or set model.accepts_loss_kwargs = False before making the "
-        "Trainer, which then averages the batches' losses",
+        "routers get that many times the gradient which router_aux_loss_coef = %s asks for. Divide %s by that number, "
+        "or set model.accepts_loss_kwargs = False before making the Trainer, which then averages the batches' losses",
         max(round(1 / share), 2),
         type(model).__name__,
         asked,
+        name,
     )
+
+
+def _coefficient(model: Any) -> tuple[str | None, float | None]:
+    """Give the attribute of a model that holds its coefficient, and what its config asks for."""
+    text = model.config.get_text_config()
+    attribute = next((name for name in COEFFICIENTS if name in model.__dict__), None)
+    return attribute, getattr(text, attribute or COEFFICIENTS[0], None)

@@ -17,9 +17,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank
-from tritonmoe.integrations.transformers.trainer_loading import load_saved
+from tritonmoe.integrations.transformers.trainer_loading import is_spread, let_trainer_load_experts
 from tritonmoe.transports.sharding.whole_states import StateDict
 
 __all__ = ["let_trainer_save_spread_models"]
@@ -58,6 +57,7 @@ def let_trainer_save_spread_models() -> None:
     """
     from transformers import Trainer
 
+    let_trainer_load_experts()
     if hasattr(Trainer, MARK):
         return
     for function in (
@@ -66,8 +66,6 @@ def let_trainer_save_spread_models() -> None:
         _save_checkpoint,
         _save_optimizer_and_scheduler,
         _save_rng_state,
-        _load_from_checkpoint,
-        _load_best_model,
         _load_optimizer_and_scheduler,
     ):
         setattr(Trainer, function.__name__, _for_spread_models(getattr(Trainer, function.__name__), function))
@@ -77,7 +75,7 @@ def let_trainer_save_spread_models() -> None:
 def _for_spread_models(original: Callable, function: Callable) -> Callable:
     @functools.wraps(original)
     def method(trainer: "SpreadTrainer", *arguments: object, **keywords: object) -> object:
-        if not any(hasattr(parameter, "device_mesh") for parameter in expert_parameters(trainer.model)):
+        if not is_spread(trainer.model):
             return original(trainer, *arguments, **keywords)
         return function(original, trainer, *arguments, **keywords)
 
@@ -178,16 +176,3 @@ def _optimizer_state(trainer: "SpreadTrainer") -> StateDict:
 
 def _own_optimizer(trainer: "SpreadTrainer") -> torch.optim.Optimizer:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # without Accelerate's around it
-
-
-def _load_from_checkpoint(
-    original: Original, trainer: "SpreadTrainer", resume_from_checkpoint: str, model: nn.Module | None = None
-) -> None:
-    model = trainer.model if model is None else model
-    if not load_saved(model, Path(resume_from_checkpoint)):
-        original(trainer, resume_from_checkpoint, model)
-
-
-def _load_best_model(original: Original, trainer: "SpreadTrainer") -> None:
-    if not load_saved(trainer.model, Path(trainer.state.best_model_checkpoint)):
-        original(trainer)

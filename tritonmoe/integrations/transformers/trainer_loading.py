@@ -6,24 +6,30 @@ experts as they were.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.sharded_model import saves_adapters
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
 from tritonmoe.integrations.transformers.upcycle.description import DESCRIPTION_FILE, WEIGHTS_STEM, read_description
 
-__all__ = ["let_trainer_load_experts", "load_saved"]
+__all__ = ["IS_UPCYCLED", "is_spread", "let_trainer_load_experts", "load_saved"]
 
+logger = logging.getLogger(__name__)
+
+IS_UPCYCLED = "_tritonmoe_is_upcycled"
+"""An entry of the __dict__ of models that upcycle() has made natively; those in place have `upcycling`."""
 MARK = "_tritonmoe_loads_experts"
 
 
 def let_trainer_load_experts() -> None:
-    """Let Trainer, and its subclasses, load them from now on; models without experts go the way they went."""
+    """Let Trainer, and its subclasses, load models that were upcycled or spread; others go the way they went."""
     from transformers import Trainer
 
     if hasattr(Trainer, MARK):
@@ -47,24 +53,42 @@ def let_trainer_load_experts() -> None:
         setattr(Trainer, method.__name__, method)
 
 
+def is_spread(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "device_mesh") for parameter in expert_parameters(model))
+
+
 def _load(trainer: Any, model: nn.Module, directory: Path) -> bool:
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # which have ways of their own
+    if not is_spread(model) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # have ways of their own
         return False
-    has_experts = bool(experts_modules(model)) and (directory / "config.json").exists()
-    return (has_experts or (directory / DESCRIPTION_FILE).exists()) and load_saved(model, directory)
+    return load_saved(model, directory)
 
 
 def load_saved(model: nn.Module, directory: Path) -> bool:
-    """Load what a model's own save_pretrained wrote; False where Trainer's way is right, for adapters and modules."""
-    model_class: Any = type(model)
+    """Load what a model's own save_pretrained wrote; False where Trainer's way is right.
+
+    That is so for adapters, and for models which tritonmoe has neither made nor spread. As in Trainer's way, a part
+    that the directory lacks stays as it is, but for experts.
+    """
     if (directory / DESCRIPTION_FILE).exists():
         _load_upcycled(model, directory)
-    elif hasattr(model_class, "from_pretrained") and not saves_adapters(model):
-        widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
-        loaded = model_class.from_pretrained(directory, dtype=widest)  # rounds nothing
-        model.load_state_dict(loaded.state_dict())
-    else:
+        return True
+    model_class: Any = type(model)
+    is_ours = IS_UPCYCLED in model.__dict__ or is_spread(model)
+    if not is_ours or not hasattr(model_class, "from_pretrained") or saves_adapters(model):
         return False
+    widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+    state = model_class.from_pretrained(directory, dtype=widest).state_dict()  # rounds nothing
+    added = model.state_dict().keys() - state.keys()
+    if added:  # to the model, after its class had made it
+        reader = CheckpointReader(directory)
+        state |= {name: reader[name] for name in added if name in reader}
+    missing, _ = model.load_state_dict(state, strict=False)
+    experts = tuple(f"{name}." for name in experts_modules(model))
+    lost = [name for name in missing if name.startswith(experts)]
+    if lost:
+        raise ValueError(f"{directory} lacks weights of the experts of this {model_class.__name__}: {lost[:4]}")
+    if missing:
+        logger.warning("%s lacks %s of this %s, which stay as they are", directory, missing[:4], model_class.__name__)
     return True
 
 
@@ -80,6 +104,17 @@ def _load_upcycled(model: Any, directory: Path) -> None:
         raise ValueError(
             f"{directory} holds a {class_name} that was upcycled in place, and {type(model).__name__} was not: upcycle "
             'the dense model with target="inplace", or load the directory with load_upcycled(), before Trainer'
+        )
+    names = ("num_experts", "top_k", "granularity", "shared_expert")
+    found = {name: getattr(settings, name) for name in names} | {"blocks": blocks}
+    wanted = {name: own["settings"][name] for name in names} | {"blocks": own["blocks"]}
+    differing = [name for name in found if found[name] != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{directory} does not fit this {type(model).__name__}, which was upcycled in another way: saved "
+            f"{', '.join(f'{name}={found[name]}' for name in differing)}; this model "
+            f"{', '.join(f'{name}={wanted[name]}' for name in differing)}: upcycle it as the saved one was, or load "
+            "the directory with load_upcycled(), before Trainer"
         )
     reader = CheckpointReader(directory, WEIGHTS_STEM)
     state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118

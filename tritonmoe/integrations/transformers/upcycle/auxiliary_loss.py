@@ -3,14 +3,14 @@
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.halves import keep_for_this_half
-from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, share_of_items
+from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, heeds_num_items, share_of_items
 from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.upcycle.inplace import UpcycledFFN
 from tritonmoe.integrations.transformers.upcycle.token_masks import EnclosingCall
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["aux_loss", "watch_forwards"]
 
 IS_LEFT = "_tritonmoe_aux_loss_is_left"
+"""A dict in the __dict__ of a model, which it shares with its replicas in DataParallel."""
+BELOW = "_tritonmoe_layers_below"
 TIME_MAJOR = ("xlnet", "fsmt")
 """The model types whose rows are (S, B, D)."""
 
@@ -47,8 +49,9 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer of tritonmoe: it was not upcycled in place")
     for module in model.modules():
-        if module.__dict__.get(IS_LEFT):
-            del module.__dict__[IS_LEFT]
+        state = module.__dict__.get(IS_LEFT)
+        if state is not None and state["is_left"]:
+            state["is_left"] = False
     losses = [(layer, layer.aux_loss) for layer in layers]
     found = [(layer, loss) for layer, loss in losses if loss is not None]
     if not found:
@@ -105,8 +108,9 @@ def watch_forwards(model: "PreTrainedModel") -> None:
         module.register_forward_pre_hook(functools.partial(_enter, watched), with_kwargs=True)
         module.register_forward_hook(functools.partial(_leave, watched), always_call=True)
     names = tuple(inspect.signature(model.forward).parameters)
-    hook = functools.partial(_add_aux_loss, names, are_labels_shifted(model))
+    hook = functools.partial(_add_aux_loss, names, heeds_num_items(type(model)), are_labels_shifted(model))
     model.register_forward_hook(hook, with_kwargs=True)
+    model.__dict__[IS_LEFT] = {"is_left": False, "is_said": False}
 
 
 class _Watched(NamedTuple):
@@ -165,13 +169,44 @@ def _keep(layer: UpcycledFFN) -> None:
 
 
 def _layers_below(module: nn.Module) -> list[UpcycledFFN]:
-    if isinstance(module, UpcycledFFN):
-        return [module]
-    return [layer for child in module._modules.values() if child is not None for layer in _layers_below(child)]
+    """Give the layers inside of a module, walking its tree anew only where a module in it has been replaced."""
+    if torch.compiler.is_compiling():
+        return _LayersBelow(module).layers
+    known: _LayersBelow | None = module.__dict__.get(BELOW)
+    if known is None or not known.hold(module):
+        known = module.__dict__[BELOW] = _LayersBelow(module)
+    return known.layers
+
+
+class _LayersBelow:
+    """The layers in a tree of modules as it was: every parent in it, outside of the layers, with its children."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.layers: list[UpcycledFFN] = []
+        self.tree: list[tuple[nn.Module, tuple[nn.Module | None, ...]]] = []
+        if module is not None:
+            self._walk(module)
+
+    def __reduce__(self) -> tuple[type["_LayersBelow"], tuple[()]]:
+        return _LayersBelow, ()  # a copy of the module has other children
+
+    def _walk(self, module: nn.Module) -> None:
+        if isinstance(module, UpcycledFFN):
+            self.layers.append(module)
+        elif module._modules:
+            self.tree.append((module, tuple(module._modules.values())))
+            for child in module._modules.values():
+                if child is not None:
+                    self._walk(child)
+
+    def hold(self, module: nn.Module) -> bool:
+        is_of_it = bool(self.tree) and self.tree[0][0] is module  # a replica in DataParallel has its original's
+        return is_of_it and all(tuple(parent._modules.values()) == children for parent, children in self.tree)
 
 
 def _add_aux_loss(
     names: tuple[str, ...],
+    heeds: bool,
     are_shifted: bool,
     model: nn.Module,
     arguments: tuple[Any, ...],
@@ -181,31 +216,41 @@ def _add_aux_loss(
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
 
     Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models. A batch that is a
-    part of what is accumulated over batches and ranks has its share of it.
+    part of what is accumulated over batches and ranks has its share of it, where its own loss is a share of theirs.
     """
     if not model.training or not torch.is_grad_enabled():
         return output
+    given = functools.partial(_given, names=names, arguments=arguments, keywords=keywords)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:  # (1, 1) in DataParallel under Trainer
+    if not isinstance(loss, Tensor) or not (loss.dim() == 0 or (heeds and _is_of_replica(loss, given))):
         _warn_of_earlier(model)
         return output
-    share = share_of_items(are_shifted, lambda name: _given(name, names, arguments, keywords))
-    loss = loss + (share * aux_loss(model)).to(loss.device)
+    share = torch.as_tensor(share_of_items(are_shifted, given) if heeds else 1.0)
+    loss = loss + share.to(loss.device) * aux_loss(model).to(loss.device)
     if isinstance(output, tuple):
         return loss, *output[1:]
     output.loss = loss
     return output
 
 
+def _is_of_replica(loss: Tensor, given: Callable[[str], object]) -> bool:
+    """Say whether it is divided by what Trainer gives each replica of DataParallel, a number of shape (1, 1)."""
+    num_items = given("num_items_in_batch")
+    is_divided = isinstance(num_items, Tensor) and num_items.numel() == 1 and num_items.shape == loss.shape
+    return is_divided and isinstance(given("labels"), Tensor)
+
+
 def _warn_of_earlier(model: nn.Module) -> None:
     """Say once that nobody took the auxiliary loss of the last training forward, which gave no loss of its own."""
-    if torch.compiler.is_compiling():
+    state = model.__dict__[IS_LEFT]
+    if torch.compiler.is_compiling() or state["is_said"]:
         return
-    if model.__dict__.get(IS_LEFT) is True:
+    if state["is_left"]:
+        state["is_said"] = True
         log.warning(
             "nobody took the auxiliary loss of %s in its last training forward, so nothing balances its experts: give "
             "it labels, so that its own loss contains it (Trainer's label_smoothing_factor and compute_loss_func take "
             "them away), or add tritonmoe.integrations.transformers.aux_loss(model) to yours",
             type(model).__name__,
         )
-    model.__dict__[IS_LEFT] = model.__dict__.get(IS_LEFT) is None  # then False: said
+    state["is_left"] = True

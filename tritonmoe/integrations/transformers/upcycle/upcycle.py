@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.trainer_loading import let_trainer_load_experts
+from tritonmoe.integrations.transformers.trainer_loading import IS_UPCYCLED, let_trainer_load_experts
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import find_model_class
 from tritonmoe.integrations.transformers.upcycle.expert_init import Init, UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, find_blocks, select_blocks
@@ -88,6 +88,8 @@ def upcycle(
                 "load_upcycled(directory, model_class=...)",
                 type(model).__qualname__,
             )
+    else:
+        converted.__dict__[IS_UPCYCLED] = True
     return converted
 
 
