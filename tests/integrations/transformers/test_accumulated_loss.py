@@ -41,6 +41,7 @@ def test_accumulated_batches_of_models_upcycled_in_place(name, tmp_path):
             torch.testing.assert_close(gradient, router.weight.grad, atol=1e-6, rtol=2e-3)
 
 
+@pytest.mark.thorough
 def test_each_batch_has_its_share_of_the_auxiliary_loss():
     moe = upcycle(make_dense("gemma"), 4, 2, init="noise", target="inplace").train()
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -195,6 +196,7 @@ def test_layers_that_are_replaced_are_seen():
         assert aux_loss(moe) > 0
 
 
+@pytest.mark.thorough
 def test_ranks_of_models_upcycled_in_place(tmp_path):
     kinds = ["gpt2", "gpt2 spread"]
     expected = router_gradients(make_model("gpt2"), 1, tmp_path)

@@ -197,7 +197,16 @@ def test_all_chunks_of_a_layer_are_counted_together(chunk_size):
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("way", ["checkpointed", "compiled", "compiled blocks", "spread", "spread and checkpointed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "checkpointed",
+        pytest.param("compiled", marks=pytest.mark.thorough),
+        "compiled blocks",
+        "spread",
+        "spread and checkpointed",
+    ],
+)
 def test_losses_and_gradients_of_many_forwards(way, request):
     """Two forwards before a backward, then a third: as plainly, whatever runs the blocks."""
     results = []
