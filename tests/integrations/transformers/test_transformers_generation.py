@@ -20,8 +20,16 @@ def test_each_rank_ends_with_its_own_text(tmp_path):
 
 @pytest.mark.thorough
 def test_every_way_to_generate(tmp_path):
-    run(2, tmp_path, "ways:mixtral", "stopped:mixtral", "encoder_decoder:", "load:mixtral", "wrapped:mixtral")
-    run(3, tmp_path, "lengths:gpt_oss")
+    run(
+        2,
+        tmp_path,
+        "ways:mixtral",
+        "stopped:mixtral",
+        "encoder_decoder:",
+        "load:mixtral",
+        "wrapped:mixtral",
+    )
+    run(2, tmp_path, "lengths:gpt_oss")
 
 
 @pytest.mark.thorough
