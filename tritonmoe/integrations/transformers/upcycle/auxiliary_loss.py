@@ -225,8 +225,8 @@ def _add_aux_loss(
     if not isinstance(loss, Tensor) or not (loss.dim() == 0 or (heeds and _is_of_replica(loss, given))):
         _warn_of_earlier(model)
         return output
-    share = torch.as_tensor(share_of_items(are_shifted, given) if heeds else 1.0)
-    loss = loss + share.to(loss.device) * aux_loss(model).to(loss.device)
+    share = torch.as_tensor(share_of_items(are_shifted, given) if heeds else 1.0, device=loss.device)
+    loss = loss + share * aux_loss(model).to(loss.device)
     if isinstance(output, tuple):
         return loss, *output[1:]
     output.loss = loss
