@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench.published import Row, Table, published
-from tritonmoe.diagnosis.cluster import Cluster, Estimate
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.model import Model
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.operation_costs import exchange_s
-from tritonmoe.diagnosis.routed_rows import needs_of
+from tritonmoe.planner.cluster import Cluster, Estimate
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.model import Model
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.operation_costs import exchange_s
+from tritonmoe.planner.routed_rows import needs_of
 
 __all__ = ["link_tables"]
 

@@ -23,14 +23,14 @@ from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import summarize, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.cluster_probe import probe_cluster
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model_config import model_of_config
-from tritonmoe.diagnosis.step import step_time
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.parallelize import parallelize
 from tritonmoe.integrations.transformers.statistics import collect_statistics
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.cluster_probe import probe_cluster
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_config import model_of_config
+from tritonmoe.planner.step import step_time
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 

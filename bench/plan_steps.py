@@ -6,13 +6,13 @@ from typing import Any
 
 from bench.published import Row, Table, published
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.job_memory import memory_gb
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.operation_costs import copy_s
-from tritonmoe.diagnosis.plan import plan
-from tritonmoe.diagnosis.step import step_time
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.job_memory import memory_gb
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.operation_costs import copy_s
+from tritonmoe.planner.plan import plan
+from tritonmoe.planner.step import step_time
 
 __all__ = ["step_tables"]
 

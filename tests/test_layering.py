@@ -11,7 +11,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FOLDERS = (
     *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
     *("dispatch", "overlap", "simulation", "tuning", "expert_parallel", "layer", "integrations", "report", "diagnosis"),
-    *("doctor", "benchmarks", "demo", "cli"),
+    *("doctor", "planner", "benchmarks", "demo", "cli"),
 )
 """A file imports from its own folder and from those that stand before it."""
 FENCES = {

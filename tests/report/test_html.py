@@ -15,16 +15,16 @@ from html_pages import check_page
 
 from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.cli import main
-from tritonmoe.diagnosis import plan as planning
 from tritonmoe.diagnosis.attribution import Attribution, attribute
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.job import Job
 from tritonmoe.diagnosis.links import LinkRatios
-from tritonmoe.diagnosis.model_config import find_model
-from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
 from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.run_page import run_page
 from tritonmoe.diagnosis.verdict import as_json
+from tritonmoe.planner import plan as planning
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_config import find_model
+from tritonmoe.planner.plan_page import comparison_page, plan_page
 from tritonmoe.report.charts import Curve, Curves, Heat, ticks
 from tritonmoe.report.figures import Number, Words
 from tritonmoe.report.html import Page, Section, page_text

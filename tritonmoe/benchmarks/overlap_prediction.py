@@ -10,8 +10,8 @@ from tritonmoe.benchmarks.overlap_variants import Variant
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.timing import Samples
-from tritonmoe.diagnosis.probe import probe_link
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.planner.probe import probe_link
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate_layer
 from tritonmoe.simulation.two_level_work import TwoLevelWork

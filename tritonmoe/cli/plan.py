@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import get_args
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive, report_file
-from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
-from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
-from tritonmoe.diagnosis.job import Job, Recompute
-from tritonmoe.diagnosis.model_config import expert_load, find_model
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.plan import compare, plan
-from tritonmoe.diagnosis.plan_page import comparison_page, plan_page
-from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
+from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.planner.cluster_file import read_cluster, to_toml
+from tritonmoe.planner.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.planner.job import Job, Recompute
+from tritonmoe.planner.model_config import expert_load, find_model
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.plan import compare, plan
+from tritonmoe.planner.plan_page import comparison_page, plan_page
+from tritonmoe.planner.plan_table import comparison_table, plan_table
 from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 

@@ -10,13 +10,13 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive
 from tritonmoe.benchmarks.ranks import device_and_backend
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.cluster_file import read_cluster, to_toml
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.cluster_probe import DTYPES, probe_cluster
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model_config import find_model
-from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.cluster_file import read_cluster, to_toml
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.cluster_probe import DTYPES, probe_cluster
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_config import find_model
+from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 

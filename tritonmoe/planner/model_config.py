@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tritonmoe.config.layer import is_integer
-from tritonmoe.diagnosis.model import Attention, LatentAttention, Model
-from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.planner.model import Attention, LatentAttention, Model
+from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.runtime.files import Json, read_json
 
 __all__ = ["expert_load", "find_model", "model_of_config"]

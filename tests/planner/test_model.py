@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonmoe.diagnosis.model import Attention, LatentAttention
-from tritonmoe.diagnosis.model_config import find_model, model_of_config
-from tritonmoe.diagnosis.model_presets import MODELS
+from tritonmoe.planner.model import Attention, LatentAttention
+from tritonmoe.planner.model_config import find_model, model_of_config
+from tritonmoe.planner.model_presets import MODELS
 
 transformers = pytest.importorskip("transformers")
 

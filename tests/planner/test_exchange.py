@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.exchange import LayerExchange
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.operation_costs import link_costs
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.exchange import LayerExchange
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.operation_costs import link_costs
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.simulation.simulator import simulate_layer
 from tritonmoe.simulation.two_level_work import TwoLevelWork

@@ -5,8 +5,8 @@ from itertools import combinations
 
 import pytest
 
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.routed_rows import needs_of, probability_needed
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.routed_rows import needs_of, probability_needed
 
 MODEL = replace(MODELS["DeepSeek-V3"], num_groups=1, top_k_groups=1)
 

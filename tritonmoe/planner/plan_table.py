@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tritonmoe.diagnosis.plan import Comparison, Plan, Prediction, Sensitivity
+from tritonmoe.planner.plan import Comparison, Plan, Prediction, Sensitivity
 
 __all__ = ["comparison_table", "plan_table"]
 

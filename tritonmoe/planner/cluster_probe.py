@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.cluster import Cluster, Estimate, Gpu, Host, Link
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.operation_costs import product_s
-from tritonmoe.diagnosis.probe import PROBE_BYTES, probe_link, slowest
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.planner.cluster import Cluster, Estimate, Gpu, Host, Link
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.operation_costs import product_s
+from tritonmoe.planner.probe import PROBE_BYTES, probe_link, slowest
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 __all__ = ["probe_cluster"]

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, link_costs, link_like
-from tritonmoe.diagnosis.routed_rows import Needs, needs_of
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, link_costs, link_like
+from tritonmoe.planner.routed_rows import Needs, needs_of
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
 from tritonmoe.simulation.two_batches import simulate_two_batches

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from functools import partial
 
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 
 __all__ = ["ATTENTION_BACKWARD", "Parts", "layer_parts"]
 

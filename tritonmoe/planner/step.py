@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import ExchangeTime, LayerExchange
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.layer_parts import Parts, layer_parts
-from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.exchange import ExchangeTime, LayerExchange
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_parts import Parts, layer_parts
+from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 from tritonmoe.simulation.two_batches import MOST_LAYERS
 
 __all__ = ["StepTime", "exchange_time", "step_time"]

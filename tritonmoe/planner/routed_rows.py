@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from tritonmoe.diagnosis.model import Model
+from tritonmoe.planner.model import Model
 
 __all__ = ["Needs", "needs_of", "probability_needed"]
 

@@ -1,7 +1,7 @@
 """What one product, one copy or one exchange takes on a cluster."""
 
-from tritonmoe.diagnosis.cluster import Cluster, Link
-from tritonmoe.diagnosis.job import Job
+from tritonmoe.planner.cluster import Cluster, Link
+from tritonmoe.planner.job import Job
 from tritonmoe.simulation.cost_model import LinkCosts
 
 __all__ = ["MAIN_GRAD_BYTES", "copy_s", "exchange_s", "link_costs", "link_like", "product_s"]

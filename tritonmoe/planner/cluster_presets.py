@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tritonmoe.diagnosis.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
+from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
 
 __all__ = ["CLUSTERS", "REMARKS"]
 

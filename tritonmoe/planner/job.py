@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from tritonmoe.diagnosis.cluster import DTYPE_BYTES, Cluster
-from tritonmoe.diagnosis.model import Model
+from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.planner.model import Model
 
 __all__ = ["Job", "Recompute", "expert_degrees"]
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from tritonmoe.diagnosis import plan as planning
-from tritonmoe.diagnosis.cluster import Estimate
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model_presets import MODELS
-from tritonmoe.diagnosis.plan import compare, plan
-from tritonmoe.diagnosis.plan_table import comparison_table, plan_table
+from tritonmoe.planner import plan as planning
+from tritonmoe.planner.cluster import Estimate
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.plan import compare, plan
+from tritonmoe.planner.plan_table import comparison_table, plan_table
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)
 H100 = CLUSTERS["H100"].with_nodes(2)

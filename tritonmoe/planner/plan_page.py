@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tritonmoe.diagnosis.plan import Comparison, Plan
+from tritonmoe.planner.plan import Comparison, Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Block, Page, Section

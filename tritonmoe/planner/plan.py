@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.diagnosis.cluster import INTERVALS, Cluster
-from tritonmoe.diagnosis.job import Job, expert_degrees
-from tritonmoe.diagnosis.job_memory import memory_gb
-from tritonmoe.diagnosis.layer_parts import layer_parts
-from tritonmoe.diagnosis.step import StepTime, exchange_time, step_time
+from tritonmoe.planner.cluster import INTERVALS, Cluster
+from tritonmoe.planner.job import Job, expert_degrees
+from tritonmoe.planner.job_memory import memory_gb
+from tritonmoe.planner.layer_parts import layer_parts
+from tritonmoe.planner.step import StepTime, exchange_time, step_time
 from tritonmoe.runtime.files import Json
 from tritonmoe.tuning.search import preferred
 

@@ -6,13 +6,13 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.cli import main
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.cluster_file import parse_cluster, read_cluster, to_toml
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS
-from tritonmoe.diagnosis.cluster_probe import probe_cluster
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.model import Attention, Model
-from tritonmoe.diagnosis.plan import plan
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.cluster_probe import probe_cluster
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model import Attention, Model
+from tritonmoe.planner.plan import plan
 from tritonmoe.transports import Transport
 
 TINY = Model("tiny", 64, 2, 0, Attention(2, 1, 32), 8, 2, 32, 0, 64, 128)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from tritonmoe.diagnosis.cluster import INTERVALS, Estimate
-from tritonmoe.diagnosis.cluster_file import parse_cluster, read_cluster, to_toml
-from tritonmoe.diagnosis.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.planner.cluster import INTERVALS, Estimate
+from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
+from tritonmoe.planner.cluster_presets import CLUSTERS, REMARKS
 
 TEXT = to_toml(CLUSTERS["H100"])
 

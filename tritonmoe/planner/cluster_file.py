@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tritonmoe.config.layer import is_integer, is_number
-from tritonmoe.diagnosis.cluster import DTYPE_BYTES, INTERVALS, Cluster, Estimate, Of, settings_of
+from tritonmoe.planner.cluster import DTYPE_BYTES, INTERVALS, Cluster, Estimate, Of, settings_of
 from tritonmoe.runtime.files import Json, check_regular
 
 if sys.version_info >= (3, 11):

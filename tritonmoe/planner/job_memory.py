@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from tritonmoe.diagnosis.cluster import Cluster
-from tritonmoe.diagnosis.exchange import LayerExchange
-from tritonmoe.diagnosis.job import Job
-from tritonmoe.diagnosis.operation_costs import MAIN_GRAD_BYTES
+from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.exchange import LayerExchange
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES
 
 __all__ = ["memory_gb"]
 

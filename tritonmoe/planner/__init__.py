@@ -1,0 +1,1 @@
+"""What a run would take: clusters, models, steps, and intervals of what is predicted."""
