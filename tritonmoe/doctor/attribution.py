@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tritonmoe.doctor.causes import KINDS, CauseKind, Causes
+from tritonmoe.doctor.causes import KINDS, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
@@ -100,18 +100,21 @@ def attribute(graph: Graph) -> Verdict:
     """
     causes = Causes(graph, usual_of(graph))
     step_s = statistics.fmean(causes.as_it_was)
-    together = causes.gained(KINDS)
+    kinds = [kind for kind in KINDS if not causes.is_nothing(kind)]
+    removals: list[Removal] = [
+        dict.fromkeys(KINDS),
+        *({kind: None} for kind in kinds),
+        *(dict.fromkeys(other for other in KINDS if other != kind) for kind in kinds),
+    ]
+    healthy, *walked = causes.without(removals)
+    together = _less(causes.as_it_was, healthy)
     least_s = SMALLEST_SHARE * step_s
-    findings, others = [], []
+    findings: list[Finding] = []
+    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in KINDS if kind not in kinds]
     is_ill = statistics.fmean(together) >= least_s
-    healthy = [was - gain for was, gain in zip(causes.as_it_was, together, strict=True)]
-    for kind in KINDS:
-        if causes.is_nothing(kind):
-            others.append((kind, 0.0))
-            continue
-        alone = causes.gained([kind])
-        left = causes.without([other for other in KINDS if other != kind]) if is_ill else causes.as_it_was
-        hidden = [with_it - without for with_it, without in zip(left, healthy, strict=True)] if is_ill else alone
+    for kind, only, left in zip(kinds, walked[: len(kinds)], walked[len(kinds) :], strict=True):
+        alone = _less(causes.as_it_was, only)
+        hidden = _less(left, healthy) if is_ill else alone
         most = max(alone, hidden, key=statistics.fmean)
         cost = _cost(most)
         if is_ill and cost.seconds >= least_s and cost.low_s > 0:
@@ -123,12 +126,11 @@ def attribute(graph: Graph) -> Verdict:
             others.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: -one.cost.seconds)
     usual = causes.usual
-    quiet = causes.walker.step_times(
-        [busy + idle for busy, idle in zip(usual.level_busy_s, usual.level_idle_s, strict=True)], usual.level_transfer_s
-    )
-    no_transfers = causes.walker.step_times(causes.run_s, [min(0.0, one) for one in causes.transfer_s])
+    quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
+    no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
     per_step = len(graph.ranks) * len(graph.steps)
-    computing_s, host_s = sum(graph.busy_s()) / per_step, sum(graph.idle_s()) / per_step
+    tables = graph.tables
+    computing_s, host_s = float(tables.busy_s.sum()) / per_step, float(tables.idle_s.sum()) / per_step
     return Verdict(
         graph=graph,
         measured_s=statistics.fmean(graph.measured_s),
@@ -142,6 +144,10 @@ def attribute(graph: Graph) -> Verdict:
         computing_s=computing_s,
         host_s=host_s,
     )
+
+
+def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
+    return [before - after for before, after in zip(was, now, strict=True)]
 
 
 def _cost(gained: Sequence[float], seed: int = 0) -> Cost:
