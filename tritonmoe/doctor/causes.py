@@ -11,10 +11,28 @@ from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.usual import Usual
 from tritonmoe.doctor.walk import Walker
 
-__all__ = ["KINDS", "CauseKind", "Causes", "Excess", "Removal"]
+__all__ = ["KINDS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
 
-CauseKind: TypeAlias = Literal["slow rank", "late rank", "slow link", "imbalance"]
+CauseKind: TypeAlias = Literal[
+    "slow rank",
+    "late rank",
+    "slow link",
+    "late link",
+    "slow port",
+    "imbalance",
+    "bandwidth",
+    "latency",
+    "chunk overhead",
+    "host overhead",
+    "exchange contention",
+    "pause",
+]
 KINDS: tuple[CauseKind, ...] = ("slow rank", "late rank", "slow link", "imbalance")
+"""What comparison of ranks, steps and sizes shows; a slow link's finding may say that it is late, or a slow port."""
+STRUCTURAL: tuple[CauseKind, ...] = (
+    "bandwidth", "latency", "chunk overhead", "host overhead", "exchange contention", "pause",
+)  # fmt: skip
+"""What costs all ranks something in all steps, or would without being a fault; known of this package's layers alone."""
 
 Removal: TypeAlias = Mapping[CauseKind, Collection[int] | None]
 """Kinds of causes that are taken out, on some ranks, or on all of them (None)."""
@@ -31,7 +49,7 @@ class Excess:
 class Causes:
     """A graph with what is usual of it, and walks of it without some of what is not."""
 
-    def __init__(self, graph: Graph, usual: Usual) -> None:
+    def __init__(self, graph: Graph, usual: Usual, structural: Mapping[CauseKind, Excess] | None = None) -> None:
         self.graph, self.usual, self.tables = graph, usual, graph.tables
         self.walker = Walker(graph)
         tables = self.tables
@@ -42,6 +60,7 @@ class Causes:
             "late rank": Excess(tables.idle_s - usual.idle_s, none_of_members),
             "slow link": Excess(none_of_runs, tables.transfer_s - usual.transfer_s),
             "imbalance": Excess(usual.of_rows_s, usual.of_bytes_s),
+            **(structural or {}),
         }
         self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
 

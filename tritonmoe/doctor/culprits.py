@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,12 @@ class Culprits:
     """The one key that has most of it, where there are several."""
     factor: float
     """How many times what is usual these ranks' operations take."""
+    layer: int | None = None
+    """The one layer that has most of it, of several; in a recording of this package's layers."""
+    links: tuple[tuple[int, int], ...] = ()
+    """Sender and receiver of slow links, where they are known."""
+    words: str = ""
+    """Which end of a link it is, where it is known."""
 
 
 def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]) -> Culprits:
@@ -82,7 +88,25 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
     phase = phase if total > 0 and phases[phase] >= 0.85 * total else ""
     place = max(where, key=lambda key: where[key], default=None)
     is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
-    return Culprits(ranks, moves, phase, place if is_one else None, 1 + excess_s / usual_s if usual_s > 0 else 0.0)
+    layer = _layer_of(where, known)
+    place = place if is_one and not _is_of_layer(place) else None
+    return Culprits(ranks, moves, phase, place, 1 + excess_s / usual_s if usual_s > 0 else 0.0, layer)
+
+
+def _is_of_layer(key: Key | None) -> bool:
+    """Whether a key is one of a recording of layers: (phase, layer, name, chunk, work)."""
+    return key is not None and len(key) == 5 and isinstance(key[1], int)
+
+
+def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
+    """Give the layer that has most of what keys cost, where there are several."""
+    layers: dict[int, float] = defaultdict(float)
+    for key, seconds in where.items():
+        if _is_of_layer(key):
+            layers[key[1]] += seconds
+    most = max(layers, key=lambda layer: layers[layer], default=None)
+    has_several = len({key[1] for key in known if _is_of_layer(key)}) > 1
+    return most if most is not None and has_several and layers[most] >= ONE_PLACE * sum(where.values()) else None
 
 
 def phase_of(key: Key) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph
 
-__all__ = ["Usual", "level", "middle", "slope", "usual_of"]
+__all__ = ["LEAST_S", "Usual", "far_out", "level", "middle", "slope", "usual_of"]
 
 JUMP = 1.12
 """Ranks whose medians are further apart than that, and than their noise, are two groups."""
@@ -242,6 +242,12 @@ def _deviation(residuals: Tensor) -> float:
     quarter, half, above = (float(ordered[int((len(ordered) - 1) * part)]) for part in (0.25, 0.5, 0.65))
     below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
     return max(below_s, min(above_s, MOST_SKEW * below_s))
+
+
+def far_out(values: Tensor) -> Tensor:
+    """Give by how much values (n,) are above the middle one where that is more than noise, else 0."""
+    more = values - values.nanmedian()
+    return torch.where(more > max(FAR_OUT * _deviation(more), LEAST_S), more, 0.0)
 
 
 def _fair_bytes(bytes_out: Tensor, bytes_in: Tensor, sizes: Tensor, step: Tensor, num_steps: int) -> Tensor:
