@@ -15,15 +15,14 @@ from pathlib import Path
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
 from tritonmoe.benchmarks.ranks import device_and_backend
-from tritonmoe.diagnosis.attribution import Attribution, attribute
-from tritonmoe.diagnosis.probe_pairs import probe_pairs
-from tritonmoe.diagnosis.reading import is_recording, read_recording
-from tritonmoe.diagnosis.run_page import run_page
-from tritonmoe.diagnosis.verdict import as_json, as_text
+from tritonmoe.diagnosis.recording_reader import is_recording, read_recording
 from tritonmoe.doctor import reading as traces
-from tritonmoe.doctor import verdict as verdict_of_traces
-from tritonmoe.doctor.attribution import Verdict
-from tritonmoe.doctor.attribution import attribute as attribute_traces
+from tritonmoe.doctor.attribution import Verdict, attribute
+from tritonmoe.doctor.probe_pairs import probe_pairs
+from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
+from tritonmoe.doctor.run_figures import figures_of
+from tritonmoe.doctor.run_page import run_page
+from tritonmoe.doctor.verdict import as_json, as_text
 from tritonmoe.report.html import write_page
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([one.json() for one in found], indent=1), "verdict")
         if arguments.html is not None:
-            own = [one.found for one in found if isinstance(one, _OwnRun)]
+            own = [one.run for one in found if isinstance(one.run, RecordedRun)]
             if len(own) < len(found):
                 raise ValueError(
                     "--html draws recordings of record(), not traces of others: leave it out, or give --json"
@@ -74,39 +73,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class _OwnRun:
-    """A recording of this package's layers."""
+class _Judged:
+    """A run, and why its steps take as long as they do."""
 
-    found: Attribution
-
-    def text(self) -> str:
-        return as_text(self.found)
-
-    def json(self) -> Json:
-        return as_json(self.found)
-
-
-@dataclass(frozen=True)
-class _ForeignRun:
-    """Traces of any trainer."""
-
-    run: traces.ForeignRun
+    run: RecordedRun | traces.ForeignRun
     found: Verdict
 
     def text(self) -> str:
-        return verdict_of_traces.as_text(self.run, self.found)
+        return as_text(self.run, self.found)
 
     def json(self) -> Json:
-        return verdict_of_traces.as_json(self.run, self.found)
+        figures = figures_of(self.run) if isinstance(self.run, RecordedRun) else {}
+        return {**as_json(self.run, self.found), **figures}
 
 
-def _judge(path: Path) -> "_OwnRun | _ForeignRun":
+def _judge(path: Path) -> _Judged:
     if not path.exists():
         raise ValueError(f"{path} is no folder and no file")
     if is_recording(path):
-        return _OwnRun(attribute(read_recording(path)))
+        own = judge_recording(read_recording(path))
+        return _Judged(own, own.found)
     run = traces.read_traces(path)
-    return _ForeignRun(run, attribute_traces(run.graph))
+    return _Judged(run, attribute(run.graph))
 
 
 def _probe_links() -> int:

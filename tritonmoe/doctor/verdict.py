@@ -4,6 +4,7 @@ from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.culprits import phase_of
 from tritonmoe.doctor.graph import Key
 from tritonmoe.doctor.reading import ForeignRun
+from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.doctor.slowdown import slowdown_of
 from tritonmoe.runtime.files import Json
 
@@ -14,11 +15,19 @@ DO = {
     "slow rank": "look at its clocks, its temperature and what else runs there; else leave the machine out",
     "late rank": "look at what it does outside of operations: data loading, logging, checkpoints, garbage collection",
     "slow link": "look at cable, port, switch and route; measure the links alone",
+    "late link": "look at the route, and at what delays messages there: a switch, a proxy, a busy core",
+    "slow port": "look at the network card of that rank, its cable and its driver; measure it alone",
+    "bandwidth": "send fewer bytes, or hide them: chunks that overlap, two levels, a narrower wire_dtype",
+    "latency": "fewer and larger exchanges: fewer chunks; a nearer network",
+    "chunk overhead": "fewer chunks",
+    "host overhead": "a faster host, fewer threads beside it; look at what runs between the layer's steps",
+    "exchange contention": "leave exchanges cores of their own",
+    "pause": "look at what all ranks do at once between calls: checkpoints, evaluation, logging",
     "imbalance": "load_balance_loss_weight where it is 0, a placement of the experts, batches of one length",
 }
 
 
-def as_text(run: ForeignRun, found: Verdict) -> str:
+def as_text(run: ForeignRun | RecordedRun, found: Verdict) -> str:
     """Give the verdict in about 20 lines: what the files can't tell first."""
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
@@ -44,11 +53,19 @@ def as_text(run: ForeignRun, found: Verdict) -> str:
             f"HEALTHY: with every operation as usual for its kind a step would take "
             f"{_share(max(0.0, found.together.seconds), found)} less"
         )
+    if found.can_compare and found.is_uncertain:
+        lines.append(
+            f"NOT CERTAIN: with every operation as usual for its kind a step would take "
+            f"{_share(found.together.seconds, found)} less, but so few have it that it may not come again: record more"
+        )
     for number, one in enumerate(found.findings, 1):
         lines.append(f"{number}. {one.kind.upper()}: {words_of(one, found)}")
         lines.append(f"   costs {_cost(one.cost, found)}. To do: {DO[one.kind]}")
     if found.findings:
         lines.append(f"all that is not usual together: {_cost(found.together, found)}; causes overlap")
+    for advice in run.advice if isinstance(run, RecordedRun) else ():
+        costs = f"; it {advice.costs}" if advice.costs else ""
+        lines.append(f"would help: {advice.words}: {_share(advice.gain.seconds, found)} less{costs}")
     small = [f"{kind} {max(0.0, share):.0%}" for kind, share in found.others]
     if small:
         lines.append("too small or not certain: " + ", ".join(small))
@@ -58,6 +75,10 @@ def as_text(run: ForeignRun, found: Verdict) -> str:
             f"as StragglerAnalysis counts, by means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
             f"{graph.named(jobs.slowest)}"
         )
+    if isinstance(run, RecordedRun):
+        lines.append(
+            f"a step is the sum of its calls here; with all that lies between them it takes {_ms(run.built.step_s)}"
+        )
     lines.append(f"differences without a pattern: {_share(found.noise_s, found)} of a step")
     lines.append(f"rows under way that nothing hides: {_share(found.exposed_s, found)} of a step")
     return "\n".join(lines)
@@ -66,7 +87,9 @@ def as_text(run: ForeignRun, found: Verdict) -> str:
 def words_of(one: Finding, found: Verdict) -> str:
     """Say who, where and when, in one sentence."""
     graph, culprits = found.graph, one.culprits
-    if culprits.moves:
+    if culprits.links:
+        who = "from " + " and from ".join(f"rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links)
+    elif culprits.moves:
         who = "another rank from step to step"
     elif culprits.ranks:
         who = graph.named(culprits.ranks)
@@ -74,12 +97,21 @@ def words_of(one: Finding, found: Verdict) -> str:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     several = not culprits.moves and (len(culprits.ranks) or len(graph.ranks)) > 1
     what = {
+        "late link": f"{'bring' if several else 'brings'} every message later than other links, however small",
+        "slow port": culprits.words,
+        "bandwidth": "wait for the bytes of exchanges, at the links' usual rate",
+        "latency": "wait for exchanges for what these take however small they are",
+        "chunk overhead": "pay what a part of a layer costs however small it is once for every chunk",
+        "host overhead": "wait for the host, before the first step of a pass and between steps",
+        "exchange contention": "compute more slowly beside an exchange",
+        "pause": "do something else at once between calls, for longer than usual",
         "slow rank": f"{'compute' if several else 'computes'} {culprits.factor:.2f} times as long as usual",
         "late rank": f"{'come' if several else 'comes'} late to exchanges, doing nothing that the file shows",
         "slow link": f"{'need' if several else 'needs'} {culprits.factor:.2f} times as long as usual for their bytes",
         "imbalance": f"{'get' if several else 'gets'} more rows than others",
     }[one.kind]
     where = f", {place_words(culprits.place)}" if culprits.place else f", in {culprits.phase}" if culprits.phase else ""
+    where += f", in layer {culprits.layer}" if culprits.layer is not None else ""
     hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
     return f"{who} {what}{where}, {one.when}{hidden}"
 
@@ -112,7 +144,7 @@ def _cost(cost: Cost, found: Verdict) -> str:
     return f"{_ms(cost.seconds)} a step, {_share(cost.seconds, found)} ({low} to {high})"
 
 
-def as_json(run: ForeignRun, found: Verdict) -> Json:
+def as_json(run: ForeignRun | RecordedRun, found: Verdict) -> Json:
     """Give the verdict with all its figures, as plain values."""
     graph = found.graph
     jobs = slowdown_of(graph) if run.is_timeline else None
@@ -141,6 +173,8 @@ def as_json(run: ForeignRun, found: Verdict) -> Json:
                 "moves": one.culprits.moves,
                 "phase": one.culprits.phase or None,
                 "place": list(one.culprits.place) if one.culprits.place else None,
+                "layer": one.culprits.layer,
+                "links": [list(link) for link in one.culprits.links],
                 "factor": one.culprits.factor,
                 "when": one.when.when,
                 "period": one.when.period or None,

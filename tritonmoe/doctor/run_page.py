@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from tritonmoe.diagnosis.attribution import Attribution
-from tritonmoe.diagnosis.run_figures import PASSES, timelines_of
-from tritonmoe.diagnosis.verdict import as_json
+from tritonmoe.doctor.attribution import Finding
+from tritonmoe.doctor.recorded_run import RecordedRun
+from tritonmoe.doctor.run_figures import PASSES, figures_of, timelines_of
+from tritonmoe.doctor.verdict import as_json, words_of
 from tritonmoe.report.charts import Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.report.html import Block, Page, Section
@@ -26,9 +27,9 @@ MARKS = {
 }
 
 
-def run_page(found: Sequence[Attribution]) -> Page:
+def run_page(found: Sequence[RecordedRun]) -> Page:
     """Give the page of these verdicts, one after the other."""
-    figures = Figures([as_json(one) for one in found])
+    figures = Figures([{**as_json(one, one.found), **figures_of(one)} for one in found])
     summary: list[Line] = []
     sections: list[Section] = []
     lanes: dict[str, list[Timeline]] = {}
@@ -45,16 +46,16 @@ def run_page(found: Sequence[Attribution]) -> Page:
 class _Run:
     """One run's part of the page."""
 
-    def __init__(self, found: Attribution, figures: Figures, key: str, most_spans: int) -> None:
-        self.found, self.figures, self.key = found, figures, key
-        size = found.recording.size
-        at_fault = [rank for one in found.findings for rank in one.ranks]
+    def __init__(self, run: RecordedRun, figures: Figures, key: str, most_spans: int) -> None:
+        self.run, self.found, self.figures, self.key = run, run.found, figures, key
+        size = run.recording.size
+        at_fault = [rank for one in run.found.findings for rank in one.culprits.ranks]
         times = self.at("median_call/forward")
         slowest = max(range(size), key=lambda rank: times[rank]["ended_s"])
         conspicuous = list(dict.fromkeys([*at_fault, slowest, *range(size)]))
         self.ranks = sorted(conspicuous[:MOST_RANKS])
         """Those that matrices and tables show."""
-        whole = timelines_of(found)
+        whole = timelines_of(run)
         self.lane_ranks = ranks_within(whole, most_spans, conspicuous)
         self.timelines = {name: [of[rank] for rank in self.lane_ranks] for name, of in whole.items()}
 
@@ -67,29 +68,28 @@ class _Run:
         return "-" if self.figures.at(key) is None else self.figures(key, unit)
 
     def summary(self) -> Iterator[Line]:
-        found, number = self.found, self.number
+        run, found, number = self.run, self.found, self.number
         yield [
-            f"{found.recording.path}: ", number("ranks", "count"), f" ranks, {found.recording.transport}, ",
-            number("calls", "count"), f" calls ({'forward and backward' if found.call.has_backward else 'forward'}) of "
-            f"{found.call.plan}",
+            f"{run.recording.path}: ", number("ranks", "count"), f" ranks, {run.recording.transport}, ",
+            number("calls", "count"), f" calls of {run.calls[0].plan} in {len(found.graph.steps)} steps",
         ]  # fmt: skip
         yield [
-            "A call was measured at ", number("measured_s", "s"), " and replayed at ", number("replayed_s", "s"), ", ",
-            number("error", "share"), " off.",
+            "The calls of a step were measured at ", number("measured_s", "s"), " and replayed at ",
+            number("replayed_s", "s"), ", ", number("error", "share"), " off.",
         ]  # fmt: skip
         if not found.is_explained:
             yield "UNEXPLAINED: the replay is off by more than 10 %, so nothing below is certain."
         if found.is_healthy:
-            yield "HEALTHY: no cause costs 8 % of the step."
+            yield "HEALTHY: nothing takes longer than is usual for its kind."
         for n, one in enumerate(found.findings):
             yield [
-                f"{n + 1}. {one.kind.upper()}: {one.words}. Without it the step takes ",
+                f"{n + 1}. {one.kind.upper()}: {words_of(one, found)}. Without it the step takes ",
                 *self._gain(f"findings/{n}"),
                 " less.",
             ]
 
     def _gain(self, key: str) -> list[Cell]:
-        return [self.number(f"{key}/share", "share"), ", ", self.number(f"{key}/gain_s", "s"), ","]
+        return [self.number(f"{key}/share", "share"), ", ", self.number(f"{key}/cost_s", "s"), ","]
 
     def sections(self) -> Iterator[tuple[str, list[Block]]]:
         yield "What would it gain without ...", list(self._causes())
@@ -102,32 +102,32 @@ class _Run:
         yield "What this rests on", list(self._assumptions())
 
     def _causes(self) -> Iterator[Block]:
-        keys = [(f"{of}/{n}", one) for of in ("findings", "others") for n, one in enumerate(getattr(self.found, of))]
-        if len(self.found.findings) > 1:
-            keys.append(("together", None))
+        keys: list[tuple[str, Finding | None]] = [(f"findings/{n}", one) for n, one in enumerate(self.found.findings)]
+        keys += [("together", None)] if len(keys) > 1 else []
         top = max([self.found.replayed_s, *(self.at(f"{key}/high_s") for key, _ in keys)])
         strips, rows = [], []
         for key, one in keys:
             name = "all causes together" if one is None else _name(one)
-            gain, low, high = (max(0.0, self.at(f"{key}/{end}")) / top for end in ("gain_s", "low_s", "high_s"))
-            color = "c5" if one is None else "c6" if key.startswith("findings") else "c4"
+            gain, low, high = (max(0.0, self.at(f"{key}/{end}")) / top for end in ("cost_s", "low_s", "high_s"))
+            color = "c5" if one is None else "c6"
             strips.append(Strip(name, [Segment(0, gain, color)], self.number(f"{key}/share", "share"), (low, high)))
-            ends = [self.number(f"{key}/{end}", "s") for end in ("gain_s", "low_s", "high_s")]
-            rows.append(
-                [name, self.number(f"{key}/share", "share"), *ends, "causes overlap" if one is None else one.words]
-            )
+            ends = [self.number(f"{key}/{end}", "s") for end in ("cost_s", "low_s", "high_s")]
+            words = "causes overlap" if one is None else words_of(one, self.found)
+            rows.append([name, self.number(f"{key}/share", "share"), *ends, words])
+        for n, (kind, share) in enumerate(self.found.others):
+            part = max(0.0, share) * self.found.replayed_s / top
+            strips.append(Strip(kind, [Segment(0, part, "c4")], self.number(f"others/{n}/share", "share")))
+            rows.append([kind, self.number(f"others/{n}/share", "share"), "-", "-", "-", "too small or not certain"])
         header = ["cause", "of the step", "gain", "low (80 %)", "high (80 %)", "what it is"]
         axis = ticks(1e3 * top, " ms")
-        legend = [("c6", "a finding"), ("c4", "too small or not certain, or the bound itself")]
-        yield Strips("How much shorter the call would be", strips, axis, legend, Table(header, rows))
-        if self.found.misfits:
-            yield Words(["What doesn't fit in the replay:", *self.found.misfits])
+        legend = [("c6", "a finding"), ("c4", "too small or not certain")]
+        yield Strips("How much shorter the calls of a step would be", strips, axis, legend, Table(header, rows))
 
     def _advice(self) -> Iterator[Block]:
         rows = [
             [one.words, self.number(f"advice/{n}/share", "share"),
              *(self.number(f"advice/{n}/{end}", "s") for end in ("gain_s", "low_s", "high_s")), one.costs or "-"]
-            for n, one in enumerate(self.found.advice)
+            for n, one in enumerate(self.run.advice)
         ]  # fmt: skip
         if rows:
             yield Table(["change", "of the step", "gain", "low (80 %)", "high (80 %)", "what it costs"], rows)
@@ -146,10 +146,8 @@ class _Run:
             "Forward, then backward; thin marks: entered, counts posted, everybody's counts there, first step, ended"
         )
         yield lanes_chart(title, self.timelines, table, marks)
-        if len(self.lane_ranks) < self.found.recording.size:
-            yield Words(
-                [f"{len(self.lane_ranks)} of {self.found.recording.size} ranks are drawn, and are in the trace."]
-            )
+        if len(self.lane_ranks) < self.run.recording.size:
+            yield Words([f"{len(self.lane_ranks)} of {self.run.recording.size} ranks are drawn, and are in the trace."])
 
     def _matrix(self, name: str, title: str, unit: str, row: str, column: str, base: float = 0.0) -> Iterator[Block]:
         values, ranks = self.at(name), self.ranks
@@ -162,10 +160,8 @@ class _Run:
         yield from self._left_out()
 
     def _left_out(self) -> Iterator[Block]:
-        if len(self.ranks) < self.found.recording.size:
-            yield Words(
-                [f"{len(self.ranks)} of {self.found.recording.size} ranks are shown, those at fault among them."]
-            )
+        if len(self.ranks) < self.run.recording.size:
+            yield Words([f"{len(self.ranks)} of {self.run.recording.size} ranks are shown, those at fault among them."])
 
     def _waits(self) -> Iterator[Block]:
         title = "How long a rank stood still for another's rows in a call, median of all calls"
@@ -177,7 +173,7 @@ class _Run:
 
     def _loads(self) -> Iterator[Block]:
         loads = self.at("loads")
-        size = self.found.recording.size
+        size = self.run.recording.size
         num_experts = max(len(of["pairs"]) for of in loads.values())
         if not num_experts:
             return
@@ -221,22 +217,23 @@ class _Run:
             rows.append([f"{kind}, fixed", number(f"step_costs/fixed_s/{kind}", "s"), fitted])
             rows.append([f"{kind}, each pair or row", number(f"step_costs/unit_s/{kind}", "s"), fitted])
         for rank in self.ranks:
-            if self.found.costs.slowness[rank] > 1:
+            if self.run.costs.slowness[rank] > 1:
                 rows.append(
                     [f"slowness of rank {rank}", number(f"slowness/{rank}", "times"), "fitted to the experts' steps"]
                 )
         yield Table(["number", "value", "where it comes from"], rows)
-        header = self.found.recording.headers[0]
+        header = self.run.recording.headers[0]
         versions = ", ".join(f"{name} {of}" for name, of in (header.get("versions") or {}).items())
-        hosts = sorted({str(of["host"]) for of in self.found.recording.headers})
+        hosts = sorted({str(of["host"]) for of in self.run.recording.headers})
         lines: list[Line] = [
-            "Intervals hold 80 % of what selections of the calls, drawn with replacement, give.",
+            "Intervals hold 80 % of what selections of the steps, drawn with replacement, give.",
             "Causes overlap: what they gain doesn't add up.",
             f"Recorded on {', '.join(hosts[:8])}{' and others' if len(hosts) > 8 else ''}"
             + (f" with {versions}." if versions else "."),
         ]
-        yield Words([*lines, *(f"Note: {note}" for note in self.found.notes)])
+        yield Words([*lines, *(f"Note: {note}" for note in self.run.limits)])
 
 
 def _name(one) -> str:
-    return one.kind + (f", {' to '.join(map(str, one.ranks))}" if one.ranks and one.kind != "imbalance" else "")
+    ranks = one.culprits.ranks
+    return one.kind + (f", {' to '.join(map(str, ranks))}" if ranks and one.kind != "imbalance" else "")
