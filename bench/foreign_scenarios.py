@@ -127,7 +127,7 @@ def draw(kind: str, seed: int, trainer: str = "ddp", num_ranks: int | None = Non
         "late and slow link": (Fault("late rank", (one,), late), Fault("slow link", link, rate)),
         "imbalance and slow": (Fault("imbalance", (one,), 0.6), Fault("slow rank", (other,), slow)),
     }
-    layers = 4 if kind == "healthy of many layers" else of.choice((2, 3))
+    layers = 4 if kind == "healthy of many layers" else of.choice((2, 3) if trainer in ("ddp", "fsdp2") else (2,))
     is_unlike = kind == "healthy of unlike layers"
     return Scenario(kind, seed, num_ranks, layers, 12, faults.get(kind, ()), trainer, is_unlike)
 
