@@ -8,7 +8,7 @@ steps are what a verdict is made of: all steps count.
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tritonmoe.doctor.causes import KINDS, CauseKind, Causes
 from tritonmoe.doctor.culprits import Culprits, culprits_of
@@ -118,6 +118,9 @@ def attribute(graph: Graph) -> Verdict:
             is_hidden = statistics.fmean(alone) < 0.5 * cost.seconds
             others_first = [other for other in KINDS if other != kind] if most is hidden else []
             culprits = culprits_of(causes, kind, most, others_first)
+            if kind == "slow link" and graph.slow_links is not None:
+                slow = graph.slow_links
+                culprits = replace(culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
             findings.append(Finding(kind, culprits, pattern_of(most), cost, is_hidden))
         else:
             others.append((kind, cost.share(step_s)))

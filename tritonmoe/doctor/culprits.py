@@ -34,6 +34,10 @@ class Culprits:
     """The one key that has most of it, where there are several."""
     factor: float
     """How many times what is usual these ranks' operations take."""
+    links: tuple[tuple[int, int], ...] = ()
+    """Sender and receiver of slow links, where they are known."""
+    words: str = ""
+    """Which end of a link it is, where it is known."""
 
 
 def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]) -> Culprits:

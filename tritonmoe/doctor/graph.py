@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias
 
+from tritonmoe.doctor.link_ends import SlowLinks
+
 __all__ = ["Graph", "Item", "Key", "Kind", "Member", "Run"]
 
 Key: TypeAlias = tuple
@@ -69,6 +71,8 @@ class Member:
     """Bytes for each rank of the group, in its order; what stays on the rank itself counts as 0."""
     received: tuple[int, ...] | None = None
     num_bytes: int | None = None
+    linked_s: float = 0.0
+    """What of transfer_s is due to slow links, where that is known."""
 
 
 @dataclass
@@ -90,6 +94,8 @@ class Graph:
     """How long each step took."""
     names: dict[int, str] = field(default_factory=dict)
     """How ranks are called, where that is more than a number."""
+    slow_links: SlowLinks | None = None
+    """Which links are slow, and which end of them, where the files have times for every peer."""
 
     def busy_s(self) -> list[float]:
         return [run.busy_s for run in self.runs]
