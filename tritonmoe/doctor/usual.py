@@ -31,6 +31,8 @@ MOST_SKEW = 3.0
 """So much wider than below its median may noise be above it."""
 UNLIKE_BYTES = 0.5
 """Ranks' bytes differ by so many times their mean where one rank is much fuller than others."""
+COMMON = 2.5
+"""What scatters over all ranks and steps is no fault; a rank has one in a step with so many times as much of it."""
 LEAST_S = 20e-6
 """Differences below that are those of clocks."""
 
@@ -108,10 +110,12 @@ def slope(samples: Iterable[tuple[int, int, float, float]]) -> float:
 def usual_of(graph: Graph) -> Usual:
     """Find what every stretch of work and exchange of a graph would take with nothing wrong."""
     runs, members = graph.runs, graph.members
-    busy, idle, transfers = graph.busy_s(), graph.idle_s(), graph.transfers_s()
+    busy, idle = graph.busy_s(), graph.idle_s()
+    transfers = [member.transfer_s - member.linked_s for member in members]
     found = Usual(
         busy, idle, transfers, [0.0] * len(runs), [0.0] * len(members), list(busy), list(idle), list(transfers)
     )
+    scattered_busy, scattered_idle, scattered_transfers = ([0.0] * len(one) for one in (runs, runs, members))
     for stretches in _stretches(graph).values():
         sizes = [float(runs[own[0]].rows or 0) for own in stretches]
         where = [(runs[own[0]].rank, runs[own[0]].step) for own in stretches]
@@ -122,10 +126,12 @@ def usual_of(graph: Graph) -> Usual:
             for index in own:
                 part = runs[index].busy_s / times[number] if times[number] > 0 else 1 / len(own)
                 busy[index] -= part * of_busy.excess[number]
+                scattered_busy[index] = part * of_busy.scattered[number]
                 found.of_rows_s[index] = part * of_busy.of_size[number]
                 found.level_busy_s[index] = part * of_busy.levels[number]
                 part = runs[index].idle_s / idles[number] if idles[number] > 0 else 1 / len(own)
                 idle[index] -= part * of_idle.excess[number]
+                scattered_idle[index] = part * of_idle.scattered[number]
                 found.level_idle_s[index] = part * of_idle.levels[number]
     by_key: dict[Key, list[int]] = defaultdict(list)
     for index, member in enumerate(members):
@@ -144,12 +150,29 @@ def usual_of(graph: Graph) -> Usual:
             sizes = [fullest[step] for _, step in where]
             bound = [(time - latency_s) / size for time, size in zip(times, sizes, strict=True) if size]
             unit_s = max(0.0, statistics.median(bound)) if bound else None
-        samples = _Samples(where, sizes, times, fair, unit_s)
+        # Two ranks share all links: who of them gets its rows first is no fault of a link.
+        samples = _Samples(where, sizes, times, fair, unit_s, can_last=len(graph.ranks) > 2)
         for number, index in enumerate(indices):
             transfers[index] -= samples.excess[number]
+            scattered_transfers[index] = samples.scattered[number]
             found.of_bytes_s[index] = samples.of_size[number]
             found.level_transfer_s[index] = samples.levels[number]
+    for times, scattered, operations in (
+        (busy, scattered_busy, runs), (idle, scattered_idle, runs), (transfers, scattered_transfers, members),
+    ):  # fmt: skip
+        for index in _common(scattered, [(one.rank, one.step) for one in operations], graph):
+            times[index] += scattered[index]
     return found
+
+
+def _common(scattered: Sequence[float], where: Sequence[tuple[int, int]], graph: Graph) -> list[int]:
+    """Give which of these differences are no fault, since nearly all ranks have as much of them in nearly all steps."""
+    sums = dict.fromkeys(((rank, step) for rank in range(len(graph.ranks)) for step in range(len(graph.steps))), 0.0)
+    for seconds, place in zip(scattered, where, strict=True):
+        sums[place] += seconds
+    ordered = sorted(sums.values())
+    most = COMMON * ordered[(len(ordered) - 1) // 4] if ordered else 0.0
+    return [index for index, place in enumerate(where) if scattered[index] and sums[place] <= most]
 
 
 class _Samples:
@@ -162,10 +185,12 @@ class _Samples:
         times: Sequence[float],
         fair: dict[int, float] | None = None,
         unit_s: float | None = None,
+        can_last: bool = True,
     ) -> None:
         """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
 
-        unit_s: what one more of a size costs; None: found by comparison.
+        unit_s: what one more of a size costs; None: found by comparison. can_last: whether a rank that always takes
+        longer than others is at fault.
         """
         if fair is None:
             fair = _by_step(where, sizes, statistics.fmean)
@@ -190,7 +215,7 @@ class _Samples:
         residuals = [value - medians[rank] for (rank, _), value in zip(where, rest, strict=True)]
         far = FAR_OUT * _deviation(residuals)
         lasting = {
-            rank: middle - usual if abs(middle - usual) > CERTAIN * uncertain else 0.0
+            rank: middle - usual if can_last and abs(middle - usual) > CERTAIN * uncertain else 0.0
             for rank, middle in medians.items()
         }
         far = max(far, LEAST_S)
@@ -202,6 +227,8 @@ class _Samples:
             for (rank, _), residual in zip(where, residuals, strict=True)
         ]  # fmt: skip
         """Seconds above (or below) what is usual, without noise."""
+        self.scattered = [residual if residual > far else 0.0 for residual in residuals]
+        """What of that is not there in most steps."""
         self.levels = [
             max(0.0, usual + unit_s * (fair[step] - mean) + more)
             for (_, step), more in zip(where, self.of_size, strict=True)
