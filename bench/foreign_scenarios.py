@@ -1,13 +1,14 @@
-"""Scenarios of a plain MoE under another trainer: what is wrong with it, and whether a verdict says so."""
+"""Scenarios of other trainers: who runs, and what is wrong with it."""
 
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tritonmoe.doctor.attribution import Verdict
+__all__ = ["KINDS", "TRAINERS", "Fault", "Scenario", "draw", "is_held_out", "series"]
 
-__all__ = ["HELD_OUT", "KINDS", "Fault", "Judgement", "Scenario", "draw", "judge", "table"]
+TRAINERS = ("ddp", "transformers", "fsdp2", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Fault:
     """Something that makes steps slow."""
 
     kind: str
-    """slow rank, late rank, slow link or imbalance."""
+    """slow rank, late rank, slow link, imbalance or host overhead."""
     ranks: tuple[int, ...]
     """Who; of a slow link sender and receiver; empty: another rank in each step."""
     amount: float
     """slow rank: how many times as long; late rank: seconds; slow link: its rate is so many times less; imbalance: the
-    share of all tokens that chooses the rank."""
+    share of all tokens that chooses the rank; host overhead: seconds before each operation that takes long."""
     when: str = "always"
     """always, growing, periodic, at random."""
     period: int = 0
@@ -48,7 +49,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run of a plain MoE, with what is wrong with it."""
+    """A run of a MoE under somebody's trainer, with what is wrong with it."""
 
     name: str
     seed: int
@@ -56,6 +57,11 @@ class Scenario:
     num_layers: int = 2
     num_steps: int = 12
     faults: tuple[Fault, ...] = field(default=())
+    trainer: str = "ddp"
+    """ddp: all_to_all_single under DDP; transformers: its own expert parallelism with FSDP2; fsdp2: all_to_all_single
+    under fully_shard; pipeline: two stages of torch.distributed.pipelining, 1F1B, experts spread within a stage."""
+    is_unlike: bool = False
+    """Whether a layer takes longer than the one before."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,122 +73,66 @@ class Scenario:
 
 
 KINDS = (
-    "healthy", "slow rank", "late rank", "slow link", "imbalance", "late periodic", "two late", "slow backward",
-    "late growing", "late moving", "slow and late", "late in one layer", "two slow", "slow periodic",
-    "healthy of many layers",
+    "healthy", "healthy of many layers", "healthy of unlike layers", "slow rank", "slow backward", "slow in one layer",
+    "slow periodic", "slow growing", "two slow", "late rank", "late in one layer", "late in backward", "late periodic",
+    "late growing", "late moving", "late at random", "two late", "slow link", "two slow links", "imbalance",
+    "host overhead", "host periodic", "slow and late", "late and slow link", "imbalance and slow",
 )  # fmt: skip
-HELD_OUT = ("late growing", "two slow", "slow periodic", "late in one layer", "slow and late")
-"""Kinds that the method was not made with."""
+MORE_RANKS = ("slow link", "two slow links", "two slow", "two late", "late and slow link")
+"""Kinds that need others of the same work to be compared with."""
 
 
-def draw(kind: str, seed: int, num_ranks: int = 4) -> Scenario:
-    """Give a random scenario of a kind."""
-    of = random.Random(f"{kind} {seed}")
+def is_held_out(kind: str) -> bool:
+    """Say whether a kind is one that the method is not made with: about a third of them, by their names."""
+    return zlib.crc32(kind.encode()) % 3 == 1
+
+
+def draw(kind: str, seed: int, trainer: str = "ddp", num_ranks: int | None = None) -> Scenario:
+    """Give a random scenario of a kind; num_ranks: None draws that too, from 2 to 4."""
+    of = random.Random(f"{trainer} {kind} {seed}")
+    if num_ranks is None:
+        few = (4,) if trainer == "pipeline" else (3, 4)
+        num_ranks = of.choice(few if kind in MORE_RANKS or "imbalance" in kind else (2, *few))
     one, other = of.sample(range(num_ranks), 2)
-    late = of.choice((0.06, 0.1))
-    slow = of.choice((2.0, 3.0))
+    link = other_link = (one, other)
+    if trainer == "pipeline" and num_ranks == 4:
+        other = one ^ 1 if "two" in kind else other
+        link, other_link = (one, (one + 2) % 4), ((one + 2) % 4, one)
+    elif num_ranks > 2:
+        other_link = (next(rank for rank in range(num_ranks) if rank not in link), other)
+    late, slow, rate = of.choice((0.06, 0.1)), of.choice((2.0, 3.0)), of.choice((4.0, 8.0))
+    every, both = of.choice((3, 4, 5)), tuple(sorted((one, other)))
+    all_ranks = tuple(range(num_ranks))
     faults: dict[str, tuple[Fault, ...]] = {
         "slow rank": (Fault("slow rank", (one,), slow),),
-        "late rank": (Fault("late rank", (one,), late),),
-        "slow link": (Fault("slow link", (one, other), of.choice((4.0, 8.0))),),
-        "imbalance": (Fault("imbalance", (one,), 0.7),),
-        "late periodic": (Fault("late rank", (one,), 4 * late, "periodic", of.choice((3, 4, 5))),),
-        "two late": (Fault("late rank", tuple(sorted((one, other))), late),),
         "slow backward": (Fault("slow rank", (one,), 1 + 1.5 * (slow - 1), phase="backward"),),
+        "slow in one layer": (Fault("slow rank", (one,), 1 + 3 * (slow - 1), layer=1),),
+        "slow periodic": (Fault("slow rank", (one,), 2 * slow, "periodic", min(every, 4)),),
+        "slow growing": (Fault("slow rank", (one,), 1 + 2 * (slow - 1), "growing"),),
+        "two slow": (Fault("slow rank", both, slow),),
+        "late rank": (Fault("late rank", (one,), late),),
+        "late in one layer": (Fault("late rank", (one,), late, phase="forward", layer=1),),
+        "late in backward": (Fault("late rank", (one,), late, phase="backward", layer=0),),
+        "late periodic": (Fault("late rank", (one,), 4 * late, "periodic", every),),
         "late growing": (Fault("late rank", (one,), 2 * late, "growing"),),
         "late moving": (Fault("late rank", (), late),),
+        "late at random": (Fault("late rank", (one,), 4 * late, "at random"),),
+        "two late": (Fault("late rank", both, late),),
+        "slow link": (Fault("slow link", link, rate),),
+        "two slow links": (Fault("slow link", link, rate), Fault("slow link", other_link, rate)),
+        "imbalance": (Fault("imbalance", (one,), 0.7),),
+        "host overhead": (Fault("host overhead", (one,), late / 4),),
+        "host periodic": (Fault("host overhead", all_ranks, late, "periodic", every),),
         "slow and late": (Fault("slow rank", (one,), slow), Fault("late rank", (other,), late)),
-        "late in one layer": (Fault("late rank", (one,), late, phase="forward", layer=1),),
-        "two slow": (Fault("slow rank", tuple(sorted((one, other))), slow),),
-        "slow periodic": (Fault("slow rank", (one,), 2 * slow, "periodic", of.choice((3, 4))),),
+        "late and slow link": (Fault("late rank", (one,), late), Fault("slow link", link, rate)),
+        "imbalance and slow": (Fault("imbalance", (one,), 0.6), Fault("slow rank", (other,), slow)),
     }
-    layers = 4 if kind == "healthy of many layers" else of.choice((2, 3))
-    return Scenario(kind, seed, num_ranks, layers, faults=faults.get(kind, ()))
+    layers = 4 if kind == "healthy of many layers" else of.choice((2, 3) if trainer in ("ddp", "fsdp2") else (2,))
+    is_unlike = kind == "healthy of unlike layers"
+    return Scenario(kind, seed, num_ranks, layers, 12, faults.get(kind, ()), trainer, is_unlike)
 
 
-@dataclass
-class Judgement:
-    """Whether a verdict is right."""
-
-    scenario: Scenario
-    true_share: float
-    """What the step is shorter without all faults."""
-    said: str
-    cause: bool | None
-    """Whether a true cause stands first; of a healthy run whether nothing is found; None: too small to be asked for."""
-    culprits: bool | None
-    when: bool | None
-    gain: bool | None
-    promised_share: float
-
-
-LEAST_SHARE = 0.15
-CLOSE = 0.15
-
-
-def judge(scenario: Scenario, found: Verdict, true_share: float) -> Judgement:
-    """Compare a verdict with what was wrong, and with what the steps without it took less."""
-    graph = found.graph
-    said = "; ".join(
-        f"{one.kind} {[graph.ranks[rank] for rank in one.culprits.ranks]}{' moves' if one.culprits.moves else ''} "
-        f"{one.when.when} {one.cost.share(found.replayed_s):.0%}"
-        for one in found.findings
-    )
-    which = found.findings[0].cost if len(scenario.faults) == 1 and found.findings else found.together
-    promised = which.share(found.replayed_s)
-    result = Judgement(scenario, true_share, said or "healthy", None, None, None, None, promised)
-    if not scenario.faults:
-        result.cause = not found.findings
-        return result
-    if true_share < LEAST_SHARE:
-        return result
-    if not found.findings:
-        result.cause = False
-        return result
-    first = found.findings[0]
-    fitting = [fault for fault in scenario.faults if fault.kind == first.kind]
-    result.cause = bool(fitting)
-    if not fitting:
-        return result
-    fault = fitting[0]
-    named = {graph.ranks[rank] for rank in first.culprits.ranks}
-    if fault.kind == "slow link":
-        result.culprits = bool(named) and named <= set(fault.ranks)
-    else:
-        result.culprits = first.culprits.moves if not fault.ranks else named == set(fault.ranks)
-    if fault.when == "periodic":
-        result.when = first.when.when == "periodic" and first.when.period == fault.period
-    else:
-        result.when = first.when.when == fault.when
-    result.gain = abs(promised - true_share) <= CLOSE * true_share
-    return result
-
-
-def table(judged: Sequence[Judgement]) -> str:
-    """Give a line for each scenario, and the totals."""
-    lines = []
-    for one in judged:
-        marks = " ".join(
-            f"{name} {'-' if value is None else 'right' if value else 'WRONG'}"
-            for name, value in (("cause", one.cause), ("who", one.culprits), ("when", one.when), ("gain", one.gain))
-        )
-        scenario = one.scenario
-        lines.append(
-            f"{scenario.name} (seed {scenario.seed}, {scenario.num_ranks} ranks): {marks}; true {one.true_share:.0%}, "
-            f"promised {one.promised_share:.0%}; said: {one.said}"
-        )
-    healthy = [one for one in judged if not one.scenario.faults]
-    faulty = [one for one in judged if one.scenario.faults]
-    asked = [one.cause for one in faulty if one.cause is not None]
-    lines.append(
-        f"{len(judged)} scenarios: cause of {LEAST_SHARE:.0%} first {_rate(asked)}; "
-        f"healthy ones silent {_rate([one.cause for one in healthy])}; "
-        f"culprits {_rate([one.culprits for one in faulty])}; pattern in time {_rate([one.when for one in faulty])}; "
-        f"gain within {CLOSE:.0%} {_rate([one.gain for one in faulty])}"
-    )
-    return "\n".join(lines)
-
-
-def _rate(values: Sequence[bool | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known)} of {len(known)}"
+def series(trainers: Sequence[str], kinds: str, seeds: Sequence[int], num_ranks: int | None = None) -> list[Scenario]:
+    """Give a scenario for each trainer, kind and seed; kinds: open, held_out or all."""
+    wanted = [kind for kind in KINDS if kinds == "all" or is_held_out(kind) == (kinds == "held_out")]
+    return [draw(kind, seed, trainer, num_ranks) for trainer in trainers for kind in wanted for seed in seeds]

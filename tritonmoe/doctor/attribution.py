@@ -15,6 +15,7 @@ from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
 from tritonmoe.doctor.recorded_causes import Known
+from tritonmoe.doctor.tables import floats
 from tritonmoe.doctor.usual import usual_of
 
 __all__ = ["Cost", "Finding", "Verdict", "attribute"]
@@ -109,7 +110,10 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
-    usual = usual_of(graph, None if known is None else known.linked_s)
+    linked_s = None if known is None else known.linked_s
+    if graph.slow_links is not None:
+        linked_s = floats([member.linked_s for member in graph.members])
+    usual = usual_of(graph, linked_s)
     causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
     step_s = statistics.fmean(causes.as_it_was)
     least_s = dict.fromkeys(KINDS, SMALLEST_SHARE * step_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
@@ -141,6 +145,9 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
             is_hidden = statistics.fmean(alone) < 0.5 * cost.seconds
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits = culprits_of(causes, kind, most, others_first)
+            if kind == "slow link" and graph.slow_links is not None:
+                slow = graph.slow_links
+                culprits = replace(culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
             findings.append(_named(Finding(kind, culprits, pattern_of(most), cost, is_hidden), known))
         else:
             others.append((kind, cost.share(step_s)))

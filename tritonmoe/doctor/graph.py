@@ -10,6 +10,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TypeAlias
 
+from tritonmoe.doctor.link_ends import SlowLinks
 from tritonmoe.doctor.tables import Key, Tables, tables_of
 
 __all__ = ["Graph", "Item", "Key", "Kind", "Member", "Run"]
@@ -69,6 +70,8 @@ class Member:
     """Bytes for each rank of the group, in its order; what stays on the rank itself counts as 0."""
     received: tuple[int, ...] | None = None
     num_bytes: int | None = None
+    linked_s: float = 0.0
+    """What of transfer_s is due to slow links, where that is known."""
 
 
 @dataclass
@@ -93,6 +96,8 @@ class Graph:
     is_queued_at_start: bool = True
     """Whether an exchange starts on a rank when the one before it in its lane has ended there; else all of a rank's may
     be under way, and only their ends follow each other."""
+    slow_links: SlowLinks | None = None
+    """Which links are slow, and which end of them, where the files have times for every peer."""
 
     @cached_property
     def tables(self) -> Tables:

@@ -1,21 +1,16 @@
 """joined: the traces of ranks as one graph, their exchanges matched, on one clock."""
 
-import statistics
-from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Sequence
 
-from tritonmoe.doctor.exchange_names import SYMMETRIC
-from tritonmoe.doctor.graph import Graph, Item, Key, Kind, Member, Run
-from tritonmoe.doctor.trace import Part, RankTrace
+from tritonmoe.doctor.clocks import align_clocks
+from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.link_ends import slow_links
+from tritonmoe.doctor.matching import OfSteps, bound_ends, matched
+from tritonmoe.doctor.programs import Programs
+from tritonmoe.doctor.trace import RankTrace
 
 __all__ = ["joined"]
-
-CLOCK_S = 0.002
-"""Clocks that agree no better than that show a rank that has heard from one that had not spoken."""
-OFTEN = 0.1
-SHORT_WAIT_S = {"gpu": 5e-6, "cpu": 50e-6, "none": 0.0}
-"""Shorter pauses are no wait for an exchange."""
 
 
 def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
@@ -37,9 +32,10 @@ def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
         limits.append(f"{len(dropped)} steps are not in the files of all ranks, and are left out")
     places = {number: index for index, number in enumerate(sorted(numbers))}
     of_steps = [_by_step(trace, places) for trace in traces]
-    matched = _matched(traces, of_steps, limits)
-    _align_clocks(traces, matched, limits)
-    for parts in matched.values():
+    together = matched(traces, of_steps, limits)
+    align_clocks(traces, together, limits)
+    bound_ends(traces, together)
+    for parts in together.values():
         latest = max(part.start_s for _, part in parts)
         for _, part in parts:
             if part.end_s is None:  # no sooner than that, and that is all that is known
@@ -53,7 +49,8 @@ def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
         end_s = max(of_rank[index][1] for of_rank in bounds) - first_s
         graph.measured_s.append(max(0.0, end_s - before_s))
         before_s = max(before_s, end_s)
-    _Programs(graph, traces, of_steps, matched, bounds).build()
+    graph.slow_links = slow_links(traces)
+    Programs(graph, traces, of_steps, together, bounds).build()
     return graph, limits
 
 
@@ -89,285 +86,11 @@ def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]
     return sorted(traces, key=lambda trace: (trace.rank is None, trace.rank or 0, trace.source))
 
 
-_OfSteps = list[list[Part]]
-"""The exchanges of each step of one rank, in the order in which they were handed over."""
-
-
-def _by_step(trace: RankTrace, places: dict[int, int]) -> _OfSteps:
-    found: _OfSteps = [[] for _ in places]
+def _by_step(trace: RankTrace, places: dict[int, int]) -> OfSteps:
+    found: OfSteps = [[] for _ in places]
     starts = [step.start_s for step in trace.steps]
     for part in sorted(trace.parts, key=lambda part: part.posted_s):
         at = bisect_right(starts, part.posted_s) - 1
         if at >= 0 and part.posted_s < trace.steps[at].end_s and trace.steps[at].number in places:
             found[places[trace.steps[at].number]].append(part)
     return found
-
-
-_Matched = dict[int, list[tuple[int, Part]]]
-"""The parts of every exchange: (index of the rank, part)."""
-
-
-def _matched(traces: Sequence[RankTrace], of_steps: Sequence[_OfSteps], limits: list[str]) -> _Matched:
-    """Match exchanges over ranks: by group and sequence, where files have them, else by their order in a step."""
-    lists: dict[tuple, dict[int, list[Part]]] = defaultdict(lambda: defaultdict(list))
-    for index, steps in enumerate(of_steps):
-        for step, parts in enumerate(steps):
-            for part in parts:
-                group: object = part.group
-                if group is not None:
-                    # Groups of one name but other ranks are different ones: each has its own on every rank.
-                    group = (part.group, part.group_ranks or traces[index].groups.get(str(part.group)))
-                kind = part.kind
-                if kind in ("send", "recv"):
-                    ranks = part.group_ranks or traces[index].groups.get(str(part.group))
-                    peer = part.peer
-                    if ranks is not None and peer is not None:
-                        peer = ranks[peer] if peer < len(ranks) else None
-                    here = traces[index].rank
-                    pair = (here, peer) if kind == "send" else (peer, here)
-                    group, kind = (("alone", index), kind) if peer is None else (("pair", *pair), "transfer")
-                lists[step, group, kind][index].append(part)
-    found: _Matched = {}
-    unmatched = 0
-    for (_, group, _), by_rank in lists.items():
-        counts = {len(parts) for parts in by_rank.values()}
-        if len(counts) == 1 and (group is not None or len(by_rank) == len(traces)):
-            for together in zip(*by_rank.values(), strict=True):
-                found[len(found)] = list(zip(by_rank, together, strict=True))
-            continue
-        by_sequence: dict[object, list[tuple[int, Part]]] = defaultdict(list)
-        for index, parts in by_rank.items():
-            for part in parts:
-                key: object = ("alone", id(part)) if part.sequence is None else part.sequence
-                by_sequence[key].append((index, part))
-        for parts_of_one in by_sequence.values():
-            found[len(found)] = parts_of_one
-            unmatched += len(parts_of_one) == 1 and len(traces) > 1
-    if unmatched:
-        limits.append(
-            f"{unmatched} exchanges fit none of other ranks (groups or numbers of calls differ): each counts alone"
-        )
-    return found
-
-
-def _align_clocks(traces: Sequence[RankTrace], matched: _Matched, limits: list[str]) -> None:
-    """Move ranks onto the first one's clock where theirs can't be the same: all leave an exchange at one moment."""
-    broken, all_of_them = 0, 0
-    apart: dict[int, list[float]] = defaultdict(list)
-    for parts in matched.values():
-        if len(parts) < 2 or parts[0][1].kind not in SYMMETRIC or any(part.end_s is None for _, part in parts):
-            continue
-        latest, first = max(part.start_s for _, part in parts), min(part.end_s or 0.0 for _, part in parts)
-        all_of_them += 1
-        broken += first < latest - CLOCK_S
-        base = parts[0][1].end_s or 0.0
-        for index, part in parts[1:]:
-            if parts[0][0] == 0:
-                apart[index].append((part.end_s or 0.0) - base)
-    if not all_of_them or broken <= OFTEN * all_of_them:
-        return
-    moved = {index: statistics.median(values) for index, values in apart.items()}
-    for index, by_s in moved.items():
-        trace = traces[index]
-        for times in (trace.busy_start_s, trace.busy_end_s):
-            for place, time in enumerate(times):
-                times[place] = time - by_s
-        for part in trace.parts:
-            part.posted_s -= by_s
-            part.start_s -= by_s
-            part.end_s = None if part.end_s is None else part.end_s - by_s
-        for step in trace.steps:
-            step.start_s -= by_s
-            step.end_s -= by_s
-    largest = max((abs(by_s) for by_s in moved.values()), default=0.0)
-    limits.append(
-        f"the ranks' clocks don't agree (by {1e3 * largest:.1f} ms): they are aligned by when exchanges ended"
-    )
-
-
-class _Programs:
-    """Builds each rank's program, and the exchanges between them."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        traces: Sequence[RankTrace],
-        of_steps: Sequence[_OfSteps],
-        matched: _Matched,
-        bounds: Sequence[Sequence[tuple[float, float]]],
-    ) -> None:
-        self.graph, self.traces, self.of_steps, self.matched, self.bounds = graph, traces, of_steps, matched, bounds
-
-    def build(self) -> None:
-        keys = self._keys()
-        graph = self.graph
-        members: dict[int, int] = {}
-        for exchange, parts in self.matched.items():
-            own = range(len(graph.members), len(graph.members) + len(parts))
-            graph.exchanges.append(list(own))
-            ends = [part.end_s or part.start_s for _, part in parts]
-            latest = max(part.start_s for _, part in parts)
-            for (index, part), end_s in zip(parts, ends, strict=True):
-                step, key = keys[id(part)]
-                needs = None
-                since = latest
-                if end_s < latest:
-                    needed = [one for one, (_, other) in zip(own, parts, strict=True) if other.start_s <= end_s]
-                    needs = tuple(needed) or (own[[i for i, _ in parts].index(index)],)
-                    since = max(parts[one - own.start][1].start_s for one in needs)
-                members[id(part)] = len(graph.members)
-                graph.members.append(
-                    Member(
-                        index,
-                        step,
-                        exchange,
-                        key,
-                        part.lane,
-                        0.0,
-                        end_s - since,
-                        needs,
-                        self._to_others(index, part, part.sent),
-                        self._to_others(index, part, part.received),
-                        part.num_bytes,
-                    )
-                )
-        waits = self._waits(keys)
-        graph.programs = [self._program(index, keys, members, waits[index]) for index in range(len(self.traces))]
-
-    def _to_others(self, index: int, part: Part, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """Give the bytes for each rank of the group without those that stay on this one, where it is known which."""
-        if sizes is None:
-            return None
-        rank = self.graph.ranks[index]
-        group = part.group_ranks or self.traces[index].groups.get(str(part.group)) or tuple(range(len(sizes)))
-        if len(group) != len(sizes) or rank not in group:
-            return sizes
-        place = group.index(rank)
-        return (*sizes[:place], 0, *sizes[place + 1 :])
-
-    def _keys(self) -> dict[int, tuple[int, Key]]:
-        """Give the step and the key of every part: the n-th of its kind in its phase of the step."""
-        keys: dict[int, tuple[int, Key]] = {}
-        for steps in self.of_steps:
-            for step, parts in enumerate(steps):
-                seen: dict[tuple, int] = defaultdict(int)
-                for part in parts:
-                    of = (part.phase, part.kind)
-                    keys[id(part)] = (step, (*of, seen[of]))
-                    seen[of] += 1
-        return keys
-
-    def _waits(self, keys: dict[int, tuple[int, Key]]) -> list[dict[int, float]]:
-        """Find which exchanges the computing lane stood still for, and since when: by id of the part, for each rank."""
-        found: list[dict[int, float]] = []
-        shares: dict[Key, list[float]] = defaultdict(list)
-        for index, trace in enumerate(self.traces):
-            own: dict[int, float] = {}
-            starts, ends = trace.busy_start_s, trace.busy_end_s
-            for parts in self.of_steps[index]:
-                for part in parts:
-                    if part.end_s is None:
-                        continue
-                    after = bisect_left(starts, part.end_s)
-                    idle_since = ends[after - 1] if after else float("-inf")
-                    since = max(idle_since, part.posted_s)
-                    wait_s = part.end_s - since
-                    flight_s = part.end_s - part.posted_s
-                    if wait_s > 0:
-                        own[id(part)] = since
-                    shares[keys[id(part)][1]].append(max(0.0, wait_s) / flight_s if flight_s > 0 else 1.0)
-            found.append(own)
-        usually = {key: statistics.median(values) >= 0.5 for key, values in shares.items()}
-        for index, trace in enumerate(self.traces):
-            for parts in self.of_steps[index]:
-                for part in parts:
-                    since_s = found[index].get(id(part))
-                    if since_s is None or part.end_s is None or usually[keys[id(part)][1]]:
-                        continue
-                    wait_s = part.end_s - since_s
-                    if wait_s < max(4 * SHORT_WAIT_S[trace.lanes], 0.2 * (part.end_s - part.posted_s)):
-                        del found[index][id(part)]
-        return found
-
-    def _program(
-        self, index: int, keys: dict[int, tuple[int, Key]], members: dict[int, int], waits: dict[int, float]
-    ) -> list[Item]:
-        trace, graph = self.traces[index], self.graph
-        program: list[Item] = []
-        busy = _Busy(trace)
-        now_s = self.bounds[index][0][0]
-        lane_ends: dict[int, float] = {}
-        rows: int | None = None
-        stretch = 0
-
-        def run_until(moment_s: float, key: Key, ends_stretch: bool = True) -> None:
-            """Add the work until then; a stretch without any is one of no time, to compare others with."""
-            nonlocal now_s
-            if moment_s > now_s or (ends_stretch and len(graph.runs) == stretch):
-                moment_s = max(moment_s, now_s)
-                busy_s = busy.between(now_s, moment_s)
-                graph.runs.append(Run(index, step, key, busy_s, max(0.0, moment_s - now_s - busy_s), rows, stretch))
-                program.append((Kind.RUN, len(graph.runs) - 1))
-                now_s = moment_s
-
-        for step, parts in enumerate(self.of_steps[index]):
-            events: list[tuple[float, int, Part]] = []
-            for part in parts:
-                events.append((part.posted_s, 0, part))
-                if id(part) in waits:
-                    events.append((part.end_s or 0.0, 1, part))
-            events.sort(key=lambda event: event[:2])
-            posts = iter([part for part in parts if id(part) in members])
-            key: Key = _before(keys, next(posts, None))
-            stretch = len(graph.runs)
-            pending: list[Part] = []
-            for moment_s, is_wait, part in events:
-                member = members[id(part)]
-                if is_wait:
-                    run_until(max(now_s, waits[id(part)]), key, ends_stretch=False)
-                    program.append((Kind.WAIT, member))
-                    now_s = max(now_s, moment_s)
-                    pending = [other for other in pending if other is not part]
-                    if part.rows is not None:
-                        rows = part.rows
-                else:
-                    run_until(moment_s, key)
-                    program.append((Kind.POST, member))
-                    since = max(part.posted_s, lane_ends.get(part.lane, 0.0))
-                    graph.members[member].delay_s = max(0.0, part.start_s - since)
-                    lane_ends[part.lane] = max(lane_ends.get(part.lane, 0.0), part.end_s or part.start_s)
-                    key = _before(keys, next(posts, None))
-                    stretch = len(graph.runs)
-                    pending.append(part)
-            end_s = self.bounds[index][step][1]
-            run_until(end_s, key)
-            program += [(Kind.WAIT, members[id(part)]) for part in pending if (part.end_s or 0.0) <= end_s]
-            program.append((Kind.STEP, step))
-        return program
-
-
-def _before(keys: dict[int, tuple[int, Key]], part: Part | None) -> Key:
-    """Give the key of the work before this exchange is handed over; None: of the rest of a step."""
-    if part is None:
-        return ("end of the step",)
-    phase, kind, count = keys[id(part)][1]
-    return (phase, "before", kind, count)
-
-
-class _Busy:
-    """How long a rank's computing lane was busy between two moments."""
-
-    def __init__(self, trace: RankTrace) -> None:
-        self.starts, self.ends = trace.busy_start_s, trace.busy_end_s
-        self.sums = [0.0]
-        for start, end in zip(self.starts, self.ends, strict=True):
-            self.sums.append(self.sums[-1] + end - start)
-
-    def until(self, moment_s: float) -> float:
-        at = bisect_right(self.starts, moment_s)
-        if not at:
-            return 0.0
-        return self.sums[at] - max(0.0, self.ends[at - 1] - moment_s)
-
-    def between(self, start_s: float, end_s: float) -> float:
-        return max(0.0, self.until(end_s) - self.until(start_s))

@@ -5,7 +5,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ COMMON = re.compile(
 )
 """What most events of a trace are, as Kineto itself writes them: taken from the text, five times as fast as JSON."""
 LAST_S = 1e12
+MOST_LANES = 1024
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 BACKWARD = "autograd::engine::evaluate_function"
@@ -344,15 +345,17 @@ class KinetoReader:
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
         lanes: dict[Any, int] = {}
+        alone = count(MOST_LANES)
         for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
-                part.start_s, part.end_s = start_s, end_s
+                part.start_s, part.end_s, part.is_noticed = start_s, end_s, thread in by_thread
             else:
                 part = Part(kind_of_name(name) or "exchange", start_s, start_s, end_s, phase=self._phase(start_s))
                 found.parts.append(part)  # handed over before the trace began, or by what it doesn't show
-            part.lane = lanes.setdefault(thread, len(lanes))
+            # what ends when it is noticed didn't hold up what was handed over after it
+            part.lane = next(alone) if part.is_noticed else lanes.setdefault(thread, len(lanes))
         unknown = [part for part in found.parts if part.end_s is None]
         if unknown:
             found.limits.append(
@@ -415,6 +418,9 @@ def _from_nccl(part: Part, arguments: dict) -> bool:
     name = arguments.get("Process Group Name")
     if isinstance(name, str | int):
         part.group = str(name)
+    peer = arguments.get("Dst Rank" if part.kind == "send" else "Src Rank")
+    if part.kind in ("send", "recv") and re.fullmatch(r"\d{1,7}", str(peer)):
+        part.peer = int(str(peer))
     sequence = arguments.get("Seq")
     if type(sequence) is int:
         part.sequence = sequence

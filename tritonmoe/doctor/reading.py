@@ -13,7 +13,8 @@ from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.doctor.exchange_names import as_run
 from tritonmoe.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.doctor.graph import Graph
-from tritonmoe.doctor.inspector import is_inspector_line, on_one_clock, read_inspector
+from tritonmoe.doctor.inspector import is_inspector_line, name_ranks, read_inspector
+from tritonmoe.doctor.inspector_clock import on_one_clock
 from tritonmoe.doctor.joining import joined
 from tritonmoe.doctor.kineto import KinetoReader
 from tritonmoe.doctor.plain_pickle import read_plain_pickle
@@ -89,6 +90,7 @@ def _read_traces(path: Path) -> ForeignRun:
             trace.lanes, "flight recorder"
         )
         kinds[name] = kinds.get(name, 0) + 1
+    name_ranks(traces)
     traces = _merged(traces, limits)
     unmarked = [trace for trace in traces if not trace.steps]
     if unmarked and len(unmarked) < len(traces):

@@ -28,6 +28,12 @@ class Part:
     num_bytes: int | None = None
     peer: int | None = None
     """The other rank of a send or receive, by its number in the group."""
+    links: tuple[tuple[str, int, int, float], ...] = ()
+    """(send or recv, the other rank's number in the group, bytes, seconds) of each link, where they are known apart."""
+    way: str = ""
+    """What a send or receive is called where the other rank is known: "send to a later rank"."""
+    is_noticed: bool = False
+    """Whether end_s is when the rank that had waited for it went on: it may have ended sooner."""
 
 
 @dataclass
@@ -56,6 +62,10 @@ class RankTrace:
     steps: list[Step] = field(default_factory=list)
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The ranks of each group of processes, by its name."""
+    rank_in: dict[str, int] = field(default_factory=dict)
+    """The rank's number in each group, where files don't have the groups' ranks."""
+    wires: list[tuple[str, str, int, float, float]] = field(default_factory=list)
+    """(group, send or recv, the other rank's number in the group, bytes, seconds) of all that went over one link."""
     is_unix_clock: bool = False
     limits: list[str] = field(default_factory=list)
     """What the file can't tell."""

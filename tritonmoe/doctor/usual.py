@@ -33,6 +33,8 @@ MOST_SKEW = 3.0
 """So much wider than below its median may noise be above it."""
 UNLIKE_BYTES = 0.5
 """Ranks' bytes differ by so many times their mean where one rank is much fuller than others."""
+COMMON = 2.5
+"""What scatters over all ranks and steps is no fault; a rank has one in a step with so many times as much of it."""
 LEAST_S = 20e-6
 """Differences below that are those of clocks."""
 
@@ -129,6 +131,9 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
     _usual_of_runs(graph, found)
     by_key = _by_key(tables.member_key)
     latency_s = max(0.0, min((float(found.transfer_s[own].quantile(0.5)) for own in by_key), default=0.0))
+    scattered = torch.zeros_like(found.transfer_s)
+    # Two ranks share all links: who of them gets its rows first is no fault of a link.
+    can_last = linked_s is not None or len(graph.ranks) > 2
     for own in by_key:
         rank, step, sizes = tables.member_rank[own], tables.member_step[own], tables.num_bytes[own]
         fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
@@ -138,10 +143,12 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
             sizes = _by_step(step, sizes, "amax", num_steps)[step]
             bound = ((times - latency_s) / sizes)[sizes > 0]
             unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
-        samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s)
+        samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
         found.transfer_s[own] -= samples.excess
+        scattered[own] = samples.scattered
         found.of_bytes_s[own] = samples.of_size
         found.level_transfer_s[own] = samples.levels
+    found.transfer_s += _common(scattered, tables.member_rank, tables.member_step, graph)
     return found
 
 
@@ -154,14 +161,15 @@ def _by_key(keys: Tensor) -> list[Tensor]:
 
 def _usual_of_runs(graph: Graph, found: Usual) -> None:
     tables, num_steps = graph.tables, len(graph.steps)
+    scattered_busy, scattered_idle = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.idle_s)
     for own in _by_key(tables.run_key):
         _, number, counts = tables.run_stretch[own].unique(return_inverse=True, return_counts=True)
         first = torch.full((len(counts),), len(own), dtype=torch.int64, device="cpu")
         first = own[first.scatter_reduce(0, number, torch.arange(len(own)), "amin")]
         rank, step, sizes = tables.run_rank[first], tables.run_step[first], tables.rows[first]
-        for measured, usual, levels, of_rows in (
-            (tables.busy_s, found.busy_s, found.level_busy_s, found.of_rows_s),
-            (tables.idle_s, found.idle_s, found.level_idle_s, None),
+        for measured, usual, levels, of_rows, scattered in (
+            (tables.busy_s, found.busy_s, found.level_busy_s, found.of_rows_s, scattered_busy),
+            (tables.idle_s, found.idle_s, found.level_idle_s, None, scattered_idle),
         ):
             if not bool(measured[own].any()):
                 continue
@@ -169,9 +177,20 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
             samples = _Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
             part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
             usual[own] -= part * samples.excess[number]
+            scattered[own] = part * samples.scattered[number]
             levels[own] = part * samples.levels[number]
             if of_rows is not None:
                 of_rows[own] = part * samples.of_size[number]
+    found.busy_s += _common(scattered_busy, tables.run_rank, tables.run_step, graph)
+    found.idle_s += _common(scattered_idle, tables.run_rank, tables.run_step, graph)
+
+
+def _common(scattered: Tensor, rank: Tensor, step: Tensor, graph: Graph) -> Tensor:
+    """Give what of these differences is no fault, since nearly all ranks have as much of them in nearly all steps."""
+    place, num_places = rank * len(graph.steps) + step, len(graph.ranks) * len(graph.steps)
+    sums = torch.zeros(num_places, dtype=torch.float64, device="cpu").index_add(0, place, scattered)
+    most = COMMON * float(sums.sort().values[(num_places - 1) // 4]) if num_places else 0.0
+    return torch.where(sums[place] <= most, scattered, 0.0)
 
 
 class _Samples:
@@ -186,10 +205,12 @@ class _Samples:
         num_steps: int,
         fair: Tensor | None = None,
         unit_s: float | None = None,
+        can_last: bool = True,
     ) -> None:
         """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
 
-        unit_s: what one more of a size costs; None: found by comparison.
+        unit_s: what one more of a size costs; None: found by comparison. can_last: whether a rank that always takes
+        longer than others is at fault.
         """
         if fair is None:
             fair = _by_step(step, sizes, "mean", num_steps)
@@ -212,11 +233,14 @@ class _Samples:
         of_rank = rank.unique(return_inverse=True)[1]
         residuals = rest - medians[of_rank]
         far = max(FAR_OUT * _deviation(residuals), LEAST_S)
-        lasting = torch.where((medians - usual).abs() > CERTAIN * uncertain, medians - usual, 0.0)[of_rank]
+        is_certain = can_last & ((medians - usual).abs() > CERTAIN * uncertain)
+        lasting = torch.where(is_certain, medians - usual, 0.0)[of_rank]
         # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
         less = torch.maximum(lasting + residuals, lasting.clamp(max=0))
         self.excess = torch.where(residuals > far, lasting + residuals, torch.where(residuals < -far, less, lasting))
         """Seconds above (or below) what is usual, without noise."""
+        self.scattered = torch.where(residuals > far, residuals, 0.0)
+        """What of that is not there in most steps."""
         self.levels = (usual + unit_s * (fair[step] - mean) + self.of_size).clamp(min=0)
 
 

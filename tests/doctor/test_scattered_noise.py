@@ -1,0 +1,51 @@
+"""Differences that all ranks have in nearly all steps are noise, however many; those of one rank are not."""
+
+import random
+
+import pytest
+
+from tritonmoe.doctor.attribution import attribute
+from tritonmoe.doctor.graph import Graph, Kind, Member, Run
+
+RANKS, STEPS, EXCHANGES = 4, 12, 20
+
+
+def run_of(faulty: tuple[int, ...], late_s: float, num_ranks: int = RANKS) -> Graph:
+    """Give a run whose exchanges take 4.5 ms or 8.5 ms by chance, on each rank for itself, as gloo's do on one link."""
+    draw = random.Random(3)
+    graph = Graph(list(range(num_ranks)), list(range(STEPS)), begin_s=[0.0] * num_ranks)
+    graph.programs = [[] for _ in range(num_ranks)]
+    for step in range(STEPS):
+        for count in range(EXCHANGES):
+            members = []
+            for rank in range(num_ranks):
+                is_late = rank == 1 and step in faulty and count == 0
+                graph.runs.append(Run(rank, step, ("work", count), 0.010, late_s if is_late else 0.0))
+                key = ("forward", "all_to_all", count)
+                slow_s = 0.004 if draw.random() < 0.35 else 0.0
+                transfer_s = 0.0045 + slow_s + draw.uniform(0, 1e-4)
+                members.append(len(graph.members))
+                graph.members.append(Member(rank, step, len(graph.exchanges), key, 0, 0.0, transfer_s))
+                graph.programs[rank] += [
+                    (Kind.RUN, len(graph.runs) - 1),
+                    (Kind.POST, members[-1]),
+                    (Kind.WAIT, members[-1]),
+                ]
+            graph.exchanges.append(members)
+        for rank in range(num_ranks):
+            graph.programs[rank].append((Kind.STEP, step))
+        graph.measured_s.append(0.0)
+    return graph
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_exchanges_that_take_long_by_chance_are_no_slow_link(num_ranks: int) -> None:
+    assert attribute(run_of((), 0.0, num_ranks)).findings == ()
+
+
+@pytest.mark.parametrize("faulty", [tuple(range(STEPS)), (2, 5, 8, 11)])
+def test_a_fault_beside_them_is_found_alone(faulty: tuple[int, ...]) -> None:
+    late_s = 0.3
+    (finding,) = attribute(run_of(faulty, late_s)).findings
+    assert (finding.kind, finding.culprits.ranks) == ("late rank", (1,))
+    assert finding.cost.seconds == pytest.approx(late_s * len(faulty) / STEPS, rel=0.1)

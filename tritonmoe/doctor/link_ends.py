@@ -1,0 +1,95 @@
+"""slow_links: which links are slow, and which end of them, by how long every send and receive took."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from tritonmoe.doctor.trace import Part, RankTrace
+
+__all__ = ["SlowLinks", "group_indices", "slow_links"]
+
+SLOW = 1.5
+"""A link is slow if a byte takes so many times as long as on the usual one."""
+NO_WAIT = 0.1
+"""Of a link's times those count that are shorter than all but this part: the others waited for somebody."""
+
+
+@dataclass(frozen=True)
+class SlowLinks:
+    """What is slow."""
+
+    links: tuple[tuple[int, int], ...]
+    """Sender and receiver, by their indices among the traces, the worst first."""
+    ranks: tuple[int, ...]
+    """Whose end it is; of what lies between two ranks both."""
+    words: str
+    of_byte_s: dict[tuple[int, int], float]
+    """Seconds of a byte, of every link."""
+    usual_s: float
+
+    def lost_s(self, part: Part, index: int, ranks: Sequence[int | None], transfer_s: float) -> float:
+        """Give by how much a part of a rank, given by its index, would end sooner with links like the others.
+
+        ranks: the indices of the group's ranks.
+        """
+        needed_s, is_slow = 0.0, False
+        for way, peer, num_bytes, _ in part.links:
+            other = ranks[peer] if 0 <= peer < len(ranks) else None
+            if other is not None and other != index:
+                link = (index, other) if way == "send" else (other, index)
+                of_byte_s = self.of_byte_s.get(link, self.usual_s)
+                is_slow |= link in self.links
+                needed_s = max(needed_s, num_bytes * (self.usual_s if link in self.links else of_byte_s))
+        return max(0.0, transfer_s - needed_s) if is_slow else 0.0
+
+
+def group_indices(traces: Sequence[RankTrace], index: int, group: str | None) -> list[int | None]:
+    """Give the indices of the ranks of a group, by their numbers in it."""
+    index_of = {trace.rank: place for place, trace in enumerate(traces)}
+    return [index_of.get(rank) for rank in traces[index].groups.get(str(group), ())]
+
+
+def _of_byte(traces: Sequence[RankTrace]) -> dict[tuple[int, int], float]:
+    """Give what a byte takes on every link: on the wire, where that is known, else from when both ends were there."""
+    ends: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    has_wires = any(trace.wires for trace in traces)
+    for index, trace in enumerate(traces):
+        wires = trace.wires if has_wires else [(str(part.group), *link) for part in trace.parts for link in part.links]
+        indices = {group: group_indices(traces, index, group) for group in {wire[0] for wire in wires}}
+        for group, way, peer, num_bytes, seconds in wires:
+            other = indices[group][peer] if 0 <= peer < len(indices[group]) else None
+            if other is not None and other != index and num_bytes > 0 and seconds > 0:
+                ends[(index, other) if way == "send" else (other, index)][way].append(seconds / num_bytes)
+    return {
+        link: min(sorted(times)[int(NO_WAIT * (len(times) - 1))] for times in own.values())
+        for link, own in ends.items()
+    }
+
+
+def slow_links(traces: Sequence[RankTrace]) -> SlowLinks | None:
+    """Find slow links in traces that have times for every peer; None where there are none, or nothing to compare."""
+    of_byte = _of_byte(traces)
+    if len(of_byte) < 3:
+        return None
+    usual = statistics.median_low(of_byte.values())
+    slow = tuple(sorted((link for link in of_byte if of_byte[link] > SLOW * usual), key=lambda link: -of_byte[link]))
+    if not slow:
+        return None
+    ranks, words = _ends(slow, of_byte, [trace.rank for trace in traces])
+    times = statistics.median(of_byte[link] for link in slow) / usual
+    return SlowLinks(slow, ranks, words.format(f"{times:.1f} times as long"), of_byte, usual)
+
+
+def _ends(
+    slow: Sequence[tuple[int, int]], links: Collection[tuple[int, int]], names: Sequence[int | None]
+) -> tuple[tuple[int, ...], str]:
+    """Give the ranks whose ends are slow, and words for it in which how slow is left open."""
+    for ends, what in (((0,), "sends"), ((1,), "receives"), ((0, 1), "sends and receives")):
+        for rank in range(len(names)):
+            own = [link for link in links if any(link[end] == rank for end in ends)]
+            if len(own) > 1 and set(own) == set(slow):
+                return (rank,), f"all that rank {names[rank]} {what} takes {{}}: its own end"
+    both = tuple(dict.fromkeys(rank for link in slow for rank in link))
+    shown = ", ".join(f"from {names[sender]} to {names[receiver]}" for sender, receiver in slow[:4])
+    return both, f"{shown}: {{}}, and other links of these ranks are not slow: what lies between them"
