@@ -42,22 +42,23 @@ def shape(scenario: Scenario, is_ill: bool) -> None:
     dist.barrier()
 
 
+class Profile(torch.profiler.profile):
+    """A profiler that ends on all ranks at once: what it does then must not hold up a rank that is in its last step."""
+
+    def stop_trace(self) -> None:
+        dist.barrier()
+        super().stop_trace()
+
+
 def steps(job: Job, step: Callable[[], None], num_steps: int, is_ill: bool, folder: Path | None) -> tuple[float, float]:
     """Run steps, profiled; give the seconds of one, and how much of it some rank has overslept."""
     shape(job.scenario, is_ill)
     job.is_ill = is_ill
     wait = torch.profiler.schedule(wait=0, warmup=WARM_UP, active=num_steps, repeat=1)
     times: list[float] = []
-    write = on_trace_ready(folder) if folder else None
-
-    def when_ready(profile: torch.profiler.profile) -> None:
-        dist.barrier()  # nobody writes a trace while others run
-        if write:
-            write(profile)
-
-    with torch.profiler.profile(
+    with Profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, schedule=wait,
-        on_trace_ready=when_ready,
+        on_trace_ready=on_trace_ready(folder) if folder else None,
     ) as profile:  # fmt: skip
         for count in range(WARM_UP + num_steps):
             job.step = max(0, count - WARM_UP)

@@ -55,6 +55,8 @@ class KinetoReader:
         self.backward: tuple[array, array] = (array("d"), array("d"))
         self.exchanges_on_gpu: list[tuple[str, float, float, dict]] = []
         self.posts: list[tuple[str, float, float, Any, dict]] = []
+        self.waits: list[tuple[Any, float]] = []
+        """Threads that wait for an exchange, and since when."""
         self.by_workers: list[tuple[str, float, float, Any]] = []
         self.comms: list[tuple[float, dict]] = []
         """Of record_param_comms, with which NCCL's exchanges are handed over."""
@@ -172,7 +174,9 @@ class KinetoReader:
             self.posts.append((kind, start_s, end_s, event.get("tid"), self._arguments(event)))
         elif name == "record_param_comms":
             self.comms.append((start_s, self._arguments(event)))
-        elif "::" in name and not name.startswith(NO_WORK) and not name.endswith("wait_tensor"):
+        elif name.endswith("wait_tensor"):
+            self.waits.append((event.get("tid"), start_s))
+        elif "::" in name and not name.startswith(NO_WORK):
             thread = event.get("tid")
             if type(thread) not in (int, str):
                 raise self._wrong("is of no thread")
@@ -325,15 +329,18 @@ class KinetoReader:
         by_thread: dict[Any, list[float]] = defaultdict(list)
         for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
+        holding = {thread: list(own) for thread, own in by_thread.items()}
+        for thread, start_s in self.waits:
+            holding.setdefault(thread, []).append(start_s)
         starts, ends = array("d"), array("d")
         workers = {thread for _, _, _, thread in self.by_workers} - set(by_thread)
         for thread, (own_starts, own_ends) in self.operators.items():
             if thread in workers:
                 continue  # what they compute is a part of the exchange
-            posted = by_thread.get(thread, [])
+            posted = sorted(holding.get(thread, []))
             for start_s, end_s in zip(own_starts, own_ends, strict=True):
                 at = bisect_left(posted, start_s)
-                if at == len(posted) or posted[at] > end_s:  # what holds an exchange waits in it
+                if at == len(posted) or posted[at] >= end_s:  # what holds an exchange waits in it
                     starts.append(start_s)
                     ends.append(end_s)
         found.busy_start_s, found.busy_end_s = union(starts, ends)
