@@ -18,16 +18,24 @@ from tritonmoe.cli import main
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.links import LinkRatios
 from tritonmoe.diagnosis.reading import read_recording
-from tritonmoe.diagnosis.run_page import run_page
+from tritonmoe.diagnosis.run_page import RecordingPart
 from tritonmoe.diagnosis.verdict import as_json
+from tritonmoe.doctor.page import runs_page
 from tritonmoe.planner import plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_config import find_model
 from tritonmoe.planner.plan_page import comparison_page, plan_page
-from tritonmoe.report.charts import Curve, Curves, Heat, ticks
-from tritonmoe.report.figures import Number, Words
+from tritonmoe.report.charts import Bars, Curve, Curves, Heat, Segment, Strip, compact, ticks
+from tritonmoe.report.figures import Figures, Number, Table, Words
 from tritonmoe.report.html import Page, Section, page_text
+
+
+def run_page(found: list[Attribution]) -> Page:
+    figures = Figures([as_json(one) for one in found])
+    parts = {str(one.recording.path): RecordingPart(one, figures, str(n)) for n, one in enumerate(found)}
+    return runs_page(parts, figures)
+
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('a & b')</script></script><!--"
@@ -174,6 +182,42 @@ def test_a_heat_map_of_nothing() -> None:
     )
     assert "<path" not in text
     assert 'cy="100.00%"' in text
+
+
+def test_cells_are_square_and_hold_numbers() -> None:
+    names = ["0", "1"]
+    values = [[0.0, 0.0123], [0.0012, None]]
+    heat = Heat("waits", "of", values, "s", "from", "to", names, names)
+    assert heat.numbers == [(0, 1, "12", True), (1, 0, "1.2", False)]
+    text = page_text(Page("title", ["x"], [Section("all", [heat])], {"of": values}))
+    assert 'width="124" height="98"' in text  # cells of 40 by 40, beside names
+    assert "numbers in cells are ms" in text
+    many = [str(n) for n in range(64)]
+    assert Heat("", "", [[1.0] * 64] * 64, "s", "", "", many, many).cell == 15
+    wide = [str(n) for n in range(256)]
+    assert Heat("", "", [[1.0] * 256], "times", "", "", ["0"], wide).numbers == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, ""), (0.04, ""), (0.26, "0.3"), (1.0, "1"), (9.96, "10"), (123.4, "123"), (999.7, "1k"), (1234, "1.2k")],
+)
+def test_compact(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def test_many_segments_are_one_path() -> None:
+    few, many = ([Segment(n / of, 1 / of, "c0", f"{n}") for n in range(of)] for of in (60, 61))
+    assert Strip("few", few).paths == []
+    ((color, path),) = Strip("many", many).paths
+    assert (color, path.count("M")) == ("c0", 61)
+
+
+def test_bars_stand_side_by_side() -> None:
+    table = Table(["step"], [["1"]])
+    bars = Bars("steps", "step", "ms", ["1", "2"], [1.0, 2.0], ["c0", "c6"], 1.0, [], table)
+    assert bars.top == pytest.approx(2.1)
+    assert bars.paths == [("c0", "M3.00 1000v-476.2h494.00V1000z"), ("c6", "M503.00 1000v-952.4h494.00V1000z")]
 
 
 @pytest.mark.parametrize(("top", "texts"), [(7.0, ["0", "2", "4", "6"]), (0.11, ["0", "0.02", "0.04"]), (0.0, [])])

@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
@@ -18,13 +20,16 @@ from tritonmoe.benchmarks.ranks import device_and_backend
 from tritonmoe.diagnosis.attribution import Attribution, attribute
 from tritonmoe.diagnosis.probe_pairs import probe_pairs
 from tritonmoe.diagnosis.reading import is_recording, read_recording
-from tritonmoe.diagnosis.run_page import run_page
+from tritonmoe.diagnosis.run_page import RecordingPart
 from tritonmoe.diagnosis.verdict import as_json, as_text
 from tritonmoe.doctor import reading as traces
 from tritonmoe.doctor import verdict as verdict_of_traces
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.attribution import attribute as attribute_traces
-from tritonmoe.report.html import write_page
+from tritonmoe.doctor.lanes import Shown, shown_of
+from tritonmoe.doctor.page import Part, RunPart, runs_page
+from tritonmoe.report.figures import Figures
+from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -60,12 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([one.json() for one in found], indent=1), "verdict")
         if arguments.html is not None:
-            own = [one.found for one in found if isinstance(one, _OwnRun)]
-            if len(own) < len(found):
-                raise ValueError(
-                    "--html draws recordings of record(), not traces of others: leave it out, or give --json"
-                )
-            write_page(arguments.html, run_page(own))
+            write_page(arguments.html, _page(found))
     except (ValueError, OSError) as error:
         print(f"tritonmoe doctor: {error}", file=sys.stderr)
         return 2
@@ -73,11 +73,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(one.found.is_healthy for one in found) else 1
 
 
+def _page(found: "Sequence[_OwnRun | _ForeignRun]") -> Page:
+    figures = Figures([one.json() for one in found])
+    return runs_page({one.path: one.part(figures, str(number)) for number, one in enumerate(found)}, figures)
+
+
 @dataclass(frozen=True)
 class _OwnRun:
     """A recording of this package's layers."""
 
     found: Attribution
+
+    @property
+    def path(self) -> str:
+        return str(self.found.recording.path)
+
+    def part(self, figures: Figures, key: str) -> Part:
+        return RecordingPart(self.found, figures, key)
 
     def text(self) -> str:
         return as_text(self.found)
@@ -93,11 +105,22 @@ class _ForeignRun:
     run: traces.ForeignRun
     found: Verdict
 
+    @property
+    def path(self) -> str:
+        return str(self.run.path)
+
+    @cached_property
+    def shown(self) -> Shown:
+        return shown_of(self.found)
+
+    def part(self, figures: Figures, key: str) -> Part:
+        return RunPart(self.run, self.found, (), self.shown, figures, key)
+
     def text(self) -> str:
         return verdict_of_traces.as_text(self.run, self.found)
 
     def json(self) -> Json:
-        return verdict_of_traces.as_json(self.run, self.found)
+        return verdict_of_traces.as_json(self.run, self.found, (), self.shown)
 
 
 def _judge(path: Path) -> "_OwnRun | _ForeignRun":

@@ -1,18 +1,16 @@
 """The doctor's verdict as an HTML report: what --json has, as charts and tables, with the lanes of the median call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Literal
 
 from tritonmoe.diagnosis.attribution import Attribution
 from tritonmoe.diagnosis.run_figures import PASSES, timelines_of
-from tritonmoe.diagnosis.verdict import as_json
 from tritonmoe.report.charts import Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
-from tritonmoe.report.html import Block, Page, Section
+from tritonmoe.report.html import Banner, Block
 from tritonmoe.report.lanes import MOST_SPANS, lanes_chart, ranks_within
-from tritonmoe.report.perfetto import chrome_trace
-from tritonmoe.report.timeline import Timeline
 
-__all__ = ["run_page"]
+__all__ = ["RecordingPart"]
 
 MOST_RANKS = 64
 """A matrix or table of ranks shows so many."""
@@ -26,26 +24,10 @@ MARKS = {
 }
 
 
-def run_page(found: Sequence[Attribution]) -> Page:
-    """Give the page of these verdicts, one after the other."""
-    figures = Figures([as_json(one) for one in found])
-    summary: list[Line] = []
-    sections: list[Section] = []
-    lanes: dict[str, list[Timeline]] = {}
-    for number, one in enumerate(found):
-        run = _Run(one, figures, str(number), MOST_SPANS // len(found))
-        name = f"{one.recording.path}: " if len(found) > 1 else ""
-        summary += run.summary()
-        sections += [Section(name + title, blocks) for title, blocks in run.sections() if blocks]
-        lanes |= {name + which: timelines for which, timelines in run.timelines.items()}
-    title = f"Why is the step slow? {', '.join(str(one.recording.path) for one in found)}"
-    return Page(title, summary, sections, figures.data, chrome_trace(lanes))
+class RecordingPart:
+    """A recording's part of a page, whose JSON stands at a key of the page's."""
 
-
-class _Run:
-    """One run's part of the page."""
-
-    def __init__(self, found: Attribution, figures: Figures, key: str, most_spans: int) -> None:
+    def __init__(self, found: Attribution, figures: Figures, key: str, most_spans: int = MOST_SPANS) -> None:
         self.found, self.figures, self.key = found, figures, key
         size = found.recording.size
         at_fault = [rank for one in found.findings for rank in one.ranks]
@@ -66,27 +48,27 @@ class _Run:
         key = f"{self.key}/{key}"
         return "-" if self.figures.at(key) is None else self.figures(key, unit)
 
-    def summary(self) -> Iterator[Line]:
+    def banner(self, name: str = "") -> Banner:
+        """Give the verdict."""
         found, number = self.found, self.number
-        yield [
-            f"{found.recording.path}: ", number("ranks", "count"), f" ranks, {found.recording.transport}, ",
-            number("calls", "count"), f" calls ({'forward and backward' if found.call.has_backward else 'forward'}) of "
-            f"{found.call.plan}",
-        ]  # fmt: skip
-        yield [
+        lines: list[Line] = []
+        tone: Literal["bad", "good", "open"] = "bad"
+        verdict = ", ".join(dict.fromkeys(one.kind for one in found.findings)).upper()
+        if found.is_healthy:
+            tone, verdict = "good", "HEALTHY: no cause costs 8 % of the step"
+        elif not found.is_explained:
+            tone = "open"
+            verdict = "UNEXPLAINED: the replay is off by more than 10 %, so nothing below is certain"
+        for n, one in enumerate(found.findings):
+            gain = self._gain(f"findings/{n}")
+            lines.append([f"{n + 1}. {one.kind.upper()}: {one.words}. Without it the step takes ", *gain, " less."])
+        lines.append([
+            number("ranks", "count"), f" ranks, {found.recording.transport}, ", number("calls", "count"),
+            f" calls ({'forward and backward' if found.call.has_backward else 'forward'}) of {found.call.plan}. ",
             "A call was measured at ", number("measured_s", "s"), " and replayed at ", number("replayed_s", "s"), ", ",
             number("error", "share"), " off.",
-        ]  # fmt: skip
-        if not found.is_explained:
-            yield "UNEXPLAINED: the replay is off by more than 10 %, so nothing below is certain."
-        if found.is_healthy:
-            yield "HEALTHY: no cause costs 8 % of the step."
-        for n, one in enumerate(found.findings):
-            yield [
-                f"{n + 1}. {one.kind.upper()}: {one.words}. Without it the step takes ",
-                *self._gain(f"findings/{n}"),
-                " less.",
-            ]
+        ])  # fmt: skip
+        return Banner(tone, verdict, lines, name)
 
     def _gain(self, key: str) -> list[Cell]:
         return [self.number(f"{key}/share", "share"), ", ", self.number(f"{key}/gain_s", "s"), ","]

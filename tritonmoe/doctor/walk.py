@@ -1,12 +1,25 @@
 """walk: what the steps of a graph take, with given times for its stretches of work and its exchanges."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tritonmoe.doctor.graph import Graph, Kind
 
-__all__ = ["Walker"]
+__all__ = ["Moments", "Walker"]
 
 RUN, POST, WAIT = int(Kind.RUN), int(Kind.POST), int(Kind.WAIT)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When everything of a graph happened, as a walk gives it: seconds from when the first rank begins."""
+
+    step_s: list[float]
+    """How long each step took."""
+    step_ends_s: list[float]
+    started_s: list[float]
+    """When each exchange had started, by member."""
+    ended_s: list[float]
 
 
 class Walker:
@@ -26,6 +39,10 @@ class Walker:
 
     def step_times(self, run_s: Sequence[float], transfer_s: Sequence[float]) -> list[float]:
         """Give the seconds of every step, from when the last rank has ended the one before until it ends this one."""
+        return self.moments(run_s, transfer_s).step_s
+
+    def moments(self, run_s: Sequence[float], transfer_s: Sequence[float]) -> Moments:
+        """Give when every exchange started and ended, and every step."""
         graph = self.graph
         num_ranks, num_members = len(graph.ranks), len(graph.members)
         now = list(graph.begin_s)
@@ -97,4 +114,10 @@ class Walker:
         for end_s in step_ends:
             times.append(max(0.0, end_s - before_s))
             before_s = max(before_s, end_s)
-        return times
+        never = float("inf")  # handed over, but waited for by nobody, and not begun before the files end
+        return Moments(
+            times,
+            step_ends,
+            [never if moment is None else moment for moment in started],
+            [never if moment is None else moment for moment in ended],
+        )

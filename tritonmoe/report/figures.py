@@ -29,11 +29,19 @@ def _seconds(value: float) -> str:
     return f"{_significant(value * 1e3)} ms"
 
 
+def _bytes(value: float) -> str:
+    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= factor:
+            return f"{_significant(value / factor)} {name}"
+    return f"{value:.0f} bytes"
+
+
 UNITS = {
     "s": _seconds,
     "ms": lambda value: _seconds(value / 1e3),
     "share": lambda value: f"{round(100 * value, 1) + 0.0:.1f} %",  # never -0.0
     "bytes/s": lambda value: f"{_significant(value / 1e9)} GB/s",
+    "bytes": _bytes,
     "GB": lambda value: f"{_significant(value)} GB",
     "$": lambda value: f"{value:.4f} $",
     "times": lambda value: f"{value:.2f} x",
@@ -97,7 +105,7 @@ class Table:
 
     kind: ClassVar = "table"
     header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Cell | Line]]
     title: str = "The numbers"
 
     @property
