@@ -15,6 +15,8 @@ MOST_CELL, LEAST_CELL, CELLS_WIDTH = 40.0, 4.0, 960.0
 """Pixels: cells of a heat map are square."""
 LEAST_NUMBER_CELL = 14.0
 """A smaller cell has no room for a number."""
+MOST_NAMES, LETTER = 16, 6.4
+"""So many rows and columns are named; pixels of a letter."""
 MOST_TITLED = 60
 """A strip of more segments is drawn as one path of each color, without their titles."""
 
@@ -99,6 +101,22 @@ class Heat:
         return max(LEAST_CELL, min(MOST_CELL, CELLS_WIDTH // max(1, len(self.column_names))))
 
     @property
+    def left(self) -> float:
+        """The pixels that names of rows need."""
+        return 10 + LETTER * max((len(name) for name in self.row_names), default=0)
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether names of columns are too long to stand side by side."""
+        every = math.ceil(len(self.column_names) / MOST_NAMES)
+        return LETTER * max((len(name) for name in self.column_names), default=0) > every * self.cell - 3
+
+    @property
+    def below(self) -> float:
+        """The pixels that they need."""
+        return 10 + LETTER * max(map(len, self.column_names)) if self.is_upright else 18.0
+
+    @property
     def scale(self) -> tuple[float, str]:
         """Give what the numbers in cells are divided by, and how they are called: (0.001, "ms")."""
         if self.unit != "s":
@@ -134,8 +152,8 @@ class Heat:
         return "-" if value is None else UNITS[self.unit](value)
 
     def ticks(self, names: Sequence[str]) -> list[tuple[float, str]]:
-        """Give (middle of the cell as a share of all, name), at most 16."""
-        every = math.ceil(len(names) / 16)
+        """Give (middle of the cell as a share of all, name), at most MOST_NAMES."""
+        every = math.ceil(len(names) / MOST_NAMES)
         return [((n + 0.5) / len(names), name) for n, name in enumerate(names) if n % every == 0]
 
 

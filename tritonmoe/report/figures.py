@@ -26,6 +26,8 @@ def _seconds(value: float) -> str:
         return "0 ms"
     if abs(value) < 1e-4:
         return f"{_significant(value * 1e6)} us"
+    if abs(value) >= 10:
+        return f"{_significant(value)} s"
     return f"{_significant(value * 1e3)} ms"
 
 
