@@ -27,6 +27,7 @@ from tritonmoe.doctor import verdict as verdict_of_traces
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.attribution import attribute as attribute_traces
 from tritonmoe.doctor.lanes import Shown, shown_of
+from tritonmoe.doctor.offers import Offer, offers_of
 from tritonmoe.doctor.page import Part, RunPart, runs_page
 from tritonmoe.report.figures import Figures
 from tritonmoe.report.html import Page, write_page
@@ -113,14 +114,18 @@ class _ForeignRun:
     def shown(self) -> Shown:
         return shown_of(self.found)
 
+    @cached_property
+    def offers(self) -> list[Offer]:
+        return offers_of(self.run.graph)
+
     def part(self, figures: Figures, key: str) -> Part:
-        return RunPart(self.run, self.found, (), self.shown, figures, key)
+        return RunPart(self.run, self.found, self.offers, self.shown, figures, key)
 
     def text(self) -> str:
-        return verdict_of_traces.as_text(self.run, self.found)
+        return verdict_of_traces.as_text(self.run, self.found, self.offers)
 
     def json(self) -> Json:
-        return verdict_of_traces.as_json(self.run, self.found, (), self.shown)
+        return verdict_of_traces.as_json(self.run, self.found, self.offers, self.shown)
 
 
 def _judge(path: Path) -> "_OwnRun | _ForeignRun":

@@ -69,6 +69,8 @@ class Member:
     """Bytes for each rank of the group, in its order; what stays on the rank itself counts as 0."""
     received: tuple[int, ...] | None = None
     num_bytes: int | None = None
+    element_bytes: int | None = None
+    """How wide its numbers are."""
 
 
 @dataclass

@@ -229,6 +229,7 @@ class _Programs:
                         self._to_others(index, part, part.sent),
                         self._to_others(index, part, part.received),
                         part.num_bytes,
+                        part.element_bytes,
                     )
                 )
         waits = self._waits(keys)
