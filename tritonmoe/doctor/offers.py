@@ -142,7 +142,9 @@ class Offers:
         for which in (BEST, EXPECTED, WORST):
             transfer_s = list(self.transfer_s)
             for layer in layers:
-                saved_s = max(0.0, self.saved(layer, plan, fixed_s[layer.key][which], CONTENTION[which]))
+                saved_s = self.saved(layer, plan, fixed_s[layer.key][which], CONTENTION[which])
+                if saved_s <= 0:
+                    continue
                 there_s, back_s = (max(transfer_s[one] for one in of) for of in (layer.there, layer.back))
                 for member in (*layer.there, *layer.back):
                     transfer_s[member] *= 1 - saved_s / (there_s + back_s)
@@ -177,9 +179,9 @@ class Offers:
         members = self.graph.members
         sent = torch.tensor(layer.sent, dtype=torch.float64, device="cpu")
         port = float(torch.maximum(sent.sum(0), sent.sum(1)).max())
-        if port <= 0:
-            return 0.0
         there_s, back_s = (max(members[one].transfer_s for one in of) for of in (layer.there, layer.back))
+        if port <= 0 or there_s + back_s <= 0:
+            return 0.0
         latency_s = max(0.0, min(self.latency_s, there_s, back_s))
         # One row is what the busiest port sends, and a byte takes a nanosecond: so an exchange takes what it took.
         bytes_there, bytes_back = (max(0, round((seconds - latency_s) * RATE)) for seconds in (there_s, back_s))

@@ -113,7 +113,7 @@ class RunPart:
 
     def _grounds(self) -> Iterator[str]:
         yield about(self.run, self.found)
-        yield step_words(self.run, self.found)
+        yield step_words(self.found)
         yield from remarks(self.run, self.found)
         yield "Intervals hold 80 % of what selections of the steps, drawn with replacement, give."
 

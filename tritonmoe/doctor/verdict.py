@@ -20,13 +20,12 @@ MUCH_HOST = 0.3
 
 def as_text(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = ()) -> str:
     """Give the verdict in about 20 lines: what the files can't tell first."""
-    lines = [
-        about(run, found),
-        *(f"can't be told: {words}" for words in run.limits[:MOST_LIMITS]),
-    ]
+    lines = [about(run, found)]
+    if run.limits:
+        lines += ["what these files can't tell:", *(f"- {words}" for words in run.limits[:MOST_LIMITS])]
     if len(run.limits) > MOST_LIMITS:
-        lines.append(f"can't be told: {len(run.limits) - MOST_LIMITS} things more, see --json")
-    lines.append(step_words(run, found))
+        lines.append(f"- {count_words(len(run.limits) - MOST_LIMITS, 'thing')} more, see --json")
+    lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
         words = words_of(one, found)
@@ -48,13 +47,12 @@ def about(run: ForeignRun, found: Verdict) -> str:
     return f"{run.path}: {counts}; files: {kinds}"
 
 
-def step_words(run: ForeignRun, found: Verdict) -> str:
+def step_words(found: Verdict) -> str:
     """Say what a step takes, and what it consists of."""
-    neither = "in neither of them" if run.lanes != "gpu" else "its GPU does neither"
     return (
         f"a step takes {time_words(found.measured_s)}, replayed {time_words(found.replayed_s)} ({found.error:+.1%}); "
         f"of a rank's step {share_words(found.computing_s, found)} is computing, {share_words(found.waiting_s, found)} "
-        f"waiting in exchanges, {share_words(found.host_s, found)} {neither}"
+        f"waiting in exchanges, {share_words(found.host_s, found)} neither"
     )
 
 
@@ -93,7 +91,7 @@ def remarks(run: ForeignRun, found: Verdict) -> list[str]:
         )
     lines.append(
         f"differences without a pattern cost {share_words(found.noise_s, found)} of a step; exchanges under way that "
-        f"nothing hides, {share_words(found.exposed_s, found)}"
+        f"nothing hides take {share_words(found.exposed_s, found)}"
     )
     if run.lanes == "gpu" and found.replayed_s and found.host_s > MUCH_HOST * found.replayed_s:
         lines.append(

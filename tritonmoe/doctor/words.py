@@ -50,13 +50,15 @@ def words_of(one: Finding, found: Verdict) -> FindingWords:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     several = not culprits.moves and (len(culprits.ranks) or len(graph.ranks)) > 1
     s, their = ("", "their") if several else ("s", "its")
+    is_beyond = culprits.factor > MOST_FACTOR
     if one.kind == "slow rank":
-        what = f"compute{s} {_times(culprits.factor)}"
+        what = f"compute{s} " + ("where others hardly do" if is_beyond else _times(culprits.factor))
     elif one.kind == "late rank":
         come = f"come{s} late to exchanges, doing nothing that the file shows"
         what = come if len(graph.ranks) > 1 else "does nothing that the file shows, for longer than usual"
     elif one.kind == "slow link":
-        what = f"need{s} {_times(culprits.factor)} for {their} bytes"
+        longer = f"need{s} {_times(culprits.factor)} for {their} bytes"
+        what = f"need{s} time for {their} bytes where others need next to none" if is_beyond else longer
     else:
         what = f"get{s} more rows than others"
     where = place_words(culprits.place) if culprits.place else f"in {culprits.phase}" if culprits.phase else ""
@@ -70,11 +72,7 @@ def to_do_of(one: Finding) -> str:
 
 
 def _times(factor: float) -> str:
-    if factor < LEAST_FACTOR:
-        return "longer than usual"
-    if factor > MOST_FACTOR:
-        return "where next to nothing is usual"
-    return f"{factor:.2f} times as long as usual"
+    return "longer than usual" if factor < LEAST_FACTOR else f"{factor:.2f} times as long as usual"
 
 
 def place_words(key: Key) -> str:
