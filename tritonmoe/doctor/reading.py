@@ -110,8 +110,7 @@ def _unknown(graph: Graph) -> Iterator[str]:
     if rows and all(member.sent is None for member in rows):
         yield (
             "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
-            "and what chunks or narrower rows would gain is not known (record_shapes=True on a CPU; NCCL 2.20 and "
-            "PyTorch 2.4 or later on GPUs)"
+            "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
         )
 
 
