@@ -84,9 +84,7 @@ class _Engine(torch.nn.Linear):
         self.zero_grad()
 
 
-def test_the_doctors_page_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_doctors_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Each of its blocks of Python writes what the doctor reads; the transformers block needs its package."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)

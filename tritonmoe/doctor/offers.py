@@ -30,7 +30,7 @@ SIZES = (
     *(ramp_sizes(count) for count in (3, 4, 5, 6)),
 )
 """Numbers and shapes of chunks that are tried."""
-MOST_WALKED = 400
+MOST_WALKED = 120
 """So many passes are simulated; of more, those of some steps, evenly spread."""
 UNLIKE_ROWS = 1.2
 """What a chunk costs beside its rows is known where ranks and steps have rows so many times as many as others."""
