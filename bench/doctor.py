@@ -34,10 +34,10 @@ from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import quartiles, write_json
-from tritonmoe.diagnosis.attribution import Attribution, attribute
-from tritonmoe.diagnosis.causes import CauseKind
-from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.recorder import record
+from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.causes import CauseKind
+from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
 from tritonmoe.transports.emulated.run import run_on_emulated_ranks
@@ -79,7 +79,7 @@ START_RATE = 1e9
 TIMEOUT_S = 120.0
 MEASURED = "measured.json"
 """The file beside a kept recording with its scenario, and the seconds of the calls of every variant."""
-NOT_DRAWN = ("exchange contention", "late link", "expert compute")
+NOT_DRAWN = ("exchange contention", "late link", "pause")
 CAUSES: tuple[CauseKind, ...] = tuple(kind for kind in get_args(CauseKind) if kind not in NOT_DRAWN)
 """Of network namespaces: tc's buckets have no latency, and experts that sleep are not slowed by exchanges."""
 EMULATED_CAUSES: tuple[CauseKind, ...] = (*CAUSES, "late link")
@@ -373,7 +373,7 @@ def judge_kept(folder: Path) -> Json:
     kept = json.loads((folder / MEASURED).read_text())
     culprits = {cause: tuple(ranks) for cause, ranks in kept["scenario"]["culprits"].items()}
     scenario = Scenario(**{**kept["scenario"], "causes": tuple(kept["scenario"]["causes"]), "culprits": culprits})
-    result = judge(scenario, kept["seconds"], attribute(read_recording(folder)))
+    result = judge(scenario, kept["seconds"], judge_recording(read_recording(folder)))
     print(_line(result), flush=True)
     return result
 
@@ -428,14 +428,16 @@ def synthetic_run(scenario: Scenario) -> Run:
     )
 
 
-def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attribution) -> Json:
+def judge(scenario: Scenario, seconds: dict[str, list[float]], run: RecordedRun) -> Json:
     """Give what the doctor said of a scenario beside what is true of it."""
+    found = run.found
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     step_s = medians["with"]
     one_by_one = len(scenario.causes) > 1
     true_s = {c: step_s - medians[f"without {c}" if one_by_one else "without"] for c in scenario.causes}
     said = {one.kind: one for one in reversed(found.findings)}
-    everything = {one.kind: one for one in (*found.others, *found.findings)}
+    everything = {kind: share * found.replayed_s for kind, share in found.others}
+    everything |= {one.kind: one.cost.seconds for one in found.findings}
     return {
         "number": scenario.seed,
         "ranks": scenario.size,
@@ -448,17 +450,14 @@ def judge(scenario: Scenario, seconds: dict[str, list[float]], found: Attributio
         "recorded_ms": round(1e3 * found.measured_s, 2),
         "replay_error": round(found.error, 4),
         "true_share": {cause: round(gain / step_s, 4) for cause, gain in true_s.items()},
-        "said": [(one.kind, list(one.ranks), round(one.gain.seconds / step_s, 4)) for one in found.findings],
-        "predicted_share": {
-            cause: round(everything[cause].gain.seconds / step_s, 4) if cause in everything else 0.0
-            for cause in scenario.causes
-        },
+        "said": [(one.kind, list(one.culprits.ranks), round(one.cost.seconds / step_s, 4)) for one in found.findings],
+        "predicted_share": {cause: round(everything.get(cause, 0.0) / step_s, 4) for cause in scenario.causes},
         "is_first": bool(found.findings) and found.findings[0].kind in scenario.causes,
         "all_said": all(cause in said for cause in scenario.causes),
         "culprits_right": {
-            cause: said[cause].ranks == scenario.culprits[cause]
+            cause: said[cause].culprits.ranks == scenario.culprits[cause]
             for cause in scenario.causes
-            if cause in said and said[cause].ranks
+            if cause in said and said[cause].culprits.ranks
         },
     }
 

@@ -13,8 +13,8 @@ from tritonmoe.benchmarks import overlap_rank
 from tritonmoe.benchmarks.measured_layer import MeasuredLayer
 from tritonmoe.benchmarks.overlap_variants import Variant
 from tritonmoe.cli import main
-from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.recorded_run import judge_recording
 
 
 @pytest.fixture
@@ -38,12 +38,11 @@ def test_a_slow_rank(slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert main(["doctor", str(slow), "--json", str(tmp_path / "verdict.json")]) == 1
     said = capsys.readouterr().out
     assert "1. SLOW RANK" in said
-    assert "rank 2 takes 1.50 times as long" in said
-    assert "would help: mend rank 2" in said
+    assert "rank 2 computes 1.50 times as long as usual" in said
     assert len(said.splitlines()) <= 20
     (verdict,) = json.loads((tmp_path / "verdict.json").read_text())
-    found = attribute(read_recording(slow))
-    assert verdict["findings"][0]["gain_s"] == found.findings[0].gain.seconds
+    found = judge_recording(read_recording(slow)).found
+    assert verdict["findings"][0]["cost_s"] == found.findings[0].cost.seconds
     assert (verdict["ranks"], verdict["is_healthy"], verdict["findings"][0]["ranks"]) == (4, False, [2])
 
 

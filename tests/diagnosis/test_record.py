@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.reading import read_recording
 from tritonmoe.diagnosis.recording import folder_name
+from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.recorded_run import judge_recording
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
@@ -286,7 +286,7 @@ def test_lines_are_objects_of_json(tmp_path: Path) -> None:
     assert [call["call"] for call in calls] == list(range(CALLS))
 
 
-def test_halves_of_a_batch_are_told_and_not_replayed(tmp_path: Path) -> None:
+def test_halves_of_a_batch_are_told_and_replayed(tmp_path: Path) -> None:
     def on_rank(transport: Transport) -> None:
         layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(2))
         x = torch.randn(NUM_TOKENS, 8, generator=torch.Generator().manual_seed(transport.rank))
@@ -298,8 +298,10 @@ def test_halves_of_a_batch_are_told_and_not_replayed(tmp_path: Path) -> None:
     recording = read_recording(tmp_path / "run")
     assert [call.half for call in recording.calls] == [1, 2]
     assert all(call.has_backward for call in recording.calls)
-    with pytest.raises(ValueError, match="of two_batches, in which the times of each half hold the other one's work"):
-        attribute(recording)
+    found = judge_recording(recording)
+    assert found.found.error == pytest.approx(0, abs=0.02)
+    assert len(found.found.graph.steps) == 1
+    assert found.advice == ()
 
 
 def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
@@ -323,7 +325,8 @@ def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
     assert all(of is not None and of[0] is not None and of[1] is None for of in arrivals)
     for step in (step for of in call.ranks for one in of.passes for step in (*one.steps, *one.steps_inside)):
         assert all(at is None or step.start_s <= at <= step.end_s + 1e-6 for at in step.arrivals_s or ()), step
-    found = attribute(recording)
+    found = judge_recording(recording)
+    assert found.found.error == pytest.approx(0, abs=0.02)
     assert found.costs.link.each is not None
     assert found.costs.link.each.inside is not None
     assert set(found.costs.steps.fixed_s) >= {"experts", "experts_backward", "dispatch"}

@@ -47,12 +47,12 @@ def test_what_is_wrong(tmp_path: Path) -> None:
     order = ["What these files can't tell", "notes.txt", "1 finding: LATE RANK", "data loading", "costs a step"]
     places = [page.words.index(words) for words in order]
     assert places == sorted(places)
-    waits = data["waits_s"]
+    waits = data["waits_for_ranks_s"]
     for rank in (0, 2, 3):  # all of them wait for the late one, as long as it costs
         assert waits[rank][1] == pytest.approx(0.1, rel=0.1)
         assert waits[rank][1] == max(waits[rank])
     assert waits[1][1] == 0
-    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {"0/waits_s"}
+    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {"0/waits_for_ranks_s"}
     shown = {attributes["data-key"] for attributes, _ in page.numbers}
     assert {"0/findings/0/low_s", "0/findings/0/share", "0/measured_steps_s/11", "0/by_rank/3/sent_bytes"} <= shown
 
@@ -81,7 +81,7 @@ def test_recordings_and_traces_on_one_page(tmp_path: Path) -> None:
     page, data = page_of(own, late(tmp_path / "late"), status=1)
     assert tones(page) == ["bad", "bad"]
     assert [one["findings"][0]["kind"] for one in data] == ["slow rank", "late rank"]
-    assert {attributes["data-matrix"] for attributes, _ in page.matrices} >= {"0/waits_s", "1/waits_s"}
+    assert {attributes["data-matrix"] for attributes, _ in page.matrices} >= {"0/waits_s", "1/waits_for_ranks_s"}
 
 
 def test_one_rank_alone(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
     assert tones(page) == ["open"]
     assert "there is the file of one rank only" in page.words
     assert "NO VERDICT: two steps of one rank" in page.words
-    assert (data["waits_s"], page.matrices) == ([[0.0]], [])
+    assert (data["waits_for_ranks_s"], page.matrices) == ([[0.0]], [])
 
 
 @pytest.mark.thorough
@@ -102,7 +102,7 @@ def test_64_ranks(tmp_path: Path) -> None:
     page, (data,) = page_of(tmp_path / "late", status=1)
     ((_, rows),) = page.matrices
     assert (len(rows), len(rows[0])) == (64, 64)
-    assert data["waits_s"][0][63] == pytest.approx(0.1, rel=0.2)
+    assert data["waits_for_ranks_s"][0][63] == pytest.approx(0.1, rel=0.2)
     numbers = [attributes for tag, attributes in page.tags if (attributes.get("class") or "").startswith("in-cell")]
     assert len(numbers) >= 63
 

@@ -15,12 +15,15 @@ from html_pages import check_page
 
 from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.cli import main
-from tritonmoe.diagnosis.attribution import Attribution, attribute
-from tritonmoe.diagnosis.links import LinkRatios
-from tritonmoe.diagnosis.reading import read_recording
-from tritonmoe.diagnosis.run_page import RecordingPart
-from tritonmoe.diagnosis.verdict import as_json
+from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.lanes import shown_of
+from tritonmoe.doctor.links import LinkRatios
 from tritonmoe.doctor.page import runs_page
+from tritonmoe.doctor.recorded_graph import graph_of
+from tritonmoe.doctor.recorded_page import RecordedPart
+from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
+from tritonmoe.doctor.run_figures import figures_of
+from tritonmoe.doctor.verdict import as_json
 from tritonmoe.planner import plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
@@ -31,9 +34,15 @@ from tritonmoe.report.figures import Figures, Number, Table, Words
 from tritonmoe.report.html import Page, Section, page_text
 
 
-def run_page(found: list[Attribution]) -> Page:
-    figures = Figures([as_json(one) for one in found])
-    parts = {str(one.recording.path): RecordingPart(one, figures, str(n)) for n, one in enumerate(found)}
+def as_data(one: RecordedRun) -> dict:
+    return {**as_json(one, one.found, one.advice), **figures_of(one)}
+
+
+def run_page(found: list[RecordedRun]) -> Page:
+    figures = Figures([as_data(one) for one in found])
+    parts = {
+        str(one.recording.path): RecordedPart(one, shown_of(one.found), figures, str(n)) for n, one in enumerate(found)
+    }
     return runs_page(parts, figures)
 
 
@@ -42,9 +51,9 @@ EVIL = "<script>alert('a & b')</script></script><!--"
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Attribution:
+def slow(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     folder = tmp_path_factory.mktemp("slow")
-    return attribute(read_recording(write_run(folder, [Run(slow_rank=(2, 1.5))] * 4)))
+    return judge_recording(read_recording(write_run(folder, [Run(slow_rank=(2, 1.5))] * 4)))
 
 
 @cache
@@ -58,11 +67,13 @@ def comparison() -> planning.Comparison:
         planning.NUM_DRAWS, planning.SCALES = draws, scales
 
 
-def test_a_run(slow: Attribution) -> None:
+def test_a_run(slow: RecordedRun) -> None:
     page, data = check_page(page_text(run_page([slow])))
-    assert data == json.loads(json.dumps([as_json(slow)]))
-    assert "SLOW RANK: rank 2 takes 1.50 times as long for the same pairs" in page.words
-    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {"0/waits_s", "0/byte_ratios"}
+    assert data == json.loads(json.dumps([as_data(slow)]))
+    assert "SLOW RANK: rank 2 computes 1.50 times as long as usual" in page.words
+    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {
+        "0/waits_for_ranks_s", "0/waits_s", "0/byte_ratios",
+    }  # fmt: skip
     shown = {attributes["data-key"] for attributes, _ in page.numbers}
     assert {"0/measured_s", "0/findings/0/share", "0/median_call/backward/3/counts_left_s", "0/gap_s"} <= shown
     waits = data[0]["waits_s"]
@@ -72,7 +83,7 @@ def test_a_run(slow: Attribution) -> None:
     assert {event["pid"] for event in trace} == {0, 1, 2, 3}
 
 
-def test_measured_and_replayed_lanes_agree(slow: Attribution) -> None:
+def test_measured_and_replayed_lanes_agree(slow: RecordedRun) -> None:
     """The synthetic recording is the simulator's own: the replay must show the same lanes."""
     trace = run_page([slow]).trace
     assert trace is not None
@@ -89,7 +100,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
     folder = write_run(tmp_path / EVIL.replace("/", "_"), [Run()] * 3)
     for file in folder.iterdir():
         file.write_text(file.read_text().replace('"host": "node0"', f'"host": {json.dumps(EVIL)}'))
-    text = page_text(run_page([attribute(read_recording(folder))]))
+    text = page_text(run_page([judge_recording(read_recording(folder))]))
     page, data = check_page(text)
     assert sum(tag == "script" for tag, _ in page.tags) == 3
     assert EVIL in page.words
@@ -98,7 +109,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
+def test_64_ranks_fit(slow: RecordedRun, tmp_path: Path) -> None:
     """As many ranks as can be drawn. Of more calls only medians and sums are shown."""
     run = Run(size=64, slow_rank=(63, 1.5), rows=20.0)
     recording = read_recording(write_run(tmp_path, [run] * 2))
@@ -106,19 +117,21 @@ def test_64_ranks_fit(slow: Attribution, tmp_path: Path) -> None:
         ones(64), ones(64), ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345), True, 0 * ones(64, 64)
     )
     costs = replace(slow.costs, steps=run.steps(), link=run.link(), ratios=ratios, slowness=(1.0,) * 63 + (1.5,))
-    finding = replace(slow.findings[0], ranks=(63,))
-    found = replace(slow, recording=recording, call=recording.calls[0], calls=recording.calls * 4, costs=costs)
-    page, _ = check_page(page_text(run_page([replace(found, findings=(finding,))])))
+    finding = replace(slow.found.findings[0], culprits=replace(slow.found.findings[0].culprits, ranks=(63,)))
+    built = graph_of(recording)
+    found = replace(slow.found, graph=built.graph, findings=(finding,))
+    run_of_64 = replace(slow, recording=recording, built=built, calls=recording.calls * 4, costs=costs, found=found)
+    page, _ = check_page(page_text(run_page([run_of_64])))
     assert "16 of 64 ranks are drawn" in page.words
     assert "rank 63" in page.words
-    assert [len(rows) for _, rows in page.matrices] == [64, 64]
+    assert [len(rows) for _, rows in page.matrices] == [64, 64, 64]
 
 
-def test_unknown_arrivals(slow: Attribution) -> None:
+def test_unknown_arrivals(slow: RecordedRun) -> None:
     """Where the transport doesn't tell when rows arrived there is no matrix, and the page says so."""
     ratios = replace(slow.costs.ratios, are_told_apart=False)
     page, data = check_page(page_text(run_page([replace(slow, costs=replace(slow.costs, ratios=ratios))])))
-    assert (data[0]["waits_s"], data[0]["byte_ratios"], page.matrices) == (None, None, [])
+    assert (data[0]["waits_s"], data[0]["byte_ratios"], len(page.matrices)) == (None, None, 1)
     assert "It is not known when each rank's rows arrived" in page.words
 
 
@@ -149,7 +162,7 @@ def test_a_comparison_with_a_cluster_on_which_nothing_fits() -> None:
 
 
 @pytest.mark.thorough
-def test_commands_write_pages(slow: Attribution, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_write_pages(slow: RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = tmp_path / "run.html", tmp_path / "run.json"
     assert main(["doctor", str(slow.recording.path), "--html", str(paths[0]), "--json", str(paths[1])]) == 1
     _, data = check_page(paths[0].read_text())
@@ -157,7 +170,7 @@ def test_commands_write_pages(slow: Attribution, tmp_path: Path, capsys: pytest.
 
 
 def test_without_jinja2(
-    slow: Attribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    slow: RecordedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
@@ -285,7 +298,7 @@ window.addEventListener("message", (event) => { document.title = JSON.stringify(
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("which", ["run", "plan", "comparison"])
 @pytest.mark.parametrize("width", [390, 1100])
-def test_in_a_browser(which: str, width: int, slow: Attribution, tmp_path: Path) -> None:
+def test_in_a_browser(which: str, width: int, slow: RecordedRun, tmp_path: Path) -> None:
     if which == "run":
         page = run_page([slow])
     else:

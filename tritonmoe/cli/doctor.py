@@ -17,18 +17,18 @@ from pathlib import Path
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
 from tritonmoe.benchmarks.ranks import device_and_backend
-from tritonmoe.diagnosis.attribution import Attribution, attribute
-from tritonmoe.diagnosis.probe_pairs import probe_pairs
-from tritonmoe.diagnosis.reading import is_recording, read_recording
-from tritonmoe.diagnosis.run_page import RecordingPart
-from tritonmoe.diagnosis.verdict import as_json, as_text
+from tritonmoe.diagnosis.recording_reader import is_recording, read_recording
 from tritonmoe.doctor import reading as traces
-from tritonmoe.doctor import verdict as verdict_of_traces
-from tritonmoe.doctor.attribution import Verdict
-from tritonmoe.doctor.attribution import attribute as attribute_traces
+from tritonmoe.doctor.advice import Advice
+from tritonmoe.doctor.attribution import Verdict, attribute
 from tritonmoe.doctor.lanes import Shown, shown_of
-from tritonmoe.doctor.offers import Offer, offers_of
+from tritonmoe.doctor.offers import offers_of
 from tritonmoe.doctor.page import Part, RunPart, runs_page
+from tritonmoe.doctor.probe_pairs import probe_pairs
+from tritonmoe.doctor.recorded_page import RecordedPart
+from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
+from tritonmoe.doctor.run_figures import figures_of
+from tritonmoe.doctor.verdict import as_json, as_text
 from tritonmoe.report.figures import Figures
 from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
@@ -74,67 +74,47 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(one.found.is_healthy for one in found) else 1
 
 
-def _page(found: "Sequence[_OwnRun | _ForeignRun]") -> Page:
+def _page(found: "Sequence[_Judged]") -> Page:
     figures = Figures([one.json() for one in found])
-    return runs_page({one.path: one.part(figures, str(number)) for number, one in enumerate(found)}, figures)
+    return runs_page({str(one.run.path): one.part(figures, str(number)) for number, one in enumerate(found)}, figures)
 
 
 @dataclass(frozen=True)
-class _OwnRun:
-    """A recording of this package's layers."""
+class _Judged:
+    """A run, and why its steps take as long as they do."""
 
-    found: Attribution
-
-    @property
-    def path(self) -> str:
-        return str(self.found.recording.path)
-
-    def part(self, figures: Figures, key: str) -> Part:
-        return RecordingPart(self.found, figures, key)
-
-    def text(self) -> str:
-        return as_text(self.found)
-
-    def json(self) -> Json:
-        return as_json(self.found)
-
-
-@dataclass(frozen=True)
-class _ForeignRun:
-    """Traces of any trainer."""
-
-    run: traces.ForeignRun
+    run: RecordedRun | traces.ForeignRun
     found: Verdict
 
-    @property
-    def path(self) -> str:
-        return str(self.run.path)
+    @cached_property
+    def advice(self) -> Sequence[Advice]:
+        return self.run.advice if isinstance(self.run, RecordedRun) else offers_of(self.run.graph)
 
     @cached_property
     def shown(self) -> Shown:
         return shown_of(self.found)
 
-    @cached_property
-    def offers(self) -> list[Offer]:
-        return offers_of(self.run.graph)
-
-    def part(self, figures: Figures, key: str) -> Part:
-        return RunPart(self.run, self.found, self.offers, self.shown, figures, key)
-
     def text(self) -> str:
-        return verdict_of_traces.as_text(self.run, self.found, self.offers)
+        return as_text(self.run, self.found, self.advice)
 
     def json(self) -> Json:
-        return verdict_of_traces.as_json(self.run, self.found, self.offers, self.shown)
+        figures = figures_of(self.run) if isinstance(self.run, RecordedRun) else {}
+        return {**as_json(self.run, self.found, self.advice, self.shown), **figures}
+
+    def part(self, figures: Figures, key: str) -> Part:
+        if isinstance(self.run, RecordedRun):
+            return RecordedPart(self.run, self.shown, figures, key)
+        return RunPart(self.run, self.found, self.advice, self.shown, figures, key)
 
 
-def _judge(path: Path) -> "_OwnRun | _ForeignRun":
+def _judge(path: Path) -> _Judged:
     if not path.exists():
         raise ValueError(f"{path} is no folder and no file")
     if is_recording(path):
-        return _OwnRun(attribute(read_recording(path)))
+        own = judge_recording(read_recording(path))
+        return _Judged(own, own.found)
     run = traces.read_traces(path)
-    return _ForeignRun(run, attribute_traces(run.graph))
+    return _Judged(run, attribute(run.graph))
 
 
 def _probe_links() -> int:

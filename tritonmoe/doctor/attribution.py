@@ -8,18 +8,23 @@ steps are what a verdict is made of: all steps count.
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tritonmoe.doctor.causes import KINDS, CauseKind, Causes
+from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
+from tritonmoe.doctor.recorded_causes import Known
 from tritonmoe.doctor.usual import usual_of
 
 __all__ = ["Cost", "Finding", "Verdict", "attribute"]
 
 SMALLEST_SHARE = 0.05
 """A smaller share of the step is not spoken of."""
+SMALLEST_STRUCTURAL = 0.08
+"""The same of what costs all ranks something without being a fault."""
+ANOTHER = 0.5
+"""The links' rate is a finding beside a slow link only if it costs more than that part of what the link costs."""
 MOST_ERROR = 0.10
 """A replay that is further off than this explains nothing."""
 NUM_SELECTIONS = 200
@@ -88,47 +93,66 @@ class Verdict:
         return len(self.graph.steps) >= FEW_STEPS or len(self.graph.ranks) > 1
 
     @property
+    def is_uncertain(self) -> bool:
+        """Whether something is not usual, and none of it in so many steps that it is sure to come again."""
+        return not self.findings and self.together.seconds >= SMALLEST_SHARE * self.replayed_s
+
+    @property
     def is_healthy(self) -> bool:
-        return self.can_compare and self.is_explained and not self.findings
+        return self.can_compare and self.is_explained and not self.findings and not self.is_uncertain
 
 
-def attribute(graph: Graph) -> Verdict:
+def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     """Say why the steps of a run take as long as they do.
 
+    known: what a recording of this package's layers tells beyond the graph.
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
-    causes = Causes(graph, usual_of(graph))
+    usual = usual_of(graph, None if known is None else known.linked_s)
+    causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
     step_s = statistics.fmean(causes.as_it_was)
-    together = causes.gained(KINDS)
-    least_s = SMALLEST_SHARE * step_s
-    findings, others = [], []
-    is_ill = statistics.fmean(together) >= least_s
-    healthy = [was - gain for was, gain in zip(causes.as_it_was, together, strict=True)]
-    for kind in KINDS:
-        if causes.is_nothing(kind):
-            others.append((kind, 0.0))
-            continue
-        alone = causes.gained([kind])
-        left = causes.without([other for other in KINDS if other != kind]) if is_ill else causes.as_it_was
-        hidden = [with_it - without for with_it, without in zip(left, healthy, strict=True)] if is_ill else alone
+    least_s = dict.fromkeys(KINDS, SMALLEST_SHARE * step_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
+    if known is not None:
+        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
+    compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
+    removals: list[Removal] = [
+        compared,
+        *({kind: None} for kind in kinds),
+        *(
+            {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
+            for kind in kinds
+        ),
+    ]
+    healthy, *walked = causes.without(removals)
+    is_ill = statistics.fmean(_less(causes.as_it_was, healthy)) >= SMALLEST_SHARE * step_s
+    findings: list[Finding] = []
+    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
+    for kind, only, other in zip(kinds, walked[: len(kinds)], walked[len(kinds) :], strict=True):
+        alone = _less(causes.as_it_was, only)
+        hidden = _less(other, healthy) if kind in compared else _less(healthy, other)
+        if (kind in compared and not is_ill) or kind == "exchange contention":
+            hidden = alone  # without slow links less would be beside exchanges
         most = max(alone, hidden, key=statistics.fmean)
         cost = _cost(most)
-        if is_ill and cost.seconds >= least_s and cost.low_s > 0:
+        is_asked = is_ill or kind not in compared
+        if is_asked and cost.seconds >= least_s[kind] and cost.low_s > 0:
             is_hidden = statistics.fmean(alone) < 0.5 * cost.seconds
-            others_first = [other for other in KINDS if other != kind] if most is hidden else []
+            others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits = culprits_of(causes, kind, most, others_first)
-            findings.append(Finding(kind, culprits, pattern_of(most), cost, is_hidden))
+            findings.append(_named(Finding(kind, culprits, pattern_of(most), cost, is_hidden), known))
         else:
             others.append((kind, cost.share(step_s)))
-    findings.sort(key=lambda one: -one.cost.seconds)
-    usual = causes.usual
-    quiet = causes.walker.step_times(
-        [busy + idle for busy, idle in zip(usual.level_busy_s, usual.level_idle_s, strict=True)], usual.level_transfer_s
-    )
-    no_transfers = causes.walker.step_times(causes.run_s, [min(0.0, one) for one in causes.transfer_s])
+    findings.sort(key=lambda one: (one.kind == "pause", -one.cost.seconds))
+    findings = _of_one_thing(findings, others, step_s)
+    spoken = {kind: None for kind in kinds if kind in compared or any(one.kind == kind for one in findings)}
+    together = _less(causes.as_it_was, causes.without([spoken])[0])
+    quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
+    no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
     per_step = len(graph.ranks) * len(graph.steps)
-    computing_s, host_s = sum(graph.busy_s()) / per_step, sum(graph.idle_s()) / per_step
+    tables = graph.tables
+    computing_s, host_s = float(tables.busy_s.sum()) / per_step, float(tables.idle_s.sum()) / per_step
     return Verdict(
         graph=graph,
         measured_s=statistics.fmean(graph.measured_s),
@@ -142,6 +166,31 @@ def attribute(graph: Graph) -> Verdict:
         computing_s=computing_s,
         host_s=host_s,
     )
+
+
+def _named(finding: Finding, known: Known | None) -> Finding:
+    """Say which links it is, and which of their ends, where that is known."""
+    if finding.kind != "slow link" or known is None or known.fault is None:
+        return finding
+    fault = known.fault
+    culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=False, words=fault.words)
+    return replace(finding, kind=fault.kind, culprits=culprits)
+
+
+def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
+    """Leave out the links' rate, or latency, where it is one slow link that makes it what it is."""
+    of_links = sum(one.cost.seconds for one in findings if one.kind in ("slow link", "slow port", "late link"))
+    kept = []
+    for one in findings:
+        if one.kind in ("bandwidth", "latency") and one.cost.seconds < ANOTHER * of_links:
+            others.append((one.kind, one.cost.share(step_s)))
+        else:
+            kept.append(one)
+    return kept
+
+
+def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
+    return [before - after for before, after in zip(was, now, strict=True)]
 
 
 def _cost(gained: Sequence[float], seed: int = 0) -> Cost:

@@ -1,85 +1,100 @@
 """Causes: by how much each operation differs from what is usual, by what it is due to."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tritonmoe.doctor.graph import Graph, Key
+import torch
+from torch import Tensor
+
+from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.usual import Usual
 from tritonmoe.doctor.walk import Walker
 
-__all__ = ["KINDS", "CauseKind", "Causes"]
+__all__ = ["KINDS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
 
-CauseKind: TypeAlias = Literal["slow rank", "late rank", "slow link", "imbalance"]
+CauseKind: TypeAlias = Literal[
+    "slow rank",
+    "late rank",
+    "slow link",
+    "late link",
+    "slow port",
+    "imbalance",
+    "bandwidth",
+    "latency",
+    "chunk overhead",
+    "host overhead",
+    "exchange contention",
+    "pause",
+]
 KINDS: tuple[CauseKind, ...] = ("slow rank", "late rank", "slow link", "imbalance")
+"""What comparison of ranks, steps and sizes shows; a slow link's finding may say that it is late, or a slow port."""
+STRUCTURAL: tuple[CauseKind, ...] = (
+    "bandwidth", "latency", "chunk overhead", "host overhead", "exchange contention", "pause",
+)  # fmt: skip
+"""What costs all ranks something in all steps, or would without being a fault; known of this package's layers alone."""
+
+Removal: TypeAlias = Mapping[CauseKind, Collection[int] | None]
+"""Kinds of causes that are taken out, on some ranks, or on all of them (None)."""
 
 
 @dataclass
 class Excess:
-    """Seconds above (or below) what is usual, of every Run and Member."""
+    """Seconds above (or below) what is usual, of every Run (N,) and Member (M,)."""
 
-    run_s: list[float]
-    member_s: list[float]
+    run_s: Tensor
+    member_s: Tensor
 
 
 class Causes:
     """A graph with what is usual of it, and walks of it without some of what is not."""
 
-    def __init__(self, graph: Graph, usual: Usual) -> None:
-        self.graph, self.usual = graph, usual
+    def __init__(self, graph: Graph, usual: Usual, structural: Mapping[CauseKind, Excess] | None = None) -> None:
+        self.graph, self.usual, self.tables = graph, usual, graph.tables
         self.walker = Walker(graph)
-        runs, members = graph.runs, graph.members
-        self.run_s = [run.busy_s + run.idle_s for run in runs]
-        self.transfer_s = graph.transfers_s()
-        none_of_runs, none_of_members = [0.0] * len(runs), [0.0] * len(members)
+        tables = self.tables
+        self.run_s, self.transfer_s = tables.run_s, tables.transfer_s
+        none_of_runs, none_of_members = torch.zeros_like(self.run_s), torch.zeros_like(self.transfer_s)
         self.excess: dict[CauseKind, Excess] = {
-            "slow rank": Excess(
-                [run.busy_s - own for run, own in zip(runs, usual.busy_s, strict=True)], none_of_members
-            ),
-            "late rank": Excess(
-                [run.idle_s - own for run, own in zip(runs, usual.idle_s, strict=True)], none_of_members
-            ),
-            "slow link": Excess(
-                none_of_runs, [one.transfer_s - own for one, own in zip(members, usual.transfer_s, strict=True)]
-            ),
+            "slow rank": Excess(tables.busy_s - usual.busy_s, none_of_members),
+            "late rank": Excess(tables.idle_s - usual.idle_s, none_of_members),
+            "slow link": Excess(none_of_runs, tables.transfer_s - usual.transfer_s),
             "imbalance": Excess(usual.of_rows_s, usual.of_bytes_s),
+            **(structural or {}),
         }
         self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
 
-    def without(
-        self,
-        kinds: Collection[CauseKind],
-        ranks: Collection[int] | None = None,
-        keys: Callable[[Key], bool] | None = None,
-    ) -> list[float]:
-        """Give the time of each step without causes of these kinds, on all ranks or some, of all operations or some."""
-        graph = self.graph
-        run_s, transfer_s = list(self.run_s), list(self.transfer_s)
-        for kind in kinds:
-            excess = self.excess[kind]
-            for index, (run, more) in enumerate(zip(graph.runs, excess.run_s, strict=True)):
-                if more and (ranks is None or run.rank in ranks) and (keys is None or keys(run.key)):
-                    run_s[index] = max(0.0, run_s[index] - more)
-            for index, (member, more) in enumerate(zip(graph.members, excess.member_s, strict=True)):
-                if more and (ranks is None or member.rank in ranks) and (keys is None or keys(member.key)):
-                    transfer_s[index] -= more
-        return self.walker.step_times(run_s, transfer_s)
+    def without(self, removals: Sequence[Removal]) -> list[list[float]]:
+        """Give the time of each step without causes of some kinds, for each of several sets of them."""
+        runs, transfers = [], []
+        for removal in removals:
+            run_s, transfer_s = self.run_s.clone(), self.transfer_s.clone()
+            for kind, ranks in removal.items():
+                excess, of = self.excess[kind], self._of(ranks)
+                run_s -= excess.run_s * of[self.tables.run_rank]
+                transfer_s -= excess.member_s * of[self.tables.member_rank]
+            runs.append(run_s.clamp(min=0))
+            transfers.append(transfer_s)
+        return self.walker.all_step_times(torch.stack(runs), torch.stack(transfers))
+
+    def _of(self, ranks: Collection[int] | None) -> Tensor:
+        """Give (W,) 1 for each of the ranks, else 0."""
+        if ranks is None:
+            return torch.ones(len(self.graph.ranks), dtype=torch.float64, device="cpu")
+        of = torch.zeros(len(self.graph.ranks), dtype=torch.float64, device="cpu")
+        of[list(ranks)] = 1.0
+        return of
 
     def is_nothing(self, kind: CauseKind) -> bool:
         """Whether no operation is above what is usual for this."""
         excess = self.excess[kind]
-        return not any(more > 0 for times in (excess.run_s, excess.member_s) for more in times)
-
-    def gained(self, kinds: Collection[CauseKind], ranks: Collection[int] | None = None) -> list[float]:
-        """Give what each step is shorter without these causes."""
-        return [was - now for was, now in zip(self.as_it_was, self.without(kinds, ranks), strict=True)]
+        return not any(bool((times > 0).any()) for times in (excess.run_s, excess.member_s))
 
     def by_rank_and_step(self, kind: CauseKind) -> list[list[float]]:
         """Give the seconds above what is usual, by rank and step."""
-        graph, excess = self.graph, self.excess[kind]
-        sums = [[0.0] * len(graph.steps) for _ in graph.ranks]
-        for run, more in zip(graph.runs, excess.run_s, strict=True):
-            sums[run.rank][run.step] += more
-        for member, more in zip(graph.members, excess.member_s, strict=True):
-            sums[member.rank][member.step] += more
-        return sums
+        tables, excess = self.tables, self.excess[kind]
+        shape = len(self.graph.ranks), len(self.graph.steps)
+        sums = torch.zeros(*shape, dtype=torch.float64, device="cpu").flatten()
+        sums.index_add_(0, tables.run_rank * shape[1] + tables.run_step, excess.run_s)
+        sums.index_add_(0, tables.member_rank * shape[1] + tables.member_step, excess.member_s)
+        return sums.view(shape).tolist()

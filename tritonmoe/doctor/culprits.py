@@ -2,11 +2,13 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tritonmoe.doctor.causes import CauseKind, Causes
-from tritonmoe.doctor.graph import Key, Member, Run
+import torch
+
+from tritonmoe.doctor.causes import CauseKind, Causes, Removal
+from tritonmoe.doctor.graph import Key
 from tritonmoe.doctor.pattern import costly_steps
 
 __all__ = ["Culprits", "culprits_of"]
@@ -34,6 +36,12 @@ class Culprits:
     """The one key that has most of it, where there are several."""
     factor: float
     """How many times what is usual these ranks' operations take."""
+    layer: int | None = None
+    """The one layer that has most of it, of several; in a recording of this package's layers."""
+    links: tuple[tuple[int, int], ...] = ()
+    """Sender and receiver of slow links, where they are known."""
+    words: str = ""
+    """Which end of a link it is, where it is known."""
 
 
 def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]) -> Culprits:
@@ -55,18 +63,23 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
             moves = most <= MOVING * len(worst)
         if not moves:
             ranks = _fewest(causes, kind, excess, gained, without)
+    tables, of_kind = causes.tables, causes.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
-    of_kind = causes.excess[kind]
-    operations: list[tuple[Run | Member, float, float]] = [
-        *zip(graph.runs, of_kind.run_s, causes.usual.busy_s, strict=True),
-        *zip(graph.members, of_kind.member_s, causes.usual.transfer_s, strict=True),
-    ]
-    for operation, more, usual in operations:
-        if more > 0 and (not ranks or operation.rank in ranks):
-            where[operation.key] += more
-            excess_s += more
-            usual_s += usual
+    known: set[Key] = set()
+    for of_rank, of_key, excess_of, usual in (
+        (tables.run_rank, tables.run_key, of_kind.run_s, causes.usual.busy_s),
+        (tables.member_rank, tables.member_key, of_kind.member_s, causes.usual.transfer_s),
+    ):
+        known |= {tables.keys[key] for key in of_key.unique().tolist()}
+        counts = excess_of > 0
+        if ranks:
+            counts &= torch.isin(of_rank, torch.tensor(ranks))
+        usual_s += float(usual[counts].sum())
+        excess_s += float(excess_of[counts].sum())
+        sums = torch.zeros(len(tables.keys), dtype=torch.float64).index_add(0, of_key[counts], excess_of[counts])
+        for key in sums.nonzero()[:, 0].tolist():
+            where[tables.keys[key]] += float(sums[key])
     total = sum(where.values())
     phases: dict[str, float] = defaultdict(float)
     for key, seconds in where.items():
@@ -74,9 +87,26 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
     phase = max(phases, key=lambda name: phases[name], default="")
     phase = phase if total > 0 and phases[phase] >= 0.85 * total else ""
     place = max(where, key=lambda key: where[key], default=None)
-    known = {operation.key for operation, _, _ in operations}
     is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
-    return Culprits(ranks, moves, phase, place if is_one else None, 1 + excess_s / usual_s if usual_s > 0 else 0.0)
+    layer = _layer_of(where, known)
+    place = place if is_one and not _is_of_layer(place) else None
+    return Culprits(ranks, moves, phase, place, 1 + excess_s / usual_s if usual_s > 0 else 0.0, layer)
+
+
+def _is_of_layer(key: Key | None) -> bool:
+    """Whether a key is one of a recording of layers: (phase, layer, name, chunk, work)."""
+    return key is not None and len(key) == 5 and isinstance(key[1], int)
+
+
+def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
+    """Give the layer that has most of what keys cost, where there are several."""
+    layers: dict[int, float] = defaultdict(float)
+    for key, seconds in where.items():
+        if _is_of_layer(key):
+            layers[key[1]] += seconds
+    most = max(layers, key=lambda layer: layers[layer], default=None)
+    has_several = len({key[1] for key in known if _is_of_layer(key)}) > 1
+    return most if most is not None and has_several and layers[most] >= ONE_PLACE * sum(where.values()) else None
 
 
 def phase_of(key: Key) -> str:
@@ -97,20 +127,21 @@ def _fewest(
     sums = [sum(max(0.0, one) for one in of_rank) for of_rank in excess]
     order = sorted(range(num_ranks), key=lambda rank: -sums[rank])
     wanted = EXPLAINED * statistics.fmean(gained)
-    before = statistics.fmean(causes.without(without)) if without else statistics.fmean(causes.as_it_was)
-    for count in _counts(num_ranks):
-        chosen = set(order[:count])
-        now = statistics.fmean(_without_both(causes, kind, chosen, without))
-        if before - now >= wanted:
-            while count > 1:  # counts are tried in growing strides
-                fewer = set(order[: count - 1])
-                if before - statistics.fmean(_without_both(causes, kind, fewer, without)) < wanted:
-                    break
-                count -= 1
-            alike = [rank for rank in order[count:] if sums[rank] >= 0.7 * sums[order[count - 1]] > 0]
-            found = (*order[:count], *alike)
-            return found if len(found) < num_ranks else ()
-    return ()
+    others: Removal = dict.fromkeys(without)
+    counts = _counts(num_ranks)
+    removals = [others, *({**others, kind: order[:count]} for count in counts)]
+    before, *now = map(statistics.fmean, causes.without(removals))
+    count = next((count for count, left in zip(counts, now, strict=True) if before - left >= wanted), 0)
+    if not count:
+        return ()
+    more = max((fewer for fewer in counts if fewer < count), default=0)
+    between = list(range(more + 1, count))  # counts are tried in growing strides
+    if between:
+        now = list(map(statistics.fmean, causes.without([{**others, kind: order[:fewer]} for fewer in between])))
+        count = next((fewer for fewer, left in zip(between, now, strict=True) if before - left >= wanted), count)
+    alike = [rank for rank in order[count:] if sums[rank] >= 0.7 * sums[order[count - 1]] > 0]
+    found = (*order[:count], *alike)
+    return found if len(found) < num_ranks else ()
 
 
 def _counts(num_ranks: int) -> list[int]:
@@ -118,19 +149,3 @@ def _counts(num_ranks: int) -> list[int]:
     while counts and counts[-1] * 2 < num_ranks:
         counts.append(counts[-1] * 2)
     return counts
-
-
-def _without_both(causes: Causes, kind: CauseKind, ranks: set[int], without: Sequence[CauseKind]) -> list[float]:
-    """Give steps without some kinds, and without one more on some ranks."""
-    graph, excess = causes.graph, causes.excess
-    run_s, transfer_s = list(causes.run_s), list(causes.transfer_s)
-    for index, run in enumerate(graph.runs):
-        more = sum(excess[other].run_s[index] for other in without)
-        if run.rank in ranks:
-            more += excess[kind].run_s[index]
-        run_s[index] = max(0.0, run_s[index] - more)
-    for index, member in enumerate(graph.members):
-        transfer_s[index] -= sum(excess[other].member_s[index] for other in without)
-        if member.rank in ranks:
-            transfer_s[index] -= excess[kind].member_s[index]
-    return causes.walker.step_times(run_s, transfer_s)

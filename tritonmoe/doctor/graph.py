@@ -7,12 +7,12 @@ it waits for. An exchange that several ranks take part in starts for each of the
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import TypeAlias
 
-__all__ = ["Graph", "Item", "Key", "Kind", "Member", "Run"]
+from tritonmoe.doctor.tables import Key, Tables, tables_of
 
-Key: TypeAlias = tuple
-"""What operations are compared by: those with the same key do the same work."""
+__all__ = ["Graph", "Item", "Key", "Kind", "Member", "Run"]
 
 
 class Kind(IntEnum):
@@ -92,15 +92,14 @@ class Graph:
     """How long each step took."""
     names: dict[int, str] = field(default_factory=dict)
     """How ranks are called, where that is more than a number."""
+    is_queued_at_start: bool = True
+    """Whether an exchange starts on a rank when the one before it in its lane has ended there; else all of a rank's may
+    be under way, and only their ends follow each other."""
 
-    def busy_s(self) -> list[float]:
-        return [run.busy_s for run in self.runs]
-
-    def idle_s(self) -> list[float]:
-        return [run.idle_s for run in self.runs]
-
-    def transfers_s(self) -> list[float]:
-        return [member.transfer_s for member in self.members]
+    @cached_property
+    def tables(self) -> Tables:
+        """Its numbers: of the rows above, once they are all there, or given by who has them as tensors already."""
+        return tables_of(self)
 
     def named(self, indices: Sequence[int]) -> str:
         """Give the names of ranks, by their indices: "rank 2", "ranks 2 and 5"."""

@@ -5,8 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
+from torch import Tensor
+
 from tritonmoe.doctor.attribution import Verdict
-from tritonmoe.doctor.graph import Graph, Kind
+from tritonmoe.doctor.graph import Graph, Key, Kind
 from tritonmoe.doctor.walk import Moments, Walker
 
 __all__ = ["DOING", "Doing", "Piece", "RankTimes", "Shown", "shown_of", "slow_steps"]
@@ -77,64 +80,92 @@ def slow_steps(times_s: Sequence[float]) -> list[int]:
 
 def shown_of(found: Verdict) -> Shown:
     """Give what a page shows of the run of a verdict."""
-    graph = found.graph
+    graph, tables = found.graph, found.graph.tables
     size, num_steps = len(graph.ranks), len(graph.steps)
-    moments = Walker(graph).moments([run.busy_s + run.idle_s for run in graph.runs], graph.transfers_s())
+    moments = Walker(graph).moments(tables.run_s, tables.transfer_s)
     ordered = sorted(range(num_steps), key=lambda step: moments.step_s[step])
     typical, slowest = ordered[(num_steps - 1) // 2], ordered[-1]
-    ranks = [RankTimes() for _ in range(size)]
-    waits_s = [[0.0] * size for _ in range(size)]
-    lanes: dict[int, list[Piece]] = {typical: [], slowest: []}
-    for piece in _pieces(graph, moments):
-        seconds = (piece.end_s - piece.start_s) / num_steps
-        of = ranks[piece.rank]
-        if piece.doing == "computing":
-            of.computing_s += seconds
-        elif piece.doing == "host":
-            of.host_s += seconds
-        elif piece.doing == "rows":
-            of.rows_s += seconds
-        else:
-            of.waiting_s += seconds
-            if piece.on >= 0:
-                waits_s[piece.rank][piece.on] += seconds
-        if piece.step in lanes:
-            lanes[piece.step].append(piece)
-    for member in graph.members:
-        if member.sent is not None and member.received is not None:
-            of = ranks[member.rank]
-            of.sent_bytes = (of.sent_bytes or 0.0) + sum(member.sent) / num_steps
-            of.received_bytes = (of.received_bytes or 0.0) + sum(member.received) / num_steps
+    waits = _Waits(graph, moments)
+
+    def by_rank(rank: Tensor, seconds: Tensor) -> list[float]:
+        sums = torch.zeros(size, dtype=torch.float64, device="cpu")
+        return (sums.index_add_(0, rank, seconds) / num_steps).tolist()
+
+    computing_s, host_s = (by_rank(tables.run_rank, of) for of in (tables.busy_s, tables.idle_s + tables.overhead_s))
+    waiting_s, rows_s = (by_rank(tables.member_rank, of) for of in (waits.for_ranks_s, waits.for_rows_s))
+    is_known = ~(tables.bytes_out.isnan() | tables.bytes_in.isnan())
+    known_ranks = set(tables.member_rank[is_known].tolist())
+    sent, received = (by_rank(tables.member_rank[is_known], of[is_known]) for of in (tables.bytes_out, tables.bytes_in))
+    ranks = [
+        RankTimes(
+            *(of[rank] for of in (computing_s, host_s, waiting_s, rows_s)),
+            *(of[rank] if rank in known_ranks else None for of in (sent, received)),
+        )
+        for rank in range(size)
+    ]
+    waits_s = torch.zeros(size * size, dtype=torch.float64, device="cpu")
+    is_other = waits.on >= 0
+    places = tables.member_rank[is_other] * size + waits.on[is_other]
+    waits_s.index_add_(0, places, waits.for_ranks_s[is_other] / num_steps)
+    lanes = {step: list(_pieces(graph, moments, waits, step)) for step in (typical, slowest)}
     begins = {step: min((piece.start_s for piece in of), default=0.0) for step, of in lanes.items()}
-    return Shown(ranks, waits_s, slow_steps(moments.step_s), typical, slowest, lanes, begins)
+    return Shown(ranks, waits_s.view(size, size).tolist(), slow_steps(moments.step_s), typical, slowest, lanes, begins)
 
 
-def _pieces(graph: Graph, moments: Moments) -> Iterator[Piece]:
-    """Give what every rank did, one rank after the other; within a stretch of work first what it computed."""
-    for rank, program in enumerate(graph.programs):
-        now_s, step = graph.begin_s[rank], 0
-        for kind, index in program:
+class _Waits:
+    """How long each rank waits for each exchange, and for which rank: (M,)."""
+
+    def __init__(self, graph: Graph, moments: Moments) -> None:
+        tables = graph.tables
+        num_exchanges = int(tables.member_exchange.max()) + 1 if len(tables.member_exchange) else 0
+        nobody = torch.full((num_exchanges,), -torch.inf, dtype=torch.float64, device="cpu")
+        latest = nobody.scatter_reduce(0, tables.member_exchange, moments.started_s, "amax")[tables.member_exchange]
+        last = torch.full((num_exchanges,), -1, dtype=torch.int64, device="cpu")
+        is_last = moments.started_s == latest
+        last[tables.member_exchange[is_last]] = tables.member_rank[is_last]
+        self.on = last[tables.member_exchange]
+        """The rank that comes last; -1 where it is this one."""
+        for member, needs in tables.needs.items():
+            one = max(needs, key=lambda other: float(moments.started_s[other]))
+            latest[member], self.on[member] = moments.started_s[one], tables.member_rank[one]
+        self.on[self.on == tables.member_rank] = -1
+        since, ended = moments.waits_since_s, moments.ended_s
+        here = torch.minimum(torch.maximum(since, latest), torch.maximum(since, ended))
+        self.here_s = here
+        """When all that it needs had come, or since when it waits, whichever is later."""
+        self.for_ranks_s = (here - since).nan_to_num(nan=0.0).clamp(min=0)
+        self.for_rows_s = (ended - here).nan_to_num(nan=0.0).clamp(min=0)
+
+
+def _pieces(graph: Graph, moments: Moments, waits: _Waits, step: int) -> Iterator[Piece]:
+    """Give what every rank did in a step, one rank after the other; of a stretch of work first what it computed."""
+    tables = graph.tables
+    for rank, (kinds, places) in enumerate(tables.programs):
+        ends = (kinds == int(Kind.STEP)).nonzero()[:, 0].tolist()
+        first = ends[step - 1] + 1 if step else 0
+        now_s = float(moments.step_ends_s[step - 1, rank]) if step else graph.begin_s[rank]
+        items = zip(kinds[first : ends[step]].tolist(), places[first : ends[step]].tolist(), strict=True)
+        for kind, index in items:
             if kind == Kind.RUN:
-                run = graph.runs[index]
-                name = " ".join(str(word) for word in run.key if isinstance(word, str))
-                for doing, seconds in (("computing", run.busy_s), ("host", run.idle_s)):
+                name = _name(tables.keys[int(tables.run_key[index])])
+                host_s = float(tables.idle_s[index] + tables.overhead_s[index])
+                parts: tuple[tuple[Doing, float], ...] = (("computing", float(tables.busy_s[index])), ("host", host_s))
+                for doing, seconds in parts:
                     if seconds > 0:
-                        yield Piece(rank, step, now_s, now_s + seconds, doing, -1, name)  # type: ignore[arg-type]
+                        yield Piece(rank, step, now_s, now_s + seconds, doing, -1, name)
                         now_s += seconds
             elif kind == Kind.WAIT:
-                member = graph.members[index]
-                ended_s = moments.ended_s[index]
+                ended_s = float(moments.ended_s[index])
                 if ended_s <= now_s:
                     continue
-                needs = graph.exchanges[member.exchange] if member.needs is None else member.needs
-                last = max(needs, key=lambda one: moments.started_s[one])
-                name = " ".join(str(word) for word in member.key if isinstance(word, str))
-                here_s = min(max(now_s, moments.started_s[last]), ended_s)
+                name = _name(tables.keys[int(tables.member_key[index])])
+                here_s = min(max(now_s, float(waits.here_s[index])), ended_s)
                 if here_s > now_s:
-                    on = graph.members[last].rank
-                    yield Piece(rank, step, now_s, here_s, "waiting", -1 if on == rank else on, name)
+                    yield Piece(rank, step, now_s, here_s, "waiting", int(waits.on[index]), name)
                 if ended_s > here_s:
                     yield Piece(rank, step, here_s, ended_s, "rows", -1, name)
                 now_s = ended_s
-            elif kind == Kind.STEP:
-                step = index + 1
+
+
+def _name(key: Key) -> str:
+    return " ".join(str(word) for word in key if isinstance(word, str))

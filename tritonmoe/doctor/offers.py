@@ -4,16 +4,18 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.diagnosis.fits import fit_relative_line
+from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import INTERVAL, NUM_SELECTIONS, Cost
 from tritonmoe.doctor.causes import Causes
+from tritonmoe.doctor.fits import fit_relative_line
 from tritonmoe.doctor.graph import Graph, Key
 from tritonmoe.doctor.moe_layers import LayerPass, layers_of
+from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
 from tritonmoe.doctor.walk import Walker
 from tritonmoe.overlap.schedule import build_forward
@@ -21,7 +23,7 @@ from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import simulate
 
-__all__ = ["Offer", "Offers", "offers_of"]
+__all__ = ["Offers", "offers_of"]
 
 LEAST_SHARE = 0.01
 """A smaller gain is not spoken of."""
@@ -44,17 +46,7 @@ FP8_SCALES = 1 + 4 / 128
 """Rows in fp8 have a scale in fp32 for each 128 numbers."""
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Something to change, and what it would gain."""
-
-    words: str
-    price: str
-    """What it costs, or what is not in the gain; empty where nothing is known."""
-    gain: Cost
-
-
-def offers_of(graph: Graph) -> list[Offer]:
+def offers_of(graph: Graph) -> list[Advice]:
     """Give what would help for certain, the largest gain first: nothing where the files don't tell enough."""
     found = list(Offers(graph).all())
     return sorted(found, key=lambda one: -one.gain.seconds)
@@ -66,15 +58,14 @@ class Offers:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.layers = layers_of(graph)
-        self.run_s = [run.busy_s + run.idle_s for run in graph.runs]
-        self.transfer_s = graph.transfers_s()
+        self.run_s, self.transfer_s = graph.tables.run_s, graph.tables.transfer_s
         by_key: dict[Key, list[float]] = defaultdict(list)
         for member in graph.members:
             by_key[member.key].append(member.transfer_s)
         self.latency_s = max(0.0, min((statistics.median(times) for times in by_key.values()), default=0.0))
         """What the smallest exchange takes: no fewer bytes make one faster."""
 
-    def all(self) -> Iterator[Offer]:
+    def all(self) -> Iterator[Advice]:
         """Give all that helps for certain."""
         if not self.layers:
             return
@@ -85,22 +76,22 @@ class Offers:
             if offer is not None and offer.gain.low_s > 0 and offer.gain.seconds >= LEAST_SHARE * step_s:
                 yield offer
 
-    def _gained(self, transfer_s: Sequence[float], steps: Sequence[int] | None = None) -> list[float]:
+    def _gained(self, transfer_s: Tensor, steps: Sequence[int] | None = None) -> list[float]:
         now = self.walker.step_times(self.run_s, transfer_s)
         gained = [was - less for was, less in zip(self.as_it_was, now, strict=True)]
         return gained if steps is None else [gained[step] for step in steps]
 
-    def _balance(self) -> Offer | None:
+    def _balance(self) -> Advice | None:
         """Offer that all ranks get the same rows."""
         causes = Causes(self.graph, usual_of(self.graph))
         if causes.is_nothing("imbalance"):
             return None
-        gain = _cost(causes.gained(["imbalance"]))
-        return Offer(
-            "rows spread evenly over the ranks (the router's balance, or a placement of its experts)", "", gain
-        )
+        (even,) = causes.without([{"imbalance": None}])
+        gain = _cost([was - now for was, now in zip(causes.as_it_was, even, strict=True)])
+        words = "rows spread evenly over the ranks (the router's balance, or a placement of its experts)"
+        return Advice(words, "", gain)
 
-    def _narrower(self) -> Iterator[Offer | None]:
+    def _narrower(self) -> Iterator[Advice | None]:
         """Offer rows of fewer bytes, where it is known how wide their numbers are."""
         members = self.graph.members
         widths = {members[one].element_bytes for layer in self.layers for one in (*layer.there, *layer.back)}
@@ -118,14 +109,14 @@ class Offers:
             if rows:
                 yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "rounds dispatched rows")
 
-    def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Offer:
-        transfer_s = list(self.transfer_s)
-        for member, ratio in rows:
-            beyond_s = max(0.0, transfer_s[member] - self.latency_s)
-            transfer_s[member] -= (1 - ratio) * beyond_s
-        return Offer(words, f"{price}; what packing them takes is not in it", _cost(self._gained(transfer_s)))
+    def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Advice:
+        transfer_s = self.transfer_s.clone()
+        members = indices([member for member, _ in rows])
+        ratios = floats([ratio for _, ratio in rows])
+        transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
+        return Advice(words, f"{price}; what packing them takes is not in the gain", _cost(self._gained(transfer_s)))
 
-    def _chunks(self) -> Offer | None:
+    def _chunks(self) -> Advice | None:
         """Offer chunks of which one travels while another is computed, as this package's layers run them."""
         layers = [layer for layer in self.layers if not layer.is_overlapped]
         steps = sorted({layer.step for layer in layers})
@@ -140,18 +131,17 @@ class Offers:
         plan = self.best_plan([layer for layer in layers if layer.step == steps[len(steps) // 2]], fixed_s)
         gains = []
         for which in (BEST, EXPECTED, WORST):
-            transfer_s = list(self.transfer_s)
+            ratios = torch.ones_like(self.transfer_s)
             for layer in layers:
                 saved_s = self.saved(layer, plan, fixed_s[layer.key][which], CONTENTION[which])
                 if saved_s <= 0:
                     continue
-                there_s, back_s = (max(transfer_s[one] for one in of) for of in (layer.there, layer.back))
-                for member in (*layer.there, *layer.back):
-                    transfer_s[member] *= 1 - saved_s / (there_s + back_s)
-            gains.append(_cost(self._gained(transfer_s, steps)))
+                there_s, back_s = self._transfers_s(layer)
+                ratios[[*layer.there, *layer.back]] = 1 - saved_s / (there_s + back_s)
+            gains.append(_cost(self._gained(self.transfer_s * ratios, steps)))
         words = f"{plan.num_chunks} chunks of the tokens, one under way while another's experts compute"
         price = "needs layers that do so, as tritonmoe's; rows that stay on their rank may hide more"
-        return Offer(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
+        return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 
     def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:
         """Give the plan that saves most in these passes."""
@@ -170,16 +160,23 @@ class Offers:
             sizes = sorted(size for size, _ in of)
             is_known = sizes[0] > 0 and sizes[-1] >= UNLIKE_ROWS * sizes[0]
             shares = (CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s)
-            fitted = fit_relative_line(of)[0]
+            fitted = min(fit_relative_line(of)[0], shares[WORST])  # ranks of other speeds make it anything
             found[key] = (min(shares[EXPECTED], fitted), fitted, max(shares[EXPECTED], fitted)) if is_known else shares
         return found
 
+    def _transfers_s(self, layer: LayerPass) -> tuple[float, float]:
+        """Give what its exchanges take, those of the slowest ranks."""
+        members = self.graph.members
+        return (
+            max(members[one].transfer_s for one in layer.there),
+            max(members[one].transfer_s for one in layer.back),
+        )
+
     def saved(self, layer: LayerPass, plan: OverlapPlan, fixed_s: float, contention: float = 0.0) -> float:
         """Give by how much a pass is shorter with a plan, by the simulator, if one more chunk costs fixed_s."""
-        members = self.graph.members
         sent = torch.tensor(layer.sent, dtype=torch.float64, device="cpu")
         port = float(torch.maximum(sent.sum(0), sent.sum(1)).max())
-        there_s, back_s = (max(members[one].transfer_s for one in of) for of in (layer.there, layer.back))
+        there_s, back_s = self._transfers_s(layer)
         if port <= 0 or there_s + back_s <= 0:
             return 0.0
         latency_s = max(0.0, min(self.latency_s, there_s, back_s))

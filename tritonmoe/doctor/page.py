@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
+from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.offers import Offer
-from tritonmoe.doctor.reading import ForeignRun
-from tritonmoe.doctor.verdict import about, headline, remarks, step_words
+from tritonmoe.doctor.recorded_run import RecordedRun
+from tritonmoe.doctor.verdict import AnyRun, about, headline, remarks, step_words
 from tritonmoe.doctor.words import FindingWords, count_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -56,18 +56,19 @@ class RunPart:
     """One run's part of a page, whose JSON stands at a key of the page's."""
 
     def __init__(
-        self, run: ForeignRun, found: Verdict, offers: Sequence[Offer], shown: Shown, figures: Figures, key: str
+        self, run: AnyRun, found: Verdict, advice: Sequence[Advice], shown: Shown, figures: Figures, key: str
     ) -> None:
-        self.run, self.found, self.offers, self.shown = run, found, offers, shown
+        self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key
         self.timelines: dict[str, list[Timeline]] = {}
-        self.words = [words_of(one, found) for one in found.findings]
+        self.words = [words_of(one, found, isinstance(run, RecordedRun)) for one in found.findings]
         size = len(found.graph.ranks)
         at_fault = [index for one in found.findings for index in one.culprits.ranks]
         waited_for = sorted(range(size), key=lambda rank: -sum(of[rank] for of in shown.waits_s))
-        order = list(dict.fromkeys([*at_fault, *waited_for[:8], *range(size)]))
-        self.ranks = sorted(order[:MOST_RANKS])
-        """Indices of those that are shown."""
+        self.conspicuous = list(dict.fromkeys([*at_fault, *waited_for[:8], *range(size)]))
+        """Indices of ranks, those first that are to be shown."""
+        self.ranks = sorted(self.conspicuous[:MOST_RANKS])
+        """Those that are shown."""
 
     def number(self, key: str, unit: str) -> Cell:
         """Give the number at a key, "not known" where the JSON has null."""
@@ -85,7 +86,7 @@ class RunPart:
         tone: Literal["bad", "good", "open"]
         if found.is_healthy:
             tone, verdict = "good", said[0]
-        elif not found.can_compare or not found.is_explained:
+        elif said:
             tone, verdict = "open", said[0]
             lines += said[1:]
         else:
@@ -148,9 +149,9 @@ class RunPart:
 
     def _offers(self) -> Iterator[Block]:
         rows = [
-            [one.words, *(self.number(f"would_help/{n}/{end}", "s") for end in ("cost_s", "low_s", "high_s")),
-             self.number(f"would_help/{n}/share", "share"), one.price or "-"]
-            for n, one in enumerate(self.offers)
+            [one.words, *(self.number(f"advice/{n}/{end}", "s") for end in ("gain_s", "low_s", "high_s")),
+             self.number(f"advice/{n}/share", "share"), one.costs or "-"]
+            for n, one in enumerate(self.advice)
         ]  # fmt: skip
         if rows:
             yield Table(["change", "less a step", "low (80 %)", "high (80 %)", "of a step", "what it costs"], rows)
@@ -226,10 +227,12 @@ class RunPart:
         waits_s = self.shown.waits_s
         values: list[list[float | None]] = [[None if i == k else waits_s[i][k] for k in ranks] for i in ranks]
         names = [self.name(index) for index in ranks]
-        yield Heat(
-            "How long a rank stood in exchanges until another one came, a step", f"{self.key}/waits_s", values, "s",
-            "waiting rank", "rank that it waits for", names, names, (ranks, ranks),
-        )  # fmt: skip
+        title, key = (
+            "How long a rank stood in exchanges until another one came, a step",
+            f"{self.key}/waits_for_ranks_s",
+        )
+        axes = "waiting rank", "rank that it waits for"
+        yield Heat(title, key, values, "s", *axes, names, names, (ranks, ranks))
         yield from self._left_out()
 
     def _loads(self) -> Iterator[Block]:

@@ -6,10 +6,11 @@ at the median of its kind. M_W is the part of that slowdown that is gone when th
 
 import math
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass
 
-from tritonmoe.doctor.graph import Graph, Key
+import torch
+
+from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.walk import Walker
 
 __all__ = ["Slowdown", "slowdown_of"]
@@ -41,32 +42,25 @@ class Slowdown:
 
 def slowdown_of(graph: Graph) -> Slowdown:
     """Give S and M_W of a timeline's graph."""
-    walker = Walker(graph)
-    busy_s, transfer_s = graph.busy_s(), graph.transfers_s()
-    of_runs: dict[Key, list[float]] = defaultdict(list)
-    of_members: dict[Key, list[float]] = defaultdict(list)
-    for run in graph.runs:
-        of_runs[run.key].append(run.busy_s)
-    for member in graph.members:
-        of_members[member.key].append(member.transfer_s)
-    means = {key: statistics.fmean(times) for key, times in of_runs.items()}
-    medians = {key: statistics.median(times) for key, times in of_members.items()}
-    ideal_busy_s = [means[run.key] for run in graph.runs]
-    ideal_transfer_s = [medians[member.key] for member in graph.members]
-    excess = [0.0] * len(graph.ranks)
-    for run, was, ideal in zip(graph.runs, busy_s, ideal_busy_s, strict=True):
-        excess[run.rank] += was - ideal
+    walker, tables = Walker(graph), graph.tables
+    ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
+    for key in range(len(tables.keys)):
+        runs, members = tables.run_key == key, tables.member_key == key
+        if bool(runs.any()):
+            ideal_busy_s[runs] = tables.busy_s[runs].mean()
+        if bool(members.any()):
+            ideal_transfer_s[members] = statistics.median(tables.transfer_s[members].tolist())
+    excess = torch.zeros(len(graph.ranks), dtype=torch.float64, device="cpu")
+    excess.index_add_(0, tables.run_rank, tables.busy_s - ideal_busy_s)
     count = max(1, math.floor(SLOWEST * len(graph.ranks)))
-    slowest = tuple(sorted(range(len(graph.ranks)), key=lambda rank: -excess[rank])[:count])
-    mended_busy_s = [
-        ideal if run.rank in slowest else was for run, was, ideal in zip(graph.runs, busy_s, ideal_busy_s, strict=True)
-    ]
-    mended_transfer_s = [
-        ideal if member.rank in slowest else was
-        for member, was, ideal in zip(graph.members, transfer_s, ideal_transfer_s, strict=True)
-    ]
-    original, ideal, mended = (
-        statistics.fmean(walker.step_times(*times))
-        for times in ((busy_s, transfer_s), (ideal_busy_s, ideal_transfer_s), (mended_busy_s, mended_transfer_s))
+    slowest = tuple(excess.argsort(descending=True, stable=True)[:count].tolist())
+    of_slowest = torch.tensor(slowest)
+    busy_s, transfer_s = (
+        torch.stack([was, ideal, torch.where(torch.isin(rank, of_slowest), ideal, was)])
+        for was, ideal, rank in (
+            (tables.busy_s, ideal_busy_s, tables.run_rank),
+            (tables.transfer_s, ideal_transfer_s, tables.member_rank),
+        )
     )
+    original, ideal, mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
     return Slowdown(original, ideal, mended, slowest)

@@ -9,13 +9,15 @@ the rows themselves cost is imbalance.
 """
 
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tritonmoe.doctor.graph import Graph, Key, Member
+import torch
+from torch import Tensor
 
-__all__ = ["Usual", "level", "slope", "spread", "usual_of"]
+from tritonmoe.doctor.graph import Graph
+
+__all__ = ["LEAST_S", "Usual", "far_out", "level", "middle", "slope", "usual_of"]
 
 JUMP = 1.12
 """Ranks whose medians are further apart than that, and than their noise, are two groups."""
@@ -37,28 +39,28 @@ LEAST_S = 20e-6
 
 @dataclass
 class Usual:
-    """Seconds of every Run and Member, in the order of the graph's."""
+    """Seconds of every Run (N,) and Member (M,), in the order of the graph's."""
 
-    busy_s: list[float]
+    busy_s: Tensor
     """What it takes with nothing wrong, at the rank's own rows; noise as it was."""
-    idle_s: list[float]
-    transfer_s: list[float]
+    idle_s: Tensor
+    transfer_s: Tensor
     """The same, at the rank's own bytes."""
-    of_rows_s: list[float]
+    of_rows_s: Tensor
     """What a Run takes longer, or less, than at the mean of the ranks' rows."""
-    of_bytes_s: list[float]
-    level_busy_s: list[float]
+    of_bytes_s: Tensor
+    level_busy_s: Tensor
     """What is usual, without noise."""
-    level_idle_s: list[float]
-    level_transfer_s: list[float]
+    level_idle_s: Tensor
+    level_transfer_s: Tensor
 
 
-def spread(values: Sequence[float]) -> float:
-    """Give the standard deviation of most values: half of them may be anything."""
-    if len(values) < 2:
-        return 0.0
-    middle = statistics.median(values)
-    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+def middle(table: Tensor) -> Tensor:
+    """Give the median of each row of (G, L), of which NaN are no values; of an even number the mean of both."""
+    ordered = table.sort(1).values  # NaN last
+    counts = (~table.isnan()).sum(1)
+    low, high = (((counts - 1 + more) // 2).clamp(min=0) for more in (0, 1))
+    return (ordered.gather(1, low[:, None])[:, 0] + ordered.gather(1, high[:, None])[:, 0]) / 2
 
 
 def level(medians: Sequence[float], noise: float = 0.0) -> float:
@@ -75,81 +77,101 @@ def level(medians: Sequence[float], noise: float = 0.0) -> float:
     return statistics.median(ordered[:cut] if cut else ordered)
 
 
-def slope(samples: Iterable[tuple[int, int, float, float]]) -> float:
-    """Give how much a value grows with its size, of (rank, step, size, value): the median of pairs, by their distance.
+def _rows_of(groups: Tensor, values: Tensor) -> Tensor:
+    """Put values (n,) of groups into (G, L), a row for each group that there is, in their order; NaN where it ends."""
+    kept, number, counts = groups.unique(return_inverse=True, return_counts=True)
+    order = number.argsort(stable=True)
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[number[order]]
+    table = torch.full((len(kept), int(counts.max())), torch.nan, dtype=torch.float64, device="cpu")
+    table[number[order], place] = values[order]
+    return table
+
+
+def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
+    """Give how much values (n,) grow with their sizes: the median of pairs, by their distance.
 
     Pairs are of one rank in two steps, or of two ranks in one step.
     """
-    by_rank, by_step = defaultdict(list), defaultdict(list)
-    largest = 0.0
-    for rank, step, size, value in samples:
-        by_rank[rank].append((size, value))
-        by_step[step].append((size, value))
-        if size > 0:
-            largest = max(largest, value / size)
-    pairs = []
-    for group in (*by_rank.values(), *by_step.values()):
-        group.sort()
-        for one, other in zip(group, reversed(group), strict=True):
-            if other[0] <= one[0]:
-                break
-            pairs.append(((other[1] - one[1]) / (other[0] - one[0]), other[0] - one[0]))
-    if not pairs:
+    largest = float((value / size).nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).max()) if len(size) else 0.0
+    found, weights = [], []
+    for groups in (rank, step):
+        sizes, values = _rows_of(groups, size), _rows_of(groups, value)
+        by_value = values.argsort(dim=1, stable=True)
+        order = by_value.gather(1, sizes.gather(1, by_value).argsort(dim=1, stable=True))
+        sizes, values = sizes.gather(1, order), values.gather(1, order)
+        counts = (~sizes.isnan()).sum(1, keepdim=True)
+        first = torch.arange(sizes.shape[1])[None].expand_as(sizes)
+        last = (counts - 1 - first).clamp(min=0)
+        distance, height = sizes.gather(1, last) - sizes, values.gather(1, last) - values
+        counts_here = (distance > 0) & (first < last)
+        found.append((height / distance)[counts_here])
+        weights.append(distance[counts_here])
+    slopes, distances = torch.cat(found), torch.cat(weights)
+    if not len(slopes):
         return 0.0
-    pairs.sort()
-    half, so_far = sum(weight for _, weight in pairs) / 2, 0.0
-    for found, weight in pairs:
-        so_far += weight
-        if so_far >= half:
-            return min(max(0.0, found), largest)
-    return 0.0
+    ordered, order = slopes.sort()
+    reached = distances[order].cumsum(0)
+    return min(max(0.0, float(ordered[int((reached >= reached[-1] / 2).to(torch.int8).argmax())])), largest)
 
 
-def usual_of(graph: Graph) -> Usual:
-    """Find what every stretch of work and exchange of a graph would take with nothing wrong."""
-    runs, members = graph.runs, graph.members
-    busy, idle, transfers = graph.busy_s(), graph.idle_s(), graph.transfers_s()
+def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
+    """Find what every stretch of work and exchange of a graph would take with nothing wrong.
+
+    linked_s: (M,), of which it is known already that slow links cost it.
+    """
+    tables, num_steps = graph.tables, len(graph.steps)
     found = Usual(
-        busy, idle, transfers, [0.0] * len(runs), [0.0] * len(members), list(busy), list(idle), list(transfers)
-    )
-    for stretches in _stretches(graph).values():
-        sizes = [float(runs[own[0]].rows or 0) for own in stretches]
-        where = [(runs[own[0]].rank, runs[own[0]].step) for own in stretches]
-        times = [sum(runs[index].busy_s for index in own) for own in stretches]
-        idles = [sum(runs[index].idle_s for index in own) for own in stretches]
-        of_busy, of_idle = _Samples(where, sizes, times), _Samples(where, [0.0] * len(where), idles)
-        for number, own in enumerate(stretches):
-            for index in own:
-                part = runs[index].busy_s / times[number] if times[number] > 0 else 1 / len(own)
-                busy[index] -= part * of_busy.excess[number]
-                found.of_rows_s[index] = part * of_busy.of_size[number]
-                found.level_busy_s[index] = part * of_busy.levels[number]
-                part = runs[index].idle_s / idles[number] if idles[number] > 0 else 1 / len(own)
-                idle[index] -= part * of_idle.excess[number]
-                found.level_idle_s[index] = part * of_idle.levels[number]
-    by_key: dict[Key, list[int]] = defaultdict(list)
-    for index, member in enumerate(members):
-        by_key[member.key].append(index)
-    latency_s = max(
-        0.0, min((statistics.median(transfers[one] for one in own) for own in by_key.values()), default=0.0)
-    )
-    for indices in by_key.values():
-        sizes = [_bytes_of(members[index]) for index in indices]
-        where = [(members[index].rank, members[index].step) for index in indices]
-        fair = _fair_bytes([members[index] for index in indices])
-        times = [transfers[index] for index in indices]
+        tables.busy_s.clone(), tables.idle_s.clone(), tables.transfer_s.clone(), torch.zeros_like(tables.busy_s),
+        torch.zeros_like(tables.transfer_s), tables.busy_s.clone(), tables.idle_s.clone(), tables.transfer_s.clone(),
+    )  # fmt: skip
+    if linked_s is not None:
+        found.transfer_s -= linked_s
+    _usual_of_runs(graph, found)
+    by_key = _by_key(tables.member_key)
+    latency_s = max(0.0, min((float(found.transfer_s[own].quantile(0.5)) for own in by_key), default=0.0))
+    for own in by_key:
+        rank, step, sizes = tables.member_rank[own], tables.member_step[own], tables.num_bytes[own]
+        fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
+        times = found.transfer_s[own]
         unit_s = None
-        if _is_of_the_fullest(where, sizes, times):
-            fullest = _by_step(where, sizes, max)
-            sizes = [fullest[step] for _, step in where]
-            bound = [(time - latency_s) / size for time, size in zip(times, sizes, strict=True) if size]
-            unit_s = max(0.0, statistics.median(bound)) if bound else None
-        samples = _Samples(where, sizes, times, fair, unit_s)
-        for number, index in enumerate(indices):
-            transfers[index] -= samples.excess[number]
-            found.of_bytes_s[index] = samples.of_size[number]
-            found.level_transfer_s[index] = samples.levels[number]
+        if _is_of_the_fullest(step, sizes, times, num_steps):
+            sizes = _by_step(step, sizes, "amax", num_steps)[step]
+            bound = ((times - latency_s) / sizes)[sizes > 0]
+            unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
+        samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s)
+        found.transfer_s[own] -= samples.excess
+        found.of_bytes_s[own] = samples.of_size
+        found.level_transfer_s[own] = samples.levels
     return found
+
+
+def _by_key(keys: Tensor) -> list[Tensor]:
+    """Give the places of each key's operations, those of the first one first."""
+    order = keys.argsort(stable=True)
+    counts = keys.bincount() if len(keys) else keys
+    return [own for own in order.split(counts.tolist()) if len(own)]
+
+
+def _usual_of_runs(graph: Graph, found: Usual) -> None:
+    tables, num_steps = graph.tables, len(graph.steps)
+    for own in _by_key(tables.run_key):
+        _, number, counts = tables.run_stretch[own].unique(return_inverse=True, return_counts=True)
+        first = torch.full((len(counts),), len(own), dtype=torch.int64, device="cpu")
+        first = own[first.scatter_reduce(0, number, torch.arange(len(own)), "amin")]
+        rank, step, sizes = tables.run_rank[first], tables.run_step[first], tables.rows[first]
+        for measured, usual, levels, of_rows in (
+            (tables.busy_s, found.busy_s, found.level_busy_s, found.of_rows_s),
+            (tables.idle_s, found.idle_s, found.level_idle_s, None),
+        ):
+            if not bool(measured[own].any()):
+                continue
+            whole = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add(0, number, measured[own])
+            samples = _Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
+            part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
+            usual[own] -= part * samples.excess[number]
+            levels[own] = part * samples.levels[number]
+            if of_rows is not None:
+                of_rows[own] = part * samples.of_size[number]
 
 
 class _Samples:
@@ -157,10 +179,12 @@ class _Samples:
 
     def __init__(
         self,
-        where: Sequence[tuple[int, int]],
-        sizes: Sequence[float],
-        times: Sequence[float],
-        fair: dict[int, float] | None = None,
+        rank: Tensor,
+        step: Tensor,
+        sizes: Tensor,
+        times: Tensor,
+        num_steps: int,
+        fair: Tensor | None = None,
         unit_s: float | None = None,
     ) -> None:
         """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
@@ -168,101 +192,66 @@ class _Samples:
         unit_s: what one more of a size costs; None: found by comparison.
         """
         if fair is None:
-            fair = _by_step(where, sizes, statistics.fmean)
-        mean = statistics.fmean(sizes)
+            fair = _by_step(step, sizes, "mean", num_steps)
+        mean = float(sizes.mean())
         if unit_s is not None:
-            mean = statistics.fmean(fair[step] for _, step in where)
-        elif mean > 0 and max(sizes) - min(sizes) > LEAST_VARIED * mean:
-            unit_s = slope([(*at, size, time) for at, size, time in zip(where, sizes, times, strict=True)])
+            mean = float(fair[step].mean())
+        elif mean > 0 and float(sizes.max() - sizes.min()) > LEAST_VARIED * mean:
+            unit_s = slope(rank, step, sizes, times)
         else:
             unit_s = 0.0
-        self.of_size = [unit_s * (size - fair[step]) for (_, step), size in zip(where, sizes, strict=True)]
+        self.of_size = unit_s * (sizes - fair[step])
         """Seconds that each takes more than at the mean size of its step."""
-        by_rank: dict[int, list[float]] = defaultdict(list)
-        rest = [time - unit_s * (size - mean) for time, size in zip(times, sizes, strict=True)]
-        for (rank, _), value in zip(where, rest, strict=True):
-            by_rank[rank].append(value)
-        medians = {rank: statistics.median_low(values) for rank, values in by_rank.items()}
-        noise = statistics.median(spread(values) for values in by_rank.values())
-        count = len(rest) / len(by_rank)
-        uncertain = max(LEAST_S, noise * 1.25 / count**0.5) if count > 1 else max(LEAST_S, 0.0)
-        usual = level(list(medians.values()), uncertain)
-        residuals = [value - medians[rank] for (rank, _), value in zip(where, rest, strict=True)]
-        far = FAR_OUT * _deviation(residuals)
-        lasting = {
-            rank: middle - usual if abs(middle - usual) > CERTAIN * uncertain else 0.0
-            for rank, middle in medians.items()
-        }
-        far = max(far, LEAST_S)
-        self.excess = [
-            lasting[rank] + residual if residual > far
-            # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
-            else max(lasting[rank] + residual, min(lasting[rank], 0.0)) if residual < -far
-            else lasting[rank]
-            for (rank, _), residual in zip(where, residuals, strict=True)
-        ]  # fmt: skip
+        rest = times - unit_s * (sizes - mean)
+        table = _rows_of(rank, rest)
+        medians = table.nanmedian(1).values
+        noise = float(middle(1.4826 * middle((table - middle(table)[:, None]).abs())[None])[0])
+        count = len(rest) / len(medians)
+        uncertain = max(LEAST_S, noise * 1.25 / count**0.5 if count > 1 else 0.0)
+        usual = level(medians.tolist(), uncertain)
+        of_rank = rank.unique(return_inverse=True)[1]
+        residuals = rest - medians[of_rank]
+        far = max(FAR_OUT * _deviation(residuals), LEAST_S)
+        lasting = torch.where((medians - usual).abs() > CERTAIN * uncertain, medians - usual, 0.0)[of_rank]
+        # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
+        less = torch.maximum(lasting + residuals, lasting.clamp(max=0))
+        self.excess = torch.where(residuals > far, lasting + residuals, torch.where(residuals < -far, less, lasting))
         """Seconds above (or below) what is usual, without noise."""
-        self.levels = [
-            max(0.0, usual + unit_s * (fair[step] - mean) + more)
-            for (_, step), more in zip(where, self.of_size, strict=True)
-        ]
+        self.levels = (usual + unit_s * (fair[step] - mean) + self.of_size).clamp(min=0)
 
 
-def _by_step(
-    where: Sequence[tuple[int, int]], values: Sequence[float], what: Callable[[Sequence[float]], float]
-) -> dict[int, float]:
-    """Give the mean, or the largest, of all ranks' values in each step."""
-    by_step: dict[int, list[float]] = defaultdict(list)
-    for (_, step), value in zip(where, values, strict=True):
-        by_step[step].append(value)
-    return {step: what(of_step) for step, of_step in by_step.items()}
+def _by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:
+    """Give the mean, or the largest (amax) or smallest (amin), of all ranks' values in each step (S,); else NaN."""
+    found = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
+    return found.scatter_reduce(0, step, values, what, include_self=False)
 
 
-def _is_of_the_fullest(where: Sequence[tuple[int, int]], sizes: Sequence[float], times: Sequence[float]) -> bool:
+def _is_of_the_fullest(step: Tensor, sizes: Tensor, times: Tensor, num_steps: int) -> bool:
     """Say whether an exchange takes about equally long on all ranks though their bytes differ: as the fullest needs."""
     unlike = []
     for values in (sizes, times):
-        most, least, mean = (_by_step(where, values, what) for what in (max, min, statistics.fmean))
-        unlike.append(statistics.median((most[one] - least[one]) / mean[one] if mean[one] > 0 else 0.0 for one in mean))
+        most, least, mean = (_by_step(step, values, what, num_steps) for what in ("amax", "amin", "mean"))
+        apart = torch.where(mean > 0, (most - least) / mean, 0.0)[~mean.isnan()]
+        unlike.append(float(middle(apart[None])[0]))
     return unlike[0] > UNLIKE_BYTES and unlike[1] < unlike[0] / 2
 
 
-def _deviation(residuals: Sequence[float]) -> float:
+def _deviation(residuals: Tensor) -> float:
     """Give the standard deviation of noise, of which up to a third of all values above is none."""
-    ordered = sorted(residuals)
-    count = len(ordered)
-    quarter, half, above = (ordered[int((count - 1) * part)] for part in (0.25, 0.5, 0.65))
+    ordered = residuals.sort().values
+    quarter, half, above = (float(ordered[int((len(ordered) - 1) * part)]) for part in (0.25, 0.5, 0.65))
     below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
     return max(below_s, min(above_s, MOST_SKEW * below_s))
 
 
-def _stretches(graph: Graph) -> dict[Key, list[list[int]]]:
-    """Give the indices of the Runs of every stretch, by their key."""
-    found: dict[Key, dict[tuple[int, int], list[int]]] = defaultdict(dict)
-    for index, run in enumerate(graph.runs):
-        place = (run.rank, run.stretch) if run.stretch >= 0 else (-1, index)
-        found[run.key].setdefault(place, []).append(index)
-    return {key: list(of_key.values()) for key, of_key in found.items()}
+def far_out(values: Tensor) -> Tensor:
+    """Give by how much values (n,) are above the middle one where that is more than noise, else 0."""
+    more = values - values.nanmedian()
+    return torch.where(more > max(FAR_OUT * _deviation(more), LEAST_S), more, 0.0)
 
 
-def _fair_bytes(members: Sequence[Member]) -> dict[int, float]:
+def _fair_bytes(bytes_out: Tensor, bytes_in: Tensor, sizes: Tensor, step: Tensor, num_steps: int) -> Tensor:
     """Give the bytes that each rank would have in an exchange of each step if all sent and got the same."""
-    by_step: dict[int, list[Member]] = defaultdict(list)
-    for member in members:
-        by_step[member.step].append(member)
-    fair = {}
-    for step, of_step in by_step.items():
-        whole = [(member.sent, member.received) for member in of_step if member.sent and member.received]
-        if len(whole) == len(of_step):
-            sums = [(sum(sent), sum(received)) for sent, received in whole]
-            fair[step] = max(statistics.fmean(one[way] for one in sums) for way in (0, 1))
-        else:
-            fair[step] = statistics.fmean(_bytes_of(member) for member in of_step)
-    return fair
-
-
-def _bytes_of(member: Member) -> float:
-    """Give the bytes that set how long an exchange takes on this rank: those that come or go."""
-    if member.sent is None or member.received is None:
-        return float(member.num_bytes or 0)
-    return float(max(sum(member.sent), sum(member.received)))
+    out, into = (_by_step(step, way, "mean", num_steps) for way in (bytes_out, bytes_in))  # NaN where one is not known
+    whole = torch.maximum(out, into)
+    return torch.where(whole.isnan(), _by_step(step, sizes, "mean", num_steps), whole)

@@ -1,24 +1,27 @@
-"""The doctor's verdict on a run that others recorded: in words for a terminal, and as JSON."""
+"""The doctor's verdict on a run, ours or of others: in words for a terminal, and as JSON."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Cost, Verdict
 from tritonmoe.doctor.lanes import Shown, shown_of
-from tritonmoe.doctor.offers import Offer
 from tritonmoe.doctor.reading import ForeignRun
+from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.doctor.slowdown import slowdown_of
 from tritonmoe.doctor.words import cost_words, count_words, share_words, time_words, words_of
 from tritonmoe.runtime.files import Json
 
-__all__ = ["as_json", "as_text", "headline", "remarks"]
+__all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "remarks", "step_words"]
 
+AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
-MOST_OFFERS = 4
+MOST_ADVICE = 4
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
 
-def as_text(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = ()) -> str:
+def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     """Give the verdict in about 20 lines: what the files can't tell first."""
     lines = [about(run, found)]
     if run.limits:
@@ -28,18 +31,18 @@ def as_text(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = ()) -> st
     lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
-        words = words_of(one, found)
+        words = words_of(one, found, isinstance(run, RecordedRun))
         lines.append(f"{number}. {one.kind.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
         lines.append(f"all that is not usual together: {cost_words(found.together, found)}; causes overlap")
-    for offer in offers[:MOST_OFFERS]:
-        price = f"; {offer.price}" if offer.price else ""
-        lines.append(f"would help: {offer.words}: {cost_words(offer.gain, found)} less{price}")
+    for proposal in advice[:MOST_ADVICE]:
+        costs = f"; it {proposal.costs}" if proposal.costs else ""
+        lines.append(f"would help: {proposal.words}: {cost_words(proposal.gain, found)} less{costs}")
     return "\n".join([*lines, *remarks(run, found)])
 
 
-def about(run: ForeignRun, found: Verdict) -> str:
+def about(run: AnyRun, found: Verdict) -> str:
     """Say what was read."""
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
@@ -68,6 +71,12 @@ def headline(found: Verdict) -> list[str]:
             f"NO VERDICT: {steps} of one rank can't be compared with anything{differ}. Record 3 steps or more, and "
             "all ranks"
         )
+    if found.can_compare and found.is_uncertain:
+        lines.append(
+            f"NOT CERTAIN: with every operation as usual for its kind a step would take "
+            f"{share_words(found.together.seconds, found)} less, but so few steps have it that it may not come again: "
+            "record more"
+        )
     if found.is_healthy:
         of = "" if len(found.graph.ranks) > 1 else "; of one rank that means only that its steps are alike"
         lines.append(
@@ -77,12 +86,12 @@ def headline(found: Verdict) -> list[str]:
     return lines
 
 
-def remarks(run: ForeignRun, found: Verdict) -> list[str]:
+def remarks(run: AnyRun, found: Verdict) -> list[str]:
     """Give what is worth knowing beside the findings."""
     lines = []
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
-        lines.append("below 5 % of a step, or not certain: " + ", ".join(small))
+        lines.append("too small, not certain, or part of a finding: " + ", ".join(small))
     if run.is_timeline:
         jobs = slowdown_of(found.graph)
         lines.append(
@@ -93,7 +102,12 @@ def remarks(run: ForeignRun, found: Verdict) -> list[str]:
         f"differences without a pattern cost {share_words(found.noise_s, found)} of a step; exchanges under way that "
         f"nothing hides take {share_words(found.exposed_s, found)}"
     )
-    if run.lanes == "gpu" and found.replayed_s and found.host_s > MUCH_HOST * found.replayed_s:
+    if isinstance(run, RecordedRun):
+        lines.append(
+            f"a step is the sum of its calls here; with all that lies between them it takes "
+            f"{time_words(run.built.step_s)}"
+        )
+    elif run.lanes == "gpu" and found.replayed_s and found.host_s > MUCH_HOST * found.replayed_s:
         lines.append(
             f"for {share_words(found.host_s, found)} of a step no kernel runs and no exchange is waited for: launches, "
             "Python or data loading set the speed there"
@@ -101,7 +115,7 @@ def remarks(run: ForeignRun, found: Verdict) -> list[str]:
     return lines
 
 
-def as_json(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = (), shown: Shown | None = None) -> Json:
+def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: Shown | None = None) -> Json:
     """Give the verdict with all its figures, as plain values; shown: where it is known already."""
     graph = found.graph
     jobs = slowdown_of(graph) if run.is_timeline else None
@@ -132,17 +146,29 @@ def as_json(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = (), shown
                 "moves": one.culprits.moves,
                 "phase": one.culprits.phase or None,
                 "place": list(one.culprits.place) if one.culprits.place else None,
+                "layer": one.culprits.layer,
+                "links": [list(link) for link in one.culprits.links],
                 "factor": one.culprits.factor,
                 "when": one.when.when,
                 "period": one.when.period or None,
                 "is_hidden": one.is_hidden,
                 "words": words_of(one, found).sentence,
-                "to_do": words_of(one, found).to_do,
+                "to_do": words_of(one, found, isinstance(run, RecordedRun)).to_do,
                 **_plain(one.cost, found),
             }
             for one in found.findings
         ],
-        "would_help": [{"words": one.words, "price": one.price, **_plain(one.gain, found)} for one in offers],
+        "advice": [
+            {
+                "words": one.words,
+                "costs": one.costs,
+                "gain_s": one.gain.seconds,
+                "low_s": one.gain.low_s,
+                "high_s": one.gain.high_s,
+                "share": one.gain.share(found.replayed_s),
+            }
+            for one in advice
+        ],
         "straggler_analysis": jobs
         and {"S": jobs.slowdown, "M_W": jobs.share_of_slowest, "workers": list(jobs.slowest)},
         "others": [{"kind": kind, "share": share} for kind, share in found.others],
@@ -150,7 +176,7 @@ def as_json(run: ForeignRun, found: Verdict, offers: Sequence[Offer] = (), shown
             {"rank": rank, "name": graph.names.get(index), **vars(of)}
             for index, (rank, of) in enumerate(zip(graph.ranks, shown.ranks, strict=True))
         ],
-        "waits_s": shown.waits_s,
+        "waits_for_ranks_s": shown.waits_s,
     }
 
 

@@ -6,7 +6,7 @@ from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.culprits import phase_of
 from tritonmoe.doctor.graph import Key
 
-__all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "to_do_of", "words_of"]
+__all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "words_of"]
 
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
@@ -15,9 +15,22 @@ TO_DO = {
     "slow rank": "look at its clocks, its temperature and what else runs there; else leave the machine out",
     "late rank": "look at what it does outside of operations: data loading, logging, checkpoints, garbage collection",
     "slow link": "look at cable, port, switch and route; measure the links alone",
-    "imbalance": "balance the router (its auxiliary loss or bias: higher, or on where it is off), or spread hot "
+    "late link": "look at the route, and at what delays messages there: a switch, a proxy, a busy core",
+    "slow port": "look at the network card of that rank, its cable and its driver; measure it alone",
+    "bandwidth": "send fewer bytes, or hide them: chunks that overlap, two levels, a narrower wire_dtype",
+    "latency": "fewer and larger exchanges: fewer chunks; a nearer network",
+    "chunk overhead": "fewer chunks",
+    "host overhead": "a faster host, fewer threads beside it; look at what runs between the layer's steps",
+    "exchange contention": "leave exchanges cores of their own",
+    "pause": "look at what all ranks do at once between calls: checkpoints, evaluation, logging",
+    "imbalance": "balance the router (its auxiliary loss or bias: on where it is off, else higher), or spread hot "
     "experts over ranks; where a rank has more tokens than the others, batches of one length",
 }
+OF_THIS_PACKAGE = {
+    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; a placement of the experts; where a rank "
+    "has more tokens than the others, batches of one length",
+}
+"""What else is to be done where the layers are this package's."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +52,56 @@ class FindingWords:
         return f"{self.who} {self.what}{where}, {self.when}{self.hidden}"
 
 
-def words_of(one: Finding, found: Verdict) -> FindingWords:
-    """Say what a finding is."""
+def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> FindingWords:
+    """Say what a finding is; is_recording: the layers are this package's."""
     graph, culprits = found.graph, one.culprits
-    if culprits.moves:
+    if culprits.links:
+        ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
+        who = " and ".join(ways)
+    elif culprits.moves:
         who = "another rank from step to step"
     elif culprits.ranks:
         who = graph.named(culprits.ranks)
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
-    several = not culprits.moves and (len(culprits.ranks) or len(graph.ranks)) > 1
+    count = len(culprits.links) or len(culprits.ranks) or len(graph.ranks)
+    several = not culprits.moves and count > 1
+    where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
+    where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
+    hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
+    to_do = (OF_THIS_PACKAGE if is_recording else {}).get(one.kind, TO_DO[one.kind])
+    return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
+
+
+def _what(one: Finding, several: bool, num_ranks: int) -> str:
+    culprits = one.culprits
     s, their = ("", "their") if several else ("s", "its")
     is_beyond = culprits.factor > MOST_FACTOR
     if one.kind == "slow rank":
-        what = f"compute{s} " + ("where others hardly do" if is_beyond else _times(culprits.factor))
-    elif one.kind == "late rank":
-        come = f"come{s} late to exchanges, doing nothing that the file shows"
-        what = come if len(graph.ranks) > 1 else "does nothing that the file shows, for longer than usual"
-    elif one.kind == "slow link":
-        longer = f"need{s} {_times(culprits.factor)} for {their} bytes"
-        what = f"need{s} time for {their} bytes where others need next to none" if is_beyond else longer
-    else:
-        what = f"get{s} more rows than others"
-    where = place_words(culprits.place) if culprits.place else f"in {culprits.phase}" if culprits.phase else ""
-    hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
-    return FindingWords(what, who, where, str(one.when), to_do_of(one), hidden)
-
-
-def to_do_of(one: Finding) -> str:
-    """Say what to do about a finding."""
-    return TO_DO[one.kind]
+        return f"compute{s} " + ("where others hardly do" if is_beyond else _times(culprits.factor))
+    if one.kind == "late rank":
+        if num_ranks == 1:
+            return "does nothing that the file shows, for longer than usual"
+        return f"come{s} late to exchanges, doing nothing that the file shows"
+    if one.kind == "slow link" and culprits.links:
+        return (
+            "bytes take time where others take next to none" if is_beyond else f"bytes take {_times(culprits.factor)}"
+        )
+    if one.kind == "slow link":
+        if is_beyond:
+            return f"need{s} time for {their} bytes where others need next to none"
+        return f"need{s} {_times(culprits.factor)} for {their} bytes"
+    return {
+        "imbalance": f"get{s} more rows than others",
+        "late link": "every message comes later than over other links, however small",
+        "slow port": culprits.words,
+        "bandwidth": f"wait{s} for the bytes of exchanges, at the links' usual rate",
+        "latency": f"wait{s} for exchanges for what these take however small they are",
+        "chunk overhead": f"pay{s} what a part of a layer costs, however small it is, once for every chunk",
+        "host overhead": f"wait{s} for the host, before the first step of a pass and between steps",
+        "exchange contention": f"compute{s} more slowly beside an exchange",
+        "pause": f"do{'' if several else 'es'} something else at once between calls, for longer than usual",
+    }[one.kind]
 
 
 def _times(factor: float) -> str:

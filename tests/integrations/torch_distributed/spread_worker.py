@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.transports.sharding.dtensor_gaps import handlers
 from tritonmoe.transports.sharding.whole_states import part_of
 

@@ -23,8 +23,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.attribution import attribute
-from tritonmoe.diagnosis.reading import read_recording
+from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.recorded_run import judge_recording
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.routing import RoutingRecording, save_topk
 
@@ -121,7 +121,7 @@ def run_parallelized(name: str, directory: Path) -> None:
     dist.barrier()  # until every rank's file is written
     recording = read_recording(recorded)
     assert [(call.layer, call.has_backward) for call in recording.calls] == [(0, True), (1, True)]
-    assert attribute(recording).measured_s > 0
+    assert judge_recording(recording).found.measured_s > 0
     assert_close({"logits": same_everywhere(output.logits.detach()), **gradients(model)}, expected)
     generated = model.eval().generate(ids[own, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(generated, tokens[own])

@@ -15,7 +15,12 @@ def run(num_processes: int, directory: Path, *cases: str) -> None:
 
 
 def test_each_rank_ends_with_its_own_text(tmp_path):
-    run(2, tmp_path, "lengths:mixtral", "grpo:mixtral", "refused:mixtral")
+    run(2, tmp_path, "lengths:mixtral", "refused:mixtral")
+
+
+@pytest.mark.thorough
+def test_rollouts_as_grpo_makes_them(tmp_path):
+    run(2, tmp_path, "grpo:mixtral")
 
 
 @pytest.mark.thorough

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from tritonmoe.diagnosis.attribution import Attribution
-from tritonmoe.diagnosis.messages import members
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
-from tritonmoe.diagnosis.replay import PassesBefore, conditions_of, measured_s, passes_before, walk
+from tritonmoe.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
+from tritonmoe.doctor.messages import members
+from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of
 from tritonmoe.runtime.files import Json
 
@@ -17,16 +17,20 @@ __all__ = ["PASSES", "figures_of", "timelines_of"]
 
 PASSES = ("forward", "backward")
 DECIMALS = 7
+MOST_RATE = 1e14
+"""Bytes a second. A faster link is none: its bytes took no time that could be measured, and its rate is not known."""
+MOST_RATIO = 1e3
+"""Where bytes elsewhere take next to no time, how many times as long they take on a link is not known."""
 
 
-def _median_call(found: Attribution) -> tuple[RecordedCall, PassesBefore]:
+def _median_call(run: RecordedRun) -> tuple[RecordedCall, PassesBefore]:
     """Give the call that took the median of all that the verdict is about, and the recording's passes_before."""
-    before = passes_before(found.recording)
-    ordered = sorted(found.calls, key=lambda call: measured_s(call, before))
+    before = passes_before(run.recording)
+    ordered = sorted(run.calls, key=lambda call: measured_s(call, before))
     return ordered[(len(ordered) - 1) // 2], before
 
 
-def figures_of(found: Attribution) -> Json:
+def figures_of(run: RecordedRun) -> Json:
     """Give them as plain values, in seconds.
 
     median_call: for each pass and rank its marks, from when most ranks had entered the pass.
@@ -35,25 +39,43 @@ def figures_of(found: Attribution) -> Json:
         takes from rank i to rank k, ports included. loads: by layer, the pairs of each expert in all calls, and
         how many times the mean that is.
     """
-    (call, before), ratios, steps = _median_call(found), found.costs.ratios, found.costs.steps
-    of_byte = ratios.of_byte(found.recording.node_size)
+    (call, before), ratios, steps = _median_call(run), run.costs.ratios, run.costs.steps
+    of_byte = [
+        [_at_most(ratio, MOST_RATIO) for ratio in row] for row in ratios.of_byte(run.recording.node_size).tolist()
+    ]
+    link, call_of = run.costs.link, {of.call.sequence: of.call for of in run.built.passes}
     return {
+        "transport": run.recording.transport,
+        "headers": list(run.recording.headers),
+        "calls": len(call_of),
+        "plan": str(call.plan),
+        "step_s": run.built.step_s,
+        "link": {
+            "latency_s": link.latency_s,
+            "bytes_per_s": link.bytes_per_s if link.bytes_per_s < MOST_RATE else None,
+        },
+        "slowness": list(run.costs.slowness),
         "median_call": {
             "call": call.sequence,
             "layer": call.layer,
             "measured_s": measured_s(call, before),
-            "replayed_s": walk(conditions_of(call, before, found.costs)).total_s,
+            "replayed_s": walk(conditions_of(call, before, run.costs)).total_s,
             **{
                 which: [_marks(one, _typical_entry(passes)) for one in passes]
                 for which, passes in zip(PASSES, call.by_pass, strict=False)
             },
         },
-        "waits_s": _waits(found),
-        "byte_ratios": of_byte.tolist() if ratios.are_told_apart else None,
-        "loads": _loads(found),
+        "waits_s": _waits(run),
+        "byte_ratios": of_byte if ratios.are_told_apart else None,
+        "loads": _loads(run),
         "step_costs": {"fixed_s": dict(steps.fixed_s), "unit_s": dict(steps.unit_s)},
-        "gap_s": found.costs.gap_s,
+        "gap_s": run.costs.gap_s,
     }
+
+
+def _at_most(value: float, most: float) -> float | None:
+    """Give a value, or None for not known where it is beyond what can be."""
+    return value if value < most else None
 
 
 def _typical_entry(passes: Sequence[RecordedPass]) -> float:
@@ -71,9 +93,9 @@ def _marks(one: RecordedPass, since: float) -> Json:
     }
 
 
-def _loads(found: Attribution) -> Json:
+def _loads(run: RecordedRun) -> Json:
     loads: dict[str, list[int]] = {}
-    for call in found.calls:
+    for call in run.calls:
         of_call = [pairs for rank in call.ranks for pairs in rank.pairs_per_expert]
         name = f"layer {call.layer}" if call.layer >= 0 else "function"
         loads[name] = [a + b for a, b in zip(loads.get(name, [0] * len(of_call)), of_call, strict=True)]
@@ -84,10 +106,10 @@ def _loads(found: Attribution) -> Json:
     }
 
 
-def _waits(found: Attribution) -> list[list[float]] | None:
-    if not (found.recording.has_arrivals and found.costs.ratios.are_told_apart):
+def _waits(run: RecordedRun) -> list[list[float]] | None:
+    if not (run.recording.has_arrivals and run.costs.ratios.are_told_apart):
         return None
-    of_calls = torch.stack([_waits_of(call, found.recording.node_size) for call in found.calls])
+    of_calls = torch.stack([_waits_of(call, run.recording.node_size) for call in run.calls])
     return [[round(value, DECIMALS) for value in row] for row in of_calls.median(0).values.tolist()]
 
 
@@ -103,10 +125,10 @@ def _waits_of(call: RecordedCall, node_size: int | None) -> torch.Tensor:
     return waits_s
 
 
-def timelines_of(found: Attribution) -> dict[str, list[Timeline]]:
+def timelines_of(run: RecordedRun) -> dict[str, list[Timeline]]:
     """Give the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
-    call, before = _median_call(found)
-    simulations = walk(conditions_of(call, before, found.costs)).passes
+    call, before = _median_call(run)
+    simulations = walk(conditions_of(call, before, run.costs)).passes
     measured, replayed = [], []
     for rank in range(len(call.ranks)):
         passes = [_pass_timeline(passes, rank) for passes in call.by_pass]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.costs import Costs
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.diagnosis.schedules import schedule_of
+from tritonmoe.doctor.costs import Costs
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts

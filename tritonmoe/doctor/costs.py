@@ -11,9 +11,9 @@ from itertools import groupby
 
 import torch
 
-from tritonmoe.diagnosis.fits import ALIKE, fit_relative_line, weighted_median
-from tritonmoe.diagnosis.links import LinkRatios, fit_links
 from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep, Recording
+from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
+from tritonmoe.doctor.links import LinkRatios, fit_links
 from tritonmoe.overlap.report import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, step_units

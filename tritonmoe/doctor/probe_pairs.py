@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritonmoe.diagnosis.links import SMALLEST_RATIO
+from tritonmoe.doctor.links import SMALLEST_RATIO
 from tritonmoe.simulation.cost_model import fit_line
 from tritonmoe.transports import Transport
 

@@ -4,7 +4,7 @@ import pytest
 
 import tritonmoe as tm
 from tritonmoe.cli import main
-from tritonmoe.diagnosis.probe_pairs import PairTimes, _turns, probe_pairs
+from tritonmoe.doctor.probe_pairs import PairTimes, _turns, probe_pairs
 
 
 def test_a_slow_link_is_found() -> None:

@@ -1,0 +1,209 @@
+"""linked_of: what slow and late links cost in each exchange of a recording, and which ends of which links those are.
+
+How long every message took tells what its exchange would have taken on links like the others. A link is slow at all
+times, by the fit to all messages, or in some steps, by what its messages take there.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.diagnosis.recording import Recording
+from tritonmoe.doctor.causes import CauseKind
+from tritonmoe.doctor.costs import Costs
+from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
+from tritonmoe.doctor.recorded_graph import RecordedGraph
+from tritonmoe.doctor.recorded_steps import events_of
+from tritonmoe.doctor.usual import far_out
+from tritonmoe.overlap.steps import StepKind
+
+__all__ = ["LinkFault", "Linked", "linked_of"]
+
+SMALLEST_RATIO = 1.3
+"""In a step alone a link is slow if its messages take so many times as long as in others."""
+ONE_LINK, ONE_PORT, ONE_NODE = 0.75, 0.8, 0.8
+"""A link, port or node is at fault if it has so large a share of what slow links cost."""
+ONE_WAY = 0.9
+AMONG = 0.25
+"""Of several links those count that cost so large a share of what the worst one costs."""
+
+
+@dataclass(frozen=True)
+class LinkFault:
+    """Which end of which links is slow."""
+
+    kind: CauseKind
+    """slow link, late link, slow port."""
+    links: tuple[tuple[int, int], ...]
+    """(sender, receiver) of each, the worst first; of a port or a node none."""
+    ranks: tuple[int, ...]
+    """Of a link sender and receiver, of a port its rank, of a node all of its ranks."""
+    words: str
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What slow links cost."""
+
+    seconds: Tensor
+    """(M,): by how much each exchange takes longer, of the graph's members."""
+    fault: LinkFault | None
+    """None where no link is slow, or it is not known when each rank's rows had arrived."""
+
+
+@dataclass
+class _Pass:
+    """The messages of a pass, those of a reach."""
+
+    place: int
+    step: int
+    exchanges: list[int]
+    """Their numbers in the pass."""
+    sent: Messages
+    begun: Tensor
+
+
+def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linked:
+    """Find what slow links cost in a recording whose messages fit these costs."""
+    nothing = torch.zeros_like(built.end)
+    each = costs.link.each
+    if not costs.ratios.are_told_apart or each is None:
+        return Linked(nothing, None)
+    size, node_size = recording.size, recording.node_size
+    by_place: dict[int, list[_Pass]] = defaultdict(list)
+    for place, of in enumerate(built.passes):
+        events = events_of(of.call.plan, of.of_ranks[0])
+        posting = [events.events[number] for number in events.exchanges]
+        for reach in reaches(node_size):
+            is_inside = recording.has_two_levels and reach is Reach.INSIDE
+            own = [
+                number
+                for number, event in enumerate(posting)
+                if event.kind not in (None, StepKind.REPLICA_BACKWARD) and event.is_inside == is_inside
+            ]
+            sent = messages_of(of.call, of.number, reach, node_size)
+            if own:
+                begun = sent.begun(each.latency_s, recording.uses_rendezvous)
+                by_place[place].append(_Pass(place, of.step, own, sent, begun))
+    passes = [one for own in by_place.values() for one in own]
+    times = _times_of_bytes(passes, costs, size, node_size, len(built.graph.steps))
+    if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
+        return Linked(nothing, None)
+    held_up_s = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    seconds = nothing.clone()
+    for of_pass in by_place.values():
+        _mend(of_pass, times, costs, built, recording, seconds, held_up_s)
+    return Linked(seconds, _fault_of(held_up_s, costs, recording) if bool((held_up_s > 0).any()) else None)
+
+
+def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
+    """Give (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
+    each, ratios = costs.link.each, costs.ratios
+    assert each is not None
+    typical_s = _typical_byte_s(costs, size, node_size)
+    took, due = (torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2))
+    for one in passes:
+        known = one.sent.are_known
+        seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
+        took[one.step] += torch.where(known, seconds, 0.0).sum(0)
+        due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
+    of_step = torch.where(due > 0, took / due.clamp(min=1e-12), 1.0)
+    is_slow = (ratios.of_byte(node_size) > 1) & (of_step > 1)
+    at_times = torch.zeros_like(of_step, dtype=torch.bool)
+    for i, k in (due.amax(0) > 0).nonzero().tolist():
+        if not bool(is_slow[:, i, k].any()):
+            own = of_step[:, i, k]
+            at_times[:, i, k] = (far_out(own) > 0) & (own > SMALLEST_RATIO * own.median().clamp(min=1.0))
+    usual = torch.where(at_times, torch.nan, of_step).nanmedian(0).values.nan_to_num(nan=1.0)
+    return torch.where(is_slow, of_step, torch.where(at_times, of_step / usual.clamp(min=1.0), 1.0)).clamp(min=1.0)
+
+
+def _typical_byte_s(costs: Costs, size: int, node_size: int | None) -> Tensor:
+    """Give (W, W) what a byte takes on links and ports like most others."""
+    each = costs.link.each
+    assert each is not None
+    found = torch.full((size, size), 1 / costs.link.bytes_per_s, dtype=torch.float64, device="cpu")
+    if each.inside is None or node_size is None:
+        return found
+    is_inside = Reach.INSIDE.pairs(size, node_size)
+    return torch.where(is_inside, torch.minimum(each.inside.out_s.median(), each.inside.in_s.median()), found)
+
+
+def _mend(
+    passes: Sequence[_Pass],
+    times: Tensor,
+    costs: Costs,
+    built: RecordedGraph,
+    recording: Recording,
+    seconds: Tensor,
+    held_up_s: Tensor,
+) -> None:
+    """Add what slow links cost in the exchanges of a pass, and which links hold ranks up there."""
+    each, late_s = costs.link.each, costs.ratios.excess_s
+    assert each is not None
+    size = recording.size
+    arrived: dict[int, Tensor] = {}
+    mended: dict[int, Tensor] = {}
+    for one in passes:
+        took = (one.sent.arrived - one.begun).clamp(min=0)
+        of_bytes = (took - each.latency_s).clamp(min=0)
+        shorter = of_bytes * (1 - 1 / times[one.step]) + torch.minimum(late_s, took)
+        sooner = one.sent.arrived - shorter
+        for number, exchange in enumerate(one.exchanges):
+            here, then = (of[number].nan_to_num(nan=-torch.inf) for of in (one.sent.arrived, sooner))
+            arrived[exchange] = torch.maximum(arrived[exchange], here) if exchange in arrived else here
+            mended[exchange] = torch.maximum(mended[exchange], then) if exchange in mended else then
+    events = events_of(built.passes[passes[0].place].call.plan, built.passes[passes[0].place].of_ranks[0])
+    for exchange in arrived:
+        event = events.events[events.exchanges[exchange]]
+        rank = torch.arange(size)
+        members = built.first_member[passes[0].place, exchange] + built.place_in_exchange(event, rank)
+        since = built.since[members]
+        last, without = (of.amax(0) for of in (arrived[exchange], mended[exchange]))
+        without = torch.maximum(without, since)
+        more = (torch.minimum(last, built.end[members]) - without).clamp(min=0).nan_to_num(nan=0.0)
+        seconds[members] += torch.where(last.isfinite(), more, 0.0)
+        is_slower = arrived[exchange] > mended[exchange]
+        held_up_s += torch.where(is_slower, (arrived[exchange] - without).clamp(min=0), 0.0)
+
+
+def _fault_of(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault:
+    """Say which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
+    total, size = float(held_up_s.sum()), len(held_up_s)
+    ratios = costs.ratios
+    by_cost = sorted(held_up_s.nonzero().tolist(), key=lambda link: -float(held_up_s[link[0], link[1]]))
+    sender, receiver = by_cost[0]
+    if float(held_up_s[sender, receiver]) < ONE_LINK * total and size > 2:
+        out, into = held_up_s.sum(1), held_up_s.sum(0)
+        ports = out + into
+        rank = int(ports.argmax())
+        has_several = int((held_up_s[rank] > 0).sum() + (held_up_s[:, rank] > 0).sum()) > 1
+        if float(ports[rank]) >= ONE_PORT * total and has_several:
+            ways = (
+                "out of"
+                if float(out[rank]) > ONE_WAY * total
+                else "into"
+                if float(into[rank]) > ONE_WAY * total
+                else "at"
+            )
+            return LinkFault("slow port", (), (rank,), f"the port of rank {rank}: bytes {ways} it take longer")
+        node_size = recording.node_size
+        if node_size is not None and recording.size > 2 * node_size:
+            nodes = ports.view(-1, node_size).sum(1) - torch.stack(
+                [
+                    held_up_s[first : first + node_size, first : first + node_size].sum()
+                    for first in range(0, size, node_size)
+                ]
+            )
+            node = int(nodes.argmax())
+            if float(nodes[node]) >= ONE_NODE * total:
+                ranks = tuple(range(node * node_size, (node + 1) * node_size))
+                return LinkFault("slow port", (), ranks, f"the node of ranks {ranks[0]} to {ranks[-1]}")
+    worst = float(held_up_s[sender, receiver])
+    links = tuple((i, k) for i, k in by_cost if float(held_up_s[i, k]) >= AMONG * worst)
+    is_late = all(float(ratios.excess_s[i, k]) > 0 and float(ratios.link[i, k]) <= 1 for i, k in links)
+    ranks = tuple(dict.fromkeys(rank for link in links for rank in link))
+    return LinkFault("late link" if is_late else "slow link", links, ranks, "")
