@@ -5,12 +5,19 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import tritonmoe
 from tritonmoe import errors
+from tritonmoe.cli import main
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,6 +56,57 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+class _Trainer:
+    """What the doctor's page asks of transformers' Trainer."""
+
+    def __init__(self, steps: Callable[[], Iterator[None]]) -> None:
+        self.steps = steps
+        self.callbacks: list[TrainerCallback] = []
+
+    def add_callback(self, callback: "TrainerCallback") -> None:
+        self.callbacks.append(callback)
+
+    def train(self) -> None:
+        for _ in self.steps():
+            for callback in self.callbacks:
+                callback.on_step_end(None, None, None)  # type: ignore[arg-type]
+
+
+class _Engine(torch.nn.Linear):
+    """What it asks of DeepSpeed's engine."""
+
+    def backward(self, y: torch.Tensor) -> None:
+        y.sum().backward()
+
+    def step(self) -> None:
+        self.zero_grad()
+
+
+def test_the_doctors_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Each of its blocks of Python writes what the doctor reads; the transformers block needs its package."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    layer = tritonmoe.MoELayer(tritonmoe.MoEConfig(8, 4, 4, 2))
+    batches = [torch.randn(6, 8) for _ in range(19)]
+
+    def step(model: torch.nn.Module, batch: torch.Tensor) -> None:
+        model(batch).sum().backward()
+
+    def steps() -> Iterator[None]:
+        for batch in batches:
+            yield step(layer, batch)
+
+    namespace = {"model": layer, "step": step, "batches": batches, "engine": _Engine(8, 8), "trainer": _Trainer(steps)}
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "diagnosis.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "diagnosis.md", "exec"), namespace)
+    for run in ("run-plain", "run-deepspeed", "run-trainer"):
+        assert [file.name for file in Path(run).iterdir()] == ["rank-0000.trace.json.gz"]
+        assert main(["doctor", run]) in (0, 1)
+        assert "1 rank, 12 steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow

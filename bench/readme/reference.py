@@ -18,6 +18,7 @@ __all__ = ["command_output", "commands_reference", "files_table", "notebook_of"]
 QWEN3 = "--nodes 16 --pp 4 --micro-batches 16 --recompute full"
 COMMANDS = {
     "doctor": "tritonmoe doctor bench/results/recordings/slow_link",
+    "straggler": "tritonmoe doctor tests/doctor/data/straggler_ar_two_steps.json.gz",
     "plan": f"tritonmoe plan Qwen3-235B-A22B H100 {QWEN3}",
     "compare": f"tritonmoe plan Qwen3-235B-A22B --compare H100 H200 H100-100G {QWEN3}",
 }

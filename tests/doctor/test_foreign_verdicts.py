@@ -103,4 +103,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor", str(tmp_path / "healthy")]) == 0
     assert "HEALTHY" in capsys.readouterr().out
     assert main(["doctor", str(tmp_path / "nothing")]) == 2
-    assert main(["doctor", str(tmp_path / "late"), "--html", str(tmp_path / "page.html")]) == 2

@@ -16,20 +16,35 @@ from html_pages import check_page
 from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.cli import main
 from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.lanes import shown_of
 from tritonmoe.doctor.links import LinkRatios
+from tritonmoe.doctor.page import runs_page
 from tritonmoe.doctor.recorded_graph import graph_of
+from tritonmoe.doctor.recorded_page import RecordedPart
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
-from tritonmoe.doctor.run_page import run_page
 from tritonmoe.doctor.verdict import as_json
 from tritonmoe.planner import plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_config import find_model
 from tritonmoe.planner.plan_page import comparison_page, plan_page
-from tritonmoe.report.charts import Curve, Curves, Heat, ticks
-from tritonmoe.report.figures import Number, Words
+from tritonmoe.report.charts import Bars, Curve, Curves, Heat, Segment, Strip, compact, ticks
+from tritonmoe.report.figures import Figures, Number, Table, Words
 from tritonmoe.report.html import Page, Section, page_text
+
+
+def as_data(one: RecordedRun) -> dict:
+    return {**as_json(one, one.found, one.advice), **figures_of(one)}
+
+
+def run_page(found: list[RecordedRun]) -> Page:
+    figures = Figures([as_data(one) for one in found])
+    parts = {
+        str(one.recording.path): RecordedPart(one, shown_of(one.found), figures, str(n)) for n, one in enumerate(found)
+    }
+    return runs_page(parts, figures)
+
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('a & b')</script></script><!--"
@@ -54,9 +69,11 @@ def comparison() -> planning.Comparison:
 
 def test_a_run(slow: RecordedRun) -> None:
     page, data = check_page(page_text(run_page([slow])))
-    assert data == json.loads(json.dumps([{**as_json(slow, slow.found), **figures_of(slow)}]))
+    assert data == json.loads(json.dumps([as_data(slow)]))
     assert "SLOW RANK: rank 2 computes 1.50 times as long as usual" in page.words
-    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {"0/waits_s", "0/byte_ratios"}
+    assert {attributes["data-matrix"] for attributes, _ in page.matrices} == {
+        "0/waits_for_ranks_s", "0/waits_s", "0/byte_ratios",
+    }  # fmt: skip
     shown = {attributes["data-key"] for attributes, _ in page.numbers}
     assert {"0/measured_s", "0/findings/0/share", "0/median_call/backward/3/counts_left_s", "0/gap_s"} <= shown
     waits = data[0]["waits_s"]
@@ -107,14 +124,14 @@ def test_64_ranks_fit(slow: RecordedRun, tmp_path: Path) -> None:
     page, _ = check_page(page_text(run_page([run_of_64])))
     assert "16 of 64 ranks are drawn" in page.words
     assert "rank 63" in page.words
-    assert [len(rows) for _, rows in page.matrices] == [64, 64]
+    assert [len(rows) for _, rows in page.matrices] == [64, 64, 64]
 
 
 def test_unknown_arrivals(slow: RecordedRun) -> None:
     """Where the transport doesn't tell when rows arrived there is no matrix, and the page says so."""
     ratios = replace(slow.costs.ratios, are_told_apart=False)
     page, data = check_page(page_text(run_page([replace(slow, costs=replace(slow.costs, ratios=ratios))])))
-    assert (data[0]["waits_s"], data[0]["byte_ratios"], page.matrices) == (None, None, [])
+    assert (data[0]["waits_s"], data[0]["byte_ratios"], len(page.matrices)) == (None, None, 1)
     assert "It is not known when each rank's rows arrived" in page.words
 
 
@@ -180,6 +197,44 @@ def test_a_heat_map_of_nothing() -> None:
     assert 'cy="100.00%"' in text
 
 
+def test_cells_are_square_and_hold_numbers() -> None:
+    names = ["0", "1"]
+    values = [[0.0, 0.0123], [0.0012, None]]
+    heat = Heat("waits", "of", values, "s", "from", "to", names, names)
+    assert heat.numbers == [(0, 1, "12", True), (1, 0, "1.2", False)]
+    text = page_text(Page("title", ["x"], [Section("all", [heat])], {"of": values}))
+    assert 'width="100.4" height="98"' in text  # cells of 40 by 40, beside names
+    assert "numbers in cells are ms" in text
+    assert not heat.is_upright
+    assert Heat("", "", values, "s", "", "", names, ["rank dp 0", "rank dp 1"]).is_upright
+    many = [str(n) for n in range(64)]
+    assert Heat("", "", [[1.0] * 64] * 64, "s", "", "", many, many).cell == 15
+    wide = [str(n) for n in range(256)]
+    assert Heat("", "", [[1.0] * 256], "times", "", "", ["0"], wide).numbers == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, ""), (0.04, ""), (0.26, "0.3"), (1.0, "1"), (9.96, "10"), (123.4, "123"), (999.7, "1k"), (1234, "1.2k")],
+)
+def test_compact(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def test_many_segments_are_one_path() -> None:
+    few, many = ([Segment(n / of, 1 / of, "c0", f"{n}") for n in range(of)] for of in (60, 61))
+    assert Strip("few", few).paths == []
+    ((color, path),) = Strip("many", many).paths
+    assert (color, path.count("M")) == ("c0", 61)
+
+
+def test_bars_stand_side_by_side() -> None:
+    table = Table(["step"], [["1"]])
+    bars = Bars("steps", "step", "ms", ["1", "2"], [1.0, 2.0], ["c0", "c6"], 1.0, [], table)
+    assert bars.top == pytest.approx(2.1)
+    assert bars.paths == [("c0", "M3.00 1000v-476.2h494.00V1000z"), ("c6", "M503.00 1000v-952.4h494.00V1000z")]
+
+
 @pytest.mark.parametrize(("top", "texts"), [(7.0, ["0", "2", "4", "6"]), (0.11, ["0", "0.02", "0.04"]), (0.0, [])])
 def test_ticks(top: float, texts: list[str]) -> None:
     found = ticks(top)
@@ -192,7 +247,7 @@ def test_units() -> None:
     shown = [
         Number("", value, unit).text for value, unit in ((0.0123, "s"), (2e-5, "s"), (12.5, "s"), (0.123, "share"))
     ]
-    assert shown == ["12.3 ms", "20.0 us", "12,500 ms", "12.3 %"]
+    assert shown == ["12.3 ms", "20.0 us", "12.5 s", "12.3 %"]
 
 
 def test_the_wheel_has_the_template() -> None:

@@ -10,20 +10,27 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
 from tritonmoe.benchmarks.ranks import device_and_backend
 from tritonmoe.diagnosis.recording_reader import is_recording, read_recording
 from tritonmoe.doctor import reading as traces
+from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict, attribute
+from tritonmoe.doctor.lanes import Shown, shown_of
+from tritonmoe.doctor.offers import offers_of
+from tritonmoe.doctor.page import Part, RunPart, runs_page
 from tritonmoe.doctor.probe_pairs import probe_pairs
+from tritonmoe.doctor.recorded_page import RecordedPart
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
-from tritonmoe.doctor.run_page import run_page
 from tritonmoe.doctor.verdict import as_json, as_text
-from tritonmoe.report.html import write_page
+from tritonmoe.report.figures import Figures
+from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -59,17 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([one.json() for one in found], indent=1), "verdict")
         if arguments.html is not None:
-            own = [one.run for one in found if isinstance(one.run, RecordedRun)]
-            if len(own) < len(found):
-                raise ValueError(
-                    "--html draws recordings of record(), not traces of others: leave it out, or give --json"
-                )
-            write_page(arguments.html, run_page(own))
+            write_page(arguments.html, _page(found))
     except (ValueError, OSError) as error:
         print(f"tritonmoe doctor: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(one.text() for one in found))
     return 0 if all(one.found.is_healthy for one in found) else 1
+
+
+def _page(found: "Sequence[_Judged]") -> Page:
+    figures = Figures([one.json() for one in found])
+    return runs_page({str(one.run.path): one.part(figures, str(number)) for number, one in enumerate(found)}, figures)
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,25 @@ class _Judged:
     run: RecordedRun | traces.ForeignRun
     found: Verdict
 
+    @cached_property
+    def advice(self) -> Sequence[Advice]:
+        return self.run.advice if isinstance(self.run, RecordedRun) else offers_of(self.run.graph)
+
+    @cached_property
+    def shown(self) -> Shown:
+        return shown_of(self.found)
+
     def text(self) -> str:
-        return as_text(self.run, self.found)
+        return as_text(self.run, self.found, self.advice)
 
     def json(self) -> Json:
         figures = figures_of(self.run) if isinstance(self.run, RecordedRun) else {}
-        return {**as_json(self.run, self.found), **figures}
+        return {**as_json(self.run, self.found, self.advice, self.shown), **figures}
+
+    def part(self, figures: Figures, key: str) -> Part:
+        if isinstance(self.run, RecordedRun):
+            return RecordedPart(self.run, self.shown, figures, key)
+        return RunPart(self.run, self.found, self.advice, self.shown, figures, key)
 
 
 def _judge(path: Path) -> _Judged:

@@ -228,7 +228,7 @@ class _RankFile:
             "rank": transport.rank,
             "size": transport.size,
             "job_ranks": transport.job_ranks,
-            "transport": type(transport).__name__,
+            "transport": _public_name(type(transport)),
             "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
             "shares_link": transport.shares_link(device),
             "uses_rendezvous": transport.uses_rendezvous(device),
@@ -332,3 +332,8 @@ def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerRe
         "steps": [plain(timing) for timing in layer_pass.steps],
         "steps_inside": [plain(timing) for timing in layer_pass.steps_inside],
     }
+
+
+def _public_name(kind: type) -> str:
+    """Give the name of the class, or of the nearest one above it whose name is public."""
+    return next(one.__name__ for one in kind.__mro__ if not one.__name__.startswith("_"))

@@ -220,7 +220,9 @@ class Recording:
 
     @property
     def transport(self) -> str:
-        return str(self.headers[0]["transport"])
+        """Its class; "own transport" where that has a private name, as in recordings of earlier versions."""
+        name = str(self.headers[0]["transport"])
+        return "own transport" if name.startswith("_") else name
 
     @property
     def node_size(self) -> int | None:

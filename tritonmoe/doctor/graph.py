@@ -70,6 +70,8 @@ class Member:
     """Bytes for each rank of the group, in its order; what stays on the rank itself counts as 0."""
     received: tuple[int, ...] | None = None
     num_bytes: int | None = None
+    element_bytes: int | None = None
+    """How wide its numbers are."""
     linked_s: float = 0.0
     """What of transfer_s is due to slow links, where that is known."""
 

@@ -436,6 +436,7 @@ def _from_nccl(part: Part, arguments: dict) -> bool:
     if ranks and not is_cut and (type(size) is not int or size == len(ranks)):
         part.group_ranks = ranks
     element = ELEMENT_BYTES.get(str(arguments.get("dtype", "")).lower(), 0)
+    part.element_bytes = element or None
     elements = arguments.get("In msg nelems")
     if element and type(elements) is int and elements >= 0:
         part.num_bytes = element * elements
@@ -465,7 +466,9 @@ def _from_operator(part: Part, arguments: dict) -> None:
     tensor = dims[1] if part.kind == "all_to_all" and len(dims) > 1 else dims[0] if dims else None
     while isinstance(tensor, list) and tensor and isinstance(tensor[0], list):
         tensor = tensor[0]
-    element = next((ELEMENT_BYTES[str(one).lower()] for one in types if str(one).lower() in ELEMENT_BYTES), 4)
+    known = next((ELEMENT_BYTES[str(one).lower()] for one in types if str(one).lower() in ELEMENT_BYTES), None)
+    element = 4 if known is None else known
+    part.element_bytes = known
     if isinstance(tensor, list) and tensor and all(type(size) is int and 0 <= size < 1 << 48 for size in tensor):
         part.num_bytes = element
         for size in tensor:

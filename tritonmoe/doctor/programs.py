@@ -67,6 +67,7 @@ class Programs:
                         self._to_others(index, part, part.sent),
                         self._to_others(index, part, part.received),
                         part.num_bytes,
+                        part.element_bytes,
                         self._linked_s(index, part, end_s - since),
                     )
                 )

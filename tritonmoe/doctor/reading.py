@@ -100,7 +100,20 @@ def _read_traces(path: Path) -> ForeignRun:
         on_one_clock(traces)
         mark_steps(traces, limits)
     graph, own = joined(traces)
-    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *limits])
+    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
+
+
+def _unknown(graph: Graph) -> Iterator[str]:
+    """Say what the exchanges of a graph don't tell."""
+    if not graph.members:
+        yield "there is no exchange in the files: what ranks wait for is not known"
+        return
+    rows = [member for member in graph.members if {"all_to_all", "dispatch", "combine"} & set(member.key)]
+    if rows and all(member.sent is None for member in rows):
+        yield (
+            "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
+            "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
+        )
 
 
 def _shortened(others: Sequence[str]) -> str:

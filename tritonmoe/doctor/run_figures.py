@@ -17,6 +17,10 @@ __all__ = ["PASSES", "figures_of", "timelines_of"]
 
 PASSES = ("forward", "backward")
 DECIMALS = 7
+MOST_RATE = 1e14
+"""Bytes a second. A faster link is none: its bytes took no time that could be measured, and its rate is not known."""
+MOST_RATIO = 1e3
+"""Where bytes elsewhere take next to no time, how many times as long they take on a link is not known."""
 
 
 def _median_call(run: RecordedRun) -> tuple[RecordedCall, PassesBefore]:
@@ -36,7 +40,9 @@ def figures_of(run: RecordedRun) -> Json:
         how many times the mean that is.
     """
     (call, before), ratios, steps = _median_call(run), run.costs.ratios, run.costs.steps
-    of_byte = ratios.of_byte(run.recording.node_size)
+    of_byte = [
+        [_at_most(ratio, MOST_RATIO) for ratio in row] for row in ratios.of_byte(run.recording.node_size).tolist()
+    ]
     link, call_of = run.costs.link, {of.call.sequence: of.call for of in run.built.passes}
     return {
         "transport": run.recording.transport,
@@ -44,18 +50,10 @@ def figures_of(run: RecordedRun) -> Json:
         "calls": len(call_of),
         "plan": str(call.plan),
         "step_s": run.built.step_s,
-        "advice": [
-            {
-                "words": one.words,
-                "costs": one.costs,
-                "gain_s": one.gain.seconds,
-                "low_s": one.gain.low_s,
-                "high_s": one.gain.high_s,
-                "share": one.gain.share(run.found.replayed_s),
-            }
-            for one in run.advice
-        ],
-        "link": {"latency_s": link.latency_s, "bytes_per_s": link.bytes_per_s},
+        "link": {
+            "latency_s": link.latency_s,
+            "bytes_per_s": link.bytes_per_s if link.bytes_per_s < MOST_RATE else None,
+        },
         "slowness": list(run.costs.slowness),
         "median_call": {
             "call": call.sequence,
@@ -68,11 +66,16 @@ def figures_of(run: RecordedRun) -> Json:
             },
         },
         "waits_s": _waits(run),
-        "byte_ratios": of_byte.tolist() if ratios.are_told_apart else None,
+        "byte_ratios": of_byte if ratios.are_told_apart else None,
         "loads": _loads(run),
         "step_costs": {"fixed_s": dict(steps.fixed_s), "unit_s": dict(steps.unit_s)},
         "gap_s": run.costs.gap_s,
     }
+
+
+def _at_most(value: float, most: float) -> float | None:
+    """Give a value, or None for not known where it is beyond what can be."""
+    return value if value < most else None
 
 
 def _typical_entry(passes: Sequence[RecordedPass]) -> float:

@@ -26,6 +26,8 @@ class Part:
     rows: int | None = None
     """How many rows came."""
     num_bytes: int | None = None
+    element_bytes: int | None = None
+    """How wide its numbers are."""
     peer: int | None = None
     """The other rank of a send or receive, by its number in the group."""
     links: tuple[tuple[str, int, int, float], ...] = ()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tritonmoe.doctor.graph import Graph, Kind
 from tritonmoe.doctor.tables import indices
 
-__all__ = ["Walker"]
+__all__ = ["Moments", "Walker"]
 
 RUN, POST, WAIT, STEP = int(Kind.RUN), int(Kind.POST), int(Kind.WAIT), int(Kind.STEP)
 MOST_VALUES = 1 << 24
@@ -30,6 +30,22 @@ class _Level:
     """(number of members of each, members, members before them in their lanes)."""
     special: tuple[Tensor, Tensor] | None
     """Members that don't wait for all, and the members that each waits for."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When everything of a graph happened, as a walk gives it: seconds from when the first rank begins."""
+
+    step_s: list[float]
+    """How long each step took."""
+    step_ends_s: Tensor
+    """(S, W): when each rank had ended each step."""
+    started_s: Tensor
+    """(M,): when each exchange had started on its rank."""
+    ended_s: Tensor
+    """(M,)."""
+    waits_since_s: Tensor
+    """(M,): since when its rank had nothing to do but to wait for it; NaN where it never waits."""
 
 
 class Walker:
@@ -183,11 +199,18 @@ class Walker:
         count = max(1, MOST_VALUES // per_set)
         found: list[list[float]] = []
         for first in range(0, len(run_s), count):
-            found += self._walk(run_s[first : first + count], transfer_s[first : first + count])
+            found += self._walk(run_s[first : first + count], transfer_s[first : first + count])[0]
         return found
 
+    def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
+        """Give when every exchange started and ended, and every step."""
+        (step_s,), *times = self._walk(run_s[None], transfer_s[None])
+        step_ends_s, started_s, ended_s, waits_since_s = (of[..., 0] for of in times)
+        return Moments(step_s, step_ends_s, started_s, ended_s[:-1], waits_since_s)
+
     @torch.no_grad()
-    def _walk(self, run_s: Tensor, transfer_s: Tensor) -> list[list[float]]:
+    def _walk(self, run_s: Tensor, transfer_s: Tensor) -> tuple[list[list[float]], Tensor, Tensor, Tensor, Tensor]:
+        """Give the seconds of every step of each set, and what Moments has, with the sets in the last dimension."""
         graph, num_ranks, num_sets = self.graph, len(self.graph.ranks), len(run_s)
 
         def numbers(*shape: int, value: float = 0.0) -> Tensor:
@@ -199,6 +222,7 @@ class Walker:
         transfer_s, delay_s = transfer_s.T.contiguous(), self.tables.delay_s[:, None]
         now = numbers(num_ranks) + torch.tensor(graph.begin_s, dtype=torch.float64, device="cpu")[:, None]
         started, ended = numbers(self._num_members), numbers(self._num_members + 1, value=-torch.inf)
+        waits_since = numbers(self._num_members, value=torch.nan)
         step_ends = numbers(len(graph.steps), num_ranks)
         for level in self._levels:
             for kind, items, ranks, what in level.items:
@@ -206,6 +230,7 @@ class Walker:
                 if kind == POST:
                     started[what] = moment
                 elif kind == WAIT:
+                    waits_since[what] = moment
                     moment = torch.maximum(moment, ended[what])
                 else:
                     step_ends[what, ranks if isinstance(ranks, Tensor) else torch.arange(num_ranks)[ranks]] = moment
@@ -228,7 +253,7 @@ class Walker:
         ends = step_ends.amax(1)
         first = torch.full((1, num_sets), max(graph.begin_s, default=0.0), dtype=torch.float64, device="cpu")
         ends = torch.cat([first, ends]).cummax(0).values
-        return ends.diff(dim=0).clamp(min=0).T.tolist()
+        return ends.diff(dim=0).clamp(min=0).T.tolist(), step_ends, started, ended, waits_since
 
 
 def _places(numbers: list[int]) -> Tensor | slice:

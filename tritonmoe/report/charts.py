@@ -7,10 +7,18 @@ from typing import ClassVar
 
 from tritonmoe.report.figures import UNITS, Cell, Table
 
-__all__ = ["Curve", "Curves", "Heat", "Segment", "Strip", "Strips", "ticks"]
+__all__ = ["Bars", "Curve", "Curves", "Heat", "Segment", "Strip", "Strips", "compact", "ticks"]
 
 NUM_SHADES = 8
 """Of a heat map; the lightest is just above its base, the darkest of the largest value."""
+MOST_CELL, LEAST_CELL, CELLS_WIDTH = 40.0, 4.0, 960.0
+"""Pixels: cells of a heat map are square."""
+LEAST_NUMBER_CELL = 14.0
+"""A smaller cell has no room for a number."""
+MOST_NAMES, LETTER = 16, 6.4
+"""So many rows and columns are named; pixels of a letter."""
+MOST_TITLED = 60
+"""A strip of more segments is drawn as one path of each color, without their titles."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,17 @@ class Strip:
     heading: str = ""
     """What stands above this strip and those that follow it."""
 
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """Give (color, path of all its segments) in a box of 1000 by 14, where there are too many to name each."""
+        if len(self.segments) <= MOST_TITLED:
+            return []
+        by_color: dict[str, list[str]] = {}
+        for one in self.segments:
+            piece = f"M{1000 * one.start:.1f} 0h{1000 * one.width:.1f}v14h{-1000 * one.width:.1f}z"
+            by_color.setdefault(one.color, []).append(piece)
+        return [(color, "".join(pieces)) for color, pieces in by_color.items()]
+
 
 @dataclass(frozen=True)
 class Strips:
@@ -47,7 +66,8 @@ class Strips:
     ticks: Sequence[tuple[float, str]]
     legend: Sequence[tuple[str, str]]
     """(color, meaning)."""
-    table: Table
+    table: Table | None
+    """None where the section has it already, or another chart."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +96,46 @@ class Heat:
         return max((value for row in self.values for value in row if value is not None), default=self.base)
 
     @property
-    def cell_height(self) -> float:
-        """Pixels."""
-        return max(6, min(28, 448 // max(1, len(self.values))))
+    def cell(self) -> float:
+        """The pixels of a cell, as wide as high."""
+        return max(LEAST_CELL, min(MOST_CELL, CELLS_WIDTH // max(1, len(self.column_names))))
+
+    @property
+    def left(self) -> float:
+        """The pixels that names of rows need."""
+        return 10 + LETTER * max((len(name) for name in self.row_names), default=0)
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether names of columns are too long to stand side by side."""
+        every = math.ceil(len(self.column_names) / MOST_NAMES)
+        return LETTER * max((len(name) for name in self.column_names), default=0) > every * self.cell - 3
+
+    @property
+    def below(self) -> float:
+        """The pixels that they need."""
+        return 10 + LETTER * max(map(len, self.column_names)) if self.is_upright else 18.0
+
+    @property
+    def scale(self) -> tuple[float, str]:
+        """Give what the numbers in cells are divided by, and how they are called: (0.001, "ms")."""
+        if self.unit != "s":
+            return 1.0, {"times": "multiples", "count": "counts", "share": "shares"}.get(self.unit, self.unit)
+        scales = (1.0, "seconds"), (1e-3, "ms")
+        return next((scale for scale in scales if self.largest >= 2 * scale[0]), (1e-6, "us"))
+
+    @property
+    def numbers(self) -> list[tuple[int, int, str, bool]]:
+        """Give (row, column, number, whether the cell is dark) of every cell that has room for it."""
+        if self.cell < LEAST_NUMBER_CELL:
+            return []
+        shade = (self.largest - self.base) / 2
+        return [
+            (i, k, text, value - self.base > shade)
+            for i, row in enumerate(self.values)
+            for k, value in enumerate(row)
+            if value is not None and (text := compact(value / self.scale[0]))
+        ]
 
     @property
     def shades(self) -> list[tuple[int, str]]:
@@ -95,9 +152,51 @@ class Heat:
         return "-" if value is None else UNITS[self.unit](value)
 
     def ticks(self, names: Sequence[str]) -> list[tuple[float, str]]:
-        """Give (middle of the cell as a share of all, name), at most 16."""
-        every = math.ceil(len(names) / 16)
+        """Give (middle of the cell as a share of all, name), at most MOST_NAMES."""
+        every = math.ceil(len(names) / MOST_NAMES)
         return [((n + 0.5) / len(names), name) for n, name in enumerate(names) if n % every == 0]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Upright bars side by side, above the table of their numbers; they start at 0."""
+
+    kind: ClassVar = "bars"
+    title: str
+    x: str
+    y: str
+    names: Sequence[str]
+    values: Sequence[float]
+    colors: Sequence[str]
+    line: float
+    """A value that all are compared with, drawn across."""
+    legend: Sequence[tuple[str, str]]
+    table: Table
+
+    @property
+    def top(self) -> float:
+        return max(self.values, default=0.0) * 1.05 or 1.0
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """Give (color, path of all bars of that color) in a box of 1000 by 1000."""
+        by_color: dict[str, list[str]] = {}
+        width = 1000 / max(1, len(self.values))
+        for n, (value, color) in enumerate(zip(self.values, self.colors, strict=True)):
+            height, room = 1000 * value / self.top, min(0.15 * width, 6.0)
+            left, wide = width * n + room / 2, width - room
+            by_color.setdefault(color, []).append(f"M{left:.2f} 1000v{-height:.1f}h{wide:.2f}V1000z")
+        return [(color, "".join(path)) for color, path in by_color.items()]
+
+    @property
+    def x_ticks(self) -> list[tuple[float, str]]:
+        every = math.ceil(len(self.names) / 12) or 1
+        return [((n + 0.5) / len(self.names), name) for n, name in enumerate(self.names) if n % every == 0]
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Give (share of the height from the top, text)."""
+        return [(1 - share, text) for share, text in ticks(self.top)]
 
 
 @dataclass(frozen=True)
@@ -150,6 +249,17 @@ class Curves:
     def y_ticks(self) -> list[tuple[float, str]]:
         """Give (share of the height from the top, text)."""
         return [(1 - share, text) for share, text in ticks(self.top)]
+
+
+def compact(value: float) -> str:
+    """Give a number in at most four characters, "" for none: 0.4, 12, 340, 1.2k, 15k, 3.4M."""
+    if round(abs(value), 1) == 0:
+        return ""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
+        if abs(value) >= 0.9995 * factor:
+            scaled = value / factor
+            return f"{scaled:.0f}{letter}" if abs(scaled) >= 9.95 else f"{scaled:.1f}".removesuffix(".0") + letter
+    return f"{value:.1f}"
 
 
 def ticks(top: float, unit: str = "", most: int = 6) -> list[tuple[float, str]]:

@@ -26,7 +26,16 @@ def _seconds(value: float) -> str:
         return "0 ms"
     if abs(value) < 1e-4:
         return f"{_significant(value * 1e6)} us"
+    if abs(value) >= 10:
+        return f"{_significant(value)} s"
     return f"{_significant(value * 1e3)} ms"
+
+
+def _bytes(value: float) -> str:
+    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= factor:
+            return f"{_significant(value / factor)} {name}"
+    return f"{value:.0f} bytes"
 
 
 UNITS = {
@@ -34,6 +43,7 @@ UNITS = {
     "ms": lambda value: _seconds(value / 1e3),
     "share": lambda value: f"{round(100 * value, 1) + 0.0:.1f} %",  # never -0.0
     "bytes/s": lambda value: f"{_significant(value / 1e9)} GB/s",
+    "bytes": _bytes,
     "GB": lambda value: f"{_significant(value)} GB",
     "$": lambda value: f"{value:.4f} $",
     "times": lambda value: f"{value:.2f} x",
@@ -97,7 +107,7 @@ class Table:
 
     kind: ClassVar = "table"
     header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Cell | Line]]
     title: str = "The numbers"
 
     @property

@@ -5,15 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
-from tritonmoe.report.charts import Curves, Heat, Strips
+from tritonmoe.report.charts import Bars, Curves, Heat, Strips
 from tritonmoe.report.figures import Line, Table, Words
 from tritonmoe.runtime.files import Json, write_whole
 
-__all__ = ["Block", "Page", "Section", "page_text", "write_page"]
+__all__ = ["Banner", "Block", "Page", "Section", "page_text", "write_page"]
 
-Block = Words | Table | Strips | Heat | Curves
+Block = Words | Table | Strips | Heat | Curves | Bars
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,18 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Banner:
+    """A verdict that is seen from afar: bad in red, good in green, open where there is none."""
+
+    tone: Literal["bad", "good", "open"]
+    verdict: Line
+    lines: Sequence[Line]
+    name: str = ""
+    unknown: Sequence[Line] = ()
+    """What can't be told, which stands before the verdict."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Page:
     """The JSON with all numbers that are shown."""
     trace: Json | None = None
     """What chrome_trace gives; the page offers it as a file."""
+    banners: Sequence[Banner] = ()
 
 
 def page_text(page: Page) -> str:

@@ -1,0 +1,140 @@
+"""A finding in words: what is wrong, who it is, where, when, and what to do about it; numbers as a reader sees them."""
+
+from dataclasses import dataclass
+
+from tritonmoe.doctor.attribution import Cost, Finding, Verdict
+from tritonmoe.doctor.culprits import phase_of
+from tritonmoe.doctor.graph import Key
+
+__all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "words_of"]
+
+MOST_FACTOR = 50.0
+"""Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
+LEAST_FACTOR = 1.05
+TO_DO = {
+    "slow rank": "look at its clocks, its temperature and what else runs there; else leave the machine out",
+    "late rank": "look at what it does outside of operations: data loading, logging, checkpoints, garbage collection",
+    "slow link": "look at cable, port, switch and route; measure the links alone",
+    "late link": "look at the route, and at what delays messages there: a switch, a proxy, a busy core",
+    "slow port": "look at the network card of that rank, its cable and its driver; measure it alone",
+    "bandwidth": "send fewer bytes, or hide them: chunks that overlap, two levels, a narrower wire_dtype",
+    "latency": "fewer and larger exchanges: fewer chunks; a nearer network",
+    "chunk overhead": "fewer chunks",
+    "host overhead": "a faster host, fewer threads beside it; look at what runs between the layer's steps",
+    "exchange contention": "leave exchanges cores of their own",
+    "pause": "look at what all ranks do at once between calls: checkpoints, evaluation, logging",
+    "imbalance": "balance the router (its auxiliary loss or bias: on where it is off, else higher), or spread hot "
+    "experts over ranks; where a rank has more tokens than the others, batches of one length",
+}
+OF_THIS_PACKAGE = {
+    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; a placement of the experts; where a rank "
+    "has more tokens than the others, batches of one length",
+}
+"""What else is to be done where the layers are this package's."""
+
+
+@dataclass(frozen=True)
+class FindingWords:
+    """The parts of a sentence about a finding."""
+
+    what: str
+    who: str
+    where: str
+    """Empty where it is everywhere."""
+    when: str
+    to_do: str
+    hidden: str
+    """What is added where another cause hides it; else empty."""
+
+    @property
+    def sentence(self) -> str:
+        where = f", {self.where}" if self.where else ""
+        return f"{self.who} {self.what}{where}, {self.when}{self.hidden}"
+
+
+def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> FindingWords:
+    """Say what a finding is; is_recording: the layers are this package's."""
+    graph, culprits = found.graph, one.culprits
+    if culprits.links:
+        ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
+        who = " and ".join(ways)
+    elif culprits.moves:
+        who = "another rank from step to step"
+    elif culprits.ranks:
+        who = graph.named(culprits.ranks)
+    else:
+        who = "all ranks" if len(graph.ranks) > 1 else "the rank"
+    count = len(culprits.links) or len(culprits.ranks) or len(graph.ranks)
+    several = not culprits.moves and count > 1
+    where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
+    where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
+    hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
+    to_do = (OF_THIS_PACKAGE if is_recording else {}).get(one.kind, TO_DO[one.kind])
+    return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
+
+
+def _what(one: Finding, several: bool, num_ranks: int) -> str:
+    culprits = one.culprits
+    s, their = ("", "their") if several else ("s", "its")
+    is_beyond = culprits.factor > MOST_FACTOR
+    if one.kind == "slow rank":
+        return f"compute{s} " + ("where others hardly do" if is_beyond else _times(culprits.factor))
+    if one.kind == "late rank":
+        if num_ranks == 1:
+            return "does nothing that the file shows, for longer than usual"
+        return f"come{s} late to exchanges, doing nothing that the file shows"
+    if one.kind == "slow link" and culprits.links:
+        return (
+            "bytes take time where others take next to none" if is_beyond else f"bytes take {_times(culprits.factor)}"
+        )
+    if one.kind == "slow link":
+        if is_beyond:
+            return f"need{s} time for {their} bytes where others need next to none"
+        return f"need{s} {_times(culprits.factor)} for {their} bytes"
+    return {
+        "imbalance": f"get{s} more rows than others",
+        "late link": "every message comes later than over other links, however small",
+        "slow port": culprits.words,
+        "bandwidth": f"wait{s} for the bytes of exchanges, at the links' usual rate",
+        "latency": f"wait{s} for exchanges for what these take however small they are",
+        "chunk overhead": f"pay{s} what a part of a layer costs, however small it is, once for every chunk",
+        "host overhead": f"wait{s} for the host, before the first step of a pass and between steps",
+        "exchange contention": f"compute{s} more slowly beside an exchange",
+        "pause": f"do{'' if several else 'es'} something else at once between calls, for longer than usual",
+    }[one.kind]
+
+
+def _times(factor: float) -> str:
+    return "longer than usual" if factor < LEAST_FACTOR else f"{factor:.2f} times as long as usual"
+
+
+def place_words(key: Key) -> str:
+    """Name a key: "before all_to_all 3 of forward"."""
+    phase = phase_of(key)
+    of_phase = f" of {phase}" if phase and phase == key[0] else ""
+    if "before" in key:
+        return f"before {key[2]} {key[3] + 1}{of_phase}"
+    if len(key) == 3 and isinstance(key[2], int):
+        return f"in {key[1]} {key[2] + 1}{of_phase}"
+    return f"in {' '.join(map(str, key))}"
+
+
+def count_words(count: int, what: str) -> str:
+    """Give "1 rank", "3 ranks"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def time_words(seconds: float) -> str:
+    """Give milliseconds, of long times seconds."""
+    return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{1e3 * seconds:.1f} ms"
+
+
+def share_words(seconds: float, found: Verdict) -> str:
+    """Give a time as a share of a step."""
+    return f"{seconds / found.replayed_s if found.replayed_s else 0.0:.0%}"
+
+
+def cost_words(cost: Cost, found: Verdict) -> str:
+    """Give a cost with its interval: "12.1 ms a step, 14% (13% to 15%)"."""
+    low, high = (share_words(value, found) for value in (cost.low_s, cost.high_s))
+    return f"{time_words(cost.seconds)} a step, {share_words(cost.seconds, found)} ({low} to {high})"
