@@ -10,13 +10,15 @@ from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.trainer import trained_by
+from tritonmoe.planner.trainer import UNKNOWN_IMBALANCE, trained_by
 
 __all__ = ["HELD_OUT", "PublishedStep", "published_steps"]
 
 FILE = Path(__file__).parent / "results" / "published_steps.json"
 HELD_OUT = ("NeMo AutoModel", "torchtitan, B200", "ms-swift, A800")
 """The families that were not looked at while the model and its priors were made."""
+FREE_ROUTING = ("torchtitan, B200", "ms-swift, A800")
+"""The families of which nothing balances the routing."""
 FEWER_GPUS = {"GB200": 64, "GB300": 64}
 """Machine -> the GPUs of one node that published runs use."""
 
@@ -64,6 +66,8 @@ def _step(family: str, source: str, trainer: str, row: dict[str, Any]) -> Publis
         two_batches="two halves" in row["note"],
     )
     job = replace(job, micro_batches=row["global_batch"] // (row["micro_batch"] * job.dp(cluster)))
+    if "free routing" in row["note"] or family in FREE_ROUTING:
+        job = replace(job, imbalance=UNKNOWN_IMBALANCE)
     name = "deepspeed" if row["note"] == "deepspeed" else trainer
     job = trained_by(job, name, row["sends"])
     if row["unit"] == "s":

@@ -72,15 +72,15 @@ def test_what_is_measured_makes_the_interval_narrower_but_never_as_narrow_as_its
     )
     assert everything < 0.95 * host < 0.9 * nothing
     # What the model itself is off by, on published steps, no measurement of the machine takes away.
-    of_model = math.hypot(MODEL_ERROR.common, MODEL_ERROR.own)
-    assert math.log(everything) == pytest.approx(2 * NORMAL_90 * of_model, rel=0.25)
+    of_model = sum(math.hypot(of, MODEL_ERROR.own) for of in (MODEL_ERROR.faster, MODEL_ERROR.slower))
+    assert math.log(everything) == pytest.approx(NORMAL_90 * of_model, rel=0.25)
 
 
 def test_a_trainers_passes_are_uncertain_too():
     cluster = measured(H100, "gpu", "inside", "between", "host")
     assert ratio(cluster, trained_by(FULL, "megatron")) > 1.02 * ratio(cluster)
     found = plan(trained_by(FULL, "megatron"), cluster, [8])
-    assert found.sensitivities[0].key == "trainer.pair_passes"
+    assert found.sensitivities[0].key == "job.pair_passes"
 
 
 def test_what_moves_the_time_most_is_to_be_measured_next():

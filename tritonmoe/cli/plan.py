@@ -20,7 +20,7 @@ from tritonmoe.planner.plan import plan
 from tritonmoe.planner.plan_page import comparison_page, plan_page
 from tritonmoe.planner.plan_table import comparison_table, plan_table
 from tritonmoe.planner.search import Free
-from tritonmoe.planner.trainer import TRAINERS, Sends, trained_by
+from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 
@@ -69,6 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--wire-dtype", choices=["fp8"], help="how rows travel to their experts")
     parser.add_argument("--equal", choices=get_args(Equal), help="with --compare: as many GPUs, or as many $ an hour")
     parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
+    parser.add_argument("--balanced", action="store_true", help="routing is forced to be balanced, as in benchmarks")
     parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
@@ -125,6 +126,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         dtype=arguments.dtype,
         wire_dtype=arguments.wire_dtype,
         two_batches=arguments.two_batches,
+        imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
         load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
     )
     return trained_by(job, arguments.trainer, arguments.sends, arguments.zero)

@@ -15,8 +15,8 @@ HOST = Host(us_per_layer=_assumed(2450.0), us_per_chunk=_assumed(30.0), ms_per_s
 CX7 = BetweenLink(
     gb_per_s=50.0,
     efficiency=_assumed(0.87),
-    latency_us=_assumed(30.0),
-    us_per_peer=_assumed(0.9),
+    latency_us=_assumed(50.0),
+    us_per_peer=_assumed(0.3),
     decay=_assumed(0.03),
 )
 """One port of 400 Gbit/s a GPU. Efficiency, decay and the cost per peer are those that published all-to-alls over 3 to
@@ -27,10 +27,10 @@ TCP = replace(CX7, efficiency=Estimate(0.12, "assumed", 2.0), latency_us=_assume
 IB200 = replace(CX7, gb_per_s=25.0)
 
 
-def _nvlink(gb_per_s: float, efficiency: float = 0.65) -> InsideLink:
+def _nvlink(gb_per_s: float) -> InsideLink:
     """Give a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
     return InsideLink(
-        gb_per_s=gb_per_s, efficiency=_assumed(efficiency), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5)
+        gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5)
     )
 
 
@@ -48,9 +48,9 @@ CLUSTERS = {
     for cluster in (
         Cluster("H100", 8, 8, 2.5, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
         Cluster("H200", 8, 8, 3.0, 0, _gpu(141, 4.8, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
-        Cluster("H800", 8, 8, 2.0, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(200, 0.78), CX7, HOST),
+        Cluster("H800", 8, 8, 2.0, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
         Cluster("A100", 8, 8, 1.5, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(300), IB200, HOST),
-        Cluster("A800", 8, 8, 1.4, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(200, 0.78), IB200, HOST),
+        Cluster("A800", 8, 8, 1.4, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(200), IB200, HOST),
         Cluster("B200", 8, 8, 4.5, 0, _gpu(180, 8.0, BLACKWELL, 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
         Cluster(
             *("MI300X", 8, 8, 2.0, 0),

@@ -123,7 +123,6 @@ def compare(
 ) -> Comparison:
     """Plan a job for several clusters, and its price for models of other widths. Raises ValueError as plan() does."""
     clusters = equalized(clusters, equal)
-    # Other draws for every cluster: what is uncertain about one says nothing about the others.
     plans = [plan(job, cluster, degrees, free=free, seed=number) for number, cluster in enumerate(clusters)]
     usd = [
         [_cheapest(replace(job, model=job.model.scaled(scale)), one, degrees)[0] for scale in SCALES]

@@ -15,8 +15,10 @@ from tritonmoe.planner.step import StepTime, step_with
 
 __all__ = ["Draw", "Drawn", "Uncertain", "draw", "interval", "uncertainties"]
 
-TRAINER_SPREADS = {"pair_passes": 1.0, "us_per_expert": 4.0}
+JOB_SPREADS = {"pair_passes": 1.0, "us_per_expert": 4.0, "imbalance": 0.4}
 """Settings of a Job that are only assumed -> their spread."""
+LEAST = {"pair_passes": 0.0, "us_per_expert": 0.0, "imbalance": 1.0}
+"""What they are at least; with that they are no estimates."""
 TENTHS = 10
 
 
@@ -25,7 +27,7 @@ class Uncertain:
     """A number that nobody knows exactly."""
 
     key: str
-    """Such as "gpu.gemm_efficiency" or "trainer.pair_passes"."""
+    """Such as "gpu.gemm_efficiency" or "job.pair_passes"."""
     value: float
     source: str
     spread: float
@@ -39,9 +41,9 @@ def uncertainties(job: Job, cluster: Cluster) -> list[Uncertain]:
     """Give all numbers of a job and a cluster that are estimates."""
     found = [Uncertain(key, one.value, one.source, spread_of(key, one)) for key, one in cluster.estimates()]
     found += [
-        Uncertain(f"trainer.{name}", getattr(job, name), "assumed", spread)
-        for name, spread in TRAINER_SPREADS.items()
-        if getattr(job, name)
+        Uncertain(f"job.{name}", getattr(job, name), "assumed", spread)
+        for name, spread in JOB_SPREADS.items()
+        if getattr(job, name) > LEAST[name]
     ]
     return found
 
@@ -56,7 +58,9 @@ class Draw:
     """Standard normal numbers: of what a run shares with others of its kind, and of the run alone."""
 
     def job(self, job: Job) -> Job:
-        changed = {name: getattr(job, name) * self.factors.get(f"trainer.{name}", 1.0) for name in TRAINER_SPREADS}
+        changed = {
+            name: max(least, getattr(job, name) * self.factors.get(f"job.{name}", 1.0)) for name, least in LEAST.items()
+        }
         return replace(job, **changed)
 
     def error(self, error: ModelError = MODEL_ERROR) -> float:
@@ -65,14 +69,21 @@ class Draw:
 
 
 def draw(job: Job, cluster: Cluster, count: int, seed: int) -> list[Draw]:
-    """Give so many draws. What the model leaves out is the same for every seed, since clusters share it."""
-    generator, of_model = random.Random(seed + 1), random.Random(0)
-    numbers = uncertainties(job, cluster)
+    """Give so many draws, of a cluster with a seed of its own.
+
+    Two clusters of which the same is assumed share what it may really be, as they share the model's error: they are
+    machines of one kind, or run one trainer. What was measured on one says nothing about the other.
+    """
+    numbers = {
+        one.key: (one.sigma, random.Random(f"{one.key} {one.value} {'' if one.source == 'assumed' else seed}"))
+        for one in uncertainties(job, cluster)
+    }
+    common, own = random.Random("common"), random.Random(f"own {seed}")
     return [
         Draw(
-            {one.key: math.exp(generator.gauss(0.0, one.sigma)) for one in numbers},
-            of_model.gauss(0.0, 1.0),
-            generator.gauss(0.0, 1.0),
+            {key: math.exp(generator.gauss(0.0, sigma)) for key, (sigma, generator) in numbers.items()},
+            common.gauss(0.0, 1.0),
+            own.gauss(0.0, 1.0),
         )
         for _ in range(count)
     ]
@@ -100,7 +111,8 @@ def _moving_s(job: Job, cluster: Cluster, parts: Parts, curve: ExchangeCurve) ->
     """Give what the exchanges of a layer and micro-batch take, with packing and the agreements before them."""
     forward, backward = (one.exchange_s + one.packing_s for one in curve.lanes(job, cluster, parts))
     forwards = 2 if job.recompute == "full" else 1
-    return forwards * forward + backward + (forwards + 1) * curve.agreeing_s(job, cluster, parts)
+    seconds = forwards * forward + backward + (forwards + 1) * curve.agreeing_s(job, cluster, parts)
+    return job.imbalance * seconds
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -212,12 +212,11 @@ def _units(
         kind = pair[0].step.kind.twin  # costs inside nodes are those between them
         before = kinds.get(kind, (0.0, 0.0))
         kinds[kind] = before[0] + spans[0], before[1] + spans[1]
-    # Bytes are told by exchanges that don't wait for each other; chunks are as many more of them.
+    # Told by exchanges that don't wait for each other. Those of chunks overlap in latency: one of each kind counts.
     sent = [[0.0, 0.0], [0.0, 0.0]]
     for level, step in _exchanges(walk(SERIAL, StepCosts({}, {}), byte)):
-        sent[level][1] += float((step.end_s - step.posted_s).max())  # type: ignore[operator]
-    for level, _ in _exchanges(walk(plan, StepCosts({}, {}), byte)):
         sent[level][0] += 1
+        sent[level][1] += float((step.end_s - step.posted_s).max())  # type: ignore[operator]
     return kinds, [(number, num_bytes) for number, num_bytes in sent]
 
 

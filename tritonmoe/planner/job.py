@@ -55,6 +55,9 @@ class Job:
     """1: the optimizer's state is spread over data-parallel ranks; 3: weights and gradients too."""
     us_per_expert: float = 0.0
     """What the host needs for each expert of a layer and each pass, where experts aren't spread and run one by one."""
+    imbalance: float = 1.0
+    """The pairs of the busiest rank over the mean, where `load` doesn't say them: experts and exchanges take so many
+    times as long."""
     load: tuple[float, ...] = ()
     """The share of all pairs that each expert gets, as recorded; () is uniform routing."""
 
@@ -68,6 +71,8 @@ class Job:
             raise ValueError(f"pp={self.pp} stages are more than {self.model.num_layers} layers")
         if self.recompute not in get_args(Recompute):
             raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {self.recompute!r}")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance is the busiest rank's load over the mean, at least 1, got {self.imbalance}")
         if self.zero not in (1, 3):
             raise ValueError(f"zero must be 1 (the optimizer's state is spread) or 3 (weights too), got {self.zero}")
         if self.pp * self.stages_in_turn > self.model.num_layers:

@@ -127,7 +127,7 @@ class Plan:
 
 JOB_FIELDS = (
     *("trainer", "sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "recompute", "dtype"),
-    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero"),
+    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance"),
 )
 
 

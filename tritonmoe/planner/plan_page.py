@@ -192,8 +192,9 @@ class _Planned:
 
 
 ERRORS = {
-    "bias": "mean",
-    "common": "standard deviation that runs of one kind share",
+    "bias": "middle",
+    "faster": "standard deviation that runs of one kind share, of those that are faster",
+    "slower": "the same of those that are slower",
     "own": "standard deviation of one run about that",
 }
 EFFECTS = {"swing": "How far an estimate's interval moves the step's time",

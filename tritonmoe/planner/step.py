@@ -63,7 +63,7 @@ def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) ->
 
 def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) -> StepTime:
     """Give what a step takes whose layers' parts, experts and exchanges are known."""
-    dp = job.dp(cluster)
+    dp, exchange = job.dp(cluster), exchange.times(job.imbalance if job.ep > 1 else 1.0)
     both = {name: forward + backward for name, (forward, backward) in parts.items()}
     block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
     dense = {**both, "dense block": block, "tensor-parallel gathers": 2 * gathers}

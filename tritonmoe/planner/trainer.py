@@ -5,7 +5,10 @@ from typing import Literal, get_args
 
 from tritonmoe.planner.job import Job
 
-__all__ = ["TRAINERS", "Sends", "Trainer", "trained_by"]
+__all__ = ["TRAINERS", "UNKNOWN_IMBALANCE", "Sends", "Trainer", "trained_by"]
+
+UNKNOWN_IMBALANCE = 1.2
+"""Job.imbalance of routing that nobody recorded or forced to be balanced; of fine-tuning 2.6 to 5.1 was published."""
 
 Sends = Literal["rows", "pairs"]
 """Whether a token travels once to each rank that needs it, or once for each of its experts."""
