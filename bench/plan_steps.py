@@ -1,113 +1,148 @@
-"""Published products and training steps against the planner: whole models, and such as were cut to four layers."""
+"""Published steps against the planner's intervals, each family of rows predicted with the error that the others say.
 
-from collections.abc import Iterator
-from dataclasses import replace
+A family is what one publication says of one trainer. Nothing is fitted to a row but the model's own error, to the rows
+of the other families. HELD_OUT families were not looked at while the model and its priors were made: they are also
+predicted from the other ones alone.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.published import Row, Table, published
-from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.job import Job
-from tritonmoe.planner.job_memory import memory_gb
-from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.operation_costs import copy_s
-from tritonmoe.planner.plan import plan
-from tritonmoe.planner.step import step_time
+from bench.published_steps import HELD_OUT, PublishedStep, published_steps
+from tritonmoe.benchmarks.argument_types import output_file
+from tritonmoe.benchmarks.timing import write_json
+from tritonmoe.planner.draws import Draw, Drawn, draw, interval
+from tritonmoe.planner.exchange_curve import SERIAL, ExchangeCurve
+from tritonmoe.planner.model_error import ModelError
 
-__all__ = ["step_tables"]
+__all__ = ["Walked", "fit", "leave_one_out", "main", "walk"]
 
-FAMILIES = {"deepseekv2": ("DeepSeek-V2", 0.1), "deepseekv3": ("DeepSeek-V3", 0.05)}
-"""Name in the table -> preset, and the target for the largest error."""
-PLAIN = OverlapPlan((1,), local_first=False, serial=True)
-"""What Megatron-LM's all-to-all dispatcher does: nothing overlaps."""
-MACHINE = replace(CLUSTERS["B200"], nodes=1)
-GIB = 1 << 30
+NUM_DRAWS = 200
 
 
-def step_tables() -> Iterator[Table]:
-    """Give grouped products, whole models, and for each family of cut ones a table of steps and one of memory."""
-    yield _grouped_products()
-    yield _whole_models()
-    table = published("simumax_b200_moe_step")
-    for family, (preset, target) in FAMILIES.items():
-        own = [row for row in table["rows"] if row["model"] == family]
-        first = own[0]
-        passes = _calibrate(preset, first)
-        rows = [
-            Row(
-                _what(row),
-                "ms",
-                row["real_ms"],
-                1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s,
-                row is first,
-                f"SimuMax {row['simumax_ms'] / row['real_ms'] - 1:+.1%}",
+@dataclass(frozen=True)
+class Walked:
+    """A published step with what is predicted for it, before the model's own error."""
+
+    step: PublishedStep
+    expected_s: float
+    draws: Sequence[Draw]
+    draws_s: Sequence[float]
+
+    @property
+    def residual(self) -> float:
+        """The logarithm of measured over the middle of the draws."""
+        return math.log(self.step.measured_s / statistics.median(self.draws_s))
+
+    def with_error(self, error: ModelError) -> tuple[float, tuple[float, float]]:
+        """Give the predicted step and its 80 % interval, in seconds."""
+        pairs = zip(self.draws, self.draws_s, strict=True)
+        predicted = self.expected_s * Draw({}, 0.0, 0.0).error(error)
+        return predicted, interval([seconds * one.error(error) for one, seconds in pairs])
+
+
+def walk(step: PublishedStep) -> Walked:
+    """Predict a published step, which overlaps nothing unless two halves of a batch run in turn."""
+    curve = ExchangeCurve(step.job, step.cluster, 1, SERIAL)
+    draws = draw(step.job, step.cluster, NUM_DRAWS, 0)
+    taken = [Drawn.of(one.job(step.job), step.cluster.scaled(one.factors), (curve, curve)) for one in draws]
+    expected = Drawn.of(step.job, step.cluster, (curve, curve))
+    return Walked(step, expected.time.step_s, draws, [one.time.step_s for one in taken])
+
+
+def fit(rows: Iterable[Walked]) -> ModelError:
+    """Fit the model's own error to rows; every family counts the same.
+
+    Of few families the spread of their means is known badly: it is as much larger as Student's t says.
+    """
+    families = by_family(rows)
+    residuals = [[one.residual for one in own] for own in families.values()]
+    means = [statistics.mean(own) for own in residuals]
+    count = len(means)
+    few = 1 + 0.78 / (count - 1)  # Student's t of count - 1 degrees over the normal's quantile, at 90 %
+    own = math.sqrt(statistics.mean(statistics.variance(of) for of in residuals if len(of) > 1))
+    middle = statistics.median(means)
+    halves = ([one for one in means if one <= middle], [one for one in means if one >= middle])
+    faster, slower = (few * math.sqrt(statistics.mean((one - middle) ** 2 for one in half)) for half in halves)
+    return ModelError(middle, faster, slower, own)
+
+
+def by_family(rows: Iterable[Walked]) -> dict[str, list[Walked]]:
+    families: dict[str, list[Walked]] = {}
+    for row in rows:
+        families.setdefault(row.step.family, []).append(row)
+    return families
+
+
+def leave_one_out(rows: Sequence[Walked], fitted_to: Sequence[Walked]) -> list[dict[str, Any]]:
+    """Give every row's prediction, with the error fitted to the other families of `fitted_to`."""
+    found = []
+    for family, own in by_family(rows).items():
+        error = fit(row for row in fitted_to if row.step.family != family)
+        for row in own:
+            predicted, (low, high) = row.with_error(error)
+            measured = row.step.measured_s
+            found.append(
+                {
+                    "family": family,
+                    "source": row.step.source,
+                    "what": row.step.what,
+                    "measured_s": round(measured, 4),
+                    "predicted_s": float(f"{predicted:.5g}"),
+                    "low_s": float(f"{low:.5g}"),
+                    "high_s": float(f"{high:.5g}"),
+                    "error": round(predicted / measured - 1, 4),
+                    "inside": low <= measured <= high,
+                }
             )
-            for row in own
-        ]
-        fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
-        yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
-        memory = [
-            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row, passes), MACHINE) * 1e9 / GIB)
-            for row in own
-            if row["mbc"] == 4
-        ]
-        yield Table(f"Memory of {preset}, 4 layers", table["source"], "nothing", memory)
+    return found
 
 
-def _whole_models() -> Table:
-    """Whole models, predicted as this package would run them: rows sent once, exchanges overlapped, nothing fitted."""
-    table = published("megatron_bridge_bf16")
-    rows = []
-    for row in table["rows"]:
-        machine = CLUSTERS[row["machine"]]
-        cluster = machine.with_nodes(row["gpus"] // machine.gpus_per_node)
-        job = Job(MODELS[row["model"]], row["sequence"], row["micro_batch"], pp=row["pp"], ep=row["ep"])
-        per_step = row["global_batch"] // (row["micro_batch"] * job.dp(cluster))
-        found = plan(replace(job, micro_batches=per_step), cluster, [row["ep"]], num_draws=1)
-        best = min(found.predictions, key=lambda one: one.time.step_s)
-        predicted = best.time.tokens_per_s / cluster.num_gpus
-        what = f"{row['machine']}, {row['gpus']} GPUs, {row['model']}, pp {row['pp']}, ep {row['ep']}"
-        rows.append(Row(what, "tokens/s", row["tokens_per_s_per_gpu"], predicted))
-    return Table("Whole models, Megatron Bridge", table["source"], "nothing: the presets", rows)
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Give how many rows lie in their intervals, and how wide those are: the upper end over the lower one."""
+    return {
+        "rows": len(rows),
+        "inside": sum(row["inside"] for row in rows),
+        "coverage": round(sum(row["inside"] for row in rows) / len(rows), 4),
+        "median_width": round(statistics.median(row["high_s"] / row["low_s"] for row in rows), 3),
+        "median_error": round(statistics.median(abs(row["error"]) for row in rows), 4),
+    }
 
 
-def _grouped_products() -> Table:
-    """Grouped products: the time for arithmetic and that for operands in memory, added."""
-    table, gpu = published("simumax_b200_grouped_products"), CLUSTERS["B200"].gpu
-    rows = []
-    for row in table["rows"]:
-        experts, each, outputs, inputs = (row[name] for name in ("experts", "rows", "outputs", "inputs"))
-        weight_bytes = 2 if row["pass"] != "weight gradient" else 8 if row["gradient"] == "fp32" else 4
-        peak_s = 2 * experts * each * outputs * inputs / (gpu.tflops["bf16"] * 1e12)
-        moved = experts * (outputs * inputs * weight_bytes + 2 * each * (outputs + inputs))
-        predicted = peak_s / (peak_s / gpu.grouped_efficiency.value + copy_s(CLUSTERS["B200"], moved))
-        what = f"{experts} x {each} rows, {inputs} to {outputs}, {row['pass']}, {row['gradient']}"
-        rows.append(Row(what, "%", 100 * row["efficiency"], 100 * predicted))
-    fitted = "the preset B200's grouped and memory efficiency, 0.54 and 0.7, to all of them"
-    return Table("Grouped products, B200", table["source"], fitted, rows)
+def main(argv: list[str] | None = None) -> None:
+    """Print every row, then how many lie in their interval."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plan_steps", description=__doc__)
+    parser.add_argument("--open", action="store_true", help="only the families that were looked at, none held out")
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
+    arguments = parser.parse_args(argv)
+    steps = [one for one in published_steps() if not arguments.open or one.family not in HELD_OUT]
+    rows = [walk(one) for one in steps]
+    seen = [row for row in rows if row.step.family not in HELD_OUT]
+    held_out = [row for row in rows if row.step.family in HELD_OUT]
+    found = leave_one_out(rows, rows)
+    for row in found:
+        print(
+            f"{row['family']}: {row['what']}: measured {row['measured_s']:.3f} s, predicted {row['predicted_s']:.3f} "
+            f"({row['low_s']:.3f} - {row['high_s']:.3f}), {row['error']:+.0%}{'' if row['inside'] else ', OUTSIDE'}"
+        )
+    summaries = {"open families, each left out": summary(leave_one_out(seen, seen))}
+    if held_out:
+        summaries["held-out families, from the open ones"] = summary(leave_one_out(held_out, seen))
+        summaries["all families, each left out"] = summary(found)
+    error = fit(rows)
+    for name, of in summaries.items():
+        print(
+            f"{name}: {of['inside']} of {of['rows']} inside ({of['coverage']:.0%}), median width x"
+            f"{of['median_width']:.2f}, median error {of['median_error']:.0%}"
+        )
+    print(f"the model's own error, of all these rows: {error}")
+    results = {"summaries": summaries, "model_error": asdict(error), "rows": found}
+    write_json(arguments.json, "plan_steps", results)
 
 
-def _what(row: dict[str, Any]) -> str:
-    return f"ep {row['ep']}, pp {row['pp']}, {row['mbc']} micro-batches"
-
-
-def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
-    """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
-    model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
-    return Job(
-        model,
-        4096,
-        1,
-        row["mbc"],
-        pp=row["pp"],
-        ep=row["ep"],
-        overlaps_reduction=False,
-        sends_pairs=True,
-        pair_passes=passes,
-    )
-
-
-def _calibrate(preset: str, row: dict[str, Any]) -> float:
-    """Give the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
-    none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
-    return max(0.0, 10 * (row["real_ms"] - none) / (some - none))
+if __name__ == "__main__":
+    main()

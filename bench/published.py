@@ -30,6 +30,8 @@ class Row:
     is_fitted: bool = False
     """Whether a constant was fitted to it, so that its error says nothing."""
     note: str = ""
+    seconds: float | None = None
+    """Of an exchange: how long it took as published."""
 
     @property
     def error(self) -> float | None:

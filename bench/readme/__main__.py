@@ -25,6 +25,7 @@ TABLES = {
     "plan": diagnosis_tables.plan_table,
     "plan_ourselves": diagnosis_tables.plan_ourselves_table,
     "plan_rows": diagnosis_tables.plan_rows_table,
+    "plan_steps": diagnosis_tables.plan_steps_table,
     "two_batches": overlap_tables.two_batches_table,
     "two_levels": overlap_tables.two_levels_table,
     "upcycle": model_tables.upcycle_table,

@@ -11,6 +11,7 @@ __all__ = [
     "mended_recording",
     "plan_ourselves_table",
     "plan_rows_table",
+    "plan_steps_table",
     "plan_table",
     "recording_table",
 ]
@@ -117,6 +118,33 @@ def plan_rows_table(name: str) -> str:
             note = "fitted" if row["fitted"] else row["note"]
             lines.append(f"| {row['what']} | {row['measured']:,.5g} {row['unit']} | {predicted} | {error} | {note} |")
     return "\n".join(lines[1:])
+
+
+def plan_steps_table(name: str) -> str:
+    """Give every published step with its prediction and interval, and how many lie in theirs."""
+    results, lines = load(name)["results"], []
+    lines += ["| rows | inside their 80 % interval | median width, upper end over lower | median error |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for what, of in results["summaries"].items():
+        inside = f"{of['inside']} of {of['rows']} ({of['coverage']:.0%})"
+        lines.append(f"| {what} | {inside} | {of['median_width']:.2f} | {of['median_error']:.0%} |")
+    family = None
+    for row in results["rows"]:
+        if row["family"] != family:
+            family = row["family"]
+            lines += ["", f"[{family}]({row['source']}):", ""]
+            lines += [
+                "| | measured s | predicted s | 80 % interval | error | inside |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]
+        cells = [row["what"], f"{row['measured_s']:.4g}", f"{row['predicted_s']:.4g}"]
+        cells += [
+            f"{row['low_s']:.4g} - {row['high_s']:.4g}",
+            f"{row['error']:+.0%}",
+            "yes" if row["inside"] else "**no**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def recording_table(name: str) -> str:

@@ -15,7 +15,7 @@ from tritonmoe.cli import command_parser
 
 __all__ = ["command_output", "commands_reference", "files_table", "notebook_of"]
 
-QWEN3 = "--nodes 16 --pp 4 --micro-batches 16 --recompute full"
+QWEN3 = "--nodes 16 --micro-batches 16"
 COMMANDS = {
     "doctor": "tritonmoe doctor bench/results/recordings/slow_link",
     "straggler": "tritonmoe doctor tests/doctor/data/straggler_ar_two_steps.json.gz",

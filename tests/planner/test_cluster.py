@@ -1,13 +1,15 @@
 """Descriptions of clusters: what is written is what is read, and what is wrong is said with file, line and key."""
 
-import random
 from dataclasses import replace
 
 import pytest
 
-from tritonmoe.planner.cluster import INTERVALS, Estimate
+from tritonmoe.planner.cluster import Estimate, spread_of
 from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.planner.draws import draw
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.model_presets import MODELS
 
 TEXT = to_toml(CLUSTERS["H100"])
 
@@ -94,16 +96,37 @@ def test_an_empty_file_says_what_is_missing():
         parse_cluster("", "some.toml")
 
 
-def test_the_source_sets_the_interval():
-    values = {}
-    for source in INTERVALS:
-        host = replace(CLUSTERS["H100"].host, us_per_layer=Estimate(1000.0, source))
-        cluster = replace(CLUSTERS["H100"], host=host)
-        generator = random.Random(0)
-        drawn = [cluster.drawn(generator).host.us_per_layer.value for _ in range(2000)]
-        values[source] = sum(1000 / (1 + INTERVALS[source]) < one < 1000 * (1 + INTERVALS[source]) for one in drawn)
-    for inside in values.values():
-        assert 0.76 < inside / 2000 < 0.84
+@pytest.mark.parametrize(
+    ("estimate", "spread"),
+    [
+        (Estimate(1000.0, "assumed"), 7.2),
+        (Estimate(1000.0, "probe"), 0.08),
+        (Estimate(1000.0, "measured"), 0.03),
+        (Estimate(1000.0, "probe", 0.5), 0.5),
+    ],
+    ids=str,
+)
+def test_four_of_five_draws_lie_within_the_spread(estimate, spread):
+    cluster = replace(CLUSTERS["H100"], host=replace(CLUSTERS["H100"].host, us_per_layer=estimate))
+    assert spread_of("host.us_per_layer", estimate) == spread
+    draws = draw(Job(MODELS["OLMoE-1B-7B"]), cluster, 2000, 0)
+    drawn = [cluster.scaled(one.factors).host.us_per_layer.value for one in draws]
+    assert 0.76 < sum(1000 / (1 + spread) < one < 1000 * (1 + spread) for one in drawn) / 2000 < 0.84
+
+
+def test_a_spread_of_its_own_is_written_and_read():
+    gpu = replace(CLUSTERS["H100"].gpu, gemm_efficiency=Estimate(0.6, "probe", 0.4))
+    cluster = replace(CLUSTERS["H100"], gpu=gpu)
+    text = to_toml(cluster)
+    assert 'gemm_efficiency = { value = 0.6, source = "probe", spread = 0.4 }' in text
+    assert parse_cluster(text, "some.toml") == cluster
+    with pytest.raises(ValueError, match=r"line \d+: gpu.gemm_efficiency must be a number of 0 to 100 \(spread"):
+        parse_cluster(text.replace("spread = 0.4", "spread = -1"), "some.toml")
+
+
+def test_the_file_says_how_wide_an_assumption_is():
+    assert "(spread 7.2)\nus_per_layer = " in TEXT
+    assert "over TCP may reach a 25th (spread 1)\nefficiency = " in TEXT
 
 
 def test_a_share_never_exceeds_one():

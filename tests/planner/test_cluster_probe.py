@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 import tritonmoe as tm
@@ -9,7 +10,7 @@ from tritonmoe.cli import main
 from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.cluster_probe import probe_cluster
+from tritonmoe.planner.cluster_probe import _probed, probe_cluster, say_scatter, scatter
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model import Attention, Model
 from tritonmoe.planner.plan import plan
@@ -70,3 +71,16 @@ def test_a_command_for_no_model_is_2(tmp_path, capsys):
     assert main(["probe", str(tmp_path / "mine.toml"), "nothing"]) == 2
     assert "tritonmoe probe: 'nothing' is no model" in capsys.readouterr().err
     assert main(["probe", str(tmp_path / "mine.toml"), "OLMoE-1B-7B", "--cluster", "nowhere.toml"]) == 2
+
+
+def test_samples_that_scatter_widen_the_interval():
+    assert scatter([1.0] * 20) == 0
+    assert scatter([1.0, 2.0]) == 0  # too few to tell
+    samples = [1.0] * 8 + [2.0] * 4
+    assert scatter(samples) == pytest.approx(1.0)
+    steady, wide = (_probed(0.5, scatter(times)) for times in ([1.0] * 20, samples))
+    assert (steady.spread, wide.spread) == (None, 1.0)
+    cluster = replace(CLUSTERS["H100"], gpu=replace(CLUSTERS["H100"].gpu, gemm_efficiency=wide))
+    lines: list[str] = []
+    say_scatter(cluster, lines.append)
+    assert lines == ["gpu.gemm_efficiency: samples scattered, so its interval is wider: times and over 2.00"]

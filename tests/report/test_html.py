@@ -24,6 +24,7 @@ from tritonmoe.doctor.recorded_page import RecordedPart
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
 from tritonmoe.doctor.verdict import as_json
+from tritonmoe.planner import comparison as comparing
 from tritonmoe.planner import plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
@@ -57,14 +58,14 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
 
 
 @cache
-def comparison() -> planning.Comparison:
+def comparison() -> comparing.Comparison:
     job = Job(find_model("Qwen3-30B-A3B"), micro_batches=2, recompute="full")
-    draws, scales = planning.NUM_DRAWS, planning.SCALES
-    planning.NUM_DRAWS, planning.SCALES = 4, (0.5, 1.0)
+    draws, scales = planning.NUM_DRAWS, comparing.SCALES
+    planning.NUM_DRAWS, comparing.SCALES = 4, (0.5, 1.0)
     try:
-        return planning.compare(job, [CLUSTERS["H100"].with_nodes(4), CLUSTERS["H200"].with_nodes(2)], (4, 8))
+        return comparing.compare(job, [CLUSTERS["H100"].with_nodes(4), CLUSTERS["H200"].with_nodes(2)], (4, 8))
     finally:
-        planning.NUM_DRAWS, planning.SCALES = draws, scales
+        planning.NUM_DRAWS, comparing.SCALES = draws, scales
 
 
 def test_a_run(slow: RecordedRun) -> None:

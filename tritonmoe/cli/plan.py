@@ -12,12 +12,15 @@ from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positiv
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.planner.comparison import Equal, compare
 from tritonmoe.planner.job import Job, Recompute
 from tritonmoe.planner.model_config import expert_load, find_model
 from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.plan import compare, plan
+from tritonmoe.planner.plan import plan
 from tritonmoe.planner.plan_page import comparison_page, plan_page
 from tritonmoe.planner.plan_table import comparison_table, plan_table
+from tritonmoe.planner.search import Free
+from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 
@@ -41,16 +44,32 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--nodes", type=positive, help="instead of the cluster's number of nodes")
     parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
     parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
-    parser.add_argument("--micro-batches", type=positive, default=8, help="micro-batches of a step (default 8)")
-    parser.add_argument("--tp", type=positive, default=1, help="tensor-parallel ranks (default 1)")
-    parser.add_argument("--pp", type=positive, default=1, help="pipeline stages (default 1)")
+    parser.add_argument(
+        "--micro-batches",
+        type=positive,
+        default=8,
+        help="micro-batches of a step on each data-parallel rank; where tp or pp are searched, with 1 of them: choices "
+        "with more have as many more, for as many tokens a step (default 8)",
+    )
+    parser.add_argument("--tp", type=positive, help="tensor-parallel ranks (default: 1 to 8 are searched)")
+    parser.add_argument("--pp", type=positive, help="pipeline stages (default: 1 to 32 are searched)")
+    parser.add_argument(
+        "--stages-in-turn", type=positive, default=1, help="pieces of each pipeline stage, interleaved (default 1)"
+    )
     parser.add_argument(
         "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
     )
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    parser.add_argument(
+        "--recompute", choices=get_args(Recompute), help="default: as little as the memory allows is searched"
+    )
+    parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="whose code trains (default ours)")
+    parser.add_argument("--sends", choices=get_args(Sends), help="default: what the trainer sends")
+    parser.add_argument("--zero", type=int, choices=[1, 3], help="default: what the trainer spreads")
     parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
     parser.add_argument("--wire-dtype", choices=["fp8"], help="how rows travel to their experts")
+    parser.add_argument("--equal", choices=get_args(Equal), help="with --compare: as many GPUs, or as many $ an hour")
     parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
+    parser.add_argument("--balanced", action="store_true", help="routing is forced to be balanced, as in benchmarks")
     parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
@@ -73,18 +92,21 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
         raise ValueError("give a model and a cluster, or a model and --compare with clusters")
+    if arguments.equal is not None and arguments.compare is None:
+        raise ValueError("--equal is for --compare: there is but one cluster")
     job = _job(arguments)
+    free = Free(*(getattr(arguments, name) is None for name in ("tp", "pp", "recompute")))
     if arguments.compare is not None:
         if len(arguments.compare) < 2:
             raise ValueError("--compare needs at least two clusters")
         clusters = [_sized(_find_cluster(name), arguments) for name in arguments.compare]
         if len({cluster.name for cluster in clusters}) < len(clusters):
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
-        comparison = compare(job, clusters, arguments.ep)
+        comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
         print(comparison_table(comparison))
         _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
-    found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep)
+    found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
     print(plan_table(found))
     _write(arguments, found.to_json(), lambda: plan_page(found))
     return 0 if found.best.fits else 1
@@ -92,19 +114,22 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _job(arguments: argparse.Namespace) -> Job:
     model = find_model(arguments.model)
-    return Job(
+    job = Job(
         model,
         arguments.sequence,
         arguments.micro_batch,
         arguments.micro_batches,
-        arguments.tp,
-        arguments.pp,
-        recompute=arguments.recompute,
+        arguments.tp or 1,
+        arguments.pp or 1,
+        stages_in_turn=arguments.stages_in_turn,
+        recompute=arguments.recompute or "none",
         dtype=arguments.dtype,
         wire_dtype=arguments.wire_dtype,
         two_batches=arguments.two_batches,
+        imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
         load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
     )
+    return trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
 
 
 def _find_cluster(name: str) -> Cluster:

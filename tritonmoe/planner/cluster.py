@@ -1,7 +1,5 @@
 """Cluster: the machines that a plan is for, every estimate with where it comes from."""
 
-import math
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,7 +8,9 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 __all__ = [
     "DTYPE_BYTES",
-    "INTERVALS",
+    "NORMAL_90",
+    "SOURCES",
+    "SPREADS",
     "BetweenLink",
     "Cluster",
     "Estimate",
@@ -20,13 +20,15 @@ __all__ = [
     "Link",
     "Of",
     "settings_of",
+    "spread_of",
 ]
 
-INTERVALS = {"assumed": 0.25, "probe": 0.08, "measured": 0.03}
-"""Source of an estimate -> half of its 80 % interval, relative to its value: the one place that says so.
+SPREADS = {"probe": 0.08, "measured": 0.03}
+"""Source of a number that was measured -> its spread s: an 80 % interval is value / (1 + s) to value * (1 + s).
 
-Assumed: from a data sheet or like machines. Probe: by `tritonmoe probe` on such a machine, for seconds. Measured: in
-long runs of the job."""
+Probe: by `tritonmoe probe` on such a machine, for seconds. Measured: in long runs of the job. What is assumed, from a
+data sheet or like machines, has a spread of its own for each setting (Of.assumed)."""
+SOURCES = ("assumed", *SPREADS)
 NORMAL_90 = 1.2816
 """The 90 % quantile of the normal distribution: an 80 % interval ends there on both sides."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
@@ -39,12 +41,9 @@ class Estimate:
 
     value: float
     source: str
-    """assumed, probe or measured: a key of INTERVALS."""
-
-    @property
-    def sigma(self) -> float:
-        """The standard deviation of the logarithm of what the number may really be."""
-        return math.log1p(INTERVALS[self.source]) / NORMAL_90
+    """assumed, probe or measured: one of SOURCES."""
+    spread: float | None = None
+    """Of this number alone, such as of a probe whose samples scattered; None: that of its source."""
 
 
 class Of(NamedTuple):
@@ -53,6 +52,8 @@ class Of(NamedTuple):
     what: str
     least: float = 0.0
     most: float = 0.0
+    assumed: float = 0.25
+    """The spread of an estimate that is only assumed."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class Gpu:
     tflops: Annotated[
         Mapping[str, float], Of("peak of dense products, 1e12 FLOP/s by dtype; bf16 is needed", 1e-3, 1e6)
     ]
-    gemm_efficiency: Annotated[Estimate, Of("share of the peak that large dense products reach", 1e-3, 1.0)]
-    grouped_efficiency: Annotated[Estimate, Of("the same for the experts' grouped products", 1e-3, 1.0)]
+    gemm_efficiency: Annotated[Estimate, Of("share of the peak that large dense products reach", 1e-3, 1.0, 0.2)]
+    grouped_efficiency: Annotated[Estimate, Of("the same for the experts' grouped products", 1e-3, 1.0, 0.5)]
     attention_efficiency: Annotated[
-        Estimate, Of("the same for causal attention forward; its masked half doesn't count", 1e-3, 1.0)
+        Estimate, Of("the same for causal attention forward; its masked half doesn't count", 1e-3, 1.0, 0.4)
     ]
-    memory_efficiency: Annotated[Estimate, Of("share of memory_tb_per_s that copies and norms reach", 1e-3, 1.0)]
-    contention: Annotated[Estimate, Of("share of its speed that compute loses beside an exchange", 0.0, 0.9)]
+    memory_efficiency: Annotated[Estimate, Of("share of memory_tb_per_s that copies and norms reach", 1e-3, 1.0, 0.3)]
+    contention: Annotated[Estimate, Of("share of its speed that compute loses beside an exchange", 0.0, 0.9, 1.0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,11 @@ class Link:
     """The link of one GPU, in each direction."""
 
     gb_per_s: Annotated[float, Of("rate of one GPU in each direction, 1e9 bytes a second", 1e-4, 1e5)]
-    efficiency: Annotated[Estimate, Of("share of it that an exchange of many bytes reaches", 1e-3, 1.0)]
-    latency_us: Annotated[Estimate, Of("what an exchange takes however few the bytes, without its peers", 0.0, 1e6)]
-    us_per_peer: Annotated[Estimate, Of("what each further peer of the exchange adds", 0.0, 1e4)]
+    efficiency: Annotated[Estimate, Of("share of it that an exchange of many bytes reaches", 1e-3, 1.0, 0.5)]
+    latency_us: Annotated[
+        Estimate, Of("what an exchange takes however few the bytes, without its peers", 0.0, 1e6, 1.0)
+    ]
+    us_per_peer: Annotated[Estimate, Of("what each further peer of the exchange adds", 0.0, 1e4, 1.0)]
     alone_share: Annotated[float, Of("share of the rate that one exchange alone reaches (gloo: half)", 0.01, 1.0)] = 1.0
     is_shared: Annotated[bool, Of("whether exchanges under way share the link (MPI) or take turns (NCCL)")] = False
     curve: Annotated[
@@ -114,7 +117,11 @@ class InsideLink(Link):
 class BetweenLink(Link):
     """The link of one GPU to other nodes."""
 
-    decay: Annotated[Estimate, Of("exponent g: n nodes reach (n / 2) ** -g of the rate that two reach", 0.0, 2.0)]
+    efficiency: Annotated[
+        Estimate,
+        Of("share of it that an exchange of many bytes reaches; NCCL over TCP may reach a 25th", 1e-3, 1.0, 1.0),
+    ]
+    decay: Annotated[Estimate, Of("exponent g: n nodes reach (n / 2) ** -g of the rate that two reach", 0.0, 2.0, 1.5)]
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,12 @@ class Host:
     """What the processor of the host costs."""
 
     us_per_layer: Annotated[
-        Estimate, Of("to launch one layer's forward and backward; the GPU can't be faster", 0.0, 1e7)
+        Estimate, Of("to launch one layer's forward and backward; the GPU can't be faster", 0.0, 1e7, 7.2)
     ]
-    us_per_chunk: Annotated[Estimate, Of("what one more chunk adds to a pass: launches, ends of kernels", 0.0, 1e6)]
-    ms_per_step: Annotated[Estimate, Of("once a step: data, logging, what no part below names", 0.0, 1e6)]
+    us_per_chunk: Annotated[
+        Estimate, Of("what one more chunk adds to a pass: launches, ends of kernels", 0.0, 1e6, 1.0)
+    ]
+    ms_per_step: Annotated[Estimate, Of("once a step: data, logging, what no part below names", 0.0, 1e6, 2.0)]
 
 
 @dataclass(frozen=True)
@@ -170,13 +179,17 @@ class Cluster:
             parts[part] = replace(settings, **changed)
         return replace(self, **parts)
 
-    def drawn(self, generator: random.Random) -> "Cluster":
-        """Give a cluster as this one may really be: every estimate drawn from its own interval, log-normally."""
-        return self.scaled({key: math.exp(generator.gauss(0.0, one.sigma)) for key, one in self.estimates()})
 
-
-PARTS = ("gpu", "inside", "between", "host")
+PARTS = {"gpu": Gpu, "inside": InsideLink, "between": BetweenLink, "host": Host}
 """The tables of a cluster."""
+
+
+def spread_of(key: str, estimate: Estimate) -> float:
+    """Give the spread of the estimate with this key, such as "gpu.gemm_efficiency"."""
+    if estimate.spread is not None:
+        return estimate.spread
+    part, name = key.split(".")
+    return SPREADS.get(estimate.source, settings_of(PARTS[part])[name].assumed)
 
 
 @cache

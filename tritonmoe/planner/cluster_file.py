@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tritonmoe.config.layer import is_integer, is_number
-from tritonmoe.planner.cluster import DTYPE_BYTES, INTERVALS, Cluster, Estimate, Of, settings_of
+from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
 from tritonmoe.runtime.files import Json, check_regular
 
 if sys.version_info >= (3, 11):
@@ -20,6 +20,7 @@ else:
 __all__ = ["parse_cluster", "read_cluster", "to_toml"]
 
 MAX_TOML_BYTES = 1 << 20
+SPREAD = Of("spread: four times of five it is value / (1 + spread) to value * (1 + spread)", 0.0, 100.0)
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -92,10 +93,14 @@ class _Reader:
         return int(number) if kind is int else number
 
     def estimate(self, found: object, key: str, of: Of) -> Estimate:
-        if not isinstance(found, dict) or set(found) != {"value", "source"} or found["source"] not in INTERVALS:
-            sources = " | ".join(map(repr, INTERVALS))
-            raise self.error(key, f"must be {{ value = ..., source = {sources} }}, got {found!r}")
-        return Estimate(self.number(found["value"], key, of), found["source"])
+        keys = set(found) - {"spread"} if isinstance(found, dict) else set()
+        if not isinstance(found, dict) or keys != {"value", "source"} or found["source"] not in SOURCES:
+            sources = " | ".join(map(repr, SOURCES))
+            raise self.error(
+                key, f"must be {{ value = ..., source = {sources} }}, spread = ... if need be, got {found!r}"
+            )
+        spread = self.number(found["spread"], key, SPREAD) if "spread" in found else None
+        return Estimate(self.number(found["value"], key, of), found["source"], spread)
 
     def number(self, found: object, key: str, of: Of) -> float:
         if not is_number(found) or not of.least <= found <= of.most:  # type: ignore[operator]
@@ -140,10 +145,11 @@ def to_toml(cluster: Cluster, remarks: Mapping[str, str] | None = None) -> str:
 
     remarks: key, such as "gpu.tflops" -> what else its comment says.
     """
-    widths = ", ".join(f"{source} +-{width:.0%}" for source, width in INTERVALS.items())
+    measured = ", ".join(f"{source} {spread:g}" for source, spread in SPREADS.items())
     lines = [
         "# A cluster, for `tritonmoe plan`. Facts stand as they are; an estimate says where it comes from, which sets",
-        f"# the interval that holds it four times of five: {widths}.",
+        "# its spread: four times of five it is value / (1 + spread) to value * (1 + spread). Spreads are",
+        f"# {measured}; of what is assumed they stand beside each. spread = ... sets another one.",
         "# `tritonmoe probe` writes such a file with what it measures. GB are 1e9 bytes.",
     ]
     _write(cluster, "", remarks or {}, lines)
@@ -158,6 +164,8 @@ def _write(settings: Any, prefix: str, remarks: Mapping[str, str], lines: list[s
             tables.append((of, key, value))
             continue
         remark = f" ({remarks[key]})" if key in remarks else ""
+        if isinstance(value, Estimate) and value.source == "assumed" and value.spread is None:
+            remark += f" (spread {of.assumed:g})"
         lines.append(f"# {of.what}{remark}")
         lines.append("# curve = [[1000000, 50.0], [100000000, 400.0]]" if value == () else f"{name} = {_toml(value)}")
     for of, key, value in tables:
@@ -167,7 +175,8 @@ def _write(settings: Any, prefix: str, remarks: Mapping[str, str], lines: list[s
 
 def _toml(value: object) -> str:
     if isinstance(value, Estimate):
-        return f'{{ value = {_toml(value.value)}, source = "{value.source}" }}'
+        spread = "" if value.spread is None else f", spread = {value.spread:.3g}"
+        return f'{{ value = {_toml(value.value)}, source = "{value.source}"{spread} }}'
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{name} = {_toml(one)}" for name, one in value.items()) + " }"
     if isinstance(value, tuple):

@@ -11,17 +11,20 @@ def _assumed(value: float) -> Estimate:
     return Estimate(value, "assumed")
 
 
-HOST = Host(us_per_layer=_assumed(1500.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
+HOST = Host(us_per_layer=_assumed(2450.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
 CX7 = BetweenLink(
     gb_per_s=50.0,
     efficiency=_assumed(0.87),
-    latency_us=_assumed(30.0),
-    us_per_peer=_assumed(0.9),
+    latency_us=_assumed(50.0),
+    us_per_peer=_assumed(0.3),
     decay=_assumed(0.03),
 )
 """One port of 400 Gbit/s a GPU. Efficiency, decay and the cost per peer are those that published all-to-alls over 3 to
 32 nodes have in common (`python -m bench.plan` fits them, there with each cluster left out of its own prediction)."""
 EFA = replace(CX7, latency_us=_assumed(120.0))
+TCP = replace(CX7, efficiency=Estimate(0.12, "assumed", 2.0), latency_us=_assumed(150.0))
+"""The same port where NCCL finds no RDMA: a 25th of the data sheet was published, a third is what good hosts reach."""
+IB200 = replace(CX7, gb_per_s=25.0)
 
 
 def _nvlink(gb_per_s: float) -> InsideLink:
@@ -37,6 +40,7 @@ def _gpu(memory_gb: float, memory_tb_per_s: float, tflops: dict[str, float], *sh
     return Gpu(memory_gb, memory_tb_per_s, tflops, gemm, grouped, attention, _assumed(0.7), contention=_assumed(0.1))
 
 
+AMPERE = {"bf16": 312.0, "fp16": 312.0}
 HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp8": 1978.9}
 BLACKWELL = {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}
 CLUSTERS = {
@@ -45,6 +49,8 @@ CLUSTERS = {
         Cluster("H100", 8, 8, 2.5, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
         Cluster("H200", 8, 8, 3.0, 0, _gpu(141, 4.8, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
         Cluster("H800", 8, 8, 2.0, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
+        Cluster("A100", 8, 8, 1.5, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(300), IB200, HOST),
+        Cluster("A800", 8, 8, 1.4, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(200), IB200, HOST),
         Cluster("B200", 8, 8, 4.5, 0, _gpu(180, 8.0, BLACKWELL, 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
         Cluster(
             *("MI300X", 8, 8, 2.0, 0),
@@ -62,6 +68,7 @@ CLUSTERS |= {
         ("H200-EFA", "H200", EFA),
         ("B200-EFA", "B200", EFA),
         ("H100-100G", "H100", replace(CX7, gb_per_s=12.5)),
+        ("H100-TCP", "H100", TCP),
     )
 }
 CLUSTERS |= {
@@ -69,13 +76,13 @@ CLUSTERS |= {
         CLUSTERS["B200"],
         name=name,
         nodes=1,
-        gpus_per_node=64,
+        gpus_per_node=72,
         usd_per_gpu_hour=usd,
         gpu=replace(CLUSTERS["B200"].gpu, memory_gb=memory_gb, tflops={"bf16": 2500.0, "fp16": 2500.0, "fp8": 5000.0}),
     )
     for name, memory_gb, usd in (("GB200", 186, 5.0), ("GB300", 279, 6.0))
 }
-"""Racks of 72 GPUs behind one NVLink switch, of which 64 are taken as the node, for degrees that are powers of two."""
+"""Racks of 72 GPUs behind one NVLink switch."""
 REMARKS = {
     "usd_per_gpu_hour": "assumed: put your own",
     "gpu.tflops": "data sheet, without sparsity",

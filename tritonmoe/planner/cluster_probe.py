@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,13 +12,13 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.planner.cluster import Cluster, Estimate, Gpu, Host, Link
+from tritonmoe.planner.cluster import SPREADS, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.operation_costs import product_s
 from tritonmoe.planner.probe import PROBE_BYTES, probe_link, slowest
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
-__all__ = ["probe_cluster"]
+__all__ = ["probe_cluster", "say_scatter", "scatter"]
 
 ROUNDS = 5
 SLICE_S = 0.1
@@ -58,6 +58,7 @@ def probe_cluster(
     say(f"host: {host.us_per_layer.value:.0f} us a layer, {host.us_per_chunk.value:.0f} us a chunk")
     cluster = replace(cluster, host=host)
     if transport is None:
+        say_scatter(cluster, say)
         say("links: not measured, since there is one process: start it under torchrun")
         return cluster
     node_size = node_size or transport.size
@@ -71,11 +72,29 @@ def probe_cluster(
             f"compute beside it loses {lost:.0%}"
         )
         cluster = replace(cluster, **{name: link})  # type: ignore[arg-type]
-    return replace(cluster, gpu=replace(cluster.gpu, contention=_probed(max(contention))))
+    cluster = replace(cluster, gpu=replace(cluster.gpu, contention=_probed(max(contention))))
+    say_scatter(cluster, say)
+    return cluster
 
 
-def _probed(value: float) -> Estimate:
-    return Estimate(value, "probe")
+def _probed(value: float, spread: float = 0.0) -> Estimate:
+    """Give what was measured, as uncertain as a probe's numbers are, or as far as its samples scatter."""
+    return Estimate(value, "probe", round(spread, 3) if spread > SPREADS["probe"] else None)
+
+
+def scatter(times: Sequence[float]) -> float:
+    """Give the spread of samples: that with which 80 % of them lie about their median."""
+    if len(times) < ROUNDS:
+        return 0.0
+    tenths, middle = statistics.quantiles(times, n=10, method="inclusive"), statistics.median(times)
+    return max(tenths[-1] / middle, middle / tenths[0]) - 1 if tenths[0] > 0 else 0.0
+
+
+def say_scatter(cluster: Cluster, say: Callable[[str], None]) -> None:
+    """Say whose samples scattered."""
+    wide = [(key, one.spread) for key, one in cluster.estimates() if one.source == "probe" and one.spread is not None]
+    for key, spread in wide:
+        say(f"{key}: samples scattered, so its interval is wider: times and over {1 + spread:.2f}")
 
 
 def _links(transport: Transport, node_size: int) -> dict[str, Transport]:
@@ -85,8 +104,8 @@ def _links(transport: Transport, node_size: int) -> dict[str, Transport]:
     return {"between" if node_size == 1 else "inside": transport}
 
 
-def _median_s(run: Callable[[], object], device: torch.device) -> float:
-    """Give the median time of a call, over a tenth of a second and at least five calls."""
+def _times(run: Callable[[], object], device: torch.device) -> list[float]:
+    """Give the times of a call, for a tenth of a second and at least five calls."""
     times: list[float] = []
     run()
     while len(times) < ROUNDS or sum(times) < SLICE_S:
@@ -95,7 +114,7 @@ def _median_s(run: Callable[[], object], device: torch.device) -> float:
         run()
         _synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
 
 
 def _synchronize(device: torch.device) -> None:
@@ -120,21 +139,27 @@ def _probe_gpu(
     with torch.no_grad():
         numbers = torch.zeros(COPY_BYTES // 4 if device.type == "cuda" else COPY_BYTES // 16, device=device)
         copied = torch.empty_like(numbers)
-        memory_rate = 2 * numbers.nbytes / slowest_of(_median_s(lambda: copied.copy_(numbers), device))
+        copies = _times(lambda: copied.copy_(numbers), device)
+        memory_rate = 2 * numbers.nbytes / slowest_of(statistics.median(copies))
         inputs, outputs = max(model.attention.products(d), key=lambda shape: shape[0] * shape[1])
         rows, weight = random(tokens, inputs), random(outputs, inputs)
-        dense_s = slowest_of(_median_s(lambda: F.linear(rows, weight), device))
+        products = _times(lambda: F.linear(rows, weight), device)
+        dense_s = slowest_of(statistics.median(products))
         seen = min(job.sequence, tokens)
         heads = model.attention.num_heads
         q, k = (random(1, heads, seen, model.attention.qk_dim) for _ in range(2))
         v = random(1, heads, seen, model.attention.v_dim)
-        attention_s = slowest_of(_median_s(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device))
+        cores = _times(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+        attention_s = slowest_of(statistics.median(cores))
         own_experts = max(1, model.num_experts // job.ep)
         top_k = min(model.top_k, own_experts)
         scores = torch.rand(tokens, own_experts, device=device)
         gates, ids = scores.topk(top_k, dim=1)
         up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
-        grouped_s = slowest_of(_median_s(lambda: moe_mlp(x, ids, gates, up, down), device))
+        calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
+        grouped_s = slowest_of(statistics.median(calls))
+    samples = {"copies": copies, "products": products, "cores": cores, "calls": calls}
+    spreads = {name: slowest_of(scatter(times)) for name, times in samples.items()}
     dense_flops = 2 * tokens * inputs * outputs
     core_flops = 2 * (seen / 2) * seen * heads * (model.attention.qk_dim + model.attention.v_dim)
     grouped_flops = 6 * tokens * top_k * d * f
@@ -150,10 +175,10 @@ def _probe_gpu(
         base.gpu,
         tflops={**(base.gpu.tflops if has_peaks else {}), "bf16": peak / 1e12, job.dtype: peak / 1e12},
         memory_tb_per_s=memory_peak / 1e12,
-        gemm_efficiency=_probed(dense / peak),
-        grouped_efficiency=_probed(grouped / peak),
-        attention_efficiency=_probed(core / peak),
-        memory_efficiency=_probed(memory_rate / memory_peak),
+        gemm_efficiency=_probed(dense / peak, spreads["products"]),
+        grouped_efficiency=_probed(grouped / peak, spreads["calls"]),
+        attention_efficiency=_probed(core / peak, spreads["cores"]),
+        memory_efficiency=_probed(memory_rate / memory_peak, spreads["copies"]),
     )
     # The same for the dense product: its share is that with which product_s gives the measured time.
     operands_s = product_s(job, replace(base, gpu=gpu), tokens, inputs, outputs) - dense_s
@@ -162,7 +187,7 @@ def _probe_gpu(
         f"products {dense / 1e12:.4g} TFLOP/s, experts {grouped_flops / grouped_s / 1e12:.4g}, "
         f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
     )
-    return replace(gpu, gemm_efficiency=_probed(share))
+    return replace(gpu, gemm_efficiency=_probed(share, spreads["products"]))
 
 
 def _probe_host(
@@ -178,7 +203,7 @@ def _probe_host(
     def run() -> None:
         layer(x, ids, gates).sum().backward()
 
-    def measured(chunks: int) -> float:
+    def measured(chunks: int) -> list[float]:
         layer.overlap = OverlapPlan((1,) * chunks)
         times = []
         for _ in range(ROUNDS + 1):
@@ -186,12 +211,13 @@ def _probe_host(
             started = time.perf_counter()
             run()
             times.append(time.perf_counter() - started)
-        return slowest_of(statistics.median(times[1:]))
+        return times[1:]
 
-    one, several = measured(1), measured(HOST_CHUNKS)
+    times = measured(1), measured(HOST_CHUNKS)
+    one, several = (slowest_of(statistics.median(of)) for of in times)
     return replace(
         cluster.host,
-        us_per_layer=_probed(one * 1e6),
+        us_per_layer=_probed(one * 1e6, slowest_of(scatter(times[0]))),
         us_per_chunk=_probed(max(0.0, several - one) * 1e6 / 2 / (HOST_CHUNKS - 1)),  # forward and backward
     )
 
@@ -205,9 +231,10 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
     costs = probe_link(transport, device)
     rows = max(1, job.num_tokens // transport.size)
     row_bytes = job.model.hidden_size * job.dtype_bytes
-    rate, latency_s = costs.bytes_per_s, costs.latency_s
+    rate, latency_s, times = costs.bytes_per_s, costs.latency_s, list[float]()
     if rows * row_bytes * (transport.size - 1) > PROBE_BYTES[-1]:
-        (few, few_s), (many, many_s) = (_exchange_s(transport, device, count, row_bytes) for count in (rows // 4, rows))
+        (few, short), (many, long) = (_exchange_s(transport, device, count, row_bytes) for count in (rows // 4, rows))
+        few_s, many_s, times = min(short), min(long), long
         if many_s > few_s:
             rate = (many - few) / (many_s - few_s) / costs.alone_share
             latency_s = min(latency_s, few_s)
@@ -216,7 +243,7 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
     link = replace(
         base,
         gb_per_s=peak,
-        efficiency=_probed(gb_per_s / peak),
+        efficiency=_probed(gb_per_s / peak, scatter(times)),
         latency_us=_probed(latency_s * 1e6),
         us_per_peer=_probed(0.0),  # of these ranks it is within the latency
         alone_share=costs.alone_share,
@@ -225,8 +252,8 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
     return link, costs.contention
 
 
-def _exchange_s(transport: Transport, device: torch.device, rows: int, row_bytes: int) -> tuple[int, float]:
-    """Give the bytes that a rank sends where every peer gets so many rows, and the shortest of five rounds' times."""
+def _exchange_s(transport: Transport, device: torch.device, rows: int, row_bytes: int) -> tuple[int, list[float]]:
+    """Give the bytes that a rank sends where every peer gets so many rows, and the times of five rounds."""
     splits = [0 if rank == transport.rank else rows for rank in range(transport.size)]
     sent = torch.zeros(sum(splits), row_bytes, dtype=torch.uint8, device=device)
     times = []
@@ -236,4 +263,4 @@ def _exchange_s(transport: Transport, device: torch.device, rows: int, row_bytes
         transport.exchange(sent, splits, splits).wait()
         _synchronize(device)
         times += slowest(transport, [time.perf_counter() - started])
-    return sent.numel(), min(times)
+    return sent.numel(), times

@@ -15,14 +15,21 @@ from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.job import Job
-from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, link_costs, link_like
+from tritonmoe.planner.operation_costs import (
+    FP8_SHARE,
+    MAIN_GRAD_BYTES,
+    QUANTIZING_BYTES,
+    copy_s,
+    link_costs,
+    link_like,
+)
 from tritonmoe.planner.routed_rows import Needs, needs_of
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
 from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
-__all__ = ["ExchangeTime", "LayerExchange"]
+__all__ = ["ExchangeTime", "LayerExchange", "leaves"]
 
 FP8_SCALE_COLUMNS = 128
 
@@ -47,6 +54,10 @@ class ExchangeTime:
     @property
     def exposed_s(self) -> float:
         return self.exposed_forward_s + self.exposed_backward_s
+
+    def times(self, factor: float) -> "ExchangeTime":
+        """Give what takes so many times as long."""
+        return ExchangeTime(*(factor * seconds for seconds in vars(self).values()))
 
 
 class LayerExchange:
@@ -173,6 +184,10 @@ class LayerExchange:
         job, gpu = self.job, self.cluster.gpu
         d, f, b = job.model.hidden_size, job.model.expert_size, job.dtype_bytes
         flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value
+        quantizing = 0.0
+        if job.dtype == "fp8":
+            flops_s *= FP8_SHARE
+            quantizing = QUANTIZING_BYTES * (d + f)
         weights = job.model.num_experts // job.ep * job.model.expert_parameters
 
         def moved(num_bytes: float) -> float:
@@ -180,10 +195,12 @@ class LayerExchange:
 
         launch = self.cluster.host.us_per_chunk.value * 1e-6
         # up: x, h, a; down: a, y; gather_sum: y and the sum.
-        forward = 6 * d * f / flops_s + moved((d + 3 * f + f + d + 2 * d) * b)
+        forward = 6 * d * f / flops_s + moved((d + 3 * f + f + d + 2 * d) * b + quantizing)
         # down_grad: dO, h, dh, s * a; up_grad: dh, dx; gather_sum: dx and the sum.
-        backward = 6 * d * f / flops_s + moved((d + 5 * f + 2 * f + d + 2 * d) * b)
+        backward = 6 * d * f / flops_s + moved((d + 5 * f + 2 * f + d + 2 * d) * b + 2 * quantizing)
         again = 4 * d * f / flops_s + moved((d + 3 * f) * b) if job.recompute == "experts" else 0.0
+        if job.recompute == "selective":
+            backward += moved(3 * f * b)
         gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
         packing, summing = moved(2 * d * b), moved(d * b)
         moving = moved(job.pair_passes / 2 * d * b)
@@ -212,14 +229,14 @@ def _mirrored(own: float, other: float) -> list[list[float]]:
 
 def _computing_s(simulation: Simulation) -> float:
     """Give what all steps on the compute lane take together, each on its slowest rank."""
-    computed = (step for step in _leaves(simulation.steps) if step.step.lane == "compute")
+    computed = (step for step in leaves(simulation.steps) if step.step.lane == "compute")
     return sum(float((step.end_s - step.start_s).max()) for step in computed)
 
 
-def _leaves(steps: Sequence[SimulatedStep]) -> Iterator[SimulatedStep]:
+def leaves(steps: Sequence[SimulatedStep]) -> Iterator[SimulatedStep]:
     """Give the steps, and instead of one that has steps inside its node those."""
     for step in steps:
         if step.inside:
-            yield from _leaves(step.inside)
+            yield from leaves(step.inside)
         else:
             yield step

@@ -8,8 +8,9 @@ from tritonmoe.planner.model import Model
 
 __all__ = ["Job", "Recompute", "expert_degrees"]
 
-Recompute = Literal["none", "experts", "full"]
-"""What the backward computes again: nothing, h of the experts (save="input"), or all layers' forward and exchanges."""
+Recompute = Literal["none", "selective", "experts", "full"]
+"""What the backward computes again: nothing; norms, rotations and activations, but no product; h of the experts
+(save="input"); or all layers' forward and exchanges. Each takes longer than those before it, and needs less memory."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Job:
     """Tensor parallel ranks, with sequence parallelism; of one node."""
     pp: int = 1
     """Pipeline stages, one forward and one backward in turn."""
+    stages_in_turn: int = 1
+    """Into how many pieces the layers of a rank's stage are cut, so that a pipeline fills and drains as much faster
+    (Megatron's virtual pipeline)."""
     ep: int = 1
     """Expert parallel ranks."""
     recompute: Recompute = "none"
@@ -43,11 +47,22 @@ class Job:
     pair_passes: float = 0.0
     """How often every pair's row of D columns is read or written in a layer's forward and backward by kernels that only
     move or scale it. Those of this package do none; where permutations, padding and gates run apart, some tens."""
+    trainer: str = "ours"
+    """Whose code this is, a key of trainer.TRAINERS; its name only: what it does stands in the settings beside it."""
+    overlaps_exchange: bool = True
+    """Whether exchanges may run under the experts of other chunks."""
+    zero: int = 1
+    """1: the optimizer's state is spread over data-parallel ranks; 3: weights and gradients too."""
+    us_per_expert: float = 0.0
+    """What the host needs for each expert of a layer and each pass, where experts aren't spread and run one by one."""
+    imbalance: float = 1.0
+    """The pairs of the busiest rank over the mean, where `load` doesn't say them: experts and exchanges take so many
+    times as long."""
     load: tuple[float, ...] = ()
     """The share of all pairs that each expert gets, as recorded; () is uniform routing."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "micro_batch", "micro_batches", "tp", "pp", "ep"):
+        for name in ("sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.model.num_experts % self.ep:
@@ -56,6 +71,14 @@ class Job:
             raise ValueError(f"pp={self.pp} stages are more than {self.model.num_layers} layers")
         if self.recompute not in get_args(Recompute):
             raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {self.recompute!r}")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance is the busiest rank's load over the mean, at least 1, got {self.imbalance}")
+        if self.zero not in (1, 3):
+            raise ValueError(f"zero must be 1 (the optimizer's state is spread) or 3 (weights too), got {self.zero}")
+        if self.pp * self.stages_in_turn > self.model.num_layers:
+            raise ValueError(
+                f"pp={self.pp} stages of {self.stages_in_turn} pieces are more than {self.model.num_layers} layers"
+            )
         for dtype in (self.dtype, self.wire_dtype):
             if dtype is not None and dtype not in DTYPE_BYTES:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
@@ -115,12 +138,16 @@ class Job:
     def tokens_per_step(self, cluster: Cluster) -> int:
         return self.sequence * self.micro_batch * self.micro_batches * self.dp(cluster)
 
-    def peak_flops(self, cluster: Cluster) -> float:
-        """Give the peak FLOP/s of products in this dtype; ValueError where the cluster doesn't say."""
-        peak = cluster.gpu.tflops.get(self.dtype)
+    def peak_flops(self, cluster: Cluster, *, is_wide: bool = False) -> float:
+        """Give the peak FLOP/s of products in this dtype; ValueError where the cluster doesn't say.
+
+        is_wide: of what is bf16 beside products in fp8: attention, router, output layer.
+        """
+        dtype = "bf16" if is_wide and self.dtype == "fp8" else self.dtype
+        peak = cluster.gpu.tflops.get(dtype)
         if peak is None:
             known = ", ".join(cluster.gpu.tflops)
-            raise ValueError(f"{cluster.name} says nothing of products in {self.dtype}: gpu.tflops has {known}")
+            raise ValueError(f"{cluster.name} says nothing of products in {dtype}: gpu.tflops has {known}")
         return peak * 1e12
 
 

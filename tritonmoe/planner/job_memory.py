@@ -7,7 +7,10 @@ from tritonmoe.planner.exchange import LayerExchange
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES
 
-__all__ = ["memory_gb"]
+__all__ = ["USABLE_MEMORY", "memory_gb"]
+
+USABLE_MEMORY = 0.92
+"""The share of a GPU's memory that a job can fill: the rest goes to the allocator, the driver and buffers of NCCL."""
 
 OPTIMIZER_STATE_BYTES = 12
 
@@ -21,15 +24,22 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
     """
     dp = job.dp(cluster)
     expert_dp = dp * job.tp // job.ep
+    of_dense, of_sparse = (_kept_bytes(job, cluster, is_dense=is_dense) for is_dense in (True, False))
     most = 0.0
     for stage, (num_dense, num_sparse) in enumerate(job.stage_layers()):
         shared, experts = job.rank_parameters(stage)
-        held = (shared + experts) * (job.dtype_bytes + MAIN_GRAD_BYTES)
-        held += OPTIMIZER_STATE_BYTES * (shared / dp + experts / expert_dp)
-        kept = num_dense * _kept_bytes(job, cluster, is_dense=True) + num_sparse * _kept_bytes(
-            job, cluster, is_dense=False
+        spread = shared / dp + experts / expert_dp
+        whole = shared + experts
+        if job.zero == 3:  # of the rest a rank holds the layer at work and the next one
+            gathered = 2 * whole / max(1, num_dense + num_sparse) if dp * job.tp > 1 else 0.0
+            held = spread * (job.dtype_bytes + MAIN_GRAD_BYTES) + gathered * job.dtype_bytes
+        else:
+            held = whole * (job.dtype_bytes + MAIN_GRAD_BYTES)
+        held += OPTIMIZER_STATE_BYTES * spread
+        kept = num_dense * of_dense + num_sparse * of_sparse
+        under_way = min(
+            job.micro_batches, job.pp - stage + (job.pp - 1) * (job.stages_in_turn > 1) / job.stages_in_turn
         )
-        under_way = min(job.micro_batches, job.pp - stage)
         held += kept * under_way
         if stage == job.pp - 1:
             held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
@@ -43,7 +53,8 @@ def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
     if job.recompute == "full":
         return tokens * model.hidden_size * b
     attention = model.attention
-    columns = 4 * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
+    norms = 2 if job.recompute == "selective" else 4
+    columns = norms * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
     columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
     width = model.dense_size if is_dense else model.shared_size
     kept = tokens * (columns + 3 * width) * b
@@ -51,5 +62,5 @@ def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
         return kept
     exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
     received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
-    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute == "none" else 0.0
+    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute != "experts" else 0.0
     return kept + received + hidden + tokens * model.num_experts * 4

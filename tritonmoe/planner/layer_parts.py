@@ -27,10 +27,10 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     model, b = job.model, job.dtype_bytes
     d, tokens = model.hidden_size, job.num_tokens
     rows = tokens * job.tp  # a tensor-parallel rank computes all rows with its share of the columns
-    copy, product = partial(copy_s, cluster), partial(product_s, job, cluster)
+    copy = partial(copy_s, cluster)
 
-    def products(shapes: list[tuple[int, int]], shared_by: int) -> tuple[float, float]:
-        own = rows if shared_by > 1 else tokens
+    def products(shapes: list[tuple[int, int]], shared_by: int, *, is_wide: bool = False) -> tuple[float, float]:
+        own, product = rows if shared_by > 1 else tokens, partial(product_s, job, cluster, is_wide=is_wide)
         forward = sum(product(own, i, o) for i, o in shapes) / shared_by
         gradients = sum(product(own, i, o, weight_bytes=2 * MAIN_GRAD_BYTES) for i, o in shapes) / shared_by
         return forward, forward + gradients
@@ -45,9 +45,9 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
     seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
     core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
-    core = core_flops / (job.peak_flops(cluster) * cluster.gpu.attention_efficiency.value)
+    core = core_flops / (job.peak_flops(cluster, is_wide=True) * cluster.gpu.attention_efficiency.value)
     rope = copy(2 * tokens * attention.rope_width * b)
-    router, router_back = products([(d, model.num_experts)], 1)
+    router, router_back = products([(d, model.num_experts)], 1, is_wide=True)
     scores = copy(6 * 4 * tokens * model.num_experts)
     gathered = tokens * (job.tp - 1) * d * b
     gather = exchange_s(cluster, job.tp, gathered, 0.0) if job.tp > 1 else 0.0

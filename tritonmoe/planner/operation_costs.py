@@ -4,22 +4,49 @@ from tritonmoe.planner.cluster import Cluster, Link
 from tritonmoe.planner.job import Job
 from tritonmoe.simulation.cost_model import LinkCosts
 
-__all__ = ["MAIN_GRAD_BYTES", "copy_s", "exchange_s", "link_costs", "link_like", "product_s"]
+__all__ = [
+    "FP8_SHARE",
+    "MAIN_GRAD_BYTES",
+    "QUANTIZING_BYTES",
+    "copy_s",
+    "exchange_s",
+    "link_costs",
+    "link_like",
+    "product_s",
+]
 
 MAIN_GRAD_BYTES = 4
 """Gradients of weights are summed in fp32."""
+FP8_SHARE = 0.8
+"""The share of the peak that products in fp8 reach, over that of products in bf16."""
+QUANTIZING_BYTES = 3
+"""Read and written for each element that becomes fp8."""
 
 
-def product_s(job: Job, cluster: Cluster, rows: float, inputs: int, outputs: int, *, weight_bytes: float = 0) -> float:
+def product_s(
+    job: Job,
+    cluster: Cluster,
+    rows: float,
+    inputs: int,
+    outputs: int,
+    *,
+    weight_bytes: float = 0,
+    is_wide: bool = False,
+) -> float:
     """Give the seconds of one dense product of (rows, inputs) with (inputs, outputs).
 
     The time for its arithmetic and that for its operands in memory are added, as if it did nothing at once: narrow and
     short products of published tables lie nearer to the sum than to the longer of the two.
     weight_bytes: of one element of the weight, read, or read and written; 0 for the job's dtype.
+    is_wide: a product in bf16 where others are in fp8.
     """
     flops = 2 * rows * inputs * outputs
     moved = rows * (inputs + outputs) * job.dtype_bytes + inputs * outputs * (weight_bytes or job.dtype_bytes)
-    return flops / (job.peak_flops(cluster) * cluster.gpu.gemm_efficiency.value) + copy_s(cluster, moved)
+    reached = job.peak_flops(cluster, is_wide=is_wide) * cluster.gpu.gemm_efficiency.value
+    if job.dtype == "fp8" and not is_wide:
+        reached *= FP8_SHARE
+        moved += QUANTIZING_BYTES * rows * inputs
+    return flops / reached + copy_s(cluster, moved)
 
 
 def copy_s(cluster: Cluster, num_bytes: float) -> float:

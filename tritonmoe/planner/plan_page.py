@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tritonmoe.planner.plan import Comparison, Plan
+from tritonmoe.planner.comparison import Comparison
+from tritonmoe.planner.plan import Plan
+from tritonmoe.planner.verdict import DECIDES, compare_verdict, plan_verdict
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Block, Page, Section
@@ -26,10 +28,11 @@ def plan_page(plan: Plan) -> Page:
         Section("The choices", [one.table()]),
         Section("Step time by the number of expert-parallel ranks", [one.curve()]),
         Section("Where the time goes", [one.parts()]),
-        Section("Which number matters most", [one.sensitivity()]),
+        Section("Which number matters most", list(one.sensitivity())),
         Section("What this rests on", list(one.estimates())),
     ]
-    return Page(title, [one.job(), one.best()], sections, plan.to_json())
+    summary: list[list[Cell]] = [one.job(), one.best(), *one.exchanges(), [plan_verdict(plan)]]
+    return Page(title, summary, [of for of in sections if of.blocks], plan.to_json())
 
 
 def comparison_page(comparison: Comparison) -> Page:
@@ -40,10 +43,10 @@ def comparison_page(comparison: Comparison) -> Page:
     rows = [row for one in plans for row in one.rows(MOST_ROWS)]
     table = Table(["cluster", *HEADER], rows)
     summary = [plans[0].job(), *(one.best() for one in plans)]
-    if figures.at("first_is_cheapest") is not None:
-        others = " and ".join(one.name for one in plans[1:] if one.choices[0]["fits"])
-        share = figures("first_is_cheapest", "share")
-        summary.append([f"{names[0]} is cheaper than {others} in ", share, " of the draws of the estimates."])
+    for number, name in enumerate(names):
+        if figures.at(f"is_cheapest/{number}") is not None:
+            summary.append([f"{name} is the cheapest in ", figures(f"is_cheapest/{number}", "share"), " of the draws."])
+    summary.append([compare_verdict(comparison)])
     sections = [
         Section("The best choice on every cluster", [Table(["cluster", *HEADER], [one.rows(1)[0] for one in plans])]),
         Section("Step time by the number of expert-parallel ranks",
@@ -51,13 +54,17 @@ def comparison_page(comparison: Comparison) -> Page:
         Section("Step time and price by the number of GPUs", list(_by_gpus(figures, names))),
         Section("Price by the size of the model", [_by_scale(figures, names), _break_even(figures, names)]),
         Section("Where the time goes", [_parts([(one, 0, one.name) for one in plans])]),
-        *(Section(f"Which number matters most: {one.name}", [one.sensitivity()]) for one in plans),
+        *(Section(f"Which number matters most: {one.name}", list(one.sensitivity())) for one in plans),
         *(Section(f"What this rests on: {one.name}", list(one.estimates())) for one in plans),
     ]  # fmt: skip
-    return Page(f"{comparison.plans[0].job.model.name} on {', '.join(names)}", summary, sections, figures.data)
+    title = f"{comparison.plans[0].job.model.name} on {', '.join(names)}"
+    return Page(title, summary, [of for of in sections if of.blocks], figures.data)
 
 
-HEADER = ("ep", "levels", "chunks", "layer", "step", "low (80 %)", "high (80 %)", "exposed", "memory", "$/M tokens", "")
+HEADER = (
+    *("tp", "pp", "ep", "levels", "recompute", "chunks", "step", "low (80 %)", "high (80 %)", "exchanges", "exposed"),
+    *("no overlap", "tokens/s/GPU", "MFU", "GPUs used", "memory", "$/M tokens", ""),
+)
 
 
 class _Planned:
@@ -97,25 +104,42 @@ class _Planned:
         rows = []
         for n, one in enumerate(self.choices[:most]):
             key = f"choices/{n}/"
-            row: list[Cell] = [self.number(key + "ep", "count"), self.number(key + "levels", "count"), _chunks(one)]
+            row: list[Cell] = [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
+            row += [one["recompute"], _chunks(one)]
             row += [self.number(key + name, "ms") for name in TIMES]
-            row += [self.number(key + "memory_gb", "GB"), self.number(key + "usd_per_million_tokens", "$")]
+            row += [self.number(key + "tokens_per_s_per_gpu", "count"), self.number(key + "mfu", "share")]
+            row += [self.number(key + "gpus_used", "count"), self.number(key + "memory_gb", "GB")]
+            row.append(self.number(key + "usd_per_million_tokens", "$"))
             rows.append([self.name, *row, "" if one["fits"] else "too large"])
         return rows
 
     def table(self) -> Table:
         rows = [row[1:] for row in self.rows(MOST_ROWS)]
-        return Table(HEADER, rows, f"{len(rows)} of {len(self.choices)} choices")
+        return Table(HEADER, rows, f"{len(rows)} of {self.at('choices_found')} choices")
 
     def curve(self) -> Curves:
         curves = []
         for levels, name in ((1, "one level"), (2, "two levels")):
-            of = sorted((one for one in self.choices if one["levels"] == levels), key=lambda one: one["ep"])
+            of: dict[int, Json] = {}
+            for one in self.choices:  # the best one of each number of ranks comes first
+                if one["levels"] == levels:
+                    of.setdefault(one["ep"], one)
             if of:
-                points = [(one["ep"], one["step_ms"]) for one in of]
-                curves.append(Curve(f"{self.name}, {name}", points, [tuple(one["step_interval_ms"]) for one in of]))
-        title = "A step, with the interval that holds it four times of five"
+                points = [(ep, of[ep]["step_ms"]) for ep in sorted(of)]
+                intervals = [tuple(of[ep]["step_interval_ms"]) for ep in sorted(of)]
+                curves.append(Curve(f"{self.name}, {name}", points, intervals))
+        title = "A step with the best choice, and the interval that holds it four times of five"
         return Curves(title, "expert-parallel ranks", "ms", curves, None)
+
+    def exchanges(self) -> Iterator[list[Cell]]:
+        if self.choices[0]["fits"]:
+            yield [
+                "Its exchanges take ", self.number("choices/0/exchange_ms", "ms"), " of a step; nothing hides ",
+                self.number("choices/0/exposed_ms", "ms"), "; with no overlap at all a step takes ",
+                self.number("choices/0/serial_step_ms", "ms"), ". A GPU trains ",
+                self.number("choices/0/tokens_per_s_per_gpu", "count"), " tokens a second, at ",
+                self.number("usd_per_gpu_hour", "$"), " an hour.",
+            ]  # fmt: skip
 
     def fastest_by_degree(self) -> list[tuple[float, float]]:
         fastest: dict[int, float] = {}
@@ -126,36 +150,56 @@ class _Planned:
     def parts(self) -> Strips:
         return _parts([(self, n, _choice(one)) for n, one in enumerate(self.choices[:MOST_BARS])])
 
-    def sensitivity(self) -> Strips:
-        found = self.at("measure_next")[:MOST_ESTIMATES]
-        top = max([one[what] for one in found for what in ("swing", "regret")] + [1e-9])
-        strips, rows = [], []
-        for n, one in enumerate(found):
-            swing, regret = (self.number(f"measure_next/{n}/{what}", "share") for what in ("swing", "regret"))
-            segments = [Segment(0, one["swing"] / top, "c0"), Segment(0, one["regret"] / top, "c6")]
-            strips.append(Strip(one["key"], segments, swing))
-            rows.append([one["key"], one["source"], swing, regret])
-        legend = [("c0", "moves the step's time"), ("c6", "may make another choice better, by up to")]
-        table = Table(["estimate", "source", "moves the time by", "another choice may be better by"], rows)
-        title = "What to measure next, the first one first: the effect of an estimate's interval"
-        return Strips(title, strips, ticks(100 * top, " %"), legend, table)
+    def sensitivity(self) -> Iterator[Block]:
+        """Give a chart for each effect of an estimate's interval, its longest bar first."""
+        found = self.at("measure_next")
+        if not found:
+            return
+        for what, title in EFFECTS.items():
+            numbers = sorted(range(len(found)), key=lambda n, what=what: -found[n][what])  # type: ignore[misc]
+            numbers = [n for n in numbers if found[n][what] > DECIDES][:MOST_ESTIMATES]
+            if numbers:
+                top = found[numbers[0]][what]
+                strips = [
+                    Strip(
+                        found[n]["key"],
+                        [Segment(0, found[n][what] / top, "c0")],
+                        self.number(f"measure_next/{n}/{what}", "share"),
+                    )
+                    for n in numbers
+                ]
+                rows = [
+                    [found[n]["key"], found[n]["source"], strip.text] for n, strip in zip(numbers, strips, strict=True)
+                ]
+                table = Table(["estimate", "source", title], rows)
+                yield Strips(title, strips, ticks(100 * top, " %"), [("c0", title)], table)
 
     def estimates(self) -> Iterator[Block]:
-        intervals = self.at("intervals")
         rows: list[list[Cell]] = [
-            [
-                key,
-                self.number(f"estimates/{key}/value", "plain"),
-                one["source"],
-                f"{100 * intervals[one['source']]:.0f} %",
-            ]
+            [key, self.number(f"estimates/{key}/value", "plain"), one["source"], f"{one['spread']:.3g}"]
             for key, one in self.at("estimates").items()
         ]
-        yield Table(["estimate", "value", "source", "half of its 80 % interval"], rows, f"Estimates of {self.name}")
-        yield Words(["An estimate's name has its unit; shares and exponents have none."])
+        yield Table(["estimate", "value", "source", "spread"], rows, f"Estimates of {self.name}")
+        errors = [[what, self.number(f"model_error/{name}", "plain")] for name, what in ERRORS.items()]
+        yield Table(["the model's own error, of the logarithm of a step's time", "value"], errors)
+        yield Words(
+            [
+                "An estimate's name has its unit; shares and exponents have none. Four times of five it is "
+                "value / (1 + spread) to value * (1 + spread).",
+                "The model's own error is what published steps took over what was predicted for them.",
+            ]
+        )
 
 
-TIMES = ("layer_ms", "step_ms", "step_interval_ms/0", "step_interval_ms/1", "exposed_ms")
+ERRORS = {
+    "bias": "middle",
+    "faster": "standard deviation that runs of one kind share, of those that are faster",
+    "slower": "the same of those that are slower",
+    "own": "standard deviation of one run about that",
+}
+EFFECTS = {"swing": "How far an estimate's interval moves the step's time",
+           "regret": "By how much another choice may be better within an estimate's interval"}  # fmt: skip
+TIMES = ("step_ms", "step_interval_ms/0", "step_interval_ms/1", "exchange_ms", "exposed_ms", "serial_step_ms")
 
 
 def _chunks(one: Json) -> str:
@@ -165,7 +209,8 @@ def _chunks(one: Json) -> str:
 
 def _choice(one: Json) -> str:
     levels = "two levels" if one["levels"] == 2 else "one level"
-    return f"ep {one['ep']}, {levels}, chunks {_chunks(one)}"
+    spread = f"tp {one['tp']}, pp {one['pp']}, ep {one['ep']}"
+    return f"{spread}, {levels}, recompute {one['recompute']}, chunks {_chunks(one)}"
 
 
 def _parts(bars: Sequence[tuple[_Planned, int, str]]) -> Strips:

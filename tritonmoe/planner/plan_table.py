@@ -2,64 +2,82 @@
 
 from collections.abc import Iterator, Sequence
 
-from tritonmoe.planner.plan import Comparison, Plan, Prediction, Sensitivity
+from tritonmoe.planner.comparison import Comparison
+from tritonmoe.planner.plan import Plan, Prediction
+from tritonmoe.planner.verdict import DECIDES, compare_verdict, plan_verdict, why
 
 __all__ = ["comparison_table", "plan_table"]
 
 MOST_ROWS = 12
 MOST_PARTS = 6
-DECIDES = 0.005
-"""An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
-HEADER = ("ep", "levels", "chunks", "layer ms", "step ms (80 %)", "exposed ms", "GB", "$/M tokens", "")
+HEADER = (
+    *(
+        "tp",
+        "pp",
+        "ep",
+        "levels",
+        "recompute",
+        "chunks",
+        "step ms (80 %)",
+        "exchanges ms",
+        "exposed ms",
+        "tokens/s/GPU",
+    ),
+    *("MFU", "GB", "$/M tokens", ""),
+)
 
 
 def plan_table(plan: Plan) -> str:
-    """Give the choices, the best one's parts, and what to measure next."""
+    """Give the choices, the best one's parts, what to measure next, and what to do."""
     job, cluster, best = plan.job, plan.cluster, plan.best
+    price = f"{cluster.usd_per_gpu_hour:g} $ a GPU-hour"
     lines = [
-        f"{job.model.name} on {cluster.num_gpus} GPUs of {cluster.name}: {job.sequence} x {job.micro_batch} tokens, "
-        f"{job.micro_batches} micro-batches, tp={job.tp} pp={job.pp}, {job.dtype}, recompute {job.recompute}"
+        f"{job.model.name} on {cluster.num_gpus} GPUs of {cluster.name}, {price}: trainer {job.trainer}, "
+        f"{job.sequence} x {job.micro_batch} tokens, {best.time.tokens} a step, {job.dtype}"
         + (", two batches" if job.two_batches else ""),
         "",
         *_table([HEADER, *(_row(one) for one in plan.predictions[:MOST_ROWS])]),
     ]
-    if len(plan.predictions) > MOST_ROWS:
-        lines.append(f"... and {len(plan.predictions) - MOST_ROWS} slower ones: --json has them all")
+    if plan.num_found > MOST_ROWS:
+        lines.append(f"... and {plan.num_found - MOST_ROWS} other ways: --json has the {len(plan.predictions)} best")
     lines.append("")
-    if not best.fits:
-        lines.append(
-            f"Nothing fits into {cluster.gpu.memory_gb:g} GB: at least {best.memory_gb:.0f} GB are needed. "
-            "Try --recompute full, a larger --pp or --tp, or more GPUs."
-        )
-        return "\n".join(lines)
-    lines += [
-        f"Best: {best.choice}. It stays so in {plan.stays_best:.0%} of {len(best.draws_s)} draws of the estimates.",
-        f"Its step: {_parts(best)}.",
-    ]
-    deciding = [one for one in plan.sensitivities if one.regret > DECIDES]
-    first, *others = deciding + sorted(
-        (one for one in plan.sensitivities if one not in deciding), key=lambda one: one.swing, reverse=True
+    if best.fits:
+        lines += _about_best(plan)
+    return "\n".join([*lines, plan_verdict(plan)])
+
+
+def _about_best(plan: Plan) -> Iterator[str]:
+    best, cluster = plan.best, plan.cluster
+    used = f", which uses {best.gpus_used} of {cluster.num_gpus} GPUs" if best.gpus_used < cluster.num_gpus else ""
+    yield f"Best: {best.choice}{used}. It stays so in {plan.stays_best:.0%} of {len(plan.draws)} draws."
+    yield f"Its step: {_parts(best)}."
+    yield (
+        f"Its exchanges: {_ms(best.exchange_s, best.exchange_interval_s)}, of which nothing hides "
+        f"{_ms(best.time.exposed_s, best.exposed_interval_s)}; with no overlap at all a step takes "
+        f"{_ms(best.serial_s, best.serial_interval_s)}."
     )
-    lines += [
-        f"Measure next: {first.key} ({first.source}), which {_why(first)}.",
-        "Then: " + ", ".join(f"{one.key}, which {_why(one)}" for one in others[:2]) + ".",
-    ]
-    return "\n".join(lines)
+    first, *others = plan.sensitivities
+    deciding = [one for one in others if one.regret > DECIDES]
+    then = (deciding + sorted((o for o in others if o not in deciding), key=lambda one: -one.swing))[:2]
+    yield f"Measure next: {first.key} ({first.source}), which {why(first)}."
+    yield "Then: " + ", ".join(f"{one.key}, which {why(one)}" for one in then) + "."
 
 
-def _why(one: Sensitivity) -> str:
-    if one.regret > DECIDES:
-        return f"may make another choice better, by up to {one.regret:.1%}"
-    return f"moves the time by {one.swing:.1%} and changes no choice"
+def _ms(seconds: float, interval: tuple[float, float]) -> str:
+    return f"{seconds * 1e3:.0f} ms ({interval[0] * 1e3:.0f} - {interval[1] * 1e3:.0f})"
 
 
 def comparison_table(comparison: Comparison) -> str:
     """Give the best choice on every cluster, and the price by model size."""
-    rows: list[Sequence[str]] = [("cluster", "GPUs", *HEADER)]
+    rows: list[Sequence[str]] = [("cluster", "GPUs", "$/h", *HEADER)]
     for plan in comparison.plans:
-        rows.append((plan.cluster.name, str(plan.cluster.num_gpus), *_row(plan.best)))
+        cluster = plan.cluster
+        usd = f"{cluster.usd_per_gpu_hour * cluster.num_gpus:.0f}"
+        rows.append((cluster.name, str(cluster.num_gpus), usd, *_row(plan.best)))
     names = [plan.cluster.name for plan in comparison.plans]
-    lines = [f"{comparison.plans[0].job.model.name}", "", *_table(rows), ""]
+    at = {None: "", "gpus": ", at equal GPUs", "price": ", at an equal price"}[comparison.equal]
+    job = comparison.plans[0].job
+    lines = [f"{job.model.name}, trainer {job.trainer}{at}", "", *_table(rows), ""]
     lines += _decision(comparison, names)
     lines += ["", "$ per million tokens, by the model's widths:"]
     prices = [
@@ -67,17 +85,16 @@ def comparison_table(comparison: Comparison) -> str:
         for name, own in zip(names, comparison.usd, strict=True)
     ]
     lines += _table([("cluster", *(f"x{scale:.2g}" for scale in comparison.scales)), *prices])
-    lines += ["", *_crossings(comparison, names)]
+    lines += ["", *_crossings(comparison, names), "", compare_verdict(comparison)]
     return "\n".join(lines)
 
 
 def _decision(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     """Say how the first cluster does against the others, as far as the job fits on them."""
     bests = [plan.best for plan in comparison.plans]
-    others = [name for name, best in zip(names[1:], bests[1:], strict=True) if best.fits]
-    if comparison.is_cheaper is not None:
-        share = f"{comparison.is_cheaper:.0%}"
-        yield f"{names[0]} is cheaper than {' and '.join(others)} in {share} of the draws of the estimates."
+    for name, share in zip(names, comparison.is_cheapest, strict=True):
+        if share is not None:
+            yield f"{name} is the cheapest in {share:.0%} of the draws of the estimates."
     for number, (name, best) in enumerate(zip(names, bests, strict=True)):
         usd = comparison.break_even_usd(number)
         if not best.fits:
@@ -102,12 +119,14 @@ def _row(one: Prediction) -> tuple[str, ...]:
     sizes, time = one.choice.overlap.chunk_sizes, one.time
     low, high = one.step_interval_s
     return (
-        str(one.choice.ep),
-        str(one.choice.num_levels),
+        *(str(one.choice.tp), str(one.choice.pp), str(one.choice.ep), str(one.choice.num_levels)),
+        one.choice.recompute,
         f"{len(sizes)}" + ("" if len(set(sizes)) == 1 else " ramp"),
-        f"{time.layer_s * 1e3:.2f}",
         f"{time.step_s * 1e3:.0f} ({low * 1e3:.0f} - {high * 1e3:.0f})",
+        f"{one.exchange_s * 1e3:.0f}",
         f"{time.exposed_s * 1e3:.0f}",
+        f"{one.tokens_per_s_per_gpu:.0f}",
+        f"{one.mfu:.0%}",
         f"{one.memory_gb:.0f}",
         f"{one.usd_per_million_tokens:.4f}",
         "" if one.fits else "too large",

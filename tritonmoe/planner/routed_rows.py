@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 
 from tritonmoe.planner.model import Model
@@ -45,6 +46,7 @@ class Needs:
     """The pairs of the busiest rank, over the mean."""
 
 
+@cache
 def needs_of(model: Model, num_ranks: int, node_size: int, load: Sequence[float] = ()) -> Needs:
     """Give what tokens need of num_ranks ranks, each with E / num_ranks experts that stand side by side.
 

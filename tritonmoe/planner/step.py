@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.cluster import Cluster
@@ -11,7 +12,7 @@ from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 from tritonmoe.simulation.two_batches import MOST_LAYERS
 
-__all__ = ["StepTime", "exchange_time", "step_time"]
+__all__ = ["BESIDE", "StepTime", "exchange_time", "layer_exchange", "step_time", "step_with"]
 
 
 OPTIMIZER_BYTES = 46
@@ -20,6 +21,8 @@ Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to t
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
+HIDES_GATHERS = 0.9
+"""The share of a layer's compute under which its neighbours' weights can be gathered."""
 """The parts that come after the last backward."""
 LOSS_BYTES = 16
 """Of one logit: the loss in fp32 and its gradient, forward and backward together."""
@@ -39,6 +42,8 @@ class StepTime:
     parts: dict[str, float]
     """Part of the step -> seconds; together they are step_s."""
     tokens: int
+    num_calls: int
+    """Layers with experts that a GPU runs in the step, micro-batch by micro-batch."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -52,9 +57,13 @@ class StepTime:
 
 def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
     """Give what a step takes with a plan for its exchanges. Raises ValueError where job and cluster don't fit."""
-    dp = job.dp(cluster)
     parts = layer_parts(job, cluster)
-    exchange = exchange_time(job, cluster, num_levels, plan, parts)
+    return step_with(job, cluster, parts, exchange_time(job, cluster, num_levels, plan, parts))
+
+
+def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) -> StepTime:
+    """Give what a step takes whose layers' parts, experts and exchanges are known."""
+    dp, exchange = job.dp(cluster), exchange.times(job.imbalance if job.ep > 1 else 1.0)
     both = {name: forward + backward for name, (forward, backward) in parts.items()}
     block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
     dense = {**both, "dense block": block, "tensor-parallel gathers": 2 * gathers}
@@ -69,22 +78,39 @@ def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) ->
         again = sum(parts[name][0] for name in both) + parts["tensor-parallel gathers"][0]
         dense["recomputation"] = again + parts["dense"][0]
         sparse["recomputation"] = again + parts["router"][0] + exchange.again_s
-    for of in (dense, sparse):
-        of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 - sum(of.values()))
+    if job.recompute == "selective":
+        for of in (dense, sparse):
+            of["recomputation"] = parts["norms and rotations"][0]
+    passes = 3 if job.recompute == "full" else 2
+    one_by_one = job.us_per_expert * job.model.num_experts * passes * 1e-6 if job.ep == 1 else 0.0
+    for of, experts_s in ((dense, 0.0), (sparse, one_by_one)):
+        if job.zero == 3:
+            shared, experts = _layer_parameters(job, is_dense=of is dense)
+            of["waiting for weights"] = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
+        of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 + experts_s - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
+
+
+BESIDE = ("attention projections", "attention core", "norms and rotations", "router")
+"""The parts that run under the other half's exchanges, forward and backward, where a batch runs in two halves."""
+
+
+def layer_exchange(job: Job, cluster: Cluster, num_levels: int, parts: Parts) -> LayerExchange:
+    """Give the experts and exchanges of one call: of a micro-batch, or of its half where two run in turn."""
+    shared_s, tokens = parts["shared"][0], float(job.num_tokens)
+    if job.two_batches:
+        shared_s, tokens = shared_s / 2, tokens / 2
+    return LayerExchange(job, cluster, num_levels, tokens=tokens, shared_s=shared_s)
 
 
 def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan, parts: Parts) -> ExchangeTime:
     """Give the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
-    shared_s = parts["shared"][0]
+    exchange = layer_exchange(job, cluster, num_levels, parts)
     if not job.two_batches:
-        return LayerExchange(job, cluster, num_levels, shared_s=shared_s).time(plan)
-    half = LayerExchange(job, cluster, num_levels, tokens=job.num_tokens / 2, shared_s=shared_s / 2)
-    # One half's attention, norms and router run under the other half's exchanges, forward and backward.
-    names = ("attention projections", "attention core", "norms and rotations", "router")
-    forward_s, backward_s = (sum(parts[name][number] for name in names) / 2 for number in range(2))
+        return exchange.time(plan)
+    forward_s, backward_s = (sum(parts[name][number] for name in BESIDE) / 2 for number in range(2))
     num_layers = min(MOST_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
-    return half.time_of_two_batches(plan, (forward_s, backward_s), num_layers)
+    return exchange.time_of_two_batches(plan, (forward_s, backward_s), num_layers)
 
 
 def _whole_step(
@@ -111,7 +137,7 @@ def _whole_step(
     totals = [sum(own.values()) for own in by_stage]
     slowest = max(range(len(totals)), key=totals.__getitem__)
     parts = {name: seconds * job.micro_batches for name, seconds in by_stage[slowest].items()}
-    parts["pipeline bubble"] = sum(totals) - totals[slowest]
+    parts["pipeline bubble"] = (sum(totals) - totals[slowest]) / job.stages_in_turn
     # A stage is done with its last micro-batch before those that come before it; about two thirds are the backward.
     backward = [2 / 3 * total for total in totals]
     ahead = [
@@ -130,6 +156,7 @@ def _whole_step(
         exposed,
         parts,
         job.tokens_per_step(cluster),
+        sparse_there * job.micro_batches,
     )
 
 
@@ -137,8 +164,8 @@ def _head_s(job: Job, cluster: Cluster) -> float:
     """Give the output layer, forward and backward, and the loss."""
     model = job.model
     rows, vocab = job.num_tokens * job.tp, model.vocab_size / job.tp
-    forward = product_s(job, cluster, rows, model.hidden_size, round(vocab))
-    gradient = product_s(job, cluster, rows, model.hidden_size, round(vocab), weight_bytes=2 * MAIN_GRAD_BYTES)
+    product = partial(product_s, job, cluster, rows, model.hidden_size, round(vocab), is_wide=True)
+    forward, gradient = product(), product(weight_bytes=2 * MAIN_GRAD_BYTES)
     return 2 * forward + gradient + copy_s(cluster, LOSS_BYTES * rows * vocab)
 
 
@@ -161,6 +188,10 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
     expert_dp = dp * job.tp // job.ep
     for stage, seconds in enumerate(ahead):
         shared, experts = job.rank_parameters(stage)
+        if job.zero == 3:  # every micro-batch has summed its gradients, and gathers weights before it needs them
+            own = shared / dp + experts / expert_dp
+            optimizer = max(optimizer, copy_s(cluster, (OPTIMIZER_BYTES + GRADIENT_BYTES) * own))
+            continue
         rings = [(dp, job.tp, shared), (expert_dp, job.ep, experts)]
         summing = copy_s(cluster, GRADIENT_BYTES * (shared + experts))
         summing += sum(_ring_s(cluster, ranks, stride, MAIN_GRAD_BYTES * number) for ranks, stride, number in rings)
@@ -168,6 +199,27 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
         updating += sum(_ring_s(cluster, ranks, stride, job.dtype_bytes * number) for ranks, stride, number in rings)
         reduction, optimizer = max(reduction, summing - seconds), max(optimizer, updating)
     return reduction, optimizer
+
+
+def _layer_parameters(job: Job, *, is_dense: bool) -> tuple[float, float]:
+    """Give how many parameters of a layer a rank computes with: those that all ranks have, and its experts'."""
+    model = job.model
+    if is_dense:
+        return (model.attention_parameters + 3 * model.hidden_size * model.dense_size) / job.tp, 0.0
+    return model.other_parameters / job.tp, model.num_experts / job.ep * model.expert_parameters
+
+
+def _gathering_s(
+    job: Job, cluster: Cluster, dp: int, shared: float, experts: float, layer_s: float, exchange: ExchangeTime
+) -> float:
+    """Give for how long a layer waits for its weights, gathered before each pass, and for the sums of its gradients.
+
+    They travel while layers beside it compute; exchanges of rows need the same links.
+    """
+    rings = [(dp, job.tp, shared), (dp * job.tp // job.ep, job.ep, experts)]
+    gathers = (3 if job.recompute == "full" else 2) * job.dtype_bytes + MAIN_GRAD_BYTES
+    needed = sum(_ring_s(cluster, ranks, stride, gathers * number) for ranks, stride, number in rings)
+    return max(0.0, needed - HIDES_GATHERS * (layer_s - exchange.exposed_s))
 
 
 def _ring_s(cluster: Cluster, num_ranks: int, stride: int, num_bytes: float) -> float:

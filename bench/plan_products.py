@@ -1,0 +1,94 @@
+"""Published grouped products, and steps and memory of models cut to four layers, against the planner."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from bench.published import Row, Table, published
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.job_memory import memory_gb
+from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.operation_costs import copy_s
+from tritonmoe.planner.step import step_time
+
+__all__ = ["four_layer_tables"]
+
+FAMILIES = {"deepseekv2": ("DeepSeek-V2", 0.1), "deepseekv3": ("DeepSeek-V3", 0.05)}
+"""Name in the table -> preset, and the target for the largest error."""
+PLAIN = OverlapPlan((1,), local_first=False, serial=True)
+"""What Megatron-LM's all-to-all dispatcher does: nothing overlaps."""
+MACHINE = replace(CLUSTERS["B200"], nodes=1)
+GIB = 1 << 30
+
+
+def four_layer_tables() -> Iterator[Table]:
+    """Give grouped products, and for each family of models cut to four layers a table of steps and one of memory."""
+    yield _grouped_products()
+    table = published("simumax_b200_moe_step")
+    for family, (preset, target) in FAMILIES.items():
+        own = [row for row in table["rows"] if row["model"] == family]
+        first = own[0]
+        passes = _calibrate(preset, first)
+        rows = [
+            Row(
+                _what(row),
+                "ms",
+                row["real_ms"],
+                1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s,
+                row is first,
+                f"SimuMax {row['simumax_ms'] / row['real_ms'] - 1:+.1%}",
+            )
+            for row in own
+        ]
+        fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
+        yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
+        memory = [
+            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row, passes), MACHINE) * 1e9 / GIB)
+            for row in own
+            if row["mbc"] == 4
+        ]
+        yield Table(f"Memory of {preset}, 4 layers", table["source"], "nothing", memory)
+
+
+def _grouped_products() -> Table:
+    """Grouped products: the time for arithmetic and that for operands in memory, added."""
+    table, gpu = published("simumax_b200_grouped_products"), CLUSTERS["B200"].gpu
+    rows = []
+    for row in table["rows"]:
+        experts, each, outputs, inputs = (row[name] for name in ("experts", "rows", "outputs", "inputs"))
+        weight_bytes = 2 if row["pass"] != "weight gradient" else 8 if row["gradient"] == "fp32" else 4
+        peak_s = 2 * experts * each * outputs * inputs / (gpu.tflops["bf16"] * 1e12)
+        moved = experts * (outputs * inputs * weight_bytes + 2 * each * (outputs + inputs))
+        predicted = peak_s / (peak_s / gpu.grouped_efficiency.value + copy_s(CLUSTERS["B200"], moved))
+        what = f"{experts} x {each} rows, {inputs} to {outputs}, {row['pass']}, {row['gradient']}"
+        rows.append(Row(what, "%", 100 * row["efficiency"], 100 * predicted))
+    fitted = "the preset B200's grouped and memory efficiency, 0.54 and 0.7, to all of them"
+    return Table("Grouped products, B200", table["source"], fitted, rows)
+
+
+def _what(row: dict[str, Any]) -> str:
+    return f"ep {row['ep']}, pp {row['pp']}, {row['mbc']} micro-batches"
+
+
+def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
+    """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
+    model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
+    return Job(
+        model,
+        4096,
+        1,
+        row["mbc"],
+        pp=row["pp"],
+        ep=row["ep"],
+        overlaps_reduction=False,
+        sends_pairs=True,
+        pair_passes=passes,
+    )
+
+
+def _calibrate(preset: str, row: dict[str, Any]) -> float:
+    """Give the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
+    none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
+    return max(0.0, 10 * (row["real_ms"] - none) / (some - none))

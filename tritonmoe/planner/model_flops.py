@@ -1,0 +1,24 @@
+"""flops_per_token: the arithmetic of a training step that a model needs, whatever computes it."""
+
+from tritonmoe.planner.model import Model
+
+__all__ = ["flops_per_token"]
+
+
+def flops_per_token(model: Model, sequence: int) -> float:
+    """Give the FLOPs of one token's forward and backward, without recomputation: what model FLOP utilisation counts.
+
+    Products with the weights that the token needs, output layer and router among them, and causal attention, of which
+    the masked half doesn't count.
+    """
+    num_sparse = model.num_layers - model.num_dense_layers
+    weights = model.num_layers * model.attention_parameters
+    weights += model.num_dense_layers * 3 * model.hidden_size * model.dense_size
+    weights += num_sparse * (
+        model.hidden_size * (model.num_experts + 3 * model.shared_size) + model.top_k * model.expert_parameters
+    )
+    weights += model.vocab_size * model.hidden_size
+    attention = model.attention
+    seen = (model.num_layers - model.num_window_layers) * sequence / 2
+    seen += model.num_window_layers * min(model.window, sequence / 2)
+    return 6 * weights + 6 * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)

@@ -1,0 +1,120 @@
+"""verdict: the one sentence at the end of a plan: take this because, or measure that first because."""
+
+from collections.abc import Iterator
+
+from tritonmoe.planner.comparison import Comparison
+from tritonmoe.planner.job_memory import USABLE_MEMORY
+from tritonmoe.planner.plan import Plan
+from tritonmoe.planner.search import search
+from tritonmoe.planner.sensitivity import Sensitivity
+
+__all__ = ["DECIDES", "compare_verdict", "nothing_fits", "plan_verdict", "why"]
+
+DECIDES = 0.005
+"""An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
+SURE = 0.8
+"""A choice that is the best in such a share of the draws is made."""
+MOST_NODES = 64
+
+
+def why(one: Sensitivity) -> str:
+    """Say what an estimate does."""
+    if one.regret > DECIDES:
+        return f"may make another choice better, by up to {one.regret:.1%}"
+    return f"moves the time by {one.swing:.1%} and changes no choice"
+
+
+def plan_verdict(plan: Plan) -> str:
+    """Give one sentence."""
+    if not plan.best.fits:
+        return nothing_fits(plan)
+    best, sure = plan.best, f"it stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws"
+    low, high = best.step_interval_s
+    first = plan.sensitivities[0]
+    if plan.stays_best >= SURE or first.regret <= DECIDES:
+        widest = max(plan.sensitivities, key=lambda one: one.swing)
+        said = f"Take {best.choice}, because {sure}"
+        if widest.source == "assumed":
+            said += (
+                f"; that its step takes {low * 1e3:.0f} to {high * 1e3:.0f} ms is mostly because {widest.key} is only "
+                "assumed"
+            )
+        return said + "."
+    return f"Measure {first.key} first, because it is {_known(first.source)} and {why(first)}; as it is, {sure}."
+
+
+def _known(source: str) -> str:
+    return {"assumed": "only assumed", "probe": "known from a probe of seconds"}.get(source, source)
+
+
+def nothing_fits(plan: Plan) -> str:
+    """Say what is needed, and what would help that wasn't tried yet."""
+    best, cluster, job = plan.best, plan.cluster, plan.job
+    choice, free = best.choice, plan.free
+    usable = USABLE_MEMORY * cluster.gpu.memory_gb
+    tried = [name for name, is_free in (("tp", free.tp), ("pp", free.pp), ("recomputation", free.recompute)) if is_free]
+    said = (
+        f"Nothing fits: a job can fill {usable:.1f} of a GPU's {cluster.gpu.memory_gb:g} GB ({USABLE_MEMORY:.0%}: the "
+        f"allocator, the driver and NCCL have the rest), and at least {best.memory_gb:.0f} GB are needed, with {choice}"
+        f"{', whichever ' + ', '.join(tried) if tried else ''}."
+    )
+    helps = list(_helps(plan, choice.recompute == "full" or free.recompute))
+    nodes = _nodes_needed(plan)
+    if nodes:
+        helps.append(f"{nodes} nodes instead of {cluster.nodes} (--nodes {nodes})")
+    return said + (f" Try {', or '.join(helps)}." if helps else f" {job.model.name} needs GPUs with more memory.")
+
+
+def _helps(plan: Plan, is_recomputed: bool) -> Iterator[str]:
+    job, free = plan.job, plan.free
+    if not is_recomputed:
+        yield "--recompute full"
+    if not free.pp:
+        yield f"more pipeline stages than {job.pp} (--pp, or none given: all are tried)"
+    if not free.tp:
+        yield f"more tensor-parallel ranks than {job.tp} (--tp, or none given: all are tried)"
+    if job.micro_batch > 1:
+        yield f"fewer than {job.micro_batch} sequences a micro-batch (--micro-batch)"
+
+
+def _nodes_needed(plan: Plan) -> int | None:
+    """Give the number of nodes, so many times as large, on which the job fits as far as it is free."""
+    factor = 2
+    while factor <= MOST_NODES:
+        nodes = factor * plan.cluster.nodes
+        try:
+            if search(plan.job, plan.cluster.with_nodes(nodes), (), plan.free)[0].fits:
+                return nodes
+        except ValueError:
+            pass
+        factor *= 2
+    return None
+
+
+def compare_verdict(comparison: Comparison) -> str:
+    """Give one sentence."""
+    fits = comparison.fitting
+    names = [plan.cluster.name for plan in comparison.plans]
+    if not fits:
+        return "Buy none of these: the job fits on none, as it is given."
+    first = fits[0]
+    if len(fits) == 1:
+        return f"Buy {names[first]}, because the job fits on no other."
+    best, second = (comparison.plans[n].best for n in fits[:2])
+    share = max(comparison.is_cheapest[n] or 0.0 for n in fits)
+    chosen = max(fits, key=lambda n: comparison.is_cheapest[n] or 0.0)
+    if share >= SURE:
+        other = next(n for n in fits if n != chosen)
+        mine, theirs = (comparison.plans[n].best.usd_per_million_tokens for n in (chosen, other))
+        less = f"{1 - mine / theirs:.0%} less than on {names[other]}" if theirs > mine else "least"
+        cheapest = f"it is the cheapest in {share:.0%} of the draws"
+        return f"Buy {names[chosen]}, because a million tokens cost {less}, and {cheapest}."
+    near = second.usd_per_million_tokens / best.usd_per_million_tokens - 1 if best.usd_per_million_tokens else 0.0
+    said = (
+        f"{names[first]} is {near:.0%} cheaper than {names[fits[1]]}, but the cheapest in only "
+        f"{comparison.is_cheapest[first] or 0.0:.0%} of the draws"
+    )
+    if not comparison.decides:
+        return f"{said}."
+    number, key, explained = comparison.decides[0]
+    return f"Measure {key} of {names[number]} first, because it explains {explained:.0%} of what decides: {said}."
