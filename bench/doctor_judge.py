@@ -1,0 +1,202 @@
+"""What the doctor says of the jobs that bench.doctor has recorded, beside what is true of them."""
+
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.doctor_kinds import OF_NOBODY, Fault, Job, Layer
+from tritonmoe.cli import main as tritonmoe
+from tritonmoe.runtime.files import Json
+
+__all__ = ["MEASURED", "Judged", "Said", "judge_all", "judge_one", "read_job", "summarize"]
+
+MEASURED = "measured.json"
+"""The file beside a recording with its job, and the seconds of the steps of every variant."""
+CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
+"""What faults must cost together to be asked for, and one of several."""
+CLOSE = 0.15
+"""A promised gain may be off by so large a part of the measured one."""
+STEADY = 0.10
+"""Where steps without faults take so much longer in one half than in the other, something else ran on the machine: what
+the faults cost isn't known well enough then to say whether a gain is within 15 % of it."""
+NAMES = {"bandwidth": {"bandwidth", "slow link"}, "late link": {"late link", "slow link"}}
+"""What a fault may be called, where that isn't its name alone."""
+WHEN = {"rare": "at random", "flapping": "at random"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A finding, as far as it is judged."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    moves: bool
+    when: str | None
+    period: int | None
+    cost_s: float
+
+    def names(self, fault: Fault) -> bool:
+        return self.kind in NAMES.get(fault.kind, {fault.kind})
+
+    def blames(self, fault: Fault, size: int) -> bool:
+        """Say whether it tells all who are at fault, and nobody else."""
+        if fault.moves:
+            return self.moves
+        if fault.kind in OF_NOBODY:
+            return len(self.ranks) in (0, size)
+        return set(self.ranks) == set(fault.ranks) and not self.moves
+
+    def times(self, fault: Fault) -> bool:
+        """Say whether it tells when the fault comes; of one that moves, that it does."""
+        if fault.moves:
+            return self.moves
+        return self.when == WHEN.get(fault.when, fault.when) and (not fault.period or self.period == fault.period)
+
+    def __str__(self) -> str:
+        who = "moving" if self.moves else self.ranks or ""
+        return f"{self.kind} {who} {self.when or ''}{self.period or ''}"
+
+
+def ask_doctor(folder: Path, step_s: float) -> tuple[list[Said], float]:
+    """Give what `tritonmoe doctor` finds, and how far its replay is off."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file, contextlib.redirect_stdout(io.StringIO()):
+        status = tritonmoe(["doctor", str(folder), "--json", file.name])
+        if status == 2:
+            raise ValueError(f"the doctor can't read {folder}")
+        (verdict,) = json.loads(Path(file.name).read_text())
+
+    def said(one: Json) -> Said:
+        cost_s = one["cost_s"] if "cost_s" in one else one["share"] * step_s
+        moves, when, period = (one.get(name) for name in ("moves", "when", "period"))
+        return Said(one["kind"], tuple(one["ranks"]), bool(moves), when, period, cost_s)
+
+    return [said(one) for one in verdict["findings"]], verdict["error"]
+
+
+def read_job(plain: dict[str, Any]) -> Job:
+    """Give the job that was written as plain values."""
+    layers = tuple(Layer(**layer) for layer in plain["layers"])
+    faults = tuple(Fault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
+    return Job(**{**plain, "layers": layers, "faults": faults})
+
+
+def judge_one(folder: Path) -> Json:
+    """Have the doctor read what was recorded in a folder, and compare."""
+    kept = json.loads((folder / MEASURED).read_text())
+    job = read_job(kept["job"])
+    step_s = statistics.fmean(kept["seconds"]["with"])
+    return {"where": kept["where"], **judge(job, kept["seconds"], *ask_doctor(folder, step_s))}
+
+
+def judge(job: Job, seconds: dict[str, list[float]], said: Sequence[Said], error: float) -> Json:
+    """Compare what is said of a job with what is true; None where it isn't asked for."""
+    means = {name: statistics.fmean(of) for name, of in seconds.items()}
+    step_s = means["with"]
+    total = 1 - means.get("without", step_s) / step_s
+    shares = {
+        fault.kind: 1 - means.get(f"without {fault.kind}", means.get("without", step_s)) / step_s
+        for fault in job.faults
+    }
+    half = len(seconds.get("without", ())) // 2
+    halves = [statistics.fmean(of) for of in (seconds["without"][:half], seconds["without"][half:])] if half else [1, 1]
+    is_asked = total >= CERTAIN_SHARE
+    # Of two that hide each other neither gains much alone: then the first is asked for.
+    asked = [fault for fault in job.faults if shares[fault.kind] >= SMALL_SHARE] or job.faults[:0]
+    found = {fault.kind: next((one for one in said if one.names(fault)), None) for fault in job.faults}
+    first = next((fault for fault in job.faults if said and said[0].names(fault)), None)
+    asked = asked or ([first] if first else list(job.faults))
+    largest = max(shares.values(), default=0.0)
+    promised = {kind: one.cost_s / step_s if one else 0.0 for kind, one in found.items()}
+
+    def all_right(is_right: Any) -> bool | None:
+        if not is_asked:
+            return None
+        return all((one := found[fault.kind]) is not None and is_right(one, fault) for fault in asked)
+
+    return {
+        "kind": job.kind,
+        "seed": job.seed,
+        "ranks": job.size,
+        "layers": len(job.layers),
+        "faults": [f"{of.kind} {list(of.ranks)} {of.when}{of.period or ''} {of.phase} {of.layer}" for of in job.faults],
+        "step_ms": round(1e3 * step_s, 2),
+        "drift": round(abs(halves[0] / halves[1] - 1), 4),
+        "true_share": round(total, 4),
+        "true_shares": {kind: round(share, 4) for kind, share in shares.items()},
+        "promised_shares": {kind: round(share, 4) for kind, share in promised.items()},
+        "said": [f"{one} {one.cost_s / step_s:.0%}" for one in said],
+        "replay_error": round(error, 4),
+        "is_silent": not said,
+        "cause_right": (first is not None and shares[first.kind] >= largest / 2) if is_asked else None,
+        "culprits_right": all_right(lambda one, fault: one.blames(fault, job.size)),
+        "when_right": all_right(lambda one, fault: one.times(fault)),
+        "gains_right": {
+            kind: abs(promised[kind] / share - 1) <= CLOSE for kind, share in shares.items() if share >= SMALL_SHARE
+        },
+    }
+
+
+def line_of(result: Json) -> str:
+    """Give a scenario in one line; what is wrong in capitals."""
+    marks = [
+        name.upper() if result[f"{name}_right"] is False else "-" if result[f"{name}_right"] is None else name
+        for name in ("cause", "culprits", "when")
+    ]
+    marks += [
+        f"{kind} {result['true_shares'][kind]:.0%} {'gain' if right else 'GAIN'} {result['promised_shares'][kind]:.0%}"
+        for kind, right in result["gains_right"].items()
+    ]
+    said = "; ".join(result["said"]) or "healthy"
+    return (
+        f"{result['kind']} ({result['ranks']} ranks, {result['layers']} layers, seed {result['seed']}): "
+        f"{result['step_ms']:.0f} ms, replay {result['replay_error']:+.1%}, true {result['true_share']:.0%}: "
+        f"{', '.join(marks)} | {'; '.join(result['faults']) or 'nothing'} | said: {said}"
+    )
+
+
+def summarize(results: Sequence[Json]) -> Json:
+    """Give the figures of all scenarios: shares, with the number that they are of."""
+
+    def share(values: Collection[bool | None]) -> str | None:
+        known = [value for value in values if value is not None]
+        return f"{sum(known)} of {len(known)}, {sum(known) / len(known):.1%}" if known else None
+
+    faulty = [of for of in results if of["faults"]]
+    steady = [of for of in faulty if of["drift"] <= STEADY]
+    errors = sorted(abs(of["replay_error"]) for of in results)
+    return {
+        "scenarios with faults": len(faulty),
+        "first cause right, of 15 %": share([of["cause_right"] for of in faulty]),
+        "all culprits right": share([of["culprits_right"] for of in faulty]),
+        "pattern in time right": share([of["when_right"] for of in faulty]),
+        "not silent, of 15 %": share([None if of["cause_right"] is None else not of["is_silent"] for of in faulty]),
+        "healthy ones silent": share([of["is_silent"] for of in results if not of["faults"]]),
+        "gain within 15 %": share([right for of in steady for right in of["gains_right"].values()]),
+        "not steady": len(faulty) - len(steady),
+        "replay: median error": round(statistics.median(errors), 4) if errors else None,
+        "replay: worst error": round(errors[-1], 4) if errors else None,
+    }
+
+
+@dataclass(frozen=True)
+class Judged:
+    scenarios: list[Json]
+    summary: Json
+
+    @property
+    def lines(self) -> list[str]:
+        return [line_of(one) for one in self.scenarios]
+
+
+def judge_all(into: Path, kinds: Sequence[str]) -> Judged:
+    """Judge all that was recorded of these kinds."""
+    files = sorted(into.glob(f"*/{MEASURED}"))
+    folders = [file.parent for file in files if json.loads(file.read_text())["job"]["kind"] in kinds]
+    results = [judge_one(folder) for folder in folders]
+    return Judged(results, summarize(results))
