@@ -9,6 +9,7 @@ of the kinds is held out: nothing is tuned on those.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from bench.doctor_faults import Job, variants_of
 from bench.doctor_job import TIMEOUT_S, run_emulated, run_real
-from bench.doctor_judge import MEASURED, judge_all
-from bench.doctor_kinds import KINDS, Job, draw_job, kinds_of, without
+from bench.doctor_judge import MEASURED, judge_all, summarize
+from bench.doctor_kinds import KINDS, draw_job, kinds_of
 from tritonmoe.benchmarks.argument_types import output_file, positive, seed
 from tritonmoe.benchmarks.inside_namespace import check_start, is_inside
 from tritonmoe.benchmarks.namespaces import Namespaces
@@ -30,17 +32,6 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main", "run_here"]
 
 START_RATE = 1e9
-
-
-def variants_of(job: Job) -> dict[str, Job]:
-    """Give the job with its faults, if it has any without all of them, and where there are several without each."""
-    kinds = sorted({fault.kind for fault in job.faults})
-    variants = {"with": job}
-    if kinds:
-        variants["without"] = without(job, kinds)
-    if len(kinds) > 1:
-        variants |= {f"without {kind}": without(job, [kind]) for kind in kinds}
-    return variants
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
@@ -85,7 +76,8 @@ def run_here(arguments: argparse.Namespace) -> None:
 
 
 def run_netns_rank(arguments: argparse.Namespace) -> None:
-    """Run all jobs on this rank of the namespaces."""
+    """Run all jobs on this rank of the namespaces; what else the machine does is no fault of theirs."""
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
     with torchrun_ranks(timeout_s=TIMEOUT_S) as transport:
         for job in jobs_of(arguments):
             begun = str(folder_of(arguments.into, job)) if transport.rank == 0 else None
@@ -114,13 +106,11 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def judge(arguments: argparse.Namespace) -> int:
     kinds = kinds_of(arguments.kinds, is_real=False)
-    judged = judge_all(Path(arguments.into), kinds)
-    for line in judged.lines:
-        print(line)
-    for name, value in judged.summary.items():
+    results = judge_all(Path(arguments.into), kinds)
+    summary = summarize(results)
+    for name, value in summary.items():
         print(f"  {name:34} {value}")
-    results = {"kinds": arguments.kinds, "summary": judged.summary, "scenarios": judged.scenarios}
-    write_json(arguments.json, "doctor", results)
+    write_json(arguments.json, "doctor", {"kinds": arguments.kinds, "summary": summary, "scenarios": results})
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from bench.doctor_kinds import Job
+from bench.doctor_faults import Job
 from bench.virtual_time import VirtualTime
 from tritonmoe.benchmarks.inside_namespace import ask
 from tritonmoe.benchmarks.ranks import gather

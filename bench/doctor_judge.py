@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.doctor_kinds import OF_NOBODY, Fault, Job, Layer
+from bench.doctor_faults import OF_NOBODY, Fault, Job, read_job
 from tritonmoe.cli import main as tritonmoe
 from tritonmoe.runtime.files import Json
 
-__all__ = ["MEASURED", "Judged", "Said", "judge_all", "judge_one", "read_job", "summarize"]
+__all__ = ["MEASURED", "Said", "judge_all", "judge_one", "summarize"]
 
 MEASURED = "measured.json"
 """The file beside a recording with its job, and the seconds of the steps of every variant."""
@@ -77,13 +77,6 @@ def ask_doctor(folder: Path, step_s: float) -> tuple[list[Said], float]:
         return Said(one["kind"], tuple(one["ranks"]), bool(moves), when, period, cost_s)
 
     return [said(one) for one in verdict["findings"]], verdict["error"]
-
-
-def read_job(plain: dict[str, Any]) -> Job:
-    """Give the job that was written as plain values."""
-    layers = tuple(Layer(**layer) for layer in plain["layers"])
-    faults = tuple(Fault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
-    return Job(**{**plain, "layers": layers, "faults": faults})
 
 
 def judge_one(folder: Path) -> Json:
@@ -184,19 +177,11 @@ def summarize(results: Sequence[Json]) -> Json:
     }
 
 
-@dataclass(frozen=True)
-class Judged:
-    scenarios: list[Json]
-    summary: Json
-
-    @property
-    def lines(self) -> list[str]:
-        return [line_of(one) for one in self.scenarios]
-
-
-def judge_all(into: Path, kinds: Sequence[str]) -> Judged:
-    """Judge all that was recorded of these kinds."""
-    files = sorted(into.glob(f"*/{MEASURED}"))
-    folders = [file.parent for file in files if json.loads(file.read_text())["job"]["kind"] in kinds]
-    results = [judge_one(folder) for folder in folders]
-    return Judged(results, summarize(results))
+def judge_all(into: Path, kinds: Collection[str]) -> list[Json]:
+    """Judge all that was recorded of these kinds, and print a line of each."""
+    results = []
+    for file in sorted(into.glob(f"*/{MEASURED}")):
+        if json.loads(file.read_text())["job"]["kind"] in kinds:
+            results.append(judge_one(file.parent))
+            print(line_of(results[-1]), flush=True)
+    return results

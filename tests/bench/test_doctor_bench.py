@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bench import doctor
+from bench.doctor_faults import Fault, Job, Layer, read_job, without
 from bench.doctor_job import run_emulated
-from bench.doctor_judge import MEASURED, Said, judge, read_job, summarize
-from bench.doctor_kinds import KINDS, Fault, Job, Layer, draw_job, is_held_out, kinds_of, without
+from bench.doctor_judge import MEASURED, Said, judge, summarize
+from bench.doctor_kinds import KINDS, draw_job, is_held_out, kinds_of
 
 LAYERS = tuple(Layer(64, 2, 2, pair_s, 0.004) for pair_s in (5e-5, 1e-4))
 HEALTHY = Job("healthy", 0, 3, LAYERS, 6, rate=0.01, latency_s=1e-4, hidden_size=16, fixed_s=1e-4)
