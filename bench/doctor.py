@@ -9,7 +9,6 @@ of the kinds is held out: nothing is tuned on those.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -17,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.doctor_faults import Job, variants_of
+from bench.doctor_faults import MEASURED, Job, variants_of
 from bench.doctor_job import TIMEOUT_S, run_emulated, run_real
-from bench.doctor_judge import MEASURED, judge_all, summarize
 from bench.doctor_kinds import KINDS, draw_job, kinds_of
 from tritonmoe.benchmarks.argument_types import output_file, positive, seed
 from tritonmoe.benchmarks.inside_namespace import check_start, is_inside
@@ -32,6 +30,8 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 __all__ = ["main", "run_here"]
 
 START_RATE = 1e9
+UNDISTURBED = ("nice", "-n", "-15")
+"""What else the machine does then takes little time from the ranks."""
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
@@ -76,8 +76,7 @@ def run_here(arguments: argparse.Namespace) -> None:
 
 
 def run_netns_rank(arguments: argparse.Namespace) -> None:
-    """Run all jobs on this rank of the namespaces; what else the machine does is no fault of theirs."""
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
+    """Run all jobs on this rank of the namespaces."""
     with torchrun_ranks(timeout_s=TIMEOUT_S) as transport:
         for job in jobs_of(arguments):
             begun = str(folder_of(arguments.into, job)) if transport.rank == 0 else None
@@ -100,16 +99,19 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if is_inside():
         run_netns_rank(arguments)
         return 0
-    with Namespaces([sys.executable, "-m", "bench.doctor", *argv], arguments.netns, START_RATE) as namespaces:
+    command = [*UNDISTURBED, sys.executable, "-m", "bench.doctor", *argv]
+    with Namespaces(command, arguments.netns, START_RATE) as namespaces:
         return namespaces.run(TIMEOUT_S)
 
 
 def judge(arguments: argparse.Namespace) -> int:
+    from bench.doctor_judge import judge_all, summarize  # with the whole of tritonmoe, which no rank needs
+
     kinds = kinds_of(arguments.kinds, is_real=False)
     results = judge_all(Path(arguments.into), kinds)
     summary = summarize(results)
     for name, value in summary.items():
-        print(f"  {name:34} {value}")
+        print(f"  {name:24} {' of '.join(map(str, value.values())) if isinstance(value, dict) else value}")
     write_json(arguments.json, "doctor", {"kinds": arguments.kinds, "summary": summary, "scenarios": results})
     return 0
 

@@ -13,6 +13,7 @@ __all__ = [
     "ANYWHERE",
     "FACTORS",
     "FREQUENCY",
+    "MEASURED",
     "OF_NOBODY",
     "Fault",
     "Job",
@@ -22,6 +23,8 @@ __all__ = [
     "without",
 ]
 
+MEASURED = "measured.json"
+"""The file beside a recording with its job, and the seconds of the steps of every variant."""
 FACTORS = ("slow rank", "slow link", "slow port", "bandwidth")
 """What is so many times as slow as otherwise; the other kinds take seconds, or a share of the tokens."""
 OF_NOBODY = ("bandwidth", "latency", "chunk overhead", "host overhead")

@@ -5,19 +5,17 @@ import io
 import json
 import statistics
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.doctor_faults import OF_NOBODY, Fault, Job, read_job
+from bench.doctor_faults import MEASURED, OF_NOBODY, Fault, Job, read_job
 from tritonmoe.cli import main as tritonmoe
 from tritonmoe.runtime.files import Json
 
-__all__ = ["MEASURED", "Said", "judge_all", "judge_one", "summarize"]
+__all__ = ["Said", "judge_all", "judge_one", "summarize"]
 
-MEASURED = "measured.json"
-"""The file beside a recording with its job, and the seconds of the steps of every variant."""
 CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
 """What faults must cost together to be asked for, and one of several."""
 CLOSE = 0.15
@@ -153,24 +151,28 @@ def line_of(result: Json) -> str:
     )
 
 
-def summarize(results: Sequence[Json]) -> Json:
-    """Give the figures of all scenarios: shares, with the number that they are of."""
+FIGURES = {
+    "first cause right": "cause_right",
+    "all culprits right": "culprits_right",
+    "pattern in time right": "when_right",
+}
 
-    def share(values: Collection[bool | None]) -> str | None:
+
+def summarize(results: Sequence[Json]) -> Json:
+    """Give the figures of all scenarios: how many are right, of how many."""
+
+    def share(values: Iterable[bool | None]) -> dict[str, int]:
         known = [value for value in values if value is not None]
-        return f"{sum(known)} of {len(known)}, {sum(known) / len(known):.1%}" if known else None
+        return {"right": sum(known), "of": len(known)}
 
     faulty = [of for of in results if of["faults"]]
     steady = [of for of in faulty if of["drift"] <= STEADY]
     errors = sorted(abs(of["replay_error"]) for of in results)
     return {
-        "scenarios with faults": len(faulty),
-        "first cause right, of 15 %": share([of["cause_right"] for of in faulty]),
-        "all culprits right": share([of["culprits_right"] for of in faulty]),
-        "pattern in time right": share([of["when_right"] for of in faulty]),
-        "not silent, of 15 %": share([None if of["cause_right"] is None else not of["is_silent"] for of in faulty]),
-        "healthy ones silent": share([of["is_silent"] for of in results if not of["faults"]]),
-        "gain within 15 %": share([right for of in steady for right in of["gains_right"].values()]),
+        **{name: share(of[key] for of in faulty) for name, key in FIGURES.items()},
+        "not called healthy": share(not of["is_silent"] for of in faulty if of["cause_right"] is not None),
+        "gain within 15 %": share(right for of in steady for right in of["gains_right"].values()),
+        "healthy ones silent": share(of["is_silent"] for of in results if not of["faults"]),
         "not steady": len(faulty) - len(steady),
         "replay: median error": round(statistics.median(errors), 4) if errors else None,
         "replay: worst error": round(errors[-1], 4) if errors else None,

@@ -115,18 +115,20 @@ def draw_job(kind: str, seed: int, is_real: bool, size: int | None = None) -> Jo
     num_culprits = max((spec.num for spec in specs), default=1)
     size = size or draw.choice([size for size in (3, 4, 4, 8) if size > num_culprits])
     needs_several = any(spec.place in ("between", "layer", "layer's backward") for spec in specs)
-    most = {3: 3, 4: 3, 8: 2}[size] if is_real else {3: 8, 4: 4, 8: 2}[size]
+    most = {3: 2, 4: 2, 8: 2 if needs_several else 1}[size] if is_real else {3: 8, 4: 4, 8: 2}[size]
     least = 2 if needs_several else 1
     if kind == "healthy, many unlike layers":
         least = most
     num_layers = draw.choice([number for number in (1, 1, 2, 2, 3, 4, 8) if least <= number <= most])
     num_chunks = draw.choice((2, 2, 3))
-    base_s = draw.uniform(0.03, 0.06) if is_real else draw.uniform(0.006, 0.014)
-    tokens = draw.choice((256, 384, 512))
+    base_s = draw.uniform(0.04, 0.07) if is_real else draw.uniform(0.006, 0.014)
+    tokens = draw.choice((192, 256) if is_real else (256, 384, 512))
     layers = []
     for _ in range(num_layers):
         compute_s = base_s * draw.uniform(0.5, 2.0)
         layer_tokens, top_k = round(tokens * draw.choice((1.0, 1.0, 0.5))), draw.choice((1, 2, 2))
+        if is_real:  # a message is larger than tc's burst, for which a link is fast
+            layer_tokens, top_k = tokens, 2
         before_s = base_s * draw.choice((0.2, 0.5, 1.0))
         layers.append(Layer(layer_tokens, top_k, num_chunks, compute_s / (layer_tokens * top_k), before_s))
     hidden_size = 1024 if is_real else 16

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import doctor
-from bench.doctor_faults import Fault, Job, Layer, read_job, without
+from bench.doctor_faults import MEASURED, Fault, Job, Layer, read_job, without
 from bench.doctor_job import run_emulated
-from bench.doctor_judge import MEASURED, Said, judge, summarize
+from bench.doctor_judge import Said, judge, summarize
 from bench.doctor_kinds import KINDS, draw_job, is_held_out, kinds_of
 
 LAYERS = tuple(Layer(64, 2, 2, pair_s, 0.004) for pair_s in (5e-5, 1e-4))
@@ -99,8 +99,8 @@ def test_a_verdict_is_right_where_everything_is() -> None:
     assert (small["cause_right"], small["culprits_right"], small["when_right"]) == (None, None, None)
     healthy = judge(HEALTHY, {"with": [0.1] * 6}, [right], 0.0)
     figures = summarize([judged, healthy])
-    assert figures["healthy ones silent"] == "0 of 1, 0.0%"
-    assert figures["first cause right, of 15 %"] == "1 of 1, 100.0%"
+    assert figures["healthy ones silent"] == {"right": 0, "of": 1}
+    assert figures["first cause right"] == {"right": 1, "of": 1}
 
 
 def test_of_several_faults_all_are_asked_for() -> None:
