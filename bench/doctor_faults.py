@@ -2,6 +2,7 @@
 
 import functools
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,11 @@ __all__ = [
     "FREQUENCY",
     "MEASURED",
     "OF_NOBODY",
+    "STEADY",
     "Fault",
     "Job",
     "Layer",
+    "drift_of",
     "read_job",
     "variants_of",
     "without",
@@ -25,6 +28,9 @@ __all__ = [
 
 MEASURED = "measured.json"
 """The file beside a recording with its job, and the seconds of the steps of every variant."""
+STEADY = 0.10
+"""Where steps without faults take so much longer at one time than at another, something else ran on the machine: what
+the faults cost isn't known well enough then."""
 FACTORS = ("slow rank", "slow link", "slow port", "bandwidth")
 """What is so many times as slow as otherwise; the other kinds take seconds, or a share of the tokens."""
 OF_NOBODY = ("bandwidth", "latency", "chunk overhead", "host overhead")
@@ -200,3 +206,13 @@ def read_job(plain: dict[str, Any]) -> Job:
     layers = tuple(Layer(**layer) for layer in plain["layers"])
     faults = tuple(Fault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
     return Job(**{**plain, "layers": layers, "faults": faults})
+
+
+def drift_of(job: Job, seconds: dict[str, list[float]]) -> float:
+    """Give by how large a part steps on real links that have no faults differ in the mean: before the others, behind
+    them and, of a healthy job, in between."""
+    healthy = seconds.get("without", [])
+    half = len(healthy) // 2
+    parts = [healthy[:half], healthy[half:], *([] if job.faults else [seconds["with"]])]
+    means = [statistics.fmean(part) for part in parts if part]
+    return max(means) / min(means) - 1

@@ -239,11 +239,10 @@ def run_real(transport: Transport, job: Job, variants: dict[str, Job], folder: P
     Those of the job itself are recorded.
     """
     shaper = _Shaper(job.size)
-    half = job.num_steps // 2
     healthy = variants.get("without", job)
-    blocks = [("", healthy, range(2)), ("without", healthy, range(half))]
+    blocks = [("", healthy, range(2)), ("without", healthy, range(0, job.num_steps, 2))]
     blocks += [(name, of, range(job.num_steps)) for name, of in variants.items() if name != "without"]
-    blocks += [("without", healthy, range(half, job.num_steps))]
+    blocks += [("without", healthy, range(1, job.num_steps, 2))]
     seconds: dict[str, list[float]] = {}
     for name, of, steps in blocks:
         is_first = True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.doctor_faults import MEASURED, OF_NOBODY, Fault, Job, read_job
+from bench.doctor_faults import MEASURED, OF_NOBODY, STEADY, Fault, Job, drift_of, read_job
 from tritonmoe.cli import main as tritonmoe
 from tritonmoe.runtime.files import Json
 
@@ -20,9 +20,6 @@ CERTAIN_SHARE, SMALL_SHARE = 0.15, 0.08
 """What faults must cost together to be asked for, and one of several."""
 CLOSE = 0.15
 """A promised gain may be off by so large a part of the measured one."""
-STEADY = 0.10
-"""Where steps without faults take so much longer in one half than in the other, something else ran on the machine: what
-the faults cost isn't known well enough then to say whether a gain is within 15 % of it."""
 NAMES = {"bandwidth": {"bandwidth", "slow link"}, "late link": {"late link", "slow link"}}
 """What a fault may be called, where that isn't its name alone."""
 WHEN = {"rare": "at random", "flapping": "at random"}
@@ -82,7 +79,9 @@ def judge_one(folder: Path) -> Json:
     kept = json.loads((folder / MEASURED).read_text())
     job = read_job(kept["job"])
     step_s = statistics.fmean(kept["seconds"]["with"])
-    return {"where": kept["where"], **judge(job, kept["seconds"], *ask_doctor(folder, step_s))}
+    drift = drift_of(job, kept["seconds"]) if kept["where"] == "netns" else 0.0
+    judged = judge(job, kept["seconds"], *ask_doctor(folder, step_s))
+    return {"where": kept["where"], "drift": round(drift, 4), **judged}
 
 
 def judge(job: Job, seconds: dict[str, list[float]], said: Sequence[Said], error: float) -> Json:
@@ -94,8 +93,6 @@ def judge(job: Job, seconds: dict[str, list[float]], said: Sequence[Said], error
         fault.kind: 1 - means.get(f"without {fault.kind}", means.get("without", step_s)) / step_s
         for fault in job.faults
     }
-    half = len(seconds.get("without", ())) // 2
-    halves = [statistics.fmean(of) for of in (seconds["without"][:half], seconds["without"][half:])] if half else [1, 1]
     is_asked = total >= CERTAIN_SHARE
     # Of two that hide each other neither gains much alone: then the first is asked for.
     asked = [fault for fault in job.faults if shares[fault.kind] >= SMALL_SHARE] or job.faults[:0]
@@ -117,7 +114,6 @@ def judge(job: Job, seconds: dict[str, list[float]], said: Sequence[Said], error
         "layers": len(job.layers),
         "faults": [f"{of.kind} {list(of.ranks)} {of.when}{of.period or ''} {of.phase} {of.layer}" for of in job.faults],
         "step_ms": round(1e3 * step_s, 2),
-        "drift": round(abs(halves[0] / halves[1] - 1), 4),
         "true_share": round(total, 4),
         "true_shares": {kind: round(share, 4) for kind, share in shares.items()},
         "promised_shares": {kind: round(share, 4) for kind, share in promised.items()},
@@ -166,7 +162,7 @@ def summarize(results: Sequence[Json]) -> Json:
         return {"right": sum(known), "of": len(known)}
 
     faulty = [of for of in results if of["faults"]]
-    steady = [of for of in faulty if of["drift"] <= STEADY]
+    steady = [of for of in faulty if of.get("drift", 0.0) <= STEADY]
     errors = sorted(abs(of["replay_error"]) for of in results)
     return {
         **{name: share(of[key] for of in faulty) for name, key in FIGURES.items()},
