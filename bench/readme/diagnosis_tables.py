@@ -18,42 +18,37 @@ __all__ = [
 
 
 def doctor_table(prefix: str) -> str:
-    """Give one row for every file of results whose name starts with `prefix`."""
+    """Give one column for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
-    columns = {
-        "cause of 15 % or more first": ("of 15 %: cause first", "of 15 %: number"),
-        "of 8 to 15 %": ("of 8 to 15 %: cause first", "of 8 to 15 %: number"),
-        "healthy with a finding": ("healthy: false alarms", "healthy: number"),
-        "both of two said": ("two causes: both said", "two causes: number"),
+    results = [one["results"] for one in data]
+    titles, sizes = [], []
+    for of in results:
+        (where_run,) = {one["where"] for one in of["scenarios"]}
+        titles.append(f"{WHERE_RUN[where_run]}, {of['kinds'].replace('_', ' ')} kinds")
+        sizes.append(", ".join(map(str, sorted({one["ranks"] for one in of["scenarios"]}))))
+    rows = {
+        "kinds, scenarios": [f"{len({s['kind'] for s in of['scenarios']})}, {len(of['scenarios'])}" for of in results],
+        "ranks": sizes,
     }
-    calls = {scenario["calls"] for one in data for scenario in one["results"]["scenarios"]}
+    for name in results[0]["summary"]:
+        rows[name] = [as_cell(of["summary"][name]) for of in results]
     lines = [
-        f"`python -m bench.doctor` on {where(data[0]['environment'])}: medians of {', '.join(map(str, sorted(calls)))} "
-        "interleaved calls, experts that sleep. Shares, with the number of scenarios that they are of; errors are "
-        "relative.",
+        f"`python -m bench.doctor` on {where(data[0]['environment'])}: experts and the rest of the model sleep.",
         "",
-        f"| scenarios | ranks | seeds | {' | '.join(columns)} | culprit right | gain within 15 % | "
-        "gain, median error | replay, median error | worst |",
-        f"| {' | '.join(['---'] * (len(columns) + 8))} |",
+        f"| | {' | '.join(titles)} |",
+        f"| --- |{' --- |' * len(titles)}",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
     ]
-    for one in data:
-        summary, scenarios = one["results"]["summary"], one["results"]["scenarios"]
-        numbers = [scenario["number"] for scenario in scenarios]
-        cells = [f"{summary['scenarios']}, {one['results']['where']}"]
-        cells += [", ".join(map(str, sorted({scenario["ranks"] for scenario in scenarios})))]
-        cells += [f"{min(numbers)} to {max(numbers)}"]
-        cells += [as_share(summary[share]) + f" of {summary[number]}" for share, number in columns.values()]
-        cells += [as_share(summary[name]) for name in ("culprit right", "gain within 15 %")]
-        cells += [
-            "-" if summary[name] is None else f"{100 * summary[name]:.1f} %"
-            for name in ("gain: median error", "replay: median error", "replay: worst error")
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def as_share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+WHERE_RUN = {"emulated": "emulated ranks and links", "netns": "network namespaces"}
+
+
+def as_cell(value: dict[str, int] | float | None) -> str:
+    if isinstance(value, dict):
+        return f"{value['right']} of {value['of']}" + (f" ({value['right'] / value['of']:.0%})" if value["of"] else "")
+    return "-" if value is None else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def plan_table(name: str) -> str:
