@@ -21,6 +21,7 @@ from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config.layer import Activation
 from tritonmoe.experts.spec import decode, encode, expert_spec
+from tritonmoe.experts.tensors import NAMES
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 
@@ -105,7 +106,7 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
     opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
     tensors = [tensor.detach() for tensor in tensors]
     h = torch.randn(T * K, leaves["gate_up_bias"].shape[1]) if save == "hidden" else None
-    needs = [True, True, True, True, False, True, True, False, False, True]
+    needs = [name not in ("topk_ids", "down_bias", "down_a", "gate_up_b", "row_seeds") for name in NAMES]
     opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 

@@ -22,11 +22,12 @@ from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_adapters, noted_factors, with_adapters
-from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
+from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
@@ -327,11 +328,11 @@ class GroupedExperts(nn.Module):
                 filler()
             adapters = self._in_mode(adapters)
             weights = self._adapted_weights(None, adapters)
-            return run_experts(self._spec(adapters), ExpertInputs(x, topk_ids, topk_weights, weights))
+            return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
         try:
             adapters = self._in_mode(adapters)
             spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
-            inputs = ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights(x, adapters))
+            inputs = CallTensors(x, topk_ids, topk_weights, self._adapted_weights(x, adapters))
         except Exception:
             refuse(self.transport)
             raise

@@ -23,7 +23,8 @@ from tritonmoe.config.layer import (
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
-from tritonmoe.experts.arguments import ExpertInputs, check_strides
+from tritonmoe.experts.arguments import check_strides
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
@@ -142,7 +143,7 @@ def _checked_spec(*arguments: Any) -> ExpertSpec:
     return _make_spec(*arguments).check()
 
 
-def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: bool = False) -> ExpertSettings:
+def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exchanges: bool = False) -> ExpertSettings:
     """Choose the backend for x's device and dtype, the number of experts on this device, and K.
 
     beside_exchanges: as in KernelOptions; where there are other ranks it is so in any case.
