@@ -35,10 +35,9 @@ from tritonmoe.routing.nonfinite import NonFiniteCheck
 from tritonmoe.routing.unused_loss import UnusedLoss
 from tritonmoe.runtime.autograd import leaf_of, put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
-from tritonmoe.transports import Ranks, Transport, as_transport
-from tritonmoe.transports.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
-from tritonmoe.transports.sharding.grad_scaling import agree_on_overflow
-from tritonmoe.transports.sharding.parameters import (
+from tritonmoe.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
+from tritonmoe.sharding.grad_scaling import agree_on_overflow
+from tritonmoe.sharding.parameters import (
     Sharding,
     check_expert_gradients,
     check_replicas,
@@ -47,6 +46,7 @@ from tritonmoe.transports.sharding.parameters import (
     rows_here,
     shard_parameters,
 )
+from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 

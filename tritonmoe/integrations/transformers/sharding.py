@@ -14,8 +14,8 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.parameters import Sharding, local_shard
 from tritonmoe.transports import Transport
-from tritonmoe.transports.sharding.parameters import Sharding, local_shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
