@@ -99,9 +99,8 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
     )
     factor_shapes = (E, 2, D), (E, out_columns, 2), (E, 3, in_columns), (E, D, 3)
     tensors += [torch.randn(shape, requires_grad=True) for shape in factor_shapes]
-    flags = (layout.get("gated", True), layout.get("interleaved", False), layout.get("transposed", False))
     tensors.append(torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32))
-    spec = expert_spec(activation, *flags, "auto", save, None, False).with_dropout(tm.ExpertAdapters(dropout=0.2))
+    spec = expert_spec(activation=activation, save=save, **layout).with_dropout(tm.ExpertAdapters(dropout=0.2))
     assert decode(encode(spec)) == spec
     opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
     tensors = [tensor.detach() for tensor in tensors]

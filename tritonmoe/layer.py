@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
-from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
+from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
@@ -104,8 +104,16 @@ class GroupedExperts(nn.Module):
         check_moe_config(config)
         self.config = config
         check_name(backend)
-        self.backend = backend
-        self.options = KernelOptions(num_sms, batch_invariant).check()
+        self.spec = expert_spec(
+            activation=config.activation,
+            gated=config.gated,
+            interleaved=config.interleaved,
+            transposed=config.transposed,
+            backend=backend,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+        )
+        """How the experts compute, but for their adapters."""
         self.expert_ids = tuple(range(config.num_experts))
         """The experts of this rank, in the order of its weights."""
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
@@ -208,7 +216,7 @@ class GroupedExperts(nn.Module):
             f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
             f"num_experts={config.num_experts}, top_k={config.top_k}",
             ", ".join([str(config.activation), "gated" if config.gated else "ungated", *flags]),
-            f"backend={self.backend}",
+            f"backend={self.spec.backend}",
         ]
         if transport is not None:
             held = f"experts {', '.join(map(str, self.expert_ids))}"
@@ -301,11 +309,8 @@ class GroupedExperts(nn.Module):
         return for_both_halves(parameter, parameter.dtype, make)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
-        config, options = self.config, self.options
-        layout = config.gated, config.interleaved, config.transposed
-        spec = expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
         names = noted_adapters(self)
-        return (replace(spec, adapters=names) if names else spec).with_dropout(adapters)
+        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters)
 
     def forward(
         self,

@@ -32,7 +32,7 @@ CONFIG = tm.MoEConfig(
     hidden_size=D, intermediate_size=FF, num_experts=E, top_k=K, bias=True, load_balance_loss_weight=0.1
 )
 PLAN = tm.OverlapPlan((1, 2), local_start=3, window=1)
-SILU = expert_spec("silu", True, False, False, "auto", "hidden", None, False)
+SILU = expert_spec()
 compiles_in_threads = pytest.mark.skipif(
     torch.__version__.startswith(("2.10.", "2.11.")),
     reason="torch 2.11 crashes where threads compile, as emulated ranks do",
@@ -272,7 +272,15 @@ def test_flop_counter(gated: bool) -> None:
     ],
 )
 def test_settings_come_out_of_the_operator_as_they_went_in(overlap: tm.OverlapConfig | tm.OverlapPlan) -> None:
-    clamped = expert_spec(tm.ClampedSwiGLU(7.5, 1.702, 1.0), True, True, True, "torch", "input", 7, True)
+    clamped = expert_spec(
+        activation=tm.ClampedSwiGLU(7.5, 1.702, 1.0),
+        interleaved=True,
+        transposed=True,
+        backend="torch",
+        save="input",
+        num_sms=7,
+        batch_invariant=True,
+    )
     for placement in (None, tm.ExpertPlacement(((0, 1, 2), (3, 2, 0))), tm.ExpertPlacement(((0,), (1,), (0,)))):
         for experts in (SILU, clamped):
             spec = CallSpec(experts, E, overlap, placement)

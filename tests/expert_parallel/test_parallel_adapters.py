@@ -131,9 +131,7 @@ class DroppedBatch(Batch):
         factors = {name: leaf for name, leaf in leaves.items() if name[-2:] in ("_a", "_b")}
         adapters = tm.ExpertAdapters(**factors, down_scale=0.5, dropout=self.dropout)
         weights = PerWeight(*(leaves[name] for name in PerWeight._fields[:4]))
-        settings = dict.fromkeys(("interleaved", "transposed", "batch_invariant"), False)
-        settings |= {"activation": "silu", "gated": True, "backend": "auto", "save": "hidden", "num_sms": None}
-        spec = expert_spec(**settings | self.options | options).with_dropout(adapters)
+        spec = expert_spec(**self.options | options).with_dropout(adapters)
         x, topk_weights = leaves["x"], leaves["topk_weights"]
         return spec, CallTensors(x, ids, topk_weights, with_adapters(weights, adapters), seeds)
 

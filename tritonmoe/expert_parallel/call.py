@@ -201,7 +201,7 @@ def forward_phases(call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Ph
     """Do what run_forward() does, in three phases."""
     x, topk_ids, topk_weights, weights, row_seeds, _ = tensors
     settings, plan = call.settings, call.plan
-    keep_hidden = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
+    keep_hidden = plan.needs_any and (settings.spec.save == "hidden" or not is_fused(settings.spec.activation))
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
     make_experts = call.make_experts(weights, keep_hidden)
     metadata = RowMetadata(topk_ids, topk_weights, row_seeds)

@@ -63,7 +63,7 @@ class CheckedCall(NamedTuple):
     @property
     def intermediate_size(self) -> int:
         """F."""
-        layout, weight = self.settings.layout, self.tensors.weights.gate_up_proj
+        layout, weight = self.settings.spec.layout, self.tensors.weights.gate_up_proj
         return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
 
 
@@ -88,8 +88,8 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
             for listener in listeners:
                 listener.before_forward(transport, tensors.x.device)
         settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
-        if not is_fused(settings.activation):
-            found = activation_parameters(settings.activation, tensors.weights.gate_up_proj, settings.layout)
+        if not is_fused(settings.spec.activation):
+            found = activation_parameters(settings.spec.activation, tensors.weights.gate_up_proj, settings.spec.layout)
             tensors = tensors._replace(activation_parameters=found)
     except Exception:
         refuse(transport)

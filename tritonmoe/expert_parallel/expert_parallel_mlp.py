@@ -150,7 +150,16 @@ def expert_parallel_mlp(
             "tritonmoe.transports.ProcessGroupTransport(group)"
         )
     try:
-        experts = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+        experts = expert_spec(
+            activation=activation,
+            gated=gated,
+            interleaved=interleaved,
+            transposed=transposed,
+            backend=backend,
+            save=save,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+        )
         weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
         experts = experts.with_dropout(adapters)
     except Exception:

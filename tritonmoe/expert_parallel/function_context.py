@@ -28,7 +28,7 @@ def tensors_to_save(
     run: ExpertsRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Give what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
-    computes_h = is_fused(run.settings.activation) and run.h is None
+    computes_h = is_fused(run.settings.spec.activation) and run.h is None
     rows = rows_to_save(run.rows, given.weights, needs.weights.gate_up_proj, computes_h=computes_h)
     received = given._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds).without("topk_ids")
     return mark, run.h, *received.flatten()

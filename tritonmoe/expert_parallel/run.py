@@ -112,8 +112,8 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
         call.intermediate_size,
         weights.gate_up_proj.shape[0],
         x.dtype.itemsize,
-        gated=settings.layout.gated,
-        save=settings.save,
+        gated=settings.spec.layout.gated,
+        save=settings.spec.save,
         has_backward=call.runner.grad_enabled,
     )
     kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)

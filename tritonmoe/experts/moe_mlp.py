@@ -59,7 +59,7 @@ class _MoEMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, experts: _Experts, *flat: Any) -> tuple[Tensor, Tensor]:
         settings, tensors = experts.settings, CallTensors.unflatten(flat)
-        out, h, grouping = run_forward(settings, tensors, settings.save == "hidden")
+        out, h, grouping = run_forward(settings, tensors, settings.spec.save == "hidden")
         ctx.experts = experts
         x = rows_to_save(tensors.x, tensors.weights, _needs(ctx, flat).weights.gate_up_proj, computes_h=h is None)
         mark = keep_beside(ctx, grouping)
@@ -177,7 +177,7 @@ def _run_eagerly(settings: ExpertSettings, owners: Owners, tensors: CallTensors[
         seeds, owners = tensors.row_seeds, NO_WEIGHTS
         seeds = None if seeds is None else unwrapped(seeds)
         tensors = tensors._replace(topk_ids=unwrapped(tensors.topk_ids), row_seeds=seeds)
-    if is_fused(settings.activation):
+    if is_fused(settings.spec.activation):
         if transformed or tensors.needs().any():
             return run_function(_MoEMLP, _Experts(settings, owners), *tensors.flatten())
         out, _, _ = run_forward(settings, tensors, keep_hidden=False)
@@ -247,7 +247,16 @@ def moe_mlp(
         Two experts that multiply by 2 and by 3 (D = F = 1, ungated relu), K = 2:
         x = [[1]], topk_ids = [[0, 1]], topk_weights = [[10, 100]] gives [[1 * 2 * 10 + 1 * 3 * 100]] = [[320]].
     """
-    spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+    spec = expert_spec(
+        activation=activation,
+        gated=gated,
+        interleaved=interleaved,
+        transposed=transposed,
+        backend=backend,
+        save=save,
+        num_sms=num_sms,
+        batch_invariant=batch_invariant,
+    )
     weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
     out = run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))

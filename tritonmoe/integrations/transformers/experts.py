@@ -78,7 +78,7 @@ def run_experts(
     if not is_fused(activation):
         activation = _keep_dtype(activation)
     is_transposed = getattr(experts, "is_transposed", False)
-    spec = expert_spec(activation, has_gate, is_interleaved, is_transposed, "auto", "hidden", None, False)
+    spec = expert_spec(activation=activation, gated=has_gate, interleaved=is_interleaved, transposed=is_transposed)
     own_experts = range(num_experts) if state is None else state.expert_ids
     factors = noted_factors(experts, dtype, own_experts)
     if factors:
