@@ -10,13 +10,24 @@ ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
 FOLDERS = (
     *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
-    *("dispatch", "overlap", "simulation", "tuning", "expert_parallel", "layer", "integrations", "report", "diagnosis"),
+    *(
+        "sharding",
+        "dispatch",
+        "overlap",
+        "simulation",
+        "tuning",
+        "expert_parallel",
+        "layer",
+        "integrations",
+        "report",
+        "diagnosis",
+    ),
     *("doctor", "planner", "benchmarks", "demo", "cli"),
 )
 """A file imports from its own folder and from those that stand before it."""
 FENCES = {
     "triton": ("kernels/", "aot/"),
-    "torch.distributed": ("transports/", "integrations/"),
+    "torch.distributed": ("transports/", "sharding/", "integrations/"),
     "transformers": ("integrations/",),
     "torch.cuda.Stream": ("transports/",),
     "torch.cuda.Event": ("overlap/report.py", "runtime/host_device.py", "transports/", "benchmarks/device_time.py"),

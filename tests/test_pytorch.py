@@ -21,6 +21,7 @@ from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config.layer import Activation
 from tritonmoe.experts.spec import decode, encode, expert_spec
+from tritonmoe.experts.tensors import NAMES
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 
@@ -98,14 +99,13 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
     )
     factor_shapes = (E, 2, D), (E, out_columns, 2), (E, 3, in_columns), (E, D, 3)
     tensors += [torch.randn(shape, requires_grad=True) for shape in factor_shapes]
-    flags = (layout.get("gated", True), layout.get("interleaved", False), layout.get("transposed", False))
     tensors.append(torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32))
-    spec = expert_spec(activation, *flags, "auto", save, None, False).with_dropout(tm.ExpertAdapters(dropout=0.2))
+    spec = expert_spec(activation=activation, save=save, **layout).with_dropout(tm.ExpertAdapters(dropout=0.2))
     assert decode(encode(spec)) == spec
     opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
     tensors = [tensor.detach() for tensor in tensors]
     h = torch.randn(T * K, leaves["gate_up_bias"].shape[1]) if save == "hidden" else None
-    needs = [True, True, True, True, False, True, True, False, False, True]
+    needs = [name not in ("topk_ids", "down_bias", "down_a", "gate_up_b", "row_seeds") for name in NAMES]
     opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
-from tritonmoe.config.layer import KernelOptions, MoEConfig, PerWeight, check_moe_config
+from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
@@ -22,11 +22,12 @@ from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves, keep_for_this_half
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_adapters, noted_factors, with_adapters
-from tritonmoe.experts.arguments import ExpertInputs, find_main_grads
+from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
@@ -34,10 +35,9 @@ from tritonmoe.routing.nonfinite import NonFiniteCheck
 from tritonmoe.routing.unused_loss import UnusedLoss
 from tritonmoe.runtime.autograd import leaf_of, put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
-from tritonmoe.transports import Ranks, Transport, as_transport
-from tritonmoe.transports.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
-from tritonmoe.transports.sharding.grad_scaling import agree_on_overflow
-from tritonmoe.transports.sharding.parameters import (
+from tritonmoe.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
+from tritonmoe.sharding.grad_scaling import agree_on_overflow
+from tritonmoe.sharding.parameters import (
     Sharding,
     check_expert_gradients,
     check_replicas,
@@ -46,6 +46,7 @@ from tritonmoe.transports.sharding.parameters import (
     rows_here,
     shard_parameters,
 )
+from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["GroupedExperts", "MoELayer", "experts_of_parameters", "report_of"]
 
@@ -103,8 +104,16 @@ class GroupedExperts(nn.Module):
         check_moe_config(config)
         self.config = config
         check_name(backend)
-        self.backend = backend
-        self.options = KernelOptions(num_sms, batch_invariant).check()
+        self.spec = expert_spec(
+            activation=config.activation,
+            gated=config.gated,
+            interleaved=config.interleaved,
+            transposed=config.transposed,
+            backend=backend,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+        )
+        """How the experts compute, but for their adapters."""
         self.expert_ids = tuple(range(config.num_experts))
         """The experts of this rank, in the order of its weights."""
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
@@ -207,7 +216,7 @@ class GroupedExperts(nn.Module):
             f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
             f"num_experts={config.num_experts}, top_k={config.top_k}",
             ", ".join([str(config.activation), "gated" if config.gated else "ungated", *flags]),
-            f"backend={self.backend}",
+            f"backend={self.spec.backend}",
         ]
         if transport is not None:
             held = f"experts {', '.join(map(str, self.expert_ids))}"
@@ -300,11 +309,8 @@ class GroupedExperts(nn.Module):
         return for_both_halves(parameter, parameter.dtype, make)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
-        config, options = self.config, self.options
-        layout = config.gated, config.interleaved, config.transposed
-        spec = expert_spec(config.activation, *layout, self.backend, "hidden", options.num_sms, options.batch_invariant)
         names = noted_adapters(self)
-        return (replace(spec, adapters=names) if names else spec).with_dropout(adapters)
+        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters)
 
     def forward(
         self,
@@ -327,11 +333,11 @@ class GroupedExperts(nn.Module):
                 filler()
             adapters = self._in_mode(adapters)
             weights = self._adapted_weights(None, adapters)
-            return run_experts(self._spec(adapters), ExpertInputs(x, topk_ids, topk_weights, weights))
+            return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
         try:
             adapters = self._in_mode(adapters)
             spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
-            inputs = ExpertInputs(x, topk_ids, topk_weights, self._adapted_weights(x, adapters))
+            inputs = CallTensors(x, topk_ids, topk_weights, self._adapted_weights(x, adapters))
         except Exception:
             refuse(self.transport)
             raise

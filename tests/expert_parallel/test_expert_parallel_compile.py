@@ -23,6 +23,7 @@ from tritonmoe.expert_parallel import expert_parallel_mlp as expert_parallel
 from tritonmoe.expert_parallel import operator as expert_parallel_operator
 from tritonmoe.expert_parallel.call_spec import CallSpec, decode, encode
 from tritonmoe.experts.spec import expert_spec
+from tritonmoe.experts.tensors import NAMES, CallTensors
 from tritonmoe.runtime import handles
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -31,7 +32,7 @@ CONFIG = tm.MoEConfig(
     hidden_size=D, intermediate_size=FF, num_experts=E, top_k=K, bias=True, load_balance_loss_weight=0.1
 )
 PLAN = tm.OverlapPlan((1, 2), local_start=3, window=1)
-SILU = expert_spec("silu", True, False, False, "auto", "hidden", None, False)
+SILU = expert_spec()
 compiles_in_threads = pytest.mark.skipif(
     torch.__version__.startswith(("2.10.", "2.11.")),
     reason="torch 2.11 crashes where threads compile, as emulated ranks do",
@@ -206,14 +207,14 @@ def test_operators_pass_opcheck() -> None:
     tensors += [torch.randn(shape, requires_grad=True) for shape in shapes]
     seeds = torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32)
     spec = CallSpec(SILU.with_dropout(tm.ExpertAdapters(dropout=0.2)), E, tm.OverlapConfig(2))
-    arguments = (seeds, None, True, [True] * 10, encode(spec))
+    arguments = (seeds, None, True, [True] * len(NAMES), encode(spec))
     operator = torch.ops.tritonmoe.expert_parallel_mlp.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(operator, (transport.handle, None, *tensors, *arguments), test_utils=checks)
     kept = operator(transport.handle, None, *tensors, *arguments)[1]
     backward = torch.ops.tritonmoe.expert_parallel_mlp_backward.default
-    saved = [tensor.detach() for tensor in tensors[2:]]
-    needs = [True, True, True, True, False, True, True, False, False, True]
+    saved = CallTensors.unflatten([*tensors, seeds]).without("x", "topk_ids", "row_seeds").map(Tensor.detach).flatten()
+    needs = [name not in ("topk_ids", "down_bias", "gate_up_b", "down_a", "row_seeds") for name in NAMES]
     opcheck(backward, (None, torch.randn(T, D), kept, *saved, needs, "hidden"), test_utils=checks)
 
 
@@ -271,7 +272,15 @@ def test_flop_counter(gated: bool) -> None:
     ],
 )
 def test_settings_come_out_of_the_operator_as_they_went_in(overlap: tm.OverlapConfig | tm.OverlapPlan) -> None:
-    clamped = expert_spec(tm.ClampedSwiGLU(7.5, 1.702, 1.0), True, True, True, "torch", "input", 7, True)
+    clamped = expert_spec(
+        activation=tm.ClampedSwiGLU(7.5, 1.702, 1.0),
+        interleaved=True,
+        transposed=True,
+        backend="torch",
+        save="input",
+        num_sms=7,
+        batch_invariant=True,
+    )
     for placement in (None, tm.ExpertPlacement(((0, 1, 2), (3, 2, 0))), tm.ExpertPlacement(((0,), (1,), (0,)))):
         for experts in (SILU, clamped):
             spec = CallSpec(experts, E, overlap, placement)

@@ -14,9 +14,9 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.experts.adapters import with_adapters
-from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 OVERLAPS = {
@@ -127,15 +127,13 @@ class DroppedBatch(Batch):
 
     def arguments(
         self, leaves: dict[str, Tensor], ids: Tensor, seeds: Tensor, options: dict
-    ) -> tuple[ExpertSpec, ExpertInputs]:
+    ) -> tuple[ExpertSpec, CallTensors]:
         factors = {name: leaf for name, leaf in leaves.items() if name[-2:] in ("_a", "_b")}
         adapters = tm.ExpertAdapters(**factors, down_scale=0.5, dropout=self.dropout)
         weights = PerWeight(*(leaves[name] for name in PerWeight._fields[:4]))
-        settings = dict.fromkeys(("interleaved", "transposed", "batch_invariant"), False)
-        settings |= {"activation": "silu", "gated": True, "backend": "auto", "save": "hidden", "num_sms": None}
-        spec = expert_spec(**settings | self.options | options).with_dropout(adapters)
+        spec = expert_spec(**self.options | options).with_dropout(adapters)
         x, topk_weights = leaves["x"], leaves["topk_weights"]
-        return spec, ExpertInputs(x, ids, topk_weights, with_adapters(weights, adapters), seeds)
+        return spec, CallTensors(x, ids, topk_weights, with_adapters(weights, adapters), seeds)
 
     def call(self, transport: Transport, leaves: dict[str, Tensor], overlap, placement=None, **options) -> Tensor:
         rank = transport.rank

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends import reference
-from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.config.layer import ExpertLayout, KernelOptions
 from tritonmoe.experts.callable_activation import activation_parameters, run_activation
-from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
 
 LAYOUT = ExpertLayout(gated=False)
 GROUPING = reference.group(torch.tensor([[0, 1], [1, -1]]), 2)
@@ -16,7 +16,7 @@ NUM_PAIRS = 3
 
 
 def settings(activation) -> ExpertSettings:
-    return ExpertSettings(reference, LAYOUT, activation)
+    return ExpertSettings(reference, ExpertSpec(LAYOUT, activation), KernelOptions())
 
 
 def test_a_callable_never_sees_what_no_pair_wrote() -> None:

@@ -149,13 +149,13 @@ FAR = [(name, axis) for name, shape in SHAPES.items() for axis in range(1, len(s
 def inputs_with(**strides):
     """Give inputs on the meta device, contiguous but where strides are given."""
     from tritonmoe.config.layer import PerWeight
-    from tritonmoe.experts.arguments import ExpertInputs
+    from tritonmoe.experts.tensors import CallTensors
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}
     for name, stride in strides.items():
         tensors[name] = torch.empty_strided(SHAPES[name], stride, device="meta")
     ids, weights = tensors.pop("topk_ids"), tensors.pop("topk_weights")
-    return ExpertInputs(torch.empty(5, 4, device="meta"), ids, weights, PerWeight(**tensors))
+    return CallTensors(torch.empty(5, 4, device="meta"), ids, weights, PerWeight(**tensors))
 
 
 @pytest.mark.parametrize(("name", "axis"), FAR)

@@ -11,7 +11,7 @@ import tritonmoe as tm
 from tritonmoe.backends import reference
 from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows, with_row_seeds
-from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.tensors import CallTensors
 
 __all__ = [
     "ACTIVATIONS",
@@ -164,7 +164,7 @@ def plain_moe(case: Case, inputs: dict[str, Tensor]) -> Tensor:
 def row_seeds(case: Case, x: Tensor) -> Tensor:
     """Give the seeds (T,) of the tokens that the call of run_moe_mlp() draws."""
     torch.manual_seed(SEED)
-    drawn = with_row_seeds(ExpertInputs(x, x, x, PerWeight(x, None, x, None)), case.dropout).row_seeds
+    drawn = with_row_seeds(CallTensors(x, x, x, PerWeight(x, None, x, None)), case.dropout).row_seeds
     return torch.zeros(len(x), dtype=torch.int32, device=x.device) if drawn is None else drawn
 
 

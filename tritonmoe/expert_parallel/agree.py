@@ -63,7 +63,7 @@ def agree_without_capacity(call: CheckedCall, first: ExpertParallelCall) -> Expe
 
 
 def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
-    rank, size, topk_ids = call.transport.rank, call.transport.size, call.inputs.topk_ids
+    rank, size, topk_ids = call.transport.rank, call.transport.size, call.tensors.topk_ids
     read = call.transport.wait_for_copy
     return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read)
 
@@ -88,7 +88,7 @@ def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPl
 
     In a CUDA graph that is told on the device, beside the rows.
     """
-    transport, topk_ids = call.transport, call.inputs.topk_ids
+    transport, topk_ids = call.transport, call.tensors.topk_ids
     capped = plan_capped_tokens(
         topk_ids, call.num_slots, transport.rank, transport.size, overlap, call.num_nonfinite_rows
     )
@@ -104,7 +104,7 @@ def _agree_on_two_levels(
     call: CheckedCall, header: CallHeader, overlap: OverlapPlan, transport: TwoLevelTransport
 ) -> TwoLevelCall:
     both = exchange_two_level_plan(
-        transport, header, call.inputs.topk_ids, call.num_slots, overlap, call.num_nonfinite_rows
+        transport, header, call.tensors.topk_ids, call.num_slots, overlap, call.num_nonfinite_rows
     )
     return TwoLevelCall(
         settings=call.settings,
@@ -123,11 +123,11 @@ def _agree_on_two_levels(
 
 def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
     """Give what this rank says of a call to every rank, counts and nonfinite_rows apart."""
-    spec, inputs, needs, placement = call.spec, call.inputs, call.needs, call.spec.placement
-    experts, weights = spec.experts, inputs.weights
+    spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
+    experts, weights = spec.experts, tensors.weights
     has_replicas = placement is not None and placement.has_replicas
     is_replay_wrong = not call.is_captured and replay_overflowed(
-        call.transport, call.state.captured_flags, inputs.x.device
+        call.transport, call.state.captured_flags, tensors.x.device
     )
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     return CallHeader.of(
@@ -136,13 +136,13 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
         num_experts=call.num_slots,
-        top_k=inputs.topk_ids.shape[1],
-        hidden_size=inputs.x.shape[1],
+        top_k=tensors.topk_ids.shape[1],
+        hidden_size=tensors.x.shape[1],
         intermediate_size=call.intermediate_size,
-        dtype=DTYPE_CODES[inputs.x.dtype],
-        topk_weights_dtype=DTYPE_CODES.get(inputs.topk_weights.dtype, 0),
+        dtype=DTYPE_CODES[tensors.x.dtype],
+        topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
         grad_enabled=int(call.runner.grad_enabled),
-        needs_any=int(needs.any),
+        needs_any=int(needs.any()),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
         half=call.runner.half,

@@ -23,10 +23,11 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.experts.arguments import ExpertInputs, Needs, find_main_grads
+from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.callable_activation import ActivationGraph
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.executor import Phases, run_all_phases
@@ -38,7 +39,6 @@ from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
 __all__ = [
-    "CallGradients",
     "ExpertParallelCall",
     "Kept",
     "ReceivedExperts",
@@ -164,11 +164,11 @@ class Runner(Protocol):
         """As in ExpertParallelCall."""
         ...
 
-    def needs(self, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Needs:
+    def needs(self, tensors: CallTensors[Tensor]) -> CallTensors[bool]:
         """Give of what this rank wants a gradient."""
         ...
 
-    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
+    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
         """Run the forward and give its result (T, D)."""
         ...
 
@@ -187,37 +187,21 @@ class Kept:
 class SavedTensors(NamedTuple):
     """The tensors that a backward needs of its forward."""
 
-    rows: Tensor
-    """(R, D), what this rank's experts worked on."""
-    topk_weights: Tensor
-    """(R, K) fp32, of those rows."""
-    weights: PerWeight[Tensor]
+    received: CallTensors[Tensor]
+    """Of the R rows that this rank's experts worked on: x (R, D), topk_weights (R, K) fp32; without topk_ids."""
     h: Tensor | None
-    row_seeds: Tensor | None = None
-    """(R,) int32, with dropout on what adapters multiply."""
-    activation_parameters: Sequence[Tensor] = ()
 
 
-class CallGradients(NamedTuple):
-    """What a backward gives; the first two where any rank needs them."""
-
-    x: Tensor | None
-    topk_weights: Tensor | None
-    """In fp32."""
-    weights: PerWeight[Tensor | None]
-    activation_parameters: list[Tensor | None]
-
-
-def run_forward(call: ExpertParallelCall, inputs: ExpertInputs) -> tuple[Tensor, ExpertsRun, Kept]:
+def run_forward(call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> tuple[Tensor, ExpertsRun, Kept]:
     """Give out (T, D), the experts' run, of which a backward saves tensors, and the rest."""
-    return run_all_phases(forward_phases(call, inputs))
+    return run_all_phases(forward_phases(call, tensors))
 
 
-def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tuple[Tensor, ExpertsRun, Kept]]:
+def forward_phases(call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Phases[tuple[Tensor, ExpertsRun, Kept]]:
     """Do what run_forward() does, in three phases."""
-    x, topk_ids, topk_weights, weights, row_seeds = inputs
+    x, topk_ids, topk_weights, weights, row_seeds, _ = tensors
     settings, plan = call.settings, call.plan
-    keep_hidden = plan.needs_any and (settings.save == "hidden" or not is_fused(settings.activation))
+    keep_hidden = plan.needs_any and (settings.spec.save == "hidden" or not is_fused(settings.spec.activation))
     exchanges = RowExchanges(plan, call.transport, settings.ops.gather_sum)
     make_experts = call.make_experts(weights, keep_hidden)
     metadata = RowMetadata(topk_ids, topk_weights, row_seeds)
@@ -256,8 +240,9 @@ def forward_phases(call: ExpertParallelCall, inputs: ExpertInputs) -> Phases[tup
 
 def run_backward(
     call: ExpertParallelCall, kept: Kept, saved: SavedTensors, dout: Tensor, needs_weights: PerWeight[bool]
-) -> CallGradients:
-    """Give the gradients of a call from that of its result, dout (T, D).
+) -> CallTensors[Tensor | None]:
+    """Give the gradients of a call from that of its result, dout (T, D): those of x and topk_weights where any rank
+    needs them, that of topk_weights in fp32.
 
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
@@ -273,7 +258,7 @@ def backward_phases(
     dout: Tensor,
     needs_weights: PerWeight[bool],
     shared_grads: SharedWeightGrads | None = None,
-) -> Phases[CallGradients]:
+) -> Phases[CallTensors[Tensor | None]]:
     """Do what run_backward() does, in three phases; shared_grads as in ExpertsRun."""
     entered_at = time.perf_counter()
     if is_captured(dout.device) and not call.header.captured:
@@ -291,19 +276,20 @@ def backward_phases(
         **state.history(),
     )
     agreement = post_backward(call.all_ranks, header)
+    received = saved.received
     run = ExpertsRun(
         call.settings,
-        saved.weights,
-        saved.rows,
-        saved.topk_weights,
+        received.weights,
+        received.x,
+        received.topk_weights,
         kept.grouping,
         False,
         saved.h,
         activation_graphs=kept.activation_graphs,
-        activation_parameters=list(saved.activation_parameters),
+        activation_parameters=list(received.activation_parameters),
         main_grads=None if call.owners is None else find_main_grads(call.owners),
         shared_grads=shared_grads,
-        row_seeds=saved.row_seeds,
+        row_seeds=received.row_seeds,
     )
     exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
     with _in_the_middle(call):
@@ -321,7 +307,7 @@ def backward_phases(
         listener.after_backward(call.all_ranks, call.header, kept.report)
     if call.is_wrong is not None:
         poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
-    return CallGradients(dx, dtopk_weights, grads, run.activation_grads)
+    return CallTensors(dx, None, dtopk_weights, grads, None, run.activation_grads)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import Tensor
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec, from_plain, literal, to_plain
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.transports import Transport
 
 __all__ = ["CallArguments", "CallSpec", "decode", "encode"]
@@ -37,7 +37,7 @@ class CallArguments(NamedTuple):
 
     spec: CallSpec
     transport: Transport
-    inputs: ExpertInputs
+    tensors: CallTensors[Tensor]
     layer: LayerCalls | None = None
     """The layer that calls, which gets the report; None for a call of the function."""
     num_nonfinite_rows: Tensor | None = None

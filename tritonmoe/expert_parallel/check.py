@@ -18,8 +18,6 @@ from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
-    ExpertInputs,
-    Needs,
     cast_for_autocast,
     check_arguments,
     check_tensors,
@@ -27,6 +25,7 @@ from tritonmoe.experts.arguments import (
 )
 from tritonmoe.experts.callable_activation import activation_parameters
 from tritonmoe.experts.spec import ExpertSettings, choose_backend
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import Transport, TwoLevelTransport
 from tritonmoe.transports.wire import WireFormat
@@ -46,15 +45,14 @@ class CheckedCall(NamedTuple):
     sequence: int
     """The number of the call: how many this transport has seen before."""
     layer: LayerCalls | None
-    inputs: ExpertInputs
+    tensors: CallTensors[Tensor]
     """In autocast's dtypes; topk_ids are slots where there is a placement."""
     num_slots: int
     """Of all ranks; slots are experts unless there is a placement."""
     num_nonfinite_rows: Tensor
     fillers: Sequence[Callable[[], None]]
     settings: ExpertSettings
-    activation_parameters: list[Tensor]
-    needs: Needs
+    needs: CallTensors[bool]
     is_captured: bool
     """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
     two_level: TwoLevelTransport | None
@@ -65,7 +63,7 @@ class CheckedCall(NamedTuple):
     @property
     def intermediate_size(self) -> int:
         """F."""
-        layout, weight = self.settings.layout, self.inputs.weights.gate_up_proj
+        layout, weight = self.settings.spec.layout, self.tensors.weights.gate_up_proj
         return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
 
 
@@ -80,28 +78,30 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
     two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
-        inputs = _checked_inputs(arguments, runner.owners)
+        tensors = _checked_tensors(arguments, runner.owners)
         if two_level is not None:
             check_two_level(spec.overlap, spec.placement)
-        is_in_graph = is_captured(inputs.x.device)
+        is_in_graph = is_captured(tensors.x.device)
         if is_in_graph:
             check_capture(spec.overlap)
         else:
             for listener in listeners:
-                listener.before_forward(transport, inputs.x.device)
-        settings = choose_backend(spec.experts, inputs, beside_exchanges=transport.size > 1)
-        parameters = _activation_parameters(settings, inputs)
+                listener.before_forward(transport, tensors.x.device)
+        settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
+        if not is_fused(settings.spec.activation):
+            found = activation_parameters(settings.spec.activation, tensors.weights.gate_up_proj, settings.spec.layout)
+            tensors = tensors._replace(activation_parameters=found)
     except Exception:
         refuse(transport)
         raise
-    needs = runner.needs(inputs, parameters)
+    needs = runner.needs(tensors)
     num_slots = spec.num_experts
     with torch.no_grad():
         if spec.placement is not None:
-            inputs = inputs._replace(topk_ids=spec.placement.slots(inputs.topk_ids, transport.rank))
+            tensors = tensors._replace(topk_ids=spec.placement.slots(tensors.topk_ids, transport.rank))
             num_slots = transport.size * spec.placement.num_slots
         if num_nonfinite_rows is None:
-            num_nonfinite_rows = count_nonfinite_rows(inputs, num_slots)
+            num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
     state = state_of(transport)
     return CheckedCall(
         spec=spec,
@@ -110,12 +110,11 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
         state=state,
         sequence=state.next_call(),
         layer=layer,
-        inputs=inputs,
+        tensors=tensors,
         num_slots=num_slots,
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,
-        activation_parameters=parameters,
         needs=needs,
         is_captured=is_in_graph,
         two_level=two_level,
@@ -123,31 +122,25 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     )
 
 
-def _checked_inputs(arguments: CallArguments, owners: PerWeight[Tensor] | None) -> ExpertInputs:
+def _checked_tensors(arguments: CallArguments, owners: PerWeight[Tensor] | None) -> CallTensors[Tensor]:
     """Check what is so on every transport, in a CUDA graph or not; give the tensors in autocast's dtypes."""
-    spec, transport, inputs, *_ = arguments
+    spec, transport, tensors, *_ = arguments
     spec.experts.check()
     check_overlap(spec.overlap)
-    check_tensors(inputs)
+    check_tensors(tensors)
     check_fillers(arguments.fillers)
-    inputs = cast_for_autocast(inputs)
+    tensors = cast_for_autocast(tensors)
     check_main_grads(owners, spec.placement)
-    check_arguments(inputs, spec.experts.layout)
-    check_expert_parallel(inputs.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
-    check_dtype(inputs.x.dtype, spec.overlap)
-    return with_row_seeds(inputs, spec.experts.dropout)
+    check_arguments(tensors, spec.experts.layout)
+    check_expert_parallel(tensors.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
+    check_dtype(tensors.x.dtype, spec.overlap)
+    return with_row_seeds(tensors, spec.experts.dropout)
 
 
-def _activation_parameters(settings: ExpertSettings, inputs: ExpertInputs) -> list[Tensor]:
-    if is_fused(settings.activation):
-        return []
-    return activation_parameters(settings.activation, inputs.weights.gate_up_proj, settings.layout)
-
-
-def count_nonfinite_rows(inputs: ExpertInputs, num_slots: int) -> Tensor:
+def count_nonfinite_rows(tensors: CallTensors[Tensor], num_slots: int) -> Tensor:
     """Give how many tokens have a weight, of a pair that is not skipped, that is not finite: a scalar, not read."""
-    skipped = (inputs.topk_ids < 0) | (inputs.topk_ids >= num_slots)
-    return (~(torch.isfinite(inputs.topk_weights) | skipped)).any(dim=1).sum()
+    skipped = (tensors.topk_ids < 0) | (tensors.topk_ids >= num_slots)
+    return (~(torch.isfinite(tensors.topk_weights) | skipped)).any(dim=1).sum()
 
 
 def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:

@@ -13,9 +13,8 @@ from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.function_context import (
-    NUM_WEIGHTS,
     gradients_of_inputs,
-    needs_of_weights,
+    needs_of,
     saved_forward,
     tensors_to_save,
 )
@@ -25,9 +24,10 @@ from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
-from tritonmoe.experts.arguments import ExpertInputs, Needs, cast_for_autocast, find_main_grads
+from tritonmoe.experts.arguments import cast_for_autocast, find_main_grads
 from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.spec import expert_spec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 from tritonmoe.transports import Transport
@@ -41,32 +41,22 @@ class _ExpertParallelMLP(torch.autograd.Function):
     """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: ExpertParallelCall,
-        topk_ids: Tensor,
-        row_seeds: Tensor | None,
-        x: Tensor,
-        topk_weights: Tensor,
-        anchor: Tensor | None,
-        *weights_and_parameters: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
-        parameters = weights_and_parameters[NUM_WEIGHTS:]
-        out, run, kept = run_forward(call, ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds))
+    def forward(ctx: Any, call: ExpertParallelCall, anchor: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor | None]:
+        tensors = CallTensors.unflatten(flat)
+        out, run, kept = run_forward(call, tensors)
         ctx.call = call
-        ctx.weights_dtype = topk_weights.dtype
+        ctx.weights_dtype = tensors.topk_weights.dtype
         mark = None
         if kept.plan.needs_any:
             mark = keep_beside(ctx, kept)
-            ctx.save_for_backward(*tensors_to_save(run, weights, needs_of_weights(ctx), mark, parameters))
+            ctx.save_for_backward(*tensors_to_save(run, tensors, needs_of(ctx), mark))
         return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(tensors)
-        grads = run_backward(ctx.call, kept_beside(ctx, mark), saved, dout, needs_of_weights(ctx))
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        forward, mark = saved_forward(saved)
+        grads = run_backward(ctx.call, kept_beside(ctx, mark), forward, dout, needs_of(ctx).weights)
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
 
@@ -80,15 +70,13 @@ class _AsFunction:
         self.grad_enabled = torch.is_grad_enabled()
         self.owners = owners
 
-    def needs(self, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Needs:
-        return Needs.of(inputs, activation_parameters)
+    def needs(self, tensors: CallTensors[Tensor]) -> CallTensors[bool]:
+        return tensors.needs()
 
-    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
-        x, topk_ids, topk_weights, weights, row_seeds = inputs
+    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
         # A rank that needs no gradient itself still takes part in the others' backward.
-        anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
-        rows = topk_ids, row_seeds, x, topk_weights
-        out, _ = _ExpertParallelMLP.apply(call, *rows, anchor, *weights, *activation_parameters)
+        anchor = tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+        out, _ = _ExpertParallelMLP.apply(call, anchor, *tensors.flatten())
         return out
 
 
@@ -100,11 +88,11 @@ class _InHalf(_AsFunction):
         self.half = half.number
         self._waiting: Half | None = half
 
-    def run(self, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]) -> Tensor:
+    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
         half, self._waiting = self._waiting, None
         if half is None:
-            return super().run(call, inputs, activation_parameters)
-        return run_split_call(half, call, inputs, activation_parameters)
+            return super().run(call, tensors)
+        return run_split_call(half, call, tensors)
 
 
 def expert_parallel_mlp(
@@ -162,15 +150,24 @@ def expert_parallel_mlp(
             "tritonmoe.transports.ProcessGroupTransport(group)"
         )
     try:
-        experts = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+        experts = expert_spec(
+            activation=activation,
+            gated=gated,
+            interleaved=interleaved,
+            transposed=transposed,
+            backend=backend,
+            save=save,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+        )
         weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
         experts = experts.with_dropout(adapters)
     except Exception:
         refuse(transport)
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
-    inputs = ExpertInputs(x, topk_ids, topk_weights, weights)
-    out = run_expert_parallel(CallArguments(spec, transport, inputs, fillers=fillers))
+    tensors = CallTensors(x, topk_ids, topk_weights, weights)
+    out = run_expert_parallel(CallArguments(spec, transport, tensors, fillers=fillers))
     watch_ids(topk_ids, num_experts)
     return out
 
@@ -179,11 +176,11 @@ def run_expert_parallel(arguments: CallArguments) -> Tensor:
     """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function."""
     if not torch.compiler.is_compiling():
         return _run_eagerly(arguments)
-    is_callable, weights = not is_fused(arguments.spec.experts.activation), arguments.inputs.weights
+    is_callable, weights = not is_fused(arguments.spec.experts.activation), arguments.tensors.weights
     leaves_graph = is_callable or find_main_grads(weights) is not None or is_transformed()
     if leaves_graph or len(arguments.fillers) > MAX_FILLERS:
         return _run_callable_or_main_grad(arguments)
-    return expert_parallel_operator(arguments._replace(inputs=cast_for_autocast(arguments.inputs)))
+    return expert_parallel_operator(arguments._replace(tensors=cast_for_autocast(arguments.tensors)))
 
 
 def _run_eagerly(arguments: CallArguments) -> Tensor:
@@ -192,9 +189,9 @@ def _run_eagerly(arguments: CallArguments) -> Tensor:
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     half = current_half()
     if half is None:
-        return run_call(arguments, _AsFunction(arguments.inputs.weights))
+        return run_call(arguments, _AsFunction(arguments.tensors.weights))
     begin_half_call(half, arguments)
-    return run_call(arguments, _InHalf(arguments.inputs.weights, half))
+    return run_call(arguments, _InHalf(arguments.tensors.weights, half))
 
 
 @outside_graphs

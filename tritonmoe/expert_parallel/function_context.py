@@ -1,4 +1,4 @@
-"""What an autograd Function of a call saves and gives back, the same of a whole call and of half a batch.
+"""What an autograd Function of a call saves, the same of a whole call and of half a batch.
 
 Activation checkpointing repeats a half's call as a whole one, and takes the tensors of the one for those of the other.
 """
@@ -9,44 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight, is_fused
-from tritonmoe.expert_parallel.call import CallGradients, SavedTensors
+from tritonmoe.config.layer import is_fused
+from tritonmoe.expert_parallel.call import SavedTensors
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 
-__all__ = ["NUM_WEIGHTS", "gradients_of_inputs", "needs_of_weights", "saved_forward", "tensors_to_save"]
-
-NUM_WEIGHTS = len(PerWeight._fields)
-FIRST_WEIGHT = 6
-"""The Functions' inputs before the weights: the call, topk_ids, row_seeds, x, topk_weights and the anchor."""
+__all__ = ["gradients_of_inputs", "needs_of", "saved_forward", "tensors_to_save"]
 
 
-def needs_of_weights(ctx: Any) -> PerWeight[bool]:
-    """Give which weights of a Function's call need a gradient."""
-    return PerWeight(*ctx.needs_input_grad[FIRST_WEIGHT : FIRST_WEIGHT + NUM_WEIGHTS])
+def needs_of(ctx: Any) -> CallTensors[bool]:
+    """Say of which tensors a gradient is wanted; before them such a Function takes its call and an anchor."""
+    _, _, *needs = ctx.needs_input_grad
+    return CallTensors.unflatten(needs)
 
 
 def tensors_to_save(
-    run: ExpertsRun,
-    weights: PerWeight[Tensor],
-    needs: PerWeight[bool],
-    mark: Tensor,
-    activation_parameters: Sequence[Tensor],
+    run: ExpertsRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Give what the backward of a call needs; mark: that of keep_beside()."""
-    computes_h = is_fused(run.settings.activation) and run.h is None
-    rows = rows_to_save(run.rows, weights, needs.gate_up_proj, computes_h=computes_h)
-    return rows, run.topk_weights, *weights, run.h, run.row_seeds, mark, *activation_parameters
+    """Give what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
+    computes_h = is_fused(run.settings.spec.activation) and run.h is None
+    rows = rows_to_save(run.rows, given.weights, needs.weights.gate_up_proj, computes_h=computes_h)
+    received = given._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds).without("topk_ids")
+    return mark, run.h, *received.flatten()
 
 
-def saved_forward(saved_tensors: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
+def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
     """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
-    rows, topk_weights, *others = saved_tensors
-    h, row_seeds, mark, *parameters = others[NUM_WEIGHTS:]
-    return SavedTensors(rows, topk_weights, PerWeight(*others[:NUM_WEIGHTS]), h, row_seeds, parameters), mark
+    mark, h, *received = saved
+    return SavedTensors(CallTensors.unflatten(received), h), mark
 
 
-def gradients_of_inputs(grads: CallGradients, topk_weights_dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Give them in the order of the inputs, from the call and topk_ids to the parameters of the activation."""
-    dtopk_weights = None if grads.topk_weights is None else grads.topk_weights.to(topk_weights_dtype)
-    return None, None, None, grads.x, dtopk_weights, None, *grads.weights, *grads.activation_parameters
+def gradients_of_inputs(
+    grads: CallTensors[Tensor | None], topk_weights_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Give one gradient for each argument of a Function that takes a call, an anchor and flat tensors."""
+    if grads.topk_weights is not None:
+        grads = grads._replace(topk_weights=grads.topk_weights.to(topk_weights_dtype))
+    return None, None, *grads.flatten()

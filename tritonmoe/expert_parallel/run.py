@@ -105,15 +105,15 @@ def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
     """Give the kind of the call, and the transport's chooser for its kind."""
-    x, topk_ids, topk_weights, weights, _ = call.inputs
+    x, topk_ids, topk_weights, weights, *_ = call.tensors
     settings = call.settings
     widths = BufferWidths(
         x.shape[1],
         call.intermediate_size,
         weights.gate_up_proj.shape[0],
         x.dtype.itemsize,
-        gated=settings.layout.gated,
-        save=settings.save,
+        gated=settings.spec.layout.gated,
+        save=settings.spec.save,
         has_backward=call.runner.grad_enabled,
     )
     kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
@@ -129,7 +129,7 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
 
 def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerReport]:
     """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
-    autocast = caller_autocast(call.inputs.x.device)
+    autocast = caller_autocast(call.tensors.x.device)
     agreed.fillers = [partial(_run_filler, filler, call.runner.grad_enabled, autocast) for filler in call.fillers]
     y = _run_planned(call, agreed)
     report = agreed.report
@@ -144,8 +144,8 @@ def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerRep
 
 
 def _run_planned(call: CheckedCall, agreed: ExpertParallelCall) -> Tensor:
-    with without_autocast(call.inputs.x.device):
-        return call.runner.run(agreed, call.inputs, call.activation_parameters)
+    with without_autocast(call.tensors.x.device):
+        return call.runner.run(agreed, call.tensors)
 
 
 def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callable[[], AbstractContextManager]) -> None:

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.call import (
-    CallGradients,
     ExpertParallelCall,
     Kept,
     SavedTensors,
@@ -31,16 +30,15 @@ from tritonmoe.expert_parallel.call import (
 )
 from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.function_context import (
-    NUM_WEIGHTS,
     gradients_of_inputs,
-    needs_of_weights,
+    needs_of,
     saved_forward,
     tensors_to_save,
 )
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
 from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
@@ -58,12 +56,11 @@ class _SplitCall:
     nodes: NodeOrder
     forward: Phases[tuple[Tensor, ExpertsRun, Kept]] = field(init=False)
     """The forward that is under way."""
-    backward: Phases[CallGradients] = field(init=False)
+    backward: Phases[CallTensors[Tensor | None]] = field(init=False)
     """The backward that is under way."""
-    weights: PerWeight[Tensor] = field(init=False)
+    tensors: CallTensors[Tensor] = field(init=False)
     """To be saved for the backward."""
-    activation_parameters: Sequence[Tensor] = ()
-    needs_weights: PerWeight[bool] = field(init=False)
+    needs: CallTensors[bool] = field(init=False)
     shared_grads: SharedWeightGrads | None = None
     """With the other half's call, where both have the same weights."""
 
@@ -77,8 +74,8 @@ class _SplitCall:
             self.nodes.check(number)
             yield
 
-    def begin_forward(self, inputs: ExpertInputs) -> None:
-        self.forward = forward_phases(self.call, inputs)
+    def begin_forward(self, tensors: CallTensors[Tensor]) -> None:
+        self.forward = forward_phases(self.call, tensors)
         next(self.forward)
 
     def go_on_with_forward(self) -> None:
@@ -90,13 +87,13 @@ class _SplitCall:
         return run_all_phases(forward)
 
     def begin_backward(self, kept: Kept, saved: SavedTensors, dout: Tensor) -> None:
-        self.backward = backward_phases(self.call, kept, saved, dout, self.needs_weights, self.shared_grads)
+        self.backward = backward_phases(self.call, kept, saved, dout, self.needs.weights, self.shared_grads)
         next(self.backward)
 
     def go_on_with_backward(self) -> None:
         next(self.backward)
 
-    def end_backward(self) -> CallGradients:
+    def end_backward(self) -> CallTensors[Tensor | None]:
         backward = self.backward
         del self.backward
         return run_all_phases(backward)
@@ -104,22 +101,13 @@ class _SplitCall:
 
 class _Post(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        split: _SplitCall,
-        topk_ids: Tensor,
-        row_seeds: Tensor | None,
-        x: Tensor,
-        topk_weights: Tensor,
-        anchor: Tensor | None,
-        *weights_and_parameters: Any,
-    ) -> Tensor:
-        weights: PerWeight[Tensor] = PerWeight(*weights_and_parameters[:NUM_WEIGHTS])
-        split.weights, split.activation_parameters = weights, weights_and_parameters[NUM_WEIGHTS:]
-        split.needs_weights = needs_of_weights(ctx)
-        ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), topk_weights.dtype
-        split.begin_forward(ExpertInputs(x, topk_ids, topk_weights, weights, row_seeds))
-        return _token(x)
+    def forward(ctx: Any, split: _SplitCall, anchor: Tensor | None, *flat: Any) -> Tensor:
+        tensors = CallTensors.unflatten(flat)
+        split.tensors = tensors.only(*PerWeight._fields)
+        split.needs = needs_of(ctx)
+        ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), tensors.topk_weights.dtype
+        split.begin_forward(tensors)
+        return _token(tensors.x)
 
     @staticmethod
     @once_differentiable
@@ -150,21 +138,20 @@ class _End(torch.autograd.Function):
         ctx.split, ctx.number = split, split.nodes.next_number()
         out, run, kept = split.end_forward()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
-        weights = split.weights
-        del split.weights
-        parameters, split.activation_parameters = split.activation_parameters, ()
+        tensors = split.tensors
+        del split.tensors
         mark = None
         if kept.plan.needs_any:
             mark = keep_beside(ctx, kept)
-            ctx.save_for_backward(*tensors_to_save(run, weights, split.needs_weights, mark, parameters))
+            ctx.save_for_backward(*tensors_to_save(run, tensors, split.needs, mark))
         return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved, mark = saved_forward(tensors)
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        forward, mark = saved_forward(saved)
         with ctx.split.in_turn(ctx.number):
-            ctx.split.begin_backward(kept_beside(ctx, mark), saved, dout)
+            ctx.split.begin_backward(kept_beside(ctx, mark), forward, dout)
         return None, _token(dout)
 
 
@@ -173,18 +160,14 @@ def _token(like: Tensor) -> Tensor:
     return torch.zeros(1, device=like.device)
 
 
-def run_split_call(
-    half: Half, call: ExpertParallelCall, inputs: ExpertInputs, activation_parameters: Sequence[Tensor]
-) -> Tensor:
+def run_split_call(half: Half, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
     """Run a planned call of half a batch, and the other half between its phases; give its result (T, D)."""
-    x, topk_ids, topk_weights, weights, row_seeds = inputs
     split = _SplitCall(call, half.nodes)
     # A rank that needs no gradient itself still takes part in the others' backward.
-    anchor = x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+    anchor = tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
     with leaving_nobody_waiting(call.all_ranks):
-        rows = topk_ids, row_seeds, x, topk_weights
-        token = _Post.apply(split, *rows, anchor, *weights, *activation_parameters)
-        _share_weight_grads(half, split, weights, token.grad_fn)
+        token = _Post.apply(split, anchor, *tensors.flatten())
+        _share_weight_grads(half, split, tensors.weights, token.grad_fn)
         half.hand_over()
         token = _Compute.apply(split, token)
         half.hand_over()
@@ -227,7 +210,7 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
     layer = -1 if arguments.layer is None else arguments.layer.number
     try:
         half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
-        x = arguments.inputs.x
+        x = arguments.tensors.x
         if isinstance(x, Tensor) and is_captured(x.device):
             raise RuntimeError(
                 "a CUDA graph can't capture two batches: what it captures of one would be replayed with the other's "

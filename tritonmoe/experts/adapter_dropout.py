@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.experts.arguments import ExpertInputs
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
 
 __all__ = ["AdapterDropout", "DroppedRows", "rows_of_pairs", "with_row_seeds"]
@@ -58,7 +58,7 @@ class AdapterDropout(NamedTuple):
         return _is_dropped(_mix(seeds ^ _mix(slots)), width, self.probability)
 
 
-def with_row_seeds(inputs: ExpertInputs, dropout: float) -> ExpertInputs:
+def with_row_seeds(inputs: CallTensors[Tensor], dropout: float) -> CallTensors[Tensor]:
     """Draw a seed for every token from the generator of its device, unless nothing is dropped, or they are there."""
     if dropout == 0 or inputs.row_seeds is not None:
         return inputs

@@ -1,18 +1,14 @@
-"""What the experts of one rank are called with, and what is wanted of them: tensors, checked and of one dtype."""
-
-from collections.abc import Sequence
-from typing import NamedTuple
+"""The tensors that the experts of one rank are called with: checked, and of one dtype."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonmoe.config.layer import MAX_PAIRS, ExpertLayout, PerWeight
+from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
 
 __all__ = [
-    "ExpertInputs",
-    "Needs",
     "cast_for_autocast",
     "check_arguments",
     "check_num_pairs",
@@ -23,62 +19,10 @@ __all__ = [
 ]
 
 
-class ExpertInputs(NamedTuple):
-    """The tensors of one call: this rank's tokens, where they are routed to, and this rank's experts."""
-
-    x: Tensor
-    """(T, D)."""
-    topk_ids: Tensor
-    """(T, K) int32 or int64."""
-    topk_weights: Tensor
-    """(T, K)."""
-    weights: PerWeight[Tensor]
-    row_seeds: Tensor | None = None
-    """(T,) int32, with dropout on what adapters multiply: see adapter_dropout.py."""
-
-
-class Needs(NamedTuple):
-    """Of which inputs of a call a gradient is wanted."""
-
-    x: bool
-    topk_weights: bool
-    weights: PerWeight[bool]
-    activation: bool = False
-    """Of any parameter that a callable activation uses."""
-
-    @classmethod
-    def of(cls, inputs: ExpertInputs, activation_parameters: Sequence[Tensor] = ()) -> "Needs":
-        """Ask the tensors, in the grad mode that is on."""
-        if not torch.is_grad_enabled():
-            return NO_NEEDS
-        weights = PerWeight(*(weight is not None and weight.requires_grad for weight in inputs.weights))
-        of_activation = any(parameter.requires_grad for parameter in activation_parameters)
-        return cls(inputs.x.requires_grad, inputs.topk_weights.requires_grad, weights, of_activation)
-
-    @classmethod
-    def from_list(cls, flags: Sequence[bool]) -> "Needs":
-        """Give the needs of which as_list() is `flags`."""
-        needs_x, needs_topk_weights, *weights = flags
-        return cls(needs_x, needs_topk_weights, PerWeight(*weights))
-
-    def as_list(self) -> list[bool]:
-        """Give x, topk_weights, then the weights in PerWeight's order: what an operator takes, without `activation`."""
-        return [self.x, self.topk_weights, *map(bool, self.weights)]
-
-    @property
-    def any(self) -> bool:
-        return self.x or self.topk_weights or self.activation or any(self.weights)
-
-
-NO_NEEDS = Needs(False, False, PerWeight(False, False, False, False))
-
-
-BESIDE_X = ("topk_ids", "topk_weights", *PerWeight._fields)
 MAX_OFFSET = 2**31 - 1
-OPTIONAL = frozenset(PerWeight._fields) - {"gate_up_proj", "down_proj"}
 
 
-def check_tensors(inputs: ExpertInputs) -> None:
+def check_tensors(inputs: CallTensors[Tensor]) -> None:
     """Raise TypeError unless all of them are dense tensors, and the biases tensors or None.
 
     Also RuntimeError under torch.jit.trace, which would record where these tokens go as constants.
@@ -88,9 +32,7 @@ def check_tensors(inputs: ExpertInputs) -> None:
             "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
             "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
-    x, topk_ids, topk_weights, weights, _ = inputs
-    names = ("x", *BESIDE_X)
-    for name, tensor in zip(names, (x, topk_ids, topk_weights, *weights), strict=True):
+    for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
         if tensor is None and name in OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
@@ -99,21 +41,17 @@ def check_tensors(inputs: ExpertInputs) -> None:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
 
 
-def check_arguments(inputs: ExpertInputs, layout: ExpertLayout) -> None:
+def check_arguments(inputs: CallTensors[Tensor], layout: ExpertLayout) -> None:
     """Raise ValueError or TypeError, with the rule and the values, unless these tensors fit together."""
     _check_tokens(inputs)
     _check_weights(inputs.x, inputs.weights, layout)
     device = inputs.x.device
-    for name, tensor in (
-        ("topk_ids", inputs.topk_ids),
-        ("topk_weights", inputs.topk_weights),
-        *zip(PerWeight._fields, inputs.weights, strict=True),
-    ):
+    for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
 
 
-def _check_tokens(inputs: ExpertInputs) -> None:
+def _check_tokens(inputs: CallTensors[Tensor]) -> None:
     x, topk_ids, topk_weights, *_ = inputs
     if x.dim() != 2:
         raise ValueError(f"x must be (T, D), got shape {tuple(x.shape)}: flatten leading dimensions first")
@@ -204,21 +142,20 @@ def check_num_pairs(topk_ids: Tensor) -> None:
         )
 
 
-def check_strides(inputs: ExpertInputs) -> None:
+def check_strides(inputs: CallTensors[Tensor]) -> None:
     """Raise ValueError where an offset inside an expert, a bias or a token's slots is past the kernels' int32.
 
     Along the first axis they compute in int64; rows of x that aren't contiguous they copy.
     """
-    _, topk_ids, topk_weights, weights, _ = inputs
-    tensors = topk_ids, topk_weights, *weights
+    weights, tensors = inputs.weights, inputs.flatten()
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is not None and not tensor.is_contiguous() and tensor is not inputs.x:
             break
     else:
         if max(weights.gate_up_proj.stride(0), weights.down_proj.stride(0)) <= MAX_OFFSET:
             return
-    for name, tensor in zip(BESIDE_X, tensors, strict=True):
-        if tensor is None:
+    for name, tensor in zip(NAMES, tensors, strict=False):
+        if tensor is None or tensor is inputs.x:
             continue
         for axis, (size, stride) in enumerate(zip(tensor.shape[1:], tensor.stride()[1:], strict=True), 1):
             if (size - 1) * stride > MAX_OFFSET:
@@ -245,12 +182,12 @@ def check_plain(name: str, weight: Tensor) -> None:
         )
 
 
-def cast_for_autocast(inputs: ExpertInputs) -> ExpertInputs:
+def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
     """Do what torch.autocast does for a matrix product: x and the weights in its dtype, topk_weights in fp32.
 
     Nothing changes where autocast is off, and, as there, for fp64.
     """
-    x, _, topk_weights, weights, _ = inputs
+    x, topk_weights, weights = inputs.x, inputs.topk_weights, inputs.weights
     if not is_autocast_on(x.device):
         return inputs
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -58,7 +58,7 @@ def zero_padding(values: Tensor, grouping: Grouping) -> None:
 
 def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
     """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
-    return _call_checked(settings.activation, settings.layout, h)
+    return _call_checked(settings.spec.activation, settings.spec.layout, h)
 
 
 def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ their place that does nothing but cost what they do.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tritonmoe.backends import launches_kernels
 from tritonmoe.backends.ops import Operations
+from tritonmoe.experts.tensors import CallTensors
 
 __all__ = [
     "FLOP_FORMULAS",
@@ -35,33 +36,30 @@ def matrix_size(weight: Tensor) -> int:
     return weight.shape[1] * weight.shape[2]
 
 
-def forward_flops(topk_ids: Shape, weights: Sequence[Shape | None]) -> int:
-    """Give 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included.
-
-    weights: shapes in PerWeight's order.
-    """
-    up, down, *factors = _products(topk_ids, weights)
-    return 2 * (up + down + sum(factors))
+def forward_flops(shapes: CallTensors[Shape]) -> int:
+    """Give 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included."""
+    return 2 * sum(_products(shapes).values())
 
 
-def backward_flops(topk_ids: Shape, weights: Sequence[Shape | None], needs: Sequence[bool], computes_h: bool) -> int:
-    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again.
-
-    needs: Needs.as_list().
-    """
-    needs_x, _, needs_up, _, needs_down, _, *needs_factors = needs
-    up, down, up_a, up_b, down_a, down_b = _products(topk_ids, weights)
-    products = up * (needs_x + needs_up + computes_h) + down * (1 + needs_down)
-    products += up_a * (1 + needs_x + computes_h) + up_b * (1 + computes_h) + 2 * down_a + down_b
-    products += sum(size for size, needed in zip((up_a, up_b, down_a, down_b), needs_factors, strict=True) if needed)
-    return 2 * products
+def backward_flops(shapes: CallTensors[Shape], needs: CallTensors[bool], computes_h: bool) -> int:
+    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again."""
+    products = _products(shapes)
+    of_x = {"gate_up_proj": needs.x, "gate_up_a": 1 + needs.x, "gate_up_b": 1}
+    of_x |= {"down_proj": 1, "down_a": 2, "down_b": 1}
+    again = {"gate_up_proj", "gate_up_a", "gate_up_b"} if computes_h else set()
+    return 2 * sum(
+        size * (of_x[name] + bool(getattr(needs.weights, name)) + (name in again)) for name, size in products.items()
+    )
 
 
-def _products(topk_ids: Shape, weights: Sequence[Shape | None]) -> list[int]:
+def _products(shapes: CallTensors[Shape]) -> dict[str, int]:
     """Give the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
-    up, _, down, _, *factors = weights
-    num_pairs = topk_ids[0] * topk_ids[1]
-    return [0 if weight is None else num_pairs * weight[1] * weight[2] for weight in (up, down, *factors)]
+    num_tokens, top_k = shapes.topk_weights
+    return {
+        name: 0 if shape is None else num_tokens * top_k * shape[1] * shape[2]
+        for name, shape in shapes.weights._asdict().items()
+        if "bias" not in name
+    }
 
 
 @torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())

@@ -1,18 +1,16 @@
 """moe_mlp(): the experts on one device, eager or traced."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (
-    ExpertInputs,
-    Needs,
     cast_for_autocast,
     check_arguments,
     check_tensors,
@@ -23,6 +21,7 @@ from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
+from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
@@ -32,149 +31,133 @@ __all__ = ["moe_mlp", "run_experts"]
 
 Owners = PerWeight[Tensor | None]
 """The weights as the user holds them (autocast hands over copies): a main_grad hangs on them."""
+
+
 OF_UP = ("gate_up_proj", "gate_up_bias", "gate_up_a", "gate_up_b")
 OF_DOWN = ("down_proj", "down_bias", "down_a", "down_b")
-"""The names in PerWeight of what the two projections have."""
+"""The names of what the two projections have."""
+
+
+class _Experts(NamedTuple):
+    """What the Functions are called with beside tensors."""
+
+    settings: ExpertSettings
+    owners: Owners
+
+
+class _Half(NamedTuple):
+    """The same of the halves around a callable activation."""
+
+    settings: ExpertSettings
+    owners: Owners
+    grouping: Grouping
 
 
 class _MoEMLP(torch.autograd.Function):
     """moe_mlp with a fused activation, called eagerly: what the operator (operator.py) does, at a tenth of its cost."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: ExpertSettings,
-        owners: Owners,
-        topk_ids: Tensor,
-        row_seeds: Tensor | None,
-        x: Tensor,
-        topk_weights: Tensor,
-        *weights: Any,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = ExpertInputs(x, topk_ids, topk_weights, PerWeight(*weights), row_seeds)
-        out, h, grouping = run_forward(settings, inputs, settings.save == "hidden")
-        ctx.settings, ctx.owners = settings, owners
-        x = rows_to_save(x, inputs.weights, _needs_gate_up(ctx, 6), computes_h=h is None)
+    def forward(ctx: Any, experts: _Experts, *flat: Any) -> tuple[Tensor, Tensor]:
+        settings, tensors = experts.settings, CallTensors.unflatten(flat)
+        out, h, grouping = run_forward(settings, tensors, settings.spec.save == "hidden")
+        ctx.experts = experts
+        x = rows_to_save(tensors.x, tensors.weights, _needs(ctx, flat).weights.gate_up_proj, computes_h=h is None)
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(x, topk_weights, *weights, h, row_seeds, mark)
+        ctx.save_for_backward(mark, h, *tensors._replace(x=x).without("topk_ids").flatten())
         return out, mark
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, tensors: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, topk_weights, *weights, h, row_seeds, mark = tensors
-        saved = SavedForward(x, topk_weights, PerWeight(*weights), kept_beside(ctx, mark), h, row_seeds)
-        needs = Needs.from_list(ctx.needs_input_grad[4:])
-        return None, None, None, None, *run_backward(ctx.settings, saved, dout, needs, find_main_grads(ctx.owners))
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        mark, h, *flat = saved
+        forward = SavedForward(CallTensors.unflatten(flat), kept_beside(ctx, mark), h)
+        main_grads = find_main_grads(ctx.experts.owners)
+        return None, *run_backward(ctx.experts.settings, forward, dout, _needs(ctx, flat), main_grads).flatten()
 
 
 class _UpHalf(torch.autograd.Function):
     """h = gathered rows x up-projection (+ bias): what a callable activation takes."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: ExpertSettings,
-        owners: Owners,
-        grouping: Grouping,
-        row_seeds: Tensor | None,
-        x: Tensor,
-        *weights: Any,
-    ) -> tuple[Tensor, Tensor]:
-        of_up = _among(NO_WEIGHTS, OF_UP, weights)
-        gate_up, _ = settings.projections(of_up)
-        count_products(settings.ops, x, grouping.num_pairs, lambda: gate_up.num_products)
-        h, _ = gate_up.up(x, grouping, None, dropped=_dropped(settings, of_up, x, row_seeds))
+    def forward(ctx: Any, experts: _Half, *flat: Any) -> tuple[Tensor, Tensor]:
+        settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
+        gate_up, _ = settings.projections(tensors.weights)
+        count_products(settings.ops, tensors.x, grouping.num_pairs, lambda: gate_up.num_products)
+        h, _ = gate_up.up(tensors.x, grouping, None, dropped=_dropped(settings, tensors))
         assert h is not None
         zero_padding(h, grouping)
-        ctx.settings, ctx.owners = settings, owners
-        x = rows_to_save(x, of_up, _needs_gate_up(ctx, 5), computes_h=False)
+        ctx.experts = experts
+        needs_gate_up = _needs(ctx, flat).weights.gate_up_proj
+        x = rows_to_save(tensors.x, tensors.weights, needs_gate_up, computes_h=False)
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(x, *weights, row_seeds, mark)
+        ctx.save_for_backward(mark, *tensors._replace(x=x).flatten())
         return h, mark
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights, row_seeds, mark), settings = saved, ctx.settings
-        grouping = kept_beside(ctx, mark)
-        _, _, _, _, needs_x, *needs_weights = ctx.needs_input_grad
+        (mark, *flat), settings = saved, ctx.experts.settings
+        grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         dh = dh.contiguous()
-        of_up = _among(NO_WEIGHTS, OF_UP, weights)
-        gate_up, _ = settings.projections(of_up)
-        rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, of_up, x, row_seeds)
-        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_up_grad_products(needs_x))
-        dx_pairs = gate_up.up_grad(dh, x, grouping, needs_dx=needs_x, out=None, rows=rows, dropped=dropped)
+        gate_up, _ = settings.projections(tensors.weights)
+        rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, tensors)
+        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_up_grad_products(needs.x))
+        dx_pairs = gate_up.up_grad(dh, tensors.x, grouping, needs_dx=needs.x, out=None, rows=rows, dropped=dropped)
         dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
-        needs, operands = _among(NO_GRADIENTS, OF_UP, needs_weights), GradientOperands(x=x, dh=dh)
-        main_grads = find_main_grads(ctx.owners)
+        operands, main_grads = GradientOperands(x=tensors.x, dh=dh), find_main_grads(ctx.experts.owners)
         if rows is not None and dropped is not None:
             rows = rows._replace(dropped=dropped.values)
-        grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(rows, None))
-        return None, None, None, None, dx, *(getattr(grads, name) for name in OF_UP)
+        grads = weight_gradients(settings, grouping, needs.weights, main_grads, operands, adapter_rows=(rows, None))
+        return None, *NO_TENSORS._replace(x=dx, weights=grads).flatten()
 
 
 class _DownHalf(torch.autograd.Function):
     """Weighted sum per token of a x down-projection (+ bias): what follows a callable activation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: ExpertSettings,
-        owners: Owners,
-        grouping: Grouping,
-        row_seeds: Tensor | None,
-        a: Tensor,
-        topk_weights: Tensor,
-        *weights: Any,
-    ) -> tuple[Tensor, Tensor]:
-        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
+    def forward(ctx: Any, experts: _Half, *flat: Any) -> tuple[Tensor, Tensor]:
+        settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
+        a, topk_weights = tensors.x, tensors.topk_weights
+        _, down = settings.projections(tensors.weights, tensors.row_seeds)
         count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
-        ctx.settings, ctx.owners = settings, owners
+        ctx.experts = experts
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(a, topk_weights, *weights, row_seeds, mark)
+        ctx.save_for_backward(mark, *flat)
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights), mark
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (a, topk_weights, *weights, row_seeds, mark), settings = saved, ctx.settings
-        grouping = kept_beside(ctx, mark)
-        _, _, _, _, _, needs_topk_weights, *needs_weights = ctx.needs_input_grad
-        _, down = settings.projections(_among(NO_WEIGHTS, OF_DOWN, weights), row_seeds)
+        (mark, *flat), settings = saved, ctx.experts.settings
+        grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
+        a, topk_weights = tensors.x, tensors.topk_weights
+        _, down = settings.projections(tensors.weights, tensors.row_seeds)
         rows = down.rows(grouping.num_pairs)
         count_products(settings.ops, dout, grouping.num_pairs, lambda: down.num_down_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
         zero_padding(da, grouping)
-        needs = _among(NO_GRADIENTS, OF_DOWN, needs_weights)
         operands = GradientOperands(dout=dout, scaled_a=scaled_a, topk_weights=topk_weights)
-        main_grads = find_main_grads(ctx.owners)
-        grads = weight_gradients(settings, grouping, needs, main_grads, operands, adapter_rows=(None, rows))
-        dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs_topk_weights else None
-        return None, None, None, None, da, dtopk_weights, *(getattr(grads, name) for name in OF_DOWN)
+        main_grads = find_main_grads(ctx.experts.owners)
+        grads = weight_gradients(settings, grouping, needs.weights, main_grads, operands, adapter_rows=(None, rows))
+        dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs.topk_weights else None
+        return None, *NO_TENSORS._replace(x=da, topk_weights=dtopk_weights, weights=grads).flatten()
 
 
-def _dropped(
-    settings: ExpertSettings, weights: PerWeight[Any], x: Tensor, row_seeds: Tensor | None
-) -> DroppedRows | None:
+def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedRows | None:
     """Give all rows as the adapter of the up-projection multiplies them; None for the rows themselves."""
-    dropout = settings.adapter_dropout(row_seeds)
-    if dropout is None or weights.gate_up_a is None:
+    dropout = settings.adapter_dropout(tensors.row_seeds)
+    if dropout is None or tensors.weights.gate_up_a is None:
         return None
-    dropped = DroppedRows.like(x)
-    dropout.drop_rows(x, slice(None), dropped)
+    dropped = DroppedRows.like(tensors.x)
+    dropout.drop_rows(tensors.x, slice(None), dropped)
     return dropped
 
 
-def _needs_gate_up(ctx: Any, place: int) -> bool:
-    """Say whether the gradient of the forward's input `place`, gate_up_proj, is wanted; under a transform it may be."""
-    return getattr(ctx, "needs_input_grad", (True,) * (place + 1))[place]
-
-
-def _among(others: PerWeight[Any], names: tuple[str, ...], values: Sequence[Any]) -> PerWeight[Any]:
-    """Give values by name, and those of `others` for the other names."""
-    return others._replace(**dict(zip(names, values, strict=True)))
+def _needs(ctx: Any, flat: Sequence[Any]) -> CallTensors[bool]:
+    """Say of which of a Function's tensors a gradient is wanted; under a transform, before its backward, of any."""
+    _, *needs = getattr(ctx, "needs_input_grad", (False, *(True for _ in flat)))
+    return CallTensors.unflatten(needs)
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -187,29 +170,30 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-def _run_eagerly(settings: ExpertSettings, owners: Owners, inputs: ExpertInputs) -> Tensor:
+def _run_eagerly(settings: ExpertSettings, owners: Owners, tensors: CallTensors[Tensor]) -> Tensor:
     """Run the experts as autograd Functions, or as none where no gradient is wanted."""
-    x, topk_ids, topk_weights, weights, row_seeds = inputs
     transformed = is_transformed()
     if transformed:
-        topk_ids, owners = unwrapped(topk_ids), NO_WEIGHTS
-        row_seeds = None if row_seeds is None else unwrapped(row_seeds)
-    if is_fused(settings.activation):
-        if transformed or Needs.of(inputs).any:
-            return run_function(_MoEMLP, settings, owners, topk_ids, row_seeds, x, topk_weights, *weights)
-        out, _, _ = run_forward(settings, inputs, keep_hidden=False)
+        seeds, owners = tensors.row_seeds, NO_WEIGHTS
+        seeds = None if seeds is None else unwrapped(seeds)
+        tensors = tensors._replace(topk_ids=unwrapped(tensors.topk_ids), row_seeds=seeds)
+    if is_fused(settings.spec.activation):
+        if transformed or tensors.needs().any():
+            return run_function(_MoEMLP, _Experts(settings, owners), *tensors.flatten())
+        out, _, _ = run_forward(settings, tensors, keep_hidden=False)
         return out
-    of_up, of_down = ([getattr(weights, name) for name in names] for names in (OF_UP, OF_DOWN))
-    grouping = settings.ops.group(topk_ids, weights.gate_up_proj.shape[0])
-    h = run_function(_UpHalf, settings, owners, grouping, row_seeds, x, *of_up)
+    grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
+    half = _Half(settings, owners, grouping)
+    h = run_function(_UpHalf, half, *tensors.only("x", "row_seeds", *OF_UP).flatten())
     a = checked_activation(settings, h)
-    return run_function(_DownHalf, settings, owners, grouping, row_seeds, a, topk_weights, *of_down)
+    tensors = tensors._replace(x=a).only("x", "topk_weights", "row_seeds", *OF_DOWN)
+    return run_function(_DownHalf, half, *tensors.flatten())
 
 
 @outside_graphs
-def _run_callable_or_main_grad(spec: ExpertSpec, owners: Owners, inputs: ExpertInputs) -> Tensor:
+def _run_callable_or_main_grad(spec: ExpertSpec, owners: Owners, tensors: CallTensors[Tensor]) -> Tensor:
     """Break the graph: an operator takes no callable and returns gradients."""
-    return _run_eagerly(choose_backend(spec, inputs), owners, inputs)
+    return _run_eagerly(choose_backend(spec, tensors), owners, tensors)
 
 
 def moe_mlp(
@@ -263,27 +247,36 @@ def moe_mlp(
         Two experts that multiply by 2 and by 3 (D = F = 1, ungated relu), K = 2:
         x = [[1]], topk_ids = [[0, 1]], topk_weights = [[10, 100]] gives [[1 * 2 * 10 + 1 * 3 * 100]] = [[320]].
     """
-    spec = expert_spec(activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant)
+    spec = expert_spec(
+        activation=activation,
+        gated=gated,
+        interleaved=interleaved,
+        transposed=transposed,
+        backend=backend,
+        save=save,
+        num_sms=num_sms,
+        batch_invariant=batch_invariant,
+    )
     weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
-    out = run_experts(spec, ExpertInputs(x, topk_ids, topk_weights, weights))
+    out = run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))
     watch_ids(topk_ids, gate_up_proj.shape[0])
     return out
 
 
-def run_experts(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+def run_experts(spec: ExpertSpec, tensors: CallTensors[Tensor]) -> Tensor:
     """Check the tensors, and run the experts as an operator where something traces, otherwise eagerly."""
-    check_tensors(inputs)
-    given, inputs = inputs.weights, cast_for_autocast(inputs)
-    check_arguments(inputs, spec.layout)
-    inputs = with_row_seeds(inputs, spec.dropout)
+    check_tensors(tensors)
+    given, tensors = tensors.weights, cast_for_autocast(tensors)
+    check_arguments(tensors, spec.layout)
+    tensors = with_row_seeds(tensors, spec.dropout)
     has_main_grads = find_main_grads(given) is not None
     owners: Owners = given if has_main_grads else NO_WEIGHTS  # they may be copies, for autograd alone to keep
     if has_main_grads and is_transformed():
         raise RuntimeError(MAIN_GRAD)
-    with without_autocast(inputs.x.device):
-        if is_fused(spec.activation) and not has_main_grads and not is_transformed() and _is_traced(inputs.x):
-            return moe_mlp_operator(spec.check(), inputs, spec.save == "hidden" and Needs.of(inputs).any)
+    with without_autocast(tensors.x.device):
+        if is_fused(spec.activation) and not has_main_grads and not is_transformed() and _is_traced(tensors.x):
+            return moe_mlp_operator(spec.check(), tensors, spec.save == "hidden" and tensors.needs().any())
         if torch.compiler.is_compiling():
-            return _run_callable_or_main_grad(spec.check(), owners, inputs)
-        return _run_eagerly(choose_backend(spec, inputs), owners, inputs)
+            return _run_callable_or_main_grad(spec.check(), owners, tensors)
+        return _run_eagerly(choose_backend(spec, tensors), owners, tensors)

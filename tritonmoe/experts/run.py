@@ -75,7 +75,7 @@ class ExpertsRun:
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
-        ops, activation = self.settings.ops, self.settings.activation
+        ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             return self._no_sums(grouping) if out is None else out
@@ -124,7 +124,7 @@ class ExpertsRun:
         out_h: Tensor | None = None,
         out_y: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        activation = self.settings.activation
+        activation = self.settings.spec.activation
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
         h, a = gate_up.up(self.rows, block.grouping, activation, dropped=self.dropped, needs_h=needs_h, out_h=out_h)
@@ -138,12 +138,12 @@ class ExpertsRun:
 
         Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
         """
-        ops, activation = self.settings.ops, self.settings.activation
+        ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
         if self.dh is None or self.scaled_a is None:
             self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
-            inner = self.settings.layout.intermediate_size(self._hidden_width)
+            inner = self.settings.spec.layout.intermediate_size(self._hidden_width)
             self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
             gate_up, down = self._projections
             self.adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
@@ -208,7 +208,7 @@ class ExpertsRun:
 
         first_pair: where its chunk's pairs start, whose h and dx_pairs are given.
         """
-        activation = self.settings.activation
+        activation = self.settings.spec.activation
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
         positions = block.positions
@@ -290,7 +290,7 @@ class ExpertsRun:
     @property
     def _hidden_width(self) -> int:
         """2F, or F when ungated."""
-        return self.weights.gate_up_proj.shape[2 if self.settings.layout.transposed else 1]
+        return self.weights.gate_up_proj.shape[2 if self.settings.spec.layout.transposed else 1]
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Give (num_pairs, width) of memory that is not needed after this chunk."""

@@ -1,7 +1,7 @@
 """ExpertSpec: how experts compute, decided and checked once for all calls alike; also as a string, for operators."""
 
 import ast
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,8 @@ from tritonmoe.config.layer import (
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
-from tritonmoe.experts.arguments import ExpertInputs, check_strides
+from tritonmoe.experts.arguments import check_strides
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
@@ -43,11 +44,11 @@ __all__ = [
 class ExpertSpec:
     """How experts compute, whatever they are called with: the keyword arguments of moe_mlp that are no tensors."""
 
-    layout: ExpertLayout
-    activation: Activation
-    backend: str
-    save: Literal["hidden", "input"]
-    options: KernelOptions
+    layout: ExpertLayout = field(default_factory=ExpertLayout)
+    activation: Activation = "silu"
+    backend: str = "auto"
+    save: Literal["hidden", "input"] = "hidden"
+    options: KernelOptions = KernelOptions()
     dropout: float = 0.0
     """Of what adapters multiply."""
     adapters: str = ""
@@ -66,15 +67,18 @@ class ExpertSpec:
         return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self
 
 
+OTHERS = tuple(one.name for one in fields(ExpertSpec) if one.name not in ("layout", "activation", "options"))
+"""The fields that are Python literals."""
+LAYOUT = tuple(one.name for one in fields(ExpertLayout))
+
+
 class ExpertSettings(NamedTuple):
     """An ExpertSpec whose backend is chosen, for one device, dtype, number of experts and K."""
 
     ops: Operations
-    layout: ExpertLayout
-    activation: Activation
-    save: Literal["hidden", "input"] = "hidden"
-    options: KernelOptions = KernelOptions()
-    dropout: float = 0.0
+    spec: ExpertSpec
+    options: KernelOptions
+    """Those of the spec, and whether exchanges run beside the kernels."""
 
     def projections(
         self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None
@@ -84,7 +88,7 @@ class ExpertSettings(NamedTuple):
         row_seeds: (R,), with dropout; of the up-projection, callers drop columns of the rows themselves.
         """
         w1, b1, w2, b2, up_a, up_b, down_a, down_b = weights
-        up, down = Projection(w1, b1, self.layout), Projection(w2, b2, self.layout)
+        up, down = Projection(w1, b1, self.spec.layout), Projection(w2, b2, self.spec.layout)
         dropout = self.adapter_dropout(row_seeds)
         return (
             AdaptedProjection(self.ops, self.options, up, up_a, up_b),
@@ -93,56 +97,45 @@ class ExpertSettings(NamedTuple):
 
     def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
         """Give the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
-        return None if row_seeds is None else AdapterDropout(self.dropout, row_seeds)
+        return None if row_seeds is None else AdapterDropout(self.spec.dropout, row_seeds)
 
 
-def expert_spec(
-    activation: Activation,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    backend: str,
-    save: Literal["hidden", "input"],
-    num_sms: int | None,
-    batch_invariant: bool,
-) -> ExpertSpec:
-    """Give the checked spec of these arguments, which calls with the same arguments share.
+def expert_spec(**settings: Any) -> ExpertSpec:
+    """Return the checked spec of keyword arguments of moe_mlp, which calls with the same arguments share.
 
     Under torch.compile it is not checked yet, so that ranks can be told of a wrong one when the graph runs.
     Raises:
         ValueError, TypeError: experts can't compute like this.
     """
-    arguments = activation, gated, interleaved, transposed, backend, save, num_sms, batch_invariant
     if torch.compiler.is_compiling():
-        return _make_spec(*arguments)
-    if is_fused(activation):  # a callable, and the parameters that it may hold, would be kept alive
+        return _make_spec(**settings)
+    if is_fused(settings.get("activation", "silu")):  # a callable, and its parameters, would be kept alive
         try:
-            return _checked_spec(*arguments)
+            return _checked_spec(**settings)
         except TypeError:  # perhaps since an argument has no hash, which is not what is wrong with it
             pass
-    return _make_spec(*arguments).check()
+    return _make_spec(**settings).check()
 
 
 def _make_spec(
-    activation: Activation,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    backend: str,
-    save: Literal["hidden", "input"],
-    num_sms: int | None,
-    batch_invariant: bool,
+    *,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
+    **others: Any,
 ) -> ExpertSpec:
     layout = ExpertLayout(gated, interleaved, transposed)
-    return ExpertSpec(layout, activation, backend, save, KernelOptions(num_sms, batch_invariant))
+    return ExpertSpec(layout=layout, options=KernelOptions(num_sms, batch_invariant), **others)
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed: 1 is not True here
-def _checked_spec(*arguments: Any) -> ExpertSpec:
-    return _make_spec(*arguments).check()
+def _checked_spec(**settings: Any) -> ExpertSpec:
+    return _make_spec(**settings).check()
 
 
-def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: bool = False) -> ExpertSettings:
+def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exchanges: bool = False) -> ExpertSettings:
     """Choose the backend for x's device and dtype, the number of experts on this device, and K.
 
     beside_exchanges: as in KernelOptions; where there are other ranks it is so in any case.
@@ -157,27 +150,29 @@ def choose_backend(spec: ExpertSpec, inputs: ExpertInputs, *, beside_exchanges: 
     ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
     if backends.launches_kernels(ops):
         check_strides(inputs)
-    return ExpertSettings(ops, spec.layout, spec.activation, spec.save, options, spec.dropout)
+    return ExpertSettings(ops, spec, options)
 
 
 # As a string
 
 
 def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
-    """Give a spec whose activation is fused as a tuple of Python literals, which from_plain() reads."""
+    """Return a spec whose activation is fused as a tuple of Python literals, which from_plain() reads."""
     activation: Any = spec.activation
     if isinstance(activation, ClampedSwiGLU):
         activation = activation.limit, activation.alpha, activation.up_offset
-    layout, options = spec.layout, spec.options
-    flags = layout.gated, layout.interleaved, layout.transposed
-    kernels = spec.backend, spec.save, options.num_sms, options.batch_invariant
-    return activation, *flags, *kernels, spec.dropout, spec.adapters
+    layout = tuple([getattr(spec.layout, name) for name in LAYOUT])
+    return layout, activation, tuple(spec.options), *[getattr(spec, name) for name in OTHERS]
 
 
 def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
-    activation, *others, dropout, adapters = plain
-    spec = _make_spec(ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation, *others)
-    return replace(spec, dropout=dropout, adapters=adapters)
+    layout, activation, options, *others = plain
+    return ExpertSpec(
+        layout=ExpertLayout(**dict(zip(LAYOUT, layout, strict=True))),
+        activation=ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation,
+        options=KernelOptions(*options),
+        **dict(zip(OTHERS, others, strict=True)),
+    )
 
 
 def literal(plain: object) -> str:

@@ -84,7 +84,7 @@ def weight_gradients(
         if is_needed and one is not None and other is not None:
             count_products(settings.ops, one, grouping.num_pairs, partial(mul, one.shape[1], other.shape[1]))
     grads: PerWeight[Tensor | None] = ops.weight_grad(
-        grouping, settings.layout, operands, needs, accumulate=sums, options=options
+        grouping, settings.spec.layout, operands, needs, accumulate=sums, options=options
     )
     grads = grads._replace(**adapter_gradients(ops, options, grouping, needs, operands, adapter_rows))
     if sums is NO_WEIGHTS:

@@ -29,7 +29,7 @@ class RowMetadata(NamedTuple):
     topk_weights: Tensor
     """(R, K); fp32 once it has travelled."""
     row_seeds: Tensor | None = None
-    """(R,) int32, as in ExpertInputs."""
+    """(R,) int32, as in CallTensors."""
 
     def pack(self) -> Tensor:
         """Give (R, 2K) int32, ids, then the bits of the fp32 weights; with row_seeds (R, 2K + 1)."""

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.recording_reader import read_recording
-from tritonmoe.transports.sharding.dtensor_gaps import handlers
-from tritonmoe.transports.sharding.whole_states import part_of
+from tritonmoe.sharding.dtensor_gaps import handlers
+from tritonmoe.sharding.whole_states import part_of
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)

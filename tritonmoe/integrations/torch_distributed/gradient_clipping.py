@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmoe.layer import GroupedExperts, experts_of_parameters
+from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.transports import Transport
-from tritonmoe.transports.sharding.watched_collectives import full_tensor
 from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
+from tritonmoe.sharding.data_parallel import counts_by_wrapper, sharded_modules
+from tritonmoe.sharding.parameters import check_expert_gradients, find_sharding
+from tritonmoe.sharding.same_weights import check_on_all_ranks
+from tritonmoe.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.data_parallel import counts_by_wrapper, sharded_modules
-from tritonmoe.transports.sharding.parameters import check_expert_gradients, find_sharding
-from tritonmoe.transports.sharding.same_weights import check_on_all_ranks
-from tritonmoe.transports.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 
 __all__ = ["device_of", "expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]
 

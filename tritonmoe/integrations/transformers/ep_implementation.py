@@ -11,8 +11,8 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import run_experts
 from tritonmoe.integrations.transformers.generation import let_spread_models_generate
@@ -57,7 +57,7 @@ class OverlappedEP(EPImplementation):
         spread = DTensor.from_local(out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1))
         return spread.full_tensor()
 
-    def _run(self, spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+    def _run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
         call_spec = CallSpec(spec, self.num_experts, self.overlap)
         return run_expert_parallel(CallArguments(call_spec, self.transport, inputs, self.calls))
 

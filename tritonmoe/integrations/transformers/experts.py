@@ -9,10 +9,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
-from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors
-from tritonmoe.experts.arguments import ExpertInputs, check_plain
-from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.experts import moe_mlp
+from tritonmoe.experts.adapters import noted_adapters, noted_factors
+from tritonmoe.experts.arguments import check_plain
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.gates import choose_activation
 from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
@@ -20,7 +21,7 @@ from tritonmoe.runtime.autograd import without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
 
-Run: TypeAlias = Callable[[ExpertSpec, ExpertInputs], Tensor]
+Run: TypeAlias = Callable[[ExpertSpec, CallTensors[Tensor]], Tensor]
 """Runs experts whose rows and weights have one dtype, on one device or over ranks, and gives (T, D)."""
 
 
@@ -37,26 +38,10 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     """
     state = expert_parallel_state(self)
     if state is None:
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, _on_one_device, self.down_proj.shape[0])
+        return run_experts(
+            self, hidden_states, top_k_index, top_k_weights, moe_mlp.run_experts, self.down_proj.shape[0]
+        )
     return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state)
-
-
-def _on_one_device(spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
-    x, topk_ids, topk_weights, weights, _ = inputs
-    return moe_mlp(
-        x,
-        topk_ids,
-        topk_weights,
-        weights.gate_up_proj,
-        weights.down_proj,
-        activation=spec.activation,
-        gated=spec.layout.gated,
-        interleaved=spec.layout.interleaved,
-        transposed=spec.layout.transposed,
-        gate_up_bias=weights.gate_up_bias,
-        down_bias=weights.down_bias,
-        adapters=ExpertAdapters(weights.gate_up_a, weights.gate_up_b, weights.down_a, weights.down_b),
-    )
 
 
 def run_experts(
@@ -93,7 +78,7 @@ def run_experts(
     if not is_fused(activation):
         activation = _keep_dtype(activation)
     is_transposed = getattr(experts, "is_transposed", False)
-    spec = expert_spec(activation, has_gate, is_interleaved, is_transposed, "auto", "hidden", None, False)
+    spec = expert_spec(activation=activation, gated=has_gate, interleaved=is_interleaved, transposed=is_transposed)
     own_experts = range(num_experts) if state is None else state.expert_ids
     factors = noted_factors(experts, dtype, own_experts)
     if factors:
@@ -105,7 +90,7 @@ def run_experts(
         cast("down_proj_bias") if has_bias else None,
         **factors,
     )
-    inputs = ExpertInputs(hidden_states.to(dtype), topk_ids, topk_weights, weights)
+    inputs = CallTensors(hidden_states.to(dtype), topk_ids, topk_weights, weights)
     # the casts are done: autocast would now only round the fp32 sums inside
     with without_autocast(hidden_states.device):
         if getattr(experts, "has_post_expert_norm", False):
@@ -121,14 +106,16 @@ def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:
     return lambda rows: activation(rows).to(rows.dtype)
 
 
-def _normed_experts(run: Run, spec: ExpertSpec, inputs: ExpertInputs, norm: nn.Module, num_experts: int) -> Tensor:
+def _normed_experts(
+    run: Run, spec: ExpertSpec, inputs: CallTensors[Tensor], norm: nn.Module, num_experts: int
+) -> Tensor:
     """Norm each expert's output before it is weighted (muse_spark): K=1 on T*K rows, then the sum here."""
-    rows, topk_ids, topk_weights, weights, _ = inputs
+    rows, topk_ids, topk_weights, weights, *_ = inputs
     num_tokens, top_k = topk_ids.shape
     is_routed = (topk_ids >= 0) & (topk_ids < num_experts)
     pair_rows = rows.repeat_interleave(top_k, dim=0)  # (T*K, D)
     unit_weights = torch.ones(num_tokens * top_k, 1, device=rows.device)
-    pairs = norm(run(spec, ExpertInputs(pair_rows, rearrange(topk_ids, "t k -> (t k) 1"), unit_weights, weights)))
+    pairs = norm(run(spec, CallTensors(pair_rows, rearrange(topk_ids, "t k -> (t k) 1"), unit_weights, weights)))
     pairs = torch.where(is_routed.unsqueeze(2), rearrange(pairs, "(t k) d -> t k d", k=top_k), 0.0)
     pair_weights = torch.where(is_routed, topk_weights, 0.0)
     pair_weights = pair_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))

@@ -11,11 +11,11 @@ from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.arguments import ExpertInputs
 from tritonmoe.experts.spec import ExpertSpec
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.parameters import Sharding, local_shard
 from tritonmoe.transports import Transport
-from tritonmoe.transports.sharding.parameters import Sharding, local_shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,7 +42,7 @@ class ExpertParallelState:
     names: tuple[str, ...]
     """The parameters of which each rank holds its experts."""
 
-    def run(self, spec: ExpertSpec, inputs: ExpertInputs) -> Tensor:
+    def run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
         """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
         call_spec = CallSpec(spec, self.num_experts, self.overlap)
         return run_expert_parallel(CallArguments(call_spec, self.sharding.transport, inputs, self.calls))

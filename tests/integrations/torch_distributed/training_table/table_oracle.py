@@ -4,7 +4,7 @@ import functools
 import hashlib
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def run_one_device(form: Form, plan: Plan, dtype: torch.dtype) -> list[Step]:
     model = form.one_device().to(dtype)
     for module in model.modules():
         if isinstance(module, tm.GroupedExperts):
-            module.backend = "reference"
+            module.spec = replace(module.spec, backend="reference")
     optimizer = plan.make_optimizer(model)
     steps = []
     for step, num_ranks in enumerate(plan.num_ranks):

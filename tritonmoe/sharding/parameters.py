@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.errors import CountMismatch
-from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
-from tritonmoe.transports.base import Transport
-from tritonmoe.transports.process_group import ProcessGroupTransport
-from tritonmoe.transports.sharding.data_parallel import (
+from tritonmoe.sharding.data_parallel import (
     ShardedNames,
     explain_fully_shard,
     ignore_sharded_parameters,
@@ -20,10 +17,13 @@ from tritonmoe.transports.sharding.data_parallel import (
     mark_mesh,
     mark_sharded,
 )
-from tritonmoe.transports.sharding.dtensor_gaps import fill_dtensor_gaps
-from tritonmoe.transports.sharding.mixed_lists import allow_mixed_lists
-from tritonmoe.transports.sharding.watched_collectives import watched_on
-from tritonmoe.transports.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
+from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
+from tritonmoe.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.sharding.watched_collectives import watched_on
+from tritonmoe.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
+from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
+from tritonmoe.transports.base import Transport
+from tritonmoe.transports.process_group import ProcessGroupTransport
 from tritonmoe.transports.two_level import TwoLevelTransport
 from tritonmoe.transports.waiting import Doing
 

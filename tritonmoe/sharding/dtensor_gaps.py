@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from tritonmoe.transports.sharding.data_parallel import is_marked_mesh
-from tritonmoe.transports.sharding.watched_collectives import full_tensor, watched_on
+from tritonmoe.sharding.data_parallel import is_marked_mesh
+from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from tritonmoe.transports.sharding.dtensor_gaps import (
+from tritonmoe.sharding.dtensor_gaps import (
     Arguments,
     Handler,
     Keywords,
@@ -20,7 +20,7 @@ from tritonmoe.transports.sharding.dtensor_gaps import (
     is_part,
     own_rules,
 )
-from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.sharding.data_parallel import own_buffers
+from tritonmoe.sharding.parameters import Sharding, numbers_of_all
 from tritonmoe.transports import as_transport
-from tritonmoe.transports.sharding.data_parallel import own_buffers
-from tritonmoe.transports.sharding.parameters import Sharding, numbers_of_all
 
 __all__ = ["check_on_all_ranks"]
 

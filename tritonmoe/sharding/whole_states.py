@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.transports.sharding.watched_collectives import full_tensor
+from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

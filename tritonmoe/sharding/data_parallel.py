@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.routing import TopKRouter
+from tritonmoe.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
 from tritonmoe.transports import Ranks, as_transport
-from tritonmoe.transports.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

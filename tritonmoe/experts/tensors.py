@@ -1,0 +1,81 @@
+"""CallTensors: the tensors of one call by name, or one value for each: a gradient, or whether one is wanted.
+
+autograd and operators take flat lists; their order is known to flatten() and unflatten() alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
+
+__all__ = ["NAMES", "NO_TENSORS", "OPTIONAL", "CallTensors", "schema"]
+
+Value = TypeVar("Value")
+Other = TypeVar("Other")
+
+
+class CallTensors(NamedTuple, Generic[Value]):
+    """One value for each tensor that the experts of one call take: this rank's tokens, their routing, its experts."""
+
+    x: Value
+    """(T, D)."""
+    topk_ids: Value
+    """(T, K) int32 or int64."""
+    topk_weights: Value
+    """(T, K)."""
+    weights: PerWeight[Value]
+    row_seeds: Value | None = None
+    """(T,) int32, with dropout on what adapters multiply: see adapter_dropout.py."""
+    activation_parameters: Sequence[Value] = ()
+    """Of a callable activation."""
+
+    def flatten(self) -> list[Value | None]:
+        """Return all values in the order of NAMES, then those of the activation's parameters."""
+        x, topk_ids, topk_weights, weights, row_seeds, parameters = self
+        return [x, topk_ids, topk_weights, *weights, row_seeds, *parameters]
+
+    @classmethod
+    def unflatten(cls, values: Iterable[Any]) -> "CallTensors[Any]":
+        """Return the tensors of which flatten() gave the values."""
+        x, topk_ids, topk_weights, *others = values
+        end = len(PerWeight._fields)
+        row_seeds, *parameters = others[end:]
+        return CallTensors(x, topk_ids, topk_weights, PerWeight(*others[:end]), row_seeds, parameters)
+
+    def map(self, function: Callable[[Value], Other]) -> "CallTensors[Other]":
+        """Return function(value) in the place of each value, and None where there is None."""
+        return self.unflatten([None if value is None else function(value) for value in self.flatten()])
+
+    def only(self, *names: str) -> "CallTensors[Any]":
+        """Return these and the activation's parameters, None for the others."""
+        values = self.flatten()
+        named = [value if name in names else None for name, value in zip(NAMES, values, strict=False)]
+        return self.unflatten([*named, *self.activation_parameters])
+
+    def without(self, *names: str) -> "CallTensors[Any]":
+        """Return all but these, None for these."""
+        return self.only(*(name for name in NAMES if name not in names))
+
+    def needs(self) -> "CallTensors[bool]":
+        """Say of which tensors a gradient is wanted, in the grad mode that is on."""
+        is_on = torch.is_grad_enabled()
+        return self.unflatten([is_on and tensor is not None and tensor.requires_grad for tensor in self.flatten()])  # type: ignore[attr-defined]
+
+    def any(self) -> bool:
+        """Say whether a value is true."""
+        return any(self.flatten())
+
+
+NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)
+NAMES = ("x", "topk_ids", "topk_weights", *PerWeight._fields, "row_seeds")
+OPTIONAL = frozenset(NAMES) - {"x", "topk_ids", "topk_weights", "gate_up_proj", "down_proj"}
+
+
+def schema(optional: Iterable[str] = OPTIONAL) -> str:
+    """Return the arguments of an operator that takes all tensors, in the order of flatten().
+
+    optional: the names of those that may be None.
+    """
+    return ", ".join(f"Tensor{'?' if name in optional else ''} {name}" for name in NAMES)
