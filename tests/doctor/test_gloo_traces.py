@@ -101,7 +101,11 @@ def test_stages_of_a_pipeline_are_matched_by_their_groups(tmp_path: Path) -> Non
         tuple(sorted(graph.members[one].rank for one in members)) for members in graph.exchanges if len(members) == 2
     }
     assert pairs == {(0, 2), (1, 3)}
-    names = {graph.members[one].key[1].removesuffix(" first").split(" after ")[0] for members in graph.exchanges for one in members}
+    names = {
+        graph.members[one].key[1].removesuffix(" first").split(" after ")[0]
+        for members in graph.exchanges
+        for one in members
+    }
     assert names == {
         "send to a later rank", "recv from an earlier rank", "send to an earlier rank", "recv from a later rank",
         "all_reduce",
