@@ -110,7 +110,13 @@ def test_gpu_traces(names: tuple[str, ...], metadata: bool, tmp_path: Path) -> N
         ("ncclDevKernel_Generic_4(x)", "exchange"), ("void rcclGenericKernel<1>(x)", "exchange"),
         ("ampere_bf16_s16816gemm", None), ("void at::native::reduce_kernel<512>()", None), (DEEP_EP[0], "notify"),
         ("void deep_ep::intranode::cached_notify_combine<2>()", "notify"), (DEEP_EP[2], "combine"),
-        ("void nccl_ep::dispatch_kernel<4>()", "dispatch"),
+        ("void nccl_ep::dispatch_kernel<4>()", "dispatch"), ("void hybrid_ep::combine_kernel<2>()", "combine"),
+        ("void deep_ep::internode::cached_notify<false>(int, int*)", "notify"),
+        ("void deep_ep::intranode::dispatch<8, 512>(int4*)", "dispatch"),
+        ("void deep_ep::internode_ll::combine<true, 7>(void*)", "combine"),
+        ("void internode::dispatch<false, 4>(int4*)", "dispatch"),
+        ("rcclDevKernel_AllGather_RING_SIMPLE(x)", "all_gather"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(x)", "reduce_scatter"),
     ],
 )  # fmt: skip
 def test_names_of_kernels(name: str, kind: str | None) -> None:

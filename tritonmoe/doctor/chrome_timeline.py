@@ -42,7 +42,12 @@ class _Event:
 def is_timeline(event: Any) -> bool:
     """Say whether this event is one of a pipeline's timeline."""
     arguments = event.get("args") if isinstance(event, dict) else None
-    return isinstance(arguments, dict) and event.get("name") in NAMES and "step" in arguments and "seq_id" in arguments
+    return isinstance(arguments, dict) and _is_known(event) and "step" in arguments and "seq_id" in arguments
+
+
+def _is_known(event: dict) -> bool:
+    name = event.get("name")
+    return isinstance(name, str) and name in NAMES
 
 
 def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
@@ -66,7 +71,7 @@ def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
                 of_thread[_hashable(path, count, event.get("pid")), _hashable(path, count, event.get("tid"))] = (
                     numbers[0], numbers[1],
                 )  # fmt: skip
-        elif event.get("ph") == "X" and event.get("name") in NAMES:
+        elif event.get("ph") == "X" and _is_known(event):
             if not isinstance(arguments, dict):
                 raise damaged(path, f"event {count} has no args")
             found.append((count, event, arguments))

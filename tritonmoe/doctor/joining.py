@@ -69,7 +69,11 @@ def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]
             )
     worlds = {trace.world_size for trace in traces if trace.world_size is not None}
     if len(worlds) > 1:
-        raise ValueError(f"the files are of runs of {sorted(worlds)} ranks: give those of one run")
+        both = [next(trace.source for trace in traces if trace.world_size == world) for world in sorted(worlds)[:2]]
+        raise ValueError(
+            f"{both[0]} and {both[1]} are of runs of {sorted(worlds)[0]} and {sorted(worlds)[1]} ranks: give the files "
+            "of one run"
+        )
     if len(traces) == 1:
         limits.append("there is the file of one rank only: who is late, and what others wait for, is not known")
     elif worlds and max(worlds) > len(traces):
