@@ -7,11 +7,14 @@ from typing import Any
 from bench.published import Row, Table, published
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.planner.draws import Drawn
+from tritonmoe.planner.exchange_curve import ExchangeCurve
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.job_memory import memory_gb
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.operation_costs import copy_s
 from tritonmoe.planner.step import step_time
+from tritonmoe.planner.trainer import UNKNOWN_IMBALANCE, trained_by
 
 __all__ = ["four_layer_tables"]
 
@@ -26,6 +29,7 @@ GIB = 1 << 30
 def four_layer_tables() -> Iterator[Table]:
     """Give grouped products, and for each family of models cut to four layers a table of steps and one of memory."""
     yield _grouped_products()
+    yield _exposed_shares()
     table = published("simumax_b200_moe_step")
     for family, (preset, target) in FAMILIES.items():
         own = [row for row in table["rows"] if row["model"] == family]
@@ -50,6 +54,23 @@ def four_layer_tables() -> Iterator[Table]:
             if row["mbc"] == 4
         ]
         yield Table(f"Memory of {preset}, 4 layers", table["source"], "nothing", memory)
+
+
+def _exposed_shares() -> Table:
+    """How much of its exchanges torchtitan doesn't hide, one batch after the other or two halves in turn."""
+    table = published("torchtitan_ep16_overlap_trace")
+    job = trained_by(Job(MODELS["DeepSeek-V2-Lite"], 4096, 4, ep=16, recompute="selective"), "torchtitan")
+    cluster, rows = CLUSTERS["H100"].with_nodes(2), []
+    for row in table["rows"]:
+        own = replace(job, two_batches=row["variant"] != "no-overlap")
+        if row["routing"] != "forced-balanced":
+            own = replace(own, imbalance=UNKNOWN_IMBALANCE)
+        curve = ExchangeCurve(own, cluster, 1, PLAIN)
+        found = Drawn.of(own, cluster, (curve, curve))
+        share = 100 * found.time.exposed_s / found.exchange_s
+        rows.append(Row(f"{row['routing']}, {row['variant']}", "%", row["not_hidden_percent"], share))
+    fitted = "that an eighth stays exposed at the ends, to the rows of forced balance in halves"
+    return Table("Exposed exchanges, torchtitan", table["source"], fitted, rows)
 
 
 def _grouped_products() -> Table:

@@ -97,3 +97,13 @@ def test_what_no_trainer_does_is_refused(arguments, says):
 def test_an_imbalance_below_one_is_none():
     with pytest.raises(ValueError, match=r"imbalance is the busiest rank's load over the mean, at least 1, got 0\.5"):
         replace(JOB, imbalance=0.5)
+
+
+def test_two_halves_in_turn_hide_exchanges_under_all_that_the_other_half_computes():
+    one = trained_by(replace(JOB, micro_batch=2), "torchtitan")
+    two = replace(one, two_batches=True)
+    exposed = [step_time(job, H100, 1, SERIAL).exposed_s for job in (one, two)]
+    assert exposed[1] == pytest.approx(exposed[0] / 8)
+    assert seconds(one) - seconds(two) == pytest.approx(exposed[0] - exposed[1], rel=1e-6)
+    slow = replace(H100, inside=replace(H100.inside, gb_per_s=1.0))
+    assert step_time(two, slow, 1, SERIAL).exposed_s > 0.5 * step_time(one, slow, 1, SERIAL).exposed_s

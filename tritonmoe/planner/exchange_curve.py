@@ -15,7 +15,7 @@ from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.layer_parts import Parts, layer_parts
-from tritonmoe.planner.step import BESIDE, exchange_time, layer_exchange
+from tritonmoe.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import SimulatedStep, simulate
 from tritonmoe.simulation.two_level_work import TwoLevelWork
@@ -73,6 +73,7 @@ class ExchangeCurve:
     """
 
     def __init__(self, job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> None:
+        job = _whole(job)
         self.job, self.num_levels, self.plan = job, num_levels, plan
         self._units = _Units(layer_exchange(job, cluster, num_levels, layer_parts(job, cluster)), plan)
         both = self.lanes(job, cluster, layer_parts(job, cluster))
@@ -85,6 +86,7 @@ class ExchangeCurve:
 
     def lanes(self, job: Job, cluster: Cluster, parts: Parts) -> tuple[Lanes, Lanes]:
         """Give what a layer's passes take one step after the other, without the agreement before each."""
+        job = _whole(job)
         halves = 2 if job.two_batches else 1
         forward, backward = self._units.lanes(layer_exchange(job, cluster, self.num_levels, parts))
         return forward.times(halves), backward.times(halves)
@@ -93,12 +95,13 @@ class ExchangeCurve:
         """Give what the agreement before each pass takes: an exchange of a few bytes for each half of a batch."""
         if job.ep == 1:
             return 0.0
+        job = _whole(job)
         latency_s = layer_exchange(job, cluster, self.num_levels, parts).link.latency_s
         return (2 if job.two_batches else 1) * latency_s
 
     def time(self, job: Job, cluster: Cluster, parts: Parts) -> ExchangeTime:
         """Give what exchange_time does, within some hundredths, for a job that differs in what its steps cost only."""
-        calls = self._calls(layer_exchange(job, cluster, self.num_levels, parts), parts)
+        calls = self._calls(layer_exchange(_whole(job), cluster, self.num_levels, parts), parts)
         busy = cluster.gpu.contention.value / CONTENTION
         found = []
         for lanes, calm_curve, busy_curve, fixed in zip(calls.lanes, self._calm, self._busy, calls.fixed, strict=True):
@@ -106,7 +109,8 @@ class ExchangeCurve:
             total, exposed = (calm + busy * (other - calm) for calm, other in pair)
             found.append((total + fixed[0], exposed + fixed[1]))
         forward, backward, again = found
-        return ExchangeTime(forward[0], backward[0], forward[1], backward[1], again[0], again[1])
+        time = ExchangeTime(forward[0], backward[0], forward[1], backward[1], again[0], again[1])
+        return in_turn(time, parts) if job.two_batches and not job.overlaps_exchange else time
 
     def _calls(self, exchange: LayerExchange, parts: Parts) -> "_Calls":
         """Give the lanes of forward, backward and a forward that runs again, and what comes to each beside them."""
@@ -142,6 +146,11 @@ class _Calls:
 
     lanes: Sequence[Lanes]
     fixed: Sequence[tuple[float, float]]
+
+
+def _whole(job: Job) -> Job:
+    """Give the job with batches that are not cut, where halves run in turn but nothing overlaps in a layer's call."""
+    return replace(job, two_batches=False) if job.two_batches and not job.overlaps_exchange else job
 
 
 def _slower(cluster: Cluster, factor: float, contention: float) -> Cluster:

@@ -27,4 +27,4 @@ class ModelError:
         return self.bias + (self.slower if common > 0 else self.faster) * common + self.own * own
 
 
-MODEL_ERROR = ModelError(bias=0.01, faster=0.11, slower=0.49, own=0.17)
+MODEL_ERROR = ModelError(bias=0.01, faster=0.09, slower=0.5, own=0.17)

@@ -1,7 +1,7 @@
 """StepTime: what one training step takes, part by part."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tritonmoe.config.overlap import OverlapPlan
@@ -12,7 +12,7 @@ from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 from tritonmoe.simulation.two_batches import MOST_LAYERS
 
-__all__ = ["BESIDE", "StepTime", "exchange_time", "layer_exchange", "step_time", "step_with"]
+__all__ = ["BESIDE", "StepTime", "exchange_time", "in_turn", "layer_exchange", "step_time", "step_with"]
 
 
 OPTIMIZER_BYTES = 46
@@ -95,6 +95,23 @@ BESIDE = ("attention projections", "attention core", "norms and rotations", "rou
 """The parts that run under the other half's exchanges, forward and backward, where a batch runs in two halves."""
 
 
+LEAST_EXPOSED = 1 / 8
+"""Of exchanges that run under all that the other half of a batch computes: the share that nothing hides at the ends."""
+
+
+def in_turn(time: ExchangeTime, parts: Parts) -> ExchangeTime:
+    """Give what experts and exchanges take where two halves of a batch run in turn, and nothing overlaps in a layer.
+
+    An exchange of one half runs under all that the other one computes: experts, attention, norms and router.
+    """
+    beside = [sum(parts[name][number] for name in BESIDE) for number in range(2)]
+    seconds, exposed = (time.forward_s, time.backward_s), (time.exposed_forward_s, time.exposed_backward_s)
+    computed = [whole - own for whole, own in zip(seconds, exposed, strict=True)]
+    left = [max(LEAST_EXPOSED * own, own - by - of) for own, by, of in zip(exposed, computed, beside, strict=True)]
+    passes = [by + own for by, own in zip(computed, left, strict=True)]
+    return ExchangeTime(passes[0], passes[1], left[0], left[1], time.again_s, time.exposed_again_s)
+
+
 def layer_exchange(job: Job, cluster: Cluster, num_levels: int, parts: Parts) -> LayerExchange:
     """Give the experts and exchanges of one call: of a micro-batch, or of its half where two run in turn."""
     shared_s, tokens = parts["shared"][0], float(job.num_tokens)
@@ -105,6 +122,9 @@ def layer_exchange(job: Job, cluster: Cluster, num_levels: int, parts: Parts) ->
 
 def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan, parts: Parts) -> ExchangeTime:
     """Give the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
+    if job.two_batches and not job.overlaps_exchange:
+        whole = replace(job, two_batches=False)
+        return in_turn(layer_exchange(whole, cluster, num_levels, parts).time(plan), parts)
     exchange = layer_exchange(job, cluster, num_levels, parts)
     if not job.two_batches:
         return exchange.time(plan)

@@ -14,6 +14,8 @@ DECIDES = 0.005
 """An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
 SURE = 0.8
 """A choice that is the best in such a share of the draws is made."""
+EXPLAINS = 0.05
+"""A number decides if it explains at least such a share of how prices differ from draw to draw."""
 MOST_NODES = 64
 
 
@@ -114,7 +116,7 @@ def compare_verdict(comparison: Comparison) -> str:
         f"{names[first]} is {near:.0%} cheaper than {names[fits[1]]}, but the cheapest in only "
         f"{comparison.is_cheapest[first] or 0.0:.0%} of the draws"
     )
-    if not comparison.decides:
-        return f"{said}."
-    number, key, explained = comparison.decides[0]
+    number, key, explained = (*comparison.decides, (0, "", 0.0))[0]
+    if explained < EXPLAINS:
+        return f"Run the job on both for some minutes first, because no number alone decides: {said}."
     return f"Measure {key} of {names[number]} first, because it explains {explained:.0%} of what decides: {said}."
