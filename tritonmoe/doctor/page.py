@@ -224,7 +224,7 @@ class RunPart:
             yield Words(["There is one rank only: what it waits for is not known."])
             return
         ranks = self.ranks
-        waits_s = self.shown.waits_s
+        waits_s = self.figures.at(f"{self.key}/waits_for_ranks_s")
         values: list[list[float | None]] = [[None if i == k else waits_s[i][k] for k in ranks] for i in ranks]
         names = [self.name(index) for index in ranks]
         title, key = (

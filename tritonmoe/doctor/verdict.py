@@ -17,6 +17,7 @@ __all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "remarks", "step
 AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
 MOST_ADVICE = 4
+DECIMALS = 7
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
@@ -176,7 +177,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
             {"rank": rank, "name": graph.names.get(index), **vars(of)}
             for index, (rank, of) in enumerate(zip(graph.ranks, shown.ranks, strict=True))
         ],
-        "waits_for_ranks_s": shown.waits_s,
+        "waits_for_ranks_s": [[round(seconds, DECIMALS) for seconds in of] for of in shown.waits_s],
     }
 
 
