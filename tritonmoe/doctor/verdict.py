@@ -98,7 +98,7 @@ def words_of(one: Finding, found: Verdict) -> str:
     several = not culprits.moves and (len(culprits.ranks) or len(graph.ranks)) > 1
     what = {
         "late link": f"{'bring' if several else 'brings'} every message later than other links, however small",
-        "slow port": culprits.words,
+        "slow port": culprits.words or "has a slow port",
         "bandwidth": "wait for the bytes of exchanges, at the links' usual rate",
         "latency": "wait for exchanges for what these take however small they are",
         "chunk overhead": "pay what a part of a layer costs however small it is once for every chunk",
