@@ -180,7 +180,7 @@ def _named(finding: Finding, known: Known | None) -> Finding:
     if finding.kind != "slow link" or known is None or known.fault is None:
         return finding
     fault = known.fault
-    culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=False, words=fault.words)
+    culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=not fault.ranks, words=fault.words)
     return replace(finding, kind=fault.kind, culprits=culprits)
 
 

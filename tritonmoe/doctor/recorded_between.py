@@ -29,6 +29,9 @@ class Between:
     ended: Tensor
     """When the one before it had ended."""
     gap_s: Tensor
+    """From there to its start, or where rows are waited for, to the wait; where they are there already all of it."""
+    is_bound: Tensor
+    """Whether rows are waited for."""
     is_first: Tensor
     """Whether the one before it is of another pass."""
     late_s: Tensor
@@ -61,8 +64,11 @@ def between_of(rows: Mapping[str, Tensor], passes: Sequence[PlacedPass], size: i
             )
             end = torch.maximum(end, start[own])
         ended[own[1:]] = end[:-1]
+    began_wait = torch.maximum(start - rows["waited"], ended)
+    is_bound = rows["arrived"] > began_wait
+    gap_s = (torch.where(is_bound, began_wait, start) - ended).clamp(min=0)
     found = Between(
-        begin, start, body_s, ended, (start - ended).clamp(min=0), is_first, torch.zeros_like(start),
+        begin, start, body_s, ended, gap_s, is_bound, is_first, torch.zeros_like(start),
         torch.zeros_like(start), torch.zeros(len(passes), dtype=torch.float64), [],
     )  # fmt: skip
     _tell_apart(found, rows, passes, size, has_halves)

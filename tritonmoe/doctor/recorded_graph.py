@@ -43,6 +43,8 @@ class RecordedGraph:
     """By the place of a pass and the number of its exchange: its first member."""
     since: Tensor
     """(M,): from when an exchange counts: all of its ranks have posted it, and the rank's one before it is over."""
+    posted: Tensor
+    """(M,): when the last of its ranks had posted it."""
     end: Tensor
     """(M,)."""
     step_s: float
@@ -250,10 +252,9 @@ class _Builder:
         paused = first[between.pause_s[first] > 0]
         every = torch.arange(self.num_rows)
         run_row = torch.cat([every, first, paused])
-        is_bound = rows["arrived"] > torch.maximum(rows["start"] - rows["waited"], between.ended)
         is_step = rows["is_step"] > 0
         overhead_s = torch.where(
-            is_bound, rows["start"] - rows["arrived"], torch.where(between.is_first, 0.0, between.gap_s)
+            between.is_bound, rows["start"] - rows["arrived"], torch.where(between.is_first, 0.0, between.gap_s)
         )
         overhead_s += torch.where(is_step, 0.0, between.body_s)
         nothing, no_pause = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(paused), dtype=torch.float64)
@@ -293,7 +294,8 @@ class _Builder:
         programs = list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
         latest = torch.full((self.num_exchanges,), -torch.inf, dtype=torch.float64)
         latest = latest.scatter_reduce(0, members["exchange"], posted, "amax")
-        since = torch.maximum(latest[members["exchange"]], _ends_before(programs, members["lane"], end))
+        posted = latest[members["exchange"]]
+        since = torch.maximum(posted, _ends_before(programs, members["lane"], end))
         run_step = steps[rows["place"]][run_row]
         key = torch.cat([rows["key"], names["before"][rows["place"][first]], names["between"][rows["place"][paused]]])
         tables = Tables(
@@ -331,7 +333,8 @@ class _Builder:
             run_begin=between.start[run_row],
             kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((num_first + len(paused),), -1)]),
             pause_s=torch.cat([0 * overhead_s, nothing, between.pause_s[paused]]),
-            first_member=self.first_member, since=since, end=end, step_s=float(whole.mean()), node_size=self.node_size,
+            first_member=self.first_member, since=since, posted=posted, end=end,
+            step_s=float(whole.mean()), node_size=self.node_size,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ How long every message took tells what its exchange would have taken on links li
 times, by the fit to all messages, or in some steps, by what its messages take there.
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,16 +18,24 @@ from tritonmoe.doctor.costs import Costs
 from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
 from tritonmoe.doctor.recorded_graph import RecordedGraph
 from tritonmoe.doctor.recorded_steps import events_of
-from tritonmoe.doctor.usual import far_out
+from tritonmoe.doctor.usual import LEAST_S
 from tritonmoe.overlap.steps import StepKind
 
 __all__ = ["LinkFault", "Linked", "linked_of"]
 
-SMALLEST_RATIO = 1.3
-"""In a step alone a link is slow if its messages take so many times as long as in others."""
+SMALLEST_RATIO = 1.5
+"""In a step alone a link is slow if its messages take so many times as long as in others ..."""
+FAR_OUT = 4.5
+"""... and so many standard deviations longer."""
+QUARTER, TENTH = 0.674, 1.282
+"""The quantiles of a normal distribution."""
+MOST_TYPICAL = 0.6
+"""Where a quarter of all links take less than that part of what is typical by the fit, it is not."""
 ONE_LINK, ONE_PORT, ONE_NODE = 0.75, 0.8, 0.8
 """A link, port or node is at fault if it has so large a share of what slow links cost."""
 ONE_WAY = 0.9
+MOVING, MOVING_STEPS = 0.65, 3
+"""A fault moves if in no larger part of so many costly steps it is the same one."""
 AMONG = 0.25
 """Of several links those count that cost so large a share of what the worst one costs."""
 
@@ -92,11 +101,11 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
     times = _times_of_bytes(passes, costs, size, node_size, len(built.graph.steps))
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
         return Linked(nothing, None)
-    held_up_s = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    held_up_s = torch.zeros(len(built.graph.steps), size, size, dtype=torch.float64, device="cpu")
     seconds = nothing.clone()
     for of_pass in by_place.values():
-        _mend(of_pass, times, costs, built, recording, seconds, held_up_s)
-    return Linked(seconds, _fault_of(held_up_s, costs, recording) if bool((held_up_s > 0).any()) else None)
+        _mend(of_pass, times, costs, built, recording, seconds, held_up_s[of_pass[0].step])
+    return Linked(seconds, _fault_of_steps(held_up_s, costs, recording))
 
 
 def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
@@ -110,15 +119,23 @@ def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size:
         seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
         took[one.step] += torch.where(known, seconds, 0.0).sum(0)
         due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
-    of_step = torch.where(due > 0, took / due.clamp(min=1e-12), 1.0)
+    is_known = due.amax(0) > 0
+    if not bool(is_known.any()):
+        return torch.ones_like(due)
+    of_step = torch.where(due > 0, took / due.clamp(min=1e-12), torch.nan)
+    logarithms = of_step[:, is_known].clamp(min=1e-6).log()
+    low, quarter = (float(logarithms.nanquantile(part)) for part in (0.1, 0.25))
+    noise = (quarter - low) / (TENTH - QUARTER)  # of those that are not slow, be they ever so few
+    usual = math.exp(quarter + QUARTER * noise)
+    if usual < MOST_TYPICAL:  # the fit is of links of which most were slow at times
+        of_step = of_step / usual
+        usual = 1.0
+    limit = max(SMALLEST_RATIO, math.exp(FAR_OUT * noise))
+    own = of_step.nanquantile(0.25, dim=0)
+    at_times = is_known & (of_step > limit * own.clamp(min=usual))
     is_slow = (ratios.of_byte(node_size) > 1) & (of_step > 1)
-    at_times = torch.zeros_like(of_step, dtype=torch.bool)
-    for i, k in (due.amax(0) > 0).nonzero().tolist():
-        if not bool(is_slow[:, i, k].any()):
-            own = of_step[:, i, k]
-            at_times[:, i, k] = (far_out(own) > 0) & (own > SMALLEST_RATIO * own.median().clamp(min=1.0))
-    usual = torch.where(at_times, torch.nan, of_step).nanmedian(0).values.nan_to_num(nan=1.0)
-    return torch.where(is_slow, of_step, torch.where(at_times, of_step / usual.clamp(min=1.0), 1.0)).clamp(min=1.0)
+    times = torch.where(is_slow, of_step, torch.where(at_times, of_step / own.clamp(min=1.0), 1.0))
+    return times.nan_to_num(nan=1.0).clamp(min=1.0)
 
 
 def _typical_byte_s(costs: Costs, size: int, node_size: int | None) -> Tensor:
@@ -150,24 +167,58 @@ def _mend(
     for one in passes:
         took = (one.sent.arrived - one.begun).clamp(min=0)
         of_bytes = (took - each.latency_s).clamp(min=0)
-        shorter = of_bytes * (1 - 1 / times[one.step]) + torch.minimum(late_s, took)
-        sooner = one.sent.arrived - shorter
+        then_s = took - of_bytes * (1 - 1 / times[one.step]) - torch.minimum(late_s, took)
+        before = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
         for number, exchange in enumerate(one.exchanges):
-            here, then = (of[number].nan_to_num(nan=-torch.inf) for of in (one.sent.arrived, sooner))
+            here, sent = one.sent.arrived[number], one.sent
+            begun = torch.maximum(sent.posted[number], before - (each.latency_s - late_s))
+            if recording.uses_rendezvous:
+                begun = torch.where(here > sent.before[number].T, torch.maximum(begun, before.T), begun)
+            then = torch.minimum(begun, one.begun[number]) + then_s[number]
+            before = torch.where(here.isnan(), before, then)
+            here, then = (of.nan_to_num(nan=-torch.inf) for of in (here, then))
             arrived[exchange] = torch.maximum(arrived[exchange], here) if exchange in arrived else here
             mended[exchange] = torch.maximum(mended[exchange], then) if exchange in mended else then
-    events = events_of(built.passes[passes[0].place].call.plan, built.passes[passes[0].place].of_ranks[0])
-    for exchange in arrived:
-        event = events.events[events.exchanges[exchange]]
-        rank = torch.arange(size)
-        members = built.first_member[passes[0].place, exchange] + built.place_in_exchange(event, rank)
-        since = built.since[members]
-        last, without = (of.amax(0) for of in (arrived[exchange], mended[exchange]))
-        without = torch.maximum(without, since)
-        more = (torch.minimum(last, built.end[members]) - without).clamp(min=0).nan_to_num(nan=0.0)
-        seconds[members] += torch.where(last.isfinite(), more, 0.0)
-        is_slower = arrived[exchange] > mended[exchange]
-        held_up_s += torch.where(is_slower, (arrived[exchange] - without).clamp(min=0), 0.0)
+    place = passes[0].place
+    events = events_of(built.passes[place].call.plan, built.passes[place].of_ranks[0])
+    rank = torch.arange(size)
+    ended: dict[bool, Tensor] = {}
+    """By level, when the exchange before would have ended."""
+    for exchange, number in enumerate(events.exchanges):
+        event = events.events[number]
+        members = built.first_member[place, exchange] + built.place_in_exchange(event, rank)
+        posted, since, end = built.posted[members], built.since[members], built.end[members]
+        if event.kind is None:  # a message that is late is so with counts too, for both of its ends
+            seconds[members] = torch.minimum(torch.maximum(late_s.amax(0), late_s.amax(1)), (end - since).clamp(min=0))
+            continue
+        if exchange not in arrived:
+            continue
+        here, then = arrived[exchange], mended[exchange]
+        waits_for_sent = end > here.amax(0) + LEAST_S
+        last, sooner = (
+            torch.where(waits_for_sent, torch.maximum(of.amax(0), of.amax(1)), of.amax(0)) for of in (here, then)
+        )
+        more = torch.where(last.isfinite(), torch.minimum(last, end) - sooner, 0.0).clamp(min=0).nan_to_num(nan=0.0)
+        sooner = end - more
+        since_then = torch.maximum(posted, ended.get(event.is_inside, posted))
+        ended[event.is_inside] = torch.maximum(sooner, since_then)
+        seconds[members] = (end - since) - (sooner - since_then).clamp(min=0)
+        held_up_s += torch.where(here > then, (here - torch.maximum(then, since)).clamp(min=0), 0.0)
+
+
+def _fault_of_steps(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
+    """Say which end of which links is slow, and whether it is another one from step to step."""
+    totals = held_up_s.sum((1, 2))
+    costly = [step for step, total in enumerate(totals.tolist()) if total > 0.5 * float(totals.max())]
+    if not costly:
+        return None
+    fault = _fault_of(held_up_s.sum(0), costs, recording)
+    of_steps = [_fault_of(held_up_s[step], costs, recording) for step in costly]
+    ranks, count = Counter(one.ranks for one in of_steps).most_common(1)[0]
+    if len(of_steps) < MOVING_STEPS or count > MOVING * len(of_steps) or set(fault.ranks) == set(ranks):
+        return fault
+    (kind, _), *_ = Counter(one.kind for one in of_steps).most_common(1)
+    return LinkFault(kind, (), (), "")
 
 
 def _fault_of(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault:

@@ -123,7 +123,7 @@ def _aside(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]], works: Sequ
         return 0, []
     times = [_seconds(of_step) / max(1.0, _num_pairs(of_step)) for of_step in steps]
     others = sorted(time for time, work in zip(times[1:], works[1:], strict=True) if work == works[0])
-    if others and times[0] > WARM * others[len(others) // 2]:
+    if len(others) >= FEW_STEPS - 1 and times[0] > WARM * others[-2]:  # of the others one may be an accident
         times_as_long = times[0] / others[len(others) // 2]
         return 1, [f"the first step, which takes {times_as_long:.1f} times as long as others, is left aside"]
     return 0, []
