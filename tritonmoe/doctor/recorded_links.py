@@ -203,7 +203,9 @@ def _mend(
         since_then = torch.maximum(posted, ended.get(event.is_inside, posted))
         ended[event.is_inside] = torch.maximum(sooner, since_then)
         seconds[members] = (end - since) - (sooner - since_then).clamp(min=0)
-        held_up_s += torch.where(here > then, (here - torch.maximum(then, since)).clamp(min=0), 0.0)
+        # What only waits for a slow link's word, in the other direction, is not slow itself.
+        is_slow = (times[passes[0].step] > 1) | (late_s > 0)
+        held_up_s += torch.where(is_slow & (here > then), (here - torch.maximum(then, since)).clamp(min=0), 0.0)
 
 
 def _fault_of_steps(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
