@@ -346,7 +346,7 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
     def spied(direction: str, function: Callable, place: int) -> Callable:
         def spy(*args, **kwargs):
             tensors = getattr(args[place], "received", args[place])  # of SavedTensors
-                log.append(f"{direction} {names[tensors.weights.gate_up_proj.data_ptr()]}")
+            log.append(f"{direction} {names[tensors.weights.gate_up_proj.data_ptr()]}")
             return function(*args, **kwargs)
 
         return spy
