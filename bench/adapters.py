@@ -49,7 +49,7 @@ VARIANTS = (
 
 
 def make_model(variant: Variant) -> Any:
-    """Give the model with what the variant trains."""
+    """Return the model with what the variant trains."""
     model: Any = qwen3_moe_model(ModelSizes())
     if variant.rank:
         config = LoraConfig(
@@ -82,7 +82,7 @@ def peft_alone(is_wanted: bool) -> Iterator[None]:
 
 
 def step(variant: Variant, model: Any, batches: list[torch.Tensor]) -> Callable[[], None]:
-    """Give what runs forward and backward on the next batch."""
+    """Return what runs forward and backward on the next batch."""
     calls = itertools.count()
 
     def run() -> None:
@@ -95,7 +95,7 @@ def step(variant: Variant, model: Any, batches: list[torch.Tensor]) -> Callable[
 
 
 def memory(variant: Variant, model: Any, run: Callable[[], None], ids: torch.Tensor) -> Json:
-    """Give what a step holds at most and what its forward keeps, in megabytes."""
+    """Return what a step holds at most and what its forward keeps, in megabytes."""
 
     def forward() -> torch.Tensor:
         with peft_alone(variant.multiplies_out):

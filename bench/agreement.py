@@ -34,7 +34,7 @@ WARM_UP = 3
 
 
 def measure_alone(transport: Transport, rounds: int) -> list[float]:
-    """Give the seconds of an agreement that nothing runs beside, round by round, the slower rank's."""
+    """Return the seconds of an agreement that nothing runs beside, round by round, the slower rank's."""
     seconds = []
     for number in range(WARM_UP + rounds):
         transport.barrier()
@@ -53,7 +53,7 @@ def measure_steps(
     variants: Mapping[str, Callable[[], contextlib.AbstractContextManager]],
     steps: int = 1,
 ) -> dict[str, list[float]]:
-    """Give the mean seconds of so many steps by variant, round by round, the slower rank's, inside of its context."""
+    """Return the mean seconds of so many steps by variant, round by round, the slower rank's, inside of its context."""
     generator = torch.Generator().manual_seed(0)
     layer = tm.MoELayer(CONFIG, transport, tm.OverlapConfig(num_chunks=NUM_CHUNKS), generator=generator)
     generator = torch.Generator().manual_seed(1 + transport.rank)
@@ -77,7 +77,7 @@ def measure_steps(
 
 
 def compare(samples: Mapping[str, list[float]], num_tokens: int, with_it: str, without: str) -> dict:
-    """Give what steps take with something and without it, and the median of the rounds' differences."""
+    """Return what steps take with something and without it, and the median of the rounds' differences."""
     differences = [a - b for a, b in zip(samples[with_it], samples[without], strict=True)]
     return {
         "what": "step",

@@ -35,7 +35,7 @@ STEP_KERNELS = (
 
 
 def source_hash() -> str:
-    """Give a hash of everything that the kernels' machine code depends on, this side of Triton.
+    """Return a hash of everything that the kernels' machine code depends on, this side of Triton.
 
     These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them.
     """
@@ -110,7 +110,7 @@ def _step_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlay(version: str, folder: Path) -> Path:
-    """Give a folder that holds this Triton, and download it where there is none."""
+    """Return a folder that holds this Triton, and download it where there is none."""
     overlay = (folder / version).resolve()
     if not (overlay / "triton").exists():
         command = ["pip", "install", "--quiet", "--no-deps", "--target", str(overlay), f"triton=={version}"]
@@ -119,7 +119,7 @@ def _overlay(version: str, folder: Path) -> Path:
 
 
 def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Give the rows of one Triton; None where it can't compile."""
+    """Return the rows of one Triton; None where it can't compile."""
     command = [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", str(arguments.workers)]
     if arguments.steps:
         command += ["--variants", STEP_VARIANT, "--kernels", *STEP_KERNELS]

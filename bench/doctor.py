@@ -35,7 +35,7 @@ UNDISTURBED = ("nice", "-n", "-15")
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    """Give the jobs that are asked for and can be run."""
+    """Return the jobs that are asked for and can be run."""
     size, jobs = arguments.netns, []
     for kind in kinds_of(arguments.kinds, size is not None):
         if size is not None and max((spec.num for spec in KINDS[kind]), default=1) >= size:
@@ -46,7 +46,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
 
 
 def folder_of(into: str, job: Job) -> Path:
-    """Give a job's folder; what a run has left there that was ended before it had measured the job is removed."""
+    """Return a job's folder; what a run has left there that was ended before it had measured the job is removed."""
     folder = Path(into).absolute() / f"{job.kind.replace(' ', '_')}-{job.size}-{job.seed}"
     if not (folder / MEASURED).exists():
         shutil.rmtree(folder, ignore_errors=True)

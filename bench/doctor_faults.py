@@ -57,7 +57,7 @@ class Fault:
     """In one layer alone, or before it; ANYWHERE: another place in each step."""
 
     def level(self, step: int, job: "Job") -> float:
-        """Give how much of it there is in a step, from 0 to 1."""
+        """Return how much of it there is in a step, from 0 to 1."""
         if self.when == "periodic":
             return float(step % self.period == self.period - 1)
         if self.when == "growing":
@@ -65,7 +65,7 @@ class Fault:
         return float(self.when == "always" or step in _chosen(self.when, job.num_steps, job.seed))
 
     def amount_at(self, step: int, rank: int | None, job: "Job") -> float | None:
-        """Give how bad it is on a rank in a step, None: not at all."""
+        """Return how bad it is on a rank in a step, None: not at all."""
         level = self.level(step, job)
         if not level or (rank is not None and rank not in self.culprits(step, job)):
             return None
@@ -87,7 +87,7 @@ class Fault:
 
 @functools.cache
 def _chosen(when: str, num_steps: int, seed: int) -> frozenset[int]:
-    """Give the steps in which a fault is there that comes now and then."""
+    """Return the steps in which a fault is there that comes now and then."""
     draw = random.Random(f"{seed} {when}")
     if when == "flapping":
         return frozenset(
@@ -149,7 +149,7 @@ class Job:
         return (self.slow_start if step < 2 else 1.0) * (1 + swing)
 
     def ids(self, step: int, rank: int, layer: int) -> Tensor:
-        """Give (T, K) ids: nearly even over ranks, but for what is wrong."""
+        """Return (T, K) ids: nearly even over ranks, but for what is wrong."""
         of = self.layers[layer]
         ids = _even_ids(of.tokens, of.top_k, self.num_experts, self.popularity, f"{self.seed} {rank} {layer}")
         for fault in self.faults:
@@ -164,13 +164,13 @@ class Job:
 
 
 def _spread(tokens: int) -> Tensor:
-    """Give each token a number, so that those of low ones are spread over all."""
+    """Return each token a number, so that those of low ones are spread over all."""
     return torch.arange(tokens) * 7919 % tokens
 
 
 @functools.lru_cache(maxsize=256)
 def _even_ids(tokens: int, top_k: int, num_experts: int, popularity: float, seed: str) -> Tensor:
-    """Give ids of which a quarter is drawn, and the others are dealt out."""
+    """Return ids of which a quarter is drawn, and the others are dealt out."""
     generator = torch.Generator().manual_seed(random.Random(seed).randrange(1 << 30))
     dealt = (torch.arange(tokens)[:, None] + num_experts // top_k * torch.arange(top_k)) % num_experts
     scores = torch.rand(tokens, num_experts, generator=generator)
@@ -183,7 +183,7 @@ def _even_ids(tokens: int, top_k: int, num_experts: int, popularity: float, seed
 
 
 def without(job: Job, kinds: Sequence[str]) -> Job:
-    """Give the job without its faults of some kinds; of chunks' overhead there stays what one chunk has."""
+    """Return the job without its faults of some kinds; of chunks' overhead there stays what one chunk has."""
     kept = [fault for fault in job.faults if fault.kind not in kinds]
     parts = job.layers[0].num_chunks + 2
     one = [replace(of, amount=of.amount / parts) for of in job.faults if of.kind == "chunk overhead" and of not in kept]
@@ -191,7 +191,7 @@ def without(job: Job, kinds: Sequence[str]) -> Job:
 
 
 def variants_of(job: Job) -> dict[str, Job]:
-    """Give the job with its faults, if it has any without all of them, and where there are several without each."""
+    """Return the job with its faults, if it has any without all of them, and where there are several without each."""
     kinds = sorted({fault.kind for fault in job.faults})
     variants = {"with": job}
     if kinds:
@@ -202,14 +202,14 @@ def variants_of(job: Job) -> dict[str, Job]:
 
 
 def read_job(plain: dict[str, Any]) -> Job:
-    """Give the job that was written as plain values."""
+    """Return the job that was written as plain values."""
     layers = tuple(Layer(**layer) for layer in plain["layers"])
     faults = tuple(Fault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
     return Job(**{**plain, "layers": layers, "faults": faults})
 
 
 def drift_of(job: Job, seconds: dict[str, list[float]]) -> float:
-    """Give by how large a part steps on real links that have no faults differ in the mean: before the others, behind
+    """Return by how large a part steps on real links that have no faults differ in the mean: before the others, behind
     them and, of a healthy job, in between."""
     healthy = seconds.get("without", [])
     half = len(healthy) // 2

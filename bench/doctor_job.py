@@ -96,7 +96,7 @@ class _Rank:
         return seconds * self.job.pace(self.step) * self.draw.lognormvariate(0.0, self.job.noise)
 
     def amounts(self, kind: str, phase: str = "", layer: int | None = None) -> list[float]:
-        """Give how much there is of each fault of a kind, here and now."""
+        """Return how much there is of each fault of a kind, here and now."""
         found = [
             fault.amount_at(self.step, self.rank, self.job)
             for fault in self.job.faults
@@ -108,7 +108,7 @@ class _Rank:
         return sum(self.amounts(kind, phase, layer))
 
     def compute_s(self, number: int, phase: str, pairs: int) -> float:
-        """Give how long the experts take for so many pairs."""
+        """Return how long the experts take for so many pairs."""
         if not pairs:
             return 0.0
         layer = self.job.layers[number]
@@ -117,12 +117,12 @@ class _Rank:
         return self.noisy(slow * (fixed_s + layer.pair_s * pairs))
 
     def before_s(self, number: int) -> float:
-        """Give what the model takes before a layer, and this rank by itself."""
+        """Return what the model takes before a layer, and this rank by itself."""
         before_s = self.noisy(self.job.layers[number].before_s) * (1 + self.draw.uniform(0.0, self.job.ragged))
         return before_s + self.sum_of("late rank", "forward", number)
 
     def behind_s(self, number: int) -> float:
-        """Give what it takes in backward before it comes to a layer, from the end on."""
+        """Return what it takes in backward before it comes to a layer, from the end on."""
         behind = 2 * self.job.layers[number + 1].before_s if number + 1 < len(self.job.layers) else 0.0
         return self.noisy(behind) + self.sum_of("late rank", "backward", number)
 
@@ -144,7 +144,7 @@ class _Rank:
 
 
 def link_of(job: Job, step: int) -> LinkModel:
-    """Give the link as the faults have it in a step."""
+    """Return the link as the faults have it in a step."""
     ports: dict[int, float] = {}
     links: dict[tuple[int, int], float] = {}
     late_us: dict[tuple[int, int], float] = {}
@@ -175,7 +175,7 @@ def run_rank(
     set_link: Callable[[LinkModel], object],
     meet: Callable[[], object],
 ) -> list[float]:
-    """Give when this rank began, and when each of these steps was over; they are recorded where a folder is given.
+    """Return when this rank began, and when each of these steps was over; they are recorded where a folder is given.
 
     set_link: called on rank 0. meet: returns on all ranks together.
     """
@@ -196,7 +196,7 @@ def run_rank(
 
 
 def run_emulated(job: Job, folder: Path | None) -> list[float]:
-    """Give the seconds of a job's steps on emulated ranks, in virtual time."""
+    """Return the seconds of a job's steps on emulated ranks, in virtual time."""
     clock = VirtualTime(job.size)
 
     def on_rank(transport: Transport) -> list[float]:
@@ -234,7 +234,7 @@ class _Shaper:
 
 
 def run_real(transport: Transport, job: Job, variants: dict[str, Job], folder: Path) -> dict[str, list[float]]:
-    """Give the seconds of the steps of every variant over real links: half of those without faults are the last.
+    """Return the seconds of the steps of every variant over real links: half of those without faults are the last.
 
     Those of the job itself are recorded.
     """
@@ -259,6 +259,6 @@ def run_real(transport: Transport, job: Job, variants: dict[str, Job], folder: P
 
 
 def step_seconds(ranks: Sequence[Sequence[float]]) -> list[float]:
-    """Give how long each step took, until the last rank had ended it."""
+    """Return how long each step took, until the last rank had ended it."""
     ends = [max(times) for times in zip(*ranks, strict=True)]
     return [end - before for before, end in itertools.pairwise(ends)]

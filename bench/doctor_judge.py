@@ -59,7 +59,7 @@ class Said:
 
 
 def ask_doctor(folder: Path, step_s: float) -> tuple[list[Said], float]:
-    """Give what `tritonmoe doctor` finds, and how far its replay is off."""
+    """Return what `tritonmoe doctor` finds, and how far its replay is off."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file, contextlib.redirect_stdout(io.StringIO()):
         status = tritonmoe(["doctor", str(folder), "--json", file.name])
         if status == 2:
@@ -130,7 +130,7 @@ def judge(job: Job, seconds: dict[str, list[float]], said: Sequence[Said], error
 
 
 def line_of(result: Json) -> str:
-    """Give a scenario in one line; what is wrong in capitals."""
+    """Return a scenario in one line; what is wrong in capitals."""
     marks = [
         name.upper() if result[f"{name}_right"] is False else "-" if result[f"{name}_right"] is None else name
         for name in ("cause", "culprits", "when")
@@ -155,7 +155,7 @@ FIGURES = {
 
 
 def summarize(results: Sequence[Json]) -> Json:
-    """Give the figures of all scenarios: how many are right, of how many."""
+    """Return the figures of all scenarios: how many are right, of how many."""
 
     def share(values: Iterable[bool | None]) -> dict[str, int]:
         known = [value for value in values if value is not None]

@@ -100,7 +100,7 @@ def is_held_out(kind: str) -> bool:
 
 
 def kinds_of(which: str, is_real: bool) -> list[str]:
-    """Give the kinds that are "open", "held_out" or "all"."""
+    """Return the kinds that are "open", "held_out" or "all"."""
     return [
         kind
         for kind in KINDS
@@ -151,7 +151,7 @@ def draw_job(kind: str, seed: int, is_real: bool, size: int | None = None) -> Jo
 
 
 def _as_named(job: Job) -> Job:
-    """Give a healthy job what its name says."""
+    """Return a healthy job what its name says."""
     one = tuple(replace(layer, num_chunks=1) for layer in job.layers)
     named = {
         "healthy, drawn out start": {"slow_start": 1.6},
@@ -191,7 +191,7 @@ def _faults(specs: Sequence[Spec], job: Job, draw: random.Random) -> list[Fault]
 
 
 def _place(spec: Spec, job: Job, draw: random.Random) -> tuple[str, int | None]:
-    """Give the phase and the layer of a fault."""
+    """Return the phase and the layer of a fault."""
     last = len(job.layers) - 1
     return {
         "all": ("", None),
@@ -207,7 +207,7 @@ def _place(spec: Spec, job: Job, draw: random.Random) -> tuple[str, int | None]:
 
 
 def _amount(fault: Fault, times: float, job: Job) -> float:
-    """Give how bad a fault is that takes about so many times the healthy step."""
+    """Return how bad a fault is that takes about so many times the healthy step."""
     steps_s = sum(3 * (layer.before_s + layer.compute_s()) for layer in job.layers)
     cost_s = times * steps_s
     layers = [layer for number, layer in enumerate(job.layers) if fault.layer in (None, number)] or list(job.layers)

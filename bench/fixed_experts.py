@@ -44,7 +44,7 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
 
 
 def measure(experts_s: float, communication_s: float, chunks: list[int], rounds: int) -> Samples:
-    """Give the seconds of every variant, the slowest rank's, round by round."""
+    """Return the seconds of every variant, the slowest rank's, round by round."""
     exchanged_bytes = NUM_TOKENS // 2 * MODEL_WIDTH * 4
     link = LinkModel(bandwidth_gb_per_s=2 * exchanged_bytes / communication_s / 1e9)
     free = LinkModel(bandwidth_gb_per_s=None)

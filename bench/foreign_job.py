@@ -92,7 +92,7 @@ class Job:
         self.draw = random.Random(scenario.seed * 31 + self.rank)
 
     def of(self, kind: str, phase: str, layer: int) -> list[tuple[Fault, float]]:
-        """Give the faults of a kind that are there now, and how much of each."""
+        """Return the faults of a kind that are there now, and how much of each."""
         if not self.is_ill:
             return []
         is_spread = kind != "late rank"
@@ -125,7 +125,7 @@ class Job:
         return Nap.apply(x, forward_s, backward_s)
 
     def shares(self, ranks: list[int]) -> list[float]:
-        """Give the share of this rank's tokens that chooses each of these ranks."""
+        """Return the share of this rank's tokens that chooses each of these ranks."""
         weights = [self.draw.uniform(0.85, 1.15) for _ in ranks]
         for fault in self.scenario.faults if self.is_ill else ():
             if fault.kind == "imbalance" and fault.ranks[0] in ranks:

@@ -68,7 +68,7 @@ def judge(scenario: Scenario, found: Verdict, true_share: float) -> Judgement:
 
 
 def lines(judged: Sequence[Judgement]) -> list[str]:
-    """Give a line for each scenario."""
+    """Return a line for each scenario."""
     found = []
     for one in judged:
         marks = " ".join(
@@ -84,7 +84,7 @@ def lines(judged: Sequence[Judgement]) -> list[str]:
 
 
 def totals(judged: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """Give the figures of each trainer, of the kinds held out, and of all: (right, asked) of each question."""
+    """Return the figures of each trainer, of the kinds held out, and of all: (right, asked) of each question."""
     groups = {trainer: [one for one in judged if one.scenario.trainer == trainer] for trainer in _trainers(judged)}
     groups["kinds held out"] = [one for one in judged if is_held_out(one.scenario.name)]
     groups["all"] = list(judged)

@@ -30,7 +30,7 @@ MOST_APART, MOST_OVERSLEPT = 0.03, 0.03
 
 
 def shape(scenario: Scenario, is_ill: bool) -> None:
-    """Give the links their rates, from rank 0."""
+    """Return the links their rates, from rank 0."""
     dist.barrier()
     if dist.get_rank() == 0:
         slow = [

@@ -31,7 +31,7 @@ class Fault:
     """In one layer alone."""
 
     def level(self, step: int, num_steps: int, rank: int, num_ranks: int, seed: int) -> float:
-        """Give how much of the fault there is on a rank in a step, from 0 to 1."""
+        """Return how much of the fault there is on a rank in a step, from 0 to 1."""
         draw = random.Random(seed * 1000 + step)
         if not self.ranks:
             if rank != draw.randrange(num_ranks):
@@ -88,7 +88,7 @@ def is_held_out(kind: str) -> bool:
 
 
 def draw(kind: str, seed: int, trainer: str = "ddp", num_ranks: int | None = None) -> Scenario:
-    """Give a random scenario of a kind; num_ranks: None draws that too, from 2 to 4."""
+    """Return a random scenario of a kind; num_ranks: None draws that too, from 2 to 4."""
     of = random.Random(f"{trainer} {kind} {seed}")
     if num_ranks is None:
         few = (4,) if trainer == "pipeline" else (3, 4)
@@ -133,6 +133,6 @@ def draw(kind: str, seed: int, trainer: str = "ddp", num_ranks: int | None = Non
 
 
 def series(trainers: Sequence[str], kinds: str, seeds: Sequence[int], num_ranks: int | None = None) -> list[Scenario]:
-    """Give a scenario for each trainer, kind and seed; kinds: open, held_out or all."""
+    """Return a scenario for each trainer, kind and seed; kinds: open, held_out or all."""
     wanted = [kind for kind in KINDS if kinds == "all" or is_held_out(kind) == (kinds == "held_out")]
     return [draw(kind, seed, trainer, num_ranks) for trainer in trainers for kind in wanted for seed in seeds]

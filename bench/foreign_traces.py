@@ -43,7 +43,7 @@ def run_in_namespaces(scenarios: list[Scenario], folder: Path) -> None:
 
 
 def alike(scenarios: list[Scenario]) -> Iterator[tuple[str, list[Scenario]]]:
-    """Give those of one trainer and number of ranks together, with a name."""
+    """Return those of one trainer and number of ranks together, with a name."""
     for key in dict.fromkeys((one.trainer, one.num_ranks) for one in scenarios):
         yield f"{key[0]}-{key[1]}", [one for one in scenarios if (one.trainer, one.num_ranks) == key]
 

@@ -75,7 +75,7 @@ def take_launches(folder: Path) -> ctypes.c_ulonglong:
 
 
 def operations() -> dict[str, Callable[[], object]]:
-    """Give the layer, forward and with its backward, and every operation alone."""
+    """Return the layer, forward and with its backward, and every operation alone."""
     import torch
 
     import tritonmoe as tm
@@ -134,7 +134,7 @@ def operations() -> dict[str, Callable[[], object]]:
 
 
 def peer() -> dict[str, Callable[[], object]]:
-    """Give transformers' grouped_mm experts, forward and with their backward."""
+    """Return transformers' grouped_mm experts, forward and with their backward."""
     import torch
 
     from tritonmoe.integrations.transformers.peers import experts_function

@@ -79,7 +79,7 @@ class DeletionTrial:
             self._restore(self._after)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Give a row for each site: what noticed its deletion, or why it is redundant."""
+        """Return a row for each site: what noticed its deletion, or why it is redundant."""
         gone: dict[str, list[Site]] = {}
         for site in sites_of(self.assembly):
             row = {"kind": site.kind, "line": site.line, "instruction": site.text(self.assembly)}
@@ -140,7 +140,7 @@ def _run_products() -> None:
 
 
 def rows_of(target_name: str, kernels: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Give the rows of one GPU: of all products, or of the kernels named."""
+    """Return the rows of one GPU: of all products, or of the kernels named."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
 

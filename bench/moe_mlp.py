@@ -25,7 +25,7 @@ BATCHED_MM_LARGEST_T = 64
 def build(
     shape: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype, implementations: list[str], backward: bool
 ) -> dict[str, Callable[[], None]]:
-    """Give a function for each implementation, all on the same input, weights and routing."""
+    """Return a function for each implementation, all on the same input, weights and routing."""
     num_experts, top_k, model_width, inner = shape
     generator = torch.Generator().manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ __all__ = ["main", "tables"]
 
 
 def tables() -> list[Table]:
-    """Give all tables. None is left out, and nothing is fitted but what each of them says."""
+    """Return all tables. None is left out, and nothing is fitted but what each of them says."""
     return [*link_tables(), *four_layer_tables()]
 
 

@@ -45,7 +45,7 @@ def _seconds(fabric: Fabric, sample: Sample, defaults: Defaults, moved_gb_per_s:
 
 
 def _moved_rates(fabric: Fabric) -> dict[str, float]:
-    """Give the GB/s that a GPU moves in each series of kernels that forward, from its row of two nodes."""
+    """Return the GB/s that a GPU moves in each series of kernels that forward, from its row of two nodes."""
     if fabric.is_nccl:
         return {}
     return {
@@ -56,7 +56,7 @@ def _moved_rates(fabric: Fabric) -> dict[str, float]:
 
 
 def _fit(others: Sequence[Fabric]) -> Defaults:
-    """Give the defaults with the least mean error of logarithms, over all rows of three nodes and more.
+    """Return the defaults with the least mean error of logarithms, over all rows of three nodes and more.
 
     Every fabric counts the same. A search that changes one number at a time by a step, as long as that helps.
     """
@@ -88,7 +88,7 @@ def _fit(others: Sequence[Fabric]) -> Defaults:
 
 
 def fabric_tables() -> Iterator[Table]:
-    """Give a table for every fabric, with defaults that were fitted to the others."""
+    """Return a table for every fabric, with defaults that were fitted to the others."""
     every = fabrics()
     for fabric in every:
         defaults = _fit([other for other in every if other is not fabric])

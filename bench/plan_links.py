@@ -17,7 +17,7 @@ HEADER_BYTES, METADATA_BYTES = 32, 64
 
 
 def link_tables() -> list[Table]:
-    """Give every table of exchanges."""
+    """Return every table of exchanges."""
     return [_rows(), _bytes(), _one_node(), _low_latency(), *fabric_tables(), _skewed()]
 
 

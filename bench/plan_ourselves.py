@@ -103,7 +103,7 @@ def _run_rank(arguments: argparse.Namespace, rates: list[float]) -> int:
 
 
 def _predict(arguments: argparse.Namespace, ranks: Transport, model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Give the seconds of forward and backward with every schedule, from what was probed just now."""
+    """Return the seconds of forward and backward with every schedule, from what was probed just now."""
     sizes = model_of_config(model.config.to_dict(), "the model of bench.expert_parallel")
     job = Job(sizes, sequence=arguments.tokens, ep=ranks.size, dtype="fp32", load=_typical_load(ranks, model, ids))
     say = print if ranks.rank == 0 else lambda text: None
@@ -112,7 +112,7 @@ def _predict(arguments: argparse.Namespace, ranks: Transport, model: Any, ids: t
 
 
 def _typical_load(ranks: Transport, model: Any, ids: torch.Tensor) -> tuple[float, ...]:
-    """Give the share of each expert of all ranks' pairs, in the layer whose busiest rank is in the middle."""
+    """Return the share of each expert of all ranks' pairs, in the layer whose busiest rank is in the middle."""
     with collect_statistics(model) as statistics, torch.no_grad():
         model(input_ids=ids, use_cache=False)
     loads = torch.stack([torch.tensor(load, dtype=torch.float64) for load in statistics.loads.values()])
@@ -123,7 +123,7 @@ def _typical_load(ranks: Transport, model: Any, ids: torch.Tensor) -> tuple[floa
 
 
 def _measure(ranks: Transport, models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Give the slowest rank's seconds of every schedule, round by round; the first round is dropped."""
+    """Return the slowest rank's seconds of every schedule, round by round; the first round is dropped."""
     samples: dict[str, list[float]] = {name: [] for name in models}
     order, shuffle = list(models), random.Random(0).shuffle  # the same order on every rank
     for number in range(rounds + 1):
@@ -153,7 +153,7 @@ def _show(results: list[dict[str, Any]]) -> None:
 
 
 def rank_pairs(results: list[dict[str, Any]]) -> tuple[int, int]:
-    """Give how many pairs of schedules at one rate are predicted in the right order, of those that differ enough."""
+    """Return how many pairs of schedules at one rate are predicted in the right order, of those that differ enough."""
     right = pairs = 0
     for one, other in itertools.combinations(results, 2):
         if one["rate"] == other["rate"]:

@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 
 def four_layer_tables() -> Iterator[Table]:
-    """Give grouped products, and for each family of models cut to four layers a table of steps and one of memory."""
+    """Return grouped products, and for each family of models cut to four layers a table of steps and one of memory."""
     yield _grouped_products()
     yield _exposed_shares()
     table = published("simumax_b200_moe_step")
@@ -94,7 +94,7 @@ def _what(row: dict[str, Any]) -> str:
 
 
 def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
-    """Give the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
+    """Return the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
     model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
     return Job(
         model,
@@ -110,6 +110,6 @@ def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
 
 
 def _calibrate(preset: str, row: dict[str, Any]) -> float:
-    """Give the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
+    """Return the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
     none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
     return max(0.0, 10 * (row["real_ms"] - none) / (some - none))

@@ -35,7 +35,7 @@ ROW_BYTES = {"fp8": D + 4 * D // 128, "bf16": 2 * D}
 
 
 def _limited(num_ranks: int) -> Model:
-    """Give the routing of DeepEP's test: experts from at most four nodes, each of which is a group.
+    """Return the routing of DeepEP's test: experts from at most four nodes, each of which is a group.
 
     Of 256 experts there are as many as can be shared evenly: 240 on 24 ranks.
     """
@@ -65,7 +65,7 @@ def traffic(model: Model, tokens: int, num_ranks: int) -> Traffic:
 
 
 def gpu_posted(cluster: Cluster) -> Cluster:
-    """Give the cluster for kernels that post their messages from the GPU: a further peer costs nothing."""
+    """Return the cluster for kernels that post their messages from the GPU: a further peer costs nothing."""
     free = Estimate(0.0, "assumed")
     return replace(
         cluster,
@@ -148,7 +148,7 @@ def _nccl(name: str, num_bytes: int, gb_per_s: float) -> Fabric:
 
 
 def _nccl_us() -> Fabric:
-    """Give torch's all-to-all over InfiniBand, of the rows of 128 tokens and of one."""
+    """Return torch's all-to-all over InfiniBand, of the rows of 128 tokens and of one."""
     table, samples = published("nccl_all_to_all_h100_cx7"), []
     for row in table["rows"]:
         ranks = row["ep"]
@@ -167,7 +167,7 @@ def _nccl_us() -> Fabric:
 
 
 def _deepep_like() -> Iterator[Fabric]:
-    """Give the fabrics whose kernels send a token once to every node, and from there to the ranks."""
+    """Return the fabrics whose kernels send a token once to every node, and from there to the ranks."""
     v1 = published("deepep_v1_normal_h800_cx7")
     samples = []
     for row in v1["rows"]:
@@ -211,7 +211,7 @@ def _by_us(what: str, series: str, model: Model, ep: int, dtype: str, us: float)
 
 
 def _by_rate(what: str, series: str, model: Model, ep: int, dtype: str, gb_per_s: float) -> Sample:
-    """Give a sample of which the rate is known: of rows to nodes, the own one too; on one node of rows received."""
+    """Return a sample of which the rate is known: of rows to nodes, the own one too; on one node of rows received."""
     rows = traffic(model, PREFILL, ep)
     counted = rows.cross_and_own_node if ep > 8 else rows.inside * 8 / 7
     num_bytes = counted * ROW_BYTES[dtype]

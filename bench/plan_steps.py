@@ -39,7 +39,7 @@ class Walked:
         return math.log(self.step.measured_s / statistics.median(self.draws_s))
 
     def with_error(self, error: ModelError) -> tuple[float, tuple[float, float]]:
-        """Give the predicted step and its 80 % interval, in seconds."""
+        """Return the predicted step and its 80 % interval, in seconds."""
         pairs = zip(self.draws, self.draws_s, strict=True)
         predicted = self.expected_s * Draw({}, 0.0, 0.0).error(error)
         return predicted, interval([seconds * one.error(error) for one, seconds in pairs])
@@ -79,7 +79,7 @@ def by_family(rows: Iterable[Walked]) -> dict[str, list[Walked]]:
 
 
 def leave_one_out(rows: Sequence[Walked], fitted_to: Sequence[Walked]) -> list[dict[str, Any]]:
-    """Give every row's prediction, with the error fitted to the other families of `fitted_to`."""
+    """Return every row's prediction, with the error fitted to the other families of `fitted_to`."""
     found = []
     for family, own in by_family(rows).items():
         error = fit(row for row in fitted_to if row.step.family != family)
@@ -103,7 +103,7 @@ def leave_one_out(rows: Sequence[Walked], fitted_to: Sequence[Walked]) -> list[d
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Give how many rows lie in their intervals, and how wide those are: the upper end over the lower one."""
+    """Return how many rows lie in their intervals, and how wide those are: the upper end over the lower one."""
     return {
         "rows": len(rows),
         "inside": sum(row["inside"] for row in rows),

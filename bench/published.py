@@ -12,7 +12,7 @@ FILE = Path(__file__).parent / "results" / "published_measurements.json"
 
 
 def published(name: str) -> dict[str, Any]:
-    """Give a published table, and every row as {column: value}."""
+    """Return a published table, and every row as {column: value}."""
     table = json.loads(FILE.read_text())[name]
     columns = table.get("columns", [])
     return {**table, "rows": [dict(zip(columns, row, strict=True)) for row in table.get("rows", [])]}
@@ -55,7 +55,7 @@ class Table:
     """The rows (`what`) that the targets don't speak of."""
 
     def errors(self) -> list[float]:
-        """Give the sizes of the errors that the targets speak of."""
+        """Return the sizes of the errors that the targets speak of."""
         return [
             abs(row.error)
             for row in self.rows

@@ -40,7 +40,7 @@ class PublishedStep:
 
 
 def published_steps() -> list[PublishedStep]:
-    """Give every row of every family."""
+    """Return every row of every family."""
     found = []
     for family, about in json.loads(FILE.read_text()).items():
         for values in about["rows"]:
@@ -83,7 +83,7 @@ def _step(family: str, source: str, trainer: str, row: dict[str, Any]) -> Publis
 
 
 def _pieces(row: dict[str, Any]) -> int:
-    """Give into how many pieces a stage is cut; published is sometimes more than the layers allow."""
+    """Return into how many pieces a stage is cut; published is sometimes more than the layers allow."""
     return max(1, min(row["stages_in_turn"], MODELS[row["model"]].num_layers // row["pp"])) if row["pp"] > 1 else 1
 
 

@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def build(shape: tuple[int, int, int, int], num_tokens: int, backward: bool) -> dict[str, Callable[[], None]]:
-    """Give both ways on the same fp32 input, weights and routing."""
+    """Return both ways on the same fp32 input, weights and routing."""
     num_experts, top_k, model_width, inner = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, model_width, generator=generator, requires_grad=True)

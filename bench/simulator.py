@@ -50,7 +50,7 @@ def forward_report(transport: Transport, experts_s: float, config: OverlapConfig
 
 
 def compare(experts_s: float, communication_s: float, rounds: int) -> list[dict[str, Any]]:
-    """Give predicted and measured seconds of several chunk counts, overlapped and serial, and with all rows sent.
+    """Return predicted and measured seconds of several chunk counts, overlapped and serial, and with all rows sent.
 
     The link is known; what steps cost is fitted to the calls with one and two chunks, as the tuner does it.
     """
@@ -88,7 +88,7 @@ def compare(experts_s: float, communication_s: float, rounds: int) -> list[dict[
 
 
 def time_of_many_ranks(num_ranks: int) -> list[dict[str, Any]]:
-    """Give the simulator's own seconds for forward and backward of num_ranks ranks with an S_ik of their own each."""
+    """Return the simulator's own seconds for forward and backward of num_ranks ranks with an S_ik of their own each."""
     rows = torch.randint(0, 20, (num_ranks, num_ranks), generator=torch.Generator().manual_seed(0))
     work = LayerWork.of(rows, 1.5, 14336, 8)
     costs = StepCosts({}, {"experts": 1e-6, "experts_backward": 1e-6, "weight_grad": 1e-6})

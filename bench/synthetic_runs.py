@@ -105,7 +105,7 @@ class Run:
         return LayerWork(rows, pairs, 4 * HIDDEN_SIZE, self.top_k)
 
     def recorded_work(self) -> LayerWork:
-        """Give the work as a report has it, with a capacity the room."""
+        """Return the work as a report has it, with a capacity the room."""
         work = self.work()
         return replace(work, pairs=work.rows * self.pairs_per_row)
 
@@ -119,11 +119,11 @@ class Run:
         return self.rows / self._reached(self.size)
 
     def _reached(self, number: int) -> float:
-        """Give the share of tokens that need any of the experts of one of so many ranks, or nodes."""
+        """Return the share of tokens that need any of the experts of one of so many ranks, or nodes."""
         return 1 - (1 - 1 / number) ** self.top_k
 
     def walked_work(self) -> LayerWork | TwoLevelWork:
-        """Give the work on the levels that there are."""
+        """Return the work on the levels that there are."""
         if not self.has_two_levels:
             return self.work()
         assert self.node_size is not None
@@ -135,13 +135,13 @@ class Run:
         return TwoLevelWork.of(self.work(), self.rows_to_nodes(), inside)
 
     def walked_link(self) -> LinkCosts:
-        """Give the link of walked_work, of two levels the one between nodes."""
+        """Return the link of walked_work, of two levels the one between nodes."""
         link = self.link()
         assert link.each is not None
         return replace(link, each=replace(link.each, inside=None)) if self.has_two_levels else link
 
     def rows_to_nodes(self) -> Tensor:
-        """Give (W, nodes): the tokens of each rank that need any rank of each node."""
+        """Return (W, nodes): the tokens of each rank that need any rank of each node."""
         assert self.node_size is not None
         by_node = self.work().rows.view(self.size, -1, self.node_size).sum(2)
         share = self._reached(self.size // self.node_size) / self._reached(self.size) / self.node_size
@@ -188,7 +188,7 @@ class Run:
         return late
 
     def seconds(self) -> float:
-        """Give what a call takes, from when most ranks come to its forward, and to its backward."""
+        """Return what a call takes, from when most ranks come to its forward, and to its backward."""
         quiet = replace(self, noise=0.0)
         return sum(_walk(quiet, number, 0.0, torch.Generator())[1] for number in range(2))
 
@@ -196,7 +196,7 @@ class Run:
 def _walk(
     run: Run, number: int, at: float, generator: torch.Generator, late: Tensor | float = 0.0
 ) -> tuple[list[dict], float]:
-    """Give a forward (0) or backward (1) on every rank as it is recorded, and what it takes.
+    """Return a forward (0) or backward (1) on every rank as it is recorded, and what it takes.
 
     Ranks enter it at that time, or so much later (W,), and a late rank its forward later still.
     """
@@ -259,7 +259,7 @@ def _walk(
 
 
 def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[float | None] | None:
-    """Give when the rows of each rank that takes part had arrived at this one, None of its own."""
+    """Return when the rows of each rank that takes part had arrived at this one, None of its own."""
     if one.arrivals_s is None or not run.tells_arrivals:
         return None
     arrivals = [None if peer == rank else float(one.arrivals_s[peer, rank]) - since for peer in range(run.size)]
@@ -273,7 +273,7 @@ def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[flo
 
 
 def _order(run: Run) -> Iterator[tuple[int, int, int, float]]:
-    """Give the passes of a step: the call's number in it, the layer, 0 or 1, and what the model takes before them."""
+    """Return the passes of a step: the call's number in it, the layer, 0 or 1, and what the model takes before them."""
     forward_s, backward_s = run.beside_s
     for layer in range(run.num_layers):
         yield layer, layer, 0, forward_s
@@ -342,6 +342,6 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
 
 
 def healthy(run: Run) -> Run:
-    """Give the run without what is wrong with it."""
+    """Return the run without what is wrong with it."""
     run = replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None, late_link=None)
     return replace(run, contention=0.0)

@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _adapted(model: Any, rank: int) -> Any:
-    """Give the model with PEFT's adapters on its experts, and nothing else trained."""
+    """Return the model with PEFT's adapters on its experts, and nothing else trained."""
     from peft import LoraConfig, get_peft_model
 
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
@@ -113,7 +113,7 @@ class Step:
         self.auto = self._detached(tmt.two_batches(self.model, "auto"))
 
     def _detached(self, halved: tmt.HalvedForward) -> tmt.HalvedForward:
-        """Give a forward in halves that the model doesn't have yet."""
+        """Return a forward in halves that the model doesn't have yet."""
         halved.remove()
         return halved
 
@@ -126,7 +126,7 @@ class Step:
         return self.auto.choice
 
     def timed(self, name: str) -> float:
-        """Give the seconds of a step on this rank."""
+        """Return the seconds of a step on this rank."""
         for model in (self.alone, self.model):
             model.zero_grad(set_to_none=True)
         self.transport.barrier()
@@ -168,7 +168,7 @@ class Step:
 
 
 def measure(step: Step, rates: list[str], rounds: int) -> list[Json]:
-    """Give, for each rate, what summarize_rate() makes of every variant's steps."""
+    """Return, for each rate, what summarize_rate() makes of every variant's steps."""
     transport = step.transport
     for _ in range(num_settling_steps(step.num_layers) + 1):
         step.timed("one batch")
@@ -199,14 +199,14 @@ def measure(step: Step, rates: list[str], rounds: int) -> list[Json]:
 
 
 def sent_bytes(step: Step) -> float:
-    """Give, on rank 0, the bytes that have left it so far, or its node where there are nodes."""
+    """Return, on rank 0, the bytes that have left it so far, or its node where there are nodes."""
     if step.num_nodes == 1:
         return float(interface_bytes()[1])
     return float(json.loads(ask("uplinks") or "[0]")[0])
 
 
 def summarize_rate(rate: str, samples: Samples, sent: dict[str, float], unshaped: Samples) -> Json:
-    """Give the times at one rate, and what two batches gain: ratios of medians."""
+    """Return the times at one rate, and what two batches gain: ratios of medians."""
     step = {name: summarize(seconds) for name, seconds in samples.items()}
 
     def over(slower: str, faster: str) -> float:

@@ -127,7 +127,7 @@ class VirtualTime:
             self._next()
 
     def _thread(self, target: Callable[[], object], name: str, daemon: bool) -> threading.Thread:
-        """Give a thread that has its turn with the others from its start on."""
+        """Return a thread that has its turn with the others from its start on."""
         turn = _Turn()
 
         def run() -> None:

@@ -26,7 +26,7 @@ from tritonmoe.integrations import transformers as tmt
 
 
 def byte_tokenizer() -> Any:
-    """Give the tokenizer of the tiny model, whose 256 tokens are bytes."""
+    """Return the tokenizer of the tiny model, whose 256 tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -56,7 +56,7 @@ def load_tiny() -> tuple[Any, dict[str, Tensor]]:
 
 @torch.no_grad()
 def similarities(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Give the cosine of each pair of sentences, of their mean token embeddings, as sentence-transformers does."""
+    """Return the cosine of each pair of sentences, of their mean token embeddings, as sentence-transformers does."""
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)
     mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)

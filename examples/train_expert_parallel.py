@@ -29,7 +29,7 @@ CONFIG = tm.MoEConfig(hidden_size=64, intermediate_size=96, num_experts=8, top_k
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Give the newest checkpoint that is whole; its .metadata is written last, when all ranks have written theirs."""
+    """Return the newest checkpoint that is whole; its .metadata is written last, when all ranks have written theirs."""
     whole = [path.parent for path in directory.glob("step-*/.metadata")]
     return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 

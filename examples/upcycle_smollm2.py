@@ -47,7 +47,7 @@ class Language:
 
 
 def package_files(package: str, pattern: str) -> list[Path]:
-    """Give a package's files without importing it."""
+    """Return a package's files without importing it."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     found = sorted((path for folder in folders for path in Path(folder).rglob(pattern)), key=Path.as_posix)
@@ -101,7 +101,7 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def window_losses(model: Any, windows: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Give the mean loss of a token of each window, (num_windows,) fp64.
+    """Return the mean loss of a token of each window, (num_windows,) fp64.
 
     `hidden`, (num_windows, length, width), takes the place of the tokens' embeddings.
     """
@@ -115,19 +115,19 @@ def window_losses(model: Any, windows: Tensor, hidden: Tensor | None = None) -> 
 
 
 def window(language: Language, text: str, where: float, length: int) -> Tensor:
-    """Give (length,) token ids of a text, from some share of it on."""
+    """Return (length,) token ids of a text, from some share of it on."""
     width = 6 * length  # characters, more than enough
     start = int(where * max(0, len(text) - width))
     return torch.tensor(language.encode(text[start : start + width])[:length])
 
 
 def windows_of(language: Language, text: str, num_windows: int, length: int) -> Tensor:
-    """Give (num_windows, length) token ids, spread evenly over the text."""
+    """Return (num_windows, length) token ids, spread evenly over the text."""
     return torch.stack([window(language, text, i / num_windows, length) for i in range(num_windows)])
 
 
 def cut(model: Any, num_upper: int) -> tuple[Any, Any]:
-    """Give the lower layers, which end in hidden states, and the model of the upper ones, which begins with them."""
+    """Return the lower layers, which end in hidden states, and the model of the upper ones, which begins with them."""
     lower, upper = copy.deepcopy(model.model), copy.deepcopy(model)
     num_lower = len(lower.layers) - num_upper
     lower.layers, lower.norm = lower.layers[:num_lower], torch.nn.Identity()
@@ -138,7 +138,7 @@ def cut(model: Any, num_upper: int) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def hidden_states(lower: Any, windows: Tensor) -> Tensor:
-    """Give what the lower layers make of windows, (num_windows, length, width)."""
+    """Return what the lower layers make of windows, (num_windows, length, width)."""
     return torch.cat([lower(input_ids=batch, use_cache=False).last_hidden_state for batch in windows.split(8)])
 
 

@@ -101,7 +101,7 @@ def test_results_are_those_of_the_ordinary_default(case: str, backend: str) -> N
 
 
 def host_factories(path: Path) -> Iterator[str]:
-    """Give the calls of FACTORIES that leave the device to the caller's default."""
+    """Return the calls of FACTORIES that leave the device to the caller's default."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("torch.") in FACTORIES.split():
             names = {keyword.arg for keyword in node.keywords}

@@ -30,7 +30,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def randomise_biases(experts: tm.GroupedExperts) -> None:
-    """Give every expert biases that depend on its global number alone."""
+    """Return every expert biases that depend on its global number alone."""
     for bias in (experts.gate_up_proj_bias, experts.down_proj_bias):
         if bias is not None:
             for local in range(len(bias)):

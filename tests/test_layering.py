@@ -46,7 +46,7 @@ EXCEPTIONS = {
 
 
 def module_of(path: Path) -> str:
-    """Give the dotted name of a file's module."""
+    """Return the dotted name of a file's module."""
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -123,7 +123,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Give every set of modules that reach each other."""
+    """Return every set of modules that reach each other."""
     reached: dict[str, set[str]] = {}
     for start in graph:
         seen, todo = set(), [start]

@@ -20,7 +20,7 @@ def is_private(name: str) -> bool:
 
 @functools.cache
 def private_names() -> frozenset[str]:
-    """Give the dotted names of torch and triton with a private part, by which the package uses them."""
+    """Return the dotted names of torch and triton with a private part, by which the package uses them."""
     names: set[str] = set()
     for path in (ROOT / "tritonmoe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -41,7 +41,7 @@ def _nothing_compiled_before() -> None:
 
 
 def draw(layout: dict[str, bool], num_tokens: int = T, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Give what moe_mlp takes, biases included, as leaves; about 2 in E + 2 pairs are skipped."""
+    """Return what moe_mlp takes, biases included, as leaves; about 2 in E + 2 pairs are skipped."""
     generator = torch.Generator().manual_seed(num_tokens)
     width = 2 * FF if layout.get("gated", True) else FF
     up, down = ((D, width), (FF, D)) if layout.get("transposed") else ((width, D), (D, FF))
@@ -63,7 +63,7 @@ def draw(layout: dict[str, bool], num_tokens: int = T, dtype: torch.dtype = torc
 
 
 def run(call: Callable[..., Tensor], leaves: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    """Give the output and the gradient of every leaf that needs one."""
+    """Return the output and the gradient of every leaf that needs one."""
     leaves = {name: leaf.detach().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
     y = call(**leaves, **options)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -375,7 +375,7 @@ def test_autocast_leaves_fp64_alone() -> None:
 
 
 def with_main_grads(leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Give fresh weights that have a main_grad full of ones, the other tensors as they were."""
+    """Return fresh weights that have a main_grad full of ones, the other tensors as they were."""
     fresh = {}
     for name, leaf in leaves.items():
         fresh[name] = leaf.detach().clone().requires_grad_(leaf.requires_grad)

@@ -42,7 +42,7 @@ class RowSources:
     """(C, runs) int64 on the CPU."""
 
     def of_rows(self, device: torch.device) -> torch.Tensor:
-        """Give the rank (R,) int64 that sent each row, without waiting for the device."""
+        """Return the rank (R,) int64 that sent each row, without waiting for the device."""
         ranks = torch.tensor(self.ranks, dtype=torch.int64, device="cpu").repeat(len(self.rows))
         ranks, counts = to_device(torch.stack([ranks, self.rows.flatten()]), device)
         return ranks.repeat_interleave(counts, output_size=int(self.rows.sum()))
@@ -162,7 +162,7 @@ class Grouping:
         return by_pair
 
     def chunk(self, index: int) -> "Grouping":
-        """Give chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
+        """Return chunk `index` as a Grouping of its own: its pairs, its rows' inverse, its expert offsets.
 
         Row numbers in pair_index still count from the layer's first row.
         """
@@ -185,7 +185,7 @@ class Grouping:
     def among_empty_chunks(
         self, index: int, chunk_row_offsets: tuple[int, ...], chunk_pair_offsets: tuple[int, ...]
     ) -> "Grouping":
-        """Give this one chunk as chunk `index` of several of which it is the only one with rows."""
+        """Return this one chunk as chunk `index` of several of which it is the only one with rows."""
         num_chunks = len(chunk_row_offsets) - 1
         chunk_expert_offsets = self.expert_offsets.new_zeros(num_chunks, self.num_experts + 1)
         chunk_expert_offsets[index] = self.expert_offsets

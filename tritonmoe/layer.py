@@ -251,7 +251,7 @@ class GroupedExperts(nn.Module):
                 bias.zero_()
 
     def _weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
-        """Give this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
+        """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
         own: PerWeight[Tensor] = PerWeight(
             self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         )
@@ -286,7 +286,7 @@ class GroupedExperts(nn.Module):
         return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
-        """Give _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
+        """Return _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
         weights = self._weights(x, adapters)
         if adapters is not None and self.transport is not None and self.transport.size > 1:
             _note_factors(self, adapters)
@@ -322,7 +322,7 @@ class GroupedExperts(nn.Module):
         num_nonfinite_rows: Tensor | None = None,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
-        """Give (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
+        """Return (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
 
         adapters: of this rank's experts; with dropout in training mode alone, with gradients as expert_gradients says.
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
@@ -345,14 +345,14 @@ class GroupedExperts(nn.Module):
         return run_expert_parallel(arguments)
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
-        """Give adapters without dropout, but in training mode."""
+        """Return adapters without dropout, but in training mode."""
         if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
             return replace(adapters, dropout=0.0)
         return adapters
 
 
 def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
-    """Give the report of a layer's last call; RuntimeError where there was none over a transport."""
+    """Return the report of a layer's last call; RuntimeError where there was none over a transport."""
     report = layer.last_report
     if report is None:
         raise RuntimeError(f"this {type(layer).__name__} has made no expert-parallel call yet")
@@ -360,7 +360,7 @@ def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
 
 
 def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts | None]:
-    """Give, for each parameter, the GroupedExperts over ranks of which it is a plain tensor; None for all others.
+    """Return, for each parameter, the GroupedExperts over ranks of which it is a plain tensor; None for all others.
 
     The living modules are asked. A note on their parameters would be lost where they are exchanged for others: by
     deepcopy, load_state_dict with assign=True, parametrizations. Factors of adapters that were given to an eager call
@@ -376,7 +376,7 @@ def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts |
 
 
 def _transports_of(parameters: Iterable[Tensor]) -> list[Transport]:
-    """Give the transports over which some of these parameters are spread as plain tensors, in their order."""
+    """Return the transports over which some of these parameters are spread as plain tensors, in their order."""
     modules = experts_of_parameters(parameter for parameter in parameters if not hasattr(parameter, "device_mesh"))
     spread = [module.transport for module in modules if module is not None and module.transport is not None]
     return [transport for transport in dict.fromkeys(spread) if transport.size > 1]
@@ -485,7 +485,7 @@ class MoELayer(nn.Module):
         return self.grouped_experts.last_report
 
     def statistics(self) -> RoutingStatistics:
-        """Give the routing statistics of the last forward's tokens on this rank."""
+        """Return the routing statistics of the last forward's tokens on this rank."""
         if self.last_routing is None:
             raise RuntimeError("there are no statistics before the first forward")
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
@@ -498,7 +498,7 @@ class MoELayer(nn.Module):
         adapters: ExpertAdapters | None = None,
         fillers: Sequence[Callable[[], None]] = (),
     ) -> Tensor:
-        """Give (..., D) of x (..., D).
+        """Return (..., D) of x (..., D).
 
         Args:
             token_mask: (...) bool, False for padding: such a row goes to no expert, its output is the shared expert's

@@ -38,7 +38,7 @@ Array = NDArray
 
 
 def bits_of_scalar(value: float | int, kind: str) -> int:
-    """Give an argument's bits, in the type that the kernel's signature has for it."""
+    """Return an argument's bits, in the type that the kernel's signature has for it."""
     if kind == "bf16":
         return int(to_bfloat16(np.array([value], np.float32))[0])
     if kind in ("fp16", "fp32", "fp64"):
@@ -50,12 +50,12 @@ def bits_of_scalar(value: float | int, kind: str) -> int:
 
 
 def pick(mask: Array, new: Array, old: Array) -> Array:
-    """Give `new` in the threads of `mask` and `old` in the others."""
+    """Return `new` in the threads of `mask` and `old` in the others."""
     return np.where(mask, new, old)
 
 
 def from_bfloat16(bits: Array) -> Array:
-    """Give the float32 values of bfloat16 bits (uint16)."""
+    """Return the float32 values of bfloat16 bits (uint16)."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -67,7 +67,7 @@ def to_bfloat16(values: Array) -> Array:
 
 
 def interleaved(first: Array, second: Array) -> Array:
-    """Give first[0], second[0], first[1], ...: the low and the high half of each register."""
+    """Return first[0], second[0], first[1], ...: the low and the high half of each register."""
     return np.stack(np.broadcast_arrays(np.atleast_1d(first), second), 1).reshape(-1)
 
 
@@ -76,12 +76,12 @@ def _double(dtype: np.dtype[np.generic]) -> str:
 
 
 def widened(values: Array) -> Array:
-    """Give integers in twice the width."""
+    """Return integers in twice the width."""
     return values.astype(_double(values.dtype))
 
 
 def upper_half(left: Array, right: Array) -> Array:
-    """Give the upper half of a product of integers."""
+    """Return the upper half of a product of integers."""
     return ((widened(left) * widened(right)) >> (8 * left.dtype.itemsize)).astype(left.dtype)
 
 
@@ -104,7 +104,7 @@ def quotient(left: Array, right: Array) -> Array:
 
 
 def remainder(left: Array, right: Array) -> Array:
-    """Give what `quotient` leaves."""
+    """Return what `quotient` leaves."""
     return (left - quotient(left, right) * right).astype(left.dtype)
 
 
@@ -127,7 +127,7 @@ def shift_right(values: Array, amount: Array) -> Array:
 
 
 def bits_of_field(values: Array, position: Array, length: Array) -> Array:
-    """Give `length` bits from `position` on (both taken modulo 256), with the field's sign where the type has one."""
+    """Return `length` bits from `position` on (both taken modulo 256), with the field's sign where the type has one."""
     width = values.dtype.itemsize * 8
     unsigned = values.view(f"u{width // 8}")
     position, length = np.asarray(position) & np.uint32(255), np.asarray(length) & np.uint32(255)
@@ -156,7 +156,7 @@ def byte_permutation(low: Array, high: Array, selector: Array) -> Array:
 
 
 def shuffle(mode: str, values: Array, amount: Array) -> tuple[Array, Array]:
-    """Give each thread the value of another one of its warp, and whether there is such a one."""
+    """Return each thread the value of another one of its warp, and whether there is such a one."""
     lanes = np.arange(len(values))
     lane, offset = lanes % 32, np.broadcast_to(amount, values.shape).astype(np.int64) & 31
     source = {"bfly": lane ^ offset, "up": lane - offset, "down": lane + offset, "idx": offset}[mode]
@@ -165,7 +165,7 @@ def shuffle(mode: str, values: Array, amount: Array) -> tuple[Array, Array]:
 
 
 def reduce_warps(operation: str, values: Array) -> Array:
-    """Give every thread the sum, minimum, maximum, ... of its warp; fmin and fmax leave NaN out."""
+    """Return every thread the sum, minimum, maximum, ... of its warp; fmin and fmax leave NaN out."""
     function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
     function |= {"xor": np.bitwise_xor, "fmin": np.fmin, "fmax": np.fmax}
     rows = values.reshape(-1, 32)
@@ -173,6 +173,6 @@ def reduce_warps(operation: str, values: Array) -> Array:
 
 
 def ballot(predicate: Array) -> Array:
-    """Give every thread the predicates of its warp, a bit for each lane."""
+    """Return every thread the predicates of its warp, a bit for each lane."""
     bits = predicate.reshape(-1, 32).astype(np.uint32) << np.arange(32, dtype=np.uint32)
     return np.repeat(np.bitwise_or.reduce(bits, 1), 32)

@@ -16,7 +16,7 @@ class BlockOrder:
     """How many loops a block is in."""
 
     def first(self, blocks: Collection[int]) -> int:
-        """Give one of `blocks` that nobody at another one of them can still come to, so that they meet there."""
+        """Return one of `blocks` that nobody at another one of them can still come to, so that they meet there."""
         if len(blocks) == 1:
             return next(iter(blocks))
         first = (block for block in blocks if not any(block in self.later[other] for other in blocks))
@@ -51,7 +51,7 @@ def order_blocks(following: Sequence[Sequence[int]], entry: int = 0) -> BlockOrd
 
 
 def _between(head: int, tail: int, before: list[list[int]]) -> set[int]:
-    """Give the blocks of the loop that begins with `head`, where `tail` branches back to."""
+    """Return the blocks of the loop that begins with `head`, where `tail` branches back to."""
     found, open_ends = {head}, [tail]
     while open_ends:
         block = open_ends.pop()

@@ -33,16 +33,16 @@ class Site:
     end: int
 
     def text(self, assembly: str) -> str:
-        """Give the instruction, in one line."""
+        """Return the instruction, in one line."""
         return " ".join(assembly[self.begin : self.end].split())
 
     def deleted(self, assembly: str) -> str:
-        """Give the assembly without it; all else stays on its line."""
+        """Return the assembly without it; all else stays on its line."""
         lines = re.sub(r"[^\n]", "", assembly[self.begin : self.end])
         return assembly[: self.begin] + lines + assembly[self.end :]
 
     def behind_a_fault(self, assembly: str) -> str:
-        """Give the assembly with an access of no memory before it, which raises if the program comes there."""
+        """Return the assembly with an access of no memory before it, which raises if the program comes there."""
         fault = _FAULTS[".reqntid" in assembly]
         begin = assembly.rfind("\n", 0, self.begin) + 1
         return f"{assembly[:begin]}{fault}\n{assembly[begin:]}"
@@ -52,7 +52,7 @@ _FAULTS = ("ds_read_b32 v0, v0 offset:65535", "ld.shared.b32 %r999999, [%r999998
 
 
 def without(sites: Collection[Site]) -> Callable[[str], str]:
-    """Give what deletes several sites from an assembly."""
+    """Return what deletes several sites from an assembly."""
 
     def delete(assembly: str) -> str:
         for site in sorted(sites, key=lambda site: -site.begin):
@@ -63,7 +63,7 @@ def without(sites: Collection[Site]) -> Callable[[str], str]:
 
 
 def sites_of(assembly: str) -> Iterator[Site]:
-    """Give every barrier, wait and fence of a kernel's PTX or AMDGCN, by line; an s_waitcnt may have two."""
+    """Return every barrier, wait and fence of a kernel's PTX or AMDGCN, by line; an s_waitcnt may have two."""
     kinds = _NVIDIA if ".reqntid" in assembly else _AMD
     found = [(match, kind) for kind, pattern in kinds.items() for match in re.finditer(pattern, assembly)]
     for match, kind in sorted(found, key=lambda item: item[0].start()):

@@ -11,7 +11,7 @@ Array = NDArray
 
 
 def flushed(values: Array) -> Array:
-    """Give zeros of the same sign for numbers too small to be normal (FTZ)."""
+    """Return zeros of the same sign for numbers too small to be normal (FTZ)."""
     return np.where(abs(values) < np.finfo(values.dtype).tiny, np.copysign(values.dtype.type(0), values), values)
 
 
@@ -21,22 +21,22 @@ def unordered(left: Array, right: Array) -> Array:
 
 
 def smaller(left: Array, right: Array) -> Array:
-    """Give the minimum; of a number and NaN the number, and -0 is less than 0."""
+    """Return the minimum; of a number and NaN the number, and -0 is less than 0."""
     return np.where(left == right, np.where(np.signbit(left), left, right), np.fmin(left, right))
 
 
 def larger(left: Array, right: Array) -> Array:
-    """Give the maximum; of a number and NaN the number, and 0 is more than -0."""
+    """Return the maximum; of a number and NaN the number, and 0 is more than -0."""
     return np.where(left == right, np.where(np.signbit(left), right, left), np.fmax(left, right))
 
 
 def with_nan(function: Callable[[Array, Array], Array], left: Array, right: Array) -> Array:
-    """Give NaN wherever either is NaN."""
+    """Return NaN wherever either is NaN."""
     return np.where(unordered(left, right), left.dtype.type(np.nan), function(left, right))
 
 
 def _sum(left: Array, right: Array) -> tuple[Array, Array]:
-    """Give a sum of float64, rounded, and what was rounded away (Knuth's TwoSum)."""
+    """Return a sum of float64, rounded, and what was rounded away (Knuth's TwoSum)."""
     total = left + right
     part = total - left
     return total, (left - (total - part)) + (right - part)
@@ -54,7 +54,7 @@ def _sum_to_odd(left: Array, right: Array) -> Array:
 
 
 def fused(a: Array, b: Array, c: Array, kind: str = "") -> Array:
-    """Give a * b + c in the type of c, rounded once; kind "bf16": float32 to round to that.
+    """Return a * b + c in the type of c, rounded once; kind "bf16": float32 to round to that.
 
     The product of two float32 is exact in float64.
     """
@@ -69,7 +69,7 @@ def fused(a: Array, b: Array, c: Array, kind: str = "") -> Array:
 
 
 def fused64(a: Array, b: Array, c: Array) -> Array:
-    """Give a * b + c of float64, rounded once (Boldo and Melquiond), where no part of it overflows or vanishes."""
+    """Return a * b + c of float64, rounded once (Boldo and Melquiond), where no part of it overflows or vanishes."""
     upper, lower = _product(a, b)
     total, rest = _sum(c, lower)
     first, second = _sum(upper, total)
@@ -78,7 +78,7 @@ def fused64(a: Array, b: Array, c: Array) -> Array:
 
 
 def _product(a: Array, b: Array) -> tuple[Array, Array]:
-    """Give a product of float64, rounded, and what was rounded away (Dekker and Veltkamp)."""
+    """Return a product of float64, rounded, and what was rounded away (Dekker and Veltkamp)."""
     product = a * b
     (a_upper, a_lower), (b_upper, b_lower) = _halves(a), _halves(b)
     return product, ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower
@@ -91,7 +91,7 @@ def _halves(values: Array) -> tuple[Array, Array]:
 
 
 def saturated(values: Array, kind: str) -> Array:
-    """Give whole numbers as integers ("s32"), the nearest that there are; NaN as cvt gives it.
+    """Return whole numbers as integers ("s32"), the nearest that there are; NaN as cvt gives it.
 
     NaN is 0, or the sign's bit alone where float64 or an integer of 64 bits is converted.
     """

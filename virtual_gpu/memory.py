@@ -107,7 +107,7 @@ class GlobalMemory:
         self._bases = [region.base for region in self._regions]
 
     def read(self, addresses: Words, size: int, program: int, aligned: int = 0) -> NDArray[np.uint8]:
-        """Give (n, size) bytes at `addresses` (n,), which are multiples of `aligned`, or of `size` (0)."""
+        """Return (n, size) bytes at `addresses` (n,), which are multiples of `aligned`, or of `size` (0)."""
         out = np.empty((len(addresses), size), np.uint8)
         for region, chosen, numbers, unit in self._places(addresses, size, aligned or size):
             if region.check(region.writer, region.writers, numbers, unit, program):
@@ -132,7 +132,7 @@ class GlobalMemory:
     def _places(
         self, addresses: Words, size: int, aligned: int
     ) -> Iterable[tuple[_Region, NDArray[np.intp] | slice, Numbers, int]]:
-        """Give for each region touched: which of `addresses`, the numbers of their pieces, and the bytes of one."""
+        """Return for each region touched: which of `addresses`, the numbers of their pieces, and the bytes of one."""
         if not len(addresses):
             return
         if aligned & (aligned - 1) == 0 and (addresses & np.uint64(aligned - 1)).any():

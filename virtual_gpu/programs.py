@@ -47,13 +47,13 @@ class BlockCode(Generic[Branch]):
 
 
 def programs_of(grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
-    """Give the programs (x, y, z) of a launch in their order."""
+    """Return the programs (x, y, z) of a launch in their order."""
     for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(grid[0])):
         yield x, y, z
 
 
 def program_number(program: tuple[int, int, int], grid: tuple[int, int, int]) -> int:
-    """Give the place of a program in that order, from 1."""
+    """Return the place of a program in that order, from 1."""
     return 1 + program[0] + grid[0] * (program[1] + grid[1] * program[2])
 
 

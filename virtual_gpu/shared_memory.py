@@ -32,7 +32,7 @@ class Pieces:
 
     @classmethod
     def of(cls, addresses: NDArray[Any], size: int, aligned: int) -> "Pieces":
-        """Give `size` bytes at each of `addresses` (n,), which are multiples of `aligned`."""
+        """Return `size` bytes at each of `addresses` (n,), which are multiples of `aligned`."""
         unit = min(aligned, LARGEST_PIECE)
         if unit & (unit - 1) or size % unit:
             raise NotImplementedError(f"an access of {size} bytes aligned to {aligned}")
@@ -43,11 +43,11 @@ class Pieces:
         return cls(first if size == unit else first[:, None] + np.arange(size // unit), unit)
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> "Pieces":
-        """Give those of some threads."""
+        """Return those of some threads."""
         return Pieces(self.numbers[chosen], self.unit)
 
     def beside(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Give an array (n,) the axes of the bytes of these pieces."""
+        """Return an array (n,) the axes of the bytes of these pieces."""
         return values.reshape(-1, *(1,) * self.numbers.ndim) if values.ndim else values
 
 
@@ -114,7 +114,7 @@ class SharedMemory:
         _rows(self.data, pieces)[pieces.numbers] = values
 
     def begin_atomic(self, addresses: NDArray[Any], warps: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Give which words of 4 bytes (n,) are updated atomically: in any order, but not beside other accesses."""
+        """Return which words of 4 bytes (n,) are updated atomically: in any order, but not beside other accesses."""
         pieces = self._pieces(addresses, 4, 4)
         written, read = (_rows(tags, pieces)[pieces.numbers] for tags in (self._written, self._read))
         own = pieces.beside(warps)
@@ -225,5 +225,5 @@ class SharedMemory:
 
 
 def _rows(array: NDArray[Any], pieces: Pieces) -> NDArray[Any]:
-    """Give the bytes of each piece side by side: whole rows are found and changed faster than bytes one by one."""
+    """Return the bytes of each piece side by side: whole rows are found and changed faster than bytes one by one."""
     return array.reshape(-1, pieces.unit)

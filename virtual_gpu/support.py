@@ -14,7 +14,7 @@ README = Path(__file__).parent / "README.md"
 
 
 def render(text: str) -> str:
-    """Give the README with the lists between its marks made anew."""
+    """Return the README with the lists between its marks made anew."""
     for name, lines in (("PTX", _ptx()), ("AMD", _amd())):
         begin = text.index(f"<!-- list {name} -->\n") + len(f"<!-- list {name} -->\n")
         text = "\n".join([text[:begin] + lines[0], *lines[1:], text[text.index("<!-- end -->", begin) :]])
@@ -22,7 +22,7 @@ def render(text: str) -> str:
 
 
 def _ptx() -> list[str]:
-    """Give a row for each operation: what may follow its name."""
+    """Return a row for each operation: what may follow its name."""
     forms: dict[str, list[str]] = {}
     others = map(sorted, (SPECIAL_FORMS, MEMORY, CALLS, BARRIERS, FENCES, NOTHING))
     for name in (*ARITHMETIC, *itertools.chain.from_iterable(others)):
@@ -33,7 +33,7 @@ def _ptx() -> list[str]:
 
 
 def _examples(forms: Iterable[str]) -> str:
-    """Give every part that stands in some of the names, once."""
+    """Return every part that stands in some of the names, once."""
     parts = dict.fromkeys(
         re.sub(r"^m64n\d+k16$", "m64nNk16", part) for form in forms for part in form.split(".") if part
     )
@@ -41,7 +41,7 @@ def _examples(forms: Iterable[str]) -> str:
 
 
 def _amd() -> list[str]:
-    """Give the names of the instructions on registers, by the first of their parts."""
+    """Return the names of the instructions on registers, by the first of their parts."""
     rows = []
     for kind, names in (("vector", amd.VECTOR), ("scalar", amd.SCALAR)):
         rows.append(f"| {kind} | {', '.join(f'`{name[2:]}`' for name in names)} |")

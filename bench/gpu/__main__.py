@@ -128,7 +128,7 @@ def _fitness(results: KeptResults) -> dict[str, Json]:
 
 
 def tuned_entries(by_case: dict[str, Json]) -> dict[str, dict[str, int | str]]:
-    """Give the tiles that stage C has found to be faster than the table's, by their keys.
+    """Return the tiles that stage C has found to be faster than the table's, by their keys.
 
     Once a product has been measured again its tile must have been faster then too.
     """

@@ -24,14 +24,14 @@ Values = dict[str, Tensor]
 
 
 def entries_for_all(bench: Workbench, inputs: LayerInputs, fields: dict[str, int | str]) -> measured_tiles.Entries:
-    """Give measured tiles that replace these fields of the table's for every product of a layer."""
+    """Return measured tiles that replace these fields of the table's for every product of a layer."""
     with measured_tiles.using({}), measured_tiles.asked() as asked:
         _step(inputs, "triton")
     return dict.fromkeys(asked, fields)
 
 
 def _step(inputs: LayerInputs, backend: str) -> Values:
-    """Give y and every gradient of a layer's forward and backward."""
+    """Return y and every gradient of a layer's forward and backward."""
     leaves = inputs.leaves
     y = moe_mlp(inputs.x, inputs.topk_ids, inputs.topk_weights, **inputs.arguments, backend=backend)
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dout)
@@ -72,7 +72,7 @@ def _compare(errors: dict[str, Json], found: Values, sample: "_TokenSample | _Ex
 
 
 def _sampled_tokens(inputs: LayerInputs) -> Tensor:
-    """Give ids of tokens from the first to the last, as many as the weights of their experts in fp64 allow."""
+    """Return ids of tokens from the first to the last, as many as the weights of their experts in fp64 allow."""
     shape, num_tokens = inputs.shape, len(inputs.x)
     bytes_per_token = shape.top_k * 8 * shape.num_parameters / shape.num_experts
     count = max(1, min(num_tokens, MOST_TOKENS, int(MOST_FP64_BYTES / bytes_per_token)))

@@ -60,7 +60,7 @@ def run_program(command: Sequence[str], limit_s: float, variables: Mapping[str, 
 
 
 def tail(output: str) -> str:
-    """Give the end of a program's output, as much as a line of results should hold."""
+    """Return the end of a program's output, as much as a line of results should hold."""
     return output[-TAIL:]
 
 
@@ -81,7 +81,7 @@ class Child:
             self.pipe.send(message)
 
     def answer(self) -> Json:
-        """Give what it sent; where its process ended instead, why under "failed"."""
+        """Return what it sent; where its process ended instead, why under "failed"."""
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):

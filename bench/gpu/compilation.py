@@ -46,12 +46,12 @@ class Kernel:
 
 
 def variant_of(setting: Setting, shape: str, num_tokens: int) -> Variant:
-    """Give a layer as the compiler is asked for it: in bf16, whatever a rehearsal computes in."""
+    """Return a layer as the compiler is asked for it: in bf16, whatever a rehearsal computes in."""
     return Variant.of(setting.shapes[shape], Variant.dtype, num_tokens)
 
 
 def headline_candidates(setting: Setting, target_name: str) -> list[Candidate]:
-    """Give the tiles to try for the headline's products; in a rehearsal the first few of each."""
+    """Return the tiles to try for the headline's products; in a rehearsal the first few of each."""
     found = candidates_of_layer(variant_of(setting, HEADLINE, setting.headline_tokens), target_name)
     if setting.most_candidates is None:
         return found
@@ -62,7 +62,7 @@ def headline_candidates(setting: Setting, target_name: str) -> list[Candidate]:
 
 
 def kernels_of(setting: Setting, target_name: str) -> list[Kernel]:
-    """Give all that is launched, each once, the headline's first; what only F launches is compiled before F."""
+    """Return all that is launched, each once, the headline's first; what only F launches is compiled before F."""
     target = ARCHITECTURES[target_name].target
     num_tokens = setting.headline_tokens
     headline = variant_of(setting, HEADLINE, num_tokens)
@@ -142,7 +142,7 @@ def compile_missing(
 
 
 def _cache_token() -> str:
-    """Give what Triton's cache is called in results; a new cache gets a new name."""
+    """Return what Triton's cache is called in results; a new cache gets a new name."""
     path = Path(triton.knobs.cache.dir) / "bench.gpu"
     with contextlib.suppress(FileNotFoundError):
         return path.read_text()

@@ -119,7 +119,7 @@ def _step(inputs: LayerInputs, function: Function, backward: bool) -> Call:
 
 
 def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
-    """Give matrix products of the layer's FLOPs: N rows, no experts, gather, activation or sum."""
+    """Return matrix products of the layer's FLOPs: N rows, no experts, gather, activation or sum."""
     shape, x = inputs.shape, inputs.x.detach()
     n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
     width = 2 * f if shape.layout.gated else f

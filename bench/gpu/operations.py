@@ -64,7 +64,7 @@ def measure_operation(bench: Workbench, operation: str, shape: str, num_tokens: 
 
 
 def profile_step(bench: Workbench, shape: str, num_tokens: int, entries: Json) -> Json:
-    """Give the device's own time of every kernel of a forward and backward, as PyTorch's profiler sees it."""
+    """Return the device's own time of every kernel of a forward and backward, as PyTorch's profiler sees it."""
     inputs = bench.inputs(shape, num_tokens, "uniform")
     leaves = list(inputs.leaves.values())
 
@@ -100,7 +100,7 @@ def profile_step(bench: Workbench, shape: str, num_tokens: int, entries: Json) -
 
 
 def measure_host(bench: Workbench, operation: str, num_tokens: int) -> Json:
-    """Give the host's microseconds for a call of an operation, and its launches: few tokens, and nobody waits."""
+    """Return the host's microseconds for a call of an operation, and its launches: few tokens, and nobody waits."""
     inputs = bench.inputs(HEADLINE, num_tokens, "uniform")
     call = bench.operations(inputs)[operation]
     is_gpu = bench.setting.device.type == "cuda"

@@ -38,7 +38,7 @@ class Case:
 
 
 def cases(setting: Setting, target_name: str) -> list[Case]:
-    """Give the whole plan but what is compiled; names differ."""
+    """Return the whole plan but what is compiled; names differ."""
     return [
         *_machine_and_checks(setting),
         *_headline(setting),

@@ -62,14 +62,14 @@ def run_tests(bench: Workbench, file: str) -> Json:
 
 
 def _tool(bench: Workbench, *command: str) -> list[str] | None:
-    """Give a tool's command; none of it in a rehearsal, None where the tool isn't there."""
+    """Return a tool's command; none of it in a rehearsal, None where the tool isn't there."""
     if bench.setting.is_rehearsal:
         return []
     return list(command) if shutil.which(command[0]) else None
 
 
 def profile_with_ncu(bench: Workbench, operation: str, num_tokens: int) -> Json:
-    """Give all that ncu measures of one operation's kernel, by metric, stall reasons among them."""
+    """Return all that ncu measures of one operation's kernel, by metric, stall reasons among them."""
     kernel = KERNEL_OF[operation]
     tool = _tool(bench, *NCU, "--kernel-name", f"regex:^{kernel}")
     if tool is None:
@@ -84,7 +84,7 @@ def profile_with_ncu(bench: Workbench, operation: str, num_tokens: int) -> Json:
 
 
 def parse_ncu(lines: Sequence[str]) -> dict[str, str]:
-    """Give the metrics of the last kernel in what ncu printed as CSV: value and unit, by name."""
+    """Return the metrics of the last kernel in what ncu printed as CSV: value and unit, by name."""
     rows = [row for row in csv.reader(lines) if len(row) > 20]
     if len(rows) < 3:
         return {}

@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def shapes(self) -> Mapping[str, LayerShape]:
-        """Give the layers by name, shrunk in a rehearsal."""
+        """Return the layers by name, shrunk in a rehearsal."""
         if not self.is_rehearsal:
             return GPU_SHAPES
         return {name: replace(tiny(shape), num_experts=4, top_k=2) for name, shape in GPU_SHAPES.items()}

@@ -19,7 +19,7 @@ TOOLS = ("ncu", "nsys", "compute-sanitizer", "nvidia-smi")
 
 
 def describe_machine(bench: Workbench) -> Json:
-    """Give all of it; the fields of a card that doesn't tell are missing."""
+    """Return all of it; the fields of a card that doesn't tell are missing."""
     found = query_gpu(*FIELDS)
     device: Json = {}
     if bench.setting.device.type == "cuda":

@@ -22,7 +22,7 @@ Call = Callable[[], object]
 
 
 def with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
-    """Give the call with these measured tiles, and with the table's for all others, whatever is in tiles.json."""
+    """Return the call with these measured tiles, and with the table's for all others, whatever is in tiles.json."""
 
     def run() -> object:
         with measured_tiles.using(entries):
@@ -42,7 +42,7 @@ class Workbench:
         self._by_key: tuple[LayerInputs, dict[str, Call]] | None = None
 
     def inputs(self, shape: str, num_tokens: int, routing: str) -> LayerInputs:
-        """Give a layer's inputs, the last ones where they are the same."""
+        """Return a layer's inputs, the last ones where they are the same."""
         key = shape, num_tokens, routing
         if self._inputs is None or self._inputs[0] != key:
             self.forget()
@@ -51,20 +51,20 @@ class Workbench:
         return self._inputs[1]
 
     def operations(self, inputs: LayerInputs) -> dict[str, Call]:
-        """Give the layer's operations on the Triton kernels, made once for the last inputs."""
+        """Return the layer's operations on the Triton kernels, made once for the last inputs."""
         if self._operations is None or self._operations[0] is not inputs:
             with measured_tiles.using({}):
                 self._operations = inputs, operation_calls(inputs, "triton")
         return self._operations[1]
 
     def calls_by_key(self, inputs: LayerInputs) -> dict[str, Call]:
-        """Give for every product's key an operation that asks for its tile, found once for the last inputs."""
+        """Return for every product's key an operation that asks for its tile, found once for the last inputs."""
         if self._by_key is None or self._by_key[0] is not inputs:
             self._by_key = inputs, calls_by_key(self.operations(inputs))
         return self._by_key[1]
 
     def forget(self) -> None:
-        """Give back the memory of the last inputs."""
+        """Return the memory of the last inputs."""
         self._inputs = self._operations = self._by_key = None
         gc.collect()
         if self.setting.device.type == "cuda":

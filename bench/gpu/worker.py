@@ -22,7 +22,7 @@ SILENT = "6"
 
 
 def _measures() -> dict[str, Callable[..., Json]]:
-    """Give everything that a case can ask for, by name."""
+    """Return everything that a case can ask for, by name."""
     from bench.gpu import checks, layers, operations, programs, versions
 
     functions = (
@@ -59,7 +59,7 @@ def _work(pipe: Connection, setting: Setting) -> None:
 
 
 def _translated(setting: Setting, arguments: Json) -> Json:
-    """Give the arguments with the keys of tiles as this process looks them up: a rehearsal has no GPU's."""
+    """Return the arguments with the keys of tiles as this process looks them up: a rehearsal has no GPU's."""
     if not setting.is_rehearsal:
         return arguments
 

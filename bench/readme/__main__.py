@@ -48,7 +48,7 @@ NOTEBOOK = DOCS / "tutorials" / "first-layer.ipynb"
 
 
 def render(text: str, left_alone: Sequence[str] = ()) -> str:
-    """Give a page with everything between `<!-- table KIND NAME -->` and `<!-- end -->` made anew, but some kinds."""
+    """Return a page with everything between `<!-- table KIND NAME -->` and `<!-- end -->` made anew, but some kinds."""
 
     def table(match: re.Match) -> str:
         kind, name = match.group(1), match.group(2)
@@ -60,7 +60,7 @@ def render(text: str, left_alone: Sequence[str] = ()) -> str:
 
 
 def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
-    """Give what every page, and the notebook, must be."""
+    """Return what every page, and the notebook, must be."""
     pages = {page: render(page.read_text(), left_alone) for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
     return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
 

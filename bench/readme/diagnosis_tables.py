@@ -18,7 +18,7 @@ __all__ = [
 
 
 def doctor_table(prefix: str) -> str:
-    """Give one column for every file of results whose name starts with `prefix`."""
+    """Return one column for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
     results = [one["results"] for one in data]
     titles, sizes = [], []
@@ -52,7 +52,7 @@ def as_cell(value: dict[str, int] | float | None) -> str:
 
 
 def plan_table(name: str) -> str:
-    """Give one row for every published table that the planner is compared with, and what was fitted to it."""
+    """Return one row for every published table that the planner is compared with, and what was fitted to it."""
     lines = [
         "| published table | judged | median error | worst error | targets | fitted |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -72,7 +72,7 @@ def plan_table(name: str) -> str:
 
 
 def plan_ourselves_table(prefix: str) -> str:
-    """Give predicted and measured steps, a column for every file of results whose name starts with `prefix`."""
+    """Return predicted and measured steps, a column for every file of results whose name starts with `prefix`."""
     files = load_all(prefix)
     sizes = [data["results"]["ranks"] for data in files]
     lines = [
@@ -102,7 +102,7 @@ def plan_ourselves_table(prefix: str) -> str:
 
 
 def plan_rows_table(name: str) -> str:
-    """Give every published row, measured and predicted."""
+    """Return every published row, measured and predicted."""
     lines = []
     for table in load(name)["results"]:
         lines += ["", f"{table['name']}:", ""]
@@ -116,7 +116,7 @@ def plan_rows_table(name: str) -> str:
 
 
 def plan_steps_table(name: str) -> str:
-    """Give every published step with its prediction and interval, and how many lie in theirs."""
+    """Return every published step with its prediction and interval, and how many lie in theirs."""
     results, lines = load(name)["results"], []
     lines += ["| rows | inside their 80 % interval | median width, upper end over lower | median error |"]
     lines += ["| --- | --- | --- | --- |"]
@@ -143,7 +143,7 @@ def plan_steps_table(name: str) -> str:
 
 
 def recording_table(name: str) -> str:
-    """Give what steps take while they are recorded, and otherwise."""
+    """Return what steps take while they are recorded, and otherwise."""
     data = load(name)
     samples = data["results"][0]["times"]["recorded"]["samples"]
     lines = [
@@ -166,7 +166,7 @@ def recording_table(name: str) -> str:
 
 
 def mended_recording(name: str) -> str:
-    """Give in words what the calls of a committed recording took, and others beside them without the cause."""
+    """Return in words what the calls of a committed recording took, and others beside them without the cause."""
     seconds = json.loads((RESULTS / "recordings" / name / "measured.json").read_text())["seconds"]
     slow, mended = (1e3 * statistics.median(seconds[variant]) for variant in ("with", "without"))
     return (

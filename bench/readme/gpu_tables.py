@@ -13,7 +13,7 @@ NO_PEERS = ("tritonmoe", "tritonmoe, tuned", "torch backend", "dense products")
 
 
 def gpu_table(name: str) -> str:
-    """Give forward and forward + backward of every shape beside its peers; a cell that no line has says so."""
+    """Return forward and forward + backward of every shape beside its peers; a cell that no line has says so."""
     lines = read_results(RESULTS / f"{name}.jsonl")
     run = lines[-1]["run"] if lines else ""
     layers = {
@@ -67,7 +67,7 @@ def gpu_cell(line: dict) -> str:
 
 
 def killed_text(name: str) -> str:
-    """Give what became of the rehearsals that were killed."""
+    """Return what became of the rehearsals that were killed."""
     data = load(name)
     found = data["results"]
     runs = found["runs"]

@@ -40,7 +40,7 @@ def moe_mlp_table(name: str) -> str:
 
 
 def codegen_table(name: str) -> str:
-    """Give the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
+    """Return the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
     if not (RESULTS / f"{name}.json").exists():
         return "`python -m bench.codegen`: not run yet."
     data = load(name)
@@ -77,7 +77,7 @@ def codegen_cell(row: dict) -> str:
 
 
 def codegen_steps_table(name: str) -> str:
-    """Give what a step of each product costs on every target, under both Tritons."""
+    """Return what a step of each product costs on every target, under both Tritons."""
     data = load(name)
     rows = data["results"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
@@ -116,7 +116,7 @@ REDUNDANT = ("what is left keeps the order", "others keep the order", "never run
 
 
 def missing_waits_table(name: str) -> str:
-    """Give for each GPU how many deletions are noticed, and why the others are not."""
+    """Return for each GPU how many deletions are noticed, and why the others are not."""
     data = load(name)
     rows = data["results"]
     lines = [
@@ -142,7 +142,7 @@ BOUND_KERNELS = ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_gra
 
 
 def bounds_table(num_tokens: str) -> str:
-    """Give the times that a card's peak rates allow, which needs no measurement."""
+    """Return the times that a card's peak rates allow, which needs no measurement."""
     lines = [
         f"T = {num_tokens}, bf16, {H100.name} at its peak of {H100.tflops:.0f} TFLOP/s and {H100.tb_per_s} TB/s "
         f"({H100.source}). Cells: FLOP per byte, shortest time in microseconds, and m where memory sets it.",
@@ -167,7 +167,7 @@ def bounds_table(num_tokens: str) -> str:
 
 
 def decoding_table(target: str) -> str:
-    """Give how many programs read the weights for one token, in bf16, which needs no measurement."""
+    """Return how many programs read the weights for one token, in bf16, which needs no measurement."""
     lines = [
         f"| one token on {target} | up: columns of a tile, programs | down: columns of a tile, programs |",
         "| --- | --- | --- |",

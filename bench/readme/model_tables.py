@@ -28,7 +28,7 @@ def transformers_table(name: str) -> str:
 
 
 def routing_replay_table(name: str) -> str:
-    """Give how far bf16 and fp32 agree on the experts of each token, before and under a replay."""
+    """Return how far bf16 and fp32 agree on the experts of each token, before and under a replay."""
     data = load(name)
     lines = [
         f"`python -m bench.routing_replay` on {where(data['environment'])}: random Qwen3-MoE-like models, their "
@@ -91,7 +91,7 @@ def upcycle_table(name: str) -> str:
 
 
 def headline_table(_: str) -> str:
-    """Give the figures that matter most, in a line each."""
+    """Return the figures that matter most, in a line each."""
     layers = load("moe_mlp_cpu")
     wanted = {"E_K_D_F": [64, 8, 512, 256], "T": 2048, "dtype": "float32", "pass": "forward+backward"}
     (layer,) = (case for case in layers["results"] if wanted.items() <= case.items())

@@ -48,7 +48,7 @@ def scheduler_table(name: str) -> str:
 
 
 def overlap_table(prefix: str) -> str:
-    """Give one row for every file of results whose name starts with `prefix`."""
+    """Return one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
     if not data:
         return "`tritonmoe bench overlap --netns 2`: not measured yet."
@@ -82,7 +82,7 @@ def overlap_table(prefix: str) -> str:
 
 
 def two_levels_table(prefix: str) -> str:
-    """Give one row for every file of results whose name starts with `prefix`."""
+    """Return one row for every file of results whose name starts with `prefix`."""
     data = load_all(prefix)
     if not data:
         return "`tritonmoe bench overlap --netns 4 --node-size 2`: not measured yet."
@@ -208,7 +208,7 @@ def two_batches_table(name: str) -> str:
 
 
 def one_rank_in_halves(name: str) -> str:
-    """Give in words what halves take on one rank, where nothing is exchanged."""
+    """Return in words what halves take on one rank, where nothing is exchanged."""
     data = load(name)
     (rate, *_), rounds = data["results"]["rates"], data["results"]["arguments"]["rounds"]
     times = {

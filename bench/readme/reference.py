@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def files_table(package: str) -> str:
-    """Give every file of a package with the first line of its docstring, a room's own line before its files."""
+    """Return every file of a package with the first line of its docstring, a room's own line before its files."""
     lines = ["| file | what it is |", "| --- | --- |"]
     for path in sorted(
         (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)
@@ -41,7 +41,7 @@ def files_table(package: str) -> str:
 
 
 def command_output(name: str) -> str:
-    """Give a command of COMMANDS and what it prints here."""
+    """Return a command of COMMANDS and what it prints here."""
     command = COMMANDS[name]
     ended = subprocess.run(
         [sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -52,7 +52,7 @@ def command_output(name: str) -> str:
 
 
 def commands_reference(program: str) -> str:
-    """Give every command of the program with its options, from its parser, and under bench every benchmark."""
+    """Return every command of the program with its options, from its parser, and under bench every benchmark."""
     (commands,) = (action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
     lines: list[str] = []
     for name, parser in commands.choices.items():
@@ -85,7 +85,7 @@ def _body(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _unsaid(action: argparse.Action, words: str) -> str:
-    """Give what an argument's help leaves to the usage line: that it must be given, or its default."""
+    """Return what an argument's help leaves to the usage line: that it must be given, or its default."""
     if action.required and action.option_strings:
         return " (required)" if words else "required"
     value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
@@ -99,7 +99,7 @@ def _cell(text: str) -> str:
 
 
 def notebook_of(page: str) -> str:
-    """Give a tutorial as a notebook: a cell for each block of Python, and one for the words between two of them."""
+    """Return a tutorial as a notebook: a cell for each block of Python, and one for the words between two of them."""
     install = "%pip install -q tritonmoe"
     cells = [_code_cell(install)]
     for number, part in enumerate(re.split(r"```python\n(.*?)```\n", page, flags=re.DOTALL)):

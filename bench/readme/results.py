@@ -15,7 +15,7 @@ def load(name: str) -> dict:
 
 
 def load_all(prefix: str) -> list[dict]:
-    """Give what is in the files prefix_*.json, in the order of their names."""
+    """Return what is in the files prefix_*.json, in the order of their names."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{prefix}_*.json"))]
 
 

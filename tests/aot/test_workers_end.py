@@ -14,7 +14,7 @@ MODULE = [sys.executable, "-m", "tritonmoe.aot", "--targets", "sm_90", "--varian
 
 
 def children_of(pid: int) -> list[int]:
-    """Give the ids of a process's children."""
+    """Return the ids of a process's children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children]
 

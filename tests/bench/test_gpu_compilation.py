@@ -37,7 +37,7 @@ def compile_nothing(monkeypatch, tmp_path):
 
 
 def compile_all(path, kernels=KERNELS, budget_s=60.0):
-    """Give whether all were tried, what was said in the end, and the new lines by kernel, in their order."""
+    """Return whether all were tried, what was said in the end, and the new lines by kernel, in their order."""
     file, said = path / "results.jsonl", []
     before = len(read_results(file))
     with open_results(file, {}) as results:

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def complaint_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Give what a benchmark's main says of arguments that it refuses: outside of torchrun, or as this RANK of it."""
+    """Return what a benchmark's main says of arguments that it refuses: outside of torchrun, or as this RANK of it."""
 
     def complaint(main: Callable[[list[str]], int], arguments: list[str], rank: str | None = None) -> str:
         if rank is None:

@@ -20,7 +20,7 @@ SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"]
 
 
 def results_of(overlapped_ms: float, communication_ms: float = 40.0, passes: tuple = ((40, 60), (10, 30))) -> dict:
-    """Give the results of three rounds, of compute that takes 100 ms; "auto" takes 120."""
+    """Return the results of three rounds, of compute that takes 100 ms; "auto" takes 120."""
     times = {"compute": 100.0, "communication C=1": communication_ms, "serial C=1": 140.0}
     times |= {"overlapped C=2": overlapped_ms, "auto": 120.0}
     report = SimpleNamespace(forward=SimpleNamespace(compute_s=0.03), num_chunks=2)
@@ -77,7 +77,7 @@ def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
 
 
 def drifting(factors: dict[str, list[float]]) -> Any:
-    """Give measurements on a machine whose speed drifts: 100 ms times the factors of each schedule's rounds."""
+    """Return measurements on a machine whose speed drifts: 100 ms times the factors of each schedule's rounds."""
     seconds = {name: [0.1 * factor for factor in of_one] for name, of_one in factors.items()}
     rounds = len(next(iter(seconds.values())))
     report = SimpleNamespace(forward=SimpleNamespace(compute_s=0.03), num_chunks=2)

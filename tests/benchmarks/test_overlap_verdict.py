@@ -21,7 +21,7 @@ def verdict_of(
     emulated: bool = False,
     rows: list[list[int]] | None = None,
 ) -> dict:
-    """Give the verdict of these medians in ms, whose rounds go from 1 - spread to 1 + spread of them."""
+    """Return the verdict of these medians in ms, whose rounds go from 1 - spread to 1 + spread of them."""
 
     def times(median_ms: float, variant: str = "") -> dict:
         factors = [1 + spread * (2 * n / (rounds - 1) - 1) if rounds > 1 else 1.0 for n in range(rounds)]

@@ -29,7 +29,7 @@ TRAIN = [*TORCHRUN, str(ROOT / "examples" / "train_expert_parallel.py"), "--step
 
 
 def processes_of(session: int) -> dict[int, str]:
-    """Give the network namespace of every process of a session."""
+    """Return the network namespace of every process of a session."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -99,7 +99,7 @@ def test_forwards_alone_and_forwards_whose_backward_does_not_come(tmp_path: Path
 
 
 def wait_for_calls(folder: Path, count: int) -> list[dict]:
-    """Give the calls of rank 0's file, once it has so many, while the recording goes on."""
+    """Return the calls of rank 0's file, once it has so many, while the recording goes on."""
     file, deadline = folder / "rank-0000.jsonl", time.monotonic() + 30
     while not file.exists() or file.read_bytes().count(b"\n") <= count:
         assert time.monotonic() < deadline
@@ -108,7 +108,7 @@ def wait_for_calls(folder: Path, count: int) -> list[dict]:
 
 
 def local_call() -> Callable[[], torch.Tensor]:
-    """Give a layer's call on one rank that is alone."""
+    """Return a layer's call on one rank that is alone."""
     layer = tm.GroupedExperts(CONFIG, LocalTransport(), backend="torch")
     x = torch.randn(NUM_TOKENS, 8, requires_grad=True)
     weights, ids = torch.rand(NUM_TOKENS, 4).topk(2)

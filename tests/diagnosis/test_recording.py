@@ -122,7 +122,7 @@ def test_an_empty_file(run: Path) -> None:
 
 
 def shift(seconds: float) -> Callable[[dict], None]:
-    """Give what lets a call be recorded so much later."""
+    """Return what lets a call be recorded so much later."""
 
     def edit(values: dict) -> None:
         for of in (values["forward"], values["backward"]):

@@ -30,7 +30,7 @@ def graph_of(
     element_bytes: int | None = 4,
     beside_s: float = 0.0,
 ) -> Graph:
-    """Give a graph whose ranks send rows, compute for so long each, and send them back, in every step."""
+    """Return a graph whose ranks send rows, compute for so long each, and send them back, in every step."""
     size = len(compute_s)
     rows = sent or [[0 if i == k else 1000 for k in range(size)] for i in range(size)]
     home = [list(column) for column in zip(*rows, strict=True)]
@@ -160,7 +160,7 @@ def test_chunks_gain_on_emulated_ranks_what_is_promised() -> None:
     serial = OverlapPlan((1,), local_first=False, serial=True)
 
     def run(plan: OverlapPlan) -> tuple[float, list[dict[str, float]]]:
-        """Give the seconds of a call, and those of each step by rank."""
+        """Return the seconds of a call, and those of each step by rank."""
         found = run_on_emulated_ranks(partial(_forward, plan=plan), SIZE, link=link)
         return max(seconds for seconds, _ in found), [dict(steps) for _, steps in found]
 

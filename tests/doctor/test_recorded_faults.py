@@ -46,7 +46,7 @@ def mended(run: Faulty) -> Faulty:
 
 
 def verdict_on(folder: Path, runs: list[Faulty]) -> tuple[Verdict, float]:
-    """Give the verdict, and what the steps would take less without the faults."""
+    """Return the verdict, and what the steps would take less without the faults."""
     recording = read_recording(write_run(folder, runs, seed=1))
     built = graph_of(recording)
     cost_s = sum(run.seconds() - mended(run).seconds() for run in runs) / len(runs)

@@ -107,7 +107,7 @@ def test_prefill_and_decode(tmp_path: Path) -> None:
 
 
 def of_layers(folder: Path, runs: list[Run]) -> Recording:
-    """Give a recording in which each of these runs is a layer of its own, whose calls follow each other."""
+    """Return a recording in which each of these runs is a layer of its own, whose calls follow each other."""
     layers = [read_recording(write_run(folder / str(layer), [run] * CALLS)) for layer, run in enumerate(runs)]
 
     def later(one: RecordedPass, by_s: float) -> RecordedPass:
@@ -155,7 +155,7 @@ def test_a_rank_with_more_tokens_is_no_hot_expert(tmp_path: Path) -> None:
 
 
 def gain_of_two_batches(run: Run, beside_s: tuple[float, float]) -> float:
-    """Give what three layers take less, in the simulator, beside so much else of the model with a whole batch."""
+    """Return what three layers take less, in the simulator, beside so much else of the model with a whole batch."""
     work, plan = run.work(), OverlapPlan((1,), local_first=False)
     half = replace(work, rows=work.rows / 2, pairs=work.pairs / 2)
     of_half = tuple(seconds / 2 for seconds in beside_s)

@@ -38,7 +38,7 @@ def event(category: str, name: str, start_us: float, us: float, thread: int, **a
 
 
 def gpu_trace(rank: int, size: int, names: tuple[str, ...], late: int | None, metadata: bool) -> dict[str, Any]:
-    """Give a rank's trace of 6 steps: kernels of 2 ms, each followed by an exchange of 1 ms that all wait for."""
+    """Return a rank's trace of 6 steps: kernels of 2 ms, each followed by an exchange of 1 ms that all wait for."""
     events, correlation = [], 0
     for step in range(6):
         base = 1e6 + step * 40_000.0
@@ -174,7 +174,7 @@ def test_clocks_that_do_not_agree_are_aligned(tmp_path: Path) -> None:
 
 
 def flight_record(rank: int, late: int, timed: bool) -> dict[str, Any]:
-    """Give a dump of 8 steps, each an all-to-all and an all-reduce."""
+    """Return a dump of 8 steps, each an all-to-all and an all-reduce."""
     entries = []
     for count in range(16):
         base = 10**18 + (count // 2) * 40_000_000 + (count % 2) * 10_000_000

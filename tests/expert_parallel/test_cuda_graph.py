@@ -19,7 +19,7 @@ HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 256, 128, 12, 3
 
 
 def tensors(num_tokens: int, seed: int) -> dict[str, Tensor]:
-    """Give x (T, D), topk_ids (T, K), topk_weights (T, K) and dout (T, D); some pairs are skipped."""
+    """Return x (T, D), topk_ids (T, K), topk_weights (T, K) and dout (T, D); some pairs are skipped."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

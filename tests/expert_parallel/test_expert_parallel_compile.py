@@ -45,7 +45,7 @@ def _nothing_compiled_before() -> None:
 
 
 def draw(transport: Transport, layout: dict[str, bool] | None = None, slots: int = 0) -> dict[str, Tensor]:
-    """Give one rank's tokens and experts as leaves, biases included; some pairs are skipped."""
+    """Return one rank's tokens and experts as leaves, biases included; some pairs are skipped."""
     generator = torch.Generator().manual_seed(transport.rank)
     num_tokens, local = T + transport.rank, slots or E // transport.size
     up, down = ((D, 2 * FF), (FF, D)) if (layout or {}).get("transposed") else ((2 * FF, D), (D, FF))
@@ -62,7 +62,7 @@ def draw(transport: Transport, layout: dict[str, bool] | None = None, slots: int
 
 
 def results(call: Callable[..., Tensor], leaves: dict[str, Tensor], **options) -> list[Tensor]:
-    """Give the output and the gradient of every leaf."""
+    """Return the output and the gradient of every leaf."""
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
     y = call(**leaves, **options)
     dout = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -70,7 +70,7 @@ def results(call: Callable[..., Tensor], leaves: dict[str, Tensor], **options) -
 
 
 def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """Give output, auxiliary losses, and the gradients of a step of `call`, a variant of `model`."""
+    """Return output, auxiliary losses, and the gradients of a step of `call`, a variant of `model`."""
     x = x.detach().requires_grad_()
     y = call(x)
     losses = [layer.aux_loss for layer in model.modules() if isinstance(layer, tm.MoELayer)]
@@ -233,7 +233,7 @@ def test_flop_counter(gated: bool) -> None:
             leaves[name] = leaves[name].detach()[:, :FF].clone().requires_grad_()
 
     def count(save: str) -> list[int]:
-        """Give the FLOPs of the graphs of forward and backward."""
+        """Return the FLOPs of the graphs of forward and backward."""
         flops = []
 
         def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., list[Tensor]]:

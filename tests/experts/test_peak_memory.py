@@ -64,7 +64,7 @@ class HeldStorages(TorchDispatchMode):
         return result
 
     def peak(self, results: Sequence[Tensor | None]) -> int:
-        """Give the most bytes that were held at once, without those of the results."""
+        """Return the most bytes that were held at once, without those of the results."""
         own = self._numbers(results)
         return max(sum(self.num_bytes[n] for n in held - own) for held in self.snapshots)
 

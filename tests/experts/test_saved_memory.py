@@ -21,7 +21,7 @@ def only_own_objects_are_looked_through() -> None:
 
 
 def live_tensors() -> list[Tensor]:
-    """Give every tensor that has memory (fake and sparse ones, which other tests may have left, have none)."""
+    """Return every tensor that has memory (fake and sparse ones, which other tests may have left, have none)."""
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     return [tensor for tensor in tensors if tensor.layout == torch.strided]
 

@@ -47,7 +47,7 @@ class Operands:
             values[num_active:] = float("nan")
 
     def double(self) -> "Operands":
-        """Give the same numbers in fp64."""
+        """Return the same numbers in fp64."""
         twin = object.__new__(Operands)
         for name, value in vars(self).items():
             is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -60,7 +60,7 @@ class Operands:
     def down_grad(
         self, backend: ModuleType, grouping: Grouping, activation: FusedActivation | None, bias: bool = True, **keywords
     ) -> dict[str, Tensor]:
-        """Give dh (da without an activation), s*a and dweights of the pairs that do work."""
+        """Return dh (da without an activation), s*a and dweights of the pairs that do work."""
         num_active = int(grouping.expert_offsets[-1])
         hidden = (self.a if activation is None else self.h)[: grouping.num_pairs]
         down = Projection(self.w2, self.b2 if bias else None, self.layout)

@@ -16,7 +16,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(autouse=True)
 def virtual_gpu(request):
-    """Give what changes the assembly of kernels before they run: a list of functions, empty at first."""
+    """Return what changes the assembly of kernels before they run: a list of functions, empty at first."""
     name = request.config.getoption("--virtual-gpu")
     edits = []
     if not name:

@@ -40,7 +40,7 @@ def copy_values(ours, theirs):
 
 
 def caught(name):
-    """Give an operation whose memory is the Triton backend's, and whose values are the reference's."""
+    """Return an operation whose memory is the Triton backend's, and whose values are the reference's."""
 
     def run(*arguments, **keywords):
         values = {key: value for key, value in keywords.items() if not key.startswith(("out", "accumulate"))}
@@ -67,7 +67,7 @@ backends.choose = lambda *arguments, **keywords: OPERATIONS
 
 
 def draw(num_tokens, num_experts, main_grad=False):
-    """Give x, topk_ids, topk_weights, and weights with biases."""
+    """Return x, topk_ids, topk_weights, and weights with biases."""
     sizes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F), "gate_up_bias": (2 * F,), "down_bias": (D,)}
     weights = {name: torch.nn.Parameter(torch.randn(num_experts, *size).bfloat16()) for name, size in sizes.items()}
     if main_grad:

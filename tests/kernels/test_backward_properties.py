@@ -82,7 +82,7 @@ def test_addresses_past_two_to_the_31():
     taken = 0
 
     def spread(values):
-        """Give the same (3, ...) values with their first axis `stride` elements apart."""
+        """Return the same (3, ...) values with their first axis `stride` elements apart."""
         nonlocal taken
         piece = values[0].numel()
         far = buffer.as_strided(values.shape, (stride, *values.stride()[1:]), taken)

@@ -23,7 +23,7 @@ class FarMemory:
         self.folder, self.num_files = folder, 0
 
     def like(self, tensor):
-        """Give a far tensor of the same shape and dtype, all zeros."""
+        """Return a far tensor of the same shape and dtype, all zeros."""
         self.num_files += 1
         size = STRIDE * (tensor.shape[0] - 1) + tensor[0].numel()
         path = os.path.join(self.folder, str(self.num_files))
@@ -31,7 +31,7 @@ class FarMemory:
         return storage.as_strided(tensor.shape, (STRIDE, *tensor[0].contiguous().stride()))
 
     def copy(self, tensor):
-        """Give a far tensor with the same values."""
+        """Return a far tensor with the same values."""
         return self.like(tensor).copy_(tensor)
 
 
@@ -147,7 +147,7 @@ FAR = [(name, axis) for name, shape in SHAPES.items() for axis in range(1, len(s
 
 
 def inputs_with(**strides):
-    """Give inputs on the meta device, contiguous but where strides are given."""
+    """Return inputs on the meta device, contiguous but where strides are given."""
     from tritonmoe.config.layer import PerWeight
     from tritonmoe.experts.tensors import CallTensors
 

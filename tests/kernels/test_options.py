@@ -148,7 +148,7 @@ def rows_of_layer(layer, options):
 
 
 def some_rows(layer, rows):
-    """Give a batch of these rows only."""
+    """Return a batch of these rows only."""
     batch = object.__new__(Layer)
     vars(batch).update(vars(layer))
     for name in ("ids", "x", "dout", "weights"):
@@ -167,7 +167,7 @@ def test_batch_invariant_rows_have_the_same_bits_in_any_batch():
 
 
 def tile(num_rows, options=KernelOptions(), *, num_experts=64, top_k=8, target="sm_90", chunk=None):
-    """Give the tile of the up-projection of a layer with so many rows."""
+    """Return the tile of the up-projection of a layer with so many rows."""
     with launch.recording(aot.TARGETS[target]):
         ids = torch.empty(num_rows, top_k, dtype=torch.int64, device="meta")
         if chunk is None:

@@ -26,7 +26,7 @@ def routed_ids(routing, num_rows, top_k, num_experts, seed):
 
 @st.composite
 def layers(draw):
-    """Give a small layer and an activation that fits it."""
+    """Return a small layer and an activation that fits it."""
     layout = draw(st.sampled_from(list(LAYOUTS.values())))
     activation = draw(st.sampled_from((*ACTIVATIONS, DEEPSEEK_V4)))
     if not layout.gated and isinstance(activation, ClampedSwiGLU):

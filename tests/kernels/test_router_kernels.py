@@ -82,7 +82,7 @@ class Operands:
         self.grads = draw(tokens, experts), draw(tokens, experts), draw(tokens, case.top_k)
 
     def plain(self, dtype, grads):
-        """Give what PyTorch's operations give in `dtype`: results by name, with the gradients that `grads` bring."""
+        """Return what PyTorch's operations give in `dtype`: results by name, with the gradients that `grads` bring."""
         router = TopKRouter(self.case.config, backend="torch", device=DEVICE, dtype=dtype)
         with torch.no_grad():
             router.weight.copy_(self.weight)

@@ -44,7 +44,7 @@ def gathering(way):
 
 
 def run(way, layer, grouping, activation="silu", **keywords):
-    """Give h and a with NaN in fresh memory, and how the rows were got."""
+    """Return h and a with NaN in fresh memory, and how the rows were got."""
     with gathering(way) as found, nan_filled_memory():
         h, a = kernels.up(layer.x, layer.gate_up, grouping, activation, **keywords)
     (config,) = found.values()

@@ -13,7 +13,7 @@ ON_THREE = KernelOptions(num_sms=3)
 
 
 def several_steps(dtype=torch.bfloat16, layout="concatenated", *, num_rows=300, num_experts=6, hidden=272, **others):
-    """Give a layer with a hot expert and an empty one, whose rows TMA can read where D is a multiple of 16."""
+    """Return a layer with a hot expert and an empty one, whose rows TMA can read where D is a multiple of 16."""
     ids = random_ids(num_rows, 3, num_experts - 1)
     ids[: num_rows // 2, 0] = 1
     return Layer(ids, num_experts, LAYOUTS[layout], dtype, hidden=hidden, intermediate=hidden // 2 + 8, **others)

@@ -37,7 +37,7 @@ def reading(*, by_tma=True):
 
 
 def ragged_layer(dtype, layout, **sizes):
-    """Give a layer whose experts hold 0, 1, 31, 32 and 34 pairs in interpreted tiles of 32 rows, and its grouping."""
+    """Return a layer whose experts hold 0, 1, 31, 32 and 34 pairs in interpreted tiles of 32 rows, and its grouping."""
     ids = torch.arange(5).repeat_interleave(torch.tensor([0, 1, 31, 32, 34]))
     ids = ids[torch.randperm(98, generator=torch.Generator().manual_seed(0))].view(-1, 2)
     layer = Layer(ids, 5, LAYOUTS[layout], dtype, **sizes)
@@ -103,27 +103,27 @@ def test_neighbours_are_neither_used_nor_written():
 
 
 def misaligned(tensor):
-    """Give the same values at an address that is no multiple of 16."""
+    """Return the same values at an address that is no multiple of 16."""
     memory = tensor.new_empty(tensor.numel() + 1)[1:]
     return memory.view(tensor.shape).copy_(tensor)
 
 
 def padded(tensor):
-    """Give the same values with one more element from row to row, NaN in it."""
+    """Return the same values with one more element from row to row, NaN in it."""
     memory = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 1), float("nan"))
     memory[..., :-1] = tensor
     return memory[..., :-1]
 
 
 def strided(tensor):
-    """Give the same values with NaN between any two."""
+    """Return the same values with NaN between any two."""
     memory = tensor.new_full((*tensor.shape, 2), float("nan"))
     memory[..., 0] = tensor
     return memory[..., 0]
 
 
 def interleaved_experts(weight):
-    """Give the same values with experts as the middle axis in memory."""
+    """Return the same values with experts as the middle axis in memory."""
     return weight.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -233,7 +233,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def shown(capsys, *arguments, product="down 2048x1024"):
-    """Give what `tritonmoe tune --show` prints for a product, the only class of its pairs per expert."""
+    """Return what `tritonmoe tune --show` prints for a product, the only class of its pairs per expert."""
     assert main(["tune", *arguments, "--tokens", "16384", "--show"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if f" {product} " in line]
     return line

@@ -160,7 +160,7 @@ def _spans_kernel(found, expert_offsets, E, span, BLOCK_E: tl.constexpr, SPLIT: 
 
 
 def spans_of(counts: list[int], span: int, padding: int = 0) -> list[tuple[int, int, int, int]]:
-    """Give (expert, first, end, workspace row) of every slot that has something to do."""
+    """Return (expert, first, end, workspace row) of every slot that has something to do."""
     offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=DEVICE)
     num_pairs, num_experts = sum(counts) + padding, len(counts)
     num_slots = spans.num_span_slots(num_pairs, num_experts, span)

@@ -24,7 +24,7 @@ QWEN = MODELS["Qwen3-30B-A3B"]
 
 
 def all_ranks(exchange: LayerExchange) -> LayerWork:
-    """Give the work of all ranks, which under uniform routing need the same of each other."""
+    """Return the work of all ranks, which under uniform routing need the same of each other."""
     job = exchange.job
     rows = torch.full((job.ep, job.ep), exchange.tokens * exchange.needs.of_rank, dtype=torch.float64)
     pairs = torch.full((job.ep, job.ep), exchange.num_pairs / job.ep, dtype=torch.float64)

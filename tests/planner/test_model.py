@@ -78,7 +78,7 @@ NOT_COUNTED = re.compile(r"bias|self_attn\.(gate|g)_proj|shared_expert_gate")
 
 
 def families_with_experts() -> list[str]:
-    """Give transformers' language models whose configs speak of experts, by their sources."""
+    """Return transformers' language models whose configs speak of experts, by their sources."""
     auto = transformers.models.auto
     causal, base = auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.modeling_auto.MODEL_MAPPING_NAMES
     folders = Path(transformers.__file__).parent / "models"

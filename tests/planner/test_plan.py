@@ -46,13 +46,13 @@ def test_the_same_arguments_give_the_same_plan():
 
 
 def ratio(cluster, job=FULL) -> float:
-    """Give the upper end of the best step's interval over the lower one."""
+    """Return the upper end of the best step's interval over the lower one."""
     low, high = plan(job, cluster, [8]).best.step_interval_s
     return high / low
 
 
 def measured(cluster, *names: str):
-    """Give the cluster with these tables' estimates measured."""
+    """Return the cluster with these tables' estimates measured."""
     return replace(
         cluster,
         **{

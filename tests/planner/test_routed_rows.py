@@ -12,7 +12,7 @@ MODEL = replace(MODELS["DeepSeek-V3"], num_groups=1, top_k_groups=1)
 
 
 def enumerated(place: set[int], num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> float:
-    """Give the share of all routings in which a token needs the place, each choice of groups and experts once."""
+    """Return the share of all routings in which a token needs the place, each choice of groups and experts once."""
     size = num_experts // num_groups
     needed = total = 0
     for groups in combinations(range(num_groups), top_k_groups):

@@ -28,7 +28,7 @@ def measured(value: float) -> Estimate:
 
 
 def bare(nodes: int = 1, gpus: int = 1, *, flops: float = 1e9, inside: float = 1e5, between: float = 1e5) -> Cluster:
-    """Give a cluster on which memory, latency and the host cost nothing."""
+    """Return a cluster on which memory, latency and the host cost nothing."""
     nothing, all_of_it = measured(0.0), measured(1.0)
     gpu = Gpu(100, 1e4, {"bf16": flops / 1e12}, all_of_it, all_of_it, all_of_it, all_of_it, nothing)
     link = {"efficiency": all_of_it, "latency_us": nothing, "us_per_peer": nothing}

@@ -71,7 +71,7 @@ def loss_of(routing: Routing) -> Tensor:
 
 
 def run(router: TopKRouter, x: Tensor, call: Callable | None = None) -> tuple[Routing, dict[str, Tensor]]:
-    """Give the routing, and by name what it is worth and its gradients."""
+    """Return the routing, and by name what it is worth and its gradients."""
     x = x.clone().requires_grad_()
     routing = (router if call is None else call)(x)
     loss = loss_of(routing)

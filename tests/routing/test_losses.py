@@ -43,7 +43,7 @@ def test_the_loss_is_of_the_routers_experts():
 
 
 def sum_of(parts: list[torch.Tensor]):
-    """Give a reduce_load for one of several ranks, whose counts are all in `parts`."""
+    """Return a reduce_load for one of several ranks, whose counts are all in `parts`."""
     return lambda counts: torch.stack(parts).sum(0) if any(torch.equal(counts, p) for p in parts) else None
 
 

@@ -20,7 +20,7 @@ ADAPTERS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
 def draw(frozen: tuple[str, ...] = (), num_experts: int = E) -> tuple[dict[str, Tensor], Tensor]:
-    """Give all that moe_mlp differentiates, and ids."""
+    """Return all that moe_mlp differentiates, and ids."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "x": (T, D),

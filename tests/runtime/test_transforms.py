@@ -30,7 +30,7 @@ def _nothing_compiled_before() -> None:
 
 
 def draw() -> tuple[dict[str, Tensor], Tensor]:
-    """Give what moe_mlp differentiates, and ids of which some are skipped."""
+    """Return what moe_mlp differentiates, and ids of which some are skipped."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((T, D), (T, K), (E, 2 * FF, D), (E, D, FF), (E, 2 * FF), (E, D))
     tensors = {name: torch.randn(*shape, generator=generator) for name, shape in zip(NAMES, shapes, strict=True)}

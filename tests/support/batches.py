@@ -120,7 +120,7 @@ class Batch:
 
 
 def with_adapters(leaves: dict[str, Tensor], dropout: float = 0.0) -> dict:
-    """Give arguments of moe_mlp: the factors of adapters among leaves as ExpertAdapters."""
+    """Return arguments of moe_mlp: the factors of adapters among leaves as ExpertAdapters."""
     factors = {name: leaf for name, leaf in leaves.items() if name[-2:] in ("_a", "_b")}
     others = {name: leaf for name, leaf in leaves.items() if name not in factors}
     return {**others, "adapters": tm.ExpertAdapters(**factors, down_scale=0.5, dropout=dropout)} if factors else others

@@ -73,12 +73,12 @@ class Layer:
         return Projection(self.w2, self.b2, self.layout)
 
     def adding(self, projection, name, num_pairs):
-        """Give a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
+        """Return a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
         addend = getattr(self, f"addend_of_{name}")
         return projection if addend is None else projection._replace(addend=addend[:num_pairs].clone())
 
     def double(self):
-        """Give the same numbers in fp64."""
+        """Return the same numbers in fp64."""
         twin = object.__new__(Layer)
         for name, value in vars(self).items():
             is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -95,7 +95,7 @@ def run_operations(backend, layer, grouping, activation, given=None):
     layout, found = layer.layout, {}
 
     def pad(tensor):
-        """Give the operand of the other run in this run's dtype and length, NaN behind the last pair."""
+        """Return the operand of the other run in this run's dtype and length, NaN behind the last pair."""
         padded = torch.full((grouping.num_pairs, *tensor.shape[1:]), float("nan"), device=DEVICE)
         padded[:num_active] = tensor
         return padded.to(layer.x.dtype)
@@ -132,7 +132,7 @@ def run_operations(backend, layer, grouping, activation, given=None):
 
 
 def given_grads(grads):
-    """Give the gradients of weights that are there, by name."""
+    """Return the gradients of weights that are there, by name."""
     return {name: grad for name, grad in grads._asdict().items() if grad is not None}
 
 
@@ -183,7 +183,7 @@ def chunked_rows(num_rows, num_chunks, num_sources, seed=0):
 
 
 def row_sources(row_offsets, sources, num_sources):
-    """Give the RowSources of rows that come by source in each chunk."""
+    """Return the RowSources of rows that come by source in each chunk."""
     rows = [torch.bincount(sources[a:b], minlength=num_sources) for a, b in itertools.pairwise(row_offsets)]
     return RowSources(tuple(range(num_sources)), torch.stack(rows))
 

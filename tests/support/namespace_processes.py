@@ -8,7 +8,7 @@ __all__ = ["processes_in", "start_of"]
 
 
 def processes_in(namespaces: set[str]) -> set[tuple[int, str]]:
-    """Give the processes in network namespaces, of any session, and when they started.
+    """Return the processes in network namespaces, of any session, and when they started.
 
     A namespace that has ended leaves its number to the next one, perhaps another test's: it tells nothing afterwards.
     """
@@ -21,7 +21,7 @@ def processes_in(namespaces: set[str]) -> set[tuple[int, str]]:
 
 
 def start_of(pid: int) -> str | None:
-    """Give the moment at which a process started; None where it has ended."""
+    """Return the moment at which a process started; None where it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

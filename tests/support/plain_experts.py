@@ -162,14 +162,14 @@ def plain_moe(case: Case, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def row_seeds(case: Case, x: Tensor) -> Tensor:
-    """Give the seeds (T,) of the tokens that the call of run_moe_mlp() draws."""
+    """Return the seeds (T,) of the tokens that the call of run_moe_mlp() draws."""
     torch.manual_seed(SEED)
     drawn = with_row_seeds(CallTensors(x, x, x, PerWeight(x, None, x, None)), case.dropout).row_seeds
     return torch.zeros(len(x), dtype=torch.int32, device=x.device) if drawn is None else drawn
 
 
 def kept_columns(case: Case, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Give what adapters keep: of every token (T, D) bool, and of the activation of every pair (T, K, F) bool."""
+    """Return what adapters keep: of every token (T, D) bool, and of the activation of every pair (T, K, F) bool."""
     dropout, num_tokens = AdapterDropout(case.dropout, seeds), len(seeds)
     rows = DroppedRows.like(torch.ones(num_tokens, case.hidden, device=seeds.device))
     dropout.drop_rows(torch.ones_like(rows.values), slice(None), rows)
@@ -179,7 +179,7 @@ def kept_columns(case: Case, seeds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def differentiable(inputs: dict[str, Tensor], only: set[str] | None = None) -> dict[str, Tensor]:
-    """Give fresh leaves; all that can, or `only` these, need a gradient."""
+    """Return fresh leaves; all that can, or `only` these, need a gradient."""
     leaves = {}
     for name, value in inputs.items():
         needs = value.is_floating_point() and name != "dout" and (only is None or name in only)
@@ -195,7 +195,7 @@ def run_moe_mlp(case: Case, leaves: dict[str, Tensor], **options) -> Tensor:
 
 
 def adapters_in(leaves: dict[str, Tensor], dropout: float = 0.0) -> tm.ExpertAdapters | None:
-    """Give the adapters whose factors are among `leaves`; None where there are none."""
+    """Return the adapters whose factors are among `leaves`; None where there are none."""
     factors = {name: leaves[name] for name in FACTORS if name in leaves}
     return tm.ExpertAdapters(**factors, **SCALES, dropout=dropout) if factors else None
 
@@ -203,7 +203,7 @@ def adapters_in(leaves: dict[str, Tensor], dropout: float = 0.0) -> tm.ExpertAda
 def gradients(
     out: Tensor, leaves: dict[str, Tensor], extra: tuple[nn.Parameter, ...] = (), **options
 ) -> dict[str, Tensor]:
-    """Give the output and the gradient of every leaf that needs one, by name."""
+    """Return the output and the gradient of every leaf that needs one, by name."""
     named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     named |= {f"parameter {i}": p for i, p in enumerate(extra)}
     grads = torch.autograd.grad(out, list(named.values()), leaves["dout"], **options)

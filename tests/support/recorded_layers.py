@@ -13,7 +13,7 @@ BETWEEN_S = 0.01
 
 
 def of_layers(folder: Path, steps_of: list[list[Run]]) -> Recording:
-    """Give a recording of layers, of each of which its steps' runs are given: all forwards, then all backwards."""
+    """Return a recording of layers, of each of which its steps' runs are given: all forwards, then all backwards."""
     layers = [read_recording(write_run(folder / str(layer), steps, seed=layer)) for layer, steps in enumerate(steps_of)]
     size, num_steps, at = layers[0].size, len(steps_of[0]), 100.0
     passes: dict[tuple[int, int, int], list[RecordedPass]] = {}
@@ -41,6 +41,6 @@ def of_layers(folder: Path, steps_of: list[list[Run]]) -> Recording:
 
 
 def later(one: RecordedPass, by_s: float) -> RecordedPass:
-    """Give a pass so much later."""
+    """Return a pass so much later."""
     marks = one.marks and CallMarks(*(moment + by_s for moment in one.marks))
     return replace(one, marks=marks, origin=one.origin + by_s)

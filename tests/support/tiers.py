@@ -29,7 +29,7 @@ LONGEST_FILES = {
 
 
 def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Give the cases of all sweeps that show no new combination."""
+    """Return the cases of all sweeps that show no new combination."""
     cases: dict[object, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep"):

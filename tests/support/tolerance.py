@@ -7,7 +7,7 @@ __all__ = ["assert_close_to_exact", "error_floor"]
 
 
 def error_floor(dtype: torch.dtype, exact: Tensor) -> float:
-    """Give the error that is allowed where plain PyTorch happens to make none: a few units in the last place.
+    """Return the error that is allowed where plain PyTorch happens to make none: a few units in the last place.
 
     In fp64 the exact values are themselves sums of rounded terms, in another order.
     """

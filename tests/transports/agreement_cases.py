@@ -65,7 +65,7 @@ def disagree(*words: str, only: str | None = None) -> Callable[[Case], Case]:
 
 
 def are_at(first: str, second: str, why: str = ORDER) -> str:
-    """Give a pattern for where rank 0 and rank 1 are."""
+    """Return a pattern for where rank 0 and rank 1 are."""
     return rf"the ranks disagree on which call this is \(rank 0: {first}; rank 1: {second}\): {why}"
 
 
@@ -89,7 +89,7 @@ def tokens(transport: Transport, width: int = 8, num_tokens: int = NUM_TOKENS) -
 
 
 def losses_of_two_layers(transport: Transport, *configs: tm.MoEConfig) -> list[Tensor]:
-    """Give the losses of two layers, each with tokens of its own."""
+    """Return the losses of two layers, each with tokens of its own."""
     configs = configs or (CONFIG, CONFIG)
     made = [layer_on(transport, config, seed) for seed, config in enumerate(configs)]
     return [layer(tokens(transport, layer.config.hidden_size)).square().sum() for layer in made]
@@ -108,7 +108,7 @@ def on_this_rank(tensor: Tensor) -> Tensor:
 
 
 def gradients(layer: tm.MoELayer, *others: Tensor) -> list[Tensor]:
-    """Give all gradients so far, and forget them."""
+    """Return all gradients so far, and forget them."""
     grads = []
     for leaf in (*layer.parameters(), *others):
         assert leaf.grad is not None
@@ -123,14 +123,14 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def step_of_one(layer: tm.MoELayer, transport: Transport) -> list[Tensor]:
-    """Give the gradients of one step of this layer with tokens()."""
+    """Return the gradients of one step of this layer with tokens()."""
     x = tokens(transport)
     layer(x).square().sum().backward()
     return gradients(layer, x)
 
 
 def expected_step(transport: Transport) -> list[Tensor]:
-    """Give the gradients of one step of layer_on() with tokens()."""
+    """Return the gradients of one step of layer_on() with tokens()."""
     return step_of_one(layer_on(transport), transport)
 
 
@@ -413,7 +413,7 @@ COPY = r"a copy of a layer \(copy\.deepcopy, AveragedModel, a reference model\) 
 
 
 def layer_and_copies(transport: Transport, number: int = 1) -> list[tm.MoELayer]:
-    """Give a layer and copies of it, each with other weights."""
+    """Return a layer and copies of it, each with other weights."""
     layers = [layer_on(transport)]
     layers += [copy.deepcopy(layers[0]) for _ in range(number)]
     with torch.no_grad():

@@ -36,12 +36,12 @@ def case(function: Callable[[Transport], None]) -> Callable[[Transport], None]:
 
 
 def uneven(size: int, step: int = 0) -> list[list[int]]:
-    """Give splits[i][k], the rows from rank i to rank k: all different, with zeros among them."""
+    """Return splits[i][k], the rows from rank i to rank k: all different, with zeros among them."""
     return [[(3 * i + 2 * k + step) % 5 for k in range(size)] for i in range(size)]
 
 
 def message(sender: int, receiver: int, count: int, tail: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Give `count` rows whose small integers tell sender, receiver, row and column."""
+    """Return `count` rows whose small integers tell sender, receiver, row and column."""
     columns = torch.arange(math.prod(tail))
     codes = 31 * sender + 7 * receiver + 3 * torch.arange(count)[:, None] + columns
     return (codes % (2 if dtype == torch.bool else 13)).reshape(count, *tail).to(dtype)
@@ -292,7 +292,7 @@ SHAPES = ((), (1,), (7,), (0,), (2, 0), (3, 2, 5))
 
 
 def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Give numbers whose sum in a narrow dtype, or in another order than by rank, has other bits; integers wrap."""
+    """Return numbers whose sum in a narrow dtype, or in another order than by rank, has other bits; integers wrap."""
     drawn = torch.randn(
         *shape, 2, generator=torch.Generator("cpu").manual_seed(rank), dtype=torch.float64, device="cpu"
     )

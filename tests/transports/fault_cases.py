@@ -97,7 +97,7 @@ class WatchedTransport(Transport):
 
 
 def failing(transport: Transport, exchange: str, fault: Callable[[], None]) -> Transport:
-    """Give the same transport with a fault before one exchange, whichever level it is on."""
+    """Return the same transport with a fault before one exchange, whichever level it is on."""
     is_two_level = isinstance(transport, TwoLevelTransport)
     countdown = [(TWO_LEVEL_EXCHANGES if is_two_level else EXCHANGES).index(exchange)]
 
@@ -135,7 +135,7 @@ class DamagingTransport(WatchedTransport):
 
 
 def damaging(transport: Transport, *what: int) -> Transport:
-    """Give the same transport with damaged counts: what DamagingTransport takes."""
+    """Return the same transport with damaged counts: what DamagingTransport takes."""
     if not isinstance(transport, TwoLevelTransport):
         return DamagingTransport(transport, *what)
     return TwoLevelTransport(
@@ -179,7 +179,7 @@ def run_layer(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Give this rank's experts, of a DTensor too."""
+    """Return this rank's experts, of a DTensor too."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

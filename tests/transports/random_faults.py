@@ -132,7 +132,7 @@ def step(transport: Transport, seed: int = 0, fault: Fault | None = None, backen
 
 
 def random_faults(seed: int) -> Iterator[Fault]:
-    """Give faults for ever: in every twelve, each kind in each pass once; a filler runs in forward only."""
+    """Return faults for ever: in every twelve, each kind in each pass once; a filler runs in forward only."""
     rng = random.Random(seed)
     while True:
         both = [(kind, where) for kind in KINDS for where in PASSES]
@@ -142,7 +142,7 @@ def random_faults(seed: int) -> Iterator[Fault]:
 
 
 def faults_of_soak(seed: int) -> Iterator[Fault]:
-    """Give the same, with few kills and few that take seconds: what counts is how many a process outlives."""
+    """Return the same, with few kills and few that take seconds: what counts is how many a process outlives."""
     rng, faults = random.Random(seed), random_faults(seed)
     for number, fault in enumerate(faults):
         is_last = number % WORLD_OF_SOAK == WORLD_OF_SOAK - 1

@@ -35,7 +35,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def tell(transport: ProcessGroupTransport, value: int = 0, length: int = 1) -> list[int]:
-    """Give what the ranks tell: their number and the value."""
+    """Return what the ranks tell: their number and the value."""
     counts = torch.full((transport.size, length), 10 * value + transport.rank)
     return transport.exchange_counts(counts)[:, 0].tolist()
 

@@ -22,7 +22,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
 
 
 def first_of_two(store: dist.Store, timeout_s: float) -> ProcessGroupTransport:
-    """Give rank 0's transport of a group that is never connected."""
+    """Return rank 0's transport of a group that is never connected."""
     transport = object.__new__(ProcessGroupTransport)
     transport.rank, transport.size = 0, 2
     transport._timeout_s, transport._pid, transport.is_closed = timeout_s, os.getpid(), False
@@ -32,7 +32,7 @@ def first_of_two(store: dist.Store, timeout_s: float) -> ProcessGroupTransport:
 
 
 def copy_behind(num_queries: float) -> HostCopy:
-    """Give a copy that the device has made at the last of so many queries."""
+    """Return a copy that the device has made at the last of so many queries."""
     copy, left = HostCopy(torch.tensor([5, 7])), [num_queries]
 
     def query() -> bool:

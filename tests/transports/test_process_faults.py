@@ -36,7 +36,7 @@ def all_results(*arguments: str) -> dict[str, Any]:
 
 
 def ranks_of(name: str, which: str, *late_s: str) -> list[Any]:
-    """Give what the ranks of a case heard; the arguments are those of fault_processes.py."""
+    """Return what the ranks of a case heard; the arguments are those of fault_processes.py."""
     results = all_results(which, *late_s)[name]
     assert results["hung"] == [], results
     return results["ranks"]
@@ -142,7 +142,7 @@ def test_other_faults_of_mpi(name: str, words: str, tmp_path: Path) -> None:
 
 
 def running(folder: Path) -> list[int]:
-    """Give the processes of run_as_users that have not ended."""
+    """Return the processes of run_as_users that have not ended."""
     pids = sorted(int(file.read_text()) for file in folder.glob("*.pid"))
     states = [subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True) for pid in pids]
     # One that ended is gone, or a zombie where nobody asks how.

@@ -29,7 +29,7 @@ MAX_GROWTH = 4 << 20
 
 @functools.cache
 def expected_values(seed: int) -> list[float]:
-    """Give what the ranks' steps give, by the reference."""
+    """Return what the ranks' steps give, by the reference."""
     return tm.run_on_emulated_ranks(lambda transport: step(transport, seed, backend="reference"), SIZE)
 
 

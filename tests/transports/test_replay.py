@@ -16,7 +16,7 @@ ROW_BYTES = 256
 
 
 def recorded(port: Port | None, rows: list[list[int]], *, num_exchanges: int = 1, device: str = "cpu") -> "Replayed":
-    """Give rank 0 of an exchange of rows[i][k] rows from rank i to rank k that was made so many times."""
+    """Return rank 0 of an exchange of rows[i][k] rows from rank i to rank k that was made so many times."""
 
     def on_rank(transport: Transport) -> Replayed:
         replayed = Replayed(ReplayTransport(transport, port), rows, device)

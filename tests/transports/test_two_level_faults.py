@@ -53,7 +53,7 @@ HEARD_INSIDE = {
 
 
 def where(exchange: str) -> str:
-    """Give how the error of an exchange begins."""
+    """Return how the error of an exchange begins."""
     if exchange == "counts":
         return "count exchange of layer call 0, before any chunk: "
     kind, _, chunk = HEARD_INSIDE.get(exchange, exchange).partition(" ")
@@ -66,7 +66,7 @@ def where(exchange: str) -> str:
 
 
 def on_rank(rank: int, exchange: str) -> str:
-    """Give how a rank's whole error begins."""
+    """Return how a rank's whole error begins."""
     if exchange == "counts":
         return f"^TransportError: {where(exchange)}"
     if exchange == "backward counts":
@@ -146,7 +146,7 @@ def test_control_c() -> None:
 
 
 def ranks_on_two_levels(name: str, *late_s: str):
-    """Give what the ranks heard, from the run of all cases where the short one leaves this one out."""
+    """Return what the ranks heard, from the run of all cases where the short one leaves this one out."""
     return ranks_of(name, "quick two" if name in QUICK_TWO_LEVEL_CASES and not late_s else "two", *late_s)
 
 

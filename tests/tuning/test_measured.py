@@ -15,7 +15,7 @@ COMPUTE_S = 0.1
 
 
 def report_of(num_chunks: int, knows_ends: bool) -> LayerReport:
-    """Give what rank 0 of 2 reports of a forward whose exchanges take turns and are posted at once."""
+    """Return what rank 0 of 2 reports of a forward whose exchanges take turns and are posted at once."""
     report = PassReport(torch.device("cpu"))
     origin = report._origin
     lane_s = free_at = 0.0

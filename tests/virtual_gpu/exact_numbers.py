@@ -34,7 +34,7 @@ def width_of(kind):
 
 
 def decode(bits, kind):
-    """Give a number's value: an int, or a float, which holds every format exactly."""
+    """Return a number's value: an int, or a float, which holds every format exactly."""
     width = width_of(kind)
     bits &= (1 << width) - 1
     if kind in FORMATS:
@@ -45,7 +45,7 @@ def decode(bits, kind):
 
 
 def encode(value, kind):
-    """Give a value's bits; None for NaN, of which there are many."""
+    """Return a value's bits; None for NaN, of which there are many."""
     width = width_of(kind)
     if kind not in FORMATS:
         return int(value) & ((1 << width) - 1)
@@ -72,12 +72,12 @@ def rounded(exact, kind):
 
 
 def flushed(value, kind):
-    """Give zero of the same sign for what is too small to be normal."""
+    """Return zero of the same sign for what is too small to be normal."""
     return math.copysign(0.0, value) if abs(value) < 2.0 ** FORMATS[kind][1] else value
 
 
 def combined(function, values, kind):
-    """Give a function of sums and products, rounded once to `kind`."""
+    """Return a function of sums and products, rounded once to `kind`."""
     with np.errstate(all="ignore"):
         plain = float(function(*map(np.float64, values)))  # right where something is infinite, NaN, or exactly zero
     if not all(map(math.isfinite, values)):
@@ -94,7 +94,7 @@ def divided(left, right, kind):
 
 
 def extreme(left, right, largest, nan):
-    """Give the smaller or larger number; of NaN and a number the number, or NaN."""
+    """Return the smaller or larger number; of NaN and a number the number, or NaN."""
     if math.isnan(left) or math.isnan(right):
         return math.nan if nan else right if math.isnan(left) else left
     order = sorted((left, right), key=lambda value: (value, math.copysign(1, value)))

@@ -22,7 +22,7 @@ HEAD = """
 
 
 def view_of(array):
-    """Give a view of a whole array."""
+    """Return a view of a whole array."""
     return View(array.ctypes.data, (array.nbytes,), (1,), 1)
 
 

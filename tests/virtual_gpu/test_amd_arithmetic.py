@@ -54,7 +54,7 @@ def two(operation):
 
 
 def pair(low, upper, kind):
-    """Give two numbers rounded to halves of a word; any NaN as 0x7FC0."""
+    """Return two numbers rounded to halves of a word; any NaN as 0x7FC0."""
     halves = [encode(rounded(value, kind), kind) for value in (low, upper)]
     low, upper = (0x7FC0 if bits is None else bits for bits in halves)
     return low | upper << 16
@@ -150,7 +150,7 @@ DIVISION = {"v_div_fixup_f32", "v_div_fmas_f32"}
 
 
 def words(generator, kind):
-    """Give 64 bits for each thread: random ones, small ones, and numbers near 1 and special where they are floats."""
+    """Return 64 bits for each thread: random ones, small ones, and numbers near 1 and special where they are floats."""
     bits = generator.integers(0, 1 << 64, NUM_THREADS, dtype=np.uint64)
     bits[:30] = generator.integers(0, 40, 30)
     if kind == "f8":
@@ -318,7 +318,7 @@ def nonzero(value):
 
 
 def scalar(function, condition=None):
-    """Give the reference of an instruction: its value, and SCC after it (None: as before)."""
+    """Return the reference of an instruction: its value, and SCC after it (None: as before)."""
     return lambda scc, *values: (function(*values), None if condition is None else bool(condition(*values)))
 
 
@@ -405,7 +405,7 @@ def test_scalar_instruction(name):
 
 
 def run_scalar(name, kind, kinds, values, scc):
-    """Give an instruction's result (of ...saveexec: what exec became), and SCC after it."""
+    """Return an instruction's result (of ...saveexec: what exec became), and SCC after it."""
     code = []
     for index, value in enumerate(values):
         code += [f"s_mov_b32 s{10 + 2 * index}, {value & WORD:#x}", f"s_mov_b32 s{11 + 2 * index}, {value >> 32:#x}"]

@@ -23,7 +23,7 @@ REGISTERS = {8: "%rs", 16: "%rs", 32: "%r", 64: "%rd", 1: "%p"}
 
 
 def operands_of(kind, generator):
-    """Give random bits, numbers near 1, and special numbers, in an order of their own."""
+    """Return random bits, numbers near 1, and special numbers, in an order of their own."""
     width = max(width_of(kind.removesuffix("x2")), 8)
     if kind.endswith("x2"):
         low, high = (operands_of(kind.removesuffix("x2"), generator) for _ in range(2))
@@ -48,7 +48,7 @@ def operands_of(kind, generator):
 
 
 def written(name):
-    """Give the instruction's own name: of three sources it is no other one."""
+    """Return the instruction's own name: of three sources it is no other one."""
     return name.replace("3", "", 1) if name.startswith(("min3.", "max3.")) else name
 
 
@@ -83,7 +83,7 @@ def outputs(name, sources):
 
 
 def expected_number(name, values):
-    """Give the value of an instruction's result from the values of its sources."""
+    """Return the value of an instruction's result from the values of its sources."""
     operation, *modifiers = name.split(".")
     kind = ARITHMETIC[name].result.removesuffix("x2")
     source = ARITHMETIC[name].sources[0].removesuffix("x2")

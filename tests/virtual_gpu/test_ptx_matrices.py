@@ -14,7 +14,7 @@ LANES = np.arange(32)
 
 
 def bits_of(values, kind):
-    """Give small whole numbers, which both types hold exactly, as 16 bits."""
+    """Return small whole numbers, which both types hold exactly, as 16 bits."""
     if kind == "f16":
         return values.astype(np.float16).view(np.uint16)
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -107,7 +107,7 @@ def test_ldmatrix_and_stmatrix(matrices, transposed):
 
 
 def k_major(matrix, width):
-    """Give the bytes of (rows, 64): rows of `width` bytes whose 16-byte pieces are exchanged; 0: core matrices."""
+    """Return the bytes of (rows, 64): rows of `width` bytes whose 16-byte pieces are exchanged; 0: core matrices."""
     rows, columns = np.indices(matrix.shape)
     if width == 0:
         place = rows // 8 * 128 + columns // 8 * (16 * len(matrix)) + rows % 8 * 16 + columns % 8 * 2
@@ -119,7 +119,7 @@ def k_major(matrix, width):
 
 
 def mn_major(matrix):
-    """Give where (columns, depth) lies, whose rows of 64 columns (128 bytes) are exchanged by depth modulo 8."""
+    """Return where (columns, depth) lies, whose rows of 64 columns (128 bytes) are exchanged by depth modulo 8."""
     column, depth = np.indices(matrix.shape)
     place = column // 64 * (128 * matrix.shape[1]) + depth * 128 + column % 64 * 2
     return place ^ (place >> 7 & 7) << 4

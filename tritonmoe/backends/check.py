@@ -30,7 +30,7 @@ class Distance(NamedTuple):
 
 
 def distances(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> dict[str, Distance]:
-    """Give the largest error of `found`, for a wrong element, and the root mean square, for sums that are all wrong.
+    """Return the largest error of `found`, for a wrong element, and the root mean square, for sums that are all wrong.
 
     Twice the error of plain PyTorch is allowed, and some units in the last place of `dtype`: of the largest value four,
     of the root mean square one; in fp32 16 times as many, since tensor cores cut sums off where others round.
@@ -170,7 +170,7 @@ def _results(ops: Operations, operands: _Operands, grouping: Grouping, given: di
     found: dict[str, Tensor] = {}
 
     def operand(name: str) -> Tensor:
-        """Give the result, in this run's dtype and number of pairs."""
+        """Return the result, in this run's dtype and number of pairs."""
         value = given.get(name, found[name])
         padded = torch.zeros(grouping.num_pairs, *value.shape[1:], device=value.device, dtype=operands.x.dtype)
         padded[: len(value)] = value

@@ -32,7 +32,7 @@ def _is_installed(package: str) -> bool:
 
 @functools.cache
 def _triton_version() -> str | None:
-    """Give the installed version without importing triton; None where no package says."""
+    """Return the installed version without importing triton; None where no package says."""
     for package in TRITON_PACKAGES:
         try:
             return importlib.metadata.version(package)
@@ -43,7 +43,7 @@ def _triton_version() -> str | None:
 
 @functools.cache
 def _compute_capability(index: int | None) -> tuple[int, int] | None:
-    """Give an NVIDIA device's compute capability; None where there is no such device."""
+    """Return an NVIDIA device's compute capability; None where there is no such device."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(index)
@@ -100,7 +100,7 @@ def choose(
     num_experts: int = 1,
     top_k: int = 1,
 ) -> Operations:
-    """Give the backend module for `backend` ("auto", "triton", "torch" or "reference").
+    """Return the backend module for `backend` ("auto", "triton", "torch" or "reference").
 
     "auto" is triton on a GPU whose kernels were seen to be right (first_use.py) and torch elsewhere; the choice and its
     reason are logged once. Only triton can be batch invariant: the libraries behind PyTorch's products choose their

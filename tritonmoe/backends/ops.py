@@ -72,19 +72,19 @@ NO_GRADIENTS: PerWeight[bool] = PerWeight(*(False for _ in PerWeight._fields))
 
 
 def required(operand: Tensor | None) -> Tensor:
-    """Give an operand of a gradient that is wanted; raise ValueError where there is none."""
+    """Return an operand of a gradient that is wanted; raise ValueError where there is none."""
     if operand is None:
         raise ValueError("a gradient is wanted, and one of its operands is not given")
     return operand
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype in which sums and activations of `dtype` rows are computed."""
+    """Return the dtype in which sums and activations of `dtype` rows are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def split_gate(h: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
-    """Give views of the gate and up halves of h (n, 2F)."""
+    """Return views of the gate and up halves of h (n, 2F)."""
     if layout.interleaved:
         return h[:, 0::2], h[:, 1::2]
     gate, up_half = h.chunk(2, dim=1)
@@ -92,7 +92,7 @@ def split_gate(h: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
 
 
 def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivation) -> Tensor:
-    """Give act(h): (n, 2F) -> (n, F), or (n, F) -> (n, F) when ungated; computed in h's own dtype."""
+    """Return act(h): (n, 2F) -> (n, F), or (n, F) -> (n, F) when ungated; computed in h's own dtype."""
     if isinstance(activation, ClampedSwiGLU):
         gate, up_half = split_gate(h, layout)
         gate = gate.clamp(max=activation.limit)

@@ -29,7 +29,7 @@ def copies_rows() -> bool:
 
 
 def _in_out(projection: Projection, expert: int) -> Tensor:
-    """Give one expert's weight as (in, out), whatever the layout."""
+    """Return one expert's weight as (in, out), whatever the layout."""
     weight = projection.weight[expert]
     return weight if projection.layout.transposed else weight.T
 

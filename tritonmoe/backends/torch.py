@@ -47,7 +47,7 @@ def copies_rows() -> bool:
 
 
 def _in_out(projection: Projection) -> Tensor:
-    """Give the experts' weights as (E, in, out) of the forward product."""
+    """Return the experts' weights as (E, in, out) of the forward product."""
     return projection.weight if projection.layout.transposed else projection.weight.mT
 
 
@@ -56,14 +56,14 @@ def _out_in(projection: Projection) -> Tensor:
 
 
 def _gathered(grouping: Grouping) -> Tensor | None:
-    """Give which row each pair takes; None where that is the one in its place."""
+    """Return which row each pair takes; None where that is the one in its place."""
     return None if grouping.rows_are_pairs else grouping.row_index
 
 
 def _products(
     values: Tensor, index: Tensor | None, projection: Projection, grouping: Grouping, out: Tensor | None
 ) -> Tensor:
-    """Give pair_products() of the forward."""
+    """Return pair_products() of the forward."""
     return pair_products(values, index, _in_out(projection), projection.bias, grouping, out, projection.addend)
 
 
@@ -239,7 +239,7 @@ def _activation_backward(
 
 
 def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> Tensor:
-    """Give grad * act'(gate)."""
+    """Return grad * act'(gate)."""
     if activation == "silu":
         return torch.ops.aten.silu_backward.default(grad, gate)
     if activation in ("gelu", "gelu_tanh"):

@@ -130,7 +130,7 @@ def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def _padding(values: Tensor, num_pairs: int) -> int:
-    """Give how many rows to add to a product of num_pairs.
+    """Return how many rows to add to a product of num_pairs.
 
     On a CPU, PyTorch generates the code of a product in a narrow dtype for its very shape, which takes longer than the
     product, and keeps 1024 of them. Every routing has other numbers of pairs; rounded up, they are few shapes.
@@ -212,7 +212,7 @@ def _for_each_expert(function: Callable[[tuple[int, slice]], None], grouping: Gr
 
 
 def expert_slices(grouping: Grouping) -> Iterator[tuple[int, slice]]:
-    """Give (expert, its positions in source order) for the experts that have pairs."""
+    """Return (expert, its positions in source order) for the experts that have pairs."""
     for e, (first, last) in enumerate(pairwise(grouping.host_expert_offsets)):
         if first < last:
             yield e, slice(first, last)

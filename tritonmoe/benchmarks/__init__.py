@@ -14,5 +14,5 @@ BENCHMARKS = (
 
 
 def load(name: str) -> Callable[[list[str]], int | None]:
-    """Give a benchmark's main(argv); it gives the exit status, or None for 0."""
+    """Return a benchmark's main(argv); it gives the exit status, or None for 0."""
     return importlib.import_module(f"{__name__}.{name}").main

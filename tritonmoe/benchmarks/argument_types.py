@@ -26,17 +26,17 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:
-    """Give a whole number of at least 1."""
+    """Return a whole number of at least 1."""
     return _whole_number(text, 1, None)
 
 
 def chunk_count(text: str) -> int:
-    """Give a number of chunks."""
+    """Return a number of chunks."""
     return _whole_number(text, 1, MAX_CHUNKS)
 
 
 def seed(text: str) -> int:
-    """Give a seed of which a generator can take some thousandfold."""
+    """Return a seed of which a generator can take some thousandfold."""
     return _whole_number(text, 0, 2**32 - 1)
 
 
@@ -52,7 +52,7 @@ def _whole_number(text: str, least: int, most: int | None) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Give a number above zero, of seconds or milliseconds say."""
+    """Return a number above zero, of seconds or milliseconds say."""
     try:
         value = float(text)
     except ValueError:
@@ -63,7 +63,7 @@ def positive_number(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """Give the path of a file that can be written, as far as that is known before: its folder may be made yet."""
+    """Return the path of a file that can be written, as far as that is known before: its folder may be made yet."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, and {text!r} is a directory")
@@ -75,7 +75,7 @@ def output_file(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
-    """Give the path of a PNG that can be drawn and written, as far as that is known before."""
+    """Return the path of a PNG that can be drawn and written, as far as that is known before."""
     path = output_file(text)
     if path.suffix.lower() not in (".png", ""):
         name = path.with_suffix(".png")
@@ -86,14 +86,14 @@ def picture_file(text: str) -> Path:
 
 
 def report_file(text: str) -> Path:
-    """Give the path of an HTML report that can be written, as far as that is known before."""
+    """Return the path of an HTML report that can be written, as far as that is known before."""
     if importlib.util.find_spec("jinja2") is None:
         raise argparse.ArgumentTypeError("jinja2, which makes it, is not installed: pip install 'tritonmoe[html]'")
     return output_file(text)
 
 
 def output_folder(text: str) -> Path:
-    """Give the path of a folder that can be written to, as far as that is known before: it may be made yet."""
+    """Return the path of a folder that can be written to, as far as that is known before: it may be made yet."""
     path = Path(text)
     _check_folder(path.resolve(), text)
     return path

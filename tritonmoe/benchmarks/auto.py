@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def sweep_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
-    """Give every overlapped and serial plan of the sweep."""
+    """Return every overlapped and serial plan of the sweep."""
     serial = [Variant("serial", num_chunks) for num_chunks in chunks]
     return [Variant("compute", 1), *serial, *overlapped_variants(chunks, num_local_experts)]
 

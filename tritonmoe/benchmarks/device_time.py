@@ -21,7 +21,7 @@ MOST_CALLS = 200
 
 
 def graph_pool(device: torch.device) -> GraphPool | None:
-    """Give a pool for the graphs of functions that are timed in turn; None on a CPU."""
+    """Return a pool for the graphs of functions that are timed in turn; None on a CPU."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
@@ -108,7 +108,7 @@ class TimedCalls:
         return first.elapsed_time(last) / 1e3
 
     def seconds(self) -> float:
-        """Give the seconds of one call, the mean of a batch."""
+        """Return the seconds of one call, the mean of a batch."""
         return self._seconds_of_all() / self.count
 
 

@@ -126,7 +126,7 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
 
 
 def summarize_steps(arguments: argparse.Namespace, measured: RankSteps, num_ranks: int) -> Json:
-    """Give all that is shown: times by variant, the best of transformers' own, and how much faster ours is."""
+    """Return all that is shown: times by variant, the best of transformers' own, and how much faster ours is."""
     best = min((str(peer) for peer in PEERS), key=lambda name: statistics.median(measured.seconds[name]))
     variants: Json = {}
     for name, seconds in measured.seconds.items():

@@ -121,12 +121,12 @@ def measure_steps(transport: Transport, models: Models, ids: Tensor, rounds: int
 
 
 def num_settling_steps(num_layers: int) -> int:
-    """Give the steps until "auto" has chosen its chunks: it takes some calls, and a step makes one for each layer."""
+    """Return the steps until "auto" has chosen its chunks: it takes some calls, and a step makes one for each layer."""
     return -(-SETTLING_CALLS // num_layers) + 1
 
 
 def _differences(models: Models, variants: list[Variant], step: Step) -> tuple[float, float]:
-    """Give the largest relative differences of losses and of gradients from the first peer's."""
+    """Return the largest relative differences of losses and of gradients from the first peer's."""
     expected_loss, expected = _loss_and_gradients(models, PEERS[0], step)
     losses, gradients = [], []
     for variant in variants:

@@ -56,7 +56,7 @@ def ask(question: str) -> str | None:
 
 
 def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
-    """Give the bytes that an interface of this process's own namespace has received and sent, by its counters."""
+    """Return the bytes that an interface of this process's own namespace has received and sent, by its counters."""
     # Not /sys: it shows the namespace in which it was mounted.
     with open("/proc/self/net/dev") as file:
         for line in file:

@@ -22,7 +22,7 @@ LOCK_TIMEOUT_S = 10.0
 
 
 def hash_of(files: Iterable[tuple[Path, Path]]) -> str:
-    """Give a hash of files, each with the folder from which its name counts: 64 hexadecimal digits."""
+    """Return a hash of files, each with the folder from which its name counts: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for root, path in files:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -30,7 +30,7 @@ def hash_of(files: Iterable[tuple[Path, Path]]) -> str:
 
 
 def source_hash(*roots: Path) -> str:
-    """Give a hash of the Python files in these folders: 16 hexadecimal digits, the same wherever the folders lie."""
+    """Return a hash of the Python files in these folders: 16 hexadecimal digits, the same wherever the folders lie."""
     return hash_of((root, path) for root in roots for path in sorted(root.rglob("*.py")))[:16]
 
 
@@ -82,7 +82,7 @@ def open_results(path: Path, identity: Json) -> Iterator[KeptResults]:
 
 
 def read_results(path: Path) -> list[Json]:
-    """Give every whole line of a file of results, oldest first; none where there is no file.
+    """Return every whole line of a file of results, oldest first; none where there is no file.
 
     Raises:
         ValueError: a line is damaged, or is no result.
@@ -100,7 +100,7 @@ def read_results(path: Path) -> list[Json]:
 
 
 def _without_nan(value: Any) -> Any:
-    """Give a value whose NaN and infinities are the words "nan" and "inf": JSON has neither."""
+    """Return a value whose NaN and infinities are the words "nan" and "inf": JSON has neither."""
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

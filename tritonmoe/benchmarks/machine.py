@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
 def query_gpu(*fields: str) -> list[str] | None:
-    """Give what nvidia-smi says of these fields of the first GPU, None where there is no nvidia-smi or no GPU."""
+    """Return what nvidia-smi says of these fields of the first GPU, None where there is no nvidia-smi or no GPU."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
     try:
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -31,7 +31,7 @@ def _sources() -> str:
 
 
 def identity() -> Json:
-    """Give card, driver, versions and a hash of tritonmoe's files: results of two that differ are not mixed."""
+    """Return card, driver, versions and a hash of tritonmoe's files: results of two that differ are not mixed."""
     has_gpu = torch.cuda.is_available()
     driver = query_gpu("driver_version") if has_gpu else None
     return {

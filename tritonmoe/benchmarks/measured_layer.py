@@ -43,19 +43,19 @@ class Link:
     """The replayed ranks, where rank 0 alone is measured."""
 
     def both_levels(self) -> TwoLevelTransport:
-        """Give the transport of two levels, for the variants that are measured only where there is one."""
+        """Return the transport of two levels, for the variants that are measured only where there is one."""
         if self.two_levels is None:
             raise ValueError("a variant on two levels needs a link of two levels")
         return self.two_levels
 
     def change_rate(self, rate: float) -> None:
-        """Give every rank's link so many bits per second; called on rank 0."""
+        """Return every rank's link so many bits per second; called on rank 0."""
         if self.set_rate is None:
             raise ValueError("the rate of this link can't be changed, so no compute ratio can be chosen")
         self.set_rate(rate)
 
     def measured_ranks(self, transport: Transport) -> Transport:
-        """Give what the ranks that are measured tell each other their figures over."""
+        """Return what the ranks that are measured tell each other their figures over."""
         return transport if self.peers is None else LocalTransport()
 
 
@@ -132,7 +132,7 @@ class MeasuredLayer:
         return self._recordings[plan]
 
     def _next_plan(self, variant: Variant, transport: Transport) -> OverlapPlan:
-        """Give the plan of the next call; that of "auto" depends on the calls before it on this transport."""
+        """Return the plan of the next call; that of "auto" depends on the calls before it on this transport."""
         size = self.transport.size
         if variant.num_chunks is not None:
             return fixed_plan(variant.config(), variant.num_chunks, size)
@@ -191,7 +191,7 @@ class MeasuredLayer:
         return self._run_layer(replay, plan)
 
     def median_s(self, variant: Variant) -> float:
-        """Give the slowest rank's median over a few runs."""
+        """Return the slowest rank's median over a few runs."""
         self.run(variant)
         samples = slowest(self.measured_ranks, [self.timed(variant)[0] for _ in range(CALIBRATION_ROUNDS)])
         return statistics.median(samples)

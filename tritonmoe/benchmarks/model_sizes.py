@@ -28,7 +28,7 @@ def check_model_sizes(arguments: argparse.Namespace) -> None:
 
 
 def model_sizes(arguments: argparse.Namespace) -> ModelSizes:
-    """Give the sizes that the command was given."""
+    """Return the sizes that the command was given."""
     return ModelSizes(
         arguments.layers, arguments.hidden_size, arguments.intermediate_size, arguments.experts, arguments.top_k
     )

@@ -30,7 +30,7 @@ UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 def parse_rate(text: str) -> float:
-    """Give bits per second of a rate as tc writes it: "1gbit" gives 1e9.
+    """Return bits per second of a rate as tc writes it: "1gbit" gives 1e9.
 
     Raises:
         ValueError: the text is not a positive number with one of the units bit, kbit, mbit, gbit.
@@ -156,27 +156,27 @@ class Namespaces:
         return json.dumps(self.uplink_bytes())
 
     def set_rate(self, rate: float) -> None:
-        """Give all ranks' links another rate; what is under way goes on."""
+        """Return all ranks' links another rate; what is under way goes on."""
         self.rate = rate
         self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank in range(self.num_ranks)])
         for process in self._processes:
             _run_in(process.pid, [f"tc qdisc replace dev {INTERFACE} root {_bucket(rate)}"])
 
     def set_uplink_rate(self, rate: float) -> None:
-        """Give the uplinks of all nodes another rate, in both directions."""
+        """Return the uplinks of all nodes another rate, in both directions."""
         self.inter_rate = rate
         ends = [f"{end}{node}" for node in range(self.num_nodes) for end in ("up", "down")]
         self._in_hub([f"tc qdisc replace dev {end} root {_bucket(rate)}" for end in ends])
 
     def set_rates(self, of_ranks: Sequence[float], of_links: Mapping[tuple[int, int], float]) -> None:
-        """Give every rank's link a rate of its own, and what it sends to some ranks a lower one within that."""
+        """Return every rank's link a rate of its own, and what it sends to some ranks a lower one within that."""
         self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank, rate in enumerate(of_ranks)])
         for sender, process in enumerate(self._processes):
             slow = {receiver: rate for (of, receiver), rate in of_links.items() if of == sender}
             _run_in(process.pid, _shaping(of_ranks[sender], slow))
 
     def uplink_bytes(self) -> list[int]:
-        """Give the bytes that every node has sent to other nodes, by its uplink's counters."""
+        """Return the bytes that every node has sent to other nodes, by its uplink's counters."""
         if self.num_nodes == 1:
             return []
         lines = self._in_hub(["cat /proc/self/net/dev"]).splitlines()
@@ -287,13 +287,13 @@ def _address(rank: int) -> str:
 
 
 def _bucket(rate: float) -> str:
-    """Give tc's token bucket; a burst of 1 ms, and a queue that is long enough to lose nothing."""
+    """Return tc's token bucket; a burst of 1 ms, and a queue that is long enough to lose nothing."""
     burst = max(128 * 1024, int(rate / 8 * 1e-3))
     return f"tbf rate {int(rate)}bit burst {burst} limit {max(8 << 20, int(rate / 8 * 0.5))}"
 
 
 def _shaping(rate: float, slow: Mapping[int, float]) -> list[str]:
-    """Give the commands that shape what a rank sends: all of it, and within that what goes to some ranks."""
+    """Return the commands that shape what a rank sends: all of it, and within that what goes to some ranks."""
     device = f"dev {INTERFACE}"
     if not slow:
         return [f"tc qdisc replace {device} root {_bucket(rate)}"]

@@ -13,7 +13,7 @@ __all__ = ["dense_products", "operation_calls"]
 
 
 def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], object]]:
-    """Give every operation of a step, forward and backward, as a function that runs it alone."""
+    """Return every operation of a step, forward and backward, as a function that runs it alone."""
     shape, layout = inputs.shape, inputs.shape.layout
     ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
     x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
@@ -43,7 +43,7 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
 
 
 def dense_products(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:
-    """Give for every kernel with a product one dense product of the same FLOPs."""
+    """Return for every kernel with a product one dense product of the same FLOPs."""
     shape, x = inputs.shape, inputs.x.detach()
     n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
     width = 2 * f if shape.layout.gated else f

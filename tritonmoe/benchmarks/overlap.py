@@ -234,7 +234,7 @@ def _measure(
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:
-    """Give what is drawn, by name: the best serial schedule, the best overlapped ones and what the simulator says."""
+    """Return what is drawn, by name: the best serial schedule, the best overlapped ones and what the simulator says."""
     timelines = {}
     for kind in ("serial", "overlapped", "two levels"):
         if f"T_{kind}" not in summary:
@@ -248,7 +248,7 @@ def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str,
 
 
 def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
-    """Give the timeline of the round whose time is the median."""
+    """Return the timeline of the round whose time is the median."""
     seconds = measured.seconds[name]
     typical = sorted(range(len(seconds)), key=seconds.__getitem__)[len(seconds) // 2]
     return layer_timeline(name, measured.reports[name][typical])

@@ -18,7 +18,7 @@ MERITS = ("hidden_share", "exposed_ms", "bound_ratio", "speed_up")
 
 
 def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> Page:
-    """Give the page. results: what --json has; timelines: name of a schedule -> those of the ranks."""
+    """Return the page. results: what --json has; timelines: name of a schedule -> those of the ranks."""
     number = Figures(results)
     places = ranks_within(timelines)
     lanes = {name: [of[place] for place in places] for name, of in timelines.items()}

@@ -69,7 +69,7 @@ def predict(
 def _two_level_work(
     rank: MeasuredLayer, reports: dict[str, list[LayerReport]], transport: TwoLevelTransport
 ) -> TwoLevelWork:
-    """Give what two levels send; every rank takes part."""
+    """Return what two levels send; every rank takes part."""
     node_of_expert = torch.arange(rank.num_experts) * transport.num_nodes // rank.num_experts
     nodes = node_of_expert[rank.topk_ids.cpu()]
     needed = [int((nodes == node).any(1).sum()) for node in range(transport.num_nodes)]

@@ -127,7 +127,7 @@ def measure_rank(
 
 
 def _experts_s(rank: MeasuredLayer, variant: Variant, rounds: int) -> tuple[list[float], list[float]]:
-    """Give the experts' seconds in the forward of calls of a variant, and of their plans' steps alone, in turn."""
+    """Return the experts' seconds in the forward of calls of a variant, and of their plans' steps alone, in turn."""
     beside, alone = [], []
     for _ in range(rounds):
         _, report = rank.timed(variant)

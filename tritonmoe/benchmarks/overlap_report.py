@@ -14,7 +14,7 @@ BEYOND_BOUND = 0.01
 
 
 def summarize_overlap(measured: RankMeasurement) -> Json:
-    """Give the times, medians over the rounds with quartiles, and what they say of the best schedule and of auto.
+    """Return the times, medians over the rounds with quartiles, and what they say of the best schedule and of auto.
 
     overlap_table.TERMS says what the figures are. contention is this rank's.
     """
@@ -45,7 +45,7 @@ def summarize_overlap(measured: RankMeasurement) -> Json:
 
 
 def merits(times: Json, summary: Json) -> Json:
-    """Give the figures of merit of a call with these times: quotients and differences of medians as they are shown.
+    """Return the figures of merit of a call with these times: quotients and differences of medians as they are shown.
 
     "too_noisy" names those beyond their bound: a call takes as long as its compute and as its communication, or longer.
     """
@@ -69,7 +69,7 @@ def merits(times: Json, summary: Json) -> Json:
 
 
 def _pass_bounds(measured: RankMeasurement, compute: str, communication: str) -> list[float]:
-    """Give each round's longer side of the forward and of the backward, and what a call takes outside its passes.
+    """Return each round's longer side of the forward and of the backward, and what a call takes outside its passes.
 
     A backward can't hide what the forward exposes.
     """

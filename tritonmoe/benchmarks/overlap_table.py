@@ -42,7 +42,7 @@ TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
 
 
 def shown(figures: Json, name: str) -> str:
-    """Give one figure of merit as text: "1.018", "too noisy: 0.953"."""
+    """Return one figure of merit as text: "1.018", "too noisy: 0.953"."""
     text = f"{figures[name]:.3f}"
     return f"too noisy: {text}" if name in figures.get("too_noisy", ()) else text
 
@@ -62,7 +62,7 @@ def noise_notes(results: Json) -> list[str]:
 
 
 def headline(results: Json) -> str:
-    """Give the best schedule's figures in one line."""
+    """Return the best schedule's figures in one line."""
     figures = results["summary"]["overlapped"]
     names = ("bound_ratio", "hidden_share", "speed_up")
     said = ", ".join(f"{name} {shown(figures, name)}" for name in names)
@@ -70,19 +70,19 @@ def headline(results: Json) -> str:
 
 
 def as_terms(names: Iterable[str]) -> str:
-    """Give a legend: a line for each of these terms, then what is true of all figures."""
+    """Return a legend: a line for each of these terms, then what is true of all figures."""
     names = list(names)
     width = max(map(len, names))
     return "\n".join([*(f"{name:{width}}  {TERMS[name]}" for name in names), *textwrap.wrap(OF_ROUNDS, 100)])
 
 
 def _title(figures: Json) -> str:
-    """Give a schedule's name with its chunks: the layer's choice has no number in it."""
+    """Return a schedule's name with its chunks: the layer's choice has no number in it."""
     return f"auto (C={figures['num_chunks']})" if figures["variant"] == "auto" else figures["variant"]
 
 
 def as_table(results: Json) -> str:
-    """Give the results as text."""
+    """Return the results as text."""
     summary = results["summary"]
     lines = [f"{results['link']}, {results['model']} T={results['tokens']}, {results['routing']}, {results['pass']}"]
     if results["wire_dtype"] is not None:

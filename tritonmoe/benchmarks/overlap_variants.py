@@ -46,7 +46,7 @@ class Variant:
 
 
 def variants_of(chunks: list[int], num_local_experts: int, two_levels: bool = False) -> list[Variant]:
-    """Give everything that is measured for these chunk counts."""
+    """Return everything that is measured for these chunk counts."""
     variants = [Variant("compute", 1), Variant("auto")]
     if two_levels:
         variants.append(Variant("auto on two levels"))
@@ -58,7 +58,7 @@ def variants_of(chunks: list[int], num_local_experts: int, two_levels: bool = Fa
 
 
 def overlapped_variants(chunks: list[int], num_local_experts: int) -> list[Variant]:
-    """Give every overlapped plan of these chunk counts, and the free transport that tells what its steps cost."""
+    """Return every overlapped plan of these chunk counts, and the free transport that tells what its steps cost."""
     variants = []
     for num_chunks in chunks:
         variants += [Variant("overlapped", num_chunks), Variant("free transport", num_chunks)]
@@ -72,5 +72,5 @@ def overlapped_variants(chunks: list[int], num_local_experts: int) -> list[Varia
 
 
 def best(seconds: Samples, kind: str) -> str:
-    """Give the name of the variant of this kind with the smallest median."""
+    """Return the name of the variant of this kind with the smallest median."""
     return min((name for name in seconds if name.startswith(kind)), key=lambda name: statistics.median(seconds[name]))

@@ -14,7 +14,7 @@ AGAIN = "measure more rounds (--rounds), or on a quieter machine"
 
 
 def verdict(results: Json) -> Json:
-    """Give the verdict on what --json has: "text" for people, "case" and shares of the time in series for programs.
+    """Return the verdict on what --json has: "text" for people, "case" and shares of the time in series for programs.
 
     "case": "gained", "hidden" (next to all of what can be gained), "lost" (the fastest overlapped schedule is slower
     than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster than

@@ -14,7 +14,7 @@ __all__ = ["device_and_backend", "gather", "slowest"]
 
 
 def device_and_backend() -> tuple[str, str]:
-    """Give this process's device under torchrun, a GPU of its own where there are any, and what exchanges run on.
+    """Return this process's device under torchrun, a GPU of its own where there are any, and what exchanges run on.
 
     A GPU becomes the current device.
     """
@@ -26,7 +26,7 @@ def device_and_backend() -> tuple[str, str]:
 
 
 def gather(transport: Transport, value: object) -> list[Any]:
-    """Give every rank's value, on every rank, in rank order.
+    """Return every rank's value, on every rank, in rank order.
 
     It travels as JSON, for what a peer sends must not be unpickled: numbers, text and None, in lists and in
     dictionaries whose keys are text. Tuples arrive as lists.

@@ -36,7 +36,7 @@ class ReplayedPeers:
             run(plan)
 
     def link_costs(self) -> LinkCosts:
-        """Give the port's link for the simulator."""
+        """Return the port's link for the simulator."""
         link = self.port.link
         return LinkCosts(link.latency_us * 1e-6, 1 / link.transfer_s(1) if link.transfer_s(1) else float("inf"))
 

@@ -43,7 +43,7 @@ class Work:
         return self.flops / self.num_bytes if self.num_bytes else 0.0
 
     def seconds(self, card: Card) -> float:
-        """Give the longer of the time for arithmetic and the time for memory, both at the card's peak."""
+        """Return the longer of the time for arithmetic and the time for memory, both at the card's peak."""
         return max(self.flops / (card.tflops * 1e12), self.num_bytes / (card.tb_per_s * 1e12))
 
     def bound(self, card: Card) -> str:
@@ -52,18 +52,18 @@ class Work:
 
 
 def forward_flops(shape: LayerShape, num_tokens: int) -> int:
-    """Give 6*N*D*F for gated experts (two products of 2F and F columns), 4*N*D*F without a gate; N = T*K."""
+    """Return 6*N*D*F for gated experts (two products of 2F and F columns), 4*N*D*F without a gate; N = T*K."""
     width = 3 if shape.layout.gated else 2
     return 2 * width * num_tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
 
 
 def backward_flops(shape: LayerShape, num_tokens: int) -> int:
-    """Give twice the forward's: every product has one gradient for its rows and one for its weights."""
+    """Return twice the forward's: every product has one gradient for its rows and one for its weights."""
     return 2 * forward_flops(shape, num_tokens)
 
 
 def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -> dict[str, Work]:
-    """Give every kernel's operations and bytes, forward and backward, when each tensor is read or written once.
+    """Return every kernel's operations and bytes, forward and backward, when each tensor is read or written once.
 
     Rows that several experts read (x, dout) and weights count once, as if the L2 cache kept them: the fewest bytes
     that a kernel can move, so the time that follows is a bound and no prediction. min(E, N) experts have a token.

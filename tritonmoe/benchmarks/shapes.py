@@ -84,7 +84,7 @@ class LayerInputs:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Give what moe_mlp takes after x, topk_ids and topk_weights."""
+        """Return what moe_mlp takes after x, topk_ids and topk_weights."""
         layout = self.shape.layout
         flags = {"gated": layout.gated, "interleaved": layout.interleaved, "transposed": layout.transposed}
         return {**self.weights, **flags, "activation": self.shape.activation}

@@ -14,7 +14,7 @@ SILENT = "6"
 
 
 def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> float:
-    """Give the megabytes (1e6 bytes) of tensors, parameters aside, that `forward` keeps for backward."""
+    """Return the megabytes (1e6 bytes) of tensors, parameters aside, that `forward` keeps for backward."""
     not_counted = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
 
@@ -32,7 +32,7 @@ def kept_for_backward_mb(forward: Callable[[], torch.Tensor], parameters: Iterab
 
 
 def peak_mb(run: Callable[[], object]) -> float:
-    """Give the most megabytes (1e6 bytes) that a call holds at once, beside what was there before it.
+    """Return the most megabytes (1e6 bytes) that a call holds at once, beside what was there before it.
 
     On a GPU its allocator says it, else torch's CPU allocator, as the profiler sees that.
     """

@@ -74,7 +74,7 @@ def _tall(operation: str) -> Iterator[Fields]:
 
 
 def candidates_of(operation: str, config: TileConfig, dtype: torch.dtype) -> list[Fields]:
-    """Give the tiles to try for an operation, as the fields that replace the table's.
+    """Return the tiles to try for an operation, as the fields that replace the table's.
 
     Args:
         operation: as `tiles.choice.grouped_matmul_config` takes it. config: the table's tile; no candidate is higher.
@@ -101,7 +101,7 @@ class Candidate:
 
 
 def products_of(variant: Variant, target_name: str) -> dict[str, TileConfig]:
-    """Give the table's tile of every product of a layer's steps on a GPU, by its key."""
+    """Return the table's tile of every product of a layer's steps on a GPU, by its key."""
     with measured_tiles.using({}), measured_tiles.asked() as found:
         record_launches(variant, ARCHITECTURES[target_name].target)
     return found

@@ -88,7 +88,7 @@ def synchronize() -> None:
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, float]:
-    """Give median and quartiles in milliseconds."""
+    """Return median and quartiles in milliseconds."""
     lower, upper = quartiles(seconds)
     return {
         "median_ms": round(statistics.median(seconds) * 1e3, 3),
@@ -99,7 +99,7 @@ def summarize(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Give the lower and the upper quartile: of two values these are the values, of one it is that one."""
+    """Return the lower and the upper quartile: of two values these are the values, of one it is that one."""
     if len(values) < 2:
         return values[0], values[0]
     lower, _, upper = statistics.quantiles(values, n=4)
@@ -108,7 +108,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(above: Mapping[str, float], below: Mapping[str, float], digits: int = 4) -> float:
-    """Give the quotient of two times' medians, as summarize() gives them and a table shows them.
+    """Return the quotient of two times' medians, as summarize() gives them and a table shows them.
 
     This is what every speed-up is. The median of the rounds' own quotients would be another number: of two schedules
     the slower one could have the larger speed-up beside its median.
@@ -117,7 +117,7 @@ def ratio(above: Mapping[str, float], below: Mapping[str, float], digits: int = 
 
 
 def environment(device: torch.device | str = "cpu") -> Json:
-    """Give the machine and the versions that a figure belongs to, which was measured on this device."""
+    """Return the machine and the versions that a figure belongs to, which was measured on this device."""
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -130,7 +130,7 @@ def environment(device: torch.device | str = "cpu") -> Json:
 
 
 def package_versions(*packages: str) -> dict[str, str | None]:
-    """Give the installed version of every package, None where there is none."""
+    """Return the installed version of every package, None where there is none."""
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -141,12 +141,12 @@ def package_versions(*packages: str) -> dict[str, str | None]:
 
 
 def all_versions() -> dict[str, str | None]:
-    """Give the installed version of Python and of every package that matters here, None where there is none."""
+    """Return the installed version of Python and of every package that matters here, None where there is none."""
     return {"python": platform.python_version(), **package_versions(*PACKAGES)}
 
 
 def cpu_name() -> str:
-    """Give the processor's name as the system knows it."""
+    """Return the processor's name as the system knows it."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

@@ -92,7 +92,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def peers_that_run(subject: Subject, kind: str, num_tokens: int) -> tuple[list[str], dict[str, str]]:
-    """Give the implementations that can do this pass here, and why the others can't."""
+    """Return the implementations that can do this pass here, and why the others can't."""
     usable, reasons = [], {}
     for name in PEERS:
         reason = peer_unusable_reason(name, subject.model.device, plain=True)
@@ -122,7 +122,7 @@ def variant(subject: Subject, kind: str, implementation: str) -> Callable[[], No
 
 
 def measure(subject: Subject, kind: str, num_tokens: int, rounds: int, seconds: float) -> Json:
-    """Give times and memory of every implementation, the best other one and the ratio of its median to ours."""
+    """Return times and memory of every implementation, the best other one and the ratio of its median to ours."""
     peers, reasons = peers_that_run(subject, kind, num_tokens)
     names = [OURS, *peers]
     samples = interleave({name: variant(subject, kind, name) for name in names}, rounds, seconds=seconds)
@@ -146,7 +146,7 @@ def kept(subject: Subject, implementation: str) -> float:
 
 
 def largest_violation(subject: Subject) -> float:
-    """Give the mean over layers of MaxVio, to say how skewed the routing is."""
+    """Return the mean over layers of MaxVio, to say how skewed the routing is."""
     with collect_statistics(subject.model) as collected:
         subject.prefill()
     layers = collected.layers.values()

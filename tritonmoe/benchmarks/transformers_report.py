@@ -10,7 +10,7 @@ __all__ = ["as_table", "write_png"]
 
 
 def as_table(results: list[Json], names: Sequence[str]) -> str:
-    """Give a line for each case: median ms and peak MB under every implementation, and the ratio.
+    """Return a line for each case: median ms and peak MB under every implementation, and the ratio.
 
     Args:
         names: the implementations, ours first.

@@ -29,7 +29,7 @@ Call = Callable[[], object]
 
 
 def candidates_of_layer(variant: Variant, target_name: str, done: Collection[str] = ()) -> list[Candidate]:
-    """Give the tiles to try for every product of a layer's steps but those whose keys are `done`."""
+    """Return the tiles to try for every product of a layer's steps but those whose keys are `done`."""
     return [
         Candidate(key, fields)
         for key, config in products_of(variant, target_name).items()
@@ -39,7 +39,7 @@ def candidates_of_layer(variant: Variant, target_name: str, done: Collection[str
 
 
 def calls_by_key(calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Give for every product's key the first of a layer's operations that asks for its tile."""
+    """Return for every product's key the first of a layer's operations that asks for its tile."""
     found: dict[str, Call] = {}
     for call in calls.values():
         with measured_tiles.using({}), measured_tiles.asked() as keys:
@@ -120,7 +120,7 @@ def tune(
     progress: Callable[[str], None],
     done: set[str],
 ) -> Iterator[dict[str, dict[str, int | str]]]:
-    """Give the entries that make this layer's operations faster than the table's, again after every product.
+    """Return the entries that make this layer's operations faster than the table's, again after every product.
 
     The fastest tile of a product is measured a second time, in more rounds, and must be faster then too.
 
@@ -165,7 +165,7 @@ class _Search:
     def fastest(
         self, call: Call, candidates: Sequence[Candidate], reasons: Mapping[str, str]
     ) -> dict[str, dict[str, int | str]]:
-        """Give the entry of a product's fastest tile, or none where the table's is as fast."""
+        """Return the entry of a product's fastest tile, or none where the table's is as fast."""
         tried = {}
         for number, candidate in enumerate(candidates, 1):
             if candidate.name not in reasons:

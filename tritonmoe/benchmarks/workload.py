@@ -61,7 +61,7 @@ class Workload:
 
 
 def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
-    """Give this rank's ids (T, K) int64.
+    """Return this rank's ids (T, K) int64.
 
     A file is a tensor (W * T or more, K) written by torch.save (".pt"), or JSON: a list of rows of ids. Rank i takes
     rows i * T .. (i + 1) * T.
@@ -101,7 +101,7 @@ def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:
 
 
 def _read_ids(path: Path) -> Tensor:
-    """Give the tensor of integers that a file holds; raises ValueError where it holds anything else."""
+    """Return the tensor of integers that a file holds; raises ValueError where it holds anything else."""
     try:
         if path.suffix == ".pt":
             ids = torch.load(path, map_location="cpu", weights_only=True)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """Give the parser of `tritonmoe`, with all subcommands."""
+    """Return the parser of `tritonmoe`, with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="tritonmoe", description="Mixture-of-Experts layers with Triton kernels and compute/communication overlap."
     )

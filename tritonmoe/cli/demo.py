@@ -179,7 +179,7 @@ def _written(write: Callable[[Path], None], path: Path) -> Path | None:
 
 
 def _choose_link(calibration: list[RankTraining], shape: ModelShape) -> tuple[float, LinkModel]:
-    """Give a layer's time where rows travel at once, and the link that needs as long for the layer's rows."""
+    """Return a layer's time where rows travel at once, and the link that needs as long for the layer's rows."""
     steps = zip(*(rank.layer_s for rank in calibration), strict=True)
     layer_s = min(max(seconds) for seconds in steps) / shape.num_blocks
     num_bytes = statistics.median(max(layer) for layer in zip(*(r.exchanged_bytes for r in calibration), strict=True))

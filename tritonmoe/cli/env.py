@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> Json:
-    """Give everything that the subcommand shows, as plain values.
+    """Return everything that the subcommand shows, as plain values.
 
     A reason of None, in backends and transports, means that it can be used.
     """

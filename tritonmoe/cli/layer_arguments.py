@@ -33,7 +33,7 @@ def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool
 
 
 def layer_shape(arguments: argparse.Namespace) -> LayerShape:
-    """Give the layer; ValueError where there can be none like it."""
+    """Return the layer; ValueError where there can be none like it."""
     a = arguments
     activation = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0) if a.activation == "clamped" else a.activation
     sizes = (a.hidden_size, a.intermediate_size, a.num_experts, a.top_k)
@@ -43,7 +43,7 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
 
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:
-    """Give token counts of every class of tiles: 1 token, then about 16, 32, 64, 128, ... 4096 pairs per expert."""
+    """Return token counts of every class of tiles: 1 token, then about 16, 32, 64, 128, ... 4096 pairs per expert."""
     from tritonmoe.kernels.tiles.choice import LONG_SUMS
 
     return sorted({1, *(-(-pairs * shape.num_experts // shape.top_k) for pairs in (16, 32, 64, *LONG_SUMS))})

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _upcycled(supported: Sequence[ExpertsClass]) -> dict[str, str]:
-    """Give the dense model types that upcycle() converts natively here, and what they become."""
+    """Return the dense model types that upcycle() converts natively here, and what they become."""
     model_types = {one.model_type for one in supported}
     twins = {dense: target.model_type for dense, target in NATIVE_TARGETS.items()}
     return {dense: moe for dense, moe in twins.items() if moe in model_types}

@@ -113,7 +113,7 @@ def _without_triton(error: ImportError) -> int:
 def chosen_tiles(
     shape: LayerShape, tokens: Sequence[int], dtype: torch.dtype, target: str
 ) -> "dict[str, tuple[TileConfig, str]]":
-    """Give every product's tile, with how its operands are read, and where the choice comes from, by its key.
+    """Return every product's tile, with how its operands are read, and where the choice comes from, by its key.
 
     Raises:
         ValueError: there is no such target. ImportError: there is no triton.

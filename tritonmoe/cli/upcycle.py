@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _progress() -> Callable[[int, int], None]:
-    """Give a function of the bytes written and the bytes in all that says on stderr how far it is."""
+    """Return a function of the bytes written and the bytes in all that says on stderr how far it is."""
     progress, reached = None, 0
 
     def show(done: int, total: int) -> None:

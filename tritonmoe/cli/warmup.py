@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 def launches_of_layer(
     shape: LayerShape, num_ranks: int, tokens: list[int] | None, dtype: torch.dtype, target: Any
 ) -> list[tuple[int, str, Any]]:
-    """Give (tokens, kernel, launch) of everything that a layer's steps would compile on `target`, each once.
+    """Return (tokens, kernel, launch) of everything that a layer's steps would compile on `target`, each once.
 
     Args:
         shape: num_experts are those of all ranks.

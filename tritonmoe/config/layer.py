@@ -126,7 +126,7 @@ class ExpertLayout:
             raise ValueError("interleaved=True means alternating gate and up columns: it needs gated=True")
 
     def intermediate_size(self, hidden_width: int) -> int:
-        """Give F from the width of h (2F when gated, F when not)."""
+        """Return F from the width of h (2F when gated, F when not)."""
         return hidden_width // 2 if self.gated else hidden_width
 
 
@@ -151,7 +151,7 @@ class PerWeight(NamedTuple, Generic[Value]):
     down_b: Value | None = None
 
     def map(self, function: Callable[[Value], Other]) -> "PerWeight[Other]":
-        """Give function(value) in the place of each value, and None where there is None."""
+        """Return function(value) in the place of each value, and None where there is None."""
         return PerWeight(*(None if value is None else function(value) for value in self))  # type: ignore[arg-type]
 
 

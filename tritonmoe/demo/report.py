@@ -46,7 +46,7 @@ def _bits(nats: float) -> float:
 
 
 def rate_text(gb_per_s: float) -> str:
-    """Give a bandwidth with its unit."""
+    """Return a bandwidth with its unit."""
     return f"{gb_per_s:.1f} GB/s" if gb_per_s >= 1 else f"{gb_per_s * 1e3:.1f} MB/s"
 
 
@@ -66,13 +66,13 @@ def _expert_load(results: Results) -> list[int]:
 
 
 def _parameters(results: Results) -> tuple[int, int]:
-    """Give the model's number of parameters, and how many of them are experts'."""
+    """Return the model's number of parameters, and how many of them are experts'."""
     experts = sum(rank.num_expert_parameters for rank in results.training)
     return results.training[0].num_parameters + experts, experts
 
 
 def as_text(results: Results, style: TextStyle) -> str:
-    """Give what is printed."""
+    """Return what is printed."""
     parts = [_text_of_model(results), _text_of_training(results, style), _text_of_layer(results, style)]
     viewer = " (open it at https://ui.perfetto.dev)" if results.trace else ""
     files = {"Picture": results.png, "Trace": results.trace, "Report": results.report}
@@ -126,7 +126,7 @@ def _text_of_training(results: Results, style: TextStyle) -> str:
 
 
 def title(layer: LayerMeasurement) -> str:
-    """Give what stands above the picture."""
+    """Return what stands above the picture."""
     return (
         f"One MoE layer on {len(layer.traffic_rows)} ranks: overlapped {layer.speed_up('serial'):.2f} times as fast as "
         "serial"
@@ -169,7 +169,7 @@ def _text_of_layer(results: Results, style: TextStyle) -> str:
 
 
 def as_json(results: Results) -> Json:
-    """Give what --json prints."""
+    """Return what --json prints."""
     layer, training = results.layer, results.training
     total, experts = _parameters(results)
     paths = {"png": results.png, "trace": results.trace, "report": results.report}

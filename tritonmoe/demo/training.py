@@ -62,7 +62,7 @@ class RankTraining:
 
 
 def row_bytes_per_layer(traffic_bytes: Tensor, rank: int) -> int:
-    """Give the bytes of a layer's four row exchanges on this rank's link, each in its busier direction."""
+    """Return the bytes of a layer's four row exchanges on this rank's link, each in its busier direction."""
     sent, received = int(traffic_bytes[rank].sum()), int(traffic_bytes[:, rank].sum())
     return ROW_EXCHANGES * max(sent, received)
 
@@ -155,7 +155,7 @@ def _batch(text: Tensor, shape: ModelShape, generator: torch.Generator, device: 
 
 @torch.no_grad()
 def _held_out_loss(model: ByteModel, transport: Transport, training: Training) -> float:
-    """Give the mean loss on the same held-out sequences at every call, each rank taking a share of them."""
+    """Return the mean loss on the same held-out sequences at every call, each rank taking a share of them."""
     generator = torch.Generator().manual_seed(transport.rank)
     total = torch.zeros(1, device=training.device)
     for _ in range(HELD_OUT_BATCHES):

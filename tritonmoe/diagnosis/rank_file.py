@@ -38,7 +38,7 @@ class _Fields:
         self.values: Json = values
 
     def take(self, key: str, convert: Callable[[object], Value]) -> Value:
-        """Give a value as `convert` makes it, which raises ValueError or TypeError for one that doesn't fit."""
+        """Return a value as `convert` makes it, which raises ValueError or TypeError for one that doesn't fit."""
         if key not in self.values:
             raise ValueError(f"{self.where}: {key} is missing")
         try:

@@ -193,7 +193,7 @@ class _Recorder:
                     self._failure = error
 
     def _to_write(self, one: _Held | _Dropped | None) -> _Held | None:
-        """Give a call that is over; of a call whose graph is gone, the forward, unless its backward came before."""
+        """Return a call that is over; of a call whose graph is gone, the forward, unless its backward came before."""
         if not isinstance(one, _Dropped):
             return one
         with self._lock:
@@ -278,7 +278,7 @@ def _sizes(header: CallHeader) -> dict[str, int]:
 
 
 def _plain_call(held: _Held) -> Json:
-    """Give a call as it is written; waits for the device, if it has not ended the call yet."""
+    """Return a call as it is written; waits for the device, if it has not ended the call yet."""
     report, header = held.report, held.header
     (offsets,) = held.pairs.wait()
     sizes = [
@@ -335,5 +335,5 @@ def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerRe
 
 
 def _public_name(kind: type) -> str:
-    """Give the name of the class, or of the nearest one above it whose name is public."""
+    """Return the name of the class, or of the nearest one above it whose name is public."""
     return next(one.__name__ for one in kind.__mro__ if not one.__name__.startswith("_"))

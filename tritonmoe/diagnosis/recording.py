@@ -40,12 +40,12 @@ SCHEMA = 1
 
 
 def file_name(rank: int) -> str:
-    """Give the name of a rank's file: rank-0003.jsonl."""
+    """Return the name of a rank's file: rank-0003.jsonl."""
     return f"rank-{rank:04d}.jsonl"
 
 
 def folder_name(job_ranks: Sequence[int]) -> str:
-    """Give the name of the folder of some of a job's ranks: ranks-0004-to-0007, or ranks-0001-to-0005-by-4.
+    """Return the name of the folder of some of a job's ranks: ranks-0004-to-0007, or ranks-0001-to-0005-by-4.
 
     One of ranks that are not evenly spaced ends in a checksum of them.
     """
@@ -57,7 +57,7 @@ def folder_name(job_ranks: Sequence[int]) -> str:
 
 
 def plain_plan(plan: OverlapPlan) -> Json:
-    """Give a plan as JSON has it."""
+    """Return a plan as JSON has it."""
     wire_dtype = None if plan.wire_dtype is None else str(plan.wire_dtype).removeprefix("torch.")
     return {**vars(plan), "chunk_sizes": list(plan.chunk_sizes), "wire_dtype": wire_dtype}
 
@@ -194,7 +194,7 @@ def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def by_layer(calls: Sequence[RecordedCall]) -> dict[int, list[RecordedCall]]:
-    """Give the calls of every layer."""
+    """Return the calls of every layer."""
     found: dict[int, list[RecordedCall]] = {}
     for call in calls:
         found.setdefault(call.layer, []).append(call)

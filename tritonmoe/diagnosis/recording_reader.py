@@ -103,7 +103,7 @@ def _align_clocks(ranks: Sequence[RankFile]) -> list[str]:
 
 
 def _left_first(of_host: Sequence[RankFile]) -> dict[int, float]:
-    """Give by call when the first of a host's ranks had everybody's counts, where all of its ranks say it."""
+    """Return by call when the first of a host's ranks had everybody's counts, where all of its ranks say it."""
     first: dict[int, float] = {}
     for number in set.intersection(*(set(found.calls) for found in of_host)):
         marks = [found.calls[number].call.forward.marks for found in of_host]
@@ -167,5 +167,5 @@ def _check_clocks(lines: Sequence[CallLine]) -> None:
 
 
 def _exchanges(call: RankCall) -> list[list[Step]]:
-    """Give the exchanges of each pass, which are matched by their order."""
+    """Return the exchanges of each pass, which are matched by their order."""
     return [[step.step for step in one.steps if step.step.lane == "comm"] for one in call.passes]

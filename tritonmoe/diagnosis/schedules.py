@@ -10,7 +10,7 @@ __all__ = ["inside_of", "schedule_of"]
 
 
 def schedule_of(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
-    """Give the schedule of a pass that has steps of these kinds."""
+    """Return the schedule of a pass that has steps of these kinds."""
     if StepKind.METADATA in kinds:
         return build_forward(plan, kinds.count(StepKind.FILLER))
     return build_backward(
@@ -22,6 +22,6 @@ def schedule_of(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
 
 
 def inside_of(schedule: Schedule) -> Schedule:
-    """Give what the steps of a pass on two levels do inside a node, in their order."""
+    """Return what the steps of a pass on two levels do inside a node, in their order."""
     needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
     return tuple(inside for step in schedule for inside in build_inside(step, needs_x=needs_x))

@@ -60,7 +60,7 @@ class CappedTokens:
 def segment_room(
     num_tokens: int, num_experts: int, top_k: int, rank: int, size: int, overlap: OverlapPlan
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Give the rows, and the pairs, [segment][rank] that the capacity provides for num_tokens tokens of this rank."""
+    """Return the rows, and the pairs, [segment][rank] that the capacity provides for num_tokens tokens of this rank."""
     assert overlap.capacity is not None
     capacity, own = Fraction(in_millionths(overlap.capacity), 10**6), num_experts // size  # no rounding before ceil
     misses = math.prod(Fraction(max(0, num_experts - own - j), num_experts - j) for j in range(min(top_k, num_experts)))
@@ -70,7 +70,7 @@ def segment_room(
     pairs: list[list[int]] = []
 
     def cut(token_bounds: Sequence[int], ranks: list[int]) -> None:
-        """Give every segment its share of the room, with at least one pair and at most top_k pairs per row."""
+        """Return every segment its share of the room, with at least one pair and at most top_k pairs per row."""
         reached = [room * bound // max(1, num_tokens) for bound in token_bounds]
         beyond_one = [(pairs_room - room) * row // max(1, room) for row in reached]
         for (first, last), (first_pair, last_pair) in zip(pairwise(reached), pairwise(beyond_one), strict=True):
@@ -89,7 +89,7 @@ def segment_room(
 def capped_traffic(
     num_tokens: Sequence[int], num_experts: int, top_k: int, overlap: OverlapPlan
 ) -> tuple[Tensor, Tensor]:
-    """Give the room from every rank i for every rank k, of rows and of pairs, both (W, W) int64 on the CPU.
+    """Return the room from every rank i for every rank k, of rows and of pairs, both (W, W) int64 on the CPU.
 
     num_tokens: of every rank.
     """
@@ -170,7 +170,7 @@ def poison(values: Iterable[Tensor | None], is_wrong: Tensor) -> None:
 
 
 def watched(is_wrong: Tensor) -> Tensor:
-    """Give a flag on the host that every replay of the graph writes; False until the first one.
+    """Return a flag on the host that every replay of the graph writes; False until the first one.
 
     Pinned memory that the graph doesn't own: a tensor on the device would hold anything before the first replay.
     """

@@ -41,7 +41,7 @@ class CountTimes(NamedTuple):
 
 
 def _message(transport: Transport, header: CallHeader) -> Tensor:
-    """Give what every rank is told, (W, L) int64: the header, and zeros behind it, where the counts will stand."""
+    """Return what every rank is told, (W, L) int64: the header, and zeros behind it, where the counts will stand."""
     size, length = transport.size, transport.message_length
     row = array("q", header).tobytes().ljust(8 * length, b"\0")
     return torch.frombuffer(bytearray(row * size), dtype=torch.int64).view(

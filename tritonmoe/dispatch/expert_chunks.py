@@ -36,7 +36,7 @@ def pair_chunks(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan)
 
 
 def first_and_last(segments: Tensor, owner: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Give the first and the last segment (T, W) int64 in which each rank needs each token.
+    """Return the first and the last segment (T, W) int64 in which each rank needs each token.
 
     Args:
         segments: (T, K) int64, of every pair. owner: (T, K) int64, the rank of every pair, W for a skipped one.
@@ -66,7 +66,7 @@ def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) 
 
 
 def _places(chunks: Tensor) -> Tensor:
-    """Give the place (n,) int64 of each row once they are sorted by their chunks (n,)."""
+    """Return the place (n,) int64 of each row once they are sorted by their chunks (n,)."""
     order = torch.sort(chunks, stable=True)[1]
     places = torch.empty_like(order)
     places[order] = torch.arange(order.shape[0], device=order.device)

@@ -159,7 +159,7 @@ class CallHeader(NamedTuple):
 
     @classmethod
     def of(cls, overlap: OverlapPlan, **others: int) -> "CallHeader":
-        """Give the header of a call that runs this plan; `others` are the fields that don't follow from it."""
+        """Return the header of a call that runs this plan; `others` are the fields that don't follow from it."""
         return cls(
             num_chunks=overlap.num_chunks,
             chunk_sizes=zlib.crc32(str(overlap.chunk_sizes).encode()),
@@ -192,22 +192,22 @@ HEADER_SIZE = len(CallHeader._fields)
 
 
 def in_millionths(capacity: float) -> int:
-    """Give a capacity as ranks compare it."""
+    """Return a capacity as ranks compare it."""
     return round(1e6 * capacity)
 
 
 def bits_of(*numbers: float) -> tuple[int, ...]:
-    """Give the bits of numbers, as ranks compare them."""
+    """Return the bits of numbers, as ranks compare them."""
     return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *(0.0 + n for n in numbers)))  # not -0.0
 
 
 def numbers_of(*bits: int) -> tuple[float, ...]:
-    """Give the numbers of which bits_of() gave the bits."""
+    """Return the numbers of which bits_of() gave the bits."""
     return struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits))
 
 
 def activation_fields(activation: Activation) -> dict[str, int]:
-    """Give the header's fields that say which activation this is; a callable travels as the end of its name."""
+    """Return the header's fields that say which activation this is; a callable travels as the end of its name."""
     if isinstance(activation, str):
         return {"activation": ACTIVATION_NAMES.index(activation)}
     if isinstance(activation, ClampedSwiGLU):

@@ -42,7 +42,7 @@ def _activation_words(activation: int, *numbers_and_name: int) -> str:
 
 
 def _one_of(values: Sequence[object]) -> Callable[[int], str]:
-    """Give the words for a place among values."""
+    """Return the words for a place among values."""
     return lambda place: str(values[place]) if 0 <= place < len(values) else f"unknown ({place})"
 
 

@@ -50,7 +50,7 @@ class ExpertPlacement:
 
     @classmethod
     def contiguous(cls, num_experts: int, size: int) -> "ExpertPlacement":
-        """Give rank k the experts k * E / W .. (k + 1) * E / W: what a layer does without a placement."""
+        """Return rank k the experts k * E / W .. (k + 1) * E / W: what a layer does without a placement."""
         if size < 1 or num_experts % size:
             raise ValueError(f"num_experts ({num_experts}) must be divisible by size ({size}), the number of ranks")
         local = num_experts // size
@@ -124,15 +124,15 @@ class ExpertPlacement:
         return self.size * self.num_slots > self.num_experts
 
     def owners(self, expert: int) -> tuple[int, ...]:
-        """Give the owners of `expert`, the ranks that hold it, in ascending order."""
+        """Return the owners of `expert`, the ranks that hold it, in ascending order."""
         return tuple(rank for rank, slots in enumerate(self.experts_of_rank) if expert in slots)
 
     def first_owner(self, expert: int) -> int:
-        """Give the rank whose optimizer state and checkpoint entry count for `expert`."""
+        """Return the rank whose optimizer state and checkpoint entry count for `expert`."""
         return self.owners(expert)[0]
 
     def shared(self, rank: int, other: int) -> tuple[int, ...]:
-        """Give the experts that both ranks hold, in ascending order; none for a rank and itself."""
+        """Return the experts that both ranks hold, in ascending order; none for a rank and itself."""
         if rank == other:
             return ()
         return tuple(sorted(set(self.experts_of_rank[rank]) & set(self.experts_of_rank[other])))
@@ -150,7 +150,7 @@ class ExpertPlacement:
         )
 
     def slots(self, topk_ids: Tensor, rank: int) -> Tensor:
-        """Give the slot (T, K) int64 of each routed pair of `rank`'s tokens, -1 where the id is no expert.
+        """Return the slot (T, K) int64 of each routed pair of `rank`'s tokens, -1 where the id is no expert.
 
         Token t takes replica (t + rank) mod n of an expert's n: an even split, known without a word to other ranks.
         """
@@ -188,14 +188,14 @@ def _fill(ranks: list[list[int]], replicas: list[int], slots: int) -> None:
 
 
 def replica_bits(placement: ExpertPlacement | None, needs_weights: PerWeight[bool]) -> int:
-    """Give a bit for each kind of weight whose gradients are summed over replicas, 0 where there are no replicas."""
+    """Return a bit for each kind of weight whose gradients are summed over replicas, 0 where there are no replicas."""
     if placement is None or not placement.has_replicas:
         return 0
     return sum(2**i for i, needed in enumerate(needs_weights) if needed)
 
 
 def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int) -> tuple[Tensor, list[int]]:
-    """Give what `rank` sends to the other owners of its replicas, and the rows for each of them (as many come back).
+    """Return what `rank` sends to the other owners of its replicas, and the rows for each of them (as many come back).
 
     A row is one expert: the gradients of its weights, side by side.
     """

@@ -83,7 +83,7 @@ class DispatchPlan:
         return self.receive_offsets if self.return_rows is self.receive_rows else offsets(self.return_rows)
 
     def segment(self, chunk: int) -> int:
-        """Give the segment of an exchanged chunk, or with local_first of the local rows (chunks -2 and -1)."""
+        """Return the segment of an exchanged chunk, or with local_first of the local rows (chunks -2 and -1)."""
         return chunk + self.overlap.num_local_slices
 
     def send_slice(self, chunk: int) -> slice:
@@ -138,7 +138,7 @@ class DispatchPlan:
 
     @property
     def all_send_splits(self) -> list[int]:
-        """Give how many rows go to each rank over all chunks."""
+        """Return how many rows go to each rank over all chunks."""
         return [sum(column) for column in zip(*self.tokens.rows[self.overlap.num_local_slices :], strict=True)]
 
     @property
@@ -184,7 +184,7 @@ class DispatchPlan:
         return torch.arange(num_rows, device=device) + shifts.repeat_interleave(by_rank, output_size=num_rows)
 
     def row_sources(self) -> RowSources:
-        """Give the rank that sent each received row."""
+        """Return the rank that sent each received row."""
         return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
 
 
@@ -223,5 +223,5 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
 
 
 def offsets(counts: list[list[int]]) -> tuple[int, ...]:
-    """Give where each segment starts, and the end of the last, from its counts by rank."""
+    """Return where each segment starts, and the end of the last, from its counts by rank."""
     return (0, *accumulate(map(sum, counts)))

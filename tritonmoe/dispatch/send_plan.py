@@ -124,14 +124,14 @@ def _plan_by_experts(
 
 
 def owners_of_pairs(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
-    """Give the owner (T, K) int64 of each pair, the rank that owns its expert; `size` for a skipped pair."""
+    """Return the owner (T, K) int64 of each pair, the rank that owns its expert; `size` for a skipped pair."""
     skipped = (topk_ids < 0) | (topk_ids >= num_experts)
     owner = torch.div(topk_ids, num_experts // size, rounding_mode="floor").to(torch.int64)
     return owner.masked_fill(skipped, size)
 
 
 def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
-    """Give the segment (T, W) int64 in which each token's row for each rank would travel."""
+    """Return the segment (T, W) int64 in which each token's row for each rank would travel."""
     positions = torch.arange(num_tokens, device=device)
     starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64, device="cpu"), device)
     chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
@@ -142,7 +142,7 @@ def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, de
 
 
 def _local_slices(num_tokens: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
-    """Give the segment (T,) int64 of each token's row for its own rank, with local_first."""
+    """Return the segment (T,) int64 of each token's row for its own rank, with local_first."""
     return (torch.arange(num_tokens, device=device) >= overlap.local_bound(num_tokens)).to(torch.int64)
 
 
@@ -172,13 +172,13 @@ def count_keys(keys: Tensor, limit: int) -> Tensor:
 
 
 def order_rows(row_keys: Tensor, size: int, top_k: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Give home_tokens and home_index of a TokenPlan from count_rows's keys and its rows on the host."""
+    """Return home_tokens and home_index of a TokenPlan from count_rows's keys and its rows on the host."""
     order = _sorted_rows(row_keys, rows)
     return _tokens_of(order, size), compact_columns(_places(order, row_keys.shape[0]).view(-1, size), top_k)
 
 
 def _sorted_rows(row_keys: Tensor, rows: list[list[int]]) -> Tensor:
-    """Give the rows that travel in the order of their keys: (S,) int64, token * W + rank."""
+    """Return the rows that travel in the order of their keys: (S,) int64, token * W + rank."""
     return torch.sort(row_keys, stable=True)[1][: sum(map(sum, rows))]
 
 
@@ -187,7 +187,7 @@ def _tokens_of(order: Tensor, size: int) -> Tensor:
 
 
 def _places(order: Tensor, num_keys: int) -> Tensor:
-    """Give where each of (token, rank) stands in `order`, (T * W,) int32, -1 where it does not travel."""
+    """Return where each of (token, rank) stands in `order`, (T * W,) int32, -1 where it does not travel."""
     places = torch.full((num_keys,), -1, dtype=torch.int32, device=order.device)
     places[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
     return places

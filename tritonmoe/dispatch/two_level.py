@@ -50,7 +50,7 @@ class TwoLevelPlan:
     """The place of this rank in its node."""
 
     def inner(self, topk_ids: Tensor) -> DispatchPlan:
-        """Give the inner plan once the ids (R, K) of the outer rows are here; reads nothing on the host."""
+        """Return the inner plan once the ids (R, K) of the outer rows are here; reads nothing on the host."""
         size = len(self.relay_rows[0])
         overlap = OverlapPlan(chunk_sizes=(1,) * len(self.relay_rows), local_first=False)
         bounds = self.outer.receive_offsets
@@ -79,7 +79,7 @@ class TwoLevelPlan:
         )
 
     def row_sources(self) -> RowSources:
-        """Give the rank that each inner received row comes from; they are stored by (segment, relay, node, token)."""
+        """Return the rank that each inner received row comes from; they are stored by (segment, relay, node, token)."""
         size = len(self.relay_rows[0])
         by_relay = self.source_rows.view(len(self.relay_rows), -1, size).transpose(1, 2)  # (segments, place, node)
         ranks = torch.arange(self.source_rows.shape[1], device="cpu").view(-1, size).T  # (place, node)

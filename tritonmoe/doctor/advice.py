@@ -69,7 +69,7 @@ class Proposal:
 
 
 def advice_on(recording: Recording, calls: Sequence[RecordedCall], costs: Costs, step_s: float) -> list[Advice]:
-    """Give what would help in a recording, whose calls like these take step_s in a step; each gain is above zero.
+    """Return what would help in a recording, whose calls like these take step_s in a step; each gain is above zero.
 
     calls: those that the costs were fitted to.
     """
@@ -111,14 +111,14 @@ def _gained(of: Conditions, was_s: float, proposal: Proposal) -> float:
 
 
 def _spread(calls: Sequence[RecordedCall], count: int) -> list[RecordedCall]:
-    """Give so many calls, evenly spread."""
+    """Return so many calls, evenly spread."""
     if len(calls) <= count:
         return list(calls)
     return [calls[(2 * n + 1) * len(calls) // (2 * count)] for n in range(count)]
 
 
 def _proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
-    """Give what could be changed; whether it helps is for the walk to say.
+    """Return what could be changed; whether it helps is for the walk to say.
 
     typical: the conditions of one of the calls.
     """
@@ -154,7 +154,7 @@ def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: Pas
 
 
 def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
-    """Give what lies between the passes of this number of one layer and the next, 0 where they don't follow.
+    """Return what lies between the passes of this number of one layer and the next, 0 where they don't follow.
 
     Of a recompute between two backwards the pass of the layer itself is left out.
     """
@@ -232,7 +232,7 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
 
 
 def _share_after(load: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
-    """Give (W,) how many times as many pairs each rank computes with a placement, of the load (W, L) of its slots."""
+    """Return (W,) how many times as many pairs each rank computes with a placement, of the load (W, L) of its slots."""
     ranks = placement.experts_of_rank
     copies = torch.tensor([sum(slot in of for of in ranks) for slot in range(load.numel())], device="cpu")
     of_copy = load.flatten().to(torch.float64) / copies
@@ -257,12 +257,12 @@ def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]
 
 
 def _tokens(work: LayerWork) -> torch.Tensor:
-    """Give the tokens (W, 1) of every rank, as its pairs tell."""
+    """Return the tokens (W, 1) of every rank, as its pairs tell."""
     return work.pairs.sum(1, keepdim=True) / work.top_k
 
 
 def _needing_any(needed: Sequence[torch.Tensor], tokens: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Give how many tokens need any of several owners, each of which so many of them need.
+    """Return how many tokens need any of several owners, each of which so many of them need.
 
     Each of a token's experts is one of the first owner's, of the second's and so on, as often as these numbers say.
     """
@@ -286,7 +286,7 @@ def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
 
 
 def _on_half(of: Conditions, number: int) -> Conditions:
-    """Give the call of the first half of the ranks (0) or the other (1), which also own what the other half owned."""
+    """Return the call of the first half of the ranks (0) or the other (1), which also own what the other half owned."""
     work, half = of.work, of.work.size // 2
     halves = slice(0, half), slice(half, None)
     ranks = halves[number]

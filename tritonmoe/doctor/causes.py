@@ -65,7 +65,7 @@ class Causes:
         self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
 
     def without(self, removals: Sequence[Removal]) -> list[list[float]]:
-        """Give the time of each step without causes of some kinds, for each of several sets of them."""
+        """Return the time of each step without causes of some kinds, for each of several sets of them."""
         runs, transfers = [], []
         for removal in removals:
             run_s, transfer_s = self.run_s.clone(), self.transfer_s.clone()
@@ -78,7 +78,7 @@ class Causes:
         return self.walker.all_step_times(torch.stack(runs), torch.stack(transfers))
 
     def _of(self, ranks: Collection[int] | None) -> Tensor:
-        """Give (W,) 1 for each of the ranks, else 0."""
+        """Return (W,) 1 for each of the ranks, else 0."""
         if ranks is None:
             return torch.ones(len(self.graph.ranks), dtype=torch.float64, device="cpu")
         of = torch.zeros(len(self.graph.ranks), dtype=torch.float64, device="cpu")
@@ -91,7 +91,7 @@ class Causes:
         return not any(bool((times > 0).any()) for times in (excess.run_s, excess.member_s))
 
     def by_rank_and_step(self, kind: CauseKind) -> list[list[float]]:
-        """Give the seconds above what is usual, by rank and step."""
+        """Return the seconds above what is usual, by rank and step."""
         tables, excess = self.tables, self.excess[kind]
         shape = len(self.graph.ranks), len(self.graph.steps)
         sums = torch.zeros(*shape, dtype=torch.float64, device="cpu").flatten()

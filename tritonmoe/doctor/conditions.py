@@ -120,12 +120,12 @@ class Nodes:
 
     @classmethod
     def of(cls, rows_to_nodes: Tensor, work: LayerWork, row_bytes: int) -> "Nodes":
-        """Give what is to be known where so many tokens (W, nodes) of each rank need any rank of each node."""
+        """Return what is to be known where so many tokens (W, nodes) of each rank need any rank of each node."""
         by_node = work.rows.view(work.size, rows_to_nodes.shape[1], -1)
         return cls(rows_to_nodes / by_node.sum(2).clamp(min=1), row_bytes)
 
     def rows_of(self, work: LayerWork) -> Tensor:
-        """Give how many tokens (W, nodes) of each rank need any rank of each node."""
+        """Return how many tokens (W, nodes) of each rank need any rank of each node."""
         by_node = work.rows.view(work.size, self.share.shape[1], -1)
         return torch.minimum(torch.maximum(self.share * by_node.sum(2), by_node.amax(2)), by_node.sum(2))
 
@@ -163,7 +163,7 @@ def walk(conditions: Conditions) -> Walk:
 
 
 def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
-    """Give by how much a layer takes less time with two halves of the batch, all ranks coming together."""
+    """Return by how much a layer takes less time with two halves of the batch, all ranks coming together."""
     costs, link = _with_gap(conditions.steps, conditions.gap_s), conditions.walked_link
     work, half = (replace(conditions, work=conditions.work.scaled(share)).walked_work for share in (1.0, 0.5))
     num_fillers = sum(step.kind is StepKind.FILLER for step in conditions.schedules[0])
@@ -199,7 +199,7 @@ def _walk(conditions: Conditions, ended_s: Mapping[int, Tensor]) -> Walk:
 
 
 def _most(moments: Tensor) -> Tensor:
-    """Give the moment from which lateness counts: of an even number of ranks the earlier one in the middle."""
+    """Return the moment from which lateness counts: of an even number of ranks the earlier one in the middle."""
     return moments.median()
 
 
@@ -208,7 +208,7 @@ def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
 
 
 def passes_before(recording: Recording) -> PassesBefore:
-    """Give for each pass the one before it, of any call, where that was over on all ranks when they entered this one.
+    """Return for each pass the one before it, of any call, where that was over on all ranks when they entered this one.
 
     In a stack of layers that is the next layer's backward, or with activation checkpointing a recompute.
     """
@@ -223,7 +223,7 @@ def passes_before(recording: Recording) -> PassesBefore:
 
 
 def measured_s(call: RecordedCall, before: PassesBefore) -> float:
-    """Give what walk() predicts, as it was recorded."""
+    """Return what walk() predicts, as it was recorded."""
     total_s = 0.0
     for passes, entry in zip(call.by_pass, _entries_of(call, before), strict=True):
         entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
@@ -232,7 +232,7 @@ def measured_s(call: RecordedCall, before: PassesBefore) -> float:
 
 
 def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Conditions:
-    """Give the conditions under which a call ran."""
+    """Return the conditions under which a call ran."""
     schedules = tuple(schedule_of(call.plan, [step.step.kind for step in of[0].steps]) for of in call.by_pass)
     to_nodes = call.rows_to_nodes
     link = _with_uneven_chunks(costs.link, call)
@@ -244,7 +244,7 @@ def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Con
 
 
 def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
-    """Give the link with ports that are occupied for as long as by the call's own chunks.
+    """Return the link with ports that are occupied for as long as by the call's own chunks.
 
     The walk gives every chunk exactly its share of the rows. Of real ones, which differ by chance, the busier way of a
     port decides, in every exchange anew: ways of 54 and 48 rows, then of 48 and 54, take what 108 take.
@@ -253,7 +253,7 @@ def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
         return link
 
     def rows(kind: StepKind) -> Tensor:
-        """Give (C, W): the rows of every chunk that each rank sends."""
+        """Return (C, W): the rows of every chunk that each rank sends."""
         of_ranks = [[step.units for step in of.forward.steps if step.step.kind is kind] for of in call.ranks]
         return torch.tensor(of_ranks, dtype=torch.float64, device="cpu").T
 
@@ -276,7 +276,7 @@ def _entries_of(call: RecordedCall, before: PassesBefore) -> tuple[Entry, ...]:
 
 
 def _entry_of(passes: Sequence[RecordedPass], follows: int, ended: Sequence[RecordedPass] | None) -> Entry:
-    """Give how ranks came to a pass; `ended` is the pass before, whose number is `follows`."""
+    """Return how ranks came to a pass; `ended` is the pass before, whose number is `follows`."""
 
     def of_ranks(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64, device="cpu")
@@ -306,11 +306,11 @@ def _entry_of(passes: Sequence[RecordedPass], follows: int, ended: Sequence[Reco
 
 
 def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:
-    """Give the same call by another plan."""
+    """Return the same call by another plan."""
     schedules = tuple(_like(schedule, plan) for schedule in of.schedules)
     return replace(of, plan=plan, schedules=schedules)
 
 
 def _like(schedule: Schedule, plan: OverlapPlan) -> Schedule:
-    """Give the schedule of another plan for the same pass, with as much needed of it."""
+    """Return the schedule of another plan for the same pass, with as much needed of it."""
     return schedule_of(plan, [step.kind for step in schedule])

@@ -66,7 +66,7 @@ class _Sample:
     """For how long of them an exchange was under way."""
 
     def by(self, slowness: Sequence[float], contention: float) -> tuple[float, float]:
-        """Give the units, and what they would take on a rank like the others, with no exchange beside them."""
+        """Return the units, and what they would take on a rank like the others, with no exchange beside them."""
         seconds = self.seconds - contention * self.beside_s
         return self.units, seconds / (slowness[self.rank] if self.is_of_pairs else 1.0)
 
@@ -105,13 +105,13 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
 
 
 def _gap_s(one: RecordedPass) -> float:
-    """Give the time between two steps of a pass."""
+    """Return the time between two steps of a pass."""
     steps = _leaves(one)
     return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in steps)) / max(1, len(steps))
 
 
 def _leaves(one: RecordedPass) -> list[RecordedStep]:
-    """Give the steps of a pass, and instead of one that has steps inside its node those."""
+    """Return the steps of a pass, and instead of one that has steps inside its node those."""
     if not one.steps_inside:
         return list(one.steps)
     outer = {(step.step.kind, step.step.chunk) for step in one.steps_inside if not step.step.kind.is_inside_node}
@@ -119,7 +119,7 @@ def _leaves(one: RecordedPass) -> list[RecordedStep]:
 
 
 def _spent_s(step: RecordedStep) -> float:
-    """Give for how long a step held the compute lane."""
+    """Return for how long a step held the compute lane."""
     return step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
 
 
@@ -170,7 +170,7 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
 
 
 def _units_inside(call: RecordedCall, step: Step, rank: int) -> float:
-    """Give the units of a step inside a node, as if each chunk had its share of the rows."""
+    """Return the units of a step inside a node, as if each chunk had its share of the rows."""
     assert call.levels is not None
     work = call.levels.inside(call.plan, step.chunk)
     sizes = [[of[rank]] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
@@ -181,7 +181,7 @@ _ByKind = Mapping[StepKind, Sequence[_Sample]]
 
 
 def _lines(by_kind: _ByKind, slowness: Sequence[float], contention: float) -> dict[StepKind, tuple[float, float]]:
-    """Give (fixed, unit) seconds by kind of step."""
+    """Return (fixed, unit) seconds by kind of step."""
     points = {kind: [s.by(slowness, contention) for s in of] for kind, of in by_kind.items()}
     return {kind: _of_same_sum(fit_relative_line(of), of) for kind, of in points.items()}
 
@@ -195,7 +195,7 @@ def _of_same_sum(line: tuple[float, float], points: Sequence[tuple[float, float]
 
 
 def _slowness(by_kind: _ByKind, size: int, contention: float = 0.0) -> tuple[float, ...]:
-    """Give how many times as long as the others each rank takes.
+    """Return how many times as long as the others each rank takes.
 
     Only steps that compute pairs tell it: what packing and summing cost is small, and noisy.
     """
@@ -215,7 +215,7 @@ def _slowness(by_kind: _ByKind, size: int, contention: float = 0.0) -> tuple[flo
 
 
 def _contention(by_kind: _ByKind, slowness: Sequence[float]) -> float:
-    """Give the share of its speed that compute loses beside an exchange, 0 unless that explains what steps take."""
+    """Return the share of its speed that compute loses beside an exchange, 0 unless that explains what steps take."""
     of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
 
     def error(contention: float) -> float:

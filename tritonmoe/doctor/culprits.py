@@ -99,7 +99,7 @@ def _is_of_layer(key: Key | None) -> bool:
 
 
 def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
-    """Give the layer that has most of what keys cost, where there are several."""
+    """Return the layer that has most of what keys cost, where there are several."""
     layers: dict[int, float] = defaultdict(float)
     for key, seconds in where.items():
         if _is_of_layer(key):
@@ -110,7 +110,7 @@ def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
 
 
 def phase_of(key: Key) -> str:
-    """Give the phase of the step that a key belongs to: its first word, as far as that is known."""
+    """Return the phase of the step that a key belongs to: its first word, as far as that is known."""
     word = str(key[0]) if key else ""
     return next((phase for phase in ("forward", "backward") if word.startswith(phase)), "")
 
@@ -122,7 +122,7 @@ def _fewest(
     gained: Sequence[float],
     without: Sequence[CauseKind],
 ) -> tuple[int, ...]:
-    """Give the fewest ranks whose excess explains the gain, the worst first; none where it takes nearly all."""
+    """Return the fewest ranks whose excess explains the gain, the worst first; none where it takes nearly all."""
     num_ranks = len(excess)
     sums = [sum(max(0.0, one) for one in of_rank) for of_rank in excess]
     order = sorted(range(num_ranks), key=lambda rank: -sums[rank])

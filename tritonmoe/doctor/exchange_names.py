@@ -27,18 +27,18 @@ ELEMENT_BYTES = {
 
 
 def as_run(kind: str) -> str:
-    """Give the kind as which gloo runs an exchange: it has no reduce-scatter of its own."""
+    """Return the kind as which gloo runs an exchange: it has no reduce-scatter of its own."""
     return "all_reduce" if kind == "reduce_scatter" else kind
 
 
 def kind_of_name(name: str) -> str | None:
-    """Give the kind of an exchange that is called so, as "nccl:all_to_all" or "_allgather_base"; None for others."""
+    """Return the kind of an exchange that is called so, as "nccl:all_to_all" or "_allgather_base"; None for others."""
     word = re.sub(r"[^a-z0-9]", "", name.lower())
     return next((kind for part, kind in KINDS if part in word), None)
 
 
 def kind_of_kernel(name: str) -> str | None:
-    """Give the kind of exchange that a GPU's kernel is: NCCL's and RCCL's, and those of rows' libraries."""
+    """Return the kind of exchange that a GPU's kernel is: NCCL's and RCCL's, and those of rows' libraries."""
     lower = name[:200].lower()
     if ROWS_LIBRARIES.search(lower):
         word = lower.replace("_", "")
@@ -53,7 +53,7 @@ def kind_of_kernel(name: str) -> str | None:
 
 
 def kind_of_operator(name: str) -> str | None:
-    """Give the kind of exchange that an operator of PyTorch hands over; None for others."""
+    """Return the kind of exchange that an operator of PyTorch hands over; None for others."""
     if name.startswith("c10d::"):
         return kind_of_name(name[6:])
     return None

@@ -12,7 +12,7 @@ ALIKE = 1.05
 
 
 def fit_relative_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Give (fixed, slope), neither negative, of the line through (x, y) with the least squared relative error.
+    """Return (fixed, slope), neither negative, of the line through (x, y) with the least squared relative error.
 
     Points of one x tell the slope alone.
     """
@@ -39,7 +39,7 @@ def fit_relative_line(points: Sequence[tuple[float, float]]) -> tuple[float, flo
 
 
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
-    """Give the smallest value of (value, weight) that, with all smaller ones, has half of the weight."""
+    """Return the smallest value of (value, weight) that, with all smaller ones, has half of the weight."""
     ordered = sorted(values)
     half, reached = 0.5 * sum(weight for _, weight in ordered), 0.0
     for value, weight in ordered:
@@ -50,7 +50,7 @@ def weighted_median(values: Sequence[tuple[float, float]]) -> float:
 
 
 def medians(values: Tensor, weights: Tensor) -> Tensor:
-    """Give weighted_median along the first axis of values and weights (n, ...); NaN where all weights are 0."""
+    """Return weighted_median along the first axis of values and weights (n, ...); NaN where all weights are 0."""
     ordered, order = torch.where(weights > 0, values, torch.inf).sort(0)
     reached = weights.gather(0, order).cumsum(0)
     is_enough = reached >= 0.5 * reached[-1]

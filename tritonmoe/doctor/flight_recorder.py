@@ -21,7 +21,7 @@ def is_flight_record(found: Any) -> bool:
 
 
 def read_flight_record(path: Path, found: dict[str, Any]) -> RankTrace:
-    """Give what a dump says of its rank: the exchanges, without anything of what was computed between them.
+    """Return what a dump says of its rank: the exchanges, without anything of what was computed between them.
 
     Raises:
         ValueError: an entry is damaged, or there is none.

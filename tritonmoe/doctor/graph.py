@@ -107,7 +107,7 @@ class Graph:
         return tables_of(self)
 
     def named(self, indices: Sequence[int]) -> str:
-        """Give the names of ranks, by their indices: "rank 2", "ranks 2 and 5"."""
+        """Return the names of ranks, by their indices: "rank 2", "ranks 2 and 5"."""
         names = [self.names.get(index, str(self.ranks[index])) for index in indices]
         if len(names) > 6:
             names = [*names[:5], f"{len(names) - 5} others"]

@@ -151,7 +151,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _times(path: Path, where: str, content: dict[str, Any], prefix: str) -> tuple[float, float | None]:
-    """Give how long an exchange took, and when it started, if that is there."""
+    """Return how long an exchange took, and when it started, if that is there."""
     seconds = number(path, where, content, f"{prefix}_exec_time_us") / 1e6
     if seconds < 0:
         raise damaged(path, f"{where}: an exchange takes less than no time")

@@ -43,7 +43,7 @@ def on_one_clock(traces: Sequence[RankTrace]) -> None:
 
 
 def _starts(parts: Mapping[int, Part], number: Mapping[int, int | None]) -> dict[int, float]:
-    """Give when each rank came to an exchange, from some moment on."""
+    """Return when each rank came to an exchange, from some moment on."""
     if all(part.links for part in parts.values()):
         took = {(index, way, peer): seconds for index, part in parts.items() for way, peer, _, seconds in part.links}
         first = min(parts)

@@ -22,7 +22,7 @@ class Pair:
 
 
 def as_exchanges(pairs: Sequence[Pair], group: str, rank: int, size: int) -> list[tuple[Part, bool]]:
-    """Give the exchanges of one communicator, and of each whether it is known when it was.
+    """Return the exchanges of one communicator, and of each whether it is known when it was.
 
     A group of them goes on until the same peer comes again in the same direction; with several peers it is an
     all-to-all.

@@ -59,7 +59,7 @@ def _span(trace: RankTrace) -> str:
 
 
 def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
-    """Give traces by rank; say which ranks are missing."""
+    """Return traces by rank; say which ranks are missing."""
     known = [trace.rank for trace in traces if trace.rank is not None]
     for rank in set(known):
         if known.count(rank) > 1:

@@ -185,7 +185,7 @@ class KinetoReader:
             ends.append(end_s)
 
     def finish(self) -> RankTrace:
-        """Give what the trace says of its rank.
+        """Return what the trace says of its rank.
 
         Raises:
             ValueError: there is nothing in it that a step could be due to; the message says what is missing.
@@ -255,7 +255,7 @@ class KinetoReader:
         found.steps = steps
 
     def _moved_to_gpu(self, steps: list[Step]) -> list[Step]:
-        """Give steps by when their kernels ran: what the host launched within a step is of that step."""
+        """Return steps by when their kernels ran: what the host launched within a step is of that step."""
         by_number = {step.number: step for step in self.steps_on_gpu}
         if len(by_number) == len(steps) and all(step.number in by_number for step in steps):
             return sorted(by_number.values(), key=lambda step: step.start_s)
@@ -399,7 +399,7 @@ def _shift(found: RankTrace, by_s: float) -> None:
 
 
 def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]:
-    """Give the intervals in order in which at least one of these lasts."""
+    """Return the intervals in order in which at least one of these lasts."""
     found_starts, found_ends = array("d"), array("d")
     last = float("-inf")
     for start, end in sorted(zip(starts, ends, strict=True)):
@@ -413,7 +413,7 @@ def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]
 
 
 def _whole_numbers(text: Any) -> tuple[tuple[int, ...], bool]:
-    """Give the numbers of a list that was written as text, and whether it was cut."""
+    """Return the numbers of a list that was written as text, and whether it was cut."""
     if isinstance(text, list):
         return tuple(one for one in text if type(one) is int), False
     text = str(text)

@@ -79,7 +79,7 @@ def slow_steps(times_s: Sequence[float]) -> list[int]:
 
 
 def shown_of(found: Verdict) -> Shown:
-    """Give what a page shows of the run of a verdict."""
+    """Return what a page shows of the run of a verdict."""
     graph, tables = found.graph, found.graph.tables
     size, num_steps = len(graph.ranks), len(graph.steps)
     moments = Walker(graph).moments(tables.run_s, tables.transfer_s)
@@ -138,7 +138,7 @@ class _Waits:
 
 
 def _pieces(graph: Graph, moments: Moments, waits: _Waits, step: int) -> Iterator[Piece]:
-    """Give what every rank did in a step, one rank after the other; of a stretch of work first what it computed."""
+    """Return what every rank did in a step, one rank after the other; of a stretch of work first what it computed."""
     tables = graph.tables
     for rank, (kinds, places) in enumerate(tables.programs):
         ends = (kinds == int(Kind.STEP)).nonzero()[:, 0].tolist()

@@ -29,7 +29,7 @@ class SlowLinks:
     usual_s: float
 
     def lost_s(self, part: Part, index: int, ranks: Sequence[int | None], transfer_s: float) -> float:
-        """Give by how much a part of a rank, given by its index, would end sooner with links like the others.
+        """Return by how much a part of a rank, given by its index, would end sooner with links like the others.
 
         ranks: the indices of the group's ranks.
         """
@@ -45,13 +45,13 @@ class SlowLinks:
 
 
 def group_indices(traces: Sequence[RankTrace], index: int, group: str | None) -> list[int | None]:
-    """Give the indices of the ranks of a group, by their numbers in it."""
+    """Return the indices of the ranks of a group, by their numbers in it."""
     index_of = {trace.rank: place for place, trace in enumerate(traces)}
     return [index_of.get(rank) for rank in traces[index].groups.get(str(group), ())]
 
 
 def _of_byte(traces: Sequence[RankTrace]) -> dict[tuple[int, int], float]:
-    """Give what a byte takes on every link: on the wire, where that is known, else from when both ends were there."""
+    """Return what a byte takes on every link: on the wire, where that is known, else from when both ends were there."""
     ends: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     has_wires = any(trace.wires for trace in traces)
     for index, trace in enumerate(traces):
@@ -84,7 +84,7 @@ def slow_links(traces: Sequence[RankTrace]) -> SlowLinks | None:
 def _ends(
     slow: Sequence[tuple[int, int]], links: Collection[tuple[int, int]], names: Sequence[int | None]
 ) -> tuple[tuple[int, ...], str]:
-    """Give the ranks whose ends are slow, and words for it in which how slow is left open."""
+    """Return the ranks whose ends are slow, and words for it in which how slow is left open."""
     for ends, what in (((0,), "sends"), ((1,), "receives"), ((0, 1), "sends and receives")):
         for rank in range(len(names)):
             own = [link for link in links if any(link[end] == rank for end in ends)]

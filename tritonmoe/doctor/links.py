@@ -59,7 +59,7 @@ class LinkRatios:
     inside_in: Tensor | None = None
 
     def of_byte(self, node_size: int | None) -> Tensor:
-        """Give (W, W): how many times as long as on like links a byte takes from rank i to rank k, ports included."""
+        """Return (W, W): how many times as long as on like links a byte takes from rank i to rank k, ports included."""
         ratio = torch.maximum(self.port_out[:, None], self.port_in) * self.link
         if self.inside_out is None or self.inside_in is None:
             return ratio
@@ -185,7 +185,7 @@ class _Fit:
             self.latency_s = typical
 
     def _ratios(self) -> Tensor:
-        """Give how many times as long as byte_s a byte takes on each link (W, W), its median; NaN where none went."""
+        """Return how many times as long as byte_s a byte takes on each link (W, W), its median; NaN where none went."""
         sent = self.sent
         due_s = sent.port_bytes * self.byte_s
         ratios = (self._seconds().clamp(min=SHORTEST_S) - self._latencies_s) / due_s
@@ -198,14 +198,14 @@ class _Fit:
         return max(1e-3, weighted_median(of_byte)) if of_byte else math.nan
 
     def _measure_slow_links(self) -> None:
-        """Give links that are taken for slow the ratios of all their bytes, which may say that they are not."""
+        """Return links that are taken for slow the ratios of all their bytes, which may say that they are not."""
         own = self._own_ratios()
         self.link = torch.where((self.link > 1) & (own > SMALLEST_RATIO), own, 1.0)
         if self.uses_rendezvous:
             self.link = torch.where(self.link * AGAINST < self.link.T, 1.0, self.link)
 
     def _own_ratios(self) -> Tensor:
-        """Give how many times as long as its ports a byte takes on each link (W, W), by the sums of each pass.
+        """Return how many times as long as its ports a byte takes on each link (W, W), by the sums of each pass.
 
         Single messages of a link that is never at rest take times that vary, and their median is less than their mean.
         """
@@ -244,7 +244,7 @@ class _Fit:
                 ports[rank] = own if own > SMALLEST_RATIO else 1.0
 
     def _by_port(self) -> tuple[list[list[tuple[float, float]]], list[list[tuple[float, float]]]]:
-        """Give bytes and seconds of the busy times of every port, on the way out of it and into it.
+        """Return bytes and seconds of the busy times of every port, on the way out of it and into it.
 
         The messages of a port share it, also those of one exchange and the next, in any order: only how long it is busy
         without a pause tells its rate. Messages on slow links and, of a port that is not slow, those to a slow one are
@@ -258,7 +258,7 @@ class _Fit:
         return outwards, self._busy_times(counts & (is_in | ~is_out), 1, self.port_in > 1)
 
     def _busy_times(self, counts: Tensor, peers: int, is_slow: Tensor) -> list[list[tuple[float, float]]]:
-        """Give by rank the bytes and seconds of the times in which its port has messages, with one latency each.
+        """Return by rank the bytes and seconds of the times in which its port has messages, with one latency each.
 
         Args:
             counts: (M, W, W), the messages that count.
@@ -271,7 +271,7 @@ class _Fit:
         ended = torch.maximum(self.sent.arrived - self._latencies_s, begun)
 
         def by_port(values: Tensor, otherwise: float) -> Tensor:
-            """Give (M, other end, port) of the messages that count."""
+            """Return (M, other end, port) of the messages that count."""
             values = torch.where(counts, values, otherwise)
             return values if peers == 1 else values.transpose(1, 2)
 
@@ -298,7 +298,7 @@ class _Fit:
         return [[(b, max(SHORTEST_S, s)) for b, s in zip(*of, strict=True) if b > 0] for of in lists]
 
     def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """Give latency and seconds of a byte: large messages tell the rate, small ones the latency.
+        """Return latency and seconds of a byte: large messages tell the rate, small ones the latency.
 
         A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
         """
@@ -331,7 +331,7 @@ class _Fit:
         self.link = torch.where(left > least, left, 1.0)
 
     def found(self) -> tuple[EachLink, LinkRatios]:
-        """Give what a byte and a message cost on every port and link, and how they differ from the typical ones."""
+        """Return what a byte and a message cost on every port and link, and how they differ from the typical ones."""
         byte_s = max(self.byte_s, LEAST_BYTE_S) if bool(self.sent.are_known.any()) else 0.0
         out_s, in_s = self.port_out * byte_s, self.port_in * byte_s
         # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
@@ -341,7 +341,7 @@ class _Fit:
 
 
 def _typical(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Give (bytes, seconds) of busy times, those of about one size as one, with the time in the middle."""
+    """Return (bytes, seconds) of busy times, those of about one size as one, with the time in the middle."""
     groups: list[list[tuple[float, float]]] = []
     for point in sorted(points):
         if groups and point[0] <= 1.1 * groups[-1][0][0]:

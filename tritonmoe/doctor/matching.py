@@ -64,7 +64,7 @@ _Way: TypeAlias = tuple[int, str, str | None, int | None]
 
 
 def _peers(traces: Sequence[RankTrace], of_steps: Sequence[OfSteps]) -> dict[_Way, int]:
-    """Give the other rank of sends and receives, by its index, and tell parts which way they go.
+    """Return the other rank of sends and receives, by its index, and tell parts which way they go.
 
     A file has the other rank's number in the group, but over gloo not which group that is: of the groups that the rank
     is in, it is the one in which the other rank has as many receives (or sends) from this one.
@@ -95,7 +95,7 @@ def _peers(traces: Sequence[RankTrace], of_steps: Sequence[OfSteps]) -> dict[_Wa
 
 
 def _groups_of(trace: RankTrace, part: Part) -> Iterator[Sequence[int]]:
-    """Give the groups that a send or receive may be of: its own if that is known, else small ones first, then all."""
+    """Return the groups that a send or receive may be of: its own if that is known, else small ones first, then all."""
     known = part.group_ranks or trace.groups.get(str(part.group))
     if known is not None:
         yield known
@@ -105,7 +105,7 @@ def _groups_of(trace: RankTrace, part: Part) -> Iterator[Sequence[int]]:
 
 
 def idle_since(trace: RankTrace, moment_s: float) -> float:
-    """Give since when the computing lane has been idle at this moment."""
+    """Return since when the computing lane has been idle at this moment."""
     before = bisect_left(trace.busy_start_s, moment_s)
     return trace.busy_end_s[before - 1] if before else float("-inf")
 

@@ -27,7 +27,7 @@ class Reach(Enum):
     INSIDE = "inside a node"
 
     def pairs(self, size: int, node_size: int | None) -> Tensor:
-        """Give (W, W): whether these messages go from rank i to rank k."""
+        """Return (W, W): whether these messages go from rank i to rank k."""
         others = ~torch.eye(size, dtype=torch.bool, device="cpu")
         if self is Reach.ALL:
             return others
@@ -38,7 +38,7 @@ class Reach(Enum):
 
 
 def reaches(node_size: int | None) -> tuple[Reach, ...]:
-    """Give the kinds of messages that there are with nodes of so many ranks."""
+    """Return the kinds of messages that there are with nodes of so many ranks."""
     return (Reach.ALL,) if node_size is None else (Reach.BETWEEN, Reach.INSIDE)
 
 
@@ -85,7 +85,7 @@ class Messages:
         return int((self.sent_bytes > 0).any(0).sum(1).max())
 
     def begun(self, latency_s: Tensor, uses_rendezvous: bool) -> Tensor:
-        """Give from when each message counts: both ranks had posted it, and the one before it on its link had left.
+        """Return from when each message counts: both ranks had posted it, and the one before it on its link had left.
 
         Where a receiver's word is needed, also the message before that word, in the other direction, had come.
         """
@@ -98,7 +98,7 @@ class Messages:
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
 def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
-    """Give the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
+    """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
     is_inside = call.levels is not None and reach is Reach.INSIDE
@@ -145,7 +145,7 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
 
 
 def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | None) -> range:
-    """Give the ranks that take part in an exchange of a rank, in the order of its arrivals.
+    """Return the ranks that take part in an exchange of a rank, in the order of its arrivals.
 
     is_inside: whether the exchange is one inside a node, on two levels.
     """
@@ -158,7 +158,7 @@ def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | Non
 
 
 def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
-    """Give the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
+    """Return the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
     work = call.work if call.levels is None else call.levels.outer
     rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
     rows = rows.clone().fill_diagonal_(0)
@@ -170,7 +170,7 @@ def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tenso
 
 
 def _bytes_inside(call: RecordedCall, step: Step) -> Tensor:
-    """Give the bytes (W, W) from rank i to rank k of its node, as if each chunk had its share of the rows."""
+    """Return the bytes (W, W) from rank i to rank k of its node, as if each chunk had its share of the rows."""
     assert call.levels is not None
     work = call.levels.inside(call.plan, step.chunk)
     rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
@@ -178,7 +178,7 @@ def _bytes_inside(call: RecordedCall, step: Step) -> Tensor:
 
 
 def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
-    """Give the units of all chunks of a kind of step on one rank."""
+    """Return the units of all chunks of a kind of step on one rank."""
     return sum(
         other.units
         for one in of.passes

@@ -53,7 +53,7 @@ class _Visit:
 
 
 def layers_of(graph: Graph) -> list[LayerPass]:
-    """Give the passes of layers of which all ranks and all splits are known; none where that is not so."""
+    """Return the passes of layers of which all ranks and all splits are known; none where that is not so."""
     rows = [index for index, member in enumerate(graph.members) if _has_rows(graph, index) and member.sent]
     if not rows:
         return []
@@ -140,7 +140,7 @@ def _visits(graph: Graph, rank: int, known: set[int]) -> Iterator[_Visit]:
 
 
 def _in_order(graph: Graph, by_rank: Sequence[Sequence[_Visit]]) -> Iterator[list[int]]:
-    """Give the members of each exchange of rows, in the order in which the first of its ranks comes to them."""
+    """Return the members of each exchange of rows, in the order in which the first of its ranks comes to them."""
     seen: set[int] = set()
     places: dict[int, list[int]] = defaultdict(list)
     for rank, of_rank in enumerate(by_rank):

@@ -47,7 +47,7 @@ FP8_SCALES = 1 + 4 / 128
 
 
 def offers_of(graph: Graph) -> list[Advice]:
-    """Give what would help for certain, the largest gain first: nothing where the files don't tell enough."""
+    """Return what would help for certain, the largest gain first: nothing where the files don't tell enough."""
     found = list(Offers(graph).all())
     return sorted(found, key=lambda one: -one.gain.seconds)
 
@@ -66,7 +66,7 @@ class Offers:
         """What the smallest exchange takes: no fewer bytes make one faster."""
 
     def all(self) -> Iterator[Advice]:
-        """Give all that helps for certain."""
+        """Return all that helps for certain."""
         if not self.layers:
             return
         self.walker = Walker(self.graph)
@@ -144,12 +144,12 @@ class Offers:
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 
     def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:
-        """Give the plan that saves most in these passes."""
+        """Return the plan that saves most in these passes."""
         plans = [OverlapPlan(sizes, local_first=False) for sizes in SIZES]
         return max(plans, key=lambda plan: sum(self.saved(of, plan, fixed_s[of.key][EXPECTED]) for of in layers))
 
     def fixed_of(self, layers: Sequence[LayerPass]) -> dict[Key, tuple[float, float, float]]:
-        """Give what one more chunk costs, by the key of the pass: at least, as expected, and at most."""
+        """Return what one more chunk costs, by the key of the pass: at least, as expected, and at most."""
         points: dict[Key, list[tuple[float, float]]] = defaultdict(list)
         for layer in layers:
             for place, seconds in enumerate(layer.compute_s):
@@ -165,7 +165,7 @@ class Offers:
         return found
 
     def _transfers_s(self, layer: LayerPass) -> tuple[float, float]:
-        """Give what its exchanges take, those of the slowest ranks."""
+        """Return what its exchanges take, those of the slowest ranks."""
         members = self.graph.members
         return (
             max(members[one].transfer_s for one in layer.there),
@@ -173,7 +173,7 @@ class Offers:
         )
 
     def saved(self, layer: LayerPass, plan: OverlapPlan, fixed_s: float, contention: float = 0.0) -> float:
-        """Give by how much a pass is shorter with a plan, by the simulator, if one more chunk costs fixed_s."""
+        """Return by how much a pass is shorter with a plan, by the simulator, if one more chunk costs fixed_s."""
         sent = torch.tensor(layer.sent, dtype=torch.float64, device="cpu")
         port = float(torch.maximum(sent.sum(0), sent.sum(1)).max())
         there_s, back_s = self._transfers_s(layer)

@@ -40,7 +40,7 @@ class Part(Protocol):
 
 
 def runs_page(parts: dict[str, Part], figures: Figures) -> Page:
-    """Give the page of these runs, by their names, one after the other."""
+    """Return the page of these runs, by their names, one after the other."""
     banners, sections = [], []
     lanes: dict[str, list[Timeline]] = {}
     for path, part in parts.items():
@@ -71,7 +71,7 @@ class RunPart:
         """Those that are shown."""
 
     def number(self, key: str, unit: str) -> Cell:
-        """Give the number at a key, "not known" where the JSON has null."""
+        """Return the number at a key, "not known" where the JSON has null."""
         key = f"{self.key}/{key}"
         return "not known" if self.figures.at(key) is None else self.figures(key, unit)
 
@@ -79,7 +79,7 @@ class RunPart:
         return self.found.graph.names.get(index, str(self.found.graph.ranks[index]))
 
     def banner(self, name: str = "") -> Banner:
-        """Give the verdict."""
+        """Return the verdict."""
         found, number = self.found, self.number
         said = headline(found)
         lines: list[Line] = []
@@ -257,7 +257,7 @@ class RunPart:
 
 
 def _coarser(pieces: Sequence[Piece], begin_s: float, cell_s: float) -> list[Piece]:
-    """Give pieces that are at least a cell long: in each cell what takes most of it, cells of one kind joined."""
+    """Return pieces that are at least a cell long: in each cell what takes most of it, cells of one kind joined."""
     cells: dict[int, dict[str, float]] = {}
     for piece in pieces:
         at = int((piece.start_s - begin_s) / cell_s)

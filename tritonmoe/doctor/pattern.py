@@ -41,7 +41,7 @@ def _ordinal(count: int) -> str:
 
 
 def costly_steps(costs_s: Sequence[float]) -> list[int]:
-    """Give the steps that cost at least half of what the costly ones do; a single one may be an accident."""
+    """Return the steps that cost at least half of what the costly ones do; a single one may be an accident."""
     *_, second, most = sorted([0.0, 0.0, *costs_s])
     half = (second if second >= 0.4 * most else most) / 2
     return [step for step, cost in enumerate(costs_s) if cost > half > 0]
@@ -68,7 +68,7 @@ def pattern_of(costs_s: Sequence[float]) -> Pattern:
 
 
 def _period(costly: Sequence[int], count: int) -> int:
-    """Give the distance of costly steps if it is one and the same, a step more or less of them allowed; else 0."""
+    """Return the distance of costly steps if it is one and the same, a step more or less of them allowed; else 0."""
     gaps = [after - before for before, after in pairwise(costly)]
     period = statistics.mode(gaps)
     if period < 2:
@@ -81,7 +81,7 @@ def _period(costly: Sequence[int], count: int) -> int:
 
 
 def _rank_correlation(values: Sequence[float]) -> float:
-    """Give Spearman's correlation of values with their place."""
+    """Return Spearman's correlation of values with their place."""
     count = len(values)
     order = sorted(range(count), key=lambda place: values[place])
     ranks = [0] * count

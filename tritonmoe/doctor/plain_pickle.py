@@ -18,7 +18,7 @@ class _PlainData(pickle.Unpickler):
 
 
 def read_plain_pickle(content: bytes) -> Any:
-    """Give what a pickle holds.
+    """Return what a pickle holds.
 
     Raises:
         ValueError: it is damaged, or holds anything but plain data.

@@ -73,7 +73,7 @@ def probe_pairs(transport: Transport, device: torch.device | str = "cpu") -> Pai
 
 
 def _turns(size: int, distance: int) -> list[dict[int, int]]:
-    """Give who sends to whom at a time (sender: receiver), `distance` ranks further, until every rank has sent once.
+    """Return who sends to whom at a time (sender: receiver), `distance` ranks further, until every rank has sent once.
 
     Example:
         3 ranks, to the next one: rank 0 to 1, then rank 1 to 2, then rank 2 to 0.

@@ -75,7 +75,7 @@ class Programs:
         graph.programs = [self._program(index, keys, members, waits[index]) for index in range(len(self.traces))]
 
     def _to_others(self, index: int, part: Part, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """Give the bytes for each rank of the group without those that stay on this one, where it is known which."""
+        """Return the bytes for each rank of the group without those that stay on this one, where it is known which."""
         if sizes is None:
             return None
         rank = self.graph.ranks[index]
@@ -92,7 +92,7 @@ class Programs:
         return slow.lost_s(part, index, group_indices(self.traces, index, part.group), transfer_s)
 
     def _keys(self) -> dict[int, tuple[int, Key]]:
-        """Give the step and the key of every part."""
+        """Return the step and the key of every part."""
         orders = {tuple((part.phase, _what(part)) for parts in steps for part in parts) for steps in self.of_steps}
         self.is_unlike = len(orders) > 1
         keys: dict[int, tuple[int, Key]] = {}
@@ -197,7 +197,7 @@ class Programs:
 
 
 def _order(event: tuple[float, int, Part]) -> tuple[float, int]:
-    """Give the place of an event: who hands over an exchange just when another ends has waited for that one."""
+    """Return the place of an event: who hands over an exchange just when another ends has waited for that one."""
     moment_s, is_wait, part = event
     return (moment_s - ROUNDED_S if is_wait and moment_s - part.posted_s > 2 * ROUNDED_S else moment_s, is_wait)
 
@@ -211,7 +211,7 @@ def _of(part: Part, phase: str) -> str:
 
 
 def _before(keys: dict[int, tuple[int, Key]], part: Part | None) -> Key:
-    """Give the key of the work before this exchange is handed over; None: of the rest of a step."""
+    """Return the key of the work before this exchange is handed over; None: of the rest of a step."""
     if part is None:
         return ("end of the step",)
     phase, kind, count = keys[id(part)][1]

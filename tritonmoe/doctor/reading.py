@@ -216,7 +216,7 @@ def _merged(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
 
 
 def _number(trace: RankTrace, record: RankTrace) -> None:
-    """Give a trace's exchanges the group and sequence of its flight record, made shortly after they were posted."""
+    """Return a trace's exchanges the group and sequence of its flight record, made shortly after they were posted."""
     if not trace.is_unix_clock:
         return
     place = 0

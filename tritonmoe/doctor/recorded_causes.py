@@ -42,7 +42,7 @@ class Known:
     """Which part of the time of all calls calls like those take."""
 
     def excess_of(self, usual: Usual) -> dict[CauseKind, Excess]:
-        """Give what all ranks' operations take for reasons that no comparison shows."""
+        """Return what all ranks' operations take for reasons that no comparison shows."""
         return _structural(self.built, self.costs, usual)
 
 
@@ -87,7 +87,7 @@ def _structural(built: RecordedGraph, costs: Costs, usual: Usual) -> dict[CauseK
 
 
 def _latency_s(graph: Graph, costs: Costs) -> Tensor:
-    """Give (M,) what an exchange takes however small it is."""
+    """Return (M,) what an exchange takes however small it is."""
     tables, each = graph.tables, costs.link.each
     is_count = torch.tensor([key[2] == "counts" for key in tables.keys])[tables.member_key]
     counts_s = tables.transfer_s[is_count]  # they are as small as any
@@ -127,7 +127,7 @@ def _chunks_s(built: RecordedGraph, busy_s: Tensor) -> Tensor:
 
 
 def _beside_s(built: RecordedGraph) -> Tensor:
-    """Give (N,) for how long of each Run an exchange was under way."""
+    """Return (N,) for how long of each Run an exchange was under way."""
     tables = built.graph.tables
     found = torch.zeros_like(tables.busy_s)
     for rank in range(len(built.graph.ranks)):
@@ -150,7 +150,7 @@ class _UnderWay:
         self.sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (self.end - self.since).cumsum(0)])
 
     def until(self, moment: Tensor) -> Tensor:
-        """Give the seconds of it before each moment."""
+        """Return the seconds of it before each moment."""
         at = torch.searchsorted(self.since, moment, right=True)
         last = (at - 1).clamp(min=0)
         return torch.where(at > 0, self.sums[at] - (self.end[last] - moment).clamp(min=0), 0.0)

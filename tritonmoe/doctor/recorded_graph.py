@@ -53,12 +53,12 @@ class RecordedGraph:
     """Of two levels."""
 
     def place_in_exchange(self, event: Event, rank: Tensor) -> Tensor:
-        """Give where the ranks stand among the members of the exchange that an event posts."""
+        """Return where the ranks stand among the members of the exchange that an event posts."""
         return place_in_exchange(event.name, event.is_inside, rank, len(self.graph.ranks), self.node_size)
 
 
 def place_in_exchange(name: str, is_inside: bool, rank: Tensor, size: int, node_size: int | None) -> Tensor:
-    """Give where ranks stand among the members of an exchange, which follow each other by its groups."""
+    """Return where ranks stand among the members of an exchange, which follow each other by its groups."""
     if node_size is None or name in (_COUNTS, _MEETING) or is_inside:
         return rank
     return (rank % node_size) * (size // node_size) + rank // node_size
@@ -79,7 +79,7 @@ class _Columns:
 
 
 def graph_of(recording: Recording) -> RecordedGraph:
-    """Give the graph of a recording.
+    """Return the graph of a recording.
 
     Raises:
         ValueError: there is no call that all ranks have recorded, or only one rank.
@@ -188,7 +188,7 @@ class _Builder:
     def _bytes_of(
         self, events: Events, number: int, times: "_Times", place: Tensor, rank: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Give the bytes (Q,) that an exchange takes from each rank to others, and brings it; NaN where not known."""
+        """Return the bytes (Q,) that an exchange takes from each rank to others, and brings it; NaN where not known."""
         event = events.events[number]
         unknown = torch.full_like(times.start[0], torch.nan)
         if event.kind is None or event.kind.way is None or event.is_inside:
@@ -200,7 +200,7 @@ class _Builder:
         return leaving * share, coming * share
 
     def _rows_of(self, place: int, kind: StepKind) -> tuple[Tensor, Tensor]:
-        """Give the bytes (W,) that leave every rank in the exchanges of a kind, and those that come to it."""
+        """Return the bytes (W,) that leave every rank in the exchanges of a kind, and those that come to it."""
         call = self.passes[place].call
         if (call.sequence, kind) not in self.bytes:
             work = call.work if call.levels is None else call.levels.outer
@@ -214,7 +214,7 @@ class _Builder:
         return first + self._place_in_exchange(event.name, event.is_inside, rank)
 
     def _filled(self, place: int, rank: int) -> float:
-        """Give the share of its pairs that a rank computes: with a capacity the rest is room."""
+        """Return the share of its pairs that a rank computes: with a capacity the rest is room."""
         call = self.passes[place].call
         return 1.0 if call.plan.capacity is None else float(call.filled[rank])
 
@@ -339,7 +339,7 @@ class _Builder:
 
 
 def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: Tensor) -> Tensor:
-    """Give when the exchange before each one in its lane had ended, in the order in which they are posted."""
+    """Return when the exchange before each one in its lane had ended, in the order in which they are posted."""
     before = torch.full_like(end, -torch.inf)
     for kinds, places in programs:
         posted = places[kinds == int(Kind.POST)]

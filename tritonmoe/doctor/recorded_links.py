@@ -109,7 +109,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
 
 
 def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
-    """Give (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
+    """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
     each, ratios = costs.link.each, costs.ratios
     assert each is not None
     typical_s = _typical_byte_s(costs, size, node_size)
@@ -139,7 +139,7 @@ def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size:
 
 
 def _typical_byte_s(costs: Costs, size: int, node_size: int | None) -> Tensor:
-    """Give (W, W) what a byte takes on links and ports like most others."""
+    """Return (W, W) what a byte takes on links and ports like most others."""
     each = costs.link.each
     assert each is not None
     found = torch.full((size, size), 1 / costs.link.bytes_per_s, dtype=torch.float64, device="cpu")

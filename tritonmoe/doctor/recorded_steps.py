@@ -45,7 +45,7 @@ class PlacedPass:
 
 
 def placed_passes(recording: Recording) -> tuple[list[PlacedPass], list[str]]:
-    """Give the passes in the order of their times, and what is to be known: which steps are left aside, and why.
+    """Return the passes in the order of their times, and what is to be known: which steps are left aside, and why.
 
     A step goes once over all layers, forward and backward: it begins with the forward of a layer that it has had.
     """
@@ -74,7 +74,7 @@ def placed_passes(recording: Recording) -> tuple[list[PlacedPass], list[str]]:
 
 
 def _layers_of(passes: Sequence[tuple[RecordedCall, int]]) -> dict[int, int]:
-    """Give the layer of every call: that of a function, which has no number, is how many calls are open before it."""
+    """Return the layer of every call: that of a function, which has no number, is how many calls are open before it."""
     found: dict[int, int] = {}
     open_calls: list[RecordedCall] = []
     recomputes = any(call.is_recompute for call, _ in passes)
@@ -114,7 +114,7 @@ def _works_of(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]]) -> list[
 
 
 def _aside(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]], works: Sequence[int]) -> tuple[int, list[str]]:
-    """Give how many first steps are left aside: those of a plan that is not run later, or one that warms up."""
+    """Return how many first steps are left aside: those of a plan that is not run later, or one that warms up."""
     main, count = Counter(works).most_common(1)[0]
     first = works.index(main)
     if 0 < first < len(works) / 2 and count > first and not set(works[:first]) & set(works[first:]):
@@ -164,7 +164,7 @@ class Events:
 
 
 def events_of(plan: OverlapPlan, one: RecordedPass) -> Events:
-    """Give what a pass consists of, with its count exchange, if it began with one."""
+    """Return what a pass consists of, with its count exchange, if it began with one."""
     return _events_of(
         plan,
         tuple(step.step.kind for step in one.steps),

@@ -24,14 +24,14 @@ MOST_RATIO = 1e3
 
 
 def _median_call(run: RecordedRun) -> tuple[RecordedCall, PassesBefore]:
-    """Give the call that took the median of all that the verdict is about, and the recording's passes_before."""
+    """Return the call that took the median of all that the verdict is about, and the recording's passes_before."""
     before = passes_before(run.recording)
     ordered = sorted(run.calls, key=lambda call: measured_s(call, before))
     return ordered[(len(ordered) - 1) // 2], before
 
 
 def figures_of(run: RecordedRun) -> Json:
-    """Give them as plain values, in seconds.
+    """Return them as plain values, in seconds.
 
     median_call: for each pass and rank its marks, from when most ranks had entered the pass.
     waits_s: (W, W): how long rank i stood still for rows of rank k in a call, the median of all calls; None where it is
@@ -74,7 +74,7 @@ def figures_of(run: RecordedRun) -> Json:
 
 
 def _at_most(value: float, most: float) -> float | None:
-    """Give a value, or None for not known where it is beyond what can be."""
+    """Return a value, or None for not known where it is beyond what can be."""
     return value if value < most else None
 
 
@@ -126,7 +126,7 @@ def _waits_of(call: RecordedCall, node_size: int | None) -> torch.Tensor:
 
 
 def timelines_of(run: RecordedRun) -> dict[str, list[Timeline]]:
-    """Give the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
+    """Return the median call's lanes as measured and as replayed, from when most ranks had entered each pass."""
     call, before = _median_call(run)
     simulations = walk(conditions_of(call, before, run.costs)).passes
     measured, replayed = [], []

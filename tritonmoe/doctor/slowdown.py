@@ -41,7 +41,7 @@ class Slowdown:
 
 
 def slowdown_of(graph: Graph) -> Slowdown:
-    """Give S and M_W of a timeline's graph."""
+    """Return S and M_W of a timeline's graph."""
     walker, tables = Walker(graph), graph.tables
     ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
     for key in range(len(tables.keys)):

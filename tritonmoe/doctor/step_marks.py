@@ -55,7 +55,7 @@ def _common(traces: Sequence[RankTrace]) -> list[list[Part]]:
 
 
 def _period(tokens: Sequence[object]) -> tuple[int, int]:
-    """Give the smallest number of exchanges after which they repeat, and the first from where they do; 0 for none."""
+    """Return the smallest number of exchanges after which they repeat, and the first from where they do; 0 for none."""
     tokens = tokens[-MOST_EXCHANGES:]
     count = len(tokens)
     for period in range(1, count // 3 + 1):

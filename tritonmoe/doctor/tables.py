@@ -65,7 +65,7 @@ class Tables:
 
 
 def tables_of(graph: "Graph") -> Tables:
-    """Give the tables of a graph that was put together row by row."""
+    """Return the tables of a graph that was put together row by row."""
     keys: dict[Key, int] = {}
     stretches: dict[tuple[int, int], int] = {}
     runs, members = graph.runs, graph.members

@@ -22,12 +22,12 @@ NEXT = re.compile(r"\s*,\s*(?=\S)")
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
-    """Give the error for a file that can't be trusted."""
+    """Return the error for a file that can't be trusted."""
     return ValueError(f"{path} is damaged: {what}")
 
 
 def number(path: Path, where: str, values: dict, key: str, default: float | None = None) -> float:
-    """Give a number of an object in a file; default where it has none.
+    """Return a number of an object in a file; default where it has none.
 
     Raises:
         ValueError: it is no finite number, or missing without a default.
@@ -39,7 +39,7 @@ def number(path: Path, where: str, values: dict, key: str, default: float | None
 
 
 def first_bytes(path: Path, count: int = 4096) -> bytes:
-    """Give how a file begins, unpacked.
+    """Return how a file begins, unpacked.
 
     Raises:
         ValueError: it is no file, or packed and damaged. OSError: it can't be read.
@@ -85,7 +85,7 @@ class JsonPieces:
         """Takes elements from the text, with the comma behind each; gives where the next one begins, and how many."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Give members and elements.
+        """Return members and elements.
 
         Raises:
             ValueError: the file is damaged, or ends too soon; the message says where.

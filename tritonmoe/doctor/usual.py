@@ -58,7 +58,7 @@ class Usual:
 
 
 def middle(table: Tensor) -> Tensor:
-    """Give the median of each row of (G, L), of which NaN are no values; of an even number the mean of both."""
+    """Return the median of each row of (G, L), of which NaN are no values; of an even number the mean of both."""
     ordered = table.sort(1).values  # NaN last
     counts = (~table.isnan()).sum(1)
     low, high = (((counts - 1 + more) // 2).clamp(min=0) for more in (0, 1))
@@ -66,7 +66,7 @@ def middle(table: Tensor) -> Tensor:
 
 
 def level(medians: Sequence[float], noise: float = 0.0) -> float:
-    """Give what is usual of ranks' medians: their median, or that of the faster group's where there are two."""
+    """Return what is usual of ranks' medians: their median, or that of the faster group's where there are two."""
     ordered = sorted(medians)
     best, cut = 1.0, 0
     for place in range(1, len(ordered)):
@@ -90,7 +90,7 @@ def _rows_of(groups: Tensor, values: Tensor) -> Tensor:
 
 
 def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
-    """Give how much values (n,) grow with their sizes: the median of pairs, by their distance.
+    """Return how much values (n,) grow with their sizes: the median of pairs, by their distance.
 
     Pairs are of one rank in two steps, or of two ranks in one step.
     """
@@ -153,7 +153,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
 
 
 def _by_key(keys: Tensor) -> list[Tensor]:
-    """Give the places of each key's operations, those of the first one first."""
+    """Return the places of each key's operations, those of the first one first."""
     order = keys.argsort(stable=True)
     counts = keys.bincount() if len(keys) else keys
     return [own for own in order.split(counts.tolist()) if len(own)]
@@ -186,7 +186,7 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
 
 
 def _common(scattered: Tensor, rank: Tensor, step: Tensor, graph: Graph) -> Tensor:
-    """Give what of these differences is no fault, since nearly all ranks have as much of them in nearly all steps."""
+    """Return what of these differences is no fault, since nearly all ranks have as much of them in nearly all steps."""
     place, num_places = rank * len(graph.steps) + step, len(graph.ranks) * len(graph.steps)
     sums = torch.zeros(num_places, dtype=torch.float64, device="cpu").index_add(0, place, scattered)
     most = COMMON * float(sums.sort().values[(num_places - 1) // 4]) if num_places else 0.0
@@ -245,7 +245,7 @@ class _Samples:
 
 
 def _by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:
-    """Give the mean, or the largest (amax) or smallest (amin), of all ranks' values in each step (S,); else NaN."""
+    """Return the mean, or the largest (amax) or smallest (amin), of all ranks' values in each step (S,); else NaN."""
     found = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
     return found.scatter_reduce(0, step, values, what, include_self=False)
 
@@ -261,7 +261,7 @@ def _is_of_the_fullest(step: Tensor, sizes: Tensor, times: Tensor, num_steps: in
 
 
 def _deviation(residuals: Tensor) -> float:
-    """Give the standard deviation of noise, of which up to a third of all values above is none."""
+    """Return the standard deviation of noise, of which up to a third of all values above is none."""
     ordered = residuals.sort().values
     quarter, half, above = (float(ordered[int((len(ordered) - 1) * part)]) for part in (0.25, 0.5, 0.65))
     below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
@@ -269,13 +269,13 @@ def _deviation(residuals: Tensor) -> float:
 
 
 def far_out(values: Tensor) -> Tensor:
-    """Give by how much values (n,) are above the middle one where that is more than noise, else 0."""
+    """Return by how much values (n,) are above the middle one where that is more than noise, else 0."""
     more = values - values.nanmedian()
     return torch.where(more > max(FAR_OUT * _deviation(more), LEAST_S), more, 0.0)
 
 
 def _fair_bytes(bytes_out: Tensor, bytes_in: Tensor, sizes: Tensor, step: Tensor, num_steps: int) -> Tensor:
-    """Give the bytes that each rank would have in an exchange of each step if all sent and got the same."""
+    """Return the bytes that each rank would have in an exchange of each step if all sent and got the same."""
     out, into = (_by_step(step, way, "mean", num_steps) for way in (bytes_out, bytes_in))  # NaN where one is not known
     whole = torch.maximum(out, into)
     return torch.where(whole.isnan(), _by_step(step, sizes, "mean", num_steps), whole)

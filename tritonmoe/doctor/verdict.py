@@ -23,7 +23,7 @@ MUCH_HOST = 0.3
 
 
 def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
-    """Give the verdict in about 20 lines: what the files can't tell first."""
+    """Return the verdict in about 20 lines: what the files can't tell first."""
     lines = [about(run, found)]
     if run.limits:
         lines += ["what these files can't tell:", *(f"- {words}" for words in run.limits[:MOST_LIMITS])]
@@ -61,7 +61,7 @@ def step_words(found: Verdict) -> str:
 
 
 def headline(found: Verdict) -> list[str]:
-    """Give the verdict itself: one line where there is nothing to say, or nothing can be said."""
+    """Return the verdict itself: one line where there is nothing to say, or nothing can be said."""
     lines = []
     if not found.is_explained:
         lines.append("UNEXPLAINED: the replay is off by more than 10 %, so nothing below is certain")
@@ -88,7 +88,7 @@ def headline(found: Verdict) -> list[str]:
 
 
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
-    """Give what is worth knowing beside the findings."""
+    """Return what is worth knowing beside the findings."""
     lines = []
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
@@ -117,7 +117,7 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
 
 
 def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: Shown | None = None) -> Json:
-    """Give the verdict with all its figures, as plain values; shown: where it is known already."""
+    """Return the verdict with all its figures, as plain values; shown: where it is known already."""
     graph = found.graph
     jobs = slowdown_of(graph) if run.is_timeline else None
     shown = shown_of(found) if shown is None else shown

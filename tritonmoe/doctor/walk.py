@@ -189,12 +189,12 @@ class Walker:
         return levels
 
     def step_times(self, run_s: Tensor, transfer_s: Tensor) -> list[float]:
-        """Give the seconds of every step, from when the last rank has ended the one before until it ends this one."""
+        """Return the seconds of every step, from when the last rank has ended the one before until it ends this one."""
         (found,) = self.all_step_times(run_s[None], transfer_s[None])
         return found
 
     def all_step_times(self, run_s: Tensor, transfer_s: Tensor) -> list[list[float]]:
-        """Give the same for B sets of times, (B, N) and (B, M)."""
+        """Return the same for B sets of times, (B, N) and (B, M)."""
         per_set = self._num_segments + 3 * self._num_members + 1
         count = max(1, MOST_VALUES // per_set)
         found: list[list[float]] = []
@@ -203,14 +203,14 @@ class Walker:
         return found
 
     def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
-        """Give when every exchange started and ended, and every step."""
+        """Return when every exchange started and ended, and every step."""
         (step_s,), *times = self._walk(run_s[None], transfer_s[None])
         step_ends_s, started_s, ended_s, waits_since_s = (of[..., 0] for of in times)
         return Moments(step_s, step_ends_s, started_s, ended_s[:-1], waits_since_s)
 
     @torch.no_grad()
     def _walk(self, run_s: Tensor, transfer_s: Tensor) -> tuple[list[list[float]], Tensor, Tensor, Tensor, Tensor]:
-        """Give the seconds of every step of each set, and what Moments has, with the sets in the last dimension."""
+        """Return the seconds of every step of each set, and what Moments has, with the sets in the last dimension."""
         graph, num_ranks, num_sets = self.graph, len(self.graph.ranks), len(run_s)
 
         def numbers(*shape: int, value: float = 0.0) -> Tensor:
@@ -257,7 +257,7 @@ class Walker:
 
 
 def _places(numbers: list[int]) -> Tensor | slice:
-    """Give a slice where the numbers follow each other, which is faster."""
+    """Return a slice where the numbers follow each other, which is faster."""
     first = numbers[0]
     if numbers[-1] - first == len(numbers) - 1 and numbers == list(range(first, first + len(numbers))):
         return slice(first, first + len(numbers))

@@ -120,21 +120,21 @@ def place_words(key: Key) -> str:
 
 
 def count_words(count: int, what: str) -> str:
-    """Give "1 rank", "3 ranks"."""
+    """Return "1 rank", "3 ranks"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def time_words(seconds: float) -> str:
-    """Give milliseconds, of long times seconds."""
+    """Return milliseconds, of long times seconds."""
     return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{1e3 * seconds:.1f} ms"
 
 
 def share_words(seconds: float, found: Verdict) -> str:
-    """Give a time as a share of a step."""
+    """Return a time as a share of a step."""
     return f"{seconds / found.replayed_s if found.replayed_s else 0.0:.0%}"
 
 
 def cost_words(cost: Cost, found: Verdict) -> str:
-    """Give a cost with its interval: "12.1 ms a step, 14% (13% to 15%)"."""
+    """Return a cost with its interval: "12.1 ms a step, 14% (13% to 15%)"."""
     low, high = (share_words(value, found) for value in (cost.low_s, cost.high_s))
     return f"{time_words(cost.seconds)} a step, {share_words(cost.seconds, found)} ({low} to {high})"

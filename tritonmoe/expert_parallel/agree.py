@@ -69,7 +69,7 @@ def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
 
 
 def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> ExpertParallelCall:
-    """Give a call whose plan is made, on one level."""
+    """Return a call whose plan is made, on one level."""
     return ExpertParallelCall(
         settings=call.settings,
         owners=call.runner.owners,
@@ -122,7 +122,7 @@ def _agree_on_two_levels(
 
 
 def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
-    """Give what this rank says of a call to every rank, counts and nonfinite_rows apart."""
+    """Return what this rank says of a call to every rank, counts and nonfinite_rows apart."""
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
     experts, weights = spec.experts, tensors.weights
     has_replicas = placement is not None and placement.has_replicas
@@ -171,5 +171,5 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
 
 
 def placement_checksum(placement: ExpertPlacement | None) -> int:
-    """Give what tells two placements apart; 0 for the contiguous one."""
+    """Return what tells two placements apart; 0 for the contiguous one."""
     return 0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode())

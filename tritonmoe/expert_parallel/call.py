@@ -90,7 +90,7 @@ class ExpertParallelCall:
             self.owners = None  # they may be copies, which are for autograd alone to keep
 
     def make_experts(self, weights: PerWeight[Tensor], keep_hidden: bool) -> MakeExperts:
-        """Give what makes the experts of the rows that the plan brings here."""
+        """Return what makes the experts of the rows that the plan brings here."""
         return ReceivedExperts(self, weights, keep_hidden)
 
     def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:
@@ -98,12 +98,12 @@ class ExpertParallelCall:
         return group_received(self.settings, plan, places, local_ids, num_local_experts, plan.row_sources(), False)
 
     def after_forward(self, experts: ExpertsPass, timings: PassReport) -> tuple[ExpertsRun, DispatchPlan | None]:
-        """Give the experts of this rank and, of two levels, the inner plan, of what ran the forward."""
+        """Return the experts of this rank and, of two levels, the inner plan, of what ran the forward."""
         assert isinstance(experts, ExpertsRun)
         return experts, None
 
     def experts_of_backward(self, run: ExpertsRun, kept: "Kept") -> tuple[ExpertsPass, Tensor]:
-        """Give what computes the experts' backward, and the gate weights (R, K) of the rows that it received."""
+        """Return what computes the experts' backward, and the gate weights (R, K) of the rows that it received."""
         return run, run.topk_weights
 
     def after_backward(self, experts: ExpertsPass, timings: PassReport) -> None:
@@ -120,7 +120,7 @@ class ExpertParallelCall:
         return None
 
     def located(self, error: TransportError) -> TransportError:
-        """Give an error of an exchange as one that names a rank of all ranks."""
+        """Return an error of an exchange as one that names a rank of all ranks."""
         return error
 
 
@@ -165,7 +165,7 @@ class Runner(Protocol):
         ...
 
     def needs(self, tensors: CallTensors[Tensor]) -> CallTensors[bool]:
-        """Give of what this rank wants a gradient."""
+        """Return of what this rank wants a gradient."""
         ...
 
     def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
@@ -193,7 +193,7 @@ class SavedTensors(NamedTuple):
 
 
 def run_forward(call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> tuple[Tensor, ExpertsRun, Kept]:
-    """Give out (T, D), the experts' run, of which a backward saves tensors, and the rest."""
+    """Return out (T, D), the experts' run, of which a backward saves tensors, and the rest."""
     return run_all_phases(forward_phases(call, tensors))
 
 
@@ -241,7 +241,7 @@ def forward_phases(call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Ph
 def run_backward(
     call: ExpertParallelCall, kept: Kept, saved: SavedTensors, dout: Tensor, needs_weights: PerWeight[bool]
 ) -> CallTensors[Tensor | None]:
-    """Give the gradients of a call from that of its result, dout (T, D): those of x and topk_weights where any rank
+    """Return the gradients of a call from that of its result, dout (T, D): those of x and topk_weights where any rank
     needs them, that of topk_weights in fp32.
 
     Raises:

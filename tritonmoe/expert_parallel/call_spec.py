@@ -49,7 +49,7 @@ class CallArguments(NamedTuple):
 
 
 def encode(spec: CallSpec) -> str:
-    """Give a spec whose activation is fused as the string that an operator takes for it, of Python literals."""
+    """Return a spec whose activation is fused as the string that an operator takes for it, of Python literals."""
     overlap, placement = spec.overlap, spec.placement
     is_plan = isinstance(overlap, OverlapPlan)
     settings = [getattr(overlap, name) for name in (PLAN_FIELDS if is_plan else CONFIG_FIELDS)]
@@ -60,7 +60,7 @@ def encode(spec: CallSpec) -> str:
 
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> CallSpec:
-    """Give the spec that encode() made the string of."""
+    """Return the spec that encode() made the string of."""
     experts, num_experts, is_plan, settings, held = ast.literal_eval(encoded)
     named: dict[str, Any] = dict(zip(PLAN_FIELDS if is_plan else CONFIG_FIELDS, settings, strict=True))
     if named["wire_dtype"] is not None:

@@ -138,7 +138,7 @@ def _checked_tensors(arguments: CallArguments, owners: PerWeight[Tensor] | None)
 
 
 def count_nonfinite_rows(tensors: CallTensors[Tensor], num_slots: int) -> Tensor:
-    """Give how many tokens have a weight, of a pair that is not skipped, that is not finite: a scalar, not read."""
+    """Return how many tokens have a weight, of a pair that is not skipped, that is not finite: a scalar, not read."""
     skipped = (tensors.topk_ids < 0) | (tensors.topk_ids >= num_slots)
     return (~(torch.isfinite(tensors.topk_weights) | skipped)).any(dim=1).sum()
 

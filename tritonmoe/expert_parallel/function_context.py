@@ -27,7 +27,7 @@ def needs_of(ctx: Any) -> CallTensors[bool]:
 def tensors_to_save(
     run: ExpertsRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Give what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
+    """Return what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
     rows = rows_to_save(run.rows, given.weights, needs.weights.gate_up_proj, computes_h=computes_h)
     received = given._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds).without("topk_ids")
@@ -43,7 +43,7 @@ def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
 def gradients_of_inputs(
     grads: CallTensors[Tensor | None], topk_weights_dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """Give one gradient for each argument of a Function that takes a call, an anchor and flat tensors."""
+    """Return one gradient for each argument of a Function that takes a call, an anchor and flat tensors."""
     if grads.topk_weights is not None:
         grads = grads._replace(topk_weights=grads.topk_weights.to(topk_weights_dtype))
     return None, None, *grads.flatten()

@@ -38,7 +38,7 @@ class NodeOrder:
         self._latest = -1
 
     def next_number(self) -> int:
-        """Give the number of the node that is made now."""
+        """Return the number of the node that is made now."""
         return next(self._numbers)
 
     def check(self, number: int) -> None:
@@ -106,7 +106,7 @@ class Half:
         self._left[len(self.calls), name] = value
 
     def take(self, name: Hashable) -> object:
-        """Give what the first half has left at this place of the program, once; None where it has left nothing."""
+        """Return what the first half has left at this place of the program, once; None where it has left nothing."""
         return self.sibling._left.pop((len(self.calls), name), None)
 
     def hand_over(self) -> None:
@@ -154,7 +154,7 @@ class Half:
 
 
 def current_half() -> Half | None:
-    """Give the half that runs now; None outside of two batches."""
+    """Return the half that runs now; None outside of two batches."""
     return _current.get()
 
 
@@ -170,7 +170,7 @@ def keep_for_this_half(owner: object, *names: str) -> None:
 
 
 def for_both_halves(source: Tensor, dtype: torch.dtype, make: Callable[[], Result]) -> Result:
-    """Give make(); to the second half of a batch what it gave to the first one at this place, of the same source.
+    """Return make(); to the second half of a batch what it gave to the first one at this place, of the same source.
 
     So gradients of both halves are summed before autograd goes on to the source. What is made depends on the source,
     which FSDP2 may have exchanged since, on this dtype and on nothing else that the halves do.

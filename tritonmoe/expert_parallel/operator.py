@@ -79,7 +79,7 @@ class _InOperator:
     "str spec) -> (Tensor, Tensor, Tensor)",
 )
 def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Give out (T, D), `kept`, and `turn`. needs: flat, as the tensors are."""
+    """Return out (T, D), `kept`, and `turn`. needs: flat, as the tensors are."""
     *flat, num_nonfinite_rows, grad_enabled, needs, spec = arguments
     tensors = CallTensors.unflatten(flat)
     calling = None if layer is None else find(layer)
@@ -105,7 +105,7 @@ def _shapes(turn: Tensor, layer: Tensor | None, x: Tensor, *_: Any) -> tuple[Ten
     schema=f"(Tensor? after, Tensor dout, Tensor kept, {schema(optional=NAMES)}, bool[] needs, str save) -> Tensor[]",
 )
 def _expert_parallel_mlp_backward(after: Tensor | None, dout: Tensor, kept: Tensor, *arguments: Any) -> list[Tensor]:
-    """Give the gradients in the order of flatten(), no elements where not wanted, and an `after`.
+    """Return the gradients in the order of flatten(), no elements where not wanted, and an `after`.
 
     The tensors are those that _at_home() leaves. needs: flat, as they are. save: the forward's, to count FLOPs.
     """
@@ -130,7 +130,7 @@ def _gradient_shapes(after: Tensor | None, dout: Tensor, kept: Tensor, *argument
 
 
 def _at_home(tensors: CallTensors[Tensor]) -> CallTensors[Tensor | None]:
-    """Give those that a backward takes from the graph; `kept` holds what came of the others."""
+    """Return those that a backward takes from the graph; `kept` holds what came of the others."""
     return tensors.without("x", "topk_ids", "row_seeds")
 
 
@@ -161,7 +161,7 @@ _expert_parallel_mlp_backward.register_autograd(refuse_second_derivative)
 
 
 def _forward_flops(turn: Shape, layer: Shape | None, *arguments: Any, **_: Any) -> int:
-    """Give the FLOPs of this rank's own pairs, wherever they are computed: summed over ranks, what all compute.
+    """Return the FLOPs of this rank's own pairs, wherever they are computed: summed over ranks, what all compute.
 
     Shapes stand for tensors.
     """

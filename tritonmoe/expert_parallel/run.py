@@ -27,7 +27,7 @@ __all__ = ["run_call"]
 
 
 def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
-    """Give the result (T, D) of a call; its report goes to the layer that calls.
+    """Return the result (T, D) of a call; its report goes to the layer that calls.
 
     Raises:
         What check() and agree() raise, and TransportError where an exchange fails.
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 
     def learn(self, call: CheckedCall, agreed: ExpertParallelCall, report: LayerReport) -> None:
-        """Give the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
+        """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.chooser is None:
             return
         if self.reason:
@@ -75,7 +75,7 @@ class Choice(NamedTuple):
 
 
 def choose_plan(call: CheckedCall) -> Choice:
-    """Give the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
+    """Return the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
     overlap = call.spec.overlap
     if isinstance(overlap, OverlapPlan):
         return Choice(overlap, Message())
@@ -96,7 +96,7 @@ def choose_plan(call: CheckedCall) -> Choice:
 
 
 def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
-    """Give the plan of half a batch under num_chunks="auto".
+    """Return the plan of half a batch under num_chunks="auto".
 
     Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
     """
@@ -104,7 +104,7 @@ def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
 
 
 def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
-    """Give the kind of the call, and the transport's chooser for its kind."""
+    """Return the kind of the call, and the transport's chooser for its kind."""
     x, topk_ids, topk_weights, weights, *_ = call.tensors
     settings = call.settings
     widths = BufferWidths(

@@ -156,7 +156,7 @@ class _End(torch.autograd.Function):
 
 
 def _token(like: Tensor) -> Tensor:
-    """Give what ties two Functions of a call together, on the device where both run."""
+    """Return what ties two Functions of a call together, on the device where both run."""
     return torch.zeros(1, device=like.device)
 
 

@@ -59,7 +59,7 @@ class TransportState:
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
 
     def history(self) -> dict[str, int]:
-        """Give what a header says of the layers and backwards so far."""
+        """Return what a header says of the layers and backwards so far."""
         return {
             "layers_made": self.num_layers,
             "layers_alive": len(self.layers),
@@ -69,7 +69,7 @@ class TransportState:
         }
 
     def next_call(self) -> int:
-        """Give the number of the call that begins now."""
+        """Return the number of the call that begins now."""
         self.num_calls += 1
         return self.num_calls - 1
 
@@ -99,7 +99,7 @@ class TransportState:
             del self.under_way[next(iter(self.under_way))]
 
     def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
-        """Give the plan of the forward that this call recomputes: the n-th call of a region repeats its n-th forward.
+        """Return the plan of the forward that this call recomputes: the n-th call of a region repeats its n-th forward.
 
         None in reentrant checkpointing, where the recompute is the only call that keeps anything.
         """

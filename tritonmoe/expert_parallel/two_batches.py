@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def two_batches(function: Callable[[Part], Result], *halves: Part) -> tuple[Result, ...]:
-    """Give function(half) of both halves of a batch, computed in turns: one while rows of the other are under way.
+    """Return function(half) of both halves of a batch, computed in turns: one while rows of the other are under way.
 
     The function may be any model's forward, or a part of it, with expert-parallel layers in it. It runs in two
     greenlets that hand over to each other inside these layers, at fixed places; so does the backward of what both give,

@@ -29,7 +29,7 @@ class AdapterRows(NamedTuple):
     down-projection."""
 
     def part(self, positions: slice) -> "AdapterRows":
-        """Give those of some pairs; `dropped` is the down-projection's."""
+        """Return those of some pairs; `dropped` is the down-projection's."""
         dropped = None if self.dropped is None else self.dropped[positions]
         return AdapterRows(self.inward[positions], self.outward[positions], dropped)
 
@@ -81,7 +81,7 @@ class AdaptedProjection(NamedTuple):
         return factor_a + factor_b + (weight + factor_a if needs_dx else 0)
 
     def rows(self, num_pairs: int) -> AdapterRows | None:
-        """Give memory for the rows of an adapter's gradients; None where there is no adapter."""
+        """Return memory for the rows of an adapter's gradients; None where there is no adapter."""
         if self.factor_a is None:
             return None
         _, rank, width = self.factor_a.shape

@@ -29,11 +29,11 @@ class DroppedRows(NamedTuple):
 
     @classmethod
     def like(cls, rows: Tensor) -> "DroppedRows":
-        """Give memory for those of `rows`."""
+        """Return memory for those of `rows`."""
         return cls(torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool))
 
     def of_pairs(self, grouping: Grouping) -> Tensor:
-        """Give is_dropped (N, D) of each pair's row."""
+        """Return is_dropped (N, D) of each pair's row."""
         return self.is_dropped.index_select(0, rows_of_pairs(grouping))
 
 
@@ -68,12 +68,12 @@ def with_row_seeds(inputs: CallTensors[Tensor], dropout: float) -> CallTensors[T
 
 
 def rows_of_pairs(grouping: Grouping) -> Tensor:
-    """Give the row (N,) int32 of each pair, and any for padding."""
+    """Return the row (N,) int32 of each pair, and any for padding."""
     return grouping.row_index.clamp(0, grouping.num_layer_rows - 1)
 
 
 def _is_dropped(seeds: Tensor, width: int, probability: float) -> Tensor:
-    """Give (n, width) bool, of rows with these seeds (n,) int32: True with this probability."""
+    """Return (n, width) bool, of rows with these seeds (n,) int32: True with this probability."""
     columns = _mix(torch.arange(1, width + 1, dtype=torch.int32, device=seeds.device))
     threshold = min(round(probability * 2**32) - 2**31, 2**31 - 1)
     elements = CPU_BLOCK_ELEMENTS if seeds.device.type == "cpu" else GPU_BLOCK_ELEMENTS

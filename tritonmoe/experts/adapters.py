@@ -139,7 +139,7 @@ def shard_adapters(module: nn.Module) -> None:
 
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
-    """Give the factors of the adapters that are noted on a module of experts, by PerWeight's names."""
+    """Return the factors of the adapters that are noted on a module of experts, by PerWeight's names."""
     found: dict[str, Tensor] = {}
     for parameter_name, note in _notes(experts).items():
         name = "down" if parameter_name == "down_proj" else "gate_up"
@@ -148,7 +148,7 @@ def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[i
 
 
 def noted_adapters(experts: nn.Module) -> str:
-    """Give the adapters that are noted on a module of experts, by which ranks know that they run the same.
+    """Return the adapters that are noted on a module of experts, by which ranks know that they run the same.
 
     An empty string where there are none.
     """

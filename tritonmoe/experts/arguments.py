@@ -204,7 +204,7 @@ def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def find_main_grads(weights: PerWeight[Tensor]) -> PerWeight[Tensor | None] | None:
-    """Give the `main_grad` of every weight that has one and is trained; None where no weight has.
+    """Return the `main_grad` of every weight that has one and is trained; None where no weight has.
 
     A gradient is added to the weight's main_grad instead of being returned.
     Raises:

@@ -22,7 +22,7 @@ class ActivationGraph(NamedTuple):
     """(n, F)."""
 
     def backward(self, da: Tensor, parameters: Sequence[Tensor], grads: list[Tensor | None]) -> Tensor:
-        """Give h's gradient, and add those of the callable's parameters to `grads`."""
+        """Return h's gradient, and add those of the callable's parameters to `grads`."""
         inputs = [self.h, *(p for p in parameters if p.requires_grad)]
         # retain_graph: the layer's own backward may run twice, and this graph goes when the layer's does.
         dh, *found = torch.autograd.grad(self.a, inputs, da, retain_graph=True, allow_unused=True)

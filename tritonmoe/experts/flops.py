@@ -32,12 +32,12 @@ Shape = tuple[int, ...]
 
 
 def matrix_size(weight: Tensor) -> int:
-    """Give the multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
+    """Return the multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
     return weight.shape[1] * weight.shape[2]
 
 
 def forward_flops(shapes: CallTensors[Shape]) -> int:
-    """Give 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included."""
+    """Return 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included."""
     return 2 * sum(_products(shapes).values())
 
 
@@ -53,7 +53,7 @@ def backward_flops(shapes: CallTensors[Shape], needs: CallTensors[bool], compute
 
 
 def _products(shapes: CallTensors[Shape]) -> dict[str, int]:
-    """Give the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
+    """Return the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
     num_tokens, top_k = shapes.topk_weights
     return {
         name: 0 if shape is None else num_tokens * top_k * shape[1] * shape[2]

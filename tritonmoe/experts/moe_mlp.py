@@ -145,7 +145,7 @@ class _DownHalf(torch.autograd.Function):
 
 
 def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedRows | None:
-    """Give all rows as the adapter of the up-projection multiplies them; None for the rows themselves."""
+    """Return all rows as the adapter of the up-projection multiplies them; None for the rows themselves."""
     dropout = settings.adapter_dropout(tensors.row_seeds)
     if dropout is None or tensors.weights.gate_up_a is None:
         return None

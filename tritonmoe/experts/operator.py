@@ -46,7 +46,7 @@ class SavedForward(NamedTuple):
 def run_forward(
     settings: ExpertSettings, tensors: CallTensors[Tensor], keep_hidden: bool, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Grouping]:
-    """Give out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
+    """Return out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
     grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
     run = ExpertsRun(
         settings,
@@ -69,7 +69,7 @@ def run_backward(
     needs: CallTensors[bool],
     main_grads: PerWeight[Tensor | None] | None = None,
 ) -> CallTensors[Tensor | None]:
-    """Give the wanted gradients; None for those in main_grads too."""
+    """Return the wanted gradients; None for those in main_grads too."""
     tensors, grouping, h = saved
     run = ExpertsRun(
         settings,
@@ -91,7 +91,7 @@ def run_backward(
     "tritonmoe::moe_mlp", mutates_args=(), schema=f"({schema()}, bool keep_hidden, str spec) -> (Tensor, Tensor)"
 )
 def _moe_mlp(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Give out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
+    """Return out (T, D) and h (T*K, 2F), or (0, 2F) unless keep_hidden."""
     *flat, keep_hidden, spec = arguments
     tensors = CallTensors.unflatten(flat)
     settings = choose_backend(decode(spec), tensors)
@@ -121,7 +121,7 @@ def _empty_hidden(tensors: CallTensors[Tensor], keep_hidden: bool, spec: str) ->
     schema=f"(Tensor dout, {schema()}, Tensor? h, bool[] needs, str spec) -> Tensor[]",
 )
 def _moe_mlp_backward(dout: Tensor, *arguments: Any) -> list[Tensor]:
-    """Give the gradients in the order of flatten(); no elements where not wanted. needs: flat, as the tensors are."""
+    """Return the gradients in the order of flatten(); no elements where not wanted. needs: flat, as the tensors are."""
     *flat, h, needs, spec = arguments
     tensors = CallTensors.unflatten(flat)
     settings = choose_backend(decode(spec), tensors)
@@ -140,7 +140,7 @@ def _moe_mlp_backward_shapes(dout: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def gradient_shapes(dout: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    """Give fake gradients of the tensors; no elements where not wanted."""
+    """Return fake gradients of the tensors; no elements where not wanted."""
     return [
         tensor.new_empty(tensor.shape) if tensor is not None and needed else dout.new_empty(0)
         for tensor, needed in zip(tensors, needs, strict=True)

@@ -17,7 +17,7 @@ PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"
 def empty_parameters(
     config: MoEConfig, num_experts: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor | None]:
-    """Give memory for the parameters of num_experts experts, by name, uninitialised."""
+    """Return memory for the parameters of num_experts experts, by name, uninitialised."""
     layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
     width = 2 * inner if layout.gated else inner
     up_shape = (model_width, width) if layout.transposed else (width, model_width)

@@ -114,7 +114,7 @@ class ExpertsRun:
         return ops.gather_sum(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
-        """Give the sums of rows without a pair, which are a capacity's padding."""
+        """Return the sums of rows without a pair, which are a capacity's padding."""
         return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
 
     def _forward_block(
@@ -228,7 +228,7 @@ class ExpertsRun:
         )
 
     def _backward_parts(self, pairs: slice) -> tuple[Tensor, Tensor, AdapterRowsOfBoth]:
-        """Give what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
+        """Return what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
         assert self.dh is not None
         assert self.scaled_a is not None
         up_rows, down_rows = (None if rows is None else rows.part(pairs) for rows in self.adapter_rows)
@@ -244,7 +244,7 @@ class ExpertsRun:
         return grouping.blocks(most)
 
     def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
-        """Give the up-projection and the down-projection of the block's experts."""
+        """Return the up-projection and the down-projection of the block's experts."""
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
             return self._projections
         return self.settings.projections(self.weights.map(lambda weight: weight[block.experts]), self.row_seeds)
@@ -269,7 +269,7 @@ class ExpertsRun:
         dropout.drop_rows(self.rows, places, self.dropped)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
-        """Give the gradients of the weights that need one.
+        """Return the gradients of the weights that need one.
 
         None for the others, for those added to main_grads, and for those left to the other call in shared_grads.
         """
@@ -293,7 +293,7 @@ class ExpertsRun:
         return self.weights.gate_up_proj.shape[2 if self.settings.spec.layout.transposed else 1]
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
-        """Give (num_pairs, width) of memory that is not needed after this chunk."""
+        """Return (num_pairs, width) of memory that is not needed after this chunk."""
         if name not in self.reused:
             largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
             self.reused[name] = cpu_memory.empty(largest, width, like=self.rows)
@@ -303,14 +303,14 @@ class ExpertsRun:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
 
     def _row_weights(self, chunk: int) -> Tensor:
-        """Give topk_weights (R_c, K) of the rows that the chunk finishes."""
+        """Return topk_weights (R_c, K) of the rows that the chunk finishes."""
         rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
         if self.grouping.returned_rows is None:
             return _part(self.topk_weights, rows)
         return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
 
     def _results(self, chunk: int) -> Tensor | None:
-        """Give the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
+        """Return the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
 
         None where the chunk is a range of rows, with all that its sums take.
         """
@@ -323,14 +323,14 @@ class ExpertsRun:
         return self.reused["results"]
 
     def _among_results(self, chunk: int) -> slice:
-        """Give where the chunk's pairs lie in _results()."""
+        """Return where the chunk's pairs lie in _results()."""
         first = self.grouping.first_expert_chunk
         assert first is not None
         start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
         return slice(pairs[0] - start, pairs[1] - start)
 
     def _with_earlier_chunks(self, chunk: int, dweights: Tensor) -> Tensor:
-        """Give the gradients of gate weights that `inverse` points into: this chunk's, or those of all so far."""
+        """Return the gradients of gate weights that `inverse` points into: this chunk's, or those of all so far."""
         first = self.grouping.first_expert_chunk
         if first is None or chunk < first:
             return dweights
@@ -342,5 +342,5 @@ class ExpertsRun:
 
 
 def _part(values: Tensor, positions: slice) -> Tensor:
-    """Give values[positions], without a view where that is all of them: views are a small call's main cost."""
+    """Return values[positions], without a view where that is all of them: views are a small call's main cost."""
     return values if positions.stop - positions.start == values.shape[0] else values[positions]

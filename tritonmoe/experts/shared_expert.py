@@ -63,7 +63,7 @@ class SharedExpert(nn.Module):
         return any(hooks) or "forward" in self.__dict__
 
     def up(self, x: Tensor) -> Tensor:
-        """Give (T, F), the activation of x (T, D) times the up-projection."""
+        """Return (T, F), the activation of x (T, D) times the up-projection."""
         weight = self.gate_up_proj
         if x.dtype != weight.dtype and not is_autocast_on(x.device):
             raise TypeError(f"the shared expert is {weight.dtype} and x is {x.dtype}: cast one to the other's dtype")
@@ -73,7 +73,7 @@ class SharedExpert(nn.Module):
         return self.activation(h)
 
     def down(self, a: Tensor) -> Tensor:
-        """Give (T, D) of what up() gave."""
+        """Return (T, D) of what up() gave."""
         return F.linear(a, self._rows_out(self.down_proj))
 
     def forward(self, x: Tensor) -> Tensor:

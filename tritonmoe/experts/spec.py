@@ -63,7 +63,7 @@ class ExpertSpec:
         return self
 
     def with_dropout(self, adapters: ExpertAdapters | None) -> "ExpertSpec":
-        """Give what experts with these adapters compute like."""
+        """Return what experts with these adapters compute like."""
         return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self
 
 
@@ -83,7 +83,7 @@ class ExpertSettings(NamedTuple):
     def projections(
         self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None
     ) -> tuple[AdaptedProjection, AdaptedProjection]:
-        """Give the up-projection and the down-projection of experts that have these weights.
+        """Return the up-projection and the down-projection of experts that have these weights.
 
         row_seeds: (R,), with dropout; of the up-projection, callers drop columns of the rows themselves.
         """
@@ -96,7 +96,7 @@ class ExpertSettings(NamedTuple):
         )
 
     def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
-        """Give the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
+        """Return the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
         return None if row_seeds is None else AdapterDropout(self.spec.dropout, row_seeds)
 
 
@@ -176,12 +176,12 @@ def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
 
 
 def literal(plain: object) -> str:
-    """Give the literal of what to_plain() gave, or of a tuple of such; ast.literal_eval() reads it."""
+    """Return the literal of what to_plain() gave, or of a tuple of such; ast.literal_eval() reads it."""
     return repr(_settled(plain) if torch.compiler.is_compiling() else plain)
 
 
 def _settled(plain: Any) -> Any:
-    """Give the same with numbers that are known: while it traces, torch.compile may have left their values open."""
+    """Return the same with numbers that are known: while it traces, torch.compile may have left their values open."""
     if isinstance(plain, tuple):
         return tuple([_settled(value) for value in plain])
     if isinstance(plain, bool):
@@ -195,11 +195,11 @@ def _settled(plain: Any) -> Any:
 
 
 def encode(spec: ExpertSpec) -> str:
-    """Give a spec whose activation is fused as the string that an operator takes for it."""
+    """Return a spec whose activation is fused as the string that an operator takes for it."""
     return literal(to_plain(spec))
 
 
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> ExpertSpec:
-    """Give the spec that encode() made the string of, checked."""
+    """Return the spec that encode() made the string of, checked."""
     return from_plain(ast.literal_eval(encoded)).check()

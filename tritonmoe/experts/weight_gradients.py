@@ -35,7 +35,7 @@ class SharedWeightGrads:
     """The gradients that wait for the later backward, by the number of the graph's run; the same dict for both."""
 
     def take(self) -> PerWeight[Tensor | None]:
-        """Give what the other call's backward has left in this run of the graph."""
+        """Return what the other call's backward has left in this run of the graph."""
         return self.left.pop(torch._C._current_graph_task_id(), NO_WEIGHTS)
 
     def leave(self, grads: PerWeight[Tensor | None]) -> PerWeight[Tensor | None]:
@@ -51,7 +51,7 @@ class SharedWeightGrads:
 
 
 def rows_to_save(x: Tensor, weights: PerWeight[Tensor], needs_gate_up: bool, *, computes_h: bool) -> Tensor:
-    """Give x where a backward reads it, else what has its shape and no memory: frozen experts need no rows.
+    """Return x where a backward reads it, else what has its shape and no memory: frozen experts need no rows.
 
     needs_gate_up: whether the gradient of gate_up_proj is wanted. computes_h: whether the backward computes h again.
     """

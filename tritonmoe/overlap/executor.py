@@ -65,7 +65,7 @@ def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device
 
 
 def _run(step: Step, actions: Actions) -> PendingExchange | None:
-    """Give the exchange that a step posts; None where it computes."""
+    """Return the exchange that a step posts; None where it computes."""
     action = actions[step.kind]
     try:
         pending = action() if step.chunk is None else action(step.chunk)

@@ -27,17 +27,17 @@ class ExpertsPass(Protocol):
     """What a pass needs of the experts of one call: ExpertsRun, NodePass, or a stand-in of fixed duration."""
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Give the weighted sums over this rank's experts of the rows that a segment finishes."""
+        """Return the weighted sums over this rank's experts of the rows that a segment finishes."""
         ...
 
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Give dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
+        """Return dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
         ...
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
-        """Give the gradients of the experts' weights, over all segments."""
+        """Return the gradients of the experts' weights, over all segments."""
         ...
 
 
@@ -87,7 +87,7 @@ class ForwardPass:
             self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
 
     def run(self) -> tuple[Tensor, PassReport]:
-        """Give y (T, D), and the timings."""
+        """Return y (T, D), and the timings."""
         return run_all_phases(self.phases())
 
     def phases(self) -> Phases[tuple[Tensor, PassReport]]:

@@ -74,11 +74,11 @@ class NodePass:
         return self._dout_rows
 
     def segment(self, chunk: int) -> int:
-        """Give the segment of a chunk of the outer plan, which is a chunk of the inner one."""
+        """Return the segment of a chunk of the outer plan, which is a chunk of the inner one."""
         return chunk + self.num_local_slices
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Give the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
+        """Return the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
         inside = _Forward(self, out)
         self._run(StepKind.EXPERTS, segment, inside.actions())
         return inside.sums.result
@@ -86,13 +86,13 @@ class NodePass:
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Give dx of the relayed rows of a segment, None unless needed, and the gradient of their topk_weights."""
+        """Return dx of the relayed rows of a segment, None unless needed, and the gradient of their topk_weights."""
         inside = _Backward(self, dout, needs_dx, out)
         self._run(StepKind.EXPERTS_BACKWARD, segment, inside.actions(), needs_dx)
         return inside.dx.result if needs_dx else None, inside.dweights.result
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
-        """Give the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
+        """Return the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
         return self.experts.weight_grad(self.dout_rows, needs)
 
     def spread(self, relayed: Tensor, segment: int, received: Tensor) -> PendingExchange:

@@ -96,7 +96,7 @@ class StepTiming:
     """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
 
     def shifted(self, offset_s: float) -> "StepTiming":
-        """Give it so much later."""
+        """Return it so much later."""
         arrivals = self.arrivals_s and tuple(None if at is None else at + offset_s for at in self.arrivals_s)
         return replace(self, start_s=self.start_s + offset_s, end_s=self.end_s + offset_s, arrivals_s=arrivals)
 
@@ -121,7 +121,7 @@ class PassReport:
         self._end = mark(self.device)
 
     def _seconds(self, moment: Mark) -> float:
-        """Give the seconds from the start of the pass."""
+        """Return the seconds from the start of the pass."""
         if isinstance(moment, float) and isinstance(self._origin, float):
             return moment - self._origin
         if isinstance(moment, torch.cuda.Event) and isinstance(self._origin, torch.cuda.Event):
@@ -173,7 +173,7 @@ class PassReport:
         return not isinstance(self._end, torch.cuda.Event) or self._end.query()
 
     def seconds_behind(self, other: "PassReport") -> float:
-        """Give how long after another pass on this device this one started."""
+        """Return how long after another pass on this device this one started."""
         other._wait_until_over()
         self._wait_until_over()
         return other._seconds(self._origin)
@@ -185,7 +185,7 @@ class PassReport:
 
     @property
     def total_s(self) -> float:
-        """Give the time from the start of the pass to its end."""
+        """Return the time from the start of the pass to its end."""
         self._wait_until_over()
         return self._seconds(self._end)
 
@@ -195,22 +195,22 @@ class PassReport:
         return sum(timing.wait_s for timing in self.steps)
 
     def lane_s(self, *kinds: StepKind | str) -> float:
-        """Give the summed duration of the steps of these kinds."""
+        """Return the summed duration of the steps of these kinds."""
         return sum(timing.end_s - timing.start_s for timing in self.steps if timing.step.kind in kinds)
 
     @property
     def compute_s(self) -> float:
-        """Give the summed duration of the steps on the compute lane."""
+        """Return the summed duration of the steps on the compute lane."""
         return sum(t.end_s - t.start_s for t in self.steps if t.step.lane == "compute")
 
     @property
     def communication_s(self) -> float:
-        """Give the time during which at least one exchange was under way."""
+        """Return the time during which at least one exchange was under way."""
         return covered_s(((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm"), 0.0, math.inf)
 
 
 def covered_s(spans: Iterable[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Give for how long of the time from start_s to end_s any of the spans lasts.
+    """Return for how long of the time from start_s to end_s any of the spans lasts.
 
     Example:
         covered_s([(0, 2), (1, 3), (4, 9)], 1, 5) gives 3.
@@ -293,7 +293,7 @@ class LayerReport:
 
     @property
     def wire_error(self) -> float:
-        """Give the relative error (root mean square) that the wire format made in the dispatched rows; 0 without one.
+        """Return the relative error (root mean square) that the wire format made in the dispatched rows; 0 without one.
 
         Reads the device.
         """

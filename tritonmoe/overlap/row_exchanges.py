@@ -32,7 +32,7 @@ class RowMetadata(NamedTuple):
     """(R,) int32, as in CallTensors."""
 
     def pack(self) -> Tensor:
-        """Give (R, 2K) int32, ids, then the bits of the fp32 weights; with row_seeds (R, 2K + 1)."""
+        """Return (R, 2K) int32, ids, then the bits of the fp32 weights; with row_seeds (R, 2K + 1)."""
         ids, weights, seeds = self
         ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
         columns = [ids, weights.to(torch.float32).view(torch.int32)]
@@ -73,7 +73,7 @@ class RowExchanges:
         return pending, ArrivingMetadata(stored, arriving)
 
     def receive_metadata(self, metadata: ArrivingMetadata, top_k: int) -> tuple[RowMetadata, RowPlaces]:
-        """Give what came with the received rows, and their places, once the exchange has ended."""
+        """Return what came with the received rows, and their places, once the exchange has ended."""
         stored, arrived = metadata
         places = self.plan.place_received(arrived[:, :top_k])
         stored[places.received] = arrived
@@ -122,7 +122,7 @@ class RowExchanges:
         return self.transport.exchange(packed, *splits, arriving), arriving
 
     def wire_after_dispatch(self, dtype: torch.dtype) -> WireFormat:
-        """Give how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
+        """Return how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
         wire_dtype = self.plan.overlap.wire_dtype
         return WireFormat(dtype, None if wire_dtype == torch.float8_e4m3fn else wire_dtype)
 

@@ -129,7 +129,7 @@ def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) ->
 
 
 def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
-    """Give those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
+    """Return those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
     if which is _Of.ALL:
         return there
     if which is _Of.LOCAL_ROWS:
@@ -140,7 +140,7 @@ def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[i
 
 
 def local_slices(plan: OverlapPlan) -> list[int]:
-    """Give the local slices that have a share of the rows."""
+    """Return the local slices that have a share of the rows."""
     if not plan.local_first:
         return []
     return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
@@ -148,7 +148,7 @@ def local_slices(plan: OverlapPlan) -> list[int]:
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
 def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
-    """Give the forward's steps; a serial plan waits for each exchange before anything else is started.
+    """Return the forward's steps; a serial plan waits for each exchange before anything else is started.
 
     num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
         dispatch, a second one under the last combine.
@@ -186,7 +186,7 @@ def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
 def build_backward(
     plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool, sums_replicas: bool = False
 ) -> Schedule:
-    """Give the backward's steps; exchanges whose gradient no rank needs are left out."""
+    """Return the backward's steps; exchanges whose gradient no rank needs are left out."""
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
@@ -239,7 +239,7 @@ def build_inside(step: Step, *, needs_x: bool) -> Schedule:
 
 
 def phase_ends(schedule: Schedule) -> tuple[int, int]:
-    """Give the positions behind the first and the second of a pass's three phases, where other work may run.
+    """Return the positions behind the first and the second of a pass's three phases, where other work may run.
 
     The first posts the exchanges that need no other step, and runs what a caller gave to run under them; the second
     computes and posts all others; the third are the sums that end the schedule, of what the last exchanges bring.

@@ -99,7 +99,7 @@ class StepKind(str, Enum):
 
     @classmethod
     def named(cls, name: str) -> "StepKind":
-        """Give the kind with this name; ValueError where there is none."""
+        """Return the kind with this name; ValueError where there is none."""
         return cls(name)  # type: ignore[call-arg]
 
     @property
@@ -149,7 +149,7 @@ class Step:
         return self.kind.lane
 
     def segment(self, num_local_slices: int) -> int | None:
-        """Give the place of this step's rows in lists by segment, which start with so many local slices.
+        """Return the place of this step's rows in lists by segment, which start with so many local slices.
 
         It is None for a step that is of all segments.
         """

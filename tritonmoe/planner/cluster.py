@@ -96,7 +96,7 @@ class Link:
         return self.gb_per_s * 1e9 * self.efficiency.value
 
     def line(self, num_bytes: float) -> tuple[float, float]:
-        """Give (fixed seconds, seconds per byte) near so many bytes: of the curve's piece there, where there is one.
+        """Return (fixed seconds, seconds per byte) near so many bytes: of the curve's piece there, where there is one.
 
         A curve is taken as it was measured at an efficiency of 1.
         """
@@ -156,18 +156,18 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def with_nodes(self, nodes: int) -> "Cluster":
-        """Give the cluster with another number of nodes."""
+        """Return the cluster with another number of nodes."""
         return replace(self, nodes=nodes)
 
     def estimates(self) -> Iterator[tuple[str, Estimate]]:
-        """Give every estimate with its key, such as "gpu.gemm_efficiency"."""
+        """Return every estimate with its key, such as "gpu.gemm_efficiency"."""
         for part in PARTS:
             for name, value in vars(getattr(self, part)).items():
                 if isinstance(value, Estimate):
                     yield f"{part}.{name}", value
 
     def scaled(self, factors: Mapping[str, float]) -> "Cluster":
-        """Give the cluster whose estimates are so many times as large, each within what it can be at all."""
+        """Return the cluster whose estimates are so many times as large, each within what it can be at all."""
         parts = {}
         for part in PARTS:
             settings = getattr(self, part)
@@ -185,7 +185,7 @@ PARTS = {"gpu": Gpu, "inside": InsideLink, "between": BetweenLink, "host": Host}
 
 
 def spread_of(key: str, estimate: Estimate) -> float:
-    """Give the spread of the estimate with this key, such as "gpu.gemm_efficiency"."""
+    """Return the spread of the estimate with this key, such as "gpu.gemm_efficiency"."""
     if estimate.spread is not None:
         return estimate.spread
     part, name = key.split(".")
@@ -194,5 +194,5 @@ def spread_of(key: str, estimate: Estimate) -> float:
 
 @cache
 def settings_of(kind: Any) -> dict[str, Of]:
-    """Give what every setting of a table is."""
+    """Return what every setting of a table is."""
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(kind, include_extras=True).items()}

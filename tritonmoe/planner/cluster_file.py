@@ -24,7 +24,7 @@ SPREAD = Of("spread: four times of five it is value / (1 + spread) to value * (1
 
 
 def read_cluster(path: Path) -> Cluster:
-    """Give what a TOML file describes.
+    """Return what a TOML file describes.
 
     Raises:
         ValueError: it is no TOML, lacks a key, has one that nobody knows, or a number that can't be. The message names
@@ -41,7 +41,7 @@ def read_cluster(path: Path) -> Cluster:
 
 
 def parse_cluster(text: str, path: str) -> Cluster:
-    """Give what a TOML text describes; `path` stands in messages. Raises ValueError as read_cluster does."""
+    """Return what a TOML text describes; `path` stands in messages. Raises ValueError as read_cluster does."""
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -124,7 +124,7 @@ class _Reader:
         return ValueError(f"{self.path}{f', line {line}' if line else ''}: {key or 'the file'} {message}")
 
     def line_of(self, key: str) -> int | None:
-        """Give the number of the line on which a key, or the table that it would stand in, is set."""
+        """Return the number of the line on which a key, or the table that it would stand in, is set."""
         *tables, name = key.split(".")
         here: list[str] = []
         table_line = None
@@ -141,7 +141,7 @@ class _Reader:
 
 
 def to_toml(cluster: Cluster, remarks: Mapping[str, str] | None = None) -> str:
-    """Give a commented TOML file that read_cluster reads.
+    """Return a commented TOML file that read_cluster reads.
 
     remarks: key, such as "gpu.tflops" -> what else its comment says.
     """

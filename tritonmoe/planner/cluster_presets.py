@@ -28,14 +28,14 @@ IB200 = replace(CX7, gb_per_s=25.0)
 
 
 def _nvlink(gb_per_s: float) -> InsideLink:
-    """Give a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
+    """Return a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
     return InsideLink(
         gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5)
     )
 
 
 def _gpu(memory_gb: float, memory_tb_per_s: float, tflops: dict[str, float], *shares: float) -> Gpu:
-    """Give a GPU. shares: efficiencies of dense products, grouped products and attention."""
+    """Return a GPU. shares: efficiencies of dense products, grouped products and attention."""
     gemm, grouped, attention = map(_assumed, shares)
     return Gpu(memory_gb, memory_tb_per_s, tflops, gemm, grouped, attention, _assumed(0.7), contention=_assumed(0.1))
 

@@ -78,12 +78,12 @@ def probe_cluster(
 
 
 def _probed(value: float, spread: float = 0.0) -> Estimate:
-    """Give what was measured, as uncertain as a probe's numbers are, or as far as its samples scatter."""
+    """Return what was measured, as uncertain as a probe's numbers are, or as far as its samples scatter."""
     return Estimate(value, "probe", round(spread, 3) if spread > SPREADS["probe"] else None)
 
 
 def scatter(times: Sequence[float]) -> float:
-    """Give the spread of samples: that with which 80 % of them lie about their median."""
+    """Return the spread of samples: that with which 80 % of them lie about their median."""
     if len(times) < ROUNDS:
         return 0.0
     tenths, middle = statistics.quantiles(times, n=10, method="inclusive"), statistics.median(times)
@@ -98,14 +98,14 @@ def say_scatter(cluster: Cluster, say: Callable[[str], None]) -> None:
 
 
 def _links(transport: Transport, node_size: int) -> dict[str, Transport]:
-    """Give the part of a cluster that a link is -> the transport that goes over it."""
+    """Return the part of a cluster that a link is -> the transport that goes over it."""
     if isinstance(transport, TwoLevelTransport):
         return {"inside": transport.inside_node, "between": transport.between_nodes}
     return {"between" if node_size == 1 else "inside": transport}
 
 
 def _times(run: Callable[[], object], device: torch.device) -> list[float]:
-    """Give the times of a call, for a tenth of a second and at least five calls."""
+    """Return the times of a call, for a tenth of a second and at least five calls."""
     times: list[float] = []
     run()
     while len(times) < ROUNDS or sum(times) < SLICE_S:
@@ -253,7 +253,7 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
 
 
 def _exchange_s(transport: Transport, device: torch.device, rows: int, row_bytes: int) -> tuple[int, list[float]]:
-    """Give the bytes that a rank sends where every peer gets so many rows, and the times of five rounds."""
+    """Return the bytes that a rank sends where every peer gets so many rows, and the times of five rounds."""
     splits = [0 if rank == transport.rank else rows for rank in range(transport.size)]
     sent = torch.zeros(sum(splits), row_bytes, dtype=torch.uint8, device=device)
     times = []

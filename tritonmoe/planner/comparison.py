@@ -59,7 +59,7 @@ class Comparison:
         return sorted(fits, key=lambda n: self.plans[n].best.usd_per_million_tokens)
 
     def break_even_usd(self, number: int) -> float | None:
-        """Give the price of a GPU-hour at which a cluster costs as much as the first, for the model as it is.
+        """Return the price of a GPU-hour at which a cluster costs as much as the first, for the model as it is.
 
         None where the job doesn't fit on both.
         """
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def equalized(clusters: Sequence[Cluster], equal: Equal | None) -> list[Cluster]:
-    """Give the clusters with as many GPUs as the first, or for as much money an hour: as near as whole nodes allow.
+    """Return the clusters with as many GPUs as the first, or for as much money an hour: as near as whole nodes allow.
 
     Raises:
         ValueError: the first one costs nothing, or a cluster has no node for so little.
@@ -151,7 +151,7 @@ def _cheapest_shares(plans: Sequence[Plan]) -> list[float | None]:
 
 
 def _decides(plans: Sequence[Plan]) -> list[tuple[int, str, float]]:
-    """Give what explains most of how the prices of the two cheapest differ, draw by draw."""
+    """Return what explains most of how the prices of the two cheapest differ, draw by draw."""
     fits = [n for n, one in enumerate(plans) if one.best.fits]
     two = sorted(fits, key=lambda n: plans[n].best.usd_per_million_tokens)[:2]
     if len(two) < 2 or plans[two[0]].best.usd_per_million_tokens == 0:
@@ -168,7 +168,7 @@ def _decides(plans: Sequence[Plan]) -> list[tuple[int, str, float]]:
 
 
 def _cheapest(job: Job, cluster: Cluster, degrees: Sequence[int]) -> tuple[float | None, float | None]:
-    """Give the price of a million tokens with the cheapest choice that fits, and the seconds of its step."""
+    """Return the price of a million tokens with the cheapest choice that fits, and the seconds of its step."""
     try:
         best = search(job, cluster, degrees, Free(pp=True, recompute=True))[0]
     except ValueError:
@@ -180,6 +180,6 @@ def _cheapest(job: Job, cluster: Cluster, degrees: Sequence[int]) -> tuple[float
 
 
 def _sized(job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:
-    """Give the cheapest choice on a cluster that may have too few nodes for the job."""
+    """Return the cheapest choice on a cluster that may have too few nodes for the job."""
     usd, step_s = _cheapest(job, cluster, degrees)
     return Sized(cluster.num_gpus, step_s, usd)

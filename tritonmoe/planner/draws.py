@@ -38,7 +38,7 @@ class Uncertain:
 
 
 def uncertainties(job: Job, cluster: Cluster) -> list[Uncertain]:
-    """Give all numbers of a job and a cluster that are estimates."""
+    """Return all numbers of a job and a cluster that are estimates."""
     found = [Uncertain(key, one.value, one.source, spread_of(key, one)) for key, one in cluster.estimates()]
     found += [
         Uncertain(f"job.{name}", getattr(job, name), "assumed", spread)
@@ -64,12 +64,12 @@ class Draw:
         return replace(job, **changed)
 
     def error(self, error: ModelError = MODEL_ERROR) -> float:
-        """Give how many times as long a step takes as the model says."""
+        """Return how many times as long a step takes as the model says."""
         return math.exp(error.log_factor(self.common, self.own))
 
 
 def draw(job: Job, cluster: Cluster, count: int, seed: int) -> list[Draw]:
-    """Give so many draws, of a cluster with a seed of its own.
+    """Return so many draws, of a cluster with a seed of its own.
 
     Two clusters of which the same is assumed share what it may really be, as they share the model's error: they are
     machines of one kind, or run one trainer. What was measured on one says nothing about the other.
@@ -101,14 +101,14 @@ class Drawn:
 
     @classmethod
     def of(cls, job: Job, cluster: Cluster, curves: tuple[ExchangeCurve, ExchangeCurve]) -> "Drawn":
-        """Give it by the curves of a plan and of the serial one."""
+        """Return it by the curves of a plan and of the serial one."""
         parts = layer_parts(job, cluster)
         time, serial = (step_with(job, cluster, parts, curve.time(job, cluster, parts)) for curve in curves)
         return cls(time, serial, _moving_s(job, cluster, parts, curves[0]) * time.num_calls)
 
 
 def _moving_s(job: Job, cluster: Cluster, parts: Parts, curve: ExchangeCurve) -> float:
-    """Give what the exchanges of a layer and micro-batch take, with packing and the agreements before them."""
+    """Return what the exchanges of a layer and micro-batch take, with packing and the agreements before them."""
     forward, backward = (one.exchange_s + one.packing_s for one in curve.lanes(job, cluster, parts))
     forwards = 2 if job.recompute == "full" else 1
     seconds = forwards * forward + backward + (forwards + 1) * curve.agreeing_s(job, cluster, parts)
@@ -116,6 +116,6 @@ def _moving_s(job: Job, cluster: Cluster, parts: Parts, curve: ExchangeCurve) ->
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Give the ends of the interval that holds four values of five."""
+    """Return the ends of the interval that holds four values of five."""
     tenths = statistics.quantiles(values, n=TENTHS, method="inclusive") if len(values) > 1 else list(values) * 2
     return tenths[0], tenths[-1]

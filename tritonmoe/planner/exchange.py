@@ -56,7 +56,7 @@ class ExchangeTime:
         return self.exposed_forward_s + self.exposed_backward_s
 
     def times(self, factor: float) -> "ExchangeTime":
-        """Give what takes so many times as long."""
+        """Return what takes so many times as long."""
         return ExchangeTime(*(factor * seconds for seconds in vars(self).values()))
 
 
@@ -102,7 +102,7 @@ class LayerExchange:
         return 2 if self.shared_s else 0
 
     def time(self, plan: OverlapPlan) -> ExchangeTime:
-        """Give what the layer takes under a plan."""
+        """Return what the layer takes under a plan."""
         forward = simulate(build_forward(plan, self.num_fillers), plan, self.work, self.costs, self.link)
         backward_schedule = build_backward(plan, needs_x=True, needs_topk_weights=True)
         backward = simulate(backward_schedule, plan, self.work, self.costs, self.link)
@@ -114,7 +114,7 @@ class LayerExchange:
         return ExchangeTime(*seconds, *exposed, *again)
 
     def time_of_two_batches(self, plan: OverlapPlan, beside_s: tuple[float, float], num_layers: int) -> ExchangeTime:
-        """Give what one of so many layers takes with both halves of a batch, whose tokens are half of the job's.
+        """Return what one of so many layers takes with both halves of a batch, whose tokens are half of the job's.
 
         What the model computes of a half beside each layer, forward and backward (beside_s), hides exchanges, and is
         not counted.
@@ -228,13 +228,13 @@ def _mirrored(own: float, other: float) -> list[list[float]]:
 
 
 def _computing_s(simulation: Simulation) -> float:
-    """Give what all steps on the compute lane take together, each on its slowest rank."""
+    """Return what all steps on the compute lane take together, each on its slowest rank."""
     computed = (step for step in leaves(simulation.steps) if step.step.lane == "compute")
     return sum(float((step.end_s - step.start_s).max()) for step in computed)
 
 
 def leaves(steps: Sequence[SimulatedStep]) -> Iterator[SimulatedStep]:
-    """Give the steps, and instead of one that has steps inside its node those."""
+    """Return the steps, and instead of one that has steps inside its node those."""
     for step in steps:
         if step.inside:
             yield from leaves(step.inside)

@@ -56,7 +56,7 @@ class Curve:
     points: Sequence[tuple[float, float, float]]
 
     def at(self, lanes: Lanes) -> tuple[float, float]:
-        """Give the seconds of a pass and those in which nothing is computed."""
+        """Return the seconds of a pass and those in which nothing is computed."""
         share = lanes.exchange_s / lanes.sum_s if lanes.sum_s else 0.0
         total, exposed = self.points[0][1:] if share < self.points[0][0] else self.points[-1][1:]
         for (x0, *low), (x1, *high) in pairwise(self.points):
@@ -85,14 +85,14 @@ class ExchangeCurve:
         )
 
     def lanes(self, job: Job, cluster: Cluster, parts: Parts) -> tuple[Lanes, Lanes]:
-        """Give what a layer's passes take one step after the other, without the agreement before each."""
+        """Return what a layer's passes take one step after the other, without the agreement before each."""
         job = _whole(job)
         halves = 2 if job.two_batches else 1
         forward, backward = self._units.lanes(layer_exchange(job, cluster, self.num_levels, parts))
         return forward.times(halves), backward.times(halves)
 
     def agreeing_s(self, job: Job, cluster: Cluster, parts: Parts) -> float:
-        """Give what the agreement before each pass takes: an exchange of a few bytes for each half of a batch."""
+        """Return what the agreement before each pass takes: an exchange of a few bytes for each half of a batch."""
         if job.ep == 1:
             return 0.0
         job = _whole(job)
@@ -113,7 +113,7 @@ class ExchangeCurve:
         return in_turn(time, parts) if job.two_batches and not job.overlaps_exchange else time
 
     def _calls(self, exchange: LayerExchange, parts: Parts) -> "_Calls":
-        """Give the lanes of forward, backward and a forward that runs again, and what comes to each beside them."""
+        """Return the lanes of forward, backward and a forward that runs again, and what comes to each beside them."""
         forward, backward = self._units.lanes(exchange)
         agreeing = exchange.link.latency_s if self.job.ep > 1 else 0.0
         if not self.job.two_batches:
@@ -149,7 +149,7 @@ class _Calls:
 
 
 def _whole(job: Job) -> Job:
-    """Give the job with batches that are not cut, where halves run in turn but nothing overlaps in a layer's call."""
+    """Return the job with batches that are not cut, where halves run in turn but nothing overlaps in a layer's call."""
     return replace(job, two_batches=False) if job.two_batches and not job.overlaps_exchange else job
 
 
@@ -200,7 +200,7 @@ class _Units:
 def _units(
     exchange: LayerExchange, plan: OverlapPlan, *, is_forward: bool
 ) -> tuple[dict[StepKind, tuple[float, float]], list[tuple[float, float]]]:
-    """Give {kind: (steps, units)} of a pass, and (exchanges, bytes) between nodes and inside them."""
+    """Return {kind: (steps, units)} of a pass, and (exchanges, bytes) between nodes and inside them."""
     free, byte = LinkCosts(0.0, float("inf")), LinkCosts(0.0, 1.0)
     ones: dict[str, float] = dict.fromkeys(StepKind, 1.0)
 
@@ -230,7 +230,7 @@ def _units(
 
 
 def _exchanges(steps: Sequence[SimulatedStep]) -> Iterator[tuple[int, SimulatedStep]]:
-    """Give (1 inside a node, else 0, the step) of every exchange that takes time."""
+    """Return (1 inside a node, else 0, the step) of every exchange that takes time."""
     for step in steps:
         for level, one in [(1, inside) for inside in step.inside] or [(0, step)]:
             if one.posted_s is not None and float((one.end_s - one.posted_s).max()) > 0:

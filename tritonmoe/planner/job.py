@@ -101,7 +101,7 @@ class Job:
         return DTYPE_BYTES[self.dtype]
 
     def stage_layers(self) -> list[tuple[int, int]]:
-        """Give (dense layers, layers with experts) of every pipeline stage; the first may have one more."""
+        """Return (dense layers, layers with experts) of every pipeline stage; the first may have one more."""
         each, more = divmod(self.model.num_layers, self.pp)
         stages, first = [], 0
         for stage in range(self.pp):
@@ -123,7 +123,7 @@ class Job:
         return shared, num_sparse * model.num_experts / self.ep * model.expert_parameters
 
     def dp(self, cluster: Cluster) -> int:
-        """Give the number of data-parallel ranks; ValueError where the GPUs can't be shared so."""
+        """Return the number of data-parallel ranks; ValueError where the GPUs can't be shared so."""
         ranks, rest = divmod(cluster.num_gpus, self.tp * self.pp)
         if rest or not ranks:
             raise ValueError(f"{cluster.num_gpus} GPUs can't be shared by tp={self.tp} x pp={self.pp}")
@@ -139,7 +139,7 @@ class Job:
         return self.sequence * self.micro_batch * self.micro_batches * self.dp(cluster)
 
     def peak_flops(self, cluster: Cluster, *, is_wide: bool = False) -> float:
-        """Give the peak FLOP/s of products in this dtype; ValueError where the cluster doesn't say.
+        """Return the peak FLOP/s of products in this dtype; ValueError where the cluster doesn't say.
 
         is_wide: of what is bf16 beside products in fp8: attention, router, output layer.
         """
@@ -152,7 +152,7 @@ class Job:
 
 
 def expert_degrees(job: Job, cluster: Cluster) -> list[int]:
-    """Give every number of expert-parallel ranks that fits the job and the cluster, ascending."""
+    """Return every number of expert-parallel ranks that fits the job and the cluster, ascending."""
     degrees = []
     for ep in range(1, job.model.num_experts + 1):
         if job.model.num_experts % ep == 0:

@@ -16,7 +16,7 @@ OPTIMIZER_STATE_BYTES = 12
 
 
 def memory_gb(job: Job, cluster: Cluster) -> float:
-    """Give the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
+    """Return the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
 
     Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
     and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
@@ -48,7 +48,7 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
 
 
 def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
-    """Give what one layer keeps of one micro-batch for its backward."""
+    """Return what one layer keeps of one micro-batch for its backward."""
     model, b, tokens = job.model, job.dtype_bytes, job.num_tokens
     if job.recompute == "full":
         return tokens * model.hidden_size * b

@@ -20,7 +20,7 @@ NORM_BYTES = 10, 15
 
 
 def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Give the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
+    """Return the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
 
     Products are shared by the tensor-parallel ranks; norms and the router see the tokens of one of them.
     """
@@ -36,7 +36,7 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
         return forward, forward + gradients
 
     def block(width: int, shared_by: int) -> tuple[float, float]:
-        """Give a gated feed-forward block; its activation reads 2F and writes F columns, its gradient 3F and 2F."""
+        """Return a gated feed-forward block; its activation reads 2F and writes F columns, its gradient 3F and 2F."""
         forward, backward = products([(d, 2 * width), (width, d)], shared_by)
         columns = tokens * width * b
         return forward + copy(3 * columns), backward + copy(5 * columns)

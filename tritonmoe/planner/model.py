@@ -14,7 +14,7 @@ class Attention:
     head_dim: int
 
     def products(self, hidden_size: int) -> list[tuple[int, int]]:
-        """Give the (input, output) widths of the projections."""
+        """Return the (input, output) widths of the projections."""
         kv = self.num_kv_heads * self.head_dim
         queries = self.num_heads * self.head_dim
         return [(hidden_size, queries + 2 * kv), (queries, hidden_size)]
@@ -46,7 +46,7 @@ class LatentAttention:
     v_dim: int
 
     def products(self, hidden_size: int) -> list[tuple[int, int]]:
-        """Give the (input, output) widths of the projections."""
+        """Return the (input, output) widths of the projections."""
         queries = self.num_heads * self.qk_dim
         down_up = [(hidden_size, self.q_rank), (self.q_rank, queries)] if self.q_rank else [(hidden_size, queries)]
         return [
@@ -135,7 +135,7 @@ class Model:
         )
 
     def scaled(self, factor: float) -> "Model":
-        """Give a model of another size: D, F and all other widths so many times as large, multiples of 128."""
+        """Return a model of another size: D, F and all other widths so many times as large, multiples of 128."""
         if factor == 1:
             return self
 

@@ -13,7 +13,7 @@ __all__ = ["expert_load", "find_model", "model_of_config"]
 
 
 def find_model(name: str) -> Model:
-    """Give the model of a preset's name, or of a path to a config.json or its folder.
+    """Return the model of a preset's name, or of a path to a config.json or its folder.
 
     Raises:
         ValueError: there is no such preset or file, or the file is no config of a model with experts.
@@ -73,7 +73,7 @@ ALL_WINDOW = ("mixtral", "mistral", "phimoe")
 
 
 def model_of_config(config: Any, path: str) -> Model:
-    """Give what a Hugging Face config says of a model's sizes.
+    """Return what a Hugging Face config says of a model's sizes.
 
     Raises:
         ValueError: it has no experts, or what a step's model doesn't know; it lacks a size, or one is impossible. The
@@ -131,7 +131,7 @@ class _Config:
         self.config, self.path = config, path
 
     def size(self, *keys: str, least: int = 1, default: int | None = None) -> int:
-        """Give the whole number under the first of the keys that is there."""
+        """Return the whole number under the first of the keys that is there."""
         key = next((key for key in keys if self.config.get(key) is not None), None)
         if key is None:
             if default is None:
@@ -143,7 +143,7 @@ class _Config:
         return value
 
     def layers(self, key: str, *known: object) -> list[Any]:
-        """Give what the list under a key says of each layer, [] where there is none; `known` is what it can say."""
+        """Return what the list under a key says of each layer, [] where there is none; `known` is what it can say."""
         found, number = self.config.get(key), self.size("num_hidden_layers")
         if not found:
             return []
@@ -155,7 +155,7 @@ class _Config:
         return found
 
     def listed(self, key: str) -> set[int]:
-        """Give the layers in the list under a key."""
+        """Return the layers in the list under a key."""
         found, number = self.config.get(key) or [], self.size("num_hidden_layers")
         if not isinstance(found, list) or not all(is_integer(one) and 0 <= one < number for one in found):
             raise ValueError(f"{self.path}: {key!r} must be a list of layers below {number}, got {found!r}")
@@ -185,7 +185,7 @@ def _attention(read: _Config) -> Attention | LatentAttention:
 
 
 def _dense_layers(read: _Config, layers: int) -> int:
-    """Give how many layers have no experts: by a list of all, or those before the first, listed, or not the n-th."""
+    """Return how many layers have no experts: by a list of all, or those before the first, listed, or not the n-th."""
     if kinds := read.layers("mlp_layer_types", SPARSE, DENSE):
         return kinds.count(DENSE)
     if isinstance(read.config.get("moe_layer_freq"), list):
@@ -202,7 +202,7 @@ def _dense_layers(read: _Config, layers: int) -> int:
 
 
 def _window(read: _Config, layers: int) -> tuple[int, int]:
-    """Give the tokens that attention within a window sees, and how many layers have it; twice 0 where none has."""
+    """Return the tokens that attention within a window sees, and how many layers have it; twice 0 where none has."""
     read.layers("layers_block_type", "attention", FULL)
     if kinds := read.layers("layer_types", FULL, *WINDOWS):
         there = [kind for kind in WINDOWS if kind in kinds]
@@ -220,7 +220,7 @@ def _window(read: _Config, layers: int) -> tuple[int, int]:
 
 
 def expert_load(path: Path, num_experts: int) -> tuple[float, ...]:
-    """Give the share of the pairs that each expert gets, from a JSON list of E numbers of pairs.
+    """Return the share of the pairs that each expert gets, from a JSON list of E numbers of pairs.
 
     Raises:
         ValueError: it is no such list.

@@ -23,7 +23,7 @@ class ModelError:
     """The standard deviation of one run about that."""
 
     def log_factor(self, common: float, own: float) -> float:
-        """Give the logarithm of a draw, from two standard normal numbers."""
+        """Return the logarithm of a draw, from two standard normal numbers."""
         return self.bias + (self.slower if common > 0 else self.faster) * common + self.own * own
 
 

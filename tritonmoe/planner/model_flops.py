@@ -6,7 +6,7 @@ __all__ = ["flops_per_token"]
 
 
 def flops_per_token(model: Model, sequence: int) -> float:
-    """Give the FLOPs of one token's forward and backward, without recomputation: what model FLOP utilisation counts.
+    """Return the FLOPs of one token's forward and backward, without recomputation: what model FLOP utilisation counts.
 
     Products with the weights that the token needs, output layer and router among them, and causal attention, of which
     the masked half doesn't count.

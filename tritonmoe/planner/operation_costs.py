@@ -33,7 +33,7 @@ def product_s(
     weight_bytes: float = 0,
     is_wide: bool = False,
 ) -> float:
-    """Give the seconds of one dense product of (rows, inputs) with (inputs, outputs).
+    """Return the seconds of one dense product of (rows, inputs) with (inputs, outputs).
 
     The time for its arithmetic and that for its operands in memory are added, as if it did nothing at once: narrow and
     short products of published tables lie nearer to the sum than to the longer of the two.
@@ -50,12 +50,12 @@ def product_s(
 
 
 def copy_s(cluster: Cluster, num_bytes: float) -> float:
-    """Give the seconds in which a GPU reads or writes so many bytes of its memory."""
+    """Return the seconds in which a GPU reads or writes so many bytes of its memory."""
     return num_bytes / (cluster.gpu.memory_tb_per_s * 1e12 * cluster.gpu.memory_efficiency.value)
 
 
 def link_costs(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> LinkCosts:
-    """Give the link of each of num_ranks ranks that send so many bytes inside their node and to other nodes at once.
+    """Return the link of each of num_ranks ranks that send so many bytes inside their node and to other nodes at once.
 
     a0 + a_peer * peers + max(inside / (rate * e1), cross / (nic * e2 * (nodes / 2) ** -g)); LinkCosts has one rate, so
     that of all bytes together is given.
@@ -76,11 +76,11 @@ def link_costs(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_byte
 
 
 def link_like(link: Link, cluster: Cluster, fixed_s: float, bytes_per_s: float) -> LinkCosts:
-    """Give a link of this rate that works as `link` does otherwise."""
+    """Return a link of this rate that works as `link` does otherwise."""
     return LinkCosts(fixed_s, bytes_per_s, link.is_shared, link.alone_share, contention=cluster.gpu.contention.value)
 
 
 def exchange_s(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> float:
-    """Give the seconds of one exchange alone."""
+    """Return the seconds of one exchange alone."""
     link = link_costs(cluster, num_ranks, inside_bytes, cross_bytes)
     return link.latency_s + (inside_bytes + cross_bytes) / link.bytes_per_s / link.alone_share

@@ -104,7 +104,7 @@ class Plan:
         return self.predictions[0]
 
     def to_json(self) -> Json:
-        """Give everything as JSON has it."""
+        """Return everything as JSON has it."""
         return {
             "model": self.job.model.name,
             "cluster": self.cluster.name,
@@ -248,7 +248,7 @@ def predict(
 
 
 def _with_left_out(time: StepTime, usual: float) -> StepTime:
-    """Give a step as long as published ones say: what the model leaves out is one more part."""
+    """Return a step as long as published ones say: what the model leaves out is one more part."""
     more = (usual - 1) * time.step_s
     if more <= 0:
         return time

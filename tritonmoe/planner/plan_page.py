@@ -151,7 +151,7 @@ class _Planned:
         return _parts([(self, n, _choice(one)) for n, one in enumerate(self.choices[:MOST_BARS])])
 
     def sensitivity(self) -> Iterator[Block]:
-        """Give a chart for each effect of an estimate's interval, its longest bar first."""
+        """Return a chart for each effect of an estimate's interval, its longest bar first."""
         found = self.at("measure_next")
         if not found:
             return

@@ -28,7 +28,7 @@ HEADER = (
 
 
 def plan_table(plan: Plan) -> str:
-    """Give the choices, the best one's parts, what to measure next, and what to do."""
+    """Return the choices, the best one's parts, what to measure next, and what to do."""
     job, cluster, best = plan.job, plan.cluster, plan.best
     price = f"{cluster.usd_per_gpu_hour:g} $ a GPU-hour"
     lines = [
@@ -68,7 +68,7 @@ def _ms(seconds: float, interval: tuple[float, float]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """Give the best choice on every cluster, and the price by model size."""
+    """Return the best choice on every cluster, and the price by model size."""
     rows: list[Sequence[str]] = [("cluster", "GPUs", "$/h", *HEADER)]
     for plan in comparison.plans:
         cluster = plan.cluster
@@ -134,7 +134,7 @@ def _row(one: Prediction) -> tuple[str, ...]:
 
 
 def _parts(one: Prediction) -> str:
-    """Give the largest parts of a step as shares, the rest as one."""
+    """Return the largest parts of a step as shares, the rest as one."""
     parts = sorted(one.time.parts.items(), key=lambda item: item[1], reverse=True)
     said = [f"{name} {seconds / one.time.step_s:.0%}" for name, seconds in parts[:MOST_PARTS]]
     rest = sum(seconds for _, seconds in parts[MOST_PARTS:])

@@ -55,7 +55,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
         return started, [transport.exchange(part, splits, splits) for part in rows]
 
     def timed(num_bytes: int, count: int) -> list[float]:
-        """Give when each of `count` exchanges was over, the slowest rank's time."""
+        """Return when each of `count` exchanges was over, the slowest rank's time."""
         started, pending = post(num_bytes, count)
         ends = []
         for exchange in pending:
@@ -94,7 +94,7 @@ def probe_link(transport: Transport, device: torch.device | str = "cpu") -> Link
 
 
 def _multiply(count: int, device: torch.device | str) -> float:
-    """Give the seconds of so many small matrix products."""
+    """Return the seconds of so many small matrix products."""
     left, right = torch.ones(256, 512, device=device), torch.ones(512, 512, device=device)
     started = time.perf_counter()
     for _ in range(count):
@@ -104,13 +104,13 @@ def _multiply(count: int, device: torch.device | str) -> float:
 
 
 def _num_products(device: torch.device | str, seconds: float) -> int:
-    """Give how many of them take about so long."""
+    """Return how many of them take about so long."""
     _multiply(NUM_CALIBRATING, device)
     return max(1, round(NUM_CALIBRATING * seconds / _multiply(NUM_CALIBRATING, device)))
 
 
 def slowest(transport: Transport, seconds: list[float]) -> list[float]:
-    """Give, for every one of this rank's times, the longest of all ranks; every rank waits for all."""
+    """Return, for every one of this rank's times, the longest of all ranks; every rank waits for all."""
     own = torch.tensor([round(value * 1e9) for value in seconds], dtype=torch.int64, device="cpu")
     everybody = transport.exchange_counts(own.expand(transport.size, -1))
     return [value / 1e9 for value in everybody.max(0).values.tolist()]

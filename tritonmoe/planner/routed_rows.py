@@ -12,7 +12,7 @@ __all__ = ["Needs", "needs_of", "probability_needed"]
 
 
 def probability_needed(held: Sequence[int], group_size: int, top_k_groups: int, top_k: int) -> float:
-    """Give how probable it is that a token needs at least one of a place's experts.
+    """Return how probable it is that a token needs at least one of a place's experts.
 
     A token's K experts are drawn uniformly from those of top_k_groups groups, which are drawn uniformly before. For one
     group that is 1 - C(E - e, K) / C(E, K) with e experts in the place.
@@ -48,7 +48,7 @@ class Needs:
 
 @cache
 def needs_of(model: Model, num_ranks: int, node_size: int, load: Sequence[float] = ()) -> Needs:
-    """Give what tokens need of num_ranks ranks, each with E / num_ranks experts that stand side by side.
+    """Return what tokens need of num_ranks ranks, each with E / num_ranks experts that stand side by side.
 
     load: the share of all pairs that each expert gets, as recorded; () for uniform routing. A place with a share q of
         the pairs is then taken to be needed with probability 1 - (1 - q) ** K.
@@ -61,7 +61,7 @@ def needs_of(model: Model, num_ranks: int, node_size: int, load: Sequence[float]
     per_rank = model.num_experts // num_ranks
 
     def mean(experts: int) -> float:
-        """Give the mean over the places that hold so many experts, in order."""
+        """Return the mean over the places that hold so many experts, in order."""
         group_size = model.num_experts // model.num_groups
         places: Counter[tuple[int, ...]] = Counter()
         for start in range(0, model.num_experts, experts):

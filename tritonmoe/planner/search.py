@@ -37,7 +37,7 @@ class Free:
     recompute: bool = False
 
     def jobs(self, job: Job, cluster: Cluster) -> Iterator[Job]:
-        """Give the job with every choice, all with as many tokens a step, the least recomputation first."""
+        """Return the job with every choice, all with as many tokens a step, the least recomputation first."""
         tps = _powers(min(cluster.gpus_per_node, MOST_TENSOR_RANKS)) if self.tp else [job.tp]
         pps = _powers(min(job.model.num_layers, MOST_STAGES, cluster.num_gpus)) if self.pp else [job.pp]
         recomputes: Sequence[Recompute] = get_args(Recompute) if self.recompute else [job.recompute]
@@ -71,7 +71,7 @@ class Spread:
 
 
 def search(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | None = None) -> list[Spread]:
-    """Give the ways to spread a job that fit its cluster, fastest first, then those that lack memory, least first.
+    """Return the ways to spread a job that fit its cluster, fastest first, then those that lack memory, least first.
 
     Of those that differ in recomputation alone only the first that fits is given, or the one that needs least.
     degrees: the numbers of expert-parallel ranks; () is all that can be.
@@ -105,13 +105,13 @@ def search(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free |
 
 
 def _used(cluster: Cluster) -> list[Cluster]:
-    """Give the cluster, and where its nodes have 72 GPUs or so, the one that uses a power of two of each."""
+    """Return the cluster, and where its nodes have 72 GPUs or so, the one that uses a power of two of each."""
     power = 1 << (cluster.gpus_per_node.bit_length() - 1)
     return [cluster] if power == cluster.gpus_per_node else [cluster, replace(cluster, gpus_per_node=power)]
 
 
 def _levels(job: Job, cluster: Cluster, degrees: Sequence[int]) -> list[tuple[Job, int]]:
-    """Give every (job with its ep, levels) that is tried; ValueError where none can be."""
+    """Return every (job with its ep, levels) that is tried; ValueError where none can be."""
     if degrees:
         jobs = [replace(job, ep=ep) for ep in sorted(set(degrees))]
         for one in jobs:
@@ -135,7 +135,7 @@ def _tokens_per_s(job: Job, cluster: Cluster, num_levels: int, known: dict[tuple
 
 
 def best_overlap(spread: Spread) -> OverlapPlan:
-    """Give the schedule whose layer is fastest; of those that are about as fast the one with fewest chunks."""
+    """Return the schedule whose layer is fastest; of those that are about as fast the one with fewest chunks."""
     job = spread.job
     parts = layer_parts(job, spread.cluster)
     tried = _overlaps(job, OVERLAPS)
@@ -146,7 +146,7 @@ def best_overlap(spread: Spread) -> OverlapPlan:
 
 
 def _overlaps(job: Job, tried: Sequence[OverlapPlan]) -> Sequence[OverlapPlan]:
-    """Give the schedules that a job can run, of those tried."""
+    """Return the schedules that a job can run, of those tried."""
     if not job.overlaps_exchange:
         return [SERIAL]
     return tried if job.ep > 1 else OVERLAPS[:1]

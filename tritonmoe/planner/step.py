@@ -56,13 +56,13 @@ class StepTime:
 
 
 def step_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> StepTime:
-    """Give what a step takes with a plan for its exchanges. Raises ValueError where job and cluster don't fit."""
+    """Return what a step takes with a plan for its exchanges. Raises ValueError where job and cluster don't fit."""
     parts = layer_parts(job, cluster)
     return step_with(job, cluster, parts, exchange_time(job, cluster, num_levels, plan, parts))
 
 
 def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) -> StepTime:
-    """Give what a step takes whose layers' parts, experts and exchanges are known."""
+    """Return what a step takes whose layers' parts, experts and exchanges are known."""
     dp, exchange = job.dp(cluster), exchange.times(job.imbalance if job.ep > 1 else 1.0)
     both = {name: forward + backward for name, (forward, backward) in parts.items()}
     block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
@@ -100,7 +100,7 @@ LEAST_EXPOSED = 1 / 8
 
 
 def in_turn(time: ExchangeTime, parts: Parts) -> ExchangeTime:
-    """Give what experts and exchanges take where two halves of a batch run in turn, and nothing overlaps in a layer.
+    """Return what experts and exchanges take where two halves of a batch run in turn, and nothing overlaps in a layer.
 
     An exchange of one half runs under all that the other one computes: experts, attention, norms and router.
     """
@@ -113,7 +113,7 @@ def in_turn(time: ExchangeTime, parts: Parts) -> ExchangeTime:
 
 
 def layer_exchange(job: Job, cluster: Cluster, num_levels: int, parts: Parts) -> LayerExchange:
-    """Give the experts and exchanges of one call: of a micro-batch, or of its half where two run in turn."""
+    """Return the experts and exchanges of one call: of a micro-batch, or of its half where two run in turn."""
     shared_s, tokens = parts["shared"][0], float(job.num_tokens)
     if job.two_batches:
         shared_s, tokens = shared_s / 2, tokens / 2
@@ -121,7 +121,7 @@ def layer_exchange(job: Job, cluster: Cluster, num_levels: int, parts: Parts) ->
 
 
 def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan, parts: Parts) -> ExchangeTime:
-    """Give the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
+    """Return the experts and exchanges of one layer and micro-batch, of whose layer_parts are `parts`."""
     if job.two_batches and not job.overlaps_exchange:
         whole = replace(job, two_batches=False)
         return in_turn(layer_exchange(whole, cluster, num_levels, parts).time(plan), parts)
@@ -181,7 +181,7 @@ def _whole_step(
 
 
 def _head_s(job: Job, cluster: Cluster) -> float:
-    """Give the output layer, forward and backward, and the loss."""
+    """Return the output layer, forward and backward, and the loss."""
     model = job.model
     rows, vocab = job.num_tokens * job.tp, model.vocab_size / job.tp
     product = partial(product_s, job, cluster, rows, model.hidden_size, round(vocab), is_wide=True)
@@ -190,7 +190,7 @@ def _head_s(job: Job, cluster: Cluster) -> float:
 
 
 def _hop_s(job: Job, cluster: Cluster) -> float:
-    """Give what sending one micro-batch's rows to the next stage takes: over nodes, where the pipeline needs them."""
+    """Return what sending one micro-batch's rows to the next stage takes: over nodes, where the pipeline needs them."""
     num_bytes = job.num_tokens * job.model.hidden_size * job.dtype_bytes
     is_inside = job.tp * job.pp <= cluster.gpus_per_node and cluster.nodes == 1
     fixed, byte_s = (cluster.inside if is_inside else cluster.between).line(num_bytes)
@@ -198,7 +198,7 @@ def _hop_s(job: Job, cluster: Cluster) -> float:
 
 
 def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) -> tuple[float, float]:
-    """Give what summing gradients takes, and what the optimizer and gathering the new weights take after that.
+    """Return what summing gradients takes, and what the optimizer and gathering the new weights take after that.
 
     The optimizer's state is sharded over the data-parallel ranks. Between the two all ranks wait for the norm of all
     gradients.
@@ -222,7 +222,7 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
 
 
 def _layer_parameters(job: Job, *, is_dense: bool) -> tuple[float, float]:
-    """Give how many parameters of a layer a rank computes with: those that all ranks have, and its experts'."""
+    """Return how many parameters of a layer a rank computes with: those that all ranks have, and its experts'."""
     model = job.model
     if is_dense:
         return (model.attention_parameters + 3 * model.hidden_size * model.dense_size) / job.tp, 0.0
@@ -232,7 +232,7 @@ def _layer_parameters(job: Job, *, is_dense: bool) -> tuple[float, float]:
 def _gathering_s(
     job: Job, cluster: Cluster, dp: int, shared: float, experts: float, layer_s: float, exchange: ExchangeTime
 ) -> float:
-    """Give for how long a layer waits for its weights, gathered before each pass, and for the sums of its gradients.
+    """Return for how long a layer waits for its weights, gathered before each pass, and for the sums of its gradients.
 
     They travel while layers beside it compute; exchanges of rows need the same links.
     """
@@ -243,7 +243,7 @@ def _gathering_s(
 
 
 def _ring_s(cluster: Cluster, num_ranks: int, stride: int, num_bytes: float) -> float:
-    """Give what a reduce-scatter or an all-gather of so many bytes takes over ranks that stand `stride` apart.
+    """Return what a reduce-scatter or an all-gather of so many bytes takes over ranks that stand `stride` apart.
 
     Of a ring's links those between nodes set the pace, which all GPUs of a node share evenly.
     """

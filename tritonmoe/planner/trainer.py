@@ -42,7 +42,7 @@ spread the experts; published steps say 2 to 5 ms for each."""
 
 
 def trained_by(job: Job, name: str, sends: Sends | None = None, zero: int | None = None) -> Job:
-    """Give the job as a trainer runs it.
+    """Return the job as a trainer runs it.
 
     sends, zero: instead of what the trainer does by default, such as "rows" for Megatron with DeepEP.
     Raises:

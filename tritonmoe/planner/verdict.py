@@ -27,7 +27,7 @@ def why(one: Sensitivity) -> str:
 
 
 def plan_verdict(plan: Plan) -> str:
-    """Give one sentence."""
+    """Return one sentence."""
     if not plan.best.fits:
         return nothing_fits(plan)
     best, sure = plan.best, f"it stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws"
@@ -80,7 +80,7 @@ def _helps(plan: Plan, is_recomputed: bool) -> Iterator[str]:
 
 
 def _nodes_needed(plan: Plan) -> int | None:
-    """Give the number of nodes, so many times as large, on which the job fits as far as it is free."""
+    """Return the number of nodes, so many times as large, on which the job fits as far as it is free."""
     factor = 2
     while factor <= MOST_NODES:
         nodes = factor * plan.cluster.nodes
@@ -94,7 +94,7 @@ def _nodes_needed(plan: Plan) -> int | None:
 
 
 def compare_verdict(comparison: Comparison) -> str:
-    """Give one sentence."""
+    """Return one sentence."""
     fits = comparison.fitting
     names = [plan.cluster.name for plan in comparison.plans]
     if not fits:

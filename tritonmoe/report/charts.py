@@ -46,7 +46,7 @@ class Strip:
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """Give (color, path of all its segments) in a box of 1000 by 14, where there are too many to name each."""
+        """Return (color, path of all its segments) in a box of 1000 by 14, where there are too many to name each."""
         if len(self.segments) <= MOST_TITLED:
             return []
         by_color: dict[str, list[str]] = {}
@@ -118,7 +118,7 @@ class Heat:
 
     @property
     def scale(self) -> tuple[float, str]:
-        """Give what the numbers in cells are divided by, and how they are called: (0.001, "ms")."""
+        """Return what the numbers in cells are divided by, and how they are called: (0.001, "ms")."""
         if self.unit != "s":
             return 1.0, {"times": "multiples", "count": "counts", "share": "shares"}.get(self.unit, self.unit)
         scales = (1.0, "seconds"), (1e-3, "ms")
@@ -126,7 +126,7 @@ class Heat:
 
     @property
     def numbers(self) -> list[tuple[int, int, str, bool]]:
-        """Give (row, column, number, whether the cell is dark) of every cell that has room for it."""
+        """Return (row, column, number, whether the cell is dark) of every cell that has room for it."""
         if self.cell < LEAST_NUMBER_CELL:
             return []
         shade = (self.largest - self.base) / 2
@@ -139,7 +139,7 @@ class Heat:
 
     @property
     def shades(self) -> list[tuple[int, str]]:
-        """Give (shade, path of all its cells), where cells are 1 wide and high."""
+        """Return (shade, path of all its cells), where cells are 1 wide and high."""
         paths: dict[int, list[str]] = {}
         for i, row in enumerate(self.values):
             for k, value in enumerate(row):
@@ -152,7 +152,7 @@ class Heat:
         return "-" if value is None else UNITS[self.unit](value)
 
     def ticks(self, names: Sequence[str]) -> list[tuple[float, str]]:
-        """Give (middle of the cell as a share of all, name), at most MOST_NAMES."""
+        """Return (middle of the cell as a share of all, name), at most MOST_NAMES."""
         every = math.ceil(len(names) / MOST_NAMES)
         return [((n + 0.5) / len(names), name) for n, name in enumerate(names) if n % every == 0]
 
@@ -179,7 +179,7 @@ class Bars:
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """Give (color, path of all bars of that color) in a box of 1000 by 1000."""
+        """Return (color, path of all bars of that color) in a box of 1000 by 1000."""
         by_color: dict[str, list[str]] = {}
         width = 1000 / max(1, len(self.values))
         for n, (value, color) in enumerate(zip(self.values, self.colors, strict=True)):
@@ -195,7 +195,7 @@ class Bars:
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Give (share of the height from the top, text)."""
+        """Return (share of the height from the top, text)."""
         return [(1 - share, text) for share, text in ticks(self.top)]
 
 
@@ -235,11 +235,11 @@ class Curves:
         return (self.places.index(x) + 0.5) / len(self.places)
 
     def line(self, curve: Curve) -> str:
-        """Give the points in a box of 1000 by 1000."""
+        """Return the points in a box of 1000 by 1000."""
         return " ".join(f"{1000 * self.x_share(x):.1f},{1000 * (1 - y / self.top):.1f}" for x, y in curve.points)
 
     def band(self, curve: Curve) -> str:
-        """Give the intervals' outline there."""
+        """Return the intervals' outline there."""
         xs = [x for x, _ in curve.points]
         low, high = zip(*curve.intervals, strict=True)
         edges = [*zip(xs, high, strict=True), *reversed(list(zip(xs, low, strict=True)))]
@@ -247,12 +247,12 @@ class Curves:
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Give (share of the height from the top, text)."""
+        """Return (share of the height from the top, text)."""
         return [(1 - share, text) for share, text in ticks(self.top)]
 
 
 def compact(value: float) -> str:
-    """Give a number in at most four characters, "" for none: 0.4, 12, 340, 1.2k, 15k, 3.4M."""
+    """Return a number in at most four characters, "" for none: 0.4, 12, 340, 1.2k, 15k, 3.4M."""
     if round(abs(value), 1) == 0:
         return ""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
@@ -263,7 +263,7 @@ def compact(value: float) -> str:
 
 
 def ticks(top: float, unit: str = "", most: int = 6) -> list[tuple[float, str]]:
-    """Give at most `most` round numbers from 0 to `top`: (share of top, text with the unit)."""
+    """Return at most `most` round numbers from 0 to `top`: (share of top, text with the unit)."""
     if not top > 0:
         return []
     step = 10.0 ** math.floor(math.log10(top / most))

@@ -14,7 +14,7 @@ MOST_OPEN_ROWS = 16
 
 
 def _significant(value: float, digits: int = 3) -> str:
-    """Give so many digits, never as a power of ten: 1,234 and 12.3 and 0.00123."""
+    """Return so many digits, never as a power of ten: 1,234 and 12.3 and 0.00123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
@@ -83,7 +83,7 @@ class Figures:
         self.data = data
 
     def at(self, key: str) -> Any:
-        """Give what stands at a key. Raises KeyError, IndexError or ValueError where there is nothing."""
+        """Return what stands at a key. Raises KeyError, IndexError or ValueError where there is nothing."""
         found: Any = self.data
         for name in key.split("/"):
             found = found[int(name)] if isinstance(found, list) else found[name]

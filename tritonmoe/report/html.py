@@ -63,7 +63,7 @@ def page_text(page: Page) -> str:
 
 
 def _embedded(data: object) -> Any:
-    """Give JSON that can stand inside a script element, whatever its strings hold."""
+    """Return JSON that can stand inside a script element, whatever its strings hold."""
     from markupsafe import Markup
 
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)

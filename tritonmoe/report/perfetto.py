@@ -14,7 +14,7 @@ __all__ = ["chrome_trace", "write_chrome_trace"]
 
 
 def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> Json:
-    """Give the trace of several runs, each with one timeline per rank, all beginning at time 0.
+    """Return the trace of several runs, each with one timeline per rank, all beginning at time 0.
 
     A process is a rank (pid), a thread a lane of a run (tid = 3 * run + lane: compute, comm, inside the node), and an
     event a step, named as in the schedule, with kind, chunk and run among its arguments. Times are in microseconds.

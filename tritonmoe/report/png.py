@@ -28,7 +28,7 @@ GROUP_OF_SHORT_NAME = {"d": "dispatch", "c": "combine", "e": "experts", "w": "we
 
 
 def group_of(span: Span) -> str:
-    """Give the legend entry of a step; a backward's exchange has that of the forward's in the same direction."""
+    """Return the legend entry of a step; a backward's exchange has that of the forward's in the same direction."""
     return GROUP_OF_SHORT_NAME.get(short_name(span), "routing data, sums")
 
 

@@ -50,7 +50,7 @@ class TextStyle:
 
 
 def text_style(stream: TextIO) -> TextStyle:
-    """Give the style for a stream: colour only on a terminal and without NO_COLOR, Unicode where it can be encoded.
+    """Return the style for a stream: colour only on a terminal and without NO_COLOR, Unicode where it can be encoded.
 
     The width is that of the terminal or of the variable COLUMNS, and 80 where neither is known.
     """
@@ -111,12 +111,12 @@ def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *,
 
 
 def short_name(span: Span) -> str:
-    """Give one letter for a kind of step, the same inside a node and between nodes."""
+    """Return one letter for a kind of step, the same inside a node and between nodes."""
     return SHORT_NAMES.get(StepKind.named(span.kind).twin, "?")
 
 
 def _label(span: Span) -> str:
-    """Give two or three characters for a step: "d0", "eL", "w"."""
+    """Return two or three characters for a step: "d0", "eL", "w"."""
     name = short_name(span)
     if span.chunk is None:
         return name

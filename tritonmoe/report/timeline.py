@@ -44,7 +44,7 @@ class Span:
     """Which half of a batch in two_batches the step is of, 1 or 2; 0 for a whole batch."""
 
     def shifted(self, offset_s: float) -> "Span":
-        """Give the same span so many seconds later."""
+        """Return the same span so many seconds later."""
         return replace(
             self,
             start_s=self.start_s + offset_s,
@@ -72,7 +72,7 @@ class Timeline:
 
     @staticmethod
     def of_plain(plain: Json) -> "Timeline":
-        """Give the timeline whose dataclasses.asdict() this is, or what is left of it as JSON."""
+        """Return the timeline whose dataclasses.asdict() this is, or what is left of it as JSON."""
         passes = {
             which: PassTimeline(tuple(Span(**span) for span in plain[which]["spans"]), plain[which]["total_s"])
             for which in ("forward", "backward")
@@ -96,7 +96,7 @@ class Timeline:
 
 
 def pass_timeline(report: PassReport) -> PassTimeline:
-    """Give the steps of one pass, lane by lane, each lane in the order of time and without overlaps.
+    """Return the steps of one pass, lane by lane, each lane in the order of time and without overlaps.
 
     An exchange is posted early and then stands in the queue of its link: its span begins where the one before ended.
     """
@@ -115,7 +115,7 @@ class Timed(Protocol):
 
 
 def _halves_timeline(reports: Sequence[PassReport]) -> PassTimeline:
-    """Give the steps of both halves' passes, the first half's first, on one time line."""
+    """Return the steps of both halves' passes, the first half's first, on one time line."""
     first, second = reports
     second_s = second.seconds_behind(first)
     starts_s = max(0.0, -second_s), max(0.0, second_s)
@@ -128,7 +128,7 @@ def _halves_timeline(reports: Sequence[PassReport]) -> PassTimeline:
 
 
 def _without_overlaps(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Give spans lane by lane, in the order in which they were posted, each behind the end of the one before."""
+    """Return spans lane by lane, in the order in which they were posted, each behind the end of the one before."""
     placed = []
     for lane in LANES:
         reached_s = 0.0
@@ -141,7 +141,7 @@ def _without_overlaps(spans: Sequence[Span]) -> tuple[Span, ...]:
 
 
 def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...]:
-    """Give the spans of steps, lane by lane; inside: of those that they do inside the node."""
+    """Return the spans of steps, lane by lane; inside: of those that they do inside the node."""
     lanes = [*((timing.step.lane, timing) for timing in steps), *((NODE, timing) for timing in inside)]
     return _without_overlaps(
         [
@@ -152,7 +152,7 @@ def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...
 
 
 def simulated_timeline(name: str, rank: int, passes: Sequence[Simulation]) -> Timeline:
-    """Give the timeline of a simulated forward and, where it was simulated, backward on one rank."""
+    """Return the timeline of a simulated forward and, where it was simulated, backward on one rank."""
     timelines = []
     for simulation in passes:
         inside = [step for outer in simulation.steps for step in outer.inside]

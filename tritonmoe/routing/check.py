@@ -69,7 +69,7 @@ class _Operands:
         self.doutputs = [draw(*shape) for shape in outputs]
 
     def run(self, backend: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-        """Give what a router chooses in this dtype, and its results and gradients by name."""
+        """Return what a router chooses in this dtype, and its results and gradients by name."""
         x = self.x.to(dtype).requires_grad_()
         router = self.router_class(self.config, backend=backend, device=x.device, dtype=dtype)
         router.weight.data.copy_(self.weight)

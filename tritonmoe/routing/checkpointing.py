@@ -15,7 +15,7 @@ __all__ = ["save_topk"]
 
 
 def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Give the contexts in which activation checkpointing keeps every top-k and recomputes everything else.
+    """Return the contexts in which activation checkpointing keeps every top-k and recomputes everything else.
 
     A recompute that rounds a score differently would send a near-tie token to other experts than the forward did, and
     its gradients would belong to no forward. The ids are kept, 8 bytes each. A recompute looks the scores up at these

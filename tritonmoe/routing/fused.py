@@ -49,7 +49,7 @@ _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def route_by_kernels(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
-    """Give the fields of kernels.router.Routed, differentiable (once) in x and weight. rule: RoutingRule.encode()."""
+    """Return the fields of kernels.router.Routed, differentiable (once) in x and weight. rule: RoutingRule.encode()."""
     if torch.compiler.is_compiling():
         return _route(x, weight, selection_bias, rule)
     return _Route.apply(x, weight, selection_bias, rule)
@@ -69,7 +69,7 @@ def _run_backward(
     needs: tuple[bool, bool],
     rule: str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of x and weight; those of logits, scores and weights are given, or None."""
+    """Return the gradients of x and weight; those of logits, scores and weights are given, or None."""
     from tritonmoe.kernels.router import route_grad
 
     with without_autocast(saved[0].device):
@@ -136,7 +136,7 @@ def _route_backward(
     needs: list[bool],
     rule: str,
 ) -> list[Tensor]:
-    """Give the gradients of x and weight; no elements where not wanted."""
+    """Return the gradients of x and weight; no elements where not wanted."""
     needs_x, needs_weight = needs
     saved = x, weight, scores, topk_ids, topk_weights
     grads = _run_backward((dlogits, dscores, dweights), saved, (needs_x, needs_weight), rule)

@@ -15,7 +15,7 @@ __all__ = ["auxiliary_loss", "load_balance_loss", "z_loss"]
 def auxiliary_loss(
     routing: Routing, config: MoEConfig, reduce_load: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Give the weighted sum of the losses that a layer's config asks for, a scalar; zero where it asks for none.
+    """Return the weighted sum of the losses that a layer's config asks for, a scalar; zero where it asks for none.
 
     reduce_load: as in load_balance_loss; None balances this rank's tokens alone.
     """
@@ -31,7 +31,7 @@ def auxiliary_loss(
 def load_balance_loss(
     routing: Routing, num_experts: int, *, reduce_load: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Give E * sum over e of f_e * P_e, a scalar that is 1.0 under uniform routing for any K.
+    """Return E * sum over e of f_e * P_e, a scalar that is 1.0 under uniform routing for any K.
 
     f_e is the fraction of the routed (not skipped) pairs that chose expert e, a constant to autograd; P_e is the
     mean over tokens of the score of e, normalised over experts. Switch Transformers' loss, divided by K.
@@ -70,7 +70,7 @@ def load_balance_loss(
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Give the mean over tokens of logsumexp(logits)**2, a scalar that keeps logits (T, E) small (ST-MoE).
+    """Return the mean over tokens of logsumexp(logits)**2, a scalar that keeps logits (T, E) small (ST-MoE).
 
     Rows with a non-finite logit are left out and get zero gradient. T = 0 gives 0, attached to the graph.
     """

@@ -20,7 +20,7 @@ WHERE_TO_LOOK = "(those tokens went to no expert): look for an overflow in the a
 
 @torch.library.custom_op("tritonmoe::check_scores", mutates_args=())
 def _check_scores(topk_ids: Tensor, num_nonfinite_rows: Tensor) -> Tensor:
-    """Give a copy of topk_ids, on which what follows depends, or raise NonFiniteScores. Waits for the device."""
+    """Return a copy of topk_ids, on which what follows depends, or raise NonFiniteScores. Waits for the device."""
     _raise_now(num_nonfinite_rows)
     return topk_ids.clone()
 
@@ -69,7 +69,7 @@ class NonFiniteCheck:
             )
 
     def look(self, topk_ids: Tensor, num_nonfinite_rows: Tensor) -> Tensor:
-        """Give topk_ids, to go on with; raises NonFiniteScores now, or remembers the count for raise_earlier()."""
+        """Return topk_ids, to go on with; raises NonFiniteScores now, or remembers the count for raise_earlier()."""
         if self.when == "now" and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
             return _check_scores(topk_ids, num_nonfinite_rows)
         if torch.compiler.is_compiling():
@@ -104,7 +104,7 @@ class _Counter:
         self._on_host.copy_(self.total, non_blocking=True)
 
     def unheard(self) -> int:
-        """Give what has come to the host since the last time."""
+        """Return what has come to the host since the last time."""
         sum_so_far = int(self._on_host)
         new, self._heard = sum_so_far - self._heard, sum_so_far
         return new

@@ -110,7 +110,7 @@ class LayerRecording:
         return self._weights[0] if self._weights else None
 
     def rearranged(self, index: Tensor, num_tokens: list[int]) -> "LayerRecording":
-        """Give the recording of the tokens index (T,), -1 for one that is not recorded, in calls of num_tokens."""
+        """Return the recording of the tokens index (T,), -1 for one that is not recorded, in calls of num_tokens."""
         layer = LayerRecording(self.num_experts)
         ids, weights = self.topk_ids, self.topk_weights
         index = index.to(ids.device)
@@ -175,7 +175,7 @@ class RoutingRecording:
         return layer.num_tokens
 
     def token_index(self, batch_size: int) -> Tensor:
-        """Give (batch_size, S) int64: the number of the token at each position of each sequence, to rearrange by.
+        """Return (batch_size, S) int64: the number of the token at each position of each sequence, to rearrange by.
 
         For calls that each hold the next positions of the same sequences, as generate() makes: one of the prompts,
         then one for each new token. Padding in the prompts has numbers too. Beam search exchanges sequences between
@@ -197,7 +197,7 @@ class RoutingRecording:
         return torch.cat(parts, dim=1)
 
     def rearranged(self, *indices: Tensor) -> "RoutingRecording":
-        """Give the recording as forwards in another layout would have made it, one forward for each index.
+        """Return the recording as forwards in another layout would have made it, one forward for each index.
 
         Args:
             indices: of any shape, (batch, sequence) or (T,), in the order of the new tokens: the number of the recorded
@@ -226,7 +226,7 @@ class RoutingRecording:
         return result
 
     def agreement(self, other: "RoutingRecording") -> dict[str, float]:
-        """Give the share of equal ids by layer: of each token's K ids those that both chose, whatever their order.
+        """Return the share of equal ids by layer: of each token's K ids those that both chose, whatever their order.
 
         Tokens that one of them doesn't know (-1 in rearranged) are left out; 1.0 where no token is left.
         Raises:
@@ -237,7 +237,7 @@ class RoutingRecording:
         return {name: _mean(shares) for name, shares in self._equal_ids(other).items()}
 
     def token_agreement(self, other: "RoutingRecording") -> dict[str, float]:
-        """Give the share of tokens all of whose K ids are equal, by layer; otherwise as agreement().
+        """Return the share of tokens all of whose K ids are equal, by layer; otherwise as agreement().
 
         Example:
             Of the ids above, those of one token of two: 0.5.
@@ -245,7 +245,7 @@ class RoutingRecording:
         return {name: _mean(torch.where(shares < 1, 0.0, shares)) for name, shares in self._equal_ids(other).items()}
 
     def _equal_ids(self, other: "RoutingRecording") -> dict[str, Tensor]:
-        """Give for each layer (T,) shares of equal ids, NaN for tokens that one of both doesn't know."""
+        """Return for each layer (T,) shares of equal ids, NaN for tokens that one of both doesn't know."""
         check_same_layers(
             self, {name: layer.num_experts for name, layer in other.layers.items()}, "the other recording"
         )

@@ -97,7 +97,7 @@ class LayerReplay(TorchFunctionMode):
             self.__exit__(None, None, None)
 
     def _find_call(self) -> int | None:
-        """Give the number of the recorded call to take; None to take none, whether that is right or a problem."""
+        """Return the number of the recorded call to take; None to take none, whether that is right or a problem."""
         around = checkpointed_calls()
         if len(around) > 1 and (self.is_open or any(call in self._calls for call in around)):
             self._problem = (

@@ -66,7 +66,7 @@ class Routing:
 
 
 def join_routings(parts: Sequence[Routing]) -> Routing:
-    """Give the routing of all tokens of these parts of a batch, in their order."""
+    """Return the routing of all tokens of these parts of a batch, in their order."""
     if len(parts) == 1:
         return parts[0]
     sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in _SUMMED}
@@ -309,7 +309,7 @@ class TopKRouter(nn.Module):
         )
 
     def _select(self, ranked_by: Tensor) -> Tensor:
-        """Give the ids (T, K) of the best experts by `ranked_by` (T, E) plus the selection bias, best first."""
+        """Return the ids (T, K) of the best experts by `ranked_by` (T, E) plus the selection bias, best first."""
         config = self.config
         if self.e_score_correction_bias is not None:
             ranked_by = ranked_by + self.e_score_correction_bias

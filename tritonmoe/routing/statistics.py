@@ -17,7 +17,7 @@ def expert_load(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def _pair_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Give (E+1,) int64: pairs per expert, then skipped pairs. Integer sums: the same on every run."""
+    """Return (E+1,) int64: pairs per expert, then skipped pairs. Integer sums: the same on every run."""
     ids = topk_ids.flatten().long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))

@@ -43,7 +43,7 @@ SECOND_DERIVATIVE = (
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Give a context in which autocast casts nothing: dtypes are decided before, and sums stay in fp32."""
+    """Return a context in which autocast casts nothing: dtypes are decided before, and sums stay in fp32."""
     return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
 
 
@@ -53,7 +53,7 @@ def is_autocast_on(device: torch.device) -> bool:
 
 
 def caller_autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Give a function that gives a context with the autocast that is on now, for code that is to run inside later."""
+    """Return a function that gives a context with the autocast that is on now, for code that is to run inside later."""
     if not is_autocast_on(device):
         return nullcontext
     dtype, is_cached = torch.get_autocast_dtype(device.type), torch.is_autocast_cache_enabled()
@@ -134,7 +134,7 @@ def keep_beside(ctx: Any, value: object) -> Tensor:
 
 
 def kept_beside(ctx: Any, mark: Tensor) -> Any:
-    """Give what keep_beside() kept in the forward that saved these tensors; `mark` is one of them."""
+    """Return what keep_beside() kept in the forward that saved these tensors; `mark` is one of them."""
     number, (own_number, own) = int(mark.item()), ctx.kept
     recomputed = _kept_by_recomputes.pop(number, None)
     if number == own_number:
@@ -155,7 +155,7 @@ def is_recomputing() -> bool:
 
 
 def checkpointed_region() -> "weakref.ref[Any] | None":
-    """Give what tells apart the calls of non-reentrant checkpointing: the same in a forward and in its recompute.
+    """Return what tells apart the calls of non-reentrant checkpointing: the same in a forward and in its recompute.
 
     PyTorch says it only in the closures of the hooks that it lays on saved tensors.
     """
@@ -174,7 +174,7 @@ def _region_of(pack: Callable[[Tensor], object]) -> "weakref.ref[Any] | None":
 
 
 def checkpointed_calls() -> list[Any]:
-    """Give what stands for each call of torch.utils.checkpoint, of either kind, inside of which this runs.
+    """Return what stands for each call of torch.utils.checkpoint, of either kind, inside of which this runs.
 
     They are the same objects in a forward and in its recompute, and live no longer than the graph that may recompute
     it. Reentrant checkpointing says it only in the frames of its Function.
@@ -220,7 +220,7 @@ def _put_back(owner_ref: "weakref.ref[Any]", _: Tensor) -> None:
 
 
 def leaf_of(tensor: Tensor) -> Tensor | None:
-    """Give the leaf that a tensor is, or that it is a cast, view or multiple of; None where it is something else."""
+    """Return the leaf that a tensor is, or that it is a cast, view or multiple of; None where it is something else."""
     if tensor.grad_fn is None:
         return tensor if tensor.requires_grad else None
     node: Any = tensor.grad_fn

@@ -30,7 +30,7 @@ _MADV_HUGEPAGE = 14
 
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """Give the C library's madvise where it knows huge pages, else None."""
+    """Return the C library's madvise where it knows huge pages, else None."""
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None).madvise
@@ -62,7 +62,7 @@ class _Recycled:
         """The blocks in which no tensor lies, from the smallest to the largest."""
 
     def take(self, num_bytes: int) -> Tensor:
-        """Give a block of num_bytes or somewhat more, uninitialised."""
+        """Return a block of num_bytes or somewhat more, uninitialised."""
         with self.lock:
             while self.returned:
                 insort(self.unused, self.returned.popleft(), key=_num_bytes)
@@ -83,7 +83,7 @@ class _Recycled:
         self.returned.append(block)
 
     def clear(self) -> None:
-        """Give the memory that nobody uses back to the system."""
+        """Return the memory that nobody uses back to the system."""
         with self.lock:
             self.returned.clear()
             self.unused.clear()
@@ -97,7 +97,7 @@ recycled = _Recycled()
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:
-    """Give uninitialised memory of `shape` with the dtype and device of `like`; large CPU memory is recycled.
+    """Return uninitialised memory of `shape` with the dtype and device of `like`; large CPU memory is recycled.
 
     It goes back when the last tensor in it is gone, wherever that was: gradients of weights, too, when an optimizer
     sets them to None.

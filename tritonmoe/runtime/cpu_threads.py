@@ -25,7 +25,7 @@ _starting = threading.Lock()
 
 
 def num_workers(device: torch.device) -> int:
-    """Give how many items for_each works on at a time: as many as the caller's operations have threads, at most 4."""
+    """Return how many items for_each works on at a time: as many as the caller's operations have threads, at most 4."""
     return min(MOST_WORKERS, torch.get_num_threads()) if device.type == "cpu" else 1
 
 

@@ -73,7 +73,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Give what a JSON file holds, checked as by parse_json.
+    """Return what a JSON file holds, checked as by parse_json.
 
     Raises:
         ValueError: it is no file, has more than max_bytes, or is refused by parse_json. OSError: it can't be read.
@@ -87,7 +87,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(text: bytes, where: Path | str) -> Any:
-    """Give what JSON of unknown origin says, `where` being the file that it comes from, and the line, say.
+    """Return what JSON of unknown origin says, `where` being the file that it comes from, and the line, say.
 
     Raises:
         ValueError: it is no JSON, or is what Python would take and no reader expects: a key that stands twice in an

@@ -44,7 +44,7 @@ class _Memory(bytearray):
 
 
 def hold(value: object) -> Tensor:
-    """Give a handle (1,) that keeps `value` alive until the last tensor of this storage is gone."""
+    """Return a handle (1,) that keeps `value` alive until the last tensor of this storage is gone."""
     number = next(_numbers)
     memory = _Memory(number.to_bytes(8, sys.byteorder))
     memory.value = value
@@ -53,7 +53,7 @@ def hold(value: object) -> Tensor:
 
 
 def find(handle: Tensor) -> Any:
-    """Give the object of a handle.
+    """Return the object of a handle.
 
     Raises:
         RuntimeError: it is gone.

@@ -32,7 +32,7 @@ class HostCopy:
             self._copied = torch.cuda.current_stream(values.device).record_event()
 
     def wait(self, look_around: Callable[[float], None] | None = None) -> list[Tensor]:
-        """Give the tensors as int64 on the CPU.
+        """Return the tensors as int64 on the CPU.
 
         look_around: called about every second with the seconds that have passed. What it raises ends the waiting, which
         nothing else can end where the device itself waits in vain.

@@ -39,7 +39,7 @@ class ThreadState:
 
     @classmethod
     def take(cls) -> "ThreadState":
-        """Give the present state, and leave it as it is."""
+        """Return the present state, and leave it as it is."""
         devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
         return cls(
             torch.is_grad_enabled(),
@@ -105,7 +105,7 @@ def _generators() -> list[torch.Generator]:
 
 
 def saved_tensors_hooks() -> tuple[Hooks, ...]:
-    """Give all hooks on saved tensors; PyTorch shows the innermost only."""
+    """Return all hooks on saved tensors; PyTorch shows the innermost only."""
     hooks = _take_saved_tensors_hooks()
     for pair in hooks:
         torch._C._autograd._push_saved_tensors_default_hooks(*pair)

@@ -52,7 +52,7 @@ def is_transformed() -> bool:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Give the tensor below all transforms, for what has no gradient: ids, counts."""
+    """Return the tensor below all transforms, for what has no gradient: ids, counts."""
     if torch.compiler.is_compiling():
         return tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -63,7 +63,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 
 def below_transforms() -> AbstractContextManager:
-    """Give a context in which unwrapped() tensors may be written to though a transform captured them."""
+    """Return a context in which unwrapped() tensors may be written to though a transform captured them."""
     return torch._C._DisableFuncTorch() if is_transformed() else nullcontext()
 
 

@@ -25,7 +25,7 @@ def inside_wrapper(module: nn.Module) -> nn.Module | None:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Give what stands inside all wrappers around a module; the module itself where there is none."""
+    """Return what stands inside all wrappers around a module; the module itself where there is none."""
     while (inside := inside_wrapper(module)) is not None:
         module = inside
     return module

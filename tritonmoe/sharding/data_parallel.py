@@ -116,7 +116,7 @@ def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def own_buffers(module: nn.Module) -> list[str]:
-    """Give the names of what mark_own_buffers() has marked inside `module`."""
+    """Return the names of what mark_own_buffers() has marked inside `module`."""
     marked = [
         (prefix, name) for prefix, child in module.named_modules() for name in child.__dict__.get(OWN_BUFFERS, ())
     ]
@@ -124,7 +124,7 @@ def own_buffers(module: nn.Module) -> list[str]:
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
-    """Give every module inside `module` that was marked, by name, `module` itself included."""
+    """Return every module inside `module` that was marked, by name, `module` itself included."""
     for name, child in module.named_modules():
         marked = child.__dict__.get(MARK)
         if marked is not None:

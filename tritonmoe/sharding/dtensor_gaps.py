@@ -60,7 +60,7 @@ def fill_dtensor_gaps() -> None:
 
 
 def handlers() -> "dict[OpOverload, Handler]":
-    """Give DTensor's table of operations with a function of their own, which it asks before its own rules."""
+    """Return DTensor's table of operations with a function of their own, which it asks before its own rules."""
     from torch.distributed.tensor import DTensor
 
     return DTensor._op_dispatcher._custom_op_handlers  # type: ignore[return-value]
@@ -91,7 +91,7 @@ def is_part(tensor: Tensor) -> bool:
 
 
 def _number_of(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
-    """Give what .item() gives; where PyTorch would give this rank's part of a sum as if it were the sum, the sum.
+    """Return what .item() gives; where PyTorch would give this rank's part of a sum as if it were the sum, the sum.
 
     That is summed in an optimizer's step alone, which every rank takes; whoever asks elsewhere may be alone.
     """

@@ -57,7 +57,7 @@ def _operations_on_lists() -> "Iterator[OpOverload]":
 
 
 def _by_kind(lists: Sequence[Sequence[Tensor]]) -> "dict[DeviceMesh | None, list[int]]":
-    """Give the places of the lists by what stands there: the mesh of a DTensor, or None of plain tensors."""
+    """Return the places of the lists by what stands there: the mesh of a DTensor, or None of plain tensors."""
     places: dict[DeviceMesh | None, list[int]] = {}
     for place, tensors in enumerate(zip(*lists, strict=True)):
         mesh = next((m for t in tensors if (m := getattr(t, "device_mesh", None)) is not None), None)
@@ -102,7 +102,7 @@ def _run_by_kind(operation: "OpOverload", arguments: Arguments, keywords: Keywor
 
 
 def _on_this_rank(arguments: list[object]) -> list[object]:
-    """Give the arguments with every list of DTensors as the parts on this rank, if those lie alike in all lists."""
+    """Return the arguments with every list of DTensors as the parts on this rank, if those lie alike in all lists."""
     lists = [value for value in arguments if _is_list_of_tensors(value) and is_dtensor(value[0])]
     for tensors in zip(*lists, strict=False):
         spread = [tensor for tensor in tensors if is_dtensor(tensor)]

@@ -72,7 +72,7 @@ class Sharding:
 
 
 def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> Sharding:
-    """Give how parameters on this device are spread over `ranks`, whose transport is `transport`.
+    """Return how parameters on this device are spread over `ranks`, whose transport is `transport`.
 
     Args:
         ranks: what as_transport() takes.
@@ -127,7 +127,7 @@ def shard_parameters(
     is_in_order: bool = True,
     is_summed: bool = False,
 ) -> None:
-    """Give the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
+    """Return the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
 
     Args:
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
@@ -186,7 +186,7 @@ def check_replicas(seed: int, sharding: Sharding) -> None:
 
 
 def numbers_of_all(numbers: Tensor, transport: Transport) -> Tensor:
-    """Give the (L,) int64 numbers of every rank: (W, L)."""
+    """Return the (L,) int64 numbers of every rank: (W, L)."""
     with Doing(lambda: "the comparison of the ranks' weights"):
         return transport.exchange_counts(numbers.expand(transport.size, -1).contiguous())
 

@@ -72,7 +72,7 @@ def _difference(
     states: list[list[int]],
     of_all: Tensor | None,
 ) -> ValueError | None:
-    """Give what tells the ranks apart, in words; None where nothing does."""
+    """Return what tells the ranks apart, in words; None where nothing does."""
     kind = type(module).__name__
     failed = [rank for rank, (has_failed, *_) in zip(ranks, states, strict=True) if has_failed]
     if failed:
@@ -124,7 +124,7 @@ def _words(first: Digest, other: Digest, here: int, others: list[int], is_expert
 
 
 def _compared(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Give what is to be the same on every rank, by name; a tensor with two names under its first."""
+    """Return what is to be the same on every rank, by name; a tensor with two names under its first."""
     left_out, seen = set(own_buffers(module)), set()
     for prefix, child in module.named_modules():
         ignored = getattr(child, "_ddp_params_and_buffers_to_ignore", ())
@@ -139,7 +139,7 @@ def _compared(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _digest(tensor: Tensor) -> Digest:
-    """Give what ranks compare of this tensor: of its bits the sums of its rows, in their order."""
+    """Return what ranks compare of this tensor: of its bits the sums of its rows, in their order."""
     dtype, shape = (zlib.crc32(str(value).encode()) for value in (tensor.dtype, tuple(tensor.shape)))
     if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return Digest(int(tensor.is_meta), dtype, shape, 0)

@@ -17,7 +17,7 @@ __all__ = ["full_tensor", "watched_on"]
 
 
 def full_tensor(tensor: Tensor, what: str) -> Tensor:
-    """Give a DTensor gathered or summed over its mesh, anything else as it is; every rank of the mesh calls it.
+    """Return a DTensor gathered or summed over its mesh, anything else as it is; every rank of the mesh calls it.
 
     Args:
         what: says in which call of this package, to whoever waits long.
@@ -29,14 +29,14 @@ def full_tensor(tensor: Tensor, what: str) -> Tensor:
 
 
 def watched_on(mesh: "DeviceMesh", what: str) -> AbstractContextManager[None]:
-    """Give a context for collectives over a mesh in which this rank says whom it waits for long, and in what."""
+    """Return a context for collectives over a mesh in which this rank says whom it waits for long, and in what."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
 
     @functools.cache  # most waits end before anything is asked
     def place() -> tuple[Notices, list[int], int]:
-        """Give this rank's notices, the ranks of the mesh, and a number that those of them show that wait in this."""
+        """Return this rank's notices, the ranks of the mesh, and a number that those of them show that wait in this."""
         store = dist.distributed_c10d._get_default_store()
         ranks = mesh.mesh.flatten().tolist()
         number = zlib.crc32(f"{what} {ranks}".encode())

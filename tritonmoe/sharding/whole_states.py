@@ -38,7 +38,7 @@ FORM = "_tritonmoe_whole_form"
 
 
 def no_pickle(num_ranks: int) -> ValueError:
-    """Give the error with which pickle is refused what is spread over so many ranks."""
+    """Return the error with which pickle is refused what is spread over so many ranks."""
     return ValueError(
         f"torch.save, or pickle, would keep one rank's experts alone of those that are spread over {num_ranks} ranks: "
         "save with torch.distributed.checkpoint; or, where every rank calls state_dict() as under Accelerate and "
@@ -81,7 +81,7 @@ def _is_made_of(tensor: "DTensor", shapes: "set[torch.Size]") -> bool:
 
 
 def _shapes_of_states(shape: torch.Size) -> set[torch.Size]:
-    """Give the shapes that a parameter, its gradient and its states have."""
+    """Return the shapes that a parameter, its gradient and its states have."""
     if len(shape) < 2:
         return {shape}
     return {shape, torch.Size([*shape[:-1], 1]), torch.Size([*shape[:-2], 1, shape[-1]])}
@@ -121,7 +121,7 @@ def give_whole_as(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Non
 
 
 def whole_forms(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Give the names in module.state_dict() of such weights, and what converts each."""
+    """Return the names in module.state_dict() of such weights, and what converts each."""
     return {
         name_in_state(f"{name}.weight".lstrip(".")): child.__dict__[FORM]
         for name, child in module.named_modules()
@@ -130,12 +130,12 @@ def whole_forms(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def name_in_state(name: str) -> str:
-    """Give a parameter's name in state_dict(), in which torch's checkpoint_wrapper hides itself."""
+    """Return a parameter's name in state_dict(), in which torch's checkpoint_wrapper hides itself."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> object:
-    """Give a DTensor gathered, on the CPU, in this form, and anything else as it is; every rank of its mesh calls."""
+    """Return a DTensor gathered, on the CPU, in this form, and anything else as it is; every rank of its mesh calls."""
     if not isinstance(value, Tensor) or not hasattr(value, "full_tensor"):
         return value
     gathered = full_tensor(value, "the gathering of spread experts in state_dict()").cpu()
@@ -143,7 +143,7 @@ def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> obje
 
 
 def part_of(value: Tensor, parameter: "DTensor") -> Tensor:
-    """Give this rank's part of a whole tensor, as a DTensor like the parameter.
+    """Return this rank's part of a whole tensor, as a DTensor like the parameter.
 
     Raises:
         ValueError: the parameter is sharded over several dimensions of a mesh.
@@ -187,7 +187,7 @@ def _divided_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> S
 
 
 def _divided(value: object, parameter: Tensor | None) -> object:
-    """Give this rank's part of a whole tensor of an optimizer's state, and anything else as it is."""
+    """Return this rank's part of a whole tensor of an optimizer's state, and anything else as it is."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim() and isinstance(parameter, DTensor):

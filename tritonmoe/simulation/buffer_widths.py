@@ -18,7 +18,7 @@ class WorkingSet(NamedTuple):
     """Whether the backend may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
 
     def pack(self) -> int:
-        """Give the three as one positive integer, which unpack() reads."""
+        """Return the three as one positive integer, which unpack() reads."""
         return ((self.max_block_pairs or 0) * 1024 + self.num_workers) * 2 + self.copies_rows
 
     @classmethod

@@ -106,12 +106,12 @@ class LayerWork:
 
     @classmethod
     def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
-        """Give the work of a traffic matrix (W, W) whose rows have so many pairs each."""
+        """Return the work of a traffic matrix (W, W) whose rows have so many pairs each."""
         rows = traffic_rows.to(torch.float64)
         return cls(rows, rows * pairs_per_row, row_bytes, top_k)
 
     def scaled(self, share: float | Tensor) -> "LayerWork":
-        """Give the work of a share of the rows and pairs, or of shares (W,) of what each rank computes."""
+        """Return the work of a share of the rows and pairs, or of shares (W,) of what each rank computes."""
         return replace(self, rows=self.rows * share, pairs=self.pairs * share)
 
     @property
@@ -119,7 +119,7 @@ class LayerWork:
         return self.rows.shape[0]
 
     def bytes_per_row(self, kind: StepKind) -> int:
-        """Give the bytes of one row in an exchange of this kind."""
+        """Return the bytes of one row in an exchange of this kind."""
         if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
@@ -129,7 +129,7 @@ class LayerWork:
         return self.other_row_bytes
 
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Give rows sent, rows returned and pairs (W,) of every segment, as if each chunk had exactly its share."""
+        """Return rows sent, rows returned and pairs (W,) of every segment, as if each chunk had exactly its share."""
         own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()
         home, received, pairs = self._sums
         slices: list[float] = []
@@ -145,7 +145,7 @@ class LayerWork:
         )
 
     def shares(self, plan: OverlapPlan) -> tuple[list[float], list[float]]:
-        """Give the share of the travelling rows that leaves with each chunk, and the share that returns with it.
+        """Return the share of the travelling rows that leaves with each chunk, and the share that returns with it.
 
         With chunks of experts these are the shares that there would be if every row had the same number of pairs, in
         chunks that are independent of each other.
@@ -171,7 +171,7 @@ class LayerWork:
         return self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
 
     def ports(self, link: LinkCosts, way: Way = Way.TO_EXPERTS) -> tuple[Tensor, Tensor]:
-        """Give (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it.
+        """Return (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it.
 
         Where ranks of one node have a second port for each other, it is the one to other nodes.
         """
@@ -188,7 +188,7 @@ class LayerWork:
         return out / rate, into / rate
 
     def inside_ports(self, link: LinkCosts, way: Way) -> tuple[Tensor, Tensor] | None:
-        """Give the same of each rank's port to the others of its node; None where there is one port for all ranks."""
+        """Return the same of each rank's port to the others of its node; None where there is one port for all ranks."""
         if link.port_node_size is None:
             return None
         out, into = self._inside_rows(link.port_node_size, way)
@@ -197,7 +197,7 @@ class LayerWork:
         return out / link.bytes_per_s, into / link.bytes_per_s
 
     def _inside_rows(self, node_size: int, way: Way) -> tuple[Tensor, Tensor]:
-        """Give the rows (W,) that each rank sends to the others of its node, and those that come from there."""
+        """Return the rows (W,) that each rank sends to the others of its node, and those that come from there."""
         node = torch.arange(self.size, device="cpu") // node_size
         inside = torch.where(node[:, None] == node, self.rows, 0.0).fill_diagonal_(0)
         out, into = inside.sum(1), inside.sum(0)
@@ -207,7 +207,7 @@ class LayerWork:
 def step_units(
     step: Step, num_local_slices: int, sent: Sequence[Size], returned: Sequence[Size], pairs: Sequence[Size]
 ) -> Size:
-    """Give how many of its kind's units (Unit) a step has.
+    """Return how many of its kind's units (Unit) a step has.
 
     Args:
         num_local_slices: how many of the segments are local ones.
@@ -240,7 +240,7 @@ class StepCosts:
     """(W,) how many times as long as that steps of a kind take on each rank; a kind that is missing: once."""
 
     def on_ranks(self, kind: str, units: Tensor) -> Tensor:
-        """Give the seconds (W,) of a step with so many units (W,) on each rank."""
+        """Return the seconds (W,) of a step with so many units (W,) on each rank."""
         seconds = torch.as_tensor(self.seconds(kind, units), dtype=torch.float64, device="cpu")
         return seconds * self.slowness[kind] if kind in self.slowness else seconds
 
@@ -251,7 +251,7 @@ class StepCosts:
         return total
 
     def of_one_more_chunk(self, kind: str, units: float) -> float:
-        """Give the seconds by which two steps of half the units take longer than one step."""
+        """Return the seconds by which two steps of half the units take longer than one step."""
         return 2 * self.seconds(kind, units / 2) - self.seconds(kind, units)
 
     @classmethod
@@ -279,7 +279,7 @@ class StepCosts:
 
 
 def _by_kind(samples: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Give (units, seconds) by kind."""
+    """Return (units, seconds) by kind."""
     by_kind: dict[str, list[tuple[float, float]]] = {}
     for kind, units, seconds in samples:
         by_kind.setdefault(kind, []).append((units, seconds))
@@ -317,7 +317,7 @@ def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[floa
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Give (fixed, slope), neither negative, of the line through (x, y) with the least squared error.
+    """Return (fixed, slope), neither negative, of the line through (x, y) with the least squared error.
 
     Example:
         fit_line([(0, 1), (2, 2), (4, 3)]) gives (1, 0.5).

@@ -75,7 +75,7 @@ class _Walk:
         self.now = self.peak = torch.zeros(work.size, dtype=torch.float64, device="cpu")
 
     def walk(self, schedule: Schedule, actions: Mapping[StepKind, Callable[[Step], None]]) -> int:
-        """Give the most bytes that are held at any time, on the rank that holds most.
+        """Return the most bytes that are held at any time, on the rank that holds most.
 
         A step starts once what it waits for is freed; what is held when it has run counts.
         """
@@ -166,7 +166,7 @@ class _Walk:
         return sums
 
     def _grouping_bytes(self) -> Tensor:
-        """Give the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows.
+        """Return the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows.
 
         Kernels also have row tiles, 64 bytes for 16 pairs, of every chunk as many as of the largest.
         """
@@ -257,7 +257,7 @@ class _BackwardWalk(_Walk):
         self._hold(step, self.num_received * self.weights_bytes)
 
     def _num_ranges(self) -> Tensor:
-        """Give how many ranges of pairs are grouped each for itself: all chunks of experts are grouped as one."""
+        """Return how many ranges of pairs are grouped each for itself: all chunks of experts are grouped as one."""
         pairs = self.pairs
         if self.plan.chunk_by == "experts":
             pairs = [*pairs[: self.first_chunk], _total(pairs[self.first_chunk :])]

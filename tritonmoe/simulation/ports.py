@@ -97,14 +97,14 @@ class Ports:
         return self.link.latency_s if self.link.each is None else float(self.link.each.latency_s.max())
 
     def _slowest_link(self, way: Way, row_bytes: float) -> Tensor:
-        """Give the longest time (W,) that a message of each rank takes on its own way."""
+        """Return the longest time (W,) that a message of each rank takes on its own way."""
         if not self.link_s:
             return torch.zeros_like(self.clock)
         link_s = self.link_s[way].clone().fill_diagonal_(0) * row_bytes
         return torch.maximum(link_s.amax(0), link_s.amax(1))
 
     def beside(self, now: Tensor, seconds: Tensor) -> Tensor:
-        """Give how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
+        """Return how long compute of (W,) `seconds` takes from `now` on, slower while exchanges are under way."""
         lost = self.link.contention
         if not lost:
             return seconds
@@ -121,7 +121,7 @@ class Ports:
         return seconds + lost * torch.minimum(seconds / (1 - lost), (busy_until - now).clamp(min=0))
 
     def arrival(self, number: int) -> Tensor:
-        """Give (W,) when the exchange has arrived, if nothing is posted before that."""
+        """Return (W,) when the exchange has arrived, if nothing is posted before that."""
         if number not in self.arrivals:
             levels, widths = self._levels()
             below = torch.cat([torch.zeros_like(levels[:1]), levels[:-1]])
@@ -131,12 +131,12 @@ class Ports:
         return self.arrivals[number]
 
     def _of_group(self, values: Tensor) -> Tensor:
-        """Give every rank the largest value of its group."""
+        """Return every rank the largest value of its group."""
         most = torch.zeros_like(values).scatter_reduce(0, self.group_of_rank, values, "amax", include_self=False)
         return most[self.group_of_rank]
 
     def _levels(self) -> tuple[Tensor, Tensor]:
-        """Give the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
+        """Return the remaining work of all exchanges, ascending, and what a second of it takes in each stretch."""
         levels = torch.stack(list(self.remaining.values())).sort(0).values
         widths = torch.arange(len(levels), 0, -1, dtype=levels.dtype, device="cpu")
         widths[-1] = 1 / self.link.alone_share
@@ -159,6 +159,6 @@ class Ports:
 
 
 def _busiest(out_s: Tensor, in_s: Tensor, near_s: tuple[Tensor, ...] | None) -> Tensor:
-    """Give (W,): for how long the busiest port of each rank is occupied, the two ways of a second one included."""
+    """Return (W,): for how long the busiest port of each rank is occupied, the two ways of a second one included."""
     busiest = torch.maximum(out_s, in_s)
     return busiest if near_s is None else torch.maximum(busiest, torch.maximum(*near_s))

@@ -53,18 +53,18 @@ class Simulation:
 
     @property
     def total_s(self) -> float:
-        """Give the time of the slowest rank."""
+        """Return the time of the slowest rank."""
         return float(self.end_s.max())
 
     def lane_s(self, *kinds: StepKind) -> float:
-        """Give the summed duration of the steps of these kinds, of each step that of the slowest rank."""
+        """Return the summed duration of the steps of these kinds, of each step that of the slowest rank."""
         return sum(float((s.end_s - s.start_s).max()) for kind in kinds for s in self.steps if s.step.kind is kind)
 
     def __str__(self) -> str:
         return self.timeline(0)
 
     def timeline(self, rank: int) -> str:
-        """Give one line per step that takes time, with a bar from its start to its end."""
+        """Return one line per step that takes time, with a bar from its start to its end."""
         spans = [(str(s.step), s.step.lane, float(s.start_s[rank]), float(s.end_s[rank])) for s in self.steps]
         total_s = max(self.total_s, 1e-12)
         width = max(len(name) for name, *_ in spans)
@@ -168,7 +168,7 @@ def simulate(
     link: LinkCosts,
     start_s: Tensor | None = None,
 ) -> Simulation:
-    """Give the times of every step of a schedule on all ranks.
+    """Return the times of every step of a schedule on all ranks.
 
     Args:
         work: what is sent and computed; on two levels a TwoLevelWork, whose outer rows go over `link`.
@@ -183,7 +183,7 @@ def simulate(
 
 
 def _walk_inside(schedule: Schedule, walk: Walk, levels: TwoLevelWork, work: LayerWork) -> list[SimulatedStep]:
-    """Give the times of the steps inside nodes, from where the walk is; every exchange is waited for at once.
+    """Return the times of the steps inside nodes, from where the walk is; every exchange is waited for at once.
 
     A step inside a node costs what its twin between nodes does, and is as slow as that beside exchanges between nodes.
     work: what is sent and computed inside the nodes.
@@ -210,7 +210,7 @@ def _walk_inside(schedule: Schedule, walk: Walk, levels: TwoLevelWork, work: Lay
 def simulate_layer(
     plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts, *, backward: bool
 ) -> Sequence[Simulation]:
-    """Give the simulated forward and, with every gradient needed, the backward."""
+    """Return the simulated forward and, with every gradient needed, the backward."""
     schedules = [build_forward(plan)]
     if backward:
         schedules.append(build_backward(plan, needs_x=True, needs_topk_weights=True))

@@ -26,7 +26,7 @@ def simulate_two_batches(
     *,
     num_fillers: int = 0,
 ) -> list[Simulation]:
-    """Give the simulated forward and, with two numbers in beside_s, the backward of a stack of layers in two halves.
+    """Return the simulated forward and, with two numbers in beside_s, the backward of a stack of layers in two halves.
 
     Ranks agree before each pass of a call: that takes a latency, behind the other half's rows.
 

@@ -37,7 +37,7 @@ class TwoLevelWork:
     def of(
         cls, work: LayerWork, rows_to_nodes: Tensor, link: LinkCosts, *, inside_row_bytes: int | None = None
     ) -> "TwoLevelWork":
-        """Give the work of both levels.
+        """Return the work of both levels.
 
         Args:
             work: the work of the same routing on one level, which says what each rank needs.
@@ -96,7 +96,7 @@ class TwoLevelWork:
         return torch.arange(self.size, device="cpu") % self.node_size
 
     def inside(self, plan: OverlapPlan, chunk: int | None) -> LayerWork:
-        """Give the work inside nodes of a chunk or local slice of the outer plan; None for all of them together."""
+        """Return the work inside nodes of a chunk or local slice of the outer plan; None for all of them together."""
         whole = LayerWork(
             self.own.rows + self.relayed.rows,
             self.own.pairs + self.relayed.pairs,

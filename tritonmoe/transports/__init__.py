@@ -58,7 +58,7 @@ def is_mesh(ranks: object) -> "TypeGuard[DeviceMesh]":
 
 
 def as_transport(ranks: "Ranks | None") -> Transport:
-    """Give the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
+    """Return the Transport of `ranks`: itself, or the one that all layers on a ProcessGroup or DeviceMesh share.
 
     None is refused: `torch.distributed.group.WORLD` is None before init_process_group().
 

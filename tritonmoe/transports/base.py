@@ -40,7 +40,7 @@ class PendingExchange(ABC):
 
     @abstractmethod
     def wait(self) -> Tensor:
-        """Give the received rows, in the order of the ranks that sent them.
+        """Return the received rows, in the order of the ranks that sent them.
 
         On a CPU this blocks until they are there. On CUDA it orders the current stream behind them (and blocks the
         host only where the transport needs it). Calling it again gives the same tensor.
@@ -50,7 +50,7 @@ class PendingExchange(ABC):
         """
 
     def finished_at(self) -> float | None:
-        """Give the time.perf_counter() at which the rows had arrived, None where nobody knows."""
+        """Return the time.perf_counter() at which the rows had arrived, None where nobody knows."""
         return None
 
     def arrivals(self) -> "tuple[float | None, ...] | None":
@@ -161,7 +161,7 @@ class Transport(Handled, ABC):
         run_outside_graphs(barrier, self)
 
     def share_number(self, number: int) -> list[int]:
-        """Give every rank's integer, in their order: a barrier by which each rank says one, in a single exchange.
+        """Return every rank's integer, in their order: a barrier by which each rank says one, in a single exchange.
 
         Raises:
             CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
@@ -276,7 +276,7 @@ def check_counts(transport: Transport, counts: Tensor) -> None:
 
 
 def as_counts(splits: Sequence[int]) -> list[int]:
-    """Give the splits as plain integers, whatever kind of integer they were.
+    """Return the splits as plain integers, whatever kind of integer they were.
 
     Raises:
         TypeError: a count is not an integer.
@@ -285,7 +285,7 @@ def as_counts(splits: Sequence[int]) -> list[int]:
 
 
 def as_wire(tensor: Tensor) -> Tensor:
-    """Give a view of `tensor` in a dtype that every transport moves: its own, or bytes.
+    """Return a view of `tensor` in a dtype that every transport moves: its own, or bytes.
 
     Dimension 0 still counts the rows: int32 (R,) becomes uint8 (R, 4), int32 (R, D) becomes uint8 (R, 4*D).
     """
@@ -303,7 +303,7 @@ def raise_in_child(transport: Transport, pid: int) -> NoReturn:
 
 
 def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:
-    """Give the words by which a TransportError names its exchange."""
+    """Return the words by which a TransportError names its exchange."""
     return (
         f"rank {transport.rank} of {transport.size}, input_splits {list(input_splits)}, "
         f"output_splits {list(output_splits)}"

@@ -16,7 +16,7 @@ class DeviceClock:
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def mark(self, rows: Tensor) -> "Moment":
-        """Give the moment at which the current stream of the rows' device will have come to here."""
+        """Return the moment at which the current stream of the rows' device will have come to here."""
         return Moment(self, torch.cuda.current_stream(rows.device))
 
 
@@ -33,7 +33,7 @@ class Moment:
         return self.event.query()
 
     def time(self) -> float:
-        """Give its time.perf_counter(), never before it was marked; blocks until it has come."""
+        """Return its time.perf_counter(), never before it was marked; blocks until it has come."""
         self.event.synchronize()
         now = torch.cuda.Event(enable_timing=True)
         now.record(self._clock.stream)

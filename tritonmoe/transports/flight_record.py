@@ -8,12 +8,12 @@ __all__ = ["flight_record", "rank_of_job"]
 
 
 def rank_of_job() -> int | None:
-    """Give this process's rank in the job; None where torch.distributed has not been initialised."""
+    """Return this process's rank in the job; None where torch.distributed has not been initialised."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else None
 
 
 def flight_record() -> str | None:
-    """Give the dump of this rank's flight recorder, with its rank in it; None where there is none, or it is empty."""
+    """Return the dump of this rank's flight recorder, with its rank in it; None where there is none, or it is empty."""
     if not torch.distributed.is_initialized():
         return None
     from torch._C import _distributed_c10d

@@ -224,7 +224,7 @@ class MPITransport(Transport):
             _abort_at_exit(reason)
 
     def _as_message(self, rows: Tensor) -> "tuple[MPI.buffer, int, MPI.Datatype]":
-        """Give the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
+        """Return the rows as mpi4py takes them: memory, count, type. Whole rows are counted: MPI's counts are int32."""
         num_bytes = rows.numel() * rows.element_size()
         row_bytes = num_bytes // rows.shape[0]
         if row_bytes not in self._row_types:

@@ -96,7 +96,7 @@ class Notices:
         self._ask(write)
 
     def find_broken(self, generation: int) -> int | None:
-        """Give a rank that has put up a notice of this generation, by one question; None where none has."""
+        """Return a rank that has put up a notice of this generation, by one question; None where none has."""
         text = self._get(f"broken/{self.number}")
         if not text:
             return None
@@ -209,7 +209,7 @@ class Notices:
             return None
 
     def find_elsewhere(self, rank: int) -> Notice | None:
-        """Give the rank's latest notice if it is of another transport on this group."""
+        """Return the rank's latest notice if it is of another transport on this group."""
         notice = self._read(rank, "latest")
         return None if notice is None or notice.number == self.number else notice
 
@@ -233,7 +233,7 @@ class Notices:
         return Notice.from_json(text) if text else None
 
     def _get(self, key: str) -> bytes:
-        """Give what the store has under a key; nothing where it can't be reached."""
+        """Return what the store has under a key; nothing where it can't be reached."""
         try:
             return self._ask(lambda: self._store.get(key) if self._store.check([key]) else b"")
         except TransportError:
@@ -302,7 +302,7 @@ class Breakdown:
         return self._is_claimed
 
     def ended(self) -> tuple[int, ...]:
-        """Give the ranks whose connections were closed and that left no word: they have died, as it seems."""
+        """Return the ranks whose connections were closed and that left no word: they have died, as it seems."""
         self.explain()
         return self._ended
 

@@ -139,7 +139,7 @@ class ProcessGroupTransport(Transport):
         return None if len(ranks) == dist.get_world_size() else ranks
 
     def with_nodes(self, node_size: int) -> TwoLevelTransport:
-        """Give this transport in nodes of node_size neighbours, a group for each level; every rank makes the call.
+        """Return this transport in nodes of node_size neighbours, a group for each level; every rank makes the call.
 
         Raises:
             ValueError: the ranks don't make whole nodes, or aren't the whole job.
@@ -348,7 +348,7 @@ class ProcessGroupTransport(Transport):
 
 
 def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
-    """Give the group's own timeout in seconds, for tensors on a kind of device."""
+    """Return the group's own timeout in seconds, for tensors on a kind of device."""
     options = getattr(group._get_backend(torch.device(device_type)), "options", None)
     timeout = torch.distributed.constants.default_pg_timeout if options is None else options._timeout
     return timeout.total_seconds()

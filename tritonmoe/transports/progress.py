@@ -159,7 +159,7 @@ class ProgressThread:
         self._of_peer: dict[int, ProgressThread] = {}
 
     def of_peer(self, peer: int) -> "ProgressThread":
-        """Give the thread that waits for what comes from one peer; it ends before this one."""
+        """Return the thread that waits for what comes from one peer; it ends before this one."""
         if peer not in self._of_peer:
             self._of_peer[peer] = ProgressThread(f"{self._name}-{peer}")
         return self._of_peer[peer]

@@ -55,7 +55,7 @@ class ExchangeOfRanks(PendingExchange):
 
 
 def _of_ranks(pending: PendingExchange, ranks: Sequence[int]) -> tuple[float | None, ...] | None:
-    """Give the arrivals of some ranks' rows."""
+    """Return the arrivals of some ranks' rows."""
     arrivals = pending.arrivals()
     return None if arrivals is None else tuple(arrivals[rank] for rank in ranks)
 
@@ -226,7 +226,7 @@ class TwoLevelTransport(Transport):
             transport.rebuild()
 
     def _levels(self) -> list[Transport]:
-        """Give the transports that are no view of another one."""
+        """Return the transports that are no view of another one."""
         levels = (self.world, self.between_nodes, self.inside_node)
         return [level for level in levels if not isinstance(level, GroupView)]
 

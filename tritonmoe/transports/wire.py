@@ -51,13 +51,13 @@ class WireFormat:
         return self.wire_dtype is None
 
     def row_bytes(self, width: int) -> int:
-        """Give the bytes of one travelling row of `width` columns."""
+        """Return the bytes of one travelling row of `width` columns."""
         if self.wire_dtype == torch.float8_e4m3fn:
             return width + 4 * num_blocks(width)
         return width * (self.wire_dtype or self.dtype).itemsize
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Give what is sent for rows (n, D)."""
+        """Return what is sent for rows (n, D)."""
         if self.wire_dtype is None:
             return rows
         if self.wire_dtype == torch.bfloat16:
@@ -66,14 +66,14 @@ class WireFormat:
         return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], dim=1)
 
     def squares(self, rows: Tensor, encoded: Tensor) -> Tensor:
-        """Give (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
+        """Return (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
         arrived = torch.empty_like(rows)
         self.decode(encoded, arrived)
         wide = rows.to(torch.float32)
         return torch.stack([(arrived.to(torch.float32) - wide).square().sum(), wide.square().sum()])
 
     def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
-        """Give memory for `num_rows` received rows of `width` columns, as they travel."""
+        """Return memory for `num_rows` received rows of `width` columns, as they travel."""
         if self.wire_dtype == torch.float8_e4m3fn:
             return torch.empty(num_rows, self.row_bytes(width), dtype=torch.uint8, device=device)
         return torch.empty(num_rows, width, dtype=self.wire_dtype or self.dtype, device=device)
@@ -110,12 +110,12 @@ class DecodedExchange(PendingExchange):
 
 
 def num_blocks(width: int) -> int:
-    """Give the number of blocks of BLOCK_COLUMNS in a row, the last one perhaps shorter."""
+    """Return the number of blocks of BLOCK_COLUMNS in a row, the last one perhaps shorter."""
     return -(-width // BLOCK_COLUMNS)
 
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Give e4m3 values (n, D) and scales (n, blocks) fp32."""
+    """Return e4m3 values (n, D) and scales (n, blocks) fp32."""
     num_rows, width = rows.shape
     padded = torch.nn.functional.pad(rows.to(torch.float32), (0, num_blocks(width) * BLOCK_COLUMNS - width))
     blocks = padded.view(num_rows, num_blocks(width), BLOCK_COLUMNS)

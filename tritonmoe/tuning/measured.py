@@ -18,13 +18,13 @@ SMALLEST_ALONE_SHARE = 0.4
 
 
 def layer_work(report: LayerReport) -> LayerWork:
-    """Give what all ranks did in a call, the same on every rank."""
+    """Return what all ranks did in a call, the same on every rank."""
     rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
     return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
 
 
 def most_work(report: LayerReport) -> LayerWork:
-    """Give the work of a call, or with a capacity its room; of a call that ran twice the larger of both."""
+    """Return the work of a call, or with a capacity its room; of a call that ran twice the larger of both."""
     work = layer_work(report)
     if report.first_run is None:
         return work
@@ -33,7 +33,7 @@ def most_work(report: LayerReport) -> LayerWork:
 
 
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:
-    """Give (kind, units, seconds) of every step of this rank's calls, forward and backward.
+    """Return (kind, units, seconds) of every step of this rank's calls, forward and backward.
 
     Where calls with equal plans have the same step with as many units, its median time counts, of two the shorter one.
     """

@@ -46,7 +46,7 @@ WALKED_LAYERS = 4
 
 
 def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
-    """Give the number of equal chunks that the model above predicts to be fastest, 1 where overlap can't pay.
+    """Return the number of equal chunks that the model above predicts to be fastest, 1 where overlap can't pay.
 
     Args:
         experts_s: A, seconds of all experts in one chunk. communication_s: B, seconds of dispatch and combine.
@@ -63,7 +63,7 @@ def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: floa
 
 
 def closed_form_growth(experts_s: float, communication_s: float) -> int:
-    """Give how many times as large as the one before a chunk may be, to arrive while that one is computed.
+    """Return how many times as large as the one before a chunk may be, to arrive while that one is computed.
 
     It is 2 A / B, at least 2 and at most MOST_GROWTH.
 
@@ -74,7 +74,7 @@ def closed_form_growth(experts_s: float, communication_s: float) -> int:
 
 
 def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
-    """Give the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
+    """Return the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
     if isinstance(config.shape, tuple):
         sizes = config.shape
     else:
@@ -84,7 +84,7 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
 
 
 def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
-    """Give a plan with what the configuration leaves no choice about."""
+    """Return a plan with what the configuration leaves no choice about."""
     chunk_by = "experts" if config.chunk_by == "experts" else "tokens"
     return OverlapPlan(chunk_sizes, config.local_first, chunk_by=chunk_by, **others)  # type: ignore[arg-type]
 
@@ -101,7 +101,7 @@ def takes_chunks_of_experts(config: OverlapConfig) -> bool:
 def budgeted_plan(
     config: OverlapConfig, work: LayerWork | None, widths: BufferWidths, working_sets: Collection[WorkingSet]
 ) -> tuple[OverlapPlan, str]:
-    """Give the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
+    """Return the fewest equal chunks with which a call's peak_bytes fit into config.memory_budget_bytes, and say why.
 
     Args:
         work: what the call before sent and computed; None before the first call. Without it, and where no plan fits,
@@ -144,7 +144,7 @@ def search(
     fits: Callable[[OverlapPlan], bool] = lambda plan: True,
     beside_s: tuple[float, float] | None = None,
 ) -> list[tuple[float, OverlapPlan]]:
-    """Give pairs of predicted seconds and plan, the fastest first.
+    """Return pairs of predicted seconds and plan, the fastest first.
 
     Numbers and shapes of chunks are searched first; for the two best of them the share of local pairs that runs first,
     and for the two best of all these the windows.

@@ -83,7 +83,7 @@ class _TriedCall:
     """Whether the time of its backward counts too."""
 
     def nanoseconds(self) -> int | None:
-        """Give the time of the whole call on this rank, None as long as the call isn't over."""
+        """Return the time of the whole call on this rank, None as long as the call isn't over."""
         passes = [self.report.forward]
         if self.report.first_run is not None:
             passes.append(self.report.first_run.forward)
@@ -175,7 +175,7 @@ class PlanChooser:
         return both + both
 
     def plan(self) -> OverlapPlan:
-        """Give the plan of the next call."""
+        """Return the plan of the next call."""
         config = self.config
         if not self.is_tuned:
             return self._untuned_plan()
@@ -191,7 +191,7 @@ class PlanChooser:
         return plans[number]
 
     def _untuned_plan(self) -> OverlapPlan:
-        """Give the plan of the next call where no time decides, and note why."""
+        """Return the plan of the next call where no time decides, and note why."""
         config = self.config
         if not config.is_auto:
             num_chunks, self.choice = config.num_chunks, "as configured"
@@ -209,7 +209,7 @@ class PlanChooser:
         return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
 
     def _candidate_of(self, number: int) -> int:
-        """Give the number of the candidate that a tried call runs.
+        """Return the number of the candidate that a tried call runs.
 
         In each round every candidate runs once, in an order that shifts from round to round.
         """
@@ -217,7 +217,7 @@ class PlanChooser:
         return (number + number // count) % count
 
     def message(self) -> Message:
-        """Give what this rank tells the others in the next call's header."""
+        """Return what this rank tells the others in the next call's header."""
         if not self.is_tuned:
             return Message(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
         if not self.candidates:

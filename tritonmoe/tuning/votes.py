@@ -40,7 +40,7 @@ class Message(NamedTuple):
 
 
 def pack(plan: OverlapPlan) -> int:
-    """Give a plan that the search found as one positive integer, which unpack() reads."""
+    """Return a plan that the search found as one positive integer, which unpack() reads."""
     growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
     assert plan.chunk_sizes == ramp_sizes(plan.num_chunks, growth), "unpack() would make other chunks of it"
     value = plan.num_chunks
@@ -50,7 +50,7 @@ def pack(plan: OverlapPlan) -> int:
 
 
 def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
-    """Give the plan that pack() packed; what the configuration leaves no choice about comes from `config`."""
+    """Return the plan that pack() packed; what the configuration leaves no choice about comes from `config`."""
     parts = []
     for _ in range(5):
         value, part = divmod(value, 64)

@@ -13,7 +13,7 @@ __all__ = ["argument_segment"]
 def argument_segment(
     kernel: Kernel, values: Sequence[int], grid: tuple[int, int, int], shared_bytes: int
 ) -> NDArray[np.uint8]:
-    """Give the bytes of the argument segment: `values` in order (missing ones 0), and what the launcher adds."""
+    """Return the bytes of the argument segment: `values` in order (missing ones 0), and what the launcher adds."""
     hidden = {
         "hidden_group_size_x": kernel.num_threads,
         "hidden_group_size_y": 1,

@@ -15,7 +15,7 @@ LANES = 64
 
 
 def operand_matrix(words: NDArray[np.uint32], element: str, size: int) -> NDArray[np.generic]:
-    """Give an operand of V_MFMA as (waves, size, K), K along the second axis for both operands.
+    """Return an operand of V_MFMA as (waves, size, K), K along the second axis for both operands.
 
     Args:
         words: (registers, waves, 64). element: NumPy's name of the stored type. size: rows of A or columns of B.
@@ -35,14 +35,14 @@ def accumulator_registers(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def accumulator_matrix(registers: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Give the matrix (waves, size, size) that `accumulator_registers` spreads."""
+    """Return the matrix (waves, size, size) that `accumulator_registers` spreads."""
     _, waves, _ = registers.shape
     parts = registers.reshape(-1, 4, waves, LANES // size, size)
     return parts.transpose(2, 0, 3, 1, 4).reshape(waves, size, size)
 
 
 def transposed(rows: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Give what DS_READ_B64_TR_B16 leaves in each lane, of the four elements that each read: (waves, 64, 4) both.
+    """Return what DS_READ_B64_TR_B16 leaves in each lane, of the four elements that each read: (waves, 64, 4) both.
 
     Of 16 lanes, four read a row of 16 elements; each gets a column of the four rows.
     """
@@ -51,7 +51,7 @@ def transposed(rows: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 @cache
 def dpp_sources(control: str) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Give for each lane the one that it reads under a DPP control ("row_shr:8"), and whether there is such a one.
+    """Return for each lane the one that it reads under a DPP control ("row_shr:8"), and whether there is such a one.
 
     Raises:
         NotImplementedError: for another control than those that occur.

@@ -71,7 +71,7 @@ class Machine:
         raise Deadlock(f"{MAX_STEPS} blocks have run: the program doesn't end")
 
     def _taken(self, name: str) -> Flags:
-        """Give the waves for which the condition of a branch holds."""
+        """Return the waves for which the condition of a branch holds."""
         if name == "s_branch":
             return np.ones(self.registers.num_waves, np.bool_)
         condition = name.removeprefix("s_cbranch_")

@@ -116,7 +116,7 @@ class MemoryUnit:
     def buffer(
         self, offsets: Any, resource: int, start: Any, offset: int, size: int, lanes: Any
     ) -> tuple[NDArray[np.uint64], Any]:
-        """Give the addresses of a buffer's elements, and which lanes run and are inside it."""
+        """Return the addresses of a buffer's elements, and which lanes run and are inside it."""
         words = self._registers.scalars
         low, upper, num_bytes = words[resource], words[resource + 1], words[resource + 2]
         running = self._registers.everyone(lanes)
@@ -229,7 +229,7 @@ class MemoryUnit:
         self._expect(self._local_memory, active)
 
     def permute(self, number: int, addresses: Words, values: Words, offset: int, lanes: Any, active: Any) -> None:
-        """Give each lane the value of the lane at a byte address; 0 where that one doesn't run."""
+        """Return each lane the value of the lane at a byte address; 0 where that one doesn't run."""
         sources = (
             (np.broadcast_to(addresses, (self._registers.num_waves, LANES)).astype(np.int64) + offset) // 4 % LANES
         )
@@ -238,5 +238,5 @@ class MemoryUnit:
 
 
 def _joined(pieces: Sequence[Pieces]) -> Pieces:
-    """Give all pieces of each lane in one row."""
+    """Return all pieces of each lane in one row."""
     return Pieces(np.concatenate([one.numbers.reshape(len(one.numbers), -1) for one in pieces], 1), pieces[0].unit)

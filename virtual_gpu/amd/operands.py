@@ -27,7 +27,7 @@ ACCUMULATORS = 256
 
 
 def register(operand: str) -> tuple[str, int, int] | None:
-    """Give a register's file ("V" or "S"), its number and how many there are; None for anything else."""
+    """Return a register's file ("V" or "S"), its number and how many there are; None for anything else."""
     if operand in SPECIAL:
         return ("S", *SPECIAL[operand])
     found = re.fullmatch(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])", operand)
@@ -102,7 +102,7 @@ class OperandWriter:
 
     @staticmethod
     def kind(text: str) -> str:
-        """Give NumPy's name of "i32", "u64", "f32", "b32"."""
+        """Return NumPy's name of "i32", "u64", "f32", "b32"."""
         return text[0].replace("b", "u") + str(int(text[1:]) // 8)
 
     def constant(self, value: Any) -> str:
@@ -110,7 +110,7 @@ class OperandWriter:
         return f"K[{len(self.constants) - 1}]"
 
     def number(self, operand: str, file: str = "S") -> int:
-        """Give the number of a register, which must be of `file`."""
+        """Return the number of a register, which must be of `file`."""
         found = register(operand)
         if found is None or found[0] != file:
             raise NotImplementedError(operand)

@@ -37,12 +37,12 @@ Array = NDArray
 
 
 def mask_of_bits(words: Array) -> Array:
-    """Give the lanes (waves, 64) whose bit is set, from bytes (waves, 8)."""
+    """Return the lanes (waves, 64) whose bit is set, from bytes (waves, 8)."""
     return np.unpackbits(words, axis=1, bitorder="little").view(np.bool_)
 
 
 def bits_of_mask(mask: Array) -> Array:
-    """Give (waves, 8) bytes, from lanes (waves, 64)."""
+    """Return (waves, 8) bytes, from lanes (waves, 64)."""
     return np.packbits(mask, axis=1, bitorder="little")
 
 
@@ -52,27 +52,27 @@ def pair(low: Array, high: Array) -> Array:
 
 
 def high(left: Array, right: Array) -> Array:
-    """Give the upper 32 bits of the product of unsigned integers."""
+    """Return the upper 32 bits of the product of unsigned integers."""
     return ((left.astype(np.uint64) * right.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
 
 
 def carries(left: Array, right: Array, carry: Array | int = 0) -> Array:
-    """Give whether left + right + carry is more than 32 bits hold."""
+    """Return whether left + right + carry is more than 32 bits hold."""
     return (left.astype(np.uint64) + right + carry) >> np.uint64(32) != 0
 
 
 def overflows(exact: Array) -> Array:
-    """Give whether a sum or difference computed in int64 is outside int32."""
+    """Return whether a sum or difference computed in int64 is outside int32."""
     return exact != exact.astype(np.int32)
 
 
 def subtract_to_zero(left: Array, right: Array) -> Array:
-    """Give left - right of unsigned integers, 0 where that is negative."""
+    """Return left - right of unsigned integers, 0 where that is negative."""
     return np.where(left < right, np.uint32(0), left - right)
 
 
 def field(values: Array, position: Array, length: Array) -> Array:
-    """Give `length` bits from `position` on; of signed integers with the field's sign."""
+    """Return `length` bits from `position` on; of signed integers with the field's sign."""
     length = np.asarray(length & 31).astype(np.int64)
     bits = (values.astype(np.int64) >> (position & 31)) & ((np.int64(1) << length) - 1)
     if values.dtype.kind == "i":
@@ -82,7 +82,7 @@ def field(values: Array, position: Array, length: Array) -> Array:
 
 
 def is_of_class(values: Array, classes: Array) -> Array:
-    """Give whether float32 are of one of the classes whose bits are set.
+    """Return whether float32 are of one of the classes whose bits are set.
 
     Upwards from the third bit these are -inf, negative, below zero and denormal, -0, 0, denormal, positive, inf; the
     lowest two are NaN, signaling or quiet.
@@ -97,7 +97,7 @@ def is_of_class(values: Array, classes: Array) -> Array:
 
 
 def count_bits(values: Array) -> Array:
-    """Give the number of bits that are set."""
+    """Return the number of bits that are set."""
     return np.unpackbits(np.ascontiguousarray(values)[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint32)
 
 
@@ -139,7 +139,7 @@ def add_halves(left: Array, right: Array) -> Array:
 
 
 def halves(values: Array, half: int) -> Array:
-    """Give the float16 values in the lower (0) or upper (1) half of words, as float32."""
+    """Return the float16 values in the lower (0) or upper (1) half of words, as float32."""
     words = (np.asarray(values) >> np.uint32(16 * half)).astype(np.uint16)
     return words.view(np.float16).astype(np.float32)
 
@@ -193,13 +193,13 @@ def divide_scale(value: Array, denominator: Array, numerator: Array) -> tuple[Ar
 
 
 def divide_scaled_up(a: Array, b: Array, c: Array, scaled: Array) -> Array:
-    """Give a * b + c, with what V_DIV_SCALE put in or took away made up for."""
+    """Return a * b + c, with what V_DIV_SCALE put in or took away made up for."""
     result = fused(a, b, c)
     return np.where(scaled, np.where(_exponent(c) > 127, np.ldexp(result, 64), np.ldexp(result, -64)), result)
 
 
 def divide_fixup(quotient: Array, denominator: Array, numerator: Array) -> Array:
-    """Give a quotient with the sign and the special values of numerator / denominator."""
+    """Return a quotient with the sign and the special values of numerator / denominator."""
     exact = numerator / denominator
     special = ~np.isfinite(exact) | (exact == 0) | ~np.isfinite(denominator)
     return np.where(special, exact, np.copysign(abs(quotient), exact))

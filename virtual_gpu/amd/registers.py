@@ -68,7 +68,7 @@ class Registers:
         self.vectors[0] = np.arange(self.num_waves * LANES).reshape(-1, LANES)
 
     def lanes(self, active: Any) -> Any:
-        """Give the lanes (waves, 64) that instructions run on; True where all do."""
+        """Return the lanes (waves, 64) that instructions run on; True where all do."""
         mask = mask_of_bits(self._bytes[EXEC])
         if active is not True:
             mask &= active
@@ -91,12 +91,12 @@ class Registers:
         np.copyto(self.vectors[number + 1], (values >> np.uint64(32)).astype(np.uint32), where=lanes)
 
     def first_lane(self, values: Words, lanes: Any) -> Words:
-        """Give the value of each wave's first lane that runs; of lane 0 if none does."""
+        """Return the value of each wave's first lane that runs; of lane 0 if none does."""
         first = self.everyone(lanes).argmax(1)
         return values[np.arange(self.num_waves), first][:, None]
 
     def dpp(self, values: Words, control: str, lanes: Any) -> Words:
-        """Give each lane the value of another one; 0 where there is none or it doesn't run."""
+        """Return each lane the value of another one; 0 where there is none or it doesn't run."""
         sources, exist = fragments.dpp_sources(control)
         taken = values[:, sources]
         return np.where(exist & (True if lanes is True else lanes[:, sources]), taken, np.uint32(0))

@@ -67,7 +67,7 @@ def _translated(block: tuple[Instruction, ...]) -> BlockCode[Instruction]:
 
 
 def _following(kernel: Kernel) -> list[list[int]]:
-    """Give for each block those that may come next; one past the last is the end."""
+    """Return for each block those that may come next; one past the last is the end."""
     following = []
     for index, block in enumerate(kernel.blocks):
         name = block[-1].name if block else ""

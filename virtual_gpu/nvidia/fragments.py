@@ -43,7 +43,7 @@ def load_matrices(rows: NDArray[np.uint8], num_matrices: int, transposed: bool) 
 
 
 def store_matrices(registers: list[NDArray[np.uint32]], transposed: bool) -> NDArray[np.uint8]:
-    """Give the rows (warps * matrices * 8, 16 bytes) that stmatrix writes, from registers of all threads."""
+    """Return the rows (warps * matrices * 8, 16 bytes) that stmatrix writes, from registers of all threads."""
     matrices = np.stack(registers).view(np.uint16).reshape(len(registers), -1, 8, 8).transpose(1, 0, 2, 3)
     if transposed:
         matrices = matrices.transpose(0, 1, 3, 2)
@@ -51,7 +51,7 @@ def store_matrices(registers: list[NDArray[np.uint32]], transposed: bool) -> NDA
 
 
 def mma_operands(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Give A (warps, 16, 16) and B (warps, 16, 8) of m16n8k16 from registers (warps, 4 or 2, 32)."""
+    """Return A (warps, 16, 16) and B (warps, 16, 8) of m16n8k16 from registers (warps, 4 or 2, 32)."""
     warps = len(a)
     left = np.empty((warps, 16, 16), np.uint16)
     for register in range(4):
@@ -83,7 +83,7 @@ def accumulator_rows_and_columns(num_registers: int) -> tuple[NDArray[np.intp], 
 
 @lru_cache(4096)
 def descriptor_places(descriptor: int, outer: int, depth: int, depth_contiguous: bool, *, tcgen05: bool) -> Pieces:
-    """Give the pieces of shared memory, 8 elements of 16 bits each, that a matrix is made of.
+    """Return the pieces of shared memory, 8 elements of 16 bits each, that a matrix is made of.
 
     Args:
         descriptor: of wgmma or tcgen05. outer: rows of A or columns of B.
@@ -111,6 +111,6 @@ def descriptor_places(descriptor: int, outer: int, depth: int, depth_contiguous:
 
 
 def matrix_of(read: NDArray[np.uint8], outer: int, depth: int, depth_contiguous: bool) -> NDArray[np.uint16]:
-    """Give a matrix (outer, depth) from the bytes of the pieces that `descriptor_places` gives."""
+    """Return a matrix (outer, depth) from the bytes of the pieces that `descriptor_places` gives."""
     elements = read.reshape(-1).view(np.uint16)
     return elements.reshape(outer, depth) if depth_contiguous else elements.reshape(depth, outer).T

@@ -34,7 +34,7 @@ class Formula:
 
 
 def names_of(pattern: str) -> Iterator[str]:
-    """Give the names that a pattern stands for: "add.[rn].f32|f64" has four."""
+    """Return the names that a pattern stands for: "add.[rn].f32|f64" has four."""
     choices = [["", *part[1:-1].split("|")] if part.startswith("[") else part.split("|") for part in pattern.split(".")]
     for parts in itertools.product(*choices):
         yield ".".join(part for part in parts if part)

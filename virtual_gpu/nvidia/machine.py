@@ -145,15 +145,15 @@ class Machine:
     # What the translated code asks for.
 
     def fill(self, value: Any) -> NDArray[Any]:
-        """Give every thread `value`."""
+        """Return every thread `value`."""
         return np.full(self.num_threads, value)
 
     def special(self, name: str) -> NDArray[np.uint32]:
-        """Give %tid.x, %ctaid.x, ..."""
+        """Return %tid.x, %ctaid.x, ..."""
         return self._special[name]
 
     def parameter(self, number: int, offset: int, kind: str) -> NDArray[Any]:
-        """Give a parameter of the kernel in the bits of `kind`."""
+        """Return a parameter of the kernel in the bits of `kind`."""
         value = self.parameters[number]
         if isinstance(value, TensorMap) or offset:
             raise NotImplementedError("reading inside a parameter")
@@ -162,7 +162,7 @@ class Machine:
         )
 
     def load(self, space: str, addresses: NDArray[Any], size: int, count: int, mask: Any) -> list[NDArray[Any]]:
-        """Give `count` words of `size` bytes to every thread of `mask`."""
+        """Return `count` words of `size` bytes to every thread of `mask`."""
         active = slice(None) if mask is None else mask
         out = np.full((self.num_threads, size * count), 0xFF, np.uint8)
         if space == "global":
@@ -254,7 +254,7 @@ class Machine:
     # Barriers in shared memory.
 
     def mbarrier(self, address: int, thread: int) -> Barrier:
-        """Give the mbarrier that `thread` uses: to its warp this is a read of the barrier's eight bytes."""
+        """Return the mbarrier that `thread` uses: to its warp this is a read of the barrier's eight bytes."""
         if address not in self._barriers:
             raise MemoryFault(f"there is no initialised mbarrier at {address}")
         self.shared.read(np.array([address]), BARRIER_BYTES, self.warps[thread : thread + 1])

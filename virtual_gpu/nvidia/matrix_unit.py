@@ -90,7 +90,7 @@ class MatrixUnit:
             self._machine.registers[results[index]] = words
 
     def _addressed(self, addresses: NDArray[Any], num_matrices: int, size: int) -> tuple[Any, int, NDArray[np.intp]]:
-        """Give the addresses that the first lanes of each warp hold, a row of a matrix each, and those warps."""
+        """Return the addresses that the first lanes of each warp hold, a row of a matrix each, and those warps."""
         num_warps, addressed = self._machine.num_threads // 32, 8 * num_matrices
         return (
             addresses.reshape(num_warps, 32)[:, :addressed].reshape(-1),
@@ -108,7 +108,7 @@ class MatrixUnit:
         self._machine.shared.write(places, fragments.store_matrices(words, "trans" in parts), warps)
 
     def _words(self, registers: Sequence[str]) -> NDArray[np.uint32]:
-        """Give registers as (warps, registers, 32)."""
+        """Return registers as (warps, registers, 32)."""
         return np.stack([self._machine.registers[register].reshape(-1, 32) for register in registers], 1)
 
     def _mma(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
@@ -179,7 +179,7 @@ class MatrixUnit:
         self._fenced.update(new)
 
     def _matrices_of(self, places: list[Pieces], outer: int, depth_contiguous: bool) -> NDArray[np.uint16]:
-        """Give the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""
+        """Return the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""
         read = [self._machine.shared.end_matrix_read(one, SEVERAL) for one in places]
         return np.stack([fragments.matrix_of(one, outer, 16, depth_contiguous) for one in read])
 

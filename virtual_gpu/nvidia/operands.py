@@ -17,13 +17,13 @@ PACKED = {"f16x2": "f2", "f32x2": "f4", "s16x2": "i2", "u16x2": "u2"}
 
 
 def width_of(kind: str) -> int:
-    """Give the bits of a type: "s32" 32, "bf16x2" 32, "f32x2" 64."""
+    """Return the bits of a type: "s32" 32, "bf16x2" 32, "f32x2" 64."""
     number, _, lanes = kind.lstrip("bfsu").partition("x")
     return int(number) * int(lanes or 1)
 
 
 def type_of(register: str) -> str:
-    """Give the type of a register by its name."""
+    """Return the type of a register by its name."""
     if register.startswith("%rs"):
         return "u16"
     return "u64" if register.startswith("%rd") else "u32" if register.startswith("%r") else "pred"
@@ -79,7 +79,7 @@ class OperandWriter:
         return self.typed(text, kind)
 
     def number(self, text: str) -> int:
-        """Give the bits of a literal, or the address of a name."""
+        """Return the bits of a literal, or the address of a name."""
         if text.startswith(("0f", "0d")):
             return int(text[2:], 16)
         if text[0].isdigit() or text[0] == "-":

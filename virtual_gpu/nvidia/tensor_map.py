@@ -44,7 +44,7 @@ class TensorMap:
     def read(
         self, memory: GlobalMemory, program: int, target: int, coordinates: Sequence[int], gathers: bool
     ) -> tuple[Pieces, NDArray[np.uint8]]:
-        """Give the pieces of shared memory that a box is copied to, and their bytes; zeros outside the tensor.
+        """Return the pieces of shared memory that a box is copied to, and their bytes; zeros outside the tensor.
 
         Args:
             target: address of the box in shared memory.

@@ -61,7 +61,7 @@ class TensorMemory:
         return bool(self._allocated.any() or self._products)
 
     def allocate(self, num_columns: int) -> int:
-        """Give the address of free columns."""
+        """Return the address of free columns."""
         if num_columns not in (32, 64, 128, 256, 512):
             raise MemoryFault(f"{num_columns} columns of tensor memory: not a power of two from 32 to 512")
         for first in range(0, COLUMNS, num_columns):
@@ -71,7 +71,7 @@ class TensorMemory:
         raise MemoryFault(f"{num_columns} columns of tensor memory are not free")
 
     def free(self, address: int, num_columns: int, warp: int) -> None:
-        """Give columns back."""
+        """Return columns back."""
         columns = (slice(None), slice(address, address + num_columns))
         for waiting in (self._busy, self._unread, self._unwritten):
             if waiting[columns].any():
@@ -80,7 +80,7 @@ class TensorMemory:
         self._allocated[address : address + num_columns] = False
 
     def places(self, address: int, shape: str, count: int, split: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Give the lane and column of each register (count, 32) of a warp's load or store."""
+        """Return the lane and column of each register (count, 32) of a warp's load or store."""
         lane, column = address >> 16, address & 0xFFFF
         register, thread = np.arange(count)[:, None], np.arange(32)[None, :]
         if shape == "32x32b":
@@ -102,7 +102,7 @@ class TensorMemory:
             raise MemoryFault("tensor memory that another warp loads or stores is used, with no barrier between")
 
     def read(self, places: tuple[NDArray[np.intp], NDArray[np.intp]], warp: int) -> NDArray[np.uint32]:
-        """Give the words at `places`."""
+        """Return the words at `places`."""
         self._require_order(places, warp)
         self._accessed[places] = self._shared.epoch * 64 + warp
         self._unread[places] = True

@@ -49,7 +49,7 @@ def _translated(
 
 
 def _following(kernel: Kernel) -> list[list[int]]:
-    """Give for each block those that may come next; one past the last is the end."""
+    """Return for each block those that may come next; one past the last is the end."""
     following = []
     for index, block in enumerate(kernel.blocks):
         last = block[-1] if block else None

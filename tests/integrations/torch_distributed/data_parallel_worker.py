@@ -24,7 +24,7 @@ CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=4, top_k=
 
 
 def model(*, is_frozen: bool = True) -> nn.Sequential:
-    """Give a dense layer, experts that are spread, and buffers; only the experts are trained where it is frozen."""
+    """Return a dense layer, experts that are spread, and buffers; only the experts are trained where it is frozen."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), tm.MoELayer(CONFIG), nn.BatchNorm1d(8, momentum=0.5))
     tm.parallelize(net, dist.group.WORLD)

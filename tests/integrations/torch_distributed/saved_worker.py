@@ -27,7 +27,7 @@ def one_dimension() -> DeviceMesh:
 
 
 def trained(mesh: DeviceMesh, *, is_sharded: bool = False) -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    """Give a model after a step. Its second dense weight has the shape of the experts' first one."""
+    """Return a model after a step. Its second dense weight has the shape of the experts' first one."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), tm.MoELayer(CONFIG))
     net.alike = nn.Parameter(torch.randn(4, 24, 8))

@@ -50,7 +50,7 @@ def train(checkpoints: Path, num_ranks: int, kill_at_step: int | None = None) ->
 
 
 def result(checkpoints: Path, tmp_path: Path) -> dict[str, Tensor]:
-    """Give the weights and moments of the last checkpoint, whole."""
+    """Return the weights and moments of the last checkpoint, whole."""
     whole = tmp_path / f"{checkpoints.name}.pt"
     dcp_to_torch_save(checkpoints / f"step-{STEPS}", whole)
     state = torch.load(whole, weights_only=True)

@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 
 def batch(rank: int, step: int = 0) -> tuple[Tensor, Tensor]:
-    """Give a rank's tokens, of another number on each, and their classes."""
+    """Return a rank's tokens, of another number on each, and their classes."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     num_tokens = (5, 9, 0, 6)[rank]
     x = torch.randn(num_tokens, 8, generator=generator, dtype=torch.float64)
@@ -58,7 +58,7 @@ def draw_grads(whole: nn.Module) -> None:
 
 
 def take_grads(model: nn.Module, whole: nn.Module) -> None:
-    """Give a rank's model the gradients of its parameters."""
+    """Return a rank's model the gradients of its parameters."""
     whole_parameters = dict(whole.named_parameters())
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(name, recurse=False):

@@ -264,7 +264,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(directory: Path, copy: Path, name: str, change: object) -> Path:
-    """Give a copy in which a JSON file says something else."""
+    """Return a copy in which a JSON file says something else."""
     shutil.copytree(directory, copy)
     path = copy / name
     found = json.loads(path.read_text())

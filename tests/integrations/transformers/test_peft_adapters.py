@@ -32,7 +32,7 @@ ONE_ADAPTER_BEFORE_0_20 = pytest.mark.skipif(VERSION < (0, 20), reason="PEFT tak
 
 
 def targets(model: nn.Module) -> list[str]:
-    """Give the names of the experts' projections, as LoraConfig wants them."""
+    """Return the names of the experts' projections, as LoraConfig wants them."""
     return sorted(
         {
             f"{name.rpartition('layers.')[2].partition('.')[2]}.{key}"
@@ -44,7 +44,7 @@ def targets(model: nn.Module) -> list[str]:
 
 
 def adapt(model: nn.Module, **settings) -> nn.Module:
-    """Give the model with random adapters on its experts."""
+    """Return the model with random adapters on its experts."""
     config = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": targets(model), **settings}
     torch.manual_seed(3)
     return get_peft_model(model, LoraConfig(init_lora_weights=False, **config))
@@ -66,7 +66,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 @pytest.fixture
 def never_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Give what makes every later product of adapters with weights an error."""
+    """Return what makes every later product of adapters with weights an error."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an adapter was multiplied out")

@@ -232,7 +232,7 @@ def make_adapted(name: str, order: str) -> Any:
 
 
 def peft_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Give every gradient whole, and those of adapters in PEFT's format."""
+    """Return every gradient whole, and those of adapters in PEFT's format."""
     forms = whole_forms(model)
     return {name: forms[name](grad) if name in forms else grad for name, grad in gradients(model).items()}
 

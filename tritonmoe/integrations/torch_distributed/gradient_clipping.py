@@ -120,7 +120,7 @@ def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _grads_of_mesh(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Give the gradients of DTensors, a zero for each that has none here and may have one on other ranks.
+    """Return the gradients of DTensors, a zero for each that has none here and may have one on other ranks.
 
     All ranks of the mesh reduce a vector of these gradients' norms.
     """
@@ -128,7 +128,7 @@ def _grads_of_mesh(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _zero_like(parameter: Tensor) -> Tensor:
-    """Give a DTensor of one zero on each rank, with this one's dtype, mesh and placements."""
+    """Return a DTensor of one zero on each rank, with this one's dtype, mesh and placements."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)
@@ -137,7 +137,7 @@ def _zero_like(parameter: Tensor) -> Tensor:
 
 
 def _counted_here(parameter: Tensor, module: GroupedExperts) -> list[Tensor]:
-    """Give the gradient of the experts that count on this rank, if any: a replica counts on its first owner."""
+    """Return the gradient of the experts that count on this rank, if any: a replica counts on its first owner."""
     if parameter.grad is None:
         return []
     placement = module.placement

@@ -75,7 +75,7 @@ def parallelize(
 
 
 def device_of(modules: Iterable[nn.Module]) -> torch.device:
-    """Give the device of the first parameter in these modules; the CPU where there is none."""
+    """Return the device of the first parameter in these modules; the CPU where there is none."""
     return next((parameter.device for module in modules for parameter in module.parameters()), torch.device("cpu"))
 
 
@@ -98,7 +98,7 @@ def spread_layers(
 
 
 def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Give the parameters in `module` that are other ones on every rank: experts that are spread over ranks.
+    """Return the parameters in `module` that are other ones on every rank: experts that are spread over ranks.
 
     What is done to dense parameters on all ranks alike (a broadcast, an average, sharding by FSDP2) leaves these alone.
     """

@@ -55,7 +55,7 @@ def _refuse_spread(found: Mapping[str, nn.Module]) -> None:
 
 
 def _replaced(module: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Give the parameters that spreading replaces by others, by name: those of experts, and of adapters on them."""
+    """Return the parameters that spreading replaces by others, by name: those of experts, and of adapters on them."""
     own = {
         f"{name}.{key}".lstrip("."): parameter
         for name, experts in found.items()
@@ -102,7 +102,7 @@ def _refuse_held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping
 
 
 def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, str]) -> Iterator[str]:
-    """Give why the parameters `own` can't be replaced, or the experts that have them be spread, if they can't."""
+    """Return why the parameters `own` can't be replaced, or the experts that have them be spread, if they can't."""
     from torch.nn.parallel import DistributedDataParallel
 
     inside = {id(child) for child in module.modules()}
@@ -143,7 +143,7 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
 
 
 def _counts_alone(layer: MoELayer, experts: Mapping[int, str]) -> str | None:
-    """Give the name of those of `experts` (by id) that are this layer's, if its selection bias knows of no ranks."""
+    """Return the name of those of `experts` (by id) that are this layer's, if its selection bias knows of no ranks."""
     children = layer.__dict__.get("_modules", {})
     own, router = children.get("experts"), children.get("router")
     if own is None or router is None:

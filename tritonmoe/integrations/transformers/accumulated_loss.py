@@ -30,7 +30,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def share_of_items(are_shifted: bool, given: Callable[[str], object]) -> Tensor | float:
-    """Give the share of `num_items_in_batch` that is of this batch, as Trainer counts it; 1 where it is not given.
+    """Return the share of `num_items_in_batch` that is of this batch, as Trainer counts it; 1 where it is not given.
 
     The shares of all batches and ranks of a step sum to 1.
 
@@ -133,7 +133,7 @@ def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, Any]
 
 
 def _coefficient(model: Any) -> tuple[str | None, float | None]:
-    """Give the attribute of a model that holds its coefficient, and what its config asks for."""
+    """Return the attribute of a model that holds its coefficient, and what its config asks for."""
     text = model.config.get_text_config()
     attribute = next((name for name in COEFFICIENTS if name in model.__dict__), None)
     return attribute, getattr(text, attribute or COEFFICIENTS[0], None)

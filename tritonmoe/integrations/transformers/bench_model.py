@@ -34,7 +34,7 @@ def qwen3_moe_model(
     device: str = "cpu",
     skew: float = 0.0,
 ) -> "PreTrainedModel":
-    """Give a random Qwen3-MoE language model with a small vocabulary, so that its experts are most of its work.
+    """Return a random Qwen3-MoE language model with a small vocabulary, so that its experts are most of its work.
 
     Args:
         skew: 0 routes almost uniformly; above, -skew * log(e + 1) is added to the logit of expert e, a Zipf
@@ -88,7 +88,7 @@ def _skewed(
 
 
 def load_spread(directory: Path, num_ranks: int, ep_implementation: str, overlap: OverlapConfig) -> "PreTrainedModel":
-    """Give a saved model spread over all ranks: dense weights sharded by FSDP, experts by `ep_implementation`.
+    """Return a saved model spread over all ranks: dense weights sharded by FSDP, experts by `ep_implementation`.
 
     Args:
         overlap: the chunks of "tritonmoe", of all models that it spreads.

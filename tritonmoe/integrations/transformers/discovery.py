@@ -67,7 +67,7 @@ class UnsupportedClass:
 
 
 def experts_classes() -> list[ExpertsClass]:
-    """Give every experts class of the installed transformers, in the order of model folders; imports none of them."""
+    """Return every experts class of the installed transformers, in the order of model folders; imports none of them."""
     return [
         _describe(model_type, module_name, ast.parse(match.group()).body[0])
         for model_type, module_name, text in _modeling_sources()
@@ -76,7 +76,7 @@ def experts_classes() -> list[ExpertsClass]:
 
 
 def unsupported_classes() -> list[UnsupportedClass]:
-    """Give the experts and MoE blocks of model files that use no experts implementation at all."""
+    """Return the experts and MoE blocks of model files that use no experts implementation at all."""
     return [
         UnsupportedClass(model_type, name)
         for model_type, _, text in _modeling_sources()
@@ -98,7 +98,7 @@ class ExpertsModule(nn.Module):
 
 
 def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
-    """Give the modules of `model` whose forward asks transformers' registry which implementation to run, by name."""
+    """Return the modules of `model` whose forward asks transformers' registry which implementation to run, by name."""
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
@@ -122,7 +122,7 @@ def _reads_registry(forward: Callable[..., object]) -> bool:
 
 
 def _modeling_sources() -> Iterator[tuple[str, str, str]]:
-    """Give folder, module name and text of every model file of the installed transformers."""
+    """Return folder, module name and text of every model file of the installed transformers."""
     check_transformers()
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

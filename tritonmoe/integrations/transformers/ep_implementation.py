@@ -47,7 +47,7 @@ class OverlappedEP(EPImplementation):
         let_spread_models_generate()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Give (T, D) of hidden_states (T, D), global ids and weights (T, K)."""
+        """Return (T, D) of hidden_states (T, D), global ids and weights (T, K)."""
         if self.tp_mesh.size() == 1:
             return run_experts(self.experts, hidden_states, top_k_index, top_k_weights, self._run, self.num_experts)
         # Through DTensors: the gradients of the slices must be gathered, or each rank's would be partial.

@@ -45,7 +45,7 @@ _FUSED_NAMES = {
 
 
 def fused_name(act_fn: object) -> str | None:
-    """Give the kernels' name for an activation module or function of torch or transformers; None if it has none."""
+    """Return the kernels' name for an activation module or function of torch or transformers; None if it has none."""
     kind: object = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
     if getattr(kind, "__module__", "").split(".")[0] not in ("torch", "transformers"):
         return None
@@ -55,7 +55,7 @@ def fused_name(act_fn: object) -> str | None:
 
 
 def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
-    """Give the activation of an experts module, and whether its gate and up columns are interleaved.
+    """Return the activation of an experts module, and whether its gate and up columns are interleaved.
 
     A callable takes the rows in the weights' own column order, so there the second value is False.
     """

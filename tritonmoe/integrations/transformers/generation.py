@@ -98,7 +98,7 @@ class _Generate:
             callee(*arguments, **keywords)
 
     def _least(self, callee: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give arguments for a forward of little work that leaves no trace: one token at the first position."""
+        """Return arguments for a forward of little work that leaves no trace: one token at the first position."""
         positional, named = self.last.get(callee, ((), {}))
         ids = torch.zeros(1, 1, dtype=torch.int64, device=callee.device)
         if not hasattr(callee, "generate"):  # an encoder
@@ -158,7 +158,7 @@ def announce_forwards(model: nn.Module) -> None:
 
 
 def _callees(model: nn.Module) -> list[nn.Module]:
-    """Give the modules of `model` whose forwards generate() calls: models that generate, and their encoders."""
+    """Return the modules of `model` whose forwards generate() calls: models that generate, and their encoders."""
     found: list[nn.Module] = []
     module: Any
     for module in model.modules():
@@ -285,7 +285,7 @@ def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ranks_together(model: object) -> list[Transport]:
-    """Give over what the ranks that must run the same forwards of `model` reach each other; none for one rank alone.
+    """Return over what the ranks that must run the same forwards of `model` reach each other; none for one rank alone.
 
     They are those of its experts, those with copies of these, and those over which FSDP2 spreads what else there is.
     """

@@ -40,7 +40,7 @@ class HalvesTrial:
         return -(-SETTLING_CALLS // self.num_layers) + 1
 
     def elapsed_ns(self) -> int:
-        """Give this rank's time of the step before the one that begins now; 0 where nothing is to be compared."""
+        """Return this rank's time of the step before the one that begins now; 0 where nothing is to be compared."""
         before, self._began = self._began, time.perf_counter()
         return 0 if before is None or self.decision is not None else max(1, int((self._began - before) * 1e9))
 

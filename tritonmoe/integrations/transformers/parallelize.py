@@ -112,6 +112,6 @@ def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, 
 
 
 def _own_experts(parameter: nn.Parameter, transport: Transport) -> Tensor:
-    """Give a copy of this rank's experts."""
+    """Return a copy of this rank's experts."""
     part = parameter.detach().tensor_split(transport.size)[transport.rank]
     return part.clone(memory_format=torch.contiguous_format).requires_grad_(parameter.requires_grad)

@@ -91,7 +91,7 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Give the outermost modules that are called experts, neither holding nor held by any that were found."""
+    """Return the outermost modules that are called experts, neither holding nor held by any that were found."""
     others: dict[str, nn.Module] = {}
     for name, module in model.named_modules():  # a module comes before those inside it
         inside_known = any(name == other or name.startswith(f"{other}.") for other in (*found, *others))

@@ -45,7 +45,7 @@ def peer_unusable_reason(peer: str, device: torch.device, *, plain: bool) -> str
 def experts_function(
     implementation: str, gate_up_proj: torch.nn.Parameter, down_proj: torch.nn.Parameter
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Give (x, topk_ids, topk_weights) -> y of transformers' MixtralExperts with these very weights.
+    """Return (x, topk_ids, topk_weights) -> y of transformers' MixtralExperts with these very weights.
 
     Args:
         implementation: "eager", "grouped_mm", "batched_mm" or "sonicmoe".
@@ -70,7 +70,7 @@ def gpt_oss_experts_function(
     gate_up_bias: torch.nn.Parameter,
     down_bias: torch.nn.Parameter,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Give (x, topk_ids, topk_weights) -> y of transformers' GptOssExperts with these very weights.
+    """Return (x, topk_ids, topk_weights) -> y of transformers' GptOssExperts with these very weights.
 
     Args:
         implementation: as for experts_function.

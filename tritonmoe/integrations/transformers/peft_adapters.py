@@ -147,7 +147,7 @@ class _Noted:
         notes[:] = [note for note in notes if note is not self.note]
 
     def factors(self, dtype: torch.dtype, expert_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Give A (E, R, in) and B (E, out, R) with its scale, of these experts."""
+        """Return A (E, R, in) and B (E, out, R) with its scale, of these experts."""
         wrapper, adapter, num_experts = self.wrapper, self.adapter, self.wrapper.num_experts
         local = local_factors(wrapper, adapter)
         if local is None:
@@ -169,7 +169,7 @@ class _Noted:
 
 
 def _weight(linear: Any) -> Tensor:
-    """Give the weight, whatever torch.func or FSDP have put in the parameter's place."""
+    """Return the weight, whatever torch.func or FSDP have put in the parameter's place."""
     return linear.weight
 
 
@@ -265,7 +265,7 @@ def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keyword
 
 
 def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Give the product of this rank's factors as its part of the whole, like the parameter's."""
+    """Return the product of this rank's factors as its part of the whole, like the parameter's."""
     from torch.distributed.tensor import DTensor, Shard
 
     parameter = wrapper.get_param()

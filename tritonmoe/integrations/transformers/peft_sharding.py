@@ -37,7 +37,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(experts: nn.Module) -> Spread | None:
-    """Give how the factors of these experts are spread, None where every rank has them all.
+    """Return how the factors of these experts are spread, None where every rank has them all.
 
     None too over ranks that torch.distributed doesn't know, or where a placement gives the experts another order.
     """
@@ -106,7 +106,7 @@ def _load_from_peft(num_experts: int, linear: nn.Module, state_dict: StateDict, 
 
 
 def with_parts(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """Give a whole adapter with this rank's part of what is spread in the model, as PEFT's hotswap copies it there.
+    """Return a whole adapter with this rank's part of what is spread in the model, as PEFT's hotswap copies it there.
 
     Raises:
         ValueError: a factor has another rank than the one there.
@@ -146,7 +146,7 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
 
 
 def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor] | None:
-    """Give PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
+    """Return PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
     spread = spread_of(wrapper.get_base_layer())
     linears: Sequence[Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
     if spread is None or not any(sharded_modules(linears[0])):

@@ -12,7 +12,7 @@ __all__ = ["register"]
 
 
 def register(overlap: OverlapConfig | None = None) -> None:
-    """Give transformers' MoE models the experts implementation "tritonmoe"; calling it again changes nothing.
+    """Return transformers' MoE models the experts implementation "tritonmoe"; calling it again changes nothing.
 
     Where PEFT is installed, its adapters of experts (LoraConfig(target_parameters=...)) are not multiplied out any
     more in models that run through it, whether made before or after this call.

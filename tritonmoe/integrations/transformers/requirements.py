@@ -23,7 +23,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_transformers() -> tuple[int, ...]:
-    """Give the first two numbers of the installed version; raise ImportError where there is none or it is too old."""
+    """Return the first two numbers of the installed version; raise ImportError where there is none or it is too old."""
     needed = ".".join(str(number) for number in MINIMUM_TRANSFORMERS)
     try:
         version = importlib.metadata.version("transformers")

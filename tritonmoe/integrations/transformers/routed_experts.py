@@ -56,7 +56,7 @@ class RoutedExperts:
 
 
 def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
-    """Give the modules of a model that get routed tokens by name, in the model's order.
+    """Return the modules of a model that get routed tokens by name, in the model's order.
 
     Raises:
         ValueError: there are none, neither experts that go through transformers' registry, nor tritonmoe's own.
@@ -77,7 +77,7 @@ def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
 
 
 def routed_ids(arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give the ids and weights (T, K) of a call of such a module."""
+    """Return the ids and weights (T, K) of a call of such a module."""
     own = [keywords.get("hidden_states"), keywords.get("top_k_index"), keywords.get("top_k_weights")]
     own[: len(arguments)] = arguments[:3]
     _, topk_ids, topk_weights = own
@@ -87,7 +87,7 @@ def routed_ids(arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) ->
 
 
 def uncompiled_experts(model: nn.Module) -> dict[str, RoutedExperts]:
-    """Give routed_experts() of a model of transformers.
+    """Return routed_experts() of a model of transformers.
 
     Raises:
         ValueError: as routed_experts(); the model, or a module of it, is compiled.

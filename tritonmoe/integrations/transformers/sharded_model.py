@@ -35,7 +35,7 @@ MAX_NAMED = 8
 
 
 def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None:
-    """Give every model of transformers in `model` its own save_pretrained and set_experts_implementation.
+    """Return every model of transformers in `model` its own save_pretrained and set_experts_implementation.
 
     Its generate() keeps step with the other ranks.
 
@@ -94,7 +94,7 @@ def saves_adapters(model: nn.Module) -> bool:
 
 
 def gathered_state(model: nn.Module, state_dict: StateDict | None = None, *, keep: bool) -> StateDict:
-    """Give what is to be saved with every DTensor gathered, on the CPU; every rank calls, without `keep` it gets {}.
+    """Return what is to be saved with every DTensor gathered, on the CPU; every rank calls, without `keep` it gets {}.
 
     Args:
         state_dict: None is the model's. What saves adapters leaves out frozen experts.
@@ -134,7 +134,7 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
 
 
 def _everybody(model: nn.Module) -> "DeviceMesh":
-    """Give the mesh of all ranks that hold the experts or copies of them, or dense shards."""
+    """Return the mesh of all ranks that hold the experts or copies of them, or dense shards."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -150,7 +150,7 @@ def _everybody(model: nn.Module) -> "DeviceMesh":
 
 
 def _members(model: nn.Module) -> set[int]:
-    """Give the ranks that hold the experts or copies of them."""
+    """Return the ranks that hold the experts or copies of them."""
     return {rank for _, _, marked in sharded_modules(model) for rank in marked.members or ()}
 
 

@@ -55,7 +55,7 @@ class ExpertParallelState:
         return range(first, first + num_local)
 
     def local_parameter(self, experts: nn.Module, name: str) -> Tensor:
-        """Give this rank's experts of a parameter of the module, by its name; differentiable."""
+        """Return this rank's experts of a parameter of the module, by its name; differentiable."""
         parameter = getattr(experts, name)
         if name not in self.names:
             return parameter
@@ -65,7 +65,7 @@ class ExpertParallelState:
 
 
 def expert_parallel_state(experts: nn.Module) -> ExpertParallelState | None:
-    """Give what parallelize() left on an experts module; None where its experts are all here."""
+    """Return what parallelize() left on an experts module; None where its experts are all here."""
     return experts.__dict__.get(STATE)
 
 
@@ -75,7 +75,7 @@ def note_transport(experts: nn.Module, transport: Transport) -> None:
 
 
 def transport_of(experts: nn.Module) -> Transport | None:
-    """Give over what the rows of an experts module go; None where its experts are all here, and for other modules."""
+    """Return over what the rows of an experts module go; None where its experts are all here, and for other modules."""
     if isinstance(experts, GroupedExperts):
         return experts.transport
     state = expert_parallel_state(experts)
@@ -83,7 +83,7 @@ def transport_of(experts: nn.Module) -> Transport | None:
 
 
 def replicas_of(experts: nn.Module) -> "DeviceMesh | None":
-    """Give the ranks that hold copies of this rank's experts of a module; None where there are none."""
+    """Return the ranks that hold copies of this rank's experts of a module; None where there are none."""
     if isinstance(experts, GroupedExperts):
         sharding = experts.sharding
     else:

@@ -66,7 +66,7 @@ class HalvedForward:
         return self._own or type(self.model).forward.__get__(self.model)
 
     def remove(self) -> None:
-        """Give the model its own forward back."""
+        """Return the model its own forward back."""
         if self._own is None:
             del self.model.__dict__["forward"]
         else:
@@ -185,7 +185,7 @@ class HalvedForward:
             )
 
     def _join(self, outputs: tuple[Any, ...], arguments: Arguments) -> Any:
-        """Give one output of the halves' outputs."""
+        """Return one output of the halves' outputs."""
         first, second = outputs
         joined: Arguments = {}
         for name in first:
@@ -282,7 +282,7 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
 
 
 def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
-    """Give the arguments by name, those in **kwargs too."""
+    """Return the arguments by name, those in **kwargs too."""
     flat: Arguments = {}
     for name, value in given.arguments.items():
         kind = signature.parameters[name].kind
@@ -303,7 +303,7 @@ def _batch_size(arguments: Arguments) -> int:
 
 
 def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Arguments]:
-    """Give each half's own arguments; those of one sequence are for all."""
+    """Return each half's own arguments; those of one sequence are for all."""
     halves: tuple[Arguments, Arguments] = {}, {}
     for name, value in arguments.items():
         if name in SHARED or value is None or isinstance(value, bool | int | float | str):
@@ -323,7 +323,7 @@ def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Argu
 
 
 def _num_targets(arguments: Arguments) -> Tensor | int:
-    """Give how many tokens of the whole batch have a target."""
+    """Return how many tokens of the whole batch have a target."""
     given = arguments.get("num_items_in_batch")
     if given is not None:
         return given

@@ -64,13 +64,13 @@ class FaultScript:
         self._happened: set[Delay | Death] = set()
 
     def death(self, rank: int, exchange: int) -> RankStopped | None:
-        """Give what stops the rank where it would have made this exchange."""
+        """Return what stops the rank where it would have made this exchange."""
         if self._take(Death, rank, exchange) is None:
             return None
         return RankStopped(f"rank {rank} was stopped by its fault at exchange {exchange}")
 
     def delay_s(self, rank: int, exchange: int) -> float | None:
-        """Give by how many seconds the rank comes late to this exchange."""
+        """Return by how many seconds the rank comes late to this exchange."""
         fault = self._take(Delay, rank, exchange)
         return None if fault is None else fault.seconds
 
@@ -95,7 +95,7 @@ class FaultScript:
         return said
 
     def _take(self, kind: type[Fault], rank: int, exchange: int) -> Fault | None:
-        """Give the fault of this kind that happens now, if any."""
+        """Return the fault of this kind that happens now, if any."""
         fault = self._faults.get((kind, rank, exchange))
         if not isinstance(fault, kind):
             return None

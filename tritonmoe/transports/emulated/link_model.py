@@ -43,16 +43,16 @@ class LinkModel:
             raise ValueError(f"late_links_us must say how many microseconds messages take, got {self.late_links_us!r}")
 
     def transfer_s(self, num_bytes: int, rank: int | None = None) -> float:
-        """Give the seconds for which num_bytes occupy a port, `rank`'s if it is given; the latency is not in it."""
+        """Return the seconds for which num_bytes occupy a port, `rank`'s if it is given; the latency is not in it."""
         if self.bandwidth_gb_per_s is None:
             return 0.0
         times = 1.0 if rank is None else self.slow_ports.get(rank, 1.0)
         return num_bytes * times / (self.bandwidth_gb_per_s * 1e9)
 
     def link_s(self, num_bytes: int, sender: int, receiver: int) -> float:
-        """Give the seconds for which num_bytes are on a slow link between two ranks; 0 where it is not slow."""
+        """Return the seconds for which num_bytes are on a slow link between two ranks; 0 where it is not slow."""
         return self.transfer_s(num_bytes) * self.slow_links.get((sender, receiver), 0.0)
 
     def message_s(self, sender: int, receiver: int) -> float:
-        """Give the seconds that every message from one rank to another takes, however small it is."""
+        """Return the seconds that every message from one rank to another takes, however small it is."""
         return (self.latency_us + self.late_links_us.get((sender, receiver), 0.0)) * 1e-6

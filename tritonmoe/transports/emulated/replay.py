@@ -46,7 +46,7 @@ class Port:
         return exchange.arrives_at
 
     def on_device(self, device: torch.device) -> tuple[torch.cuda.Stream, DeviceClock]:
-        """Give the stream that copies, and the device's clock."""
+        """Return the stream that copies, and the device's clock."""
         if self._on_device is None:
             # Of high priority: a stream of the ordinary pool might be the one that computes.
             self._on_device = torch.cuda.Stream(device, priority=-1), DeviceClock(device)
@@ -79,7 +79,7 @@ class ReplayExchange(PendingExchange):
         port.post(self)
 
     def ready_at(self) -> float:
-        """Give the time.perf_counter() at which the rows that are sent were ready; blocks until then.
+        """Return the time.perf_counter() at which the rows that are sent were ready; blocks until then.
 
         On CUDA the host posts them long before the device has computed them.
         """
@@ -145,7 +145,7 @@ class ReplayTransport(Transport):
     def _replay(
         self, position: int, rows: Tensor, input_splits: list[int], output_splits: list[int], out: Tensor
     ) -> PendingExchange:
-        """Give the recorded rows of this position in `out`, and go on to the next one."""
+        """Return the recorded rows of this position in `out`, and go on to the next one."""
         self._position = position + 1
         recorded = self.received[position] if position < len(self.received) else None
         if recorded is None or (recorded.shape, recorded.dtype) != (out.shape, out.dtype):

@@ -147,7 +147,7 @@ class _RankThreads(Generic[Result]):
 
 
 def _capture_caller_state(device: torch.device) -> Callable[[ExitStack], None]:
-    """Give a function that puts the calling thread into the state that this thread has now."""
+    """Return a function that puts the calling thread into the state that this thread has now."""
     is_inference = torch.is_inference_mode_enabled()
     is_grad_enabled = torch.is_grad_enabled()
     is_cache_enabled = torch.is_autocast_cache_enabled()

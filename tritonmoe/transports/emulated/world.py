@@ -74,7 +74,7 @@ class EmulatedWorld:
         self._is_closed = threading.Event()
 
     def set_link(self, link: LinkModel | None) -> None:
-        """Give the ranks another link; what is under way goes on."""
+        """Return the ranks another link; what is under way goes on."""
         with self.lock:
             self._delivery.link = link
 
@@ -211,7 +211,7 @@ class EmulatedWorld:
         return f"ranks {absent or sorted({*exchange.incoming, *exchange.outgoing})}"
 
     def _absent(self) -> list[int]:
-        """Give the ranks that have not called rebuild()."""
+        """Return the ranks that have not called rebuild()."""
         return [rank for rank in range(self.num_ranks) if rank not in self._wants_rebuild]
 
     def _error_of(self, exchange: EmulatedExchange) -> TransportError:

@@ -55,7 +55,7 @@ def experts_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def wrap(how: str, form: Form, model: nn.Module, ranks: Ranks) -> Any:
-    """Give what a training loop calls."""
+    """Return what a training loop calls."""
     if how == "one device":
         return model
     if how == "DDP":
@@ -356,7 +356,7 @@ def load_from(writers: str, folder: Path, form: Form, ranks: Ranks) -> None:
 
 
 def other_weights(form: Form) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Give one device's model with weights that make() does not give, and its state."""
+    """Return one device's model with weights that make() does not give, and its state."""
     model = form.one_device()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -425,7 +425,7 @@ WRITERS = ("1", "2", "4", "2x2")
 
 
 def cells_of(folder: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Form, Ranks], None]]]:
-    """Give by the name of a row for which ranks it is, and its cell; folder: for checkpoints."""
+    """Return by the name of a row for which ranks it is, and its cell; folder: for checkpoints."""
     rows: dict[str, tuple[tuple[str, ...], Callable[[Form, Ranks], None]]] = {
         "DDP": (ALL, functools.partial(train_wrapped, "DDP")),
         "DDP with its options": (ALL, train_with_ddp_options),

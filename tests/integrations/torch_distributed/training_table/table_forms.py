@@ -72,7 +72,7 @@ class Form:
         return self.one_device() if ranks.spread_over is None else self.spread(ranks.spread_over)
 
     def batch(self, step: int, rank: int, micro: int = 0) -> Tensor:
-        """Give tokens (T, D), or ids (1, T): T from 5 to 9, another one on every rank and in every step."""
+        """Return tokens (T, D), or ids (1, T): T from 5 to 9, another one on every rank and in every step."""
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
         num_tokens = 5 + (3 * rank + 2 * step + micro) % 5
         if self.of_transformers:
@@ -80,7 +80,7 @@ class Form:
         return torch.randn(num_tokens, WIDTH, generator=generator)
 
     def loss(self, call: Callable[..., Any], model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the output of call(batch) and a mean over the batch; `model` is what `call` wraps."""
+        """Return the output of call(batch) and a mean over the batch; `model` is what `call` wraps."""
         if self.of_transformers:
             result = call(input_ids=batch, labels=batch)
             output, loss = result.logits, result.loss
@@ -183,14 +183,14 @@ def upcycled() -> nn.Module:
 
 
 def with_adapters(model: Any) -> nn.Module:
-    """Give the model with LoRA on its attention, everything else frozen."""
+    """Return the model with LoRA on its attention, everything else frozen."""
     torch.manual_seed(3)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return get_peft_model(model, config)
 
 
 def with_adapters_and_experts(model: nn.Module) -> nn.Module:
-    """Give the model with LoRA on its attention, its experts trained beside it."""
+    """Return the model with LoRA on its attention, its experts trained beside it."""
     model = with_adapters(model)
     for name, parameter in model.named_parameters():
         if ".experts." in name:

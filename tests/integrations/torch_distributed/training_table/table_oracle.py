@@ -112,7 +112,7 @@ def run_one_device(form: Form, plan: Plan, dtype: torch.dtype) -> list[Step]:
 
 @functools.cache
 def one_device(form: Form, plan: Plan) -> tuple[list[Step], list[Step]]:
-    """Give the steps in fp32, or as autocast does them, and in fp64."""
+    """Return the steps in fp32, or as autocast does them, and in fp64."""
     return run_one_device(form, plan, torch.float32), run_one_device(form, plan, torch.float64)
 
 

@@ -95,7 +95,7 @@ RUNS: dict[str, Callable[[Cell], bool]] = {
 
 
 def passes() -> list[tuple[int, list[Cell]]]:
-    """Give what runs in which order, by number of processes: a checkpoint must be written before it is read."""
+    """Return what runs in which order, by number of processes: a checkpoint must be written before it is read."""
     rows = cells_of(Path())
 
     def cells(ranks: tuple[str, ...], kinds: tuple[str, ...], but: tuple[str, ...] = ()) -> list[Cell]:
@@ -166,7 +166,7 @@ def run_rank(cells: list[Cell], rank: int, size: int, folder: Path, number: int)
 
 
 def run_processes(cells: list[Cell], size: int, folder: Path, number: int) -> list[list[str]]:
-    """Give for every rank the outcomes that it came to."""
+    """Return for every rank the outcomes that it came to."""
     pids = []
     for rank in range(size):
         pid = os.fork()
@@ -195,7 +195,7 @@ def run_processes(cells: list[Cell], size: int, folder: Path, number: int) -> li
 
 
 def run_cells(cells: list[Cell], size: int, folder: Path) -> dict[str, Any]:
-    """Give by cell what it came to on the ranks, each outcome once, and its seconds of a core."""
+    """Return by cell what it came to on the ranks, each outcome once, and its seconds of a core."""
     results: dict[str, Any] = {}
     while cells:
         number = len(list(folder.glob("store.*"))) + 1
@@ -224,7 +224,7 @@ def run_table(folder: Path, only: str = "all") -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Give the tables, one for each set of ranks."""
+    """Return the tables, one for each set of ranks."""
     lines = []
     for ranks, title in (("2", "2 ranks"), ("4", "4 ranks"), ("2x2", "2 replicas x 2 ranks"), ("1", "one device")):
         lines += [f"### {title}", "", "| | " + " | ".join(form.name for form in FORMS) + " |", "| --- " * 8 + "|"]

@@ -33,7 +33,7 @@ log = logging.getLogger("tritonmoe")
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Give the sum of the load balance losses of a model upcycled in place, for losses that aren't the model's own.
+    """Return the sum of the load balance losses of a model upcycled in place, for losses that aren't the model's own.
 
     Valid after a forward, of `model` or of a module inside of it, whose layers' it is: each layer's loss is that of its
     tokens in that forward, in all chunks; padding, by the attention mask of the model that was called, is left out, and
@@ -70,7 +70,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def _layers_in_force(model: nn.Module) -> list[MoELayer]:
-    """Give the MoE layers but for those in whose place PEFT's modules_to_save runs another copy."""
+    """Return the MoE layers but for those in whose place PEFT's modules_to_save runs another copy."""
     others: list[str] = []
     for name, module in model.named_modules():
         copies = module._modules.get(COPIES)
@@ -125,7 +125,7 @@ class _Watched(NamedTuple):
 
 
 def _given(name: str, names: Sequence[str], arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> object:
-    """Give an argument of a call by its name, of those that the forward takes in this order; None for nothing."""
+    """Return an argument of a call by its name, of those that the forward takes in this order; None for nothing."""
     if name in keywords:
         return keywords[name]
     position = names.index(name) if name in names else len(arguments)
@@ -158,7 +158,7 @@ def _leave(watched: _Watched, module: nn.Module, arguments: object, output: obje
 
 
 def _outside(layer: UpcycledFFN, watched: _Watched) -> tuple[EnclosingCall, ...]:
-    """Give the calls around that of this module; one of its own that stands here has been interrupted."""
+    """Return the calls around that of this module; one of its own that stands here has been interrupted."""
     paths = [call.path for call in layer.around]
     return layer.around[: paths.index(watched.path)] if watched.path in paths else layer.around
 
@@ -169,7 +169,7 @@ def _keep(layer: UpcycledFFN) -> None:
 
 
 def _layers_below(module: nn.Module) -> list[UpcycledFFN]:
-    """Give the layers inside of a module, walking its tree anew only where a module in it has been replaced."""
+    """Return the layers inside of a module, walking its tree anew only where a module in it has been replaced."""
     if torch.compiler.is_compiling():
         return _LayersBelow(module).layers
     known: _LayersBelow | None = module.__dict__.get(BELOW)

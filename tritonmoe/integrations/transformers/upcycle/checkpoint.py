@@ -130,7 +130,7 @@ def _refuse_quantised_files(
 
 
 def _match_names(dense: "PreTrainedModel", reader: CheckpointReader, source: Path) -> dict[str, str]:
-    """Give checkpoint names by state dict names; a base model's prefix may stand on one side only."""
+    """Return checkpoint names by state dict names; a base model's prefix may stand on one side only."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     wanted = dense.state_dict()
@@ -165,7 +165,7 @@ def _match_names(dense: "PreTrainedModel", reader: CheckpointReader, source: Pat
 
 
 def _renamed(stored: str, transforms: "list[WeightTransform]") -> str:
-    """Give the state dict name that from_pretrained gives a stored tensor, where it only renames."""
+    """Return the state dict name that from_pretrained gives a stored tensor, where it only renames."""
     from transformers.core_model_loading import WeightConverter
 
     name = stored
@@ -183,7 +183,7 @@ def _converted(
     reader: CheckpointReader,
     replaced: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give names and tensors of the result, as its checkpoint has them, in the order of the dense model."""
+    """Return names and tensors of the result, as its checkpoint has them, in the order of the dense model."""
     first_names = {block.parameter_names[0]: block for block in conversion.blocks}
     for name, stored in names.items():
         if name in first_names:
@@ -206,6 +206,6 @@ def _as_saved(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, T
 
 
 def _small_files(source: Path) -> list[Path]:
-    """Give the files that are copied; raises ValueError for a link to a file elsewhere (`file_inside`)."""
+    """Return the files that are copied; raises ValueError for a link to a file elsewhere (`file_inside`)."""
     names = sorted(path.name for path in source.iterdir() if path.is_file())
     return [file_inside(source, name) for name in names if name != "config.json" and not name.endswith(WEIGHT_SUFFIXES)]

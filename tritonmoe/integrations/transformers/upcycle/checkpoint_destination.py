@@ -20,7 +20,7 @@ log = logging.getLogger("tritonmoe")
 def check_destination(
     directory: str | os.PathLike, num_bytes: int, may_hold: Callable[[str], bool] = lambda name: False
 ) -> Path:
-    """Give the path of a directory that may be written: absent or empty, on a disk with room for num_bytes.
+    """Return the path of a directory that may be written: absent or empty, on a disk with room for num_bytes.
 
     Args:
         may_hold: says which files, by their names, may be there already.
@@ -46,7 +46,7 @@ def check_destination(
 
 @contextlib.contextmanager
 def unpublished(directory: Path, entry: str | None = None, stem: str = "model") -> Iterator[Path]:
-    """Give a temporary directory beside `directory`, which becomes it when the block ends, or goes when it raises.
+    """Return a temporary directory beside `directory`, which becomes it when the block ends, or goes when it raises.
 
     What is published has reached the disk (fsync): a power cut leaves nothing, or what was there, or all of it. A
     process that is killed leaves the temporary directory, named .NAME.unfinished-PID-HOST, and nothing else. The next
@@ -155,7 +155,7 @@ def _is_another_running(pid: int) -> bool:
 
 
 def _lock(directory: Path, *, waits: bool) -> int | None:
-    """Give a descriptor that holds a directory's lock until it is closed, or None where the lock can't be had.
+    """Return a descriptor that holds a directory's lock until it is closed, or None where the lock can't be had.
 
     Another process has it, `directory` is no directory, or there are no such locks: on Windows, on some network disks.
     """

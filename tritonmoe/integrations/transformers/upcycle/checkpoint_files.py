@@ -22,7 +22,7 @@ MAX_INDEX_BYTES = 128 << 20
 
 
 def parse_size(size: int | str) -> int:
-    """Give bytes of "500MB", "5GB" or a number of bytes."""
+    """Return bytes of "500MB", "5GB" or a number of bytes."""
     if isinstance(size, int):
         number = size
     else:
@@ -90,7 +90,7 @@ class CheckpointReader:
         return self._handles[self._file_of[name]].get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Give a tensor's dtype, reading at most one of its rows."""
+        """Return a tensor's dtype, reading at most one of its rows."""
         part = self._handles[self._file_of[name]].get_slice(name)
         return (part[:1] if part.get_shape() else self[name]).dtype
 
@@ -99,7 +99,7 @@ class CheckpointReader:
 
 
 def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
-    """Give what the index says; nothing where there is a single file."""
+    """Return what the index says; nothing where there is a single file."""
     index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
     if not os.path.lexists(index):
         if os.path.lexists(single):
@@ -130,7 +130,7 @@ def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
 
 
 def _open(path: Path) -> "safe_open":
-    """Give an open file of tensors, which safetensors has found to lie in it side by side, without gaps."""
+    """Return an open file of tensors, which safetensors has found to lie in it side by side, without gaps."""
     from safetensors import SafetensorError, safe_open
 
     try:

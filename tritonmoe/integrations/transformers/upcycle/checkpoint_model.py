@@ -28,7 +28,7 @@ def read_config(directory: Path, kind: "type[PreTrainedConfig] | None" = None) -
 
 
 def read_generation_config(directory: Path) -> "GenerationConfig | None":
-    """Give what generation_config.json describes, None where there is none; raises ValueError as read_config does."""
+    """Return what generation_config.json describes, None where there is none; raises ValueError as read_config does."""
     import transformers
 
     if not (directory / "generation_config.json").exists():
@@ -52,7 +52,7 @@ def _read(directory: Path, name: str, kind: Any, **options: Any) -> Any:
 
 
 def find_model_class(name: object) -> "type[PreTrainedModel] | None":
-    """Give the class of models that transformers has by this name; None for anything else, whatever it is."""
+    """Return the class of models that transformers has by this name; None for anything else, whatever it is."""
     import transformers
 
     found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -60,7 +60,7 @@ def find_model_class(name: object) -> "type[PreTrainedModel] | None":
 
 
 def model_name(model_class: type) -> str:
-    """Give the name by which find_model_class finds this class; of others the full name, by which it finds none."""
+    """Return the name by which find_model_class finds this class; of others the full name, by which it finds none."""
     name = model_class.__name__
     return name if find_model_class(name) is model_class else f"{model_class.__module__}.{model_class.__qualname__}"
 

@@ -13,7 +13,7 @@ CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+")
 
 
 def check_name(name: object, where: str) -> str:
-    """Give the name of a file in a directory, or in one below it; `where` says what names it.
+    """Return the name of a file in a directory, or in one below it; `where` says what names it.
 
     Raises:
         ValueError: it is no name, leads out of the directory, or is one of several ways to write a name.
@@ -29,7 +29,7 @@ def check_name(name: object, where: str) -> str:
 
 
 def file_inside(directory: Path, name: str) -> Path:
-    """Give the path of an ordinary file of a directory, following links that stay there.
+    """Return the path of an ordinary file of a directory, following links that stay there.
 
     A checkpoint may come from anybody, and a link in it may lead to what its author can't read and its reader can.
     Links of Hugging Face's cache lead from models--NAME/snapshots/REVISION to files in models--NAME/blobs, which may be
@@ -50,7 +50,7 @@ def file_inside(directory: Path, name: str) -> Path:
 
 
 def _blobs_of_cache(folder: Path) -> Iterator[Path]:
-    """Give where the links of a snapshot may lead; nothing for a directory that is none of Hugging Face's cache."""
+    """Return where the links of a snapshot may lead; nothing for a directory that is none of Hugging Face's cache."""
     for above in folder.parents:
         if above.name == "snapshots" and CACHED_REPOSITORY.fullmatch(above.parent.name):
             yield above.parent / "blobs"

@@ -26,7 +26,7 @@ def describe_conversion(class_name: str, conversion: InplaceConversion) -> Json:
 
 
 def read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, str]]:
-    """Give the model's class, the settings, and the blocks' paths by their positions."""
+    """Return the model's class, the settings, and the blocks' paths by their positions."""
     path = directory / DESCRIPTION_FILE
     if not path.exists():
         raise ValueError(

@@ -69,7 +69,7 @@ class UpcycleSettings:
         return self.granularity * (SHARED_SCALE if self.shared_expert else 1.0)
 
     def expert_width(self, intermediate_size: int) -> int:
-        """Give the width of one expert, F / G."""
+        """Return the width of one expert, F / G."""
         if intermediate_size % self.granularity:
             raise ValueError(
                 f"granularity ({self.granularity}) must divide the feed-forward block's width ({intermediate_size})"

@@ -114,7 +114,7 @@ class FFNBlock:
         return names + [f"{linear}.bias" for linear, has_bias in linears if has_bias]
 
     def read(self, get: Callable[[str], Tensor]) -> DenseFFN:
-        """Give the block's weights, `get` being a state dict's lookup: (out, in), gate and up apart."""
+        """Return the block's weights, `get` being a state dict's lookup: (out, in), gate and up apart."""
 
         def weight(linear: str) -> Tensor:
             found = get(f"{linear}.weight")
@@ -140,7 +140,7 @@ def refuse_experts(model: nn.Module) -> None:
 
 
 def find_blocks(model: nn.Module) -> list[FFNBlock]:
-    """Give every dense feed-forward block of the model, in the order of its modules.
+    """Return every dense feed-forward block of the model, in the order of its modules.
 
     Raises ValueError, before anything is changed, where upcycling can't work: no block, experts already, quantised
     weights, weights that several layers share.
@@ -171,7 +171,7 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
 
 
 def select_blocks(blocks: list[FFNBlock], layers: LayerChoice) -> list[FFNBlock]:
-    """Give the blocks that `layers` names: "all", a list of positions, or a function of (position, path)."""
+    """Return the blocks that `layers` names: "all", a list of positions, or a function of (position, path)."""
     if callable(layers):
         chosen = [block for block in blocks if layers(block.index, block.path)]
     elif isinstance(layers, str):
@@ -191,7 +191,7 @@ def select_blocks(blocks: list[FFNBlock], layers: LayerChoice) -> list[FFNBlock]
 
 
 def parent_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Give the module that holds `path`, and the attribute's name there."""
+    """Return the module that holds `path`, and the attribute's name there."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
 
@@ -204,7 +204,7 @@ def _submodule(module: nn.Module, path: str) -> Any:
 
 
 def _linear_shape(module: object) -> tuple[int, int] | None:
-    """Give (in, out) of a Linear or Conv1D, None for anything else."""
+    """Return (in, out) of a Linear or Conv1D, None for anything else."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):

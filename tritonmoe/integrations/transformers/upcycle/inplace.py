@@ -113,7 +113,7 @@ class UpcycledFFN(MoELayer):
 
 
 def _rows(x: Tensor, module: nn.Module) -> Tensor:
-    """Give x in the dtype of these experts' weights; as it is where the call itself casts."""
+    """Return x in the dtype of these experts' weights; as it is where the call itself casts."""
     experts = innermost(module)
     assert isinstance(experts, GroupedExperts)
     weight = experts.gate_up_proj
@@ -164,7 +164,7 @@ class InplaceConversion:
             settings.expert_width(block.intermediate_size)
 
     def block_names(self, block: FFNBlock) -> list[str]:
-        """Give the state dict names of the MoE layer that stands for `block`."""
+        """Return the state dict names of the MoE layer that stands for `block`."""
         modules = ["experts", *(["shared_expert"] if self.settings.shared_expert else [])]
         parts = ["gate_up_proj", "down_proj"]
         if block.has_up_bias or block.has_down_bias:
@@ -174,7 +174,7 @@ class InplaceConversion:
 
     @torch.no_grad()
     def block_state(self, block: FFNBlock, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Give the tensors of the MoE layer, `get` being a lookup in the dense state dict."""
+        """Return the tensors of the MoE layer, `get` being a lookup in the dense state dict."""
         dense = block.read(get)
         dense = dense._replace(down=dense.down.to(dense.up.dtype))  # T5 keeps it in fp32
         if block.has_up_bias or block.has_down_bias:  # an expert has both or none
@@ -205,7 +205,7 @@ class InplaceConversion:
 
     @torch.no_grad()
     def convert(self, dense: "PreTrainedModel") -> nn.Module:
-        """Give a copy of the model with its blocks replaced, each compared with the block it replaces."""
+        """Return a copy of the model with its blocks replaced, each compared with the block it replaces."""
         model = copy.deepcopy(dense)
         if hasattr(model.config, "quantization_config"):  # of a GGUF file; its weights are dequantised
             del model.config.quantization_config
@@ -226,7 +226,7 @@ class InplaceConversion:
 
 
 def _computation(model: nn.Module, block: FFNBlock) -> Callable[[Tensor], Tensor]:
-    """Give what the block computes, in the model's own modules."""
+    """Return what the block computes, in the model's own modules."""
     if block.whole:
         return model.get_submodule(block.path)
     assert block.act_path is not None

@@ -231,7 +231,7 @@ class NativeConversion:
         return self.target.shared is not None and (self.settings.shared_expert or not self.target.shared_is_optional)
 
     def block_names(self, block: FFNBlock) -> list[str]:
-        """Give the state dict names of the MoE block that stands for `block`."""
+        """Return the state dict names of the MoE block that stands for `block`."""
         names = [self.target.router, "experts.gate_up_proj", "experts.down_proj", *self.target.zeros]
         if self._has_shared():
             names += [f"{self.target.shared}.{part}_proj.weight" for part in ("gate", "up", "down")]
@@ -239,7 +239,7 @@ class NativeConversion:
 
     @torch.no_grad()
     def block_state(self, block: FFNBlock, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Give the tensors of the MoE block, `get` being a lookup in the dense state dict."""
+        """Return the tensors of the MoE block, `get` being a lookup in the dense state dict."""
         dense, target = block.read(get), self.target
         made = make_experts(self.settings, block.index, dense)
         state = {
@@ -261,7 +261,7 @@ class NativeConversion:
 
     @torch.no_grad()
     def convert(self, dense: "PreTrainedModel") -> nn.Module:
-        """Give the MoE model, which shares no memory with the dense one."""
+        """Return the MoE model, which shares no memory with the dense one."""
         source = dense.state_dict()
         replaced = {name for block in self.blocks for name in block.parameter_names}
         state = {name: tensor.clone() for name, tensor in source.items() if name not in replaced}

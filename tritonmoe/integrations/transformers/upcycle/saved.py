@@ -217,7 +217,7 @@ def load_upcycled(
 
 
 def _described_blocks(model: nn.Module, paths: dict[str, str], directory: Path) -> list[FFNBlock]:
-    """Give the model's blocks that the description names; raises ValueError where it means others."""
+    """Return the model's blocks that the description names; raises ValueError where it means others."""
     blocks = select_blocks(find_blocks(model), [int(index) for index in paths])
     differing = [block.path for block in blocks if paths[str(block.index)] != block.path]
     if differing:

@@ -40,7 +40,7 @@ EVERY_ROW = TokenMask()
 
 
 def find_mask(around: Sequence[EnclosingCall], shape: torch.Size) -> TokenMask:
-    """Give which rows (of this shape) are tokens, of a layer inside these calls, the outermost first.
+    """Return which rows (of this shape) are tokens, of a layer inside these calls, the outermost first.
 
     The innermost model's mask is that of the rows: that of the decoder, not of the encoder; no mask for a vision
     tower of a model that has one for its text. Where it was made from another model's mask, that one is taken. Where it
@@ -86,7 +86,7 @@ def find_mask(around: Sequence[EnclosingCall], shape: torch.Size) -> TokenMask:
 
 
 def tokens_of_calls(calls: Iterable[tuple[torch.Size, TokenMask]]) -> list[Tensor | None]:
-    """Give which rows (T,) of each call of a layer in one forward are tokens, None for all.
+    """Return which rows (T,) of each call of a layer in one forward are tokens, None for all.
 
     Raises:
         ValueError: nobody can say.
@@ -121,7 +121,7 @@ def _problem(shape: Sequence[int], mask: str) -> str:
 
 
 def _fitted(tokens: Tensor, shape: torch.Size, call: EnclosingCall | None) -> Tensor | None:
-    """Give a mask (B, S) in the shape of the rows; None where it is not theirs."""
+    """Return a mask (B, S) in the shape of the rows; None where it is not theirs."""
     if len(shape) == 1:  # OPT's and others', flattened
         return tokens.reshape(-1) if tokens.numel() == shape[0] else None
     if call is not None and call.is_time_major:
@@ -134,7 +134,7 @@ def _fitted(tokens: Tensor, shape: torch.Size, call: EnclosingCall | None) -> Te
 
 
 def _attended_keys(mask: object) -> Tensor | None:
-    """Give (B, S), whether some query attends to a key, of a mask (B, heads, queries, S); None of anything else."""
+    """Return (B, S), whether some query attends to a key, of a mask (B, heads, queries, S); None of anything else."""
     if isinstance(mask, dict):  # one for each kind of layers
         kinds = [found for found in mask.values() if isinstance(found, Tensor)]
         mask = mask.get("full_attention", kinds[0] if kinds else None)

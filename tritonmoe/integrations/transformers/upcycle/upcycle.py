@@ -35,7 +35,7 @@ def upcycle(
     layers: LayerChoice = "all",
     seed: int = 0,
 ) -> "PreTrainedModel":
-    """Give a Mixture-of-Experts model made from a dense model of transformers; the dense one stays as it is.
+    """Return a Mixture-of-Experts model made from a dense model of transformers; the dense one stays as it is.
 
     With init="copy" the new model computes what the dense one does, up to rounding, whatever the router chooses:
     verify_upcycle() shows it. Training makes experts differ, since each sees other tokens.
