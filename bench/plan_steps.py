@@ -92,6 +92,7 @@ def leave_one_out(rows: Sequence[Walked], fitted_to: Sequence[Walked]) -> list[d
                     "source": row.step.source,
                     "what": row.step.what,
                     "measured_s": round(measured, 4),
+                    "walked_s": float(f"{row.expected_s:.5g}"),
                     "predicted_s": float(f"{predicted:.5g}"),
                     "low_s": float(f"{low:.5g}"),
                     "high_s": float(f"{high:.5g}"),

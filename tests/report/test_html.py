@@ -150,13 +150,15 @@ def test_a_comparison() -> None:
     assert [[one["gpus"] for one in of] for of in data["by_gpus"]] == [[8, 16, 32, 64, 128], [8, 16, 32, 64]]
     (own,) = (one for one in data["by_gpus"][0] if one["gpus"] == 32)
     assert own["usd_per_million_tokens"] == data["usd_per_million_tokens"][0][1]
-    assert {"by_gpus/1/1/step_ms", "first_is_cheapest"} <= {attributes["data-key"] for attributes, _ in page.numbers}
+    assert {"by_gpus/1/1/step_ms", "is_cheapest/0"} <= {attributes["data-key"] for attributes, _ in page.numbers}
 
 
 def test_a_comparison_with_a_cluster_on_which_nothing_fits() -> None:
     of = comparison()
     unfit = replace(of.plans[1], predictions=[replace(of.plans[1].best, fits=False)])
-    page, data = check_page(page_text(comparison_page(replace(of, plans=[of.plans[0], unfit], is_cheaper=None))))
+    page, data = check_page(
+        page_text(comparison_page(replace(of, plans=[of.plans[0], unfit], is_cheapest=[None, None])))
+    )
     assert data["break_even_usd_per_gpu_hour"][1] is None
     assert "H200: nothing fits" in page.words
     assert "of the draws of the estimates" not in page.words.partition("H200: nothing fits")[2]

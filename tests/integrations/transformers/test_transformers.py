@@ -104,15 +104,15 @@ def assert_as_good_as(actual: dict[str, Tensor], plain: dict[str, Tensor], truth
 
 @pytest.fixture
 def moe_mlp_calls(monkeypatch) -> list[tuple[torch.dtype, object]]:
-    """What reaches moe_mlp: (dtype of the rows, activation) of each call."""
+    """What the experts are run with on one device: (dtype of the rows, activation) of each call."""
     calls = []
-    moe_mlp = experts_module.moe_mlp
+    one_device = experts_module.run_on_one_device
 
-    def recorded(x, *args, **settings):
-        calls.append((x.dtype, settings["activation"]))
-        return moe_mlp(x, *args, **settings)
+    def recorded(spec, tensors):
+        calls.append((tensors.x.dtype, spec.activation))
+        return one_device(spec, tensors)
 
-    monkeypatch.setattr(experts_module, "moe_mlp", recorded)
+    monkeypatch.setattr(experts_module, "run_on_one_device", recorded)
     return calls
 
 

@@ -9,9 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
-from tritonmoe.experts import moe_mlp
 from tritonmoe.experts.adapters import noted_adapters, noted_factors
 from tritonmoe.experts.arguments import check_plain
+from tritonmoe.experts.moe_mlp import run_experts as run_on_one_device
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
@@ -38,9 +38,8 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     """
     state = expert_parallel_state(self)
     if state is None:
-        return run_experts(
-            self, hidden_states, top_k_index, top_k_weights, moe_mlp.run_experts, self.down_proj.shape[0]
-        )
+        num_experts = self.down_proj.shape[0]
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, run_on_one_device, num_experts)
     return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state)
 
 
