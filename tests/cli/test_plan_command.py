@@ -27,6 +27,7 @@ def test_a_new_cluster_can_be_planned_with(capsys, tmp_path):
     assert "on 8 GPUs of mine" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_clusters_are_compared(capsys):
     arguments = ["plan", "OLMoE-1B-7B", "--compare", "H100", "H100-100G", "--nodes", "2", "--ep", "16"]
     assert main(arguments) == 0
@@ -42,6 +43,7 @@ def test_two_files_of_one_name_are_told_apart(capsys, tmp_path):
     assert f"{files[0]} is the cheapest in " in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_what_does_not_fit_is_1(capsys):
     assert main(["plan", "DeepSeek-V3", "H100", "--nodes", "1", "--ep", "8"]) == 1
     assert "Nothing fits: a job can fill 73.6 of a GPU's 80 GB" in capsys.readouterr().out

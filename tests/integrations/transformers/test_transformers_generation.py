@@ -14,6 +14,7 @@ def run(num_processes: int, directory: Path, *cases: str) -> None:
     run_torchrun(num_processes, WORKER, str(directory), cases=cases)
 
 
+@pytest.mark.thorough
 def test_each_rank_ends_with_its_own_text(tmp_path):
     run(2, tmp_path, "lengths:mixtral", "refused:mixtral")
 
