@@ -111,7 +111,8 @@ def test_64_ranks(tmp_path: Path) -> None:
 def test_1000_steps_with_every_50th_slow(tmp_path: Path) -> None:
     fault = Fault("late rank", (1,), 0.4, "periodic", 50)
     write_traces(Scenario("", 11, num_ranks=2, num_steps=1000, faults=(fault,)), tmp_path / "long")
-    page, (data,) = page_of(tmp_path / "long", status=0)
+    page, (data,) = page_of(tmp_path / "long", status=1)  # with noise, which is not certain to be none
+    assert not data["findings"]
     assert set(data["slow_steps"]) >= set(range(50, 1001, 50))
     assert "Slow are" in page.words
 
