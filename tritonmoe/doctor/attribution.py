@@ -41,6 +41,14 @@ class Cost:
     """The interval that holds 80 % of what selections of the steps give."""
     high_s: float
 
+    @classmethod
+    def of(cls, gained: Sequence[float]) -> "Cost":
+        """Return the cost of what each step would gain."""
+        draw = random.Random(0)
+        means = sorted(statistics.fmean(draw.choices(gained, k=len(gained))) for _ in range(NUM_SELECTIONS))
+        aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
+        return cls(statistics.fmean(gained), means[aside], means[-1 - aside])
+
     def share(self, step_s: float) -> float:
         return self.seconds / step_s if step_s else 0.0
 
@@ -139,7 +147,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         if (kind in compared and not is_ill) or kind == "exchange contention":
             hidden = alone  # without slow links less would be beside exchanges
         most = max(alone, hidden, key=statistics.fmean)
-        cost = _cost(most)
+        cost = Cost.of(most)
         is_asked = is_ill or kind not in compared
         if is_asked and cost.seconds >= least_s[kind] and cost.low_s > 0:
             is_hidden = statistics.fmean(alone) < 0.5 * cost.seconds
@@ -166,7 +174,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         replayed_s=step_s,
         findings=tuple(findings),
         others=tuple(others),
-        together=_cost(together),
+        together=Cost.of(together),
         noise_s=max(0.0, step_s - statistics.fmean(together) - statistics.fmean(quiet)),
         exposed_s=max(0.0, step_s - statistics.fmean(no_transfers)),
         waiting_s=max(0.0, step_s - computing_s - host_s),
@@ -198,10 +206,3 @@ def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]]
 
 def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
     return [before - after for before, after in zip(was, now, strict=True)]
-
-
-def _cost(gained: Sequence[float], seed: int = 0) -> Cost:
-    draw = random.Random(seed)
-    means = sorted(statistics.fmean(draw.choices(gained, k=len(gained))) for _ in range(NUM_SELECTIONS))
-    aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
-    return Cost(statistics.fmean(gained), means[aside], means[-1 - aside])

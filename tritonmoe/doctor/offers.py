@@ -1,6 +1,5 @@
 """What would help a run of any trainer: changes that a walk of its graph says would make its steps shorter."""
 
-import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.doctor.advice import Advice
-from tritonmoe.doctor.attribution import INTERVAL, NUM_SELECTIONS, Cost
+from tritonmoe.doctor.attribution import Cost
 from tritonmoe.doctor.causes import Causes
 from tritonmoe.doctor.fits import fit_relative_line
 from tritonmoe.doctor.graph import Graph, Key
@@ -87,7 +86,7 @@ class Offers:
         if causes.is_nothing("imbalance"):
             return None
         (even,) = causes.without([{"imbalance": None}])
-        gain = _cost([was - now for was, now in zip(causes.as_it_was, even, strict=True)])
+        gain = Cost.of([was - now for was, now in zip(causes.as_it_was, even, strict=True)])
         words = "rows spread evenly over the ranks (the router's balance, or a placement of its experts)"
         return Advice(words, "", gain)
 
@@ -114,7 +113,7 @@ class Offers:
         members = indices([member for member, _ in rows])
         ratios = floats([ratio for _, ratio in rows])
         transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
-        return Advice(words, f"{price}; what packing them takes is not in the gain", _cost(self._gained(transfer_s)))
+        return Advice(words, f"{price}; what packing them takes is not in the gain", Cost.of(self._gained(transfer_s)))
 
     def _chunks(self) -> Advice | None:
         """Offer chunks of which one travels while another is computed, as this package's layers run them."""
@@ -138,7 +137,7 @@ class Offers:
                     continue
                 there_s, back_s = self._transfers_s(layer)
                 ratios[[*layer.there, *layer.back]] = 1 - saved_s / (there_s + back_s)
-            gains.append(_cost(self._gained(self.transfer_s * ratios, steps)))
+            gains.append(Cost.of(self._gained(self.transfer_s * ratios, steps)))
         words = f"{plan.num_chunks} chunks of the tokens, one under way while another's experts compute"
         price = "needs layers that do so, as tritonmoe's; rows that stay on their rank may hide more"
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
@@ -194,10 +193,3 @@ class Offers:
         serial = OverlapPlan((1,), local_first=False, serial=True)
         serial_s, plan_s = (simulate(build_forward(of), of, work, costs, link).total_s for of in (serial, plan))
         return min(serial_s - plan_s, there_s + back_s)
-
-
-def _cost(gained: Sequence[float], seed: int = 0) -> Cost:
-    draw = random.Random(seed)
-    means = sorted(statistics.fmean(draw.choices(gained, k=len(gained))) for _ in range(NUM_SELECTIONS))
-    aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
-    return Cost(statistics.fmean(gained), means[aside], means[-1 - aside])

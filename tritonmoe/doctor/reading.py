@@ -174,7 +174,7 @@ def _read_json(path: Path) -> _Read:
     pieces.scan = reader.scan
     for key, value in pieces:
         if key == "traceEvents":
-            if events is None and reader.num_events == 0 and _begins_timeline(path, value):
+            if events is None and reader.num_events == 0 and is_timeline(value):
                 events = []
             if events is not None:
                 events.append(value)
@@ -187,10 +187,6 @@ def _read_json(path: Path) -> _Read:
     if reader.num_events == 0 and "traceEvents" not in reader.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
     return reader.finish()
-
-
-def _begins_timeline(path: Path, event: Any) -> bool:
-    return is_timeline(event)
 
 
 def _has_events(path: Path) -> bool:
